@@ -1,0 +1,39 @@
+"""One family of errors for everything a user can mend; the command line prints them and exits with 2.
+
+A message names the subject, what was found, what was expected and what to do. Problems that are found
+together are told together.
+"""
+
+from collections.abc import Sequence
+
+
+class ChesError(Exception):
+    """Something the user can mend: bad input, a wrong option, a directory that is not what it should be."""
+
+
+class CheckpointError(ChesError):
+    """A model directory cannot be loaded as asked."""
+
+
+class DataError(ChesError):
+    """Preference data cannot be read or is not fit to be scored."""
+
+
+class RunError(ChesError):
+    """A run directory cannot be used as asked."""
+
+
+def many(subject: str, problems: Sequence[str], limit: int = 20) -> str:
+    """One message for all problems of one subject.
+
+    >>> print(many("models/x", ["no config.json", "no tokenizer.json"]))
+    models/x: 2 problems
+      no config.json
+      no tokenizer.json
+    """
+    if len(problems) == 1:
+        return f"{subject}: {problems[0]}"
+    shown = [f"  {p}" for p in problems[:limit]]
+    if len(problems) > limit:
+        shown.append(f"  ... and {len(problems) - limit} more")
+    return "\n".join([f"{subject}: {len(problems)} problems", *shown])

@@ -1,0 +1,65 @@
+"""The words and records that travel between stages.
+
+Words (used in code, files and messages alike):
+  pair        a prompt with a chosen and a rejected response
+  response    the tokens after the prompt; its terminator (EOS) is kept apart from its content
+  score       a number of one pair, computed on one model
+  displacement  the change of a response's log-probability since step 0, in nats
+
+Axis letters: B rows of a batch, T positions, D width, V vocabulary, N query heads, K key/value heads,
+H head width, F mlp width, L layers, M predictions of a row, S segments of a row.
+
+Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content tokens and a terminator):
+
+    position             0    1    2    3    4    5
+    token                p0   p1   p2   y1   y2   EOS
+    hidden state         h0   h1   h2   h3   h4   (never computed: it predicts nothing)
+    predicts                       y1   y2   EOS
+    in S(y), eos=include           yes  yes  yes          |y| = 3
+    in S(y), eos=exclude           yes  yes               |y| = 2
+    "last hidden" h_{x,y}                    yes          (state at the last content token, both conventions)
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Eos = Literal["include", "exclude"]
+OnBadRow = Literal["error", "drop", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A tokenised response: its content, and the terminator that follows it when it is complete."""
+
+    content: tuple[int, ...]
+    terminator: int | None
+    """The id of the end-of-sequence (or end-of-turn) token; None when truncation cut the response."""
+
+    def targets(self, eos: Eos) -> tuple[int, ...]:
+        """The tokens that count in |y| under the convention ``eos``.
+
+        >>> Response((7, 8), 2).targets("include"), Response((7, 8), 2).targets("exclude")
+        ((7, 8, 2), (7, 8))
+        """
+        if eos == "include" and self.terminator is not None:
+            return (*self.content, self.terminator)
+        return self.content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPair:
+    """A preference pair as token ids, audited. What every stage after ``data.tokenize`` reads."""
+
+    row_id: str
+    """Hash of the row's content (prompt, chosen, rejected)."""
+    index: int
+    """Position of the row in its source, from 0."""
+    prompt: tuple[int, ...]
+    chosen: Response
+    rejected: Response
+    flags: tuple[str, ...] = ()
+    """Findings of the token audit, names of ``data.audit.FLAGS``."""
+    category: str | None = None
+    """The row's own ``category`` column, where it has one: carried through to the table."""
+    detail: dict[str, str] = field(default_factory=dict)
+    """For each flag that has one: what was found, for messages."""
