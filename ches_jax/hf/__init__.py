@@ -1,0 +1,1 @@
+"""A Hugging Face directory as data: config, weight index, lazy tensors, export. No jax arrays, no torch."""

@@ -1,0 +1,115 @@
+"""Find and check the files of a model directory; every problem is told by name.
+
+A directory holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with the
+shards it names. Nothing is unpickled and no code of the directory is run.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ches_jax.errors import CheckpointError, many
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+def resolve(model: str | Path) -> Path:
+    """The local directory of ``model``: a path, or a hub name that is fetched (or found in the hub's cache).
+
+    Raises:
+      CheckpointError: there is no such directory and the hub cannot give it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; expected a model directory with {CONFIG} in it")
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{path}: no such directory; give a local Hugging Face model directory or a hub name (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as e:  # the hub client raises dozens of types; all mean "not to be had"
+        raise CheckpointError(
+            f"{name}: not a local directory, and the hub did not give it ({type(e).__name__}); check the name, the "
+            "network and the licence, or give a local directory"
+        ) from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``, or a CheckpointError that names the file and what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent}: no {path.name}; expected a Hugging Face model directory"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` as a dict."""
+    return read_json(directory / CONFIG)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of the directory, in the index's order of first mention.
+
+    Raises:
+      CheckpointError: none there, an index that names a missing file or one outside the directory.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        single = directory / SINGLE
+        if single.is_file():
+            return [single]
+        other = sorted(
+            p.name
+            for p in directory.iterdir()
+            if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"}
+        )
+        hint = f" (found {', '.join(other)}: convert to safetensors first)" if other else ""
+        raise CheckpointError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected a non-empty 'weight_map' object")
+    names = list(dict.fromkeys(str(v) for v in weight_map.values()))
+    problems, files = [], []
+    for name in names:
+        if Path(name).name != name or name in {"", ".", ".."}:
+            problems.append(
+                f"{name!r} is a path outside the directory; the index may only name files beside it"
+            )
+        elif not (directory / name).is_file():
+            problems.append(f"shard {name!r} is missing")
+        else:
+            files.append(directory / name)
+    if problems:
+        raise CheckpointError(many(str(index), problems))
+    return files
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over the bytes of the config and the weight files (32 hex digits): equal means equal weights."""
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").digest()
+
+    files = [directory / CONFIG, *weight_files(directory)]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest, files))
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

@@ -1,0 +1,216 @@
+"""The parts of a decoder layer. Weights keep Hugging Face's names and its [out, in] orientation.
+
+Parameters may be stored in another dtype than the computation runs in: every use casts to the dtype of the
+activations. A ``Layer`` is written for one layer; ``decoder`` stacks its parameters and scans over them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ches_jax.models import attention, rope
+from ches_jax.models.config import Activation, DecoderConfig
+from ches_jax.models.precision import accumulate, matmul_precision
+from ches_jax.models.visibility import Visibility
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
+    """``x @ weight.T`` in the dtype of x; float32 and float64 at full precision on every backend."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight.astype(x.dtype), contract, precision=matmul_precision(x.dtype))
+
+
+class Linear(nnx.Module):
+    """``x W^T (+ b)``."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Draws W from N(0, 0.02^2), the initialisation of the GPT-2 line; b is zero."""
+        init = jax.random.normal(rngs.params(), (outputs, inputs), jnp.float32) * 0.02
+        self.weight = nnx.Param(init.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Applies the map."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm, computed in float32 at least.
+
+    RMSNorm: ``x / sqrt(mean(x^2) + eps) * w``; LayerNorm: ``(x - mean) / sqrt(var + eps) * w + b``.
+    """
+
+    def __init__(
+        self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, kind: str | None = None
+    ):
+        """A norm over the last axis; ``kind`` overrides the config's (query/key norms are always RMS)."""
+        self.kind = kind or config.norm
+        self.eps = config.norm_eps
+        self.plus_one = config.norm_plus_one
+        start = jnp.zeros if self.plus_one else jnp.ones
+        self.weight = nnx.Param(start((size,), dtype)) if config.norm_weight else None
+        self.bias = (
+            nnx.Param(jnp.zeros((size,), dtype))
+            if config.norm_bias and self.kind == "layer"
+            else None
+        )
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises the last axis."""
+        y = x.astype(accumulate(x.dtype))
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(self.eps, y.dtype))
+        if self.plus_one and self.weight is not None:
+            # Gemma multiplies before it rounds to the model's dtype, the others after
+            return (y * (1 + self.weight[...].astype(y.dtype))).astype(x.dtype)
+        if self.kind == "layer":
+            y = y if self.weight is None else y * self.weight[...].astype(y.dtype)
+            y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+            return y.astype(x.dtype)
+        y = y.astype(x.dtype)
+        return y if self.weight is None else y * self.weight[...].astype(x.dtype)
+
+
+class Context(NamedTuple):
+    """What every layer of one pass shares."""
+
+    seen: Visibility
+    positions: Int[Array, "B T"]
+    rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
+    """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
+
+
+class LayerData(NamedTuple):
+    """What differs from layer to layer besides the parameters."""
+
+    window: Int[Array, ""]
+    local: Int[Array, ""]
+    """1 where the layer rotates by ``local_rope``."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Makes the four projections and, where the family has them, the query and key norms."""
+        c = config
+        self.config = c
+        qkv = {"bias": c.qkv_bias, "rngs": rngs, "dtype": dtype}
+        self.q_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv)
+        self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
+        self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
+        self.o_proj = Linear(
+            c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype
+        )
+        if c.qk_norm == "none":
+            self.q_norm = self.k_norm = None
+        else:
+            per_head = c.qk_norm == "head"
+            self.q_norm = Norm(
+                c.head_dim if per_head else c.num_heads * c.head_dim, c, dtype=dtype, kind="rms"
+            )
+            self.k_norm = Norm(
+                c.head_dim if per_head else c.num_kv_heads * c.head_dim, c, dtype=dtype, kind="rms"
+            )
+
+    def _heads(
+        self, x, projection: Linear, norm: Norm | None, heads: int
+    ) -> Float[Array, "B T N H"]:
+        """Project, clip, normalise, split into heads."""
+        y = projection(x)
+        if self.config.qkv_clip is not None:
+            limit = jnp.asarray(self.config.qkv_clip, y.dtype)
+            y = jnp.clip(y, -limit, limit)
+        if norm is not None and self.config.qk_norm == "full":
+            y = norm(y)
+        y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
+        return norm(y) if norm is not None and self.config.qk_norm == "head" else y
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend
+    ) -> Float[Array, "B T D"]:
+        """Attention of the whole row; ``attend`` is one of ``attention``'s functions with its options bound."""
+        c = self.config
+        q = self._heads(x, self.q_proj, self.q_norm, c.num_heads)
+        k = self._heads(x, self.k_proj, self.k_norm, c.num_kv_heads)
+        v = self._heads(x, self.v_proj, None, c.num_kv_heads)
+        if context.rotations:
+            cos, sin = context.rotations[0]
+            if len(context.rotations) > 1:
+                local_cos, local_sin = context.rotations[1]
+                cos = jnp.where(data.local > 0, local_cos, cos)
+                sin = jnp.where(data.local > 0, local_sin, sin)
+            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        grouped = q.reshape(*q.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+        out = attend(
+            grouped, k, v, context.seen, context.positions, data.window,
+            scale=c.attention_scale, softcap=c.attention_softcap,
+        )  # fmt: skip
+        return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+
+
+class Mlp(nnx.Module):
+    """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Makes the projections."""
+        c = config
+        options = {"bias": c.mlp_bias, "rngs": rngs, "dtype": dtype}
+        self.gate_proj = Linear(c.width, c.mlp_width, **options) if c.gated_mlp else None
+        self.up_proj = Linear(c.width, c.mlp_width, **options)
+        self.down_proj = Linear(c.mlp_width, c.width, **options)
+        self.activation: Activation = c.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the block."""
+        act = ACTIVATIONS[self.activation]
+        up = self.up_proj(x)
+        return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
+
+
+class Layer(nnx.Module):
+    """One decoder layer; norms are named by where they stand."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Makes attention, MLP and the norms the family has."""
+        c = config
+        self.parallel = c.parallel_residual
+        self.attn_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
+        self.self_attn = Attention(c, rngs=rngs, dtype=dtype)
+        self.attn_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
+        self.mlp_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
+        self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
+        self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend
+    ) -> Float[Array, "B T D"]:
+        """Residual stream in, residual stream out."""
+
+        def attn(x):
+            y = self.self_attn(
+                x if self.attn_norm is None else self.attn_norm(x), context, data, attend
+            )
+            return y if self.attn_out_norm is None else self.attn_out_norm(y)
+
+        def mlp(x):
+            y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+            return y if self.mlp_out_norm is None else self.mlp_out_norm(y)
+
+        if self.parallel:
+            return x + attn(x) + mlp(x)
+        x = x + attn(x)
+        return x + mlp(x)

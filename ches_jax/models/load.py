@@ -1,0 +1,167 @@
+"""A model directory becomes a ``Decoder``: every config key, tensor and parameter accounted for, in one message.
+
+Tensors are read lazily, slice by slice, straight into the device's shards; a stacked parameter is gathered from the
+layers' tensors one parameter at a time, so the host never holds the model twice.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.directory import read_config, resolve
+from ches_jax.hf.tensors import Tensor, open_tensors
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.families import Family, decoder_config, family_of
+from ches_jax.models.mapping import Rule, resolved
+
+STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
+                             ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
+"""Buffers that old checkpoints carry: recomputed from the config, never read."""
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    sharding: Any = None,
+) -> Decoder:
+    """Load a decoder from a Hugging Face directory or hub name.
+
+    Args:
+      model: directory or hub name.
+      dtype: dtype of the computation: float32, bfloat16, float16 or float64 (needs x64 enabled).
+      param_dtype: dtype the weights are kept in; default: as stored.
+      sharding: None (the default device), or a function (parameter name, shape) -> ``jax.sharding.Sharding``.
+
+    Raises:
+      CheckpointError: anything that does not fit, all problems in one message.
+    """
+    directory = resolve(model)
+    raw = read_config(directory)
+    config = decoder_config(raw, str(directory))
+    family = family_of(raw, str(directory))
+    tensors = {
+        n: t
+        for n, t in open_tensors(directory).items()
+        if not n.endswith(STORED_BUT_NOT_PARAMETERS)
+    }
+    abstract = abstract_decoder(config, dtype=jnp.dtype(dtype))
+    params = named_parameters(abstract)
+    table = _checked_table(
+        directory, family, config, {k: v.shape for k, v in params.items()}, tensors
+    )
+    place = sharding or (lambda name, shape: SingleDeviceSharding(jax.local_devices()[0]))
+    arrays = {}
+    for name, leaf in params.items():
+        arrays[name] = _read(
+            table[name],
+            config.num_layers,
+            leaf.shape,
+            tensors,
+            param_dtype,
+            place(name, leaf.shape),
+        )
+    _check_finite(directory, {name: (table[name], value) for name, value in arrays.items()})
+    return with_parameters(abstract, arrays)
+
+
+def with_parameters(abstract: Decoder, arrays: dict[str, Any]) -> Decoder:
+    """The decoder with ``arrays`` as its parameters."""
+    graph, state = nnx.split(abstract)
+    flat = [
+        (path, leaf.replace(arrays[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _checked_table(
+    directory: Path,
+    family: Family,
+    config: DecoderConfig,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: dict[str, Tensor],
+) -> dict[str, Rule]:
+    """The family's rules by parameter, after every tensor and parameter has been accounted for."""
+    table = {rule.param: rule for rule in family.name_rules(shapes, config)}
+    problems: list[str] = []
+    used: Counter[str] = Counter()
+    for param, shape in shapes.items():
+        rule = table[param]
+        per_layer = shape[1:] if rule.stacked else shape
+        for layer in range(config.num_layers if rule.stacked else 1):
+            name = rule.tensor_name(layer)
+            used[name] += 1
+            if name not in tensors:
+                problems.append(f"tensor {name!r} is missing (for parameter {param})")
+            elif tensors[name].shape != rule.view.tensor_shape(per_layer):
+                problems.append(
+                    f"tensor {name!r} has shape {tensors[name].shape}; config.json asks for "
+                    f"{rule.view.tensor_shape(per_layer)}"
+                )
+    # a tied head may be stored beside the embedding it repeats
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
+    problems += [
+        f"tensor {n!r} matches no parameter of a {config.family} model"
+        for n in tensors
+        if n not in used and n not in tied
+    ]
+    if problems:
+        raise CheckpointError(many(str(directory), problems))
+    return table
+
+
+def _read(
+    rule: Rule,
+    layers: int,
+    shape: tuple[int, ...],
+    tensors: dict[str, Tensor],
+    dtype: str | None,
+    sharding: Any,
+):
+    """One parameter as a device array; each shard reads only its own slice."""
+    stored = tensors[rule.tensor_name(0)].dtype
+    kept = np.dtype(dtype or stored)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        index = resolved(index, shape)
+        if not rule.stacked:
+            return rule.view.read(tensors[rule.tensor_name(0)], index).astype(kept, copy=False)
+        out = np.empty([s.stop - s.start for s in index], kept)
+        for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            out[i] = rule.view.read(tensors[rule.tensor_name(layer)], index[1:])
+        return out
+
+    if isinstance(sharding, NamedSharding):
+        return jax.make_array_from_callback(shape, sharding, shard)
+    return jax.device_put(shard(tuple(slice(None) for _ in shape)), sharding)
+
+
+def _check_finite(directory: Path, arrays: dict[str, tuple[Rule, jax.Array]]) -> None:
+    """Refuse NaN and infinite weights, naming the tensors."""
+
+    problems = []
+    for rule, value in arrays.values():
+        axes = tuple(range(1 if rule.stacked else 0, value.ndim))
+        ok = np.atleast_1d(jax.device_get(_all_finite(value, axes)))
+        problems += [
+            f"tensor {rule.tensor_name(i)!r} holds NaN or infinite values"
+            for i in np.flatnonzero(~ok)
+        ]
+    if problems:
+        raise CheckpointError(many(str(directory), problems))
+
+
+@partial(jax.jit, static_argnums=1)
+def _all_finite(value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.isfinite(value).all(axes)

@@ -1,0 +1,16 @@
+"""Which dtype sums accumulate in, and how precisely matrices are multiplied, by the dtype of the computation."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def accumulate(dtype: DTypeLike) -> np.dtype:
+    """Float64 for float64, float32 for everything else."""
+    return np.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def matmul_precision(dtype: DTypeLike) -> lax.Precision:
+    """Full precision for float32 and float64, whose inputs accelerators would round; native for 16 bits."""
+    return lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize == 2 else lax.Precision.HIGHEST
