@@ -1,0 +1,1 @@
+"""Which runs, and what came out of them: the library says how."""
