@@ -1,0 +1,286 @@
+"""What is the prompt of a row, and what text does the model see.
+
+Two steps, both pure. ``canonical_content`` brings every accepted row shape to one: explicit text,
+an explicit conversation, or token ids. ``render`` turns that into the texts that are tokenised.
+
+    accepted                                              canonical
+    prompt, chosen, rejected: str                         the same
+    chosen, rejected: whole "Human: / Assistant:" texts   prompt up to the last common "Assistant:"
+    prompt, chosen, rejected: messages                    the same
+    chosen, rejected: whole conversations                 prompt = their common leading messages
+    prompt_ids, chosen_ids, rejected_ids                  the same; they win over text beside them
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ches_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["auto", "none", "always"]
+"""auto: conversations go through the chat template, text stays text; always: text becomes one user
+turn; none: no template, so only single-turn conversations can be read (as the text they hold)."""
+
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
+
+_ASSISTANT = "\n\nAssistant:"
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """The texts of one pair; each response text begins with the prompt's (templates permitting)."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    templated: bool
+    """The text comes from a chat template, which writes BOS and end-of-turn tokens itself."""
+    empty: tuple[str, ...]
+    """Parts (prompt, chosen, rejected) without any text of their own."""
+    turns: Mapping[str, int]
+    """Messages in each response: all but the last rightly hold an end-of-turn token."""
+
+
+def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    r"""Brings a row of any accepted shape to explicit ``prompt, chosen, rejected`` or to token ids.
+
+    Args:
+      row: the row as read; null values count as absent.
+      columns: canonical name -> name in the row, where they differ; an empty name hides the column.
+
+    Raises:
+      DataError: columns are missing or hold something else than text, messages or token ids.
+
+    >>> dialogue = "\n\nHuman: 1+1?\n\nAssistant:"
+    >>> canonical_content({"chosen": dialogue + " 2", "rejected": dialogue + " 3"}, {})
+    {'prompt': '\n\nHuman: 1+1?\n\nAssistant:', 'chosen': ' 2', 'rejected': ' 3'}
+    """
+    values = {name: row.get(columns.get(name, name)) for name in COLUMNS}
+    values = {name: value for name, value in values.items() if value is not None}
+    if all(name in values for name in ID_COLUMNS):
+        return {name: _token_ids(name, values[name]) for name in ID_COLUMNS}
+    required: list[str] = ["chosen", "rejected"]
+    if any(name in values for name in ID_COLUMNS) and not any(n in values for n in required):
+        required = list(ID_COLUMNS)
+    if columns.get("prompt"):
+        required.insert(0, "prompt")
+    _require([name for name in required if name not in values], row, columns)
+    content = _explicit(values, row, columns)
+    for name in ("tools", "chat_template_kwargs"):
+        if name in values:
+            content[name] = _template_argument(name, values[name])
+    return content
+
+
+def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", template: Template) -> Rendered:
+    """The texts of a canonical row (not of token ids).
+
+    Raises:
+      DataError: a conversation and no chat template to write it with, or the template refuses it.
+    """
+    texts = _plain_texts(content, template)
+    if texts is not None and template != "always":
+        prompt, chosen, rejected = texts
+        return Rendered(
+            prompt=prompt,
+            chosen=prompt + chosen,
+            rejected=prompt + rejected,
+            templated=False,
+            empty=tuple(n for n, t in zip(TEXT_COLUMNS, texts, strict=True) if not t),
+            turns={"chosen": 1, "rejected": 1},
+        )
+    prompt, chosen, rejected = (_as_messages(n, content[n]) for n in TEXT_COLUMNS)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
+            "with one (chat_template.jinja beside tokenizer.json), give prompt, chosen and "
+            "rejected as text, or, for single turns, --chat-template none"
+        )
+    return Rendered(
+        prompt=_apply(tokenizer, prompt, content, generation_prompt=True) if prompt else "",
+        chosen=_apply(tokenizer, prompt + chosen, content),
+        rejected=_apply(tokenizer, prompt + rejected, content),
+        templated=True,
+        empty=tuple(
+            n
+            for n, messages in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True)
+            if not any(m.get("content") or m.get("tool_calls") for m in messages)
+        ),
+        turns={"chosen": len(chosen), "rejected": len(rejected)},
+    )
+
+
+def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    chosen = _text_or_messages("chosen", values["chosen"])
+    rejected = _text_or_messages("rejected", values["rejected"])
+    prompt = values.get("prompt")
+    if prompt is not None:
+        prompt = _text_or_messages("prompt", prompt)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        parts = _split_conversation(prompt, chosen, rejected)
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        if isinstance(prompt, list):
+            parts = (prompt, _as_messages("chosen", chosen), _as_messages("rejected", rejected))
+        elif prompt is None:
+            parts = _split_dialogue(chosen, rejected)
+            _require([] if parts else ["prompt"], row, columns)
+        else:
+            parts = (prompt, chosen, rejected)
+    else:
+        raise DataError("one of 'chosen' and 'rejected' is text and the other a conversation: give both alike")
+    return dict(zip(TEXT_COLUMNS, parts or (), strict=True))
+
+
+def _split_conversation(
+    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Finds the prompt that responses may repeat.
+
+    A response cannot open with a user or system turn, so messages that do are whole conversations,
+    and a text prompt beside them (UltraFeedback's habit) must not be put in front a second time.
+    """
+    whole = all(m and m[0]["role"] in ("system", "developer", "user") for m in (chosen, rejected))
+    if isinstance(prompt, list):
+        n = len(prompt)
+        if chosen[:n] == prompt == rejected[:n]:
+            return prompt, chosen[n:], rejected[n:]
+        return prompt, chosen, rejected
+    if prompt is not None and not whole:
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    common = 0
+    # The last message is always the response, also where both are the same.
+    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
+        if left != right:
+            break
+        common += 1
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+    """Cuts two whole "Human: / Assistant:" texts after their last common "Assistant:"."""
+    pairs = zip(chosen, rejected, strict=False)
+    shorter = min(len(chosen), len(rejected))
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+    found = chosen[:common].rfind(_ASSISTANT)
+    if found >= 0:
+        cut = found + len(_ASSISTANT)
+        return chosen[:cut], chosen[cut:], rejected[cut:]
+    if all(text.lstrip().startswith("Human:") for text in (chosen, rejected)):
+        return "", chosen, rejected  # audited as an empty prompt
+    return None
+
+
+def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    if not missing:
+        return
+    named = [f"'{columns.get(n) or n}'" for n in missing]
+    null = [n for n in missing if (columns.get(n) or n) in row]
+    remedy = " ".join(f"{n}=NAME" for n in missing)
+    raise DataError(
+        f"no column {' or '.join(named)}{' (it is null here)' if null else ''}; "
+        f"found: {', '.join(map(str, row)) or 'none'}; expected prompt, chosen, rejected or "
+        f"{', '.join(ID_COLUMNS)}; say which column is which with --columns {remedy}"
+    )
+
+
+def _text_or_messages(name: str, value: Any) -> str | list[Message]:
+    return value if isinstance(value, str) else _as_messages(name, value)
+
+
+def _as_messages(name: str, value: Any) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
+    if isinstance(value, Mapping) and isinstance(value.get("role"), list):
+        # datasets hands out its older Sequence feature as one mapping of lists
+        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not all(_is_message(m) for m in value):
+        raise DataError(f"'{name}' is {_kind(value)}; expected text or a list of messages with 'role' and 'content'")
+    return [_without_nulls(m) for m in value]
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and (isinstance(value.get("content"), str | list) or bool(value.get("tool_calls")))
+    )
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise DataError(f"'{name}' is {_kind(value)}; expected a list of token ids (integers from 0)")
+    return value
+
+
+def _template_argument(name: str, value: Any) -> Any:
+    kind, expected = (list, "a list") if name == "tools" else (Mapping, "an object")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"'{name}' is text that is not JSON; expected {expected}") from None
+    if not isinstance(value, kind):
+        raise DataError(f"'{name}' is {_kind(value)}; expected {expected}")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow fills the fields a message does not have with nulls; JSON leaves them out."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(v) for v in value]
+    return value
+
+
+def _kind(value: Any) -> str:
+    """A few words for messages: the type and the beginning of a value."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _plain_texts(content: Mapping[str, Any], template: Template) -> tuple[str, str, str] | None:
+    parts = tuple(content[n] for n in TEXT_COLUMNS)
+    if isinstance(parts[0], str):
+        return parts
+    if template != "none":
+        return None
+    if all(len(p) == 1 and isinstance(p[0].get("content"), str) for p in parts):
+        prompt, chosen, rejected = (p[0]["content"] for p in parts)
+        return prompt, chosen, rejected
+    raise DataError(
+        "the row is a conversation of several messages, which --chat-template none cannot write as "
+        "text: use --chat-template auto"
+    )
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    content: Mapping[str, Any],
+    generation_prompt: bool = False,
+) -> str:
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=content.get("tools"),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **content.get("chat_template_kwargs", {}),
+        )
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the tokenizer's chat template refuses the row: {error}; its roles are "
+            f"{', '.join(m['role'] for m in messages)}"
+        ) from error
+    assert isinstance(text, str)
+    return text

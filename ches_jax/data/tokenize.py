@@ -1,0 +1,305 @@
+"""Rows to audited token pairs: the one owner of BOS, EOS, the prompt boundary and truncation.
+
+    text   prompt | response            joint = tokens of prompt + response, as one text
+    ids    p0 p1 p2 | y1 y2 EOS         prompt = tokens of the prompt alone, if joint begins with it;
+                                        otherwise as much of it as both joints begin with
+
+Prompt and response are tokenised together, since that is what a model sees; the response never gets
+a BOS or a leading space of its own.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ches_jax.data.audit import FLAGS
+from ches_jax.data.prompts import ID_COLUMNS, Rendered, Template, render
+from ches_jax.data.sources import Row
+from ches_jax.errors import DataError
+from ches_jax.types import Eos, Response, TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+Triple = tuple[Ids, Ids, Ids]
+"""Of the prompt, chosen and rejected."""
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local directory (never reaching for the network) or of a hub name.
+
+    Raises:
+      DataError: there is none, or it cannot be read without running code from the directory.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(path)
+    local = folder.is_dir()
+    if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        # Any failure of the class that the directory names; the bare file is often good enough.
+        if (folder / "tokenizer.json").exists():
+            with contextlib.suppress(Exception):
+                return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            with contextlib.suppress(Exception):
+                return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        reason = str(error).partition("\n")[0]
+        missing = [n for n in ("tokenizer.json", "tokenizer_config.json") if not (folder / n).exists()]
+        raise DataError(
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
+            + (f"not there: {', '.join(missing)}; " if missing and local else "")
+            + "give a directory with tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 over all that decides ids: the serialised tokenizer, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:
+        state["padding"] = state["truncation"] = None  # settings of the last call
+    parts = [state, _plain(tokenizer.special_tokens_map), tokenizer.chat_template]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Tokenises batches of rows. The result for a row does not depend on its batch.
+
+    Attributes:
+      tokenizer: a transformers tokenizer.
+      max_length: most tokens of prompt and response together; longer responses are cut and flagged.
+      eos: whether the terminator counts in a response's length.
+      vocab_size: rows of the model's embedding; ids beyond are an error. None: not checked.
+      template: see ``data.prompts.Template``.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    eos: Eos = "include"
+    vocab_size: int | None = None
+    template: Template = "auto"
+    _suffix: Ids = field(init=False, repr=False)
+    """What the tokenizer itself puts after a text."""
+    _ends: frozenset[int] = field(init=False, repr=False)
+    """Ids that can end a turn: all special tokens but BOS, padding and the unknown token."""
+
+    def __post_init__(self):
+        if self.max_length < 2:
+            raise DataError(f"--max-length {self.max_length}: expected room for a prompt and a response, at least 2")
+        if self.eos == "include" and self._eos_id is None:
+            raise DataError(
+                "the tokenizer has no EOS token, so no response can be complete: use "
+                "--eos exclude, or set eos_token in tokenizer_config.json"
+            )
+        object.__setattr__(self, "_suffix", _added_suffix(self.tokenizer))
+        object.__setattr__(self, "_ends", _end_ids(self.tokenizer))
+
+    def __call__(self, rows: Sequence[Row]) -> list[TokenPair]:
+        """Tokenises and audits rows.
+
+        Raises:
+          DataError: a row cannot be written with the chat template, or holds an id that the model
+            does not have.
+        """
+        rendered = [self._render(row) for row in rows]
+        ids = self._encode(rendered)
+        return [self._pair(row, text, next(ids) if text else None) for row, text in zip(rows, rendered, strict=True)]
+
+    @property
+    def _eos_id(self) -> int | None:
+        return _single(self.tokenizer.eos_token_id)
+
+    def _render(self, row: Row) -> Rendered | None:
+        if ID_COLUMNS[0] in row.content:
+            return None
+        try:
+            return render(row.content, self.tokenizer, self.template)
+        except DataError as error:
+            raise DataError(f"{_name(row)}: {error}") from error.__cause__
+
+    def _encode(self, rendered: Sequence[Rendered | None]) -> Iterator[Triple]:
+        """Yields prompt and joint ids of each rendered row, in order; one call per kind of text."""
+        kinds = {
+            templated: [r for r in rendered if r is not None and r.templated is templated]
+            for templated in (False, True)
+        }
+        ids = {
+            templated: iter(self._ids([t for r in some for t in (r.prompt, r.chosen, r.rejected)], templated))
+            for templated, some in kinds.items()
+        }
+        for r in rendered:
+            if r is not None:
+                found = ids[r.templated]
+                yield next(found), next(found), next(found)
+
+    def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=not templated,  # a template writes its own
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        suffix = () if templated else self._suffix
+        return [_without_suffix(tuple(ids), suffix) for ids in encoded]  # type: ignore[arg-type]
+
+    def _pair(self, row: Row, text: Rendered | None, ids: Triple | None) -> TokenPair:
+        found: dict[str, str] = {}
+        if text is None or ids is None:
+            prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
+            empty, turns = (), {}
+        else:
+            prompt, chosen, rejected = _cut(*ids, found)
+            empty, turns = text.empty, text.turns
+        self._check_vocabulary(row, (prompt, chosen, rejected))
+        bos = _single(self.tokenizer.bos_token_id)
+        if bos is not None and prompt[:2] == (bos, bos):
+            found["double_bos"] = "prompt"
+        marked = text is None or text.templated
+        complete = {
+            name: self._complete(name, ids_, marked, turns.get(name, 1), found)
+            for name, ids_ in (("chosen", chosen), ("rejected", rejected))
+        }
+        if not prompt or "prompt" in empty:
+            found["empty_prompt"] = ""
+        for name, response in complete.items():
+            if not response.content or name in empty:
+                found[f"empty_{name}"] = ""
+        if len(prompt) >= self.max_length:
+            found["prompt_too_long"] = f"{len(prompt)} tokens, --max-length {self.max_length}"
+        else:
+            complete = {n: self._truncated(n, r, len(prompt), found) for n, r in complete.items()}
+        if complete["chosen"].content == complete["rejected"].content:
+            found["identical"] = ""
+        return TokenPair(
+            row_id=row.row_id,
+            index=row.index,
+            prompt=prompt,
+            chosen=complete["chosen"],
+            rejected=complete["rejected"],
+            flags=tuple(flag for flag in FLAGS if flag in found),
+            category=row.category,
+            detail={flag: found[flag] for flag in FLAGS if found.get(flag)},
+        )
+
+    def _complete(self, name: str, ids: Ids, marked: bool, turns: int, found: dict[str, str]) -> Response:
+        """Splits a response into content and terminator.
+
+        A terminator that is there is taken off: EOS for plain text, any end-of-turn token
+        (``marked``) for templates and given ids. Without one, the response ends with EOS.
+        """
+        eos, bos = self._eos_id, _single(self.tokenizer.bos_token_id)
+        content, run = self._split_end(ids, marked)
+        terminator = run[0] if run else eos
+        extra = len(run) - len(set(run))
+        inside = max(sum(content.count(i) for i in {eos, terminator} - {None}) - (turns - 1), 0)
+        if extra:
+            _note(found, "double_eos", f"{name} ends with {extra + 1}")
+        if inside:
+            _note(found, "double_eos", f"{inside} inside {name}")
+        if bos is not None and bos != eos and bos in content:
+            _note(found, "double_bos", f"{content.count(bos)} inside {name}")
+        return Response(content, terminator)
+
+    def _split_end(self, ids: Ids, marked: bool) -> tuple[Ids, Ids]:
+        """The content, and the run of end tokens after it (without the white space between)."""
+        ends = self._ends if marked else frozenset({self._eos_id})
+        run: list[int] = []
+        stop = position = len(ids)
+        while position and (ids[position - 1] in ends or (marked and self._blank(ids[position - 1]))):
+            position -= 1
+            if ids[position] in ends:
+                run.insert(0, ids[position])
+                stop = position
+        return ids[:stop], tuple(run)
+
+    def _blank(self, token_id: int) -> bool:
+        return not str(self.tokenizer.decode([token_id])).strip()
+
+    def _truncated(self, name: str, response: Response, prompt_tokens: int, found: dict[str, str]) -> Response:
+        room = self.max_length - prompt_tokens
+        if len(response.targets(self.eos)) <= room:
+            return response
+        needed = prompt_tokens + len(response.targets(self.eos))
+        found[f"truncated_{name}"] = f"{needed} tokens, --max-length {self.max_length}"
+        return Response(response.content[:room], None)
+
+    def _check_vocabulary(self, row: Row, parts: Sequence[Ids]) -> None:
+        largest = max((i for ids in parts for i in ids), default=0)
+        if self.vocab_size is not None and max(largest, self._eos_id or 0) >= self.vocab_size:
+            raise DataError(
+                f"{_name(row)}: token id {max(largest, self._eos_id or 0)}, but the model's "
+                f"vocabulary has {self.vocab_size} (the tokenizer's: {len(self.tokenizer)}); use "
+                "the tokenizer that belongs to the model"
+            )
+
+
+def _cut(prompt: Ids, chosen: Ids, rejected: Ids, found: dict[str, str]) -> Triple:
+    """Cuts both joints after the prompt, at the same place."""
+    cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    if cut < len(prompt):
+        found["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
+    return prompt[:cut], chosen[cut:], rejected[cut:]
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    both = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
+
+
+def _added_suffix(tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """The ids a tokenizer appends of its own accord, found by tokenising a letter."""
+    full = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return tuple(full[start + len(bare) :])
+    return ()
+
+
+def _without_suffix(ids: Ids, suffix: Ids) -> Ids:
+    return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
+
+
+def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    others = (tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    special -= {_single(token_id) for token_id in others}
+    eos = _single(tokenizer.eos_token_id)
+    return frozenset(special | ({eos} if eos is not None else set()))
+
+
+def _single(token_id: Any) -> int | None:
+    return token_id if isinstance(token_id, int) else None
+
+
+def _note(found: dict[str, str], flag: str, what: str) -> None:
+    found[flag] = f"{found[flag]}, {what}" if found.get(flag) else what
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of special tokens, some of which are objects that print as their text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _name(row: Row) -> str:
+    return f"{row.where} (row_id {row.row_id[:12]})"
