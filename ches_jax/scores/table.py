@@ -2,9 +2,25 @@
 
 ``scores.parquet`` holds one row per pair in input order; its schema metadata tells under the key
 ``ches_jax`` (JSON) how the numbers came to be. Tables join by ``row_id``, never by position.
+
+A long run writes parts and merges them at its end. The bytes of the merged file depend on the rows
+and the metadata alone, not on how the rows were cut into parts: row groups have a fixed size and no
+time is stored.
 """
 
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.errors import RunError
 
 COLUMNS: dict[str, pa.DataType] = {
     "row_id": pa.string(),
@@ -27,5 +43,262 @@ COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(pa.string()),
     "category": pa.string(),
 }
-"""Every column a table can have. ``head_score``, ``logp_*`` and ``category`` are there when asked or known;
-the scores of a row that could not be scored (kept with a flag) are null."""
+"""Every column a table can have. ``head_score``, ``logp_*`` and ``category`` are there when asked
+or known; the scores of a row that could not be scored (kept with a flag) are null."""
+
+FILE_NAME = "scores.parquet"
+METADATA_KEY = b"ches_jax"
+ROW_GROUP = 65_536
+"""Rows of a row group: about 10 MB of numbers, so that writing and merging stay small in memory."""
+
+
+def schema(columns: Iterable[str], metadata: Mapping[str, Any]) -> pa.Schema:
+    """The schema of a table with ``columns`` (in the order of ``COLUMNS``) and its provenance.
+
+    >>> schema(["index", "row_id", "ches"], {"eos": "include"}).names
+    ['row_id', 'index', 'ches']
+    """
+    asked = set(columns)
+    problems = [f"unknown column {name!r}" for name in sorted(asked - set(COLUMNS))]
+    problems += [f"column {name!r} is missing" for name in ("row_id", "index") if name not in asked]
+    if problems:
+        raise RunError(f"score table: {'; '.join(problems)} (columns: {', '.join(COLUMNS)})")
+    text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
+    fields = [pa.field(name, kind) for name, kind in COLUMNS.items() if name in asked]
+    return pa.schema(fields, metadata={METADATA_KEY: text.encode()})
+
+
+def metadata_of(table_schema: pa.Schema, subject: str) -> dict[str, Any]:
+    """The provenance in a table's schema; ``subject`` names the file in messages."""
+    raw = (table_schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise RunError(f"{subject}: not a score table (no {METADATA_KEY.decode()!r} metadata)")
+    try:
+        metadata = json.loads(raw)
+    except ValueError as error:
+        raise RunError(f"{subject}: its metadata is damaged ({error})") from error
+    if not isinstance(metadata, dict):
+        raise RunError(f"{subject}: its metadata is damaged (expected a JSON object)")
+    return metadata
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name, renamed to ``path`` when the block ends well and removed when not.
+
+    A reader therefore sees the whole file or none, also after the machine stops in between.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class TableWriter:
+    """Writes a table block by block; a context manager, the file appears when it ends well.
+
+    Every row is checked as it passes: ``index`` strictly increases (each row once) and no number is
+    NaN or infinite (a score that could not be computed is null, and says so in ``flags``).
+    """
+
+    def __init__(self, path: Path | str, columns: Iterable[str], metadata: Mapping[str, Any]):
+        self.path = Path(path)
+        self.schema = schema(columns, metadata)
+        self._last_index = -1
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> "TableWriter":
+        self._replacing = replacing(self.path)
+        self._temporary = self._replacing.__enter__()
+        # Statistics and versions are left at their defaults: none of them holds a time or a place.
+        self._writer = pq.ParquetWriter(self._temporary, self.schema, compression="zstd")
+        return self
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Adds rows given as ``{column: list, numpy array or arrow array}``."""
+        if set(columns) != set(self.schema.names):
+            raise RunError(
+                f"{self.path}: got columns {sorted(columns)}, expected {self.schema.names}"
+            )
+        arrays = [_array(columns[field.name], field) for field in self.schema]
+        self.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+
+    def write_table(self, block: pa.Table) -> None:
+        """Adds the rows of an arrow table with this writer's columns."""
+        self._last_index = check_rows(block, self._last_index, str(self.path))
+        self._waiting.append(block)
+        while sum(len(t) for t in self._waiting) >= ROW_GROUP:
+            waiting = pa.concat_tables(self._waiting)
+            self._flush(waiting.slice(0, ROW_GROUP))
+            self._waiting = [waiting.slice(ROW_GROUP)]
+
+    def _flush(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows.combine_chunks(), row_group_size=ROW_GROUP)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and sum(len(t) for t in self._waiting):
+            self._flush(pa.concat_tables(self._waiting))
+        self._writer.close()
+        self._replacing.__exit__(kind, error, trace)
+
+
+def _array(values: Any, field: pa.Field) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if isinstance(values, pa.Array):
+        return values.cast(field.type)
+    try:
+        return pa.array(values, type=field.type, from_pandas=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise RunError(f"score table: column {field.name!r}: {error}") from error
+
+
+def check_rows(block: pa.Table, last_index: int, subject: str) -> int:
+    """The last ``index`` of ``block``, whose rows must be finite and in order."""
+    index = block["index"].to_numpy()
+    steps = np.diff(index, prepend=last_index)
+    if (bad := np.flatnonzero(steps <= 0)).size:
+        at = int(bad[0])
+        before = int(index[at - 1]) if at else last_index
+        raise RunError(
+            f"{subject}: row index {int(index[at])} comes after {before}; "
+            "every row must occur once, in the order of the input"
+        )
+    for name in block.schema.names:
+        if not pa.types.is_floating(block.schema.field(name).type):
+            continue
+        wrong = ~np.isfinite(block[name].to_numpy()) & ~block[name].is_null().to_numpy()
+        if wrong.any():
+            row = block.slice(int(np.argmax(wrong)), 1).to_pylist()[0]
+            raise RunError(
+                f"{subject}: row index {row['index']} (row_id {row['row_id']}): "
+                f"{name} is {row[name]}; a score must be finite, or null with a flag"
+            )
+    return int(index[-1]) if len(index) else last_index
+
+
+def write_part(path: Path | str, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes one part (or a whole small table) atomically."""
+    with TableWriter(path, columns, metadata) as writer:
+        writer.write(columns)
+
+
+def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
+    """Joins parts, in the order given, into one table, a row group at a time.
+
+    Returns:
+      The number of rows.
+
+    Raises:
+      RunError: no parts, parts whose metadata or columns differ, a row twice or out of order.
+    """
+    if not parts:
+        raise RunError(f"{out}: no parts to merge")
+    files = [_open(Path(part)) for part in parts]
+    try:
+        first, metadata = files[0].schema_arrow, metadata_of(files[0].schema_arrow, str(parts[0]))
+        for part, file in zip(parts[1:], files[1:], strict=True):
+            _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
+        with TableWriter(out, first.names, metadata) as writer:
+            for file in files:
+                for batch in file.iter_batches(batch_size=ROW_GROUP):
+                    writer.write_table(pa.Table.from_batches([batch]).cast(writer.schema))
+        return sum(file.metadata.num_rows for file in files)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _check_agrees(
+    part: Path | str,
+    got: pa.Schema,
+    reference: Path | str,
+    want: pa.Schema,
+    metadata: dict[str, Any],
+) -> None:
+    other = metadata_of(got, str(part))
+    keys = sorted(k for k in {*other, *metadata} if other.get(k) != metadata.get(k))
+    if keys:
+        told = "; ".join(f"{k}: {other.get(k)!r} and {metadata.get(k)!r}" for k in keys)
+        raise RunError(f"{part}: was scored otherwise than {reference} ({told})")
+    if not got.equals(want):
+        raise RunError(f"{part}: has columns {got.names}, {reference} has {want.names}")
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise RunError(f"{path}: no such file")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
+def table_path(run: Path | str) -> Path:
+    """Where the table of a run is: the file itself, or ``scores.parquet`` in its directory."""
+    path = Path(run)
+    if not path.exists():
+        raise RunError(f"{path}: no such file or directory; expected a directory of `ches score`")
+    if path.is_file():
+        return path
+    if not (path / FILE_NAME).is_file():
+        raise RunError(
+            f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?"
+        )
+    return path / FILE_NAME
+
+
+def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+    """The score table of a run directory (or a Parquet file) and its provenance.
+
+    Raises:
+      RunError: missing, damaged, or not a table that this package wrote.
+    """
+    path = table_path(run)
+    with _open(path) as file:
+        metadata = metadata_of(file.schema_arrow, str(path))
+        try:
+            table = file.read()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RunError(f"{path}: is damaged ({error})") from error
+    wrong = [
+        f"{name} is {kind}, expected {COLUMNS[name]}"
+        for name, kind in zip(table.schema.names, table.schema.types, strict=True)
+        if name in COLUMNS and kind != COLUMNS[name]
+    ]
+    wrong += [
+        f"{name} is missing" for name in ("row_id", "index") if name not in table.schema.names
+    ]
+    if wrong:
+        raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
+    check_rows(table, -1, str(path))
+    return table, metadata
+
+
+def align(left: pa.Table, right: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rows that two tables share, by ``row_id``, in the order of ``left``.
+
+    Rows with the same content have the same id: their copies are matched in order of occurrence.
+    """
+    places: dict[str, list[int]] = {}
+    for position, row_id in enumerate(right["row_id"].to_pylist()):
+        places.setdefault(row_id, []).append(position)
+    for found in places.values():
+        found.reverse()
+    pairs = [
+        (position, places[row_id].pop())
+        for position, row_id in enumerate(left["row_id"].to_pylist())
+        if places.get(row_id)
+    ]
+    both = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]

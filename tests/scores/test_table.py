@@ -1,0 +1,142 @@
+"""The score table: bytes, order, provenance and the errors a user can meet."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.errors import RunError
+from ches_jax.scores import table as tables
+
+METADATA = {"model": {"sha256": "ab"}, "eos": "include"}
+
+
+def rows(start, stop, **more):
+    index = np.arange(start, stop)
+    return {
+        "row_id": [f"r{i}" for i in index],
+        "index": index,
+        "ches": np.sin(index),
+        "chosen_tokens": index + 1,
+        "flags": [["truncated"] if i % 3 == 0 else [] for i in index],
+        **more,
+    }
+
+
+def test_round_trip_keeps_rows_types_and_provenance(tmp_path):
+    tables.write_part(tmp_path / "scores.parquet", rows(0, 5), METADATA)
+    table, metadata = tables.read_table(tmp_path)
+    assert metadata == METADATA
+    assert table["index"].to_pylist() == [0, 1, 2, 3, 4]
+    assert table["ches"].to_pylist() == np.sin(np.arange(5)).tolist()
+    assert table["flags"].to_pylist()[:2] == [["truncated"], []]
+    assert all(tables.COLUMNS[f.name] == f.type for f in table.schema)
+    assert table.equals(tables.read_table(tmp_path / "scores.parquet")[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_the_bytes_do_not_depend_on_how_the_rows_were_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROW_GROUP", 4)
+    tables.write_part(tmp_path / "whole", rows(0, 11), METADATA)
+    for name, cuts in {"x": [0, 3, 4, 11], "y": [0, 6, 11]}.items():
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            parts.append(tmp_path / f"{name}-{start}")
+            tables.write_part(parts[-1], rows(start, stop), METADATA)
+        assert tables.merge_parts(parts, tmp_path / name) == 11
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes()
+    assert pq.ParquetFile(tmp_path / "whole").metadata.num_row_groups == 3
+
+
+def test_nulls_and_arrow_arrays_are_kept(tmp_path):
+    scores = pa.chunked_array([pa.array([1.0, None, 3.0])])
+    tables.write_part(tmp_path / "t", rows(0, 3, ches=scores), METADATA)
+    assert tables.read_table(tmp_path / "t")[0]["ches"].to_pylist() == [1.0, None, 3.0]
+
+
+def test_an_empty_part_and_an_all_null_column(tmp_path):
+    tables.write_part(tmp_path / "a", rows(0, 0), METADATA)
+    tables.write_part(tmp_path / "b", rows(0, 2, ches=[None, None]), METADATA)
+    assert tables.merge_parts([tmp_path / "a", tmp_path / "b"], tmp_path / "t") == 2
+    assert tables.read_table(tmp_path / "t")[0]["ches"].null_count == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_names_its_row_and_leaves_no_file(tmp_path, bad):
+    with pytest.raises(RunError, match=r"row index 1 \(row_id r1\): ches is"):
+        tables.write_part(tmp_path / "t", rows(0, 3, ches=[0.0, bad, 1.0]), METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_twice_or_out_of_order_are_refused(tmp_path):
+    tables.write_part(tmp_path / "a", rows(0, 3), METADATA)
+    tables.write_part(tmp_path / "b", rows(2, 4), METADATA)
+    for parts in (["a", "b"], ["b", "a"], ["a", "a"]):
+        with pytest.raises(RunError, match="every row must occur once"):
+            tables.merge_parts([tmp_path / p for p in parts], tmp_path / "t")
+    with pytest.raises(RunError, match="row index 4 comes after 4"):
+        tables.write_part(tmp_path / "t", rows(0, 2, index=[4, 4]), METADATA)
+    assert not (tmp_path / "t").exists()
+
+
+def test_parts_of_different_runs_are_refused(tmp_path):
+    tables.write_part(tmp_path / "a", rows(0, 3), METADATA)
+    tables.write_part(tmp_path / "b", rows(3, 4), METADATA | {"eos": "exclude"})
+    with pytest.raises(RunError, match="eos: 'exclude' and 'include'"):
+        tables.merge_parts([tmp_path / "a", tmp_path / "b"], tmp_path / "t")
+    tables.write_part(tmp_path / "c", rows(3, 4, ln_ches=[1.0]), METADATA)
+    with pytest.raises(RunError, match="has columns"):
+        tables.merge_parts([tmp_path / "a", tmp_path / "c"], tmp_path / "t")
+    with pytest.raises(RunError, match="no parts"):
+        tables.merge_parts([], tmp_path / "t")
+
+
+def test_columns_are_checked(tmp_path):
+    with pytest.raises(RunError, match="unknown column 'chess'"):
+        tables.schema(["row_id", "index", "chess"], {})
+    with pytest.raises(RunError, match="'row_id' is missing"):
+        tables.schema(["index"], {})
+    with (
+        pytest.raises(RunError, match="expected"),
+        tables.TableWriter(tmp_path / "t", ["row_id", "index", "ches"], {}) as writer,
+    ):
+        writer.write({"row_id": ["a"], "index": [0]})
+    with pytest.raises(RunError, match="column 'index'"):
+        tables.write_part(tmp_path / "t", {"row_id": ["a"], "index": ["zero"]}, {})
+
+
+def test_what_is_not_a_score_table_says_so(tmp_path):
+    with pytest.raises(RunError, match="no such file or directory"):
+        tables.read_table(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"no scores\.parquet"):
+        tables.read_table(tmp_path)
+    (tmp_path / "scores.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(RunError, match="cannot be read as Parquet"):
+        tables.read_table(tmp_path)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "scores.parquet")
+    with pytest.raises(RunError, match="not a score table"):
+        tables.read_table(tmp_path)
+
+
+def test_a_damaged_table_is_an_error_of_the_user(tmp_path):
+    path = tmp_path / "scores.parquet"
+    tables.write_part(path, rows(0, 2000), METADATA)
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RunError, match="cannot be read as Parquet"):
+        tables.read_table(path)
+    data[4:400] = b"\x00" * 396
+    path.write_bytes(data)
+    with pytest.raises(RunError, match="is damaged"):
+        tables.read_table(path)
+
+
+def test_tables_join_by_id_and_copies_in_order():
+    left = pa.table({"row_id": ["a", "b", "a", "c"]})
+    right = pa.table({"row_id": ["c", "a", "x", "a"]})
+    first, second = tables.align(left, right)
+    assert first.tolist() == [0, 2, 3]
+    assert second.tolist() == [1, 3, 0]
+    assert tables.align(left, pa.table({"row_id": pa.array([], pa.string())}))[0].size == 0
