@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.runlog import CONFIG, RUN, read_json
 from ches_jax.scores.derive import numbers, score_column, spearman
 from ches_jax.scores.table import read_table, table_path
 
@@ -341,35 +342,37 @@ class SourceRow(Protocol):
     def row_id(self) -> str: ...
     @property
     def content(self) -> Mapping[str, Any]: ...
+    @property
+    def category(self) -> str | None: ...
 
 
 def read_run(scores: Path | str) -> dict[str, Any]:
-    """The ``run.json`` beside a score table; empty when there is none."""
-    path = table_path(scores).with_name("run.json")
-    if not path.is_file():
-        return {}
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: is damaged ({error})") from error
-    return run if isinstance(run, dict) else {}
+    """The ``run.json`` beside a score table, with its ``config``; empty when there is neither."""
+    folder = table_path(scores).parent
+    run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    if not run.get("config") and (folder / CONFIG).is_file():
+        run["config"] = read_json(folder / CONFIG)
+    return run
 
 
 def dropped_when_scored(scores: Path | str) -> dict[int, str]:
-    """Reasons by index of the rows that the score run dropped."""
+    """Reasons by index of the rows that the score run dropped (``data.audit.dropped_record``)."""
     path = table_path(scores).with_name("dropped.jsonl")
     if not path.is_file():
         return {}
-    with open(path, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    return {int(row["index"]): str(row.get("reason", "unknown")) for row in rows}
+    try:
+        with open(path, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        return {int(row["index"]): ", ".join(row["reasons"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: is damaged ({error!r})") from None
 
 
 def source_rows(config: SelectConfig) -> Iterator[SourceRow]:
     """The rows that were scored, from the source named in the run or in the configuration."""
     from ches_jax.data.sources import open_pairs
 
-    told = read_run(config.scores).get("config", {})
+    told = read_run(config.scores).get("config") or {}
     pairs = config.pairs or told.get("pairs")
     if not pairs:
         raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
@@ -395,7 +398,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dict[str, Any]:
     """Writes the selection to ``config.out``: a preference dataset that tells how it was chosen.
 
-    ``pairs.jsonl`` (the kept rows' own columns, ``row_id`` and the score), ``kept_ids.txt``,
+    ``pairs.jsonl`` (the kept rows' content, category, ``row_id`` and score), ``kept_ids.txt``,
     ``dropped.jsonl`` (every other row of the source, with the reason), ``selection.json`` and the
     card ``README.md``.
 
@@ -414,7 +417,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     with new_directory(Path(config.out)) as folder:
         rows = source_rows(config) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
-        told = read_run(config.scores).get("config", {})
+        told = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {
             "rule": {k: getattr(config, k) for k in ("by", "keep", "control", "seed")},
             **describe(table, decision, config),
@@ -459,7 +462,7 @@ def _write_rows(
             if position is not None:
                 seen[position] = True
             if position is not None and decision.kept[position]:
-                added = _added_columns(row.row_id, position, decision, config)
+                added = _added_columns(row, position, decision, config)
                 replaced |= added.keys() & row.content.keys()
                 pairs.write(_json_line(dict(row.content) | added, row.index))
                 kept_ids.write(f"{row.row_id}\n")

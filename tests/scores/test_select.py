@@ -214,6 +214,23 @@ def test_datasets_loads_the_directory(run, tmp_path):
     assert list(loaded["row_id"]) == (out / "kept_ids.txt").read_text().split()
 
 
+def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
+    from ches_jax.data.sources import open_pairs
+
+    data = tmp_path / "data.jsonl"
+    contents = [row.content | {"category": "c"} for row in source()]
+    data.write_text("".join(json.dumps(c) + "\n" for c in contents))
+    rows = list(open_pairs(str(data)))
+    run = tmp_path / "run"
+    write_part(run / "scores.parquet", columns(row_id=[r.row_id for r in rows]), {})
+    (run / "run.json").write_text(json.dumps({"config": {"pairs": str(data)}}))
+    select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
+    again = list(open_pairs(str(tmp_path / "kept" / "pairs.jsonl")))
+    ids = (tmp_path / "kept" / "kept_ids.txt").read_text().split()
+    assert [row.row_id for row in again] == ids
+    assert {row.category for row in again} == {"c"}
+
+
 @pytest.mark.parametrize("control", ["none", "random", "length"])
 def test_controls_keep_as_many_and_the_same_seed_the_same_bytes(run, tmp_path, control):
     config = {"scores": run, "keep": "quantile:0,0.3", "control": control, "seed": 5}
@@ -257,12 +274,12 @@ def test_rows_dropped_when_scored_are_told_again(tmp_path):
     with pytest.raises(RunError, match=r"changed since it was scored: row 4 \(row_id r4\)"):
         select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    note = {"row_id": "r4", "index": 4, "reason": "empty_chosen"}
+    note = {"row_id": "r4", "index": 4, "reasons": ["empty_chosen", "x"], "detail": {}}
     (run / "dropped.jsonl").write_text(json.dumps(note) + "\n")
     summary = select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
     assert summary["source"]["dropped"]["dropped when scored"] == 1
     told = lines(tmp_path / "kept" / "dropped.jsonl")
-    assert {"row_id": "r4", "index": 4, "reason": "dropped when scored: empty_chosen"} in told
+    assert {"row_id": "r4", "index": 4, "reason": "dropped when scored: empty_chosen, x"} in told
 
 
 @pytest.mark.parametrize(
