@@ -44,9 +44,7 @@ def ches(inner: Numbers, sqnorm_chosen: Numbers) -> Numbers:
     return inner - sqnorm_chosen
 
 
-def ln_ches(
-    inner: Numbers, sqnorm_chosen: Numbers, n_chosen: Numbers, n_rejected: Numbers
-) -> Numbers:
+def ln_ches(inner: Numbers, sqnorm_chosen: Numbers, n_chosen: Numbers, n_rejected: Numbers) -> Numbers:
     r"""Length-normalised CHES: the means of the hidden embeddings stand where the sums stood.
 
     .. math::
@@ -91,9 +89,7 @@ def projection(inner: Numbers, sqnorm_chosen: Numbers) -> Numbers:
     return inner / sqnorm_chosen - 1.0
 
 
-def soft_label(
-    p: Numbers, inner: Numbers, sqnorm_chosen: Numbers, sqnorm_rejected: Numbers
-) -> Numbers:
+def soft_label(p: Numbers, inner: Numbers, sqnorm_chosen: Numbers, sqnorm_rejected: Numbers) -> Numbers:
     r"""Expected CHES when the label is right with probability ``p``, squared hidden units.
 
     .. math:: p\, \mathrm{CHES}_x(y^+, y^-) + (1 - p)\, \mathrm{CHES}_x(y^-, y^+)
@@ -121,26 +117,18 @@ SCORES: dict[str, Score] = {
     "ches": Score(("ches",), _same, "CHES (Definition 2), squared hidden units"),
     "ln_ches": Score(("ln_ches",), _same, "length-normalised CHES (Definition 3)"),
     "head_score": Score(("head_score",), _same, "exact score of the unembedding's gradient"),
-    "last_hidden_inner": Score(
-        ("last_hidden_inner",), _same, "inner product of the last hidden states"
-    ),
+    "last_hidden_inner": Score(("last_hidden_inner",), _same, "inner product of the last hidden states"),
     "cosine": Score(("cosine",), _same, "cosine of the summed hidden states"),
     "swapped": Score(("inner", "sqnorm_rejected"), swapped, "CHES with the roles exchanged"),
-    "minus_edit_distance": Score(
-        ("edit_distance",), np.negative, "minus the normalised token edit distance"
-    ),
-    "projection": Score(
-        ("inner", "sqnorm_chosen"), projection, "CHES over the chosen sum's squared norm"
-    ),
+    "minus_edit_distance": Score(("edit_distance",), np.negative, "minus the normalised token edit distance"),
+    "projection": Score(("inner", "sqnorm_chosen"), projection, "CHES over the chosen sum's squared norm"),
     "logp_margin": Score(
         ("logp_chosen", "logp_rejected"),
         np.subtract,
         "log-probability of chosen less rejected, nats",
         similarity=False,
     ),
-    "chosen_tokens": Score(
-        ("chosen_tokens",), _same, "length of the chosen response, tokens", similarity=False
-    ),
+    "chosen_tokens": Score(("chosen_tokens",), _same, "length of the chosen response, tokens", similarity=False),
     "random": Score((), _same, "seeded uniform numbers", similarity=False),
 }
 """The scores by name. For those with ``similarity`` higher means more similar, also where the

@@ -484,8 +484,10 @@ def _write_rows(
     }
 
 
-def _added_columns(row_id: str, position: int, decision: Decision, config: SelectConfig) -> dict[str, Any]:
-    added: dict[str, Any] = {"row_id": row_id, config.by: float(decision.values[position])}
+def _added_columns(row: SourceRow, position: int, decision: Decision, config: SelectConfig) -> dict[str, Any]:
+    added: dict[str, Any] = {"row_id": row.row_id, config.by: float(decision.values[position])}
+    if row.category is not None:
+        added["category"] = row.category
     if decision.weights is not None:
         added["weight"] = float(decision.weights[position])
     return added

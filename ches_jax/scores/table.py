@@ -122,9 +122,7 @@ class TableWriter:
     def write(self, columns: Mapping[str, Any]) -> None:
         """Adds rows given as ``{column: list, numpy array or arrow array}``."""
         if set(columns) != set(self.schema.names):
-            raise RunError(
-                f"{self.path}: got columns {sorted(columns)}, expected {self.schema.names}"
-            )
+            raise RunError(f"{self.path}: got columns {sorted(columns)}, expected {self.schema.names}")
         arrays = [_array(columns[field.name], field) for field in self.schema]
         self.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
 
@@ -252,9 +250,7 @@ def table_path(run: Path | str) -> Path:
     if path.is_file():
         return path
     if not (path / FILE_NAME).is_file():
-        raise RunError(
-            f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?"
-        )
+        raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
     return path / FILE_NAME
 
 
@@ -276,9 +272,7 @@ def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
         for name, kind in zip(table.schema.names, table.schema.types, strict=True)
         if name in COLUMNS and kind != COLUMNS[name]
     ]
-    wrong += [
-        f"{name} is missing" for name in ("row_id", "index") if name not in table.schema.names
-    ]
+    wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in table.schema.names]
     if wrong:
         raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
     check_rows(table, -1, str(path))
