@@ -17,6 +17,7 @@ from ches_jax.data.prompts import COLUMNS, canonical_content
 from ches_jax.errors import DataError
 
 _BATCH_ROWS = 256
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
 _FORMATS = ".jsonl, .json, .parquet, .arrow, a datasets save_to_disk folder, or owner/name on the hub"
 
 Raw = tuple[str, Any]
@@ -145,7 +146,7 @@ def _open(spec: str, split: str | None) -> Opened:
 
 def _read_lines(path: Path, start: int) -> Iterator[Raw]:
     with path.open("rb") as file:
-        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
         for number, line in itertools.islice(numbered, start, None):
             yield f"line {number}", _parse(path, f"line {number}", line)
 
@@ -167,8 +168,8 @@ def _parse(path: Path, where: str, text: bytes) -> Any:
 
 def _read_json(path: Path, start: int) -> Iterator[Raw]:
     with path.open("rb") as file:
-        first = next((line.strip() for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-    if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        first = next((line for line in file if line.strip(_BLANK)), b"")
+    if not first.strip(_BLANK).startswith(b"["):
         yield from _read_lines(path, start)
         return
     rows = _parse(path, "", path.read_bytes())

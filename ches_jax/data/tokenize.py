@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 over all that decides ids: the serialised tokenizer, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    state: Any = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:
         state["padding"] = state["truncation"] = None  # settings of the last call
     parts = [state, _plain(tokenizer.special_tokens_map), tokenizer.chat_template]

@@ -1,0 +1,168 @@
+"""Row shapes and chat templates: where the prompt is, and what text the model sees."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ches_jax.data.prompts import canonical_content, render
+from ches_jax.errors import DataError
+
+CHATML = (
+    "{% if tools %}<tools>{{ tools | length }}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if think %}<think>{% endif %}{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=CHATML, eos_token="a")
+
+
+@pytest.fixture(scope="module")
+def bare():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a")
+
+
+EXPLICIT = {"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]}
+WHOLE = {"chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]}
+SAME = {
+    "explicit": EXPLICIT,
+    "implicit": WHOLE,
+    "whole, beside the first user turn as text": {"prompt": "q", **WHOLE},
+    "whole, beside the prompt as messages": {"prompt": [user("q")], **WHOLE},
+    "whole, beside an empty prompt": {"prompt": "", **WHOLE},
+    "text prompt": {**EXPLICIT, "prompt": "q"},
+    "text responses": {**EXPLICIT, "chosen": "c", "rejected": "r"},
+    "nulls from Arrow": {
+        **EXPLICIT,
+        "prompt": [{**user("q"), "tool_calls": None}],
+        "prompt_ids": None,
+        "tools": None,
+    },
+    "mapping of lists": {
+        **EXPLICIT,
+        "prompt": {"role": ["user"], "content": ["q"]},
+    },
+}
+
+
+@pytest.mark.parametrize("row", SAME.values(), ids=SAME)
+def test_all_shapes_of_a_conversation_mean_the_same_pair(row):
+    assert canonical_content(row, {}) == EXPLICIT
+
+
+def test_several_leading_messages_are_the_prompt():
+    head = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c")]
+    row = {"prompt": "a", "chosen": [*head, assistant("d")], "rejected": [*head, assistant("e")]}
+    want = {"prompt": head, "chosen": [assistant("d")], "rejected": [assistant("e")]}
+    assert canonical_content(row, {}) == want
+
+
+def test_the_last_message_is_a_response_even_when_both_are_the_same():
+    row = {"chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]}
+    assert canonical_content(row, {})["chosen"] == [assistant("c")]
+
+
+def test_conversations_without_a_common_beginning_have_an_empty_prompt():
+    row = {"chosen": [user("q"), assistant("c")], "rejected": [user("p"), assistant("c")]}
+    assert canonical_content(row, {})["prompt"] == []
+
+
+def test_text_dialogues_are_cut_after_the_last_common_assistant_mark():
+    head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": head + " d", "rejected": head + " dd\n\nHuman: e\n\nAssistant: f"}
+    content = canonical_content(row, {})
+    assert content["prompt"] == head
+    assert head + content["rejected"] == row["rejected"]
+
+
+def test_text_dialogues_without_a_common_mark_have_an_empty_prompt():
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"}
+    assert canonical_content(row, {}) == {"prompt": "", **row}
+
+
+@given(st.text(), st.text(), st.text())
+def test_cutting_a_dialogue_loses_nothing(prompt, chosen, rejected):
+    head = f"\n\nHuman: {prompt}\n\nAssistant:"
+    content = canonical_content({"chosen": head + chosen, "rejected": head + rejected}, {})
+    assert content["prompt"] + content["chosen"] == head + chosen
+    assert content["prompt"] + content["rejected"] == head + rejected
+    assert content["prompt"].startswith(head)
+
+
+def test_token_ids_win_over_text_and_an_empty_name_hides_a_column():
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    text = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    assert canonical_content({**ids, **text}, {}) == ids
+    assert canonical_content({**ids, **text}, {"chosen_ids": ""}) == text
+    assert canonical_content({"prompt": "other", **WHOLE}, {"prompt": ""}) == EXPLICIT
+
+
+def test_tools_and_template_arguments_reach_the_template(tokenizer):
+    row = {**EXPLICIT, "tools": '[{"name": "f"}]', "chat_template_kwargs": {"think": True}}
+    text = render(canonical_content(row, {}), tokenizer, "auto")
+    want = "<tools>1</tools><|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert text.prompt == want + "<think>"
+    assert text.chosen == want + "c<|im_end|>\n"
+
+
+def test_a_conversation_is_written_with_the_template(tokenizer):
+    text = render(EXPLICIT, tokenizer, "auto")
+    assert text.prompt == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert (text.chosen, text.rejected) == (
+        text.prompt + "c<|im_end|>\n",
+        text.prompt + "r<|im_end|>\n",
+    )
+    assert text.templated
+
+
+PLAIN = {"prompt": "q", "chosen": "c", "rejected": "r"}
+
+
+def test_plain_text_stays_plain_unless_asked(tokenizer):
+    for template in ("auto", "none"):
+        text = render(PLAIN, tokenizer, template)
+        assert (text.prompt, text.chosen, text.rejected, text.templated) == ("q", "qc", "qr", False)
+    assert render(PLAIN, tokenizer, "always") == render(EXPLICIT, tokenizer, "auto")
+
+
+def test_no_template_reads_single_turns_as_text(tokenizer, bare):
+    assert render(EXPLICIT, bare, "none") == render(PLAIN, tokenizer, "auto")
+    longer = {**EXPLICIT, "prompt": [user("a"), assistant("b"), user("q")]}
+    with pytest.raises(DataError, match="several messages, which --chat-template none cannot"):
+        render(longer, bare, "none")
+
+
+def test_a_conversation_needs_a_template(bare):
+    with pytest.raises(DataError, match="the tokenizer has no chat template: use a tokenizer with"):
+        render(EXPLICIT, bare, "auto")
+
+
+def test_what_the_template_says_is_told(tokenizer, monkeypatch):
+    refuses = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", refuses)
+    with pytest.raises(DataError, match="refuses the row: roles must alternate; its roles are user"):
+        render(EXPLICIT, tokenizer, "auto")
+
+
+def test_empty_parts_are_named(tokenizer):
+    assert render({**PLAIN, "prompt": ""}, tokenizer, "auto").empty == ("prompt",)
+    empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
+    assert render(empty, tokenizer, "auto").empty == ("prompt", "chosen")

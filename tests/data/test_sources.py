@@ -1,0 +1,304 @@
+"""Preference rows: the same pairs from every format, and one clear message for every mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ches_jax.data.sources import open_pairs, row_id
+from ches_jax.errors import DataError
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+
+TEXT = [
+    {"prompt": "Which?", "chosen": " This – one", "rejected": " That", "category": "a"},
+    {"prompt": "Who?", "chosen": " She", "rejected": " Nobody\nat all", "category": "b"},
+    {"prompt": "", "chosen": "x", "rejected": "", "category": None},
+]
+
+
+def turns(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+CONVERSATION = [
+    {"prompt": turns("hi"), "chosen": turns("", "hello")[1:], "rejected": turns("", "no")[1:]},
+    {"prompt": turns("a", "b", "c"), "chosen": turns("", "d")[1:], "rejected": turns("", "e")[1:]},
+]
+IDS = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": []}]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return path
+
+
+def as_jsonl(tmp, rows):
+    return write_lines(tmp / "pairs.jsonl", rows)
+
+
+def as_json_lines_in_json(tmp, rows):
+    return write_lines(tmp / "lines.json", rows)
+
+
+def as_json_array(tmp, rows):
+    (tmp / "array.json").write_text(json.dumps(rows, indent=1), "utf-8")
+    return tmp / "array.json"
+
+
+def as_parquet(tmp, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), tmp / "pairs.parquet", row_group_size=2)
+    return tmp / "pairs.parquet"
+
+
+def as_arrow_file(tmp, rows):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(tmp / "file.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return tmp / "file.arrow"
+
+
+def as_arrow_stream(tmp, rows):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(tmp / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return tmp / "stream.arrow"
+
+
+def as_folder(tmp, rows):
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp / "folder"))
+    return tmp / "folder"
+
+
+FORMATS = [
+    as_jsonl,
+    as_json_lines_in_json,
+    as_json_array,
+    as_parquet,
+    as_arrow_file,
+    as_arrow_stream,
+    as_folder,
+]
+
+
+def summary(source, start=0):
+    return [(r.index, r.row_id, r.content, r.category) for r in source.iter_from(start)]
+
+
+@pytest.mark.parametrize("rows", [TEXT, CONVERSATION, IDS], ids=["text", "conversation", "ids"])
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_rows_again_and_from_any_position(tmp_path, write, rows):
+    want = summary(open_pairs(str(as_jsonl(tmp_path, rows))))
+    source = open_pairs(str(write(tmp_path, rows)))
+    assert summary(source) == summary(source) == want
+    assert [w[2] for w in want] == [{k: v for k, v in r.items() if k != "category"} for r in rows]
+    for start in range(len(rows) + 2):
+        assert summary(source, start) == want[start:]
+
+
+def test_category_travels_and_does_not_change_identity(tmp_path):
+    rows = list(open_pairs(str(as_jsonl(tmp_path, TEXT))))
+    assert [r.category for r in rows] == ["a", "b", None]
+    assert rows[0].row_id == row_id({k: TEXT[0][k] for k in ("prompt", "chosen", "rejected")})
+
+
+def test_many_batches_of_a_table_keep_their_order(tmp_path):
+    rows = [{"prompt": "p", "chosen": f"{i}", "rejected": "r"} for i in range(700)]
+    for write in (as_arrow_file, as_folder):
+        source = open_pairs(str(write(tmp_path, rows)))
+        assert [int(r.content["chosen"]) for r in source.iter_from(300)] == list(range(300, 700))
+
+
+def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{json.dumps(TEXT[0])}\n  \n{json.dumps(TEXT[1])}", "utf-8-sig")
+    assert [(r.index, r.where) for r in open_pairs(str(path))] == [(0, "line 2"), (1, "line 4")]
+
+
+def test_columns_are_renamed(tmp_path):
+    path = as_jsonl(tmp_path, [{"q": "p", "good": "a", "rejected": "b", "kind": 3}])
+    source = open_pairs(str(path), columns={"prompt": "q", "chosen": "good", "category": "kind"})
+    (row,) = source
+    assert row.content == {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert row.category == "3"
+    assert "prompt=q" in source.describe()
+
+
+def test_fingerprint_follows_the_bytes(tmp_path):
+    first = open_pairs(str(as_jsonl(tmp_path, TEXT))).fingerprint()
+    assert first == open_pairs(str(as_jsonl(tmp_path, TEXT))).fingerprint()
+    assert first != open_pairs(str(as_jsonl(tmp_path, TEXT[:2]))).fingerprint()
+    folder = open_pairs(str(as_folder(tmp_path, TEXT)))
+    assert len(folder.fingerprint()) == len(first) == 64
+
+
+def test_a_split_of_a_dataset_dict_is_chosen_by_name(tmp_path):
+    import datasets
+
+    parts = {"train": datasets.Dataset.from_list(TEXT), "test": datasets.Dataset.from_list(TEXT[:1])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    assert len(list(open_pairs(str(tmp_path / "d"), split="test"))) == 1
+    with pytest.raises(DataError, match="several splits; choose one with --split: train, test"):
+        open_pairs(str(tmp_path / "d"))
+    with pytest.raises(DataError, match="no split 'dev'; choose one with --split: train, test"):
+        open_pairs(str(tmp_path / "d"), split="dev")
+
+
+def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(TEXT)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_pairs("owner/name")
+    assert next(iter(source)).content["chosen"] == TEXT[0]["chosen"]
+    assert len(source.fingerprint()) == 64
+    open_pairs("owner/name", split="test_prefs")
+    assert asked == [("owner/name", "train"), ("owner/name", "test_prefs")]
+
+
+def test_an_unreachable_hub_says_to_use_a_local_path(monkeypatch):
+    import datasets
+
+    def load_dataset(name, split):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"could not be reached \(ConnectionError: no route\); give"):
+        open_pairs("owner/name")
+
+
+GOOD = json.dumps(TEXT[0]).encode() + b"\n"
+BROKEN = {
+    "empty": ("a.jsonl", b"", "the file is empty"),
+    "only blank lines": ("a.jsonl", b"\n\n", "no rows"),
+    "empty array": ("a.json", b"[]", "no rows"),
+    "unknown format": ("a.csv", b"x", "unknown format '.csv'; expected .jsonl"),
+    "not UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: byte 13 is not UTF-8"),
+    "broken JSON": ("a.jsonl", GOOD + b'{"prompt": \n', r"line 2: not JSON \(Expecting value\)"),
+    "broken array": ("a.json", b'[\n{"a": 1},\n{"b" 2}]', "line 3: not JSON"),
+    "not an object": ("a.jsonl", GOOD + b"\n[1]\n", "line 3: a list instead of an object"),
+    "not a table": ("a.parquet", b"PAR1 nothing", "not a readable Parquet file"),
+    "not Arrow": ("a.arrow", b"ARROW1 nothing", "not a readable Arrow file"),
+    "surrogate": (
+        "a.jsonl",
+        b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}',
+        "line 1: a text holds half a surrogate",
+    ),
+    "missing columns": (
+        "a.jsonl",
+        b'{"question": "q", "good": "g"}',
+        "line 1: no column 'chosen' or 'rejected'; found: question, good; expected prompt, chosen, "
+        "rejected or .* --columns chosen=NAME rejected=NAME",
+    ),
+    "null": (
+        "a.jsonl",
+        b'{"prompt": "p", "chosen": "a", "rejected": null}',
+        r"no column 'rejected' \(it is null here\)",
+    ),
+    "no prompt": (
+        "a.jsonl",
+        b'{"chosen": "a", "rejected": "b"}',
+        "no column 'prompt'; found: chosen, rejected",
+    ),
+    "missing ids": ("a.jsonl", b'{"prompt_ids": [1]}', "no column 'chosen_ids' or 'rejected_ids'"),
+    "wrong type": (
+        "a.jsonl",
+        b'{"prompt": 3, "chosen": "a", "rejected": "b"}',
+        "'prompt' is int 3; expected text or a list of messages",
+    ),
+    "wrong message": (
+        "a.jsonl",
+        b'{"prompt": "p", "chosen": [{"from": "x"}], "rejected": "b"}',
+        "'chosen' is list .* 'role' and 'content'",
+    ),
+    "text beside conversation": (
+        "a.jsonl",
+        b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]}',
+        "one of 'chosen' and 'rejected' is text",
+    ),
+    "ids that are not ids": (
+        "a.jsonl",
+        b'{"prompt_ids": [1], "chosen_ids": [true], "rejected_ids": [2]}',
+        r"'chosen_ids' is list \[True\]; expected a list of token ids",
+    ),
+    "tools": (
+        "a.jsonl",
+        b'{"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}',
+        "'tools' is text that is not JSON; expected a list",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_mistake_gets_one_message_that_names_the_file(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message) as caught:
+        list(open_pairs(str(path)))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_path_or_option_gets_one_message(tmp_path):
+    path = str(as_jsonl(tmp_path, TEXT))
+    with pytest.raises(DataError, match=r"no such file or folder; expected \.jsonl"):
+        open_pairs(str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_pairs("data/none.jsonl")  # a file name, though it looks like owner/name
+    with pytest.raises(DataError, match="a single file has no splits"):
+        open_pairs(path, split="train")
+    with pytest.raises(DataError, match="'promt' is not a column this tool reads"):
+        open_pairs(path, columns={"promt": "x"})
+    with pytest.raises(DataError, match="no column 'x'; found: prompt, chosen, rejected, category"):
+        open_pairs(path, columns={"prompt": "x"})
+    with pytest.raises(DataError, match="expected one written by datasets' save_to_disk"):
+        open_pairs(str(tmp_path))
+    with pytest.raises(DataError, match="the folder holds one split"):
+        open_pairs(str(as_folder(tmp_path, TEXT)), split="train")
+
+
+JSON_VALUES = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.text())
+
+
+@given(content=JSON_VALUES)
+def test_row_id_does_not_depend_on_the_order_of_columns(content):
+    try:
+        identity = row_id(content)
+    except UnicodeEncodeError:
+        return
+    assert identity == row_id(dict(reversed(content.items())))
+    assert identity != row_id({**content, "prompt": content.get("prompt", "") + "x"})
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="shared data sets are not beside this checkout")
+@pytest.mark.parametrize("name", ["hh_harmless_base_test", "ultrafeedback_eval", "truthfulqa_pairs"])
+def test_real_files_are_read(name):
+    path = SHARED / f"{name}.jsonl"
+    rows = list(open_pairs(str(path)))
+    assert [r.content for r in rows] == [json.loads(x) for x in path.read_bytes().splitlines()]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="shared data sets are not beside this checkout")
+def test_whole_hh_dialogues_are_cut_where_the_published_prompts_end(tmp_path):
+    lines = (SHARED / "hh_harmless_base_test.jsonl").read_bytes().splitlines()
+    rows = [json.loads(x) for x in lines]
+    whole = [{k: r["prompt"] + r[k] for k in ("chosen", "rejected")} for r in rows]
+    read = list(open_pairs(str(as_jsonl(tmp_path, whole))))
+    assert [r.content for r in read] == rows
