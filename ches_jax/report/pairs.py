@@ -1,0 +1,73 @@
+"""The texts of single pairs in a report, read from the source that was scored."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ches_jax.errors import ChesError
+from ches_jax.report.html import escape, text_block
+from ches_jax.report.summary import number
+from ches_jax.scores.select import SelectConfig, SourceRow, source_rows
+
+
+def read_texts(
+    run: Path, table: pa.Table, positions: Sequence[int], rows: Iterable[SourceRow] | None
+) -> tuple[dict[int, Mapping[str, Any]], str]:
+    """The contents of the rows at ``positions`` of the table, and a note where they cannot be had.
+
+    A report is worth having without texts: that the source is gone, or is not the one that was scored,
+    is told on the page and is no error.
+    """
+    index, ids = table["index"].to_pylist(), table["row_id"].to_pylist()
+    wanted = {index[p]: p for p in positions}
+    found: dict[int, Mapping[str, Any]] = {}
+    if not wanted:
+        return found, ""
+    try:
+        for row in source_rows(SelectConfig(scores=run, out=run)) if rows is None else rows:
+            if (position := wanted.get(row.index)) is not None:
+                if row.row_id != ids[position]:
+                    return {}, f"the pairs file changed since it was scored (row {row.index})"
+                found[position] = row.content
+            if len(found) == len(wanted):
+                break
+    except (ChesError, OSError) as error:
+        return found, str(error)
+    missing = len(wanted) - len(found)
+    return found, f"{missing} of the rows are not in the pairs file any more" if missing else ""
+
+
+def plain_text(value: Any) -> str:
+    """A text, or a conversation, or token ids, as text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple, np.ndarray)):
+        if all(isinstance(m, Mapping) for m in value):
+            return "\n".join(f"[{m.get('role', '?')}] {plain_text(m.get('content') or '')}" for m in value)
+        return "token ids " + " ".join(str(v) for v in value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def pair_card(table: pa.Table, position: int, content: Mapping[str, Any] | None) -> str:
+    """One pair: its numbers, its prompt, and the two responses side by side where the screen is wide."""
+    row = table.slice(position, 1).to_pylist()[0]
+    told = [f"row {row['index']}", row["row_id"][:12]]
+    scores = ("ches", "ln_ches", "head_score", "edit_distance")
+    told += [f"{name} {number(row[name])}" for name in scores if row.get(name) is not None]
+    told.append(f"tokens: chosen {row['chosen_tokens']}, rejected {row['rejected_tokens']}")
+    if row.get("category"):
+        told.append(f"category {row['category']}")
+    told += row.get("flags") or []
+    header = f"<header>{escape(' · '.join(told))}</header>"
+    if content is None:
+        return f"<article>{header}</article>"
+    prompt, chosen, rejected = (content.get(k, content.get(f"{k}_ids", "")) for k in ("prompt", "chosen", "rejected"))
+    return (
+        f"<article>{header}\n{text_block('prompt', plain_text(prompt))}\n"
+        f'<div class="two"><div>{text_block("chosen", plain_text(chosen), "chosen")}</div>\n'
+        f"<div>{text_block('rejected', plain_text(rejected), 'rejected')}</div></div></article>"
+    )
