@@ -1,6 +1,7 @@
 """Llama 2, 3 and 3.1+: RMSNorm before attention and MLP, rotary positions, grouped-query attention, SwiGLU."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.mapping import Rule, rules
@@ -52,3 +53,26 @@ def read_config(r: ConfigReader) -> DecoderConfig:
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
     """Where each parameter is stored."""
     return rules(params, NAMES)
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """``config.json`` of a new model with plain rotary positions (what ``read_config`` reads back)."""
+    assert config.rope is not None and config.rope.kind == "default"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "hidden_act": config.activation,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
