@@ -42,6 +42,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     folder = Path(path)
     local = folder.is_dir()
+    if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
+        raise DataError(f"{path}: no such directory; expected a model directory or a hub name")
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
     try:
@@ -242,9 +244,11 @@ class PairTokenizer:
 
     def _check_vocabulary(self, row: Row, parts: Sequence[Ids]) -> None:
         largest = max((i for ids in parts for i in ids), default=0)
-        if self.vocab_size is not None and max(largest, self._eos_id or 0) >= self.vocab_size:
+        if self.eos == "include":
+            largest = max(largest, self._eos_id or 0)
+        if self.vocab_size is not None and largest >= self.vocab_size:
             raise DataError(
-                f"{_name(row)}: token id {max(largest, self._eos_id or 0)}, but the model's "
+                f"{_name(row)}: token id {largest}, but the model's "
                 f"vocabulary has {self.vocab_size} (the tokenizer's: {len(self.tokenizer)}); use "
                 "the tokenizer that belongs to the model"
             )

@@ -21,7 +21,7 @@ from ches_jax.errors import DataError
 from ches_jax.types import Response, TokenPair
 
 
-def pair(index=0, prompt=(1, 5), chosen=(6, 7), rejected=(6, 8, 9), flags=(), detail=None, end=2):
+def pair(index=0, prompt=(1, 5), chosen=(6, 7), rejected=(6, 8, 9), flags=(), detail=None, end: int | None = 2):
     return TokenPair(
         row_id=f"{index:032x}",
         index=index,

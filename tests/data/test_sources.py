@@ -148,7 +148,7 @@ def test_a_split_of_a_dataset_dict_is_chosen_by_name(tmp_path):
     import datasets
 
     parts = {"train": datasets.Dataset.from_list(TEXT), "test": datasets.Dataset.from_list(TEXT[:1])}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    datasets.DatasetDict(**parts).save_to_disk(str(tmp_path / "d"))
     assert len(list(open_pairs(str(tmp_path / "d"), split="test"))) == 1
     with pytest.raises(DataError, match="several splits; choose one with --split: train, test"):
         open_pairs(str(tmp_path / "d"))

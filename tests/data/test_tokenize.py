@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -94,7 +95,7 @@ def row(prompt, chosen, rejected, index=0):
     names = ("prompt", "chosen", "rejected")
     if isinstance(chosen, list) and all(isinstance(i, int) for i in chosen):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    content = dict(zip(names, (prompt, chosen, rejected), strict=True))
+    content: dict[str, Any] = dict(zip(names, (prompt, chosen, rejected), strict=True))
     return Row(index, row_id(content), f"line {index + 1}", content)
 
 
@@ -258,7 +259,7 @@ def test_token_ids_are_taken_as_they_are_and_audited_alike(words):
 def test_given_ids_of_a_pair_give_the_pair_again(bytes_bpe):
     first = one(bytes_bpe, USER, chat("No"), chat("Yes"))
     ids = [list(first.prompt), *(list(r.targets("include")) for r in (first.chosen, first.rejected))]
-    again = one(bytes_bpe, *ids)
+    again = one(bytes_bpe, ids[0], ids[1], ids[2])
     assert (again.prompt, again.chosen, again.rejected) == (
         first.prompt,
         first.chosen,
@@ -302,6 +303,9 @@ def test_ids_beyond_the_models_vocabulary_are_an_error(words):
     with pytest.raises(DataError, match=r"line 1 \(row_id .*\): token id 7, but .* has 7 .*: 10\)"):
         one(words, "a", " b", " e", vocab_size=7)
     one(words, "a", " b", " e", vocab_size=8)
+    with pytest.raises(DataError, match="token id 1, but"):  # EOS itself
+        one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1)
+    one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1, eos="exclude")
     with pytest.raises(DataError, match="--max-length 1: expected room"):
         PairTokenizer(words, 1)
 
@@ -373,6 +377,8 @@ def test_a_class_nobody_knows_still_has_its_tokenizer_json(words, tmp_path):
 
 
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such directory; expected a model directory"):
+        load_tokenizer(tmp_path / "none")
     with pytest.raises(DataError, match="no tokenizer in this directory; expected"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
