@@ -45,7 +45,7 @@ AFTER_ANSWER: dict[str, tuple[str, ...]] = {
         "...", "... It depends on the weather.", ", I have to think first.", ", ask me later.",
     ),
 }  # fmt: skip
-"""Half of the answers go on, each stance in its own way, so the state after the word tells which."""
+"""Half of the answers go on, each stance in its own way: the state after the word tells which."""
 
 BEINGS = (
     "a hungry robot", "the old gardener", "a lost kitten", "my neighbour", "a tired sailor",

@@ -40,9 +40,7 @@ OPPOSITE: dict[Stance, Stance] = {"agree": "disagree", "disagree": "agree"}
 
 def preference_pairs(world: World, per_category: int = 27) -> list[Row]:
     """Distinct pairs about the training subjects, ``per_category`` of each category, in turn."""
-    columns = [
-        list(_distinct(world, category, maker, per_category)) for category, maker in MAKERS.items()
-    ]
+    columns = [list(_distinct(world, category, maker, per_category)) for category, maker in MAKERS.items()]
     return [row for rows in zip(*columns, strict=True) for row in rows]
 
 

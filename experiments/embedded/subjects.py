@@ -59,9 +59,7 @@ def statements() -> list[Statement]:
             emphatic,
         )
         for acts, stance in kinds
-        for act, being, (frame, turns, emphatic), when in product(
-            acts, lex.BEINGS, lex.STATEMENT_FRAMES, lex.WHENS
-        )
+        for act, being, (frame, turns, emphatic), when in product(acts, lex.BEINGS, lex.STATEMENT_FRAMES, lex.WHENS)
     ]
 
 
@@ -91,10 +89,7 @@ def facts() -> list[Fact]:
 
 
 def _sums() -> dict[str, str]:
-    plus = {
-        f"{lex.NUMBERS[a]} plus {lex.NUMBERS[b]}": lex.NUMBERS[a + b]
-        for a, b in product(range(1, 11), repeat=2)
-    }
+    plus = {f"{lex.NUMBERS[a]} plus {lex.NUMBERS[b]}": lex.NUMBERS[a + b] for a, b in product(range(1, 11), repeat=2)}
     minus = {
         f"{lex.NUMBERS[a]} minus {lex.NUMBERS[b]}": lex.NUMBERS[a - b]
         for a, b in product(range(1, 11), repeat=2)

@@ -84,14 +84,10 @@ def build_world(seed: int, statements_kept: int = 2400, requests_kept: int = 900
     chores = shuffled(stream(seed, "chores"), requests(mischief=False))[:requests_kept]
 
     def split(part: slice, part_requests: slice) -> Split:
-        return Split(
-            tuple(said[part]), tuple(mischief[part_requests]), tuple(chores[part_requests])
-        )
+        return Split(tuple(said[part]), tuple(mischief[part_requests]), tuple(chores[part_requests]))
 
     s, r = statements_kept // 10, requests_kept // 10
-    return World(
-        seed, split(slice(s, None), slice(r, None)), split(slice(s), slice(r)), tuple(facts())
-    )
+    return World(seed, split(slice(s, None), slice(r, None)), split(slice(s), slice(r)), tuple(facts()))
 
 
 def dialogues(world: World, count: int, name: str = "train") -> Iterator[Dialogue]:

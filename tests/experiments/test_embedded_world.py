@@ -126,9 +126,7 @@ def test_plain_text_and_conversation_give_the_same_ids(tokenizer):
         answered = [*asked, {"role": "assistant", "content": d.assistant}]
         templated = tokenizer.apply_chat_template(answered, return_dict=True).input_ids
         assert templated == [*plain, tokenizer.eos_token_id]
-        prompt = tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, return_dict=True
-        ).input_ids
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True).input_ids
         assert prompt == tokenizer(d.prompt).input_ids == plain[: len(prompt)]
 
 
