@@ -101,7 +101,7 @@ def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tem
         raise DataError(
             "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
             "with one (chat_template.jinja beside tokenizer.json), give prompt, chosen and "
-            "rejected as text, or, for single turns, --chat-template none"
+            "rejected as text, or, for single turns, --template none"
         )
     return Rendered(
         prompt=_apply(tokenizer, prompt, content, generation_prompt=True) if prompt else "",
@@ -256,8 +256,8 @@ def _plain_texts(content: Mapping[str, Any], template: Template) -> tuple[str, s
         prompt, chosen, rejected = (p[0]["content"] for p in parts)
         return prompt, chosen, rejected
     raise DataError(
-        "the row is a conversation of several messages, which --chat-template none cannot write as "
-        "text: use --chat-template auto"
+        "the row is a conversation of several messages, which --template none cannot write as "
+        "text: use --template auto"
     )
 
 

@@ -5,6 +5,7 @@ layers' tensors one parameter at a time, so the host never holds the model twice
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,37 @@ from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import read_config, resolve
 from ches_jax.hf.tensors import Tensor, open_tensors
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families import Family, decoder_config, family_of
 from ches_jax.models.mapping import Rule, resolved
 
 STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
                              ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
 """Buffers that old checkpoints carry: recomputed from the config, never read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose names and shapes have been checked; no weight has been read."""
+
+    directory: Path
+    config: DecoderConfig
+    tensors: dict[str, Tensor]
+    table: dict[str, Rule]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check config, tensor names and shapes of a directory.
+
+    Raises:
+      CheckpointError: anything that does not fit, all problems in one message.
+    """
+    raw = read_config(directory)
+    config = decoder_config(raw, str(directory))
+    tensors = {n: t for n, t in open_tensors(directory).items() if not n.endswith(STORED_BUT_NOT_PARAMETERS)}
+    shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
+    table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, tensors)
+    return Checkpoint(directory, config, tensors, table)
 
 
 def load_model(
@@ -47,31 +72,15 @@ def load_model(
       CheckpointError: anything that does not fit, all problems in one message.
     """
     directory = resolve(model)
-    raw = read_config(directory)
-    config = decoder_config(raw, str(directory))
-    family = family_of(raw, str(directory))
-    tensors = {
-        n: t
-        for n, t in open_tensors(directory).items()
-        if not n.endswith(STORED_BUT_NOT_PARAMETERS)
-    }
-    abstract = abstract_decoder(config, dtype=jnp.dtype(dtype))
+    opened = open_checkpoint(directory)
+    abstract = abstract_decoder(opened.config, dtype=jnp.dtype(dtype))
     params = named_parameters(abstract)
-    table = _checked_table(
-        directory, family, config, {k: v.shape for k, v in params.items()}, tensors
-    )
     place = sharding or (lambda name, shape: SingleDeviceSharding(jax.local_devices()[0]))
-    arrays = {}
-    for name, leaf in params.items():
-        arrays[name] = _read(
-            table[name],
-            config.num_layers,
-            leaf.shape,
-            tensors,
-            param_dtype,
-            place(name, leaf.shape),
-        )
-    _check_finite(directory, {name: (table[name], value) for name, value in arrays.items()})
+    arrays = {
+        name: _read(opened, opened.table[name], leaf.shape, param_dtype, place(name, leaf.shape))
+        for name, leaf in params.items()
+    }
+    _check_finite(directory, [(opened.table[name], value) for name, value in arrays.items()])
     return with_parameters(abstract, arrays)
 
 
@@ -121,25 +130,19 @@ def _checked_table(
     return table
 
 
-def _read(
-    rule: Rule,
-    layers: int,
-    shape: tuple[int, ...],
-    tensors: dict[str, Tensor],
-    dtype: str | None,
-    sharding: Any,
-):
+def _read(opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: str | None, sharding: Any) -> jax.Array:
     """One parameter as a device array; each shard reads only its own slice."""
-    stored = tensors[rule.tensor_name(0)].dtype
-    kept = np.dtype(dtype or stored)
+    layers = range(opened.config.num_layers if rule.stacked else 1)
+    names = [rule.tensor_name(layer) for layer in layers]
+    kept = np.dtype(dtype) if dtype else _common_dtype({opened.tensors[n].dtype for n in names})
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         index = resolved(index, shape)
         if not rule.stacked:
-            return rule.view.read(tensors[rule.tensor_name(0)], index).astype(kept, copy=False)
+            return rule.view.read(opened.tensors[names[0]], index).astype(kept, copy=False)
         out = np.empty([s.stop - s.start for s in index], kept)
         for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            out[i] = rule.view.read(tensors[rule.tensor_name(layer)], index[1:])
+            out[i] = rule.view.read(opened.tensors[names[layer]], index[1:])
         return out
 
     if isinstance(sharding, NamedSharding):
@@ -147,17 +150,20 @@ def _read(
     return jax.device_put(shard(tuple(slice(None) for _ in shape)), sharding)
 
 
-def _check_finite(directory: Path, arrays: dict[str, tuple[Rule, jax.Array]]) -> None:
-    """Refuse NaN and infinite weights, naming the tensors."""
+def _common_dtype(stored: set[str]) -> np.dtype:
+    """The stored dtype; float32 (or float64) where layers are stored in several."""
+    if len(stored) == 1:
+        return np.dtype(stored.pop())
+    return np.dtype("float64" if "float64" in stored else "float32")
 
+
+def _check_finite(directory: Path, arrays: list[tuple[Rule, jax.Array]]) -> None:
+    """Refuse NaN and infinite weights, naming the tensors."""
     problems = []
-    for rule, value in arrays.values():
+    for rule, value in arrays:
         axes = tuple(range(1 if rule.stacked else 0, value.ndim))
         ok = np.atleast_1d(jax.device_get(_all_finite(value, axes)))
-        problems += [
-            f"tensor {rule.tensor_name(i)!r} holds NaN or infinite values"
-            for i in np.flatnonzero(~ok)
-        ]
+        problems += [f"tensor {rule.tensor_name(i)!r} holds NaN or infinite values" for i in np.flatnonzero(~ok)]
     if problems:
         raise CheckpointError(many(str(directory), problems))
 

@@ -28,6 +28,7 @@ from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fing
 from ches_jax.errors import ChesError, RunError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
 from ches_jax.models.families import decoder_config
+from ches_jax.options import Columns
 from ches_jax.runlog import RUN, as_dict, device_name, new_name, open_run, versions, write_json
 from ches_jax.scores import derive
 from ches_jax.scores.passes import ScoringPass, fetch
@@ -53,7 +54,7 @@ class ScoreConfig:
     """Preference pairs: a JSONL, JSON, Parquet or Arrow file, a save_to_disk folder or a hub name; default: embedded."""
     split: str | None = None
     """Split of a data set folder or hub data set."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
     """Other names of columns: prompt=instruction."""
     limit: int | None = None
     """Score only the first rows."""

@@ -25,7 +25,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.options import Columns
 from ches_jax.runlog import CONFIG, RUN, read_json
 from ches_jax.scores.derive import numbers, score_column, spearman
 from ches_jax.scores.table import read_table, table_path
@@ -238,7 +239,7 @@ class SelectConfig:
     pairs: str | None = None
     """The pairs that were scored; taken from the run when not given."""
     split: str | None = None
-    columns: dict[str, str] | None = None
+    columns: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def test_plain_text_stays_plain_unless_asked(tokenizer):
 def test_no_template_reads_single_turns_as_text(tokenizer, bare):
     assert render(EXPLICIT, bare, "none") == render(PLAIN, tokenizer, "auto")
     longer = {**EXPLICIT, "prompt": [user("a"), assistant("b"), user("q")]}
-    with pytest.raises(DataError, match="several messages, which --chat-template none cannot"):
+    with pytest.raises(DataError, match="several messages, which --template none cannot"):
         render(longer, bare, "none")
 
 

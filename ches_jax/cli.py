@@ -1,0 +1,123 @@
+"""The ``ches`` command: parse, call one function, print where the result is.
+
+Progress and summaries go to standard error, the result's path (or JSON with ``--json``) to standard output. Exit codes:
+0 done, 1 a check failed, 2 bad input (one message, no traceback).
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ches_jax.doctor import DoctorConfig, examine
+from ches_jax.errors import ChesError
+from ches_jax.runlog import RUN, read_json
+from ches_jax.scores.pipeline import ScoreConfig, score
+from ches_jax.scores.select import SelectConfig, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(ScoreConfig):
+    """Score preference pairs: CHES and its relatives, per pair, as a table.
+
+    Without arguments: the embedded pairs with the embedded model.
+    """
+
+    resume: bool = False
+    """Go on with the run that --out holds."""
+    quiet: bool = False
+    """No progress, no summary."""
+    json: bool = False
+    """Print run.json instead of the path."""
+
+    def run(self) -> int:
+        """Scores, prints the summary and the path."""
+        from ches_jax.report.summary import summary_text
+        from ches_jax.scores.table import read_table
+
+        out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        if not self.quiet:
+            print(summary_text(read_table(out)[0]), file=sys.stderr)
+        print(json.dumps(read_json(out / RUN)) if self.json else out)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(DoctorConfig):
+    """Audit a model directory and preference pairs; no forward pass. Exit code 1 when a row is flagged."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+
+    def run(self) -> int:
+        """Examines and prints."""
+        findings = examine(_only(DoctorConfig, self))
+        print(json.dumps(findings.to_json()) if self.json else findings.text())
+        return 0 if findings.healthy else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(SelectConfig):
+    """Turn scores into a preference data set: the lowest, the highest, a window, soft weights, with controls."""
+
+    json: bool = False
+    """Print selection.json instead of the path."""
+
+    def run(self) -> int:
+        """Selects and prints the path."""
+        summary = select(_only(SelectConfig, self))
+        print(json.dumps(summary) if self.json else self.out)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One self-contained HTML page and PNG figures from a run directory."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score`."""
+    out: Path | None = None
+    """Where to write report.html and figures/; default: the run directory."""
+
+    def run(self) -> int:
+        """Writes the report and prints its path."""
+        from ches_jax.report import report
+
+        print(report(self.run_dir, self.out))
+        return 0
+
+
+def _only(kind: type, values: Any) -> Any:
+    """The part of a command's options that the function below takes."""
+    return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
+
+
+DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, report."
+
+Command = (
+    Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Select, tyro.conf.subcommand("select")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        return tyro.cli(Command, args=argv, prog="ches", description=DESCRIPTION).run()  # type: ignore[arg-type]
+    except ChesError as e:
+        print(f"ches: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ches: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""``ches doctor``: is this model directory whole, and are these pairs fit to be scored with it? No forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ches_jax.data.audit import Audit, visible
+from ches_jax.data.prompts import Template
+from ches_jax.hf.directory import fingerprint
+from ches_jax.models.load import open_checkpoint
+from ches_jax.options import Columns
+from ches_jax.scores.pipeline import EMBEDDED, ScoreConfig, prepare
+from ches_jax.types import Eos
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What to look at, under the options it would be scored with."""
+
+    model: str = EMBEDDED
+    """Hugging Face model directory or hub name."""
+    pairs: str = EMBEDDED
+    """Preference pairs."""
+    split: str | None = None
+    """Split of a data set folder or hub data set."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns: prompt=instruction."""
+    limit: int | None = None
+    """Look only at the first rows."""
+    eos: Eos = "include"
+    """Whether the terminator of a complete response counts in |y|."""
+    max_length: int | None = None
+    """Most tokens of prompt and response together; default: the model's context."""
+    template: Template = "auto"
+    """Chat template: auto (conversations only), always, or none."""
+    show: int = 2
+    """Rows to print as the model sees them; flagged rows are shown first."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The result of an examination."""
+
+    model: dict[str, Any]
+    audit: Audit
+    rows: list[str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no row is flagged."""
+        return not self.audit.flagged
+
+    def text(self) -> str:
+        """For a person."""
+        model = "\n".join(f"{name:<16}{value}" for name, value in self.model.items())
+        return "\n\n".join([model, self.audit.describe(), *self.rows])
+
+    def to_json(self) -> dict[str, Any]:
+        """For a script."""
+        return {"model": self.model, "pairs": self.audit.to_json(), "healthy": self.healthy}
+
+
+def examine(config: DoctorConfig) -> Findings:
+    """Check the directory's names and shapes and audit every pair.
+
+    Raises:
+      ChesError: the directory or the pairs cannot be read at all.
+    """
+    options = {k: getattr(config, k) for k in DoctorConfig.__dataclass_fields__ if k != "show"}
+    inputs = prepare(ScoreConfig(**options))
+    checkpoint = open_checkpoint(inputs.directory)
+    c = checkpoint.config
+    dtypes = Counter(t.dtype for t in checkpoint.tensors.values())
+    tokenizer = inputs.tokenizer.tokenizer
+    model = {
+        "model": str(inputs.directory),
+        "family": c.family,
+        "parameters": f"{c.parameter_count():,}",
+        "stored as": ", ".join(f"{d} ({n} tensors)" for d, n in dtypes.items()),
+        "context": c.max_positions,
+        "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",
+        "fingerprint": fingerprint(inputs.directory),
+        "pairs": inputs.source.describe(),
+    }
+    audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
+    flagged, clean = [], []
+    for chunk in inputs.chunks():
+        audit.extend(chunk)
+        for pair in chunk:
+            kept = flagged if pair.flags else clean
+            if len(kept) < config.show:
+                kept.append(visible(tokenizer, pair))
+    return Findings(model, audit, (flagged + clean)[: config.show])
