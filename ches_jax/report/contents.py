@@ -124,13 +124,13 @@ def small_edit_high_ches(table: pa.Table) -> tuple[np.ndarray, float, float]:
 
     Returns:
       Their positions, the highest CHES first, and the bounds: edit distance up to its lower quartile
-      and CHES from its upper quartile on.
+      (and never above one half, where every pair differs much), CHES from its upper quartile on.
     """
     ches, edit = score_column(table, "ches"), -score_column(table, "minus_edit_distance")
     both = np.isfinite(ches) & np.isfinite(edit)
     if not both.any():
         return np.empty(0, dtype=np.int64), float("nan"), float("nan")
-    near, high = float(np.quantile(edit[both], 0.25)), float(np.quantile(ches[both], 0.75))
+    near, high = min(0.5, float(np.quantile(edit[both], 0.25))), float(np.quantile(ches[both], 0.75))
     found = np.flatnonzero(both & (edit <= near) & (ches >= high))
     return found[np.argsort(-ches[found], kind="stable")], near, high
 

@@ -9,10 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, BLUE, ORANGE, GREY = "#1a1a1a", "#1f5f99", "#c2410c", "#8a8a8a"
+INK, BLUE, ORANGE = "#1a1a1a", "#1f5f99", "#c2410c"
 _SIZE = (5.2, 3.4)
 _DENSE = 4000
 """Above so many points a scatter is a blot; hexagons with their counts are drawn instead."""
+
+
+CATEGORIES = 12
+"""Histograms of so many categories still fit one figure."""
 
 
 def _new(xlabel: str, ylabel: str) -> "tuple[Figure, Axes]":
@@ -54,7 +58,7 @@ def histogram(values: np.ndarray, name: str) -> bytes:
     return _png(figure)
 
 
-def histogram_by_category(values: np.ndarray, categories: np.ndarray, name: str, limit: int = 6) -> bytes:
+def histogram_by_category(values: np.ndarray, categories: np.ndarray, name: str, limit: int = CATEGORIES) -> bytes:
     """The score's distribution in each of the largest categories, on common bins, one below the other."""
     from matplotlib.figure import Figure
 
@@ -63,7 +67,7 @@ def histogram_by_category(values: np.ndarray, categories: np.ndarray, name: str,
     names, counts = np.unique(categories, return_counts=True)
     names = names[np.argsort(-counts, kind="stable")][:limit]
     names = sorted(names, key=lambda n: -float(np.median(values[categories == n])))
-    figure = Figure(figsize=(_SIZE[0], 0.9 + 0.85 * max(1, len(names))), dpi=120, layout="constrained")
+    figure = Figure(figsize=(_SIZE[0], 0.9 + 0.7 * max(1, len(names))), dpi=120, layout="constrained")
     if not len(names):
         return _png(figure)
     rows = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
@@ -110,9 +114,8 @@ def edit_against_ches(edit: np.ndarray, ches: np.ndarray, near: float, high: flo
     _points(figure, axes, edit, ches)
     if np.isfinite(near) and np.isfinite(high):
         (left, _), (_, top) = axes.get_xlim(), axes.get_ylim()
-        frame = Rectangle((left, high), near - left, top - high, fill=False, edgecolor=ORANGE, linewidth=2)
+        frame = Rectangle((left, high), max(0.0, near - left), top - high, fill=False, edgecolor=ORANGE, linewidth=2)
         axes.add_patch(frame)
-        axes.annotate(
-            "small edit + high CHES", (near, top), (4, -10), textcoords="offset points", color=ORANGE, fontsize=9
-        )
+        words = f"small edit + high CHES (edit <= {near:.3g}, ches >= {high:.3g})"
+        axes.legend([frame], [words], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     return _png(figure)

@@ -24,7 +24,7 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td.t + td.t { min-width: 11rem; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; border: 1px solid #eee; }
 figcaption { font-size: .85rem; color: #444; }
@@ -83,7 +83,7 @@ def data_table(header: Sequence[str], rows: Iterable[Sequence[object]], text_col
     """A table; the first ``text_columns`` columns are text, the others numbers. Cells are escaped."""
 
     def cells(values: Sequence[object], tag: str) -> str:
-        kinds = ["" if i < text_columns else ' class="n"' for i in range(len(values))]
+        kinds = [' class="t"' if i < text_columns else ' class="n"' for i in range(len(values))]
         return "".join(f"<{tag}{kind}>{escape(v)}</{tag}>" for v, kind in zip(values, kinds, strict=True))
 
     body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)

@@ -10,7 +10,7 @@ from ches_jax.errors import RunError
 from ches_jax.report import contents, sections
 from ches_jax.report.html import escape, page, paragraphs
 from ches_jax.report.pairs import pair_card, read_texts
-from ches_jax.report.summary import number
+from ches_jax.report.summary import correlation
 from ches_jax.scores.derive import score_column
 from ches_jax.scores.select import SourceRow, dropped_when_scored, read_run
 from ches_jax.scores.table import read_table, replacing, table_path
@@ -86,10 +86,10 @@ def _lead(table: pa.Table) -> str:
     if "ches" in by_length:
         told += (
             f" Spearman correlation with the length difference (rejected - chosen): "
-            f"ches {number(by_length['ches'].difference, 2)}"
+            f"ches {correlation(by_length['ches'].difference)}"
         )
         if "ln_ches" in by_length:
-            told += f", ln_ches {number(by_length['ln_ches'].difference, 2)}"
+            told += f", ln_ches {correlation(by_length['ln_ches'].difference)}"
         told += "."
     return paragraphs(told)
 

@@ -1,7 +1,7 @@
 """The sections of a score report. Each takes what it tells and gives the HTML of its body."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 from ches_jax.report import contents, figures
 from ches_jax.report.html import data_table, escape, paragraphs, picture
 from ches_jax.report.stats import QUANTILES, quantiles, spearman
-from ches_jax.report.summary import number
+from ches_jax.report.summary import correlation, number
 from ches_jax.scores.derive import SCORES, score_column
 
 Draw = Callable[[str, bytes], bytes]
@@ -67,15 +67,16 @@ def category_section(table: pa.Table, keep: Draw) -> str:
     if not rows:
         return ""
     by = str(contents.separating_score(table))
-    cells = [[r.name or "(none)", r.rows, number(r.ches), number(r.ln_ches), number(r.auc, 3)] for r in rows]
+    cells = [[r.name or "(none)", r.rows, number(r.ches), number(r.ln_ches), correlation(r.auc)] for r in rows]
     names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+    few = f" (the {figures.CATEGORIES} largest)" if len(rows) > figures.CATEGORIES else ""
     pictures = []
     for score in ("ches", "ln_ches"):
         if score not in table.schema.names:
             continue
         drawn = figures.histogram_by_category(score_column(table, score), names, score)
         alt = f"Histograms of {score} for the largest categories; the table holds their means."
-        pictures.append(picture(keep(f"categories_{score}", drawn), alt, f"{score} by category (the largest six)"))
+        pictures.append(picture(keep(f"categories_{score}", drawn), alt, f"{score} by category{few}"))
     return (
         paragraphs(
             f"AUC: the chance that a pair of the category has a higher {by} than a pair of another; "
@@ -90,7 +91,10 @@ def length_section(table: pa.Table, keep: Draw) -> str:
     """Scores against response lengths."""
     difference, total = contents.differences(table)
     rows = [
-        [r.score, *(number(v, 2) for v in (r.difference, r.total, r.difference_given_total, r.total_given_difference))]
+        [
+            r.score,
+            *(correlation(v) for v in (r.difference, r.total, r.difference_given_total, r.total_given_difference)),
+        ]
         for r in contents.length_rows(table)
     ]
     header = ["Spearman of", "rejected - chosen", "total", "rejected - chosen | total", "total | rejected - chosen"]
@@ -102,7 +106,7 @@ def length_section(table: pa.Table, keep: Draw) -> str:
             ("total", total, "chosen + rejected tokens"),
         ):
             png = keep(f"{name}_length_{key}", figures.scatter(lengths, values, words, name))
-            rho = number(spearman(values, lengths), 2)
+            rho = correlation(spearman(values, lengths))
             alt = f"{name} of each pair against {words}; Spearman correlation {rho}."
             pictures.append(picture(png, alt, f"{name} against {words} (Spearman {rho})"))
     explained = paragraphs(
@@ -114,20 +118,24 @@ def length_section(table: pa.Table, keep: Draw) -> str:
 
 def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown: int) -> str:
     """Edit distance against CHES, and how the other scores agree with CHES."""
-    agreement = [[name, number(rho, 2), number(partial, 2)] for name, rho, partial in contents.agreement_rows(table)]
+    agreement = [
+        [name, correlation(rho), correlation(partial)] for name, rho, partial in contents.agreement_rows(table)
+    ]
     body = data_table(["with ches", "Spearman", "given both lengths"], agreement)
     if not {"ches", "edit_distance"} <= set(table.schema.names):
         return body
     found, near, high = contents.small_edit_high_ches(table)
     edit, ches = -score_column(table, "minus_edit_distance"), score_column(table, "ches")
     png = keep("edit_distance_ches", figures.edit_against_ches(edit, ches, near, high))
-    bounds = f"edit distance up to {number(near)} and ches from {number(high)} on (their outer quarters)"
+    bounds = f"edit distance up to {number(near)} and ches from {number(high)} on"
     alt = f"CHES of each pair against its edit distance; {len(found)} pairs lie in the framed corner, {bounds}."
     told = paragraphs(
         f"{len(found)} pairs have a small edit and a high CHES: {bounds}. They look alike on the surface and to "
-        "the model, and carry little signal for their risk." + (f" The first {shown}:" if len(found) > shown else "")
+        "the model as well."
     )
-    return body + _grid([picture(png, alt, "edit distance and CHES")]) + told + "".join(cards[p] for p in found[:shown])
+    first = f"The {min(shown, len(found))} with the highest ches"
+    body += _grid([picture(png, alt, "edit distance and CHES")]) + told
+    return body + (_folded(first, (cards[p] for p in found[:shown])) if len(found) else "")
 
 
 def health_section(table: pa.Table, dropped: Mapping[str, int]) -> str:
@@ -170,12 +178,13 @@ def extremes_section(by: str, most: np.ndarray, least: np.ndarray, cards: Mappin
     """The pairs at the two ends of one score, folded away until asked for."""
     parts = []
     for words, positions in (("Most", most), ("Least", least)):
-        body = "".join(cards[p] for p in positions)
-        parts.append(
-            f"<details{' open' if words == 'Most' else ''}><summary>{words} similar by {escape(by)} "
-            f"({len(positions)} pairs)</summary>{body}</details>"
-        )
+        title = f"{words} similar by {by} ({len(positions)} pairs)"
+        parts.append(_folded(title, (cards[p] for p in positions), is_open=words == "Most"))
     return f"<h3>By {escape(by)}</h3>" + "".join(parts)
+
+
+def _folded(title: str, bodies: Iterable[str], is_open: bool = False) -> str:
+    return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{''.join(bodies)}</details>"
 
 
 def _grid(pictures: list[str]) -> str:

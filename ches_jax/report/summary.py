@@ -21,6 +21,11 @@ def number(value: float, digits: int = 4) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
+def correlation(value: float) -> str:
+    """A number in [-1, 1] with two decimals (no minus zero); a dash where it is undefined."""
+    return "-" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
+
+
 def printable(text: str, width: int) -> str:
     """Text from the data on one line of a terminal: no control characters, cut to ``width``."""
     clean = "".join(c if c.isprintable() else " " for c in text)
@@ -68,7 +73,7 @@ def _categories(table: pa.Table) -> list[str]:
     for row in rows[:_CATEGORIES]:
         name = printable(row.name or "(none)", 38)
         means = f"{number(row.ches):>15}{number(row.ln_ches):>15}"
-        lines.append(f"{name:<40}{row.rows:>9}{means}{number(row.auc, 3):>8}")
+        lines.append(f"{name:<40}{row.rows:>9}{means}{correlation(row.auc):>8}")
     if len(rows) > _CATEGORIES:
         lines.append(f"... and {len(rows) - _CATEGORIES} more")
     return [

@@ -157,7 +157,7 @@ def _array(values: Any, field: pa.Field) -> pa.Array:
         return values.cast(field.type)
     try:
         return pa.array(values, type=field.type, from_pandas=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
         raise RunError(f"score table: column {field.name!r}: {error}") from error
 
 

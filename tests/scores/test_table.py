@@ -105,6 +105,8 @@ def test_columns_are_checked(tmp_path):
         writer.write({"row_id": ["a"], "index": [0]})
     with pytest.raises(RunError, match="column 'index'"):
         tables.write_part(tmp_path / "t", {"row_id": ["a"], "index": ["zero"]}, {})
+    with pytest.raises(RunError, match="column 'category'"):
+        tables.write_part(tmp_path / "t", rows(0, 1, category=["\ud800"]), {})
 
 
 def test_what_is_not_a_score_table_says_so(tmp_path):
