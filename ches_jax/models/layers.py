@@ -31,6 +31,11 @@ def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array
     return lax.dot_general(x, weight.astype(x.dtype), contract, precision=matmul_precision(x.dtype))
 
 
+def along_last(vector: Float[Array, " D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """A vector with leading axes of length 1, in the rank and dtype of ``like``: broadcasting made visible."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 class Linear(nnx.Module):
     """``x W^T (+ b)``."""
 
@@ -43,7 +48,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Applies the map."""
         y = matmul(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + along_last(self.bias[...], y)
 
 
 class Norm(nnx.Module):
@@ -75,13 +80,13 @@ class Norm(nnx.Module):
         y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(self.eps, y.dtype))
         if self.plus_one and self.weight is not None:
             # Gemma multiplies before it rounds to the model's dtype, the others after
-            return (y * (1 + self.weight[...].astype(y.dtype))).astype(x.dtype)
+            return (y * (1 + along_last(self.weight[...], y))).astype(x.dtype)
         if self.kind == "layer":
-            y = y if self.weight is None else y * self.weight[...].astype(y.dtype)
-            y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+            y = y if self.weight is None else y * along_last(self.weight[...], y)
+            y = y if self.bias is None else y + along_last(self.bias[...], y)
             return y.astype(x.dtype)
         y = y.astype(x.dtype)
-        return y if self.weight is None else y * self.weight[...].astype(x.dtype)
+        return y if self.weight is None else y * along_last(self.weight[...], y)
 
 
 class Context(NamedTuple):

@@ -73,13 +73,13 @@ def _frequencies_by_length(
             / np.asarray(rope.long_factor, np.float64),
             dtype,
         )
-        return jnp.where((lengths > rope.original_max_positions)[..., None], long, short)
+        return jnp.where((lengths > rope.original_max_positions)[..., None], long[None, None], short[None, None])
     dim = rope.rotary_dim
     n = jnp.maximum(lengths, rope.max_positions).astype(dtype)
     stretch = (rope.factor * n / rope.max_positions) - (rope.factor - 1)
     # theta' = theta * stretch ** (dim / (dim - 2)), so each frequency is multiplied by a power of the stretch
     exponent = jnp.asarray(-np.arange(0, dim, 2) / (dim - 2), dtype)
-    return jnp.asarray(frequencies(rope), dtype) * stretch[..., None] ** exponent
+    return jnp.asarray(frequencies(rope), dtype)[None, None] * stretch[..., None] ** exponent[None, None]
 
 
 def tables(
@@ -94,7 +94,7 @@ def tables(
       dtype: float32 or float64.
     """
     if rope.length_threshold is None:
-        steps = jnp.asarray(frequencies(rope), dtype)
+        steps = jnp.asarray(frequencies(rope), dtype)[None, None]
     else:
         steps = _frequencies_by_length(rope, lengths, dtype)
     angles = positions.astype(dtype)[..., None] * steps

@@ -43,7 +43,7 @@ def visible(
     v: Visibility, keys: Int[Array, " K"], queries: Int[Array, " Q"]
 ) -> Bool[Array, "B Q K"]:
     """The dense mask of rows ``queries`` (already sliced in ``v``) against key indices ``keys``."""
-    k = keys[None, None]
+    k = keys[None, None, :]
     context = (k >= v.context_start[..., None]) & (k < v.context_end[..., None])
     own = (k >= v.own_start[..., None]) & (k <= queries[None, :, None])
     return context | own
@@ -56,7 +56,7 @@ def block_visits(v: Visibility, block: int) -> tuple[Int[Array, "B Q K"], Int[Ar
     """
     rows, length = v.own_start.shape
     n = length // block
-    low = jnp.arange(n, dtype=jnp.int32) * block
+    low = jnp.arange(n, dtype=jnp.int32)[None, None] * block
     here = jnp.arange(length, dtype=jnp.int32)[None, :, None]
     context = (v.context_start[..., None] < low + block) & (v.context_end[..., None] > low)
     context &= v.context_start[..., None] < v.context_end[..., None]
