@@ -33,13 +33,13 @@ READING = (
 LIMITS = (
     "Plain CHES goes with length: hidden states mostly have positive inner products, so a rejected response that "
     "is longer than the chosen one raises it. Look at the correlations above before a selection by CHES is "
-    "credited to similarity, and compare with `ches select --control length` and `--control random`.",
+    "credited to similarity, and compare with the length and random controls of ches select.",
     "Whether similar pairs should be dropped is debated. The paper found that keeping the 5% of pairs with the "
     "lowest ln_ches kept safety-tuned models from unlearning refusals, although the chosen responses still lost "
     "probability. Others find pairs with a minimal surface difference the most instructive. The two agree where "
     "the edit is small and the meaning differs.",
     "A score is a prediction from the untrained model, not a measurement of displacement: that takes the "
-    "log-probabilities before and after training (`ches diagnose`). And displacement is not harm: mass can move "
+    "log-probabilities before and after training (ches diagnose). And displacement is not harm: mass can move "
     "to responses just as good.",
 )
 
@@ -128,12 +128,12 @@ def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown
     edit, ches = -score_column(table, "minus_edit_distance"), score_column(table, "ches")
     png = keep("edit_distance_ches", figures.edit_against_ches(edit, ches, near, high))
     bounds = f"edit distance up to {number(near)} and ches from {number(high)} on"
-    alt = f"CHES of each pair against its edit distance; {len(found)} pairs lie in the framed corner, {bounds}."
+    alt = f"CHES of each pair against its edit distance; {len(found)} lie in the framed corner, {bounds}."
     told = paragraphs(
-        f"{len(found)} pairs have a small edit and a high CHES: {bounds}. They look alike on the surface and to "
-        "the model as well."
+        f"Pairs with a small edit and a high CHES ({bounds}): {len(found)}. They look alike on the surface and "
+        "to the model as well."
     )
-    first = f"The {min(shown, len(found))} with the highest ches"
+    first = f"Show {min(shown, len(found))}, the highest ches first"
     body += _grid([picture(png, alt, "edit distance and CHES")]) + told
     return body + (_folded(first, (cards[p] for p in found[:shown])) if len(found) else "")
 

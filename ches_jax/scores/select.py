@@ -33,6 +33,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from ches_jax import embedded
 from ches_jax.errors import RunError
 from ches_jax.options import Columns
 from ches_jax.runlog import CONFIG, RUN, read_json
@@ -228,10 +229,11 @@ class SelectConfig:
     out: Path
     """The directory to write; must not exist, or be empty."""
     by: str = "ln_ches"
-    """The score: a name of ``ches_jax.scores.derive.SCORES``."""
+    """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
+    logp_margin, chosen_tokens or random; the more similar a pair, the higher."""
     keep: str = "lowest:0.05"
-    """Which rows: lowest:0.05, lowest:19, highest:19, window:0.5,512, quantile:0,0.25, below:-10,
-    above:-10 or soft:0.5."""
+    """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
+    quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""
     control: Control = "none"
     """To compare with: as many rows, by chance (random) or by response length alone (length)."""
     seed: int = 0
@@ -239,7 +241,9 @@ class SelectConfig:
     pairs: str | None = None
     """The pairs that were scored; taken from the run when not given."""
     split: str | None = None
+    """Which split of them; taken from the run when not given."""
     columns: Columns = field(default_factory=dict)
+    """Other names of columns (prompt=instruction); taken from the run when not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +381,8 @@ def source_rows(config: SelectConfig) -> Iterator[SourceRow]:
     pairs = config.pairs or told.get("pairs")
     if not pairs:
         raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
+    if pairs == "embedded":  # the word of ScoreConfig.pairs
+        pairs = str(embedded.pairs_file())
     split, columns = config.split or told.get("split"), config.columns or told.get("columns")
     rows = open_pairs(pairs, split, columns)
     return itertools.islice(rows, told.get("limit"))

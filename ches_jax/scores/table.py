@@ -202,19 +202,18 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
     """
     if not parts:
         raise RunError(f"{out}: no parts to merge")
-    files = [_open(Path(part)) for part in parts]
-    try:
-        first, metadata = files[0].schema_arrow, metadata_of(files[0].schema_arrow, str(parts[0]))
-        for part, file in zip(parts[1:], files[1:], strict=True):
-            _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
-        with TableWriter(out, first.names, metadata) as writer:
-            for file in files:
+    with _open(Path(parts[0])) as file:
+        first = file.schema_arrow
+    metadata = metadata_of(first, str(parts[0]))
+    rows = 0
+    with TableWriter(out, first.names, metadata) as writer:
+        for part in parts:  # one open at a time: a long run has more parts than a process may have files
+            with _open(Path(part)) as file:
+                _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
                 for batch in file.iter_batches(batch_size=ROW_GROUP):
                     writer.write_table(pa.Table.from_batches([batch]).cast(writer.schema))
-        return sum(file.metadata.num_rows for file in files)
-    finally:
-        for file in files:
-            file.close()
+                rows += file.metadata.num_rows
+    return rows
 
 
 def _check_agrees(

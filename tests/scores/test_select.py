@@ -231,6 +231,20 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
     assert {row.category for row in again} == {"c"}
 
 
+def test_the_embedded_pairs_are_found_by_their_word(tmp_path):
+    from ches_jax import embedded
+    from ches_jax.data.sources import open_pairs
+    from ches_jax.scores.pipeline import EMBEDDED
+
+    ids = [row.row_id for row in open_pairs(str(embedded.pairs_file()))][:N]
+    run = tmp_path / "run"
+    write_part(run / "scores.parquet", columns(row_id=ids), {})
+    told = {"config": {"pairs": EMBEDDED, "limit": N, "columns": {}}}
+    (run / "run.json").write_text(json.dumps(told))
+    select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
+    assert set((tmp_path / "kept" / "kept_ids.txt").read_text().split()) <= set(ids)
+
+
 @pytest.mark.parametrize("control", ["none", "random", "length"])
 def test_controls_keep_as_many_and_the_same_seed_the_same_bytes(run, tmp_path, control):
     config = {"scores": run, "keep": "quantile:0,0.3", "control": control, "seed": 5}
