@@ -57,7 +57,9 @@ class DecoderConfig:
     norm_weight: bool = True
     norm_bias: bool = False
     norm_plus_one: bool = False
-    """RMSNorm multiplies by 1 + weight, in float32 (Gemma)."""
+    """RMSNorm multiplies by 1 + weight (Gemma)."""
+    norm_rounds_last: bool = False
+    """RMSNorm multiplies by its weight before it rounds to the model's dtype (Gemma, OLMo 2), not after."""
     norm_before: bool = True
     """A norm before attention and before the MLP."""
     norm_after: bool = False

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models import attention, rope
@@ -31,9 +32,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Draws from N(0, 0.02^2)."""
-        self.weight = nnx.Param(
-            (jax.random.normal(rngs.params(), (rows, width), jnp.float32) * 0.02).astype(dtype)
-        )
+        self.weight = nnx.Param((jax.random.normal(rngs.params(), (rows, width), jnp.float32) * 0.02).astype(dtype))
 
 
 class Decoder(nnx.Module):
@@ -51,27 +50,22 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.dtype("float32"),
-        dtype: jnp.dtype = jnp.dtype("float32"),
+        param_dtype: DTypeLike = "float32",
+        dtype: DTypeLike = "float32",
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        param_dtype = jnp.dtype(param_dtype)
         make = partial(Layer, config, dtype=param_dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
         self.embed_positions = (
-            Embedding(config.max_positions, config.width, rngs=rngs, dtype=param_dtype)
-            if config.rope is None
-            else None
+            Embedding(config.max_positions, config.width, rngs=rngs, dtype=param_dtype) if config.rope is None else None
         )
-        stack = nnx.split_rngs(splits=config.num_layers)(
-            nnx.vmap(lambda rngs: make(rngs=rngs), in_axes=0, out_axes=0)
-        )
+        stack = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(lambda rngs: make(rngs=rngs), in_axes=0, out_axes=0))
         self.layers = stack(rngs)
         self.norm = Norm(config.width, config, dtype=param_dtype)
         self.lm_head = (
-            None
-            if config.tie_embeddings
-            else Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
+            None if config.tie_embeddings else Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
         )
 
     @property

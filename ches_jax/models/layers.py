@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models import attention, rope
+from ches_jax.models import rope
 from ches_jax.models.config import Activation, DecoderConfig
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.visibility import Visibility
@@ -57,20 +57,15 @@ class Norm(nnx.Module):
     RMSNorm: ``x / sqrt(mean(x^2) + eps) * w``; LayerNorm: ``(x - mean) / sqrt(var + eps) * w + b``.
     """
 
-    def __init__(
-        self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, kind: str | None = None
-    ):
+    def __init__(self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, kind: str | None = None):
         """A norm over the last axis; ``kind`` overrides the config's (query/key norms are always RMS)."""
         self.kind = kind or config.norm
         self.eps = config.norm_eps
         self.plus_one = config.norm_plus_one
+        self.rounds_last = config.norm_rounds_last or self.kind == "layer"
         start = jnp.zeros if self.plus_one else jnp.ones
         self.weight = nnx.Param(start((size,), dtype)) if config.norm_weight else None
-        self.bias = (
-            nnx.Param(jnp.zeros((size,), dtype))
-            if config.norm_bias and self.kind == "layer"
-            else None
-        )
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if config.norm_bias and self.kind == "layer" else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis."""
@@ -78,15 +73,12 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(self.eps, y.dtype))
-        if self.plus_one and self.weight is not None:
-            # Gemma multiplies before it rounds to the model's dtype, the others after
-            return (y * (1 + along_last(self.weight[...], y))).astype(x.dtype)
-        if self.kind == "layer":
-            y = y if self.weight is None else y * along_last(self.weight[...], y)
-            y = y if self.bias is None else y + along_last(self.bias[...], y)
-            return y.astype(x.dtype)
-        y = y.astype(x.dtype)
-        return y if self.weight is None else y * along_last(self.weight[...], y)
+        y = y if self.rounds_last else y.astype(x.dtype)
+        if self.weight is not None:
+            scale = along_last(self.weight[...], y)
+            y = y * (1 + scale if self.plus_one else scale)
+        y = y if self.bias is None else y + along_last(self.bias[...], y)
+        return y.astype(x.dtype)
 
 
 class Context(NamedTuple):
@@ -117,23 +109,15 @@ class Attention(nnx.Module):
         self.q_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv)
         self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
         self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
-        self.o_proj = Linear(
-            c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype
-        )
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype)
         if c.qk_norm == "none":
             self.q_norm = self.k_norm = None
         else:
             per_head = c.qk_norm == "head"
-            self.q_norm = Norm(
-                c.head_dim if per_head else c.num_heads * c.head_dim, c, dtype=dtype, kind="rms"
-            )
-            self.k_norm = Norm(
-                c.head_dim if per_head else c.num_kv_heads * c.head_dim, c, dtype=dtype, kind="rms"
-            )
+            self.q_norm = Norm(c.head_dim if per_head else c.num_heads * c.head_dim, c, dtype=dtype, kind="rms")
+            self.k_norm = Norm(c.head_dim if per_head else c.num_kv_heads * c.head_dim, c, dtype=dtype, kind="rms")
 
-    def _heads(
-        self, x, projection: Linear, norm: Norm | None, heads: int
-    ) -> Float[Array, "B T N H"]:
+    def _heads(self, x, projection: Linear, norm: Norm | None, heads: int) -> Float[Array, "B T N H"]:
         """Project, clip, normalise, split into heads."""
         y = projection(x)
         if self.config.qkv_clip is not None:
@@ -144,9 +128,7 @@ class Attention(nnx.Module):
         y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
         return norm(y) if norm is not None and self.config.qk_norm == "head" else y
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend) -> Float[Array, "B T D"]:
         """Attention of the whole row; ``attend`` is one of ``attention``'s functions with its options bound."""
         c = self.config
         q = self._heads(x, self.q_proj, self.q_norm, c.num_heads)
@@ -200,15 +182,11 @@ class Layer(nnx.Module):
         self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
         self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend) -> Float[Array, "B T D"]:
         """Residual stream in, residual stream out."""
 
         def attn(x):
-            y = self.self_attn(
-                x if self.attn_norm is None else self.attn_norm(x), context, data, attend
-            )
+            y = self.self_attn(x if self.attn_norm is None else self.attn_norm(x), context, data, attend)
             return y if self.attn_out_norm is None else self.attn_out_norm(y)
 
         def mlp(x):

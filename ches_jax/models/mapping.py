@@ -4,7 +4,7 @@ A rule names a parameter (``layers.self_attn.q_proj.weight``, without the layer 
 (``model.layers.{layer}.self_attn.q_proj.weight``) and a *view*: the part of the tensor, in the parameter's orientation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,57 @@ class Rows(View):
         out[self.start : self.start + value.shape[0]] = value
 
 
+@dataclass(frozen=True)
+class Columns(View):
+    """A transposed matrix, or part of one: columns ``start : start + n`` of ``total``, as rows of the parameter.
+
+    GPT-2 stores its matrices [in, out].
+    """
+
+    start: int
+    total: int
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """[in, all columns] for a parameter [out, in]."""
+        return (shape[1], self.total)
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Rows of the parameter are columns of the tensor."""
+        rows, columns = index
+        return tensor.read((columns, slice(rows.start + self.start, rows.stop + self.start))).T
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Fills its columns."""
+        out[:, self.start : self.start + value.shape[0]] = value.T
+
+
+@dataclass(frozen=True)
+class Interleaved(View):
+    """One of ``parts`` that take turns in blocks of ``block`` rows (GPT-NeoX: q, k, v of head 0, of head 1, ...)."""
+
+    part: int
+    parts: int
+    block: int
+
+    def _stored(self, start: int, stop: int) -> np.ndarray:
+        """Where rows ``start`` to ``stop`` of the parameter stand in the tensor."""
+        blocks, within = np.divmod(np.arange(start, stop), self.block)
+        return (blocks * self.parts + self.part) * self.block + within
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """All parts."""
+        return (shape[0] * self.parts, *shape[1:])
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Reads from the first to the last row it needs and picks its own."""
+        rows = self._stored(index[0].start, index[0].stop)
+        return tensor.read((slice(int(rows[0]), int(rows[-1]) + 1), *index[1:]))[rows - rows[0]]
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Fills its rows."""
+        out[self._stored(0, value.shape[0])] = value
+
+
 WHOLE = View()
 
 
@@ -71,23 +122,32 @@ class Rule:
         return self.tensor.format(layer=layer)
 
 
-def rules(params: Iterable[str], names: dict[str, str], prefix: str = "model.") -> list[Rule]:
-    """One whole-tensor rule for each parameter that exists.
+def rules(
+    params: Iterable[str],
+    names: Mapping[str, str],
+    *,
+    prefix: str = "model.",
+    layers: str = "layers",
+    views: Mapping[str, View] | None = None,
+) -> list[Rule]:
+    """One rule for each parameter that exists.
 
     Args:
       params: the decoder's parameter names.
       names: module name in the decoder -> module name in the file, below the layer for layer modules.
       prefix: what stands before every name but the head's.
+      layers: the file's name for the list of layers.
+      views: parameters (below the layer) that are a part of their tensor or turned.
     """
     made = []
     for param in params:
         module, leaf = param.rsplit(".", 1)
-        if module.startswith("layers."):
-            tensor = f"{prefix}layers.{{layer}}.{names[module.removeprefix('layers.')]}.{leaf}"
+        inner = module.removeprefix("layers.")
+        if inner != module:
+            tensor = f"{prefix}{layers}.{{layer}}.{names[inner]}.{leaf}"
         else:
-            head = module == "lm_head"
-            tensor = f"{'' if head else prefix}{names[module]}.{leaf}"
-        made.append(Rule(param, tensor))
+            tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
+        made.append(Rule(param, tensor, (views or {}).get(f"{inner}.{leaf}", WHOLE)))
     return made
 
 

@@ -5,18 +5,23 @@ Every key is *handled* (read by the family), *ignored* by name (cannot change a 
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
-from ches_jax.models.config import RopeConfig
+from ches_jax.models.config import RopeConfig, RopeKind
 
-IGNORED = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+IGNORED = _words(
     # identity and bookkeeping
     "_name_or_path _commit_hash architectures auto_map model_type torch_dtype dtype transformers_version use_cache "
     "return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript use_bfloat16 "
     "id2label label2id problem_type finetuning_task task_specific_params name_or_path _attn_implementation_autoset "
-    "_attn_implementation chunk_size_feed_forward tokenizer_class prefix is_decoder is_encoder_decoder cross_attention_hidden_size "
-    "add_cross_attention tie_encoder_decoder pruned_heads tf_legacy_loss hidden_dropout_prob cache_implementation "
+    "_attn_implementation chunk_size_feed_forward tokenizer_class prefix is_decoder cross_attention_hidden_size "
+    "tf_legacy_loss hidden_dropout_prob cache_implementation "
     # training only
     "initializer_range pretraining_tp attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop resid_dropout "
     "embedding_dropout residual_dropout classifier_dropout gradient_checkpointing "
@@ -25,30 +30,53 @@ IGNORED = frozenset(
     "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
     "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
     "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-    "begin_suppress_tokens".split()
+    "begin_suppress_tokens"
 )
+OFF: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "use_bidirectional_attention": (False,),
+}
+"""Keys of any family that are supported only where they change nothing."""
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
-ROPE_KEYS = {
+ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     "default": (), "linear": ("factor",), "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+RETIRED_ROPE_NAMES = {"su": "longrope"}
+ROPE_NEEDS = {
+    "linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+ROPE_VALUE = "positive number (or list of them, or true/false where the key asks for that)"
 MISSING = object()
+
+
+class Sizes(TypedDict):
+    """The sizes every family has."""
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
 
 
 class ConfigReader:
     """Typed access to a config's keys that remembers what was read and collects every problem."""
 
-    def __init__(self, raw: dict[str, Any], ignored: Sequence[str] = ()):
-        """``ignored``: the family's own keys that cannot change a number."""
+    def __init__(self, raw: dict[str, Any]):
         self.raw = raw
         self.problems: list[str] = []
-        self._seen = set(IGNORED) | set(ignored)
+        self._seen = set(IGNORED)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = MISSING) -> Any:
         """The value of ``key``, checked for its type; the default where it is absent (or null, if default is given)."""
@@ -71,14 +99,54 @@ class ConfigReader:
 
     def size(self, key: str, default: Any = MISSING) -> int:
         """A positive integer."""
-        value = self.get(key, int, default)
+        value: Any = self.get(key, int, default)
         if value is not None and value < 1:
             self.problems.append(f"config.json: {key!r} = {value!r} should be positive")
             return 1
         return value
 
+    def nullable(self, key: str, kind: type, absent: Any) -> Any:
+        """The value of ``key`` where null means "off": ``absent`` stands in only where the key is not written."""
+        return self.get(key, kind, None) if key in self.raw else self.get(key, kind, absent)
+
+    def nullable_size(self, key: str, absent: int | None) -> int | None:
+        """``nullable`` for a positive integer."""
+        return self.size(key, None) if key in self.raw else self.size(key, absent)
+
+    def sizes(self, *, vocab_size: Any = MISSING, num_heads: Any = MISSING) -> Sizes:
+        """Vocabulary, width, MLP width, layers and heads, under the names most families use.
+
+        Nothing stands in for a missing size, but where a family's published configs leave it out.
+        """
+        return Sizes(
+            vocab_size=self.size("vocab_size", vocab_size),
+            width=self.size("hidden_size"),
+            mlp_width=self.size("intermediate_size"),
+            num_layers=self.size("num_hidden_layers"),
+            num_heads=self.size("num_attention_heads", num_heads),
+        )
+
+    def head_dim(self, sizes: Sizes) -> int:
+        """``head_dim``, by default the width divided by the heads."""
+        return self.size("head_dim", max(sizes["width"] // sizes["num_heads"], 1))
+
+    def kv_heads(self, sizes: Sizes, absent: int | None = None) -> int:
+        """Key/value heads: ``absent`` where the key is not written, as many as query heads where it is null."""
+        return self.nullable_size("num_key_value_heads", absent) or sizes["num_heads"]
+
+    def positive(self, key: str, default: float) -> float:
+        """A number above zero."""
+        value = self.get(key, float, default)
+        if value <= 0:
+            self.problems.append(f"config.json: {key!r} = {value!r} should be positive")
+        return value if value > 0 else default
+
+    def ignore(self, *keys: str) -> None:
+        """The family's own keys that cannot change a number."""
+        self._seen.update(keys)
+
     def must_be(self, key: str, *allowed: Any) -> None:
-        """``key`` may be absent, null, or one of ``allowed``; any other value changes numbers in a way not supported."""
+        """``key`` may be absent, null, or one of ``allowed``; any other value would change numbers unsupported."""
         self._seen.add(key)
         value = self.raw.get(key)
         if value is not None and value not in allowed:
@@ -98,99 +166,134 @@ class ConfigReader:
         return ACTIVATIONS[value]
 
     def rope(
-        self, head_dim: int, max_positions: int, *, theta: float = 10000.0, fraction: float = 1.0
+        self,
+        head_dim: int,
+        max_positions: int,
+        *,
+        theta: float = 10000.0,
+        theta_key: str = "rope_theta",
+        fraction: float | None = None,
+        fraction_key: str = "partial_rotary_factor",
+        original: int | None = None,
+        rename: Mapping[str, str] = RETIRED_ROPE_NAMES,
     ) -> RopeConfig:
         """Rotary settings from either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
-        ``theta`` and ``fraction`` are the family's defaults for the base and the rotating share of a head.
+        Args:
+          head_dim: channels of a head.
+          max_positions: the context length.
+          theta: the family's default base.
+          theta_key: the family's name for the base outside the dictionary.
+          fraction: the family's default for the rotating share of a head; None: all of it, and nothing else is known.
+          fraction_key: the family's name for the share outside the dictionary.
+          original: the family's default for ``original_max_position_embeddings``.
+          rename: old names of rope types.
         """
-        old_theta = self.get("rope_theta", float, theta)
-        fraction = self.get("partial_rotary_factor", float, fraction)
-        original = self.get("original_max_position_embeddings", int, None)
-        old = self.get("rope_scaling", dict, None)
-        new = self.get("rope_parameters", dict, None)
-        settings = dict(new if new is not None else old or {})
-        settings.setdefault("rope_theta", old_theta)
-        settings.setdefault("partial_rotary_factor", fraction)
-        if original is not None:
-            settings.setdefault("original_max_position_embeddings", original)
-        name = "rope_parameters" if new is not None else "rope_scaling"
-        return self.rope_settings(settings, name, head_dim, max_positions)
+        outside = {
+            "rope_theta": self.get(theta_key, float, theta),
+            "partial_rotary_factor": self.get(fraction_key, float, 1.0 if fraction is None else fraction),
+        }
+        old, new = self.get("rope_scaling", dict, None), self.get("rope_parameters", dict, None)
+        name = "rope_scaling" if old else "rope_parameters"
+        settings = outside | {k: v for k, v in (old or new or {}).items() if v is not None}
+        # written beside the dictionary it is the one that counts, as in transformers
+        settings["original_max_position_embeddings"] = self.size(
+            "original_max_position_embeddings", original
+        ) or settings.get("original_max_position_embeddings")
+        if fraction is None and settings["partial_rotary_factor"] != 1:
+            self.problems.append(
+                f"config.json: 'partial_rotary_factor' = {settings['partial_rotary_factor']!r} is not supported for "
+                "this family, whose heads rotate whole"
+            )
+            settings["partial_rotary_factor"] = 1.0
+        return self.rope_settings(settings, name, head_dim, max_positions, rename)
 
     def rope_settings(
-        self, settings: dict[str, Any], name: str, head_dim: int, max_positions: int
+        self,
+        written: Mapping[str, Any],
+        name: str,
+        head_dim: int,
+        max_positions: int,
+        rename: Mapping[str, str] = RETIRED_ROPE_NAMES,
     ) -> RopeConfig:
-        """One dictionary of rotary settings, resolved."""
-        kind = settings.get("rope_type", settings.get("type", "default"))
-        kind = "longrope" if kind == "su" else kind
-        if kind not in ROPE_KEYS:
-            self.problems.append(
-                f"config.json: {name} has unknown rope type {kind!r} (known: {', '.join(ROPE_KEYS)})"
-            )
-            kind = "default"
-        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind]}
-        # the context of pre-training is written beside kinds that do not read it
-        known.add("original_max_position_embeddings")
-        strange = [k for k, v in settings.items() if k not in known and v is not None]
-        if strange:
-            self.problems.append(
-                f"config.json: {name} of type {kind!r} has unknown keys {', '.join(sorted(strange))}"
-            )
-        rotary_dim = int(head_dim * settings["partial_rotary_factor"])
-        required = {"linear": ("factor",), "dynamic": ("factor",), "llama3": ROPE_KEYS["llama3"][:3],
-                    "longrope": ("short_factor", "long_factor")}.get(kind, ())  # fmt: skip
-        missing = [k for k in required if settings.get(k) is None]
-        if missing:
-            self.problems.append(f"config.json: {name} of type {kind!r} lacks {', '.join(missing)}")
-            kind = "default"
-        if rotary_dim % 2 or rotary_dim < 2:
-            self.problems.append(
-                f"config.json: {rotary_dim} rotating channels of a head; expected an even number"
-            )
-        original = settings.get("original_max_position_embeddings") or max_positions
-        factor = settings.get("factor") or (
-            max_positions / original if kind in {"yarn", "longrope"} else 1.0
-        )
-        for key in ("short_factor", "long_factor"):
-            if kind == "longrope" and len(settings[key]) != rotary_dim // 2:
-                self.problems.append(
-                    f"config.json: {name}.{key} has {len(settings[key])} numbers; expected {rotary_dim // 2}"
-                )
+        """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
+        kind, settings = self._rope_kind(written, name, rename)
+        rotary_dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+        self._check_rotary_dim(kind, rotary_dim, settings, name)
+        original = int(settings.get("original_max_position_embeddings") or max_positions)
+        factor = float(settings.get("factor") or max_positions / original)
         return RopeConfig(
             kind=kind,
             theta=float(settings["rope_theta"]),
             rotary_dim=rotary_dim,
             max_positions=max_positions,
-            factor=float(factor),
-            original_max_positions=int(original),
-            attention_factor=_attention_factor(kind, settings, float(factor), original),
+            factor=factor if kind != "default" else 1.0,
+            original_max_positions=original,
+            attention_factor=_attention_factor(kind, settings, factor, original),
             low_freq_factor=float(settings.get("low_freq_factor") or 1.0),
             high_freq_factor=float(settings.get("high_freq_factor") or 4.0),
             beta_fast=float(settings.get("beta_fast") or 32.0),
             beta_slow=float(settings.get("beta_slow") or 1.0),
             truncate=bool(settings.get("truncate", True)),
-            short_factor=tuple(settings.get("short_factor") or ()) if kind == "longrope" else (),
-            long_factor=tuple(settings.get("long_factor") or ()) if kind == "longrope" else (),
+            short_factor=tuple(settings["short_factor"]) if kind == "longrope" else (),
+            long_factor=tuple(settings["long_factor"]) if kind == "longrope" else (),
         )
 
-    def windows(
-        self, window: int | None, num_layers: int, default: Sequence[bool]
-    ) -> tuple[int | None, ...]:
+    def _rope_kind(
+        self, written: Mapping[str, Any], name: str, rename: Mapping[str, str]
+    ) -> tuple[RopeKind, dict[str, Any]]:
+        """The rope type and its settings; a dictionary with problems goes on as the default type."""
+        settings = {k: v for k, v in written.items() if v is not None}
+        kind = settings.pop("rope_type", settings.pop("type", "default"))
+        kind = rename.get(kind, kind) if isinstance(kind, str) else kind
+        plain = {"rope_theta": _number_or(settings.get("rope_theta"), 10000.0)}
+        if not isinstance(kind, str) or kind not in ROPE_KEYS:
+            self.problems.append(f"config.json: {name} has unknown rope type {kind!r} (known: {', '.join(ROPE_KEYS)})")
+            return "default", plain
+        # the context of pre-training is written beside kinds that do not read it
+        known = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *ROPE_KEYS[kind]}
+        found = [
+            *(f"has unknown key {k!r}" for k in sorted(settings.keys() - known)),
+            *(f"lacks {k!r}" for k in ROPE_NEEDS.get(kind, ()) if k not in settings),
+            *(f"has {k!r} = {v!r}, which is no {ROPE_VALUE}" for k, v in settings.items() if not _rope_value(k, v)),
+            *_band_problems(kind, settings),
+        ]
+        self.problems += [f"config.json: {name} of type {kind!r} {f}" for f in found]
+        return ("default", plain) if found else (kind, settings)
+
+    def _check_rotary_dim(self, kind: str, rotary_dim: int, settings: Mapping[str, Any], name: str) -> None:
+        """Pairs of channels rotate, and lists of factors have one number for each pair."""
+        least = 4 if kind == "dynamic" else 2
+        if rotary_dim % 2 or rotary_dim < least:
+            self.problems.append(
+                f"config.json: {rotary_dim} rotating channels of a head; expected an even number from {least} on"
+            )
+        for key in ("short_factor", "long_factor"):
+            if kind == "longrope" and len(settings[key]) != rotary_dim // 2:
+                self.problems.append(
+                    f"config.json: {name}.{key} has {len(settings[key])} numbers; expected {rotary_dim // 2}"
+                )
+
+    def windows(self, window: int | None, num_layers: int, default: Sequence[bool]) -> tuple[int | None, ...]:
         """Per layer the window or None, from ``layer_types`` where written, else from ``default`` (True: sliding)."""
         types = self.get("layer_types", list, None)
         sliding = list(default)
         if types is not None:
-            known = {"full_attention", "sliding_attention"}
-            if len(types) != num_layers or not set(types) <= known:
+            known = ("full_attention", "sliding_attention")
+            if len(types) != num_layers or not all(t in known for t in types):
                 self.problems.append(
-                    f"config.json: 'layer_types' should list {num_layers} of {', '.join(sorted(known))}; found {types!r}"
+                    f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
                 )
             else:
                 sliding = [t == "sliding_attention" for t in types]
+        if any(sliding) and window is None:
+            self.problems.append("config.json: sliding layers, but 'sliding_window' is null or switched off")
         return tuple(window if s else None for s in sliding)
 
     def finish(self) -> list[str]:
         """All problems, unknown keys included."""
+        for key, allowed in OFF.items():
+            self.must_be(key, *allowed)
         unknown = sorted(k for k, v in self.raw.items() if k not in self._seen and v is not None)
         if unknown:
             shown = ", ".join(f"{k!r} = {self.raw[k]!r}"[:80] for k in unknown)
@@ -204,6 +307,33 @@ def _stand_in(kind: Any) -> Any:
     """A harmless value to go on with, so that later problems are found too."""
     kind = kind if isinstance(kind, type) else kind[0]
     return 1 if kind in (int, float) else kind()
+
+
+def _number_or(value: Any, default: float) -> float:
+    return float(value) if _positive(value) else default
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _rope_value(key: str, value: Any) -> bool:
+    """Whether a rotary setting has the type its key asks for."""
+    if key == "truncate":
+        return isinstance(value, bool)
+    if key == "original_max_position_embeddings":
+        return isinstance(value, int) and value > 1
+    if key in {"short_factor", "long_factor"}:
+        return isinstance(value, list) and all(_positive(v) for v in value)
+    return _positive(value)
+
+
+def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
+    """The Llama 3.1 rule blends between two bounds, which must not meet."""
+    low, high = (_number_or(settings.get(k), 1.0) for k in ("low_freq_factor", "high_freq_factor"))
+    if kind == "llama3" and high <= low:
+        return [f"has low_freq_factor {low!r}, which should be below high_freq_factor {high!r}"]
+    return []
 
 
 def _attention_factor(kind: str, settings: dict[str, Any], factor: float, original: int) -> float:

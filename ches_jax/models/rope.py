@@ -62,15 +62,12 @@ def frequencies(rope: RopeConfig) -> np.ndarray:
             return base
 
 
-def _frequencies_by_length(
-    rope: RopeConfig, lengths: Int[Array, "B T"], dtype: jnp.dtype
-) -> Float[Array, "B T R"]:
+def _frequencies_by_length(rope: RopeConfig, lengths: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T R"]:
     """Frequencies of tokens whose sequence has ``lengths`` tokens in all (``dynamic`` and ``longrope``)."""
     if rope.kind == "longrope":
         short = jnp.asarray(frequencies(rope), dtype)
         long = jnp.asarray(
-            base_frequencies(rope.theta, rope.rotary_dim)
-            / np.asarray(rope.long_factor, np.float64),
+            base_frequencies(rope.theta, rope.rotary_dim) / np.asarray(rope.long_factor, np.float64),
             dtype,
         )
         return jnp.where((lengths > rope.original_max_positions)[..., None], long[None, None], short[None, None])
@@ -85,7 +82,7 @@ def _frequencies_by_length(
 def tables(
     rope: RopeConfig, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """cos and sin of the angles, R = rotary_dim / 2, times the attention factor.
+    """Cosine and sine of the angles, R = rotary_dim / 2, times the attention factor.
 
     Args:
       rope: which frequencies.

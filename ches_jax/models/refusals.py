@@ -1,0 +1,74 @@
+"""What is no dense decoder of a supported family, by name, and what to do with it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+GIVE_DENSE = "give a dense decoder-only model ({supported})"
+MIXTURE = f"a mixture of experts, whose routing this decoder does not have; {GIVE_DENSE}"
+MULTIMODAL = (
+    "a multimodal model; give its text part as a model of its own (load it with transformers, then save_pretrained of "
+    "the language model with its head)"
+)
+ENCODER_DECODER = f"an encoder-decoder, which is no single stream of tokens; {GIVE_DENSE}"
+ENCODER = f"an encoder, which does not predict the next token; {GIVE_DENSE}"
+RECURRENT = f"a state-space or recurrent model, which this decoder does not have; {GIVE_DENSE}"
+UNKNOWN = f"not supported; {GIVE_DENSE}"
+QUANTISED = "a quantised checkpoint; give the unquantised weights (bf16, fp16 or fp32)"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+KINDS: dict[str, frozenset[str]] = {
+    MIXTURE: _words(
+        "mixtral qwen2_moe qwen3_moe qwen3_next deepseek deepseek_v2 deepseek_v3 deepseek_v32 olmoe flex_olmo phimoe "
+        "gpt_oss dbrx jetmoe granitemoe granitemoeshared glm4_moe ernie4_5_moe hunyuan_v1_moe minimax arctic grok-1 "
+        "nllb_moe switch_transformers lfm2_moe dots1 longcat_flash"
+    ),
+    MULTIMODAL: _words(
+        "gemma3 gemma3n gemma4 llava llava_next llava_next_video llava_onevision vipllava video_llava mllama llama4 "
+        "qwen2_vl qwen2_5_vl qwen2_audio qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe idefics idefics2 idefics3 "
+        "smolvlm paligemma pixtral mistral3 internvl fuyu kosmos-2 blip blip-2 instructblip phi3_v phi4_multimodal "
+        "chameleon emu3 janus aya_vision aria florence2 git molmo minicpmv deepseek_vl deepseek_vl_v2 clip siglip "
+        "whisper"
+    ),
+    ENCODER_DECODER: _words(
+        "t5 mt5 umt5 longt5 byt5 t5gemma bart mbart pegasus pegasus_x blenderbot blenderbot-small marian m2m_100 led "
+        "prophetnet encoder-decoder bigbird_pegasus fsmt plbart mvp"
+    ),
+    ENCODER: _words(
+        "bert roberta xlm-roberta xlm-roberta-xl distilbert albert electra deberta deberta-v2 modernbert camembert "
+        "longformer big_bird mpnet ernie nomic_bert"
+    ),
+    RECURRENT: _words(
+        "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 rwkv rwkv5 rwkv6 rwkv7 recurrent_gemma "
+        "nemotron_h granitemoehybrid xlstm lfm2 olmo_hybrid"
+    ),
+}
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def refusal(raw: dict[str, Any], supported: Iterable[str]) -> str | None:
+    """Why a config cannot become a decoder, or None where its family is one of ``supported``."""
+    kind, known = raw.get("model_type"), sorted(supported)
+    if raw.get("quantization_config"):
+        return QUANTISED
+    if kind in known:
+        return None
+    listed = ", ".join(known)
+    if kind is None:
+        return f"config.json has no 'model_type'; {GIVE_DENSE.format(supported=listed)}"
+    what = next((what for what, kinds in KINDS.items() if str(kind) in kinds), None)
+    return f"model_type {kind!r} is {(what or _by_keys(raw)).format(supported=listed)}"
+
+
+def _by_keys(raw: dict[str, Any]) -> str:
+    """What an unknown family looks like."""
+    if raw.get("is_encoder_decoder"):
+        return ENCODER_DECODER
+    if any(k in raw for k in ("vision_config", "text_config", "audio_config")):
+        return MULTIMODAL
+    if any(raw.get(k) for k in EXPERT_KEYS):
+        return MIXTURE
+    return UNKNOWN
