@@ -23,3 +23,37 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference material in ../shared, which is not part of the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random two-layer Llama with the embedded tokenizer, as a Hugging Face directory."""
+    import shutil
+
+    from flax import nnx
+
+    from ches_jax import embedded
+    from ches_jax.models.decoder import Decoder
+    from ches_jax.models.families import decoder_config
+    from ches_jax.models.save import save_pretrained
+
+    raw = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1291, "hidden_size": 24,
+        "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(7))
+    # small weights make a random model near linear; larger ones let attention matter
+    nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(model, out, config=raw)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded.model_dir() / name, out / name)
+    return out
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield

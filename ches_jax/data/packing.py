@@ -100,7 +100,7 @@ def capacity(length: int) -> tuple[int, int, int]:
 def assign(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Pairs to rows, first fit in falling size (ties in order): which pairs share a row.
 
-    >>> assign([5, 3, 4], 8)
+    >>> assign([40, 20, 32], 64)
     [[0, 1], [2]]
     """
     most = capacity(length)[0]

@@ -50,9 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent}: no {path.name}; expected a Hugging Face model directory"
-        ) from None
+        raise CheckpointError(f"{path.parent}: no {path.name}; expected a Hugging Face model directory") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(value, dict):
@@ -76,11 +74,7 @@ def weight_files(directory: Path) -> list[Path]:
         single = directory / SINGLE
         if single.is_file():
             return [single]
-        other = sorted(
-            p.name
-            for p in directory.iterdir()
-            if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"}
-        )
+        other = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"})
         hint = f" (found {', '.join(other)}: convert to safetensors first)" if other else ""
         raise CheckpointError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
     weight_map = read_json(index).get("weight_map")
@@ -90,9 +84,7 @@ def weight_files(directory: Path) -> list[Path]:
     problems, files = [], []
     for name in names:
         if Path(name).name != name or name in {"", ".", ".."}:
-            problems.append(
-                f"{name!r} is a path outside the directory; the index may only name files beside it"
-            )
+            problems.append(f"{name!r} is a path outside the directory; the index may only name files beside it")
         elif not (directory / name).is_file():
             problems.append(f"shard {name!r} is missing")
         else:

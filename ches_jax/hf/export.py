@@ -41,9 +41,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
-) -> None:
+def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as they come, a new shard whenever one is full; one file without an index if one is enough.
 
     At most one shard is in memory.

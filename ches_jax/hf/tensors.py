@@ -45,17 +45,13 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
         try:
             handle = safe_open(path, framework="np")
         except (SafetensorError, OSError, ValueError) as e:
-            problems.append(
-                f"{path.name} is not a whole safetensors file ({e}); copy or download it again"
-            )
+            problems.append(f"{path.name} is not a whole safetensors file ({e}); copy or download it again")
             continue
         for name in handle.keys():  # noqa: SIM118  (the handle is no mapping)
             part = handle.get_slice(name)
             dtype = DTYPES.get(part.get_dtype())
             if name in tensors:
-                problems.append(
-                    f"tensor {name!r} is stored in {tensors[name].file.name} and again in {path.name}"
-                )
+                problems.append(f"tensor {name!r} is stored in {tensors[name].file.name} and again in {path.name}")
             elif dtype is None:
                 problems.append(
                     f"tensor {name!r} is stored as {part.get_dtype()}; expected one of {', '.join(DTYPES)} "

@@ -87,10 +87,7 @@ def load_model(
 def with_parameters(abstract: Decoder, arrays: dict[str, Any]) -> Decoder:
     """The decoder with ``arrays`` as its parameters."""
     graph, state = nnx.split(abstract)
-    flat = [
-        (path, leaf.replace(arrays[".".join(map(str, path))]))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
+    flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

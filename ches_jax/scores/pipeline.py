@@ -51,7 +51,7 @@ class ScoreConfig:
     model: str = EMBEDDED
     """Hugging Face model directory or hub name; default: the embedded model."""
     pairs: str = EMBEDDED
-    """Preference pairs: a JSONL, JSON, Parquet or Arrow file, a save_to_disk folder or a hub name; default: embedded."""
+    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the embedded pairs."""
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
@@ -129,7 +129,9 @@ def _with_defaults(config: ScoreConfig) -> ScoreConfig:
     if config.param_dtype is not None and config.param_dtype not in DTYPES:
         raise ChesError(f"--param-dtype {config.param_dtype!r}: expected one of {', '.join(DTYPES)}")
     on_cpu = jax.default_backend() == "cpu"
-    tokens = config.batch_tokens or (ROW_TOKENS if on_cpu else 8 * ROW_TOKENS)
+    tokens = config.batch_tokens
+    if tokens is None:
+        tokens = ROW_TOKENS if on_cpu else 8 * ROW_TOKENS
     for name, value in [("batch-tokens", tokens), ("chunk-rows", config.chunk_rows), ("limit", config.limit)]:
         if value is not None and value < 1:
             raise ChesError(f"--{name} {value}: expected a positive number")
@@ -173,9 +175,12 @@ def _score(config: ScoreConfig, resume: bool, quiet: bool) -> Path:
     out = Path(config.out)
     mesh = make_mesh(config.mesh)
     inputs = prepare(config)
+    total = None
     if config.on_bad_row == "error":
         # tokenised twice, so that a bad row shows now and not in hour two
-        require_clean(audit(inputs), inputs.source.name)
+        found = audit(inputs)
+        require_clean(found, inputs.source.name)
+        total = found.rows
     model = load_model(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype)
     identity = _identity(config, inputs)
     open_run(out, "score", identity, resume)
@@ -185,8 +190,9 @@ def _score(config: ScoreConfig, resume: bool, quiet: bool) -> Path:
     run = ScoringPass(model, mesh, logps=config.logps)
     assert config.batch_tokens is not None
     started = time.perf_counter()
-    writer = _ChunkWriter(out / PARTS, metadata, config, run, model.config.rope.length_threshold if model.config.rope else None)
-    rows = writer.run(inputs, quiet)
+    rope = model.config.rope
+    writer = _ChunkWriter(out / PARTS, metadata, config, run, rope.length_threshold if rope else None)
+    rows = writer.run(inputs, total, quiet)
     if rows == 0:
         raise RunError(f"{inputs.source.name}: no rows")
     kept = _finish(out, writer.count)
@@ -232,7 +238,10 @@ def _metadata(identity: dict[str, Any], family: str) -> dict[str, Any]:
     config = identity["config"]
     shown = {k: v for k, v in config.items() if v not in (None, {}, False)}
     columns = ",".join(f"{k}={v}" for k, v in config["columns"].items())
-    words = [f"--{k.replace('_', '-')} {columns if k == 'columns' else '' if v is True else v}".strip() for k, v in shown.items()]
+    words = [
+        f"--{k.replace('_', '-')} {columns if k == 'columns' else '' if v is True else v}".strip()
+        for k, v in shown.items()
+    ]
     return {
         "verb": "score",
         "model": config["model"],
@@ -252,7 +261,12 @@ class _ChunkWriter:
     """Scores chunk after chunk and writes each as a part; skips the parts that are there."""
 
     def __init__(
-        self, folder: Path, metadata: dict[str, Any], config: ScoreConfig, run: ScoringPass, length_threshold: int | None
+        self,
+        folder: Path,
+        metadata: dict[str, Any],
+        config: ScoreConfig,
+        run: ScoringPass,
+        length_threshold: int | None,
     ):
         self.folder = folder
         self.metadata = metadata
@@ -269,20 +283,19 @@ class _ChunkWriter:
         """Share of computed positions that were padding."""
         return 1 - self._used / self._positions if self._positions else 0.0
 
-    def run(self, inputs: _Inputs, quiet: bool) -> int:
-        """Score what is missing; returns the number of rows of the source."""
+    def run(self, inputs: _Inputs, total: int | None, quiet: bool) -> int:
+        """Score what is missing; returns the number of rows of the source (``total``, where that is known)."""
         self.folder.mkdir(exist_ok=True)
         while self._part(self.count).exists():
             self.count += 1
         rows = start = self.count * self.config.chunk_rows
         if self.count:
             rows = start = self._rows_done(self.count)
-        with tqdm(unit=" pairs", initial=start, disable=quiet, desc="scoring") as bar:
+        with tqdm(unit=" pairs", initial=start, total=total, disable=quiet, desc="scoring") as self._bar:
             for chunk in inputs.chunks(start):
                 self._write(chunk)
                 rows += len(chunk)
-                bar.update(len(chunk))
-                bar.set_postfix({"compile": f"{self.run_pass.compile_seconds:.1f}s", "padding": f"{self.waste:.0%}"})
+                self._bar.update(rows - self._bar.n)  # rows that needed no pass
         return rows
 
     def _rows_done(self, parts: int) -> int:
@@ -291,7 +304,7 @@ class _ChunkWriter:
 
         last = parts - 1
         dropped = self._dropped(last)
-        lines = sum(1 for _ in dropped.open(encoding="utf-8")) if dropped.exists() else 0
+        lines = dropped.read_bytes().count(b"\n") if dropped.exists() else 0
         return last * self.config.chunk_rows + pq.read_metadata(self._part(last)).num_rows + lines
 
     def _part(self, i: int) -> Path:
@@ -342,7 +355,11 @@ class _ChunkWriter:
         return _table_columns(pairs, numbers, logps=self.config.logps, eos=self.config.eos)
 
     def _collect(
-        self, statistics: SegmentStatistics, placements: list[Placement], able: list[int], numbers: dict[str, np.ndarray]
+        self,
+        statistics: SegmentStatistics,
+        placements: list[Placement],
+        able: list[int],
+        numbers: dict[str, np.ndarray],
     ) -> None:
         """Put a batch's pair statistics where they belong."""
         s = fetch(statistics)
@@ -357,6 +374,9 @@ class _ChunkWriter:
         if s.logps is not None:
             numbers["logp_chosen"][at] = s.logps[rows, shared] + s.logps[rows, shared + 1]
             numbers["logp_rejected"][at] = s.logps[rows, shared] + s.logps[rows, shared + 2]
+        told = {"compile": f"{self.run_pass.compile_seconds:.1f}s", "padding": f"{self.waste:.0%}"}
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update(len(placements))
 
     def _require_finite(self, pairs: list[TokenPair], able: list[int], numbers: Mapping[str, np.ndarray]) -> None:
         asked = [n for n in MODEL_COLUMNS if self.config.logps or not n.startswith("logp")]

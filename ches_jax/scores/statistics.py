@@ -30,9 +30,7 @@ class SegmentStatistics(NamedTuple):
     logps: Float[Array, "B S"] | None
 
 
-def segment_sums(
-    values: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int
-) -> Float[Array, "B S D"]:
+def segment_sums(values: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S D"]:
     """Sum of ``values`` over the predictions of each segment; ids outside 0 .. S-1 join no sum.
 
     >>> segment_sums(jnp.ones((1, 3, 1)), jnp.array([[0, 0, 2]]), 2).tolist()

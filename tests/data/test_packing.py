@@ -1,0 +1,119 @@
+"""Packed rows hold every pair once, aligned as the drawing in ``data.packing`` says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ches_jax.data.packing import assign, capacity, need, pack, row_length
+from ches_jax.types import Response, TokenPair
+
+
+def pair(prompt, chosen, rejected, *, complete=True, index=0):
+    end = 2 if complete else None
+    return TokenPair(
+        row_id=str(index), index=index, prompt=tuple(prompt),
+        chosen=Response(tuple(chosen), end), rejected=Response(tuple(rejected), end),
+    )  # fmt: skip
+
+
+def only(batches):
+    ((rows, placements),) = batches
+    return rows, placements
+
+
+def test_the_drawing_of_the_module_docstring():
+    p = pair([10, 11, 12], [21, 22, 23], [21, 32])
+    rows, (place,) = only(pack([p], length=64, rows_per_batch=1, eos="include"))
+    assert rows.tokens[0, :7].tolist() == [10, 11, 12, 21, 22, 23, 32]
+    assert rows.positions[0, :7].tolist() == [0, 1, 2, 3, 4, 5, 4]
+    assert rows.own_start[0, :7].tolist() == [0, 0, 0, 0, 4, 4, 6]
+    assert rows.context_end[0, :7].tolist() == [0, 0, 0, 0, 4, 4, 4]
+    predictions = list(zip(rows.source[0], rows.target[0], rows.segment[0], strict=True))
+    used = [tuple(map(int, p)) for p in predictions if p[2] < capacity(64)[2]]
+    shared, chosen, rejected = place.shared, place.chosen, place.rejected
+    assert used == [
+        (2, 21, shared),
+        (3, 22, chosen),
+        (4, 23, chosen),
+        (5, 2, chosen),
+        (3, 32, rejected),
+        (6, 2, rejected),
+    ]
+    assert rows.last[0, [chosen, rejected]].tolist() == [5, 6]
+
+
+def test_without_the_terminator_the_last_state_predicts_nothing():
+    rows, (place,) = only(pack([pair([5], [6], [7])], length=64, rows_per_batch=1, eos="exclude"))
+    assert (rows.segment[0] == place.chosen).sum() == 1
+    assert rows.source[0][rows.segment[0] == place.chosen].tolist() == [0]
+    assert rows.last[0, place.chosen] == 1  # but it is the last hidden state
+
+
+def test_a_response_that_begins_the_other_is_wholly_shared():
+    rows, (place,) = only(pack([pair([5], [6, 7], [6, 7, 8])], length=64, rows_per_batch=1, eos="include"))
+    assert rows.target[0][rows.segment[0] == place.chosen].tolist() == [2]
+    assert rows.last[0, place.chosen] == 2
+    assert rows.target[0][rows.segment[0] == place.rejected].tolist() == [8, 2]
+
+
+def test_a_cut_response_has_no_terminator_to_predict():
+    rows, (place,) = only(pack([pair([5], [6], [7], complete=False)], length=64, rows_per_batch=1, eos="include"))
+    assert rows.target[0][rows.segment[0] == place.chosen].tolist() == [6]
+
+
+def test_beyond_the_length_threshold_nothing_is_shared():
+    p = pair([5, 6], [7, 8], [7, 9])
+    assert need(p) == 5
+    assert need(p, length_threshold=3) == 8
+    rows, (place,) = only(pack([p], length=64, rows_per_batch=1, eos="include", length_threshold=3))
+    assert rows.tokens[0, :8].tolist() == [5, 6, 7, 8, 5, 6, 7, 9]
+    assert (rows.segment[0] == place.shared).sum() == 0
+    assert rows.lengths[0, :8].tolist() == [4] * 8
+
+
+def test_a_pair_too_long_for_a_row_gets_a_doubled_one():
+    p = pair(range(100), range(100, 180), range(200, 260))
+    assert row_length(p, 64) == 256
+    assert [rows.tokens.shape for rows, _ in pack([p], length=64, rows_per_batch=4, eos="include")] == [(1, 256)]
+    shapes = [r.tokens.shape for r, _ in pack([p], length=64, rows_per_batch=4, row_multiple=2, eos="include")]
+    assert shapes == [(2, 256)]
+
+
+def test_assign_fills_rows_first_fit_in_falling_size():
+    assert assign([40, 20, 32, 64], 64) == [[3], [0, 1], [2]]
+
+
+lists = st.lists(st.integers(3, 9), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(lists, lists, lists), min_size=1, max_size=9), st.sampled_from([32, 64, 128]), st.integers(1, 3)
+)
+def test_every_prediction_of_every_pair_is_there_once(triples, length, rows_per_batch):
+    pairs = [pair(*t, index=i) for i, t in enumerate(triples)]
+    seen = set()
+    for rows, placements in pack(pairs, length=length, rows_per_batch=rows_per_batch, eos="include"):
+        for place in placements:
+            assert place.pair not in seen
+            seen.add(place.pair)
+            p = pairs[place.pair]
+            by_segment = {
+                s: rows.target[place.row][rows.segment[place.row] == s].tolist()
+                for s in (place.shared, place.chosen, place.rejected)
+            }
+            assert by_segment[place.shared] + by_segment[place.chosen] == list(p.chosen.targets("include"))
+            assert by_segment[place.shared] + by_segment[place.rejected] == list(p.rejected.targets("include"))
+            for s in by_segment:
+                sources = rows.source[place.row][rows.segment[place.row] == s]
+                # the state that predicts the k-th token stands k - 1 after the prompt's last
+                assert (np.diff(rows.positions[place.row][sources]) == 1).all()
+    assert seen == set(range(len(pairs)))
+
+
+@pytest.mark.parametrize("length", [32, 64, 2048])
+def test_capacity_bounds_what_a_row_can_hold(length):
+    pairs, predictions, segments = capacity(length)
+    assert segments == 3 * pairs
+    assert predictions >= length + pairs

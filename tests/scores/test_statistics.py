@@ -1,0 +1,42 @@
+"""Segment sums and log-probabilities against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ches_jax.scores import statistics
+from ches_jax.scores.statistics import segment_statistics, segment_sums, token_logps
+
+
+def test_sums_are_sums_over_the_members_of_a_segment():
+    values = np.arange(12, dtype=np.float32).reshape(1, 4, 3)
+    out = segment_sums(jnp.asarray(values), jnp.array([[1, 0, 1, 9]]), 2)
+    np.testing.assert_allclose(out[0], [values[0, 1], values[0, 0] + values[0, 2]])
+
+
+def test_bfloat16_states_are_summed_in_float32():
+    ones = jnp.ones((1, 1000, 1), jnp.bfloat16)
+    out = segment_sums(ones, jnp.zeros((1, 1000), jnp.int32), 1)
+    assert out.dtype == jnp.float32
+    assert out.item() == 1000.0  # in bfloat16 the sum would stick at 256
+
+
+def test_log_probabilities_equal_the_whole_log_softmax(x64, monkeypatch):
+    monkeypatch.setattr(statistics, "TOKENS_PER_LOGIT_CHUNK", 5)
+    h = jax.random.normal(jax.random.key(0), (2, 7, 4), jnp.float64)
+    w = jax.random.normal(jax.random.key(1), (11, 4), jnp.float64)
+    y = jax.random.randint(jax.random.key(2), (2, 7), 0, 11)
+    whole = jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", h, w), axis=-1)
+    expected = np.take_along_axis(np.asarray(whole), np.asarray(y)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(token_logps(lambda x: x @ w.T, h, y), expected, rtol=1e-13)
+
+
+def test_padding_predictions_join_nothing():
+    h = jnp.arange(8.0).reshape(1, 4, 2)
+    s = segment_statistics(
+        h, jnp.array([[1, 3, 0]]), jnp.array([[0, 1, 0]]), jnp.array([[0, 1, 2]]), jnp.array([[3, 2]]), lambda x: x
+    )
+    np.testing.assert_allclose(s.sums[0], h[0, jnp.array([1, 3])])
+    np.testing.assert_allclose(s.last[0], h[0, jnp.array([3, 2])])
+    assert s.logps is not None
+    np.testing.assert_allclose(s.logps[0], [-np.log(1 + np.e), -np.log(1 + np.exp(-1.0))], rtol=1e-6)

@@ -1,0 +1,58 @@
+"""Imports run one way: errors, types <- hf, data, parallel <- models <- scores <- report <- cli <- experiments."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = {"errors", "types", "options", "runlog", "embedded"}
+PURE = LEAVES | {"hf", "data", "losses", "parallel"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    "options": {"errors"},
+    "runlog": {"errors"},
+    "embedded": {"errors"},
+    "hf": LEAVES,
+    "data": LEAVES,
+    "losses": LEAVES,
+    "parallel": LEAVES,
+    "models": LEAVES | {"hf", "parallel"},
+    "scores": PURE | {"models"},
+    "train": PURE | {"models"},
+    "generate": PURE | {"models"},
+    "report": PURE | {"models", "scores", "train", "generate"},
+    "doctor": PURE | {"models", "scores"},
+}
+PURE_MATHEMATICS = ["scores/statistics.py", "models/visibility.py", "models/attention.py", "models/rope.py"]
+
+
+def library_files() -> list[Path]:
+    return sorted(p for p in (ROOT / "ches_jax").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_stage_imports_only_earlier_stages(path):
+    stage = path.relative_to(ROOT / "ches_jax").parts[0].removesuffix(".py")
+    names = imported(path)
+    assert not {n.split(".")[0] for n in names} & {"theory", "experiments", "tests", "torch"}
+    used = {n.split(".")[1] for n in names if n.startswith("ches_jax.")} - {stage}
+    if stage in MAY_IMPORT:
+        assert used <= MAY_IMPORT[stage], f"{stage} imports {sorted(used - MAY_IMPORT[stage])}"
+
+
+@pytest.mark.parametrize("name", PURE_MATHEMATICS)
+def test_the_mathematics_reads_no_files_and_no_data(name):
+    used = {n.split(".")[0] for n in imported(ROOT / "ches_jax" / name)}
+    assert used <= {"jax", "jaxtyping", "typing", "collections", "functools", "numpy", "math", "ches_jax"}
