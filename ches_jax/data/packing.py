@@ -15,7 +15,7 @@ S(chosen) = shared + chosen, and so for rejected.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,21 +26,25 @@ SMALLEST_PAIR = 32
 """A row holds at most one pair per this many tokens, which bounds the number of sums a row gives."""
 
 
+Ints: TypeAlias = Any
+"""int32 arrays: numpy on the host, jax inside a jitted pass."""
+
+
 class Rows(NamedTuple):
     """A batch of packed rows; all int32. B rows, T positions, M predictions, S segments."""
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    lengths: np.ndarray
+    tokens: Ints
+    positions: Ints
+    lengths: Ints
     """[B, T] length of the sequence a position belongs to (read by length-dependent rope kinds)."""
-    context_start: np.ndarray
-    context_end: np.ndarray
-    own_start: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    segment: np.ndarray
+    context_start: Ints
+    context_end: Ints
+    own_start: Ints
+    source: Ints
+    target: Ints
+    segment: Ints
     """[B, M] segment of each prediction; S marks padding."""
-    last: np.ndarray
+    last: Ints
     """[B, S] position of the last content token of a chosen or rejected segment."""
 
 
@@ -121,10 +125,17 @@ def empty_rows(count: int, length: int) -> Rows:
     """Rows of padding: every position sees only itself and nothing is predicted."""
     _, predictions, segments = capacity(length)
     t, m, s = (count, length), (count, predictions), (count, segments)
-    zeros = [np.zeros(t, np.int32) for _ in range(5)]
-    own = np.broadcast_to(np.arange(length, dtype=np.int32), t).copy()
     return Rows(
-        *zeros, own, np.zeros(m, np.int32), np.zeros(m, np.int32), np.full(m, segments, np.int32), np.zeros(s, np.int32)
+        tokens=np.zeros(t, np.int32),
+        positions=np.zeros(t, np.int32),
+        lengths=np.zeros(t, np.int32),
+        context_start=np.zeros(t, np.int32),
+        context_end=np.zeros(t, np.int32),
+        own_start=np.broadcast_to(np.arange(length, dtype=np.int32), t).copy(),
+        source=np.zeros(m, np.int32),
+        target=np.zeros(m, np.int32),
+        segment=np.full(m, segments, np.int32),
+        last=np.zeros(s, np.int32),
     )
 
 

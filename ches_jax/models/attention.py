@@ -133,4 +133,8 @@ def blocks(
     order, counts = block_visits(seen, block)
     one = partial(_one_row, block=block, scale=scale, softcap=softcap)
     # lax.map, not vmap: each row keeps its own number of visits, and a row is work enough for a device
-    return lax.map(lambda a: one(*a, window), (q, k, v, seen, positions, order, counts))
+    def row(args):
+        q, k, v, seen, positions, order, counts = args
+        return one(q, k, v, seen, positions, order, counts, window)
+
+    return lax.map(row, (q, k, v, seen, positions, order, counts))

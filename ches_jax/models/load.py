@@ -133,7 +133,7 @@ def _read(opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: str | N
     names = [rule.tensor_name(layer) for layer in layers]
     kept = np.dtype(dtype) if dtype else _common_dtype({opened.tensors[n].dtype for n in names})
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         index = resolved(index, shape)
         if not rule.stacked:
             return rule.view.read(opened.tensors[names[0]], index).astype(kept, copy=False)
@@ -160,7 +160,7 @@ def _check_finite(directory: Path, arrays: list[tuple[Rule, jax.Array]]) -> None
     for rule, value in arrays:
         axes = tuple(range(1 if rule.stacked else 0, value.ndim))
         ok = np.atleast_1d(jax.device_get(_all_finite(value, axes)))
-        problems += [f"tensor {rule.tensor_name(i)!r} holds NaN or infinite values" for i in np.flatnonzero(~ok)]
+        problems += [f"tensor {rule.tensor_name(int(i))!r} holds NaN or infinite values" for i in np.flatnonzero(~ok)]
     if problems:
         raise CheckpointError(many(str(directory), problems))
 

@@ -25,7 +25,7 @@ from ches_jax.scores import pipeline
 from ches_jax.scores.passes import ScoringPass, fetch
 from ches_jax.scores.pipeline import ScoreConfig, score
 from ches_jax.scores.table import FILE_NAME, read_table
-from ches_jax.types import Response, TokenPair
+from ches_jax.types import Eos, Response, TokenPair
 
 ROWS = 24
 
@@ -34,7 +34,7 @@ def columns(out):
     return read_table(out)[0].to_pydict()
 
 
-def token_pairs(model, limit=ROWS, max_length=512, eos="include"):
+def token_pairs(model, limit=ROWS, max_length=512, eos: Eos = "include"):
     rows = list(open_pairs(str(embedded.pairs_file())))
     step = len(rows) // limit  # the file is ordered by category
     return PairTokenizer(load_tokenizer(model), max_length, eos)(rows[::step][:limit])
@@ -297,10 +297,9 @@ def test_ten_kills_at_random_moments_end_in_the_same_bytes(tiny_model, tmp_path)
     rng = np.random.default_rng(0)
     killed = [*command, "--out", str(tmp_path / "killed"), "--resume"]
     for _ in range(10):
-        process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        time.sleep(rng.uniform(3, 9))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert "Error" not in (process.stderr.read() if process.stderr else "")
+        with subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(rng.uniform(3, 9))
+            process.send_signal(signal.SIGKILL)
+            assert "Error" not in process.communicate()[1]
     subprocess.run(killed, check=True, capture_output=True)
     assert (tmp_path / "killed" / FILE_NAME).read_bytes() == (tmp_path / "whole" / FILE_NAME).read_bytes()
