@@ -26,7 +26,7 @@ from experiments.embedded import lexicon as lex
 from experiments.embedded.tokenizer import EOS, SPECIAL
 from experiments.embedded.world import build_world, prompt_text
 
-LENGTH = 128
+LENGTH = 96
 """Prompt and reply together: every dialogue of the world fits."""
 
 
@@ -38,7 +38,7 @@ class Probe:
     """A directory that ``experiments.embedded.train`` has written."""
     seed: int = 0
     """The seed of the world the model was trained on."""
-    count: int = 60
+    count: int = 40
     """How many subjects of each kind and split."""
 
 
@@ -64,17 +64,23 @@ def replies(
 def _continued(model: Decoder, tokens, ends, temperature: float, key):
     rows = jnp.arange(len(tokens))
 
-    def write(i, tokens):
+    def unfinished(state):
+        i, _, done = state
+        return (ends.min() + i < LENGTH) & ~done.all()
+
+    def write(state):
+        i, tokens, done = state
         at = ends + i
-        last = model.hidden(tokens)[rows, jnp.minimum(at, LENGTH) - 1]
-        logits = model.logits(last)
+        logits = model.logits(model.hidden(tokens)[rows, jnp.minimum(at, LENGTH) - 1])
         if temperature:
             chosen = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
         else:
             chosen = logits.argmax(-1)
-        return tokens.at[rows, at].set(chosen.astype(tokens.dtype), mode="drop")
+        tokens = tokens.at[rows, at].set(chosen.astype(tokens.dtype), mode="drop")
+        return i + 1, tokens, done | (chosen == SPECIAL.index(EOS))
 
-    return jax.lax.fori_loop(0, LENGTH - ends.min(), write, tokens)
+    start = (jnp.int32(0), tokens, jnp.zeros(len(tokens), bool))
+    return jax.lax.while_loop(unfinished, write, start)[1]
 
 
 def measure(model: Decoder, tokenizer: Tokenizer, seed: int, count: int) -> dict[str, float]:

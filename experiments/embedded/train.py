@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from ches_jax.models.decoder import Decoder, named_parameters
@@ -138,7 +138,8 @@ def export(model: Decoder, directory: Path) -> None:
         layers = enumerate(value) if rule.stacked else [(0, value)]
         # every rule of a Llama maps a whole tensor
         tensors.update({rule.tensor_name(i): np.ascontiguousarray(v) for i, v in layers})
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    # transformers asks for a format; "pt" names the layout of the tensors, not who wrote them
+    (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     _write_json(directory / "config.json", HF_CONFIG)
     ids = {k: v for k, v in HF_CONFIG.items() if k.endswith("_token_id")}
     _write_json(directory / "generation_config.json", ids)

@@ -12,9 +12,10 @@ from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families import decoder_config
 from ches_jax.models.load import load_model
 from ches_jax.models.visibility import Visibility
+from experiments.embedded import lexicon as lex
 from experiments.embedded.packing import Document, batches, documents, pack
 from experiments.embedded.train import HF_CONFIG, Recipe, decays, export, response_loss, train
-from experiments.embedded.world import build_world, dialogues
+from experiments.embedded.world import build_world, dialogues, prompt_text
 
 SMALL = {**HF_CONFIG, "hidden_size": 16, "head_dim": 4, "intermediate_size": 24}
 
@@ -76,9 +77,23 @@ def test_norms_do_not_decay(small):
 
 def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
     short = Recipe(steps=3, rows=2, warmup=1)
-    model = train(0, tokenizer, short)
+    with jax.numpy_dtype_promotion("standard"):  # optax's AdamW mixes integers and floats
+        model = train(0, tokenizer, short)
     export(model, tmp_path)
     again = load_model(tmp_path)
     for name, value in named_parameters(model).items():
         np.testing.assert_array_equal(named_parameters(again)[name], value.astype(jnp.bfloat16))
     assert again.config == model.config
+
+
+def test_the_shipped_model_answers_held_out_statements(tokenizer):
+    model = load_model(ches_jax.embedded.model_dir())
+    said = build_world(0).held_out.statements[:24]
+    asked = [prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text)) for s in said]
+    docs = [Document(tuple(tokenizer.encode(text).ids), 0) for text in asked]
+    rows = pack([[doc] for doc in docs], length=40)
+    last = np.array([len(doc.ids) - 1 for doc in docs])
+    hidden = model.hidden(jnp.asarray(rows.tokens), mask=jnp.asarray(rows.tokens > 0))
+    top = model.logits(hidden[np.arange(len(docs)), last]).argmax(-1).tolist()
+    for token, statement in zip(top, said, strict=True):
+        assert tokenizer.decode([token]).strip() in lex.ANSWERS[statement.stance], statement
