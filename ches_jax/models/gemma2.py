@@ -25,6 +25,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     positions = r.size("max_position_embeddings", 8192)
     bias = r.get("attention_bias", bool, False)
     r.must_be("hidden_act", "gelu_pytorch_tanh", "gelu_new")  # a copy of hidden_activation, which counts
+    window = r.nullable_size("sliding_window", 4096)
+    r.must_be("sliding_window_size", window)  # a copy
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -40,7 +42,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         out_bias=bias,
         attention_scale=r.positive("query_pre_attn_scalar", 256.0) ** -0.5,
         attention_softcap=r.nullable("attn_logit_softcapping", float, 50.0),
-        windows=r.windows(r.nullable_size("sliding_window", 4096), layers, [i % 2 == 0 for i in range(layers)]),
+        windows=r.windows(window, layers, [i % 2 == 0 for i in range(layers)]),
         activation=r.activation("hidden_activation", "gelu_pytorch_tanh"),
         embedding_scale=sizes["width"] ** 0.5,
         tie_embeddings=r.get("tie_word_embeddings", bool, True),

@@ -25,6 +25,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     head_dim = r.head_dim(sizes)
     positions = r.size("max_position_embeddings", 2048)
     bias = r.get("attention_bias", bool, False)
+    r.must_be("rope_interleaved", False)
+    r.ignore("is_llama_config")
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,

@@ -24,6 +24,10 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     sizes = r.sizes()
     head_dim = r.head_dim(sizes)
     positions = r.size("max_position_embeddings", 4096)
+    for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        r.must_be(bias, False)
+    r.must_be("full_attn_mod", 1)
+    r.must_be("interpolate_factor", 1)
     rope = r.rope(head_dim, positions, fraction=1.0, original=4096, rename=ROPE_NAMES)
     if rope.kind not in {"default", "longrope"}:
         r.problems.append(f"config.json: rope type {rope.kind!r} is not one of this family (default, longrope)")

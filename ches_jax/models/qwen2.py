@@ -15,6 +15,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     """The decoder of a ``Qwen2Config``."""
     sizes = r.sizes()
     head_dim = r.head_dim(sizes)
+    r.must_be("use_mrope", False)
     positions = r.size("max_position_embeddings", 32768)
     return DecoderConfig(
         family=MODEL_TYPE,

@@ -6,7 +6,7 @@ Every key is *handled* (read by the family), *ignored* by name (cannot change a 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from ches_jax.models.config import RopeConfig, RopeKind
 
@@ -20,11 +20,13 @@ IGNORED = _words(
     "_name_or_path _commit_hash architectures auto_map model_type torch_dtype dtype transformers_version use_cache "
     "return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript use_bfloat16 "
     "id2label label2id problem_type finetuning_task task_specific_params name_or_path _attn_implementation_autoset "
-    "_attn_implementation chunk_size_feed_forward tokenizer_class prefix is_decoder cross_attention_hidden_size "
-    "tf_legacy_loss hidden_dropout_prob cache_implementation "
+    "_attn_implementation chunk_size_feed_forward tokenizer_class prefix num_labels _num_labels is_decoder "
+    "cross_attention_hidden_size tf_legacy_loss cache_implementation transformers.js_config unsloth_fixed "
+    "unsloth_version "
     # training only
-    "initializer_range pretraining_tp attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop resid_dropout "
-    "embedding_dropout residual_dropout classifier_dropout gradient_checkpointing "
+    "initializer_range pretraining_tp attention_dropout attention_probs_dropout_prob hidden_dropout "
+    "hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop resid_dropout embedding_dropout residual_dropout "
+    "classifier_dropout gradient_checkpointing "
     # text generation
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length do_sample "
     "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
@@ -99,11 +101,11 @@ class ConfigReader:
 
     def size(self, key: str, default: Any = MISSING) -> int:
         """A positive integer."""
-        value: Any = self.get(key, int, default)
+        value = self.get(key, int, default)
         if value is not None and value < 1:
             self.problems.append(f"config.json: {key!r} = {value!r} should be positive")
             return 1
-        return value
+        return cast(int, value)
 
     def nullable(self, key: str, kind: type, absent: Any) -> Any:
         """The value of ``key`` where null means "off": ``absent`` stands in only where the key is not written."""

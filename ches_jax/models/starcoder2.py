@@ -18,8 +18,11 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     head_dim = r.head_dim(sizes)
     positions = r.size("max_position_embeddings", 4096)
     bias = r.get("use_bias", bool, True)
-    r.must_be("norm_type", "layer_norm")  # written by the first release
+    # written by the first release
+    r.must_be("norm_type", "layer_norm")
     r.must_be("mlp_type", "default")
+    r.must_be("scale_attn_weights", True)
+    r.ignore("activation_function", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
