@@ -22,7 +22,7 @@ from ches_jax.hf.tensors import Tensor, open_tensors
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families import Family, decoder_config, family_of
-from ches_jax.models.mapping import Rule, resolved
+from ches_jax.models.mapping import Rule, as_stored, resolved
 
 STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
                              ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
@@ -99,7 +99,7 @@ def _checked_table(
     tensors: dict[str, Tensor],
 ) -> dict[str, Rule]:
     """The family's rules by parameter, after every tensor and parameter has been accounted for."""
-    table = {rule.param: rule for rule in family.name_rules(shapes, config)}
+    table = {rule.param: rule for rule in as_stored(family.name_rules(shapes, config), tensors)}
     problems: list[str] = []
     used: Counter[str] = Counter()
     for param, shape in shapes.items():
