@@ -1,0 +1,124 @@
+"""One row for each family: how to make a tiny model of it with transformers, and what else can be set.
+
+Sizes are distinct and odd where they can be, so that no transposition or mixed-up head can hide.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TOKENS = 32
+"""Length of the sequences: more than the windows, and more than the context of ``dynamic`` and ``longrope``."""
+LONG = {"max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0],
+}  # fmt: skip
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 19},
+    "llama3": {"rope_parameters": LLAMA3},
+    "yarn": {"rope_parameters": YARN},
+    "yarn_attention_factor": {"rope_parameters": {**YARN, "attention_factor": 1.7, "truncate": False}},
+    "yarn_mscale": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4, "beta_slow": 2}},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family: its name in transformers, the arguments of a tiny config, and variants of it."""
+
+    family: str
+    config: str
+    base: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+SIZES = {"vocab_size": 101, "num_hidden_layers": 3, "intermediate_size": 73, **LONG}
+WIDE = {**SIZES, "hidden_size": 63, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 10}
+"""Width 63, queries 90 wide, keys 30."""
+SQUARE = {**SIZES, "hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3}
+"""Heads of 6 channels that make up the width."""
+
+ROWS = (
+    Row("llama", "LlamaConfig", WIDE, {
+        "tied": {"tie_word_embeddings": True},
+        "biases": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3, "hidden_act": "gelu"},
+        "one_kv_head": {"num_key_value_heads": 1, "hidden_act": "relu"},
+        **ROPES,
+    }),
+    Row("mistral", "MistralConfig", {**WIDE, "sliding_window": 7}, {
+        "no_window": {"sliding_window": None, "tie_word_embeddings": True},
+    }),
+    Row("qwen2", "Qwen2Config", WIDE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, {
+        "unused_window": {"use_sliding_window": False, "tie_word_embeddings": True},
+        "layer_types": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        "yarn": ROPES["yarn"],
+    }),
+    Row("qwen3", "Qwen3Config", WIDE, {
+        "biases": {"attention_bias": True, "tie_word_embeddings": True},
+        "windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+        "yarn": ROPES["yarn"],
+    }),
+    Row("gemma", "GemmaConfig", WIDE, {
+        "untied": {"tie_word_embeddings": False, "attention_bias": True},
+    }),
+    Row("gemma2", "Gemma2Config", WIDE | {
+        "sliding_window": 7, "query_pre_attn_scalar": 13, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+    }, {
+        "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+        "layer_types": {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    }),
+    Row("gemma3_text", "Gemma3TextConfig", WIDE | {
+        "num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 13, "sliding_window_pattern": 3,
+    }, {
+        "capped": {"final_logit_softcapping": 4.0, "tie_word_embeddings": False, "attention_bias": True},
+        "linear": {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        }},
+    }),
+    Row("olmo", "OlmoConfig", SQUARE, {
+        "clipped": {"clip_qkv": 0.4, "tie_word_embeddings": True},
+        "biases": {"attention_bias": True, "head_dim": 10},
+    }),
+    Row("olmo2", "Olmo2Config", SQUARE, {
+        "biases": {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 10},
+        "yarn": ROPES["yarn"],
+    }),
+    Row("gpt2", "GPT2Config", {
+        "vocab_size": 101, "n_positions": 37, "n_embd": 54, "n_head": 9, "n_layer": 3, "n_inner": 73,
+    }, {
+        "untied": {"tie_word_embeddings": False, "n_inner": None},
+        "unscaled": {"scale_attn_weights": False, "activation_function": "relu"},
+        "upcast": {"reorder_and_upcast_attn": True},
+    }),
+    Row("gpt_neox", "GPTNeoXConfig", {
+        **SIZES, "hidden_size": 72, "num_attention_heads": 9,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    }, {
+        "sequential": {"use_parallel_residual": False, "attention_bias": False},
+        "tied": {"tie_word_embeddings": True, "hidden_act": "gelu_fast"},
+        "dynamic": {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.75},
+            "max_position_embeddings": 19,
+        },
+    }),
+    Row("phi3", "Phi3Config", SQUARE | {"sliding_window": 7, "pad_token_id": 0}, {
+        "partial": {
+            "hidden_size": 72, "sliding_window": None, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+        "long": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+        "short": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40},
+        "long_attention_factor": {
+            "rope_parameters": {**LONGROPE, "attention_factor": 1.3}, "original_max_position_embeddings": 16,
+        },
+    }),
+    Row("starcoder2", "Starcoder2Config", {**SQUARE, "sliding_window": 7}, {
+        "no_biases": {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
+    }),
+)  # fmt: skip

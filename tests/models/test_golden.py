@@ -1,0 +1,109 @@
+"""Scores and log-probabilities against exact float64 arithmetic on real text, from every spelling of the config."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.families import decoder_config
+from ches_jax.models.load import load_model
+
+FAMILIES = (
+    "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
+    "starcoder2",
+)  # fmt: skip
+SPELLINGS = ("config.v4.json", "config.min.json")
+LENGTH = 512
+"""Every sequence is padded to this, so that a model compiles once."""
+
+
+@cache
+def reference(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "golden.json").read_text())
+
+
+@nnx.jit
+def states_and_log_probs(model: Decoder, ids: Any, n: Any) -> tuple[Any, Any]:
+    """Hidden states, and at each position the log-probability of the next token."""
+    mask = (jnp.arange(LENGTH, dtype=jnp.int32) < n)[None]
+    hidden = model.hidden(ids[None], mask=mask)[0]
+    log_probs = jax.nn.log_softmax(model.logits(hidden))
+    return hidden, jnp.take_along_axis(log_probs[:-1], ids[1:, None], axis=1)[:, 0]
+
+
+def one_response(model: Decoder, prompt: list[int], response: list[int]) -> tuple[np.ndarray, float]:
+    """Sum of the states that predict the response, and the log-probability of the response."""
+    ids = np.zeros(LENGTH, np.int32)
+    first, last = len(prompt) - 1, len(prompt) + len(response) - 1
+    ids[: last + 1] = prompt + response
+    hidden, log_probs = states_and_log_probs(model, jnp.asarray(ids), jnp.int32(last + 1))
+    return np.asarray(hidden[first:last], np.float64).sum(0), float(np.asarray(log_probs[first:last], np.float64).sum())
+
+
+def compare(folder: Path, dtype: str, pairs: range) -> dict[str, float]:
+    """Largest error of each quantity: ches by |S+|^2 (it is a difference that can vanish), the rest relative."""
+    golden = reference(folder)
+    truth = golden["fp64"]["policy"]
+    model = load_model(folder / "policy", dtype=dtype)
+    worst = {"sum_hidden": 0.0, "ches": 0.0, "logp": 0.0}
+    for i in pairs:
+        pair, sums = golden["pairs"][i], {}
+        for side in ("chosen", "rejected"):
+            sums[side], logp = one_response(model, pair["prompt_ids"], pair[f"{side}_ids"])
+            expected = np.asarray(truth[f"sum_hidden_{side}"][i])
+            error = np.abs(sums[side] - expected).max() / np.abs(expected).max()
+            worst["sum_hidden"] = max(worst["sum_hidden"], float(error))
+            reference_logp = truth[f"logp_{side}"][i]
+            worst["logp"] = max(worst["logp"], abs(logp - reference_logp) / abs(reference_logp))
+        ches = float(sums["chosen"] @ sums["rejected"] - sums["chosen"] @ sums["chosen"])
+        worst["ches"] = max(worst["ches"], abs(ches - truth["ches"][i]) / truth["sqnorm_chosen"][i])
+    return worst
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float64_is_exact(golden: Path, family: str):
+    with jax.enable_x64(True):
+        errors = compare(golden / family, "float64", range(3))
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_close(golden: Path, family: str):
+    errors = compare(golden / family, "float32", range(3))
+    assert max(errors.values()) < 2e-6, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_pairs(golden: Path, family: str, dtype: str, tolerance: float):
+    with jax.enable_x64(dtype == "float64"):
+        errors = compare(golden / family, dtype, range(24))
+    print(family, dtype, {k: f"{v:.1e}" for k, v in errors.items()})
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_spelling_of_the_config_says_the_same(golden: Path, family: str, spelling: str):
+    policy = golden / family / "policy"
+    if not (policy / spelling).exists():
+        pytest.skip(f"{family} has no {spelling}")
+    written = [json.loads((policy / name).read_text()) for name in ("config.json", spelling)]
+    assert decoder_config(written[0]) == decoder_config(written[1])
+
+
+def test_an_older_spelling_loads(golden: Path, tmp_path: Path):
+    """The spellings describe equal decoders (above), so one directory stands for all."""
+    policy = golden / "gpt_neox" / "policy"
+    shutil.copy(policy / "model.safetensors", tmp_path)
+    shutil.copy(policy / "config.v4.json", tmp_path / "config.json")
+    assert load_model(tmp_path).config == load_model(policy).config

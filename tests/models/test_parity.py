@@ -1,0 +1,111 @@
+"""Every family against transformers: hidden states and logits in, weights out again, dense and block attention."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.load import load_model
+from ches_jax.models.save import save_pretrained
+
+from .rows import ROWS, TOKENS, Row
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+IDS = np.random.default_rng(0).integers(0, 101, (1, TOKENS))
+FAST = {("llama", name) for name in ("dynamic", "llama3", "yarn_mscale")} | {
+    ("phi3", "long"), ("gpt_neox", "sequential"), ("olmo", "clipped"),
+}  # fmt: skip
+BASES = [pytest.param(row, {}, id=row.family) for row in ROWS]
+VARIANTS = [
+    pytest.param(row, extra, id=f"{row.family}-{name}", marks=() if (row.family, name) in FAST else pytest.mark.slow)
+    for row in ROWS
+    for name, extra in row.variants.items()
+]
+
+
+class Outputs(NamedTuple):
+    """What the two implementations are compared by."""
+
+    hidden: np.ndarray
+    logits: np.ndarray
+
+
+def make(row: Row, extra: dict[str, Any], directory: Path) -> Outputs:
+    """A random model of the family, written by transformers, and what it computes."""
+    config = getattr(transformers, row.config)(**{**row.base, **extra}, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            # away from the initial ones and zeros, which a norm or a bias in the wrong place would share
+            noise = torch.randn(p.shape, generator=generator)
+            p.add_(0.3 * noise) if p.ndim == 1 else p.copy_(noise * p.shape[-1] ** -0.5)
+    model.save_pretrained(directory)
+    return torch_outputs(model)
+
+
+def torch_outputs(model: Any) -> Outputs:
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor(IDS)).last_hidden_state
+        return Outputs(hidden.numpy(), model(torch.tensor(IDS)).logits.numpy())
+
+
+@nnx.jit(static_argnames="block")
+def jax_outputs(model: Decoder, ids: Any, block: int | None) -> tuple[Any, Any]:
+    hidden = model.hidden(ids, block=block)
+    return hidden, model.logits(hidden)
+
+
+def relative(found: Any, expected: Any) -> float:
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def check(directory: Path, expected: Outputs, block: int | None = None) -> None:
+    found = jax_outputs(load_model(directory), jnp.asarray(IDS, jnp.int32), block)
+    assert relative(found[0], expected.hidden) < 2e-6
+    assert relative(found[1], expected.logits) < 2e-6
+
+
+@pytest.mark.parametrize(("row", "extra"), [*BASES, *VARIANTS])
+def test_hidden_states_and_logits_equal_those_of_transformers(row: Row, extra: dict[str, Any], tmp_path: Path):
+    expected = make(row, extra, tmp_path)
+    assert np.ptp(expected.logits, axis=1).max() > 0.1
+    check(tmp_path, expected)
+
+
+@pytest.mark.parametrize(("row", "extra"), BASES)
+def test_block_attention_equals_that_of_transformers(row: Row, extra: dict[str, Any], tmp_path: Path):
+    check(tmp_path, make(row, extra, tmp_path), block=8)
+
+
+@pytest.mark.parametrize(("row", "extra"), [*BASES, *VARIANTS])
+def test_export_gives_back_every_tensor(row: Row, extra: dict[str, Any], tmp_path: Path):
+    expected = make(row, extra, tmp_path / "in")
+    save_pretrained(load_model(tmp_path / "in"), tmp_path / "out", like=tmp_path / "in")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    np.testing.assert_array_equal(torch_outputs(opened).logits, expected.logits)
+
+
+@pytest.mark.parametrize(("row", "extra"), BASES)
+def test_configs_left_at_their_defaults_mean_what_they_mean_to_transformers(row: Row, extra: dict[str, Any]):
+    from ches_jax.models.families import decoder_config
+
+    sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    sizes |= {"n_embd", "n_head", "n_layer"}
+    raw = {"model_type": row.family, **{k: v for k, v in row.base.items() if k in sizes}}
+    if row.family not in {"gpt2", "gpt_neox"}:
+        raw |= {"num_attention_heads": 64, "hidden_size": 128}  # a multiple of every default of num_key_value_heads
+    full = json.loads(getattr(transformers, row.config)(**raw).to_json_string(use_diff=False))
+    assert decoder_config(raw) == decoder_config({**full, "model_type": row.family})

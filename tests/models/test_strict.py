@@ -1,0 +1,233 @@
+"""What does not fit is refused by name, all of it in one message, with what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ches_jax.errors import CheckpointError
+from ches_jax.models.decoder import abstract_parameters
+from ches_jax.models.families import FAMILIES, decoder_config
+from ches_jax.models.load import load_model
+
+TINY: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 11, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def family(kind: str, **extra: Any) -> dict[str, Any]:
+    """A tiny config of any family."""
+    if kind == "gpt2":
+        return {"model_type": kind, "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3, **extra}
+    kv = {} if kind == "gpt_neox" else {"num_key_value_heads": 3}
+    return {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra} if kind != "gpt_neox" else TINY | {
+        "model_type": kind, "hidden_size": 24, **extra,
+    }  # fmt: skip
+
+
+def message(raw: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as e:
+        decoder_config(raw, "models/x")
+    return str(e.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_key_nobody_handles_is_named(kind: str):
+    decoder_config(family(kind))
+    assert "'logit_bend' = 3" in message(family(kind, logit_bend=3))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_null_key_is_absent(kind: str):
+    assert decoder_config(family(kind, logit_bend=None)) == decoder_config(family(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("llama", "rope_interleaved", True),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "is_encoder_decoder", True),
+        ("llama", "pruned_heads", {"0": [1]}),
+        ("qwen2", "use_mrope", True),
+        ("gemma", "use_bidirectional_attention", True),
+        ("gemma", "hidden_activation", "relu"),
+        ("gemma2", "sliding_window_size", 5),
+        ("gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "add_cross_attention", True),
+        ("gpt_neox", "partial_rotary_factor", 0.5),
+        ("gpt_neox", "rope_theta", 5e5),
+        ("phi3", "attention_bias", True),
+        ("starcoder2", "mlp_type", "gated"),
+    ],
+)
+def test_a_key_off_its_supported_value_is_named(kind: str, key: str, value: Any):
+    text = message(family(kind, **{key: value}))
+    assert repr(key) in text
+    assert "not supported" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"hidden_act": "mish"}, "unknown activation"),
+        ({"rms_norm_eps": "small"}, "should be of type float"),
+        ({"num_hidden_layers": True}, "should be of type int"),
+        ({"num_attention_heads": 0}, "should be positive"),
+        ({"num_key_value_heads": 2}, "not a multiple"),
+        ({"head_dim": 5}, "expected an even number"),
+        ({"rope_scaling": [4]}, "should be of type dict"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "unknown rope type 'spiral'"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "unknown rope type"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "'factor' = '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "turn": 1}}, "unknown key 'turn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}}, "rotate whole"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1, 2]}},
+            "has 1 numbers; expected 2",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "should be below high_freq_factor",
+        ),
+    ],
+)
+def test_values_that_cannot_be(extra: dict[str, Any], words: str):
+    assert words in message(TINY | extra)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "words"),
+    [
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}, "switched off"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "should list 2 of"),
+        ("gemma2", {"layer_types": ["full_attention", {}]}, "should list 2 of"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "soft cap of the logits"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "should be positive"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "'full_attention' and 'sliding_attention'"),
+        ("olmo", {"clip_qkv": -1.0}, "clip of queries"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "not one of this family"),
+        ("gpt2", {"n_head": 5}, "not a multiple of 'n_head'"),
+    ],
+)
+def test_values_that_cannot_be_in_a_family(kind: str, extra: dict[str, Any], words: str):
+    assert words in message(family(kind, **extra))
+
+
+def test_all_problems_come_together():
+    raw = {k: v for k, v in TINY.items() if k != "vocab_size"}
+    text = message(raw | {"hidden_act": "mish", "logit_bend": 3, "rope_scaling": {"type": "spiral"}})
+    assert text.startswith("models/x: 4 problems")
+    for word in ("'vocab_size' is missing", "mish", "logit_bend", "spiral"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"model_type": "mixtral"}, "mixture of experts"),
+        ({"model_type": "qwen3_moe"}, "mixture of experts"),
+        ({"model_type": "deepseek_v3"}, "mixture of experts"),
+        ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "gemma3", "text_config": {}}, "give its text part"),
+        ({"model_type": "mllama"}, "multimodal"),
+        ({"model_type": "qwen2_vl"}, "multimodal"),
+        ({"model_type": "new_eyes", "vision_config": {}}, "multimodal"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "new_t", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "bert"}, "an encoder"),
+        ({"model_type": "mamba"}, "state-space"),
+        ({"model_type": "unheard_of"}, "not supported; give a dense decoder-only model (gemma, gemma2,"),
+        ({"model_type": ["llama"]}, "not supported"),
+        ({}, "no 'model_type'"),
+        (TINY | {"quantization_config": {"quant_method": "gptq"}}, "unquantised weights"),
+    ],
+)
+def test_other_kinds_of_model_are_refused_by_name(raw: dict[str, Any], words: str):
+    text = message(raw)
+    assert words in text
+    assert "give " in text
+    assert "\n" not in text
+
+
+def weights(raw: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Zeros for every tensor of the config's file."""
+    config = decoder_config(raw)
+    shapes = abstract_parameters(config)
+    out = {}
+    for rule in FAMILIES[raw["model_type"]].name_rules(shapes, config):
+        shape = shapes[rule.param].shape
+        for layer in range(config.num_layers if rule.stacked else 1):
+            out[rule.tensor_name(layer)] = np.zeros(
+                rule.view.tensor_shape(shape[1:] if rule.stacked else shape), np.float32
+            )
+    return out
+
+
+def test_every_tensor_and_every_parameter_is_accounted_for(write_model: Any):
+    tensors = weights(TINY)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = np.zeros(13, np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(12, np.float32)
+    with pytest.raises(CheckpointError) as e:
+        load_model(write_model(TINY, tensors))
+    text = str(e.value)
+    assert "3 problems" in text
+    assert "'model.layers.1.mlp.up_proj.weight' is missing" in text
+    assert "'model.norm.weight' has shape (13,)" in text
+    assert "'model.layers.0.self_attn.q_proj.bias' matches no parameter" in text
+
+
+def test_a_fused_tensor_has_the_shape_of_its_parts_together(write_model: Any):
+    raw = family("phi3")
+    tensors = weights(raw)
+    tensors["model.layers.0.self_attn.qkv_proj.weight"] = np.zeros((71, 12), np.float32)
+    with pytest.raises(CheckpointError, match=r"has shape \(71, 12\); config.json asks for \(72, 12\)"):
+        load_model(write_model(raw, tensors))
+
+
+def test_a_tied_head_stored_twice_is_no_extra(write_model: Any):
+    raw = TINY | {"tie_word_embeddings": True}
+    tensors = weights(raw)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    assert load_model(write_model(raw, tensors)).lm_head is None
+
+
+def test_buffers_of_old_checkpoints_are_no_extras(write_model: Any):
+    raw = family("gpt_neox")
+    tensors = weights(raw)
+    tensors["gpt_neox.layers.0.attention.bias"] = np.zeros((1, 1, 16, 16), np.float32)
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = np.zeros((), np.float32)
+    tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = np.zeros((1,), np.float32)
+    load_model(write_model(raw, tensors))
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("gpt2", "transformer."), ("gemma", "model.")])
+def test_a_file_of_the_model_without_its_head_loads(kind: str, prefix: str, write_model: Any):
+    raw = family(kind)
+    tensors = {name.removeprefix(prefix): value for name, value in weights(raw).items()}
+    if kind == "gpt2":
+        tensors["h.0.attn.bias"] = np.zeros((1, 1, 16, 16), np.float32)
+    load_model(write_model(raw, tensors))
+
+
+def test_a_missing_head_is_missed(write_model: Any):
+    tensors = {name.removeprefix("model."): value for name, value in weights(TINY).items() if name != "lm_head.weight"}
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is missing"):
+        load_model(write_model(TINY, tensors))
+
+
+def test_no_family_reads_a_missing_size_from_thin_air():
+    for kind in FAMILIES:
+        assert "missing" in message({"model_type": kind})
+
+
+def test_config_is_read_from_the_file(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(CheckpointError, match="mixture of experts"):
+        load_model(tmp_path)
