@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models import attention, rope
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
+from ches_jax.models.partition import attention_on, gathered, keep_rows
 from ches_jax.models.precision import accumulate
 from ches_jax.models.visibility import Visibility, causal
 
@@ -56,6 +59,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         param_dtype = jnp.dtype(param_dtype)
+        param_dtype = jnp.dtype(param_dtype)
         make = partial(Layer, config, dtype=param_dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
         self.embed_positions = (
@@ -82,6 +86,7 @@ class Decoder(nnx.Module):
         *,
         block: int | None = None,
         remat: bool = False,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm: what multiplies the unembedding matrix.
 
@@ -94,6 +99,7 @@ class Decoder(nnx.Module):
             the largest position of the row plus one.
           block: tile size of block-skipping attention (T must be a multiple); default: dense attention.
           remat: recompute layers in the backward pass instead of keeping their activations.
+          mesh: where parameters (``partition.placement``) and rows lie; default: wherever the parameters are.
 
         Returns:
           h, in the compute dtype. States of padding are finite and mean nothing.
@@ -109,11 +115,11 @@ class Decoder(nnx.Module):
             raise ValueError("positions are needed with a Visibility")
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
-        x = jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(self.dtype)
+        x = jnp.take(gathered(self.embed_tokens.weight[...], mesh), tokens, axis=0).astype(self.dtype)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if self.embed_positions is not None:
-            x = x + jnp.take(self.embed_positions.weight[...], positions, axis=0).astype(self.dtype)
+            x = x + jnp.take(gathered(self.embed_positions.weight[...], mesh), positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         context = Context(
             mask,
@@ -121,9 +127,9 @@ class Decoder(nnx.Module):
             tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes),
         )
         attend = attention.dense if block is None else partial(attention.blocks, block=block)
-        return self.norm(self._run_layers(x, context, attend, remat))
+        return self.norm(self._run_layers(keep_rows(x, mesh), context, attention_on(mesh, attend), remat, mesh))
 
-    def _run_layers(self, x, context: Context, attend: Callable[..., Any], remat: bool):
+    def _run_layers(self, x, context: Context, attend: Callable[..., Any], remat: bool, mesh: Mesh | None):
         """The layers, one after the other, in a scan over their stacked parameters."""
         graph, params = nnx.split(self.layers)
         windows = self.config.windows
@@ -134,7 +140,7 @@ class Decoder(nnx.Module):
 
         def step(x, layer):
             params, data = layer
-            return nnx.merge(graph, params)(x, context, data, attend), None
+            return keep_rows(nnx.merge(graph, params)(x, context, data, attend), mesh), None
 
         return lax.scan(jax.checkpoint(step) if remat else step, x, (params, data))[0]
 

@@ -1,7 +1,7 @@
 """The jitted pass: packed rows in, segment statistics out, compiled once per row length.
 
-Models that fit one device are run data-parallel: each device takes its rows through the whole model, without a
-collective.
+On a data-only mesh each device takes its rows through the whole model, without a collective. With ``fsdp`` or
+``tensor`` the weights are dealt out and the compiler places the collectives.
 """
 
 import time
@@ -28,14 +28,12 @@ def block_size(length: int) -> int:
     return block if length % block == 0 else length
 
 
-def _statistics(model: Decoder, rows: Rows, logps: bool) -> SegmentStatistics:
+def _statistics(model: Decoder, rows: Rows, logps: bool, mesh: Mesh | None) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    hidden = model.hidden(
-        rows.tokens, rows.positions, seen, rows.lengths, block=block_size(rows.tokens.shape[1])
-    )  # fmt: skip
-    return segment_statistics(
-        hidden, rows.source, rows.target, rows.segment, rows.last, model.logits if logps else None
-    )  # fmt: skip
+    block = block_size(rows.tokens.shape[1])
+    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, block=block, mesh=mesh)
+    logits = model.logits if logps else None
+    return segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logits)
 
 
 class ScoringPass:
@@ -47,21 +45,22 @@ class ScoringPass:
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, *, logps: bool):
-        """Replicates the model over the mesh."""
+        """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh)."""
         self.mesh = mesh
         self.compile_seconds = 0.0
         self.shapes: list[tuple[int, ...]] = []
-        graph, state = nnx.split(model)
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
         self._compiled: dict[tuple[int, ...], Callable[..., SegmentStatistics]] = {}
+        graph, state = nnx.split(model)
+        whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
         def run(state, rows: Rows) -> SegmentStatistics:
-            return _statistics(nnx.merge(graph, state), rows, logps)
+            return _statistics(nnx.merge(graph, state), rows, logps, None if whole else mesh)
 
-        # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
-        self._jitted = jax.jit(
-            jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
-        )
+        if whole:
+            # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
+            run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
+        self._jitted = jax.jit(run)
 
     def __call__(self, rows: Rows) -> SegmentStatistics:
         """Statistics of the batch, still on their way from the device."""

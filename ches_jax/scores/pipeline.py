@@ -169,6 +169,7 @@ def audit(inputs: _Inputs) -> Audit:
 
 def _score(config: ScoreConfig, resume: bool, quiet: bool) -> Path:
     from ches_jax.models.load import load_model
+    from ches_jax.models.partition import placement
     from ches_jax.parallel import make_mesh
 
     assert config.out is not None
@@ -181,7 +182,7 @@ def _score(config: ScoreConfig, resume: bool, quiet: bool) -> Path:
         found = audit(inputs)
         require_clean(found, inputs.source.name)
         total = found.rows
-    model = load_model(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype)
+    model = load_model(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
     identity = _identity(config, inputs)
     open_run(out, "score", identity, resume)
     if (out / FILE_NAME).exists():

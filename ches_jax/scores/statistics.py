@@ -52,19 +52,20 @@ def token_logps(
       target: token each predicts.
     """
     rows, count, width = hidden.shape
-    chunks = -(-rows * count // TOKENS_PER_LOGIT_CHUNK)
-    pad = chunks * TOKENS_PER_LOGIT_CHUNK - rows * count
-    h = jnp.pad(hidden.reshape(-1, width), ((0, pad), (0, 0)))
-    y = jnp.pad(target.reshape(-1), (0, pad))
+    size = max(1, TOKENS_PER_LOGIT_CHUNK // rows)
+    chunks = -(-count // size)
+    pad = chunks * size - count
+    # chunks run over predictions, not over rows, which may lie on several devices
+    h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, chunks, size, width).swapaxes(0, 1)
+    y = jnp.pad(target, ((0, 0), (0, pad))).reshape(rows, chunks, size).swapaxes(0, 1)
 
     def chunk(args):
         h, y = args
         z = logits(h)
-        picked = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(z, axis=-1)
 
-    out = lax.map(chunk, (h.reshape(chunks, -1, width), y.reshape(chunks, -1)))
-    return out.reshape(-1)[: rows * count].reshape(rows, count)
+    return lax.map(chunk, (h, y)).swapaxes(0, 1).reshape(rows, -1)[:, :count]
 
 
 def segment_statistics(
