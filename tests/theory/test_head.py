@@ -1,0 +1,83 @@
+"""The head score: equal to the inner products of true unembedding gradients, whatever the chunk and the packing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ches_jax.scores.derive import ches
+from ches_jax.scores.head import ches_contributions, head_score, token_gram
+
+V, D = 13, 5
+SEGMENT = jnp.array([[0, 1, 1, 2, 2, 2, 6], [1, 1, 2, 4, 5, 5, 5]])  # two rows, room for two pairs; 6 is padding
+
+
+def softcap(x):
+    return 3.0 * jnp.tanh(1.7 * x / 3.0)
+
+
+@pytest.fixture
+def case(x64):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (2, 7, D), jnp.float64)
+    target = jax.random.randint(keys[1], (2, 7), 0, V)
+    return hidden, target, jax.random.normal(keys[2], (V, D), jnp.float64)
+
+
+def unembedding_gradient(hidden, target, w, chosen, transform):
+    """d/dW of the summed log-probabilities of the predictions named in ``chosen``, by autodiff."""
+
+    def logp(w):
+        log_pi = jax.nn.log_softmax(transform(hidden @ w.T), axis=-1)
+        return jnp.where(chosen, jnp.take_along_axis(log_pi, target[:, None], 1)[:, 0], 0.0).sum()
+
+    return jax.grad(logp)(w)
+
+
+@pytest.mark.parametrize("transform", [lambda x: x, softcap], ids=["plain", "softcap"])
+@pytest.mark.parametrize("chunk", [4, 13, 100])
+def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk):
+    hidden, target, w = case
+    out = jax.jit(lambda *a: head_score(*a, segments=6, unembedding=w, transform=transform, chunk=chunk))(
+        hidden, target, SEGMENT
+    )
+    for row, pair in [(0, 0), (1, 0), (1, 1)]:
+        first = 3 * pair
+        shared, chosen, rejected = (SEGMENT[row] == first + i for i in range(3))
+        a = [unembedding_gradient(hidden[row], target[row], w, shared | s, transform) for s in (chosen, rejected)]
+        np.testing.assert_allclose(out.inner[row, pair], (a[0] * a[1]).sum(), rtol=1e-12)
+        np.testing.assert_allclose(out.sqnorm_chosen[row, pair], (a[0] ** 2).sum(), rtol=1e-12)
+        np.testing.assert_allclose(out.score[row, pair], (a[0] * (a[1] - a[0])).sum(), rtol=1e-11)
+        np.testing.assert_allclose(out.by_token[row][shared | chosen].sum(), out.score[row, pair], rtol=1e-11)
+
+
+def test_the_gram_is_symmetric_and_its_coefficients_lie_between_minus_two_and_two(case):
+    hidden, target, w = case
+    alpha = token_gram(hidden * 3, target, w, chunk=5)
+    np.testing.assert_allclose(alpha, alpha.swapaxes(1, 2), rtol=1e-13)
+    assert float(jnp.abs(alpha).max()) < 2
+
+
+def test_coefficients_keep_their_digits_where_the_model_is_sure():
+    w = jnp.array([[1.0], [0.0]])
+    alpha = token_gram(jnp.full((1, 1, 1), 40.0), jnp.zeros((1, 1), jnp.int32), w)
+    expected = 2 * float(np.exp(-80.0))  # q^2 + q^2 with q = e^-40, although 1 - pi(y) rounds to 0 in float32
+    np.testing.assert_allclose(float(alpha[0, 0, 0]), expected, rtol=1e-5)
+
+
+def test_ches_by_token_adds_up_to_the_definition(case):
+    hidden, _, _ = case
+    out = ches_contributions(hidden, SEGMENT, 6)
+    s_plus, s_minus = hidden[0, :3].sum(0), hidden[0, jnp.array([0, 3, 4, 5])].sum(0)
+    np.testing.assert_allclose(out.score[0, 0], ches(s_plus @ s_minus, s_plus @ s_plus), rtol=1e-12)
+    np.testing.assert_allclose(out.by_token[0, :3].sum(), out.score[0, 0], rtol=1e-12)
+    np.testing.assert_allclose(out.by_token[0, 3:6], hidden[0, 3:6] @ s_plus, rtol=1e-12)
+    assert float(out.by_token[0, 6]) == 0
+    assert out.score[0, 1] == 0  # no pair lies there
+
+
+def test_bfloat16_states_are_accumulated_in_float32():
+    h = jnp.ones((1, 3, D), jnp.bfloat16)
+    out = head_score(h, jnp.array([[0, 1, 2]]), jnp.array([[0, 1, 2]]), 3, jnp.ones((V, D), jnp.bfloat16))
+    assert out.score.dtype == jnp.float32
+    assert np.isfinite(out.score).all()
