@@ -1,0 +1,151 @@
+r"""What an objective may ask for, and the few sums that most of them are made of.
+
+One record, :class:`LossInputs`, holds every input of every objective; a field that was not supplied is None. A loss
+declares the fields it needs, so nothing is guessed: a missing one is an error that names it.
+
+Log-probabilities are sums over a response's tokens in nats; lengths count the tokens of that sum (the terminator too,
+where it was scored).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+
+class RunningMean(NamedTuple):
+    """State of a mean over everything seen so far; zeros to begin with."""
+
+    mean: Float[ArrayLike, ""]
+    seen: Float[ArrayLike, ""]
+    """How many values the mean is of."""
+
+    def update(self, values: Float[Array, " B"]) -> "RunningMean":
+        """The mean with ``values`` added to it, without gradient.
+
+        >>> float(RunningMean(jnp.float32(1.0), jnp.float32(3.0)).update(jnp.array([5.0])).mean)
+        2.0
+        """
+        values = jax.lax.stop_gradient(values)
+        seen = jnp.asarray(self.seen, values.dtype) + values.size
+        mean = jnp.asarray(self.mean, values.dtype)
+        return RunningMean(mean + (jnp.sum(values) - values.size * mean) / seen, seen)
+
+
+class LossInputs(NamedTuple):
+    """Arrays of one batch: B pairs (rows, for an unpaired objective), K candidates, T token positions."""
+
+    logp_chosen: Float[ArrayLike, "*B"] | None = None
+    logp_rejected: Float[ArrayLike, "*B"] | None = None
+    ref_logp_chosen: Float[ArrayLike, "*B"] | None = None
+    ref_logp_rejected: Float[ArrayLike, "*B"] | None = None
+    chosen_tokens: ArrayLike | None = None
+    """Length of the chosen response, in tokens."""
+    rejected_tokens: ArrayLike | None = None
+    weights: Float[ArrayLike, "*B"] | None = None
+    """Weight of each pair, for ``with_weights``."""
+    rewards_chosen: Float[ArrayLike, "*B"] | None = None
+    """Score of the chosen response by an outside judge (REBEL, ODPO), in the judge's own unit."""
+    rewards_rejected: Float[ArrayLike, "*B"] | None = None
+    reward_mean: RunningMean | None = None
+    """BCO's state; the updated one comes back in ``aux["state/reward_mean"]``."""
+    log_delta: Float[ArrayLike, "..."] | None = None
+    """ln of the reward calibration's strength, one number or one for each pair."""
+    logp: Float[ArrayLike, "*B"] | None = None
+    """Unpaired: log-probability of the row's only response."""
+    ref_logp: Float[ArrayLike, "*B"] | None = None
+    desirable: ArrayLike | None = None
+    """Unpaired: whether the row's response is a good one."""
+    kl_baseline: Float[ArrayLike, ""] | None = None
+    """KTO's reference point in nats, see ``kto_baseline``."""
+    logp_candidates: Float[ArrayLike, "*B K"] | None = None
+    """D2O: log-probabilities of the policy's own samples."""
+    ref_logp_candidates: Float[ArrayLike, "*B K"] | None = None
+    token_logps_chosen: Float[ArrayLike, "*B T"] | None = None
+    token_logps_rejected: Float[ArrayLike, "*B U"] | None = None
+    ref_token_logps_chosen: Float[ArrayLike, "*B T"] | None = None
+    ref_token_logps_rejected: Float[ArrayLike, "*B U"] | None = None
+    token_mask_chosen: Float[ArrayLike, "*B T"] | None = None
+    """1 on the response's tokens, 0 on padding."""
+    token_mask_rejected: Float[ArrayLike, "*B U"] | None = None
+    token_weights_chosen: Float[ArrayLike, "*B T"] | None = None
+    """SparsePO: weight of each token's log-ratio."""
+    token_weights_rejected: Float[ArrayLike, "*B U"] | None = None
+    token_kl_chosen: Float[ArrayLike, "*B T"] | None = None
+    """SparsePO: divergence of the next-token distributions at each position, nats."""
+    token_kl_rejected: Float[ArrayLike, "*B U"] | None = None
+    token_kl_weights_chosen: Float[ArrayLike, "*B T"] | None = None
+    token_kl_weights_rejected: Float[ArrayLike, "*B U"] | None = None
+
+
+Aux = dict[str, Array | RunningMean]
+"""What a loss reports beside itself: per-pair metrics under TRL's names, and new state under ``state/``."""
+
+LOGPS = frozenset({"logp_chosen", "logp_rejected"})
+REFERENCE = LOGPS | {"ref_logp_chosen", "ref_logp_rejected"}
+LENGTHS = frozenset({"chosen_tokens", "rejected_tokens"})
+REWARDS = frozenset({"rewards_chosen", "rewards_rejected"})
+
+
+def swap(batch: LossInputs) -> LossInputs:
+    """The same pairs with their labels exchanged.
+
+    >>> swap(LossInputs(logp_chosen=1.0, logp_rejected=2.0)).logp_chosen
+    2.0
+    """
+    exchanged = {}
+    for name in (n for n in LossInputs._fields if "chosen" in n):
+        twin = name.replace("chosen", "rejected")
+        exchanged |= {name: getattr(batch, twin), twin: getattr(batch, name)}
+    return batch._replace(**exchanged)
+
+
+def unpair(batch: LossInputs) -> LossInputs:
+    """Rows for an unpaired objective: all chosen responses, then all rejected ones."""
+    pairs = {name: jnp.asarray(getattr(batch, name)) for name in REFERENCE}
+    chosen, rejected = pairs["logp_chosen"], pairs["logp_rejected"]
+    return LossInputs(
+        logp=jnp.concatenate([chosen, rejected]),
+        ref_logp=jnp.concatenate([pairs["ref_logp_chosen"], pairs["ref_logp_rejected"]]),
+        desirable=jnp.concatenate([jnp.ones(chosen.shape, bool), jnp.zeros(rejected.shape, bool)]),
+        kl_baseline=batch.kl_baseline,
+    )
+
+
+def log_ratios(batch: LossInputs) -> tuple[Array, Array]:
+    r"""Log-ratios to the reference in nats, :math:`r_\pm = \ln \pi(y_\pm|x) - \ln \pi_{ref}(y_\pm|x)`."""
+    chosen = jnp.asarray(batch.logp_chosen) - jnp.asarray(batch.ref_logp_chosen)
+    return chosen, jnp.asarray(batch.logp_rejected) - jnp.asarray(batch.ref_logp_rejected)
+
+
+def margin(batch: LossInputs) -> Array:
+    r"""Margin of the log-ratios in nats, :math:`m = r_+ - r_-`."""
+    chosen, rejected = log_ratios(batch)
+    return chosen - rejected
+
+
+def logps(batch: LossInputs) -> tuple[Array, Array]:
+    """Summed log-probabilities of the pair, nats."""
+    return jnp.asarray(batch.logp_chosen), jnp.asarray(batch.logp_rejected)
+
+
+def lengths(batch: LossInputs) -> tuple[Array, Array]:
+    """Token counts in the dtype of the log-probabilities; an empty response counts as one token, so its mean is 0."""
+    chosen, rejected = logps(batch)
+    return (
+        jnp.maximum(jnp.asarray(batch.chosen_tokens).astype(chosen.dtype), 1),
+        jnp.maximum(jnp.asarray(batch.rejected_tokens).astype(rejected.dtype), 1),
+    )
+
+
+def mean_logps(batch: LossInputs) -> tuple[Array, Array]:
+    """Log-probabilities per token, nats."""
+    (chosen, rejected), (n_chosen, n_rejected) = logps(batch), lengths(batch)
+    return chosen / n_chosen, rejected / n_rejected
+
+
+def mean_log_ratios(batch: LossInputs) -> tuple[Array, Array]:
+    """Log-ratios to the reference per token, nats."""
+    (chosen, rejected), (n_chosen, n_rejected) = log_ratios(batch), lengths(batch)
+    return chosen / n_chosen, rejected / n_rejected

@@ -1,0 +1,138 @@
+r"""Objectives with a likelihood term of the chosen response, and those with neither pair margin nor reference.
+
+Two units of that term are in use, and differ by the response's length: the *summed* log-probability (the official code
+of the displacement paper, CPO's paper) and the mean *per token* (iterative RPO, TRL). Names tell them apart.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ches_jax.losses.inputs import LENGTHS, LOGPS, REFERENCE, LossInputs, logps, margin, mean_logps
+from ches_jax.losses.metrics import Rewards, logp_rewards, scale
+from ches_jax.losses.registry import at_least_zero, positive, register
+from ches_jax.losses.stable import neg_log_sigmoid
+
+
+@register("dpo_sft_sum", source="Razin et al., arXiv:2410.08847, official code", beta=positive(0.1),
+          sft_coeff=at_least_zero(1.0))  # fmt: skip
+def dpo_sft_sum(batch: LossInputs, *, beta: float, sft_coeff: float) -> Array:
+    r"""DPO with a likelihood term on the summed log-probability, as in the displacement paper.
+
+    .. math:: -\ln \sigma(\beta m) - \lambda \ln \pi(y_+|x)
+
+    Defaults:
+      beta 0.1, sft_coeff 1 (the paper: 1 for Gemma-2B, 0.1 for Llama-3-8B). Per nat of the whole response.
+
+    References:
+      Razin et al., Unintentional Unalignment (https://arxiv.org/abs/2410.08847), Appendix E eq. 4 and Section 6.
+    """
+    return neg_log_sigmoid(beta * margin(batch)) - sft_coeff * jnp.asarray(batch.logp_chosen)
+
+
+@register("ipo_sft_sum", source="Razin et al., arXiv:2410.08847, official code", tau=positive(0.01),
+          sft_coeff=at_least_zero(1000.0))  # fmt: skip
+def ipo_sft_sum(batch: LossInputs, *, tau: float, sft_coeff: float) -> Array:
+    r"""IPO with a likelihood term on the summed log-probability, as in the displacement paper.
+
+    .. math:: \left(m - \frac{1}{2\tau}\right)^2 - \lambda \ln \pi(y_+|x)
+
+    Defaults:
+      tau 0.01, sft_coeff 1000, both the paper's.
+
+    References:
+      Razin et al., Unintentional Unalignment (https://arxiv.org/abs/2410.08847), Appendix E eq. 4 and Section 6.
+    """
+    return jnp.square(margin(batch) - 1.0 / (2.0 * tau)) - sft_coeff * jnp.asarray(batch.logp_chosen)
+
+
+@register("rpo", source="Pang et al. 2024, arXiv:2404.19733; TRL sigmoid + sft", needs=REFERENCE | LENGTHS,
+          beta=positive(0.1), alpha=at_least_zero(1.0))  # fmt: skip
+def rpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
+    r"""RPO: DPO with a likelihood term per token.
+
+    .. math:: -\ln \sigma(\beta m) - \alpha \frac{\ln \pi(y_+|x)}{|y_+|}
+
+    TRL averages that term over all chosen tokens of a batch at once, so that its long responses count for more; with
+    one pair, or equal lengths, the two agree. ``with_sft(get_loss("sigmoid"), 1.0, per="batch_token")`` does as TRL.
+
+    Defaults:
+      beta 0.1, alpha 1 (Llama 3: 0.2; 0 is DPO). Nats per token.
+
+    References:
+      Pang et al., Iterative Reasoning Preference Optimization (https://arxiv.org/abs/2404.19733).
+    """
+    return neg_log_sigmoid(beta * margin(batch)) - alpha * mean_logps(batch)[0]
+
+
+@register("cpo", source="Xu et al. 2024, arXiv:2401.08417", needs=LOGPS, rewards=logp_rewards, beta=positive(0.1),
+          lam=at_least_zero(1.0))  # fmt: skip
+def cpo(batch: LossInputs, *, beta: float, lam: float) -> Array:
+    r"""CPO: DPO with a uniform reference, and the summed likelihood of the chosen response.
+
+    .. math:: -\ln \sigma(\beta [\ln \pi(y_+|x) - \ln \pi(y_-|x)]) - \lambda \ln \pi(y_+|x)
+
+    Defaults:
+      beta 0.1, lam 1. The paper's likelihood is a sum; TRL's is a mean over the batch's chosen tokens, which is
+      ``with_sft(get_loss("cpo", lam=0), 1.0, per="batch_token")``.
+
+    References:
+      Xu et al., Contrastive Preference Optimization (https://arxiv.org/abs/2401.08417).
+    """
+    chosen, rejected = logps(batch)
+    return neg_log_sigmoid(beta * (chosen - rejected)) - lam * chosen
+
+
+@register("slic", source="Zhao et al. 2023, arXiv:2305.10425", needs=LOGPS, rewards=logp_rewards, delta=positive(1.0),
+          lam=at_least_zero(0.0))  # fmt: skip
+def slic(batch: LossInputs, *, delta: float, lam: float) -> Array:
+    r"""SLiC: a hinge on summed log-probabilities without reference, and a likelihood term.
+
+    .. math:: \max(0,\ \delta - \ln \pi(y_+|x) + \ln \pi(y_-|x)) - \lambda \ln \pi(y_+|x)
+
+    Defaults:
+      delta 1 nat, lam 0: the displacement paper's form. SLiC-HF adds the term, on the chosen or an SFT response.
+
+    References:
+      Zhao et al., SLiC-HF (https://arxiv.org/abs/2305.10425); arXiv:2410.08847, Appendix B.
+    """
+    chosen, rejected = logps(batch)
+    return jax.nn.relu(delta - chosen + rejected) - lam * chosen
+
+
+def _candidate_rewards(batch, hyper):
+    candidates, rejected = jnp.asarray(batch.logp_candidates), jnp.asarray(batch.logp_rejected)
+    ratios = jnp.mean(candidates - jnp.asarray(batch.ref_logp_candidates), axis=-1)
+    return {
+        "rewards/chosen": scale(hyper) * ratios,
+        "rewards/rejected": hyper["alpha"] * (rejected - jnp.asarray(batch.ref_logp_rejected)),
+        "logps/chosen": jnp.mean(candidates, axis=-1),
+        "logps/rejected": rejected,
+    }
+
+
+_D2O_REWARDS: Rewards = _candidate_rewards
+
+
+@register("d2o", source="Duan et al. 2024, arXiv:2403.03419", rewards=_D2O_REWARDS,
+          needs=frozenset({"logp_candidates", "ref_logp_candidates", "logp_rejected", "ref_logp_rejected"}),
+          beta=positive(0.1), alpha=at_least_zero(0.1))  # fmt: skip
+def d2o(batch: LossInputs, *, beta: float, alpha: float) -> Array:
+    r"""Distributional dispreference optimisation: K samples of the policy stand where the chosen response stood.
+
+    .. math::
+      -\ln \sigma\left(\frac{\beta}{K} \sum_{i=1}^K \ln \frac{\pi(y_i|x)}{\pi_{r^-}(y_i|x)}
+      - \alpha \ln \frac{\pi(y_-|x)}{\pi_{r^+}(y_-|x)}\right)
+
+    ``ref_logp_candidates`` is under the harmful reference :math:`\pi_{r^-}`, ``ref_logp_rejected`` under the helpful
+    one :math:`\pi_{r^+}`; one model may serve as both.
+
+    Defaults:
+      beta 0.1, alpha 0.1 (the paper: K = 11).
+
+    References:
+      Duan et al., Negating Negatives (https://arxiv.org/abs/2403.03419).
+    """
+    ratios = jnp.asarray(batch.logp_candidates) - jnp.asarray(batch.ref_logp_candidates)
+    rejected = jnp.asarray(batch.logp_rejected) - jnp.asarray(batch.ref_logp_rejected)
+    return neg_log_sigmoid(beta * jnp.mean(ratios, axis=-1) - alpha * rejected)

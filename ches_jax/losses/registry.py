@@ -1,0 +1,217 @@
+"""The closed list of objectives: a name, its hyper-parameters, what it needs, where it comes from.
+
+An unknown name, an unknown or ill-valued hyper-parameter and a missing input are errors: no objective stands in for
+another one. ``repr`` of a :class:`Loss` is what will be trained, every value filled in.
+
+>>> get_loss("sigmoid", beta=0.3)
+sigmoid(beta=0.3)
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ches_jax.errors import ChesError, many
+from ches_jax.losses.inputs import REFERENCE, Aux, LossInputs, RunningMean
+from ches_jax.losses.metrics import Rewards, log_ratio_rewards, pair_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """A hyper-parameter: its default, and the interval it may lie in."""
+
+    default: float
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def admits(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def interval(self) -> str:
+        left = "(" if self.open_low or self.low == -math.inf else "["
+        right = ")" if self.open_high or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+def positive(default: float) -> Hyper:
+    return Hyper(default, low=0.0, open_low=True)
+
+
+def at_least_zero(default: float) -> Hyper:
+    return Hyper(default, low=0.0)
+
+
+def any_number(default: float) -> Hyper:
+    return Hyper(default)
+
+
+def fraction(default: float) -> Hyper:
+    return Hyper(default, low=0.0, high=1.0)
+
+
+def exactly(value: float) -> str:
+    """The shortest text that reads back as the value.
+
+    >>> exactly(1.0), exactly(0.1)
+    ('1', '0.1')
+    """
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An objective with every choice made: call it with a batch.
+
+    Returns the loss of each pair (never their mean) and what to log. Pure: state goes in with the batch and comes out
+    in ``aux``.
+    """
+
+    name: str
+    needs: frozenset[str]
+    """Fields of ``LossInputs`` that must be there."""
+    compute: Callable[[LossInputs], tuple[Array, Aux]] = field(repr=False)
+    hyper: Mapping[str, float] = field(default_factory=dict, hash=False)
+    source: str = ""
+    stateful: bool = False
+    """Whether it reads a state and returns the next one under ``aux["state/..."]``."""
+    couples_rows: bool = False
+    """Whether it compares pairs of a batch with one another, so that its rows are not pairs."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={exactly(v)}' for k, v in self.hyper.items())})"
+
+    def __call__(self, batch: LossInputs) -> tuple[Array, Aux]:
+        check_inputs(self, batch)
+        return self.compute(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An objective before its hyper-parameters are chosen."""
+
+    name: str
+    needs: frozenset[str]
+    fn: Callable[..., Array]
+    hyper: Mapping[str, Hyper]
+    source: str
+    rewards: Rewards
+    next_state: Callable[..., dict[str, RunningMean]] | None = None
+    couples_rows: bool = False
+
+    def resolve(self, values: Mapping[str, float]) -> Loss:
+        def compute(batch: LossInputs) -> tuple[Array, Aux]:
+            aux: Aux = {**pair_metrics(batch, self.rewards, values)}
+            if self.next_state is not None:
+                aux |= self.next_state(batch, **values)
+            return self.fn(batch, **values), aux
+
+        return Loss(
+            name=self.name,
+            needs=self.needs,
+            compute=compute,
+            hyper=MappingProxyType(dict(values)),
+            source=self.source,
+            stateful=self.next_state is not None,
+            couples_rows=self.couples_rows,
+        )
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    source: str,
+    needs: frozenset[str] = REFERENCE,
+    rewards: Rewards = log_ratio_rewards,
+    next_state: Callable[..., dict[str, RunningMean]] | None = None,
+    couples_rows: bool = False,
+    **hyper: Hyper,
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Enter a function of (batch, hyper-parameters) in the list, under a name of its own."""
+
+    def enter(fn: Callable[..., Array]) -> Callable[..., Array]:
+        if name in _ENTRIES:
+            raise ValueError(f"two losses are named {name!r}")
+        _ENTRIES[name] = Entry(name, needs, fn, hyper, source, rewards, next_state, couples_rows)
+        return fn
+
+    return enter
+
+
+def loss_names() -> tuple[str, ...]:
+    """Every name ``get_loss`` knows, sorted."""
+    return tuple(sorted(_ENTRIES))
+
+
+def describe(name: str) -> str:
+    """Equation, source, defaults and units of an objective: its docstring."""
+    return _entry(name).fn.__doc__ or ""
+
+
+def get_loss(name: str, **hyper: float) -> Loss:
+    """The objective of that name, with the given hyper-parameters and defaults for the others.
+
+    Args:
+      name: one of ``loss_names()``.
+      hyper: values for the hyper-parameters that the objective declares.
+
+    Raises:
+      ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all told together.
+    """
+    entry = _entry(name)
+    problems = []
+    for key, value in hyper.items():
+        if key not in entry.hyper:
+            known = ", ".join(f"{k} (default {h.default:g})" for k, h in entry.hyper.items()) or "none"
+            problems.append(f"no hyper-parameter {key!r}; it has: {known}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            problems.append(f"{key}={value!r} is not a number")
+        elif not entry.hyper[key].admits(value):
+            problems.append(f"{key}={value!r} is outside {entry.hyper[key].interval()}")
+    if problems:
+        raise ChesError(many(f"loss {name!r}", problems))
+    return entry.resolve({k: float(hyper.get(k, h.default)) for k, h in entry.hyper.items()})
+
+
+def _entry(name: str) -> Entry:
+    if name not in _ENTRIES:
+        raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(loss_names())}")
+    return _ENTRIES[name]
+
+
+def check_inputs(loss: Loss, batch: LossInputs) -> None:
+    """One clear error for what is missing, for shapes that would broadcast, and for weights nobody would read."""
+    missing = sorted(n for n in loss.needs if getattr(batch, n) is None)
+    problems = [f"needs {n}, which the batch does not have" for n in missing]
+    if batch.weights is not None and "weights" not in loss.needs:
+        problems.append("the batch has weights, which this loss does not read; wrap it with with_weights")
+    shapes = {n: jnp.shape(getattr(batch, n)) for n in sorted(loss.needs & PER_PAIR) if n not in missing}
+    if len(set(shapes.values())) > 1:
+        problems.append("its inputs differ in shape: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
+    if problems:
+        raise ChesError(many(f"loss {loss.name!r}", problems))
+
+
+PER_PAIR = frozenset(
+    {"logp", "ref_logp", "desirable", "weights", "chosen_tokens", "rejected_tokens"}
+    | {"logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "rewards_chosen", "rewards_rejected"}
+)
+
+
+def mean_loss(loss: Loss, batch: LossInputs) -> tuple[Array, dict[str, Any]]:
+    """Mean over the batch of the loss, and of every metric; states pass through."""
+    value, aux = loss(batch)
+    logs = {k: v if k.startswith("state/") else jax.tree.map(jnp.mean, v) for k, v in aux.items()}
+    return jnp.mean(value), logs

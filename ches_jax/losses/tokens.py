@@ -1,0 +1,142 @@
+r"""Objectives that weigh the tokens of a response: a rule gives each token a weight, then any loss of sums follows.
+
+A rule is a pure function of the batch's token fields. Summed log-probabilities become :math:`\sum_t w_t \ln \pi_t`, and
+lengths the number of tokens, or what a rule says they are.
+
+    token_logps   [-1.0, -2.0, -3.0,  0.0]      padding may hold anything finite
+    token_mask    [   1,    1,    1,    0]      sum -6, length 3
+    weights       [   1,    0,    1,    0]      sum -4, length 3, or 2 if the rule counts kept tokens
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from ches_jax.errors import ChesError
+from ches_jax.losses.inputs import LENGTHS, LOGPS, REFERENCE, Aux, LossInputs
+from ches_jax.losses.registry import Loss
+
+TOKEN_LOGPS = frozenset({"token_logps_chosen", "token_logps_rejected"})
+TOKEN_MASKS = frozenset({"token_mask_chosen", "token_mask_rejected"})
+TOKEN_REFERENCE = frozenset({"ref_token_logps_chosen", "ref_token_logps_rejected"})
+REF_SUMS = REFERENCE - LOGPS
+
+
+class TokenWeights(NamedTuple):
+    """Weights of the tokens of both responses; each joins the mask."""
+
+    chosen: Float[Array, "*B T"]
+    rejected: Float[Array, "*B U"]
+    counts: bool = False
+    """Whether a length is the sum of weights, or still the number of tokens."""
+
+
+Rule: TypeAlias = Callable[[LossInputs], TokenWeights]
+
+
+def masks(batch: LossInputs) -> tuple[Array, Array]:
+    """Token masks in the dtype of the log-probabilities."""
+    chosen, rejected = jnp.asarray(batch.token_logps_chosen), jnp.asarray(batch.token_logps_rejected)
+    return (
+        jnp.asarray(batch.token_mask_chosen).astype(chosen.dtype),
+        jnp.asarray(batch.token_mask_rejected).astype(rejected.dtype),
+    )
+
+
+def weighted_sums(batch: LossInputs, weights: TokenWeights) -> LossInputs:
+    """The batch with sums and lengths made from its tokens; reference sums too, where it has reference tokens."""
+    sums = {}
+    for side, given, mask in zip(("chosen", "rejected"), weights[:2], masks(batch), strict=True):
+        weight = stop_gradient(given) * mask
+        for prefix in ("", "ref_"):
+            values = getattr(batch, f"{prefix}token_logps_{side}")
+            if values is not None:
+                # where, not a product: padding may hold minus infinity
+                kept = jnp.where(weight != 0, jnp.asarray(values), 0.0)
+                sums[f"{prefix}logp_{side}"] = jnp.sum(kept * weight, axis=-1)
+        sums[f"{side}_tokens"] = jnp.sum(weight if weights.counts else mask, axis=-1)
+    return batch._replace(**sums)
+
+
+def every_token(batch: LossInputs) -> TokenWeights:
+    """Weight 1 everywhere: the plain sums."""
+    chosen, rejected = masks(batch)
+    return TokenWeights(jnp.ones_like(chosen), jnp.ones_like(rejected))
+
+
+def given_weights(batch: LossInputs) -> TokenWeights:
+    """The batch's own ``token_weights_chosen`` and ``token_weights_rejected``."""
+    chosen, rejected = masks(batch)
+    return TokenWeights(
+        jnp.asarray(batch.token_weights_chosen).astype(chosen.dtype),
+        jnp.asarray(batch.token_weights_rejected).astype(rejected.dtype),
+    )
+
+
+def unsure_tokens(batch: LossInputs) -> TokenWeights:
+    r"""ConfPO's rule: keep the tokens whose probability is below the response's mean, :math:`\pi_t < \bar\pi`.
+
+    References:
+      Yoon et al., ConfPO (https://arxiv.org/abs/2506.08712).
+    """
+    chosen, rejected = masks(batch)
+    return TokenWeights(
+        _below_mean(jnp.asarray(batch.token_logps_chosen), chosen),
+        _below_mean(jnp.asarray(batch.token_logps_rejected), rejected),
+        counts=True,
+    )
+
+
+def _below_mean(values: Array, mask: Array) -> Array:
+    probability = jnp.where(mask != 0, jnp.exp(stop_gradient(jnp.where(mask != 0, values, 0.0))), 0.0)
+    mean = jnp.sum(probability, axis=-1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+    return jnp.where((probability < mean) & (mask != 0), jnp.ones_like(mask), jnp.zeros_like(mask))
+
+
+def beyond_shared_length(alpha: float) -> Rule:
+    r"""LD-DPO's rule: tokens beyond the length of the pair's shorter response weigh ``alpha``, 0 to 1.
+
+    References:
+      Liu et al., Length Desensitization in DPO (https://arxiv.org/abs/2409.06411).
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ChesError(f"beyond_shared_length: alpha={alpha!r} is outside [0, 1]")
+
+    def rule(batch: LossInputs) -> TokenWeights:
+        chosen, rejected = masks(batch)
+        shared = jnp.minimum(jnp.sum(chosen, axis=-1, keepdims=True), jnp.sum(rejected, axis=-1, keepdims=True))
+
+        def weigh(mask: Array) -> Array:
+            return jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, alpha).astype(mask.dtype)
+
+        return TokenWeights(weigh(chosen), weigh(rejected))
+
+    return rule
+
+
+def with_tokens(loss: Loss, rule: Rule = every_token, *, name: str = "", extra: frozenset[str] = frozenset()) -> Loss:
+    """The same loss, of a batch of token log-probabilities.
+
+    Args:
+      loss: a loss of summed log-probabilities of pairs.
+      rule: from the batch to the weight of each token.
+      name: what to call the rule; its own name if empty.
+      extra: token fields that the rule reads besides log-probabilities and masks.
+    """
+    if not loss.needs >= LOGPS:
+        raise ChesError(f"with_tokens needs a loss of summed log-probabilities of pairs; {loss!r} is none")
+    reference = TOKEN_REFERENCE if loss.needs & REF_SUMS else frozenset()
+
+    def compute(batch: LossInputs) -> tuple[Array, Aux]:
+        return loss(weighted_sums(batch, rule(batch)))
+
+    return dataclasses.replace(
+        loss,
+        name=f"{name or rule.__name__}:{loss.name}",
+        needs=(loss.needs - REFERENCE - LENGTHS) | TOKEN_LOGPS | TOKEN_MASKS | reference | extra,
+        compute=compute,
+    )
