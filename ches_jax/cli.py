@@ -17,7 +17,7 @@ import tyro
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.runlog import RUN, read_json
-from ches_jax.scores.pipeline import ScoreConfig, score
+from ches_jax.scores.pipeline import DTYPES, ScoreConfig, score
 from ches_jax.scores.select import SelectConfig, select
 
 
@@ -92,18 +92,52 @@ class Report:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a model directory anew: other shards, another dtype, every name and shape checked on the way."""
+
+    model: str
+    """Hugging Face model directory or hub name."""
+    out: Path
+    """The directory to write; must not exist, or be empty."""
+    dtype: str | None = None
+    """Store the weights in this dtype; default: each tensor's own."""
+    shard_gb: float = 2.0
+    """Largest size of a weight file."""
+
+    def run(self) -> int:
+        """Loads, writes, prints the path."""
+        import jax
+
+        from ches_jax.hf.directory import resolve
+        from ches_jax.models.load import load_model
+        from ches_jax.models.save import save_pretrained
+
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ChesError(f"--dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.shard_gb <= 0:
+            raise ChesError(f"--shard-gb {self.shard_gb}: expected a positive number")
+        directory = resolve(self.model)
+        with jax.enable_x64(True):  # float64 weights stay float64
+            model = load_model(directory)
+            save_pretrained(model, self.out, like=directory, dtype=self.dtype, shard_bytes=int(self.shard_gb * 2**30))
+        print(self.out)
+        return 0
+
+
 def _only(kind: type, values: Any) -> Any:
     """The part of a command's options that the function below takes."""
     return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
 
 
-DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, report."
+DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, report, convert."
 
 Command = (
     Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Select, tyro.conf.subcommand("select")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
 

@@ -256,8 +256,7 @@ def _plain_texts(content: Mapping[str, Any], template: Template) -> tuple[str, s
         prompt, chosen, rejected = (p[0]["content"] for p in parts)
         return prompt, chosen, rejected
     raise DataError(
-        "the row is a conversation of several messages, which --template none cannot write as "
-        "text: use --template auto"
+        "the row is a conversation of several messages, which --template none cannot write as text: use --template auto"
     )
 
 

@@ -20,9 +20,7 @@ HIDDEN_SCORE = -1e30  # finite, so that an all-hidden block leaves exp(0) * 0 an
 
 def _scores(q, k, scale: float, softcap: float | None, dtype):
     """Scaled, capped scores [B, K, G, Q, S] of queries [B, Q, K, G, H] against keys [B, S, K, H]."""
-    s = jnp.einsum(
-        "bqkgh,bskh->bkgqs", q, k, preferred_element_type=dtype, precision=matmul_precision(q.dtype)
-    )
+    s = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=dtype, precision=matmul_precision(q.dtype))
     s = s * jnp.asarray(scale, dtype)
     if softcap is not None:
         s = jnp.asarray(softcap, dtype) * jnp.tanh(s / jnp.asarray(softcap, dtype))
@@ -44,13 +42,9 @@ def dense(
     here = jnp.arange(q.shape[1], dtype=jnp.int32)
     mask = visible(seen, here, here) & (positions[:, :, None] - positions[:, None, :] < window)
     acc = accumulate(q.dtype)
-    s = jnp.where(
-        mask[:, None, None], _scores(q, k, scale, softcap, acc), jnp.asarray(HIDDEN_SCORE, acc)
-    )
+    s = jnp.where(mask[:, None, None], _scores(q, k, scale, softcap, acc), jnp.asarray(HIDDEN_SCORE, acc))
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    out = jnp.einsum(
-        "bkgqs,bskh->bqkgh", p, v, preferred_element_type=acc, precision=matmul_precision(v.dtype)
-    )
+    out = jnp.einsum("bkgqs,bskh->bqkgh", p, v, preferred_element_type=acc, precision=matmul_precision(v.dtype))
     return out.astype(q.dtype)
 
 
@@ -132,6 +126,7 @@ def blocks(
     """Attention in ``block`` x ``block`` tiles, only those with something to see; T is a multiple of ``block``."""
     order, counts = block_visits(seen, block)
     one = partial(_one_row, block=block, scale=scale, softcap=softcap)
+
     # lax.map, not vmap: each row keeps its own number of visits, and a row is work enough for a device
     def row(args):
         q, k, v, seen, positions, order, counts = args

@@ -24,6 +24,10 @@ class View:
         """The slice ``index`` of the parameter."""
         return tensor.read(index)
 
+    def read_into(self, tensor: Tensor, index: Index, out: np.ndarray) -> None:
+        """The same slice, into ``out`` (contiguous, in the stored dtype)."""
+        out[...] = self.read(tensor, index)
+
     def write(self, out: np.ndarray, value: np.ndarray) -> None:
         """Put the whole parameter into the stored tensor ``out``."""
         out[...] = value
@@ -101,7 +105,16 @@ class Interleaved(View):
         out[self._stored(0, value.shape[0])] = value
 
 
-WHOLE = View()
+@dataclass(frozen=True)
+class Whole(View):
+    """The whole tensor as it is, read without a copy."""
+
+    def read_into(self, tensor: Tensor, index: Index, out: np.ndarray) -> None:
+        """Straight from the file."""
+        tensor.read_into(out, index)
+
+
+WHOLE = Whole()
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,7 @@ def causal(mask: Bool[Array, "B T"]) -> Visibility:
     return Visibility(none, none, jnp.minimum(first, here))
 
 
-def visible(
-    v: Visibility, keys: Int[Array, " K"], queries: Int[Array, " Q"]
-) -> Bool[Array, "B Q K"]:
+def visible(v: Visibility, keys: Int[Array, " K"], queries: Int[Array, " Q"]) -> Bool[Array, "B Q K"]:
     """The dense mask of rows ``queries`` (already sliced in ``v``) against key indices ``keys``."""
     k = keys[None, None, :]
     context = (k >= v.context_start[..., None]) & (k < v.context_end[..., None])

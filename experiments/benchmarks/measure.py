@@ -1,0 +1,92 @@
+"""Run commands interleaved in their own processes and keep what they print: one JSON object on the last line each.
+
+Machines drift: only commands run in turn, A B A B, can be compared, and the ratio of medians is what counts.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run one command; its last line of output as JSON, with the process's CPU seconds and peak memory added."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})}
+    )
+    errors: list[str] = []
+    assert process.stdout is not None and process.stderr is not None
+    stderr = process.stderr
+    drain = threading.Thread(target=lambda: errors.append(stderr.read()))
+    drain.start()
+    output = process.stdout.read()
+    drain.join()
+    process.stdout.close()
+    stderr.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors[0][-2000:]}")
+    found = json.loads(output.strip().splitlines()[-1])
+    return {
+        **found,
+        "process_seconds": round(time.perf_counter() - started, 3),
+        "process_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_rss_mb": round(usage.ru_maxrss / 1024, 1),
+    }
+
+
+def interleaved(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Every command ``repeats`` times, in turn."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for turn in range(repeats):
+        for name, command in commands.items():
+            print(f"[{turn + 1}/{repeats}] {name}", file=sys.stderr)
+            found[name].append(run(command))
+    return found
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The median of every number, anything else from the first run."""
+    numbers = {k for k, v in runs[0].items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: statistics.median(r[k] for r in runs) if k in numbers else v for k, v in runs[0].items()}
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from ches_jax.runlog import versions
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "commit": commit.stdout.strip() or None,
+        "versions": versions(),
+        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def keep(name: str, result: Mapping[str, Any]) -> Path:
+    """Write a result with its environment to ``results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def usage() -> dict[str, float]:
+    """CPU seconds and peak memory of this process so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_rss_mb": used.ru_maxrss / 1024}
