@@ -1,0 +1,192 @@
+"""Every loss on one pair, its value spelled out as arithmetic."""
+
+import json
+from math import exp, expm1, log, log1p
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loss_batches import pair
+
+from ches_jax.losses import LossInputs, RunningMean, get_loss, kto_baseline, loss_names, unpair
+
+
+def sig(x):
+    return 1 / (1 + exp(-x))
+
+
+def nls(x):
+    """Minus the log of the sigmoid."""
+    return log(1 + exp(-x))
+
+
+# r+ = -3 - -4 = 1, r- = -6 - -5 = -1, m = 2; 2 and 3 tokens; scores 1.5 and 1
+PAIR = {
+    "logp_chosen": -3.0, "logp_rejected": -6.0, "ref_chosen": -4.0, "ref_rejected": -5.0, "chosen_tokens": 2.0,
+    "rejected_tokens": 3.0, "rewards_chosen": 1.5, "rewards_rejected": 1.0,
+}  # fmt: skip
+
+EXPECTED = {
+    "dpo": ({"beta": 0.5}, nls(0.5 * 2)),
+    "sigmoid": ({"beta": 0.5}, nls(0.5 * 2)),
+    "gpo_logistic": ({"beta": 0.5}, nls(0.5 * 2)),
+    "cdpo": ({"beta": 0.5, "label_smoothing": 0.2}, 0.8 * nls(1) + 0.2 * nls(-1)),
+    "robust": ({"beta": 0.5, "label_smoothing": 0.2}, (0.8 * nls(1) - 0.2 * nls(-1)) / (1 - 0.4)),
+    "ipo_sum": ({"tau": 0.1}, (2 - 5) ** 2),
+    "ipo_mean": ({"tau": 0.1}, (1 / 2 + 1 / 3 - 5) ** 2),
+    "hinge": ({"beta": 0.1}, 1 - 0.1 * 2),
+    "gpo_hinge": ({"beta": 0.1}, 1 - 0.1 * 2),
+    "gpo_squared": ({"beta": 0.1}, (0.2 - 1) ** 2),
+    "gpo_exponential": ({"beta": 0.1}, exp(-0.2)),
+    "gpo_truncated_quadratic": ({"beta": 0.1}, (1 - 0.2) ** 2),
+    "gpo_savage": ({"beta": 0.1}, 1 / (1 + exp(0.2)) ** 2),
+    "rebel": ({"eta": 4.0}, (2 / 4 - (1.5 - 1.0)) ** 2),
+    "odpo": ({"beta": 0.5, "alpha": 2.0}, nls(1 - 2 * log(0.5))),
+    "exo_pair": (
+        {"beta": 0.5, "label_smoothing": 0.1},
+        sig(1) * log(sig(1) / 0.9) + sig(-1) * log(sig(-1) / 0.1),
+    ),
+    "discopop": ({"beta": 0.1, "tau": 0.5}, (1 - sig(0.4)) * nls(0.2) + sig(0.4) * exp(-0.2)),
+    "aot": ({"beta": 0.5}, nls(0.5 * ((-3 + 6) - (-4 + 5)))),
+    "aot_unpaired": ({"beta": 0.5}, nls(0.5 * (1 + 1))),
+    "fdpo_forward_kl": ({"beta": 0.5}, nls(0.5 * ((1 - exp(-1)) - (1 - exp(1))))),
+    "fdpo_js": ({"beta": 0.5}, nls(0.5 * (log(2 * exp(1) / (1 + exp(1))) - log(2 * exp(-1) / (1 + exp(-1)))))),
+    "fdpo_alpha": ({"beta": 0.5, "alpha": 0.5}, nls(0.5 * (expm1(-0.5) - expm1(0.5)) / -0.5)),
+    "dpop": ({"beta": 0.5, "lam": 3.0}, nls(0.5 * 2)),
+    "dpo_shift": ({"beta": 0.5, "lam": 0.75}, nls(0.5 * (1 + 0.75))),
+    "flex_dpo": ({"beta": 0.5, "beta_rejected": 0.25}, nls(0.5 + 0.25)),
+    "cal_dpo": ({"beta": 0.1}, nls(2) + (1 - 5) ** 2 / 2 + (-1 + 5) ** 2 / 2),
+    "squaredpo": ({"beta": 0.5}, nls(0.5 * (1 * exp(-1) + 1 * exp(1)))),
+    "nca": ({"beta": 0.5}, nls(0.5) + 0.5 * nls(-0.5) + 0.5 * nls(0.5)),
+    "apo_zero": ({"beta": 0.5}, 1 - sig(0.5) + sig(-0.5)),
+    "apo_down": ({"beta": 0.5}, sig(0.5) + 1 - sig(1.0)),
+    "bco_pair_unshifted": ({"beta": 0.5}, nls(0.5) + nls(0.5)),
+    "bce": ({"beta": 0.5}, nls(0.5) + nls(0.5)),
+    "sppo_hard": ({"beta": 0.1}, (1 - 5) ** 2 + (-1 + 5) ** 2),
+    "lsif": ({}, -exp(1) + 0.5 * exp(-2)),
+    "ukl": ({}, -1 + exp(-1)),
+    "ddro": ({}, -1 - log(2 - exp(-1))),
+    "ln_dpo": ({"beta": 6.0}, nls(6 * (1 / 2 + 1 / 3))),
+    "sigmoid_norm": ({"beta": 6.0}, nls(6 * (1 / 2 + 1 / 3))),
+    "simpo": ({"beta": 2.0, "gamma": 0.5}, nls(2 * (-3 / 2) - 2 * (-6 / 3) - 0.5)),
+    "alphapo": (
+        {"beta": 2.0, "gamma": 0.5, "alpha": 0.5},
+        nls(2 * ((1 - exp(1.5) ** 0.5) / 0.5 - (1 - exp(2.0) ** 0.5) / 0.5) - 0.5),
+    ),
+    "orpo": ({"beta": 0.1}, 1.5 + 0.1 * nls(log(exp(-1.5) / (1 - exp(-1.5))) - log(exp(-2) / (1 - exp(-2))))),
+    "dpo_sft_sum": ({"beta": 0.5, "sft_coeff": 0.1}, nls(1) + 0.1 * 3),
+    "ipo_sft_sum": ({"tau": 0.1, "sft_coeff": 10.0}, (2 - 5) ** 2 + 10 * 3),
+    "rpo": ({"beta": 0.5, "alpha": 0.2}, nls(1) + 0.2 * 3 / 2),
+    "cpo": ({"beta": 0.5, "lam": 0.1}, nls(0.5 * 3) + 0.1 * 3),
+    "slic": ({"delta": 5.0, "lam": 0.1}, (5 - 3) + 0.1 * 3),
+}
+OTHERS = {"bco_pair", "kto", "d2o", "confpo", "ld_dpo", "sparsepo"}  # below, and in test_tokens
+
+
+def test_every_loss_has_its_arithmetic():
+    assert set(EXPECTED) | OTHERS == set(loss_names())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_value(name, x64):
+    hyper, expected = EXPECTED[name]
+    value, _ = get_loss(name, **hyper)(pair(**PAIR))
+    np.testing.assert_allclose(value, [expected], rtol=1e-12)
+
+
+def test_dpop_penalises_a_fallen_chosen_response_inside_the_sigmoid(x64):
+    value, _ = get_loss("dpop", beta=0.5, lam=3.0)(pair(-6.0, -9.0, -4.0, -5.0))
+    np.testing.assert_allclose(value, [nls(0.5 * ((-2 + 4) - 3 * 2))], rtol=1e-12)
+
+
+def test_dpo_is_ln_2_and_ipo_its_squared_target_at_the_reference(x64):
+    same = pair(-7.0, -2.0, -7.0, -2.0)
+    np.testing.assert_allclose(get_loss("dpo")(same)[0], [log(2)], rtol=1e-15)
+    np.testing.assert_allclose(get_loss("ipo_sum", tau=0.2)(same)[0], [1 / (4 * 0.2**2)], rtol=1e-12)
+
+
+def test_ddro_is_exact_at_the_reference(x64):
+    assert float(get_loss("ddro")(pair(-7.0, -2.0, -7.0, -2.0))[0][0]) == 0.0
+
+
+def test_bco_takes_a_state_and_gives_the_next_one(x64):
+    loss = get_loss("bco_pair", beta=0.5)
+    batch = pair(**{k: PAIR[k] for k in ("logp_chosen", "logp_rejected", "ref_chosen")}, ref_rejected=-9.0)
+    before = RunningMean(jnp.asarray(0.25), jnp.asarray(4.0))
+    value, aux = loss(batch._replace(reward_mean=before))
+    delta = (4 * 0.25 + 0.5 * 1 + 0.5 * 3) / 6
+    np.testing.assert_allclose(value, [nls(0.5 * 1 - delta) + nls(-(0.5 * 3 - delta))], rtol=1e-12)
+    after = aux["state/reward_mean"]
+    np.testing.assert_allclose((after.mean, after.seen), (delta, 6.0), rtol=1e-12)
+    assert loss.stateful
+
+
+def test_bco_state_does_not_depend_on_how_data_is_cut(batch64):
+    loss = get_loss("bco_pair")
+    whole = loss(batch64)[1]["state/reward_mean"]
+    state = batch64.reward_mean
+    for half in (slice(0, 1), slice(1, 4)):
+        names = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected")
+        part = LossInputs(**{n: getattr(batch64, n)[half] for n in names}, reward_mean=state)
+        state = loss(part)[1]["state/reward_mean"]
+    np.testing.assert_allclose(state, whole, rtol=1e-12)
+
+
+def test_kto_judges_each_row_against_the_baseline(x64):
+    rows = LossInputs(
+        logp=jnp.array([-3.0, -6.0]), ref_logp=jnp.array([-4.0, -5.0]), desirable=jnp.array([True, False]),
+        kl_baseline=jnp.asarray(0.5),
+    )  # fmt: skip
+    value, aux = get_loss("kto", beta=0.5, weight_desirable=1.3, weight_undesirable=0.8)(rows)
+    np.testing.assert_allclose(value, [1.3 * (1 - sig(0.5 * 0.5)), 0.8 * (1 - sig(0.5 * 1.5))], rtol=1e-12)
+    np.testing.assert_allclose(aux["rewards"], [0.5, -0.5])
+
+
+def test_pairs_become_rows_chosen_first():
+    rows = unpair(pair(-3.0, -6.0, -4.0, -5.0)._replace(kl_baseline=jnp.asarray(0.0)))
+    assert rows.logp.tolist() == [-3.0, -6.0] and rows.desirable.tolist() == [True, False]
+    assert get_loss("kto")(rows)[0].shape == (2,)
+
+
+def test_kto_baseline_is_never_negative():
+    assert float(kto_baseline(jnp.array([1.0, 2.0]), jnp.array([0.0, 0.0]))) == 1.5
+    assert float(kto_baseline(jnp.array([-1.0]), jnp.array([0.0]))) == 0.0
+
+
+def test_d2o_averages_its_candidates(x64):
+    batch = LossInputs(
+        logp_candidates=jnp.array([[-1.0, -4.0]]), ref_logp_candidates=jnp.array([[-2.0, -3.0]]),
+        logp_rejected=jnp.array([-6.0]), ref_logp_rejected=jnp.array([-5.0]),
+    )  # fmt: skip
+    value, aux = get_loss("d2o", beta=0.6, alpha=0.3)(batch)
+    np.testing.assert_allclose(value, [nls(0.6 / 2 * (1 - 1) + 0.3 * 1)], rtol=1e-12)
+    np.testing.assert_allclose(aux["rewards/margins"], [0.3], rtol=1e-12)
+
+
+def test_odpo_asks_nothing_of_a_pair_whose_chosen_response_scores_no_higher():
+    batch = pair(-3.0, -6.0, -4.0, -5.0, rewards_chosen=1.0, rewards_rejected=1.0)
+    assert float(get_loss("odpo")(batch)[0][0]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_cdpo_is_least_at_its_finite_margin(x64):
+    best = log1p(-0.1) - log(0.1)
+    values = [float(get_loss("cdpo", beta=1.0)(pair(best + d, 0.0))[0][0]) for d in (-0.1, 0.0, 0.1)]
+    assert values[1] < min(values[0], values[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_golden_losses(family, shared, x64):
+    golden = json.loads((shared / "golden" / family / "golden.json").read_text(encoding="utf-8"))
+    policy, ref, expected = (golden["fp64"][k] for k in ("policy", "ref", "loss"))
+    lengths = [[len(p[f"{side}_ids"]) for p in golden["pairs"]] for side in ("chosen", "rejected")]
+    batch = LossInputs(
+        *(jnp.array(values[f"logp_{side}"]) for values in (policy, ref) for side in ("chosen", "rejected")),
+        *(jnp.array(n) for n in lengths),
+    )
+    # the record's beta stands for tau too
+    for name, hyper, key in (
+        ("dpo", {"beta": golden["beta"]}, "dpo_per_pair"),
+        ("ipo_sum", {"tau": golden["beta"]}, "ipo_per_pair"),
+        ("ipo_mean", {"tau": golden["beta"]}, "ipo_avg_per_pair"),
+    ):
+        np.testing.assert_allclose(get_loss(name, **hyper)(batch)[0], expected[key], rtol=1e-12, err_msg=key)
