@@ -293,7 +293,7 @@ def kto(batch: LossInputs, *, beta: float, weight_desirable: float, weight_undes
     pairs into rows.
 
     Defaults:
-      beta 0.1, weights 1.
+      beta 0.1, weight_desirable 1, weight_undesirable 1.
 
     References:
       Ethayarajh et al., KTO (https://arxiv.org/abs/2402.01306), eq. 7.

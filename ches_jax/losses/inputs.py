@@ -7,7 +7,7 @@ Log-probabilities are sums over a response's tokens in nats; lengths count the t
 where it was scored).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,8 @@ class LossInputs(NamedTuple):
     token_kl_weights_rejected: Float[ArrayLike, "*B U"] | None = None
 
 
-Aux = dict[str, Array | RunningMean]
-"""What a loss reports beside itself: per-pair metrics under TRL's names, and new state under ``state/``."""
+Aux: TypeAlias = dict[str, Any]
+"""What a loss reports beside itself: arrays of the batch's shape under TRL's names, new state under ``state/``."""
 
 LOGPS = frozenset({"logp_chosen", "logp_rejected"})
 REFERENCE = LOGPS | {"ref_logp_chosen", "ref_logp_rejected"}

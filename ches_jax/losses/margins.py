@@ -257,9 +257,12 @@ def exo_pair(batch: LossInputs, *, beta: float, label_smoothing: float) -> Array
     tau=Hyper(0.05, low=0.0, high=1.0, open_low=True, open_high=True),
 )
 def discopop(batch: LossInputs, *, beta: float, tau: float) -> Array:
-    r"""DiscoPOP, found by search: a blend of logistic and exponential losses by a gate on the margin; not convex.
+    r"""DiscoPOP, found by search: a blend of logistic and exponential losses by a gate on the margin.
 
     .. math:: (1 - \sigma(z/\tau)) \ln(1 + e^{-z}) + \sigma(z/\tau)\, e^{-z}
+
+    Not convex: with a tau this small it rises around z = 0, so that at the reference it pushes the chosen response down
+    and the rejected one up.
 
     Defaults:
       beta 0.05, tau 0.05 (TRL: beta 0.1); tau below 1 keeps the second term bounded.

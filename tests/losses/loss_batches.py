@@ -1,5 +1,7 @@
 """Random batches that any registered loss can read."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,7 +10,7 @@ from ches_jax.losses import LossInputs, RunningMean
 PAIRS, WIDTH, CANDIDATES = 4, 5, 3
 
 
-def make_batch(seed: int = 0, dtype=np.float32, spread: float = 2.0) -> LossInputs:
+def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> Any:
     """Every field filled. Log-probabilities are those of a policy ``spread`` nats from its reference."""
     rng = np.random.default_rng(seed)
 
@@ -45,10 +47,11 @@ def make_batch(seed: int = 0, dtype=np.float32, spread: float = 2.0) -> LossInpu
     )  # fmt: skip
 
 
-def pair(logp_chosen, logp_rejected, ref_chosen=0.0, ref_rejected=0.0, **fields) -> LossInputs:
+def pair(logp_chosen, logp_rejected, ref_chosen=0.0, ref_rejected=0.0, **more) -> Any:
     """One pair from plain numbers."""
-    given = {
+    given: dict[str, Any] = {
         "logp_chosen": logp_chosen, "logp_rejected": logp_rejected, "ref_logp_chosen": ref_chosen,
-        "ref_logp_rejected": ref_rejected, **fields,
+        "ref_logp_rejected": ref_rejected, **more,
     }  # fmt: skip
-    return LossInputs(**{k: jnp.asarray([v], jnp.result_type(float)) for k, v in given.items()})
+    fields: dict[str, Any] = {k: jnp.asarray([v], jnp.result_type(float)) for k, v in given.items()}
+    return LossInputs(**fields)

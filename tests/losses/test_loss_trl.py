@@ -19,8 +19,9 @@ def batch(x64):
     tokens, reference = (np.array(GOLDEN[n]) for n in ("tokens", "ref_tokens"))
     mask = np.array(GOLDEN["mask"], np.int32)
     (t_w, t_l), (r_w, r_l), (m_w, m_l) = (np.split(a, 2) for a in (tokens, reference, mask))
+    sums = [jnp.asarray(a.sum(1)) for a in (t_w, t_l, r_w, r_l, m_w, m_l)]
     return LossInputs(
-        *(jnp.asarray(a.sum(1)) for a in (t_w, t_l, r_w, r_l, m_w, m_l)),
+        *sums,  # pyright: ignore[reportArgumentType]
         token_logps_chosen=t_w, token_logps_rejected=t_l, ref_token_logps_chosen=r_w, ref_token_logps_rejected=r_l,
         token_mask_chosen=m_w, token_mask_rejected=m_l,
     )  # fmt: skip

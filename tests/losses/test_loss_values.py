@@ -2,6 +2,7 @@
 
 import json
 from math import exp, expm1, log, log1p
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -127,7 +128,8 @@ def test_bco_state_does_not_depend_on_how_data_is_cut(batch64):
     state = batch64.reward_mean
     for half in (slice(0, 1), slice(1, 4)):
         names = ("logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected")
-        part = LossInputs(**{n: getattr(batch64, n)[half] for n in names}, reward_mean=state)
+        fields: dict[str, Any] = {n: getattr(batch64, n)[half] for n in names}
+        part = LossInputs(**fields)._replace(reward_mean=state)
         state = loss(part)[1]["state/reward_mean"]
     np.testing.assert_allclose(state, whole, rtol=1e-12)
 
@@ -143,7 +145,7 @@ def test_kto_judges_each_row_against_the_baseline(x64):
 
 
 def test_pairs_become_rows_chosen_first():
-    rows = unpair(pair(-3.0, -6.0, -4.0, -5.0)._replace(kl_baseline=jnp.asarray(0.0)))
+    rows: Any = unpair(pair(-3.0, -6.0, -4.0, -5.0)._replace(kl_baseline=jnp.asarray(0.0)))
     assert rows.logp.tolist() == [-3.0, -6.0] and rows.desirable.tolist() == [True, False]
     assert get_loss("kto")(rows)[0].shape == (2,)
 
@@ -181,7 +183,7 @@ def test_golden_losses(family, shared, x64):
     lengths = [[len(p[f"{side}_ids"]) for p in golden["pairs"]] for side in ("chosen", "rejected")]
     batch = LossInputs(
         *(jnp.array(values[f"logp_{side}"]) for values in (policy, ref) for side in ("chosen", "rejected")),
-        *(jnp.array(n) for n in lengths),
+        *(jnp.array(n) for n in lengths),  # pyright: ignore[reportArgumentType]
     )
     # the record's beta stands for tau too
     for name, hyper, key in (
