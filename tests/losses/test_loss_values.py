@@ -176,19 +176,24 @@ def test_cdpo_is_least_at_its_finite_margin(x64):
     assert values[1] < min(values[0], values[2])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_golden_losses(family, shared, x64):
-    golden = json.loads((shared / "golden" / family / "golden.json").read_text(encoding="utf-8"))
-    policy, ref, expected = (golden["fp64"][k] for k in ("policy", "ref", "loss"))
-    lengths = [[len(p[f"{side}_ids"]) for p in golden["pairs"]] for side in ("chosen", "rejected")]
-    batch = LossInputs(
-        *(jnp.array(values[f"logp_{side}"]) for values in (policy, ref) for side in ("chosen", "rejected")),
-        *(jnp.array(n) for n in lengths),  # pyright: ignore[reportArgumentType]
-    )
-    # the record's beta stands for tau too
-    for name, hyper, key in (
-        ("dpo", {"beta": golden["beta"]}, "dpo_per_pair"),
-        ("ipo_sum", {"tau": golden["beta"]}, "ipo_per_pair"),
-        ("ipo_mean", {"tau": golden["beta"]}, "ipo_avg_per_pair"),
-    ):
-        np.testing.assert_allclose(get_loss(name, **hyper)(batch)[0], expected[key], rtol=1e-12, err_msg=key)
+def test_golden_losses_of_every_family(shared, x64):
+    records = sorted((shared / "golden").glob("*/golden.json"))
+    assert records
+    for path in records:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        policy, ref, expected = (golden["fp64"][k] for k in ("policy", "ref", "loss"))
+        batch = LossInputs(
+            logp_chosen=jnp.array(policy["logp_chosen"]),
+            logp_rejected=jnp.array(policy["logp_rejected"]),
+            ref_logp_chosen=jnp.array(ref["logp_chosen"]),
+            ref_logp_rejected=jnp.array(ref["logp_rejected"]),
+            chosen_tokens=jnp.array([len(p["chosen_ids"]) for p in golden["pairs"]]),
+            rejected_tokens=jnp.array([len(p["rejected_ids"]) for p in golden["pairs"]]),
+        )
+        # the record's beta stands for tau too
+        for loss, key in (
+            (get_loss("dpo", beta=golden["beta"]), "dpo_per_pair"),
+            (get_loss("ipo_sum", tau=golden["beta"]), "ipo_per_pair"),
+            (get_loss("ipo_mean", tau=golden["beta"]), "ipo_avg_per_pair"),
+        ):
+            np.testing.assert_allclose(loss(batch)[0], expected[key], rtol=1e-12, err_msg=f"{path.parent.name} {key}")
