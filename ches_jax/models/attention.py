@@ -15,16 +15,15 @@ from jaxtyping import Array, Float, Int
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.visibility import Visibility, block_visits, visible
 
-HIDDEN_SCORE = -1e30  # finite, so that an all-hidden block leaves exp(0) * 0 and no NaN
+HIDDEN_SCORE = -1e30  # finite: the difference of two of them is 0 and not NaN
 
 
-def _scores(q, k, scale: float, softcap: float | None, dtype):
-    """Scaled, capped scores [B, K, G, Q, S] of queries [B, Q, K, G, H] against keys [B, S, K, H]."""
-    s = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=dtype, precision=matmul_precision(q.dtype))
-    s = s * jnp.asarray(scale, dtype)
-    if softcap is not None:
-        s = jnp.asarray(softcap, dtype) * jnp.tanh(s / jnp.asarray(softcap, dtype))
-    return s
+def _capped(scores: Array, softcap: float | None) -> Array:
+    """``softcap * tanh(scores / softcap)``."""
+    if softcap is None:
+        return scores
+    cap = jnp.asarray(softcap, scores.dtype)
+    return cap * jnp.tanh(scores / cap)
 
 
 def dense(
@@ -42,58 +41,49 @@ def dense(
     here = jnp.arange(q.shape[1], dtype=jnp.int32)
     mask = visible(seen, here, here) & (positions[:, :, None] - positions[:, None, :] < window)
     acc = accumulate(q.dtype)
-    s = jnp.where(mask[:, None, None], _scores(q, k, scale, softcap, acc), jnp.asarray(HIDDEN_SCORE, acc))
+    s = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=acc, precision=matmul_precision(q.dtype))
+    s = _capped(s * jnp.asarray(scale, acc), softcap)
+    s = jnp.where(mask[:, None, None], s, jnp.asarray(HIDDEN_SCORE, acc))
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgqs,bskh->bqkgh", p, v, preferred_element_type=acc, precision=matmul_precision(v.dtype))
     return out.astype(q.dtype)
 
 
-def _one_row(
-    q,
-    k,
-    v,
-    seen: Visibility,
-    positions,
-    order,
-    counts,
-    window,
-    *,
-    block: int,
-    scale: float,
-    softcap,
-):
-    """``blocks`` for one row (no batch axis): a scan over query blocks, inside it a loop over visited key blocks."""
+def _one_row(q, k, v, seen: Visibility, positions, order, counts, window, *, block: int, scale: float, softcap):
+    """``blocks`` for one row (no batch axis): a scan over query blocks, inside it a loop over visited key blocks.
+
+    Softmax is summed up as the blocks come (running maximum and total). A block that a query does not see at all, met
+    before one that it sees, adds exp(0) terms that the next rescaling multiplies by exp(-1e30) = 0; every query sees
+    itself, so there always is a next one.
+    """
     length, kv, group, head = q.shape
     n = length // block
     acc = accumulate(q.dtype)
     here = jnp.arange(block, dtype=jnp.int32)
+    in_blocks = partial(jax.tree.map, lambda a: a.reshape(n, block, *a.shape[1:]))
+    queries = in_blocks(q).transpose(0, 2, 3, 1, 4).reshape(n, kv, group * block, head)
+    keys, values = in_blocks(k).transpose(0, 2, 3, 1), in_blocks(v).transpose(0, 2, 1, 3)
+    places = in_blocks(positions)
+    precision = matmul_precision(q.dtype)
 
     def query_block(args):
-        i, qi, seen_i, pos_i, order_i, count = args
-        queries = i * block + here
+        i, qi, seen_i, place_i, order_i, count = args
 
         def key_block(step, carry):
             top, total, out = carry
-            start = order_i[step] * block
-            kj = lax.dynamic_slice_in_dim(k, start, block)
-            vj = lax.dynamic_slice_in_dim(v, start, block)
-            pos_j = lax.dynamic_slice_in_dim(positions, start, block)
-            mask = visible(jax.tree.map(lambda a: a[None], seen_i), start + here, queries)[0]
-            mask &= pos_i[:, None] - pos_j[None, :] < window
-            s = _scores(qi[None], kj[None], scale, softcap, acc)[0]
-            s = jnp.where(mask[None, None], s, jnp.asarray(HIDDEN_SCORE, acc))
+            j = order_i[step]
+            kj, vj, place_j = (lax.dynamic_index_in_dim(a, j, 0, False) for a in (keys, values, places))
+            mask = visible(jax.tree.map(lambda a: a[None], seen_i), j * block + here, i * block + here)[0]
+            mask &= place_i[:, None] - place_j[None, :] < window
+            s = jnp.einsum("kqh,khs->kqs", qi, kj, preferred_element_type=acc, precision=precision)
+            s = _capped(s * jnp.asarray(scale, acc), softcap).reshape(kv, group, block, block)
+            s += jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(HIDDEN_SCORE, acc))[None, None]
             new_top = jnp.maximum(top, s.max(-1))
-            # hidden keys get weight 0 by the mask itself: where a whole row is hidden, s - top is 0, not -inf
-            p = jnp.where(mask[None, None], jnp.exp(s - new_top[..., None]), jnp.asarray(0, acc))
+            p = jnp.exp(s - new_top[..., None])
             keep = jnp.exp(top - new_top)
-            new = jnp.einsum(
-                "kgqs,skh->kgqh",
-                p.astype(v.dtype),
-                vj,
-                preferred_element_type=acc,
-                precision=matmul_precision(v.dtype),
-            )
-            return new_top, total * keep + p.sum(-1), out * keep[..., None] + new
+            p_flat = p.astype(v.dtype).reshape(kv, group * block, block)
+            new = jnp.einsum("kqs,ksh->kqh", p_flat, vj, preferred_element_type=acc, precision=precision)
+            return new_top, total * keep + p.sum(-1), out * keep[..., None] + new.reshape(out.shape)
 
         init = (
             jnp.full((kv, group, block), HIDDEN_SCORE, acc),
@@ -101,14 +91,11 @@ def _one_row(
             jnp.zeros((kv, group, block, head), acc),
         )
         _, total, out = lax.fori_loop(0, count, key_block, init)
-        return (out / total[..., None]).transpose(2, 0, 1, 3).astype(q.dtype)
+        return (out / total[..., None]).astype(q.dtype)
 
-    split = partial(jax.tree.map, lambda a: a.reshape(n, block, *a.shape[1:]))
-    out = lax.map(
-        query_block,
-        (jnp.arange(n, dtype=jnp.int32), split(q), split(seen), split(positions), order, counts),
-    )
-    return out.reshape(length, kv, group, head)
+    numbers = jnp.arange(n, dtype=jnp.int32)
+    out = lax.map(query_block, (numbers, queries, in_blocks(seen), places, order, counts))
+    return out.transpose(0, 3, 1, 2, 4).reshape(length, kv, group, head)
 
 
 def blocks(
