@@ -1,0 +1,1 @@
+"""Preference training that watches displacement: state, objective, step, loop, checkpoints, displacement log."""

@@ -1,0 +1,145 @@
+r"""Log-probabilities whose logits never exist as a whole, forward or backward.
+
+For a state h and a target token y, with the model's ``z = cap(scale * W h)``:
+
+.. math:: \ell = z_y - \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v} / \sum_u e^{z_u}
+
+Both directions walk over stretches of positions: the forward keeps one number per position (the log of the sum), the
+backward computes the stretch's logits again. Largest array: [stretch, vocabulary] and the gradient of W. Units: nats.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ches_jax.models.precision import accumulate, matmul_precision
+
+LOGITS_AT_ONCE = {"cpu": 2**22}
+"""Logits of one stretch: on a CPU what stays near the caches."""
+LOGITS_ON_ACCELERATOR = 2**27
+
+
+class Head(NamedTuple):
+    """What turns a raw product into a logit; static."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    stretch: int | None = None
+    """Positions of each row computed at a time; default: by the size of the vocabulary and the platform."""
+
+
+def stretch_of(rows: int, count: int, vocabulary: int) -> int:
+    """Positions of each row per stretch: equal stretches, each within the platform's number of logits.
+
+    >>> stretch_of(1, 1000, 2**27)
+    1
+    """
+    budget = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_ON_ACCELERATOR)
+    most = max(1, budget // (rows * vocabulary))
+    return -(-count // -(-count // most))
+
+
+def _logits(h: Array, weight: Array, head: Head) -> tuple[Array, Array]:
+    """Logits of a stretch, and the derivative of the soft cap there (1 without one)."""
+    acc = accumulate(h.dtype)
+    contract = (((h.ndim - 1,), (1,)), ((), ()))
+    z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=acc)
+    if head.scale is not None:
+        z = z * jnp.asarray(head.scale, acc)
+    if head.softcap is None:
+        return z, jnp.ones((), acc)
+    cap = jnp.asarray(head.softcap, acc)
+    t = jnp.tanh(z / cap)
+    return cap * t, 1 - t * t
+
+
+def _cut(a: Array, stretch: int) -> Array:
+    """[B, M, ...] to [stretches, B, stretch, ...]: over positions, not over rows, which may lie on several devices."""
+    rows, count = a.shape[:2]
+    n = -(-count // stretch)
+    a = jnp.pad(a, ((0, 0), (0, n * stretch - count)) + ((0, 0),) * (a.ndim - 2))
+    return a.reshape(rows, n, stretch, *a.shape[2:]).swapaxes(0, 1)
+
+
+def _joined(a: Array, count: int) -> Array:
+    a = a.swapaxes(0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :count]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logps(
+    hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head = Head()
+) -> Float[Array, "B M"]:
+    """Log-probability in nats of each target; differentiable in ``hidden`` and ``weight``.
+
+    Args:
+      hidden: states that predict, in the compute dtype.
+      weight: the unembedding, in any dtype; multiplied in the compute dtype.
+      target: token each state predicts.
+      head: the model's logit scale and soft cap.
+
+    Returns:
+      float32 (float64 for float64 states).
+    """
+    return _forward(hidden, weight, target, head)[0]
+
+
+def _forward(hidden, weight, target, head: Head):
+    rows, count, _ = hidden.shape
+    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
+    cast = weight.astype(hidden.dtype)
+
+    def one(args):
+        h, y = args
+        z, _ = _logits(h, cast, head)
+        total = jax.nn.logsumexp(z, axis=-1)
+        return jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
+
+    logps, totals = lax.map(one, (_cut(hidden, stretch), _cut(target, stretch)))
+    return _joined(logps, count), (hidden, weight, target, _joined(totals, count))
+
+
+def _backward(head: Head, kept, slope):
+    hidden, weight, target, totals = kept
+    rows, count, _ = hidden.shape
+    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
+    acc = accumulate(hidden.dtype)
+    precision = matmul_precision(hidden.dtype)
+    cast = weight.astype(hidden.dtype)
+
+    def one(total_w, args):
+        h, y, total, g = args
+        z, inner = _logits(h, cast, head)
+        at_target = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None, None]
+        dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None])) * inner
+        if head.scale is not None:
+            dz = dz * jnp.asarray(head.scale, acc)
+        dz = dz.astype(h.dtype)
+        dh = jnp.einsum("bmv,vd->bmd", dz, cast, precision=precision, preferred_element_type=acc)
+        dw = jnp.einsum("bmv,bmd->vd", dz, h, precision=precision, preferred_element_type=acc)
+        return total_w + dw, dh.astype(h.dtype)
+
+    cut = partial(_cut, stretch=stretch)
+    start = jnp.zeros(weight.shape, acc)
+    # padding beyond the last position has slope 0 and adds nothing
+    dw, dh = lax.scan(one, start, (cut(hidden), cut(target), cut(totals), cut(slope)))
+    return _joined(dh, count), dw.astype(weight.dtype), None
+
+
+token_logps.defvjp(_forward, _backward)
+
+
+def segment_sums(values: Float[Array, "B M"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S"]:
+    """Sum of ``values`` over each segment of each row; ids outside 0 .. S-1 join no sum.
+
+    A product with a 0/1 matrix, so that the order of the additions is fixed on every backend.
+
+    >>> segment_sums(jnp.ones((1, 3)), jnp.array([[0, 0, 2]]), 2).tolist()
+    [[2.0, 0.0]]
+    """
+    member = segment[:, None, :] == jnp.arange(segments, dtype=segment.dtype)[None, :, None]
+    return jnp.einsum("bsm,bm->bs", member.astype(values.dtype), values, precision=lax.Precision.HIGHEST)

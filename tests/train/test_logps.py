@@ -1,0 +1,72 @@
+"""Chunked log-probabilities against the plain computation, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from ches_jax.train.logps import Head, segment_sums, stretch_of, token_logps
+
+ROWS, COUNT, WIDTH, VOCABULARY = 2, 7, 5, 11
+
+
+def inputs(dtype):
+    rng = np.random.default_rng(3)
+    h = jnp.asarray(rng.normal(size=(ROWS, COUNT, WIDTH)) * 2, dtype)
+    w = jnp.asarray(rng.normal(size=(VOCABULARY, WIDTH)), dtype)
+    y = jnp.asarray(rng.integers(0, VOCABULARY, (ROWS, COUNT)), jnp.int32)
+    g = jnp.asarray(rng.normal(size=(ROWS, COUNT)), dtype)
+    return h, w, y, g
+
+
+def plain(h, w, y, head):
+    z = jnp.einsum("bmd,vd->bmv", h, w, precision="highest")
+    if head.scale is not None:
+        z = z * head.scale
+    if head.softcap is not None:
+        z = head.softcap * jnp.tanh(z / head.softcap)
+    return jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
+
+
+HEADS = [Head(), Head(0.3, None, 3), Head(None, 4.0, 2), Head(0.7, 2.5, 7), Head(None, None, 1)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_value_and_gradient_equal_the_plain_computation(x64, head):
+    h, w, y, g = inputs(jnp.float64)
+    np.testing.assert_allclose(token_logps(h, w, y, head), plain(h, w, y, head), rtol=1e-13)
+    ours = jax.grad(lambda h, w: (token_logps(h, w, y, head) * g).sum(), (0, 1))(h, w)
+    theirs = jax.grad(lambda h, w: (plain(h, w, y, head) * g).sum(), (0, 1))(h, w)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    check_grads(lambda h, w: token_logps(h, w, y, head), (h, w), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+
+def test_half_precision_states_give_float32_log_probabilities():
+    h, w, y, g = inputs(jnp.float32)
+    half = h.astype(jnp.bfloat16)
+    got = token_logps(half, w, y, Head())
+    assert got.dtype == jnp.float32
+    rounded = w.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(got, plain(half.astype(jnp.float32), rounded, y, Head()), atol=2e-5)
+    dh, dw = jax.grad(lambda h, w: (token_logps(h, w, y, Head()) * g).sum(), (0, 1))(half, w)
+    assert (dh.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = jax.grad(lambda w: (plain(half.astype(jnp.float32), w, y, Head()) * g).sum())(rounded)
+    np.testing.assert_allclose(dw, expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
+def test_logits_are_never_whole():
+    """No intermediate of value or gradient has positions x vocabulary elements."""
+    rows, count, width, vocabulary = 1, 4096, 8, 5000
+    h, w = jnp.zeros((rows, count, width)), jnp.zeros((vocabulary, width))
+    y = jnp.zeros((rows, count), jnp.int32)
+    stretch = stretch_of(rows, count, vocabulary)
+    assert stretch < count / 4
+    text = str(jax.make_jaxpr(jax.grad(lambda h, w: token_logps(h, w, y, Head()).sum(), (0, 1)))(h, w))
+    assert f"[{rows},{count},{vocabulary}]" not in text and f"[{rows},{stretch},{vocabulary}]" in text
+
+
+def test_segments_outside_the_range_join_no_sum():
+    values = jnp.asarray([[1.0, 2.0, 4.0, 8.0]])
+    assert segment_sums(values, jnp.asarray([[0, 2, 0, 3]]), 3).tolist() == [[5.0, 0.0, 2.0]]

@@ -1,0 +1,114 @@
+"""Losses and gradient norms of packed batches against exact float64 arithmetic (../shared/golden)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import read_config
+from ches_jax.losses import get_loss
+from ches_jax.models.decoder import named_parameters
+from ches_jax.models.families import family_of
+from ches_jax.models.load import load_model
+from ches_jax.models.save import stored_tensors
+from ches_jax.train.batches import Layout, make_batch, standard_row
+from ches_jax.train.objective import batch_loss, get_objective, pair_logps
+from ches_jax.types import Response, TokenPair
+
+FAMILIES = (
+    "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
+    "starcoder2",
+)  # fmt: skip
+QUICK = ("llama_tied", "gemma2")
+
+
+def golden_batch(folder, dtype):
+    golden = json.loads((folder / "golden.json").read_text())
+    pairs = [
+        TokenPair(
+            row_id=str(i), index=i, prompt=tuple(p["prompt_ids"]), chosen=Response(tuple(p["chosen_ids"]), None),
+            rejected=Response(tuple(p["rejected_ids"]), None),
+        )
+        for i, p in enumerate(golden["pairs"])
+    ]  # fmt: skip
+    ref = golden["fp64"]["ref"]
+    model = load_model(folder / "policy", dtype=dtype, param_dtype=dtype)
+    threshold = model.config.rope.length_threshold if model.config.rope else None
+    layout = Layout(standard_row(pairs, threshold), 1, "include", threshold)
+    batch = make_batch(
+        pairs, layout, np.array(ref["logp_chosen"]), np.array(ref["logp_rejected"]), dtype=np.dtype(dtype)
+    )
+    return golden, model, batch
+
+
+def relative(a, b):
+    return float(np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.abs(np.asarray(b))))
+
+
+def errors(folder, dtype) -> dict[str, float]:
+    golden, model, batch = golden_batch(folder, dtype)
+    truth = golden["fp64"]
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state):
+        def dpo(state):
+            model = nnx.merge(graph, state)
+            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
+            return value, (metrics, pair_logps(model, batch))
+
+        (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
+        return value, metrics, logps, grads
+
+    value, metrics, (chosen, rejected), grads = run(state)
+    found = {
+        "dpo": relative(value, truth["loss"]["dpo"]),
+        "logp_chosen": relative(chosen, truth["policy"]["logp_chosen"]),
+        "logp_rejected": relative(rejected, truth["policy"]["logp_rejected"]),
+        "accuracy": abs(float(metrics["rewards/accuracies"]) - truth["loss"]["reward_accuracy"]),
+    }
+    margin = np.asarray(chosen - batch.ref_logp_chosen - rejected + batch.ref_logp_rejected)
+    found["ipo"] = relative(np.mean((margin - 5.0) ** 2), truth["loss"]["ipo"])
+    params = named_parameters(nnx.merge(graph, grads))
+    raw = read_config(folder / "policy")
+    rules = family_of(raw, str(folder)).name_rules(params, model.config)
+    tensors = dict(stored_tensors(rules, params, model.config, {}, None))
+    # GPT-NeoX files call the head embed_out; the truth names modules
+    norms = {
+        n.replace("embed_out", "lm_head"): float(np.linalg.norm(np.asarray(t, np.float64))) for n, t in tensors.items()
+    }
+    expected = truth["loss"]["dpo_grad"]
+    whole = np.sqrt(sum(n**2 for n in norms.values()))
+    found["global_norm"] = relative(whole, expected["global_norm"])
+    assert norms.keys() == expected["per_param_norm"].keys()
+    for name, norm in norms.items():
+        # a norm can be nothing but rounding (biases of keys): measured against the whole gradient then
+        error = abs(norm - expected["per_param_norm"][name])
+        unit = max(expected["per_param_norm"][name], 1e-3 * expected["global_norm"])
+        found["per_param_norm"] = max(found.get("per_param_norm", 0.0), error / unit)
+    return found
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_losses_and_gradient_norms_are_exact_in_float64(shared, x64, family):
+    found = errors(shared / "golden" / family, "float64")
+    assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
+def test_losses_and_gradient_norms_are_close_in_float32(shared, family):
+    found = errors(shared / "golden" / family, "float32")
+    assert max(found.values()) < 1e-4, found
+
+
+def test_an_unknown_loss_lists_the_names():
+    with pytest.raises(ChesError, match=r"no loss is named 'dpoo'; the names are: .*ipo_sum.*sft"):
+        get_objective("dpoo", {})
+
+
+def test_a_loss_that_cannot_be_supplied_says_what_is_missing():
+    with pytest.raises(ChesError, match="'kto' needs desirable, kl_baseline"):
+        get_objective("kto", {})
