@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.score_speed --peers DIR --tokenizer DIR --data PAIRS.jsonl [--pairs 128]
 
 ``--peers`` holds ``torch_score.py`` (``--how official|batched``) and ``make_model.py``, which writes the random
-30M-class Llama that all three score. Seconds are those of the scoring loop, tokenised rows in, numbers out; compilation is told
-apart. The checksum of CHES must agree.
+30M-class Llama that all three score. Seconds are those of the scoring loop, tokenised rows in, numbers out; compilation
+is told apart. The checksum of CHES must agree.
 """
 
 import argparse

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ches_jax.scores import head
 from ches_jax.scores.derive import ches
-from ches_jax.scores.head import ches_contributions, head_score, token_gram
+from ches_jax.scores.head import ches_contributions, head_score, own_pair_tiles, token_gram
 
 V, D = 13, 5
 SEGMENT = jnp.array([[0, 1, 1, 2, 2, 2, 6], [1, 1, 2, 4, 5, 5, 5]])  # two rows, room for two pairs; 6 is padding
@@ -35,8 +36,9 @@ def unembedding_gradient(hidden, target, w, chosen, transform):
 
 
 @pytest.mark.parametrize("transform", [lambda x: x, softcap], ids=["plain", "softcap"])
-@pytest.mark.parametrize("chunk", [4, 13, 100])
-def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk):
+@pytest.mark.parametrize(("chunk", "tile"), [(4, 64), (13, 2), (100, 3)])
+def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk, tile, monkeypatch):
+    monkeypatch.setattr(head, "TILE", tile)
     hidden, target, w = case
     out = jax.jit(lambda *a: head_score(*a, segments=6, unembedding=w, transform=transform, chunk=chunk))(
         hidden, target, SEGMENT
@@ -51,18 +53,30 @@ def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, tran
         np.testing.assert_allclose(out.by_token[row][shared | chosen].sum(), out.score[row, pair], rtol=1e-11)
 
 
+def whole_gram(hidden, target, w, **options):
+    """All coefficients of one row, as a single tile."""
+    visits = jnp.zeros((2, 1), jnp.int32)
+    return token_gram(hidden, target, visits, jnp.int32(1), w, tile=len(target), **options)[0]
+
+
 def test_the_gram_is_symmetric_and_its_coefficients_lie_between_minus_two_and_two(case):
     hidden, target, w = case
-    alpha = token_gram(hidden * 3, target, w, chunk=5)
-    np.testing.assert_allclose(alpha, alpha.swapaxes(1, 2), rtol=1e-13)
+    alpha = whole_gram(hidden[0] * 3, target[0], w, chunk=5)
+    np.testing.assert_allclose(alpha, alpha.T, rtol=1e-13)
     assert float(jnp.abs(alpha).max()) < 2
 
 
 def test_coefficients_keep_their_digits_where_the_model_is_sure():
     w = jnp.array([[1.0], [0.0]])
-    alpha = token_gram(jnp.full((1, 1, 1), 40.0), jnp.zeros((1, 1), jnp.int32), w)
+    alpha = whole_gram(jnp.full((1, 1), 40.0), jnp.zeros(1, jnp.int32), w)
     expected = 2 * float(np.exp(-80.0))  # q^2 + q^2 with q = e^-40, although 1 - pi(y) rounds to 0 in float32
-    np.testing.assert_allclose(float(alpha[0, 0, 0]), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(alpha[0, 0]), expected, rtol=1e-5)
+
+
+def test_only_tiles_with_a_pair_in_common_are_visited():
+    pair = jnp.array([0, 0, 0, 1, 1, 2, 2, 2])
+    visits, count = own_pair_tiles(pair, 2)
+    assert visits[:, : int(count)].T.tolist() == [[0, 0], [0, 1], [1, 1], [1, 2], [2, 2], [2, 3], [3, 3]]
 
 
 def test_ches_by_token_adds_up_to_the_definition(case):
