@@ -1,8 +1,9 @@
 """Softmax attention over the key ranges of a ``Visibility``, whole or in blocks that skip what nobody sees.
 
 Both ways compute ``softmax(cap(scale * q k^T) + mask) v`` with scores, maxima and sums in float32 (float64 when the
-inputs are) and agree to rounding. ``dense`` is differentiable; ``blocks`` visits only key blocks with something to see
-(a data-dependent number of them), so it is for forward passes.
+inputs are) and agree to rounding. ``dense`` is differentiable, and so is ``slices``, which never holds the scores of
+more than a slice of queries; ``blocks`` visits only key blocks with something to see (a data-dependent number of them),
+so it is for forward passes.
 """
 
 from functools import partial
@@ -38,8 +39,14 @@ def dense(
     softcap: float | None,
 ) -> Float[Array, "B T K G H"]:
     """Attention with the whole [T, T] mask."""
-    here = jnp.arange(q.shape[1], dtype=jnp.int32)
-    mask = visible(seen, here, here) & (positions[:, :, None] - positions[:, None, :] < window)
+    return _queries(q, k, v, seen, positions, positions, window, first=0, scale=scale, softcap=softcap)
+
+
+def _queries(q, k, v, seen: Visibility, q_positions, k_positions, window, *, first: int, scale: float, softcap):
+    """Queries ``first``, ``first + 1``, ... of a row against its first keys; ``seen`` is that of the queries."""
+    keys = jnp.arange(k.shape[1], dtype=jnp.int32)
+    queries = jnp.arange(first, first + q.shape[1], dtype=jnp.int32)
+    mask = visible(seen, keys, queries) & (q_positions[:, :, None] - k_positions[:, None, :] < window)
     acc = accumulate(q.dtype)
     s = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=acc, precision=matmul_precision(q.dtype))
     s = _capped(s * jnp.asarray(scale, acc), softcap)
@@ -47,6 +54,32 @@ def dense(
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgqs,bskh->bqkgh", p, v, preferred_element_type=acc, precision=matmul_precision(v.dtype))
     return out.astype(q.dtype)
+
+
+def slices(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    seen: Visibility,
+    positions: Int[Array, "B T"],
+    window: Int[Array, ""],
+    *,
+    scale: float,
+    softcap: float | None,
+    block: int,
+) -> Float[Array, "B T K G H"]:
+    """Attention for training: ``block`` queries at a time against the keys up to their end, scores never kept.
+
+    Nobody sees what comes after it, so half of the scores are never computed; the backward pass computes the scores of
+    a slice again. Needs rows in which every key range ends before or at its query, as packed rows do.
+    """
+    parts = []
+    for a in range(0, q.shape[1], block):
+        b = min(a + block, q.shape[1])
+        one = jax.checkpoint(partial(_queries, first=a, scale=scale, softcap=softcap))
+        here = jax.tree.map(lambda x, a=a, b=b: x[:, a:b], (q, seen, positions))
+        parts.append(one(here[0], k[:, :b], v[:, :b], here[1], here[2], positions[:, :b], window))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _one_row(q, k, v, seen: Visibility, positions, order, counts, window, *, block: int, scale: float, softcap):

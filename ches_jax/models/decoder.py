@@ -84,6 +84,7 @@ class Decoder(nnx.Module):
         lengths: Int[Array, "B T"] | None = None,
         *,
         block: int | None = None,
+        backward: bool = False,
         remat: bool = False,
         mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
@@ -97,6 +98,7 @@ class Decoder(nnx.Module):
           lengths: length of the sequence each token belongs to; only rope kinds that depend on it read it; default:
             the largest position of the row plus one.
           block: tile size of block-skipping attention (T must be a multiple); default: dense attention.
+          backward: a gradient will be taken: attention in slices of ``block`` queries instead, which has one.
           remat: recompute layers in the backward pass instead of keeping their activations.
           mesh: where parameters (``partition.placement``) and rows lie; default: wherever the parameters are.
 
@@ -125,7 +127,8 @@ class Decoder(nnx.Module):
             positions,
             tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes),
         )
-        attend = attention.dense if block is None else partial(attention.blocks, block=block)
+        tiled = attention.slices if backward else attention.blocks
+        attend = attention.dense if block is None else partial(tiled, block=block)
         return self.norm(self._run_layers(keep_rows(x, mesh), context, attention_on(mesh, attend), remat, mesh))
 
     def _run_layers(self, x, context: Context, attend: Callable[..., Any], remat: bool, mesh: Mesh | None):
