@@ -1,4 +1,4 @@
-"""Token pairs -> one packed micro-batch: rows, the place of every pair, what the objective needs beside log-probabilities.
+"""Token pairs -> one packed micro-batch: rows, the place of every pair, what else the objective needs.
 
 A micro-batch is one group of arrays whatever its pairs: rows as long as its longest pair asks for, as many as are
 needed, and room for the predictions that are there. Numbers of rows and predictions come in steps, so that a run

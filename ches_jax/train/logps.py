@@ -2,10 +2,11 @@ r"""Log-probabilities whose logits never exist as a whole, forward or backward.
 
 For a state h and a target token y, with the model's ``z = cap(scale * W h)``:
 
-.. math:: \ell = z_y - \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v} / \sum_u e^{z_u}
+.. math::
+  \ell = z_y - \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v - \ln \sum_u e^{z_u}}
 
-Both directions walk over stretches of positions: the forward keeps one number per position (the log of the sum), the
-backward computes the stretch's logits again. Largest array: [stretch, vocabulary] and the gradient of W. Units: nats.
+Both directions walk over stretches of positions: the forward keeps one number per position (the log of the sum),
+the backward computes the stretch's logits again. Largest array: [stretch, vocabulary] and the gradient of W. Units: nats.
 """
 
 from functools import partial
@@ -72,7 +73,7 @@ def _joined(a: Array, count: int) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
-    hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head = Head()
+    hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
 ) -> Float[Array, "B M"]:
     """Log-probability in nats of each target; differentiable in ``hidden`` and ``weight``.
 

@@ -33,20 +33,29 @@ SFT = {
 
 
 def pair_logps(
-    model: Decoder, batch: Batch, *, block: int | None = None, remat: bool = False, mesh: Mesh | None = None
+    model: Decoder,
+    batch: Batch,
+    *,
+    block: int | None = None,
+    backward: bool = False,
+    remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Summed log-probabilities in nats of the chosen and the rejected response of every pair.
 
     Args:
       model: the decoder.
       batch: packed pairs.
-      block: tile of block-skipping attention, for forward passes; default: dense attention, which has a gradient.
+      block: tile of attention; default: dense attention.
+      backward: a gradient will be taken (block-skipping attention has none).
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
     rows = batch.rows
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, block=block, remat=remat, mesh=mesh)
+    hidden = model.hidden(
+        rows.tokens, rows.positions, seen, rows.lengths, block=block, backward=backward, remat=remat, mesh=mesh
+    )
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     head = Head(model.config.logit_scale, model.config.logit_softcap)
     logps = token_logps(predicting, model.unembedding, rows.target, head)
@@ -136,7 +145,7 @@ def batch_loss(
     block: int | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
     """Mean loss over the pairs; metrics (means, TRL's names) and the loss's next state."""
-    chosen, rejected = pair_logps(model, batch, remat=remat, mesh=mesh, block=block)
+    chosen, rejected = pair_logps(model, batch, block=block, backward=True, remat=remat, mesh=mesh)
     value, logs = mean_loss(loss, loss_inputs(loss, batch, chosen, rejected, state))
     metrics = {k: v for k, v in logs.items() if not k.startswith("state/")}
     new_state = {k.removeprefix("state/"): v for k, v in logs.items() if k.startswith("state/")}

@@ -1,0 +1,75 @@
+"""Everything an update changes, as one tree whose every leaf has a place on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from ches_jax.errors import ChesError
+from ches_jax.models.partition import partition_spec
+
+
+class TrainState(NamedTuple):
+    """State of training after ``step`` updates."""
+
+    params: dict[str, Array]
+    """Master weights by dotted name."""
+    opt_state: Any
+    loss_state: dict[str, Any]
+    """State of a stateful loss; empty for most."""
+    step: Int[Array, ""]
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Where every leaf lies: parameters by the partition table, what mirrors a parameter beside it, the rest whole."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = {name: leaf.shape for name, leaf in abstract.params.items()}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        name = names[-1] if names else ""
+        if shapes.get(name) == leaf.shape:
+            return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, loss_state: dict[str, Any]) -> TrainState:
+    """Shapes and dtypes of the state."""
+    return jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), loss_state, jnp.zeros((), jnp.int32)), params)
+
+
+def initial_state(
+    params: dict[str, Array], optimizer: optax.GradientTransformation, loss_state: dict[str, Any], mesh: Mesh
+) -> TrainState:
+    """The state before the first update; takes over ``params``."""
+    places = state_shardings(abstract_state(params, optimizer, loss_state), mesh)
+    params = jax.device_put(params, places.params)
+    rest = jax.jit(lambda p: optimizer.init(p), out_shardings=places.opt_state)(params)
+    here = jax.device_put((loss_state, jnp.zeros((), jnp.int32)), (places.loss_state, places.step))
+    return TrainState(params, rest, *here)
+
+
+def require_divides(params: dict[str, Any], mesh: Mesh, micro_batch: int) -> None:
+    """Refuse a mesh that would leave devices without work of their own.
+
+    Raises:
+      ChesError: an axis that divides no parameter, or more row shards than pairs.
+    """
+    for axis in ("fsdp", "tensor"):
+        size = mesh.shape[axis]
+        if size > 1 and not any(
+            axis in jax.tree.leaves(tuple(partition_spec(name, p.shape, mesh))) for name, p in params.items()
+        ):
+            shapes = sorted({p.shape for name, p in params.items() if name.endswith("proj.weight")})
+            raise ChesError(f"--mesh {axis}={size}: divides no parameter of this model (such as {shapes[0]})")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if shards > micro_batch:
+        raise ChesError(
+            f"--mesh: rows are dealt out to {shards} devices (data x fsdp), but a micro-batch has {micro_batch} pairs; "
+            "use fewer devices, or a larger --batch-size (or fewer --accumulate)"
+        )

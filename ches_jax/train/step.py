@@ -1,0 +1,149 @@
+r"""One update: micro-batches in, new state out.
+
+.. math:: g = \sum_m \frac{P_m}{P} \nabla \bar L_m
+
+with the mean loss of micro-batch m over its P_m of the update's P pairs: the gradient of the mean over all pairs,
+however they are cut, also where the last micro-batch is a short one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ches_jax.losses import Loss
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.load import with_parameters
+from ches_jax.parallel import row_sharding
+from ches_jax.train.batches import Batch
+from ches_jax.train.objective import batch_loss, pair_logps
+from ches_jax.train.optimizer import clipped
+from ches_jax.train.state import TrainState, state_shardings
+
+SLICE = {"cpu": 128}
+WIDE_SLICE = 512
+
+
+def slice_size() -> int:
+    """Queries of a slice of attention in training: what was fastest on the platform."""
+    return SLICE.get(jax.default_backend(), WIDE_SLICE)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Rows dealt out over ``data`` and ``fsdp``, what belongs to pairs everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda _: whole, batch)
+    return places._replace(rows=jax.tree.map(lambda _: row_sharding(mesh), batch.rows))
+
+
+def put(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the mesh's devices."""
+    return jax.device_put(batch, batch_shardings(batch, mesh))
+
+
+class Step:
+    """``step(state, batches)`` makes one update of one or more micro-batches; the old state is consumed.
+
+    One micro-batch is one jitted call; several are one call each, into a gradient that stays on the devices, and one
+    call that applies it.
+    """
+
+    def __init__(
+        self,
+        abstract: Decoder,
+        optimizer: optax.GradientTransformation,
+        loss: Loss,
+        example: TrainState,
+        mesh: Mesh,
+        *,
+        clip: float | None = None,
+        remat: bool = False,
+    ):
+        """Takes the decoder without arrays (``abstract_decoder``), whose dtype is that of the computation."""
+        self.mesh = mesh
+        places = state_shardings(example, mesh)
+        on = mesh if mesh.size > 1 else None
+
+        def gradient(params: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
+            def mean(params: Any) -> Any:
+                model = with_parameters(abstract, params)
+                return batch_loss(model, loss, batch, loss_state, remat=remat, mesh=on, block=slice_size())
+
+            (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
+            return grads, new, {"loss": value, **metrics}
+
+        def apply(state: TrainState, grads: Any) -> tuple[TrainState, Any]:
+            norm = optax.global_norm(grads)
+            if clip is not None:
+                grads = clipped(grads, norm, clip)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
+            return TrainState(params, opt_state, state.loss_state, state.step + 1), norm
+
+        def whole(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+            grads, new, metrics = gradient(state.params, state.loss_state, batch)
+            state, norm = apply(state._replace(loss_state=new), grads)
+            return state, {**metrics, "grad_norm": norm}
+
+        def first(params: Any, loss_state: Any, batch: Batch, share: Any) -> Any:
+            grads, new, metrics = gradient(params, loss_state, batch)
+            return jax.tree.map(lambda g: g * share.astype(g.dtype), grads), new, metrics
+
+        def further(params: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
+            grads, new, metrics = first(params, loss_state, batch, share)
+            return jax.tree.map(jnp.add, total, grads), new, metrics
+
+        kept = {"out_shardings": (places.params, places.loss_state, None)}
+        self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, None))
+        self._first = jax.jit(first, **kept)
+        self._further = jax.jit(further, donate_argnums=4, **kept)
+        # the gradient has no successor to give its memory to
+        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, None))
+
+    def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
+        """One update; metrics are means over its pairs, on the host."""
+        if len(batches) == 1:
+            state, metrics = self._whole(state, put(batches[0], self.mesh))
+            return state, as_floats(metrics)
+        total = sum(len(b.row) for b in batches)
+        shares = [len(b.row) / total for b in batches]
+        loss_state, grads, found = state.loss_state, None, []
+        for batch, share in zip(batches, shares, strict=True):
+            args = (state.params, loss_state, put(batch, self.mesh), np.float32(share) if not _x64() else share)
+            grads, loss_state, metrics = self._first(*args) if grads is None else self._further(*args, grads)
+            found.append(metrics)
+        state, norm = self._apply(state._replace(loss_state=loss_state), grads)
+        on_host = [as_floats(m) for m in found]
+        mean = {k: sum(s * m[k] for s, m in zip(shares, on_host, strict=True)) for k in on_host[0]}
+        return state, {**mean, "grad_norm": float(norm)}
+
+
+def _x64() -> bool:
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as Python numbers; waits for the device."""
+    return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
+
+
+def make_forward(abstract: Decoder, mesh: Mesh, block: Callable[[int], int]) -> Callable[[Any, Batch], Any]:
+    """``forward(params, batch)``: log-probabilities of chosen and rejected, without a gradient, on the devices.
+
+    Args:
+      abstract: the decoder without arrays.
+      mesh: where parameters and rows lie.
+      block: tile of block-skipping attention for a row length.
+    """
+    on = mesh if mesh.size > 1 else None
+
+    @partial(jax.jit, static_argnums=2)
+    def run(params: Any, batch: Batch, tile: int) -> Any:
+        return pair_logps(with_parameters(abstract, params), batch, block=tile, mesh=on)
+
+    return lambda params, batch: run(params, put(batch, mesh), block(batch.rows.tokens.shape[1]))
