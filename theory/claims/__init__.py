@@ -1,6 +1,17 @@
 """The claims: what is stated, where it holds, how it is checked. Importing the package fills the registry."""
 
-from theory.claims import bounds, errata, identities
+from theory.claims import bounds, errata, flows, identities, related
 from theory.claims.registry import Claim, Context, Outcome, all_claims, find
 
-__all__ = ["Claim", "Context", "Outcome", "all_claims", "bounds", "errata", "find", "identities"]
+__all__ = [
+    "Claim",
+    "Context",
+    "Outcome",
+    "all_claims",
+    "bounds",
+    "errata",
+    "find",
+    "flows",
+    "identities",
+    "related",
+]

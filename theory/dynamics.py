@@ -1,0 +1,162 @@
+r"""Trajectories: gradient flow, discrete optimisers, what is conserved, where the probability goes.
+
+A simulator returns every model it passed through (parameters stacked on a leading time axis); curves are computed from
+those afterwards, with ``jax.vmap``. The first derivative alone can mislead: in one of the constructions the rate at
+t = 0 has the wrong sign for the end.
+
+The flow is integrated by jax's adaptive Dormand-Prince 5(4) (``jax.experimental.ode``), so nothing more is installed.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.ode import odeint
+from jaxtyping import Array, Float
+
+from theory.ufm import UFM
+
+Loss = Callable[[Any], Array]
+"""From parameters to the training loss."""
+Verdict = Literal["none", "benign", "catastrophic", "unlabelled"]
+
+
+class Invariants(NamedTuple):
+    """What gradient flow of any loss of the log-probabilities leaves unchanged (derived)."""
+
+    balance: Float[Array, "D D"]
+    """W^T W - sum_c h_c h_c^T: the model is homogeneous in W and in h, so they grow alike."""
+    mean_unembedding: Float[Array, " D"]
+    """sum_z W_z: residuals add up to 0 over the vocabulary; kept by gradient descent too."""
+
+
+def gradient_flow(
+    loss: Loss, start: Any, times: Float[Array, " S"], *, trainable: Any = None, tolerance: float = 1e-10
+) -> Any:
+    """Solves d theta/dt = -grad L(theta).
+
+    Args:
+      loss: the training loss.
+      start: parameters at ``times[0]``.
+      times: when to report.
+      trainable: tree of booleans like the parameters; frozen features make a linear model. Default: everything moves.
+      tolerance: relative and absolute error of the integrator.
+
+    Returns:
+      Parameters at every time, stacked.
+    """
+    mask = _mask(start, trainable)
+
+    def velocity(params, _):
+        return jax.tree.map(lambda g, m: -g if m else jnp.zeros_like(g), jax.grad(loss)(params), mask)
+
+    return odeint(velocity, start, times, rtol=tolerance, atol=tolerance)
+
+
+def optimise(
+    loss: Loss, start: Any, optimiser: optax.GradientTransformation, steps: int, *, trainable: Any = None
+) -> Any:
+    """Runs an optimiser; returns the parameters before every step and after the last one, stacked (steps + 1)."""
+    mask = _mask(start, trainable)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimiser.update(jax.grad(loss)(params), state, params)
+        updates = jax.tree.map(lambda u, m: u if m else jnp.zeros_like(u), updates, mask)
+        return (optax.apply_updates(params, updates), state), params
+
+    with jax.numpy_dtype_promotion("standard"):  # optax's bias corrections mix a count with floats
+        (last, _), before = jax.lax.scan(step, (start, optimiser.init(start)), None, length=steps)
+    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), before, last)
+
+
+def _mask(start: Any, trainable: Any) -> Any:
+    return jax.tree.map(lambda _: True, start) if trainable is None else trainable
+
+
+def torch_rmsprop(rate: float, decay: float = 0.99, eps: float = 1e-8) -> optax.GradientTransformation:
+    r"""RMSProp as PyTorch has it: :math:`v \gets a v + (1-a) g^2`, step :math:`-\eta g / (\sqrt v + \epsilon)`.
+
+    optax's default puts epsilon under the root.
+    """
+    return optax.rmsprop(rate, decay=decay, eps=eps, initial_scale=0.0, eps_in_sqrt=False)
+
+
+def invariants(model: UFM) -> Invariants:
+    """The conserved quantities at one point."""
+    w, h = model
+    return Invariants(w.T @ w - h.T @ h, w.sum(0))
+
+
+def cumulative_prediction(log_probs: Callable[[Any], Array], trajectory: Any) -> Float[Array, "S N"]:
+    r"""Sum of first-order changes along the actual updates, :math:`\sum_t \langle \nabla \ln \pi, \Delta_t \rangle`.
+
+    The gradient is averaged over both ends of a step (trapezoid), which leaves an error of third order in the update.
+    Works for any optimiser and any parameters.
+
+    Args:
+      log_probs: from parameters to the log-probabilities that are followed, [N].
+      trajectory: parameters, stacked over time.
+
+    Returns:
+      The predicted change since the start after each step, nats; row 0 is zero.
+    """
+
+    def change(before, after):
+        update = jax.tree.map(jnp.subtract, after, before)
+        ends = [jax.jvp(log_probs, (p,), (update,))[1] for p in (before, after)]
+        return (ends[0] + ends[1]) / 2
+
+    before = jax.tree.map(lambda a: a[:-1], trajectory)
+    after = jax.tree.map(lambda a: a[1:], trajectory)
+    steps = jax.lax.map(lambda pair: change(*pair), (before, after))
+    return jnp.concatenate([jnp.zeros_like(steps[:1]), jnp.cumsum(steps, axis=0)])
+
+
+def step_change(log_probs: Callable[[Any], Array], params: Any, update: Any, order: int = 1) -> Array:
+    """Taylor prediction, of first or second order, of the change of log-probabilities under an update."""
+
+    def first(p):
+        return jax.jvp(log_probs, (p,), (update,))[1]
+
+    if order == 1:
+        return first(params)
+    value, slope = jax.jvp(first, (params,), (update,))
+    return value + slope / 2
+
+
+def token_probabilities(model: UFM, context: int = 0) -> Float[Array, " V"]:
+    """Next-token distribution at one context."""
+    return jax.nn.softmax(model.unembedding @ model.features[context])
+
+
+def mass_by_label(probabilities: Float[Array, "*S V"], labels: tuple[str, ...]) -> dict[str, Float[Array, "*S"]]:
+    """Probability of each label's tokens together; ``labels`` names the label of every token."""
+    return {
+        name: probabilities[..., jnp.array([label == name for label in labels])].sum(-1)
+        for name in dict.fromkeys(labels)
+    }
+
+
+def classify(log_prob_change: float, loss_change: float, gains: dict[str, float], same: str, opposite: str) -> Verdict:
+    """The paper's words for one run (Definition 1 and the remark after it).
+
+    Args:
+      log_prob_change: change of ln pi(y+|x) over the run, nats.
+      loss_change: change of the training loss.
+      gains: change of the probability of each label's tokens, y+ itself not among them.
+      same: label of tokens that mean what y+ means.
+      opposite: label of tokens that mean the opposite.
+
+    Returns:
+      "none" unless the loss fell and so did ln pi(y+); then by the label that gained most: "benign" or "catastrophic",
+      or "unlabelled" if it is neither.
+    """
+    if not (loss_change < 0 and log_prob_change < 0):
+        return "none"
+    winner = max(gains, key=lambda name: gains[name])
+    if winner == same:
+        return "benign"
+    return "catastrophic" if winner == opposite else "unlabelled"

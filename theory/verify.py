@@ -1,0 +1,190 @@
+"""Runs the claims: ``python -m theory.verify [--claims T4 T5] [--out DIR] [--model DIR --pairs FILE]``.
+
+Without a model the claims about toy models run, in float64; with one, those about a real model. Double precision is
+switched on for this run only, never by an import.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ches_jax.errors import ChesError
+from ches_jax.runlog import device_name, versions, write_json
+from theory.claims import Claim, Context, all_claims, find
+
+RESULTS = "claims.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A claim and what was seen."""
+
+    id: str
+    statement: str
+    source: str
+    status: str
+    scope: str
+    passed: bool
+    value: float
+    """Worst error, worst violation or, for what is refuted as printed, how wrong it is."""
+    tolerance: float
+    n: int
+    seed: int
+    dtype: str
+    seconds: float
+    detail: dict[str, Any]
+
+
+def verify(
+    claims: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    instances: int = 1000,
+    model: str | Path | None = None,
+    pairs: str | Path | None = None,
+    limit: int = 32,
+    quiet: bool = False,
+) -> list[Result]:
+    """Checks claims.
+
+    Args:
+      claims: their ids; default: all about toy models, or with ``model`` all about real ones.
+      seed: of every random number.
+      instances: random instances of an exact claim (bounds draw more).
+      model: Hugging Face model directory.
+      pairs: preference pairs, in any format ``ches score`` reads; default: the embedded ones.
+      limit: pairs used of them.
+      quiet: no progress bar.
+
+    Raises:
+      ChesError: an unknown id, or a claim about a real model without one.
+    """
+    with jax.enable_x64(True):
+        real = None
+        if model is not None:
+            from theory.real import open_real_model
+
+            real = open_real_model(model, pairs, limit=limit)
+        chosen = find(claims) if claims else all_claims("toy" if model is None else "model")
+        homeless = [c.id for c in chosen if c.scope == "model" and real is None]
+        if homeless:
+            raise ChesError(f"claims about a real model ({', '.join(homeless)}) need --model DIR")
+        context = Context(seed=seed, instances=instances, model=real)
+        bar = tqdm(chosen, desc="claims", unit="claim", disable=quiet or None, file=sys.stderr)
+        results = []
+        for c in bar:
+            bar.set_postfix_str(c.id)
+            results.append(_run(c, context))
+        return results
+
+
+def _run(c: Claim, context: Context) -> Result:
+    start = time.perf_counter()
+    seen = c.check(context)
+    return Result(
+        id=c.id,
+        statement=c.statement,
+        source=c.source,
+        status=c.status,
+        scope=c.scope,
+        passed=c.holds(seen),
+        value=float(seen.value),
+        tolerance=c.tolerance,
+        n=seen.n,
+        seed=context.seed,
+        dtype="float64",
+        seconds=round(time.perf_counter() - start, 3),
+        detail=_plain(seen.detail),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of whatever a check put in its detail."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    # JSON has no infinities
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as text, one line each."""
+    lines = [f"{'':4}  {'id':5} {'status':18} {'value':>10}  {'tolerance':>10} {'n':>7} {'s':>6}  statement"]
+    for r in results:
+        sign = ">=" if r.status == "refuted as printed" else "<="
+        lines.append(
+            f"{'ok' if r.passed else 'FAIL':4}  {r.id:5} {r.status:18} {r.value:10.2e} {sign}{r.tolerance:9.0e} "
+            f"{r.n:7d} {r.seconds:6.1f}  {r.statement}"
+        )
+    return "\n".join(lines)
+
+
+def write_results(out: Path, results: Sequence[Result]) -> Path:
+    """``claims.json`` (versions, device, every result) and ``claims.txt`` (the table)."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / RESULTS
+    passed = sum(r.passed for r in results)
+    summary = {"passed": passed, "failed": len(results) - passed, "versions": versions(), "device": device_name()}
+    write_json(path, summary | {"claims": [asdict(r) for r in results]})
+    (out / "claims.txt").write_text(table(results) + "\n", encoding="utf-8")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command line."""
+    p = argparse.ArgumentParser(prog="ches verify", description="check the claims of the theory")
+    p.add_argument("--claims", nargs="+", metavar="ID", help="ids; default: all that apply")
+    p.add_argument("--out", type=Path, help="directory for claims.json and claims.txt")
+    p.add_argument("--model", help="Hugging Face model directory: check the claims about real models on it")
+    p.add_argument("--pairs", help="preference pairs for --model; default: the embedded ones")
+    p.add_argument("--limit", type=int, default=32, help="pairs used (default 32)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--instances", type=int, default=1000, help="random instances of an exact claim (default 1000)")
+    p.add_argument("--list", action="store_true", help="name the claims and stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 0 if every claim holds, 1 if one fails, 2 for bad input."""
+    options = parser().parse_args(argv)
+    try:
+        if options.list:
+            print("\n".join(f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in all_claims()))
+            return 0
+        results = verify(
+            options.claims,
+            seed=options.seed,
+            instances=options.instances,
+            model=options.model,
+            pairs=options.pairs,
+            limit=options.limit,
+        )
+        print(table(results))
+        failed = [r.id for r in results if not r.passed]
+        print(
+            f"{len(results) - len(failed)} of {len(results)} claims hold"
+            + (f"; not: {', '.join(failed)}" if failed else "")
+        )
+        if options.out:
+            print(write_results(options.out, results))
+    except ChesError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
