@@ -17,8 +17,10 @@ import tyro
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.runlog import RUN, read_json
-from ches_jax.scores.pipeline import DTYPES, ScoreConfig, score
+from ches_jax.scores.config import DTYPES, ScoreConfig
+from ches_jax.scores.pipeline import merge, score
 from ches_jax.scores.select import SelectConfig, select
+from ches_jax.scores.table import FILE_NAME, read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,11 @@ class Score(ScoreConfig):
     def run(self) -> int:
         """Scores, prints the summary and the path."""
         from ches_jax.report.summary import summary_text
-        from ches_jax.scores.table import read_table
 
         out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        if not (out / FILE_NAME).exists():
+            print(f"this process's chunks are done; when all are, run: ches merge {out}", file=sys.stderr)
+            return 0
         if not self.quiet:
             print(summary_text(read_table(out)[0]), file=sys.stderr)
         print(json.dumps(read_json(out / RUN)) if self.json else out)
@@ -93,6 +97,19 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory of all of them."""
+
+    def run(self) -> int:
+        """Merges and prints the path."""
+        print(merge(self.run_dir))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Write a model directory anew: other shards, another dtype, every name and shape checked on the way."""
 
@@ -137,6 +154,7 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Select, tyro.conf.subcommand("select")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 

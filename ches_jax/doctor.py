@@ -9,7 +9,8 @@ from ches_jax.data.prompts import Template
 from ches_jax.hf.directory import fingerprint
 from ches_jax.models.load import open_checkpoint
 from ches_jax.options import Columns
-from ches_jax.scores.pipeline import EMBEDDED, ScoreConfig, prepare
+from ches_jax.scores.config import EMBEDDED, ScoreConfig
+from ches_jax.scores.inputs import prepare
 from ches_jax.types import Eos
 
 
@@ -84,7 +85,7 @@ def examine(config: DoctorConfig) -> Findings:
     }
     audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
     flagged, clean = [], []
-    for chunk in inputs.chunks():
+    for _, chunk in inputs.chunks():
         audit.extend(chunk)
         for pair in chunk:
             kept = flagged if pair.flags else clean

@@ -6,6 +6,7 @@ tensor  each matrix product is dealt out over heads and mlp channels
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -52,3 +53,29 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are dealt."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this is."""
+
+    id: int = 0
+    count: int = 1
+
+
+def start_processes(words: str) -> Process:
+    """Join the processes of a run: ``off``, ``auto`` (the cluster knows), or ``coordinator:port,n,id``.
+
+    Only on request: a guess from a half-set environment hangs or crashes.
+    """
+    if words == "off":
+        return Process()
+    if words == "auto":
+        jax.distributed.initialize()
+    else:
+        address, _, rest = words.partition(",")
+        count, _, number = rest.partition(",")
+        if ":" not in address or not count.isdigit() or not number.isdigit() or int(number) >= int(count):
+            raise ChesError(f"--distributed {words!r}: expected off, auto, or coordinator:port,n,id with id below n")
+        jax.distributed.initialize(address, int(count), int(number))
+    return Process(jax.process_index(), jax.process_count())

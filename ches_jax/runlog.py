@@ -80,7 +80,8 @@ def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> No
     identity = {"verb": verb, **json.loads(json.dumps(identity))}
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: is a file; --out names a directory")
-    if out.is_dir() and any(out.iterdir()):
+    # a process beside this one may be writing its temporary file
+    if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
         found = read_json(out / CONFIG)

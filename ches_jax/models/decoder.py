@@ -148,8 +148,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least."""
-        c = self.config
-        y = matmul(hidden, self.unembedding).astype(accumulate(hidden.dtype))
+        return self.logit_transform(matmul(hidden, self.unembedding).astype(accumulate(hidden.dtype)))
+
+    def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        """Elementwise, from ``h W^T`` to the logits: the family's scale and soft-cap."""
+        c, y = self.config, products
         if c.logit_scale is not None:
             y = y * jnp.asarray(c.logit_scale, y.dtype)
         if c.logit_softcap is not None:

@@ -179,7 +179,7 @@ def head_score(
 
 def ches_contributions(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> PairContributions:
     """CHES of every pair of packed rows (Definition 2), and what each prediction adds to it: every coefficient is 1."""
-    rows, count, width = hidden.shape
+    rows, _, width = hidden.shape
     h = hidden.astype(accumulate(hidden.dtype))
     sums = segment_sums(h, segment, segments).reshape(rows, segments // 3, 3, width)
     pair = jnp.minimum(segment // 3, segments // 3 - 1)

@@ -27,7 +27,11 @@ class SegmentStatistics(NamedTuple):
 
     sums: Float[Array, "B S D"]
     last: Float[Array, "B S D"]
-    logps: Float[Array, "B S"] | None
+    logps: Float[Array, "B S"] | None = None
+    token_ches: Float[Array, "B M"] | None = None
+    """What each prediction adds to CHES (chosen) or its product with S+ (rejected)."""
+    token_head: Float[Array, "B M"] | None = None
+    """The same of the head score."""
 
 
 def segment_sums(values: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S D"]:

@@ -33,7 +33,7 @@ def ours(model_dir: str, pairs_file: str, count: int, repeat: int = 3) -> dict[s
     model = load_model(model_dir)
     rows = list(open_pairs(pairs_file))[:count]
     pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
-    run = ScoringPass(model, make_mesh("data=1"), logps=False)
+    run = ScoringPass(model, make_mesh("data=1"))
 
     def score() -> float:
         total, waiting = 0.0, []

@@ -2,13 +2,17 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +23,12 @@ from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.load import load_model
-from ches_jax.parallel import make_mesh
+from ches_jax.parallel import Process, make_mesh
 from ches_jax.runlog import read_json
-from ches_jax.scores import pipeline
+from ches_jax.scores import measure, parts, pipeline
+from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.passes import ScoringPass, fetch
-from ches_jax.scores.pipeline import ScoreConfig, score
+from ches_jax.scores.pipeline import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.types import Eos, Response, TokenPair
 
@@ -99,7 +104,7 @@ def numbers_of(model, pairs, *, length, rows_per_batch=2, mesh="data=1", passes=
     """ches / |S+|^2 of each pair, computed packed; compiled passes are kept between calls."""
     key = (id(model), mesh)
     if key not in passes:
-        passes[key] = ScoringPass(model, make_mesh(mesh), logps=False)
+        passes[key] = ScoringPass(model, make_mesh(mesh))
     run = passes[key]
     shards = run.mesh.shape["data"]
     out = np.zeros(len(pairs))
@@ -151,7 +156,7 @@ def test_equal_responses_have_score_zero(pairs_and_truth):
 
 def test_the_pass_compiles_once_per_row_length(tiny_model):
     model = load_model(tiny_model)
-    run = ScoringPass(model, make_mesh("data=1"), logps=False)
+    run = ScoringPass(model, make_mesh("data=1"))
     for rows, _ in pack(token_pairs(tiny_model), length=64, rows_per_batch=1, eos="include"):
         run(rows)
     assert len(run.shapes) == len(set(run.shapes)) <= 3
@@ -175,10 +180,10 @@ class Killed(Exception):
 
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     config = ScoreConfig(model=str(tiny_model), chunk_rows=8, limit=40)
-    whole = score(pipeline.replace(config, out=str(tmp_path / "whole")), quiet=True)
-    stopped = pipeline.replace(config, out=str(tmp_path / "stopped"))
+    whole = score(replace(config, out=str(tmp_path / "whole")), quiet=True)
+    stopped = replace(config, out=str(tmp_path / "stopped"))
     calls = []
-    write = pipeline.write_part
+    write = parts.write_part
 
     def write_three(path, *args):
         if len(calls) == 3:
@@ -186,16 +191,16 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tiny_model, tmp_path, 
         calls.append(path)
         write(path, *args)
 
-    monkeypatch.setattr(pipeline, "write_part", write_three)
+    monkeypatch.setattr(parts, "write_part", write_three)
     with pytest.raises(Killed):
         score(stopped, quiet=True)
     assert not (tmp_path / "stopped" / FILE_NAME).exists()
-    monkeypatch.setattr(pipeline, "write_part", write)
+    monkeypatch.setattr(parts, "write_part", write)
     with pytest.raises(RunError, match="--resume"):
         score(stopped, quiet=True)
     resumed = score(stopped, resume=True, quiet=True)
     assert (resumed / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
-    assert read_json(resumed / "run.json")["counts"]["scored_this_time"] == 40 - 3 * 8
+    assert read_json(resumed / "run.json")["scored_this_time"] == 40 - 3 * 8
     assert score(stopped, resume=True, quiet=True) == resumed  # nothing left to do
 
 
@@ -204,7 +209,7 @@ def test_another_run_is_never_written_over(tiny_model, tmp_path):
     score(config, quiet=True)
     before = (tmp_path / "run" / FILE_NAME).read_bytes()
     with pytest.raises(RunError, match=r"holds another run(.|\n)*limit|eos"):
-        score(pipeline.replace(config, eos="exclude"), resume=True, quiet=True)
+        score(replace(config, eos="exclude"), resume=True, quiet=True)
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
 
@@ -226,13 +231,13 @@ def test_bad_rows_stop_the_run_or_are_dropped_or_kept(tiny_model, tmp_path):
         score(config, quiet=True)
     assert not (tmp_path / "error").exists()
 
-    dropped = score(pipeline.replace(config, out=str(tmp_path / "drop"), on_bad_row="drop"), quiet=True)
+    dropped = score(replace(config, out=str(tmp_path / "drop"), on_bad_row="drop"), quiet=True)
     assert columns(dropped)["index"] == [0, 3]
     told = [json.loads(line) for line in (dropped / "dropped.jsonl").read_text().splitlines()]
     assert [(t["index"], t["reasons"]) for t in told] == [(1, ["empty_chosen"]), (2, ["prompt_too_long"])]
-    assert read_json(dropped / "run.json")["counts"] == {"rows": 4, "kept": 2, "dropped": 2, "scored_this_time": 2}
+    assert read_json(dropped / "run.json")["counts"] == {"rows": 4, "kept": 2, "dropped": 2}
 
-    kept = columns(score(pipeline.replace(config, out=str(tmp_path / "keep"), on_bad_row="keep"), quiet=True))
+    kept = columns(score(replace(config, out=str(tmp_path / "keep"), on_bad_row="keep"), quiet=True))
     assert kept["flags"] == [[], ["empty_chosen"], ["prompt_too_long"], []]
     assert [c is None for c in kept["ches"]] == [False, True, True, False]
     assert kept["ches"][0] == columns(dropped)["ches"][0]
@@ -243,7 +248,7 @@ def test_resume_with_dropped_rows_goes_on_at_the_right_row(tiny_model, tmp_path,
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
     config = ScoreConfig(model=str(tiny_model), pairs=pairs, out=str(tmp_path / "a"), on_bad_row="drop", chunk_rows=6)
     whole = score(config, quiet=True)
-    again = pipeline.replace(config, out=str(tmp_path / "b"))
+    again = replace(config, out=str(tmp_path / "b"))
     monkeypatch.setattr(pipeline, "_finish", lambda *a: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         score(again, quiet=True)
@@ -258,9 +263,74 @@ def test_a_score_that_is_not_finite_names_its_row(tiny_model, tmp_path, monkeypa
         out.sums[:] = np.inf
         return out
 
-    monkeypatch.setattr(pipeline, "fetch", infinite)
-    with np.errstate(all="ignore"), pytest.raises(ChesError, match=r"row 0 \(row_id .*not finite in float32"):
+    monkeypatch.setattr(measure, "fetch", infinite)
+    with np.errstate(all="ignore"), pytest.raises(ChesError, match=r"row 0 \(row_id .*not finite"):
         score(ScoreConfig(model=str(tiny_model), out=str(tmp_path / "run"), limit=4), quiet=True)
+
+
+def gradients_of_the_unembedding(model, pair, eos="include"):
+    """d/dW of the log-probability of each response, by autodiff, one sequence at a time."""
+    out = []
+    for response in (pair.chosen, pair.rejected):
+        ids = jnp.array([[*pair.prompt, *response.content]])
+        targets = jnp.array(response.targets(eos))
+        start = len(pair.prompt) - 1
+        hidden = model.hidden(ids)[0, start : start + len(targets)]
+
+        def logp(w, hidden=hidden, targets=targets):
+            table = jax.nn.log_softmax(model.logit_transform(hidden @ w.T), axis=-1)
+            return jnp.take_along_axis(table, targets[:, None], 1).sum()
+
+        out.append(np.asarray(jax.grad(logp)(model.unembedding.astype(hidden.dtype))))
+    return out
+
+
+def test_the_head_score_is_the_gradients_inner_product_and_its_tokens_add_up(tiny_model, tmp_path):
+    config = ScoreConfig(
+        model=str(tiny_model), out=str(tmp_path / "run"), dtype="float64", limit=6, by="head_score", token_scores=True
+    )
+    out = score(config, quiet=True)
+    got = columns(out)
+    with jax.enable_x64(True):
+        model = load_model(tiny_model, dtype="float64")
+        for pair in PairTokenizer(load_tokenizer(tiny_model), 512)(list(open_pairs(str(embedded.pairs_file())))[:6:3]):
+            plus, minus = gradients_of_the_unembedding(model, pair)
+            expected = (plus * (minus - plus)).sum()
+            np.testing.assert_allclose(got["head_score"][pair.index], expected, rtol=1e-10)
+    tokens = pq.read_table(out / parts.TOKENS).to_pandas()
+    for index, rows in tokens.groupby("index"):
+        chosen = rows[rows.response == "chosen"].sort_values("position")
+        assert list(chosen.position) == list(range(got["chosen_tokens"][index]))
+        np.testing.assert_allclose(chosen.ches.sum(), got["ches"][index], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(chosen.head_score.sum(), got["head_score"][index], rtol=1e-9)
+
+
+def test_two_processes_take_turns_and_merge_into_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+    config = ScoreConfig(model=str(tiny_model), limit=40, chunk_rows=8)
+    whole = score(replace(config, out=str(tmp_path / "one")), quiet=True)
+    for number in (1, 0):
+        monkeypatch.setattr(pipeline, "start_processes", lambda words, number=number: Process(number, 2))
+        out = score(replace(config, out=str(tmp_path / "two")), quiet=True)
+        assert not (out / FILE_NAME).exists()
+        if number == 1:
+            with pytest.raises(RunError, match=r"parts are missing \(0, 2\)"):
+                merge(out)
+    assert (merge(out) / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    assert read_json(out / "run.json")["counts"] == {"rows": 40, "kept": 40, "dropped": 0}
+
+
+@pytest.mark.slow
+def test_two_real_processes(tiny_model, tmp_path):
+    """jax.distributed on one machine: the parts of both are the run of one."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    words = [sys.executable, "-m", "ches_jax", "score", "--model", str(tiny_model), "--chunk-rows", "32", "--quiet"]
+    subprocess.run([*words, "--out", str(tmp_path / "one")], check=True, capture_output=True)
+    two = [*words, "--out", str(tmp_path / "two"), "--distributed"]
+    both = [subprocess.Popen([*two, f"localhost:{port},2,{i}"]) for i in range(2)]
+    assert [p.wait(timeout=180) for p in both] == [0, 0]
+    assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
