@@ -37,6 +37,8 @@ class Row:
     """``prompt, chosen, rejected`` (all text or all messages; with ``tools`` and
     ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``."""
     category: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns, as they are: selections carry them along."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ def _row(index: int, where: str, raw: Any, columns: Mapping[str, str]) -> Row:
         identity = row_id(content)
     except UnicodeEncodeError:
         raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
-    return Row(index, identity, where, content, None if category is None else str(category))
+    read = {columns.get(name, name) for name in (*COLUMNS, "category")}
+    extra = {str(name): value for name, value in raw.items() if name not in read}
+    return Row(index, identity, where, content, None if category is None else str(category), extra)
 
 
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]

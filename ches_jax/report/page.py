@@ -12,7 +12,7 @@ from ches_jax.report.html import escape, page, paragraphs
 from ches_jax.report.pairs import pair_card, read_texts
 from ches_jax.report.summary import correlation
 from ches_jax.scores.derive import score_column
-from ches_jax.scores.select import SourceRow, dropped_when_scored, read_run
+from ches_jax.scores.source import SourceRow, dropped_when_scored, read_run
 from ches_jax.scores.table import read_table, replacing, table_path
 
 SHOWN = 10

@@ -11,7 +11,8 @@ import pyarrow as pa
 from ches_jax.errors import ChesError
 from ches_jax.report.html import escape, text_block
 from ches_jax.report.summary import number
-from ches_jax.scores.select import SelectConfig, SourceRow, source_rows
+from ches_jax.scores.select import SelectConfig
+from ches_jax.scores.source import SourceRow, source_rows
 
 
 def read_texts(

@@ -57,7 +57,7 @@ class ScoreConfig:
     mesh: str | None = None
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
     distributed: str = "off"
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id; each scores its chunks, then ches merge."""
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge."""
     compilation_cache: str | None = None
     """Directory that keeps compiled programs between runs."""
 

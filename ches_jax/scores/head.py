@@ -172,7 +172,8 @@ def head_score(
     """
 
     def row(args):
-        return _role_products(*args, segments, unembedding, transform, chunk)
+        states, targets, ids = args
+        return _role_products(states, targets, ids, segments, unembedding, transform, chunk)
 
     return _contributions(lax.map(row, (hidden, target, segment)), segment, segments)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import RunError
-from ches_jax.scores import select as selection
+from ches_jax.scores import rules as selection
 from ches_jax.scores.select import SelectConfig, keep_indices, select
 from ches_jax.scores.table import write_part
 
@@ -23,8 +23,9 @@ LENGTHS = {"chosen_tokens": RNG.integers(1, 30, N), "rejected_tokens": RNG.integ
 def source(n=N, **changes):
     rows = []
     for i in range(n):
-        content = {"prompt": f"p{i}", "chosen": f"yes {i} é", "rejected": "no", "extra": i / 4}
-        rows.append(SimpleNamespace(index=i, row_id=f"r{i}", content=content, category=None))
+        content = {"prompt": f"p{i}", "chosen": f"yes {i} é", "rejected": "no"}
+        extra = {"extra": i / 4}
+        rows.append(SimpleNamespace(index=i, row_id=f"r{i}", content=content, category=None, extra=extra))
     for key, value in changes.items():
         setattr(rows[3], key, value)
     return rows
@@ -189,7 +190,7 @@ def test_the_directory_holds_a_dataset_that_tells_how_it_was_chosen(run, tmp_pat
     want = np.sort(np.argsort(np.where(np.isnan(SCORES), np.inf, SCORES))[:5]).tolist()
     kept = lines(out / "pairs.jsonl")
     rows = source()
-    assert kept == [rows[i].content | {"row_id": f"r{i}", "ln_ches": SCORES[i]} for i in want]
+    assert kept == [rows[i].content | rows[i].extra | {"row_id": f"r{i}", "ln_ches": SCORES[i]} for i in want]
     assert (out / "kept_ids.txt").read_text().split() == [f"r{i}" for i in want]
 
     dropped = lines(out / "dropped.jsonl")
@@ -218,7 +219,7 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
     from ches_jax.data.sources import open_pairs
 
     data = tmp_path / "data.jsonl"
-    contents = [row.content | {"category": "c"} for row in source()]
+    contents = [row.content | row.extra | {"category": "c"} for row in source()]
     data.write_text("".join(json.dumps(c) + "\n" for c in contents))
     rows = list(open_pairs(str(data)))
     run = tmp_path / "run"
@@ -234,7 +235,7 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
 def test_the_embedded_pairs_are_found_by_their_word(tmp_path):
     from ches_jax import embedded
     from ches_jax.data.sources import open_pairs
-    from ches_jax.scores.pipeline import EMBEDDED
+    from ches_jax.scores.config import EMBEDDED
 
     ids = [row.row_id for row in open_pairs(str(embedded.pairs_file()))][:N]
     run = tmp_path / "run"
@@ -352,6 +353,7 @@ class Odd:
     index: int = 0
     row_id: str = "r0"
     category: None = None
+    extra: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Any] = field(
         default_factory=lambda: {
             "prompt": "line\u2028separator \x00 \ud800",

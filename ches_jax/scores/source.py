@@ -1,0 +1,78 @@
+"""From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ches_jax import embedded
+from ches_jax.errors import RunError
+from ches_jax.runlog import CONFIG, RUN, read_json
+from ches_jax.scores.config import EMBEDDED
+from ches_jax.scores.table import table_path
+
+
+class SourceRow(Protocol):
+    """A row of the pairs as ``data.sources`` gives it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def row_id(self) -> str: ...
+    @property
+    def content(self) -> Mapping[str, Any]: ...
+    @property
+    def extra(self) -> Mapping[str, Any]: ...
+    @property
+    def category(self) -> str | None: ...
+
+
+class Where(Protocol):
+    """What ``source_rows`` reads of a configuration: the run, and what to use in place of what it tells."""
+
+    @property
+    def scores(self) -> Path: ...
+    @property
+    def pairs(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+
+
+def read_run(scores: Path | str) -> dict[str, Any]:
+    """The ``run.json`` beside a score table, with its ``config``; empty when there is neither."""
+    folder = table_path(scores).parent
+    run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    if not run.get("config") and (folder / CONFIG).is_file():
+        run["config"] = read_json(folder / CONFIG)
+    return run
+
+
+def dropped_when_scored(scores: Path | str) -> dict[int, str]:
+    """Reasons by index of the rows that the score run dropped (``data.audit.dropped_record``)."""
+    path = table_path(scores).with_name("dropped.jsonl")
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        return {int(row["index"]): ", ".join(row["reasons"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: is damaged ({error!r})") from None
+
+
+def source_rows(config: Where) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source named in the run or in the configuration."""
+    from ches_jax.data.sources import open_pairs
+
+    told = read_run(config.scores).get("config") or {}
+    pairs = config.pairs or told.get("pairs")
+    if not pairs:
+        raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
+    if pairs == EMBEDDED:
+        pairs = str(embedded.pairs_file())
+    split, columns = config.split or told.get("split"), config.columns or told.get("columns")
+    rows = open_pairs(pairs, split, columns)
+    return itertools.islice(rows, told.get("limit"))
