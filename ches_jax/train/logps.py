@@ -3,14 +3,14 @@ r"""Log-probabilities whose logits never exist as a whole, forward or backward.
 For a state h and a target token y, with the model's ``z = cap(scale * W h)``:
 
 .. math::
-  \ell = z_y - \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v - \ln \sum_u e^{z_u}}
+  \ell = z_y - Z, \qquad Z = \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v - Z}
 
 Both directions walk over stretches of positions: the forward keeps one number per position (the log of the sum),
-the backward computes the stretch's logits again. Largest array: [stretch, vocabulary] and the gradient of W. Units: nats.
+the backward computes the stretch's logits again. Largest arrays: [stretch, vocabulary] and the gradient of W.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,6 @@ def _joined(a: Array, count: int) -> Array:
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :count]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
     hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
 ) -> Float[Array, "B M"]:
@@ -86,6 +85,11 @@ def token_logps(
     Returns:
       float32 (float64 for float64 states).
     """
+    return cast(Array, _token_logps(hidden, weight, target, head))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logps(hidden: Array, weight: Array, target: Array, head: Head) -> Array:
     return _forward(hidden, weight, target, head)[0]
 
 
@@ -131,7 +135,7 @@ def _backward(head: Head, kept, slope):
     return _joined(dh, count), dw.astype(weight.dtype), None
 
 
-token_logps.defvjp(_forward, _backward)
+_token_logps.defvjp(_forward, _backward)
 
 
 def segment_sums(values: Float[Array, "B M"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S"]:

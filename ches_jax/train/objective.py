@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ches_jax.data.packing import Rows
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, loss_names, mean_loss, with_sft
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, Aux
@@ -32,26 +33,25 @@ SFT = {
 """Supervised objectives: cross-entropy on the chosen response."""
 
 
-def pair_logps(
+def segment_logps(
     model: Decoder,
-    batch: Batch,
+    rows: Rows,
     *,
     block: int | None = None,
     backward: bool = False,
     remat: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
-    """Summed log-probabilities in nats of the chosen and the rejected response of every pair.
+) -> Float[Array, "B S"]:
+    """Summed log-probabilities in nats of every segment of packed rows.
 
     Args:
       model: the decoder.
-      batch: packed pairs.
+      rows: packed pairs.
       block: tile of attention; default: dense attention.
       backward: a gradient will be taken (block-skipping attention has none).
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
-    rows = batch.rows
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(
         rows.tokens, rows.positions, seen, rows.lengths, block=block, backward=backward, remat=remat, mesh=mesh
@@ -59,7 +59,12 @@ def pair_logps(
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     head = Head(model.config.logit_scale, model.config.logit_softcap)
     logps = token_logps(predicting, model.unembedding, rows.target, head)
-    sums = segment_sums(logps, rows.segment, rows.last.shape[1])
+    return segment_sums(logps, rows.segment, rows.last.shape[1])
+
+
+def pair_logps(model: Decoder, batch: Batch, **options: Any) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+    """Summed log-probabilities in nats of the chosen and the rejected response; options of ``segment_logps``."""
+    sums = segment_logps(model, batch.rows, **options)
     shared = sums[batch.row, batch.shared]
     return shared + sums[batch.row, batch.shared + 1], shared + sums[batch.row, batch.shared + 2]
 

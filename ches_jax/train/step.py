@@ -6,13 +6,11 @@ with the mean loss of micro-batch m over its P_m of the update's P pairs: the gr
 however they are cut, also where the last micro-batch is a short one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -21,7 +19,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding
 from ches_jax.train.batches import Batch
-from ches_jax.train.objective import batch_loss, pair_logps
+from ches_jax.train.objective import batch_loss
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings
 
@@ -90,18 +88,13 @@ class Step:
             state, norm = apply(state._replace(loss_state=new), grads)
             return state, {**metrics, "grad_norm": norm}
 
-        def first(params: Any, loss_state: Any, batch: Batch, share: Any) -> Any:
+        def add(params: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
             grads, new, metrics = gradient(params, loss_state, batch)
-            return jax.tree.map(lambda g: g * share.astype(g.dtype), grads), new, metrics
+            return jax.tree.map(lambda t, g: t + g * share.astype(g.dtype), total, grads), new, metrics
 
-        def further(params: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
-            grads, new, metrics = first(params, loss_state, batch, share)
-            return jax.tree.map(jnp.add, total, grads), new, metrics
-
-        kept = {"out_shardings": (places.params, places.loss_state, None)}
         self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, None))
-        self._first = jax.jit(first, **kept)
-        self._further = jax.jit(further, donate_argnums=4, **kept)
+        self._zeros = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), out_shardings=places.params)
+        self._add = jax.jit(add, donate_argnums=4, out_shardings=(places.params, places.loss_state, None))
         # the gradient has no successor to give its memory to
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, None))
 
@@ -112,10 +105,10 @@ class Step:
             return state, as_floats(metrics)
         total = sum(len(b.row) for b in batches)
         shares = [len(b.row) / total for b in batches]
-        loss_state, grads, found = state.loss_state, None, []
+        loss_state, grads, found = state.loss_state, self._zeros(state.params), []
         for batch, share in zip(batches, shares, strict=True):
-            args = (state.params, loss_state, put(batch, self.mesh), np.float32(share) if not _x64() else share)
-            grads, loss_state, metrics = self._first(*args) if grads is None else self._further(*args, grads)
+            here = put(batch, self.mesh)
+            grads, loss_state, metrics = self._add(state.params, loss_state, here, jnp.asarray(share, float), grads)
             found.append(metrics)
         state, norm = self._apply(state._replace(loss_state=loss_state), grads)
         on_host = [as_floats(m) for m in found]
@@ -123,27 +116,6 @@ class Step:
         return state, {**mean, "grad_norm": float(norm)}
 
 
-def _x64() -> bool:
-    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-
-
 def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics as Python numbers; waits for the device."""
     return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
-
-
-def make_forward(abstract: Decoder, mesh: Mesh, block: Callable[[int], int]) -> Callable[[Any, Batch], Any]:
-    """``forward(params, batch)``: log-probabilities of chosen and rejected, without a gradient, on the devices.
-
-    Args:
-      abstract: the decoder without arrays.
-      mesh: where parameters and rows lie.
-      block: tile of block-skipping attention for a row length.
-    """
-    on = mesh if mesh.size > 1 else None
-
-    @partial(jax.jit, static_argnums=2)
-    def run(params: Any, batch: Batch, tile: int) -> Any:
-        return pair_logps(with_parameters(abstract, params), batch, block=tile, mesh=on)
-
-    return lambda params, batch: run(params, put(batch, mesh), block(batch.rows.tokens.shape[1]))

@@ -1,0 +1,166 @@
+"""What to train, on what, and how: every choice of a run in one frozen dataclass."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ches_jax.data.prompts import Template
+from ches_jax.errors import ChesError
+from ches_jax.losses.wrappers import Per
+from ches_jax.options import Columns
+from ches_jax.runlog import new_name
+from ches_jax.train.displacement import TOLERANCE
+from ches_jax.train.objective import get_objective
+from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hyper
+from ches_jax.types import Eos, OnBadRow
+
+EMBEDDED = "embedded"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _numbers(words: list[str]) -> dict[str, float]:
+    values = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise ChesError(f"{word!r}: expected name=number, such as beta=0.1") from None
+    return values
+
+
+Numbers = Annotated[
+    dict[str, float],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=NUMBER",
+        instance_from_str=_numbers,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
+    ),
+]
+"""Hyper-parameters by name: ``--loss-args beta=0.1``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. All fields but those of ``NOT_IDENTITY`` decide it."""
+
+    model: str = EMBEDDED
+    """Hugging Face model directory or hub name; default: the embedded model."""
+    pairs: str = EMBEDDED
+    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the embedded pairs."""
+    split: str | None = None
+    """Split of a data set folder or hub data set."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns: prompt=instruction."""
+    limit: int | None = None
+    """Train only on the first rows."""
+    eval_pairs: str | None = None
+    """Held-out pairs, read as --pairs is."""
+    holdout: int = 0
+    """Hold out so many of --pairs, drawn by --seed."""
+    out: str | None = None
+    """Run directory; default: the first free runs/train-NNN."""
+
+    loss: str = "dpo"
+    """Objective by name, or sft (mean over tokens), sft_sum: cross-entropy on the chosen response."""
+    loss_args: Numbers = field(default_factory=dict)
+    """Hyper-parameters of the loss: beta=0.1."""
+    sft: float = 0.0
+    """Coefficient of a likelihood term of the chosen response."""
+    sft_per: Per = "token"
+    """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
+    reference: str = "initial"
+    """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
+    or a cache file written before."""
+    reference_cache: str | None = None
+    """Folder that keeps reference log-probabilities between runs; default: the run directory."""
+
+    optimizer: str = "rmsprop"
+    """rmsprop (torch's), adamw, adafactor or sgd."""
+    optimizer_args: Numbers = field(default_factory=dict)
+    """Hyper-parameters of the optimiser: weight_decay=0.01."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: ScheduleName = "constant"
+    """Course of the learning rate after the warm-up: constant, linear or cosine (both to 0)."""
+    warmup: int = 0
+    """Updates of linear warm-up."""
+    clip: float | None = None
+    """Largest global gradient norm; default: no clipping."""
+    batch_size: int = 32
+    """Pairs of an update; the last update of an epoch takes what is left."""
+    accumulate: int = 1
+    """Micro-batches an update is cut into; the result is the same to rounding."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Stop after so many updates instead."""
+    seed: int = 0
+    """Order of the data, and the pairs that are held out and watched."""
+
+    dtype: str = "float32"
+    """Dtype of the computation: float32, bfloat16, float16 or float64. Master weights are float32 at least."""
+    remat: bool = False
+    """Compute layers again in the backward pass instead of keeping their activations."""
+    mesh: str | None = None
+    """Devices, such as data=4 or fsdp=8; default: all local devices on the data axis."""
+    row_tokens: int | None = None
+    """Standard length of a packed row; default: the longest pair."""
+    eos: Eos = "include"
+    """Whether the terminator of a complete response counts in |y|."""
+    max_length: int | None = None
+    """Most tokens of prompt and response together; default: the model's context."""
+    template: Template = "auto"
+    """Chat template: auto (conversations only), always, or none."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of flagged rows: error, drop (listed in dropped.jsonl) or keep (trained on where possible)."""
+
+    watch: int = 256
+    """Training pairs whose log-probabilities are followed, drawn by --seed; held-out pairs all are."""
+    eval_every: int | None = None
+    """Updates between evaluations of the displacement; default: at the start and at the end."""
+    tolerance: float = TOLERANCE
+    """Changes up to so many nats count as none."""
+    save_every: int | None = None
+    """Updates between checkpoints; default: at the end, and when told to stop."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    export: bool = True
+    """Write the trained weights as a Hugging Face directory, OUT/model."""
+
+
+NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "reference_cache", "export")
+"""Options that two runs may differ in and be the same run."""
+
+
+def checked(config: TrainConfig) -> TrainConfig:
+    """The config with a run directory; options that no run could have are refused, before anything is read.
+
+    Raises:
+      ChesError: the first bad option.
+    """
+    if config.dtype not in DTYPES:
+        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    get_objective(config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per)
+    optimizer_hyper(config.optimizer, config.optimizer_args)
+    make_schedule(config.schedule, config.lr, 1)
+    positive = {
+        "lr": config.lr, "batch-size": config.batch_size, "accumulate": config.accumulate, "epochs": config.epochs,
+        "steps": config.steps, "limit": config.limit, "clip": config.clip, "eval-every": config.eval_every,
+        "save-every": config.save_every, "keep": config.keep, "row-tokens": config.row_tokens,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ChesError(f"--{name} {value}: expected a positive number")
+    for name, number in {"watch": config.watch, "holdout": config.holdout, "warmup": config.warmup}.items():
+        if number < 0:
+            raise ChesError(f"--{name} {number}: expected 0 or more")
+    if config.accumulate > config.batch_size:
+        raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
+    if config.eval_pairs is not None and config.holdout:
+        raise ChesError("--holdout and --eval-pairs: give one of them")
+    return replace(config, out=config.out or str(new_name(Path("runs"), "train")))

@@ -1,0 +1,159 @@
+r"""How far each pair's log-probabilities have moved since step 0, and which of five ways it went.
+
+.. math:: \Delta_\pm = \ln \pi_t(y_\pm|x) - \ln \pi_0(y_\pm|x), \qquad \Delta m = \Delta_+ - \Delta_-
+
+in nats, summed over response tokens. Regimes, with a tolerance eps:
+
+    flat                  neither moved by more than eps
+    inverted              the margin fell
+    wanted                chosen up, rejected down
+    both_up               both up, margin up
+    both_down_margin_up   both down, margin up: likelihood displacement
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.errors import RunError
+from ches_jax.train.evaluate import PairLogps
+from ches_jax.types import TokenPair
+
+REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "flat")
+TOLERANCE = 0.05
+"""Default eps in nats: above the rounding of float32 sums, below what changes a text."""
+FILE_NAME = "displacement.parquet"
+PARTS = "displacement"
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int32()),
+        pa.field("set", pa.string()),
+        pa.field("row_id", pa.string()),
+        pa.field("index", pa.int64()),
+        pa.field("logp_chosen", pa.float64()),
+        pa.field("logp_rejected", pa.float64()),
+        pa.field("dlogp_chosen", pa.float64()),
+        pa.field("dlogp_rejected", pa.float64()),
+        pa.field("margin", pa.float64()),
+        pa.field("regime", pa.string()),
+        pa.field("chosen_tokens", pa.int32()),
+        pa.field("rejected_tokens", pa.int32()),
+    ]
+)
+"""One row per pair, set and evaluation; ``margin`` is the change of the margin, nats."""
+
+
+def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
+    """The regime of each pair from its two changes in nats.
+
+    >>> regimes(np.array([1.0, 2.0, -1.0, -2.0, 0.0]), np.array([-1.0, 1.0, -3.0, -1.0, 0.01])).tolist()
+    ['wanted', 'both_up', 'both_down_margin_up', 'inverted', 'flat']
+    """
+    flat = (np.abs(chosen) <= tolerance) & (np.abs(rejected) <= tolerance)
+    cases = [flat, chosen < rejected, (chosen >= 0) & (rejected <= 0), chosen > 0]
+    names = ["flat", "inverted", "wanted", "both_up"]
+    return np.select(cases, names, "both_down_margin_up")
+
+
+def summarise(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Means, medians and rates over pairs, under ``displacement/*``; changes in nats.
+
+    ``chosen_share`` and ``rejected_share`` say how much of the mean margin change each response brought (they sum to
+    1; a negative share worked against the margin). They are left out when the margin did not move.
+    """
+    margin = chosen - rejected
+    names = regimes(chosen, rejected, tolerance)
+    out = {
+        "dlogp_chosen": float(chosen.mean()),
+        "dlogp_chosen_median": float(np.median(chosen)),
+        "dlogp_rejected": float(rejected.mean()),
+        "dlogp_rejected_median": float(np.median(rejected)),
+        "margin": float(margin.mean()),
+        "lld_rate": float((chosen < -tolerance).mean()),
+        **{f"{name}_rate": float((names == name).mean()) for name in REGIMES},
+    }
+    if abs(margin.mean()) > tolerance:
+        out["chosen_share"] = float(chosen.mean() / margin.mean())
+        out["rejected_share"] = float(-rejected.mean() / margin.mean())
+    return {f"displacement/{k}": v for k, v in out.items()}
+
+
+def block(
+    step: int, name: str, pairs: Sequence[TokenPair], start: PairLogps, now: PairLogps, eos: Any, tolerance: float
+) -> pa.Table:
+    """The rows of one set at one evaluation."""
+    chosen, rejected = now.chosen - start.chosen, now.rejected - start.rejected
+    columns: Mapping[str, Any] = {
+        "step": [step] * len(pairs),
+        "set": [name] * len(pairs),
+        "row_id": [p.row_id for p in pairs],
+        "index": [p.index for p in pairs],
+        "logp_chosen": now.chosen,
+        "logp_rejected": now.rejected,
+        "dlogp_chosen": chosen,
+        "dlogp_rejected": rejected,
+        "margin": chosen - rejected,
+        "regime": regimes(chosen, rejected, tolerance).tolist(),
+        "chosen_tokens": [len(p.chosen.targets(eos)) for p in pairs],
+        "rejected_tokens": [len(p.rejected.targets(eos)) for p in pairs],
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+class DisplacementLog:
+    """The log of a run: one part per evaluation, joined at the end. Knows the log-probabilities of step 0."""
+
+    def __init__(self, out: Path, eos: Any, tolerance: float = TOLERANCE):
+        self.out = out
+        self.eos = eos
+        self.tolerance = tolerance
+        self.start: dict[str, PairLogps] = {}
+
+    def part(self, step: int) -> Path:
+        """File of one evaluation."""
+        return self.out / PARTS / f"step-{step:08d}.parquet"
+
+    def record(
+        self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairLogps]
+    ) -> dict[str, float]:
+        """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
+        if step == 0:
+            self.start = dict(now)
+        if not self.start:
+            self._read_start(sets)
+        blocks, summary = [], {}
+        for name, pairs in sets.items():
+            blocks.append(block(step, name, pairs, self.start[name], now[name], self.eos, self.tolerance))
+            chosen = now[name].chosen - self.start[name].chosen
+            rejected = now[name].rejected - self.start[name].rejected
+            prefix = "" if name == "train" else "eval_"
+            summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
+        path = self.part(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
+        temporary.replace(path)
+        return summary
+
+    def _read_start(self, sets: Mapping[str, Sequence[TokenPair]]) -> None:
+        """Step 0 of a run that is resumed."""
+        if not self.part(0).exists():
+            raise RunError(f"{self.part(0)}: missing, so no change since step 0 is known; start the run anew")
+        table = pq.read_table(self.part(0))
+        for name, pairs in sets.items():
+            mine = table.filter(pa.array([s == name for s in table.column("set").to_pylist()]))
+            if mine.column("row_id").to_pylist() != [p.row_id for p in pairs]:
+                raise RunError(f"{self.part(0)}: holds other {name} pairs than this run; start the run anew")
+            values = (mine.column(n).to_numpy() for n in ("logp_chosen", "logp_rejected"))
+            self.start[name] = PairLogps(*values)
+
+    def join(self) -> Path:
+        """All evaluations in one file, in order of steps."""
+        tables = [pq.read_table(p) for p in sorted((self.out / PARTS).glob("step-*.parquet"))]
+        temporary = self.out / f".{FILE_NAME}.tmp"
+        pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+        return temporary.replace(self.out / FILE_NAME)

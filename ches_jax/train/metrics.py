@@ -1,0 +1,42 @@
+"""``metrics.jsonl``: one line per update or evaluation; a resumed run goes on where its checkpoint was.
+
+Lines hold no times, so that a run that was killed and resumed ends with the same bytes as one that was not.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Whoever wants the numbers of a run: a file, TensorBoard, Weights & Biases."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take the numbers of a step."""
+        ...
+
+
+class JsonLines:
+    """The tracker every run has."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        """Begin a file, or cut the one that is there behind the lines of ``resume_step``."""
+        self.path = path
+        kept = b""
+        if resume_step is not None and path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # half a line: what a killed run leaves
+                if step <= resume_step:
+                    kept += line
+        path.write_bytes(kept)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
