@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 _SHORT = 500
+_MOST_TOKENS = 400
 _LONGEST = 20_000
 
 STYLE = """
@@ -108,6 +109,23 @@ def text_block(label: str, text: str, kind: str = "") -> str:
     start = escape(" ".join(cut[:_SHORT].split())[:160])
     whole = f'<div class="text" dir="auto">{escape(cut)}{escape(left)}</div>'
     return f"{head}<details><summary>{start} … ({len(text)} characters)</summary>{whole}</details>"
+
+
+def token_map(label: str, tokens: Sequence[tuple[str, float]], largest: float, kind: str = "") -> str:
+    """Tokens coloured by a number: red for positive, blue for negative, stronger for larger; without a script.
+
+    The number stands in each token's title, and large ones are underlined.
+    """
+    shown = []
+    for text, value in tokens[:_MOST_TOKENS]:
+        share = min(abs(value) / largest, 1.0) if largest > 0 else 0.0
+        colour = "215,48,39" if value > 0 else "69,117,180"
+        mark = ";text-decoration:underline" if share > 0.5 else ""
+        style = f"background:rgba({colour},{0.75 * share:.2f}){mark}"
+        shown.append(f'<span style="{style}" title="{value:+.4g}">{escape(text)}</span>')
+    left = len(tokens) - len(shown)
+    rest = f"<span> … {left} more tokens</span>" if left else ""
+    return f'<p class="label {kind}">{escape(label)}</p><div class="text" dir="auto">{"".join(shown)}{rest}</div>'
 
 
 def paragraphs(*texts: str) -> str:

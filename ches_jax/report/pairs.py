@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError
-from ches_jax.report.html import escape, text_block
+from ches_jax.report.html import escape, text_block, token_map
 from ches_jax.report.summary import number
+from ches_jax.scores.parts import TOKENS
 from ches_jax.scores.select import SelectConfig
 from ches_jax.scores.source import SourceRow, source_rows
 
@@ -53,7 +55,34 @@ def plain_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def pair_card(table: pa.Table, position: int, content: Mapping[str, Any] | None) -> str:
+Tokens = dict[int, dict[str, list[tuple[str, float]]]]
+"""By row index and response: the text of each token and what it adds to the score."""
+
+
+def read_tokens(run: Path, indices: Sequence[int]) -> tuple[Tokens, str]:
+    """Token scores of a few rows, where the run has them, and the score they belong to."""
+    path = run / TOKENS
+    if not path.is_file():
+        return {}, ""
+    rows = pq.read_table(path, filters=[("index", "in", list(indices))])
+    by = "ches" if rows["head_score"].null_count else "head_score"
+    found: Tokens = {}
+    for row in rows.select(["index", "response", "text", by]).to_pylist():
+        found.setdefault(row["index"], {}).setdefault(row["response"], []).append((row["text"], row[by]))
+    return found, by
+
+
+def token_maps(tokens: dict[str, list[tuple[str, float]]], by: str) -> str:
+    """Both responses with their tokens coloured by what they add, on one scale."""
+    largest = max((abs(v) for response in tokens.values() for _, v in response), default=0.0)
+    told = {"chosen": f"chosen, each token's share of {by}", "rejected": "rejected, each token's pull on the chosen"}
+    maps = [token_map(told[side], tokens.get(side, []), largest, side) for side in ("chosen", "rejected")]
+    return f'<div class="two"><div>{maps[0]}</div>\n<div>{maps[1]}</div></div>'
+
+
+def pair_card(
+    table: pa.Table, position: int, content: Mapping[str, Any] | None, tokens: Tokens | None = None, by: str = "ches"
+) -> str:
     """One pair: its numbers, its prompt, and the two responses side by side where the screen is wide."""
     row = table.slice(position, 1).to_pylist()[0]
     told = [f"row {row['index']}", row["row_id"][:12]]
@@ -64,11 +93,13 @@ def pair_card(table: pa.Table, position: int, content: Mapping[str, Any] | None)
         told.append(f"category {row['category']}")
     told += row.get("flags") or []
     header = f"<header>{escape(' · '.join(told))}</header>"
+    mine = (tokens or {}).get(row["index"])
+    maps = f"\n{token_maps(mine, by)}" if mine else ""
     if content is None:
-        return f"<article>{header}</article>"
+        return f"<article>{header}{maps}</article>"
     prompt, chosen, rejected = (content.get(k, content.get(f"{k}_ids", "")) for k in ("prompt", "chosen", "rejected"))
     return (
         f"<article>{header}\n{text_block('prompt', plain_text(prompt))}\n"
         f'<div class="two"><div>{text_block("chosen", plain_text(chosen), "chosen")}</div>\n'
-        f"<div>{text_block('rejected', plain_text(rejected), 'rejected')}</div></div></article>"
+        f"<div>{text_block('rejected', plain_text(rejected), 'rejected')}</div></div>{maps}</article>"
     )

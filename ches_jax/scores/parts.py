@@ -28,6 +28,7 @@ TOKEN_SCHEMA = pa.schema(
         "response": pa.string(),
         "position": pa.int32(),
         "token": pa.int32(),
+        "text": pa.string(),
         "ches": pa.float64(),
         "head_score": pa.float64(),
     }

@@ -128,6 +128,8 @@ def _score_chunks(
             dropped = [p for p in chunk if p.flags] if config.on_bad_row == "drop" else []
             kept = [p for p in chunk if not p.flags] if dropped else chunk
             columns, tokens = measure(kept)
+            if tokens is not None:
+                tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
             parts.write(out, number, columns, dropped, tokens, metadata)
             scored += len(kept)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass

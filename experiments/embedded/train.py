@@ -16,15 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 import optax
 from flax import nnx
-from safetensors.numpy import save
 from tokenizers import Tokenizer
 
+from ches_jax.hf.export import write_config, write_weights
 from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families import decoder_config, family_of
+from ches_jax.models.save import stored_tensors
 from ches_jax.models.visibility import Visibility
 from experiments.embedded.packing import Rows, batches, documents
 from experiments.embedded.tokenizer import BOS, EOS, MODEL_MAX_LENGTH, PAD, SPECIAL, VOCABULARY
@@ -129,21 +128,10 @@ def response_loss(model: Decoder, rows: Rows) -> jax.Array:
 
 
 def export(model: Decoder, directory: Path) -> None:
-    """Writes config.json, generation_config.json and model.safetensors in bfloat16."""
-    params = {name: np.asarray(value) for name, value in named_parameters(model).items()}
+    """Writes config.json, generation_config.json and model.safetensors in bfloat16 beside the tokenizer."""
+    params = named_parameters(model)
     rules = family_of(HF_CONFIG, "HF_CONFIG").name_rules(params, model.config)
-    tensors = {}
-    for rule in rules:
-        value = params[rule.param].astype(ml_dtypes.bfloat16)
-        layers = enumerate(value) if rule.stacked else [(0, value)]
-        # every rule of a Llama maps a whole tensor
-        tensors.update({rule.tensor_name(i): np.ascontiguousarray(v) for i, v in layers})
-    # transformers asks for a format; "pt" names the layout of the tensors, not who wrote them
-    (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    _write_json(directory / "config.json", HF_CONFIG)
+    write_weights(directory, stored_tensors(rules, params, model.config, {}, "bfloat16"))
+    write_config(directory, HF_CONFIG)
     ids = {k: v for k, v in HF_CONFIG.items() if k.endswith("_token_id")}
-    _write_json(directory / "generation_config.json", ids)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
