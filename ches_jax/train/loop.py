@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -301,7 +301,7 @@ def _held_out(run: _Run, now: PairLogps, reference: PairLogps | None) -> dict[st
     }
     if loss.stateful:
         return {}
-    value, logs = mean_loss(loss, LossInputs(**asked))
+    value, logs = mean_loss(loss, LossInputs(**cast(Any, asked)))
     return {"eval_loss": float(value), **{f"eval_{k}": float(v) for k, v in logs.items()}}
 
 
@@ -322,8 +322,8 @@ def _require_finite(run: _Run, i: int, metrics: dict[str, float], saved: Checkpo
         f"the last good checkpoint is {saved.folder / str(good)}" if good is not None else "no checkpoint was written"
     )
     raise ChesError(
-        f"update {i + 1}: {what} is {metrics[what]} on rows {named}; {where}. A lower --lr, --clip 1 or --dtype float32 "
-        "may help"
+        f"update {i + 1}: {what} is {metrics[what]} on rows {named}; {where}. A lower --lr, --clip 1 or "
+        "--dtype float32 may help"
     )
 
 

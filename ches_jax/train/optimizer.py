@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from ches_jax.errors import ChesError, many
 
 Params = dict[str, Array]
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[Any], Any]
+"""From the number of an update (int32) to its learning rate (float32)."""
 ScheduleName = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -122,10 +123,8 @@ def make_optimizer(name: str, schedule: Schedule, **hyper: float) -> optax.Gradi
     Raises:
       ChesError: unknown optimiser (the names are listed) or hyper-parameter.
     """
-    inner = OPTIMIZERS[name].make(schedule, **optimizer_hyper(name, hyper)) if name in OPTIMIZERS else None
-    if inner is None:
-        optimizer_hyper(name, hyper)
-        raise AssertionError
+    values = optimizer_hyper(name, hyper)
+    inner = OPTIMIZERS[name].make(schedule, **values)
 
     # optax mixes dtypes and ranks, which a caller may have forbidden
     def init(params: Any) -> Any:
@@ -136,7 +135,7 @@ def make_optimizer(name: str, schedule: Schedule, **hyper: float) -> optax.Gradi
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return inner.update(grads, state, params)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
 def clipped(grads: Params, norm: Float[Array, ""], most: float) -> Params:

@@ -106,7 +106,7 @@ def verify(pairs: Sequence[TokenPair], known: Known, evaluate: Evaluate, path: P
             if not abs(now - then) <= tolerance * max(1.0, abs(now)):
                 raise RunError(
                     f"{path}: row {pair.index} has {COLUMNS[side]} {then:.6g}, the reference model gives {now:.6g}: "
-                    "the cache is of another model or damaged; remove it, or give the model it is of with --reference DIR"
+                    "the cache is of another model or damaged; remove it, or name its model with --reference DIR"
                 )
 
 
