@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ches_jax.diagnose import DiagnoseConfig, diagnose, failed
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.runlog import RUN, read_json
@@ -21,6 +22,7 @@ from ches_jax.scores.config import DTYPES, ScoreConfig
 from ches_jax.scores.pipeline import merge, score
 from ches_jax.scores.select import SelectConfig, select
 from ches_jax.scores.table import FILE_NAME, read_table
+from ches_jax.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +144,57 @@ class Convert:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainConfig):
+    """Train on preference pairs with an objective of the DPO family, or SFT, and watch every pair's log-probabilities."""
+
+    resume: bool = False
+    """Go on with the run that --out holds, from its last checkpoint."""
+    quiet: bool = False
+    """No progress."""
+    json: bool = False
+    """Print run.json instead of the path."""
+
+    def run(self) -> int:
+        """Trains and prints the path; 143 when SIGTERM stopped it."""
+        from ches_jax.train.loop import Stopped, train
+
+        try:
+            out = train(_only(TrainConfig, self), resume=self.resume, quiet=self.quiet)
+        except Stopped as e:
+            print(f"ches: {e}", file=sys.stderr)
+            return 143
+        print(json.dumps(read_json(out / RUN)) if self.json else out)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose(DiagnoseConfig):
+    """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
+
+    json: bool = False
+    """Print the diagnosis as JSON."""
+
+    def run(self) -> int:
+        """Prints the verdict; exit code 1 when --fail-if holds."""
+        found = diagnose(_only(DiagnoseConfig, self))
+        print(json.dumps(found.to_json()) if self.json else found.text())
+        return int(failed(found, self.fail_if))
+
+
 def _only(kind: type, values: Any) -> Any:
     """The part of a command's options that the function below takes."""
     return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
 
 
-DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, report, convert."
+DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, train, diagnose, report, convert."
 
 Command = (
     Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Select, tyro.conf.subcommand("select")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]

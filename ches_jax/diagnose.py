@@ -18,9 +18,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from ches_jax.errors import ChesError, RunError
 from ches_jax.train.displacement import FILE_NAME, PARTS, TOLERANCE, summarise
@@ -35,7 +36,7 @@ LOG_TAIL = 0.1
 class DiagnoseConfig:
     """Where the log-probabilities are; one of the sources."""
 
-    run: str | None = None
+    run_dir: Annotated[str | None, tyro.conf.arg(name="run")] = None
     """Directory of `ches train`: its last evaluation, held-out pairs where there are any."""
     before: str | None = None
     """Directory of `ches score --logps` with the first model; goes with --after."""
@@ -150,11 +151,11 @@ def diagnose(config: DiagnoseConfig) -> Diagnosis:
     Raises:
       ChesError: no source or several; a source without the numbers that are needed.
     """
-    given = [n for n in ("run", "before", "logps", "trl_log") if getattr(config, n) is not None]
+    given = [n for n in ("run_dir", "before", "logps", "trl_log") if getattr(config, n) is not None]
     if len(given) != 1 or (config.before is None) != (config.after is None):
         raise ChesError("give one of --run DIR, --before DIR --after DIR, --logps FILE, --trl-log FILE")
-    if config.run is not None:
-        changes = of_run(Path(config.run))
+    if config.run_dir is not None:
+        changes = of_run(Path(config.run_dir))
     elif config.before is not None:
         changes = of_scores(Path(config.before), Path(str(config.after)))
     elif config.logps is not None:
