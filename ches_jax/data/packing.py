@@ -24,6 +24,8 @@ from ches_jax.types import Eos, TokenPair
 
 SMALLEST_PAIR = 32
 """A row holds at most one pair per this many tokens, which bounds the number of sums a row gives."""
+MOST_PAIRS = 64
+"""And never more than this: rows beyond the standard length are there for single long pairs."""
 
 
 Ints: TypeAlias = Any
@@ -97,7 +99,7 @@ def row_length(pair: TokenPair, standard: int, length_threshold: int | None = No
 
 def capacity(length: int) -> tuple[int, int, int]:
     """(pairs, predictions, segments) a row of ``length`` positions has room for."""
-    pairs = max(1, length // SMALLEST_PAIR)
+    pairs = max(1, min(length // SMALLEST_PAIR, MOST_PAIRS))
     return pairs, length + pairs, 3 * pairs
 
 
