@@ -54,6 +54,7 @@ def test_the_fingerprint_tells_equal_weights_from_others(mixed: Path, tmp_path: 
     model = load_model(mixed)
     first, second = (save_pretrained(model, tmp_path / n, like=mixed) for n in ("a", "b"))
     assert first == second == fingerprint(tmp_path / "a")
+    assert model.norm.weight is not None
     model.norm.weight[...] = model.norm.weight[...] + 1e-6
     assert save_pretrained(model, tmp_path / "c", like=mixed) != first
 
