@@ -1,0 +1,30 @@
+"""The claims hold: a few of each kind in the fast suite, all of them at full size when asked for (``-m slow``)."""
+
+import pytest
+
+from theory.verify import verify
+
+FAST = {
+    "identities": ["T4", "T4c", "T4r", "T5", "MR", "D3", "T6", "T7", "MRs", "P1", "P2"],
+    "several samples": ["T8", "T9"],
+    "kernel identity": ["K0"],
+    "bounds": ["A2", "A3", "D2", "D1i"],
+    "errata": ["X5", "XP2", "X6", "XC", "XL2"],
+    "flows": ["L1", "R2", "R1"],
+    "neighbours": ["E1", "E2", "E4", "E6"],
+}
+
+
+@pytest.mark.parametrize("ids", FAST.values(), ids=FAST)
+def test_claims_hold(ids):
+    results = verify(ids, instances=100, quiet=True)
+    assert {r.id: r.value for r in results if not r.passed} == {}
+    assert [r.id for r in results] == ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_claim_about_toy_models_holds_at_full_size(seed):
+    results = verify(seed=seed, quiet=True)
+    assert {r.id: r.value for r in results if not r.passed} == {}
+    assert all(r.n >= 1000 for r in results if r.status == "exact" and r.tolerance == 1e-10)

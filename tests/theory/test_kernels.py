@@ -1,0 +1,105 @@
+"""Rates and kernels: any model's are the toy model's own, and shares add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ches_jax.types import Response, TokenPair
+from theory import kernels, lmview, ufm
+from theory.coefficients import head_score
+from theory.lmview import sequences_of
+from theory.theorems import Response as Predicted
+
+PAIRS = [
+    TokenPair(row_id="a", index=0, prompt=(5, 6), chosen=Response((7, 8), 2), rejected=Response((7, 9, 10), None)),
+    TokenPair(row_id="b", index=1, prompt=(5, 6, 4), chosen=Response((3,), 2), rejected=Response((11, 12), None)),
+]
+
+
+@pytest.fixture
+def toy(x64):
+    chosen, rejected = sequences_of(PAIRS)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chosen, rejected)
+    view, params = lmview.toy_view(both, jax.random.key(1), vocabulary=13, width=4)
+    return view, params, chosen, rejected
+
+
+def loss(up, down):
+    return jax.nn.softplus(down - up).sum()
+
+
+def test_kernels_through_the_view_are_those_of_the_unconstrained_features_model(toy):
+    view, params, chosen, rejected = toy
+    grams = kernels.pair_grams(view, params, chosen, rejected, groups=lambda name: name)
+    sides = []
+    for side in (chosen, rejected):
+        # a context is the whole sequence up to and with the position that predicts
+        contexts = jnp.asarray(
+            [
+                [int(np.argmax((np.asarray(view.prefixes) == row_prefix(tokens, t)).all(1))) for t in range(4)]
+                for tokens in np.asarray(side.tokens)
+            ],
+            jnp.int32,
+        )
+        sides.append(ufm.Responses(side.tokens[:, 1:], contexts, side.response[:, 1:]))
+    k = [ufm.kernel(params, a, b) for a, b in ((sides[0], sides[0]), (sides[0], sides[1]), (sides[1], sides[1]))]
+    for found, expected in zip(grams, k, strict=True):
+        np.testing.assert_allclose(found["unembedding"], jnp.diagonal(expected.head), rtol=1e-11)
+        np.testing.assert_allclose(found["features"], jnp.diagonal(expected.body), rtol=1e-11, atol=1e-12)
+
+
+def row_prefix(tokens, t):
+    return np.array([*tokens[: t + 1], *[-1] * (len(tokens) - t - 1)])
+
+
+def test_batch_rates_of_one_pair_are_its_own_rate(toy):
+    view, params, chosen, rejected = toy
+    one = [jax.tree.map(lambda a: a[:1], side) for side in (chosen, rejected)]
+    gap = [lmview.log_probs(view, params, side) for side in one]
+    pull = float(jax.nn.sigmoid(gap[1] - gap[0])[0])
+    own = kernels.pair_grams(view, params, *one).rates(pull, pull)
+    np.testing.assert_allclose(kernels.batch_rates(view, params, *one, loss, one[0]), own, rtol=1e-11)
+
+
+def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
+    view, params, chosen, rejected = toy
+    found = kernels.pair_head_scores(view, params, chosen, rejected)
+    w = view.unembedding(params)
+    for row in range(len(PAIRS)):
+        sides = []
+        for side in (chosen, rejected):
+            hidden = view.hidden(params, jax.tree.map(lambda a, r=row: a[r : r + 1], side))[0, :-1]
+            mask = side.response[row, 1:]
+            sides.append(Predicted(side.tokens[row, 1:], jnp.where(mask[:, None], hidden, 0.0), mask))
+        np.testing.assert_allclose(found.score[row], head_score(w, *sides), rtol=1e-11)
+        np.testing.assert_allclose(found.by_token[row][:4].sum(), found.score[row], rtol=1e-11)
+
+
+def test_frozen_parameters_have_no_share_and_no_velocity(toy):
+    view, params, chosen, rejected = toy
+
+    class Frozen:
+        hidden, unembedding, transform = view.hidden, view.unembedding, view.transform
+
+        def trainable(self, params):
+            return ufm.UFM(False, True)
+
+    velocity = kernels.direction(Frozen(), params, chosen, rejected, loss)
+    assert not velocity.unembedding.any() and velocity.features.any()
+    grams = kernels.pair_grams(Frozen(), params, chosen, rejected, groups=lambda name: name)
+    assert set(grams.chosen) == {"features"}
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("lm_head.weight", "head"),
+        ("embed_tokens.weight", "embed"),
+        ("layers.self_attn.q_proj.weight", "attention"),
+        ("layers.attn_norm.weight", "norm"),
+        ("layers.mlp.up_proj.weight", "mlp"),
+    ],
+)
+def test_parameters_are_counted_in_their_module(name, group):
+    assert kernels.by_module(name) == group

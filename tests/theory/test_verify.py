@@ -1,0 +1,57 @@
+"""The command: a table, files, exit codes, one clear line for bad input; double precision stays inside."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from theory import verify as command
+from theory.claims import registry
+from theory.claims.registry import Claim, Outcome
+
+
+def test_results_are_written_with_seed_dtype_and_versions(tmp_path, capsys):
+    assert command.main(["--claims", "L1", "--instances", "20", "--seed", "5", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 1 claims hold" in printed and printed.splitlines()[-1].endswith("claims.json")
+    written = json.loads((tmp_path / "out" / "claims.json").read_text())
+    assert written["passed"] == 1 and "jax" in written["versions"]
+    (claim,) = written["claims"]
+    assert claim["seed"] == 5 and claim["dtype"] == "float64" and claim["n"] == 200
+    assert (tmp_path / "out" / "claims.txt").read_text().count("\n") == 2
+    assert jnp.zeros(()).dtype == jnp.float32
+
+
+def test_a_claim_that_fails_is_exit_code_one(monkeypatch, capsys):
+    false = Claim(
+        id="Z",
+        statement="1 < 0",
+        source="nobody",
+        status="exact",
+        scope="toy",
+        tolerance=0.0,
+        check=lambda ctx: Outcome(value=1.0, n=1, detail={"a": jnp.ones(2), "b": float("inf")}),
+    )
+    monkeypatch.setitem(registry._CLAIMS, "Z", false)
+    assert command.main(["--claims", "Z"]) == 1
+    assert "not: Z" in capsys.readouterr().out
+    (result,) = command.verify(["Z"], quiet=True)
+    json.dumps(result.detail, allow_nan=False)
+
+
+def test_bad_input_is_exit_code_two_and_one_line(capsys):
+    assert command.main(["--claims", "nonsense"]) == 2
+    assert command.main(["--claims", "F1"]) == 2
+    assert command.main(["--model", "/nowhere/at/all"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines if "claims:" not in line)
+    assert "--model DIR" in "".join(lines)
+
+
+def test_the_list_names_every_claim(capsys):
+    assert command.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(registry.all_claims())
+
+
+def test_importing_the_theory_leaves_precision_alone():
+    assert not jax.config.jax_enable_x64  # type: ignore[attr-defined]
