@@ -146,7 +146,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(TrainConfig):
-    """Train on preference pairs with an objective of the DPO family, or SFT, and watch every pair's log-probabilities."""
+    """Train on preference pairs (the DPO family, or SFT) and watch every pair's log-probabilities."""
 
     resume: bool = False
     """Go on with the run that --out holds, from its last checkpoint."""

@@ -8,7 +8,7 @@ log-probabilities answer the first; only all three together are harm. The verdic
     inverted                   margin down
     both_down_margin_up        chosen down, margin not down: likelihood displacement
     both_up                    chosen up, rejected up
-    wanted                     chosen up or level, rejected down; or chosen up, rejected level
+    wanted                     chosen up, rejected not; or rejected down, chosen above -eps
     flat                       all three intervals within [-eps, eps]
     undecided                  none of these
 """
@@ -207,7 +207,7 @@ def _verdict(chosen: Interval, rejected: Interval, margin: Interval, tolerance: 
         return "both_down_margin_up"
     if c == "up" and r == "up":
         return "both_up"
-    if r == "down" or c == "up":
+    if (c == "up" and r != "up") or (r == "down" and chosen.low >= -tolerance):
         return "wanted"
     return "flat" if all(i.within(tolerance) for i in (chosen, rejected, margin)) else "undecided"
 

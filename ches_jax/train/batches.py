@@ -61,7 +61,10 @@ def stepped(n: int) -> int:
 
 
 def fitted(layout: Layout, groups: Iterable[Sequence[TokenPair]], most: int = 3) -> Layout:
-    """The layout with at most ``most`` batch sizes: those that pad the batches of the run least."""
+    """The layout with at most ``most`` batch sizes: those that pad the batches of the run least.
+
+    A short run gets fewer, since each costs a compilation.
+    """
     counts: Counter[int] = Counter()
     predictions = 0
     for group in groups:
@@ -73,7 +76,7 @@ def fitted(layout: Layout, groups: Iterable[Sequence[TokenPair]], most: int = 3)
     part = max(1, layout.row_tokens // 8)
     # a pair whose sequences are computed apart predicts its shared tokens twice
     room = -(-predictions // part) * part if layout.length_threshold is None else 0
-    return layout._replace(row_counts=fewest(counts, most), predictions=room)
+    return layout._replace(row_counts=fewest(counts, min(most, 1 + counts.total() // 32)), predictions=room)
 
 
 def fewest(counts: Counter[int], most: int) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ class Step:
             return grads, new, {"loss": value, **metrics}
 
         def apply(state: TrainState, grads: Any) -> tuple[TrainState, Any]:
-            norm = optax.global_norm(grads)
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in grads.values()))
             if clip is not None:
                 grads = clipped(grads, norm, clip)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
