@@ -93,8 +93,8 @@ def invariants(model: UFM) -> Invariants:
 def cumulative_prediction(log_probs: Callable[[Any], Array], trajectory: Any) -> Float[Array, "S N"]:
     r"""Sum of first-order changes along the actual updates, :math:`\sum_t \langle \nabla \ln \pi, \Delta_t \rangle`.
 
-    The gradient is averaged over a step by Simpson's rule, which leaves an error of fifth order in the update (its value
-    at the start of a step alone would leave one of second order). Works for any optimiser and any parameters.
+    The gradient is averaged over a step by Simpson's rule, which leaves an error of fifth order in the update (its
+    value at the start of a step alone would leave one of second order). Works for any optimiser and any parameters.
 
     Args:
       log_probs: from parameters to the log-probabilities that are followed, [N].

@@ -21,7 +21,7 @@ def test_frozen_parameters_stay(x64):
     def loss(m):
         return (m.unembedding**2).sum() + (m.features**2).sum()
 
-    frozen = UFM(True, False)
+    frozen = UFM(True, False)  # type: ignore[arg-type]
     path = dynamics.gradient_flow(loss, start, jnp.array([0.0, 1.0]), trainable=frozen)
     steps = dynamics.optimise(loss, start, optax.adam(0.1), 3, trainable=frozen)
     assert (path.features == 1).all() and (steps.features == 1).all()

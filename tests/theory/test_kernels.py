@@ -58,8 +58,8 @@ def test_batch_rates_of_one_pair_are_its_own_rate(toy):
     one = [jax.tree.map(lambda a: a[:1], side) for side in (chosen, rejected)]
     gap = [lmview.log_probs(view, params, side) for side in one]
     pull = float(jax.nn.sigmoid(gap[1] - gap[0])[0])
-    own = kernels.pair_grams(view, params, *one).rates(pull, pull)
-    np.testing.assert_allclose(kernels.batch_rates(view, params, *one, loss, one[0]), own, rtol=1e-11)
+    own = kernels.pair_grams(view, params, one[0], one[1]).rates(pull, pull)
+    np.testing.assert_allclose(kernels.batch_rates(view, params, one[0], one[1], loss, one[0]), own, rtol=1e-11)
 
 
 def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
@@ -72,7 +72,7 @@ def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
             hidden = view.hidden(params, jax.tree.map(lambda a, r=row: a[r : r + 1], side))[0, :-1]
             mask = side.response[row, 1:]
             sides.append(Predicted(side.tokens[row, 1:], jnp.where(mask[:, None], hidden, 0.0), mask))
-        np.testing.assert_allclose(found.score[row], head_score(w, *sides), rtol=1e-11)
+        np.testing.assert_allclose(found.score[row], head_score(w, sides[0], sides[1]), rtol=1e-11)
         np.testing.assert_allclose(found.by_token[row][:4].sum(), found.score[row], rtol=1e-11)
 
 
@@ -83,7 +83,7 @@ def test_frozen_parameters_have_no_share_and_no_velocity(toy):
         hidden, unembedding, transform = view.hidden, view.unembedding, view.transform
 
         def trainable(self, params):
-            return ufm.UFM(False, True)
+            return ufm.UFM(False, True)  # type: ignore[arg-type]
 
     velocity = kernels.direction(Frozen(), params, chosen, rejected, loss)
     assert not velocity.unembedding.any() and velocity.features.any()

@@ -10,7 +10,13 @@ from theory.claims.registry import sweep, worst
 
 def claim_with(status, tolerance=1.0):
     return Claim(
-        id="t", statement="", source="", status=status, scope="toy", tolerance=tolerance, check=lambda ctx: None
+        id="t",
+        statement="",
+        source="",
+        status=status,
+        scope="toy",
+        tolerance=tolerance,
+        check=lambda ctx: Outcome(value=0.0, n=0),
     )  # type: ignore[arg-type]
 
 

@@ -40,7 +40,7 @@ def test_theorem_6_of_single_tokens_is_theorem_4(x64):
     w, h = jnp.array(rng.normal(size=(5, 3))), jnp.array(rng.normal(size=3))
     pair = [response([t, 0], [h, jnp.zeros(3)], [True, False]) for t in (0, 1)]
     np.testing.assert_allclose(
-        theorems.theorem_6(w, *pair, jnp.asarray(-0.3)).total,
+        theorems.theorem_6(w, pair[0], pair[1], jnp.asarray(-0.3)).total,
         theorems.theorem_4(w, h, P, M, jnp.asarray(-0.3)).total,
         rtol=1e-13,
     )

@@ -104,9 +104,12 @@ def find(ids: Sequence[str]) -> tuple[Claim, ...]:
 def sweep(key: tuple[int, ...], instances: int, check: Callable[..., Any], sizes: Sequence[dict[str, int]]) -> Any:
     """``check(draw, **size)`` on so many instances, dealt out over the sizes; one compilation for each size.
 
+    Every size gets a hundred instances at least: a quick look compiles only the first of them.
+
     Returns:
       The results as numpy arrays with the instances in front.
     """
+    sizes = sizes[: max(1, instances // 100)]
     each = -(-instances // len(sizes))
     found = []
     for i, size in enumerate(sizes):
