@@ -21,7 +21,7 @@ def compiled_once(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     yield
