@@ -1,0 +1,123 @@
+"""Reference log-probabilities: computed once, found again, never another model's."""
+
+import json
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from flax import nnx
+
+from ches_jax import embedded
+from ches_jax.errors import RunError
+from ches_jax.models.load import load_model
+from ches_jax.models.save import save_pretrained
+from ches_jax.train import loop
+from ches_jax.train.evaluate import PairLogps
+from ches_jax.train.loop import train
+from ches_jax.train.reference import cache_key, read_cache, reference_logps, write_cache
+from ches_jax.types import Response, TokenPair
+
+IDENTITY = {"model_fingerprint": "m", "dtype": "float32", "convention": {"eos": "include"}}
+
+
+def pair(i):
+    return TokenPair(row_id=f"row{i}", index=i, prompt=(1,), chosen=Response((2,), 3), rejected=Response((4,), 3))
+
+
+class Model:
+    """Gives -i and -2i, and counts."""
+
+    def __init__(self, shift=0.0):
+        self.shift = shift
+        self.asked = []
+
+    def __call__(self, pairs):
+        self.asked += [p.index for p in pairs]
+        values = np.array([float(p.index) for p in pairs])
+        return PairLogps(-values - self.shift, -2 * values - self.shift)
+
+
+def test_rows_are_computed_once_and_new_ones_added(tmp_path):
+    first, second = Model(), Model()
+    reference_logps([pair(i) for i in range(5)], first, IDENTITY, tmp_path)
+    assert first.asked == list(range(5))
+    found = reference_logps([pair(i) for i in (6, 2, 6, 4)], second, IDENTITY, tmp_path)
+    assert found.rejected.tolist() == [-12, -4, -12, -8]
+    assert second.asked.count(6) == 1 and set(second.asked) == {2, 4, 6}  # 2 and 4 to verify
+    (file,) = tmp_path.glob("*.parquet")
+    assert pq.read_table(file).column_names == ["row_id", "ref_chosen_logps", "ref_rejected_logps"]
+
+
+def test_parts_of_a_killed_run_are_used(tmp_path):
+    known = {f"row{i}": (-float(i), -2.0 * i) for i in range(3)}
+    write_cache(tmp_path / f".reference-{cache_key(IDENTITY)}.parts" / "000000.parquet", known, IDENTITY)
+    model = Model()
+    reference_logps([pair(i) for i in range(5)], model, IDENTITY, tmp_path)
+    assert [i for i in model.asked if i > 2] == [3, 4]
+    assert not list(tmp_path.glob(".*.parts"))
+
+
+def test_a_cache_whose_rows_are_not_the_models_is_refused(tmp_path):
+    reference_logps([pair(i) for i in range(5)], Model(), IDENTITY, tmp_path)
+    with pytest.raises(RunError, match="the cache is of another model or damaged"):
+        reference_logps([pair(i) for i in range(5)], Model(shift=0.1), IDENTITY, tmp_path)
+
+
+def test_a_cache_of_another_identity_names_the_differences(tmp_path):
+    write_cache(tmp_path / "a.parquet", {"row0": (-1.0, -2.0)}, IDENTITY)
+    with pytest.raises(RunError, match=r"model_fingerprint: 'm' there, 'other' now"):
+        read_cache(tmp_path / "a.parquet", {**IDENTITY, "model_fingerprint": "other"})
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model, tmp_path_factory):
+    model = load_model(tiny_model)
+    nnx.update(model, jax.tree.map(lambda w: w * 1.1, nnx.state(model)))
+    out = tmp_path_factory.mktemp("models") / "other"
+    save_pretrained(model, out, like=tiny_model)
+    return out
+
+
+def first_loss(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+
+
+def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
+    """A directory, its cache as a file, columns of the rows: the same loss; the cache of another model: refused."""
+    options = {"steps": 1, "export": False, "holdout": 0, "limit": 4}
+    by_directory = train(small(tmp_path / "a", reference=str(other_model), **options), quiet=True)
+    assert abs(first_loss(by_directory) - np.log(2)) > 1e-3
+    (cache,) = by_directory.glob("reference-*.parquet")
+
+    with pytest.raises(RunError, match="model_fingerprint"):
+        train(small(tmp_path / "b", reference=str(cache), **options), quiet=True)
+    by_initial = train(small(tmp_path / "c", **options), quiet=True)
+    (own,) = by_initial.glob("reference-*.parquet")
+    by_file = train(small(tmp_path / "d", reference=str(own), **options), quiet=True)
+    assert first_loss(by_file) == first_loss(by_initial) == pytest.approx(np.log(2), abs=1e-6)
+
+    values = pq.read_table(cache).to_pylist()
+    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:4]]
+    known = {v["row_id"]: v for v in values}
+    table = pq.read_table(by_directory / "displacement.parquet").to_pylist()
+    for row in table:
+        if row["step"] == 0:
+            found = known[row["row_id"]]
+            rows[row["index"]] |= {k: found[k] for k in ("ref_chosen_logps", "ref_rejected_logps")}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    by_columns = train(small(tmp_path / "e", pairs=str(path), reference="columns", **options), quiet=True)
+    assert first_loss(by_columns) == pytest.approx(first_loss(by_directory), rel=1e-6)
+
+
+def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeypatch):
+    real = loop.reference_logps
+
+    def shifted(*args):
+        found = real(*args)
+        return PairLogps(found.chosen + 1.0, found.rejected)
+
+    monkeypatch.setattr(loop, "reference_logps", shifted)
+    with pytest.raises(Exception, match="before the first update the policy gives the chosen responses"):
+        train(small(tmp_path / "run", steps=1, export=False, holdout=0, limit=4), quiet=True)
