@@ -5,6 +5,7 @@ Progress and summaries go to standard error, the result's path (or JSON with ``-
 """
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -182,12 +183,53 @@ class Diagnose(DiagnoseConfig):
         return int(failed(found, self.fail_if))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check the theory's claims on toy models, or on a real model and its pairs. Exit code 1 when a claim fails."""
+
+    claims: tuple[str, ...] = ()
+    """Ids such as T4 T5; default: all."""
+    model: str | None = None
+    """Check the claims about real models on this one."""
+    pairs: str | None = None
+    """Preference pairs for --model."""
+    limit: int = 32
+    """Pairs to use with --model."""
+    instances: int = 1000
+    """Random instances of each exact claim."""
+    seed: int = 0
+    """Of every random number."""
+    out: Path | None = None
+    """Directory for the results as JSON."""
+    list: bool = False
+    """Only list the claims."""
+
+    def run(self) -> int:
+        """Hands over to the theory, which lies beside the package in a checkout."""
+        words = ["--seed", str(self.seed), "--instances", str(self.instances), "--limit", str(self.limit)]
+        words += ["--claims", *self.claims] if self.claims else []
+        for name, value in [("--model", self.model), ("--pairs", self.pairs), ("--out", self.out)]:
+            words += [name, str(value)] if value is not None else []
+        return _theory().main([*words, *(["--list"] if self.list else [])])
+
+
+def _theory() -> Any:
+    """``theory.verify``, from the path or from the checkout this package is installed from."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "theory").is_dir() and str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    try:
+        return importlib.import_module("theory.verify")
+    except ModuleNotFoundError as e:
+        raise ChesError("the theory is part of a checkout, not of the wheel: install with pip install -e .") from e
+
+
 def _only(kind: type, values: Any) -> Any:
     """The part of a command's options that the function below takes."""
     return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
 
 
-DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, train, diagnose, report, convert."
+DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, train, diagnose, verify."
 
 Command = (
     Annotated[Score, tyro.conf.subcommand("score")]
@@ -197,6 +239,7 @@ Command = (
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 

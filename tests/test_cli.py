@@ -196,3 +196,9 @@ def test_a_directory_of_something_else_is_left_alone(capsys, tmp_path, tiny_mode
     code, _, err = run(capsys, "score", "--model", tiny_model, "--pairs", pairs, "--out", tmp_path / "mine")
     assert code == 2 and "holds no run of ours" in err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_verify_hands_over_to_the_theory(capsys):
+    code, out, _ = run(capsys, "verify", "--claims", "L1", "--instances", "20")
+    assert code == 0 and "1 of 1 claims hold" in out
+    assert run(capsys, "verify", "--claims", "no-such-claim")[0] == 2
