@@ -40,3 +40,8 @@ class JsonLines:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def last(self) -> dict[str, Any]:
+        """The values of the last line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return {k: v for k, v in json.loads(lines[-1]).items() if k != "step"} if lines else {}

@@ -46,7 +46,7 @@ def test_shares_of_the_margin_sum_to_one():
     ],
 )  # fmt: skip
 def test_the_verdict_follows_the_means(chosen, rejected, verdict):
-    noise = np.random.default_rng(1).normal(size=(2, 200)) * (0.01 if verdict == "flat" else 0.5)
+    noise = np.random.default_rng(1).normal(size=(2, 200)) * (0.01 if verdict == "flat" else 0.2)
     found = judge(Changes(chosen + noise[0], rejected + noise[1], "test"))
     assert found.verdict == verdict and verdict in found.text()
     assert found.chosen.low <= found.chosen.mean <= found.chosen.high

@@ -94,13 +94,13 @@ def same_bytes(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def stopping_at(step):
-    """A tracker that sends SIGTERM while update ``step`` is logged."""
+def stopping_at(update):
+    """A tracker that sends SIGTERM while an update is logged."""
 
     class Stopping(JsonLines):
-        def log(self, at, values):
-            super().log(at, values)
-            if at == step and "loss" in values:
+        def log(self, step, values):
+            super().log(step, values)
+            if step == update and "loss" in values:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return Stopping
@@ -140,6 +140,35 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(whole_run, small, tmp_pat
         train(config, quiet=True)
     monkeypatch.undo()
     same_bytes(train(config, resume=True, quiet=True), whole_run)
+
+
+def test_a_run_killed_before_its_summary_ends_as_one_that_was_not(whole_run, small, tmp_path, monkeypatch):
+    def die(*_):
+        raise Killed
+
+    config = small(tmp_path / "run", epochs=2.0, eval_every=2, save_every=2)
+    monkeypatch.setattr(loop, "_write_summary", die)
+    with pytest.raises(Killed):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    out = train(config, resume=True, quiet=True)
+    same_bytes(out, whole_run)
+    summaries = [read_json(o / "run.json")["displacement"] for o in (out, whole_run)]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_mesh(small, tmp_path, monkeypatch):
+    options = {"optimizer": "sgd", "lr": 1e-2, "epochs": 2.0}
+    plain = train(small(tmp_path / "plain", **options), quiet=True)
+    monkeypatch.setattr(loop, "JsonLines", stopping_at(3))
+    with pytest.raises(Stopped):
+        train(small(tmp_path / "run", **options), quiet=True)
+    monkeypatch.undo()
+    out = train(small(tmp_path / "run", **{**options, "mesh": "data=2,fsdp=2"}), resume=True, quiet=True)
+    expected = {n: t.read() for n, t in open_tensors(plain / "model").items()}
+    for name, tensor in open_tensors(out / "model").items():
+        np.testing.assert_allclose(tensor.read(), expected[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

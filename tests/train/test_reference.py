@@ -12,7 +12,7 @@ from ches_jax import embedded
 from ches_jax.errors import RunError
 from ches_jax.models.load import load_model
 from ches_jax.models.save import save_pretrained
-from ches_jax.train import loop
+from ches_jax.train import setup
 from ches_jax.train.evaluate import PairLogps
 from ches_jax.train.loop import train
 from ches_jax.train.reference import cache_key, read_cache, reference_logps, write_cache
@@ -112,12 +112,12 @@ def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
 
 
 def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeypatch):
-    real = loop.reference_logps
+    real = setup.reference_logps
 
     def shifted(*args):
         found = real(*args)
         return PairLogps(found.chosen + 1.0, found.rejected)
 
-    monkeypatch.setattr(loop, "reference_logps", shifted)
+    monkeypatch.setattr(setup, "reference_logps", shifted)
     with pytest.raises(Exception, match="before the first update the policy gives the chosen responses"):
         train(small(tmp_path / "run", steps=1, export=False, holdout=0, limit=4), quiet=True)

@@ -1,0 +1,146 @@
+"""Everything a run needs, opened and checked before the first number is computed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ches_jax import embedded
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.losses import Loss
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.families import decoder_config
+from ches_jax.models.load import load_model
+from ches_jax.models.partition import placement
+from ches_jax.parallel import make_mesh, row_shards
+from ches_jax.runlog import as_dict
+from ches_jax.train.batches import Layout, standard_row
+from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig
+from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs, reference_from_columns
+from ches_jax.train.evaluate import Evaluator, PairLogps
+from ches_jax.train.objective import get_objective, needs_reference
+from ches_jax.train.optimizer import Schedule, make_schedule
+from ches_jax.train.reference import from_file, reference_logps
+from ches_jax.train.state import require_divides
+from ches_jax.types import TokenPair
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything opened and checked before the first update."""
+
+    config: TrainConfig
+    out: Path
+    directory: Path
+    decoder: DecoderConfig
+    mesh: Mesh
+    pairs: RunPairs
+    plan: Plan
+    layout: Layout
+    loss: Loss
+    schedule: Schedule
+    identity: dict[str, Any]
+
+    @property
+    def sets(self) -> dict[str, list[TokenPair]]:
+        """The pairs that are watched, by the name of their set."""
+        every = {"train": self.pairs.watched, "held_out": self.pairs.held_out}
+        return {name: pairs for name, pairs in every.items() if pairs}
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Open and check; nothing is computed or written."""
+    assert config.out is not None
+    directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
+    decoder = decoder_config(read_config(directory), str(directory))
+    mesh = make_mesh(config.mesh)
+    loss = get_objective(config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per)
+    if needs_reference(loss) and config.reference == "none":
+        raise ChesError(
+            f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
+        )
+    pairs = read_run_pairs(config, directory, decoder)
+    plan = make_plan(config, len(pairs.train))
+    require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
+    threshold = decoder.rope.length_threshold if decoder.rope else None
+    row_tokens = config.row_tokens or standard_row([*pairs.train, *pairs.held_out], threshold)
+    options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
+    identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
+    return Run(
+        config=config,
+        out=Path(config.out),
+        directory=directory,
+        decoder=decoder,
+        mesh=mesh,
+        pairs=pairs,
+        plan=plan,
+        layout=Layout(row_tokens, row_shards(mesh), config.eos, threshold),
+        loss=loss,
+        schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
+        identity=identity,
+    )
+
+
+def load_parameters(directory: Path, dtype: str, master: str, mesh: Mesh) -> dict[str, jax.Array]:
+    """Weights of a directory in the master dtype, on the mesh."""
+    model = load_model(directory, dtype=dtype, param_dtype=master, sharding=placement(mesh))
+    return named_parameters(model)
+
+
+def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[str, PairLogps]:
+    """Reference log-probabilities of training and held-out pairs; empty where the loss has no reference."""
+    config, pairs = run.config, run.pairs
+    if not needs_reference(run.loss):
+        return {}
+    if config.reference == "columns":
+        parts = {"train": pairs.train, "held_out": pairs.held_out}
+        return {name: reference_from_columns(some, pairs.columns) for name, some in parts.items()}
+    everything = [*pairs.train, *pairs.held_out]
+    identity = {
+        "model_fingerprint": run.identity["model_fingerprint"],
+        "tokenizer_fingerprint": run.identity["tokenizer_fingerprint"],
+        "convention": {"eos": config.eos, "max_length": config.max_length, "template": config.template},
+        "dtype": config.dtype,
+    }
+    folder = Path(config.reference_cache) if config.reference_cache else run.out
+    if config.reference.endswith(".parquet"):
+        found = from_file(Path(config.reference), everything, identity, lambda some: evaluate(params, some))
+    elif config.reference == "initial":
+        found = reference_logps(everything, lambda some: evaluate(params, some), identity, folder)
+    else:
+        directory = resolve(config.reference)
+        identity["model_fingerprint"] = fingerprint(directory)
+        found = reference_logps(everything, _other_model(run, directory), identity, folder)
+    n = len(pairs.train)
+    return {
+        "train": PairLogps(found.chosen[:n], found.rejected[:n]),
+        "held_out": PairLogps(found.chosen[n:], found.rejected[n:]),
+    }
+
+
+def _other_model(run: Run, directory: Path) -> Callable[[Sequence[TokenPair]], PairLogps]:
+    """Log-probabilities under a reference directory, whose weights are gone when they have been computed."""
+    decoder = decoder_config(read_config(directory), str(directory))
+    if decoder.vocab_size != run.decoder.vocab_size:
+        raise ChesError(
+            f"--reference {directory}: its vocabulary has {decoder.vocab_size} tokens, the model's "
+            f"{run.decoder.vocab_size}; policy and reference share one tokenizer"
+        )
+    abstract = abstract_decoder(decoder, dtype=jnp.dtype(run.config.dtype))
+    threshold = decoder.rope.length_threshold if decoder.rope else None
+    evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold))
+    master = "float64" if run.config.dtype == "float64" else "float32"
+    loaded: list[Any] = []
+
+    def compute(pairs: Sequence[TokenPair]) -> PairLogps:
+        if not loaded:
+            loaded.append(load_parameters(directory, run.config.dtype, master, run.mesh))
+        return evaluate(loaded[0], pairs)
+
+    return compute
