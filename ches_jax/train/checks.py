@@ -54,6 +54,6 @@ def require_agreement(run: Run, batches: Sequence[Batch], metrics: dict[str, flo
             f"{reference:.6g}; they are the same model, so the reference log-probabilities are not of these rows"
         )
     beta = run.loss.hyper.get("beta", 1.0)
-    plain = run.config.loss in ("dpo", "sigmoid") and not run.config.sft
+    plain = run.config.loss in ("dpo", "sigmoid") and not run.config.sft and run.config.weights is None
     if plain and not abs(metrics["loss"] - math.log(2)) <= beta * tolerance * max(1.0, abs(reference)):
         raise ChesError(f"before the first update the DPO loss is {metrics['loss']:.6g}, not ln 2: please report this")

@@ -8,6 +8,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ches_jax.data.prompts import Template
 from ches_jax.errors import ChesError
+from ches_jax.losses import Loss
 from ches_jax.losses.wrappers import Per
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
@@ -73,6 +74,8 @@ class TrainConfig:
     """Coefficient of a likelihood term of the chosen response."""
     sft_per: Per = "token"
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
+    weights: str | None = None
+    """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes."""
     reference: str = "initial"
     """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
     or a cache file written before."""
@@ -137,6 +140,13 @@ NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "reference_cache", "export"
 """Options that two runs may differ in and be the same run."""
 
 
+def objective(config: TrainConfig) -> Loss:
+    """The loss the config asks for."""
+    return get_objective(
+        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
+    )
+
+
 def checked(config: TrainConfig) -> TrainConfig:
     """The config with a run directory; options that no run could have are refused, before anything is read.
 
@@ -145,7 +155,7 @@ def checked(config: TrainConfig) -> TrainConfig:
     """
     if config.dtype not in DTYPES:
         raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
-    get_objective(config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per)
+    objective(config)
     optimizer_hyper(config.optimizer, config.optimizer_args)
     make_schedule(config.schedule, config.lr, 1)
     positive = {

@@ -40,6 +40,8 @@ class RunPairs:
     fingerprints: dict[str, str]
     columns: dict[str, tuple[float, float]]
     """Reference log-probabilities that the rows bring, by ``row_id``; empty unless asked for."""
+    weights: dict[str, float]
+    """Weight of each row, by ``row_id``; empty unless asked for."""
 
 
 def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> RunPairs:
@@ -65,7 +67,13 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
     )
     prints["data_fingerprint"] = main.fingerprint()
     kept, dropped, rows = _tokenised(main, tokenizer, config.on_bad_row, config.limit)
-    found = _reference_columns(main, config.limit) if config.reference == "columns" else {}
+    found: dict[str, Any] = {}
+    if config.reference == "columns":
+        found = _numbers(main, COLUMNS, "--reference columns", config.limit)
+    weights = {}
+    if config.weights is not None:
+        named = _numbers(main, (config.weights,), f"--weights {config.weights}", config.limit)
+        weights = {row_id: values[0] for row_id, values in named.items()}
     held_out: list[TokenPair] = []
     if config.eval_pairs is not None:
         other = open_pairs(config.eval_pairs, None, config.columns)
@@ -73,7 +81,7 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
         held_out, more, _ = _tokenised(other, tokenizer, config.on_bad_row, None)
         dropped += more
         if config.reference == "columns":
-            found |= _reference_columns(other, None)
+            found |= _numbers(other, COLUMNS, "--reference columns", None)
     elif config.holdout:
         if config.holdout >= len(kept):
             raise ChesError(f"--holdout {config.holdout}: there are {len(kept)} pairs in all")
@@ -81,7 +89,7 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
         held_out = [p for i, p in enumerate(kept) if i in out]
         kept = [p for i, p in enumerate(kept) if i not in out]
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
-    return RunPairs(kept, [kept[i] for i in sorted(chosen)], held_out, dropped, rows, prints, found)
+    return RunPairs(kept, [kept[i] for i in sorted(chosen)], held_out, dropped, rows, prints, found, weights)
 
 
 def _tokenised(
@@ -110,16 +118,16 @@ def _tokenised(
     return kept, [dropped_record(p) for p in bad], len(pairs)
 
 
-def _reference_columns(source: PairSource, limit: int | None) -> dict[str, tuple[float, float]]:
-    """Reference log-probabilities that the rows themselves bring."""
+def _numbers(source: PairSource, names: Sequence[str], option: str, limit: int | None) -> dict[str, tuple[float, ...]]:
+    """Numbers that the rows themselves bring, by ``row_id``."""
     found = {}
     for row, (where, raw) in zip(source, source.read(0), strict=False):
         if limit is not None and row.index >= limit:
             break
-        values = [raw.get(name) for name in COLUMNS]
+        values = [raw.get(name) for name in names]
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise DataError(f"{source.name}, {where}: --reference columns needs numbers in {' and '.join(COLUMNS)}")
-        found[row.row_id] = (float(values[0]), float(values[1]))
+            raise DataError(f"{source.name}, {where}: {option} needs numbers in {' and '.join(names)}")
+        found[row.row_id] = tuple(float(v) for v in values)
     return found
 
 

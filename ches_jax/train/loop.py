@@ -55,7 +55,9 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     config = checked(config)
     with jax.enable_x64(config.dtype == "float64"):
         run = prepare(config)
-        open_run(run.out, "train", run.identity, resume)
+        # flat, so that a difference is told by the name of its option
+        prints = {k: v for k, v in run.identity.items() if k != "config"}
+        open_run(run.out, "train", {**run.identity["config"], **prints}, resume)
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
@@ -139,17 +141,17 @@ def _batch_maker(run: Run, reference: PairLogps | None, dtype: str) -> Callable[
 
     def make(step: int) -> list[Batch]:
         groups = run.plan.update(step)
-        weights = None
+        share = 1.0
         if run.loss.name == "sft":
             tokens = sum(len(pairs[i].chosen.targets(run.config.eos)) for g in groups for i in g)
-            weights = sum(map(len, groups)) / max(1, tokens)
+            share = sum(map(len, groups)) / max(1, tokens)
         return [
             make_batch(
                 [pairs[i] for i in group],
                 layout,
                 None if reference is None else reference.chosen[group],
                 None if reference is None else reference.rejected[group],
-                None if weights is None else np.full(len(group), weights),
+                np.array([run.pairs.weights.get(pairs[i].row_id, share) for i in group]),
                 np.dtype(dtype),
             )
             for group in groups

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from ches_jax.data.packing import Rows
 from ches_jax.errors import ChesError
-from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, loss_names, mean_loss, with_sft
+from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, loss_names, mean_loss, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, Aux
 from ches_jax.losses.wrappers import Per
 from ches_jax.models.decoder import Decoder
@@ -69,22 +69,26 @@ def pair_logps(model: Decoder, batch: Batch, **options: Any) -> tuple[Float[Arra
     return shared + sums[batch.row, batch.shared + 1], shared + sums[batch.row, batch.shared + 2]
 
 
-def get_objective(name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: Per = "token") -> Loss:
-    """A loss of the registry or a supervised one, with an SFT term where asked.
+def get_objective(
+    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: Per = "token", weighted: bool = False
+) -> Loss:
+    """A loss of the registry or a supervised one, with an SFT term and weights of the pairs where asked.
 
     Raises:
       ChesError: unknown name (the names are listed), wrong hyper-parameters, or a loss that asks for more than
         training supplies.
     """
     if name in SFT:
-        if hyper or sft:
-            raise ChesError(f"loss {name!r}: has no hyper-parameters and takes no SFT term")
+        if hyper or sft or weighted:
+            raise ChesError(f"loss {name!r}: has no hyper-parameters and takes neither an SFT term nor weights")
         return _supervised(name)
     if name not in loss_names():
         raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(sorted({*loss_names(), *SFT}))}")
     loss = get_loss(name, **hyper)
     if sft:
         loss = with_sft(loss, sft, per=sft_per)
+    if weighted:
+        loss = with_weights(loss)
     missing = sorted(loss.needs - SUPPLIED)
     if missing:
         raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply yet")

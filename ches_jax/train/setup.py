@@ -21,10 +21,10 @@ from ches_jax.models.partition import placement
 from ches_jax.parallel import make_mesh, row_shards
 from ches_jax.runlog import as_dict
 from ches_jax.train.batches import Layout, standard_row
-from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig
+from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
 from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs, reference_from_columns
 from ches_jax.train.evaluate import Evaluator, PairLogps
-from ches_jax.train.objective import get_objective, needs_reference
+from ches_jax.train.objective import needs_reference
 from ches_jax.train.optimizer import Schedule, make_schedule
 from ches_jax.train.reference import from_file, reference_logps
 from ches_jax.train.state import require_divides
@@ -60,7 +60,7 @@ def prepare(config: TrainConfig) -> Run:
     directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     mesh = make_mesh(config.mesh)
-    loss = get_objective(config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per)
+    loss = objective(config)
     if needs_reference(loss) and config.reference == "none":
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"

@@ -115,6 +115,8 @@ def test_a_stopped_run_resumes_to_the_same_bytes(whole_run, small, tmp_path, mon
     monkeypatch.undo()
     with pytest.raises(RunError, match="add --resume"):
         train(config, quiet=True)
+    with pytest.raises(RunError, match=r"another run; give a new directory with --out: lr: 0.0001 there, 0.5 now"):
+        train(replace(config, lr=0.5), resume=True, quiet=True)
     out = train(config, resume=True, quiet=True)
     same_bytes(out, whole_run)
     assert read_json(out / "run.json")["updates_this_time"] == 1
@@ -306,6 +308,20 @@ def test_the_command_line_trains_and_diagnoses(capsys, tiny_model, tmp_path):
     assert capsys.readouterr().out == f"{out}\n"
     assert main(["diagnose", "--run", out, "--fail-if", "lld_rate>1"]) == 0
     assert capsys.readouterr().out.startswith("verdict: ")
+
+
+def test_rows_of_weight_zero_do_not_train(small, tmp_path):
+    from ches_jax import embedded
+
+    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:4]]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({**r, "weight": 0.0}) + "\n" for r in rows))
+    options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None}
+    out = train(small(tmp_path / "run", **options), quiet=True)
+    assert lines(out)[1]["loss"] == lines(out)[1]["grad_norm"] == 0
+    assert read_json(out / "run.json")["loss"] == "with_weights(dpo(beta=0.1))"
+    with pytest.raises(ChesError, match="line 1: --weights other needs numbers in other"):
+        train(small(tmp_path / "other", **{**options, "weights": "other"}), quiet=True)
 
 
 def test_stateful_losses_carry_their_state(small, tmp_path):
