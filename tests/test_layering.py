@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "generate": PURE | {"models"},
     "report": PURE | {"models", "scores", "train", "generate"},
     "doctor": PURE | {"models", "scores"},
+    "diagnose": PURE | {"scores", "train"},
 }
 PURE_MATHEMATICS = ["scores/statistics.py", "models/visibility.py", "models/attention.py", "models/rope.py"]
 
