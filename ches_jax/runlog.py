@@ -5,13 +5,13 @@ A directory is made new, or resumed when asked and when it holds the same run; i
 
 import dataclasses
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
+from ches_jax.files import read_object, replacing
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -39,22 +39,13 @@ def device_name() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON written whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run directory."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path.parent}: no {path.name}; expected a run directory") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise RunError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object")
-    return value
+    return read_object(path, RunError, "a run directory")
 
 
 def new_name(parent: Path, verb: str) -> Path:

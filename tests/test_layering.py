@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "types", "options", "runlog", "embedded"}
+LEAVES = {"errors", "types", "files", "options", "runlog", "embedded"}
 PURE = LEAVES | {"hf", "data", "losses", "parallel"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "options": {"errors"},
-    "runlog": {"errors"},
+    "files": {"errors"},
+    "runlog": {"errors", "files"},
     "embedded": {"errors"},
     "hf": LEAVES,
     "data": LEAVES,

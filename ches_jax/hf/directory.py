@@ -5,12 +5,12 @@ shards it names. Nothing is unpickled and no code of the directory is run.
 """
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import CheckpointError, many
+from ches_jax.files import read_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -47,15 +47,7 @@ def resolve(model: str | Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from ``path``, or a CheckpointError that names the file and what is wrong."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: no {path.name}; expected a Hugging Face model directory") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, CheckpointError, "a Hugging Face model directory")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -4,17 +4,14 @@ The directory is written under a temporary name and renamed when it is whole.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from ches_jax.errors import CheckpointError
 from ches_jax.hf.directory import CONFIG, INDEX, SINGLE
 
 SHARD_BYTES = 2 * 2**30
@@ -22,23 +19,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill; it gets its name when the block ends without an error, and is removed otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty directory; give a new --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:

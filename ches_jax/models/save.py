@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ches_jax.errors import CheckpointError
+from ches_jax.files import new_directory
 from ches_jax.hf.directory import fingerprint, read_config
-from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, new_directory, write_config, write_weights
+from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, write_config, write_weights
 from ches_jax.hf.tensors import open_tensors
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
@@ -48,7 +50,7 @@ def save_pretrained(
     stored = {} if source is None or dtype else {n: t.dtype for n, t in open_tensors(source).items()}
     params = named_parameters(model)
     rules = family_of(raw, str(out)).name_rules(params, model.config)
-    with new_directory(Path(out)) as directory:
+    with new_directory(Path(out), CheckpointError) as directory:
         write_weights(directory, stored_tensors(rules, params, model.config, stored, dtype), shard_bytes)
         kept = {str(v.dtype) for v in params.values()}
         if dtype or source is None:

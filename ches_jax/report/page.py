@@ -7,13 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.files import replacing
 from ches_jax.report import contents, sections
 from ches_jax.report.html import escape, page, paragraphs
 from ches_jax.report.pairs import pair_card, read_texts, read_tokens
 from ches_jax.report.summary import correlation
 from ches_jax.scores.derive import score_column
 from ches_jax.scores.source import SourceRow, dropped_when_scored, read_run
-from ches_jax.scores.table import read_table, replacing, table_path
+from ches_jax.scores.table import read_table, table_path
 
 SHOWN = 10
 """Pairs shown at each end of a score."""

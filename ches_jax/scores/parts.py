@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from ches_jax.data.audit import dropped_record
 from ches_jax.errors import RunError
-from ches_jax.scores.table import FILE_NAME, merge_parts, replacing, write_part
+from ches_jax.files import replacing
+from ches_jax.scores.table import FILE_NAME, merge_parts, write_part
 from ches_jax.types import TokenPair
 
 FOLDER = "parts"

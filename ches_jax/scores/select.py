@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.files import new_directory
 from ches_jax.options import Columns
 from ches_jax.scores.card import card
 from ches_jax.scores.derive import numbers, score_column, spearman
@@ -138,20 +136,6 @@ def _range(values: np.ndarray) -> list[float]:
     return [float(np.nanmin(values)), float(np.nanmax(values))]
 
 
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary directory, renamed to ``out`` when the block ends well, removed when not."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: exists and is not an empty directory; choose another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, out)  # replaces an empty directory too
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dict[str, Any]:
     """Writes the selection to ``config.out``: a preference dataset that tells how it was chosen.
 
@@ -171,7 +155,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     """
     table, metadata = read_table(config.scores)
     decision = decide(table, config)
-    with new_directory(Path(config.out)) as folder:
+    with new_directory(Path(config.out), RunError) as folder:
         rows = source_rows(config) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
         told = read_run(config.scores).get("config") or {}

@@ -9,9 +9,7 @@ time is stored.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
+from ches_jax.files import replacing
 
 COLUMNS: dict[str, pa.DataType] = {
     "row_id": pa.string(),
@@ -80,23 +79,6 @@ def metadata_of(table_schema: pa.Schema, subject: str) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise RunError(f"{subject}: its metadata is damaged (expected a JSON object)")
     return metadata
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name, renamed to ``path`` when the block ends well and removed when not.
-
-    A reader therefore sees the whole file or none, also after the machine stops in between.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class TableWriter:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
+from ches_jax.files import replacing
 from ches_jax.train.evaluate import PairLogps
 from ches_jax.types import TokenPair
 
@@ -132,11 +133,8 @@ class DisplacementLog:
             rejected = now[name].rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
             summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
-        path = self.part(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
-        temporary.replace(path)
+        with replacing(self.part(step)) as temporary:
+            pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
         return summary
 
     def _read_start(self, sets: Mapping[str, Sequence[TokenPair]]) -> None:
@@ -154,6 +152,6 @@ class DisplacementLog:
     def join(self) -> Path:
         """All evaluations in one file, in order of steps."""
         tables = [pq.read_table(p) for p in sorted((self.out / PARTS).glob("step-*.parquet"))]
-        temporary = self.out / f".{FILE_NAME}.tmp"
-        pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
-        return temporary.replace(self.out / FILE_NAME)
+        with replacing(self.out / FILE_NAME) as temporary:
+            pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+        return self.out / FILE_NAME

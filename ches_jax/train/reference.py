@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError, RunError, many
+from ches_jax.files import replacing
 from ches_jax.train.evaluate import PairLogps
 from ches_jax.types import TokenPair
 
@@ -138,16 +139,14 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
 
 def write_cache(path: Path, known: Known, identity: Mapping[str, Any]) -> None:
     """Write rows whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
         [pa.field("row_id", pa.string()), *(pa.field(n, pa.float64()) for n in COLUMNS)],
         metadata={METADATA_KEY: json.dumps(dict(identity), sort_keys=True).encode()},
     )
     values = list(known.values())
     table = pa.table([list(known), [v[0] for v in values], [v[1] for v in values]], schema=schema)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def _require_finite(values: Known, pairs: Sequence[TokenPair]) -> None:

@@ -29,7 +29,9 @@ CONFIG = {
 
 def write_checkpoint(directory: Path, dtype: str) -> None:
     """Random weights, one tensor in memory at a time."""
-    from ches_jax.hf.export import new_directory, write_config, write_weights
+    from ches_jax.errors import CheckpointError
+    from ches_jax.files import new_directory
+    from ches_jax.hf.export import write_config, write_weights
     from ches_jax.models.decoder import abstract_parameters
     from ches_jax.models.families import decoder_config, family_of
 
@@ -44,7 +46,7 @@ def write_checkpoint(directory: Path, dtype: str) -> None:
                 values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
                 yield rule.tensor_name(layer), values.astype(np.dtype(dtype))
 
-    with new_directory(directory) as folder:
+    with new_directory(directory, CheckpointError) as folder:
         write_weights(folder, tensors(), 2**29)
         write_config(folder, {**CONFIG, "dtype": dtype})
 
