@@ -170,8 +170,8 @@ class _RowWriter:
         self.rows.segment[r, a:b] = segment
         self.predictions = b
 
-    def pair(self, pair: TokenPair, eos: Eos, length_threshold: int | None) -> int:
-        """Write one pair; returns its first segment."""
+    def pair(self, pair: TokenPair, eos: Eos, length_threshold: int | None) -> None:
+        """Write one pair, in the row's next three segments."""
         shared = _sharable(pair, length_threshold)
         first = self.segments
         self.segments += 3
@@ -183,7 +183,7 @@ class _RowWriter:
                 a = self.stretch(whole, 0, len(whole))
                 self.predict(range(a + prompt - 1, a + len(whole)), response.targets(eos), segment)
                 self.rows.last[self.row, segment] = a + len(whole) - 1
-            return first
+            return
         total = prompt + max(len(r.content) for r in responses)
         common = (*pair.prompt, *pair.chosen.content[:shared])
         a = self.stretch(common, 0, total)
@@ -194,7 +194,59 @@ class _RowWriter:
             b = self.stretch(own, len(common), total, (a, end))
             self.predict([end - 1, *range(b, b + len(own))], response.targets(eos)[shared:], segment)
             self.rows.last[self.row, segment] = b + len(own) - 1 if own else end - 1
-        return first
+
+
+class Arrangement(NamedTuple):
+    """Which pairs make which row of a batch; known before anything is written."""
+
+    length: int
+    """Positions of a row."""
+    row_count: int
+    """Rows of the batch; those beyond ``rows`` are padding."""
+    rows: list[list[int]]
+    """Indices of the pairs of each row, in their order."""
+
+    def places(self) -> list[Placement]:
+        """The place of every pair."""
+        return [Placement(i, row, 3 * k) for row, group in enumerate(self.rows) for k, i in enumerate(group)]
+
+
+def arrange(
+    pairs: Sequence[TokenPair],
+    *,
+    length: int,
+    rows_per_batch: int,
+    row_multiple: int = 1,
+    length_threshold: int | None = None,
+) -> Iterator[Arrangement]:
+    """Batches in which every pair has its place exactly once; arguments of ``pack``."""
+    by_length: dict[int, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_length.setdefault(row_length(pair, length, length_threshold), []).append(i)
+    for row_len in sorted(by_length):
+        members = by_length[row_len]
+        rows_of = assign([need(pairs[i], length_threshold) for i in members], row_len)
+        step = max(1, rows_per_batch * length // row_len)
+        step = -(-step // row_multiple) * row_multiple
+        for at in range(0, len(rows_of), step):
+            yield Arrangement(row_len, step, [[members[j] for j in sorted(g)] for g in rows_of[at : at + step]])
+
+
+def write_rows(
+    pairs: Sequence[TokenPair],
+    arrangement: Arrangement,
+    eos: Eos,
+    length_threshold: int | None = None,
+    only: Sequence[int] | None = None,
+) -> Rows:
+    """The rows of an arrangement, or ``only`` those with these numbers, in this order."""
+    numbers = range(arrangement.row_count) if only is None else only
+    batch = empty_rows(len(numbers), arrangement.length)
+    for row, number in enumerate(numbers):
+        writer = _RowWriter(batch, row)
+        for i in arrangement.rows[number] if number < len(arrangement.rows) else ():
+            writer.pair(pairs[i], eos, length_threshold)
+    return batch
 
 
 def pack(
@@ -216,21 +268,8 @@ def pack(
       row_multiple: every batch has a multiple of so many rows (the devices they are dealt to).
       length_threshold: sequences longer than this are not shared (``RopeConfig.length_threshold``).
     """
-    by_length: dict[int, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        by_length.setdefault(row_length(pair, length, length_threshold), []).append(i)
-    for row_len in sorted(by_length):
-        members = by_length[row_len]
-        sizes = [need(pairs[i], length_threshold) for i in members]
-        rows_of = assign(sizes, row_len)
-        step = max(1, rows_per_batch * length // row_len)
-        step = -(-step // row_multiple) * row_multiple
-        for at in range(0, len(rows_of), step):
-            batch = empty_rows(step, row_len)
-            placements = []
-            for row, group in enumerate(rows_of[at : at + step]):
-                writer = _RowWriter(batch, row)
-                for j in sorted(group):
-                    i = members[j]
-                    placements.append(Placement(i, row, writer.pair(pairs[i], eos, length_threshold)))
-            yield batch, placements
+    for arrangement in arrange(
+        pairs, length=length, rows_per_batch=rows_per_batch, row_multiple=row_multiple,
+        length_threshold=length_threshold,
+    ):  # fmt: skip
+        yield write_rows(pairs, arrangement, eos, length_threshold), arrangement.places()
