@@ -7,7 +7,6 @@ Parameters of the layers are stacked on a leading axis and the layers run in ``l
 whatever the depth (measured in experiments/benchmarks).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,11 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models import attention, rope
+from ches_jax.models.attention import Attend
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
 from ches_jax.models.partition import attention_on, gathered, keep_rows
 from ches_jax.models.precision import accumulate
-from ches_jax.models.visibility import Visibility, causal
+from ches_jax.models.visibility import Visibility, causal, key_ranges
 
 NO_WINDOW = 2**30
 
@@ -123,15 +123,14 @@ class Decoder(nnx.Module):
             x = x + jnp.take(gathered(self.embed_positions.weight[...], mesh), positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         context = Context(
-            mask,
-            positions,
+            key_ranges(mask),
             tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes),
         )
         tiled = attention.slices if backward else attention.blocks
         attend = attention.dense if block is None else partial(tiled, block=block)
         return self.norm(self._run_layers(keep_rows(x, mesh), context, attention_on(mesh, attend), remat, mesh))
 
-    def _run_layers(self, x, context: Context, attend: Callable[..., Any], remat: bool, mesh: Mesh | None):
+    def _run_layers(self, x, context: Context, attend: Attend, remat: bool, mesh: Mesh | None):
         """The layers, one after the other, in a scan over their stacked parameters."""
         graph, params = nnx.split(self.layers)
         windows = self.config.windows

@@ -13,9 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models import rope
+from ches_jax.models.attention import Attend
 from ches_jax.models.config import Activation, DecoderConfig
 from ches_jax.models.precision import accumulate, matmul_precision
-from ches_jax.models.visibility import Visibility
+from ches_jax.models.visibility import KeyRanges, within
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -84,8 +85,7 @@ class Norm(nnx.Module):
 class Context(NamedTuple):
     """What every layer of one pass shares."""
 
-    seen: Visibility
-    positions: Int[Array, "B T"]
+    seen: KeyRanges
     rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
     """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
 
@@ -128,8 +128,10 @@ class Attention(nnx.Module):
         y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
         return norm(y) if norm is not None and self.config.qk_norm == "head" else y
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend) -> Float[Array, "B T D"]:
-        """Attention of the whole row; ``attend`` is one of ``attention``'s functions with its options bound."""
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend: Attend
+    ) -> Float[Array, "B T D"]:
+        """Attention of the whole row."""
         c = self.config
         q = self._heads(x, self.q_proj, self.q_norm, c.num_heads)
         k = self._heads(x, self.k_proj, self.k_norm, c.num_kv_heads)
@@ -142,10 +144,8 @@ class Attention(nnx.Module):
                 sin = jnp.where(data.local > 0, local_sin, sin)
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         grouped = q.reshape(*q.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        out = attend(
-            grouped, k, v, context.seen, context.positions, data.window,
-            scale=c.attention_scale, softcap=c.attention_softcap,
-        )  # fmt: skip
+        seen = within(context.seen, data.window)
+        out = attend(grouped, k, v, seen, scale=c.attention_scale, softcap=c.attention_softcap)
         return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
 
 
@@ -182,7 +182,9 @@ class Layer(nnx.Module):
         self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
         self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend: Attend
+    ) -> Float[Array, "B T D"]:
         """Residual stream in, residual stream out."""
 
         def attn(x):

@@ -7,12 +7,12 @@ not divide stays whole.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ches_jax.models.attention import Attend
 from ches_jax.parallel import ROWS
 
 OUT_OVER_TENSOR = ("tensor", "fsdp")
@@ -64,7 +64,7 @@ def gathered(table: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, PartitionSpec()))
 
 
-def attention_on(mesh: Mesh | None, attend: Callable[..., Any]) -> Callable[..., Any]:
+def attention_on(mesh: Mesh | None, attend: Attend) -> Attend:
     """``attend`` on each device's own rows and heads; nothing travels.
 
     Where the key/value heads do not divide over ``tensor`` they are repeated to the number of query heads; where those
@@ -74,7 +74,7 @@ def attention_on(mesh: Mesh | None, attend: Callable[..., Any]) -> Callable[...,
         return attend
     parts = mesh.shape["tensor"]
 
-    def run(q, k, v, seen, positions, window, **options):
+    def run(q, k, v, seen, **options):
         rows, length, kv, group, width = q.shape
         if kv % parts and (kv * group) % parts == 0:
             q = q.reshape(rows, length, kv * group, 1, width)
@@ -85,10 +85,10 @@ def attention_on(mesh: Mesh | None, attend: Callable[..., Any]) -> Callable[...,
         local = jax.shard_map(
             partial(attend, **options),
             mesh=mesh,
-            in_specs=(by_head, by_head, by_head, by_row, by_row, PartitionSpec()),
+            in_specs=(by_head, by_head, by_head, by_row),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(q, k, v, seen, positions, window).reshape(rows, length, kv, group, width)
+        return local(q, k, v, seen).reshape(rows, length, kv, group, width)
 
     return run

@@ -1,4 +1,4 @@
-"""Who sees whom in a row of tokens, in three integers per position instead of a T x T mask.
+"""Who sees whom in a row of tokens, in a few integers per position instead of a T x T mask.
 
 A position sees a *context* range (the shared prompt it continues) and its *own* range up to itself:
 
@@ -10,6 +10,9 @@ row:
     token          p0 p1 p2 | c1 c2 | r1 r2 | q0 q1 ...
     own_start       0  0  0 |  3  3 |  5  5 |  7  7
     context                   [0,3)   [0,3)
+
+The own range continues where the context ends: the position after the context's last one is that of ``own_start``. So a
+sliding window cuts both ranges at their start, and what a position sees stays two ranges.
 """
 
 from typing import NamedTuple
@@ -19,11 +22,37 @@ from jaxtyping import Array, Bool, Int
 
 
 class Visibility(NamedTuple):
-    """Key ranges of every query position; see the module docstring."""
+    """What every position of a row sees, in order; see the module docstring."""
 
     context_start: Int[Array, "B T"]
     context_end: Int[Array, "B T"]
     own_start: Int[Array, "B T"]
+
+
+class KeyRanges(NamedTuple):
+    """What queries see: keys in [context_start, context_end) and in [own_start, own_end), the query being the last one.
+
+    The queries may be any positions of the row, in any order; context_end <= own_start < own_end.
+    """
+
+    context_start: Int[Array, "B Q"]
+    context_end: Int[Array, "B Q"]
+    own_start: Int[Array, "B Q"]
+    own_end: Int[Array, "B Q"]
+
+
+class BlockSpans(NamedTuple):
+    """Which blocks of keys a block of queries visits: ``context_count`` from ``context_first``, then its own."""
+
+    context_first: Int[Array, "B N"]
+    context_count: Int[Array, "B N"]
+    own_first: Int[Array, "B N"]
+    own_count: Int[Array, "B N"]
+
+    @property
+    def count(self) -> Int[Array, "B N"]:
+        """How many blocks are visited."""
+        return self.context_count + self.own_count
 
 
 def causal(mask: Bool[Array, "B T"]) -> Visibility:
@@ -39,25 +68,60 @@ def causal(mask: Bool[Array, "B T"]) -> Visibility:
     return Visibility(none, none, jnp.minimum(first, here))
 
 
-def visible(v: Visibility, keys: Int[Array, " K"], queries: Int[Array, " Q"]) -> Bool[Array, "B Q K"]:
-    """The dense mask of rows ``queries`` (already sliced in ``v``) against key indices ``keys``."""
+def key_ranges(v: Visibility) -> KeyRanges:
+    """Every position of the row as a query."""
+    here = jnp.arange(v.own_start.shape[1], dtype=jnp.int32)[None]
+    return KeyRanges(*v, jnp.broadcast_to(here + 1, v.own_start.shape))
+
+
+def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
+    """What is left in a layer where a position sees at most ``window`` positions, itself included.
+
+    >>> seen = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
+    >>> [a.tolist() for a in within(seen, jnp.int32(3))]
+    [[[0, 0, 0, 1]], [[0, 0, 2, 2]], [[0, 0, 2, 2]], [[1, 2, 3, 4]]]
+    """
+    own = r.own_end - r.own_start
+    return KeyRanges(
+        jnp.maximum(r.context_start, r.context_end + own - window),
+        r.context_end,
+        jnp.maximum(r.own_start, r.own_end - window),
+        r.own_end,
+    )
+
+
+def visible(r: KeyRanges, keys: Int[Array, " K"]) -> Bool[Array, "B Q K"]:
+    """The dense mask of the queries against key indices ``keys``."""
     k = keys[None, None, :]
-    context = (k >= v.context_start[..., None]) & (k < v.context_end[..., None])
-    own = (k >= v.own_start[..., None]) & (k <= queries[None, :, None])
+    context = (k >= r.context_start[..., None]) & (k < r.context_end[..., None])
+    own = (k >= r.own_start[..., None]) & (k < r.own_end[..., None])
     return context | own
 
 
-def block_visits(v: Visibility, block: int) -> tuple[Int[Array, "B Q K"], Int[Array, "B Q"]]:
-    """For each block of queries: the key blocks with something to see, first, and how many they are.
+def padded(r: KeyRanges, queries: int) -> KeyRanges:
+    """The ranges with queries added that see only the first key, up to a multiple of ``queries``."""
+    more = -r.own_end.shape[1] % queries
+    filled = (0, 0, 0, 1)
+    return KeyRanges(*(jnp.pad(a, ((0, 0), (0, more)), constant_values=x) for a, x in zip(r, filled, strict=True)))
 
-    T must be a multiple of ``block``.
+
+def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
+    """Two runs of blocks of ``keys`` keys that hold all that each block of ``queries`` queries sees.
+
+    The number of queries is a multiple of ``queries``. Where those of a block belong to one pair these are exactly the
+    blocks with something to see.
     """
-    rows, length = v.own_start.shape
-    n = length // block
-    low = jnp.arange(n, dtype=jnp.int32)[None, None] * block
-    here = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-    context = (v.context_start[..., None] < low + block) & (v.context_end[..., None] > low)
-    context &= v.context_start[..., None] < v.context_end[..., None]
-    own = (v.own_start[..., None] < low + block) & (here >= low)
-    seen = (context | own).reshape(rows, n, block, n).any(2)
-    return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), seen.sum(-1, dtype=jnp.int32)
+    context_start, context_end, own_start, own_end = (a.reshape(a.shape[0], -1, queries) for a in r)
+    own_first = own_start.min(-1) // keys
+    own_count = (own_end.max(-1) - 1) // keys + 1 - own_first
+    start, end = context_start // keys, jnp.minimum((context_end + keys - 1) // keys, own_first[..., None])
+    left = (context_start < context_end) & (start < end)  # what the own blocks do not hold already
+    context_first = jnp.where(left, start, own_first[..., None]).min(-1)
+    context_end = jnp.where(left, end, context_first[..., None]).max(-1)
+    return BlockSpans(context_first, context_end - context_first, own_first, own_count)
+
+
+def visited(s: BlockSpans, step: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """The number of the block that is visited at ``step`` (0 .. count - 1)."""
+    own = s.own_first + step - s.context_count
+    return jnp.where(step < s.context_count, s.context_first + step, own)
