@@ -1,0 +1,58 @@
+"""Every benchmark, or those named, one after the other; each prints its table and writes ``results/NAME.json``.
+
+    python -m experiments.benchmarks --shared ../shared [--only score_speed train_speed] [--trl PYTHON] [--tunix PYTHON]
+
+``--shared`` holds ``peers`` (the competing implementations), ``models/hh-tiny/fp32`` (its tokenizer) and
+``data/hh_harmless_base_test.jsonl``. Without it only those run that need no peer. ``--quick`` repeats once.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.benchmarks.measure import ROOT
+from experiments.benchmarks.score_speed import benchmark_model
+
+
+def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: int) -> dict[str, list[str]]:
+    """Arguments of every benchmark that can run here."""
+    again = ["--repeats", str(repeats)]
+    found: dict[str, list[str]] = {"scan_layers": [], "load_model": again, "stream_rows": []}
+    if shared is None:
+        return found
+    tokenizer = shared / "models" / "hh-tiny" / "fp32"
+    peers = ["--peers", str(shared / "peers"), "--tokenizer", str(tokenizer)]
+    data = ["--data", str(shared / "data" / "hh_harmless_base_test.jsonl")]
+    libraries = [w for name, python in (("--trl", trl), ("--tunix", tunix)) if python for w in (name, python)]
+    return {
+        "score_speed": [*peers, *data, *again],
+        "score_scaling": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
+        "train_speed": [*peers, *libraries, *again],
+        **found,
+    }
+
+
+def main() -> None:
+    """Run them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--trl", help="interpreter that has trl")
+    parser.add_argument("--tunix", help="interpreter that has google-tunix")
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.shared and not (args.shared / "peers").is_dir():
+        parser.error(f"--shared {args.shared}: no folder peers in it")
+    shared = args.shared.resolve() if args.shared else None
+    able = commands(shared, args.trl, args.tunix, 1 if args.quick else 3)
+    for name in args.only or able:
+        if name not in able:
+            parser.error(f"--only {name}: expected one of {', '.join(able)} (more with --shared)")
+    for name in args.only or able:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"experiments.benchmarks.{name}", *able[name]], check=True, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    main()

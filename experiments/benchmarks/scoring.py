@@ -1,0 +1,91 @@
+"""One scoring run of ours in a process of its own, as the benchmarks time it: prints one JSON line.
+
+python -m experiments.benchmarks.scoring MODEL_DIR PAIRS.jsonl [--pairs 128 --head --mesh data=1 --repeat 3]
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+from experiments.benchmarks.measure import usage
+
+
+def measure(model_dir: str, pairs_file: str, count: int, *, head: bool, mesh: str, repeat: int) -> dict[str, Any]:
+    """Measure ``count`` pairs as ``ches score`` does, tokenised rows in, columns of the table out.
+
+    The first pass compiles; of the ``repeat`` passes that follow the best one counts. ``matmul_gflops`` are useful
+    ones: 2 x weights of the layers x positions that hold a token.
+    """
+    from ches_jax.data.sources import open_pairs
+    from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+    from ches_jax.models.decoder import named_parameters
+    from ches_jax.models.load import load_model
+    from ches_jax.parallel import make_mesh
+    from ches_jax.scores.measure import Batching, Measurer
+    from ches_jax.scores.passes import ScoringPass, Wanted
+    from ches_jax.scores.pipeline import ROW_TOKENS
+
+    model = load_model(model_dir)
+    rows = list(open_pairs(pairs_file))[:count]
+    pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
+    run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head))
+    measurer = Measurer(run, Batching.of(ROW_TOKENS, ROW_TOKENS, run, None), "include")
+
+    def once() -> tuple[float, float, float]:
+        cpu, wall = usage()["cpu_seconds"], time.perf_counter()
+        columns, _ = measurer(pairs)
+        return usage()["cpu_seconds"] - cpu, time.perf_counter() - wall, float(sum(columns["ches"]))
+
+    first_cpu, first_wall, total = once()
+    passes = [once() for _ in range(repeat)]
+    weights = sum(p.size for n, p in named_parameters(model).items() if n.startswith("layers.") and p.ndim == 3)
+    positions = sum(rows.tokens.size for rows, _ in measurer.batches(pairs))
+    used = round(positions * (1 - measurer.waste))
+    wall = min((p[1] for p in passes), default=first_wall)
+    return {
+        "pairs": len(pairs),
+        "cpu_seconds": round(min((p[0] for p in passes), default=first_cpu), 3),
+        "seconds": round(wall, 3),
+        "with_compile_cpu_seconds": round(first_cpu, 3),
+        "with_compile_seconds": round(first_wall, 3),
+        "compile_seconds": round(run.compile_seconds, 3),
+        "ches_sum": total,
+        "positions": positions,
+        "used_positions": used,
+        "matmul_gflops": round(2 * weights * used / wall / 1e9, 1),
+        "matmul_peak_gflops": round(matmul_peak(), 1),
+    }
+
+
+def matmul_peak(n: int = 2048) -> float:
+    """GFLOP/s of a large float32 ``jnp.dot`` in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.float32)
+    dot = jax.jit(lambda a: a @ a)
+    dot(a).block_until_ready()
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        dot(a).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best / 1e9
+
+
+def main() -> None:
+    """One run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("file")
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--head", action="store_true", help="the head score too")
+    parser.add_argument("--mesh", default="data=1")
+    parser.add_argument("--repeat", type=int, default=3)
+    a = parser.parse_args()
+    print(json.dumps(measure(a.model, a.file, a.pairs, head=a.head, mesh=a.mesh, repeat=a.repeat)))
+
+
+if __name__ == "__main__":
+    main()
