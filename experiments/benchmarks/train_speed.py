@@ -52,8 +52,8 @@ def ours(model: str, pairs: int, prompt: int, response: int, steps: int) -> dict
                 row = {name: rng.integers(100, 4000, n).tolist() for name, n in lengths.items()}
                 out.write(json.dumps(row) + "\n")
         config = TrainConfig(
-            model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs, watch=pairs,
-            mesh="data=1", on_bad_row="keep", export=False,
+            model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
+            watch=pairs, mesh="data=1", on_bad_row="keep", export=False,
         )  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
             loop.train(config, quiet=True)
