@@ -71,14 +71,14 @@ class Placement:
 
 def need(pair: TokenPair, length_threshold: int | None = None) -> int:
     """Positions the pair takes in a row."""
-    shared = _sharable(pair, length_threshold)
+    shared = shared_tokens(pair, length_threshold)
     both = len(pair.chosen.content) + len(pair.rejected.content)
     if shared is None:
         return 2 * len(pair.prompt) + both
     return len(pair.prompt) + both - shared
 
 
-def _sharable(pair: TokenPair, length_threshold: int | None) -> int | None:
+def shared_tokens(pair: TokenPair, length_threshold: int | None) -> int | None:
     """The shared response prefix; None where the two sequences must be computed apart.
 
     Rope kinds that depend on the length of the sequence give the prompt other states in a longer sequence.
@@ -172,7 +172,7 @@ class _RowWriter:
 
     def pair(self, pair: TokenPair, eos: Eos, length_threshold: int | None) -> None:
         """Write one pair, in the row's next three segments."""
-        shared = _sharable(pair, length_threshold)
+        shared = shared_tokens(pair, length_threshold)
         first = self.segments
         self.segments += 3
         prompt = len(pair.prompt)

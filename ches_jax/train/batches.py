@@ -6,21 +6,38 @@ handful of shapes. The pairs themselves are never padded: a loss sees exactly th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax.data.audit import shared_prefix
-from ches_jax.data.packing import Rows, assign, capacity, need, pack, row_length
-from ches_jax.types import Eos, Response, TokenPair
+from ches_jax.data.packing import Rows, arrange, assign, empty_rows, need, row_length, shared_tokens, write_rows
+from ches_jax.types import Eos, TokenPair
+
+
+class TokenPlaces(NamedTuple):
+    """Where the log-probability of each response token lies, and what the reference gives it.
+
+    [P, T] with T the longest response of the run; the ends of shorter ones are padding.
+    """
+
+    chosen: Any
+    """Index among the predictions of the pair's row."""
+    rejected: Any
+    chosen_mask: Any
+    """1 on the response's tokens, 0 on padding."""
+    rejected_mask: Any
+    ref_chosen: Any
+    """Nats; zeros where the objective has no reference."""
+    ref_rejected: Any
 
 
 class Batch(NamedTuple):
-    """P pairs in packed rows."""
+    """P pairs in packed rows, which are N examples of the objective (N = P but where an example has several pairs)."""
 
     rows: Rows
+    """In a run of several processes, the rows that this process uploads."""
     row: Any
     """[P] row of each pair."""
     shared: Any
@@ -30,8 +47,10 @@ class Batch(NamedTuple):
     ref_logp_chosen: Any
     """[P] nats; zeros where the objective has no reference."""
     ref_logp_rejected: Any
-    weights: Any
-    """[P] weight of each pair, for objectives that read one."""
+    given: dict[str, Any]
+    """[N] what the data say of each example, by field of ``LossInputs``: weights, rewards, labels."""
+    tokens: TokenPlaces | None = None
+    """For objectives of tokens."""
 
 
 class Layout(NamedTuple):
@@ -48,6 +67,10 @@ class Layout(NamedTuple):
     """Numbers of rows of a batch of standard rows, rising; ``fitted`` chooses them."""
     predictions: int = 0
     """Predictions of a standard row; 0: as many as the batch needs."""
+    response_tokens: int = 0
+    """Room for the tokens of a response, where the objective reads tokens; 0: it does not."""
+    held: tuple[int, ...] | None = None
+    """Of the ``row_multiple`` equal parts of a batch's rows, those that this process fills; None: all."""
 
 
 def stepped(n: int) -> int:
@@ -72,10 +95,9 @@ def fitted(layout: Layout, groups: Iterable[Sequence[TokenPair]], most: int = 3)
             continue
         rows = assign([need(p, layout.length_threshold) for p in group], layout.row_tokens)
         counts[-(-len(rows) // layout.row_multiple) * layout.row_multiple] += 1
-        predictions = max(predictions, *(sum(_predictions(group[i], layout.eos) for i in row) for row in rows))
+        predictions = max(predictions, *(sum(_predictions(group[i], layout) for i in row) for row in rows))
     part = max(1, layout.row_tokens // 8)
-    # a pair whose sequences are computed apart predicts its shared tokens twice
-    room = -(-predictions // part) * part if layout.length_threshold is None else 0
+    room = -(-predictions // part) * part
     return layout._replace(row_counts=fewest(counts, min(most, 1 + counts.total() // 32)), predictions=room)
 
 
@@ -99,8 +121,15 @@ def fewest(counts: Counter[int], most: int) -> tuple[int, ...]:
     return min(tried, key=lambda chosen: (padding(chosen), len(chosen)))
 
 
-def _predictions(pair: TokenPair, eos: Eos) -> int:
-    return len(pair.chosen.targets(eos)) + len(pair.rejected.targets(eos)) - shared_prefix(pair)
+def _predictions(pair: TokenPair, layout: Layout) -> int:
+    shared, chosen, rejected = _counts(pair, layout)
+    return chosen + rejected - shared
+
+
+def _counts(pair: TokenPair, layout: Layout) -> tuple[int, int, int]:
+    """Predictions that both responses share, of the chosen and of the rejected one."""
+    shared = shared_tokens(pair, layout.length_threshold) or 0
+    return shared, len(pair.chosen.targets(layout.eos)), len(pair.rejected.targets(layout.eos))
 
 
 def standard_row(pairs: Sequence[TokenPair], length_threshold: int | None = None, multiple: int = 64) -> int:
@@ -109,53 +138,109 @@ def standard_row(pairs: Sequence[TokenPair], length_threshold: int | None = None
     return -(-longest // multiple) * multiple
 
 
-def chosen_only(pair: TokenPair) -> TokenPair:
-    """The pair without its rejected response: what supervised fine-tuning computes."""
-    return TokenPair(
-        row_id=pair.row_id, index=pair.index, prompt=pair.prompt, chosen=pair.chosen, rejected=Response((), None),
-        flags=pair.flags, category=pair.category, detail=pair.detail,
-    )  # fmt: skip
-
-
 def make_batch(
     pairs: Sequence[TokenPair],
     layout: Layout,
-    ref_chosen: np.ndarray | None = None,
-    ref_rejected: np.ndarray | None = None,
-    weights: np.ndarray | None = None,
+    reference: Sequence[Any] | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
     dtype: Any = np.float32,
 ) -> Batch:
-    """Pack ``pairs`` into one batch, in their order."""
+    """Pack ``pairs`` into one batch, in their order.
+
+    Args:
+      pairs: what is packed.
+      layout: how.
+      reference: for chosen and for rejected responses, of each pair the reference's log-probability in nats, or for
+        objectives of tokens the array of them.
+      given: what else the objective reads, by name.
+      dtype: of all that is no integer.
+    """
     length = max(row_length(p, layout.row_tokens, layout.length_threshold) for p in pairs)
-    count = len(assign([need(p, layout.length_threshold) for p in pairs], length))
+    (found,) = arrange(
+        pairs, length=length, rows_per_batch=len(pairs), length_threshold=layout.length_threshold
+    )  # a row for every pair is more than enough
+    used = len(found.rows)
     standard = length == layout.row_tokens
-    fit = [c for c in layout.row_counts if c >= count] if standard else []
-    count = fit[0] if fit else stepped(-(-count // layout.row_multiple)) * layout.row_multiple
-    # the packer doubles rows for pairs longer than its standard: here none is
-    ((rows, places),) = pack(
-        pairs, length=length, rows_per_batch=count, eos=layout.eos, length_threshold=layout.length_threshold
-    )
-    rows = _without_empty_room(rows, length, layout.predictions if standard else 0)
-    row, shared = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
-    for place in places:
+    fit = [c for c in layout.row_counts if c >= used] if standard else []
+    count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
+    found = found._replace(row_count=count)
+    rows = write_rows(pairs, found, layout.eos, layout.length_threshold, held_rows(count, layout))
+    most = max(sum(_predictions(pairs[i], layout) for i in row) for row in found.rows)
+    rows = _without_empty_room(rows, length, most, layout.predictions if standard else 0)
+    row, shared, first = (np.zeros(len(pairs), np.int32) for _ in range(3))
+    for place in found.places():
         row[place.pair], shared[place.pair] = place.row, place.shared
-    nothing = np.zeros(len(pairs), dtype)
+    for group in found.rows:
+        sizes = [_predictions(pairs[i], layout) for i in group]
+        first[group] = np.cumsum([0, *sizes[:-1]])
+    return pair_numbers(pairs, layout, reference, given, dtype, first)._replace(rows=rows, row=row, shared=shared)
+
+
+def pair_numbers(
+    pairs: Sequence[TokenPair],
+    layout: Layout,
+    reference: Sequence[Any] | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
+    dtype: Any = np.float32,
+    first: np.ndarray | None = None,
+) -> Batch:
+    """A batch without rows: what an objective reads beside the log-probabilities.
+
+    Arguments of ``make_batch``; ``first`` says where the predictions of each pair begin in its row.
+    """
+    nothing = np.zeros(len(pairs))
+    sums = [nothing, nothing] if reference is None else [[np.sum(v) for v in side] for side in reference]
+    start = nothing.astype(np.int32) if first is None else first
     return Batch(
-        rows=rows,
-        row=row,
-        shared=shared,
+        rows=empty_rows(0, 1),
+        row=nothing.astype(np.int32),
+        shared=nothing.astype(np.int32),
         chosen_tokens=np.array([len(p.chosen.targets(layout.eos)) for p in pairs], np.int32),
         rejected_tokens=np.array([len(p.rejected.targets(layout.eos)) for p in pairs], np.int32),
-        ref_logp_chosen=nothing if ref_chosen is None else np.asarray(ref_chosen, dtype),
-        ref_logp_rejected=nothing if ref_rejected is None else np.asarray(ref_rejected, dtype),
-        weights=np.ones(len(pairs), dtype) if weights is None else np.asarray(weights, dtype),
+        ref_logp_chosen=np.array(sums[0], dtype),
+        ref_logp_rejected=np.array(sums[1], dtype),
+        given={k: np.asarray(v, v.dtype if v.dtype == bool else dtype) for k, v in (given or {}).items()},
+        tokens=_token_places(pairs, start, layout, reference, dtype) if layout.response_tokens else None,
     )
 
 
-def _without_empty_room(rows: Rows, length: int, room: int) -> Rows:
+def held_rows(count: int, layout: Layout) -> list[int]:
+    """Numbers of the rows of a batch of ``count`` that this process fills."""
+    part = count // layout.row_multiple
+    held = range(layout.row_multiple) if layout.held is None else layout.held
+    return [shard * part + i for shard in held for i in range(part)]
+
+
+def padded(values: Sequence[np.ndarray], width: int, dtype: Any) -> np.ndarray:
+    """Rows of unequal length as one array, zeros at their ends."""
+    out = np.zeros((len(values), width), dtype)
+    for row, some in zip(out, values, strict=True):
+        row[: len(some)] = some
+    return out
+
+
+def _token_places(
+    pairs: Sequence[TokenPair], first: np.ndarray, layout: Layout, reference: Any, dtype: Any
+) -> TokenPlaces:
+    """Places of the tokens of pairs whose predictions begin at ``first`` in their rows."""
+    chosen, rejected = [], []
+    for pair, start in zip(pairs, first, strict=True):
+        shared, n, m = _counts(pair, layout)
+        every = start + np.arange(n + m - shared)
+        chosen.append(every[:n])
+        rejected.append(np.concatenate([every[:shared], every[n:]]))
+    width = layout.response_tokens
+    none = [np.zeros(0)] * len(pairs)
+    refs = (none, none) if reference is None else reference
+    return TokenPlaces(
+        *(padded(side, width, np.int32) for side in (chosen, rejected)),
+        *(padded([np.ones(len(p)) for p in side], width, np.int32) for side in (chosen, rejected)),
+        *(padded(side, width, dtype) for side in refs),
+    )
+
+
+def _without_empty_room(rows: Rows, length: int, used: int, room: int) -> Rows:
     """The batch with room for the predictions it has (``room``, or eighths of the row): each costs a product with W."""
-    padding = capacity(length)[2]
-    used = int((rows.segment != padding).sum(axis=1).max())
     part = max(1, length // 8)
     keep = min(room if room >= used else -(-used // part) * part, rows.segment.shape[1])
     return rows._replace(

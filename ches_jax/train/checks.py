@@ -8,7 +8,7 @@ import numpy as np
 from ches_jax.errors import ChesError
 from ches_jax.train.batches import Batch
 from ches_jax.train.checkpoints import Checkpoints
-from ches_jax.train.objective import needs_reference
+from ches_jax.train.objective import POLICY, needs_reference
 from ches_jax.train.setup import Run
 
 AGREEMENT = {"float64": 1e-9, "float32": 1e-4}
@@ -25,7 +25,7 @@ def require_finite(run: Run, i: int, metrics: dict[str, float], saved: Checkpoin
         return
     saved.wait()
     what = "loss" if not math.isfinite(metrics["loss"]) else "grad_norm"
-    rows = [run.pairs.train[j] for group in run.plan.update(i) for j in group]
+    rows = [run.train.pairs[j] for group in run.plan.update(i) for j in group]
     named = ", ".join(f"{p.index} ({p.row_id[:12]})" for p in rows[:8]) + (" ..." if len(rows) > 8 else "")
     good = saved.latest()
     where = (
@@ -47,7 +47,7 @@ def require_agreement(run: Run, batches: Sequence[Batch], metrics: dict[str, flo
         return
     tolerance = AGREEMENT.get(run.config.dtype, 2e-2)
     reference = float(np.concatenate([b.ref_logp_chosen for b in batches]).mean())
-    policy = metrics["logps/chosen"]
+    policy = metrics[POLICY]
     if not abs(policy - reference) <= tolerance * max(1.0, abs(reference)):
         raise ChesError(
             f"before the first update the policy gives the chosen responses {policy:.6g} nats, the reference "

@@ -9,6 +9,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ches_jax.data.prompts import Template
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
+from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.wrappers import Per
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
@@ -76,6 +77,9 @@ class TrainConfig:
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
     weights: str | None = None
     """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes."""
+    rewards: str | None = None
+    """Columns with the rewards of both responses, CHOSEN,REJECTED, for rebel and odpo; default: chosen_reward and
+    rejected_reward, score_chosen and score_rejected, or other names in use."""
     reference: str = "initial"
     """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
     or a cache file written before."""
@@ -166,6 +170,12 @@ def checked(config: TrainConfig) -> TrainConfig:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ChesError(f"--{name} {value}: expected a positive number")
+    if config.rewards is not None:
+        names = config.rewards.split(",")
+        if len(names) != 2 or not all(names):
+            raise ChesError(f"--rewards {config.rewards!r}: expected the names of two columns, CHOSEN,REJECTED")
+        if not objective(config).needs >= REWARDS:
+            raise ChesError(f"--rewards {config.rewards}: loss {config.loss!r} reads no rewards")
     for name, number in {"watch": config.watch, "holdout": config.holdout, "warmup": config.warmup}.items():
         if number < 0:
             raise ChesError(f"--{name} {number}: expected 0 or more")

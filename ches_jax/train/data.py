@@ -5,7 +5,7 @@ The order of the data is a function of seed and epoch alone, so a position is al
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,23 @@ from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.sources import PairSource, open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import ChesError, DataError
+from ches_jax.losses.inputs import REWARDS
 from ches_jax.models.config import DecoderConfig
-from ches_jax.train.config import EMBEDDED, TrainConfig
-from ches_jax.train.evaluate import PairLogps
+from ches_jax.train.config import EMBEDDED, TrainConfig, objective
 from ches_jax.train.reference import COLUMNS
 from ches_jax.types import OnBadRow, TokenPair
 
+REFERENCE_FIELDS = ("ref_logp_chosen", "ref_logp_rejected")
+REWARD_FIELDS = ("rewards_chosen", "rewards_rejected")
+REWARD_COLUMNS = (
+    ("chosen_reward", "rejected_reward"),
+    ("reward_chosen", "reward_rejected"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+"""Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
 _CHUNK = 1024
 
 
@@ -38,10 +49,9 @@ class RunPairs:
     rows: int
     """Rows of the source."""
     fingerprints: dict[str, str]
-    columns: dict[str, tuple[float, float]]
-    """Reference log-probabilities that the rows bring, by ``row_id``; empty unless asked for."""
-    weights: dict[str, float]
-    """Weight of each row, by ``row_id``; empty unless asked for."""
+    given: dict[str, np.ndarray]
+    """Numbers that the rows of ``train`` bring, by field of ``LossInputs``."""
+    held_out_given: dict[str, np.ndarray]
 
 
 def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> RunPairs:
@@ -66,30 +76,41 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
         str(embedded.pairs_file()) if config.pairs == EMBEDDED else config.pairs, config.split, config.columns
     )
     prints["data_fingerprint"] = main.fingerprint()
+    asked = _asked_columns(config)
     kept, dropped, rows = _tokenised(main, tokenizer, config.on_bad_row, config.limit)
-    found: dict[str, Any] = {}
-    if config.reference == "columns":
-        found = _numbers(main, COLUMNS, "--reference columns", config.limit)
-    weights = {}
-    if config.weights is not None:
-        named = _numbers(main, (config.weights,), f"--weights {config.weights}", config.limit)
-        weights = {row_id: values[0] for row_id, values in named.items()}
+    given = _numbers(main, asked, kept, config.limit)
     held_out: list[TokenPair] = []
+    held_out_given: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
         other = open_pairs(config.eval_pairs, None, config.columns)
         prints["eval_fingerprint"] = other.fingerprint()
         held_out, more, _ = _tokenised(other, tokenizer, config.on_bad_row, None)
         dropped += more
-        if config.reference == "columns":
-            found |= _numbers(other, COLUMNS, "--reference columns", None)
+        held_out_given = _numbers(other, asked, held_out, None)
     elif config.holdout:
         if config.holdout >= len(kept):
             raise ChesError(f"--holdout {config.holdout}: there are {len(kept)} pairs in all")
-        out = set(np.random.default_rng([config.seed, 1]).permutation(len(kept))[: config.holdout].tolist())
-        held_out = [p for i, p in enumerate(kept) if i in out]
-        kept = [p for i, p in enumerate(kept) if i not in out]
+        drawn = np.random.default_rng([config.seed, 1]).permutation(len(kept))
+        out, stay = np.sort(drawn[: config.holdout]), np.sort(drawn[config.holdout :])
+        held_out, kept = [kept[i] for i in out], [kept[i] for i in stay]
+        held_out_given = {k: v[out] for k, v in given.items()}
+        given = {k: v[stay] for k, v in given.items()}
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
-    return RunPairs(kept, [kept[i] for i in sorted(chosen)], held_out, dropped, rows, prints, found, weights)
+    return RunPairs(kept, [kept[i] for i in sorted(chosen)], held_out, dropped, rows, prints, given, held_out_given)
+
+
+def _asked_columns(config: TrainConfig) -> list[tuple[str, list[Mapping[str, str]]]]:
+    """Options that read numbers from the rows, and for each the columns that would do, by field of ``LossInputs``."""
+    asked: list[tuple[str, list[Mapping[str, str]]]] = []
+    if config.reference == "columns":
+        asked.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
+    if config.weights is not None:
+        asked.append((f"--weights {config.weights}", [{"weights": config.weights}]))
+    if objective(config).needs >= REWARDS:
+        names = [config.rewards.split(",")] if config.rewards else REWARD_COLUMNS
+        option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
+        asked.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
+    return asked
 
 
 def _tokenised(
@@ -118,17 +139,36 @@ def _tokenised(
     return kept, [dropped_record(p) for p in bad], len(pairs)
 
 
-def _numbers(source: PairSource, names: Sequence[str], option: str, limit: int | None) -> dict[str, tuple[float, ...]]:
-    """Numbers that the rows themselves bring, by ``row_id``."""
-    found = {}
-    for row, (where, raw) in zip(source, source.read(0), strict=False):
-        if limit is not None and row.index >= limit:
+def _numbers(
+    source: PairSource,
+    asked: Sequence[tuple[str, list[Mapping[str, str]]]],
+    pairs: Sequence[TokenPair],
+    limit: int | None,
+) -> dict[str, np.ndarray]:
+    """Numbers that the rows themselves bring, for each of ``pairs``."""
+    if not asked:
+        return {}
+    wanted = {p.index for p in pairs}
+    found: dict[int, dict[str, float]] = {}
+    for index, (where, raw) in enumerate(source.read(0)):
+        if limit is not None and index >= limit:
             break
-        values = [raw.get(name) for name in names]
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise DataError(f"{source.name}, {where}: {option} needs numbers in {' and '.join(names)}")
-        found[row.row_id] = tuple(float(v) for v in values)
-    return found
+        if index in wanted:
+            found[index] = {}
+            for option, choices in asked:
+                found[index] |= _row_numbers(f"{source.name}, {where}: {option}", choices, raw)
+    return {field: np.array([found[p.index][field] for p in pairs]) for field in (found[min(found)] if found else {})}
+
+
+def _row_numbers(subject: str, choices: Sequence[Mapping[str, str]], raw: Mapping[str, Any]) -> dict[str, float]:
+    """The first choice of columns that the row has."""
+    for columns in choices:
+        if all(name in raw for name in columns.values()):
+            values = {field: raw[name] for field, name in columns.items()}
+            if all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
+                return {field: float(v) for field, v in values.items()}
+    named = ", or ".join(" and ".join(columns.values()) for columns in choices)
+    raise DataError(f"{subject} needs numbers in {named}; the row has {', '.join(map(str, raw))}")
 
 
 def write_dropped(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
@@ -176,9 +216,3 @@ def make_plan(config: TrainConfig, pairs: int) -> Plan:
     per_epoch = -(-pairs // config.batch_size)
     total = config.steps if config.steps is not None else max(1, math.ceil(config.epochs * per_epoch - 1e-9))
     return Plan(pairs, config.batch_size, config.accumulate, total, config.seed)
-
-
-def reference_from_columns(pairs: Sequence[TokenPair], columns: dict[str, tuple[float, float]]) -> PairLogps:
-    """Reference log-probabilities that the rows bring, in the order of the pairs."""
-    values = np.array([columns[p.row_id] for p in pairs], np.float64).reshape(len(pairs), 2)
-    return PairLogps(values[:, 0], values[:, 1])

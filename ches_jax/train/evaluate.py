@@ -1,18 +1,18 @@
 """Log-probabilities of many pairs under given weights: a forward pass over packed rows of one shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ches_jax.data.packing import Rows, pack
+from ches_jax.data.packing import Placement, Rows, pack
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding, row_shards
 from ches_jax.train.batches import Layout
-from ches_jax.train.objective import segment_logps
+from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
 BLOCK = {"cpu": 64}
@@ -28,6 +28,17 @@ class PairLogps(NamedTuple):
     rejected: np.ndarray
 
 
+class TokenLogps(NamedTuple):
+    """Log-probabilities in nats of each token of every response, float64, in the order of the pairs."""
+
+    chosen: list[np.ndarray]
+    rejected: list[np.ndarray]
+
+    def sums(self) -> PairLogps:
+        """Of each response."""
+        return PairLogps(*(np.array([v.sum() for v in side]) for side in self))
+
+
 class Evaluator:
     """``evaluate(params, pairs)`` gives the log-probabilities of every pair; compiles once per row length."""
 
@@ -40,17 +51,41 @@ class Evaluator:
         tile = BLOCK.get(platform, WIDE_BLOCK)
         self.rows = max(1, BATCH_TOKENS.get(platform, MANY_BATCH_TOKENS) // layout.row_tokens) * row_shards(mesh)
 
-        @jax.jit
-        def run(params: Any, rows: Rows) -> Any:
-            length = rows.tokens.shape[1]
-            block = tile if length % tile == 0 else length
-            return segment_logps(with_parameters(abstract, params), rows, block=block, mesh=on)
+        def pass_of(logps: Any) -> Any:
+            def run(params: Any, rows: Rows) -> Any:
+                length = rows.tokens.shape[1]
+                block = tile if length % tile == 0 else length
+                return logps(with_parameters(abstract, params), rows, block=block, mesh=on)
 
-        self._run = run
+            return jax.jit(run)
+
+        self._sums, self._tokens = pass_of(segment_logps), pass_of(prediction_logps)
 
     def __call__(self, params: Any, pairs: Sequence[TokenPair]) -> PairLogps:
         """Log-probabilities of ``pairs`` under ``params``."""
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+        for _, places, sums in self._passes(self._sums, params, pairs):
+            for p in places:
+                chosen[p.pair] = sums[p.row, p.shared] + sums[p.row, p.chosen]
+                rejected[p.pair] = sums[p.row, p.shared] + sums[p.row, p.rejected]
+        return PairLogps(chosen, rejected)
+
+    def tokens(self, params: Any, pairs: Sequence[TokenPair]) -> TokenLogps:
+        """Log-probability of each response token of ``pairs`` under ``params``."""
+        found = TokenLogps([np.zeros(0)] * len(pairs), [np.zeros(0)] * len(pairs))
+        for rows, places, logps in self._passes(self._tokens, params, pairs):
+            for p in places:
+                # a row's predictions stand in the order of its responses' tokens
+                shared, *own = (
+                    logps[p.row][rows.segment[p.row] == segment] for segment in (p.shared, p.chosen, p.rejected)
+                )
+                found.chosen[p.pair], found.rejected[p.pair] = (np.concatenate([shared, side]) for side in own)
+        return found
+
+    def _passes(
+        self, run: Any, params: Any, pairs: Sequence[TokenPair]
+    ) -> Iterator[tuple[Rows, list[Placement], np.ndarray]]:
+        """Rows, the places of their pairs, and what the pass gives, float64."""
         batches = pack(
             pairs,
             length=self.layout.row_tokens,
@@ -60,9 +95,4 @@ class Evaluator:
             length_threshold=self.layout.length_threshold,
         )
         for rows, places in batches:
-            found = self._run(params, jax.device_put(rows, row_sharding(self.mesh)))
-            sums = np.asarray(found, np.float64)
-            for p in places:
-                chosen[p.pair] = sums[p.row, p.shared] + sums[p.row, p.chosen]
-                rejected[p.pair] = sums[p.row, p.shared] + sums[p.row, p.rejected]
-        return PairLogps(chosen, rejected)
+            yield rows, places, np.asarray(run(params, jax.device_put(rows, row_sharding(self.mesh))), np.float64)

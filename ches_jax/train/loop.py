@@ -6,30 +6,28 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from ches_jax.errors import RunError
 from ches_jax.hf.directory import fingerprint
-from ches_jax.losses import LossInputs, mean_loss
 from ches_jax.models.decoder import Decoder, abstract_decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.models.save import save_pretrained
 from ches_jax.runlog import RUN, device_name, open_run, read_json, versions, write_json
-from ches_jax.train.batches import Batch, chosen_only, fitted, make_batch
 from ches_jax.train.checkpoints import Checkpoints
 from ches_jax.train.checks import require_agreement, require_finite
 from ches_jax.train.config import TrainConfig, checked
 from ches_jax.train.data import write_dropped
 from ches_jax.train.displacement import DisplacementLog
-from ches_jax.train.evaluate import Evaluator, PairLogps
+from ches_jax.train.evaluate import Evaluator
+from ches_jax.train.feed import batch_maker
+from ches_jax.train.held_out import held_out_metrics
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines
-from ches_jax.train.objective import initial_loss_state, is_supervised, needs_reference
+from ches_jax.train.objective import initial_loss_state, named, needs_reference
 from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
 from ches_jax.train.setup import Run, load_parameters, prepare, references
 from ches_jax.train.state import TrainState, initial_state
@@ -37,8 +35,6 @@ from ches_jax.train.step import Step
 
 DROPPED = "dropped.jsonl"
 MODEL = "model"
-FITTED_UPDATES = 4096
-"""Batch shapes are fitted to so many updates; a later one may still ask for a shape of its own."""
 
 
 class Stopped(Exception):
@@ -103,13 +99,13 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         now = {name: evaluate(state.params, pairs) for name, pairs in run.sets.items()}
         summary = log.record(i, run.sets, now)
         if "held_out" in now:
-            summary |= _held_out(run, now["held_out"], reference.get("held_out"))
+            summary |= held_out_metrics(run, evaluate, state.params, now["held_out"], reference.get("held_out"))
         seen = {} if observe is None else observe(i, with_parameters(abstract, state.params))
         tracker.log(i, {**summary, **seen})
         return summary
 
     summary = watch(state, 0) if at is None else {}
-    make = _batch_maker(run, reference.get("train"), master)
+    make = batch_maker(run, reference.get("train"), master)
     with _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
         total=plan.total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}"
     ) as bar:  # fmt: skip
@@ -121,6 +117,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
             require_finite(run, i, metrics, saved)
             if i == 0:
                 require_agreement(run, batches, metrics)
+            metrics = named(metrics)
             lr = float(run.schedule(jnp.int32(i)))
             epoch = (i + 1) / plan.steps_per_epoch
             tracker.log(i + 1, {"epoch": epoch, "learning_rate": lr, **metrics})
@@ -143,55 +140,6 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     saved.close()
     _write_summary(run, summary, exported, time.perf_counter() - started, plan.total - first)
     return out
-
-
-def _batch_maker(run: Run, reference: PairLogps | None, dtype: str) -> Callable[[int], list[Batch]]:
-    """From the number of an update to its micro-batches."""
-    pairs = [chosen_only(p) for p in run.pairs.train] if is_supervised(run.loss) else run.pairs.train
-    updates = range(min(run.plan.total, FITTED_UPDATES))
-    layout = fitted(run.layout, ([pairs[j] for j in group] for i in updates for group in run.plan.update(i)))
-
-    def make(step: int) -> list[Batch]:
-        groups = run.plan.update(step)
-        share = 1.0
-        if run.loss.name == "sft":
-            tokens = sum(len(pairs[i].chosen.targets(run.config.eos)) for g in groups for i in g)
-            share = sum(map(len, groups)) / max(1, tokens)
-        return [
-            make_batch(
-                [pairs[i] for i in group],
-                layout,
-                None if reference is None else reference.chosen[group],
-                None if reference is None else reference.rejected[group],
-                np.array([run.pairs.weights.get(pairs[i].row_id, share) for i in group]),
-                np.dtype(dtype),
-            )
-            for group in groups
-        ]
-
-    return make
-
-
-def _held_out(run: Run, now: PairLogps, reference: PairLogps | None) -> dict[str, float]:
-    """Loss and rewards of the held-out pairs, under TRL's names with ``eval_`` in front."""
-    pairs, loss = run.pairs.held_out, run.loss
-    chosen_tokens = np.array([len(p.chosen.targets(run.config.eos)) for p in pairs], np.int32)
-    rejected_tokens = np.array([len(p.rejected.targets(run.config.eos)) for p in pairs], np.int32)
-    ref = PairLogps(np.zeros(len(pairs)), np.zeros(len(pairs))) if reference is None else reference
-    every = {
-        "logp_chosen": now.chosen, "logp_rejected": now.rejected, "ref_logp_chosen": ref.chosen,
-        "ref_logp_rejected": ref.rejected, "chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens,
-        "weights": np.full(len(pairs), len(pairs) / max(1, chosen_tokens.sum()) if loss.name == "sft" else 1.0),
-    }  # fmt: skip
-    asked = {
-        k: jnp.asarray(v, jnp.int32 if v.dtype == np.int32 else jnp.float32)
-        for k, v in every.items()
-        if k in loss.needs
-    }
-    if loss.stateful:
-        return {}
-    value, logs = mean_loss(loss, LossInputs(**cast(Any, asked)))
-    return {"eval_loss": float(value), **{f"eval_{k}": float(v) for k, v in logs.items()}}
 
 
 def _export(run: Run, abstract: Decoder, state: TrainState) -> str:
@@ -219,7 +167,7 @@ def _write_summary(run: Run, summary: dict[str, float], exported: str | None, se
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
             "counts": {
-                "rows": pairs.rows, "train": len(pairs.train), "held_out": len(pairs.held_out),
+                "rows": pairs.rows, "train": len(run.train), "held_out": len(pairs.held_out),
                 "watched": len(pairs.watched), "dropped": len(pairs.dropped), "updates": run.plan.total,
             },
             "row_tokens": run.layout.row_tokens,

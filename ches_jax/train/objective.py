@@ -7,7 +7,7 @@ where the shared segment (what both responses begin with) is computed once, as t
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,26 @@ from jaxtyping import Array, Float
 
 from ches_jax.data.packing import Rows
 from ches_jax.errors import ChesError
-from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, loss_names, mean_loss, with_sft, with_weights
-from ches_jax.losses.inputs import LENGTHS, REFERENCE, Aux
+from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
+from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
+from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.losses.wrappers import Per
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.train.batches import Batch
 from ches_jax.train.logps import Head, segment_sums, token_logps
 
-SUPPLIED = REFERENCE | LENGTHS | {"weights", "reward_mean"}
+SUPPLIED = (
+    REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE
+    | {"weights", "reward_mean", "logp", "ref_logp", "desirable", "kl_baseline"}
+)  # fmt: skip
 """Fields of ``LossInputs`` that training can fill."""
+WHY_NOT = {
+    "token_kl": "the divergence over the whole vocabulary at each position needs the reference model beside the "
+    "policy, and a run keeps one model in memory",
+    "candidates": "samples of the policy: the rows have one chosen and one rejected response",
+}
+"""Why the others cannot be filled, by a part of their names."""
 SFT = {
     "sft": "mean over the tokens of all chosen responses of the update",
     "sft_sum": "mean over the pairs of the summed negative log-probability of the chosen response",
@@ -33,7 +43,7 @@ SFT = {
 """Supervised objectives: cross-entropy on the chosen response."""
 
 
-def segment_logps(
+def prediction_logps(
     model: Decoder,
     rows: Rows,
     *,
@@ -41,8 +51,8 @@ def segment_logps(
     backward: bool = False,
     remat: bool = False,
     mesh: Mesh | None = None,
-) -> Float[Array, "B S"]:
-    """Summed log-probabilities in nats of every segment of packed rows.
+) -> Float[Array, "B M"]:
+    """Log-probabilities in nats of every prediction of packed rows.
 
     Args:
       model: the decoder.
@@ -58,15 +68,36 @@ def segment_logps(
     )
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     head = Head(model.config.logit_scale, model.config.logit_softcap)
-    logps = token_logps(predicting, model.unembedding, rows.target, head)
-    return segment_sums(logps, rows.segment, rows.last.shape[1])
+    return token_logps(predicting, model.unembedding, rows.target, head)
 
 
-def pair_logps(model: Decoder, batch: Batch, **options: Any) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
-    """Summed log-probabilities in nats of the chosen and the rejected response; options of ``segment_logps``."""
-    sums = segment_logps(model, batch.rows, **options)
+def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S"]:
+    """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
+    return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
+
+
+class Logps(NamedTuple):
+    """What the policy gives the responses of P pairs, in nats."""
+
+    chosen: Float[Array, " P"]
+    rejected: Float[Array, " P"]
+    token_chosen: Float[Array, "P T"] | None = None
+    """For objectives of tokens; padding holds anything finite."""
+    token_rejected: Float[Array, "P T"] | None = None
+
+
+def batch_logps(model: Decoder, batch: Batch, **options: Any) -> Logps:
+    """Log-probabilities of a batch's pairs; options of ``prediction_logps``."""
+    every = prediction_logps(model, batch.rows, **options)
+    sums = segment_sums(every, batch.rows.segment, batch.rows.last.shape[1])
     shared = sums[batch.row, batch.shared]
-    return shared + sums[batch.row, batch.shared + 1], shared + sums[batch.row, batch.shared + 2]
+    found = Logps(shared + sums[batch.row, batch.shared + 1], shared + sums[batch.row, batch.shared + 2])
+    if batch.tokens is None:
+        return found
+    row = batch.row[:, None]
+    return found._replace(
+        token_chosen=every[row, batch.tokens.chosen], token_rejected=every[row, batch.tokens.rejected]
+    )
 
 
 def get_objective(
@@ -91,7 +122,8 @@ def get_objective(
         loss = with_weights(loss)
     missing = sorted(loss.needs - SUPPLIED)
     if missing:
-        raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply yet")
+        why = "; ".join(reason for part, reason in WHY_NOT.items() if any(part in m for m in missing))
+        raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply ({why})")
     return loss
 
 
@@ -103,6 +135,21 @@ def needs_reference(loss: Loss) -> bool:
 def is_supervised(loss: Loss) -> bool:
     """Whether the loss reads the chosen response alone, so that the rejected one need not be computed."""
     return loss.name in SFT
+
+
+def is_unpaired(loss: Loss) -> bool:
+    """Whether an example is one response with a label, as KTO's are."""
+    return "logp" in loss.needs
+
+
+def reads_tokens(loss: Loss) -> bool:
+    """Whether the loss reads the log-probability of each token."""
+    return loss.needs >= TOKEN_LOGPS
+
+
+def reads_reference_tokens(loss: Loss) -> bool:
+    """Whether it reads the reference's too."""
+    return loss.needs >= TOKEN_REFERENCE
 
 
 def _supervised(name: str) -> Loss:
@@ -119,7 +166,7 @@ def _supervised(name: str) -> Loss:
         per_token = stopped / jnp.asarray(inputs.chosen_tokens).astype(logp.dtype)
         return value, {"logps/chosen": stopped, "logps_per_token/chosen": per_token}
 
-    needs = frozenset({"logp_chosen", "chosen_tokens", "weights"})
+    needs = frozenset({"logp_chosen", "chosen_tokens"} | ({"weights"} if name == "sft" else set()))
     return Loss(name=name, needs=needs, compute=compute, source=SFT[name])
 
 
@@ -128,19 +175,72 @@ def initial_loss_state(loss: Loss, dtype: Any = jnp.float32) -> dict[str, Any]:
     return {"reward_mean": RunningMean(jnp.zeros((), dtype), jnp.zeros((), dtype))} if loss.stateful else {}
 
 
-def loss_inputs(loss: Loss, batch: Batch, chosen: Array, rejected: Array, state: Mapping[str, Any]) -> LossInputs:
+def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]) -> LossInputs:
     """What the loss declares that it reads, and nothing else."""
     every = {
-        "logp_chosen": chosen,
-        "logp_rejected": rejected,
+        "logp_chosen": found.chosen,
+        "logp_rejected": found.rejected,
         "ref_logp_chosen": batch.ref_logp_chosen,
         "ref_logp_rejected": batch.ref_logp_rejected,
         "chosen_tokens": batch.chosen_tokens,
         "rejected_tokens": batch.rejected_tokens,
-        "weights": batch.weights,
+        # unpaired: the chosen response is the row's own, the rejected one another row's (``examples.unpaired``)
+        "logp": found.chosen,
+        "ref_logp": batch.ref_logp_chosen,
+        "kl_baseline": kto_baseline(found.rejected, jnp.asarray(batch.ref_logp_rejected)),
+        **batch.given,
         **state,
     }
+    if batch.tokens is not None:
+        every |= {
+            "token_logps_chosen": found.token_chosen,
+            "token_logps_rejected": found.token_rejected,
+            "ref_token_logps_chosen": batch.tokens.ref_chosen,
+            "ref_token_logps_rejected": batch.tokens.ref_rejected,
+            "token_mask_chosen": batch.tokens.chosen_mask,
+            "token_mask_rejected": batch.tokens.rejected_mask,
+        }
     return LossInputs(**cast(Any, {name: value for name, value in every.items() if name in loss.needs}))
+
+
+def loss_and_metrics(
+    loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]
+) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
+    """Mean loss over the examples; means of metrics under TRL's names, to be finished by ``named``; the next state."""
+    inputs = loss_inputs(loss, batch, found, state)
+    value, aux = loss(inputs)
+    new_state = {k.removeprefix("state/"): v for k, v in aux.items() if k.startswith("state/")}
+    metrics = {k: v for k, v in aux.items() if not k.startswith("state/")}
+    if is_unpaired(loss):
+        good = jnp.asarray(inputs.desirable).astype(value.dtype)
+        metrics = {"kl": inputs.kl_baseline, DESIRABLE: good}
+        for name in ("rewards", "logps"):
+            metrics |= {f"{name}/chosen": aux[name] * good, f"{name}/rejected": aux[name] * (1 - good)}
+    elif reads_tokens(loss):  # whatever tokens the objective keeps, this is the response's own
+        metrics |= {"logps/chosen": found.chosen, "logps/rejected": found.rejected}
+    metrics[POLICY] = found.chosen
+    means = {k: jnp.mean(jax.lax.stop_gradient(jnp.asarray(v))) for k, v in metrics.items()}
+    return jnp.mean(value), (means, new_state)
+
+
+POLICY = "policy/chosen"
+"""Mean log-probability of what was packed as chosen: compared with the reference's before the first update."""
+DESIRABLE = "share/desirable"
+
+
+def named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an update as they are logged; means over good and over bad rows become means of each."""
+    out = {k: v for k, v in metrics.items() if k not in (DESIRABLE, POLICY)}
+    if DESIRABLE not in metrics:
+        return out
+    for side, share in (("chosen", metrics[DESIRABLE]), ("rejected", 1 - metrics[DESIRABLE])):
+        for name in (f"rewards/{side}", f"logps/{side}"):
+            mean = out.pop(name)
+            if share > 0:  # an update may have no row of a side
+                out[name] = mean / share
+    if {"rewards/chosen", "rewards/rejected"} <= out.keys():
+        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+    return out
 
 
 def batch_loss(
@@ -153,9 +253,6 @@ def batch_loss(
     mesh: Mesh | None = None,
     block: int | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
-    """Mean loss over the pairs; metrics (means, TRL's names) and the loss's next state."""
-    chosen, rejected = pair_logps(model, batch, block=block, backward=True, remat=remat, mesh=mesh)
-    value, logs = mean_loss(loss, loss_inputs(loss, batch, chosen, rejected, state))
-    metrics = {k: v for k, v in logs.items() if not k.startswith("state/")}
-    new_state = {k.removeprefix("state/"): v for k, v in logs.items() if k.startswith("state/")}
-    return value, (metrics, new_state)
+    """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
+    found = batch_logps(model, batch, block=block, backward=True, remat=remat, mesh=mesh)
+    return loss_and_metrics(loss, batch, found, state)

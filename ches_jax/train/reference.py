@@ -2,6 +2,8 @@
 
 A cache file belongs to one identity (weights, tokenizer, convention, dtype) and holds rows by ``row_id``, under the
 column names TRL uses. A run that was killed finds the parts it wrote; a larger data set computes only what is new.
+An objective of tokens has a cache of its own, with one number for each token of a response in place of their sum: its
+identity has ``per: token``.
 """
 
 import hashlib
@@ -17,18 +19,21 @@ import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.files import replacing
-from ches_jax.train.evaluate import PairLogps
+from ches_jax.train.evaluate import PairLogps, TokenLogps
 from ches_jax.types import TokenPair
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 METADATA_KEY = b"ches_jax"
 PART_ROWS = 1024
 CHECKED_ROWS = 4
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Relative difference at which a cached row counts as another model's; 16-bit computation: 2e-2."""
 
-Evaluate = Callable[[Sequence[TokenPair]], PairLogps]
-Known = dict[str, tuple[float, float]]
+Logps = PairLogps | TokenLogps
+Evaluate = Callable[[Sequence[TokenPair]], Logps]
+Known = dict[str, tuple[Any, Any]]
+"""By ``row_id``: for chosen and rejected response a number, or one number a token."""
 
 
 def cache_key(identity: Mapping[str, Any]) -> str:
@@ -36,9 +41,7 @@ def cache_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def reference_logps(
-    pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Mapping[str, Any], folder: Path
-) -> PairLogps:
+def reference_logps(pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Mapping[str, Any], folder: Path) -> Logps:
     """Reference log-probabilities of ``pairs``, from the cache in ``folder`` where it has them.
 
     Args:
@@ -57,28 +60,34 @@ def reference_logps(
         known |= read_cache(part, identity)
     missing = list({p.row_id: p for p in pairs if p.row_id not in known}.values())
     if len(missing) < len({p.row_id for p in pairs}):
-        verify([p for p in pairs if p.row_id in known], known, evaluate, final, str(identity.get("dtype")))
+        verify([p for p in pairs if p.row_id in known], known, evaluate, final, identity)
     first = len(list(parts.glob("*.parquet")))
     for i, at in enumerate(range(0, len(missing), PART_ROWS), first):
         some = missing[at : at + PART_ROWS]
         found = evaluate(some)
-        new = {p.row_id: (float(c), float(r)) for p, c, r in zip(some, *found, strict=True)}
+        new = {p.row_id: (c, r) for p, c, r in zip(some, *found, strict=True)}
         _require_finite(new, some)
         write_cache(parts / f"{i:06d}.parquet", new, identity)
         known |= new
     if missing:
         write_cache(final, known, identity)
         shutil.rmtree(parts, ignore_errors=True)
-    return ordered(pairs, known)
+    return ordered(pairs, known, identity)
 
 
-def ordered(pairs: Sequence[TokenPair], known: Known) -> PairLogps:
+def _columns(identity: Mapping[str, Any]) -> tuple[str, str]:
+    return TOKEN_COLUMNS if identity.get("per") == "token" else COLUMNS
+
+
+def ordered(pairs: Sequence[TokenPair], known: Known, identity: Mapping[str, Any]) -> Logps:
     """Values in the order of the pairs."""
-    values = np.array([known[p.row_id] for p in pairs], np.float64).reshape(len(pairs), 2)
-    return PairLogps(values[:, 0], values[:, 1])
+    sides = [[known[p.row_id][side] for p in pairs] for side in range(2)]
+    if _columns(identity) == TOKEN_COLUMNS:
+        return TokenLogps(*([np.asarray(v, np.float64) for v in side] for side in sides))
+    return PairLogps(*(np.array(side, np.float64) for side in sides))
 
 
-def from_file(path: Path, pairs: Sequence[TokenPair], identity: Mapping[str, Any], evaluate: Evaluate) -> PairLogps:
+def from_file(path: Path, pairs: Sequence[TokenPair], identity: Mapping[str, Any], evaluate: Evaluate) -> Logps:
     """Reference log-probabilities of a cache file that the user names.
 
     Raises:
@@ -89,25 +98,29 @@ def from_file(path: Path, pairs: Sequence[TokenPair], identity: Mapping[str, Any
     if missing:
         rows = ", ".join(f"row {p.index}" for p in missing[:3])
         raise RunError(f"--reference {path}: has no log-probabilities of {len(missing)} rows ({rows} ...)")
-    verify(pairs, known, evaluate, path, str(identity.get("dtype")))
-    return ordered(pairs, known)
+    verify(pairs, known, evaluate, path, identity)
+    return ordered(pairs, known, identity)
 
 
-def verify(pairs: Sequence[TokenPair], known: Known, evaluate: Evaluate, path: Path, dtype: str) -> None:
+def verify(
+    pairs: Sequence[TokenPair], known: Known, evaluate: Evaluate, path: Path, identity: Mapping[str, Any]
+) -> None:
     """Compute a few cached rows again.
 
     Raises:
       RunError: they differ by more than rounding.
     """
     some = [pairs[i] for i in sorted({*np.linspace(0, len(pairs) - 1, CHECKED_ROWS).astype(int).tolist()})]
-    found, cached = evaluate(some), ordered(some, known)
-    tolerance = TOLERANCE.get(dtype, 2e-2)
-    for side in range(2):
-        for pair, now, then in zip(some, found[side], cached[side], strict=True):
-            if not abs(now - then) <= tolerance * max(1.0, abs(now)):
+    found, cached = evaluate(some), ordered(some, known, identity)
+    tolerance = TOLERANCE.get(str(identity.get("dtype")), 2e-2)
+    for name, side, before in zip(_columns(identity), found, cached, strict=True):
+        for pair, now, then in zip(some, side, before, strict=True):
+            same = np.shape(now) == np.shape(then)
+            if not same or not np.all(np.abs(now - then) <= tolerance * np.maximum(1.0, np.abs(now))):
                 raise RunError(
-                    f"{path}: row {pair.index} has {COLUMNS[side]} {then:.6g}, the reference model gives {now:.6g}: "
-                    "the cache is of another model or damaged; remove it, or name its model with --reference DIR"
+                    f"{path}: row {pair.index} has {name} {np.sum(then):.6g}, the reference model gives "
+                    f"{np.sum(now):.6g}: the cache is of another model or damaged; remove it, or name its model with "
+                    "--reference DIR"
                 )
 
 
@@ -122,8 +135,9 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{path}: not a readable reference cache ({error})") from None
     raw = (table.schema.metadata or {}).get(METADATA_KEY)
-    if raw is None or not {"row_id", *COLUMNS} <= set(table.column_names):
-        raise RunError(f"{path}: not a reference cache (expected columns row_id, {', '.join(COLUMNS)} and metadata)")
+    names = _columns(identity)
+    if raw is None or not any({"row_id", *some} <= set(table.column_names) for some in (COLUMNS, TOKEN_COLUMNS)):
+        raise RunError(f"{path}: not a reference cache (expected columns row_id, {', '.join(names)} and metadata)")
     found = json.loads(raw)
     asked = json.loads(json.dumps(dict(identity)))
     differences = [
@@ -133,14 +147,16 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
     ]
     if differences:
         raise RunError(many(f"{path}: the reference cache of another run", differences))
-    columns = (table.column(n).to_pylist() for n in ("row_id", *COLUMNS))
+    columns = (table.column(n).to_pylist() for n in ("row_id", *names))
     return {row_id: (c, r) for row_id, c, r in zip(*columns, strict=True)}
 
 
 def write_cache(path: Path, known: Known, identity: Mapping[str, Any]) -> None:
     """Write rows whole or not at all."""
+    names = _columns(identity)
+    kind = pa.list_(pa.float64()) if names == TOKEN_COLUMNS else pa.float64()
     schema = pa.schema(
-        [pa.field("row_id", pa.string()), *(pa.field(n, pa.float64()) for n in COLUMNS)],
+        [pa.field("row_id", pa.string()), *(pa.field(n, kind) for n in names)],
         metadata={METADATA_KEY: json.dumps(dict(identity), sort_keys=True).encode()},
     )
     values = list(known.values())
@@ -151,7 +167,7 @@ def write_cache(path: Path, known: Known, identity: Mapping[str, Any]) -> None:
 
 def _require_finite(values: Known, pairs: Sequence[TokenPair]) -> None:
     for pair in pairs:
-        if not np.isfinite(values[pair.row_id]).all():
+        if not all(np.isfinite(v).all() for v in values[pair.row_id]):
             raise ChesError(
                 f"row {pair.index} (row_id {pair.row_id[:12]}): its reference log-probability is not finite"
             )

@@ -22,11 +22,12 @@ from ches_jax.parallel import make_mesh, row_shards
 from ches_jax.runlog import as_dict
 from ches_jax.train.batches import Layout, standard_row
 from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
-from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs, reference_from_columns
+from ches_jax.train.data import REFERENCE_FIELDS, Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.evaluate import Evaluator, PairLogps
-from ches_jax.train.objective import needs_reference
+from ches_jax.train.examples import Examples, make_examples
+from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_tokens
 from ches_jax.train.optimizer import Schedule, make_schedule
-from ches_jax.train.reference import from_file, reference_logps
+from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
 from ches_jax.types import TokenPair
 
@@ -41,6 +42,8 @@ class Run:
     decoder: DecoderConfig
     mesh: Mesh
     pairs: RunPairs
+    train: Examples
+    held_out: Examples
     plan: Plan
     layout: Layout
     loss: Loss
@@ -65,11 +68,24 @@ def prepare(config: TrainConfig) -> Run:
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
         )
+    if config.reference == "columns" and (is_unpaired(loss) or reads_reference_tokens(loss)):
+        raise ChesError(
+            f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
+            "reference; give initial, a directory or a cache file"
+        )
     pairs = read_run_pairs(config, directory, decoder)
-    plan = make_plan(config, len(pairs.train))
+    train, held_out = (
+        make_examples(
+            loss, some, given, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
+        )
+        for some, given in ((pairs.train, pairs.given), (pairs.held_out, pairs.held_out_given))
+    )
+    plan = make_plan(config, len(train))
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
     threshold = decoder.rope.length_threshold if decoder.rope else None
-    row_tokens = config.row_tokens or standard_row([*pairs.train, *pairs.held_out], threshold)
+    everything = [*pairs.train, *pairs.held_out, *train.pairs, *held_out.pairs]
+    row_tokens = config.row_tokens or standard_row(everything, threshold)
+    longest = max(len(r.targets(config.eos)) for p in everything for r in (p.chosen, p.rejected))
     options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
     return Run(
@@ -79,8 +95,12 @@ def prepare(config: TrainConfig) -> Run:
         decoder=decoder,
         mesh=mesh,
         pairs=pairs,
+        train=train,
+        held_out=held_out,
         plan=plan,
-        layout=Layout(row_tokens, row_shards(mesh), config.eos, threshold),
+        layout=Layout(
+            row_tokens, row_shards(mesh), config.eos, threshold, response_tokens=longest if reads_tokens(loss) else 0
+        ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
         identity=identity,
@@ -93,38 +113,43 @@ def load_parameters(directory: Path, dtype: str, master: str, mesh: Mesh) -> dic
     return named_parameters(model)
 
 
-def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[str, PairLogps]:
-    """Reference log-probabilities of training and held-out pairs; empty where the loss has no reference."""
-    config, pairs = run.config, run.pairs
+def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[str, Logps]:
+    """Reference log-probabilities of training and held-out examples; empty where the loss has no reference."""
+    config = run.config
     if not needs_reference(run.loss):
         return {}
     if config.reference == "columns":
-        parts = {"train": pairs.train, "held_out": pairs.held_out}
-        return {name: reference_from_columns(some, pairs.columns) for name, some in parts.items()}
-    everything = [*pairs.train, *pairs.held_out]
+        given = {"train": run.train.given, "held_out": run.held_out.given}
+        return {name: PairLogps(*(some[f] for f in REFERENCE_FIELDS)) for name, some in given.items() if some}
+    everything = [*run.train.pairs, *run.held_out.pairs]
     identity = {
         "model_fingerprint": run.identity["model_fingerprint"],
         "tokenizer_fingerprint": run.identity["tokenizer_fingerprint"],
         "convention": {"eos": config.eos, "max_length": config.max_length, "template": config.template},
         "dtype": config.dtype,
     }
+    per_token = reads_reference_tokens(run.loss)
+    if per_token:
+        identity["per"] = "token"
+
+    def policy(pairs: Sequence[TokenPair]) -> Logps:
+        return (evaluate.tokens if per_token else evaluate)(params, pairs)
+
     folder = Path(config.reference_cache) if config.reference_cache else run.out
     if config.reference.endswith(".parquet"):
-        found = from_file(Path(config.reference), everything, identity, lambda some: evaluate(params, some))
+        found = from_file(Path(config.reference), everything, identity, policy)
     elif config.reference == "initial":
-        found = reference_logps(everything, lambda some: evaluate(params, some), identity, folder)
+        found = reference_logps(everything, policy, identity, folder)
     else:
         directory = resolve(config.reference)
         identity["model_fingerprint"] = fingerprint(directory)
-        found = reference_logps(everything, _other_model(run, directory), identity, folder)
-    n = len(pairs.train)
-    return {
-        "train": PairLogps(found.chosen[:n], found.rejected[:n]),
-        "held_out": PairLogps(found.chosen[n:], found.rejected[n:]),
-    }
+        found = reference_logps(everything, _other_model(run, directory, per_token), identity, folder)
+    n = len(run.train)
+    parts = {"train": slice(n), "held_out": slice(n, None)}
+    return {k: found._replace(chosen=found.chosen[s], rejected=found.rejected[s]) for k, s in parts.items()}
 
 
-def _other_model(run: Run, directory: Path) -> Callable[[Sequence[TokenPair]], PairLogps]:
+def _other_model(run: Run, directory: Path, per_token: bool) -> Callable[[Sequence[TokenPair]], Logps]:
     """Log-probabilities under a reference directory, whose weights are gone when they have been computed."""
     decoder = decoder_config(read_config(directory), str(directory))
     if decoder.vocab_size != run.decoder.vocab_size:
@@ -138,9 +163,9 @@ def _other_model(run: Run, directory: Path) -> Callable[[Sequence[TokenPair]], P
     master = "float64" if run.config.dtype == "float64" else "float32"
     loaded: list[Any] = []
 
-    def compute(pairs: Sequence[TokenPair]) -> PairLogps:
+    def compute(pairs: Sequence[TokenPair]) -> Logps:
         if not loaded:
             loaded.append(load_parameters(directory, run.config.dtype, master, run.mesh))
-        return evaluate(loaded[0], pairs)
+        return (evaluate.tokens if per_token else evaluate)(loaded[0], pairs)
 
     return compute

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,7 +20,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding
 from ches_jax.train.batches import Batch
-from ches_jax.train.objective import batch_loss
+from ches_jax.train.objective import batch_logps, batch_loss
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings
 
@@ -92,17 +93,35 @@ class Step:
             grads, new, metrics = gradient(params, loss_state, batch)
             return jax.tree.map(lambda t, g: t + g * share.astype(g.dtype), total, grads), new, metrics
 
+        def excess(params: Any, batch: Batch) -> Any:
+            model = with_parameters(abstract, params)
+            found = batch_logps(model, batch, block=slice_size(), backward=True, mesh=on)
+            return jnp.sum(found.rejected - batch.ref_logp_rejected)
+
+        # an objective that compares examples with all of their update needs it before the first micro-batch
+        self._excess = jax.jit(excess) if "kl_baseline" in loss.needs else None
         self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, None))
         self._zeros = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), out_shardings=places.params)
         self._add = jax.jit(add, donate_argnums=4, out_shardings=(places.params, places.loss_state, None))
         # the gradient has no successor to give its memory to
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, None))
 
+    def _with_baseline(self, params: Any, batches: Sequence[Batch]) -> list[Batch]:
+        """KTO's reference point of the whole update (``losses.kto_baseline``) in each of its micro-batches."""
+        assert self._excess is not None
+        total = sum(float(self._excess(params, put(b, self.mesh))) for b in batches)
+        mean = max(0.0, total / sum(len(b.row) for b in batches))
+        return [
+            b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.ref_logp_chosen.dtype)}) for b in batches
+        ]
+
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One update; metrics are means over its pairs, on the host."""
         if len(batches) == 1:
             state, metrics = self._whole(state, put(batches[0], self.mesh))
             return state, as_floats(metrics)
+        if self._excess is not None and len(batches) > 1:
+            batches = self._with_baseline(state.params, batches)
         total = sum(len(b.row) for b in batches)
         shares = [len(b.row) / total for b in batches]
         loss_state, grads, found = state.loss_state, self._zeros(state.params), []

@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(small, tmp_path, monkeypat
         (["--reference", "none"], "compares with a reference"),
         (["--reference", "columns"], "--reference columns needs numbers in ref_chosen_logps"),
         (["--accumulate", "99"], "more micro-batches than"),
-        (["--loss", "kto"], "which `ches train` cannot supply"),
+        (["--loss", "sparsepo"], "which `ches train` cannot supply"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tiny_model, tmp_path, words, message):

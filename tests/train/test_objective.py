@@ -15,7 +15,7 @@ from ches_jax.models.families import family_of
 from ches_jax.models.load import load_model
 from ches_jax.models.save import stored_tensors
 from ches_jax.train.batches import Layout, make_batch, standard_row
-from ches_jax.train.objective import batch_loss, get_objective, pair_logps
+from ches_jax.train.objective import batch_loss, get_objective, batch_logps
 from ches_jax.types import Response, TokenPair
 
 FAMILIES = (
@@ -39,7 +39,7 @@ def golden_batch(folder, dtype):
     threshold = model.config.rope.length_threshold if model.config.rope else None
     layout = Layout(standard_row(pairs, threshold), 1, "include", threshold)
     batch = make_batch(
-        pairs, layout, np.array(ref["logp_chosen"]), np.array(ref["logp_rejected"]), dtype=np.dtype(dtype)
+        pairs, layout, (ref["logp_chosen"], ref["logp_rejected"]), dtype=np.dtype(dtype)
     )
     return golden, model, batch
 
@@ -58,7 +58,7 @@ def errors(folder, dtype) -> dict[str, float]:
         def dpo(state):
             model = nnx.merge(graph, state)
             value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {}, block=128)
-            return value, (metrics, pair_logps(model, batch))
+            return value, (metrics, batch_logps(model, batch)[:2])
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
         return value, metrics, logps, grads
@@ -111,5 +111,5 @@ def test_an_unknown_loss_lists_the_names():
 
 
 def test_a_loss_that_cannot_be_supplied_says_what_is_missing():
-    with pytest.raises(ChesError, match="'kto' needs desirable, kl_baseline"):
-        get_objective("kto", {})
+    with pytest.raises(ChesError, match="'sparsepo' needs token_kl_chosen"):
+        get_objective("sparsepo", {})

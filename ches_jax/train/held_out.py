@@ -1,0 +1,43 @@
+"""Loss and rewards of the held-out examples, under TRL's names with ``eval_`` in front."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ches_jax.train.batches import padded, pair_numbers
+from ches_jax.train.evaluate import Evaluator, PairLogps
+from ches_jax.train.objective import Logps, is_unpaired, loss_and_metrics, named, reads_tokens
+from ches_jax.train.reference import Logps as ReferenceLogps
+from ches_jax.train.setup import Run
+
+
+def held_out_metrics(
+    run: Run, evaluate: Evaluator, params: Mapping[str, Any], now: PairLogps, reference: ReferenceLogps | None
+) -> dict[str, float]:
+    """The objective on the held-out examples, as one batch.
+
+    Args:
+      run: the run.
+      evaluate: gives log-probabilities, where ``now`` has not all that the objective reads.
+      params: weights of this moment.
+      now: log-probabilities of the held-out pairs under them.
+      reference: the reference's, of the held-out examples.
+    """
+    loss, examples, dtype = run.loss, run.held_out, np.float64 if run.config.dtype == "float64" else np.float32
+    if loss.stateful:
+        return {}
+    given = dict(examples.given)
+    if loss.name == "sft":
+        tokens = sum(len(p.chosen.targets(run.config.eos)) for p in examples.pairs)
+        given["weights"] = np.full(len(examples), len(examples) / max(1, tokens))
+    batch = pair_numbers(examples.pairs, run.layout, reference, given, dtype)
+    if reads_tokens(loss):
+        tokens = evaluate.tokens(params, examples.pairs)
+        found = (*tokens.sums(), *(padded(side, run.layout.response_tokens, dtype) for side in tokens))
+    else:
+        found = evaluate(params, examples.pairs) if is_unpaired(loss) else now
+    value, (metrics, _) = loss_and_metrics(loss, batch, Logps(*(jnp.asarray(v, dtype) for v in found)), {})
+    means = named({k: float(v) for k, v in metrics.items()})
+    return {"eval_loss": float(value), **{f"eval_{k}": v for k, v in means.items()}}
