@@ -27,7 +27,7 @@ def write_pairs(path: Path, count: int, length: int, seed: int = 0) -> Path:
     sizes = {"prompt_ids": length * 3 // 4, "chosen_ids": length // 4, "rejected_ids": length // 4}
     with path.open("w", encoding="utf-8") as out:
         for _ in range(count):
-            out.write(json.dumps({name: rng.integers(100, 4000, n).tolist() for name, n in sizes.items()}) + "\n")
+            out.write(json.dumps({name: rng.integers(100, 1000, n).tolist() for name, n in sizes.items()}) + "\n")
     return path
 
 

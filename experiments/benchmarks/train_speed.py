@@ -49,7 +49,7 @@ def ours(model: str, pairs: int, prompt: int, response: int, steps: int) -> dict
         lengths = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
         with file.open("w", encoding="utf-8") as out:
             for _ in range(pairs * (steps + 1)):
-                row = {name: rng.integers(100, 4000, n).tolist() for name, n in lengths.items()}
+                row = {name: rng.integers(100, 1000, n).tolist() for name, n in lengths.items()}
                 out.write(json.dumps(row) + "\n")
         config = TrainConfig(
             model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
