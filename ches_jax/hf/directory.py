@@ -5,6 +5,7 @@ shards it names. Nothing is unpickled and no code of the directory is run.
 """
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,16 @@ def weight_files(directory: Path) -> list[Path]:
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 over the bytes of the config and the weight files (32 hex digits): equal means equal weights."""
+    return fingerprint_of([directory / CONFIG, *weight_files(directory)])
+
+
+def fingerprint_of(files: Sequence[Path]) -> str:
+    """SHA-256 over the bytes of some files (32 hex digits)."""
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").digest()
 
-    files = [directory / CONFIG, *weight_files(directory)]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest, files))
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

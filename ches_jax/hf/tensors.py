@@ -7,6 +7,7 @@ between and without mapping the file, so that loading needs the memory of the mo
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +85,21 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of the directory's weight files by name; no weight is read yet.
 
     Raises:
+      CheckpointError: as ``open_files``.
+    """
+    return open_files(directory, weight_files(directory))
+
+
+def open_files(directory: Path, files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files of ``directory``.
+
+    Raises:
       CheckpointError: a file that is no safetensors file or is cut short, a name stored twice, a dtype that is no
         float. All problems in one message.
     """
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
-    for path in weight_files(directory):
+    for path in files:
         try:
             with safe_open(path, framework="np"):
                 header, start = _header(path)

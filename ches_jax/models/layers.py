@@ -38,17 +38,23 @@ def along_last(vector: Float[Array, " D"], like: Float[Array, "... D"]) -> Float
 
 
 class Linear(nnx.Module):
-    """``x W^T (+ b)``."""
+    """``x W^T (+ b)``, and ``s (x A^T) B^T`` where ``lora.adapted`` has put an adapter beside W."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Draws W from N(0, 0.02^2), the initialisation of the GPT-2 line; b is zero."""
         init = jax.random.normal(rngs.params(), (outputs, inputs), jnp.float32) * 0.02
         self.weight = nnx.Param(init.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Applies the map."""
         y = matmul(x, self.weight[...])
+        if self.lora_a is not None and self.lora_b is not None:
+            # the scale joins B before B is rounded to the dtype of x
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_scale * self.lora_b[...])
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
 

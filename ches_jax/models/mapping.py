@@ -32,6 +32,10 @@ class View:
         """Put the whole parameter into the stored tensor ``out``."""
         out[...] = value
 
+    def outputs(self, count: int) -> tuple[np.ndarray, int]:
+        """Where the ``count`` outputs of the parameter stand among the outputs of the stored map, and their number."""
+        return np.arange(count), count
+
 
 @dataclass(frozen=True)
 class Rows(View):
@@ -52,6 +56,10 @@ class Rows(View):
     def write(self, out: np.ndarray, value: np.ndarray) -> None:
         """Fills its rows."""
         out[self.start : self.start + value.shape[0]] = value
+
+    def outputs(self, count: int) -> tuple[np.ndarray, int]:
+        """Its rows."""
+        return self.start + np.arange(count), self.total
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,10 @@ class Columns(View):
     def write(self, out: np.ndarray, value: np.ndarray) -> None:
         """Fills its columns."""
         out[:, self.start : self.start + value.shape[0]] = value.T
+
+    def outputs(self, count: int) -> tuple[np.ndarray, int]:
+        """Its columns."""
+        return self.start + np.arange(count), self.total
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,10 @@ class Interleaved(View):
     def write(self, out: np.ndarray, value: np.ndarray) -> None:
         """Fills its rows."""
         out[self._stored(0, value.shape[0])] = value
+
+    def outputs(self, count: int) -> tuple[np.ndarray, int]:
+        """Its rows."""
+        return self._stored(0, count), count * self.parts
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,17 @@ AXES_BY_MODULE = {
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where each axis of the parameter ``name`` lies.
 
-    Vectors (norms, biases) follow the output axis of their module, norms lie over ``fsdp``.
+    Vectors (norms, biases) follow the output axis of their module, norms lie over ``fsdp``. Adapters follow the axes of
+    their matrix, whole along the rank.
     """
     module, leaf = name.split(".")[-2:]
     axes: tuple[str | None, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
     if leaf == "bias":
         axes = axes[:1]
+    elif leaf == "lora_a":
+        axes = (None, *axes[1:])
+    elif leaf == "lora_b":
+        axes = (*axes[:1], None)
     stacked = name.startswith("layers.")
     axes = ((None,) if stacked else ()) + axes
     return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)))

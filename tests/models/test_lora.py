@@ -1,0 +1,220 @@
+"""Adapters: gradients by the chain rule, merging, and PEFT's directories in both directions."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import read_config
+from ches_jax.hf.tensors import open_tensors
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.families import decoder_config
+from ches_jax.models.load import load_model, with_parameters
+from ches_jax.models.lora import adapted, adapter_shapes, initial_adapters, make_spec, merged
+from ches_jax.models.peft import CONFIG, WEIGHTS, adapter_fingerprint, read_adapter, write_adapter
+from ches_jax.models.save import save_pretrained
+
+COMMON = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
+MODELS = {
+    "llama": {**COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    "gpt_neox": {**COMMON, "intermediate_size": 20, "max_position_embeddings": 64, "rotary_pct": 1.0},
+    "phi3": {**COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt2": {"vocab_size": 31, "n_layer": 2, "n_embd": 24, "n_head": 4, "n_positions": 64},
+}
+TOKENS = np.arange(2 * 9).reshape(2, 9) % 31
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model directory of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            raw = {"model_type": family, **MODELS[family]}
+            model = Decoder(decoder_config(raw), rngs=nnx.Rngs(3))
+            nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 2 else w, nnx.state(model)))
+            made[family] = tmp_path_factory.mktemp("base") / family
+            save_pretrained(model, made[family], config=raw)
+        return made[family]
+
+    return make
+
+
+def random_adapters(shapes, seed=1):
+    rng = np.random.default_rng(seed)
+    return {name: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype) for name, leaf in shapes.items()}
+
+
+def with_adapters(directory: Path, spec, arrays=None, dtype="float32"):
+    """The base model with random (or given) adapters; and all of its parameters."""
+    model = load_model(directory, dtype=dtype, param_dtype=dtype)
+    both = adapted(abstract_decoder(model.config, dtype=jnp.dtype(dtype)), spec, dtype)
+    arrays = random_adapters(adapter_shapes(both)) if arrays is None else arrays
+    params = {**named_parameters(model), **{n: jnp.asarray(a) for n, a in arrays.items()}}
+    return with_parameters(both, params), params
+
+
+def logits(model) -> np.ndarray:
+    return np.asarray(model.logits(model.hidden(jnp.asarray(TOKENS, jnp.int32))))
+
+
+def test_the_adapted_model_starts_as_the_base_exactly(base):
+    spec = make_spec(3, 6.0, "all-linear", decoder_config(read_config(base("llama"))))
+    shapes = adapter_shapes(adapted(abstract_decoder(decoder_config(read_config(base("llama")))), spec))
+    model, _ = with_adapters(base("llama"), spec, initial_adapters(shapes, 0))
+    np.testing.assert_array_equal(logits(model), logits(load_model(base("llama"))))
+    for name, value in initial_adapters(shapes, 0).items():
+        if name.endswith("lora_a"):
+            bound = value.shape[-1] ** -0.5
+            assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(bound / 3**0.5, rel=0.15), name
+
+
+def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
+    """dA = s B^T dW and dB = s dW A^T, with dW the gradient of the merged matrix."""
+    directory = base("llama")
+    config = decoder_config(read_config(directory))
+    spec = make_spec(3, 6.0, "all-linear", config)
+    _, params = with_adapters(directory, spec, dtype="float64")
+    plain = abstract_decoder(config, dtype=jnp.float64)
+    both = adapted(abstract_decoder(config, dtype=jnp.float64), spec, "float64")
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=logits(with_parameters(both, params)).shape))
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+
+    def loss(abstract):
+        def value(params):
+            model = with_parameters(abstract, params)
+            return jnp.sum(weights * model.logits(model.hidden(tokens)))
+
+        return jax.grad(value)
+
+    full = loss(plain)(merged(params, spec))
+    found = loss(both)(params)
+    for name, (_, scale) in spec.items():
+        dw, a, b = full[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"]
+        for part, expected in (("a", jnp.matrix_transpose(b) @ dw), ("b", dw @ jnp.matrix_transpose(a))):
+            size = float(jnp.abs(expected).max())
+            np.testing.assert_allclose(found[f"{name}.lora_{part}"] * 1, scale * expected, atol=1e-12 * size, rtol=1e-9)
+
+
+def test_merged_is_adapted(base, x64):
+    spec = make_spec(3, 6.0, "q,v_proj,down", decoder_config(read_config(base("llama"))))
+    model, params = with_adapters(base("llama"), spec, dtype="float64")
+    plain = with_parameters(abstract_decoder(model.config, dtype=jnp.float64), merged(params, spec))
+    np.testing.assert_allclose(logits(plain), logits(model), rtol=1e-11, atol=1e-11)
+    assert np.abs(logits(load_model(base("llama"), dtype="float64")) - logits(model)).max() > 0.1
+
+
+def test_half_precision_multiplies_what_float32_holds(base):
+    """In bfloat16 the adapters are rounded when they are used, scale included, and stay float32."""
+    spec = make_spec(3, 4.0, "all-linear", decoder_config(read_config(base("llama"))))
+    model, params = with_adapters(base("llama"), spec)
+    exact = logits(model)
+    half = adapted(abstract_decoder(model.config, dtype=jnp.bfloat16), spec)
+    found = logits(with_parameters(half, params))
+    assert all(v.dtype == np.float32 for n, v in params.items() if "lora" in n)
+    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", "q,v,down"), ("gpt2", "all-linear"), ("gpt_neox", "q,v,o"), ("phi3", "k,up")]
+)
+def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
+    """The files mean ``W + alpha / r B A`` for each stored module, here worked out from the files alone."""
+    directory = base(family)
+    spec = make_spec(3, 5.0, targets, decoder_config(read_config(directory)), rslora=True)
+    model, params = with_adapters(directory, spec)
+    written = write_adapter(tmp_path / "adapter", params, spec, directory)
+    assert written == adapter_fingerprint(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    files, stored = load_file(tmp_path / "adapter" / WEIGHTS), open_tensors(directory)
+    expected = {name: tensor.read() for name, tensor in stored.items()}
+    for name in [n for n in files if ".lora_A." in n]:
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        assert any(module.endswith(f".{t}") for t in config["target_modules"])
+        a, b = files[name], files[name.replace("lora_A", "lora_B")]
+        key = next((k for k in config["rank_pattern"] if module.endswith(k)), None)
+        rank = config["rank_pattern"][key] if key else config["r"]
+        key = next((k for k in config["alpha_pattern"] if module.endswith(k)), None)
+        alpha = config["alpha_pattern"][key] if key else config["lora_alpha"]
+        assert a.shape[0] == b.shape[1] == rank
+        change = alpha / rank * b @ a
+        expected[f"{module}.weight"] += change.T if config["fan_in_fan_out"] else change
+    save_pretrained(
+        with_parameters(abstract_decoder(model.config), merged(params, spec)), tmp_path / "merged", like=directory
+    )
+    for name, tensor in open_tensors(tmp_path / "merged").items():
+        np.testing.assert_allclose(tensor.read(), expected[name], atol=2e-6, err_msg=name)
+    again = read_adapter(tmp_path / "adapter", directory)
+    back = merged({**params, **again.arrays}, again.spec)
+    for name, value in merged(params, spec).items():
+        np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
+
+
+def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
+    rng = np.random.default_rng(2)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {
+        name.format(0, "A"): rng.normal(size=(2, 24)), name.format(0, "B"): rng.normal(size=(24, 2)),
+        name.format(1, "A"): rng.normal(size=(3, 24)), name.format(1, "B"): rng.normal(size=(24, 3)),
+    }  # fmt: skip
+    config = {
+        "peft_type": "LORA", "r": 3, "lora_alpha": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 2}, "target_modules": ["q_proj"],
+    }  # fmt: skip
+    write_files(tmp_path / "a", config, tensors)
+    found = read_adapter(tmp_path / "a", base("llama"))
+    assert found.spec == {"layers.self_attn.q_proj": (3, 1.0)}
+    a, b = (found.arrays[f"layers.self_attn.q_proj.lora_{part}"] for part in "ab")
+    for layer in range(2):
+        left, right = (tensors[name.format(layer, part)].astype(np.float32) for part in "AB")
+        np.testing.assert_allclose(b[layer] @ a[layer], right @ left, atol=1e-5)
+    assert not a[0, 2:].any() and not b[0, :, 2:].any()
+
+
+def write_files(directory: Path, config, tensors) -> None:
+    directory.mkdir()
+    (directory / CONFIG).write_text(json.dumps(config))
+    save_file({n: v.astype(np.float32) for n, v in tensors.items()}, directory / WEIGHTS)
+
+
+GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+MODULE = "base_model.model.model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({**GOOD, "peft_type": "IA3"}, {}, "'peft_type' is 'IA3'; expected 'LORA'"),
+        ({**GOOD, "use_dora": True}, {}, "'use_dora' = True is not supported"),
+        ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
+        ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
+        ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
+        (GOOD, {}, "holds no adapter"),
+        (GOOD, {f"{MODULE}.lora_A.weight": (2, 24)}, "has lora_A alone"),
+        (GOOD, {f"{MODULE}.lora_A.weight": (2, 20), f"{MODULE}.lora_B.weight": (20, 2)}, r"expected \(2, 24\)"),
+        (GOOD, {"base_model.model.lm_head.lora_A.weight": (2, 24)}, "belongs to none of the modules mlp.down_proj,"),
+        (GOOD, {f"{MODULE}.lora_magnitude_vector": (20,)}, "belongs to none of the modules"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused_by_name(base, tmp_path, config, tensors, message):
+    write_files(tmp_path / "a", config, {name: np.ones(shape) for name, shape in tensors.items()})
+    with pytest.raises(ChesError, match=message):
+        read_adapter(tmp_path / "a", base("llama"))
+
+
+def test_targets_are_checked(base):
+    config = decoder_config(read_config(base("gpt2")))
+    assert sorted(make_spec(1, 1.0, "all-linear", config)) == [
+        "layers.mlp.down_proj", "layers.mlp.up_proj", *(f"layers.self_attn.{p}_proj" for p in "koqv")
+    ]  # fmt: skip
+    with pytest.raises(ChesError, match="this model has no 'gate', 'lm_head'; expected all-linear or names of q, k"):
+        make_spec(1, 1.0, "q,gate,lm_head", config)
+    with pytest.raises(ChesError, match=r"rank 0 and alpha 1\.0: expected positive numbers"):
+        make_spec(0, 1.0, "q", config)
