@@ -9,6 +9,7 @@ an explicit conversation, or token ids. ``render`` turns that into the texts tha
     prompt, chosen, rejected: messages                    the same
     chosen, rejected: whole conversations                 prompt = their common leading messages
     prompt_ids, chosen_ids, rejected_ids                  the same; they win over text beside them
+    a prompt alone: prompt (str or messages), prompt_ids  the same (``canonical_prompt``)
 """
 
 import json
@@ -28,6 +29,17 @@ turn; none: no template, so only single-turn conversations can be read (as the t
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
+
+PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "category")
+
+_NO_TEMPLATE = (
+    "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
+    "with one (chat_template.jinja beside tokenizer.json), give prompt, chosen and "
+    "rejected as text, or, for single turns, --template none"
+)
+_NOT_ONE_TEXT = (
+    "the row is a conversation of several messages, which --template none cannot write as text: use --template auto"
+)
 
 _ASSISTANT = "\n\nAssistant:"
 Message = dict[str, Any]
@@ -98,11 +110,7 @@ def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tem
         )
     prompt, chosen, rejected = (_as_messages(n, content[n]) for n in TEXT_COLUMNS)
     if tokenizer.chat_template is None:
-        raise DataError(
-            "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
-            "with one (chat_template.jinja beside tokenizer.json), give prompt, chosen and "
-            "rejected as text, or, for single turns, --template none"
-        )
+        raise DataError(_NO_TEMPLATE)
     return Rendered(
         prompt=_apply(tokenizer, prompt, content, generation_prompt=True) if prompt else "",
         chosen=_apply(tokenizer, prompt + chosen, content),
@@ -115,6 +123,57 @@ def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tem
         ),
         turns={"chosen": len(chosen), "rejected": len(rejected)},
     )
+
+
+def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Brings a prompt of any accepted shape to ``prompt`` (text or messages) or ``prompt_ids``.
+
+    Args:
+      row: the row as read; of a preference pair the prompt is taken.
+      columns: as for ``canonical_content``.
+
+    Raises:
+      DataError: there is no prompt, or it is something else than text, messages or token ids.
+    """
+    values = {name: row.get(columns.get(name, name)) for name in PROMPT_COLUMNS}
+    if values["prompt_ids"] is not None:
+        return {"prompt_ids": _token_ids("prompt_ids", values["prompt_ids"])}
+    if values["prompt"] is not None:
+        content = {"prompt": _text_or_messages("prompt", values["prompt"])}
+    elif not columns.get("prompt") and row.get("chosen") is not None and row.get("rejected") is not None:
+        content = {"prompt": canonical_content(row, {})["prompt"]}
+    else:
+        name = columns.get("prompt") or "prompt"
+        raise DataError(
+            f"no column '{name}'{' (it is null here)' if name in row else ''}; found: "
+            f"{', '.join(map(str, row)) or 'none'}; say which column holds the prompt with --columns prompt=NAME"
+        )
+    for name in ("tools", "chat_template_kwargs"):
+        if values[name] is not None:
+            content[name] = _template_argument(name, values[name])
+    return content
+
+
+def render_prompt(
+    content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> tuple[str, bool]:
+    """The text of a canonical prompt up to where the response starts, and whether a chat template wrote it.
+
+    The same text that ``render`` puts before a response.
+
+    Raises:
+      DataError: a conversation and no chat template to write it with, or the template refuses it.
+    """
+    prompt = content["prompt"]
+    if isinstance(prompt, list) and template == "none":
+        if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
+            raise DataError(_NOT_ONE_TEXT)
+        prompt = prompt[0]["content"]
+    if isinstance(prompt, str) and template != "always":
+        return prompt, False
+    if tokenizer.chat_template is None:
+        raise DataError(_NO_TEMPLATE)
+    return _apply(tokenizer, _as_messages("prompt", prompt), content, generation_prompt=True), True
 
 
 def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -255,9 +314,7 @@ def _plain_texts(content: Mapping[str, Any], template: Template) -> tuple[str, s
     if all(len(p) == 1 and isinstance(p[0].get("content"), str) for p in parts):
         prompt, chosen, rejected = (p[0]["content"] for p in parts)
         return prompt, chosen, rejected
-    raise DataError(
-        "the row is a conversation of several messages, which --template none cannot write as text: use --template auto"
-    )
+    raise DataError(_NOT_ONE_TEXT)
 
 
 def _apply(

@@ -1,9 +1,10 @@
-"""Preference rows from files, folders and the hub: one at a time, in order, again and again.
+"""Rows from files, folders and the hub: one at a time, in order, again and again.
 
 A source never holds the data: JSON lines are read line by line, Parquet by record batches, Arrow
 files are memory-mapped. Only a JSON array has to be loaded whole.
 """
 
+import csv
 import hashlib
 import itertools
 import json
@@ -13,20 +14,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ches_jax.data.prompts import COLUMNS, canonical_content
+from ches_jax.data.prompts import COLUMNS, PROMPT_COLUMNS, canonical_content, canonical_prompt
 from ches_jax.errors import DataError
 
 _BATCH_ROWS = 256
 _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
-_FORMATS = ".jsonl, .json, .parquet, .arrow, a datasets save_to_disk folder, or owner/name on the hub"
+_FORMATS = (
+    ".jsonl, .json, .parquet, .arrow, .csv, .txt (a prompt per line), a datasets save_to_disk folder, "
+    "or owner/name on the hub"
+)
 
 Raw = tuple[str, Any]
 """Where a row was found ("line 17"), and what was found there."""
 
 
+Canonical = Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
+"""(row as read, names of its columns) -> its content; raises DataError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the rows of a source are."""
+
+    name: str
+    """For messages."""
+    columns: tuple[str, ...]
+    """What is read; the row's other columns are carried along."""
+    canonical: Canonical
+
+
+PAIRS = Kind("preference pairs", COLUMNS, canonical_content)
+PROMPTS = Kind("prompts", PROMPT_COLUMNS, canonical_prompt)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One preference pair as read, in canonical columns."""
+    """One row as read, in canonical columns."""
 
     index: int
     """Position in the source, from 0; blank lines do not count."""
@@ -34,8 +57,9 @@ class Row:
     where: str
     """For messages: "line 17" (from 1) of a text file, "row 17" (from 0) of a table."""
     content: dict[str, Any]
-    """``prompt, chosen, rejected`` (all text or all messages; with ``tools`` and
-    ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``."""
+    """Of a pair: ``prompt, chosen, rejected`` (all text or all messages; with ``tools`` and
+    ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``. Of a prompt: ``prompt`` or
+    ``prompt_ids``."""
     category: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, as they are: selections carry them along."""
@@ -43,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PairSource:
-    """Re-iterable preference rows. Made by ``open_pairs``."""
+    """Re-iterable rows. Made by ``open_pairs``, ``open_prompts``, ``open_rows``."""
 
     name: str
     kind: str
@@ -51,6 +75,7 @@ class PairSource:
     """Raw rows from a position on."""
     identity: Callable[[], str]
     columns: Mapping[str, str] = field(default_factory=dict)
+    rows: Kind = PAIRS
 
     def __iter__(self) -> Iterator[Row]:
         return self.iter_from(0)
@@ -59,7 +84,7 @@ class PairSource:
         """Rows from position ``start`` on; what lies before is skipped without being parsed."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
-                yield _row(index, where, raw, self.columns)
+                yield _row(index, where, raw, self.columns, self.rows)
             except DataError as error:
                 raise DataError(f"{self.name}, {where}: {error}") from None
 
@@ -87,41 +112,52 @@ def row_id(content: Mapping[str, Any]) -> str:
 
 
 def open_pairs(spec: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
-    """Opens preference pairs and reads the first, so that a wrong file or column shows at once.
+    """Opens preference pairs; see ``open_rows``."""
+    return open_rows(spec, split, columns, PAIRS)
+
+
+def open_prompts(spec: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
+    """Opens prompts: ``prompt`` or ``prompt_ids``, preference pairs (their prompt is taken), lines of text."""
+    return open_rows(spec, split, columns, PROMPTS)
+
+
+def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, rows: Kind) -> PairSource:
+    """Opens rows of one kind and reads the first, so that a wrong file or column shows at once.
 
     Args:
-      spec: a JSONL, JSON, Parquet or Arrow file, a ``save_to_disk`` folder, or ``owner/name``.
+      spec: a JSONL, JSON, Parquet, Arrow, CSV or text file, a ``save_to_disk`` folder, or ``owner/name``.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
         hides a column.
+      rows: what the rows are.
 
     Raises:
       DataError: nothing there, an unknown format, no rows, or a first row that cannot be used.
     """
     columns = dict(columns or {})
-    unknown = [name for name in columns if name not in COLUMNS]
+    unknown = [name for name in columns if name not in rows.columns]
     if unknown:
         raise DataError(
             f"--columns {unknown[0]}={columns[unknown[0]]}: '{unknown[0]}' is not a column this "
-            f"tool reads ({', '.join(COLUMNS)}); write --columns prompt=NAME_IN_THE_DATA"
+            f"tool reads ({', '.join(rows.columns)}); write --columns prompt=NAME_IN_THE_DATA"
         )
     kind, read, identity = _open(spec, split)
-    source = PairSource(f"{spec}:{split}" if split else spec, kind, read, identity, columns)
+    source = PairSource(f"{spec}:{split}" if split else spec, kind, read, identity, columns, rows)
     if next(iter(source), None) is None:
-        raise DataError(f"{source.name}: no rows; expected preference pairs, at least one")
+        raise DataError(f"{source.name}: no rows; expected {rows.name}, at least one")
     return source
 
 
-def _row(index: int, where: str, raw: Any, columns: Mapping[str, str]) -> Row:
+def _row(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Row:
     if not isinstance(raw, Mapping):
-        raise DataError(f"a {type(raw).__name__} instead of an object with columns prompt, chosen, rejected")
-    content = canonical_content(raw, columns)
+        raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
+    content = rows.canonical(raw, columns)
     category = raw.get(columns.get("category", "category"))
     try:
         identity = row_id(content)
     except UnicodeEncodeError:
         raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
-    read = {columns.get(name, name) for name in (*COLUMNS, "category")}
+    read = {columns.get(name, name) for name in (*rows.columns, "category")}
     extra = {str(name): value for name, value in raw.items() if name not in read}
     return Row(index, identity, where, content, None if category is None else str(category), extra)
 
@@ -143,7 +179,7 @@ def _open(spec: str, split: str | None) -> Opened:
     if split is not None:
         raise DataError(f"{spec}: --split {split}, but a single file has no splits: leave --split out")
     if path.stat().st_size == 0:
-        raise DataError(f"{spec}: the file is empty; expected preference pairs, at least one")
+        raise DataError(f"{spec}: the file is empty; expected at least one row")
     kind, read = _READERS[suffix]
     return kind, lambda start: read(path, start), lambda: _digest([path])
 
@@ -179,6 +215,33 @@ def _read_json(path: Path, start: int) -> Iterator[Raw]:
     rows = _parse(path, "", path.read_bytes())
     for index, row in enumerate(rows[start:], start):
         yield f"row {index}", row
+
+
+def _read_text(path: Path, start: int) -> Iterator[Raw]:
+    with path.open("rb") as file:
+        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
+        for number, line in itertools.islice(numbered, start, None):
+            try:
+                yield f"line {number}", {"prompt": line.decode("utf-8-sig").rstrip("\r\n")}
+            except UnicodeDecodeError as error:
+                found = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
+                raise DataError(f"{path}, line {number}: {found}") from None
+
+
+def _read_csv(path: Path, start: int) -> Iterator[Raw]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for index, row in enumerate(csv.DictReader(file, restval=None, restkey=_TOO_MANY)):
+                if _TOO_MANY in row:
+                    raise DataError(f"{path}, row {index}: more fields than the first line names")
+                if index >= start:
+                    yield f"row {index}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
+
+
+_TOO_MANY = "\0"
+"""Name of the fields that have none."""
 
 
 def _read_parquet(path: Path, start: int) -> Iterator[Raw]:
@@ -230,6 +293,8 @@ _READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
     ".json": ("JSON", _read_json),
     ".parquet": ("Parquet", _read_parquet),
     ".arrow": ("Arrow", _read_arrow),
+    ".csv": ("CSV", _read_csv),
+    ".txt": ("text, a prompt per line", _read_text),
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.audit import FLAGS
-from ches_jax.data.prompts import ID_COLUMNS, Rendered, Template, render
+from ches_jax.data.prompts import ID_COLUMNS, Rendered, Template, render, render_prompt
 from ches_jax.data.sources import Row
 from ches_jax.errors import DataError
 from ches_jax.types import Eos, Response, TokenPair
@@ -105,7 +105,7 @@ class PairTokenizer:
                 "the tokenizer has no EOS token, so no response can be complete: use "
                 "--eos exclude, or set eos_token in tokenizer_config.json"
             )
-        object.__setattr__(self, "_suffix", _added_suffix(self.tokenizer))
+        object.__setattr__(self, "_suffix", added_suffix(self.tokenizer))
         object.__setattr__(self, "_ends", _end_ids(self.tokenizer))
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenPair]:
@@ -147,19 +147,7 @@ class PairTokenizer:
                 yield next(found), next(found), next(found)
 
     def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=not templated,  # a template writes its own
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        suffix = () if templated else self._suffix
-        return [_without_suffix(tuple(ids), suffix) for ids in encoded]  # type: ignore[arg-type]
+        return encode(self.tokenizer, texts, templated, self._suffix)
 
     def _pair(self, row: Row, text: Rendered | None, ids: Triple | None) -> TokenPair:
         found: dict[str, str] = {}
@@ -254,6 +242,48 @@ class PairTokenizer:
             )
 
 
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bool, suffix: Ids) -> list[Ids]:
+    """Ids of texts, without the ``suffix`` that the tokenizer puts after a text."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=not templated,  # a template writes its own
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return [_without_suffix(tuple(ids), () if templated else suffix) for ids in encoded]  # type: ignore[arg-type]
+
+
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template) -> list[Ids]:
+    """Ids of prompts (rows of ``sources.open_prompts``): the tokens that scoring puts before a response.
+
+    Raises:
+      DataError: a row cannot be written with the chat template.
+    """
+    suffix = added_suffix(tokenizer)
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    order: list[bool | None] = []
+    for row in rows:
+        if "prompt_ids" in row.content:
+            order.append(None)
+            continue
+        try:
+            text, templated = render_prompt(row.content, tokenizer, template)
+        except DataError as error:
+            raise DataError(f"{_name(row)}: {error}") from error.__cause__
+        texts[templated].append(text)
+        order.append(templated)
+    ids = {templated: iter(encode(tokenizer, some, templated, suffix)) for templated, some in texts.items()}
+    return [
+        tuple(row.content["prompt_ids"]) if kind is None else next(ids[kind])
+        for row, kind in zip(rows, order, strict=True)
+    ]
+
+
 def _cut(prompt: Ids, chosen: Ids, rejected: Ids, found: dict[str, str]) -> Triple:
     """Cuts both joints after the prompt, at the same place."""
     cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
@@ -267,7 +297,7 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
 
 
-def _added_suffix(tokenizer: "PreTrainedTokenizerBase") -> Ids:
+def added_suffix(tokenizer: "PreTrainedTokenizerBase") -> Ids:
     """The ids a tokenizer appends of its own accord, found by tokenising a letter."""
     full = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]

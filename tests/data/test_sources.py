@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ches_jax.data.sources import open_pairs, row_id
+from ches_jax.data.sources import open_pairs, open_prompts, row_id
 from ches_jax.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -189,7 +189,7 @@ BROKEN = {
     "empty": ("a.jsonl", b"", "the file is empty"),
     "only blank lines": ("a.jsonl", b"\n\n", "no rows"),
     "empty array": ("a.json", b"[]", "no rows"),
-    "unknown format": ("a.csv", b"x", "unknown format '.csv'; expected .jsonl"),
+    "unknown format": ("a.tsv", b"x", "unknown format '.tsv'; expected .jsonl"),
     "not UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: byte 13 is not UTF-8"),
     "broken JSON": ("a.jsonl", GOOD + b'{"prompt": \n', r"line 2: not JSON \(Expecting value\)"),
     "broken array": ("a.json", b'[\n{"a": 1},\n{"b" 2}]', "line 3: not JSON"),
@@ -302,3 +302,38 @@ def test_whole_hh_dialogues_are_cut_where_the_published_prompts_end(tmp_path):
     whole = [{k: r["prompt"] + r[k] for k in ("chosen", "rejected")} for r in rows]
     read = list(open_pairs(str(as_jsonl(tmp_path, whole))))
     assert [r.content for r in read] == rows
+
+
+def prompts_of(path, **options):
+    return [(r.content, dict(r.extra)) for r in open_prompts(str(path), **options)]
+
+
+def test_prompts_come_alone_or_from_pairs_as_text_conversation_or_ids(tmp_path):
+    rows = [{"prompt": "p", "label": 3}, {"prompt": turns("hi")}, {"prompt_ids": [1, 2], "prompt": "beside"}]
+    assert prompts_of(as_jsonl(tmp_path, rows)) == [
+        ({"prompt": "p"}, {"label": 3}),
+        ({"prompt": turns("hi")}, {}),
+        ({"prompt_ids": [1, 2]}, {}),
+    ]
+    whole = {side: turns("hi", "yes", "and?", side) for side in ("chosen", "rejected")}
+    assert prompts_of(as_jsonl(tmp_path, [whole]))[0][0] == {"prompt": turns("hi", "yes", "and?")}
+    assert prompts_of(as_jsonl(tmp_path, [{"q": "x"}]), columns={"prompt": "q"}) == [({"prompt": "x"}, {})]
+    with pytest.raises(DataError, match=r"no column 'prompt'; found: q; say which column holds the prompt"):
+        prompts_of(as_jsonl(tmp_path, [{"q": "x"}]))
+    with pytest.raises(DataError, match="'chosen' is not a column this tool reads"):
+        prompts_of(as_jsonl(tmp_path, [{"q": "x"}]), columns={"chosen": "q"})
+
+
+def test_prompts_are_lines_of_text_or_a_csv_table(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one\r\n\ntwo \n")
+    assert [c["prompt"] for c, _ in prompts_of(tmp_path / "a.txt")] == [" one", "two "]
+    source = open_prompts(str(tmp_path / "a.txt"))
+    assert [r.where for r in source.iter_from(1)] == ["line 3"]
+    (tmp_path / "a.csv").write_text('id,prompt\n1,"a, ""b""\nc"\n2,d\n', "utf-8")
+    assert prompts_of(tmp_path / "a.csv") == [({"prompt": 'a, "b"\nc'}, {"id": "1"}), ({"prompt": "d"}, {"id": "2"})]
+    (tmp_path / "b.csv").write_text("prompt\nx,y\n", "utf-8")
+    with pytest.raises(DataError, match="row 0: more fields than the first line names"):
+        prompts_of(tmp_path / "b.csv")
+    (tmp_path / "b.txt").write_bytes(b"a\n\xff\n")
+    with pytest.raises(DataError, match="line 2: byte 1 is not UTF-8"):
+        prompts_of(tmp_path / "b.txt")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ches_jax.data.audit import FLAGS
 from ches_jax.data.sources import Row, open_pairs, row_id
-from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
+from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import DataError
 from ches_jax.types import Response
 
@@ -334,6 +334,19 @@ def test_a_pair_does_not_depend_on_its_batch(bytes_bpe, size):
     assert together == apart
     assert tokenise(rows[::-1])[::-1] == together
     assert [p.index for p in together] == list(range(6))
+
+
+@pytest.mark.parametrize("template", ["auto", "always"])
+def test_a_prompt_alone_has_the_tokens_it_has_before_a_response(bytes_bpe, words, metaspace, template):
+    rows = [r for r in mixed_rows() if template == "auto" or "prompt" in r.content]
+    # a prompt that ends in a space may share a token with its response
+    rows = [r for r in rows if not str(r.content.get("prompt")).endswith(" ")]
+    for tokenizer in (bytes_bpe, words, metaspace):
+        mine = [r for r in rows if tokenizer.chat_template or not isinstance(r.content.get("prompt"), list)]
+        mine = mine if tokenizer.chat_template or template == "auto" else []
+        pairs = PairTokenizer(tokenizer, 64, template=template)(mine)
+        alone = [Row(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in mine]
+        assert encode_prompts(tokenizer, alone, template) == [p.prompt for p in pairs]
 
 
 TEXTS = st.text(alphabet="anoy  HZé\n", max_size=12)
