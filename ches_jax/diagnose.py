@@ -231,6 +231,15 @@ def of_run(folder: Path) -> Changes:
     take = (step == last) & (sets == ("held_out" if held_out else "train"))
     caveats = () if held_out else ("training pairs: a run with --holdout or --eval-pairs tells more",)
     name = "held-out" if held_out else "training"
+    pairs = (np.array(columns["chosen_tokens"]) > 0) & (np.array(columns["rejected_tokens"]) > 0)
+    if not (take & pairs).any():
+        raise RunError(
+            f"{folder}: trained on single responses, of which no two make a pair; displacement/* in metrics.jsonl has "
+            "the changes of good and of bad ones"
+        )
+    if (take & ~pairs).any():
+        caveats = (*caveats, f"{(take & ~pairs).sum()} single responses are not counted")
+    take &= pairs
     return Changes(
         np.array(columns["dlogp_chosen"])[take],
         np.array(columns["dlogp_rejected"])[take],

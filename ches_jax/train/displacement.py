@@ -9,6 +9,8 @@ in nats, summed over response tokens. Regimes, with a tolerance eps:
     wanted                chosen up, rejected down
     both_up               both up, margin up
     both_down_margin_up   both down, margin up: likelihood displacement
+
+Of single responses (a pair with one side) the other side's numbers are NaN, and they have no regime.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +59,8 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
     flat = (np.abs(chosen) <= tolerance) & (np.abs(rejected) <= tolerance)
     cases = [flat, chosen < rejected, (chosen >= 0) & (rejected <= 0), chosen > 0]
     names = ["flat", "inverted", "wanted", "both_up"]
-    return np.select(cases, names, "both_down_margin_up")
+    single = np.isnan(chosen) | np.isnan(rejected)
+    return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
 
 def summarise(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
@@ -66,21 +69,27 @@ def summarise(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLER
     ``chosen_share`` and ``rejected_share`` say how much of the mean margin change each response brought (they sum to
     1; a negative share worked against the margin). They are left out when the margin did not move.
     """
-    margin = chosen - rejected
-    names = regimes(chosen, rejected, tolerance)
-    out = {
-        "dlogp_chosen": float(chosen.mean()),
-        "dlogp_chosen_median": float(np.median(chosen)),
-        "dlogp_rejected": float(rejected.mean()),
-        "dlogp_rejected_median": float(np.median(rejected)),
-        "margin": float(margin.mean()),
-        "lld_rate": float((chosen < -tolerance).mean()),
-        **{f"{name}_rate": float((names == name).mean()) for name in REGIMES},
-    }
-    if abs(margin.mean()) > tolerance:
-        out["chosen_share"] = float(chosen.mean() / margin.mean())
-        out["rejected_share"] = float(-rejected.mean() / margin.mean())
+    both = ~np.isnan(chosen - rejected)
+    out: dict[str, float] = {}
+    for name, change in (("chosen", chosen[~np.isnan(chosen)]), ("rejected", rejected[~np.isnan(rejected)])):
+        if len(change):
+            out |= {f"dlogp_{name}": float(change.mean()), f"dlogp_{name}_median": float(np.median(change))}
+    if both.any():
+        chosen, rejected = chosen[both], rejected[both]
+        margin, names = (chosen - rejected).mean(), regimes(chosen, rejected, tolerance)
+        out["margin"] = float(margin)
+        out["lld_rate"] = float((chosen < -tolerance).mean())
+        out |= {f"{name}_rate": float((names == name).mean()) for name in REGIMES}
+        if abs(margin) > tolerance:
+            out["chosen_share"] = float(chosen.mean() / margin)
+            out["rejected_share"] = float(-rejected.mean() / margin)
     return {f"displacement/{k}": v for k, v in out.items()}
+
+
+def present(pairs: Sequence[TokenPair], found: PairLogps) -> PairLogps:
+    """Log-probabilities with NaN for the side that a single response does not have."""
+    has = ([bool(p.chosen.targets("include")) for p in pairs], [bool(p.rejected.targets("include")) for p in pairs])
+    return PairLogps(*(np.where(side, values, np.nan) for side, values in zip(has, found, strict=True)))
 
 
 def block(
@@ -122,8 +131,9 @@ class DisplacementLog:
         self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairLogps]
     ) -> dict[str, float]:
         """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
+        now = {name: present(sets[name], found) for name, found in now.items()}
         if step == 0:
-            self.start = dict(now)
+            self.start = now
         if not self.start:
             self._read_start(sets)
         blocks, summary = [], {}

@@ -22,11 +22,12 @@ from ches_jax.parallel import make_mesh, row_shards
 from ches_jax.runlog import as_dict
 from ches_jax.train.batches import Layout, standard_row
 from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
-from ches_jax.train.data import REFERENCE_FIELDS, Plan, RunPairs, make_plan, read_run_pairs
+from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.evaluate import Evaluator, PairLogps
 from ches_jax.train.examples import Examples, make_examples
 from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_tokens
 from ches_jax.train.optimizer import Schedule, make_schedule
+from ches_jax.train.read import REFERENCE_FIELDS
 from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
 from ches_jax.types import TokenPair
