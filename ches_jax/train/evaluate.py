@@ -19,6 +19,8 @@ BLOCK = {"cpu": 64}
 WIDE_BLOCK = 128
 BATCH_TOKENS = {"cpu": 4096}
 MANY_BATCH_TOKENS = 32768
+FEW = 8
+"""So many pairs or fewer, such as the single pair of an experiment, are spared a full batch."""
 
 
 class PairLogps(NamedTuple):
@@ -89,7 +91,7 @@ class Evaluator:
         batches = pack(
             pairs,
             length=self.layout.row_tokens,
-            rows_per_batch=self.rows,
+            rows_per_batch=min(self.rows, FEW) if len(pairs) <= FEW else self.rows,
             row_multiple=row_shards(self.mesh),
             eos=self.layout.eos,
             length_threshold=self.layout.length_threshold,

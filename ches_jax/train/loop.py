@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
       config: what to train on what.
       resume: go on with the run that ``config.out`` holds.
       quiet: no progress.
-      observe: called at every evaluation of the displacement with the model of that moment, whose arrays the next
+      observe: called before the first update and after each, with the model of that moment, whose arrays the next
         update takes back.
 
     Raises:
@@ -100,11 +100,15 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         summary = log.record(i, run.sets, now)
         if "held_out" in now:
             summary |= held_out_metrics(run, evaluate, state.params, now["held_out"], reference.get("held_out"))
-        seen = {} if observe is None else observe(i, with_parameters(abstract, state.params))
-        tracker.log(i, {**summary, **seen})
+        tracker.log(i, summary)
         return summary
 
+    def seen(state: TrainState, i: int) -> Mapping[str, float]:
+        return {} if observe is None else observe(i, with_parameters(abstract, state.params))
+
     summary = watch(state, 0) if at is None else {}
+    if at is None and (found := seen(state, 0)):
+        tracker.log(0, found)
     make = batch_maker(run, reference.get("train"), master)
     with _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
         total=plan.total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}"
@@ -120,7 +124,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
             metrics = named(metrics)
             lr = float(run.schedule(jnp.int32(i)))
             epoch = (i + 1) / plan.steps_per_epoch
-            tracker.log(i + 1, {"epoch": epoch, "learning_rate": lr, **metrics})
+            tracker.log(i + 1, {"epoch": epoch, "learning_rate": lr, **metrics, **seen(state, i + 1)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()
             done = i + 1

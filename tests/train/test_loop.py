@@ -57,14 +57,14 @@ def test_a_run_explains_itself(whole_run):
     assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_an_observer_sees_the_model_of_every_evaluation(small, tmp_path):
+def test_an_observer_sees_the_model_of_every_update(small, tmp_path):
     rows = []
 
     def observe(update, model):
         rows.append(np.asarray(model.logits(model.hidden(jnp.array([[1, 9, 4]]))))[0, -1])
         return {"own/first": float(rows[-1][0])}
 
-    out = train(small(tmp_path / "seen", steps=2, eval_every=1, export=False), quiet=True, observe=observe)
+    out = train(small(tmp_path / "seen", steps=2, export=False), quiet=True, observe=observe)
     logged = [(e["step"], e["own/first"]) for e in lines(out) if "own/first" in e]
     assert logged == [(i, float(row[0])) for i, row in enumerate(rows)] and len(rows) == 3
     before = load_model(small(tmp_path).model)
