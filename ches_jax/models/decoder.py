@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ches_jax.models import attention, rope
+from ches_jax.models import attention, cache, rope
 from ches_jax.models.attention import Attend
+from ches_jax.models.cache import Cache
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
-from ches_jax.models.partition import attention_on, gathered, keep_rows
+from ches_jax.models.partition import attention_on, gathered, keep_heads, keep_rows
 from ches_jax.models.precision import accumulate
-from ches_jax.models.visibility import Visibility, causal, key_ranges
+from ches_jax.models.visibility import KeyRanges, Visibility, causal, key_ranges
 
 NO_WINDOW = 2**30
 
@@ -57,7 +58,6 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        param_dtype = jnp.dtype(param_dtype)
         param_dtype = jnp.dtype(param_dtype)
         make = partial(Layer, config, dtype=param_dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
@@ -105,7 +105,6 @@ class Decoder(nnx.Module):
         Returns:
           h, in the compute dtype. States of padding are finite and mean nothing.
         """
-        c = self.config
         if mask is None:
             mask = jnp.ones(tokens.shape, bool)
         if not isinstance(mask, Visibility):
@@ -114,6 +113,64 @@ class Decoder(nnx.Module):
             mask = causal(mask)
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
+        x, context = self._start(tokens, positions, key_ranges(mask), lengths, mesh)
+        tiled = attention.slices if backward else attention.blocks
+        attend = attention.dense if block is None else partial(tiled, block=block)
+        return self.norm(self._run_layers(x, context, attend, mesh, remat=remat)[0])
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        first: Int[Array, " B"],
+        slots: int,
+        lengths: Int[Array, " B"] | None = None,
+        *,
+        block: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """``hidden`` of rows padded on the left, and their keys and values in a cache of ``slots`` slots.
+
+        Args:
+          tokens: token ids; row b is real from index ``first[b]`` on.
+          first: see ``models.cache``.
+          slots: room in the cache, T at least.
+          lengths: length of each whole sequence, for rope kinds that depend on it; default: that of the prompt.
+          block: tile size of block-skipping attention; default: dense attention.
+          mesh: as for ``hidden``.
+        """
+        here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        seen, positions = key_ranges(causal(here >= first[:, None])), jnp.maximum(here - first[:, None], 0)
+        x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
+        attend = attention.dense if block is None else partial(attention.blocks, block=block)
+        kept = cache.empty(self.config, len(tokens), slots, self.dtype)
+        x, kept = self._run_layers(x, context, attend, mesh, kept=kept)
+        assert kept is not None
+        return self.norm(x), kept
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        kept: Cache,
+        slot: Int[Array, ""],
+        first: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of tokens that go into slots ``slot``, ``slot + 1``, ..., and the cache with them in it."""
+        slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = slots[None] - first[:, None]
+        seen = cache.visibility(first, slots)
+        x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
+        x, kept_now = self._run_layers(x, context, attention.dense, mesh, kept=kept, slot=slot)
+        assert kept_now is not None
+        return self.norm(x), kept_now
+
+    def _start(
+        self, tokens, positions, seen: KeyRanges, lengths: Int[Array, "B T"] | None, mesh: Mesh | None
+    ) -> tuple[Float[Array, "B T D"], Context]:
+        """Embedded tokens, and what every layer needs besides them."""
+        c = self.config
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
         x = jnp.take(gathered(self.embed_tokens.weight[...], mesh), tokens, axis=0).astype(self.dtype)
@@ -122,28 +179,48 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             x = x + jnp.take(gathered(self.embed_positions.weight[...], mesh), positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
-        context = Context(
-            key_ranges(mask),
-            tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes),
-        )
-        tiled = attention.slices if backward else attention.blocks
-        attend = attention.dense if block is None else partial(tiled, block=block)
-        return self.norm(self._run_layers(keep_rows(x, mesh), context, attention_on(mesh, attend), remat, mesh))
+        rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
+        return keep_rows(x, mesh), Context(seen, rotations)
 
-    def _run_layers(self, x, context: Context, attend: Attend, remat: bool, mesh: Mesh | None):
-        """The layers, one after the other, in a scan over their stacked parameters."""
+    def _run_layers(
+        self,
+        x,
+        context: Context,
+        attend: Attend,
+        mesh: Mesh | None,
+        *,
+        remat: bool = False,
+        kept: Cache | None = None,
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The layers, one after the other, in a scan over their stacked parameters.
+
+        With ``kept`` every layer writes its keys and values there; with ``slot`` too it attends to what is there.
+        """
         graph, params = nnx.split(self.layers)
         windows = self.config.windows
         data = LayerData(
             window=jnp.array([w or NO_WINDOW for w in windows], jnp.int32),
             local=jnp.array([w is not None for w in windows], jnp.int32),
         )
+        here = attention_on(mesh, attend)
 
-        def step(x, layer):
-            params, data = layer
-            return keep_rows(nnx.merge(graph, params)(x, context, data, attend), mesh), None
+        def step(carry, layer):
+            x, kept = carry
+            params, data, number = layer
 
-        return lax.scan(jax.checkpoint(step) if remat else step, x, (params, data))[0]
+            def attend_and_keep(q, k, v, seen, **options):
+                nonlocal kept
+                if kept is not None:
+                    kept = keep_heads(cache.write(kept, number, jnp.int32(0) if slot is None else slot, k, v), mesh)
+                    k, v = (k, v) if slot is None else cache.of_layer(kept, number)
+                return here(q, k, v, seen, **options)
+
+            x = keep_rows(nnx.merge(graph, params)(x, context, data, attend_and_keep), mesh)
+            return (x, kept), None
+
+        numbers = jnp.arange(len(windows), dtype=jnp.int32)
+        return lax.scan(jax.checkpoint(step) if remat else step, (x, kept), (params, data, numbers))[0]
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least."""
@@ -158,6 +235,11 @@ class Decoder(nnx.Module):
             cap = jnp.asarray(c.logit_softcap, y.dtype)
             y = cap * jnp.tanh(y / cap)
         return y
+
+
+def _per_token(lengths: Int[Array, " B"] | None, like: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+    """A number of each row, at each of its tokens."""
+    return None if lengths is None else jnp.broadcast_to(lengths[:, None], like.shape)
 
 
 def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:

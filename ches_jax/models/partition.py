@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.models.attention import Attend
+from ches_jax.models.cache import Cache
 from ches_jax.parallel import ROWS
 
 OUT_OVER_TENSOR = ("tensor", "fsdp")
@@ -60,6 +61,15 @@ def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*ROWS, *(None,) * (x.ndim - 1))))
+
+
+def keep_heads(kept: Cache, mesh: Mesh | None) -> Cache:
+    """Hold a cache dealt out by rows and, where they divide, by key/value heads."""
+    if mesh is None:
+        return kept
+    heads = "tensor" if kept.k.shape[2] % mesh.shape["tensor"] == 0 else None
+    place = NamedSharding(mesh, PartitionSpec(None, *ROWS, heads))
+    return Cache(*(jax.lax.with_sharding_constraint(a, place) for a in kept))
 
 
 def gathered(table: jax.Array, mesh: Mesh | None) -> jax.Array:
