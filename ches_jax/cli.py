@@ -18,6 +18,7 @@ import tyro
 from ches_jax.diagnose import DiagnoseConfig, diagnose, failed
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
+from ches_jax.generate.config import GenerateConfig
 from ches_jax.runlog import RUN, read_json
 from ches_jax.scores.config import DTYPES, ScoreConfig
 from ches_jax.scores.pipeline import merge, score
@@ -170,6 +171,31 @@ class Train(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generate(GenerateConfig):
+    """Continue prompts by sampling (or greedily): responses.jsonl, a row for each text.
+
+    Prompts are text or conversations, of a file of their own or of preference pairs. Prompts are padded to powers of
+    two from 32, and one program is compiled for each that occurs.
+    """
+
+    resume: bool = False
+    """Go on with the run that --out holds."""
+    quiet: bool = False
+    """No progress."""
+    json: bool = False
+    """Print run.json instead of the path."""
+
+    def run(self) -> int:
+        """Generates and prints the path of the responses."""
+        from ches_jax.generate.pipeline import FILE_NAME as RESPONSES
+        from ches_jax.generate.pipeline import generate
+
+        out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
+        print(json.dumps(read_json(out / RUN)) if self.json else out / RESPONSES)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnose(DiagnoseConfig):
     """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
 
@@ -235,6 +261,7 @@ Command = (
     Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Select, tyro.conf.subcommand("select")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]

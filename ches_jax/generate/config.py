@@ -1,0 +1,96 @@
+"""The options of ``ches generate``, and what the words among them mean."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ches_jax.data.prompts import Template
+from ches_jax.errors import ChesError
+from ches_jax.generate.sampling import Sampling
+from ches_jax.options import Columns
+from ches_jax.runlog import new_name
+from ches_jax.types import OnBadRow
+
+EMBEDDED = "embedded"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to continue, with what, and how tokens are drawn."""
+
+    model: str = EMBEDDED
+    """Hugging Face model directory or hub name; default: the embedded model."""
+    prompts: str = EMBEDDED
+    """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
+    split: str | None = None
+    """Split of a data set folder or hub data set."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns: prompt=instruction."""
+    limit: int | None = None
+    """Only the first rows."""
+    out: str | None = None
+    """Run directory; default: the first free runs/generate-NNN."""
+    samples: int = 1
+    """Texts per prompt."""
+    max_new_tokens: int = 256
+    """Most tokens of a text."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    seed: int = 0
+    """Of all samples. A row's text follows from seed, prompt and number of the sample, whatever stands beside it."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text; they are not part of it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a text, beside the end-of-sequence tokens of model and tokenizer: <|im_end|>."""
+    dtype: str = "float32"
+    """Dtype of the computation: float32, bfloat16, float16 or float64."""
+    param_dtype: str | None = None
+    """Dtype the weights are kept in; default: that of the computation."""
+    max_length: int | None = None
+    """Most tokens of prompt and text together; default: the model's context."""
+    template: Template = "auto"
+    """Chat template: auto (conversations only), always, or none."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of empty or too long prompts and of those with two BOS: error, drop (listed in dropped.jsonl) or
+    keep (where possible)."""
+    batch_size: int = 32
+    """Texts made together."""
+    chunk_rows: int = 256
+    """Prompts per part file: what a killed run loses at most."""
+    mesh: str | None = None
+    """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+NOT_IDENTITY = ("out", "mesh")
+"""Options that two runs may differ in and be the same run."""
+
+
+def checked(config: GenerateConfig) -> GenerateConfig:
+    """The config with a run directory.
+
+    Raises:
+      ChesError: the first option that no run can have.
+    """
+    for name, dtype in [("dtype", config.dtype), ("param-dtype", config.param_dtype or config.dtype)]:
+        if dtype not in DTYPES:
+            raise ChesError(f"--{name} {dtype!r}: expected one of {', '.join(DTYPES)}")
+    numbers = {
+        "samples": config.samples, "max-new-tokens": config.max_new_tokens, "limit": config.limit,
+        "batch-size": config.batch_size, "chunk-rows": config.chunk_rows,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ChesError(f"--{name} {value}: expected a positive number")
+    if "" in config.stop:
+        raise ChesError("--stop '': an empty string would end every text before it begins")
+    _ = config.sampling
+    return replace(config, out=config.out or str(new_name(Path("runs"), "generate")))
