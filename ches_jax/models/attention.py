@@ -21,6 +21,10 @@ from jaxtyping import Array, Float
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.visibility import KeyRanges, block_spans, padded, visible, visited
 
+BLOCK, WIDE_BLOCK = {"cpu": 64}, 128
+"""Tile of ``blocks`` by platform, and elsewhere: what was fastest."""
+SLICE, WIDE_SLICE = {"cpu": 128}, 512
+"""Queries of a slice of ``slices``."""
 HIDDEN_SCORE = -1e30  # finite: the difference of two of them is 0 and not NaN
 
 
@@ -77,13 +81,14 @@ def slices(
     *,
     scale: float,
     softcap: float | None,
-    block: int,
+    block: int | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Attention for training: ``block`` queries at a time against the keys up to their end, scores never kept.
 
     Nobody sees what comes after it, so half of the scores are never computed; the backward pass computes the scores of
     a slice again. Needs the queries of the whole row, each of which sees nothing after itself.
     """
+    block = block or SLICE.get(jax.default_backend(), WIDE_SLICE)
     one = jax.checkpoint(partial(dense, scale=scale, softcap=softcap))
     parts = []
     for a in range(0, q.shape[1], block):
@@ -132,7 +137,7 @@ def _one_row(q, k, v, seen: KeyRanges, *, block: int, scale: float, softcap: flo
             jnp.zeros((kv, group, block), acc),
             jnp.zeros((kv, group, block, head), acc),
         )
-        _, total, out = lax.fori_loop(0, spans_i.count, key_block, init)
+        _, total, out = lax.fori_loop(0, spans_i.visits, key_block, init)
         return (out / total[..., None]).astype(q.dtype)
 
     out = lax.map(query_block, (queries, in_blocks(seen), spans))
@@ -152,9 +157,10 @@ def blocks(
     *,
     scale: float,
     softcap: float | None,
-    block: int,
+    block: int | None = None,
 ) -> Float[Array, "B Q K G H"]:
     """Attention in ``block`` x ``block`` tiles, only those with something to see."""
+    block = block or BLOCK.get(jax.default_backend(), WIDE_BLOCK)
     one = partial(_one_row, block=block, scale=scale, softcap=softcap)
     rows = (*(to_multiple(a, block) for a in (q, k, v)), padded(seen, block))
     # lax.map, not vmap: each row keeps its own number of visits, and a row is work enough for a device

@@ -83,8 +83,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T"] | Visibility | None = None,
         lengths: Int[Array, "B T"] | None = None,
         *,
-        block: int | None = None,
-        backward: bool = False,
+        attend: Attend = attention.dense,
         remat: bool = False,
         mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
@@ -97,8 +96,7 @@ class Decoder(nnx.Module):
             default: every token is real.
           lengths: length of the sequence each token belongs to; only rope kinds that depend on it read it; default:
             the largest position of the row plus one.
-          block: tile size of block-skipping attention (T must be a multiple); default: dense attention.
-          backward: a gradient will be taken: attention in slices of ``block`` queries instead, which has one.
+          attend: how attention is computed (``attention``, ``kernels``); not all ways have a gradient.
           remat: recompute layers in the backward pass instead of keeping their activations.
           mesh: where parameters (``partition.placement``) and rows lie; default: wherever the parameters are.
 
@@ -114,8 +112,6 @@ class Decoder(nnx.Module):
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
         x, context = self._start(tokens, positions, key_ranges(mask), lengths, mesh)
-        tiled = attention.slices if backward else attention.blocks
-        attend = attention.dense if block is None else partial(tiled, block=block)
         return self.norm(self._run_layers(x, context, attend, mesh, remat=remat)[0])
 
     def prefill(
@@ -125,7 +121,7 @@ class Decoder(nnx.Module):
         slots: int,
         lengths: Int[Array, " B"] | None = None,
         *,
-        block: int | None = None,
+        attend: Attend = attention.dense,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """``hidden`` of rows padded on the left, and their keys and values in a cache of ``slots`` slots.
@@ -135,13 +131,12 @@ class Decoder(nnx.Module):
           first: see ``models.cache``.
           slots: room in the cache, T at least.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that of the prompt.
-          block: tile size of block-skipping attention; default: dense attention.
+          attend: how attention is computed.
           mesh: as for ``hidden``.
         """
         here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         seen, positions = key_ranges(causal(here >= first[:, None])), jnp.maximum(here - first[:, None], 0)
         x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
-        attend = attention.dense if block is None else partial(attention.blocks, block=block)
         kept = cache.empty(self.config, len(tokens), slots, self.dtype)
         x, kept = self._run_layers(x, context, attend, mesh, kept=kept)
         assert kept is not None

@@ -50,7 +50,7 @@ class BlockSpans(NamedTuple):
     own_count: Int[Array, "B N"]
 
     @property
-    def count(self) -> Int[Array, "B N"]:
+    def visits(self) -> Int[Array, "B N"]:
         """How many blocks are visited."""
         return self.context_count + self.own_count
 
@@ -122,6 +122,6 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
 
 
 def visited(s: BlockSpans, step: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """The number of the block that is visited at ``step`` (0 .. count - 1)."""
+    """The number of the block that is visited at ``step`` (0 .. visits - 1)."""
     own = s.own_first + step - s.context_count
     return jnp.where(step < s.context_count, s.context_first + step, own)

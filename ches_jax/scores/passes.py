@@ -16,20 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import Rows, empty_rows
 from ches_jax.errors import ChesError
+from ches_jax.models.attention import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.parallel import ROWS, row_sharding, row_shards
 from ches_jax.scores.head import ches_contributions, head_score
 from ches_jax.scores.statistics import SegmentStatistics, segment_statistics
-
-BLOCK = {"cpu": 64}
-WIDE_BLOCK = 128
-
-
-def block_size(length: int) -> int:
-    """Tile of block-skipping attention for rows of ``length``: what was fastest on the platform, if it divides."""
-    block = BLOCK.get(jax.default_backend(), WIDE_BLOCK)
-    return block if length % block == 0 else length
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,7 @@ class Wanted:
 
 def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    block = block_size(rows.tokens.shape[1])
-    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, block=block, mesh=mesh)
+    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=blocks, mesh=mesh)
     logits = model.logits if wanted.logps else None
     found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logits)
     segments = rows.last.shape[1]

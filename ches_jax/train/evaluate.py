@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ches_jax.data.packing import Placement, Rows, pack
+from ches_jax.models.attention import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding, row_shards
@@ -15,8 +16,6 @@ from ches_jax.train.batches import Layout
 from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
-BLOCK = {"cpu": 64}
-WIDE_BLOCK = 128
 BATCH_TOKENS = {"cpu": 4096}
 MANY_BATCH_TOKENS = 32768
 FEW = 8
@@ -50,14 +49,11 @@ class Evaluator:
         self.layout = layout
         on = mesh if mesh.size > 1 else None
         platform = jax.default_backend()
-        tile = BLOCK.get(platform, WIDE_BLOCK)
         self.rows = max(1, BATCH_TOKENS.get(platform, MANY_BATCH_TOKENS) // layout.row_tokens) * row_shards(mesh)
 
         def pass_of(logps: Any) -> Any:
             def run(params: Any, rows: Rows) -> Any:
-                length = rows.tokens.shape[1]
-                block = tile if length % tile == 0 else length
-                return logps(with_parameters(abstract, params), rows, block=block, mesh=on)
+                return logps(with_parameters(abstract, params), rows, attend=blocks, mesh=on)
 
             return jax.jit(run)
 

@@ -20,6 +20,7 @@ from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baselin
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.losses.wrappers import Per
+from ches_jax.models.attention import Attend, dense, slices
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.train.batches import Batch
@@ -47,8 +48,7 @@ def prediction_logps(
     model: Decoder,
     rows: Rows,
     *,
-    block: int | None = None,
-    backward: bool = False,
+    attend: Attend = dense,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B M"]:
@@ -57,15 +57,12 @@ def prediction_logps(
     Args:
       model: the decoder.
       rows: packed pairs.
-      block: tile of attention; default: dense attention.
-      backward: a gradient will be taken (block-skipping attention has none).
+      attend: how attention is computed; ``attention.slices`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    hidden = model.hidden(
-        rows.tokens, rows.positions, seen, rows.lengths, block=block, backward=backward, remat=remat, mesh=mesh
-    )
+    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, remat=remat, mesh=mesh)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     head = Head(model.config.logit_scale, model.config.logit_softcap)
     return token_logps(predicting, model.unembedding, rows.target, head)
@@ -251,8 +248,7 @@ def batch_loss(
     *,
     remat: bool = False,
     mesh: Mesh | None = None,
-    block: int | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
     """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
-    found = batch_logps(model, batch, block=block, backward=True, remat=remat, mesh=mesh)
+    found = batch_logps(model, batch, attend=slices, remat=remat, mesh=mesh)
     return loss_and_metrics(loss, batch, found, state)

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.losses import Loss
+from ches_jax.models.attention import slices
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding
@@ -23,14 +24,6 @@ from ches_jax.train.batches import Batch
 from ches_jax.train.objective import batch_logps, batch_loss
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings
-
-SLICE = {"cpu": 128}
-WIDE_SLICE = 512
-
-
-def slice_size() -> int:
-    """Queries of a slice of attention in training: what was fastest on the platform."""
-    return SLICE.get(jax.default_backend(), WIDE_SLICE)
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
@@ -71,7 +64,7 @@ class Step:
         def gradient(params: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
             def mean(params: Any) -> Any:
                 model = with_parameters(abstract, params)
-                return batch_loss(model, loss, batch, loss_state, remat=remat, mesh=on, block=slice_size())
+                return batch_loss(model, loss, batch, loss_state, remat=remat, mesh=on)
 
             (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
             return grads, new, {"loss": value, **metrics}
@@ -95,7 +88,7 @@ class Step:
 
         def excess(params: Any, batch: Batch) -> Any:
             model = with_parameters(abstract, params)
-            found = batch_logps(model, batch, block=slice_size(), backward=True, mesh=on)
+            found = batch_logps(model, batch, attend=slices, mesh=on)
             return jnp.sum(found.rejected - batch.ref_logp_rejected)
 
         # an objective that compares examples with all of their update needs it before the first micro-batch

@@ -1,5 +1,6 @@
 """A cache changes no number: prefill and single steps give the hidden states of one pass over the whole row."""
 
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ches_jax.models.attention import blocks, dense
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import load_model
 from ches_jax.parallel import make_mesh
@@ -25,9 +27,9 @@ def whole(model: Decoder, tokens):
     return model.hidden(tokens, mask=jnp.arange(TOKENS)[None] >= FIRST[:, None])
 
 
-@nnx.jit(static_argnames=("block", "mesh"))
-def prefill(model: Decoder, tokens, block=None, mesh=None):
-    return model.prefill(tokens, FIRST, TOKENS, block=block, mesh=mesh)
+@nnx.jit(static_argnames=("attend", "mesh"))
+def prefill(model: Decoder, tokens, attend=dense, mesh=None):
+    return model.prefill(tokens, FIRST, TOKENS, attend=attend, mesh=mesh)
 
 
 @nnx.jit(static_argnames="mesh")
@@ -35,11 +37,11 @@ def extend(model: Decoder, tokens, kept, slot, mesh=None):
     return model.extend(tokens, kept, slot, FIRST, mesh=mesh)
 
 
-def error(model: Decoder, steps: tuple[int, ...], block=None, mesh=None) -> float:
+def error(model: Decoder, steps: tuple[int, ...], attend=dense, mesh=None) -> float:
     """Largest difference on real tokens, by the largest state; the rest of the row comes in ``steps`` tokens."""
     tokens = ids()
     expected = whole(model, tokens)
-    states, kept = prefill(model, tokens[:, :PROMPT], block=block, mesh=mesh)
+    states, kept = prefill(model, tokens[:, :PROMPT], attend=attend, mesh=mesh)
     found, slot = [states], PROMPT
     for n in steps:
         states, kept = extend(model, tokens[:, slot : slot + n], kept, jnp.int32(slot), mesh=mesh)
@@ -63,7 +65,7 @@ def test_step_by_step_gives_the_states_of_the_whole_row(golden: Path, family: st
 def test_every_family_and_several_tokens_at_once(golden: Path, family: str):
     model = load_model(golden / family / "policy")
     assert error(model, (1, 1, 1)) < 2e-6
-    assert error(model, (3, 5), block=8) < 2e-6
+    assert error(model, (3, 5), attend=partial(blocks, block=8)) < 2e-6
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A model spread over eight devices gives the states of the model on one, and each device holds its share."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ches_jax.models.attention import blocks
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families import FAMILIES, decoder_config
@@ -48,7 +50,7 @@ def two_sequences_a_row() -> dict[str, Any]:
 
 
 def states(model: Decoder, mesh: Any, **options: Any) -> np.ndarray:
-    run = jax.jit(lambda m, b: m.hidden(**b, block=16, mesh=mesh, **options))
+    run = jax.jit(lambda m, b: m.hidden(**b, attend=partial(blocks, block=16), mesh=mesh, **options))
     return np.asarray(run(model, two_sequences_a_row()))
 
 

@@ -1,6 +1,7 @@
 """Every family against transformers: hidden states and logits in, weights out again, dense and block attention."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from ches_jax.models.attention import Attend, blocks, dense
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import load_model
 from ches_jax.models.save import save_pretrained
@@ -23,6 +25,7 @@ IDS = np.random.default_rng(0).integers(0, 101, (1, TOKENS))
 FAST = {("llama", name) for name in ("dynamic", "llama3", "yarn_mscale")} | {
     ("phi3", "long"), ("gpt_neox", "sequential"), ("olmo", "clipped"),
 }  # fmt: skip
+SMALL_BLOCKS = partial(blocks, block=8)
 BASES = [pytest.param(row, {}, id=row.family) for row in ROWS]
 VARIANTS = [
     pytest.param(row, extra, id=f"{row.family}-{name}", marks=() if (row.family, name) in FAST else pytest.mark.slow)
@@ -58,9 +61,9 @@ def torch_outputs(model: Any) -> Outputs:
         return Outputs(hidden.numpy(), model(torch.tensor(IDS)).logits.numpy())
 
 
-@nnx.jit(static_argnames="block")
-def jax_outputs(model: Decoder, ids: Any, block: int | None) -> tuple[Any, Any]:
-    hidden = model.hidden(ids, block=block)
+@nnx.jit(static_argnames="attend")
+def jax_outputs(model: Decoder, ids: Any, attend: Attend) -> tuple[Any, Any]:
+    hidden = model.hidden(ids, attend=attend)
     return hidden, model.logits(hidden)
 
 
@@ -68,8 +71,8 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def check(directory: Path, expected: Outputs, block: int | None = None) -> None:
-    found = jax_outputs(load_model(directory), jnp.asarray(IDS, jnp.int32), block)
+def check(directory: Path, expected: Outputs, attend: Attend = dense) -> None:
+    found = jax_outputs(load_model(directory), jnp.asarray(IDS, jnp.int32), attend)
     assert relative(found[0], expected.hidden) < 2e-6
     assert relative(found[1], expected.logits) < 2e-6
 
@@ -83,7 +86,7 @@ def test_hidden_states_and_logits_equal_those_of_transformers(row: Row, extra: d
 
 @pytest.mark.parametrize(("row", "extra"), BASES)
 def test_block_attention_equals_that_of_transformers(row: Row, extra: dict[str, Any], tmp_path: Path):
-    check(tmp_path, make(row, extra, tmp_path), block=8)
+    check(tmp_path, make(row, extra, tmp_path), SMALL_BLOCKS)
 
 
 @pytest.mark.parametrize(("row", "extra"), [*BASES, *VARIANTS])

@@ -57,7 +57,7 @@ def errors(folder, dtype) -> dict[str, float]:
     def run(state):
         def dpo(state):
             model = nnx.merge(graph, state)
-            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {}, block=128)
+            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
             return value, (metrics, batch_logps(model, batch)[:2])
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
