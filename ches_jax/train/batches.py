@@ -231,7 +231,7 @@ def _token_places(
         rejected.append(np.concatenate([every[:shared], every[n:]]))
     width = layout.response_tokens
     none = [np.zeros(0)] * len(pairs)
-    refs = (none, none) if reference is None else reference
+    refs = [none, none] if reference is None or np.ndim(reference[0][0]) == 0 else reference
     return TokenPlaces(
         *(padded(side, width, np.int32) for side in (chosen, rejected)),
         *(padded([np.ones(len(p)) for p in side], width, np.int32) for side in (chosen, rejected)),

@@ -29,6 +29,29 @@ def test_every_pair_has_exactly_one_regime():
             assert c < r
 
 
+def test_single_responses_are_counted_on_their_side_only():
+    none = np.nan
+    chosen, rejected = np.array([-1.0, none, -3.0]), np.array([-2.0, -1.0, none])
+    out = summarise(chosen, rejected)
+    assert out["displacement/dlogp_chosen"] == -2 and out["displacement/dlogp_rejected"] == -1.5
+    assert out["displacement/margin"] == 1 and out["displacement/both_down_margin_up_rate"] == 1
+    assert regimes(chosen, rejected).tolist() == ["both_down_margin_up", "", ""]
+    assert summarise(chosen[1:2], rejected[1:2]).keys() == {
+        "displacement/dlogp_rejected", "displacement/dlogp_rejected_median"
+    }  # fmt: skip
+
+
+def test_a_verdict_leaves_single_responses_out(tmp_path):
+    n = 3
+    columns = {
+        "step": [2] * n, "set": ["train"] * n, "dlogp_chosen": [-1.0, -1.0, -5.0],
+        "dlogp_rejected": [-2.0, -2.0, np.nan], "chosen_tokens": [4] * n, "rejected_tokens": [4, 4, 0],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
+    found = diagnose(DiagnoseConfig(run_dir=str(tmp_path)))
+    assert found.pairs == 2 and found.chosen.mean == -1 and "1 single responses are not counted" in found.caveats
+
+
 def test_shares_of_the_margin_sum_to_one():
     out = summarise(np.array([-2.0, -4.0]), np.array([-6.0, -9.0]))
     assert out["displacement/dlogp_chosen"] == -3 and out["displacement/margin"] == 4.5

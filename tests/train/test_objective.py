@@ -15,7 +15,7 @@ from ches_jax.models.families import family_of
 from ches_jax.models.load import load_model
 from ches_jax.models.save import stored_tensors
 from ches_jax.train.batches import Layout, make_batch, standard_row
-from ches_jax.train.objective import batch_loss, get_objective, batch_logps
+from ches_jax.train.objective import batch_logps, batch_loss, get_objective
 from ches_jax.types import Response, TokenPair
 
 FAMILIES = (
@@ -37,10 +37,9 @@ def golden_batch(folder, dtype):
     ref = golden["fp64"]["ref"]
     model = load_model(folder / "policy", dtype=dtype, param_dtype=dtype)
     threshold = model.config.rope.length_threshold if model.config.rope else None
-    layout = Layout(standard_row(pairs, threshold), 1, "include", threshold)
-    batch = make_batch(
-        pairs, layout, (ref["logp_chosen"], ref["logp_rejected"]), dtype=np.dtype(dtype)
-    )
+    longest = max(len(r.content) for p in pairs for r in (p.chosen, p.rejected))
+    layout = Layout(standard_row(pairs, threshold), 1, "include", threshold, response_tokens=longest)
+    batch = make_batch(pairs, layout, (ref["logp_chosen"], ref["logp_rejected"]), dtype=np.dtype(dtype))
     return golden, model, batch
 
 
@@ -58,18 +57,22 @@ def errors(folder, dtype) -> dict[str, float]:
         def dpo(state):
             model = nnx.merge(graph, state)
             value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
-            return value, (metrics, batch_logps(model, batch)[:2])
+            return value, (metrics, batch_logps(model, batch))
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
         return value, metrics, logps, grads
 
-    value, metrics, (chosen, rejected), grads = run(state)
+    value, metrics, (chosen, rejected, *tokens), grads = run(state)
     found = {
         "dpo": relative(value, truth["loss"]["dpo"]),
         "logp_chosen": relative(chosen, truth["policy"]["logp_chosen"]),
         "logp_rejected": relative(rejected, truth["policy"]["logp_rejected"]),
         "accuracy": abs(float(metrics["rewards/accuracies"]) - truth["loss"]["reward_accuracy"]),
     }
+    for side, found_tokens in zip(("chosen", "rejected"), tokens, strict=True):
+        for row, exact in zip(np.asarray(found_tokens), truth["policy"][f"token_logps_{side}"], strict=True):
+            error = np.abs(row[: len(exact)] - exact) / np.maximum(1.0, np.abs(exact))
+            found["token_logps"] = max(found.get("token_logps", 0.0), float(error.max()))
     margin = np.asarray(chosen - batch.ref_logp_chosen - rejected + batch.ref_logp_rejected)
     found["ipo"] = relative(np.mean((margin - 5.0) ** 2), truth["loss"]["ipo"])
     params = named_parameters(nnx.merge(graph, grads))

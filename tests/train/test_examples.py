@@ -1,0 +1,293 @@
+"""What each kind of objective is computed on, against the plain loss of plain log-probabilities."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ches_jax import embedded
+from ches_jax.cli import main
+from ches_jax.errors import ChesError
+from ches_jax.losses import LossInputs, get_loss, kto_baseline
+from ches_jax.losses.inputs import REWARDS
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.load import load_model
+from ches_jax.models.visibility import Visibility
+from ches_jax.parallel import make_mesh
+from ches_jax.runlog import read_json
+from ches_jax.train.batches import Layout, make_batch, standard_row
+from ches_jax.train.evaluate import Evaluator
+from ches_jax.train.examples import NOTHING, make_examples, other_prompts
+from ches_jax.train.loop import train
+from ches_jax.train.objective import batch_loss, named, reads_tokens
+from ches_jax.train.read import together
+from ches_jax.types import Response, TokenPair
+
+PAIRS = [
+    # both responses begin with the same token; a response of one token; a response that was cut
+    TokenPair(row_id="a", index=0, prompt=(5, 6, 7), chosen=Response((8, 9, 10, 11), 2), rejected=Response((8, 4), 2)),
+    TokenPair(row_id="b", index=1, prompt=(12, 13), chosen=Response((14,), 2), rejected=Response((15, 16, 17), None)),
+    TokenPair(row_id="c", index=2, prompt=(5, 5), chosen=Response((20, 21, 22), 2), rejected=Response((23, 24), 2)),
+]  # fmt: skip
+WIDTH = 8
+REWARD_VALUES = {"rewards_chosen": np.array([2.0, 0.5, 1.0]), "rewards_rejected": np.array([0.5, 0.25, 1.5])}
+LOSSES = {
+    "confpo": {"beta": 1.5}, "ld_dpo": {"alpha": 0.3}, "rebel": {"eta": 2.0}, "odpo": {"alpha": 0.7},
+    "kto": {"beta": 0.2, "weight_undesirable": 1.5}, "ipo_mean": {"tau": 0.5},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model):
+    """Policy and reference in double precision."""
+    with jax.enable_x64(True):
+        policy = load_model(tiny_model, dtype="float64", param_dtype="float64")
+        reference = load_model(tiny_model, dtype="float64", param_dtype="float64")
+        nnx.update(reference, jax.tree.map(lambda w: w * 1.05, nnx.state(reference)))
+        yield policy, reference
+
+
+class Plain:
+    """Log-probability of each response token: one sequence a row, nothing shared, nothing packed, logits whole."""
+
+    ROWS, LENGTH = 6, 16
+
+    def __init__(self, model: Decoder):
+        graph, _ = nnx.split(model)
+
+        def logps(state, tokens, at):
+            decoder = nnx.merge(graph, state)
+            positions = jnp.broadcast_to(jnp.arange(self.LENGTH, dtype=jnp.int32), tokens.shape)
+            none = jnp.zeros_like(tokens)
+            hidden = decoder.hidden(tokens, positions, Visibility(none, none, none), none + self.LENGTH)
+            every = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, decoder.unembedding, precision="highest"))
+            predicted = jnp.take_along_axis(every[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+            return jnp.take_along_axis(predicted, at, axis=1)
+
+        self.logps = jax.jit(logps)
+        self.pull = jax.jit(
+            lambda state, tokens, at, slope: jax.vjp(lambda s: logps(s, tokens, at), state)[1](slope)[0]
+        )
+
+    def parts(self, pairs: list[TokenPair]):
+        """Tokens and places of both sides of a few pairs at a time; whole parts only."""
+        step = self.ROWS // 2
+        assert len(pairs) % step == 0
+        for i in range(0, len(pairs), step):
+            some = [(p.prompt, r) for p in pairs[i : i + step] for r in (p.chosen, p.rejected)]
+            rows = [(*prompt, *response.targets("include")) for prompt, response in some]
+            tokens = np.array([[*row, *[0] * (self.LENGTH - len(row))] for row in rows], np.int32)
+            yield tokens, np.array([[len(p) - 1 + k for k in range(WIDTH)] for p, _ in some], np.int32)
+
+    def __call__(self, model: Decoder, pairs: list[TokenPair]) -> tuple[jax.Array, jax.Array]:
+        """[P, WIDTH] of the chosen and of the rejected responses; what lies beyond their ends means nothing."""
+        rows = jnp.concatenate([self.logps(nnx.state(model), *part) for part in self.parts(pairs)])
+        return rows[0::2], rows[1::2]
+
+    def gradient(self, model: Decoder, pairs: list[TokenPair], slopes: tuple[jax.Array, jax.Array]):
+        """Gradient of a function of these log-probabilities, from its slopes."""
+        by_row = jnp.stack(slopes, 1).reshape(-1, self.ROWS, WIDTH)
+        parts = zip(self.parts(pairs), by_row, strict=True)
+        return jax.tree.map(lambda *g: sum(g), *(self.pull(nnx.state(model), *part, slope) for part, slope in parts))
+
+
+def mask(responses) -> np.ndarray:
+    return np.array([[float(k < len(r.targets("include"))) for k in range(WIDTH)] for r in responses])
+
+
+@pytest.fixture(scope="module")
+def plain(models):
+    return Plain(models[0])
+
+
+QUICK = ("ld_dpo", "rebel", "kto")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES])
+def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, plain, x64, name):
+    policy, reference = models
+    loss = get_loss(name, **LOSSES[name])
+    numbers = REWARD_VALUES if loss.needs >= REWARDS else {}
+    examples = make_examples(loss, PAIRS, numbers, seed=0, max_length=16, eos="include")
+    layout = Layout(standard_row(examples.pairs), 1, "include", response_tokens=5 if reads_tokens(loss) else 0)
+    evaluate = Evaluator(policy, make_mesh("data=1"), layout)
+    ref_params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(reference))}
+    ref = (evaluate.tokens if reads_tokens(loss) else evaluate)(ref_params, examples.pairs)
+    batch = make_batch(examples.pairs, layout, ref, examples.given, np.float64)
+    graph, state = nnx.split(policy)
+
+    @jax.jit
+    def packed(state):
+        return jax.value_and_grad(lambda s: batch_loss(nnx.merge(graph, s), loss, batch, {}), has_aux=True)(state)
+
+    (value, (metrics, _)), grads = packed(state)
+
+    masks = [mask(side) for side in zip(*((p.chosen, p.rejected) for p in examples.pairs), strict=True)]
+    ref_tokens = plain(reference, examples.pairs)
+    expected, slopes = jax.value_and_grad(lambda t: pure_loss(loss, t, ref_tokens, masks, examples.given))(
+        plain(policy, examples.pairs)
+    )
+    assert float(value) == pytest.approx(float(expected), rel=1e-11)
+    total = plain.gradient(policy, examples.pairs, slopes)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(total))
+    assert scale > 1e-4
+    for found, want in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-10 * scale)
+    assert named({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
+
+
+def pure_loss(loss, tokens, ref_tokens, masks, given):
+    """The pure loss, from token log-probabilities by sums that are written out."""
+    sums, ref = ([jnp.sum(t * m, 1) for t, m in zip(some, masks, strict=True)] for some in (tokens, ref_tokens))
+    every = {
+        "logp_chosen": sums[0], "logp_rejected": sums[1], "ref_logp_chosen": ref[0], "ref_logp_rejected": ref[1],
+        "chosen_tokens": masks[0].sum(1).astype(int), "rejected_tokens": masks[1].sum(1).astype(int),
+        "token_logps_chosen": tokens[0], "token_logps_rejected": tokens[1],
+        "ref_token_logps_chosen": ref_tokens[0], "ref_token_logps_rejected": ref_tokens[1],
+        "token_mask_chosen": masks[0], "token_mask_rejected": masks[1],
+        "logp": sums[0], "ref_logp": ref[0], "kl_baseline": kto_baseline(sums[1], ref[1]),
+        **{k: jnp.asarray(v) for k, v in given.items()},
+    }  # fmt: skip
+    inputs = LossInputs(**{k: v for k, v in every.items() if k in loss.needs})
+    return jnp.mean(loss(inputs)[0])
+
+
+def test_an_unpaired_example_is_one_response_beside_that_of_another_prompt():
+    examples = make_examples(get_loss("kto"), PAIRS, {"weights": np.array([1.0, 2.0, 3.0])}, seed=3, max_length=5,
+                             eos="include")  # fmt: skip
+    assert [(p.prompt, p.chosen) for p in examples.pairs] == [
+        (pair.prompt, side) for pair in PAIRS for side in (pair.chosen, pair.rejected)
+    ]
+    assert examples.given["desirable"].tolist() == [True, False] * 3
+    assert examples.given["weights"].tolist() == [1, 1, 2, 2, 3, 3]
+    own = {p.prompt: (p.chosen.content, p.rejected.content) for p in PAIRS}
+    for pair in examples.pairs:
+        room = 5 - len(pair.prompt)
+        assert len(pair.rejected.targets("include")) <= room
+        assert pair.rejected.content[:room] not in [c[:room] for c in own[pair.prompt]]
+    assert len({p.row_id for p in examples.pairs}) == 6
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=30), st.integers(0, 3))
+def test_every_row_gets_another_prompt_and_no_row_is_used_twice_without_need(prompts, seed):
+    keys = [(p,) for p in prompts]
+    if len(set(keys)) == 1:
+        with pytest.raises(ChesError, match="there is only one prompt"):
+            other_prompts(keys, seed)
+        return
+    found = other_prompts(keys, seed)
+    assert all(keys[i] != keys[j] for i, j in enumerate(found))
+    if 2 * max(map(keys.count, keys)) <= len(keys):
+        assert sorted(found) == list(range(len(keys)))
+    assert found == other_prompts(keys, seed)
+
+
+def test_single_responses_of_one_prompt_make_pairs():
+    def row(i, prompt, token):
+        return TokenPair(row_id=str(i), index=i, prompt=prompt, chosen=Response((token,), 2), rejected=NOTHING)
+
+    rows = [row(0, (1,), 10), row(1, (1,), 11), row(2, (1,), 12), row(3, (3,), 13)]
+    pairs = together(rows, np.array([False, True, True, False]))
+    contents = [(p.prompt, p.chosen.content, p.rejected.content) for p in pairs]
+    assert contents == [((1,), (11,), (10,)), ((1,), (12,), ()), ((3,), (), (13,))]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:10]]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def kto(small, tmp_path_factory, rows):
+    """A run of two updates on ten pairs, in double precision."""
+    folder = tmp_path_factory.mktemp("kto")
+
+    def run(name, data=rows, **more):
+        options = {"loss": "kto", "optimizer": "sgd", "lr": 1e-2, "steps": 2, "holdout": 2, "limit": None,
+                   "export": False, "dtype": "float64", "pairs": write(folder / f"{name}.jsonl", data)}  # fmt: skip
+        return train(small(folder / name, **{**options, **more}), quiet=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kto_on_pairs(kto):
+    return kto("pairs")
+
+
+def equal_logs(a, b):
+    for one, other in zip(lines(a), lines(b), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-11), name
+
+
+def test_kto_trains_on_pairs_and_accumulation_changes_nothing(kto, kto_on_pairs):
+    equal_logs(kto_on_pairs, kto("cut", accumulate=2))
+    _, first, second, last = lines(kto_on_pairs)
+    # policy and reference agree: every surplus and the divergence are 0, and the loss is one half
+    assert first["loss"] == pytest.approx(0.5) and first["kl"] == pytest.approx(0, abs=1e-12) and second["kl"] > 0
+    assert {"logps/chosen", "rewards/chosen", "grad_norm"} <= first.keys()
+    assert {"eval_loss", "eval_kl", "eval_rewards/margins", "eval_displacement/dlogp_chosen"} <= last.keys()
+    assert read_json(kto_on_pairs / "run.json")["counts"]["train"] == 16
+
+
+def test_kto_trains_on_single_responses(kto, kto_on_pairs, rows, capsys):
+    """Rows of one response give the run of the pairs they came from; where no two make a pair, each is watched."""
+    singles = [
+        {"prompt": r["prompt"], "answer": r[side], "label": side == "chosen"}
+        for r in rows
+        for side in ("chosen", "rejected")
+    ]
+    columns = {"completion": "answer"}
+    equal_logs(kto_on_pairs, kto("singles", singles, columns=columns))
+    good = kto("good", [r for r in singles if r["label"]], columns=columns, holdout=0)
+    last = lines(good)[-1]
+    assert last["displacement/dlogp_chosen"] > 0 and "displacement/margin" not in last
+    assert "NaN" not in (good / "metrics.jsonl").read_text()
+    assert main(["diagnose", "--run", str(good)]) == 2
+    assert "of which no two make a pair" in capsys.readouterr().err
+
+
+def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
+    named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
+    own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
+    options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
+    a = train(small(tmp_path / "a", pairs=write(tmp_path / "a.jsonl", named_rows), **options), quiet=True)
+    b = train(small(tmp_path / "b", pairs=write(tmp_path / "b.jsonl", own), rewards="good,bad", **options), quiet=True)
+    expected = np.mean([(1.0 + i) ** 2 for i in range(10)])
+    assert lines(a)[1]["loss"] == pytest.approx(expected, rel=1e-5) == lines(b)[1]["loss"]
+    with pytest.raises(ChesError, match=r"line 1: --loss rebel needs numbers in chosen_reward and rejected_reward, or"):
+        train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss", "kto", "--reference", "columns"], "reads more of the reference"),
+        (["--loss", "ld_dpo", "--reference", "columns"], "reads more of the reference"),
+        (["--loss", "odpo"], "--loss odpo needs numbers in chosen_reward and rejected_reward"),
+        (["--rewards", "a,b"], "reads no rewards"),
+        (["--loss", "odpo", "--rewards", "a"], "expected the names of two columns"),
+        (["--loss", "kto", "--columns", "completion=answer"], "no column 'answer'"),
+    ],
+)
+def test_bad_input_is_one_message(capsys, tiny_model, tmp_path, words, message):
+    assert main(["train", "--model", str(tiny_model), "--limit", "20", "--out", str(tmp_path / "run"), *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+    assert not (tmp_path / "run").exists()
