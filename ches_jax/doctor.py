@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ches_jax.data.audit import Audit, visible
-from ches_jax.data.prompts import Template
+from ches_jax.data.prompts import Pairing, Template
 from ches_jax.hf.directory import fingerprint
 from ches_jax.models.load import open_checkpoint
 from ches_jax.options import Columns
@@ -25,7 +25,9 @@ class DoctorConfig:
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction."""
+    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response."""
+    candidates: Pairing | None = None
+    """Pairs of rows with several `responses`: chosen-against-all (the default) or all-pairs."""
     limit: int | None = None
     """Look only at the first rows."""
     eos: Eos = "include"

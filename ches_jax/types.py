@@ -51,7 +51,7 @@ class TokenPair:
     """A preference pair as token ids, audited. What every stage after ``data.tokenize`` reads."""
 
     row_id: str
-    """Hash of the row's content (prompt, chosen, rejected)."""
+    """Hash of the pair's content (prompt, chosen, rejected)."""
     index: int
     """Position of the row in its source, from 0."""
     prompt: tuple[int, ...]
@@ -63,3 +63,5 @@ class TokenPair:
     """The row's own ``category`` column, where it has one: carried through to the table."""
     detail: dict[str, str] = field(default_factory=dict)
     """For each flag that has one: what was found, for messages."""
+    candidates: tuple[int, int] | None = None
+    """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""

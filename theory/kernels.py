@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ches_jax.scores.head import PairContributions, head_score
+from ches_jax.scores.head import PairContributions, head_products, pair_contributions
 from theory.lmview import LMView, Sequences, log_probs, path_name
 from theory.ufm import PairLoss
 
@@ -102,10 +102,13 @@ def pair_head_scores(view: LMView, params: Any, chosen: Sequences, rejected: Seq
         hidden = jnp.concatenate([view.hidden(params, side)[:, :-1] for side in rows], axis=1)
         target = jnp.concatenate([side.tokens[:, 1:] for side in rows], axis=1)
         segment = jnp.concatenate([jnp.where(s.response[:, 1:], i, 3) for i, s in enumerate(rows, 1)], axis=1)
-        return head_score(hidden, target, segment.astype(jnp.int32), 3, w, view.transform)
+        segment = segment.astype(jnp.int32)
+        # one item, as ``data.packing`` writes it: shared, chosen (preferred as shared is), rejected
+        item, preferred = jnp.array([[[0, 0, 0]], [[1, 1, 0]]], jnp.int32)
+        products = head_products(hidden, target, segment, item, preferred, w, view.transform)
+        return pair_contributions(products[0], segment[0], 0, 1, 2)
 
-    found = jax.lax.map(one, (chosen, rejected))
-    return PairContributions(found.inner[:, 0, 0], found.sqnorm_chosen[:, 0, 0], found.by_token[:, 0])
+    return jax.lax.map(one, (chosen, rejected))
 
 
 def layer_shares(view: LMView, params: Any, chosen: Sequences) -> dict[str, Float[Array, " L"]]:

@@ -27,8 +27,9 @@ FLAGS: dict[str, str] = {
     "truncated_chosen": "the chosen response was cut to --max-length (it has no EOS)",
     "truncated_rejected": "the rejected response was cut to --max-length (it has no EOS)",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
+    "no_pair": "no two of the row's responses make a pair: there are fewer than two, or their scores are equal",
 }
-UNSCORABLE = frozenset({"empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long"})
+UNSCORABLE = frozenset({"empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long", "no_pair"})
 """Flags of pairs that have no score, whatever the policy."""
 
 _LENGTH_FLAGS = {"truncated_chosen", "truncated_rejected", "prompt_too_long"}
@@ -65,6 +66,8 @@ class Audit:
             self.flags[flag] += 1
             if self.flags[flag] <= _EXAMPLES:
                 self.examples.setdefault(flag, []).append(_example(pair, flag))
+        if "no_pair" in pair.flags:
+            return
         self._count(self.lengths, "prompt", len(pair.prompt))
         self._count(self.lengths, "chosen", len(pair.chosen.targets("include")))
         self._count(self.lengths, "rejected", len(pair.rejected.targets("include")))
@@ -131,11 +134,15 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
     return found
 
 
-def shared_prefix(pair: TokenPair) -> int:
-    """How many leading tokens chosen and rejected have in common."""
-    left, right = pair.chosen.content, pair.rejected.content
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading tokens two sequences have in common."""
     both = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
+
+
+def shared_prefix(pair: TokenPair) -> int:
+    """How many leading tokens chosen and rejected have in common."""
+    return common_prefix(pair.chosen.content, pair.rejected.content)
 
 
 def require_clean(audit: Audit, subject: str = "--pairs") -> None:
@@ -166,6 +173,7 @@ def dropped_record(pair: TokenPair) -> dict[str, Any]:
     return {
         "row_id": pair.row_id,
         "index": pair.index,
+        **({} if pair.candidates is None else {"candidates": list(pair.candidates)}),
         "reasons": list(pair.flags),
         "detail": dict(pair.detail),
     }
@@ -181,7 +189,7 @@ def visible(tokenizer: "PreTrainedTokenizerBase", pair: TokenPair, limit: int = 
     """
     prompt = _decoded(tokenizer, pair.prompt)
     lines = [
-        f"row {pair.index} ({pair.row_id[:12]})" + (f" {', '.join(pair.flags)}" if pair.flags else ""),
+        f"row {pair.index} ({pair.row_id[:12]}{_numbers(pair)})" + (f" {', '.join(pair.flags)}" if pair.flags else ""),
         f"  prompt   [{len(pair.prompt)}] {_middle_cut(prompt, limit)} |<- response",
     ]
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -200,7 +208,11 @@ def visible(tokenizer: "PreTrainedTokenizerBase", pair: TokenPair, limit: int = 
 
 def _example(pair: TokenPair, flag: str) -> str:
     detail = f", {pair.detail[flag]}" if flag in pair.detail else ""
-    return f"row {pair.index} ({pair.row_id[:12]}{detail})"
+    return f"row {pair.index} ({pair.row_id[:12]}{_numbers(pair)}{detail})"
+
+
+def _numbers(pair: TokenPair) -> str:
+    return "" if pair.candidates is None else ", responses {} and {}".format(*pair.candidates)
 
 
 def _terminators(response: Response, eos_id: int | None) -> int:

@@ -1,7 +1,7 @@
 """What is the prompt of a row, and what text does the model see.
 
-Two steps, both pure. ``canonical_content`` brings every accepted row shape to one: explicit text,
-an explicit conversation, or token ids. ``render`` turns that into the texts that are tokenised.
+Pure steps. ``canonical_content`` brings every accepted row shape to one: explicit text, an explicit
+conversation, or token ids. ``render`` turns that into the texts that are tokenised.
 
     accepted                                              canonical
     prompt, chosen, rejected: str                         the same
@@ -10,9 +10,25 @@ an explicit conversation, or token ids. ``render`` turns that into the texts tha
     chosen, rejected: whole conversations                 prompt = their common leading messages
     prompt_ids, chosen_ids, rejected_ids                  the same; they win over text beside them
     a prompt alone: prompt (str or messages), prompt_ids  the same (``canonical_prompt``)
+
+A row may hold several candidates instead: ``responses``, a list of any of these, after ``prompt`` or ``prompt_ids``
+(``pair_contents``). It stands for pairs of them, each of which means what it would mean as a row of its own:
+
+    preference among the candidates     from
+    scores: [7.5, 3, 7]                 a number for each response, the higher the better; equal ones make no pair
+    chosen: 2                           the number (from 0) of the one that is preferred to all others
+    neither                             the order of the list, best first
+
+    chosen-against-all   the best one against each that is worse
+    all-pairs            every one against each that is worse
+
+These are the shapes of the data sets with several responses to a prompt: texts beside scores (``generations`` and
+``ratings``, ``all_generated_responses`` and ``all_rm_scores``), objects that hold both (``completions`` of
+UltraFeedback), lists by rank, and indices of the better one. A dot reaches into objects: ``completions.response``.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,9 +44,18 @@ turn; none: no template, so only single-turn conversations can be read (as the t
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
+CANDIDATE_COLUMNS = ("responses", "scores")
+PAIR_COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
+COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
+
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "category")
+
+Pairing = Literal["chosen-against-all", "all-pairs"]
+"""Which pairs of a row's candidates: the best one against every worse one, or every one against every worse one."""
+
+Numbers = tuple[int, int] | tuple[()] | None
+"""Chosen and rejected among a row's candidates; () where they make no pair, None where the row is one pair."""
 
 _NO_TEMPLATE = (
     "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
@@ -65,7 +90,7 @@ def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dic
 
     Args:
       row: the row as read; null values count as absent.
-      columns: canonical name -> name in the row, where they differ; an empty name hides the column.
+      columns: canonical name -> name in the row, where they differ (see ``lookup``); an empty name hides the column.
 
     Raises:
       DataError: columns are missing or hold something else than text, messages or token ids.
@@ -74,8 +99,77 @@ def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dic
     >>> canonical_content({"chosen": dialogue + " 2", "rejected": dialogue + " 3"}, {})
     {'prompt': '\n\nHuman: 1+1?\n\nAssistant:', 'chosen': ' 2', 'rejected': ' 3'}
     """
-    values = {name: row.get(columns.get(name, name)) for name in COLUMNS}
-    values = {name: value for name, value in values.items() if value is not None}
+    return _content(_values(row, columns, PAIR_COLUMNS), row, columns)
+
+
+def pair_contents(
+    row: Mapping[str, Any], columns: Mapping[str, str], pairing: Pairing
+) -> list[tuple[Numbers, dict[str, Any]]]:
+    """The pairs of a row: one as ``canonical_content`` tells it, or those of its candidates.
+
+    A row has candidates where it has ``responses`` and no ``rejected``, or where ``columns`` names ``responses``. When
+    they make no pair, there is one entry without numbers that holds ``prompt`` and ``responses`` as they are.
+
+    Raises:
+      DataError: as ``canonical_content``; ``responses``, ``chosen`` or ``scores`` are not what they have to be.
+
+    >>> row = {"prompt": "1+1?", "responses": [" 2", " 3", " 4"], "scores": [1, 0, 0]}
+    >>> [numbers for numbers, content in pair_contents(row, {}, "all-pairs")]
+    [(0, 1), (0, 2)]
+    """
+    values = _values(row, columns, COLUMNS)
+    rejected = any(name in values for name in ("rejected", "rejected_ids"))
+    if "responses" not in values or (rejected and "responses" not in columns):
+        return [(None, canonical_content(row, columns))]
+    responses = values["responses"]
+    if not isinstance(responses, list) or not all(isinstance(r, str | list) or _is_message(r) for r in responses):
+        raise DataError(
+            f"'responses' is {_kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
+            "reaches into objects: --columns responses=completions.response"
+        )
+    if not (pairs := _preferences(values, len(responses), pairing)):
+        prompt = values.get("prompt_ids", values.get("prompt"))
+        return [((), _without_nulls({"prompt": prompt, "responses": responses}))]
+    shared = {n: values[n] for n in ("prompt", "prompt_ids", "tools", "chat_template_kwargs") if n in values}
+    sides = ID_COLUMNS[1:] if _are_ids(responses, values) else TEXT_COLUMNS[1:]
+    found: list[tuple[Numbers, dict[str, Any]]] = []
+    for chosen, rejected in pairs:
+        both = {side: _listed(responses[i]) for side, i in zip(sides, (chosen, rejected), strict=True)}
+        try:
+            found.append(((chosen, rejected), _content(shared | both, row, columns)))
+        except DataError as error:
+            raise DataError(f"responses {chosen} and {rejected} as chosen and rejected: {error}") from None
+    return found
+
+
+def lookup(row: Mapping[str, Any], name: str) -> Any:
+    """The column ``name`` of a row; a dot reaches into an object, or into every object of a list. None: not there.
+
+    >>> lookup({"completions": [{"text": "a"}, {"text": "b"}]}, "completions.text")
+    ['a', 'b']
+    """
+    head, dot, rest = name.partition(".")
+    if name in row or not dot:
+        return row.get(name)
+    inner = row.get(head)
+    if isinstance(inner, list):
+        return [lookup(part, rest) if isinstance(part, Mapping) else None for part in inner]
+    return lookup(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> set[str]:
+    """The row's own columns that ``names`` stand for."""
+    theirs = (columns.get(name, name) for name in names)
+    return {name if name in row else name.partition(".")[0] for name in theirs}
+
+
+def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
+    """What the row holds under each of ``names``, nulls left out."""
+    found = {name: lookup(row, columns.get(name, name)) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if all(name in values for name in ID_COLUMNS):
         return {name: _token_ids(name, values[name]) for name in ID_COLUMNS}
     required: list[str] = ["chosen", "rejected"]
@@ -91,8 +185,66 @@ def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dic
     return content
 
 
-def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", template: Template) -> Rendered:
+def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> list[tuple[int, int]]:
+    """(chosen, rejected) of the pairs among ``count`` candidates, rising."""
+    chosen, scores = values.get("chosen"), values.get("scores")
+    if chosen is not None and scores is not None:
+        raise DataError(
+            "'chosen' and 'scores' both say which response is preferred: hide one with --columns chosen= or "
+            "--columns scores="
+        )
+    numbers = range(count)
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != count or not all(map(_is_number, scores)):
+            raise DataError(
+                f"'scores' is {_kind(scores)}; expected a list of {count} finite numbers, one for each response "
+                "(--columns scores= hides the column)"
+            )
+        best = [i for i in numbers if scores[i] == max(scores)][:1] if pairing == "chosen-against-all" else numbers
+        return [(i, j) for i in best for j in numbers if scores[i] > scores[j]]
+    if chosen is not None:
+        if type(chosen) is not int or not 0 <= chosen < max(count, 1):
+            raise DataError(
+                f"'chosen' is {_kind(chosen)}; beside 'responses' it is the number of the preferred one, from 0 to "
+                f"{max(count - 1, 0)} (--columns chosen= hides the column)"
+            )
+        if pairing == "all-pairs":
+            raise DataError(
+                "--candidates all-pairs needs an order of all responses, and 'chosen' names one: give 'scores', or "
+                "list the responses best first and hide the column with --columns chosen="
+            )
+        return [(chosen, j) for j in numbers if j != chosen]
+    return [(i, j) for i in (numbers if pairing == "all-pairs" else numbers[:1]) for j in range(i + 1, count)]
+
+
+def _listed(response: Any) -> Any:
+    """A single message as the conversation it is."""
+    return [response] if isinstance(response, Mapping) else response
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_ids(responses: Sequence[Any], values: Mapping[str, Any]) -> bool:
+    """Whether the responses are token ids: lists without messages, one of them not empty or after ``prompt_ids``."""
+    plain = all(isinstance(r, list) and not any(isinstance(part, Mapping) for part in r) for r in responses)
+    return plain and ("prompt_ids" in values or any(responses))
+
+
+def render(
+    content: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    written: dict[str, str] | None = None,
+) -> Rendered:
     """The texts of a canonical row (not of token ids).
+
+    Args:
+      content: of ``canonical_content``.
+      tokenizer: has the chat template.
+      template: whether to use it.
+      written: texts that the template gave for other rows, by what it was given; grows.
 
     Raises:
       DataError: a conversation and no chat template to write it with, or the template refuses it.
@@ -112,9 +264,9 @@ def render(content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tem
     if tokenizer.chat_template is None:
         raise DataError(_NO_TEMPLATE)
     return Rendered(
-        prompt=_apply(tokenizer, prompt, content, generation_prompt=True) if prompt else "",
-        chosen=_apply(tokenizer, prompt + chosen, content),
-        rejected=_apply(tokenizer, prompt + rejected, content),
+        prompt=_apply(tokenizer, prompt, content, written, generation_prompt=True) if prompt else "",
+        chosen=_apply(tokenizer, prompt + chosen, content, written),
+        rejected=_apply(tokenizer, prompt + rejected, content, written),
         templated=True,
         empty=tuple(
             n
@@ -245,7 +397,7 @@ def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[st
     raise DataError(
         f"no column {' or '.join(named)}{' (it is null here)' if null else ''}; "
         f"found: {', '.join(map(str, row)) or 'none'}; expected prompt, chosen, rejected or "
-        f"{', '.join(ID_COLUMNS)}; say which column is which with --columns {remedy}"
+        f"{', '.join(ID_COLUMNS)} or prompt, responses; say which column is which with --columns {remedy}"
     )
 
 
@@ -260,7 +412,10 @@ def _as_messages(name: str, value: Any) -> list[Message]:
         # datasets hands out its older Sequence feature as one mapping of lists
         value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(_is_message(m) for m in value):
-        raise DataError(f"'{name}' is {_kind(value)}; expected text or a list of messages with 'role' and 'content'")
+        raise DataError(
+            f"'{name}' is {_kind(value)}; expected text or a list of messages with 'role' and 'content' (several "
+            "responses go into a column 'responses', the preferred one first)"
+        )
     return [_without_nulls(m) for m in value]
 
 
@@ -321,10 +476,15 @@ def _apply(
     tokenizer: "PreTrainedTokenizerBase",
     messages: list[Message],
     content: Mapping[str, Any],
+    written: dict[str, str] | None = None,
     generation_prompt: bool = False,
 ) -> str:
     import jinja2
 
+    given = [messages, content.get("tools"), content.get("chat_template_kwargs"), generation_prompt]
+    key = "" if written is None else json.dumps(given, sort_keys=True)
+    if written is not None and key in written:
+        return written[key]
     try:
         text = tokenizer.apply_chat_template(
             messages,
@@ -339,4 +499,6 @@ def _apply(
             f"{', '.join(m['role'] for m in messages)}"
         ) from error
     assert isinstance(text, str)
+    if written is not None:
+        written[key] = text
     return text

@@ -11,10 +11,21 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from ches_jax.data.prompts import COLUMNS, PROMPT_COLUMNS, canonical_content, canonical_prompt
+from ches_jax.data.prompts import (
+    CANDIDATE_COLUMNS,
+    COLUMNS,
+    PROMPT_COLUMNS,
+    Numbers,
+    Pairing,
+    canonical_prompt,
+    columns_read,
+    lookup,
+    pair_contents,
+)
 from ches_jax.errors import DataError
 
 _BATCH_ROWS = 256
@@ -28,8 +39,8 @@ Raw = tuple[str, Any]
 """Where a row was found ("line 17"), and what was found there."""
 
 
-Canonical = Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
-"""(row as read, names of its columns) -> its content; raises DataError."""
+Contents = Callable[[Mapping[str, Any], Mapping[str, str]], list[tuple[Numbers, dict[str, Any]]]]
+"""(row as read, names of its columns) -> content, or contents of its pairs with their numbers; raises DataError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +51,34 @@ class Kind:
     """For messages."""
     columns: tuple[str, ...]
     """What is read; the row's other columns are carried along."""
-    canonical: Canonical
+    contents: Contents
 
 
-PAIRS = Kind("preference pairs", COLUMNS, canonical_content)
-PROMPTS = Kind("prompts", PROMPT_COLUMNS, canonical_prompt)
+PAIRS: dict[Pairing, Kind] = {
+    pairing: Kind("preference pairs", COLUMNS, partial(pair_contents, pairing=pairing)) for pairing in get_args(Pairing)
+}
+"""By which pairs of a row's candidates are meant."""
+PROMPTS = Kind("prompts", PROMPT_COLUMNS, lambda row, columns: [(None, canonical_prompt(row, columns))])
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as read, in canonical columns."""
+    """One row as read, in canonical columns; of a row with candidates, one of its pairs."""
 
     index: int
-    """Position in the source, from 0; blank lines do not count."""
+    """Position of the row in the source, from 0; blank lines do not count."""
     row_id: str
     where: str
     """For messages: "line 17" (from 1) of a text file, "row 17" (from 0) of a table."""
     content: dict[str, Any]
     """Of a pair: ``prompt, chosen, rejected`` (all text or all messages; with ``tools`` and
     ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``. Of a prompt: ``prompt`` or
-    ``prompt_ids``."""
+    ``prompt_ids``. Where the candidates of a row make no pair: ``prompt`` and ``responses`` as they are."""
     category: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, as they are: selections carry them along."""
+    candidates: Numbers = None
+    """Numbers of chosen and rejected among the row's ``responses``; () where these make no pair."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +91,20 @@ class PairSource:
     """Raw rows from a position on."""
     identity: Callable[[], str]
     columns: Mapping[str, str] = field(default_factory=dict)
-    rows: Kind = PAIRS
+    rows: Kind = PAIRS["chosen-against-all"]
 
     def __iter__(self) -> Iterator[Row]:
         return self.iter_from(0)
 
     def iter_from(self, start: int) -> Iterator[Row]:
         """Rows from position ``start`` on; what lies before is skipped without being parsed."""
+        return itertools.chain.from_iterable(self.rows_from(start))
+
+    def rows_from(self, start: int) -> Iterator[list[Row]]:
+        """The same, the pairs of one row of the data together; at least one for each."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
-                yield _row(index, where, raw, self.columns, self.rows)
+                yield list(_rows(index, where, raw, self.columns, self.rows))
             except DataError as error:
                 raise DataError(f"{self.name}, {where}: {error}") from None
 
@@ -107,13 +127,18 @@ def row_id(content: Mapping[str, Any]) -> str:
     >>> row_id({"prompt": "p", "chosen": "a", "rejected": "b"})
     '8ad7972c3a7a43fe4ae5c60fb53bdb64'
     """
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def open_pairs(spec: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
-    """Opens preference pairs; see ``open_rows``."""
-    return open_rows(spec, split, columns, PAIRS)
+def open_pairs(
+    spec: str,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    pairing: Pairing | None = None,
+) -> PairSource:
+    """Opens preference pairs; see ``open_rows``. ``pairing``: of rows with candidates; default: chosen-against-all."""
+    return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"])
 
 
 def open_prompts(spec: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
@@ -128,7 +153,7 @@ def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, r
       spec: a JSONL, JSON, Parquet, Arrow, CSV or text file, a ``save_to_disk`` folder, or ``owner/name``.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
-        hides a column.
+        hides a column, a dot reaches into objects (``prompts.lookup``).
       rows: what the rows are.
 
     Raises:
@@ -148,18 +173,20 @@ def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, r
     return source
 
 
-def _row(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Row:
+def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Row]:
     if not isinstance(raw, Mapping):
         raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
-    content = rows.canonical(raw, columns)
-    category = raw.get(columns.get("category", "category"))
-    try:
-        identity = row_id(content)
-    except UnicodeEncodeError:
-        raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
-    read = {columns.get(name, name) for name in (*rows.columns, "category")}
-    extra = {str(name): value for name, value in raw.items() if name not in read}
-    return Row(index, identity, where, content, None if category is None else str(category), extra)
+    category = lookup(raw, columns.get("category", "category"))
+    category = None if category is None else str(category)
+    for numbers, content in rows.contents(raw, columns):
+        try:
+            identity = row_id(content)
+        except UnicodeEncodeError:
+            raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
+        names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
+        read = columns_read(raw, columns, names)
+        extra = {str(name): value for name, value in raw.items() if name not in read}
+        yield Row(index, identity, where, content, category, extra, numbers)
 
 
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]

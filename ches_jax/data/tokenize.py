@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.audit import FLAGS
+from ches_jax.data.audit import FLAGS, common_prefix
 from ches_jax.data.prompts import ID_COLUMNS, Rendered, Template, render, render_prompt
 from ches_jax.data.sources import Row
 from ches_jax.errors import DataError
@@ -115,7 +115,8 @@ class PairTokenizer:
           DataError: a row cannot be written with the chat template, or holds an id that the model
             does not have.
         """
-        rendered = [self._render(row) for row in rows]
+        written: dict[str, str] = {}
+        rendered = [self._render(row, written) for row in rows]
         ids = self._encode(rendered)
         return [self._pair(row, text, next(ids) if text else None) for row, text in zip(rows, rendered, strict=True)]
 
@@ -123,11 +124,12 @@ class PairTokenizer:
     def _eos_id(self) -> int | None:
         return _single(self.tokenizer.eos_token_id)
 
-    def _render(self, row: Row) -> Rendered | None:
-        if ID_COLUMNS[0] in row.content:
+    def _render(self, row: Row, written: dict[str, str]) -> Rendered | None:
+        if row.candidates == () or ID_COLUMNS[0] in row.content:
             return None
         try:
-            return render(row.content, self.tokenizer, self.template)
+            # the pairs of one row have their texts in common: each is written once
+            return render(row.content, self.tokenizer, self.template, written if row.candidates else None)
         except DataError as error:
             raise DataError(f"{_name(row)}: {error}") from error.__cause__
 
@@ -150,6 +152,8 @@ class PairTokenizer:
         return encode(self.tokenizer, texts, templated, self._suffix)
 
     def _pair(self, row: Row, text: Rendered | None, ids: Triple | None) -> TokenPair:
+        if row.candidates == ():
+            return _no_pair(row)
         found: dict[str, str] = {}
         if text is None or ids is None:
             prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
@@ -186,6 +190,7 @@ class PairTokenizer:
             flags=tuple(flag for flag in FLAGS if flag in found),
             category=row.category,
             detail={flag: found[flag] for flag in FLAGS if found.get(flag)},
+            candidates=row.candidates or None,
         )
 
     def _complete(self, name: str, ids: Ids, marked: bool, turns: int, found: dict[str, str]) -> Response:
@@ -246,8 +251,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     """Ids of texts, without the ``suffix`` that the tokenizer puts after a text."""
     if not texts:
         return []
+    different = list(dict.fromkeys(texts))
     encoded = tokenizer(
-        texts,
+        different,
         add_special_tokens=not templated,  # a template writes its own
         padding=False,
         truncation=False,
@@ -255,7 +261,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    return [_without_suffix(tuple(ids), () if templated else suffix) for ids in encoded]  # type: ignore[arg-type]
+    found = {
+        text: _without_suffix(tuple(ids), () if templated else suffix)  # type: ignore[arg-type]
+        for text, ids in zip(different, encoded, strict=True)
+    }
+    return [found[text] for text in texts]
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template) -> list[Ids]:
@@ -284,17 +294,27 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], te
     ]
 
 
+def _no_pair(row: Row) -> TokenPair:
+    """What stands for a row whose responses make no pair."""
+    nothing, count = Response((), None), len(row.content["responses"])
+    return TokenPair(
+        row_id=row.row_id,
+        index=row.index,
+        prompt=(),
+        chosen=nothing,
+        rejected=nothing,
+        flags=("no_pair",),
+        category=row.category,
+        detail={"no_pair": f"{count} response{'s' * (count != 1)}{' of equal scores' * (count > 1)}"},
+    )
+
+
 def _cut(prompt: Ids, chosen: Ids, rejected: Ids, found: dict[str, str]) -> Triple:
     """Cuts both joints after the prompt, at the same place."""
-    cut = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    cut = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     if cut < len(prompt):
         found["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
     return prompt[:cut], chosen[cut:], rejected[cut:]
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    both = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
 
 
 def added_suffix(tokenizer: "PreTrainedTokenizerBase") -> Ids:

@@ -13,7 +13,7 @@ from ches_jax.report.html import escape, page, paragraphs
 from ches_jax.report.pairs import pair_card, read_texts, read_tokens
 from ches_jax.report.summary import correlation
 from ches_jax.scores.derive import score_column
-from ches_jax.scores.source import SourceRow, dropped_when_scored, read_run
+from ches_jax.scores.source import SourceRow, dropped_when_scored, keys, read_run
 from ches_jax.scores.table import read_table, table_path
 
 SHOWN = 10
@@ -58,7 +58,8 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
         surface = contents.small_edit_high_ches(table)[0][:SHOWN].tolist()
     positions = sorted({*surface, *(int(p) for both in ends.values() for side in both for p in side)})
     texts, note = read_texts(run_dir, table, positions, rows)
-    tokens, by = read_tokens(run_dir, [table["index"][p].as_py() for p in positions])
+    every = keys(table)
+    tokens, by = read_tokens(run_dir, [every[p] for p in positions])
     cards = {p: pair_card(table, p, texts.get(p), tokens, by) for p in positions}
     note = f'<p class="note">Texts are not shown: {escape(note)}</p>' if note else ""
     extremes = note + "".join(sections.extremes_section(by, *both, cards) for by, both in ends.items())

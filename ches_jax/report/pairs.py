@@ -14,7 +14,7 @@ from ches_jax.report.html import escape, text_block, token_map
 from ches_jax.report.summary import number
 from ches_jax.scores.parts import TOKENS
 from ches_jax.scores.select import SelectConfig
-from ches_jax.scores.source import SourceRow, source_rows
+from ches_jax.scores.source import Key, SourceRow, key_of, keys, source_rows
 
 
 def read_texts(
@@ -25,14 +25,14 @@ def read_texts(
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
     is told on the page and is no error.
     """
-    index, ids = table["index"].to_pylist(), table["row_id"].to_pylist()
-    wanted = {index[p]: p for p in positions}
+    every, ids = keys(table), table["row_id"].to_pylist()
+    wanted = {every[p]: p for p in positions}
     found: dict[int, Mapping[str, Any]] = {}
     if not wanted:
         return found, ""
     try:
         for row in source_rows(SelectConfig(scores=run, out=run)) if rows is None else rows:
-            if (position := wanted.get(row.index)) is not None:
+            if (position := wanted.get(key_of(row))) is not None:
                 if row.row_id != ids[position]:
                     return {}, f"the pairs file changed since it was scored (row {row.index})"
                 found[position] = row.content
@@ -55,21 +55,22 @@ def plain_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-Tokens = dict[int, dict[str, list[tuple[str, float]]]]
-"""By row index and response: the text of each token and what it adds to the score."""
+Tokens = dict[Key, dict[str, list[tuple[str, float]]]]
+"""By pair and response: the text of each token and what it adds to the score."""
 
 
-def read_tokens(run: Path, indices: Sequence[int]) -> tuple[Tokens, str]:
-    """Token scores of a few rows, where the run has them, and the score they belong to."""
+def read_tokens(run: Path, pairs: Sequence[Key]) -> tuple[Tokens, str]:
+    """Token scores of a few pairs, where the run has them, and the score they belong to."""
     path = run / TOKENS
     if not path.is_file():
         return {}, ""
-    rows = pq.read_table(path, filters=[("index", "in", list(indices))])
+    rows = pq.read_table(path, filters=[("index", "in", [index for index, _ in pairs])])
     by = "ches" if rows["head_score"].null_count else "head_score"
-    found: Tokens = {}
-    for row in rows.select(["index", "response", "text", by]).to_pylist():
-        found.setdefault(row["index"], {}).setdefault(row["response"], []).append((row["text"], row[by]))
-    return found, by
+    found: Tokens = {key: {} for key in pairs}
+    for key, row in zip(keys(rows), rows.select(["response", "text", by]).to_pylist(), strict=True):
+        if key in found:
+            found[key].setdefault(row["response"], []).append((row["text"], row[by]))
+    return {key: texts for key, texts in found.items() if texts}, by
 
 
 def token_maps(tokens: dict[str, list[tuple[str, float]]], by: str) -> str:
@@ -86,6 +87,9 @@ def pair_card(
     """One pair: its numbers, its prompt, and the two responses side by side where the screen is wide."""
     row = table.slice(position, 1).to_pylist()[0]
     told = [f"row {row['index']}", row["row_id"][:12]]
+    (key,) = keys(table.slice(position, 1))
+    if key[1] is not None:
+        told.append("responses {} and {}".format(*key[1]))
     scores = ("ches", "ln_ches", "head_score", "edit_distance")
     told += [f"{name} {number(row[name])}" for name in scores if row.get(name) is not None]
     told.append(f"tokens: chosen {row['chosen_tokens']}, rejected {row['rejected_tokens']}")
@@ -93,7 +97,7 @@ def pair_card(
         told.append(f"category {row['category']}")
     told += row.get("flags") or []
     header = f"<header>{escape(' · '.join(told))}</header>"
-    mine = (tokens or {}).get(row["index"])
+    mine = (tokens or {}).get(key)
     maps = f"\n{token_maps(mine, by)}" if mine else ""
     if content is None:
         return f"<article>{header}{maps}</article>"

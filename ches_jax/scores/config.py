@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ches_jax.data.prompts import Template
+from ches_jax.data.prompts import Pairing, Template
 from ches_jax.errors import ChesError
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
@@ -27,7 +27,10 @@ class ScoreConfig:
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction."""
+    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response."""
+    candidates: Pairing | None = None
+    """Pairs of rows with several `responses`: chosen-against-all (the default: the one that `chosen` numbers, with the
+    highest of `scores`, or else the first) or all-pairs (every better one against every worse one)."""
     limit: int | None = None
     """Score only the first rows."""
     out: str | None = None
@@ -35,7 +38,8 @@ class ScoreConfig:
     by: Literal["ches", "head_score"] = "ches"
     """head_score: the exact alpha-weighted score beside CHES (walks the vocabulary: a few times the work)."""
     token_scores: bool = False
-    """What each token adds to its pair's scores, in token_scores.parquet."""
+    """What each token adds to its pair's scores, in token_scores.parquet; with --by head_score the token scores of NTHR
+    (negative token hidden reward) too."""
     logps: bool = False
     """Log-probabilities of both responses too."""
     eos: Eos = "include"

@@ -13,12 +13,13 @@ It is the part of Theorem 6 that CHES keeps, before CHES sets every :math:`\alph
 https://arxiv.org/abs/2410.08847). Higher means: training the pair pushes the chosen response down through the
 unembedding. The vocabulary is walked in chunks; what is kept is one number for each two predictions of a pair.
 
-Works on packed rows (``data.packing``): segments come in threes, shared, chosen, rejected; what a pair shares drops out
-of :math:`A^- - A^+`, which is rejected minus chosen alone.
+Works on packed rows (``data.packing``), whose items have one segment that all responses share and one for each: the
+inner products of every prediction with every segment of its item (``head_products``) hold the scores of all pairs of
+the item and the shares of their tokens (``pair_contributions``). What a pair shares drops out of :math:`A^- - A^+`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,28 +33,51 @@ CHUNK = 2048
 """Vocabulary rows at a time."""
 TILE = 64
 """Predictions at a time, where products between predictions are taken."""
-SHARED, CHOSEN, REJECTED = 0, 1, 2
-"""Role of a segment: its id modulo 3."""
 
 Logits = Callable[[Array], Array]
 """Elementwise, from h W^T to the logits: a scale, a soft-cap, or both."""
 
 
 class PairContributions(NamedTuple):
-    """Per pair: the two inner products of a score. Per prediction: its share. P pairs of a row (segments / 3)."""
+    """What one pair's predictions add to its score; numpy or jax arrays."""
 
-    inner: Float[Array, "B P"]
+    inner: Any
     """<A+, A-> (for CHES <S+, S->)."""
-    sqnorm_chosen: Float[Array, "B P"]
+    sqnorm_chosen: Any
     """|A+|^2 (for CHES |S+|^2)."""
-    by_token: Float[Array, "B M"]
-    """Of a prediction of the chosen response: its inner product with (A- - A+); these add up to the score. Of one of
-    the rejected response: its inner product with A+. 0 for padding."""
+    by_token: Any
+    """[M] of a prediction of the chosen response: its inner product with (A- - A+); these add up to the score. Of one
+    of the rejected response alone: its inner product with A+. 0 for all others."""
+    with_chosen: Any
+    """[M] of a prediction of either response: its inner product with A+; 0 for all others."""
 
     @property
-    def score(self) -> Float[Array, "B P"]:
+    def score(self) -> Any:
         """``inner - sqnorm_chosen``."""
         return self.inner - self.sqnorm_chosen
+
+
+def pair_contributions(products: Any, segment: Any, shared: int, chosen: int, rejected: int) -> PairContributions:
+    """What each prediction adds to the score of one pair of a row.
+
+    Args:
+      products: [M, S] of ``head_products`` or ``ches_products``, one row's.
+      segment: [M] segment of each prediction.
+      shared: segment of what the responses of the item share.
+      chosen: the chosen response's own segment.
+      rejected: the rejected response's own segment.
+    """
+    one = products.dtype
+    in_shared, in_chosen, in_rejected = ((segment == s).astype(one) for s in (shared, chosen, rejected))
+    with_chosen = products[:, shared] + products[:, chosen]
+    # the shared part cancels in A- - A+ before anything is added up
+    difference = products[:, rejected] - products[:, chosen]
+    return PairContributions(
+        inner=(with_chosen * (in_shared + in_rejected)).sum(),
+        sqnorm_chosen=(with_chosen * (in_shared + in_chosen)).sum(),
+        by_token=difference * (in_shared + in_chosen) + with_chosen * in_rejected,
+        with_chosen=with_chosen * (in_shared + in_chosen + in_rejected),
+    )
 
 
 def identity(x: Array) -> Array:
@@ -61,17 +85,25 @@ def identity(x: Array) -> Array:
     return x
 
 
-def own_pair_tiles(pair: Int[Array, " M"], tile: int) -> tuple[Int[Array, "2 N"], Int[Array, ""]]:
-    """Which tiles of predictions have a pair in common: (first, second) with first <= second, and how many they are.
+def item_tiles(
+    item: Int[Array, " M"], preferred: Int[Array, " M"], tile: int
+) -> tuple[Int[Array, "2 N"], Int[Array, ""]]:
+    """Which tiles of predictions have products that a score needs: (first, second), first <= second; how many they are.
 
-    The predictions of a pair stand together, so these are the diagonal and a few beside it: all other coefficients
-    belong to no pair and are never computed.
+    The predictions of an item stand together, so these are the diagonal and a few beside it; of them those in which
+    one side is shared or of a response that is chosen in some pair. All other coefficients are never computed.
+
+    Args:
+      item: what each prediction belongs to, rising; padding behind all others and alone.
+      preferred: 1 for predictions that are shared or of a chosen response.
+      tile: predictions of a tile; M is a multiple.
     """
-    tiles = pair.reshape(-1, tile)
-    low, high = tiles.min(1), tiles.max(1)
+    tiles = item.reshape(-1, tile)
+    low, high, some = tiles.min(1), tiles.max(1), preferred.reshape(-1, tile).max(1) > 0
     n = tiles.shape[0]
     upper = jnp.arange(n)[:, None] <= jnp.arange(n)[None, :]
     meet = upper & (low[None, :] <= high[:, None]) & (high[None, :] >= low[:, None])
+    meet &= some[:, None] | some[None, :]
     flat = jnp.argsort(~meet.reshape(-1), stable=True)[: n * (n + 1) // 2].astype(jnp.int32)
     return jnp.stack([flat // n, flat % n]), meet.sum(dtype=jnp.int32)
 
@@ -150,92 +182,73 @@ def token_gram(
     return lax.scan(accumulate_products, jnp.zeros((visits.shape[1], tile, tile), acc), starts)[0]
 
 
-def head_score(
+def head_products(
     hidden: Float[Array, "B M D"],
     target: Int[Array, "B M"],
     segment: Int[Array, "B M"],
-    segments: int,
+    item: Int[Array, "B S"],
+    preferred: Int[Array, "B S"],
     unembedding: Float[Array, "V D"],
     transform: Logits = identity,
     chunk: int = CHUNK,
-) -> PairContributions:
-    """The head score of every pair of packed rows, and what each prediction adds to it; see the module's equation.
+) -> Float[Array, "B M S"]:
+    r"""Inner products of the unembedding gradients of single predictions with those of the segments of their item.
+
+    .. math:: P_{m,s} = \langle E_m h_m^\top, A_s \rangle = \sum_{m' \in s} \alpha_{m,m'} \langle h_m, h_{m'} \rangle
+
+    Products between predictions of responses that are never chosen are needed by no score and may be missing in the
+    sum; those with segments of other items are 0.
 
     Args:
       hidden: states that predict, gathered at ``Rows.source``.
       target: ``Rows.target``.
-      segment: ``Rows.segment``; ``segments`` or more for padding.
-      segments: segments of a row, three for each pair.
+      segment: ``Rows.segment``; S or more for padding.
+      item: ``Rows.item``.
+      preferred: ``Rows.preferred``.
       unembedding: ``Decoder.unembedding``.
       transform: the model's logit scale and soft-cap.
       chunk: vocabulary rows at a time.
     """
 
     def row(args):
-        states, targets, ids = args
-        return _role_products(states, targets, ids, segments, unembedding, transform, chunk)
+        states, targets, ids, items, some = args
+        return _row_products(states, targets, ids, items, some, unembedding, transform, chunk)
 
-    return _contributions(lax.map(row, (hidden, target, segment)), segment, segments)
+    return lax.map(row, (hidden, target, segment, item, preferred))
 
 
-def ches_contributions(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> PairContributions:
-    """CHES of every pair of packed rows (Definition 2), and what each prediction adds to it: every coefficient is 1."""
-    rows, _, width = hidden.shape
+def ches_products(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B M S"]:
+    r"""The same for CHES, where every coefficient is 1, and of all segments: :math:`\langle h_m, S_s \rangle`."""
     h = hidden.astype(accumulate(hidden.dtype))
-    sums = segment_sums(h, segment, segments).reshape(rows, segments // 3, 3, width)
-    pair = jnp.minimum(segment // 3, segments // 3 - 1)
-    own = jnp.take_along_axis(sums, pair[:, :, None, None], axis=1)
-    products = jnp.einsum("bmd,bmrd->bmr", h, own, precision=lax.Precision.HIGHEST)
-    real = (segment < segments)[..., None]
-    return _contributions(jnp.where(real, products, jnp.zeros((), h.dtype)), segment, segments)
+    sums = segment_sums(h, segment, segments)
+    return jnp.einsum("bmd,bsd->bms", h, sums, precision=lax.Precision.HIGHEST)
 
 
-def _role_products(hidden, target, segment, segments, unembedding, transform, chunk) -> Float[Array, "M 3"]:
-    """Of one row: each prediction's alpha-weighted product with the shared, chosen and rejected ones of its pair."""
-    count = hidden.shape[0]
+def _row_products(hidden, target, segment, item, preferred, unembedding, transform, chunk) -> Float[Array, "M S"]:
+    count, segments = hidden.shape[0], item.shape[0]
     tile = min(TILE, count)
     pad = -count % tile
     h = jnp.pad(hidden, ((0, pad), (0, 0))).astype(accumulate(hidden.dtype))
     target = jnp.pad(target, (0, pad))
     segment = jnp.pad(segment, (0, pad), constant_values=segments)
     real = segment < segments
-    # padding gets pairs of its own behind all others, so that it meets nobody
-    pair, role = jnp.where(real, segment // 3, segments + jnp.arange(count + pad, dtype=segment.dtype)), segment % 3
-    visits, meetings = own_pair_tiles(pair, tile)
+    place = jnp.minimum(segment, segments - 1)
+    # padding gets items of its own behind all others, so that it meets nobody
+    own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
+    visits, meetings = item_tiles(own, jnp.where(real, preferred[place], 0), tile)
     alpha = token_gram(h, target, visits, meetings, unembedding, transform, tile=tile, chunk=chunk)
-    h_tiles, pair_tiles, role_tiles, real_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, pair, role, real))
+    member = segment[:, None] == jnp.arange(segments, dtype=segment.dtype)[None, :]
+    h_tiles, own_tiles, member_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, own, member.astype(h.dtype)))
 
     def visit(i, total):
         first, second = visits[0, i], visits[1, i]
         inner = jnp.einsum("md,nd->mn", h_tiles[first], h_tiles[second], precision=lax.Precision.HIGHEST)
-        together = (pair_tiles[first][:, None] == pair_tiles[second][None, :]) & real_tiles[first][:, None]
+        together = own_tiles[first][:, None] == own_tiles[second][None, :]
         weighted = jnp.where(together, alpha[i] * inner, jnp.zeros((), h.dtype))
         mirrored = jnp.where(first == second, jnp.zeros((), h.dtype), weighted.T)
         for at, other, part in ((first, second, weighted), (second, first, mirrored)):
-            by_role = role_tiles[other][:, None] == jnp.arange(3, dtype=role.dtype)[None, :]
-            total = total.at[at].add(jnp.matmul(part, by_role.astype(h.dtype), precision=lax.Precision.HIGHEST))
+            total = total.at[at].add(jnp.matmul(part, member_tiles[other], precision=lax.Precision.HIGHEST))
         return total
 
-    zeros = jnp.zeros((h_tiles.shape[0], tile, 3), h.dtype)
-    return lax.fori_loop(0, meetings, visit, zeros).reshape(-1, 3)[:count]
-
-
-def _contributions(products: Float[Array, "B M 3"], segment: Int[Array, "B M"], segments: int) -> PairContributions:
-    """From each prediction's products with the three parts of its pair."""
-    real = segment < segments
-    pair, role = segment // 3, segment % 3
-    in_chosen, in_rejected = role != REJECTED, role != CHOSEN
-    with_chosen = products[..., SHARED] + products[..., CHOSEN]
-    # the shared part cancels in A- - A+ before anything is added up
-    difference = products[..., REJECTED] - products[..., CHOSEN]
-    zero = jnp.zeros((), products.dtype)
-    member = (pair[:, None, :] == jnp.arange(segments // 3, dtype=segment.dtype)[None, :, None]) & real[:, None, :]
-
-    def per_pair(values: Array, side: Array) -> Array:
-        return jnp.where(member & side[:, None, :], values[:, None, :], zero).sum(-1)
-
-    return PairContributions(
-        inner=per_pair(with_chosen, in_rejected),
-        sqnorm_chosen=per_pair(with_chosen, in_chosen),
-        by_token=jnp.where(real, jnp.where(in_chosen, difference, with_chosen), zero),
-    )
+    zeros = jnp.zeros((h_tiles.shape[0], tile, segments), h.dtype)
+    return lax.fori_loop(0, meetings, visit, zeros).reshape(-1, segments)[:count]

@@ -32,17 +32,18 @@ class Inputs:
     ) -> Iterator[tuple[int, list[TokenPair]]]:
         """Numbered chunks of tokenised pairs, from chunk ``first`` on; those that are not ``mine`` are passed over.
 
+        A chunk holds all pairs of ``chunk_rows`` rows of the data.
         The next chunk is read and tokenised in a thread while the caller works on this one.
         """
         start = first * self.chunk_rows
         rows = itertools.islice(
-            self.source.iter_from(start), None if self.limit is None else max(self.limit - start, 0)
+            self.source.rows_from(start), None if self.limit is None else max(self.limit - start, 0)
         )
         numbers = itertools.count(first)
 
         def following() -> tuple[int, list[TokenPair]] | None:
             for number in numbers:
-                chunk = list(itertools.islice(rows, self.chunk_rows))
+                chunk = list(itertools.chain.from_iterable(itertools.islice(rows, self.chunk_rows)))
                 if not chunk:
                     return None
                 if mine(number):
@@ -64,7 +65,7 @@ def prepare(config: ScoreConfig) -> Inputs:
     if config.max_length is not None and decoder.rope is None and config.max_length > context:
         raise ChesError(f"--max-length {config.max_length}: the model has learned positions for {context} tokens only")
     pairs = str(embedded.pairs_file()) if config.pairs == EMBEDDED else config.pairs
-    source = open_pairs(pairs, config.split, config.columns)
+    source = open_pairs(pairs, config.split, config.columns, config.candidates)
     tokenizer = PairTokenizer(
         load_tokenizer(directory),
         max_length=context if config.max_length is None else config.max_length,

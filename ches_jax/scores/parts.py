@@ -7,6 +7,7 @@ parts/tokens-000007.parquet   its token scores
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from ches_jax.data.audit import dropped_record
 from ches_jax.errors import RunError
 from ches_jax.files import replacing
-from ches_jax.scores.table import FILE_NAME, merge_parts, write_part
+from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, with_columns, write_part
 from ches_jax.types import TokenPair
 
 FOLDER = "parts"
@@ -26,14 +27,38 @@ TOKEN_SCHEMA = pa.schema(
     {
         "row_id": pa.string(),
         "index": pa.int64(),
+        "chosen_candidate": pa.int32(),
+        "rejected_candidate": pa.int32(),
         "response": pa.string(),
         "position": pa.int32(),
         "token": pa.int32(),
         "text": pa.string(),
         "ches": pa.float64(),
         "head_score": pa.float64(),
+        "nthr": pa.float64(),
     }
 )
+r"""One row per predicted token of a pair; tokens that both responses begin with are told with the chosen one.
+
+``ches`` and ``head_score``: of a chosen token what it adds to the pair's score, of a rejected one its product with the
+chosen response (``head.pair_contributions``). ``*_candidate``: as in the score table, where that has them.
+
+``nthr`` (null without ``--by head_score``): how far unlearning the token pulls the chosen response down through the
+unembedding, and for the chosen response's own tokens how far learning it pushes that up,
+
+.. math:: s_{k'} = \sum_k \alpha_{k,k'} \langle h_{x, y^+_{<k}}, h_{x, y_{<k'}} \rangle
+
+with the coefficients of the module ``head``: the token scores :math:`s^-, s^+` of negative token hidden reward (Deng et
+al., On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization,
+https://arxiv.org/abs/2505.18830) for a group with one correct response, over the whole vocabulary. With several, add up
+the rows of one rejected response over its pairs. NTHR spares the rejected tokens with :math:`s^- > \beta \tau`,
+:math:`\tau` the mean of :math:`s^+` over the chosen response's tokens (the least of these means over the correct
+responses), :math:`\beta = 1`.
+"""
+
+
+def _without(names: Collection[str]) -> pa.Schema:
+    return pa.schema([field for field in TOKEN_SCHEMA if field.name not in names])
 
 
 def part(out: Path, number: int) -> Path:
@@ -47,6 +72,13 @@ def finished(out: Path) -> int:
     while part(out, number).exists():
         number += 1
     return number
+
+
+def rows_in(out: Path, chunks: int) -> int:
+    """How many pairs the first ``chunks`` chunks hold, those that were dropped included."""
+    dropped = [out / FOLDER / f"dropped-{n:06d}.jsonl" for n in range(chunks)]
+    lines = sum(path.read_bytes().count(b"\n") for path in dropped if path.exists())
+    return lines + sum(pq.read_metadata(part(out, n)).num_rows for n in range(chunks))
 
 
 def write(
@@ -65,7 +97,7 @@ def write(
             temporary.write_text("".join(lines), encoding="utf-8")
     if tokens is not None:
         with replacing(folder / f"tokens-{number:06d}.parquet") as temporary:
-            pq.write_table(pa.table(tokens, schema=TOKEN_SCHEMA), temporary)
+            pq.write_table(pa.table(tokens, schema=_without(() if CANDIDATES[0] in tokens else CANDIDATES)), temporary)
     write_part(part(out, number), columns, metadata)
 
 
@@ -96,9 +128,11 @@ def merge(out: Path) -> dict[str, int]:
                 f.write(content)
     tokens = sorted(folder.glob("tokens-*.parquet"))
     if tokens:
-        with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, TOKEN_SCHEMA) as writer:
+        found = {name for path in tokens for name in pq.read_schema(path).names}
+        schema = _without(set(TOKEN_SCHEMA.names) - found)
+        with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for path in tokens:
-                writer.write_table(pq.read_table(path))
+                writer.write_table(with_columns(pq.read_table(path), schema))
     kept = merge_parts([part(out, n) for n in numbers], out / FILE_NAME)
     shutil.rmtree(folder)
     return {"rows": kept + dropped, "kept": kept, "dropped": dropped}

@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.data.packing import Rows, empty_rows
+from ches_jax.data.packing import Rows, empty_rows, standard_seats
 from ches_jax.errors import ChesError
 from ches_jax.models.attention import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.parallel import ROWS, row_sharding, row_shards
-from ches_jax.scores.head import ches_contributions, head_score
+from ches_jax.scores.head import ches_products, head_products
 from ches_jax.scores.statistics import SegmentStatistics, segment_statistics
 
 
@@ -38,20 +38,19 @@ def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None) -
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=blocks, mesh=mesh)
     logits = model.logits if wanted.logps else None
     found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logits)
-    segments = rows.last.shape[1]
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     if wanted.token_scores:
-        found = found._replace(token_ches=ches_contributions(predicting, rows.segment, segments).by_token)
+        found = found._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
     if wanted.head_score:
-        head = head_score(
-            predicting, rows.target, rows.segment, segments, model.unembedding, model.logit_transform
-        )  # fmt: skip
-        found = found._replace(token_head=head.by_token)
+        head = head_products(
+            predicting, rows.target, rows.segment, rows.item, rows.preferred, model.unembedding, model.logit_transform
+        )
+        found = found._replace(head_products=head)
     return found
 
 
 class ScoringPass:
-    """``pass_(rows)`` gives the statistics of a batch; compiles at the first batch of each row length.
+    """``pass_(rows)`` gives the statistics of a batch; compiles at the first batch of each shape.
 
     Attributes:
       compile_seconds: time spent compiling so far.
@@ -77,18 +76,18 @@ class ScoringPass:
             run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
         self._jitted = jax.jit(run)
 
-    def compile(self, rows: int, length: int) -> Callable[..., SegmentStatistics]:
-        """The program for batches of ``rows`` x ``length``, compiled if it is not yet.
+    def compile(self, rows: int, length: int, seats: int | None = None) -> Callable[..., SegmentStatistics]:
+        """The program for batches of ``rows`` x ``length`` with room for so many pairs, compiled if it is not yet.
 
         Raises:
           ChesError: the device has not enough memory; tells what helps.
         """
-        shape = (rows, length)
+        shape = (rows, length) if seats in (None, standard_seats(length)) else (rows, length, seats)
         if shape not in self._compiled:
             start = time.perf_counter()
             like = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=row_sharding(self.mesh)),
-                empty_rows(rows, length),
+                empty_rows(rows, length, seats),
             )
             try:
                 self._compiled[shape] = self._jitted.lower(self._state, like).compile()
@@ -105,7 +104,7 @@ class ScoringPass:
 
     def __call__(self, rows: Rows) -> SegmentStatistics:
         """Statistics of the batch, still on their way from the device."""
-        program = self.compile(*rows.tokens.shape)
+        program = self.compile(*rows.tokens.shape, seats=rows.last.shape[1] // 3)
         try:
             return program(self._state, jax.device_put(rows, row_sharding(self.mesh)))
         except jax.errors.JaxRuntimeError as e:

@@ -115,7 +115,7 @@ def _score_chunks(
     def mine(number: int) -> bool:
         return number % process.count == process.id and not parts.part(out, number).exists()
 
-    begun = first * config.chunk_rows
+    begun = parts.rows_in(out, first)
     with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
 
         def tell(pairs: int) -> None:

@@ -17,8 +17,8 @@ from ches_jax.options import Columns
 from ches_jax.scores.card import card
 from ches_jax.scores.derive import numbers, score_column, spearman
 from ches_jax.scores.rules import Control, keep_indices, parse_rule, soft_weights, stand_ins
-from ches_jax.scores.source import SourceRow, dropped_when_scored, read_run, source_rows
-from ches_jax.scores.table import read_table
+from ches_jax.scores.source import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
+from ches_jax.scores.table import CANDIDATES, read_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ def _write_rows(
     """One pass over the source: each row, checked, to pairs.jsonl or to dropped.jsonl."""
     changed = f"{config.scores}: the pairs file changed since it was scored"
     ids = table["row_id"].to_pylist()
-    place = {index: position for position, index in enumerate(table["index"].to_pylist())}
+    place = {key: position for position, key in enumerate(keys(table))}
     not_scored = dropped_when_scored(config.scores)
     seen = np.zeros(len(table), dtype=bool)
     reasons: Counter[str] = Counter()
@@ -195,8 +195,8 @@ def _write_rows(
     ):
         for row in rows:
             digest.update(f"{row.index} {row.row_id}\n".encode())
-            position = place.get(row.index)
-            if position is None and row.index not in not_scored:
+            position = place.get(key_of(row))
+            if position is None and key_of(row) not in not_scored:
                 raise RunError(f"{changed}: row {row.index} (row_id {row.row_id}) was not in it")
             if position is not None and ids[position] != row.row_id:
                 raise RunError(f"{changed}: row {row.index} is {row.row_id}, the table has {ids[position]}")
@@ -209,9 +209,9 @@ def _write_rows(
                 pairs.write(_json_line(theirs | added, row.index))
                 kept_ids.write(f"{row.row_id}\n")
                 continue
-            reason = _reason(position, not_scored.get(row.index), decision, config)
+            reason = _reason(position, not_scored.get(key_of(row)), decision, config)
             reasons[reason.split(":", 1)[0] if position is None else reason] += 1
-            told = {"row_id": row.row_id, "index": row.index, "reason": reason}
+            told = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
             dropped.write(_json_line(told, row.index))
     if not seen.all():
         missing = int(np.flatnonzero(~seen)[0])
@@ -227,12 +227,16 @@ def _write_rows(
 
 
 def _added_columns(row: SourceRow, position: int, decision: Decision, config: SelectConfig) -> dict[str, Any]:
-    added: dict[str, Any] = {"row_id": row.row_id, config.by: float(decision.values[position])}
+    added: dict[str, Any] = {"row_id": row.row_id, config.by: float(decision.values[position]), **_candidates(row)}
     if row.category is not None:
         added["category"] = row.category
     if decision.weights is not None:
         added["weight"] = float(decision.weights[position])
     return added
+
+
+def _candidates(row: SourceRow) -> dict[str, int]:
+    return dict(zip(CANDIDATES, row.candidates or (), strict=False))
 
 
 def _reason(position: int | None, when_scored: str | None, decision: Decision, config: SelectConfig) -> str:

@@ -28,10 +28,10 @@ class SegmentStatistics(NamedTuple):
     sums: Float[Array, "B S D"]
     last: Float[Array, "B S D"]
     logps: Float[Array, "B S"] | None = None
-    token_ches: Float[Array, "B M"] | None = None
-    """What each prediction adds to CHES (chosen) or its product with S+ (rejected)."""
-    token_head: Float[Array, "B M"] | None = None
-    """The same of the head score."""
+    ches_products: Float[Array, "B M S"] | None = None
+    """Each prediction's inner product with the sum of each segment (``head.ches_products``)."""
+    head_products: Float[Array, "B M S"] | None = None
+    """The same between unembedding gradients (``head.head_products``)."""
 
 
 def segment_sums(values: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S D"]:

@@ -24,6 +24,8 @@ from ches_jax.files import replacing
 COLUMNS: dict[str, pa.DataType] = {
     "row_id": pa.string(),
     "index": pa.int64(),
+    "chosen_candidate": pa.int32(),
+    "rejected_candidate": pa.int32(),
     "ches": pa.float64(),
     "ln_ches": pa.float64(),
     "head_score": pa.float64(),
@@ -42,8 +44,14 @@ COLUMNS: dict[str, pa.DataType] = {
     "flags": pa.list_(pa.string()),
     "category": pa.string(),
 }
-"""Every column a table can have. ``head_score``, ``logp_*`` and ``category`` are there when asked
-or known; the scores of a row that could not be scored (kept with a flag) are null."""
+"""Every column a table can have. ``head_score`` and ``logp_*`` are there when asked, the ``*_candidate`` columns when
+some row of the data has candidates; the scores of a row that could not be scored (kept with a flag) are null."""
+
+CANDIDATES = ("chosen_candidate", "rejected_candidate")
+"""Which of the ``responses`` of row ``index`` of the data, from 0; null where that row is one pair."""
+
+Place = tuple[int, int, int]
+"""``index`` and ``CANDIDATES`` (-1 for null) of a row: they rise from row to row."""
 
 FILE_NAME = "scores.parquet"
 METADATA_KEY = b"ches_jax"
@@ -84,14 +92,15 @@ def metadata_of(table_schema: pa.Schema, subject: str) -> dict[str, Any]:
 class TableWriter:
     """Writes a table block by block; a context manager, the file appears when it ends well.
 
-    Every row is checked as it passes: ``index`` strictly increases (each row once) and no number is
-    NaN or infinite (a score that could not be computed is null, and says so in ``flags``).
+    Every row is checked as it passes: ``index`` (with the candidates, where a row of the data has several) strictly
+    increases, so that each pair is there once, and no number is NaN or infinite (a score that could not be computed is
+    null, and says so in ``flags``).
     """
 
     def __init__(self, path: Path | str, columns: Iterable[str], metadata: Mapping[str, Any]):
         self.path = Path(path)
         self.schema = schema(columns, metadata)
-        self._last_index = -1
+        self._last = BEFORE_ALL
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> "TableWriter":
@@ -110,7 +119,7 @@ class TableWriter:
 
     def write_table(self, block: pa.Table) -> None:
         """Adds the rows of an arrow table with this writer's columns."""
-        self._last_index = check_rows(block, self._last_index, str(self.path))
+        self._last = check_rows(block, self._last, str(self.path))
         self._waiting.append(block)
         while sum(len(t) for t in self._waiting) >= ROW_GROUP:
             waiting = pa.concat_tables(self._waiting)
@@ -143,16 +152,26 @@ def _array(values: Any, field: pa.Field) -> pa.Array:
         raise RunError(f"score table: column {field.name!r}: {error}") from error
 
 
-def check_rows(block: pa.Table, last_index: int, subject: str) -> int:
-    """The last ``index`` of ``block``, whose rows must be finite and in order."""
-    index = block["index"].to_numpy()
-    steps = np.diff(index, prepend=last_index)
-    if (bad := np.flatnonzero(steps <= 0)).size:
+BEFORE_ALL: Place = (-1, -1, -1)
+
+
+def check_rows(block: pa.Table, last: Place, subject: str) -> Place:
+    """The place of the last row of ``block``, whose rows must be finite and come after ``last``, in order."""
+    places = np.full((len(block) + 1, 3), -1, np.int64)
+    places[0] = last
+    for k, name in enumerate(("index", *CANDIDATES)):
+        if name in block.schema.names:
+            places[1:, k] = block[name].fill_null(-1).to_numpy()
+    steps = np.diff(places, axis=0)
+    first = np.take_along_axis(steps, (steps != 0).argmax(1)[:, None], axis=1)[:, 0]  # 0 where all are equal
+    if (bad := np.flatnonzero(first <= 0)).size:
         at = int(bad[0])
-        before = int(index[at - 1]) if at else last_index
+        here, before = (
+            " ".join([str(index), *(f"(responses {c} and {r})" for _ in range(c >= 0))])
+            for index, c, r in (places[at + 1].tolist(), places[at].tolist())
+        )
         raise RunError(
-            f"{subject}: row index {int(index[at])} comes after {before}; "
-            "every row must occur once, in the order of the input"
+            f"{subject}: row index {here} comes after {before}; every row must occur once, in the order of the input"
         )
     for name in block.schema.names:
         if not pa.types.is_floating(block.schema.field(name).type):
@@ -164,7 +183,8 @@ def check_rows(block: pa.Table, last_index: int, subject: str) -> int:
                 f"{subject}: row index {row['index']} (row_id {row['row_id']}): "
                 f"{name} is {row[name]}; a score must be finite, or null with a flag"
             )
-    return int(index[-1]) if len(index) else last_index
+    index, chosen, rejected = places[-1].tolist()
+    return index, chosen, rejected
 
 
 def write_part(path: Path | str, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -188,14 +208,32 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
         first = file.schema_arrow
     metadata = metadata_of(first, str(parts[0]))
     rows = 0
-    with TableWriter(out, first.names, metadata) as writer:
+    with TableWriter(out, [*first.names, *_candidate_columns(parts)], metadata) as writer:
         for part in parts:  # one open at a time: a long run has more parts than a process may have files
             with _open(Path(part)) as file:
                 _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
                 for batch in file.iter_batches(batch_size=ROW_GROUP):
-                    writer.write_table(pa.Table.from_batches([batch]).cast(writer.schema))
+                    writer.write_table(with_columns(pa.Table.from_batches([batch]), writer.schema))
                 rows += file.metadata.num_rows
     return rows
+
+
+def _candidate_columns(parts: Sequence[Path | str]) -> set[str]:
+    """``CANDIDATES`` where some part has them: one without such a row does not."""
+    found: set[str] = set()
+    for part in parts:
+        with _open(Path(part)) as file:
+            found |= set(CANDIDATES) & set(file.schema_arrow.names)
+    return found
+
+
+def with_columns(block: pa.Table, wanted: pa.Schema) -> pa.Table:
+    """The block with exactly the wanted columns; those it does not have are null."""
+    columns = [
+        block[field.name].cast(field.type) if field.name in block.schema.names else pa.nulls(len(block), field.type)
+        for field in wanted
+    ]
+    return pa.Table.from_arrays(columns, schema=wanted)
 
 
 def _check_agrees(
@@ -210,7 +248,9 @@ def _check_agrees(
     if keys:
         told = "; ".join(f"{k}: {other.get(k)!r} and {metadata.get(k)!r}" for k in keys)
         raise RunError(f"{part}: was scored otherwise than {reference} ({told})")
-    if not got.equals(want):
+    # a chunk of the data without candidates has no columns for them
+    mine, theirs = ([f for f in s if f.name not in CANDIDATES] for s in (got, want))
+    if mine != theirs:
         raise RunError(f"{part}: has columns {got.names}, {reference} has {want.names}")
 
 
@@ -256,7 +296,7 @@ def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
     wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in table.schema.names]
     if wrong:
         raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
-    check_rows(table, -1, str(path))
+    check_rows(table, BEFORE_ALL, str(path))
     return table, metadata
 
 

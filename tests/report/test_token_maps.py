@@ -8,26 +8,35 @@ from ches_jax.report.pairs import read_tokens, token_maps
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
 
 
-def write(run, head):
+def write(run, head, candidates=(None, None, None)):
     rows = {
         "row_id": ["a"] * 3, "index": [4, 4, 5], "response": ["chosen", "rejected", "chosen"], "position": [0, 0, 0],
         "token": [7, 8, 9], "text": [" Yes", "<script>", "x"], "ches": [2.0, -1.0, 0.0], "head_score": head,
+        "nthr": head, "chosen_candidate": candidates, "rejected_candidate": candidates,
     }  # fmt: skip
     pq.write_table(pa.table(rows, schema=TOKEN_SCHEMA), run / TOKENS)
 
 
 def test_tokens_of_the_asked_rows_by_the_head_score_where_there_is_one(tmp_path):
     write(tmp_path, [0.5, 0.25, 0.0])
-    assert read_tokens(tmp_path, [4]) == (
-        {4: {"chosen": [(" Yes", 0.5)], "rejected": [("<script>", 0.25)]}},
+    assert read_tokens(tmp_path, [(4, None)]) == (
+        {(4, None): {"chosen": [(" Yes", 0.5)], "rejected": [("<script>", 0.25)]}},
         "head_score",
     )
     write(tmp_path, [None] * 3)
-    assert read_tokens(tmp_path, [5]) == ({5: {"chosen": [("x", 0.0)]}}, "ches")
+    assert read_tokens(tmp_path, [(5, None)]) == ({(5, None): {"chosen": [("x", 0.0)]}}, "ches")
+
+
+def test_the_pairs_of_one_row_are_told_apart(tmp_path):
+    write(tmp_path, [None] * 3, (0, 1, None))
+    assert read_tokens(tmp_path, [(4, (1, 1)), (4, None)]) == (
+        {(4, (1, 1)): {"rejected": [("<script>", -1.0)]}},
+        "ches",
+    )
 
 
 def test_a_run_without_token_scores_has_none(tmp_path):
-    assert read_tokens(tmp_path, [1]) == ({}, "")
+    assert read_tokens(tmp_path, [(1, None)]) == ({}, "")
 
 
 def test_both_responses_share_one_scale_and_texts_are_escaped():

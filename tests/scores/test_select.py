@@ -25,7 +25,9 @@ def source(n=N, **changes):
     for i in range(n):
         content = {"prompt": f"p{i}", "chosen": f"yes {i} é", "rejected": "no"}
         extra = {"extra": i / 4}
-        rows.append(SimpleNamespace(index=i, row_id=f"r{i}", content=content, category=None, extra=extra))
+        rows.append(
+            SimpleNamespace(index=i, row_id=f"r{i}", content=content, category=None, extra=extra, candidates=None)
+        )
     for key, value in changes.items():
         setattr(rows[3], key, value)
     return rows
@@ -353,6 +355,7 @@ class Odd:
     index: int = 0
     row_id: str = "r0"
     category: None = None
+    candidates: None = None
     extra: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Any] = field(
         default_factory=lambda: {

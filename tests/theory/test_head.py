@@ -7,10 +7,11 @@ import pytest
 
 from ches_jax.scores import head
 from ches_jax.scores.derive import ches
-from ches_jax.scores.head import ches_contributions, head_score, own_pair_tiles, token_gram
+from ches_jax.scores.head import ches_products, head_products, item_tiles, pair_contributions, token_gram
 
 V, D = 13, 5
 SEGMENT = jnp.array([[0, 1, 1, 2, 2, 2, 6], [1, 1, 2, 4, 5, 5, 5]])  # two rows, room for two pairs; 6 is padding
+ITEM, PREFERRED = jnp.array([[0, 0, 0, 3, 3, 3]] * 2), jnp.array([[1, 1, 0, 1, 1, 0]] * 2)
 
 
 def softcap(x):
@@ -40,17 +41,18 @@ def unembedding_gradient(hidden, target, w, chosen, transform):
 def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk, tile, monkeypatch):
     monkeypatch.setattr(head, "TILE", tile)
     hidden, target, w = case
-    out = jax.jit(lambda *a: head_score(*a, segments=6, unembedding=w, transform=transform, chunk=chunk))(
-        hidden, target, SEGMENT
+    products = jax.jit(lambda *a: head_products(*a, unembedding=w, transform=transform, chunk=chunk))(
+        hidden, target, SEGMENT, ITEM, PREFERRED
     )
     for row, pair in [(0, 0), (1, 0), (1, 1)]:
         first = 3 * pair
+        out = pair_contributions(products[row], SEGMENT[row], first, first + 1, first + 2)
         shared, chosen, rejected = (SEGMENT[row] == first + i for i in range(3))
         a = [unembedding_gradient(hidden[row], target[row], w, shared | s, transform) for s in (chosen, rejected)]
-        np.testing.assert_allclose(out.inner[row, pair], (a[0] * a[1]).sum(), rtol=1e-12)
-        np.testing.assert_allclose(out.sqnorm_chosen[row, pair], (a[0] ** 2).sum(), rtol=1e-12)
-        np.testing.assert_allclose(out.score[row, pair], (a[0] * (a[1] - a[0])).sum(), rtol=1e-11)
-        np.testing.assert_allclose(out.by_token[row][shared | chosen].sum(), out.score[row, pair], rtol=1e-11)
+        np.testing.assert_allclose(out.inner, (a[0] * a[1]).sum(), rtol=1e-12)
+        np.testing.assert_allclose(out.sqnorm_chosen, (a[0] ** 2).sum(), rtol=1e-12)
+        np.testing.assert_allclose(out.score, (a[0] * (a[1] - a[0])).sum(), rtol=1e-11)
+        np.testing.assert_allclose(out.by_token[shared | chosen].sum(), out.score, rtol=1e-11)
 
 
 def whole_gram(hidden, target, w, **options):
@@ -73,25 +75,31 @@ def test_coefficients_keep_their_digits_where_the_model_is_sure():
     np.testing.assert_allclose(float(alpha[0, 0]), expected, rtol=1e-5)
 
 
-def test_only_tiles_with_a_pair_in_common_are_visited():
-    pair = jnp.array([0, 0, 0, 1, 1, 2, 2, 2])
-    visits, count = own_pair_tiles(pair, 2)
+def test_only_tiles_that_a_score_needs_are_visited():
+    item = jnp.array([0, 0, 0, 1, 1, 2, 2, 2])
+    visits, count = item_tiles(item, jnp.ones(8, jnp.int32), 2)
     assert visits[:, : int(count)].T.tolist() == [[0, 0], [0, 1], [1, 1], [1, 2], [2, 2], [2, 3], [3, 3]]
+    # one item whose last four predictions belong to responses that are never chosen: not with each other
+    visits, count = item_tiles(jnp.zeros(8, jnp.int32), jnp.array([1, 1, 1, 0, 0, 0, 0, 0]), 2)
+    assert visits[:, : int(count)].T.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 1], [1, 2], [1, 3]]
 
 
 def test_ches_by_token_adds_up_to_the_definition(case):
     hidden, _, _ = case
-    out = ches_contributions(hidden, SEGMENT, 6)
+    products = ches_products(hidden, SEGMENT, 6)
+    out = pair_contributions(products[0], SEGMENT[0], 0, 1, 2)
     s_plus, s_minus = hidden[0, :3].sum(0), hidden[0, jnp.array([0, 3, 4, 5])].sum(0)
-    np.testing.assert_allclose(out.score[0, 0], ches(s_plus @ s_minus, s_plus @ s_plus), rtol=1e-12)
-    np.testing.assert_allclose(out.by_token[0, :3].sum(), out.score[0, 0], rtol=1e-12)
-    np.testing.assert_allclose(out.by_token[0, 3:6], hidden[0, 3:6] @ s_plus, rtol=1e-12)
-    assert float(out.by_token[0, 6]) == 0
-    assert out.score[0, 1] == 0  # no pair lies there
+    np.testing.assert_allclose(out.score, ches(s_plus @ s_minus, s_plus @ s_plus), rtol=1e-12)
+    np.testing.assert_allclose(out.by_token[:3].sum(), out.score, rtol=1e-12)
+    np.testing.assert_allclose(out.by_token[3:6], hidden[0, 3:6] @ s_plus, rtol=1e-12)
+    np.testing.assert_allclose(out.with_chosen[:6], hidden[0, :6] @ s_plus, rtol=1e-12)
+    assert float(out.by_token[6]) == 0
+    assert pair_contributions(products[0], SEGMENT[0], 3, 4, 5).score == 0  # no pair lies there
 
 
 def test_bfloat16_states_are_accumulated_in_float32():
     h = jnp.ones((1, 3, D), jnp.bfloat16)
-    out = head_score(h, jnp.array([[0, 1, 2]]), jnp.array([[0, 1, 2]]), 3, jnp.ones((V, D), jnp.bfloat16))
-    assert out.score.dtype == jnp.float32
-    assert np.isfinite(out.score).all()
+    segment = jnp.array([[0, 1, 2]])
+    out = head_products(h, segment, segment, ITEM[:1, :3], PREFERRED[:1, :3], jnp.ones((V, D), jnp.bfloat16))
+    assert out.dtype == jnp.float32
+    assert np.isfinite(out).all()
