@@ -8,6 +8,7 @@ An item is a package ``experiments/NAME`` whose ``__init__`` brings, without imp
     summary(work)          JSON object of the result, from the values of the stages; no times, no paths
     rows(result)           list of ``Row`` of the report, from one committed result
     figures(result, name, folder)    PNGs written into ``folder`` with names that start with ``name``; their paths
+    tables(result)         optional: the paper's tables in its layout, Markdown
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from ches_jax.errors import ChesError, many
 from ches_jax.files import read_object
 from ches_jax.runlog import device_name, open_run, versions, write_json
+from experiments.common_runs import compiled_once
 
 ROOT = Path(__file__).parents[1]
 ITEMS = ("persona", "similarity", "sorrybench")
@@ -35,7 +37,7 @@ RESULT = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the runs of one scale are. Every field decides numbers but ``hardware`` and ``time``."""
+    """What the runs of one scale are. Every field decides numbers but those of ``NOT_IDENTITY``."""
 
     model: str | None
     """Model directory, hub name, or ``embedded``; None: to be given with --model."""
@@ -46,6 +48,11 @@ class Scale:
     """What the scale is meant for."""
     time: str
     """How long it takes there."""
+    mesh: str | None = None
+    """Devices, such as fsdp=3; None: all local devices on the data axis."""
+
+
+NOT_IDENTITY = ("hardware", "time", "mesh")
 
 
 class Stage(NamedTuple):
@@ -152,20 +159,17 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
       ChesError: ``out`` holds something else, or this run and ``resume`` was not asked for.
     """
     module = load(item)
-    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("hardware", "time")}
+    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
     open_run(out, "experiment", {"item": item, "scale": scale, **shown}, resume)
     work = Work(item, scale, config, out, quiet)
     stages: Sequence[Stage] = module.stages(config)
     names = [s.name for s in stages]
     assert len(set(names)) == len(names), f"{item}: two stages of one name"
-    for number, stage in enumerate(stages, 1):
-        if work.file(stage.name).exists():
-            continue
-        tell(work, f"[{number}/{len(stages)}] {stage.name}")
-        started, cpu = time.perf_counter(), time.process_time()
-        value = stage.run(work)
-        seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu": round(time.process_time() - cpu, 3)}
-        write_json(work.file(stage.name), {**seconds, "value": value})
+    with compiled_once(out / "compiled"):
+        for number, stage in enumerate(stages, 1):
+            if not work.file(stage.name).exists():
+                tell(work, f"[{number}/{len(stages)}] {stage.name}")
+                _run_stage(work, stage)
     spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
     write_json(
         out / RESULT,
@@ -184,6 +188,13 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
         },
     )
     return out / RESULT
+
+
+def _run_stage(work: Work, stage: Stage) -> None:
+    started, cpu = time.perf_counter(), time.process_time()
+    value = stage.run(work)
+    seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu": round(time.process_time() - cpu, 3)}
+    write_json(work.file(stage.name), {**seconds, "value": value})
 
 
 def tell(work: Work, text: str) -> None:
@@ -222,3 +233,20 @@ def machine() -> str:
 def result_file(item: str, name: str) -> Path:
     """Where a result is committed."""
     return ROOT / "experiments" / item / "results" / f"{name}.json"
+
+
+def run_command(result: dict[str, Any]) -> str:
+    """The command that made a result."""
+    config = result["config"]
+    words = [f"python -m experiments.run {result['item']} --scale {result['scale']}"]
+    if result["scale"] == "small":
+        words += [f"--{name} {config[name]}" for name in ("model", "pairs")]
+    return " ".join(words)
+
+
+def ran_on(result: dict[str, Any]) -> str:
+    """Device and time of a result; CPU time where it is a CPU, whose wall time depends on who else works there."""
+    minutes = f"{result['seconds'] / 60:.0f} min"
+    if "cpu" in result["device"]:
+        return f"{result['machine']}; {result['cpu_seconds'] / 60:.0f} CPU min"
+    return f"{result['device']}; {minutes}"

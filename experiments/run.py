@@ -33,6 +33,8 @@ class Run:
     """Data file or hub name, instead of the scale's own."""
     seeds: tuple[int, ...] | None = None
     """Instead of the scale's own."""
+    mesh: str | None = None
+    """Devices, such as fsdp=3 or data=4; default: all local devices on the data axis."""
     resume: bool = False
     """Go on with what --out holds."""
     plan: bool = False
@@ -55,7 +57,7 @@ def run(options: Run) -> str:
         return catalogue()
     if options.item is None:
         raise ChesError(f"name an item: {', '.join(ITEMS)} (or --list)")
-    changes = {name: getattr(options, name) for name in ("model", "pairs", "seeds")}
+    changes = {name: getattr(options, name) for name in ("model", "pairs", "seeds", "mesh")}
     config = configure(options.item, options.scale, changes)
     if options.plan:
         return "\n".join(stage.name for stage in load(options.item).stages(config))

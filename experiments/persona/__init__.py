@@ -1,0 +1,72 @@
+"""Section 3 of the paper: one prompt, one pair, and where the probability goes."""
+
+from functools import partial
+from typing import Any
+
+from experiments.common import Row, Stage, Work
+from experiments.persona.config import SCALES, PersonaScale
+
+TITLE = "Section 3, Tables 1 to 13: training on single prompts"
+
+__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+
+
+def stages(config: PersonaScale) -> list[Stage]:
+    """Tuning, unembedding norms, prompt states, and a run per setting, contest and seed."""
+    from experiments.persona import single
+
+    found = [
+        Stage("tuning", single.tune),
+        Stage("directions", single.directions),
+        Stage("prompts", single.prompt_states),
+    ]
+    for name, setting in config.settings.items():
+        for contest in config.contests_of_model():
+            for seed in config.seeds:
+                run = partial(single.single, setting=setting, contest=contest, seed=seed)
+                found.append(Stage(f"single/{name}/{contest.name}/{seed}", run))
+    if config.phrases is not None:
+        for kind, chosen, rejected in phrase_pairs(config):
+            for seed in config.seeds:
+                run = partial(single.longer, name=kind, chosen=chosen, rejected=rejected, seed=seed)
+                found.append(Stage(f"longer/{kind}/{seed}", run))
+    return found
+
+
+def phrase_pairs(config: PersonaScale) -> list[tuple[str, str, str]]:
+    """Kind, chosen and rejected of the runs on longer answers."""
+    assert config.phrases is not None
+    agree, disagree = config.phrases.agree, config.phrases.disagree
+    return [
+        ("opposite", agree[0], disagree[0]),
+        ("similar-agree", agree[0], agree[1]),
+        ("similar-disagree", disagree[0], disagree[1]),
+    ]
+
+
+def summary(work: Work) -> dict[str, Any]:
+    """The numbers of all tables."""
+    from experiments.persona.tables import summarise
+
+    return summarise(work)
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Lines of the report."""
+    from experiments.persona.report import rows
+
+    return rows(result)
+
+
+def figures(result: dict[str, Any], name: str, folder: Any) -> list[Any]:
+    """Probabilities along the updates."""
+    from experiments.persona.report import figures
+
+    return figures(result, name, folder)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Tables 1 to 13 in the paper's layout."""
+    from experiments.persona.report import tables
+
+    return tables(result)

@@ -1,0 +1,153 @@
+"""From the logs of the runs to the numbers of Tables 1 to 13."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.common import Work
+from experiments.common_stats import spread
+from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
+from experiments.persona.measure import STANCES, gains_over_runs, is_monotone, largest_decrease
+
+SHOWN = 3
+OPPOSITE = {"agree": "disagree", "disagree": "agree"}
+
+
+def summarise(work: Work) -> dict[str, Any]:
+    """All tables, from the values of the stages."""
+    from experiments.persona import phrase_pairs
+    from experiments.persona.single import stance_of_word
+
+    config: PersonaScale = work.config
+    contests = config.contests_of_model()
+    tables = {
+        name: {
+            c.name: contest_table(
+                [work.value(f"single/{name}/{c.name}/{seed}") for seed in config.seeds],
+                c,
+                setting,
+                stance_of_word(config, c.chosen),
+                config.updates,
+            )
+            for c in contests
+        }
+        for name, setting in config.settings.items()
+    }
+    tuning = work.value("tuning")
+    found = {
+        "tuning": {
+            "statements": tuning["statements"],
+            "updates": len(tuning["losses"]),
+            "loss": [tuning["losses"][0], tuning["losses"][-1]],
+        },
+        "tables": tables,
+        "directions": work.value("directions"),
+        "prompts": work.value("prompts"),
+    }
+    if config.phrases is not None:
+        found["longer"] = {
+            kind: phrase_table(
+                [work.value(f"longer/{kind}/{seed}") for seed in config.seeds],
+                chosen,
+                rejected,
+                config.phrases.agree,
+                config.updates,
+            )
+            for kind, chosen, rejected in phrase_pairs(config)
+        }
+    return found
+
+
+def contest_table(
+    runs: Sequence[dict[str, Any]], contest: Contest, setting: Setting, stance: str, updates: int
+) -> dict[str, Any]:
+    """One line of Tables 1 to 3, with what Tables 4 to 12 say about it.
+
+    Args:
+      runs: one per seed.
+      contest: the two answers.
+      setting: of the runs.
+      stance: of the preferred answer.
+      updates: the counted ones.
+    """
+    kept = [r for r in runs if is_monotone(r["losses"][: updates + 1])]
+    falls = [largest_decrease(r["chosen"]) for r in kept]
+    steps = [t for t in STEPS if t <= updates]
+    return {
+        "table": setting.table,
+        "loss": setting.loss,
+        "lr": setting.lr,
+        "chosen": contest.chosen,
+        "rejected": contest.rejected,
+        "stance": stance,
+        "runs": len(runs),
+        "kept": len(kept),
+        "decrease": spread([max(f.size, 0.0) for f in falls]),  # none where the probability only rose
+        "from": spread([f.start for f in falls]),
+        "to": spread([f.end for f in falls]),
+        "change": spread([r["chosen"][updates] - r["chosen"][0] for r in kept]),
+        "displaced": sum(r["chosen"][updates] < r["chosen"][0] for r in kept),
+        "loss_change": spread([r["losses"][updates] - r["losses"][0] for r in kept]),
+        "mass": {
+            str(t): {s: spread([r["masses"][s][t] - r["masses"][s][0] for r in kept]) for s in STANCES} for t in steps
+        },
+        "opposite_gain": spread([_largest_rise(r["masses"][OPPOSITE[stance]]) for r in kept]),
+        "gains": {str(t): _gains([r["gains"][str(t)] for r in kept]) for t in steps},
+        "course": {name: _course([r[name] for r in kept]) for name in ("chosen", "rejected")}
+        | {s: _course([r["masses"][s] for r in kept]) for s in STANCES},
+    }
+
+
+def _largest_rise(values: Sequence[float]) -> float:
+    """The most that a value rose above where it began."""
+    return max(values) - values[0]
+
+
+def _gains(runs: Sequence[Sequence[tuple[str, float, str]]]) -> list[dict[str, Any]]:
+    """A cell of Tables 4 to 12: the three tokens of every run that gained most, with their meaning."""
+    stances = {token: stance for run in runs for token, _, stance in run}
+    found = gains_over_runs([[(token, gain) for token, gain, _ in run[:SHOWN]] for run in runs])
+    return [{**gain._asdict(), "stance": stances[gain.token]} for gain in found]
+
+
+def _course(runs: Sequence[Sequence[float]]) -> dict[str, list[float]] | None:
+    """Mean, smallest and largest over the runs after each update, to four digits."""
+    if not runs:
+        return None
+    v = np.asarray(runs, np.float64)
+    return {
+        name: [round(float(x), 4) for x in values]
+        for name, values in (("mean", v.mean(0)), ("min", v.min(0)), ("max", v.max(0)))
+    }
+
+
+def phrase_table(
+    runs: Sequence[dict[str, Any]], chosen: str, rejected: str, agree: Sequence[str], updates: int
+) -> dict[str, Any]:
+    """What training on one pair of longer answers did to them and to all others, in nats."""
+    kept = [r for r in runs if is_monotone(r["losses"][: updates + 1])]
+    stance = "agree" if chosen in agree else "disagree"
+
+    def stance_of(phrase: str) -> str:
+        return "agree" if phrase in agree else "disagree"
+
+    def others(same: bool) -> list[float]:
+        return [
+            float(np.mean(found))
+            for r in kept
+            if (found := [v for p, v in r["others"].items() if (stance_of(p) == stance) is same])
+        ]
+
+    return {
+        "chosen": chosen,
+        "rejected": rejected,
+        "runs": len(runs),
+        "kept": len(kept),
+        "decrease": spread([max(largest_decrease(r["logp_chosen"]).size, 0.0) for r in kept]),
+        "dlogp_chosen": spread([r["logp_chosen"][-1] - r["logp_chosen"][0] for r in kept]),
+        "dlogp_rejected": spread([r["logp_rejected"][-1] - r["logp_rejected"][0] for r in kept]),
+        "dlogp_same_stance": spread(others(True)),
+        "dlogp_opposite_stance": spread(others(False)),
+        "displaced": sum(r["logp_chosen"][-1] < r["logp_chosen"][0] for r in kept),
+    }

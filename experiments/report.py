@@ -1,0 +1,134 @@
+"""Write the table of ``experiments/README.md``, the tables in the paper's layout and the figures.
+
+python -m experiments.report            from the committed results alone; nothing is computed anew
+python -m experiments.report --check    writes nothing; exit code 1 when README.md does not say what the results say
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ches_jax.errors import ChesError, RunError
+from ches_jax.files import read_object
+from experiments.common import ITEMS, ROOT, Row, load
+
+README = ROOT / "experiments" / "README.md"
+BEGIN, END = "<!-- report: begin (python -m experiments.report) -->", "<!-- report: end -->"
+HEAD = ("paper item", "command", "hardware and time", "paper", "ours (mean, 95% interval over seeds)", "verdict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What to do."""
+
+    check: bool = False
+    """Only compare README.md with the results."""
+
+
+def results(root: Path = ROOT) -> list[tuple[str, dict[str, Any]]]:
+    """Committed results with their names, by item and name.
+
+    Raises:
+      RunError: a file that is not a result of ``experiments.run``.
+    """
+    found = []
+    for item in ITEMS:
+        for path in sorted((root / "experiments" / item / "results").glob("*.json")):
+            result = read_object(path, RunError, "a result of experiments.run")
+            missing = [k for k in ("item", "scale", "config", "seeds", "device", "result") if k not in result]
+            if missing or result["item"] != item:
+                raise RunError(f"{path}: not a result of {item} ({', '.join(missing) or result['item']})")
+            found.append((path.stem, result))
+    return found
+
+
+def section(found: Sequence[tuple[str, dict[str, Any]]], written: Sequence[Path] = ()) -> str:
+    """The generated part of README.md."""
+    parts = []
+    for item in ITEMS:
+        mine = [(name, result) for name, result in found if result["item"] == item]
+        if not mine:
+            continue
+        module = load(item)
+        parts.append(f"### {module.TITLE}\n")
+        for name, result in mine:
+            parts.append(table(name, result, module.rows(result)))
+            pictures = [p for p in written if p.parent.parent.name == item and p.name.startswith(f"{name}-")]
+            parts += [f"![{p.stem}]({p.relative_to(README.parent).as_posix()})" for p in pictures]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def table(name: str, result: dict[str, Any], rows: Sequence[Row]) -> str:
+    """One result as a table."""
+    details = f"{result['item']}/results/{name}"
+    about = f"**{name}**: {len(result['seeds'])} seeds, commit {result['commit']}, [all numbers]({details}.json)"
+    if (README.parent / f"{details}.md").exists():
+        about += f", [tables]({details}.md)"
+    lines = [about, "", _line(HEAD), _line(["---"] * len(HEAD))]
+    lines += [_line([r.paper_item, f"`{r.command}`", *r[2:]]) for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def replaced(text: str, part: str) -> str:
+    """README.md with its generated part exchanged.
+
+    Raises:
+      RunError: the marks are not there.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise RunError(f"{README}: expected the lines {BEGIN!r} and {END!r}, once each")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
+
+
+def pictures(found: Sequence[tuple[str, dict[str, Any]]]) -> list[Path]:
+    """Figures and Markdown tables beside the results; returns the figures."""
+    written: list[Path] = []
+    for name, result in found:
+        module = load(result["item"])
+        folder = ROOT / "experiments" / result["item"] / "results"
+        written += module.figures(result, name, folder)
+        if hasattr(module, "tables"):
+            (folder / f"{name}.md").write_text(module.tables(result), encoding="utf-8")
+    return written
+
+
+def report(options: Report) -> int:
+    """Write, or compare; returns the exit code."""
+    found = results()
+    if not found:
+        raise RunError("no results yet; python -m experiments.run ITEM --scale tiny --out DIR --record tiny makes one")
+    old = README.read_text(encoding="utf-8")
+    if options.check:
+        drawn = sorted(p for item in ITEMS for p in (ROOT / "experiments" / item / "results").glob("*.png"))
+        same = replaced(old, section(found, drawn)) == old
+        print("README.md says what the results say" if same else "README.md differs: run python -m experiments.report")
+        return int(not same)
+    drawn = sorted(pictures(found))
+    README.write_text(replaced(old, section(found, drawn)), encoding="utf-8")
+    print(README)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    try:
+        return report(tyro.cli(Report, args=argv, prog="experiments.report", description=__doc__))
+    except (ChesError, json.JSONDecodeError) as e:
+        print(f"experiments.report: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
