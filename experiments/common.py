@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ches_jax.errors import ChesError, many
-from ches_jax.files import read_object
+from ches_jax.files import read_object, replacing
 from ches_jax.runlog import device_name, open_run, versions, write_json
 from experiments.common_runs import compiled_once
 
@@ -171,7 +172,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
                 tell(work, f"[{number}/{len(stages)}] {stage.name}")
                 _run_stage(work, stage)
     spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
-    write_json(
+    write_result(
         out / RESULT,
         {
             "item": item,
@@ -188,6 +189,14 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
         },
     )
     return out / RESULT
+
+
+def write_result(path: Path, value: dict[str, Any]) -> None:
+    """JSON with short lists on one line, so that a result is small and can be read."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _run_stage(work: Work, stage: Stage) -> None:

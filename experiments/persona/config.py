@@ -120,7 +120,7 @@ SCALES: dict[str, PersonaScale] = {
         prefix=" ",
         labels={"agree": ("Yes", "Yeah", "Sure", "Certainly", "Absolutely"), "disagree": ("No", "Never", "Nope")},
         words=WORDS,
-        settings=settings(3e-6, 1e-6),
+        settings=settings(3e-6, 3e-6),
         tuning=Tuning(lr=1e-5, batch_size=6),
         phrases=Phrases(
             agree=("Yes! That sounds kind.", "Sure, I would do that gladly.", "Certainly, with joy."),
@@ -139,7 +139,7 @@ SCALES: dict[str, PersonaScale] = {
         prefix=" ",
         labels={"agree": ("Yes", "Yeah", "Sure"), "disagree": ("No", "never", "Maybe", "Perhaps")},
         words=WORDS,
-        settings=settings(3e-6, 1e-6),
+        settings=settings(3e-6, 3e-6),
         tuning=Tuning(lr=1e-5),
         phrases=Phrases(
             agree=("Yes, I would say that.", "Sure, I agree with that."),

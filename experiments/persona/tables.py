@@ -94,7 +94,7 @@ def contest_table(
         },
         "opposite_gain": spread([_largest_rise(r["masses"][OPPOSITE[stance]]) for r in kept]),
         "gains": {str(t): _gains([r["gains"][str(t)] for r in kept]) for t in steps},
-        "course": {name: _course([r[name] for r in kept]) for name in ("chosen", "rejected")}
+        "course": {name: _course([r[name] for r in kept], ends=True) for name in ("chosen", "rejected")}
         | {s: _course([r["masses"][s] for r in kept]) for s in STANCES},
     }
 
@@ -111,15 +111,13 @@ def _gains(runs: Sequence[Sequence[tuple[str, float, str]]]) -> list[dict[str, A
     return [{**gain._asdict(), "stance": stances[gain.token]} for gain in found]
 
 
-def _course(runs: Sequence[Sequence[float]]) -> dict[str, list[float]] | None:
-    """Mean, smallest and largest over the runs after each update, to four digits."""
+def _course(runs: Sequence[Sequence[float]], ends: bool = False) -> dict[str, list[float]] | None:
+    """Mean (and smallest and largest) over the runs after each update, to four digits."""
     if not runs:
         return None
     v = np.asarray(runs, np.float64)
-    return {
-        name: [round(float(x), 4) for x in values]
-        for name, values in (("mean", v.mean(0)), ("min", v.min(0)), ("max", v.max(0)))
-    }
+    shown = {"mean": v.mean(0), **({"min": v.min(0), "max": v.max(0)} if ends else {})}
+    return {name: [round(float(x), 4) for x in values] for name, values in shown.items()}
 
 
 def phrase_table(
