@@ -60,6 +60,9 @@ class ScoreConfig:
     """Pairs per part file: what a killed run loses at most."""
     mesh: str | None = None
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
+    attention: str = "auto"
+    """How attention is computed: pallas-tpu, pallas-gpu, blocks or dense; auto: the best that runs here and agrees with
+    dense, which is checked."""
     distributed: str = "off"
     """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge."""
     compilation_cache: str | None = None

@@ -12,6 +12,7 @@ from ches_jax.data.sources import PairSource, open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import read_config, resolve
+from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families import decoder_config
 from ches_jax.scores.config import EMBEDDED, ScoreConfig
 from ches_jax.types import TokenPair
@@ -22,6 +23,7 @@ class Inputs:
     """A model directory, a source of rows and the tokenizer between them."""
 
     directory: Path
+    decoder: DecoderConfig
     source: PairSource
     tokenizer: PairTokenizer
     chunk_rows: int
@@ -73,7 +75,7 @@ def prepare(config: ScoreConfig) -> Inputs:
         vocab_size=decoder.vocab_size,
         template=config.template,
     )
-    return Inputs(directory, source, tokenizer, config.chunk_rows, config.limit)
+    return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
 
 
 def audit(inputs: Inputs) -> Audit:

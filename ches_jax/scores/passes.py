@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import Rows, empty_rows, standard_seats
 from ches_jax.errors import ChesError
-from ches_jax.models.attention import blocks
+from ches_jax.models.attention import Attend, blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.parallel import ROWS, row_sharding, row_shards
@@ -33,9 +33,9 @@ class Wanted:
     token_scores: bool = False
 
 
-def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None) -> SegmentStatistics:
+def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None, attend: Attend) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=blocks, mesh=mesh)
+    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
     logits = model.logits if wanted.logps else None
     found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logits)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
@@ -57,7 +57,7 @@ class ScoringPass:
       shapes: the batch shapes compiled so far.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, wanted: Wanted = Wanted()):
+    def __init__(self, model: Decoder, mesh: Mesh, wanted: Wanted = Wanted(), attend: Attend = blocks):
         """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh)."""
         self.mesh = mesh
         self.wanted = wanted
@@ -69,7 +69,7 @@ class ScoringPass:
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
         def run(state, rows: Rows) -> SegmentStatistics:
-            return _statistics(nnx.merge(graph, state), rows, wanted, None if whole else mesh)
+            return _statistics(nnx.merge(graph, state), rows, wanted, None if whole else mesh, attend)
 
         if whole:
             # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones

@@ -5,6 +5,7 @@ grow with the data and a killed run goes on where it was. A chunk's numbers depe
 which process it was computed: a resumed run ends in the same bytes.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ches_jax.scores.measure import Batching, Measurer
 from ches_jax.scores.passes import ScoringPass, Wanted, largest_batch
 from ches_jax.scores.table import FILE_NAME
 
-NOT_IDENTITY = ("out", "mesh", "distributed", "compilation_cache")
+NOT_IDENTITY = ("out", "mesh", "attention", "distributed", "compilation_cache")
 """Options that say where and by whom, which does not change a score beyond rounding."""
 
 
@@ -48,6 +49,7 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> 
 
 
 def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> Path:
+    from ches_jax.models import kernels
     from ches_jax.models.load import load_model
     from ches_jax.models.partition import placement
 
@@ -61,6 +63,9 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         found = audit(inputs)
         require_clean(found, inputs.source.name)
         total = found.rows
+    attention = kernels.choose(config.attention, inputs.decoder, config.dtype)
+    for fault in attention.refused:
+        print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
     model = load_model(
         inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh)
     )  # fmt: skip
@@ -72,7 +77,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     metadata = _metadata(identity, model.config.family)
     (out / parts.FOLDER).mkdir(exist_ok=True)
     wanted = Wanted(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
-    run = ScoringPass(model, mesh, wanted)
+    run = ScoringPass(model, mesh, wanted, attention.attend)
     tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
     assert isinstance(tokens, int)
     rope = model.config.rope
@@ -84,6 +89,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
+        "attention": attention.name,
         "processes": process.count,
         "scored_this_time": scored,
         "seconds": {"scoring": round(seconds, 3), "compiling": round(run.compile_seconds, 3)},
