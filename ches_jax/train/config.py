@@ -86,6 +86,18 @@ class TrainConfig:
     reference_cache: str | None = None
     """Folder that keeps reference log-probabilities between runs; default: the run directory."""
 
+    lora_rank: int | None = None
+    """Train adapters of this rank beside the layers' matrices (LoRA) instead of the weights."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; default: twice the rank."""
+    lora_targets: str | None = None
+    """Matrices that get adapters: names of q, k, v, o, gate, up, down with commas between them, or all-linear (the
+    default)."""
+    lora_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    adapter: str | None = None
+    """A PEFT adapter (directory or hub name) to go on training; the initial policy is the model with it."""
+
     optimizer: str = "rmsprop"
     """rmsprop (torch's), adamw, adafactor or sgd."""
     optimizer_args: Numbers = field(default_factory=dict)
@@ -137,7 +149,7 @@ class TrainConfig:
     keep: int = 2
     """How many checkpoints are kept."""
     export: bool = True
-    """Write the trained weights as a Hugging Face directory, OUT/model."""
+    """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
 
 
 NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "reference_cache", "export")
@@ -166,6 +178,7 @@ def checked(config: TrainConfig) -> TrainConfig:
         "lr": config.lr, "batch-size": config.batch_size, "accumulate": config.accumulate, "epochs": config.epochs,
         "steps": config.steps, "limit": config.limit, "clip": config.clip, "eval-every": config.eval_every,
         "save-every": config.save_every, "keep": config.keep, "row-tokens": config.row_tokens,
+        "lora-rank": config.lora_rank, "lora-alpha": config.lora_alpha,
     }  # fmt: skip
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -179,6 +192,10 @@ def checked(config: TrainConfig) -> TrainConfig:
     for name, number in {"watch": config.watch, "holdout": config.holdout, "warmup": config.warmup}.items():
         if number < 0:
             raise ChesError(f"--{name} {number}: expected 0 or more")
+    adapters = {"alpha": config.lora_alpha, "targets": config.lora_targets, "rslora": config.lora_rslora or None}
+    for name, value in adapters.items():
+        if value is not None and config.lora_rank is None:
+            raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
     if config.accumulate > config.batch_size:
         raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
     if config.eval_pairs is not None and config.holdout:

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from ches_jax.errors import RunError
-from ches_jax.hf.directory import fingerprint
-from ches_jax.models.decoder import Decoder, abstract_decoder
-from ches_jax.models.load import with_parameters
-from ches_jax.models.save import save_pretrained
+from ches_jax.models.decoder import Decoder
 from ches_jax.runlog import RUN, device_name, open_run, read_json, versions, write_json
 from ches_jax.train.checkpoints import Checkpoints
 from ches_jax.train.checks import require_agreement, require_finite
-from ches_jax.train.config import TrainConfig, checked
+from ches_jax.train.config import EMBEDDED, TrainConfig, checked
 from ches_jax.train.data import write_dropped
 from ches_jax.train.displacement import DisplacementLog
 from ches_jax.train.evaluate import Evaluator
@@ -29,12 +26,12 @@ from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines
 from ches_jax.train.objective import initial_loss_state, named, needs_reference
 from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
+from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model, make_policy
 from ches_jax.train.setup import Run, load_parameters, prepare, references
 from ches_jax.train.state import TrainState, initial_state
 from ches_jax.train.step import Step
 
 DROPPED = "dropped.jsonl"
-MODEL = "model"
 
 
 class Stopped(Exception):
@@ -75,15 +72,20 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     config, plan, out = run.config, run.plan, run.out
     started = time.perf_counter()
     master = "float64" if config.dtype == "float64" else "float32"
-    abstract = abstract_decoder(run.decoder, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(master))
     optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
-    evaluate = Evaluator(abstract, run.mesh, run.layout)
-    params = load_parameters(run.directory, config.dtype, master, run.mesh)
+    loaded = load_parameters(run.directory, config.dtype, master if run.lora is None else None, run.mesh)
+    policy, params = make_policy(
+        loaded, run.decoder, run.lora, dtype=config.dtype, master=master, seed=config.seed, mesh=run.mesh
+    )
+    evaluate = Evaluator(policy.abstract, run.mesh, run.layout)
     write_dropped(out / DROPPED, run.pairs.dropped)
-    reference = references(run, evaluate, params)
+    reference = references(run, evaluate, policy.parameters(params))
     state = initial_state(params, optimizer, initial_loss_state(run.loss, master), run.mesh)
-    del params
-    step = Step(abstract, optimizer, run.loss, state, run.mesh, clip=config.clip, remat=config.remat)
+    del params, loaded
+    step = Step(
+        policy.abstract, optimizer, run.loss, state, run.mesh,
+        frozen=policy.frozen, clip=config.clip, remat=config.remat,
+    )  # fmt: skip
     saved = Checkpoints(out, config.keep)
     log = DisplacementLog(out, config.eos, config.tolerance)
     at = saved.latest()
@@ -96,15 +98,16 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
 
     def watch(state: TrainState, i: int) -> dict[str, float]:
         """Evaluate, write, log."""
-        now = {name: evaluate(state.params, pairs) for name, pairs in run.sets.items()}
+        params = policy.parameters(state.params)
+        now = {name: evaluate(params, pairs) for name, pairs in run.sets.items()}
         summary = log.record(i, run.sets, now)
         if "held_out" in now:
-            summary |= held_out_metrics(run, evaluate, state.params, now["held_out"], reference.get("held_out"))
+            summary |= held_out_metrics(run, evaluate, params, now["held_out"], reference.get("held_out"))
         tracker.log(i, summary)
         return summary
 
     def seen(state: TrainState, i: int) -> Mapping[str, float]:
-        return {} if observe is None else observe(i, with_parameters(abstract, state.params))
+        return {} if observe is None else observe(i, policy.model(state.params))
 
     summary = watch(state, 0) if at is None else {}
     if at is None and (found := seen(state, 0)):
@@ -140,21 +143,29 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     if first == plan.total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
     log.join()
-    exported = _export(run, abstract, state) if config.export else None
+    exported = _export(run, policy, state)
     saved.close()
-    _write_summary(run, summary, exported, time.perf_counter() - started, plan.total - first)
+    trained = sum(a.size for a in state.params.values())
+    _write_summary(run, summary, exported, trained, time.perf_counter() - started, plan.total - first)
     return out
 
 
-def _export(run: Run, abstract: Decoder, state: TrainState) -> str:
-    """The trained weights as a Hugging Face directory; returns its fingerprint."""
-    target = run.out / MODEL
-    if (target / "config.json").exists():
-        return fingerprint(target)
-    return save_pretrained(with_parameters(abstract, state.params), target, like=run.directory)
+def _export(run: Run, policy: Policy, state: TrainState) -> dict[str, str]:
+    """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
+    prints = {}
+    if policy.spec:
+        name = run.config.model if run.config.model != EMBEDDED else str(run.directory)
+        prints["trained_adapter_fingerprint"] = export_adapter(
+            policy, state.params, run.out / ADAPTER, run.directory, name
+        )
+    if run.config.export:
+        prints["trained_fingerprint"] = export_model(policy, state.params, run.out / MODEL, run.directory)
+    return prints
 
 
-def _write_summary(run: Run, summary: dict[str, float], exported: str | None, seconds: float, steps: int) -> None:
+def _write_summary(
+    run: Run, summary: dict[str, float], exported: dict[str, str], trained: int, seconds: float, steps: int
+) -> None:
     config, pairs = run.config, run.pairs
     write_json(
         run.out / RUN,
@@ -166,7 +177,10 @@ def _write_summary(run: Run, summary: dict[str, float], exported: str | None, se
             "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
             "reference": config.reference if needs_reference(run.loss) else "none",
             **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
-            "trained_fingerprint": exported,
+            "trained_fingerprint": None,
+            **exported,
+            "parameters": {"trained": trained, "all": run.decoder.parameter_count() + (trained if run.lora else 0)},
+            **({"lora": {name: one._asdict() for name, one in run.lora.spec.items()}} if run.lora else {}),
             "versions": versions(),
             "device": device_name(),
             "mesh": dict(run.mesh.shape),

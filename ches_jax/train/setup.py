@@ -27,6 +27,7 @@ from ches_jax.train.evaluate import Evaluator, PairLogps
 from ches_jax.train.examples import Examples, make_examples
 from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_tokens
 from ches_jax.train.optimizer import Schedule, make_schedule
+from ches_jax.train.policy import Lora, open_lora
 from ches_jax.train.read import REFERENCE_FIELDS
 from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
@@ -49,6 +50,7 @@ class Run:
     layout: Layout
     loss: Loss
     schedule: Schedule
+    lora: Lora | None
     identity: dict[str, Any]
 
     @property
@@ -63,6 +65,7 @@ def prepare(config: TrainConfig) -> Run:
     assert config.out is not None
     directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
+    lora = open_lora(config, directory, decoder)
     mesh = make_mesh(config.mesh)
     loss = objective(config)
     if needs_reference(loss) and config.reference == "none":
@@ -89,6 +92,8 @@ def prepare(config: TrainConfig) -> Run:
     longest = max(len(r.targets(config.eos)) for p in everything for r in (p.chosen, p.rejected))
     options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
+    if lora is not None and lora.fingerprint is not None:
+        identity["adapter_fingerprint"] = lora.fingerprint
     return Run(
         config=config,
         out=Path(config.out),
@@ -104,12 +109,13 @@ def prepare(config: TrainConfig) -> Run:
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
+        lora=lora,
         identity=identity,
     )
 
 
-def load_parameters(directory: Path, dtype: str, master: str, mesh: Mesh) -> dict[str, jax.Array]:
-    """Weights of a directory in the master dtype, on the mesh."""
+def load_parameters(directory: Path, dtype: str, master: str | None, mesh: Mesh) -> dict[str, jax.Array]:
+    """Weights of a directory in the master dtype (None: as stored), on the mesh."""
     model = load_model(directory, dtype=dtype, param_dtype=master, sharding=placement(mesh))
     return named_parameters(model)
 
@@ -129,6 +135,8 @@ def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[st
         "convention": {"eos": config.eos, "max_length": config.max_length, "template": config.template},
         "dtype": config.dtype,
     }
+    if "adapter_fingerprint" in run.identity:
+        identity["adapter_fingerprint"] = run.identity["adapter_fingerprint"]
     per_token = reads_reference_tokens(run.loss)
     if per_token:
         identity["per"] = "token"
@@ -144,6 +152,7 @@ def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[st
     else:
         directory = resolve(config.reference)
         identity["model_fingerprint"] = fingerprint(directory)
+        identity.pop("adapter_fingerprint", None)
         found = reference_logps(everything, _other_model(run, directory, per_token), identity, folder)
     n = len(run.train)
     parts = {"train": slice(n), "held_out": slice(n, None)}

@@ -53,17 +53,19 @@ class Step:
         example: TrainState,
         mesh: Mesh,
         *,
+        frozen: Mapping[str, Any] | None = None,
         clip: float | None = None,
         remat: bool = False,
     ):
-        """Takes the decoder without arrays (``abstract_decoder``), whose dtype is that of the computation."""
+        """Takes the decoder without arrays, whose dtype is that of the computation, and what no update changes."""
         self.mesh = mesh
+        self._frozen = dict(frozen or {})
         places = state_shardings(example, mesh)
         on = mesh if mesh.size > 1 else None
 
-        def gradient(params: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
+        def gradient(params: Any, frozen: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
             def mean(params: Any) -> Any:
-                model = with_parameters(abstract, params)
+                model = with_parameters(abstract, {**frozen, **params})
                 return batch_loss(model, loss, batch, loss_state, remat=remat, mesh=on)
 
             (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
@@ -77,17 +79,17 @@ class Step:
             params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
             return TrainState(params, opt_state, state.loss_state, state.step + 1), norm
 
-        def whole(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-            grads, new, metrics = gradient(state.params, state.loss_state, batch)
+        def whole(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+            grads, new, metrics = gradient(state.params, frozen, state.loss_state, batch)
             state, norm = apply(state._replace(loss_state=new), grads)
             return state, {**metrics, "grad_norm": norm}
 
-        def add(params: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
-            grads, new, metrics = gradient(params, loss_state, batch)
+        def add(params: Any, frozen: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
+            grads, new, metrics = gradient(params, frozen, loss_state, batch)
             return jax.tree.map(lambda t, g: t + g * share.astype(g.dtype), total, grads), new, metrics
 
-        def excess(params: Any, batch: Batch) -> Any:
-            model = with_parameters(abstract, params)
+        def excess(params: Any, frozen: Any, batch: Batch) -> Any:
+            model = with_parameters(abstract, {**frozen, **params})
             found = batch_logps(model, batch, attend=slices, mesh=on)
             return jnp.sum(found.rejected - batch.ref_logp_rejected)
 
@@ -95,14 +97,14 @@ class Step:
         self._excess = jax.jit(excess) if "kl_baseline" in loss.needs else None
         self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, None))
         self._zeros = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), out_shardings=places.params)
-        self._add = jax.jit(add, donate_argnums=4, out_shardings=(places.params, places.loss_state, None))
+        self._add = jax.jit(add, donate_argnums=5, out_shardings=(places.params, places.loss_state, None))
         # the gradient has no successor to give its memory to
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, None))
 
     def _with_baseline(self, params: Any, batches: Sequence[Batch]) -> list[Batch]:
         """KTO's reference point of the whole update (``losses.kto_baseline``) in each of its micro-batches."""
         assert self._excess is not None
-        total = sum(float(self._excess(params, put(b, self.mesh))) for b in batches)
+        total = sum(float(self._excess(params, self._frozen, put(b, self.mesh))) for b in batches)
         mean = max(0.0, total / sum(len(b.row) for b in batches))
         return [
             b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.ref_logp_chosen.dtype)}) for b in batches
@@ -111,7 +113,7 @@ class Step:
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One update; metrics are means over its pairs, on the host."""
         if len(batches) == 1:
-            state, metrics = self._whole(state, put(batches[0], self.mesh))
+            state, metrics = self._whole(state, self._frozen, put(batches[0], self.mesh))
             return state, as_floats(metrics)
         if self._excess is not None and len(batches) > 1:
             batches = self._with_baseline(state.params, batches)
@@ -120,7 +122,9 @@ class Step:
         loss_state, grads, found = state.loss_state, self._zeros(state.params), []
         for batch, share in zip(batches, shares, strict=True):
             here = put(batch, self.mesh)
-            grads, loss_state, metrics = self._add(state.params, loss_state, here, jnp.asarray(share, float), grads)
+            grads, loss_state, metrics = self._add(
+                state.params, self._frozen, loss_state, here, jnp.asarray(share, float), grads
+            )
             found.append(metrics)
         state, norm = self._apply(state._replace(loss_state=loss_state), grads)
         on_host = [as_floats(m) for m in found]

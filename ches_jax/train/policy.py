@@ -1,0 +1,119 @@
+"""The policy of a run: which parameters are trained, and which stay as they were loaded.
+
+In full training every weight is trained, in the master dtype. With LoRA the weights stay in the dtype of their file and
+only adapters are trained: state, optimiser and checkpoints hold adapters and nothing else.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import fingerprint
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.decoder import Decoder, abstract_decoder
+from ches_jax.models.load import with_parameters
+from ches_jax.models.lora import ALL_LINEAR, Spec, adapted, adapter_shapes, initial_adapters, make_spec, merged
+from ches_jax.models.partition import placement
+from ches_jax.models.peft import Adapter, adapter_directory, adapter_fingerprint, read_adapter, write_adapter
+from ches_jax.models.save import save_pretrained
+from ches_jax.train.config import TrainConfig
+
+MODEL = "model"
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters a run trains."""
+
+    spec: Spec
+    start: Adapter | None = None
+    """Where they start, if not from B = 0."""
+    fingerprint: str | None = None
+    """Of the directory they start from."""
+
+
+def open_lora(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> Lora | None:
+    """What the config says about adapters; None in full training.
+
+    Raises:
+      ChesError: options that do not go together, targets that the model does not have, an adapter that does not fit.
+    """
+    if config.adapter is not None:
+        if config.lora_rank is not None:
+            raise ChesError("--adapter and --lora-rank: an adapter brings its own rank and scale; give one of them")
+        start = adapter_directory(config.adapter)
+        found = read_adapter(start, directory)
+        return Lora(found.spec, found, adapter_fingerprint(start))
+    if config.lora_rank is None:
+        return None
+    alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return Lora(
+        make_spec(config.lora_rank, alpha, config.lora_targets or ALL_LINEAR, decoder, rslora=config.lora_rslora)
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A decoder without arrays, and the parameters that no update changes."""
+
+    abstract: Decoder
+    spec: Spec = field(default_factory=dict)
+    frozen: dict[str, jax.Array] = field(default_factory=dict)
+    """By dotted name; empty in full training."""
+
+    def parameters(self, trained: dict[str, Any]) -> dict[str, Any]:
+        """All parameters."""
+        return {**self.frozen, **trained}
+
+    def model(self, trained: dict[str, Any]) -> Decoder:
+        """The decoder with its arrays."""
+        return with_parameters(self.abstract, self.parameters(trained))
+
+
+def make_policy(
+    loaded: dict[str, jax.Array], decoder: DecoderConfig, lora: Lora | None, *, dtype: str, master: str, seed: int,
+    mesh: Any,
+) -> tuple[Policy, dict[str, jax.Array]]:  # fmt: skip
+    """The policy and the parameters it trains, as they start.
+
+    Args:
+      loaded: weights of the base model on the mesh.
+      decoder: the architecture.
+      lora: adapters, or None to train every weight.
+      dtype: dtype of the computation.
+      master: dtype of trained parameters.
+      seed: of the adapters' start.
+      mesh: where they lie.
+    """
+    abstract = abstract_decoder(decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
+    if lora is None:
+        return Policy(abstract), loaded
+    abstract = adapted(abstract, lora.spec, master)
+    shapes = adapter_shapes(abstract)
+    arrays = initial_adapters(shapes, [seed, 4]) if lora.start is None else lora.start.arrays
+    place = placement(mesh)
+    trained = {
+        name: jax.device_put(arrays[name].astype(leaf.dtype), place(name, leaf.shape)) for name, leaf in shapes.items()
+    }
+    return Policy(abstract, lora.spec, loaded), trained
+
+
+def export_adapter(policy: Policy, trained: dict[str, Any], out: Path, base: Path, name: str) -> str:
+    """The adapters in PEFT's format; returns their fingerprint. What is there already is left alone."""
+    if out.exists():
+        return adapter_fingerprint(out)
+    return write_adapter(out, jax.device_get(trained), policy.spec, base, name)
+
+
+def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path) -> str:
+    """The whole model, adapters merged, as a Hugging Face directory; returns its fingerprint."""
+    if out.exists():
+        return fingerprint(out)
+    every = merged(policy.parameters(trained), policy.spec)
+    plain = abstract_decoder(policy.abstract.config, dtype=policy.abstract.dtype)
+    return save_pretrained(with_parameters(plain, every), out, like=base)
