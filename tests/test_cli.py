@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ches_jax.cli import main
+from ches_jax.scores.table import read_table
 
 GOOD = {"prompt": "Do you agree?", "chosen": " Yes", "rejected": " No"}
 
@@ -59,6 +60,32 @@ def test_json_goes_to_standard_output_alone(capsys, tiny_model, pairs, tmp_path)
     assert code == 0 and json.loads(out)["counts"]["rows"] == 2
     code, out, _ = run(capsys, "doctor", "--model", tiny_model, "--pairs", pairs, "--json")
     assert json.loads(out)["healthy"] is True
+
+
+def test_a_huge_prompt_an_empty_and_a_one_token_response_are_flagged_and_the_rest_is_scored(
+    capsys, tiny_model, tmp_path
+):
+    odd = [
+        {**GOOD, "prompt": "a " * 30_000},
+        {**GOOD, "rejected": ""},
+        {"prompt_ids": [5, 6, 7], "chosen_ids": [8], "rejected_ids": [9, 10, 11]},
+    ]
+    lines = [json.dumps(row) for row in (GOOD, *odd, {**GOOD, "rejected": " Never"})]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ["score", "--model", str(tiny_model), "--pairs", str(tmp_path / "odd.jsonl"), "--batch-tokens", "256"]
+    status, out, err = run(capsys, *words, "--out", str(tmp_path / "stopped"))
+    assert (status, out) == (2, "")
+    assert "2 of 5 rows" in err and "prompt_too_long: 1" in err and "empty_rejected: 1" in err
+    assert not (tmp_path / "stopped").exists()
+
+    status, out, _ = run(capsys, *words, "--on-bad-row", "keep", "--logps", "--out", str(tmp_path / "kept"))
+    assert (status, out.strip()) == (0, str(tmp_path / "kept"))
+    table = read_table(tmp_path / "kept")[0].to_pydict()
+    assert table["flags"] == [[], ["prompt_too_long"], ["empty_rejected"], [], []]
+    assert table["prompt_tokens"][1] >= 30_000
+    assert [value is None for value in table["ches"]] == [False, True, True, False, False]
+    assert [value is None for value in table["logp_chosen"]] == [False, True, True, False, False]
+    assert table["chosen_tokens"][3] == 2  # the token and EOS
 
 
 def test_doctor_exits_with_1_when_a_row_is_flagged(capsys, tiny_model, tmp_path):

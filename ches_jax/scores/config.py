@@ -57,7 +57,7 @@ class ScoreConfig:
     batch_tokens: int | Literal["auto"] | None = None
     """Tokens per device and step; default: 2048 on a CPU, 16384 on an accelerator; auto: what the memory holds."""
     chunk_rows: int = 1024
-    """Pairs per part file: what a killed run loses at most."""
+    """Rows per part file: what a killed run loses at most."""
     mesh: str | None = None
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
     attention: str = "auto"

@@ -45,11 +45,11 @@ class PairContributions(NamedTuple):
     """<A+, A-> (for CHES <S+, S->)."""
     sqnorm_chosen: Any
     """|A+|^2 (for CHES |S+|^2)."""
-    by_token: Any
-    """[M] of a prediction of the chosen response: its inner product with (A- - A+); these add up to the score. Of one
-    of the rejected response alone: its inner product with A+. 0 for all others."""
+    shares: Any
+    """[M] of each prediction of the chosen response: its inner product with (A- - A+), 0 for all others; these add up
+    to the score."""
     with_chosen: Any
-    """[M] of a prediction of either response: its inner product with A+; 0 for all others."""
+    """[M] of each prediction of either response: its inner product with A+; 0 for all others."""
 
     @property
     def score(self) -> Any:
@@ -75,8 +75,9 @@ def pair_contributions(products: Any, segment: Any, shared: int, chosen: int, re
     return PairContributions(
         inner=(with_chosen * (in_shared + in_rejected)).sum(),
         sqnorm_chosen=(with_chosen * (in_shared + in_chosen)).sum(),
-        by_token=difference * (in_shared + in_chosen) + with_chosen * in_rejected,
-        with_chosen=with_chosen * (in_shared + in_chosen + in_rejected),
+        shares=difference * (in_shared + in_chosen),
+        # one response may be both, where equal ones are there once
+        with_chosen=with_chosen * (in_shared + in_chosen + in_rejected - in_chosen * in_rejected),
     )
 
 

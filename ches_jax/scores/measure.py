@@ -197,7 +197,10 @@ def _token_rows(
     position = state - len(pair.prompt)
     new = position >= shared_prefix(pair)
     numbers = pair.candidates or (None, None)
-    for name, mine in (("chosen", (role == 0) | (role == chosen)), ("rejected", (role == rejected) & new)):
+    for name, mine, part in (
+        ("chosen", (role == 0) | (role == chosen), "shares"),
+        ("rejected", (role == rejected) & new, "with_chosen"),
+    ):
         at = np.flatnonzero(mine)
         values = {
             "row_id": [pair.row_id] * len(at),
@@ -206,8 +209,8 @@ def _token_rows(
             "response": [name] * len(at),
             "position": position[at].tolist(),
             "token": target[at].tolist(),
-            "ches": ches.by_token[at].tolist(),
-            "head_score": [None] * len(at) if head is None else head.by_token[at].tolist(),
+            "ches": getattr(ches, part)[at].tolist(),
+            "head_score": [None] * len(at) if head is None else getattr(head, part)[at].tolist(),
             "nthr": [None] * len(at) if head is None else head.with_chosen[at].tolist(),
         }
         for n in TOKEN_COLUMNS:

@@ -52,7 +52,7 @@ def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, tran
         np.testing.assert_allclose(out.inner, (a[0] * a[1]).sum(), rtol=1e-12)
         np.testing.assert_allclose(out.sqnorm_chosen, (a[0] ** 2).sum(), rtol=1e-12)
         np.testing.assert_allclose(out.score, (a[0] * (a[1] - a[0])).sum(), rtol=1e-11)
-        np.testing.assert_allclose(out.by_token[shared | chosen].sum(), out.score, rtol=1e-11)
+        np.testing.assert_allclose(out.shares[shared | chosen].sum(), out.score, rtol=1e-11)
 
 
 def whole_gram(hidden, target, w, **options):
@@ -90,10 +90,9 @@ def test_ches_by_token_adds_up_to_the_definition(case):
     out = pair_contributions(products[0], SEGMENT[0], 0, 1, 2)
     s_plus, s_minus = hidden[0, :3].sum(0), hidden[0, jnp.array([0, 3, 4, 5])].sum(0)
     np.testing.assert_allclose(out.score, ches(s_plus @ s_minus, s_plus @ s_plus), rtol=1e-12)
-    np.testing.assert_allclose(out.by_token[:3].sum(), out.score, rtol=1e-12)
-    np.testing.assert_allclose(out.by_token[3:6], hidden[0, 3:6] @ s_plus, rtol=1e-12)
+    np.testing.assert_allclose(out.shares[:3].sum(), out.score, rtol=1e-12)
     np.testing.assert_allclose(out.with_chosen[:6], hidden[0, :6] @ s_plus, rtol=1e-12)
-    assert float(out.by_token[6]) == 0
+    assert float(out.shares[6]) == float(out.with_chosen[6]) == 0
     assert pair_contributions(products[0], SEGMENT[0], 3, 4, 5).score == 0  # no pair lies there
 
 

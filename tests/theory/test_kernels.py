@@ -73,7 +73,7 @@ def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
             mask = side.response[row, 1:]
             sides.append(Predicted(side.tokens[row, 1:], jnp.where(mask[:, None], hidden, 0.0), mask))
         np.testing.assert_allclose(found.score[row], head_score(w, sides[0], sides[1]), rtol=1e-11)
-        np.testing.assert_allclose(found.by_token[row][:4].sum(), found.score[row], rtol=1e-11)
+        np.testing.assert_allclose(found.shares[row][:4].sum(), found.score[row], rtol=1e-11)
 
 
 def test_frozen_parameters_have_no_share_and_no_velocity(toy):
