@@ -6,8 +6,10 @@ depends on them.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -17,6 +19,8 @@ from theory.ufm import UFM, Pairs, Responses, log_probs, pair_responses, share_c
 
 UNIFORM, NORMAL = 192, 1024
 """Numbers an instance may use."""
+MANY = 5000
+"""For so many instances only the numbers that are used are drawn; finding out traces the check once more."""
 
 
 class Noise(NamedTuple):
@@ -26,10 +30,26 @@ class Noise(NamedTuple):
     normal: Float[Array, " G"]
 
 
-def noise(seed: tuple[int, ...], instances: int) -> Noise:
+def noise(seed: tuple[int, ...], instances: int, uniform: int = UNIFORM, normal: int = NORMAL) -> Noise:
     """Numbers for so many instances; the same for the same seed."""
     rng = np.random.default_rng(seed)
-    return Noise(rng.random((instances, UNIFORM)), rng.standard_normal((instances, NORMAL)))  # type: ignore[arg-type]
+    return Noise(rng.random((instances, uniform)), rng.standard_normal((instances, normal)))  # type: ignore[arg-type]
+
+
+def noise_for(check: Callable[["Draw"], Any], seed: tuple[int, ...], instances: int) -> Noise:
+    """Numbers for so many instances of a check."""
+    if instances < MANY:
+        return noise(seed, instances)
+    used = {}
+
+    def trace(numbers: Noise) -> Any:
+        draw = Draw(numbers)
+        result = check(draw)
+        used.update(draw.used)
+        return result
+
+    jax.eval_shape(trace, jax.tree.map(lambda a: a[0], noise(seed, 1)))
+    return noise(seed, instances, **used)
 
 
 class Draw:
@@ -37,11 +57,12 @@ class Draw:
 
     def __init__(self, numbers: Noise):
         self._numbers = numbers
-        self._used = {"uniform": 0, "normal": 0}
+        self.used = {"uniform": 0, "normal": 0}
+        """How many were handed out, by kind."""
 
     def _take(self, kind: str, shape: tuple[int, ...]) -> Array:
-        start = self._used[kind]
-        self._used[kind] = end = start + math.prod(shape)
+        start = self.used[kind]
+        self.used[kind] = end = start + math.prod(shape)
         values = getattr(self._numbers, kind)
         if end > values.shape[0]:
             raise ValueError(f"an instance needs {end} {kind} numbers; there are {values.shape[0]}")
@@ -115,18 +136,25 @@ def random_masks(draw: Draw, count: int, longest: int, shortest: int = 1) -> Boo
     return jnp.arange(longest, dtype=jnp.int32)[None, :] < lengths
 
 
-def random_pair(draw: Draw, *, vocabulary: int, width: int, length: int, shared: int = 0) -> PairInstance:
+def random_pair(
+    draw: Draw, *, vocabulary: int, width: int, length: int, shared: int = 0, probe_shared: int = 0
+) -> PairInstance:
     """One pair whose first ``shared`` tokens agree and whose next ones differ; z begins with a third token.
 
-    Responses are at least ``shared + 1`` tokens long, so that neither is a prefix of the other.
+    With ``probe_shared`` z begins with so many tokens of the chosen response instead, and then differs. Responses are
+    longer than what they share, so that none is a prefix of another.
     """
     tokens = draw.integers((3, length), 0, vocabulary)
     first = three_tokens(draw, vocabulary)[0]
     tokens = tokens.at[1, :shared].set(tokens[0, :shared])
     tokens = tokens.at[:2, shared].set(first[:2])
-    if shared == 0:
+    if probe_shared:
+        tokens = tokens.at[2, :probe_shared].set(tokens[0, :probe_shared])
+        another = (tokens[0, probe_shared] + draw.integers((), 1, vocabulary)) % vocabulary
+        tokens = tokens.at[2, probe_shared].set(another)
+    elif shared == 0:
         tokens = tokens.at[2, 0].set(first[2])
-    mask = random_masks(draw, 3, length, shared + 1)
+    mask = random_masks(draw, 3, length, max(shared, probe_shared) + 1)
     contexts = share_contexts(jnp.zeros(3, jnp.int32), tokens)
     model = random_model(draw, vocabulary, width, 3 * length)
     chosen, rejected, probe = (Responses(tokens[i : i + 1], contexts[i : i + 1], mask[i : i + 1]) for i in range(3))

@@ -93,7 +93,7 @@ def weighted(ell: Callable[[Array], Array], up: Array | float, down: Array | flo
     return lambda chosen, rejected: jax.vmap(ell)(up * chosen - down * rejected).mean()
 
 
-def dpop(ref_chosen: Array, ref_rejected: Array, beta: float, strength: float) -> PairLoss:
+def dpop(ref_chosen: Array, ref_rejected: Array, beta: float, strength: Array | float) -> PairLoss:
     r"""DPOP: :math:`-\ln \sigma(\beta [u - u_{ref} - \lambda \max(0, \ln \pi_{ref}(y^+) - \ln \pi(y^+))])`."""
 
     def loss(chosen, rejected):
@@ -104,24 +104,29 @@ def dpop(ref_chosen: Array, ref_rejected: Array, beta: float, strength: float) -
     return loss
 
 
-SUMS = frozenset(
-    {"logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "chosen_tokens", "rejected_tokens"}
-    | {"rewards_chosen", "rewards_rejected"}
-)
-UNPAIRED = frozenset({"logp", "ref_logp", "desirable", "kl_baseline"})
+TokenLoss = Callable[[Array, Array, Array], Array]
+"""From the token log-probabilities of chosen, rejected and sampled responses, [N, T] each, to the loss."""
 
 
-def sequence_losses() -> tuple[Loss, ...]:
-    """Every stateless loss of the library that reads a response's log-probability as a whole, with its defaults."""
-    losses = (get_loss(name) for name in loss_names())
-    return tuple(loss for loss in losses if (loss.needs <= SUMS or loss.needs <= UNPAIRED) and not loss.stateful)
+def library_losses() -> tuple[Loss, ...]:
+    """Every loss of the library, with its defaults."""
+    return tuple(get_loss(name) for name in loss_names())
 
 
-def of_library(loss: Loss, batch: LossInputs) -> PairLoss:
-    """A loss of ``ches_jax.losses`` as a function of log-probabilities; ``batch`` gives its other inputs."""
+def of_library(loss: Loss, batch: LossInputs) -> TokenLoss:
+    """A loss of ``ches_jax.losses`` as a function of log-probabilities; ``batch`` gives its other inputs.
 
-    def total(chosen: Array, rejected: Array) -> Array:
-        pairs = batch._replace(logp_chosen=chosen, logp_rejected=rejected)
+    Sampled responses (one for each pair) are the candidates of the losses that have any.
+    """
+
+    def total(chosen: Array, rejected: Array, sampled: Array) -> Array:
+        pairs = batch._replace(
+            logp_chosen=chosen.sum(-1),
+            logp_rejected=rejected.sum(-1),
+            logp_candidates=sampled.sum(-1)[:, None],
+            token_logps_chosen=chosen,
+            token_logps_rejected=rejected,
+        )
         return loss(unpair(pairs) if "logp" in loss.needs else pairs)[0].mean()
 
     return total

@@ -1,19 +1,8 @@
 """Statements of neighbouring works that need more than a 2 x 2 kernel: one function each, source in its docstring."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-
-class Squeeze(NamedTuple):
-    """What one ascent step on -ln pi(y-) did to the other tokens."""
-
-    log_ratio: Float[Array, " V"]
-    """ln pi'(z) - ln pi(z)."""
-    target: Array
-    """Most probable of the tokens that were not pushed: where the mass goes."""
 
 
 def akg_step(
@@ -41,15 +30,20 @@ def akg_step(
     return -rate * (g - pi @ g)
 
 
-def squeeze(pi: Float[Array, " V"], pushed: Array, step: Array) -> Squeeze:
-    r"""One step of ascent on :math:`-\ln \pi(y^-)` with fixed features: the logits move by ``step`` times (pi - e_y).
+def squeeze(pi: Float[Array, " V"], pushed: Array, step: Array) -> Float[Array, " V"]:
+    r"""Change of ln pi by one step of ascent on :math:`-\ln \pi(y^-)` with fixed features.
 
-    The squeezing effect of arXiv 2407.10490: y- falls, and of the others the most probable one rises most.
+    The logits move by ``step`` times (pi - e_y). The squeezing effect of arXiv 2407.10490: y- falls, and of the others
+    the most probable one rises most.
     """
     delta = step * (pi - jax.nn.one_hot(pushed, pi.shape[0], dtype=pi.dtype))
-    log_ratio = delta - jax.nn.logsumexp(jnp.log(pi) + delta)
-    others = jnp.where(jnp.arange(pi.shape[0], dtype=jnp.asarray(pushed).dtype) == pushed, -jnp.inf, pi)
-    return Squeeze(log_ratio, jnp.argmax(others))
+    return delta - jax.nn.logsumexp(jnp.log(pi) + delta)
+
+
+def most_probable_other(pi: Float[Array, " V"], pushed: Array) -> Array:
+    """The token that squeezing moves the mass to."""
+    mine = jnp.arange(pi.shape[0], dtype=jnp.asarray(pushed).dtype) == pushed
+    return jnp.argmax(jnp.where(mine, -jnp.inf, pi))
 
 
 def probability_space_gradients(x_chosen: Array, x_rejected: Array, beta: Array) -> tuple[Array, Array]:

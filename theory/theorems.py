@@ -1,4 +1,4 @@
-r"""Theorems 4 to 9 and Propositions 1 and 2 of Razin et al. (https://arxiv.org/abs/2410.08847), as named terms.
+r"""Theorems 4 to 9, Propositions 1 and 2, Lemmas 1 and 2 of Razin et al. (https://arxiv.org/abs/2410.08847).
 
 Every function takes plain arrays and returns the displayed decomposition; terms are rates in nats per unit of time,
 already multiplied by :math:`-\ell'`, so they add up to the total. Signs and symbols are those of the paper with its
@@ -144,6 +144,14 @@ def margin_rate(w: Float[Array, "V D"], h: Float[Array, " D"], chosen: Array, re
     return -slope * (difference @ difference + 2 * (h @ h))
 
 
+def _prime_or_not(slope: Array, loss: Array | None, printed: bool) -> Array:
+    """ell', or ell where the paper prints that."""
+    if not printed:
+        return slope
+    assert loss is not None, "the printed form needs the value of the loss"
+    return loss
+
+
 def theorem_5(
     w: Float[Array, "V D"],
     h: Float[Array, " D"],
@@ -172,9 +180,7 @@ def theorem_5(
     Returns:
       Rates of all V tokens; those of the pair itself mean nothing here.
     """
-    if printed:
-        assert loss is not None, "the printed form needs the value of the loss"
-        slope = loss
+    slope = _prime_or_not(slope, loss, printed)
     pi = probabilities(w, h)
     along = w @ (w[chosen] - w[rejected])
     c = (pi[rejected] - pi[chosen]) * (h @ h) - pi @ along
@@ -250,6 +256,32 @@ def theorem_7(
     return _decomposition({name: -slope * value for name, value in parts.items()})
 
 
+def theorem_7_shared(
+    w: Float[Array, "V D"], probe: Response, chosen: Response, rejected: Response, slope: Array, *, shared: int
+) -> Decomposition:
+    r"""Theorem 7 for a response z that begins with the first ``shared`` >= 1 tokens of y+ (derived; q below).
+
+    .. math::
+      \frac{d}{dt} \ln \pi(z) = -\ell' \Big[ \sum_{k \le q} \|G_k\|^2
+        + \langle G^z_{q+1}, G^+_{q+1} \rangle - \langle G_1, G^-_1 \rangle
+        - \sum_{k,k'} \beta^-_{k,k'} \langle h^z_k, h^-_{k'} \rangle
+        + \sum_{k,k'} \beta^+_{k,k'} \langle h^z_k, h^+_{k'} \rangle \Big]
+
+    The shared tokens can only rise; the term at the branching token has either sign. y+ and y- still differ in their
+    first token.
+    """
+    pulls = [_errors(w, response) @ w for response in (probe, chosen, rejected)]
+    shared_tokens = _ids(probe.tokens, jnp.asarray(shared)) < shared
+    parts = {
+        "shared_tokens": jnp.where(shared_tokens, (pulls[0] ** 2).sum(-1), 0.0).sum(),
+        "branch": pulls[0][shared] @ pulls[1][shared],
+        "rejected_first": -(pulls[0][0] @ pulls[2][0]),
+        "beta_minus": -feature_terms(w, probe, rejected),
+        "beta_plus": feature_terms(w, probe, chosen),
+    }
+    return _decomposition({name: -slope * value for name, value in parts.items()})
+
+
 def theorem_8(
     w: Float[Array, "V D"],
     h: Float[Array, "N D"],
@@ -306,10 +338,7 @@ def theorem_9(
       Totals [N, V] and the terms ``own``, ``transfer``, ``c``.
     """
     n = h.shape[0]
-    own_slopes = slopes
-    if printed:
-        assert losses is not None, "the printed form needs the values of the losses"
-        own_slopes = losses
+    own_slopes = _prime_or_not(slopes, losses, printed)
     pi = jax.nn.softmax(h @ w.T, axis=-1)
     along = (w[chosen] - w[rejected]) @ w.T
     labels = jax.nn.one_hot(chosen, w.shape[0], dtype=w.dtype) - jax.nn.one_hot(rejected, w.shape[0], dtype=w.dtype)
@@ -317,6 +346,39 @@ def theorem_9(
     own = (-own_slopes / n)[:, None] * along
     c = (own_slopes / n) * (pi * along).sum(-1) - (pulled * (pi @ labels.T)).sum(-1)
     return _decomposition({"own": own, "transfer": pulled @ labels, "c": jnp.broadcast_to(c[:, None], own.shape)})
+
+
+def lemma_1(margin: Array, ref_margin: Array, beta: Array) -> Array:
+    r"""Lemma 1: DPO's slope, negative at every margin.
+
+    .. math:: \ell'(u) = -\beta \sigma(\beta (u_{ref} - u)) < 0
+    """
+    return -beta * jax.nn.sigmoid(beta * (ref_margin - margin))
+
+
+def lemma_2(
+    slope_at_start: Array, curvature: Array, times: Float[Array, " S"], pull: Float[Array, " S"]
+) -> Float[Array, " half"]:
+    r"""Lemma 2 as a number (derived): the least that :math:`-\ell'` can be along the flow of one sample.
+
+    .. math::
+      -\ell'(u(t)) \ge -\ell'(u(0)) \exp\Big(-L \int_0^t \|\nabla \ln \pi(y^+) - \nabla \ln \pi(y^-)\|^2\Big) > 0
+
+    by :math:`\dot u = -\ell' \|\cdot\|^2` and Groenwall's inequality, with L a Lipschitz constant of :math:`\ell'`
+    between u(0) and u(t): the assumption that the paper leaves unsaid. Equality for quadratic losses.
+
+    Args:
+      slope_at_start: ell'(u(0)).
+      curvature: L.
+      times: an odd number of evenly spaced ones.
+      pull: the squared norm above at those times.
+
+    Returns:
+      The bound at every second time, ``times[::2]``: the integral is Simpson's.
+    """
+    pieces = (pull[:-2:2] + 4 * pull[1:-1:2] + pull[2::2]) * (times[1] - times[0]) / 3
+    integral = jnp.concatenate([jnp.zeros(1, pull.dtype), jnp.cumsum(pieces)])
+    return -slope_at_start * jnp.exp(-curvature * integral)
 
 
 def proposition_1(k_chosen: Array, k_cross: Array, slope: Array, sft_weight: Array) -> Decomposition:

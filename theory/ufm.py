@@ -18,7 +18,7 @@ response z, with :math:`d^+ = -\partial L / \partial \ln \pi(y^+)` and :math:`d^
   \quad E_k = e_{y_k} - \pi_k, \quad G_k = W^\top E_k .
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,17 +61,26 @@ class Residuals(NamedTuple):
 class Kernel(NamedTuple):
     """Inner products of the gradients of log-probabilities, through W and through the features."""
 
-    head: Float[Array, "N M"]
-    body: Float[Array, "N M"]
+    head: Float[Array, "*n"]
+    body: Float[Array, "*n"]
 
     @property
-    def total(self) -> Float[Array, "N M"]:
+    def total(self) -> Float[Array, "*n"]:
         """K."""
         return self.head + self.body
 
 
 PairLoss = Callable[[Array, Array], Array]
 """From the log-probabilities of all chosen and all rejected responses to the training loss, a number."""
+
+
+Objectives = Callable[["UFM"], Float[Array, " L"]]
+"""From a model to several training losses at once."""
+
+
+def stack(*responses: Responses) -> Responses:
+    """Several batches of responses as one."""
+    return Responses(*(jnp.concatenate(parts) for parts in zip(*responses, strict=True)))
 
 
 def share_contexts(prompts: Int[Array, " N"], tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:
@@ -132,14 +141,28 @@ def residuals(model: UFM, responses: Responses) -> Residuals:
     return Residuals(error, error @ model.unembedding, hidden)
 
 
-def kernel(model: UFM, left: Responses, right: Responses) -> Kernel:
-    """K(u, v) between all responses u of ``left`` and v of ``right``; see the module's equation."""
+def token_kernel(model: UFM, left: Responses, right: Responses) -> Kernel:
+    """K(u, v) between the responses u of ``left`` and every single token v of ``right``, [N, M, T].
+
+    What a loss needs that reads the log-probability of each token: (*) holds with tokens for responses.
+    """
     a, b = residuals(model, left), residuals(model, right)
     alpha = jnp.einsum("akv,blv->akbl", a.error, b.error)
     similarity = jnp.einsum("akd,bld->akbl", a.hidden, b.hidden)
     same = left.contexts[:, :, None, None] == right.contexts[None, None, :, :]
     pulls = jnp.where(same, jnp.einsum("akd,bld->akbl", a.pull, b.pull), 0.0)
-    return Kernel((alpha * similarity).sum((1, 3)), pulls.sum((1, 3)))
+    return Kernel((alpha * similarity).sum(1), pulls.sum(1))
+
+
+def kernel(model: UFM, left: Responses, right: Responses) -> Kernel:
+    """K(u, v) between all responses u of ``left`` and v of ``right``, [N, M]; see the module's equation."""
+    return Kernel(*(part.sum(-1) for part in token_kernel(model, left, right)))
+
+
+def gram(model: UFM, *responses: Responses) -> Float[Array, "N N"]:
+    """K between all the responses that are given; of a pair's two sides [[K++, K+-], [K+-, K--]]."""
+    every = stack(*responses)
+    return kernel(model, every, every).total
 
 
 def incentives(loss: PairLoss, chosen: Float[Array, " N"], rejected: Float[Array, " N"]) -> tuple[Array, Array]:
@@ -154,9 +177,23 @@ def rates(model: UFM, pairs: Pairs, loss: PairLoss, probe: Responses) -> Float[A
     return kernel(model, probe, pairs.chosen).total @ up - kernel(model, probe, pairs.rejected).total @ down
 
 
-def rates_by_autodiff(model: UFM, pairs: Pairs, loss: PairLoss, probe: Responses) -> Float[Array, " N"]:
-    """The same by one backward and one forward-mode pass through the model: what the identity is checked against."""
-    return jax.jvp(lambda m: log_probs(m, probe), (model,), (descent(model, pairs, loss),))[1]
+def rates_by_autodiff(model: UFM, objectives: Objectives, probe: Responses) -> Float[Array, "L N"]:
+    """d/dt ln pi(z) of every probe under the flow of each objective, by a backward and a forward-mode pass.
+
+    Nothing of the theory is in it: what the identity and the theorems are checked against.
+    """
+    velocities = jax.tree.map(jnp.negative, jax.jacrev(objectives)(model))
+    return jax.vmap(lambda v: jax.jvp(lambda m: log_probs(m, probe), (model,), (v,))[1])(velocities)
+
+
+def flow_rates(model: UFM, pairs: Pairs, losses: Sequence[PairLoss], probe: Responses) -> Float[Array, "L N"]:
+    """``rates_by_autodiff`` of losses that read the pairs' log-probabilities."""
+
+    def objectives(m: UFM) -> Array:
+        now = pair_log_probs(m, pairs)
+        return jnp.stack([loss(*now) for loss in losses])
+
+    return rates_by_autodiff(model, objectives, probe)
 
 
 def descent(model: UFM, pairs: Pairs, loss: PairLoss) -> UFM:

@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def verify(
 
 def _run(c: Claim, context: Context) -> Result:
     start = time.perf_counter()
-    seen = c.check(context)
+    seen = c.check(replace(context, id=c.id))
     return Result(
         id=c.id,
         statement=c.statement,

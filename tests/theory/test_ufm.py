@@ -48,7 +48,7 @@ def test_the_closed_form_case_of_one_dimension(x64):
     loss = mean_of(lambda u: jax.nn.softplus(-0.1 * u))
     expected = [-2 / 15, -1 / 3, 7 / 15]
     np.testing.assert_allclose(ufm.rates(model, pairs, loss, every), expected, rtol=1e-14)
-    np.testing.assert_allclose(ufm.rates_by_autodiff(model, pairs, loss, every), expected, rtol=1e-14)
+    np.testing.assert_allclose(ufm.flow_rates(model, pairs, [loss], every)[0], expected, rtol=1e-14)
 
 
 def test_the_kernel_is_the_gram_matrix_of_gradients(x64):
@@ -57,6 +57,12 @@ def test_the_kernel_is_the_gram_matrix_of_gradients(x64):
     j = [jax.jacrev(lambda m, r=r: ufm.log_probs(m, r))(i.model) for r in i.pairs]
     np.testing.assert_allclose(k.head, np.einsum("avd,bvd->ab", j[0].unembedding, j[1].unembedding), atol=1e-13)
     np.testing.assert_allclose(k.body, np.einsum("acd,bcd->ab", j[0].features, j[1].features), atol=1e-13)
+    everything = ufm.gram(i.model, *i.pairs)
+    np.testing.assert_allclose(everything[:3, 3:], k.total, rtol=1e-13)
+    np.testing.assert_allclose(everything, everything.T, rtol=1e-12)
+    by_token = ufm.token_kernel(i.model, i.pairs.chosen, i.pairs.rejected)
+    assert by_token.head.shape == (3, 3, 3)
+    assert not by_token.total[:, ~i.pairs.rejected.mask].any()
 
 
 def test_rescaling_and_the_gauge_leave_log_probabilities_alone(x64):

@@ -13,24 +13,32 @@ import jax
 import numpy as np
 
 from ches_jax.errors import ChesError, many
-from theory.instances import Draw, Noise, noise
+from theory.instances import Draw, noise_for
+from theory.search import run_once
 
 Status = Literal["exact", "bound", "statistical", "refuted as printed"]
 Scope = Literal["toy", "model"]
+EXACT = 1e-10
+SLACK = 1e-12
+"""Rounding of an inequality."""
+QUICK = 100
+"""Below so many instances only the first size is compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a check may use: randomness, size, and (for claims about a real model) the model with its pairs."""
 
+    id: str = ""
+    """The claim's."""
     seed: int = 0
     instances: int = 1000
     model: Any = None
     """A ``theory.real.RealModel``."""
 
-    def key(self, name: str) -> tuple[int, ...]:
+    def key(self, name: str = "") -> tuple[int, ...]:
         """A seed of the claim's own, so that a claim's numbers do not depend on which others run."""
-        return (self.seed, *name.encode())
+        return (self.seed, *(name or self.id).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,11 @@ class Outcome:
     n: int
     """Instances behind it."""
     detail: dict[str, Any] = field(default_factory=dict)
+    figure: dict[str, Any] = field(default_factory=dict)
+    """What the claim's figures are drawn from (``theory.figures``): arrays and words."""
+
+
+Check = Callable[[Context], Outcome]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +67,7 @@ class Claim:
     status: Status
     scope: Scope
     tolerance: float
-    check: Callable[[Context], Outcome]
+    check: Check
 
     def holds(self, outcome: Outcome) -> bool:
         """Whether the outcome supports the claim; never for a number that is not finite."""
@@ -69,11 +82,11 @@ _CLAIMS: dict[str, Claim] = {}
 
 
 def claim(
-    id: str, statement: str, *, source: str, status: Status, tolerance: float, scope: Scope = "toy"
-) -> Callable[[Callable[[Context], Outcome]], Callable[[Context], Outcome]]:
+    id: str, statement: str, source: str, status: Status, tolerance: float, scope: Scope = "toy"
+) -> Callable[[Check], Check]:
     """Enter a check in the registry."""
 
-    def enter(check: Callable[[Context], Outcome]) -> Callable[[Context], Outcome]:
+    def enter(check: Check) -> Check:
         if id in _CLAIMS:
             raise ValueError(f"two claims are named {id!r}")
         _CLAIMS[id] = Claim(
@@ -82,6 +95,26 @@ def claim(
         return check
 
     return enter
+
+
+def exact(id: str, statement: str, source: str, tolerance: float = EXACT, scope: Scope = "toy"):
+    """A claim that two numbers are one; with tolerance 0, that something happens without exception."""
+    return claim(id, statement, source, "exact", tolerance, scope)
+
+
+def bound(id: str, statement: str, source: str, tolerance: float = SLACK, scope: Scope = "toy"):
+    """A claim that something never happens; the value is the worst violation."""
+    return claim(id, statement, source, "bound", tolerance, scope)
+
+
+def statistical(id: str, statement: str, source: str, tolerance: float, scope: Scope = "toy"):
+    """A claim about an average, a slope or a correlation."""
+    return claim(id, statement, source, "statistical", tolerance, scope)
+
+
+def refuted(id: str, statement: str, source: str, tolerance: float):
+    """A statement that is wrong as printed, by the tolerance at least."""
+    return claim(id, statement, source, "refuted as printed", tolerance)
 
 
 def all_claims(scope: Scope | None = None) -> tuple[Claim, ...]:
@@ -101,23 +134,26 @@ def find(ids: Sequence[str]) -> tuple[Claim, ...]:
     return tuple(_CLAIMS[i] for i in ids)
 
 
-def sweep(key: tuple[int, ...], instances: int, check: Callable[..., Any], sizes: Sequence[dict[str, int]]) -> Any:
+def sweep(
+    key: tuple[int, ...], instances: int, check: Callable[..., Any], sizes: Sequence[dict[str, int]] = ({},)
+) -> Any:
     """``check(draw, **size)`` on so many instances, dealt out over the sizes; one compilation for each size.
 
-    Every size gets a hundred instances at least: a quick look compiles only the first of them.
+    Every size gets ``QUICK`` instances at least: a quick look compiles only the first of them.
 
     Returns:
       The results as numpy arrays with the instances in front.
     """
-    sizes = sizes[: max(1, instances // 100)]
+    sizes = sizes[: max(1, instances // QUICK)]
     each = -(-instances // len(sizes))
     found = []
     for i, size in enumerate(sizes):
 
-        def one(numbers: Noise, size=size):
-            return check(Draw(numbers), **size)
+        def one(draw: Draw, size=size):
+            return check(draw, **size)
 
-        found.append(jax.device_get(jax.jit(jax.vmap(one))(noise((*key, i), each))))
+        numbers = noise_for(one, (*key, i), each)
+        found.append(jax.device_get(run_once(jax.vmap(lambda n, one=one: one(Draw(n))), numbers)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
 
@@ -126,6 +162,45 @@ def worst(values: Any) -> float:
     return float(np.max(np.where(np.isnan(values), np.inf, values)))
 
 
-def error_outcome(errors: Any) -> Outcome:
-    """The outcome of an exact claim."""
+def largest(errors: Any) -> Outcome:
+    """The outcome of an exact claim: its largest error."""
     return Outcome(value=worst(errors), n=int(np.shape(errors)[0]), detail={"median": float(np.median(errors))})
+
+
+def median(values: Any) -> Outcome:
+    """The outcome of a refuted statement: how wrong it usually is."""
+    values = np.asarray(values)
+    return Outcome(value=float(np.median(values)), n=len(values), detail={"largest": float(values.max())})
+
+
+def share(happened: Any) -> Outcome:
+    """How often something happens."""
+    return Outcome(value=float(np.mean(happened)), n=len(happened))
+
+
+def exceptions(seen: dict[str, np.ndarray]) -> Outcome:
+    """How often something happens that never should, over the instances that are ``clear`` (where that is told)."""
+    first = next(iter(seen.values()))
+    clear = seen.get("clear", np.ones(len(first), bool))
+    wrong = {name: int((values & clear).sum()) for name, values in seen.items() if name != "clear"}
+    return Outcome(value=float(sum(wrong.values())), n=int(clear.sum()), detail=wrong)
+
+
+def swept(
+    *sizes: dict[str, int], times: int = 1, told: Callable[[Any], Outcome] = largest
+) -> Callable[[Callable[..., Any]], Check]:
+    """From what happens in one random instance, ``f(draw, **size)``, to the check of a claim.
+
+    Args:
+      sizes: of the instances.
+      times: so many times the instances asked for.
+      told: from the values of all instances to the outcome.
+    """
+
+    def check_of(one: Callable[..., Any]) -> Check:
+        def check(ctx: Context) -> Outcome:
+            return told(sweep(ctx.key(), times * ctx.instances, one, sizes or ({},)))
+
+        return check
+
+    return check_of
