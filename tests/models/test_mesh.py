@@ -50,7 +50,7 @@ def two_sequences_a_row() -> dict[str, Any]:
 
 
 def states(model: Decoder, mesh: Any, **options: Any) -> np.ndarray:
-    run = jax.jit(lambda m, b: m.hidden(**b, attend=partial(blocks, block=16), mesh=mesh, **options))
+    run = jax.jit(lambda m, b: m.hidden(**b, **{"attend": partial(blocks, block=16), "mesh": mesh, **options}))
     return np.asarray(run(model, two_sequences_a_row()))
 
 

@@ -1,0 +1,134 @@
+"""Every way to compute attention on packed rows against plain attention of each sequence alone, in NumPy."""
+
+import zlib
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ches_jax.models import attention
+from ches_jax.models.kernels import KERNELS
+from ches_jax.models.visibility import block_spans, key_ranges, visible, visited, within
+
+from .packed import Packed, packed
+
+SIZES = [(31, 3, 40, 22), (1, 0, 1, 1), (60, 0, 17, 80), (5, 7, 0, 9), (12, 0, 90, 3), (90, 1, 11, 45), (2, 0, 30, 7)]
+LENGTH = 301
+"""No multiple of any tile."""
+NO_WINDOW = 2**30
+
+
+class Case(NamedTuple):
+    """A shape, and what else a family may ask for."""
+
+    kv: int
+    group: int
+    head: int
+    window: int = NO_WINDOW
+    softcap: float | None = None
+    dtype: str = "float32"
+    tolerance: float = 1e-5
+
+
+CASES = [
+    pytest.param(Case(1, 2, 64), id="grouped"),
+    pytest.param(Case(2, 1, 128, window=40, softcap=5.0), id="window-softcap"),
+    pytest.param(Case(1, 4, 32, window=17, dtype="float64", tolerance=1e-12), id="float64"),
+]
+PLAIN = {
+    "dense": attention.dense,
+    "blocks": partial(attention.blocks, block=16),
+    "slices": partial(attention.slices, block=50),
+}
+WAYS = PLAIN | {name: kernel.make(True) for name, kernel in KERNELS.items()}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Packed:
+    return packed(SIZES, LENGTH)
+
+
+def arrays(case: Case, rows: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count, length = rows.rows.tokens.shape
+    rng = np.random.default_rng(0)
+    shapes = ((count, length, case.kv, case.group, case.head), *[(count, length, case.kv, case.head)] * 2)
+    q, k, v = (rng.normal(size=s).astype(case.dtype) for s in shapes)
+    return q, k, v
+
+
+def alone(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, row: int, at: np.ndarray) -> np.ndarray:
+    """Causal attention of one sequence in float64."""
+    q, k, v = (a[row, at].astype(np.float64) for a in (q, k, v))
+    scores = np.einsum("qkgh,skh->kgqs", q, k) * case.head**-0.5
+    if case.softcap is not None:
+        scores = case.softcap * np.tanh(scores / case.softcap)
+    distance = np.arange(len(at))[:, None] - np.arange(len(at))[None, :]
+    scores = np.where((distance >= 0) & (distance < case.window), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("kgqs,skh->qkgh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str, case: Case):
+    with jax.enable_x64(case.dtype == "float64"):
+        q, k, v = arrays(case, rows)
+        seen = within(key_ranges(rows.seen), jnp.int32(case.window))
+        run = jax.jit(partial(WAYS[way], scale=case.head**-0.5, softcap=case.softcap))
+        found = np.asarray(run(q, k, v, seen))
+    assert found.dtype == case.dtype
+    assert np.isfinite(found).all()
+    for row, at in rows.sequences:
+        np.testing.assert_allclose(found[row, at], alone(case, q, k, v, row, at), atol=case.tolerance)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "slices"])
+def test_any_positions_may_be_the_queries(rows: Packed, way: str):
+    case = Case(1, 2, 64)
+    q, k, v = arrays(case, rows)
+    at = np.random.default_rng(1).permutation(LENGTH)[:77]
+    seen = key_ranges(rows.seen)
+    options = {"scale": 0.2, "softcap": None}
+    whole = attention.dense(*map(jnp.asarray, (q, k, v)), seen, **options)
+    some = jax.jit(partial(WAYS[way], **options))(q[:, at], k, v, jax.tree.map(lambda a: a[:, at], seen))
+    np.testing.assert_allclose(some, whole[:, at], atol=1e-5)
+
+
+def test_slices_have_the_gradient_of_dense(rows: Packed, x64: None):
+    case = Case(1, 2, 8, window=17, softcap=5.0, dtype="float64")
+    inputs = tuple(map(jnp.asarray, arrays(case, rows)))
+    seen = within(key_ranges(rows.seen), jnp.int32(case.window))
+
+    def value(way, *inputs):
+        out = PLAIN[way](*inputs, seen, scale=0.3, softcap=case.softcap)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    for a, b in zip(
+        *(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in ("slices", "dense")), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(("queries", "keys", "window"), [(16, 16, NO_WINDOW), (64, 32, NO_WINDOW), (32, 64, 9)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_visited_blocks_hold_all_that_is_seen_once_each_and_hardly_more(
+    seed: int, queries: int, keys: int, window: int
+):
+    rng = np.random.default_rng(zlib.crc32(bytes([seed])))
+    sizes = [tuple(map(int, (rng.integers(1, 90), rng.integers(0, 9), *rng.integers(0, 90, 2)))) for _ in range(9)]
+    rows = packed(sizes, 320)
+    seen = within(key_ranges(rows.seen), jnp.int32(window))
+    count, length = seen.own_start.shape
+    mask = np.asarray(visible(seen, jnp.arange(length)))
+    needed = mask.reshape(count, length // queries, queries, length // keys, keys).any((2, 4))
+    spans = block_spans(seen, queries, keys)
+    steps = jnp.arange(length // keys + 1)[None, None]
+    order = np.asarray(visited(jax.tree.map(lambda a: a[..., None], spans), steps))
+    for row, block in np.ndindex(needed.shape[:2]):
+        visits = order[row, block, : int(spans.visits[row, block])]
+        assert (np.diff(visits) > 0).all()
+        assert set(np.flatnonzero(needed[row, block])) <= set(visits) <= set(range(length // keys))
+    assert int(spans.visits.sum()) <= 1.1 * needed.sum()

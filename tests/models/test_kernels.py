@@ -1,0 +1,113 @@
+"""Kernels: which one runs where, none trusted unseen, the same states on a mesh; lowered for devices not here."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import pytest
+from flax import nnx
+
+from ches_jax.errors import ChesError
+from ches_jax.models import attention, kernels
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.families import decoder_config
+from ches_jax.models.kernels import KERNELS, Kernel, Setting, check, choose
+from ches_jax.models.visibility import KeyRanges
+from ches_jax.parallel import make_mesh
+
+from .test_mesh import spread, states
+from .test_strict import family
+
+LLAMA = decoder_config(family("llama", head_dim=64, num_attention_heads=2, num_key_value_heads=1))
+H100 = Setting("gpu", "H100", 9.0, "bfloat16", 128, 4)
+V5E = Setting("tpu", "TPU v5 lite", 0.0, "bfloat16", 128, 4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_sliding_windows_and_soft_caps_on_a_mesh_of_heads_and_rows(name: str):
+    raw = family(
+        "gemma2", hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=40,
+        max_position_embeddings=64, sliding_window=5, attn_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(1))
+    nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))
+    mesh = make_mesh("data=2,tensor=2")
+    found = states(spread(model, mesh), mesh, attend=KERNELS[name].make(True))
+    plain = states(model, None, attend=attention.dense)
+    np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_the_cpu_computes_in_blocks():
+    assert choose("auto", LLAMA, "float32").name == "blocks"
+    assert choose("dense", LLAMA, "float32").attend is attention.dense
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_agree_in_bfloat16_when_interpreted(name: str):
+    assert check(KERNELS[name].make(True), LLAMA, "bfloat16") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "reason"),
+    [
+        ("pallas-tpu", V5E, None),
+        ("pallas-tpu", H100, "needs a TPU"),
+        ("pallas-tpu", V5E._replace(dtype="float16"), "not float16"),
+        ("pallas-tpu", V5E._replace(group=64), "this model has 64"),
+        ("pallas-gpu", H100, None),
+        ("pallas-gpu", H100._replace(dtype="float32", head_dim=80, group=1), None),
+        ("pallas-gpu", V5E, "8.0 or more"),
+        ("pallas-gpu", H100._replace(capability=7.5), "8.0 or more"),
+        ("pallas-gpu", H100._replace(dtype="float64"), "not float64"),
+        ("pallas-gpu", H100._replace(head_dim=512), "have 512"),
+    ],
+)
+def test_why_a_kernel_cannot_run(name: str, setting: Setting, reason: str | None):
+    why = KERNELS[name].why_not(setting)
+    assert why is None if reason is None else why is not None and reason in why
+
+
+def test_a_kernel_that_cannot_run_here_says_why_and_what_can():
+    with pytest.raises(ChesError, match=r"pallas-gpu: cannot run on this cpu: it needs an NVIDIA.*blocks, dense"):
+        choose("pallas-gpu", LLAMA, "float32")
+    with pytest.raises(ChesError, match="expected auto, pallas-tpu, pallas-gpu, blocks, dense"):
+        choose("flash", LLAMA, "float32")
+
+
+def sees_everything_before(q, k, v, seen: KeyRanges, **options):
+    """A faulty kernel: the chosen response's tokens are visible to the rejected one's."""
+    return attention.dense(q, k, v, seen._replace(own_start=jnp.zeros_like(seen.own_start)), **options)
+
+
+def fails(*arrays, **options):
+    raise NotImplementedError("no such instruction")
+
+
+@pytest.mark.parametrize(
+    ("attend", "fault"), [(sees_everything_before, "differs from"), (fails, "no such instruction")]
+)
+def test_a_faulty_kernel_is_never_used(monkeypatch, attend, fault):
+    faulty = Kernel(lambda interpret: attend, lambda setting: None)
+    monkeypatch.setattr(kernels, "KERNELS", {"faulty": faulty})
+    with pytest.raises(ChesError, match=f"--attention faulty: .*{fault}"):
+        choose("faulty", LLAMA, "float32")
+    chosen = choose("auto", LLAMA, "float32")
+    assert (chosen.name, chosen.attend) == ("blocks", attention.blocks)
+    assert fault in chosen.refused[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "platform", "call"), [("pallas-tpu", "tpu", "tpu_custom_call"), ("pallas-gpu", "cuda", "triton")]
+)
+def test_kernels_lower_for_devices_that_are_not_here(name: str, platform: str, call: str, dtype: str):
+    if platform == "cuda" and tuple(map(int, jaxlib.__version__.split(".")[:3])) > (0, 10, 2):
+        pytest.skip("from jaxlib 0.10.3 on lowering for CUDA compiles, which needs the CUDA plugin")
+    rows, length, kv, group, head = 2, 2048, 2, 4, 128
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    q, k = shape((rows, length, kv, group, head)), shape((rows, length, kv, head))
+    seen = jax.eval_shape(lambda: KeyRanges(*[jnp.zeros((rows, length), jnp.int32)] * 4))
+    run = jax.jit(partial(KERNELS[name].make(False), scale=0.1, softcap=30.0))
+    assert call in run.trace(q, k, k, seen).lower(lowering_platforms=(platform,)).as_text()
