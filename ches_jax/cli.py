@@ -119,6 +119,8 @@ class Convert:
 
     model: str
     """Hugging Face model directory or hub name."""
+    adapter: str | None = None
+    """PEFT adapter (directory or hub name) to merge into the weights."""
     out: Path
     """The directory to write; must not exist, or be empty."""
     dtype: str | None = None
@@ -132,6 +134,7 @@ class Convert:
 
         from ches_jax.hf.directory import resolve
         from ches_jax.models.load import load_model
+        from ches_jax.models.peft import load_merged
         from ches_jax.models.save import save_pretrained
 
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -140,7 +143,10 @@ class Convert:
             raise ChesError(f"--shard-gb {self.shard_gb}: expected a positive number")
         directory = resolve(self.model)
         with jax.enable_x64(True):  # float64 weights stay float64
-            model = load_model(directory)
+            # merged in the dtype that is written: a change that it can hold is not rounded away
+            model = (
+                load_merged(directory, self.adapter, param_dtype=self.dtype) if self.adapter else load_model(directory)
+            )
             save_pretrained(model, self.out, like=directory, dtype=self.dtype, shard_bytes=int(self.shard_gb * 2**30))
         print(self.out)
         return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -20,9 +21,10 @@ from ches_jax.errors import CheckpointError, many
 from ches_jax.files import new_directory
 from ches_jax.hf.directory import fingerprint_of, read_config, read_json, resolve
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
-from ches_jax.models.decoder import abstract_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families import decoder_config, family_of
-from ches_jax.models.lora import TARGETS, LowRank, Spec
+from ches_jax.models.load import load_model, with_parameters
+from ches_jax.models.lora import TARGETS, LowRank, Spec, adapted, merged
 from ches_jax.models.mapping import Columns, Rule
 
 CONFIG = "adapter_config.json"
@@ -93,6 +95,44 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     if problems or not found:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
     return _stacked(directory, raw, found, sites)
+
+
+def load_adapted(
+    model: str | Path, adapter: str | Path, *, dtype: str = "float32", param_dtype: str | None = None,
+    sharding: Any = None,
+) -> Decoder:  # fmt: skip
+    """The model with the adapter beside its matrices, not merged: nothing is rounded.
+
+    Args:
+      model: base model, as for ``load_model``.
+      adapter: PEFT adapter, a directory or a hub name.
+      dtype: of the computation.
+      param_dtype: of the base weights; default: as stored. Adapters are float32.
+      sharding: as for ``load_model``.
+
+    Raises:
+      CheckpointError: anything that does not fit.
+    """
+    base = resolve(model)
+    found = read_adapter(adapter_directory(adapter), base)
+    plain = load_model(base, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    both = adapted(abstract_decoder(plain.config, dtype=plain.dtype), found.spec)
+    place = sharding or (lambda name, shape: None)
+    arrays = {name: jax.device_put(value, place(name, value.shape)) for name, value in found.arrays.items()}
+    return with_parameters(both, {**named_parameters(plain), **arrays})
+
+
+def load_merged(model: str | Path, adapter: str | Path, *, param_dtype: str | None = None) -> Decoder:
+    """The model with ``W + s B A`` in place of W, rounded once to the dtype of W: one that needs no adapter.
+
+    Raises:
+      CheckpointError: anything that does not fit.
+    """
+    base = resolve(model)
+    found = read_adapter(adapter_directory(adapter), base)
+    plain = load_model(base, param_dtype=param_dtype)
+    whole = merged({**named_parameters(plain), **found.arrays}, found.spec)
+    return with_parameters(abstract_decoder(plain.config), whole)
 
 
 def _refused(raw: Mapping[str, Any]) -> Iterator[str]:

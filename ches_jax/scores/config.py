@@ -22,6 +22,8 @@ class ScoreConfig:
 
     model: str = EMBEDDED
     """Hugging Face model directory or hub name; default: the embedded model."""
+    adapter: str | None = None
+    """PEFT adapter (directory or hub name) to score the model with."""
     pairs: str = EMBEDDED
     """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the embedded pairs."""
     split: str | None = None

@@ -7,6 +7,7 @@ which process it was computed: a resumed run ends in the same bytes.
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> 
 
 
 def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> Path:
-    from ches_jax.models import kernels
+    from ches_jax.models import kernels, peft
     from ches_jax.models.load import load_model
     from ches_jax.models.partition import placement
 
@@ -66,10 +67,12 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     attention = kernels.choose(config.attention, inputs.decoder, config.dtype)
     for fault in attention.refused:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
-    model = load_model(
-        inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh)
-    )  # fmt: skip
+    adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
+    load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
+    model = load(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
     identity = _identity(config, inputs)
+    if adapter is not None:
+        identity["adapter_fingerprint"] = peft.adapter_fingerprint(adapter)
     # the other processes join the directory that the first one makes
     open_run(out, "score", identity, resume or process.count > 1)
     if (out / FILE_NAME).exists():
@@ -183,7 +186,7 @@ def _metadata(identity: dict[str, Any], family: str) -> dict[str, Any]:
         "model": config["model"],
         "family": family,
         "pairs": config["pairs"],
-        **{k: identity[k] for k in ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint")},
+        **{k: v for k, v in identity.items() if k.endswith("fingerprint")},
         "convention": {"eos": config["eos"], "max_length": config["max_length"], "template": config["template"]},
         "dtype": config["dtype"],
         "param_dtype": config["param_dtype"] or "stored",

@@ -17,7 +17,15 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families import decoder_config
 from ches_jax.models.load import load_model, with_parameters
 from ches_jax.models.lora import adapted, adapter_shapes, initial_adapters, make_spec, merged
-from ches_jax.models.peft import CONFIG, WEIGHTS, adapter_fingerprint, read_adapter, write_adapter
+from ches_jax.models.peft import (
+    CONFIG,
+    WEIGHTS,
+    adapter_fingerprint,
+    load_adapted,
+    load_merged,
+    read_adapter,
+    write_adapter,
+)
 from ches_jax.models.save import save_pretrained
 
 COMMON = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
@@ -218,3 +226,16 @@ def test_targets_are_checked(base):
         make_spec(1, 1.0, "q,gate,lm_head", config)
     with pytest.raises(ChesError, match=r"rank 0 and alpha 1\.0: expected positive numbers"):
         make_spec(0, 1.0, "q", config)
+
+
+def test_an_adapter_loads_beside_the_model_or_into_it(base, tmp_path):
+    directory = base("llama")
+    spec = make_spec(3, 6.0, "all-linear", decoder_config(read_config(directory)))
+    model, params = with_adapters(directory, spec)
+    write_adapter(tmp_path / "adapter", params, spec, directory)
+    expected = logits(model)
+    np.testing.assert_array_equal(logits(load_adapted(directory, tmp_path / "adapter")), expected)
+    found = logits(load_merged(directory, tmp_path / "adapter"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    with pytest.raises(ChesError, match=r"no adapter_model\.safetensors; expected a PEFT adapter directory"):
+        load_adapted(directory, directory)
