@@ -1,6 +1,7 @@
 """Packed rows whose every token occurs once, so that a sequence can be found in its row by its tokens alone."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Packed(NamedTuple):
         return Visibility(*map(jnp.asarray, (self.rows.context_start, self.rows.context_end, self.rows.own_start)))
 
 
-def packed(sizes: list[tuple[int, int, int, int]], length: int) -> Packed:
+def packed(sizes: Sequence[Sequence[int]], length: int) -> Packed:
     """Pairs of (prompt, shared response prefix, rest of chosen, rest of rejected) tokens in one batch of rows."""
     fresh = itertools.count(1)
 
