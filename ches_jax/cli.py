@@ -19,6 +19,7 @@ from ches_jax.diagnose import DiagnoseConfig, diagnose, failed
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
+from ches_jax.judges.config import JudgeConfig
 from ches_jax.runlog import RUN, read_json
 from ches_jax.scores.config import DTYPES, ScoreConfig
 from ches_jax.scores.pipeline import merge, score
@@ -202,6 +203,30 @@ class Generate(GenerateConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge(JudgeConfig):
+    """Did responses refuse? By a list of phrases, by a language model, or by labels: judgments.jsonl and the rate."""
+
+    resume: bool = False
+    """Go on with the run that --out holds."""
+    quiet: bool = False
+    """No progress, no summary."""
+    json: bool = False
+    """Print run.json instead of the path."""
+
+    def run(self) -> int:
+        """Judges, prints the refusal rate and the path of the judgments."""
+        from ches_jax.judges.pipeline import FILE_NAME as JUDGMENTS
+        from ches_jax.judges.pipeline import judge, summary_text
+
+        out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
+        told = read_json(out / RUN)
+        if not self.quiet:
+            print(summary_text(told["summary"]), file=sys.stderr)
+        print(json.dumps(told) if self.json else out / JUDGMENTS)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnose(DiagnoseConfig):
     """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
 
@@ -268,6 +293,7 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Select, tyro.conf.subcommand("select")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Judge, tyro.conf.subcommand("judge")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Report, tyro.conf.subcommand("report")]

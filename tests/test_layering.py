@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "scores": PURE | {"models"},
     "train": PURE | {"models"},
     "generate": PURE | {"models"},
+    "judges": PURE | {"models", "generate"},
     "report": PURE | {"models", "scores", "train", "generate"},
     "doctor": PURE | {"models", "scores"},
     "diagnose": PURE | {"scores", "train"},

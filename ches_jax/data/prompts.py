@@ -287,10 +287,10 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
     Raises:
       DataError: there is no prompt, or it is something else than text, messages or token ids.
     """
-    values = {name: row.get(columns.get(name, name)) for name in PROMPT_COLUMNS}
-    if values["prompt_ids"] is not None:
+    values = _values(row, columns, PROMPT_COLUMNS)
+    if "prompt_ids" in values:
         return {"prompt_ids": _token_ids("prompt_ids", values["prompt_ids"])}
-    if values["prompt"] is not None:
+    if "prompt" in values:
         content = {"prompt": _text_or_messages("prompt", values["prompt"])}
     elif not columns.get("prompt") and row.get("chosen") is not None and row.get("rejected") is not None:
         content = {"prompt": canonical_content(row, {})["prompt"]}
@@ -301,7 +301,7 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
             f"{', '.join(map(str, row)) or 'none'}; say which column holds the prompt with --columns prompt=NAME"
         )
     for name in ("tools", "chat_template_kwargs"):
-        if values[name] is not None:
+        if name in values:
             content[name] = _template_argument(name, values[name])
     return content
 

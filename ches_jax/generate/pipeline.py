@@ -140,8 +140,9 @@ class Continuer:
             for p, s in wanted
         ]
         # few prompts need no full batch; a chunk of a longer run always has one
-        rows = min(config.batch_size, len(asks)) if len(prompts) < config.chunk_rows else config.batch_size
-        made = self._engine(asks, -(-max(rows, 1) // self.shards) * self.shards, tell)
+        few = 1 << max(len(asks) - 1, 0).bit_length()
+        rows = min(config.batch_size, few) if len(prompts) < config.chunk_rows else config.batch_size
+        made = self._engine(asks, -(-rows // self.shards) * self.shards, tell)
         return [self._row(p, s, m) for (p, s), m in zip(wanted, made, strict=True)]
 
     def _row(self, prompt: Prompt, sample: int, made: Any) -> dict[str, Any]:

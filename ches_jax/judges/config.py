@@ -1,0 +1,88 @@
+"""The options of ``ches judge``."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from ches_jax.errors import ChesError
+from ches_jax.generate.config import DTYPES
+from ches_jax.options import Columns
+from ches_jax.runlog import new_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What to judge, and by whom."""
+
+    responses: str
+    """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""
+    by: Literal["rules", "model", "labels"] = "rules"
+    """rules: phrases of a list; model: a language model is asked; labels: taken from a file."""
+    split: str | None = None
+    """Split of a data set folder or hub data set."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of the responses' columns: text=response."""
+    limit: int | None = None
+    """Only the first rows."""
+    out: str | None = None
+    """Run directory; default: the first free runs/judge-NNN."""
+
+    rules: str | None = None
+    """List of phrases; default: the one of the package."""
+
+    judge: str | None = None
+    """The judge: Hugging Face model directory or hub name."""
+    judge_template: str | None = None
+    """File with the question to the judge, with {prompt} and {response}; default: our wording."""
+    wrap: Literal["auto", "chat", "inst", "none"] = "auto"
+    """Around the question: the judge's chat template, [INST] ... [/INST], or nothing. auto: the chat template where
+    there is one, else [INST]."""
+    max_new_tokens: int = 50
+    """Most tokens of the judge's answer."""
+    dtype: str = "float32"
+    """Dtype of the judge's computation: float32, bfloat16, float16 or float64."""
+    batch_size: int = 16
+    """Responses judged together."""
+    mesh: str | None = None
+    """Devices for the judge, such as data=4 or fsdp=8."""
+
+    labels: str | None = None
+    """File with refusal, score or label for each response, joined by row_id (or prompt) and sample."""
+    label_columns: Columns = field(default_factory=dict)
+    """Other names of its columns: label=verdict."""
+    on_missing: Literal["error", "keep"] = "error"
+    """What becomes of responses without a label: error, or keep (undecided)."""
+
+    chunk_rows: int = 256
+    """Responses per part file: what a killed run loses at most."""
+
+
+NOT_IDENTITY = ("out", "mesh")
+"""Options that two runs may differ in and be the same run."""
+NEEDS = {"rules": "rules", "judge": "model", "judge_template": "model", "labels": "labels"}
+"""Option -> the way of judging it belongs to."""
+
+
+def checked(config: JudgeConfig) -> JudgeConfig:
+    """The config with a run directory.
+
+    Raises:
+      ChesError: the first option that no run can have.
+    """
+    for option, by in NEEDS.items():
+        if getattr(config, option) is not None and config.by != by:
+            raise ChesError(f"--{option.replace('_', '-')} is for --by {by}, and this is --by {config.by}")
+    if config.by == "model" and config.judge is None:
+        raise ChesError("--by model: name the judge with --judge (a model directory or a hub name)")
+    if config.by == "labels" and config.labels is None:
+        raise ChesError("--by labels: name the file with --labels")
+    if config.dtype not in DTYPES:
+        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    numbers = {
+        "max-new-tokens": config.max_new_tokens, "limit": config.limit, "batch-size": config.batch_size,
+        "chunk-rows": config.chunk_rows,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ChesError(f"--{name} {value}: expected a positive number")
+    return replace(config, out=config.out or str(new_name(Path("runs"), "judge")))

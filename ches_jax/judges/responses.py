@@ -1,0 +1,147 @@
+"""Responses to judge, and labels for them: rows of any file, known by row and number of the sample."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ches_jax.data.prompts import canonical_prompt, lookup
+from ches_jax.data.sources import Kind, PairSource, Row, open_rows, row_id
+from ches_jax.errors import DataError, many
+from ches_jax.generate.pipeline import FILE_NAME
+
+Key = tuple[str, int]
+WORDS = {
+    "refusal": True, "refused": True, "refuse": True, "reject": True,
+    "compliance": False, "complied": False, "comply": False, "compliant": False,
+}  # fmt: skip
+"""Labels in words -> whether the response refused."""
+_SHOWN = 3
+
+
+def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """``row_id`` and ``sample`` of a row, and its prompt where it has one; without a row_id the prompt's own counts."""
+
+    def value(name: str) -> Any:
+        return lookup(row, columns.get(name, name))
+
+    found: dict[str, Any] = {}
+    if value("prompt") is not None or value("prompt_ids") is not None:
+        names = ("prompt", "prompt_ids", "tools", "chat_template_kwargs")
+        prompt = {n: value(n) for n in names if value(n) is not None}
+        if prompt.get("prompt") is not None:
+            prompt.pop("prompt_ids", None)  # the output of ches generate has both; the text is what was asked
+        found |= canonical_prompt(prompt, {})
+    if isinstance(value("row_id"), str):
+        found["row_id"] = value("row_id")
+    elif found:
+        found["row_id"] = row_id(found)
+    else:
+        raise DataError(
+            f"neither 'row_id' nor 'prompt' says which prompt it answers; found: {', '.join(map(str, row))}"
+        )
+    sample = 0 if value("sample") is None else value("sample")
+    if isinstance(sample, str) and sample.isdigit():
+        sample = int(sample)  # from a CSV table
+    if not isinstance(sample, int) or sample < 0:
+        raise DataError(f"'sample' is {sample!r}; expected a number from 0")
+    return {**found, "sample": sample}
+
+
+def _response(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    name = columns.get("text", "text")
+    text = lookup(row, name)
+    if not isinstance(text, str):
+        raise DataError(
+            f"no text in column '{name}'; found: {', '.join(map(str, row))}; say which column holds the response with "
+            "--columns text=NAME"
+        )
+    return {**_identity(row, columns), "text": text}
+
+
+def _label(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    for name in ("refusal", "score", "label"):
+        value = lookup(row, columns.get(name, name))
+        if value is not None:
+            return {**_identity(row, columns), "refusal": _refused(name, value)}
+    raise DataError(
+        f"no label; found: {', '.join(map(str, row))}; expected 'refusal' (true where the response refused), 'score' "
+        "(0 refused, 1 complied) or 'label' (refusal, compliance); say which with --label-columns label=NAME"
+    )
+
+
+def _refused(name: str, value: Any) -> bool:
+    """Whether a label says that the response refused."""
+    text = str(value).strip().lower()
+    if name == "label" and text in WORDS:
+        return WORDS[text]
+    if text in ("true", "false", "1", "0", "1.0", "0.0"):
+        yes = text in ("true", "1", "1.0")
+        return yes if name == "refusal" else not yes
+    raise DataError(f"'{name}' is {value!r}; expected 0 or 1" + (f" or {', '.join(WORDS)}" if name == "label" else ""))
+
+
+_PROMPT = ("prompt", "prompt_ids", "tools", "chat_template_kwargs")
+RESPONSES = Kind(
+    "responses",
+    ("text", "row_id", "sample", "category", *_PROMPT),
+    lambda row, columns: [(None, _response(row, columns))],
+)
+LABELS = Kind(
+    "labels",
+    ("refusal", "score", "label", "row_id", "sample", *_PROMPT),
+    lambda row, columns: [(None, _label(row, columns))],
+)
+
+
+def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource:
+    """Responses from a file, or from the directory of ``ches generate``.
+
+    Raises:
+      DataError: nothing there, or a first row without a text.
+    """
+    folder = Path(spec)
+    if (folder / FILE_NAME).is_file():
+        spec = str(folder / FILE_NAME)
+    elif (folder / "config.json").is_file() and not (folder / "state.json").is_file():
+        raise DataError(f"{spec}: no {FILE_NAME}; if this is a run of ches generate, finish it with --resume")
+    return open_rows(spec, split, columns, RESPONSES)
+
+
+def key(row: Row) -> Key:
+    """What a response and its label have in common."""
+    return row.content["row_id"], row.content["sample"]
+
+
+def read_labels(spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
+    """Whether each response refused.
+
+    Raises:
+      DataError: a row without a label, or two labels for one response that differ.
+    """
+    found: dict[Key, bool] = {}
+    source = open_rows(spec, None, columns, LABELS)
+    for row in source:
+        refused = row.content["refusal"]
+        if found.setdefault(key(row), refused) != refused:
+            raise DataError(f"{source.name}, {row.where}: another label for the same response stands before it")
+    return found
+
+
+def require_labels(responses: Iterable[Row], labels: Mapping[Key, bool], name: str) -> None:
+    """Every response has a label.
+
+    Raises:
+      DataError: tells how many have none, and the first.
+    """
+    rows, missing = 0, []
+    for row in responses:
+        rows += 1
+        if key(row) not in labels:
+            missing.append(f"row {row.index} (row_id {key(row)[0][:12]}, sample {key(row)[1]})")
+    if missing:
+        shown = [*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])]
+        raise DataError(
+            many(f"{name}: {len(missing)} of {rows} responses have no label", shown, limit=_SHOWN + 1)
+            + "\nwhat to do: add them (joined by row_id and sample, or by prompt and sample), or judge with "
+            "--on-missing keep, which leaves them undecided"
+        )

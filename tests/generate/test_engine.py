@@ -1,0 +1,187 @@
+"""Tokens of batches: against transformers, against one row at a time, and wherever the rows lie."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from ches_jax.generate.engine import Ask, Engine, padded
+from ches_jax.generate.sampling import Sampling, key_words
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.load import load_model
+from ches_jax.parallel import make_mesh
+
+LENGTHS = (7, 31, 20, 2, 13)
+NEW = 20
+TIE = 1e-4
+"""Two logits closer than this, of logits around 10 in float32, may come out in either order."""
+
+
+def prompts_for(vocabulary: int, lengths=LENGTHS) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(3, vocabulary, n).tolist() for n in lengths]
+
+
+def asks_for(prompts: list[list[int]], new: int = NEW, seed: int = 0) -> list[Ask]:
+    return [Ask(p, key_words(seed, f"row {i}", 0), new) for i, p in enumerate(prompts)]
+
+
+def continued(theirs: Any, prompt: list[int], new: int, stop: int) -> tuple[tuple[int, ...], list[float]]:
+    """Tokens that transformers makes greedily of a prompt alone, and how far the best logit was ahead each time."""
+    with torch.no_grad():
+        found = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=new, pad_token_id=0, eos_token_id=stop, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    best = [torch.topk(x[0].double(), 2).values for x in found.logits]
+    return tuple(found.sequences[0, len(prompt) :].tolist()), [float(b[0] - b[1]) for b in best]
+
+
+def equal_but_for_ties(ours: tuple[int, ...], theirs: tuple[int, ...], lead: list[float]) -> bool:
+    """Equal tokens; or equal up to one where the two best logits are the same to rounding, after which texts part."""
+    if ours == theirs:
+        return True
+    first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    return lead[first] < TIE
+
+
+def check_against_transformers(directory: Path, batch_sizes: tuple[int, ...], mesh) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_model(directory)
+    stop = 1
+    engine = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW, stop_ids=(stop,))
+    asks = asks_for(prompts_for(model.config.vocab_size))
+    expected = [continued(theirs, list(a.prompt), NEW, stop) for a in asks]
+    for rows in batch_sizes:
+        for made, (tokens, lead) in zip(engine(asks, rows), expected, strict=True):
+            assert equal_but_for_ties(made.tokens, tokens, lead), (rows, made.tokens, tokens)
+            assert made.ended == (tokens[-1] == stop)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["models/stories260K", "golden/gemma2/policy", pytest.param("models/hh-tiny/fp32", marks=pytest.mark.slow)],
+)
+def test_greedy_tokens_are_those_of_transformers(shared: Path, name: str, mesh):
+    check_against_transformers(shared / name, (4,), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
+     "starcoder2"],
+)  # fmt: skip
+def test_greedy_tokens_are_those_of_transformers_in_every_family(shared: Path, family: str, mesh):
+    check_against_transformers(shared / "golden" / family / "policy", (1, 4), mesh)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Decoder:
+    return load_model(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Decoder, mesh) -> Engine:
+    # a fifth of the vocabulary ends a text, so that texts end at different times
+    return Engine(model, mesh, sampling=Sampling(), max_new_tokens=NEW, stop_ids=range(0, 1291, 5))
+
+
+def test_texts_do_not_depend_on_batch_neighbours_order_or_number(engine: Engine):
+    asks = asks_for(prompts_for(1291, (3, 30, 9, 28, 17, 33, 5, 31, 12)))
+    together = [m.tokens for m in engine(asks, 4)]
+    assert len(set(map(len, together))) > 3
+    backwards = engine(asks[::-1], 4)[::-1]
+    assert [m.tokens for m in backwards] == together
+    assert [m.tokens for i in (2, 3) for m in engine(asks[i : i + 1], 1)] == together[2:4]
+    again = engine([*asks[:2], *asks_for(prompts_for(1291, (9, 2)), seed=3)], 4)
+    assert [m.tokens for m in again[:2]] == together[:2]
+    assert {rows for rows, _ in engine.shapes} == {1, 4} and {length for _, length in engine.shapes} == {32, 64}
+
+
+def test_log_probabilities_are_those_of_one_pass_over_the_text(engine: Engine, model: Decoder):
+    @nnx.jit
+    def log_probs(model: Decoder, ids):
+        return jax.nn.log_softmax(model.logits(model.hidden(ids)))
+
+    asks = asks_for(prompts_for(1291))
+    for ask, made in zip(asks, engine(asks, 4), strict=True):
+        ids = np.zeros((1, 64), np.int32)
+        both = [*ask.prompt, *made.tokens]
+        ids[0, : len(both)] = both
+        n = len(ask.prompt)
+        exact = np.asarray(log_probs(model, jnp.asarray(ids)), np.float64)[0, n - 1 : len(both) - 1]
+        np.testing.assert_allclose(made.logps, exact[np.arange(len(made.tokens)), made.tokens], atol=2e-5)
+
+
+def test_ends_limits_and_the_rest_of_a_row(engine: Engine):
+    asks = [
+        Ask(a.prompt, a.words, limit) for a, limit in zip(asks_for(prompts_for(1291)), (1, 2, 20, 20, 3), strict=True)
+    ]
+    found = engine(asks, 4)
+    for ask, made in zip(asks, found, strict=True):
+        stops = [t % 5 == 0 for t in made.tokens]
+        assert 1 <= len(made.tokens) <= ask.limit and len(made.logps) == len(made.tokens)
+        assert not any(stops[:-1]) and made.ended == stops[-1]
+        assert made.ended or len(made.tokens) == ask.limit
+    # a smaller limit gives the beginning of the same text
+    longer = engine(asks_for(prompts_for(1291)), 4)
+    assert all(long.tokens[: len(made.tokens)] == made.tokens for made, long in zip(found, longer, strict=True))
+
+
+def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
+    asks = [Ask(a.prompt, a.words, 1) for a in asks_for(prompts_for(1291, (3, 9)))]
+    prompts = jax.device_put(padded(asks, 4))
+    state = engine._start(engine._state, prompts)
+    after = engine._go_on(engine._state, prompts, state, jnp.int32(1), jnp.int32(NEW))
+    assert after.count.tolist() == [1, 1, 0, 0]
+    assert not np.asarray(after.kept.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
+
+
+@pytest.mark.parametrize("words", ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow),
+                                   pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])  # fmt: skip
+def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
+    from ches_jax.models.partition import placement
+
+    mesh = make_mesh(words)
+    spread = Engine(
+        load_model(tiny_model, sharding=placement(mesh)), mesh, sampling=Sampling(), max_new_tokens=NEW,
+        stop_ids=range(0, 1291, 5),
+    )  # fmt: skip
+    asks = asks_for(prompts_for(1291))
+    assert [m.tokens for m in spread(asks, 4)] == [m.tokens for m in engine(asks, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path, kind: str, mesh):
+    """All of a row rotates alike, as when the row is scored as long as that."""
+    from ches_jax.models.families import decoder_config
+
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    raw = {
+        "model_type": "llama", "vocab_size": 101, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 24, "rope_parameters": rope,
+    }  # fmt: skip
+    if kind == "longrope":
+        factors = {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0]}
+        raw |= {"model_type": "phi3", "original_max_position_embeddings": 24, "max_position_embeddings": 96,
+                "rope_parameters": {**rope, **factors}, "pad_token_id": 0}  # fmt: skip
+    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 1 else w, nnx.state(model)))
+    asks = asks_for(prompts_for(101, (4, 15)))
+    found = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW)(asks, 2)
+    step = nnx.jit(lambda m, ids, lengths: m.logits(m.hidden(ids, lengths=lengths)))
+    for ask, made in zip(asks, found, strict=True):
+        ids = np.zeros((1, 48), np.int32)
+        n = len(ask.prompt)
+        ids[0, : n + NEW] = [*ask.prompt, *made.tokens]
+        lengths = jnp.full((1, 48), n + NEW, jnp.int32)
+        best = np.asarray(step(model, jnp.asarray(ids), lengths)).argmax(-1)[0, n - 1 : n + NEW - 1]
+        assert tuple(best.tolist()) == made.tokens

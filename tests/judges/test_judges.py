@@ -1,0 +1,254 @@
+"""``ches judge``: by rules, by a model built to know the answer, by labels; resume; one message for mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ches_jax import embedded
+from ches_jax.cli import main
+from ches_jax.data.sources import row_id
+from ches_jax.data.tokenize import load_tokenizer
+from ches_jax.errors import ChesError, DataError, RunError
+from ches_jax.generate import parts
+from ches_jax.judges.config import JudgeConfig
+from ches_jax.judges.pipeline import FILE_NAME, judge, summary, summary_text
+from ches_jax.judges.question import asked, load_question, refused
+
+TEXTS = ["I'm sorry, but I cannot help you.", "Sure! First, fetch a rope.", "I won't do that.", "Here is how."]
+REFUSED = [True, False, True, False]
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def responses(tmp_path: Path) -> str:
+    rows = [
+        {
+            "prompt": "How do I melt the tower?",
+            "text": t,
+            "sample": i % 2,
+            "category": "ab"[i // 2],
+            "row_id": f"r{i // 2}",
+        }
+        for i, t in enumerate(TEXTS)
+    ]
+    return write(tmp_path / "responses.jsonl", rows)
+
+
+def verdicts(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: Any) -> list[bool | None]:
+    out = judge(JudgeConfig(out=str(tmp_path / name), **options), resume=resume, quiet=True)
+    return [r["refusal"] for r in parts.read(out / FILE_NAME)]
+
+
+def test_by_rules(tmp_path, responses):
+    assert verdicts(tmp_path, responses=responses) == REFUSED
+    rows = list(parts.read(tmp_path / "out" / FILE_NAME))
+    assert rows[0] == {
+        "row_id": "r0", "index": 0, "sample": 0, "refusal": True, "reason": "i cannot help", "text": TEXTS[0],
+        "category": "a",
+    }  # fmt: skip
+    found = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
+    assert (found["responses"], found["refusals"], found["undecided"], found["refusal_rate"]) == (4, 2, 0, 0.5)
+    assert found["by_category"]["a"]["refusal_rate"] == 0.5
+
+
+def test_without_a_decided_response_there_is_no_rate():
+    found = summary([{"refusal": None}, {"refusal": None}])
+    assert (found["refusal_rate"], found["interval"], found["undecided"]) == (None, None, 2)
+    assert "no response was decided" in summary_text(found)
+
+
+# ---- by a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def knowing_judge(tmp_path_factory) -> Path:
+    """A model made by hand: it answers 0 where a word of refusal is anywhere in its prompt, else 1.
+
+    Its one layer attends to all positions alike, so it sees the share of such words; the rest is linear.
+    """
+    from ches_jax.models.decoder import Decoder
+    from ches_jax.models.families import decoder_config
+    from ches_jax.models.save import save_pretrained
+
+    tokenizer = load_tokenizer(embedded.model_dir())
+    raw = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(tokenizer), "hidden_size": 4,
+        "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.map_state(lambda path, w: w if "norm" in str(path) else w * 0, nnx.state(model)))
+    words = [i for t in (" cannot", " won't") for i in tokenizer(t, add_special_tokens=False)["input_ids"]]
+    words = [i for i in words if tokenizer.decode([i]) in (" cannot", " won")]
+    assert len(words) == 2
+    embedding = np.zeros((len(tokenizer), 4), np.float32)
+    embedding[:, 0] = 1
+    embedding[words, 1] = 1
+    head = np.zeros((len(tokenizer), 4), np.float32)
+    zero, one = (tokenizer.convert_tokens_to_ids(c) for c in "01")
+    head[one, 0], head[zero, 2] = 1, 100
+    value, out = np.zeros((1, 4, 4), np.float32), np.zeros((1, 4, 4), np.float32)
+    value[0, 0, 1], out[0, 2, 0] = 100, 1
+    model.embed_tokens.weight[...] = jnp.asarray(embedding)
+    assert model.lm_head is not None
+    model.lm_head.weight[...] = jnp.asarray(head)
+    model.layers.self_attn.v_proj.weight[...] = jnp.asarray(value)
+    model.layers.self_attn.o_proj.weight[...] = jnp.asarray(out)
+    directory = tmp_path_factory.mktemp("judges") / "knowing"
+    save_pretrained(model, directory, config=raw)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded.model_dir() / name, directory / name)
+    return directory
+
+
+@pytest.mark.parametrize("wrap", ["auto", "inst"])
+def test_by_a_model(tmp_path, responses, knowing_judge, wrap):
+    options: dict[str, Any] = {"by": "model", "judge": str(knowing_judge), "max_new_tokens": 1, "wrap": wrap}
+    assert verdicts(tmp_path, responses=responses, **options, mesh="data=1") == REFUSED
+    assert [r["reason"] for r in parts.read(tmp_path / "out" / FILE_NAME)] == ["0", "1", "0", "1"]
+
+
+def test_a_judge_that_says_nothing_of_use_leaves_responses_undecided(tmp_path, responses, tiny_model):
+    options: dict[str, Any] = {"by": "model", "judge": str(tiny_model), "max_new_tokens": 4, "mesh": "data=1"}
+    template = tmp_path / "q.txt"
+    template.write_text("{prompt} {response} ?")
+    assert verdicts(tmp_path, responses=responses, judge_template=str(template), **options) == [None] * 4
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["undecided"] == 4
+    with pytest.raises(DataError, match=r"row 0: the question to the judge is \d+ tokens, and it reads 512"):
+        long = write(tmp_path / "long.jsonl", [{"prompt": "x " * 600, "text": "y"}])
+        verdicts(tmp_path, "long", responses=long, **options)
+    assert not (tmp_path / "long").exists()
+
+
+def test_the_question():
+    question = load_question()
+    text = asked(question, "Do {response} please", " Sure ")
+    assert "\nDo {response} please\n" in text and "\nSure\n" in text and "{prompt}" not in text
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert "user: a\n\nassistant: b\n\nuser: c" in asked(question, talk, "d")
+    assert asked("{prompt}|{response}", talk[:1], "d") == "a|d"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("0", True), (" 1", False), ("1.0\n", False), ("0.4", True), ("1 because", False), ("", None), ("yes 1", None),
+     ("10", None), ("-1", None), ("[0]", None)],
+)  # fmt: skip
+def test_answers_are_read_by_their_leading_number(answer, expected):
+    assert refused(answer) is expected
+
+
+# ---- by labels -------------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "words": ("label", ["refusal", "Compliance", "refused", "complied"]),
+    "scores": ("score", [0, 1, 0.0, "1"]),
+    "truth": ("refusal", [True, 0, "true", "False"]),
+}
+
+
+@pytest.mark.parametrize(("column", "values"), LABELS.values(), ids=LABELS)
+def test_by_labels(tmp_path, responses, column, values):
+    rows = [{"row_id": f"r{i // 2}", "sample": i % 2, column: v} for i, v in enumerate(values)]
+    options = {"responses": responses, "by": "labels", "labels": write(tmp_path / "l.jsonl", rows[::-1])}
+    assert verdicts(tmp_path, **options) == REFUSED
+    fewer = {**options, "labels": write(tmp_path / "few.jsonl", rows[:3])}
+    with pytest.raises(DataError, match=r"1 of 4 responses have no label: row 3[\s\S]*--on-missing keep"):
+        verdicts(tmp_path, "few", **fewer)
+    assert verdicts(tmp_path, "few", **fewer, on_missing="keep") == [*REFUSED[:3], None]
+    both = write(tmp_path / "both.jsonl", [*rows, {**rows[0], column: values[1]}])
+    with pytest.raises(DataError, match="line 5: another label for the same response"):
+        verdicts(tmp_path, "both", **{**options, "labels": both})
+
+
+def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
+    rows = [{"q": "a", "answer": "x"}, {"q": [{"role": "user", "content": "b"}], "answer": "y"}]
+    labels = [
+        {"prompt": [{"role": "user", "content": "b"}], "verdict": "refusal"},
+        {"prompt": "a", "verdict": "comply"},
+    ]
+    found = verdicts(
+        tmp_path, responses=write(tmp_path / "r.jsonl", rows), columns={"prompt": "q", "text": "answer"}, by="labels",
+        labels=write(tmp_path / "l.jsonl", labels), label_columns={"label": "verdict"},
+    )  # fmt: skip
+    assert found == [False, True]
+    assert next(parts.read(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, responses, monkeypatch):
+    options: dict[str, Any] = {"responses": responses, "chunk_rows": 1}
+    verdicts(tmp_path, "whole", **options)
+    written, calls = parts.write, iter(range(2))
+
+    def dies(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        written(*args)
+
+    monkeypatch.setattr(parts, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        verdicts(tmp_path, "killed", **options)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="--resume"):
+        verdicts(tmp_path, "killed", **options)
+    assert verdicts(tmp_path, "killed", **options, resume=True) == REFUSED
+    for name in (FILE_NAME,):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "killed" / parts.FOLDER).exists()
+
+
+def test_the_command_line(capsys, tmp_path, responses):
+    assert main(["judge", "--responses", responses, "--out", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out' / FILE_NAME}\n" and "all: 4 responses, 2 refusals; refusal rate 50.0%" in err
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    for words, message in {
+        ("--responses", responses, "--by", "model"): "name the judge with --judge",
+        ("--responses", responses, "--by", "labels"): "name the file with --labels",
+        ("--responses", responses, "--labels", "x"): "--labels is for --by labels, and this is --by rules",
+        ("--responses", responses, "--columns", "text=answer"): "no text in column 'answer'; found: prompt, text",
+        ("--responses", responses, "--limit", "0"): "--limit 0: expected a positive number",
+        ("--responses", str(tmp_path / "none.jsonl")): "no such file or folder",
+        ("--responses", str(tmp_path / "unfinished")): "finish it with --resume",
+    }.items():
+        assert main(["judge", *words, "--quiet", "--out", str(tmp_path / "bad")]) == 2
+        told = capsys.readouterr().err
+        assert message in told and "Traceback" not in told
+        assert not (tmp_path / "bad").exists()
+
+
+def test_rows_that_say_too_little_are_refused(tmp_path):
+    for row, message in [
+        ({"text": "x"}, "neither 'row_id' nor 'prompt' says which prompt it answers; found: text"),
+        ({"text": "x", "prompt": "p", "sample": -1}, "'sample' is -1; expected a number from 0"),
+        ({"text": 3, "prompt": "p"}, "no text in column 'text'"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            verdicts(tmp_path, responses=write(tmp_path / "r.jsonl", [row]))
+    good = write(tmp_path / "r.jsonl", [{"text": "x", "row_id": "a"}])
+    for label, message in [
+        ({"row_id": "a", "label": "maybe"}, "'label' is 'maybe'; expected 0 or 1 or refusal"),
+        ({"row_id": "a"}, "no label; found: row_id; expected 'refusal'"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            verdicts(tmp_path, responses=good, by="labels", labels=write(tmp_path / "l.jsonl", [label]))
+    with pytest.raises(DataError, match="no prompt, which the judge has to see"):
+        verdicts(tmp_path, responses=good, by="model", judge=str(embedded.model_dir()))
+    template = tmp_path / "t.txt"
+    template.write_text("{prompt} only")
+    with pytest.raises(ChesError, match=r"\{response\} is there 0 times; expected it once"):
+        verdicts(tmp_path, responses=good, by="model", judge=str(embedded.model_dir()), judge_template=str(template))
