@@ -15,13 +15,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from ches_jax.convert import ConvertConfig, convert
 from ches_jax.diagnose import DiagnoseConfig, diagnose, failed
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.runlog import RUN, read_json
-from ches_jax.scores.config import DTYPES, ScoreConfig
+from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.pipeline import merge, score
 from ches_jax.scores.select import SelectConfig, select
 from ches_jax.scores.table import FILE_NAME, read_table
@@ -115,41 +116,15 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Write a model directory anew: other shards, another dtype, every name and shape checked on the way."""
+class Convert(ConvertConfig):
+    """Write a model directory anew (other shards, another dtype, an adapter merged), or a checkpoint of a run as one.
 
-    model: str
-    """Hugging Face model directory or hub name."""
-    adapter: str | None = None
-    """PEFT adapter (directory or hub name) to merge into the weights."""
-    out: Path
-    """The directory to write; must not exist, or be empty."""
-    dtype: str | None = None
-    """Store the weights in this dtype; default: each tensor's own."""
-    shard_gb: float = 2.0
-    """Largest size of a weight file."""
+    Every name and shape is checked on the way.
+    """
 
     def run(self) -> int:
-        """Loads, writes, prints the path."""
-        import jax
-
-        from ches_jax.hf.directory import resolve
-        from ches_jax.models.load import load_model
-        from ches_jax.models.peft import load_merged
-        from ches_jax.models.save import save_pretrained
-
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ChesError(f"--dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        if self.shard_gb <= 0:
-            raise ChesError(f"--shard-gb {self.shard_gb}: expected a positive number")
-        directory = resolve(self.model)
-        with jax.enable_x64(True):  # float64 weights stay float64
-            # merged in the dtype that is written: a change that it can hold is not rounded away
-            model = (
-                load_merged(directory, self.adapter, param_dtype=self.dtype) if self.adapter else load_model(directory)
-            )
-            save_pretrained(model, self.out, like=directory, dtype=self.dtype, shard_bytes=int(self.shard_gb * 2**30))
-        print(self.out)
+        """Converts and prints the path."""
+        print(convert(_only(ConvertConfig, self)))
         return 0
 
 

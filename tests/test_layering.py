@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "judges": PURE | {"models", "generate"},
     "report": PURE | {"models", "scores", "train", "generate"},
     "doctor": PURE | {"models", "scores"},
+    "convert": PURE | {"models", "train"},
     "diagnose": PURE | {"scores", "train"},
 }
 PURE_MATHEMATICS = ["scores/statistics.py", "models/visibility.py", "models/attention.py", "models/rope.py"]

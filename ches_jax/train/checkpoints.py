@@ -4,14 +4,20 @@ Arrays are saved under flat names with their shapes beside them, so that a check
 refused by name, and restored straight onto the shards of whatever mesh the run now has.
 """
 
+import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from ches_jax.errors import RunError, many
+from ches_jax.errors import ChesError, RunError, many
+from ches_jax.files import read_object
 from ches_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
@@ -32,21 +38,87 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
+class Best(NamedTuple):
+    """What makes a checkpoint the best."""
+
+    metric: str
+    """Name of a number of the evaluations."""
+    mode: Literal["min", "max"]
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Higher is better; a number that is missing or none is worst."""
+        found = metrics.get(self.metric, math.nan)
+        return -math.inf if math.isnan(found) else found if self.mode == "max" else -found
+
+
+def parse_best(text: str) -> Best:
+    """``METRIC[:min|max]``; losses are best when small, accuracies and margins when large, others must be told.
+
+    >>> parse_best("eval_loss"), parse_best("displacement/lld_rate:min")
+    (Best(metric='eval_loss', mode='min'), Best(metric='displacement/lld_rate', mode='min'))
+    """
+    metric, _, mode = text.partition(":")
+    evaluated = metric.startswith(("displacement/", "eval_"))
+    if not mode:
+        mode = "min" if metric.endswith("loss") else "max" if metric.endswith(("accuracies", "margins")) else ""
+    if mode not in ("min", "max") or not evaluated:
+        raise ChesError(
+            f"--keep-best {text!r}: expected a number of the evaluations and which way is better, such as "
+            "eval_loss:min, eval_rewards/accuracies:max or displacement/margin:max"
+        )
+    return Best(metric, mode)
+
+
 class Checkpoints:
     """The checkpoints of a run directory."""
 
-    def __init__(self, out: Path, keep: int):
-        """Keeps the last ``keep``."""
+    def __init__(self, out: Path, keep: int, best: Best | None = None):
+        """Keeps the last ``keep``, and the best one of those that were saved with an evaluation."""
         self.folder = (out / FOLDER).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._best = best
+        if best is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        else:
+            policies = [
+                LatestN(keep), BestN(get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False)
+            ]  # fmt: skip
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies), best_fn=best.value, cleanup_tmp_directories=True
+            )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def require_metric(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a best metric that the evaluations do not give.
+
+        Raises:
+          ChesError: lists what they give.
+        """
+        if self._best is not None and self._best.metric not in metrics:
+            raise ChesError(
+                f"--keep-best {self._best.metric}: the evaluations do not give that; they give {', '.join(metrics)}"
+            )
+
+    def best(self) -> dict[str, Any] | None:
+        """Step and value of the best checkpoint; None where none is looked for or none was saved."""
+        if self._best is None or (step := self._manager.best_step()) is None:
+            return None
+        metrics = self._manager.metrics(step) or {}
+        return {"metric": self._best.metric, "mode": self._best.mode, "step": step, "value": metrics[self._best.metric]}
 
     def latest(self) -> int | None:
         """Step of the last whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState, position: dict[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Start writing; returns when the arrays have been copied. A checkpoint that is there is left alone.
+
+        Args:
+          step: updates done.
+          state: what is saved.
+          position: where the data stand.
+          metrics: of the evaluation of this very state, if there was one.
 
         Raises:
           RunError: nothing could be written; earlier checkpoints are intact.
@@ -57,7 +129,9 @@ class Checkpoints:
         about = {"step": step, "position": position, "shapes": _shapes(leaves)}
         try:
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about))
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)),
+                metrics=None if self._best is None or metrics is None else dict(metrics),
             )
         except OSError as error:
             raise self._failed(step, error) from None
@@ -105,3 +179,28 @@ class Checkpoints:
     def close(self) -> None:
         """Release threads."""
         self._manager.close()
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, rising; the run may be under way."""
+    return sorted(int(p.name) for p in (out / FOLDER).glob("*") if p.name.isdigit())
+
+
+def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
+    """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written."""
+    folder = (out / FOLDER / str(step)).absolute()
+    shapes = read_object(folder / "about" / "metadata", RunError, "a checkpoint of a run")["shapes"]
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    target = {}
+    for name, text in shapes.items():
+        if name.startswith("params."):
+            dtype, _, sizes = text.partition("[")
+            shape = tuple(json.loads(f"[{sizes}"))
+            target[name] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=place)
+    with ocp.PyTreeCheckpointer() as reader:
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        found = reader.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
+        )
+    return {name.removeprefix("params."): value for name, value in found.items()}

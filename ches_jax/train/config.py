@@ -13,6 +13,7 @@ from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.wrappers import Per
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
+from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.displacement import TOLERANCE
 from ches_jax.train.objective import get_objective
 from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hyper
@@ -147,12 +148,14 @@ class TrainConfig:
     save_every: int | None = None
     """Updates between checkpoints; default: at the end, and when told to stop."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept: the last ones."""
+    keep_best: str | None = None
+    """Keep the best one too: METRIC[:min|max] of the evaluations, such as eval_loss:min; each evaluation is saved."""
     export: bool = True
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
 
 
-NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "reference_cache", "export")
+NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "keep_best", "reference_cache", "export")
 """Options that two runs may differ in and be the same run."""
 
 
@@ -196,6 +199,10 @@ def checked(config: TrainConfig) -> TrainConfig:
     for name, value in adapters.items():
         if value is not None and config.lora_rank is None:
             raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
+    if config.keep_best is not None:
+        best = parse_best(config.keep_best)
+        if best.metric.startswith("eval_") and config.eval_pairs is None and not config.holdout:
+            raise ChesError(f"--keep-best {config.keep_best}: no pairs are held out; give --eval-pairs or --holdout")
     if config.accumulate > config.batch_size:
         raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
     if config.eval_pairs is not None and config.holdout:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ches_jax.errors import RunError
 from ches_jax.models.decoder import Decoder
 from ches_jax.runlog import RUN, device_name, open_run, read_json, versions, write_json
-from ches_jax.train.checkpoints import Checkpoints
+from ches_jax.train.checkpoints import Checkpoints, parse_best
 from ches_jax.train.checks import require_agreement, require_finite
 from ches_jax.train.config import EMBEDDED, TrainConfig, checked
 from ches_jax.train.data import write_dropped
@@ -86,7 +87,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         policy.abstract, optimizer, run.loss, state, run.mesh,
         frozen=policy.frozen, clip=config.clip, remat=config.remat,
     )  # fmt: skip
-    saved = Checkpoints(out, config.keep)
+    saved = Checkpoints(out, config.keep, parse_best(config.keep_best) if config.keep_best else None)
     log = DisplacementLog(out, config.eos, config.tolerance)
     at = saved.latest()
     if at is not None:
@@ -110,6 +111,8 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         return {} if observe is None else observe(i, policy.model(state.params))
 
     summary = watch(state, 0) if at is None else {}
+    if at is None:
+        saved.require_metric(summary)
     if at is None and (found := seen(state, 0)):
         tracker.log(0, found)
     make = batch_maker(run, reference.get("train"), master)
@@ -132,10 +135,12 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
             bar.update()
             done = i + 1
             last = done == plan.total
-            if last or (config.eval_every and done % config.eval_every == 0):
+            evaluated = last or bool(config.eval_every and done % config.eval_every == 0)
+            if evaluated:
                 summary = watch(state, done)
-            if last or stop.asked or (config.save_every and done % config.save_every == 0):
-                saved.save(done, state, plan.position(done))
+            due = (evaluated and config.keep_best) or (config.save_every and done % config.save_every == 0)
+            if last or stop.asked or due:
+                saved.save(done, state, plan.position(done), summary if evaluated else None)
             if stop.asked and not last:
                 saved.wait()
                 raise Stopped(f"{out}: stopped by SIGTERM after update {done} of {plan.total}; go on with --resume")
@@ -144,9 +149,10 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         summary = tracker.last()
     log.join()
     exported = _export(run, policy, state)
+    best = saved.best()
     saved.close()
     trained = sum(a.size for a in state.params.values())
-    _write_summary(run, summary, exported, trained, time.perf_counter() - started, plan.total - first)
+    _write_summary(run, summary, exported, best, trained, time.perf_counter() - started, plan.total - first)
     return out
 
 
@@ -164,8 +170,9 @@ def _export(run: Run, policy: Policy, state: TrainState) -> dict[str, str]:
 
 
 def _write_summary(
-    run: Run, summary: dict[str, float], exported: dict[str, str], trained: int, seconds: float, steps: int
-) -> None:
+    run: Run, summary: dict[str, float], exported: dict[str, str], best: dict[str, Any] | None, trained: int,
+    seconds: float, steps: int,
+) -> None:  # fmt: skip
     config, pairs = run.config, run.pairs
     write_json(
         run.out / RUN,
@@ -190,6 +197,7 @@ def _write_summary(
             },
             "row_tokens": run.layout.row_tokens,
             "displacement": summary,
+            **({"best": best} if best else {}),
             "seconds": round(seconds, 3),
             "updates_this_time": steps,
         },

@@ -31,14 +31,16 @@ def test_an_adapter_is_scored_as_the_merged_model(tiny_model, adapter, tmp_path,
     merged = tmp_path / "model"
     words = ["--model", str(tiny_model), "--adapter", str(adapter), "--dtype", "float64", "--out", str(merged)]
     assert main(["convert", *words]) == 0 and capsys.readouterr().out == f"{merged}\n"
-    runs = {
-        name: score(ScoreConfig(limit=12, logps=True, dtype="float64", out=str(tmp_path / name), **options), quiet=True)
-        for name, options in {
-            "beside": {"model": str(tiny_model), "adapter": str(adapter), "mesh": "data=1,fsdp=2"},
-            "merged": {"model": str(merged), "mesh": "data=1"},
-            "base": {"model": str(tiny_model), "mesh": "data=1"},
-        }.items()
-    }
+    runs = {}
+    for name, model, peft, mesh in [
+        ("beside", tiny_model, str(adapter), "data=1,fsdp=2"),
+        ("merged", merged, None, "data=1"),
+        ("base", tiny_model, None, "data=1"),
+    ]:
+        config = ScoreConfig(
+            model=str(model), adapter=peft, mesh=mesh, limit=12, logps=True, dtype="float64", out=str(tmp_path / name)
+        )
+        runs[name] = score(config, quiet=True)
     tables = {name: read_table(out)[0].to_pydict() for name, out in runs.items()}
     for column in ("inner", "sqnorm_chosen", "logp_chosen", "logp_rejected"):
         beside, joined, plain = (np.array(tables[n][column]) for n in ("beside", "merged", "base"))

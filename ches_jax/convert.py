@@ -1,0 +1,69 @@
+"""``ches convert``: a model directory, a model with an adapter, or a checkpoint of a run, as a new model directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ches_jax.errors import ChesError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to write, and how."""
+
+    model: str | None = None
+    """Hugging Face model directory or hub name."""
+    adapter: str | None = None
+    """PEFT adapter (directory or hub name) to merge into the weights."""
+    run_dir: Annotated[str | None, tyro.conf.arg(name="run")] = None
+    """Run of `ches train` whose checkpoint to write instead, adapters merged."""
+    step: str = "last"
+    """Which checkpoint: last, best (of --keep-best), or its number of updates."""
+    out: Path
+    """The directory to write; must not exist, or be empty."""
+    dtype: str | None = None
+    """Store the weights in this dtype; default: each tensor's own."""
+    shard_gb: float = 2.0
+    """Largest size of a weight file."""
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Load, write, return the directory.
+
+    Raises:
+      ChesError: options that do not go together, anything that does not fit.
+    """
+    import jax
+
+    from ches_jax.hf.directory import resolve
+    from ches_jax.models.load import load_model
+    from ches_jax.models.peft import load_merged
+    from ches_jax.models.save import save_pretrained
+    from ches_jax.train.restore import model_at, step_of
+
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    if config.shard_gb <= 0:
+        raise ChesError(f"--shard-gb {config.shard_gb}: expected a positive number")
+    if (config.model is None) == (config.run_dir is None):
+        raise ChesError("give one of --model DIR (with --adapter DIR where there is one) and --run DIR")
+    with jax.enable_x64(True):  # float64 weights stay float64
+        if config.run_dir is not None:
+            out = Path(config.run_dir)
+            model, directory = model_at(out, step_of(out, config.step))
+        else:
+            directory = resolve(str(config.model))
+            # merged in the dtype that is written: what that can hold is not rounded away before
+            model = (
+                load_merged(directory, config.adapter, param_dtype=config.dtype)
+                if config.adapter
+                else load_model(directory)
+            )
+        save_pretrained(
+            model, config.out, like=directory, dtype=config.dtype, shard_bytes=int(config.shard_gb * 2**30)
+        )  # fmt: skip
+    return config.out

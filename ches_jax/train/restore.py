@@ -1,0 +1,56 @@
+"""The model of any checkpoint of a run, for those who come after it."""
+
+from pathlib import Path
+
+from ches_jax import embedded
+from ches_jax.errors import RunError
+from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.families import decoder_config
+from ches_jax.models.load import load_model, with_parameters
+from ches_jax.models.lora import merged
+from ches_jax.runlog import CONFIG, RUN, read_json
+from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
+from ches_jax.train.config import EMBEDDED, TrainConfig
+from ches_jax.train.policy import open_lora
+
+LORA_OPTIONS = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_rslora")
+
+
+def step_of(out: Path, words: str) -> int:
+    """The step that ``last``, ``best`` or a number means.
+
+    Raises:
+      RunError: there is no such checkpoint; lists those there are.
+    """
+    steps = saved_steps(out)
+    there = f"checkpoints are there of steps {', '.join(map(str, steps))}" if steps else "there are no checkpoints"
+    if words == "best":
+        best = read_json(out / RUN).get("best") if (out / RUN).exists() else None
+        if best is None:
+            raise RunError(f"{out}: no best step is known (a finished run with --keep-best tells one); {there}")
+        return int(best["step"])
+    step = steps[-1] if words == "last" and steps else int(words) if words.isdigit() else None
+    if step not in steps:
+        raise RunError(f"{out / FOLDER}: no step {words!r}; {there}")
+    return step
+
+
+def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
+    """The model of a checkpoint, adapters merged, and the directory of the model the run started from.
+
+    Raises:
+      ChesError: not a training run; the model it started from is gone or another one now.
+    """
+    asked = read_json(out / CONFIG)
+    if asked.get("verb") != "train":
+        raise RunError(f"{out}: a run of `ches {asked.get('verb')}`; only those of `ches train` have checkpoints")
+    directory = embedded.model_dir() if asked["model"] == EMBEDDED else resolve(asked["model"])
+    if fingerprint(directory) != asked["model_fingerprint"]:
+        raise RunError(f"{directory}: not the weights that the run {out} started from")
+    decoder = decoder_config(read_config(directory), str(directory))
+    params = read_trained(out, step)
+    lora = open_lora(TrainConfig(**{name: asked.get(name) for name in LORA_OPTIONS}), directory, decoder)  # type: ignore[arg-type]
+    if lora is not None:
+        params = merged({**named_parameters(load_model(directory)), **params}, lora.spec)
+    return with_parameters(abstract_decoder(decoder), params), directory

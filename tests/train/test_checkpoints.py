@@ -1,0 +1,142 @@
+"""Which checkpoints stay, what the best one is, and models made of them."""
+
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.cli import main
+from ches_jax.errors import ChesError, RunError
+from ches_jax.models.decoder import named_parameters
+from ches_jax.models.load import load_model
+from ches_jax.models.peft import load_merged
+from ches_jax.runlog import read_json
+from ches_jax.train import loop
+from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, saved_steps
+from ches_jax.train.loop import Stopped, train
+from ches_jax.train.state import TrainState
+
+from .test_loop import lines, stopping_at
+
+OPTIONS = {"epochs": 2.0, "eval_every": 1, "keep": 1, "keep_best": "eval_loss:min", "lr": 3e-4}
+
+
+def state(value: float) -> TrainState:
+    import jax.numpy as jnp
+
+    return TrainState({"a.weight": jnp.full((2,), value)}, {}, {}, jnp.int32(0))
+
+
+def test_the_last_and_the_best_stay(tmp_path):
+    saved = Checkpoints(tmp_path, 2, Best("m", "min"))
+    scores = [3.0, 1.0, math.nan, 2.0, None, 5.0]
+    for step, score in enumerate(scores, 1):
+        saved.save(step, state(step), {"at": step}, None if score is None else {"m": score, "other": 0.0})
+        saved.wait()
+        seen = [(s, i) for i, s in enumerate(scores[:step], 1) if s is not None and not math.isnan(s)]
+        assert saved_steps(tmp_path) == sorted({step, max(step - 1, 1), min(seen)[1]})
+    assert saved.best() == {"metric": "m", "mode": "min", "step": 2, "value": 1.0}
+    saved.close()
+    # a manager of its own, as after a restart, with another idea of what is best
+    again = Checkpoints(tmp_path, 1, Best("m", "max"))
+    assert again.best() == {"metric": "m", "mode": "max", "step": 6, "value": 5.0}
+    restored, position = again.restore(2, state(0))
+    assert position == {"at": 2} and float(restored.params["a.weight"][0]) == 2
+    again.close()
+
+
+def test_the_best_stays_when_a_better_one_cannot_be_written(tmp_path, monkeypatch):
+    from ches_jax.train import checkpoints
+
+    saved = Checkpoints(tmp_path, 1, Best("m", "max"))
+    saved.save(1, state(1), {}, {"m": 1.0})
+    saved.save(2, state(2), {}, {"m": 0.0})
+    saved.wait()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
+    with pytest.raises(RunError, match="whole ones: steps 1, 2"):
+        saved.save(3, state(3), {}, {"m": 9.0})
+    monkeypatch.undo()
+    assert saved_steps(tmp_path) == [1, 2] and saved.best() == {"metric": "m", "mode": "max", "step": 1, "value": 1.0}
+    saved.close()
+
+
+def test_which_way_is_better_is_asked_where_it_is_not_plain():
+    assert parse_best("eval_rewards/accuracies") == Best("eval_rewards/accuracies", "max")
+    for text in ("displacement/margin", "eval_loss:least", "loss", "grad_norm:min"):
+        with pytest.raises(ChesError, match="such as eval_loss:min"):
+            parse_best(text)
+
+
+@pytest.fixture(scope="module")
+def best_run(small, tmp_path_factory):
+    """A learning rate so large that the held-out loss has its least value before the end."""
+    return train(small(tmp_path_factory.mktemp("best") / "run", **OPTIONS), quiet=True)
+
+
+def test_a_run_keeps_and_tells_its_best_step(best_run):
+    losses = {e["step"]: e["eval_loss"] for e in lines(best_run) if "eval_loss" in e and e["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6, losses  # or the test shows nothing
+    assert saved_steps(best_run) == [best, 6]
+    found = read_json(best_run / "run.json")["best"]
+    assert found == {"metric": "eval_loss", "mode": "min", "step": best, "value": losses[best]}
+
+
+def test_a_resumed_run_keeps_the_best_of_before(best_run, small, tmp_path, monkeypatch):
+    config = small(tmp_path / "run", **OPTIONS)
+    monkeypatch.setattr(loop, "JsonLines", stopping_at(4))
+    with pytest.raises(Stopped):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    out = train(config, resume=True, quiet=True)
+    assert saved_steps(out) == saved_steps(best_run)
+    assert read_json(out / "run.json")["best"] == read_json(best_run / "run.json")["best"]
+    assert (out / "metrics.jsonl").read_bytes() == (best_run / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_become_model_directories(best_run, tmp_path, capsys):
+    last = tmp_path / "last"
+    assert main(["convert", "--run", str(best_run), "--out", str(last)]) == 0
+    assert capsys.readouterr().out == f"{last}\n"
+    exported, found = (named_parameters(load_model(d)) for d in (best_run / "model", last))
+    assert exported.keys() == found.keys()
+    for name, value in exported.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert main(["convert", "--run", str(best_run), "--step", "best", "--out", str(tmp_path / "best")]) == 0
+    better = named_parameters(load_model(tmp_path / "best"))
+    assert not np.array_equal(better["norm.weight"], exported["norm.weight"])
+    assert main(["convert", "--run", str(best_run), "--step", "77", "--out", str(tmp_path / "no")]) == 2
+    assert "no step '77'; checkpoints are there of steps" in capsys.readouterr().err
+    assert main(["convert", "--out", str(tmp_path / "no")]) == 2
+    assert "give one of --model DIR" in capsys.readouterr().err
+
+
+def test_checkpoints_of_adapters_become_merged_models(small, tiny_model, tmp_path):
+    options = {"lora_rank": 2, "steps": 2, "save_every": 1, "lr": 1e-3, "export": False}
+    out = train(small(tmp_path / "run", **options), quiet=True)
+    for step, same in (("2", True), ("1", False)):
+        assert main(["convert", "--run", str(out), "--step", step, "--out", str(tmp_path / step)]) == 0
+        expected = named_parameters(load_merged(tiny_model, out / "adapter"))
+        found = named_parameters(load_model(tmp_path / step))
+        close = [np.allclose(found[n], expected[n], atol=1e-6) for n in expected]
+        assert all(close) == same
+    assert pq.read_table(out / "displacement.parquet").num_rows
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep-best", "eval_loss"], "no pairs are held out"),
+        (["--keep-best", "displacement/margin"], "expected a number of the evaluations and which way is better"),
+        (["--keep-best", "displacement/margins:max"], "the evaluations do not give that; they give displacement/dlogp"),
+    ],
+)
+def test_bad_metrics_are_one_message(capsys, tiny_model, tmp_path, words, message):
+    options = ["--model", str(tiny_model), "--limit", "12", "--mesh", "data=1", "--batch-size", "4", "--quiet"]
+    assert main(["train", *options, "--out", str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
