@@ -126,6 +126,8 @@ class TrainConfig:
     """Dtype of the computation: float32, bfloat16, float16 or float64. Master weights are float32 at least."""
     remat: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
+    attention: str = "auto"
+    """How attention is computed where no gradient is taken, as in `ches score`; gradients go through slices."""
     mesh: str | None = None
     """Devices, such as data=4 or fsdp=8; default: all local devices on the data axis."""
     row_tokens: int | None = None
@@ -155,7 +157,7 @@ class TrainConfig:
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
 
 
-NOT_IDENTITY = ("out", "mesh", "save_every", "keep", "keep_best", "reference_cache", "export")
+NOT_IDENTITY = ("out", "mesh", "attention", "save_every", "keep", "keep_best", "reference_cache", "export")
 """Options that two runs may differ in and be the same run."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ches_jax.data.packing import Placement, Rows, pack
-from ches_jax.models.attention import blocks
+from ches_jax.models.attention import Attend, blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import row_sharding, row_shards
@@ -43,7 +43,7 @@ class TokenLogps(NamedTuple):
 class Evaluator:
     """``evaluate(params, pairs)`` gives the log-probabilities of every pair; compiles once per row length."""
 
-    def __init__(self, abstract: Decoder, mesh: Mesh, layout: Layout):
+    def __init__(self, abstract: Decoder, mesh: Mesh, layout: Layout, attend: Attend = blocks):
         """Takes the decoder without arrays; parameters come with each call."""
         self.mesh = mesh
         self.layout = layout
@@ -53,7 +53,7 @@ class Evaluator:
 
         def pass_of(logps: Any) -> Any:
             def run(params: Any, rows: Rows) -> Any:
-                return logps(with_parameters(abstract, params), rows, attend=blocks, mesh=on)
+                return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on)
 
             return jax.jit(run)
 

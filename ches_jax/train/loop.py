@@ -78,7 +78,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     policy, params = make_policy(
         loaded, run.decoder, run.lora, dtype=config.dtype, master=master, seed=config.seed, mesh=run.mesh
     )
-    evaluate = Evaluator(policy.abstract, run.mesh, run.layout)
+    evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
     write_dropped(out / DROPPED, run.pairs.dropped)
     reference = references(run, evaluate, policy.parameters(params))
     state = initial_state(params, optimizer, initial_loss_state(run.loss, master), run.mesh)
@@ -191,6 +191,7 @@ def _write_summary(
             "versions": versions(),
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
+            "attention": run.attention.name,
             "counts": {
                 "rows": pairs.rows, "train": len(run.train), "held_out": len(pairs.held_out),
                 "watched": len(pairs.watched), "dropped": len(pairs.dropped), "updates": run.plan.total,

@@ -13,6 +13,7 @@ from ches_jax import embedded
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
 from ches_jax.losses import Loss
+from ches_jax.models import kernels
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families import decoder_config
@@ -42,6 +43,7 @@ class Run:
     out: Path
     directory: Path
     decoder: DecoderConfig
+    attention: kernels.Choice
     mesh: Mesh
     pairs: RunPairs
     train: Examples
@@ -99,6 +101,7 @@ def prepare(config: TrainConfig) -> Run:
         out=Path(config.out),
         directory=directory,
         decoder=decoder,
+        attention=kernels.choose(config.attention, decoder, config.dtype),
         mesh=mesh,
         pairs=pairs,
         train=train,
@@ -169,7 +172,8 @@ def _other_model(run: Run, directory: Path, per_token: bool) -> Callable[[Sequen
         )
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(run.config.dtype))
     threshold = decoder.rope.length_threshold if decoder.rope else None
-    evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold))
+    attend = kernels.choose(run.config.attention, decoder, run.config.dtype).attend
+    evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold), attend)
     master = "float64" if run.config.dtype == "float64" else "float32"
     loaded: list[Any] = []
 
