@@ -21,6 +21,7 @@ from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models import attention
 from ches_jax.models.cache import Cache
 from ches_jax.models.decoder import Decoder
+from ches_jax.models.precision import accumulate
 from ches_jax.parallel import ROWS, row_sharding, row_shards
 
 SMALLEST_BUCKET = 32
@@ -156,7 +157,7 @@ class Engine:
             empty = State(
                 kept,
                 jnp.zeros((rows, max_new_tokens), jnp.int32),
-                jnp.zeros((rows, max_new_tokens), jnp.promote_types(hidden.dtype, jnp.float32)),
+                jnp.zeros((rows, max_new_tokens), accumulate(hidden.dtype)),
                 jnp.zeros((rows,), jnp.int32),
                 jnp.zeros((rows,), bool),
             )

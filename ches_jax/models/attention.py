@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ches_jax.models.precision import accumulate, matmul_precision
+from ches_jax.models.precision import accumulate, matmul_precision, products
 from ches_jax.models.visibility import KeyRanges, block_spans, padded, visible, visited
 
 BLOCK, WIDE_BLOCK = {"cpu": 64}, 128
@@ -65,12 +65,11 @@ def dense(
     """Attention with the whole [Q, T] mask."""
     mask = visible(seen, jnp.arange(k.shape[1], dtype=jnp.int32))
     acc = accumulate(q.dtype)
-    s = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=acc, precision=matmul_precision(q.dtype))
+    s = products("bqkgh,bskh->bkgqs", q, k)
     s = capped(s * jnp.asarray(scale, acc), softcap)
     s = jnp.where(mask[:, None, None], s, jnp.asarray(HIDDEN_SCORE, acc))
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgqs,bskh->bqkgh", p, v, preferred_element_type=acc, precision=matmul_precision(v.dtype))
-    return out.astype(q.dtype)
+    return products("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
 
 
 def slices(

@@ -35,7 +35,8 @@ def write(
     cache: Cache, layer: Int[Array, ""], slot: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 ) -> Cache:
     """Put new keys and values of one layer into the slots from ``slot`` on."""
-    at = (layer, 0, 0, slot, 0)
+    none = jnp.int32(0)
+    at = (layer, none, none, slot, none)
     return Cache(
         *(lax.dynamic_update_slice(a, new.swapaxes(1, 2)[None], at) for a, new in zip(cache, (k, v), strict=True))
     )

@@ -1,9 +1,11 @@
 """Which dtype sums accumulate in, and how precisely matrices are multiplied, by the dtype of the computation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 
 def accumulate(dtype: DTypeLike) -> np.dtype:
@@ -14,3 +16,12 @@ def accumulate(dtype: DTypeLike) -> np.dtype:
 def matmul_precision(dtype: DTypeLike) -> lax.Precision:
     """Full precision for float32 and float64, whose inputs accelerators would round; native for 16 bits."""
     return lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize == 2 else lax.Precision.HIGHEST
+
+
+def products(subscripts: str, a: Array, b: Array) -> Array:
+    """``einsum`` of two arrays of one dtype, summed up and returned in ``accumulate`` of it."""
+    acc, precision = accumulate(a.dtype), matmul_precision(a.dtype)
+    if jax.default_backend() == "cpu":
+        # it lacks products of 16 bits into 32 where a matrix has a single row; the products are the same ones
+        a, b = a.astype(acc), b.astype(acc)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=acc, precision=precision)

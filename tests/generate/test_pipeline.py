@@ -38,6 +38,12 @@ def make(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: 
     )
 
 
+def assert_same(rows: list[dict], others: list[dict]) -> None:
+    """Equal texts; log-probabilities equal to float32 rounding, since batches of other sizes add up in other orders."""
+    assert [{**r, "logp": 0} for r in rows] == [{**r, "logp": 0} for r in others]
+    assert [r["logp"] for r in rows] == pytest.approx([r["logp"] for r in others], abs=1e-4)
+
+
 def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
     prompts = write(
         tmp_path / "p.jsonl", [{"prompt": ASKED, "category": "mischief", "label": 1}, {"prompt_ids": [1, 3, 4]}]
@@ -117,7 +123,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
 
 def test_texts_do_not_depend_on_chunks_or_batches(tmp_path):
     few = make(tmp_path, "a", limit=12)
-    assert make(tmp_path, "b", limit=12, chunk_rows=5, batch_size=4) == few
+    assert_same(make(tmp_path, "b", limit=12, chunk_rows=5, batch_size=4), few)
 
 
 def test_stop_strings_and_tokens(tmp_path):
@@ -189,7 +195,7 @@ def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
     ]  # fmt: skip
     kept = make(tmp_path, "kept", prompts=prompts, on_bad_row="keep")
     assert [(r["index"], r.get("flags")) for r in kept] == [(0, None), (1, ["empty_prompt"]), (2, ["double_bos"])]
-    assert kept[0] == rows[0]
+    assert_same(kept[:1], rows)
 
 
 def test_a_text_ends_where_the_context_does(tmp_path):
