@@ -1,54 +1,62 @@
-"""Token pairs -> one packed micro-batch: rows, the place of every pair, what else the objective needs.
+"""Items -> one packed micro-batch: rows, the place of every response, what else the objective needs.
 
-A micro-batch is one group of arrays whatever its pairs: rows of one length, as many as are needed, and room for the
-predictions that are there. Numbers of rows and predictions are fitted to the run beforehand, so that a run compiles a
-handful of shapes. The pairs themselves are never padded: a loss sees exactly the pairs of the batch.
+An item is a prompt with its responses, two of them for most objectives. A micro-batch is one group of arrays whatever
+its items: rows of one length, as many as are needed, and room for the predictions that are there. Numbers of rows and
+predictions are fitted to the run beforehand, so that a run compiles a handful of shapes. The items themselves are never
+padded: a loss sees exactly those of the batch.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax.data.packing import Rows, arrange, assign, empty_rows, need, row_length, shared_tokens, write_rows
-from ches_jax.types import Eos, TokenPair
+from ches_jax.data.packing import (
+    Arrangement,
+    Item,
+    Rows,
+    arrange,
+    empty_rows,
+    need,
+    responses_of,
+    row_length,
+    shared_tokens,
+    write_rows,
+)
+from ches_jax.types import Eos
 
 
 class TokenPlaces(NamedTuple):
     """Where the log-probability of each response token lies, and what the reference gives it.
 
-    [P, T] with T the longest response of the run; the ends of shorter ones are padding.
+    [P, R, T] with T the longest response of the run; the ends of shorter ones are padding.
     """
 
-    chosen: Any
-    """Index among the predictions of the pair's row."""
-    rejected: Any
-    chosen_mask: Any
+    at: Any
+    """Index among the predictions of the item's row."""
+    mask: Any
     """1 on the response's tokens, 0 on padding."""
-    rejected_mask: Any
-    ref_chosen: Any
+    reference: Any
     """Nats; zeros where the objective has no reference."""
-    ref_rejected: Any
 
 
 class Batch(NamedTuple):
-    """P pairs in packed rows, which are N examples of the objective (N = P but where an example has several pairs)."""
+    """P items of R responses each, in packed rows."""
 
     rows: Rows
     """In a run of several processes, the rows that this process uploads."""
     row: Any
-    """[P] row of each pair."""
+    """[P] row of each item."""
     shared: Any
-    """[P] first of its three segments."""
-    chosen_tokens: Any
-    rejected_tokens: Any
-    ref_logp_chosen: Any
-    """[P] nats; zeros where the objective has no reference."""
-    ref_logp_rejected: Any
+    """[P] first of its segments; those of its responses follow."""
+    counts: Any
+    """[P, R] tokens of each response."""
+    reference: Any
+    """[P, R] the reference's log-probabilities in nats; zeros where the objective has none."""
     given: dict[str, Any]
-    """[N] what the data say of each example, by field of ``LossInputs``: weights, rewards, labels."""
+    """[P] what the data say of each item, by field of ``LossInputs``: weights, rewards, labels."""
     tokens: TokenPlaces | None = None
     """For objectives of tokens."""
 
@@ -83,7 +91,7 @@ def stepped(n: int) -> int:
     return -(-n // unit) * unit
 
 
-def fitted(layout: Layout, groups: Iterable[Sequence[TokenPair]], most: int = 3) -> Layout:
+def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> Layout:
     """The layout with at most ``most`` batch sizes: those that pad the batches of the run least.
 
     A short run gets fewer, since each costs a compilation.
@@ -91,14 +99,21 @@ def fitted(layout: Layout, groups: Iterable[Sequence[TokenPair]], most: int = 3)
     counts: Counter[int] = Counter()
     predictions = 0
     for group in groups:
-        if max(row_length(p, layout.row_tokens, layout.length_threshold) for p in group) > layout.row_tokens:
-            continue
-        rows = assign([need(p, layout.length_threshold) for p in group], layout.row_tokens)
-        counts[-(-len(rows) // layout.row_multiple) * layout.row_multiple] += 1
-        predictions = max(predictions, *(sum(_predictions(group[i], layout) for i in row) for row in rows))
+        found = _arranged(group, layout)
+        if found.length == layout.row_tokens:
+            counts[-(-len(found.rows) // layout.row_multiple) * layout.row_multiple] += 1
+            predictions = max(predictions, _most_predictions(group, found, layout))
     part = max(1, layout.row_tokens // 8)
     room = -(-predictions // part) * part
     return layout._replace(row_counts=fewest(counts, min(most, 1 + counts.total() // 32)), predictions=room)
+
+
+def _arranged(items: Sequence[Item], layout: Layout) -> Arrangement:
+    """Rows of one length for all ``items``, as few as hold them."""
+    length = max(row_length(item, layout.row_tokens, layout.length_threshold) for item in items)
+    # a row for every item is more than enough
+    (found,) = arrange(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
+    return found
 
 
 def fewest(counts: Counter[int], most: int) -> tuple[int, ...]:
@@ -121,86 +136,90 @@ def fewest(counts: Counter[int], most: int) -> tuple[int, ...]:
     return min(tried, key=lambda chosen: (padding(chosen), len(chosen)))
 
 
-def _predictions(pair: TokenPair, layout: Layout) -> int:
-    shared, chosen, rejected = _counts(pair, layout)
-    return chosen + rejected - shared
+def _counts(item: Item, layout: Layout) -> tuple[int, list[int]]:
+    """Predictions that all responses of an item share, and those of each response with them."""
+    shared = shared_tokens(item, layout.length_threshold) or 0
+    return shared, [len(r.targets(layout.eos)) for r in responses_of(item)]
 
 
-def _counts(pair: TokenPair, layout: Layout) -> tuple[int, int, int]:
-    """Predictions that both responses share, of the chosen and of the rejected one."""
-    shared = shared_tokens(pair, layout.length_threshold) or 0
-    return shared, len(pair.chosen.targets(layout.eos)), len(pair.rejected.targets(layout.eos))
+def _predictions(item: Item, layout: Layout) -> int:
+    shared, counts = _counts(item, layout)
+    return sum(counts) - (len(counts) - 1) * shared
 
 
-def standard_row(pairs: Sequence[TokenPair], length_threshold: int | None = None, multiple: int = 64) -> int:
-    """The row length that holds the longest pair, in multiples of the attention tile."""
-    longest = max(need(p, length_threshold) for p in pairs)
+def _most_predictions(items: Sequence[Item], found: Arrangement, layout: Layout) -> int:
+    return max(sum(_predictions(items[i], layout) for i in row) for row in found.rows)
+
+
+def standard_row(items: Sequence[Item], length_threshold: int | None = None, multiple: int = 64) -> int:
+    """The row length that holds the longest item, in multiples of the attention tile."""
+    longest = max(need(item, length_threshold) for item in items)
     return -(-longest // multiple) * multiple
 
 
 def make_batch(
-    pairs: Sequence[TokenPair],
+    items: Sequence[Item],
     layout: Layout,
-    reference: Sequence[Any] | None = None,
+    reference: Sequence[Sequence[Any]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     dtype: Any = np.float32,
 ) -> Batch:
-    """Pack ``pairs`` into one batch, in their order.
+    """Pack ``items`` into one batch, in their order.
 
     Args:
-      pairs: what is packed.
+      items: what is packed; all have the same number of responses.
       layout: how.
-      reference: for chosen and for rejected responses, of each pair the reference's log-probability in nats, or for
-        objectives of tokens the array of them.
+      reference: for each response of an item (chosen, rejected), of each item the reference's log-probability in nats,
+        or for objectives of tokens the array of them.
       given: what else the objective reads, by name.
       dtype: of all that is no integer.
     """
-    length = max(row_length(p, layout.row_tokens, layout.length_threshold) for p in pairs)
-    (found,) = arrange(
-        pairs, length=length, rows_per_batch=len(pairs), length_threshold=layout.length_threshold
-    )  # a row for every pair is more than enough
+    found = _arranged(items, layout)
     used = len(found.rows)
-    standard = length == layout.row_tokens
+    standard = found.length == layout.row_tokens
     fit = [c for c in layout.row_counts if c >= used] if standard else []
     count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
     found = found._replace(row_count=count)
-    rows = write_rows(pairs, found, layout.eos, layout.length_threshold, held_rows(count, layout))
-    most = max(sum(_predictions(pairs[i], layout) for i in row) for row in found.rows)
-    rows = _without_empty_room(rows, length, most, layout.predictions if standard else 0)
-    row, shared, first = (np.zeros(len(pairs), np.int32) for _ in range(3))
+    rows = write_rows(items, found, layout.eos, layout.length_threshold, held_rows(count, layout))
+    rows = _without_empty_room(
+        rows, found.length, _most_predictions(items, found, layout), layout.predictions if standard else 0
+    )
+    row, shared, first = (np.zeros(len(items), np.int32) for _ in range(3))
     for place in found.places():
-        row[place.pair], shared[place.pair] = place.row, place.shared
+        row[place.item], shared[place.item] = place.row, place.shared
     for group in found.rows:
-        sizes = [_predictions(pairs[i], layout) for i in group]
+        sizes = [_predictions(items[i], layout) for i in group]
         first[group] = np.cumsum([0, *sizes[:-1]])
-    return pair_numbers(pairs, layout, reference, given, dtype, first)._replace(rows=rows, row=row, shared=shared)
+    return numbers_of(items, layout, reference, given, dtype, first)._replace(rows=rows, row=row, shared=shared)
 
 
-def pair_numbers(
-    pairs: Sequence[TokenPair],
+def numbers_of(
+    items: Sequence[Item],
     layout: Layout,
-    reference: Sequence[Any] | None = None,
+    reference: Sequence[Sequence[Any]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     dtype: Any = np.float32,
     first: np.ndarray | None = None,
 ) -> Batch:
     """A batch without rows: what an objective reads beside the log-probabilities.
 
-    Arguments of ``make_batch``; ``first`` says where the predictions of each pair begin in its row.
+    Arguments of ``make_batch``; ``first`` says where the predictions of each item begin in its row.
     """
-    nothing = np.zeros(len(pairs))
-    sums = [nothing, nothing] if reference is None else [[np.sum(v) for v in side] for side in reference]
-    start = nothing.astype(np.int32) if first is None else first
+    counts = np.array([_counts(item, layout)[1] for item in items], np.int32)
+    nothing = np.zeros(len(items), np.int32)
+    sums = np.zeros(counts.shape)
+    if reference is not None:
+        sums = np.array([[np.sum(v) for v in side] for side in reference]).T
     return Batch(
         rows=empty_rows(0, 1),
-        row=nothing.astype(np.int32),
-        shared=nothing.astype(np.int32),
-        chosen_tokens=np.array([len(p.chosen.targets(layout.eos)) for p in pairs], np.int32),
-        rejected_tokens=np.array([len(p.rejected.targets(layout.eos)) for p in pairs], np.int32),
-        ref_logp_chosen=np.array(sums[0], dtype),
-        ref_logp_rejected=np.array(sums[1], dtype),
+        row=nothing,
+        shared=nothing,
+        counts=counts,
+        reference=sums.astype(dtype),
         given={k: np.asarray(v, v.dtype if v.dtype == bool else dtype) for k, v in (given or {}).items()},
-        tokens=_token_places(pairs, start, layout, reference, dtype) if layout.response_tokens else None,
+        tokens=_token_places(items, nothing if first is None else first, layout, reference, dtype)
+        if layout.response_tokens
+        else None,
     )
 
 
@@ -219,24 +238,24 @@ def padded(values: Sequence[np.ndarray], width: int, dtype: Any) -> np.ndarray:
     return out
 
 
-def _token_places(
-    pairs: Sequence[TokenPair], first: np.ndarray, layout: Layout, reference: Any, dtype: Any
-) -> TokenPlaces:
-    """Places of the tokens of pairs whose predictions begin at ``first`` in their rows."""
-    chosen, rejected = [], []
-    for pair, start in zip(pairs, first, strict=True):
-        shared, n, m = _counts(pair, layout)
-        every = start + np.arange(n + m - shared)
-        chosen.append(every[:n])
-        rejected.append(np.concatenate([every[:shared], every[n:]]))
+def _token_places(items: Sequence[Item], first: np.ndarray, layout: Layout, reference: Any, dtype: Any) -> TokenPlaces:
+    """Places of the tokens of items whose predictions begin at ``first`` in their rows."""
+    places: list[list[np.ndarray]] = []
+    for item, start in zip(items, first, strict=True):
+        shared, counts = _counts(item, layout)
+        ends = start + shared + np.cumsum([0, *(n - shared for n in counts)])
+        places.append([np.concatenate([start + np.arange(shared), np.arange(a, b)]) for a, b in pairwise(ends)])
+    # [R][P] of arrays, as the reference's
+    sides = [list(side) for side in zip(*places, strict=True)]
+    per_token = reference is not None and np.ndim(reference[0][0]) == 1
+    refs = reference if per_token else [[v * 0.0 for v in side] for side in sides]
     width = layout.response_tokens
-    none = [np.zeros(0)] * len(pairs)
-    refs = [none, none] if reference is None or np.ndim(reference[0][0]) == 0 else reference
-    return TokenPlaces(
-        *(padded(side, width, np.int32) for side in (chosen, rejected)),
-        *(padded([np.ones(len(p)) for p in side], width, np.int32) for side in (chosen, rejected)),
-        *(padded(side, width, dtype) for side in refs),
-    )
+
+    def stacked(values: Any, kind: Any) -> np.ndarray:
+        return np.stack([padded(side, width, kind) for side in values], axis=1)
+
+    masks = [[np.ones(len(v)) for v in side] for side in sides]
+    return TokenPlaces(stacked(sides, np.int32), stacked(masks, np.int32), stacked(refs, dtype))
 
 
 def _without_empty_room(rows: Rows, length: int, used: int, room: int) -> Rows:

@@ -25,7 +25,7 @@ def require_finite(run: Run, i: int, metrics: dict[str, float], saved: Checkpoin
         return
     saved.wait()
     what = "loss" if not math.isfinite(metrics["loss"]) else "grad_norm"
-    rows = [run.train.pairs[j] for group in run.plan.update(i) for j in group]
+    rows = [run.train.pairs[j * run.train.size] for group in run.plan.update(i) for j in group]
     named = ", ".join(f"{p.index} ({p.row_id[:12]})" for p in rows[:8]) + (" ..." if len(rows) > 8 else "")
     good = saved.latest()
     where = (
@@ -46,11 +46,11 @@ def require_agreement(run: Run, batches: Sequence[Batch], metrics: dict[str, flo
     if not needs_reference(run.loss) or run.config.reference != "initial":
         return
     tolerance = AGREEMENT.get(run.config.dtype, 2e-2)
-    reference = float(np.concatenate([b.ref_logp_chosen for b in batches]).mean())
+    reference = float(np.concatenate([b.reference for b in batches]).mean())
     policy = metrics[POLICY]
     if not abs(policy - reference) <= tolerance * max(1.0, abs(reference)):
         raise ChesError(
-            f"before the first update the policy gives the chosen responses {policy:.6g} nats, the reference "
+            f"before the first update the policy gives the responses {policy:.6g} nats, the reference "
             f"{reference:.6g}; they are the same model, so the reference log-probabilities are not of these rows"
         )
     beta = run.loss.hyper.get("beta", 1.0)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ches_jax.data.prompts import Template
+from ches_jax.data.prompts import Pairing, Template
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
@@ -59,12 +59,14 @@ class TrainConfig:
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
     """Other names of columns: prompt=instruction."""
+    candidates: Pairing | None = None
+    """Pairs of rows with several `responses`, as in `ches score`: chosen-against-all (the default) or all-pairs."""
     limit: int | None = None
     """Train only on the first rows."""
     eval_pairs: str | None = None
     """Held-out pairs, read as --pairs is."""
     holdout: int = 0
-    """Hold out so many of --pairs, drawn by --seed."""
+    """Hold out so many rows of --pairs, drawn by --seed."""
     out: str | None = None
     """Run directory; default: the first free runs/train-NNN."""
 

@@ -68,10 +68,7 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
         prints["eval_fingerprint"] = other.fingerprint
         held_out, held_out_given, dropped = other.pairs, other.given, dropped + other.dropped
     elif config.holdout:
-        if config.holdout >= len(kept):
-            raise ChesError(f"--holdout {config.holdout}: there are {len(kept)} pairs in all")
-        drawn = np.random.default_rng([config.seed, 1]).permutation(len(kept))
-        out, stay = np.sort(drawn[: config.holdout]), np.sort(drawn[config.holdout :])
+        out, stay = _drawn(kept, config.holdout, config.seed)
         held_out, kept = [kept[i] for i in out], [kept[i] for i in stay]
         held_out_given = {k: v[out] for k, v in given.items()}
         given = {k: v[stay] for k, v in given.items()}
@@ -79,6 +76,16 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
     return RunPairs(
         kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, given, held_out_given
     )
+
+
+def _drawn(pairs: Sequence[TokenPair], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the pairs of ``count`` random rows of the data, and of all others; both rising."""
+    rows, row_of = np.unique([p.index for p in pairs], return_inverse=True)
+    if count >= len(rows):
+        raise ChesError(f"--holdout {count}: there are {len(rows)} rows in all")
+    drawn = np.random.default_rng([seed, 1]).permutation(len(rows))[:count]
+    out = np.isin(row_of, drawn)
+    return np.flatnonzero(out), np.flatnonzero(~out)
 
 
 def write_dropped(path: Path, dropped: Sequence[dict[str, Any]]) -> None:

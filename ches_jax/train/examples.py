@@ -6,6 +6,12 @@ a pair's two responses are, so that the prompt is computed once for both.
 
     pairs      x: y+ y-      x': z+ z-
     examples   x: y+ | z+    x: y- | z-    x': z+ | y+    x': z- | y-    what follows | is only measured
+
+An objective of samples (D2O) takes a rejected response with several samples. The data bring them as one pair for each
+sample; the example is all of them, the rejected response once and last.
+
+    pairs      x: s1 y-      x: s2 y-      x: s3 y-
+    example    x: s1 s2 s3 y-
 """
 
 import hashlib
@@ -14,9 +20,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ches_jax.data.packing import Candidates, Item
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
-from ches_jax.train.objective import is_supervised, is_unpaired
+from ches_jax.train.evaluate import PairLogps, TokenLogps
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
 from ches_jax.types import Eos, Response, TokenPair
 
 NOTHING = Response((), None)
@@ -27,15 +35,29 @@ class Examples:
     """N examples: what is packed for each, and what else the objective reads of it."""
 
     pairs: list[TokenPair]
+    """``size`` for each example."""
     given: dict[str, np.ndarray]
     """[N] by field of ``LossInputs``."""
+    size: int = 1
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.pairs) // self.size
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> "Examples":
-        """Those with these numbers, in this order."""
-        return Examples([self.pairs[i] for i in indices], {k: v[indices] for k, v in self.given.items()})
+    def items(self) -> list[Item]:
+        """What is packed."""
+        return [self.item(i) for i in range(len(self))]
+
+    def item(self, i: int) -> Item:
+        """What is packed of example ``i``."""
+        if self.size == 1:
+            return self.pairs[i]
+        mine = self.pairs[i * self.size : (i + 1) * self.size]
+        return Candidates(mine[0].prompt, (*(p.chosen for p in mine), mine[0].rejected), self.size)
+
+    def by_response(self, found: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
+        """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
+        sides = [[found.chosen[i * self.size + k] for i in which] for k in range(self.size)]
+        return [*sides, [found.rejected[i * self.size] for i in which]]
 
 
 def make_examples(
@@ -50,11 +72,23 @@ def make_examples(
       seed: draws the mismatched responses of an unpaired loss.
       max_length: most tokens of a prompt and a mismatched response.
       eos: whether a terminator counts.
+
+    Raises:
+      ChesError: pairs of which no such examples can be made.
     """
     if is_supervised(loss):
         return Examples([replace(p, rejected=NOTHING) for p in pairs], dict(given))
-    if not is_unpaired(loss) or not pairs:
-        return Examples(list(pairs), dict(given))
+    if is_unpaired(loss) and pairs:
+        return _unpaired(pairs, given, seed, max_length, eos)
+    if reads_samples(loss) and pairs:
+        size = len({p.candidates for p in pairs})
+        return Examples(list(pairs), {k: v[::size] for k, v in given.items()}, size)
+    return Examples(list(pairs), dict(given))
+
+
+def _unpaired(
+    pairs: Sequence[TokenPair], given: Mapping[str, np.ndarray], seed: int, max_length: int, eos: Eos
+) -> Examples:
     sides = [
         (i, good, response)
         for i, pair in enumerate(pairs)

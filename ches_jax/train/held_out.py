@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ches_jax.train.batches import padded, pair_numbers
+from ches_jax.train.batches import numbers_of, padded
 from ches_jax.train.evaluate import Evaluator, PairLogps
 from ches_jax.train.objective import Logps, is_unpaired, loss_and_metrics, named, reads_tokens
 from ches_jax.train.reference import Logps as ReferenceLogps
@@ -32,12 +32,18 @@ def held_out_metrics(
     if loss.name == "sft":
         tokens = sum(len(p.chosen.targets(run.config.eos)) for p in examples.pairs)
         given["weights"] = np.full(len(examples), len(examples) / max(1, tokens))
-    batch = pair_numbers(examples.pairs, run.layout, reference, given, dtype)
+    everyone = range(len(examples))
+    ref = None if reference is None else examples.by_response(reference, everyone)
+    batch = numbers_of(examples.items(), run.layout, ref, given, dtype)
+    per_token = None
     if reads_tokens(loss):
         tokens = evaluate.tokens(params, examples.pairs)
-        found = (*tokens.sums(), *(padded(side, run.layout.response_tokens, dtype) for side in tokens))
-    else:
-        found = evaluate(params, examples.pairs) if is_unpaired(loss) else now
-    value, (metrics, _) = loss_and_metrics(loss, batch, Logps(*(jnp.asarray(v, dtype) for v in found)), {})
+        now, width = tokens.sums(), run.layout.response_tokens
+        per_token = np.stack([padded(side, width, dtype) for side in examples.by_response(tokens, everyone)], axis=1)
+    elif is_unpaired(loss):
+        now = evaluate(params, examples.pairs)
+    responses = jnp.asarray(np.array(examples.by_response(now, everyone)).T, dtype)
+    found = Logps(responses, None if per_token is None else jnp.asarray(per_token))
+    value, (metrics, _) = loss_and_metrics(loss, batch, found, {})
     means = named({k: float(v) for k, v in metrics.items()})
     return {"eval_loss": float(value), **{f"eval_{k}": v for k, v in means.items()}}

@@ -1,9 +1,9 @@
-r"""From a packed batch and a model to the loss of each pair: log-probabilities, objective, metrics.
+r"""From a packed batch and a model to the loss of each item: log-probabilities, objective, metrics.
 
 .. math::
   \ln \pi(y|x) = \sum_{m \in shared} \ell_m + \sum_{m \in own(y)} \ell_m
 
-where the shared segment (what both responses begin with) is computed once, as the prompt is.
+where the shared segment (what all responses begin with) is computed once, as the prompt is.
 """
 
 from collections.abc import Mapping
@@ -29,14 +29,14 @@ from ches_jax.train.logps import Head, segment_sums, token_logps
 SUPPLIED = (
     REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE
     | {"weights", "reward_mean", "logp", "ref_logp", "desirable", "kl_baseline"}
+    | {"logp_candidates", "ref_logp_candidates"}
 )  # fmt: skip
 """Fields of ``LossInputs`` that training can fill."""
-WHY_NOT = {
-    "token_kl": "the divergence over the whole vocabulary at each position needs the reference model beside the "
-    "policy, and a run keeps one model in memory",
-    "candidates": "samples of the policy: the rows have one chosen and one rejected response",
-}
-"""Why the others cannot be filled, by a part of their names."""
+WHY_NOT = (
+    "divergences over the whole vocabulary at each position need the reference model beside the policy, and a run "
+    "keeps one model in memory"
+)
+"""Why the others cannot be filled: they are SparsePO's."""
 SFT = {
     "sft": "mean over the tokens of all chosen responses of the update",
     "sft_sum": "mean over the pairs of the summed negative log-probability of the chosen response",
@@ -74,27 +74,23 @@ def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B
 
 
 class Logps(NamedTuple):
-    """What the policy gives the responses of P pairs, in nats."""
+    """What the policy gives the responses of P items, in nats; of a pair the chosen one comes first."""
 
-    chosen: Float[Array, " P"]
-    rejected: Float[Array, " P"]
-    token_chosen: Float[Array, "P T"] | None = None
+    responses: Float[Array, "P R"]
+    tokens: Float[Array, "P R T"] | None = None
     """For objectives of tokens; padding holds anything finite."""
-    token_rejected: Float[Array, "P T"] | None = None
 
 
 def batch_logps(model: Decoder, batch: Batch, **options: Any) -> Logps:
-    """Log-probabilities of a batch's pairs; options of ``prediction_logps``."""
+    """Log-probabilities of a batch's responses; options of ``prediction_logps``."""
     every = prediction_logps(model, batch.rows, **options)
     sums = segment_sums(every, batch.rows.segment, batch.rows.last.shape[1])
-    shared = sums[batch.row, batch.shared]
-    found = Logps(shared + sums[batch.row, batch.shared + 1], shared + sums[batch.row, batch.shared + 2])
+    row, first = batch.row[:, None], batch.shared[:, None]
+    own = first + 1 + jnp.arange(batch.counts.shape[1], dtype=jnp.int32)[None]
+    found = Logps(sums[row, first] + sums[row, own])
     if batch.tokens is None:
         return found
-    row = batch.row[:, None]
-    return found._replace(
-        token_chosen=every[row, batch.tokens.chosen], token_rejected=every[row, batch.tokens.rejected]
-    )
+    return found._replace(tokens=every[row[..., None], batch.tokens.at])
 
 
 def get_objective(
@@ -119,8 +115,7 @@ def get_objective(
         loss = with_weights(loss)
     missing = sorted(loss.needs - SUPPLIED)
     if missing:
-        why = "; ".join(reason for part, reason in WHY_NOT.items() if any(part in m for m in missing))
-        raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply ({why})")
+        raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply: {WHY_NOT}")
     return loss
 
 
@@ -137,6 +132,11 @@ def is_supervised(loss: Loss) -> bool:
 def is_unpaired(loss: Loss) -> bool:
     """Whether an example is one response with a label, as KTO's are."""
     return "logp" in loss.needs
+
+
+def reads_samples(loss: Loss) -> bool:
+    """Whether several responses stand where the chosen one stood, as D2O's samples do."""
+    return "logp_candidates" in loss.needs
 
 
 def reads_tokens(loss: Loss) -> bool:
@@ -174,29 +174,29 @@ def initial_loss_state(loss: Loss, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]) -> LossInputs:
     """What the loss declares that it reads, and nothing else."""
-    every = {
-        "logp_chosen": found.chosen,
-        "logp_rejected": found.rejected,
-        "ref_logp_chosen": batch.ref_logp_chosen,
-        "ref_logp_rejected": batch.ref_logp_rejected,
-        "chosen_tokens": batch.chosen_tokens,
-        "rejected_tokens": batch.rejected_tokens,
-        # unpaired: the chosen response is the row's own, the rejected one another row's (``examples.unpaired``)
-        "logp": found.chosen,
-        "ref_logp": batch.ref_logp_chosen,
-        "kl_baseline": kto_baseline(found.rejected, jnp.asarray(batch.ref_logp_rejected)),
+    logps, ref = found.responses, jnp.asarray(batch.reference)
+    every: dict[str, Any] = {
+        "logp_chosen": logps[:, 0],
+        "logp_rejected": logps[:, -1],
+        "ref_logp_chosen": ref[:, 0],
+        "ref_logp_rejected": ref[:, -1],
+        "chosen_tokens": batch.counts[:, 0],
+        "rejected_tokens": batch.counts[:, -1],
+        # samples stand where the chosen response stood
+        "logp_candidates": logps[:, :-1],
+        "ref_logp_candidates": ref[:, :-1],
+        # unpaired: the first response is the row's own, the second another row's (``examples.unpaired``)
+        "logp": logps[:, 0],
+        "ref_logp": ref[:, 0],
+        "kl_baseline": kto_baseline(logps[:, -1], ref[:, -1]),
         **batch.given,
         **state,
     }
-    if batch.tokens is not None:
-        every |= {
-            "token_logps_chosen": found.token_chosen,
-            "token_logps_rejected": found.token_rejected,
-            "ref_token_logps_chosen": batch.tokens.ref_chosen,
-            "ref_token_logps_rejected": batch.tokens.ref_rejected,
-            "token_mask_chosen": batch.tokens.chosen_mask,
-            "token_mask_rejected": batch.tokens.rejected_mask,
-        }
+    if batch.tokens is not None and found.tokens is not None:
+        for side, i in (("chosen", 0), ("rejected", -1)):
+            every[f"token_logps_{side}"] = found.tokens[:, i]
+            every[f"ref_token_logps_{side}"] = batch.tokens.reference[:, i]
+            every[f"token_mask_{side}"] = batch.tokens.mask[:, i]
     return LossInputs(**cast(Any, {name: value for name, value in every.items() if name in loss.needs}))
 
 
@@ -214,14 +214,14 @@ def loss_and_metrics(
         for name in ("rewards", "logps"):
             metrics |= {f"{name}/chosen": aux[name] * good, f"{name}/rejected": aux[name] * (1 - good)}
     elif reads_tokens(loss):  # whatever tokens the objective keeps, this is the response's own
-        metrics |= {"logps/chosen": found.chosen, "logps/rejected": found.rejected}
-    metrics[POLICY] = found.chosen
+        metrics |= {"logps/chosen": found.responses[:, 0], "logps/rejected": found.responses[:, -1]}
+    metrics[POLICY] = found.responses
     means = {k: jnp.mean(jax.lax.stop_gradient(jnp.asarray(v))) for k, v in metrics.items()}
     return jnp.mean(value), (means, new_state)
 
 
-POLICY = "policy/chosen"
-"""Mean log-probability of what was packed as chosen: compared with the reference's before the first update."""
+POLICY = "policy/logps"
+"""Mean log-probability of all responses: compared with the reference's before the first update."""
 DESIRABLE = "share/desirable"
 
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
-from ches_jax.data.sources import PairSource, open_pairs
+from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
+from ches_jax.data.sources import Kind, PairSource, open_pairs, open_rows
 from ches_jax.data.tokenize import PairTokenizer
 from ches_jax.errors import ChesError, DataError
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.examples import NOTHING
-from ches_jax.train.objective import is_unpaired
+from ches_jax.train.objective import is_unpaired, reads_samples
 from ches_jax.train.reference import COLUMNS
 from ches_jax.types import OnBadRow, TokenPair
 
@@ -32,7 +33,8 @@ REWARD_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
 )
 """Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
-COMPLETION, LABEL = "completion", "label"
+COMPLETION = ("completion", "completion_ids")
+LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
 _CHUNK = 1024
 
@@ -58,34 +60,80 @@ def read_pairs(
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    singles = open_singles(spec, split, config.columns) if is_unpaired(loss) else None
-    source = singles or open_pairs(spec, split, config.columns)
+    source, one_response = _open(config, loss, spec, split)
     asked = _asked_columns(config, loss)
-    if singles and asked:
+    if one_response and asked:
         raise ChesError(f"{asked[0][0]}: {source.name} has rows of one response, of which only the label is read")
     pairs = _tokenised(source, tokenizer, limit)
-    if singles:
+    if one_response:
         pairs = [_single(p) for p in pairs]
+    rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
-    rows = len(pairs)
-    if singles:
+    if one_response:
         name = config.columns.get(LABEL, LABEL)
-        labels = _numbers(source, [(f"--loss {config.loss}", [{"label": name}])], kept, limit)["label"]
+        labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
         return ReadPairs(together(kept, labels > 0), {}, dropped, rows, source.fingerprint())
+    if reads_samples(loss):
+        _require_equal_samples(source.name, kept)
     return ReadPairs(kept, _numbers(source, asked, kept, limit), dropped, rows, source.fingerprint())
 
 
-def open_singles(spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource | None:
-    """The rows of a source with ``completion`` (or its ids), each read as two equal responses; None without it."""
-    name = columns.get(COMPLETION, COMPLETION)
-    others = {k: v for k, v in columns.items() if k not in (COMPLETION, LABEL)}
-    sides = {side + kind: name + kind for side in ("chosen", "rejected") for kind in ("", "_ids")}
-    try:
-        return open_pairs(spec, split, {**others, **sides})
-    except DataError:
-        if COMPLETION in columns:
-            raise
-        return None
+def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
+    """The source, and whether its rows are of one response."""
+    if is_unpaired(loss):
+        try:
+            return open_rows(spec, split, config.columns, ONE_RESPONSE), True
+        except DataError:
+            if {*COMPLETION, LABEL} & config.columns.keys():
+                raise
+    if reads_samples(loss):
+        return open_rows(spec, split, config.columns, SAMPLES), False
+    return open_pairs(spec, split, config.columns, config.candidates), False
+
+
+def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """A row of one response, as two equal ones."""
+    text, ids = (columns.get(name, name) for name in COMPLETION)
+    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
+    names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
+    return [(None, canonical_content(row, names))]
+
+
+def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """A row with a rejected response and samples, as the pairs of each sample with it."""
+    name = columns.get("responses", "responses")
+    samples = lookup(row, name)
+    if not isinstance(samples, list) or not samples:
+        raise DataError(
+            f"no list of samples in {name!r}; found: {', '.join(map(str, row)) or 'none'}; expected prompt, rejected "
+            "and responses, the policy's own samples; say which column is which with --columns responses=NAME"
+        )
+    of_ids = isinstance(samples[0], list) and all(isinstance(t, int) for t in samples[0])
+    side = "chosen_ids" if of_ids else "chosen"
+    names = {k: v for k, v in columns.items() if k not in ("responses", "chosen", "chosen_ids")}
+    return [((k, len(samples)), canonical_content({**row, side: sample}, names)) for k, sample in enumerate(samples)]
+
+
+ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), _one_response)
+SAMPLES = Kind("rejected responses with samples", (*PAIR_COLUMNS, "responses"), _samples)
+
+
+def _require_equal_samples(name: str, pairs: Sequence[TokenPair]) -> None:
+    """Every row with the same samples of the same prompt."""
+    by_row: dict[int, list[TokenPair]] = {}
+    for pair in pairs:
+        by_row.setdefault(pair.index, []).append(pair)
+    expected = [p.candidates for p in next(iter(by_row.values()))]
+    for index, mine in by_row.items():
+        if [p.candidates for p in mine] != expected:
+            raise DataError(
+                f"{name}: row {index} has other samples ({len(mine)}) than the first ({len(expected)}); an objective "
+                "of samples needs the same number for each prompt, all of them fit"
+            )
+        if len({p.prompt for p in mine}) > 1:
+            raise DataError(
+                f"{name}: row {index}: tokens merge across the prompt's end, in some samples and not in all"
+            )
 
 
 def _single(pair: TokenPair) -> TokenPair:

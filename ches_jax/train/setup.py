@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ches_jax import embedded
+from ches_jax.data.packing import Item, responses_of
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
 from ches_jax.losses import Loss
@@ -26,7 +27,7 @@ from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
 from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.evaluate import Evaluator, PairLogps
 from ches_jax.train.examples import Examples, make_examples
-from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_tokens
+from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_samples, reads_tokens
 from ches_jax.train.optimizer import Schedule, make_schedule
 from ches_jax.train.policy import Lora, open_lora
 from ches_jax.train.read import REFERENCE_FIELDS
@@ -74,7 +75,7 @@ def prepare(config: TrainConfig) -> Run:
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
         )
-    if config.reference == "columns" and (is_unpaired(loss) or reads_reference_tokens(loss)):
+    if config.reference == "columns" and (is_unpaired(loss) or reads_samples(loss) or reads_reference_tokens(loss)):
         raise ChesError(
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
@@ -89,9 +90,9 @@ def prepare(config: TrainConfig) -> Run:
     plan = make_plan(config, len(train))
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
     threshold = decoder.rope.length_threshold if decoder.rope else None
-    everything = [*pairs.train, *pairs.held_out, *train.pairs, *held_out.pairs]
+    everything: list[Item] = [*pairs.train, *pairs.held_out, *train.items(), *held_out.items()]
     row_tokens = config.row_tokens or standard_row(everything, threshold)
-    longest = max(len(r.targets(config.eos)) for p in everything for r in (p.chosen, p.rejected))
+    longest = max(len(r.targets(config.eos)) for item in everything for r in responses_of(item))
     options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
     if lora is not None and lora.fingerprint is not None:
@@ -157,7 +158,7 @@ def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[st
         identity["model_fingerprint"] = fingerprint(directory)
         identity.pop("adapter_fingerprint", None)
         found = reference_logps(everything, _other_model(run, directory, per_token), identity, folder)
-    n = len(run.train)
+    n = len(run.train.pairs)
     parts = {"train": slice(n), "held_out": slice(n, None)}
     return {k: found._replace(chosen=found.chosen[s], rejected=found.rejected[s]) for k, s in parts.items()}
 

@@ -91,7 +91,7 @@ class Step:
         def excess(params: Any, frozen: Any, batch: Batch) -> Any:
             model = with_parameters(abstract, {**frozen, **params})
             found = batch_logps(model, batch, attend=slices, mesh=on)
-            return jnp.sum(found.rejected - batch.ref_logp_rejected)
+            return jnp.sum(found.responses[:, -1] - batch.reference[:, -1])
 
         # an objective that compares examples with all of their update needs it before the first micro-batch
         self._excess = jax.jit(excess) if "kl_baseline" in loss.needs else None
@@ -106,9 +106,7 @@ class Step:
         assert self._excess is not None
         total = sum(float(self._excess(params, self._frozen, put(b, self.mesh))) for b in batches)
         mean = max(0.0, total / sum(len(b.row) for b in batches))
-        return [
-            b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.ref_logp_chosen.dtype)}) for b in batches
-        ]
+        return [b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.reference.dtype)}) for b in batches]
 
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One update; metrics are means over its pairs, on the host."""

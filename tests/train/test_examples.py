@@ -38,8 +38,14 @@ WIDTH = 8
 REWARD_VALUES = {"rewards_chosen": np.array([2.0, 0.5, 1.0]), "rewards_rejected": np.array([0.5, 0.25, 1.5])}
 LOSSES = {
     "confpo": {"beta": 1.5}, "ld_dpo": {"alpha": 0.3}, "rebel": {"eta": 2.0}, "odpo": {"alpha": 0.7},
-    "kto": {"beta": 0.2, "weight_undesirable": 1.5}, "ipo_mean": {"tau": 0.5},
+    "kto": {"beta": 0.2, "weight_undesirable": 1.5}, "d2o": {"beta": 0.3}, "ipo_mean": {"tau": 0.5},
 }  # fmt: skip
+SAMPLED = [
+    TokenPair(row_id=f"{i}{k}", index=i, prompt=prompt, chosen=Response(sample, 2), rejected=Response((9, 4), 2),
+              candidates=(k, 3))
+    for i, prompt in enumerate([(5, 6), (7,)])
+    for k, sample in enumerate([(9, 8), (9, 4, 4), (9,)])
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,7 @@ def plain(models):
     return Plain(models[0])
 
 
-QUICK = ("ld_dpo", "rebel", "kto")
+QUICK = ("ld_dpo", "kto", "d2o")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES])
@@ -113,12 +119,14 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     policy, reference = models
     loss = get_loss(name, **LOSSES[name])
     numbers = REWARD_VALUES if loss.needs >= REWARDS else {}
-    examples = make_examples(loss, PAIRS, numbers, seed=0, max_length=16, eos="include")
-    layout = Layout(standard_row(examples.pairs), 1, "include", response_tokens=5 if reads_tokens(loss) else 0)
+    pairs = SAMPLED if name == "d2o" else PAIRS
+    examples = make_examples(loss, pairs, numbers, seed=0, max_length=16, eos="include")
+    everyone = range(len(examples))
+    layout = Layout(standard_row(examples.items()), 1, "include", response_tokens=5 if reads_tokens(loss) else 0)
     evaluate = Evaluator(policy, make_mesh("data=1"), layout)
     ref_params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(reference))}
     ref = (evaluate.tokens if reads_tokens(loss) else evaluate)(ref_params, examples.pairs)
-    batch = make_batch(examples.pairs, layout, ref, examples.given, np.float64)
+    batch = make_batch(examples.items(), layout, examples.by_response(ref, everyone), examples.given, np.float64)
     graph, state = nnx.split(policy)
 
     @jax.jit
@@ -153,6 +161,10 @@ def pure_loss(loss, tokens, ref_tokens, masks, given):
         "logp": sums[0], "ref_logp": ref[0], "kl_baseline": kto_baseline(sums[1], ref[1]),
         **{k: jnp.asarray(v) for k, v in given.items()},
     }  # fmt: skip
+    if loss.name == "d2o":  # two prompts with three samples each, one pair for every sample
+        for prefix, (chosen, rejected) in (("", sums), ("ref_", ref)):
+            every[f"{prefix}logp_candidates"] = chosen.reshape(2, 3)
+            every[f"{prefix}logp_rejected"] = rejected.reshape(2, 3)[:, 0]
     inputs = LossInputs(**{k: v for k, v in every.items() if k in loss.needs})
     return jnp.mean(loss(inputs)[0])
 
@@ -263,6 +275,29 @@ def test_kto_trains_on_single_responses(kto, kto_on_pairs, rows, capsys):
     assert "of which no two make a pair" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
+    """Three samples a prompt, the rejected response computed once; K equal samples are one sample."""
+    one = [{"prompt": r["prompt"], "responses": [r["chosen"]], "rejected": r["rejected"]} for r in rows]
+    three = [{**r, "responses": r["responses"] * 3} for r in one]
+    options = {"loss": "d2o", "optimizer": "sgd", "lr": 1e-2, "steps": 2, "holdout": 2, "limit": None, "export": False}
+    a, b = (
+        train(small(tmp_path / n, pairs=write(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
+        for n, data in (("one", one), ("three", three))
+    )
+    assert lines(a)[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    for one_sample, three_samples in zip(lines(a)[1:3], lines(b)[1:3], strict=True):
+        for name in one_sample:
+            assert one_sample[name] == pytest.approx(three_samples[name], rel=1e-4, abs=1e-5), name
+    assert lines(b)[-1]["eval_loss"] == pytest.approx(lines(a)[-1]["eval_loss"], rel=1e-4)
+    assert read_json(b / "run.json")["counts"]["train"] == 8
+    unequal = write(tmp_path / "unequal.jsonl", [one[0], three[1]])
+    with pytest.raises(ChesError, match=r"row 1 has other samples \(3\) than the first \(1\)"):
+        train(small(tmp_path / "c", pairs=unequal, **{**options, "holdout": 0}), quiet=True)
+    with pytest.raises(ChesError, match="no list of samples in 'responses'; found: prompt"):
+        train(small(tmp_path / "d", pairs=write(tmp_path / "d.jsonl", rows), **options), quiet=True)
+
+
 def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
     named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
     own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
@@ -284,6 +319,7 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
         (["--rewards", "a,b"], "reads no rewards"),
         (["--loss", "odpo", "--rewards", "a"], "expected the names of two columns"),
         (["--loss", "kto", "--columns", "completion=answer"], "no column 'answer'"),
+        (["--loss", "d2o"], "no list of samples in 'responses'"),
     ],
 )
 def test_bad_input_is_one_message(capsys, tiny_model, tmp_path, words, message):

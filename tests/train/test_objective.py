@@ -62,7 +62,8 @@ def errors(folder, dtype) -> dict[str, float]:
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
         return value, metrics, logps, grads
 
-    value, metrics, (chosen, rejected, *tokens), grads = run(state)
+    value, metrics, logps, grads = run(state)
+    (chosen, rejected), tokens = logps.responses.T, np.swapaxes(logps.tokens, 0, 1)
     found = {
         "dpo": relative(value, truth["loss"]["dpo"]),
         "logp_chosen": relative(chosen, truth["policy"]["logp_chosen"]),
@@ -73,7 +74,7 @@ def errors(folder, dtype) -> dict[str, float]:
         for row, exact in zip(np.asarray(found_tokens), truth["policy"][f"token_logps_{side}"], strict=True):
             error = np.abs(row[: len(exact)] - exact) / np.maximum(1.0, np.abs(exact))
             found["token_logps"] = max(found.get("token_logps", 0.0), float(error.max()))
-    margin = np.asarray(chosen - batch.ref_logp_chosen - rejected + batch.ref_logp_rejected)
+    margin = np.asarray(chosen - batch.reference[:, 0] - rejected + batch.reference[:, 1])
     found["ipo"] = relative(np.mean((margin - 5.0) ** 2), truth["loss"]["ipo"])
     params = named_parameters(nnx.merge(graph, grads))
     raw = read_config(folder / "policy")

@@ -119,5 +119,5 @@ def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeyp
         return PairLogps(np.asarray(found.chosen) + 1.0, np.asarray(found.rejected))
 
     monkeypatch.setattr(setup, "reference_logps", shifted)
-    with pytest.raises(Exception, match="before the first update the policy gives the chosen responses"):
+    with pytest.raises(Exception, match="before the first update the policy gives the responses"):
         train(small(tmp_path / "run", steps=1, export=False, holdout=0, limit=4), quiet=True)
