@@ -149,11 +149,10 @@ def shared_tokens(item: Item, length_threshold: int | None) -> int | None:
 
     Rope kinds that depend on the length of the sequence give the prompt other states in a longer sequence.
     """
-    first, *others = (r.content for r in responses_of(item))
-    longest = len(item.prompt) + max(len(first), *(len(o) for o in others), 0)
-    if length_threshold is not None and longest > length_threshold:
+    contents = [r.content for r in responses_of(item)]
+    if length_threshold is not None and len(item.prompt) + max(map(len, contents)) > length_threshold:
         return None
-    return min((common_prefix(first, o) for o in others), default=len(first))
+    return min([common_prefix(contents[0], c) for c in contents[1:]], default=len(contents[0]))
 
 
 def row_length(item: Item, standard: int, length_threshold: int | None = None) -> int:

@@ -120,7 +120,7 @@ def pair_contents(
     values = _values(row, columns, COLUMNS)
     rejected = any(name in values for name in ("rejected", "rejected_ids"))
     if "responses" not in values or (rejected and "responses" not in columns):
-        return [(None, canonical_content(row, columns))]
+        return [(None, _content(values, row, columns))]
     responses = values["responses"]
     if not isinstance(responses, list) or not all(isinstance(r, str | list) or _is_message(r) for r in responses):
         raise DataError(
@@ -148,9 +148,9 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
     >>> lookup({"completions": [{"text": "a"}, {"text": "b"}]}, "completions.text")
     ['a', 'b']
     """
-    head, dot, rest = name.partition(".")
-    if name in row or not dot:
+    if name in row or "." not in name:
         return row.get(name)
+    head, _, rest = name.partition(".")
     inner = row.get(head)
     if isinstance(inner, list):
         return [lookup(part, rest) if isinstance(part, Mapping) else None for part in inner]

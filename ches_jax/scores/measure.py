@@ -97,7 +97,7 @@ class Measurer:
         for i, seat in zip(able, seats, strict=True):
             seated[seat.item].append(Seated(i, 1 + seat.chosen, 1 + seat.rejected))
         numbers = {n: np.full(len(pairs), np.nan) for n in self._asked()}
-        tokens: list[dict[str, list]] = []
+        tokens: dict[int, dict[str, list]] = {}
         waiting: list[tuple[SegmentStatistics, Rows, list[Placement]]] = []
 
         def collect() -> None:
@@ -123,7 +123,7 @@ class Measurer:
         if not self.run.wanted.token_scores:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
-        return columns, {n: [x for t in tokens for x in t[n]] for n in names}
+        return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
 
     def _asked(self) -> list[str]:
         wanted = self.run.wanted
@@ -139,7 +139,7 @@ class Measurer:
         seats: list[Seated],
         pairs: list[TokenPair],
         numbers: dict[str, np.ndarray],
-        tokens: list[dict[str, list]],
+        tokens: dict[int, dict[str, list]],
     ) -> None:
         """The head scores and the token scores of an item's pairs, from the products of its predictions."""
         if s.head_products is None and s.ches_products is None:
@@ -163,9 +163,7 @@ class Measurer:
             pair = pairs[i]
             by_ches = pair_contributions(ches, role, 0, chosen, rejected)
             by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
-            tokens.append(
-                _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
-            )
+            tokens[i] = _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
 
 
 def _add_sums(s: SegmentStatistics, sitting: list[tuple[int, int, Seated]], numbers: dict[str, np.ndarray]) -> None:

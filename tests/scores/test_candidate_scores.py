@@ -71,7 +71,7 @@ def run(tiny_model, tmp_path_factory):
     config = ScoreConfig(
         model=str(tiny_model), pairs=write(folder / "all.jsonl", ROWS + ALONE), out=str(folder / "run"),
         candidates="all-pairs", dtype="float64", by="head_score", token_scores=True, logps=True, on_bad_row="keep",
-        batch_tokens=256,
+        batch_tokens=256, mesh="data=1",
     )  # fmt: skip
     made = []
     with pytest.MonkeyPatch.context() as patch:
@@ -165,22 +165,30 @@ def test_negative_token_hidden_reward_is_its_definition(tokens, tiny_model, tmp_
             np.testing.assert_allclose(tokens[0][number, side, k]["nthr"], expected[k], rtol=1e-9, atol=1e-9)
 
 
-def test_order_chunks_devices_and_the_kind_of_pairs_change_no_score(both, tiny_model, tmp_path):
+def test_order_chunks_devices_and_the_kind_of_pairs_change_no_score(both, tokens, tiny_model, tmp_path):
     truth, rows = dict(both[0]), ROWS[::-1]
     config = ScoreConfig(
         model=str(tiny_model), pairs=write(tmp_path / "back.jsonl", rows), out=str(tmp_path / "run"), chunk_rows=2,
-        mesh="data=4", batch_tokens=512, on_bad_row="keep",
+        mesh="data=2,tensor=2", batch_tokens=512, on_bad_row="keep", by="head_score", logps=True, token_scores=True,
     )  # fmt: skip
     got = table_of(score(config, quiet=True))
     last = len(ROWS) - 1
     chosen = {0: 0, 1: 0, 2: 0, 3: 1, 4: 0}
     against = {key for key in truth if key[1] is None or key[1][0] == chosen[key[0]]}
     assert {(last - index, numbers) for index, numbers in got} == against
+    number = {key: k for k, (key, _) in enumerate(both[0])}
     for (index, numbers), row in got.items():
-        own = truth[last - index, numbers]
+        own, k = truth[last - index, numbers], number[last - index, numbers]
         assert row["row_id"] == own["row_id"]
-        for name in ("ches", "inner", "sqnorm_rejected"):
-            assert abs(row[name] - own[name]) <= 1e-5 * max(own["sqnorm_chosen"], own["sqnorm_rejected"])
+        sqnorm = sum(t["nthr"] for (pair, side, _), t in tokens[0].items() if (pair, side) == (k, "chosen"))  # |A+|^2
+        units: dict[str, float] = dict.fromkeys(
+            ("ches", "inner", "sqnorm_rejected"), max(own["sqnorm_chosen"], own["sqnorm_rejected"])
+        )
+        units |= {"head_score": sqnorm, "logp_chosen": 10.0, "logp_rejected": 10.0}
+        for name, unit in units.items():
+            assert abs(row[name] - own[name]) <= 1e-5 * unit, name
+    order = [key[0] for key in keys(pq.read_table(tmp_path / "run" / parts.TOKENS))]
+    assert order == sorted(order)
 
 
 BAD = [
@@ -201,6 +209,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     """Bad pairs, a kill and its resume, processes and their merge, selection, report."""
     pairs, out = write(tmp_path / "bad.jsonl", BAD), tmp_path / "run"
     words = ["score", "--model", str(tiny_model), "--pairs", pairs, "--chunk-rows", "3", "--batch-tokens", "256"]
+    words += ["--mesh", "data=1"]
     assert main(["doctor", "--model", str(tiny_model), "--pairs", pairs]) == 1
     assert "no_pair" in capsys.readouterr().out
     assert main([*words, "--out", str(out)]) == 2

@@ -81,6 +81,25 @@ def test_rows_twice_or_out_of_order_are_refused(tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+def test_the_pairs_of_one_row_are_told_apart_by_their_candidates(tmp_path):
+    pairs = {"chosen_candidate": [0, 0, 1], "rejected_candidate": [1, 2, 0]}
+    tables.write_part(tmp_path / "a", rows(0, 2), METADATA)
+    tables.write_part(tmp_path / "b", rows(0, 3, index=[2, 2, 2], **pairs), METADATA)
+    tables.write_part(tmp_path / "c", rows(3, 5), METADATA)
+    # whichever part has the columns, the table has them, null where a row of the data is one pair
+    assert tables.merge_parts([tmp_path / p for p in "abc"], tmp_path / "t") == 7
+    table, _ = tables.read_table(tmp_path / "t")
+    assert table["index"].to_pylist() == [0, 1, 2, 2, 2, 3, 4]
+    assert table["chosen_candidate"].to_pylist() == [None, None, 0, 0, 1, None, None]
+    assert tables.merge_parts([tmp_path / p for p in "ac"], tmp_path / "u") == 4
+    assert "chosen_candidate" not in tables.read_table(tmp_path / "u")[0].schema.names
+    with pytest.raises(RunError, match=r"row index 2 \(responses 0 and 1\) comes after 2 \(responses 1 and 0\)"):
+        tables.merge_parts([tmp_path / "b", tmp_path / "b"], tmp_path / "x")
+    with pytest.raises(RunError, match=r"row index 2 \(responses 0 and 2\) comes after 2 \(responses 0 and 2\)"):
+        tables.write_part(tmp_path / "x", rows(0, 3, index=[2] * 3, **pairs | {"chosen_candidate": [0] * 3,
+                          "rejected_candidate": [1, 2, 2]}), METADATA)  # fmt: skip
+
+
 def test_parts_of_different_runs_are_refused(tmp_path):
     tables.write_part(tmp_path / "a", rows(0, 3), METADATA)
     tables.write_part(tmp_path / "b", rows(3, 4), METADATA | {"eos": "exclude"})
