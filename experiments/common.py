@@ -166,11 +166,12 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
     stages: Sequence[Stage] = module.stages(config)
     names = [s.name for s in stages]
     assert len(set(names)) == len(names), f"{item}: two stages of one name"
+    here = commit()
     with compiled_once(out / "compiled"):
         for number, stage in enumerate(stages, 1):
             if not work.file(stage.name).exists():
                 tell(work, f"[{number}/{len(stages)}] {stage.name}")
-                _run_stage(work, stage)
+                _run_stage(work, stage, here)
     spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
     write_result(
         out / RESULT,
@@ -182,7 +183,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
             "device": device_name(),
             "machine": machine(),
             "versions": versions(),
-            "commit": commit(),
+            "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
             "seconds": round(sum(s["seconds"] for s in spent), 1),
             "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
             "result": module.summary(work),
@@ -199,11 +200,11 @@ def write_result(path: Path, value: dict[str, Any]) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _run_stage(work: Work, stage: Stage) -> None:
+def _run_stage(work: Work, stage: Stage, commit: str | None) -> None:
     started, cpu = time.perf_counter(), time.process_time()
     value = stage.run(work)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu": round(time.process_time() - cpu, 3)}
-    write_json(work.file(stage.name), {**seconds, "value": value})
+    write_json(work.file(stage.name), {**seconds, "commit": commit, "value": value})
 
 
 def tell(work: Work, text: str) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ches_jax.train.loop import Observe
 
 
+class Stopped(Exception):
+    """Told to stop in the middle; the message says how to go on."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run logged."""
@@ -44,12 +48,15 @@ def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Observe
     """
     import pyarrow.parquet as pq
 
-    from ches_jax.train.loop import train
+    from ches_jax.train import loop
 
     assert config.out is not None
     if observe is not None:
         shutil.rmtree(config.out, ignore_errors=True)
-    out = train(config, resume=True, quiet=quiet, observe=observe)
+    try:
+        out = loop.train(config, resume=True, quiet=quiet, observe=observe)
+    except loop.Stopped as e:
+        raise Stopped("stopped by SIGTERM; go on with --resume") from e
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     table = pq.read_table(out / "displacement.parquet")
     log = {name: np.array(table[name].to_pylist()) for name in table.column_names}

@@ -29,7 +29,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     v = np.asarray(values, np.float64)
     if v.size == 0:
         return None
-    half = t_quantile(v.size - 1) * v.std(ddof=1) / math.sqrt(v.size) if v.size > 1 else 0.0
+    half = float(t_quantile(v.size - 1) * v.std(ddof=1) / math.sqrt(v.size)) if v.size > 1 else 0.0
     mean = float(v.mean())
     return {
         "mean": mean, "low": mean - half, "high": mean + half, "min": float(v.min()), "max": float(v.max()),
@@ -56,6 +56,5 @@ def told(s: Any, digits: int = 2) -> str:
     """
     if s is None:
         return "none"
-    if s["n"] == 1:
-        return f"{s['mean']:.{digits}f}"
-    return f"{s['mean']:.{digits}f} [{s['low']:.{digits}f}, {s['high']:.{digits}f}]"
+    mean, low, high = (f"{s[k]:z.{digits}f}" for k in ("mean", "low", "high"))  # z: no minus before zero
+    return mean if s["n"] == 1 else f"{mean} [{low}, {high}]"

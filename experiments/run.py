@@ -3,7 +3,8 @@
 python -m experiments.run --list
 python -m experiments.run ITEM --scale tiny|small|paper --out DIR [--model M --pairs P] [--seeds 0 1 2] [--resume]
 
-Progress goes to standard error, the path of the result to standard output. Exit codes: 0 done, 2 bad input.
+Progress goes to standard error, the path of the result to standard output. Exit codes: 0 done, 2 bad input,
+130 and 143 stopped by a signal.
 """
 
 import sys
@@ -15,6 +16,7 @@ import tyro
 
 from ches_jax.errors import ChesError
 from experiments.common import ITEMS, configure, execute, load, result_file
+from experiments.common_runs import Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChesError as e:
         print(f"experiments.run: {e}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        print(f"experiments.run: {e}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("experiments.run: stopped; go on with --resume", file=sys.stderr)
         return 130

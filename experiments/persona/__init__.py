@@ -1,6 +1,7 @@
 """Section 3 of the paper: one prompt, one pair, and where the probability goes."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from experiments.common import Row, Stage, Work
@@ -8,7 +9,9 @@ from experiments.persona.config import SCALES, PersonaScale
 
 TITLE = "Section 3, Tables 1 to 13: training on single prompts"
 
-__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+RESULTS = Path(__file__).parent / "results"
+
+__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
 
 
 def stages(config: PersonaScale) -> list[Stage]:

@@ -75,8 +75,7 @@ class PersonaScale(Scale):
 
     def contests_of_model(self) -> tuple[Contest, ...]:
         """Those that the paper (or we) put to this model."""
-        assert self.model is not None
-        named = [c for name, c in self.contests.items() if name and name in self.model]
+        named = [c for name, c in self.contests.items() if name and name in (self.model or "")]
         return named[0] if named else self.contests[""]
 
 

@@ -6,10 +6,8 @@ from typing import Any
 from experiments.common import Row, ran_on, run_command
 from experiments.common_stats import told
 
-SHOWN_DECREASE = 0.1
-"""A mean largest decrease counts as an effect when its interval lies above this (smallest of Table 1: 0.21)."""
-SHOWN_GAIN = 0.05
-"""So does a gain of probability by answers of the opposite stance."""
+SHOWN_GAIN = 0.02
+"""A gain of probability by answers of the opposite stance counts when its interval lies above this."""
 PAPER = {
     "Table 1": "largest decrease 0.21 to 0.96 in six of six",
     "Table 2": "0.10 to 0.99 in five of six (its first row repeats Table 3's)",
@@ -88,10 +86,10 @@ LABELS = {"dpo-sft": "DPO after tuning", "dpo-base": "DPO on the base model", "i
 
 
 def _verdict(contests: dict[str, Any]) -> str:
-    """Which pairs show the effect, by the rule of ``SHOWN_DECREASE``."""
-    shown = [c for c, v in contests.items() if v["decrease"] and v["decrease"]["low"] > SHOWN_DECREASE]
+    """Which pairs are displaced (Definition 1: less probable at the end than at the start) in most kept runs."""
+    shown = [c for c, v in contests.items() if 2 * v["displaced"] > v["kept"]]
     few = [f"{c} (only {v['kept']} runs kept)" for c, v in contests.items() if v["kept"] < v["runs"] / 2]
-    text = _which(shown, list(contests), "falls")
+    text = _which(shown, list(contests), "y+ displaced in most runs")
     return f"{text}; {', '.join(few)}" if few else text
 
 
@@ -175,7 +173,12 @@ def _mean(s: Any) -> str:
 
 
 def _cell(g: dict[str, Any]) -> str:
-    return f"`{g['token']}` {g['gain']:.1e} ({g['runs']})"
+    return f"`{_escaped(g['token'])}` {g['gain']:.1e} ({g['runs']})"
+
+
+def _escaped(token: str) -> str:
+    """A token that does not end its cell of the table."""
+    return token.replace("|", "\\|").replace("`", "'")
 
 
 def _named(v: dict[str, Any], which: str) -> str:
@@ -188,7 +191,7 @@ def _named(v: dict[str, Any], which: str) -> str:
             if g["stance"] in stances and g["gain"] >= 0.01 and g["runs"] * 2 >= v["kept"]:
                 gains[g["token"]] = max(gains.get(g["token"], 0.0), g["gain"])
     best = sorted(gains, key=lambda t: -gains[t])[:4]
-    return ", ".join(f"`{t}`" for t in best) or "none"
+    return ", ".join(f"`{_escaped(t)}`" for t in best) or "none"
 
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
@@ -198,10 +201,10 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     written = []
     for setting, contests in result["result"]["tables"].items():
         figure, axes = axes_row(len(contests))
-        for ax, (contest, v) in zip(axes, contests.items(), strict=True):
+        for ax, v in zip(axes, contests.values(), strict=True):
             shown = {
-                f"y+ = {v['chosen']}": "chosen",
-                f"y- = {v['rejected']}": "rejected",
+                "y+ (all runs: band)": "chosen",
+                "y- (all runs: band)": "rejected",
                 "all that agree": "agree",
                 "all that disagree": "disagree",
                 "open answers": "open",
@@ -217,7 +220,7 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
                         linestyle="-" if own else "--")  # fmt: skip
                 if own:
                     ax.fill_between(steps, course["min"], course["max"], color=colour, alpha=0.12, linewidth=0)
-            ax.set_title(f"{contest}: {v['kept']} of {v['runs']} runs kept", fontsize=9)
+            ax.set_title(f"y+ {v['chosen']}, y- {v['rejected']}; {v['kept']} of {v['runs']} runs kept", fontsize=9)
             ax.set_xlabel("updates")
             ax.set_ylim(0, 1)
         axes[0].set_ylabel("next-token probability")

@@ -1,0 +1,68 @@
+"""Section 5 of the paper: which pairs lower the likelihood of their preferred response."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Row, Stage, Work
+from experiments.similarity.config import QUANTILES, SCALES, SimilarityScale
+
+TITLE = "Section 5, Figures 2, 5-7, Tables 14-15: which pairs cause displacement"
+
+RESULTS = Path(__file__).parent / "results"
+
+__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+
+
+def stages(config: SimilarityScale) -> list[Stage]:
+    """Pairs, scores, coefficients, and a run per objective, measure, quantile and seed."""
+    from experiments.similarity import runs
+
+    found = [
+        Stage("pairs", runs.write_pairs),
+        Stage("scores", runs.score_pairs),
+        Stage("windows", runs.windows),
+        Stage("coefficients", runs.coefficients),
+    ]
+    for name, objective in config.objectives.items():
+        for measure in objective.measures:
+            for quantile in QUANTILES:
+                for seed in config.seeds:
+                    run = partial(
+                        runs.train_window, name=name, objective=objective, measure=measure, quantile=quantile, seed=seed
+                    )
+                    found.append(Stage(run_name(name, measure, quantile, seed), run))
+    return found
+
+
+def run_name(objective: str, measure: str, quantile: float, seed: int) -> str:
+    """Name of the stage of one training run."""
+    return f"train/{objective}/{measure}/{quantile:g}/{seed}"
+
+
+def summary(work: Work) -> dict[str, Any]:
+    """The numbers of all figures and tables."""
+    from experiments.similarity.measure import summarise
+
+    return summarise(work)
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Lines of the report."""
+    from experiments.similarity.report import rows
+
+    return rows(result)
+
+
+def figures(result: dict[str, Any], name: str, folder: Any) -> list[Any]:
+    """Figures 2 and 5 to 7: change of ln pi(y+) by percentile of each score."""
+    from experiments.similarity.report import figures
+
+    return figures(result, name, folder)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The same numbers, the extremes and the positivity statistics."""
+    from experiments.similarity.report import tables
+
+    return tables(result)

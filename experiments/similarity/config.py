@@ -1,0 +1,94 @@
+"""The scales of the experiments on which pairs cause displacement."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from experiments.common import Scale
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEASURES = ("ches", "ln_ches", "head_score", "minus_edit_distance", "last_hidden_inner", "random")
+"""Names of ``ches_jax.scores.derive.SCORES``. The paper has the first and the fourth and fifth."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and the measures whose windows are trained on with it."""
+
+    loss: str
+    loss_args: Mapping[str, float]
+    lr: float
+    measures: tuple[str, ...] = MEASURES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityScale(Scale):
+    """One scale. ``pairs`` is a file or hub data set of preference pairs."""
+
+    split: str | None = None
+    sample: int | None = None
+    """Pairs drawn from the data; None: all."""
+    sample_seed: int = 548
+    dialogue: str = "{prompt}"
+    """How a prompt that is not written so already is put."""
+    max_length: int
+    """Tokens of prompt and response; what is longer is cut."""
+    window: int
+    """Pairs of a window around a quantile of the score."""
+    batch_size: int
+    accumulate: int = 1
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
+    coefficients_of: int = 64
+    """Pairs whose coefficients and inner products are counted."""
+    per_category: int = 0
+    """Pairs of each category of the embedded world."""
+
+
+def objectives(dpo: float, ipo: float, ipo_measures: tuple[str, ...] = MEASURES) -> dict[str, Objective]:
+    """DPO and IPO as in the paper, with these learning rates."""
+    return {
+        "dpo": Objective("dpo", {"beta": 0.1}, dpo),
+        "ipo": Objective("ipo_sum", {"tau": 0.01}, ipo, ipo_measures),
+    }
+
+
+SCALES: dict[str, SimilarityScale] = {
+    "tiny": SimilarityScale(
+        model="embedded",
+        pairs="embedded",
+        seeds=(0, 1, 2),
+        hardware="two CPU cores",
+        time="10 minutes",
+        max_length=160,
+        window=80,
+        batch_size=5,
+        objectives=objectives(3e-6, 3e-6, ("ches", "random")),
+        per_category=90,
+    ),
+    "small": SimilarityScale(
+        model=None,
+        pairs=None,
+        seeds=(0, 1, 2),
+        hardware="two CPU cores (a model of a few million parameters), or one GPU",
+        time="an hour",
+        dialogue="\n\nHuman: {prompt}\n\nAssistant:",
+        max_length=192,
+        window=96,
+        batch_size=6,
+        objectives=objectives(3e-6, 3e-6, ("ches", "random")),
+    ),
+    "paper": SimilarityScale(
+        model="allenai/OLMo-1B-hf",
+        pairs="HuggingFaceH4/ultrafeedback_binarized",
+        split="train_prefs",
+        sample=5000,
+        seeds=(0, 1, 2),
+        hardware="one GPU of 80 GB for 1B parameters, two for 2B, four for 8B (--mesh fsdp=4)",
+        time="not run; 5,000 pairs to score and 180 runs of 16 updates of 32 pairs",
+        dialogue="<|prompter|>{prompt}<|assistant|>",
+        max_length=512,
+        window=512,
+        batch_size=32,
+        accumulate=8,
+        objectives=objectives(1e-7, 1e-7),
+    ),
+}

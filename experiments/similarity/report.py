@@ -1,0 +1,229 @@
+"""The lines of the report, the tables and the figures, from a committed result alone."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.common import Row, ran_on, run_command
+from experiments.common_stats import told
+
+NAMES = {
+    "ches": "CHES",
+    "ln_ches": "length-normalised CHES",
+    "head_score": "head score",
+    "minus_edit_distance": "minus edit distance",
+    "last_hidden_inner": "last hidden embedding",
+    "random": "random control",
+}
+PAPER = {
+    "ches": "strictly falling with the percentile; severe at the top, a rise at the bottom",
+    "ln_ches": "not measured",
+    "head_score": "not measured",
+    "minus_edit_distance": "not indicative; mostly rises",
+    "last_hidden_inner": "not indicative; mostly rises",
+    "random": "not measured",
+}
+FIGURES = {"dpo": "Figures 2, 5, 7 (DPO)", "ipo": "Figures 6, 7 (IPO)"}
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """A line per objective and measure, the pair-level correlations, the positivity statistics."""
+    command, hardware, found = run_command(result), ran_on(result), result["result"]
+    lines = []
+    for name, objective in found["objectives"].items():
+        for measure, v in objective["measures"].items():
+            ends = [v["windows"][q]["dlogp_chosen"] for q in ("0", "1")]
+            rho = v["spearman_dlogp_chosen"]["of_means"]
+            ours = f"nats: lowest {told(ends[0])}, highest {told(ends[1])}; rank correlation {_rho(rho)}"
+            lines.append(
+                Row(f"{FIGURES[name]}: {NAMES[measure]}", command, hardware, PAPER[measure], ours, verdict(measure, v))
+            )
+        pairs = objective.get("random_pairs")
+        if pairs:
+            ours = "; ".join(f"{NAMES[m]} {_interval(c)}" for m, c in pairs["spearman"].items())
+            equal = "; ".join(f"{NAMES[m]} {_rho(c)}" for m, c in pairs["at_equal_lengths"].items())
+            lines.append(
+                Row(
+                    f"beyond the paper, {name}: change of single pairs against score, random windows",
+                    command,
+                    hardware,
+                    "none",
+                    f"Spearman over {pairs['pairs']} pairs: {ours}. At equal lengths: {equal}",
+                    f"strongest: {_strongest(pairs)}; {pairs['displaced']:.0%} of pairs displaced",
+                )
+            )
+    c = found["coefficients"]
+    lines.append(
+        Row(
+            "App. G.2: positive inner products and coefficients",
+            command,
+            hardware,
+            "> 99% of inner products (Llama-3-8B); > 69% of alphas on average",
+            f"inner products {_share(c['inner'])}; alpha- {_share(c['alpha_minus'])}; alpha+ "
+            f"{_share(c['alpha_plus'])}, off its diagonal {_share(c['alpha_plus_off'])} ({c['pairs']} pairs)",
+            _positivity(c),
+        )
+    )
+    lengths = found["scores"]["spearman_with_length_difference"]
+    lines.append(
+        Row(
+            "Tables 14-15: pairs at the ends of CHES",
+            command,
+            hardware,
+            "highest: longer y-; lowest: longer y+",
+            "; ".join(f"{NAMES[m]} against |y-| - |y+|: {_rho(v)}" for m, v in lengths.items()),
+            _extremes(found["extremes"]["ches"]),
+        )
+    )
+    return lines
+
+
+def verdict(measure: str, v: dict[str, Any]) -> str:
+    """What the windows say, by rule: the interval of the seeds at both ends, and the rank correlation."""
+    low, high = (v["windows"][q]["dlogp_chosen"] for q in ("0", "1"))
+    rho = v["spearman_dlogp_chosen"]["of_means"]
+    cases = {
+        "falls at the top, rises at the bottom": high["high"] < 0 < low["low"],
+        "rises at the top, falls at the bottom": low["high"] < 0 < high["low"],
+        "falls at both ends": high["high"] < 0 and low["high"] < 0,
+        "rises at both ends": high["low"] > 0 and low["low"] > 0,
+    }
+    words = next((w for w, holds in cases.items() if holds), "an end is not told from zero")
+    order = f"rank correlation {_rho(rho)}"
+    if abs(rho) > 0.999:
+        order = "strictly falling" if rho < 0 else "strictly rising"
+    if measure == "random":
+        return f"{order} (by chance); {words}"
+    if measure == "ches" and rho > -0.999:
+        return f"{order}: the paper's ranking does not appear; {words}"
+    return f"{order}; {words}"
+
+
+def _strongest(pairs: dict[str, Any]) -> str:
+    known = {m: c for m, c in pairs["spearman"].items() if c}
+    best = min(known, key=lambda m: known[m]["rho"])
+    return f"{NAMES[best]} ({known[best]['rho']:+.2f})"
+
+
+def _positivity(c: dict[str, Any]) -> str:
+    inner = "inner products as in the paper" if c["inner"]["mean"] > 0.99 else "fewer positive inner products"
+    alpha = (c["alpha_minus"]["mean"] + c["alpha_plus"]["mean"]) / 2
+    return f"{inner}; alphas on average {alpha:.0%}"
+
+
+def _extremes(ends: dict[str, Any]) -> str:
+    longer = {
+        end: sum(p["rejected_tokens"] > p["chosen_tokens"] for p in pairs) for end, pairs in ends.items()
+    }  # fmt: skip
+    n = len(ends["highest"])
+    return f"longer y- in {longer['highest']} of the {n} highest and {longer['lowest']} of the {n} lowest"
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Every window of every measure, correlations, extremes."""
+    found = result["result"]
+    parts = [f"# Which pairs cause displacement, {result['scale']}\n", f"`{run_command(result)}`; {ran_on(result)}.\n"]
+    s = found["scores"]
+    flags = ", ".join(f"{k} {v}" for k, v in s["flags"].items()) or "none"
+    parts.append(
+        f"{found['pairs']['pairs']} pairs; mean lengths {s['mean_chosen_tokens']:.0f} and "
+        f"{s['mean_rejected_tokens']:.0f} tokens; flags: {flags}. Changes in nats, mean over {len(result['seeds'])} "
+        "seeds with 95% intervals by Student's t; one epoch per window.\n"
+    )
+    for name, objective in found["objectives"].items():
+        parts.append(f"## {FIGURES[name]}: change of ln pi(y+), learning rate {objective['lr']:g}\n")
+        parts.append(
+            "| score | 0 | 25 | 50 | 75 | 100 | rank correlation | of each seed |\n|---|---|---|---|---|---|---|---|"
+        )
+        for column, what in (("dlogp_chosen", ""), ("per_token", ", per token")):
+            for measure, v in objective["measures"].items():
+                cells = [told(w[column], 2 if column == "dlogp_chosen" else 3) for w in v["windows"].values()]
+                ranked = v[f"spearman_{column}"]
+                parts.append(
+                    f"| {NAMES[measure]}{what} | {' | '.join(cells)} | {_rho(ranked['of_means'])} | "
+                    f"{told(ranked['seeds'])} |"
+                )
+        parts.append(
+            "\n| score | percentile | ln pi(y-) | margin | share displaced | loss |\n|---|---|---|---|---|---|"
+        )
+        for measure, v in objective["measures"].items():
+            parts += [
+                f"| {NAMES[measure]} | {float(q) * 100:.0f} | {told(w['dlogp_rejected'])} | {told(w['margin'])} | "
+                f"{told(w['displaced'])} | {told(w['loss_change'], 3)} |"
+                for q, w in v["windows"].items()
+            ]
+        pairs = objective.get("random_pairs")
+        if pairs:
+            parts.append(
+                f"\n### Single pairs of the random windows: {pairs['pairs']}, {pairs['displaced']:.0%} displaced\n"
+            )
+            parts.append("| score | Spearman with the change of ln pi(y+) | at equal lengths |\n|---|---|---|")
+            parts += [
+                f"| {NAMES[m]} | {_interval(c)} | {_rho(pairs['at_equal_lengths'][m])} |"
+                for m, c in pairs["spearman"].items()
+            ]
+            parts.append(f"| \\|y-\\| - \\|y+\\| | {_interval(pairs['length_difference'])} | |")
+        parts.append("")
+    parts.append("## Windows\n")
+    parts.append(
+        "| score | percentile | range | tokens of y+ | tokens of y- | kinds of pairs |\n|---|---|---|---|---|---|"
+    )
+    for measure, windows in found["windows"].items():
+        parts += [
+            f"| {NAMES[measure]} | {float(q) * 100:.0f} | {w['score'][0]:.4g} to {w['score'][1]:.4g} | "
+            f"{w['chosen_tokens']:.0f} | {w['rejected_tokens']:.0f} | "
+            + ", ".join(f"{k} {n}" for k, n in sorted(w.get("categories", {}).items(), key=lambda kv: -kv[1])[:3])
+            + " |"
+            for q, w in windows.items()
+        ]
+    parts.append("\n## Pairs at the ends of a score (Tables 14, 15)\n")
+    parts.append("| score | end | row | tokens of y+ | tokens of y- | value | kind |\n|---|---|---|---|---|---|---|")
+    for measure, ends in found["extremes"].items():
+        parts += [
+            f"| {NAMES[measure]} | {end} | {p['row']} ({p['row_id']}) | {p['chosen_tokens']} | "
+            f"{p['rejected_tokens']} | {p['score']:.4g} | {p.get('category', '')} |"
+            for end, pairs in ends.items()
+            for p in pairs
+        ]
+    between = found["scores"]["spearman_between"]
+    parts.append("\n## Scores among each other (Spearman)\n")
+    parts.append("| scores | correlation |\n|---|---|")
+    parts += [f"| {' and '.join(NAMES[m] for m in k.split())} | {_rho(v)} |" for k, v in between.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _rho(value: float | None) -> str:
+    return "undefined" if value is None or value != value else f"{value:+.2f}"
+
+
+def _interval(c: dict[str, float] | None) -> str:
+    return "undefined" if c is None else f"{c['rho']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+
+
+def _share(s: dict[str, float]) -> str:
+    return f"{s['mean']:.1%} [{s['low']:.1%}, {s['high']:.1%}]"
+
+
+def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """Figures 2 and 5 to 7: a panel per score, the change of ln pi(y+) by percentile, bars from smallest to largest."""
+    from experiments.common_figures import COLOURS, axes_row, save
+
+    written = []
+    for loss, objective in result["result"]["objectives"].items():
+        measures = objective["measures"]
+        figure, axes = axes_row(len(measures), width=2.1)
+        for ax, colour, (measure, v) in zip(axes, COLOURS, measures.items(), strict=False):
+            points = [w["dlogp_chosen"] for w in v["windows"].values()]
+            heights = [p["mean"] for p in points]
+            bars = [[p["mean"] - p["min"] for p in points], [p["max"] - p["mean"] for p in points]]
+            ax.bar(range(len(points)), heights, yerr=bars, color=colour, capsize=3, width=0.7, error_kw={"lw": 1})
+            ax.axhline(0, color="#1a1a1a", linewidth=0.8)
+            ax.set_xticks(range(len(points)), [f"{float(q) * 100:.0f}" for q in v["windows"]])
+            ax.set_title(f"{NAMES[measure]}\n{_rho(v['spearman_dlogp_chosen']['of_means'])}", fontsize=8)
+            ax.set_xlabel("percentile", fontsize=8)
+        axes[0].set_ylabel("change of ln pi(y+), nats", fontsize=8)
+        figure.suptitle(
+            f"{loss.upper()}: mean over {len(result['seeds'])} seeds, bars from smallest to largest; under the name, "
+            "rank correlation with the percentile", fontsize=8,
+        )  # fmt: skip
+        written.append(save(figure, folder / f"{name}-{loss}.png"))
+    return written
