@@ -1,9 +1,11 @@
 """One scoring run of ours in a process of its own, as the benchmarks time it: prints one JSON line.
 
 python -m experiments.benchmarks.scoring MODEL_DIR PAIRS.jsonl [--pairs 128 --head --mesh data=1 --repeat 3]
+    [--dtype float32 --attention auto --batch-tokens 2048 --trace DIR]
 """
 
 import argparse
+import contextlib
 import json
 import time
 from typing import Any
@@ -11,26 +13,44 @@ from typing import Any
 from experiments.benchmarks.measure import usage
 
 
-def measure(model_dir: str, pairs_file: str, count: int, *, head: bool, mesh: str, repeat: int) -> dict[str, Any]:
+def measure(
+    model_dir: str,
+    pairs_file: str,
+    count: int,
+    *,
+    head: bool,
+    mesh: str,
+    repeat: int,
+    dtype: str = "float32",
+    attention: str = "auto",
+    batch_tokens: int | None = None,
+    trace: str | None = None,
+) -> dict[str, Any]:
     """Measure ``count`` pairs as ``ches score`` does, tokenised rows in, columns of the table out.
 
     The first pass compiles; of the ``repeat`` passes that follow the best one counts. ``matmul_gflops`` are useful
-    ones: 2 x weights of the layers x positions that hold a token.
+    ones: 2 x weights of the layers x positions that hold a token. With ``trace`` one more pass is profiled into that
+    directory.
     """
+    import jax
+
     from ches_jax.data.sources import open_pairs
     from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+    from ches_jax.models import kernels
     from ches_jax.models.decoder import named_parameters
     from ches_jax.models.load import load_model
     from ches_jax.parallel import make_mesh
+    from ches_jax.runlog import device_name
     from ches_jax.scores.measure import Batching, Measurer
     from ches_jax.scores.passes import ScoringPass, Wanted
     from ches_jax.scores.pipeline import ROW_TOKENS
 
-    model = load_model(model_dir)
+    model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)
+    chosen = kernels.choose(attention, model.config, dtype)
     rows = list(open_pairs(pairs_file))[:count]
     pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
-    run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head))
-    measurer = Measurer(run, Batching.of(ROW_TOKENS, ROW_TOKENS, run, None), "include")
+    run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head), chosen.attend)
+    measurer = Measurer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
 
     def once() -> tuple[float, float, float]:
         cpu, wall = usage()["cpu_seconds"], time.perf_counter()
@@ -39,6 +59,9 @@ def measure(model_dir: str, pairs_file: str, count: int, *, head: bool, mesh: st
 
     first_cpu, first_wall, total = once()
     passes = [once() for _ in range(repeat)]
+    with jax.profiler.trace(trace) if trace else contextlib.nullcontext():
+        if trace:
+            once()
     weights = sum(p.size for n, p in named_parameters(model).items() if n.startswith("layers.") and p.ndim == 3)
     positions = sum(rows.tokens.size for rows, _ in measurer.batches(pairs))
     used = round(positions * (1 - measurer.waste))
@@ -54,17 +77,24 @@ def measure(model_dir: str, pairs_file: str, count: int, *, head: bool, mesh: st
         "positions": positions,
         "used_positions": used,
         "matmul_gflops": round(2 * weights * used / wall / 1e9, 1),
-        "matmul_peak_gflops": round(matmul_peak(), 1),
+        "matmul_peak_gflops": round(matmul_peak(dtype), 1),
+        "attention": chosen.name,
+        "dtype": dtype,
+        "platform": jax.default_backend(),
+        "device": device_name(),
     }
 
 
-def matmul_peak(n: int = 2048) -> float:
-    """GFLOP/s of a large float32 ``jnp.dot`` in this process."""
+def matmul_peak(dtype: str = "float32") -> float:
+    """GFLOP/s of a large matrix product in this process, at the precision that the models compute in."""
     import jax
     import jax.numpy as jnp
 
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.float32)
-    dot = jax.jit(lambda a: a @ a)
+    from ches_jax.models.precision import matmul_precision
+
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    dot = jax.jit(lambda a: jnp.matmul(a, a, precision=matmul_precision(a.dtype)))
     dot(a).block_until_ready()
     best = float("inf")
     for _ in range(8):
@@ -76,15 +106,19 @@ def matmul_peak(n: int = 2048) -> float:
 
 def main() -> None:
     """One run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("file")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--head", action="store_true", help="the head score too")
     parser.add_argument("--mesh", default="data=1")
     parser.add_argument("--repeat", type=int, default=3)
-    a = parser.parse_args()
-    print(json.dumps(measure(a.model, a.file, a.pairs, head=a.head, mesh=a.mesh, repeat=a.repeat)))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--trace", help="profile one more pass into this directory")
+    options = vars(parser.parse_args())
+    print(json.dumps(measure(options.pop("model"), options.pop("file"), options.pop("pairs"), **options)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""Scoring speed of billion-parameter classes on the accelerator at hand, in bfloat16, beside PyTorch on the same one.
+
+    python -m experiments.benchmarks.accelerator_score --tokenizer DIR --data PAIRS.jsonl [--peers DIR] --size 1b 8b
+
+Random Llamas of the shapes of Llama-3.2-1B and Llama-3.1-8B; the rows of ``--data`` (JSON lines) give the lengths, as
+``--tokenizer`` cuts them, and those that the token audit flags are left out for all. ``--peers`` holds
+``torch_score.py``, whose ``--how batched`` is run on the same GPU with each of ``--peer-tokens`` a batch; the fastest
+counts. Model FLOP utilisation is 2 x weights of the layers x positions that hold a token, over the measured rate of a
+large matrix product in bfloat16.
+
+The result is named after the platform and the device that computed it. On a CPU only ``--size tiny`` runs, which times
+nothing of interest and is not kept: it is there to test this file.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.measure import ROOT, interleaved, keep, medians, run
+from experiments.benchmarks.score_speed import SCORING, agree
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8192, "tie_word_embeddings": True,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+DTYPE, TOLERANCE = "bfloat16", 0.01
+"""Checksums of CHES, relative: 16-bit rounding through all layers, averaged over the pairs."""
+MAX_LENGTH = 1024
+TORCH_DEVICE = {"gpu": "cuda", "cpu": "cpu"}
+HERE = [sys.executable, "-m", "experiments.benchmarks.accelerator_score"]
+
+
+def write_model(size: str, tokenizer: Path, directory: Path) -> None:
+    """A random model of the shape, weights N(0, 0.02^2) in bfloat16, with a tokenizer."""
+    from flax import nnx
+
+    from ches_jax.hf.export import copy_tokenizer
+    from ches_jax.models.decoder import Decoder
+    from ches_jax.models.families import decoder_config
+    from ches_jax.models.save import save_pretrained
+
+    raw = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192,
+        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "dtype": DTYPE, **SHAPES[size],
+    }  # fmt: skip
+    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0), param_dtype=DTYPE, dtype=DTYPE)
+    save_pretrained(model, directory, config=raw)
+    copy_tokenizer(tokenizer, directory)
+
+
+def write_rows(data: Path, tokenizer: Path, count: int, file: Path) -> None:
+    """The first ``count`` rows without a flag, which every way cuts into the same tokens."""
+    from ches_jax.data.sources import open_pairs
+    from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+
+    cut = PairTokenizer(load_tokenizer(tokenizer), MAX_LENGTH)
+    lines = data.read_text(encoding="utf-8").splitlines()
+    clean = (lines[pair.index] for row in open_pairs(str(data)) for pair in cut([row]) if not pair.flags)
+    file.write_text("\n".join(itertools.islice(clean, count)) + "\n", encoding="utf-8")
+
+
+def device() -> dict[str, Any]:
+    """Platform and device as jax sees them, asked in a process of its own: a device has one owner at a time."""
+    code = "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': d.platform, 'kind': d.device_kind}))"
+    return run([sys.executable, "-c", code])
+
+
+def refuse(size: str, platform: str) -> None:
+    """Only the tiny size on a CPU: the others would take hours, and mean nothing.
+
+    Raises:
+      SystemExit: the others.
+    """
+    if platform == "cpu" and size != "tiny":
+        raise SystemExit(f"--size {size}: needs an accelerator, jax finds none here; --size tiny runs anywhere")
+
+
+def commands(model: str, data: str, args: argparse.Namespace, platform: str) -> dict[str, list[str]]:
+    """Ours, and the peer with each number of tokens a batch where torch can use the device."""
+    count = ["--pairs", str(args.pairs)]
+    ours = ["--dtype", DTYPE, "--attention", args.attention, "--batch-tokens", str(args.batch_tokens)]
+    found = {"ours": [*SCORING, model, data, *count, *ours, *(["--trace", args.trace] if args.trace else [])]}
+    if args.peers and platform in TORCH_DEVICE:
+        torch = [sys.executable, str(args.peers.resolve() / "torch_score.py"), model, data, "--how", "batched", *count]
+        torch += ["--dtype", DTYPE, "--device", TORCH_DEVICE[platform]]
+        found |= {f"torch batched {n}": [*torch, "--tokens", str(n)] for n in args.peer_tokens}
+    return found
+
+
+def result(runs: dict[str, list[dict[str, Any]]], platform: str) -> dict[str, Any]:
+    """Medians, utilisation, and the fastest peer over ours.
+
+    Raises:
+      SystemExit: numbers of another device than the one asked for, or of another computation.
+    """
+    table = {name: medians(found) for name, found in runs.items()}
+    used = {name: row.get("platform") or row["device"] for name, row in table.items()}
+    for name, where in used.items():
+        if where != (platform if name == "ours" else TORCH_DEVICE[platform]):
+            raise SystemExit(f"{name} ran on {where}, not on the {platform}: nothing is written")
+    agree(table, TOLERANCE)
+    mine = table["ours"]
+    ratios = {"model FLOP utilisation": mine["matmul_gflops"] / mine["matmul_peak_gflops"]}
+    peers = {name: row["seconds"] for name, row in table.items() if name != "ours"}
+    if peers:
+        best = min(peers, key=lambda name: peers[name])
+        ratios[f"{best} / ours, seconds"] = peers[best] / mine["seconds"]
+    return {"platform": platform, "device": mine["device"], "table": table, "ratios": ratios, "runs": runs}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the models, run the ways in turn, keep a file for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SHAPES, default=["1b", "8b"])
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trace", help="profile one pass of ours into this directory")
+    parser.add_argument("--write", nargs=2, metavar=("SIZE", "DIR"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.write:
+        return write_model(args.write[0], args.tokenizer, Path(args.write[1]))
+    here = device()
+    for size in args.size:
+        refuse(size, here["platform"])
+    for size in args.size:
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--tokenizer", str(args.tokenizer.resolve()), "--data", str(args.data.resolve())]
+            on_host = {**os.environ, "JAX_PLATFORMS": "cpu"}  # it is random numbers and a file
+            subprocess.run([*HERE, *options, "--write", size, folder], check=True, cwd=ROOT, env=on_host)
+            rows = Path(folder) / "rows.jsonl"
+            write_rows(args.data, args.tokenizer, args.pairs, rows)
+            ways = commands(folder, str(rows), args, here["platform"])
+            found = result(interleaved(ways, args.repeats), here["platform"])
+        for name, row in found["table"].items():
+            print(f"{size} {name:<22}{row['seconds']:9.3f} s{row['pairs'] / row['seconds']:9.1f} pairs/s")
+        for name, value in found["ratios"].items():
+            print(f"{size} {name:<40}{value:6.2f}")
+        if here["platform"] != "cpu":
+            kind = here["kind"].replace(" ", "_").replace("/", "_")
+            print(keep(f"accelerator_score_{size}_{kind}", {"size": size, "pairs": args.pairs, **found}))
+
+
+if __name__ == "__main__":
+    main()
