@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ches_jax.data.prompts import Pairing, Template
@@ -17,6 +18,7 @@ from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.displacement import TOLERANCE
 from ches_jax.train.objective import get_objective
 from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hyper
+from ches_jax.train.trackers import require_trackers
 from ches_jax.types import Eos, OnBadRow
 
 EMBEDDED = "embedded"
@@ -149,6 +151,8 @@ class TrainConfig:
     """Updates between evaluations of the displacement; default: at the start and at the end."""
     tolerance: float = TOLERANCE
     """Changes up to so many nats count as none."""
+    tracker: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    """Show the numbers there too (repeatable): tensorboard (OUT/tensorboard), wandb (its WANDB_* variables hold)."""
     save_every: int | None = None
     """Updates between checkpoints; default: at the end, and when told to stop."""
     keep: int = 2
@@ -159,7 +163,7 @@ class TrainConfig:
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
 
 
-NOT_IDENTITY = ("out", "mesh", "attention", "save_every", "keep", "keep_best", "reference_cache", "export")
+NOT_IDENTITY = ("out", "mesh", "attention", "tracker", "save_every", "keep", "keep_best", "reference_cache", "export")
 """Options that two runs may differ in and be the same run."""
 
 
@@ -203,6 +207,7 @@ def checked(config: TrainConfig) -> TrainConfig:
     for name, value in adapters.items():
         if value is not None and config.lora_rank is None:
             raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
+    require_trackers(config.tracker)
     if config.keep_best is not None:
         best = parse_best(config.keep_best)
         if best.metric.startswith("eval_") and config.eval_pairs is None and not config.holdout:

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export
 from ches_jax.train.setup import Run, load_parameters, prepare, references
 from ches_jax.train.state import TrainState, initial_state
 from ches_jax.train.step import Step
+from ches_jax.train.trackers import open_trackers
 
 DROPPED = "dropped.jsonl"
 
@@ -95,7 +97,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         if position != plan.position(at):
             raise RunError(f"{saved.folder / str(at)}: its data position is {position}, this run's {plan.position(at)}")
     first = at or 0
-    tracker = JsonLines(out / METRICS, at)
+    tracker = open_trackers(config.tracker, out, run.identity["config"], JsonLines(out / METRICS, at), at)
 
     def watch(state: TrainState, i: int) -> dict[str, float]:
         """Evaluate, write, log."""
@@ -116,7 +118,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     if at is None and (found := seen(state, 0)):
         tracker.log(0, found)
     make = batch_maker(run, reference.get("train"), master)
-    with _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
+    with closing(tracker), _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
         total=plan.total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}"
     ) as bar:  # fmt: skip
         ahead = pool.submit(make, first)

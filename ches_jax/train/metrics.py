@@ -12,10 +12,14 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """Whoever wants the numbers of a run: a file, TensorBoard, Weights & Biases."""
+    """Whoever wants the numbers of a run: a file, TensorBoard, Weights & Biases (``trackers``)."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take the numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
         ...
 
 
@@ -41,7 +45,15 @@ class JsonLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    def close(self) -> None:
+        """Nothing is open between lines."""
+
+    def lines(self) -> list[tuple[int, dict[str, Any]]]:
+        """Steps and values of all lines."""
+        every = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [(line.pop("step"), line) for line in every]
+
     def last(self) -> dict[str, Any]:
         """The values of the last line."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return {k: v for k, v in json.loads(lines[-1]).items() if k != "step"} if lines else {}
+        lines = self.lines()
+        return lines[-1][1] if lines else {}
