@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ches_jax.errors import ChesError, many
 from ches_jax.files import read_object, replacing
@@ -51,6 +51,10 @@ class Scale:
     """How long it takes there."""
     mesh: str | None = None
     """Devices, such as fsdp=3; None: all local devices on the data axis."""
+
+    def given(self, **changes: Any) -> Self:
+        """This scale with options of the command line in it."""
+        return dataclasses.replace(self, **changes)
 
 
 NOT_IDENTITY = ("hardware", "time", "mesh")
@@ -128,7 +132,7 @@ def configure(item: str, scale: str, changes: dict[str, Any]) -> Any:
     if scale not in scales:
         raise ChesError(f"{item} has no scale {scale!r}; there are {', '.join(scales)}")
     given = {k: v for k, v in changes.items() if v is not None}
-    config = dataclasses.replace(scales[scale], **given)
+    config = scales[scale].given(**given)
     missing = [f"--{name}" for name in ("model", "pairs") if getattr(config, name) is None]
     if missing:
         raise ChesError(

@@ -12,12 +12,12 @@ COLOURS: Sequence[str] = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00",
 """Colours that colour-blind readers tell apart."""
 
 
-def axes_row(count: int, width: float = 3.1, height: float = 2.8) -> "tuple[Figure, list[Axes]]":
-    """A figure with a row of panels that share the vertical axis."""
+def axes_row(count: int, width: float = 3.1, height: float = 2.8, shared: bool = True) -> "tuple[Figure, list[Axes]]":
+    """A figure with a row of panels, whose vertical axis is ``shared`` or not."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * count + 1.5, height), dpi=110, layout="constrained")
-    axes = figure.subplots(1, count, sharey=True, squeeze=False)
+    axes = figure.subplots(1, count, sharey=shared, squeeze=False)
     for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)

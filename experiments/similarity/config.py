@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from experiments.common import Scale
 
@@ -42,12 +43,19 @@ class SimilarityScale(Scale):
     per_category: int = 0
     """Pairs of each category of the embedded world."""
 
+    def given(self, **changes: Any) -> Self:
+        """Data of the user's are taken whole: split and sample belong to the scale's own."""
+        return super().given(**({"split": None, "sample": None} if "pairs" in changes else {}), **changes)
 
-def objectives(dpo: float, ipo: float, ipo_measures: tuple[str, ...] = MEASURES) -> dict[str, Objective]:
-    """DPO and IPO as in the paper, with these learning rates."""
+
+def objectives(lr: float, others: tuple[float, float], ipo: tuple[str, ...] = MEASURES) -> dict[str, Objective]:
+    """DPO and IPO as in the paper at one learning rate; DPO on the windows of CHES at two others."""
+    beta, tau = {"beta": 0.1}, {"tau": 0.01}
     return {
-        "dpo": Objective("dpo", {"beta": 0.1}, dpo),
-        "ipo": Objective("ipo_sum", {"tau": 0.01}, ipo, ipo_measures),
+        "dpo": Objective("dpo", beta, lr),
+        "ipo": Objective("ipo_sum", tau, lr, ipo),
+        "dpo-lower": Objective("dpo", beta, others[0], ("ches",)),
+        "dpo-higher": Objective("dpo", beta, others[1], ("ches",)),
     }
 
 
@@ -61,7 +69,7 @@ SCALES: dict[str, SimilarityScale] = {
         max_length=160,
         window=80,
         batch_size=5,
-        objectives=objectives(3e-6, 3e-6, ("ches", "random")),
+        objectives=objectives(1e-5, (3e-6, 3e-5), ipo=("ches",)),
         per_category=90,
     ),
     "small": SimilarityScale(
@@ -72,9 +80,9 @@ SCALES: dict[str, SimilarityScale] = {
         time="an hour",
         dialogue="\n\nHuman: {prompt}\n\nAssistant:",
         max_length=192,
-        window=96,
-        batch_size=6,
-        objectives=objectives(3e-6, 3e-6, ("ches", "random")),
+        window=64,
+        batch_size=4,
+        objectives=objectives(1e-5, (3e-6, 3e-5), ipo=("ches",)),
     ),
     "paper": SimilarityScale(
         model="allenai/OLMo-1B-hf",
@@ -83,12 +91,12 @@ SCALES: dict[str, SimilarityScale] = {
         sample=5000,
         seeds=(0, 1, 2),
         hardware="one GPU of 80 GB for 1B parameters, two for 2B, four for 8B (--mesh fsdp=4)",
-        time="not run; 5,000 pairs to score and 180 runs of 16 updates of 32 pairs",
+        time="not run; 5,000 pairs to score and 210 runs of 16 updates of 32 pairs",
         dialogue="<|prompter|>{prompt}<|assistant|>",
         max_length=512,
         window=512,
         batch_size=32,
         accumulate=8,
-        objectives=objectives(1e-7, 1e-7),
+        objectives=objectives(1e-7, (5e-8, 5e-7)),
     ),
 }

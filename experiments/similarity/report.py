@@ -22,7 +22,12 @@ PAPER = {
     "last_hidden_inner": "not indicative; mostly rises",
     "random": "not measured",
 }
-FIGURES = {"dpo": "Figures 2, 5, 7 (DPO)", "ipo": "Figures 6, 7 (IPO)"}
+FIGURES = {
+    "dpo": "Figures 2, 5, 7 (DPO)",
+    "ipo": "Figures 6, 7 (IPO)",
+    "dpo-lower": "App. H.2, a lower learning rate (DPO)",
+    "dpo-higher": "App. H.2, a higher learning rate (DPO)",
+}
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
@@ -204,26 +209,35 @@ def _share(s: dict[str, float]) -> str:
 
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
-    """Figures 2 and 5 to 7: a panel per score, the change of ln pi(y+) by percentile, bars from smallest to largest."""
+    """Figures 2 and 5 to 7: a panel per score, the change of ln pi(y+) by percentile, bars from smallest to largest.
+
+    One figure for DPO, and one for the objectives that were run on the windows of CHES alone.
+    """
+    objectives = result["result"]["objectives"]
+    main = {NAMES[m]: v for m, v in objectives["dpo"]["measures"].items()}
+    ches = {f"{k}, {v['lr']:g}": v["measures"]["ches"] for k, v in objectives.items()}
+    seeds = f"{len(result['seeds'])} seeds, bars from smallest to largest; under the name, rank correlation"
+    return [
+        _bars(
+            main, f"DPO, learning rate {objectives['dpo']['lr']:g}: mean over {seeds}", folder / f"{name}-scores.png"
+        ),
+        _bars(ches, f"windows of CHES, by objective: mean over {seeds}", folder / f"{name}-ches.png", shared=False),
+    ]
+
+
+def _bars(panels: dict[str, Any], title: str, path: Path, shared: bool = True) -> Path:
     from experiments.common_figures import COLOURS, axes_row, save
 
-    written = []
-    for loss, objective in result["result"]["objectives"].items():
-        measures = objective["measures"]
-        figure, axes = axes_row(len(measures), width=2.1)
-        for ax, colour, (measure, v) in zip(axes, COLOURS, measures.items(), strict=False):
-            points = [w["dlogp_chosen"] for w in v["windows"].values()]
-            heights = [p["mean"] for p in points]
-            bars = [[p["mean"] - p["min"] for p in points], [p["max"] - p["mean"] for p in points]]
-            ax.bar(range(len(points)), heights, yerr=bars, color=colour, capsize=3, width=0.7, error_kw={"lw": 1})
-            ax.axhline(0, color="#1a1a1a", linewidth=0.8)
-            ax.set_xticks(range(len(points)), [f"{float(q) * 100:.0f}" for q in v["windows"]])
-            ax.set_title(f"{NAMES[measure]}\n{_rho(v['spearman_dlogp_chosen']['of_means'])}", fontsize=8)
-            ax.set_xlabel("percentile", fontsize=8)
-        axes[0].set_ylabel("change of ln pi(y+), nats", fontsize=8)
-        figure.suptitle(
-            f"{loss.upper()}: mean over {len(result['seeds'])} seeds, bars from smallest to largest; under the name, "
-            "rank correlation with the percentile", fontsize=8,
-        )  # fmt: skip
-        written.append(save(figure, folder / f"{name}-{loss}.png"))
-    return written
+    figure, axes = axes_row(len(panels), width=2.1, shared=shared)
+    for ax, colour, (label, v) in zip(axes, COLOURS, panels.items(), strict=False):
+        points = [w["dlogp_chosen"] for w in v["windows"].values()]
+        heights = [p["mean"] for p in points]
+        bars = [[p["mean"] - p["min"] for p in points], [p["max"] - p["mean"] for p in points]]
+        ax.bar(range(len(points)), heights, yerr=bars, color=colour, capsize=3, width=0.7, error_kw={"lw": 1})
+        ax.axhline(0, color="#1a1a1a", linewidth=0.8)
+        ax.set_xticks(range(len(points)), [f"{float(q) * 100:.0f}" for q in v["windows"]])
+        ax.set_title(f"{label}\n{_rho(v['spearman_dlogp_chosen']['of_means'])}", fontsize=8)
+        ax.set_xlabel("percentile", fontsize=8)
+    axes[0].set_ylabel("change of ln pi(y+), nats", fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    return save(figure, path)
