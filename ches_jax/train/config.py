@@ -147,6 +147,9 @@ class TrainConfig:
 
     watch: int = 256
     """Training pairs whose log-probabilities are followed, drawn by --seed; held-out pairs all are."""
+    probes: str | None = None
+    """Prompts whose next-token distribution is followed (a file or data set with a prompt column), or none; default:
+    the embedded ones for the embedded model, else none."""
     eval_every: int | None = None
     """Updates between evaluations of the displacement; default: at the start and at the end."""
     tolerance: float = TOLERANCE

@@ -29,6 +29,7 @@ from ches_jax.train.metrics import JsonLines
 from ches_jax.train.objective import initial_loss_state, named, needs_reference
 from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
 from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model, make_policy
+from ches_jax.train.probes import ProbeLog, Prober
 from ches_jax.train.setup import Run, load_parameters, prepare, references
 from ches_jax.train.state import TrainState, initial_state
 from ches_jax.train.step import Step
@@ -83,6 +84,10 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
     write_dropped(out / DROPPED, run.pairs.dropped)
     reference = references(run, evaluate, policy.parameters(params))
+    prober = probe_log = None
+    if run.probes is not None:
+        prober = Prober(policy.abstract, run.mesh, run.probes, run.attention.attend)
+        probe_log = ProbeLog(out, run.probes, prober(policy.parameters(params)))
     state = initial_state(params, optimizer, initial_loss_state(run.loss, master), run.mesh)
     del params, loaded
     step = Step(
@@ -106,6 +111,8 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         summary = log.record(i, run.sets, now)
         if "held_out" in now:
             summary |= held_out_metrics(run, evaluate, params, now["held_out"], reference.get("held_out"))
+        if prober is not None and probe_log is not None:
+            summary |= probe_log.record(i, prober(params))
         tracker.log(i, summary)
         return summary
 
@@ -150,6 +157,8 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     if first == plan.total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
     log.join()
+    if probe_log is not None:
+        probe_log.join()
     exported = _export(run, policy, state)
     best = saved.best()
     saved.close()

@@ -30,10 +30,13 @@ from ches_jax.train.examples import Examples, make_examples
 from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_samples, reads_tokens
 from ches_jax.train.optimizer import Schedule, make_schedule
 from ches_jax.train.policy import Lora, open_lora
+from ches_jax.train.probes import Probes, read_probes
 from ches_jax.train.read import REFERENCE_FIELDS
 from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
 from ches_jax.types import TokenPair
+
+NO_PROBES = "none"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Run:
     layout: Layout
     loss: Loss
     schedule: Schedule
+    probes: Probes | None
     lora: Lora | None
     identity: dict[str, Any]
 
@@ -93,8 +97,14 @@ def prepare(config: TrainConfig) -> Run:
     everything: list[Item] = [*pairs.train, *pairs.held_out, *train.items(), *held_out.items()]
     row_tokens = config.row_tokens or standard_row(everything, threshold)
     longest = max(len(r.targets(config.eos)) for item in everything for r in responses_of(item))
+    asked = config.probes or (EMBEDDED if config.model == EMBEDDED else NO_PROBES)
+    probes = None
+    if asked != NO_PROBES:
+        probes = read_probes(asked, directory, decoder, template=config.template, max_length=config.max_length)
     options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
+    if probes is not None:
+        identity["probes_fingerprint"] = probes.fingerprint
     if lora is not None and lora.fingerprint is not None:
         identity["adapter_fingerprint"] = lora.fingerprint
     return Run(
@@ -113,6 +123,7 @@ def prepare(config: TrainConfig) -> Run:
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
+        probes=probes,
         lora=lora,
         identity=identity,
     )
