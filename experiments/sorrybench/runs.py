@@ -1,0 +1,196 @@
+"""The stages from the pairs on: scores, subsets, the learning rate, training, and refusals after it."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+
+from experiments.common import Work
+from experiments.common_runs import Finished, run_training, write_rows
+from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Method, SorryScale
+from experiments.sorrybench.data import (
+    generated,
+    judged,
+    model_directory,
+    only,
+    pairs_file,
+    read_lines,
+    requests_file,
+)
+from experiments.sorrybench.measure import bits, largest_rate, mean_loss, refusal_rate
+
+
+def score_pairs(work: Work) -> dict[str, Any]:
+    """Every score of the generated pairs, by type of pair (Figure 4)."""
+    from ches_jax.scores.config import ScoreConfig
+    from ches_jax.scores.pipeline import score
+
+    config: SorryScale = work.config
+    score(
+        ScoreConfig(
+            model=str(model_directory(config)), pairs=str(pairs_file(work, "generated")), by="head_score",
+            out=str(work.folder("scores")), on_bad_row="keep", mesh=config.mesh,
+        ),
+        resume=True,
+        quiet=True,
+    )  # fmt: skip
+    found = columns(work)
+    types = np.array([row["category"] for row in read_lines(pairs_file(work, "generated"))])
+    names = ("ln_ches", "head_score", "ches", "length")
+    return {
+        t: {n: [round(float(v), 4) for v in found[n][types == t]] for n in names} for t in TYPES if (types == t).any()
+    }
+
+
+def columns(work: Work) -> dict[str, np.ndarray]:
+    """Scores of the generated pairs, higher: dropped first; NaN where a pair has none."""
+    from ches_jax.scores.derive import numbers, score_column
+    from ches_jax.scores.table import read_table
+
+    table, _ = read_table(work.folder("scores"))
+    found = {name: score_column(table, name) for name in ("ches", "ln_ches", "head_score")}
+    found["length"] = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
+    return found
+
+
+def subsets(work: Work) -> dict[str, Any]:
+    """Which generated pairs each way of filtering keeps, and which are of each type. ``random``: one set per seed."""
+    from ches_jax.scores.rules import keep_indices
+
+    config: SorryScale = work.config
+    found = columns(work)
+    rule = f"lowest:{config.keep:.6f}"
+    kept: dict[str, Any] = {name: keep_indices(found[name], rule).tolist() for name in SUBSETS if name != "random"}
+    scored = np.flatnonzero(np.isfinite(found["ln_ches"]))
+    count = len(kept["ln_ches"])
+    kept["random"] = {
+        str(seed): sorted(np.random.default_rng([seed, 4]).permutation(scored)[:count].tolist())
+        for seed in config.seeds
+    }
+    types = [row["category"] for row in read_lines(pairs_file(work, "generated"))]
+    return kept | {t: [i for i, name in enumerate(types) if name == t] for t in TYPES}
+
+
+def chosen_rows(work: Work, pairs: str, seed: int) -> tuple[str, list[dict[str, Any]]]:
+    """The file a method draws on (``generated`` or ``gold``) and its rows."""
+    file = "gold" if pairs == "gold" else "generated"
+    rows = read_lines(pairs_file(work, file))
+    if pairs in ("gold", "generated"):
+        return file, rows
+    numbers = work.value("subsets")[pairs]
+    return file, only(rows, numbers[str(seed)] if pairs == "random" else numbers)
+
+
+def rates_of(config: SorryScale, pairs: str) -> tuple[float, ...]:
+    """Learning rates to choose from; a single one is not tried."""
+    return config.gold_rates if pairs == "gold" else config.rates
+
+
+def try_rate(work: Work, pairs: str, lr: float, seed: int) -> dict[str, Any]:
+    """DPO on these pairs at one learning rate."""
+    return train_and_ask(work, f"try-{pairs}-{lr:g}-{seed}", Method("dpo", pairs), lr, seed)
+
+
+def choose_rate(work: Work, pairs: str) -> dict[str, Any]:
+    """The learning rate for these pairs, whatever the objective, as in the paper."""
+    config: SorryScale = work.config
+    rates = rates_of(config, pairs)
+    if len(rates) == 1:
+        return {"lr": rates[0]}
+    runs = {
+        f"{lr:g}": [work.value(f"try/{pairs}/{lr:g}/{s}") for s in config.seeds[: config.rate_seeds]] for lr in rates
+    }
+    return {"lr": largest_rate({lr: [r["loss_change"] for r in found] for lr, found in runs.items()}), "runs": runs}
+
+
+def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, export: bool) -> Finished:
+    """One epoch of a method."""
+    from ches_jax.train.config import TrainConfig
+
+    config: SorryScale = work.config
+    file, rows = chosen_rows(work, method.pairs, seed)
+    every = len(chosen_rows(work, file, seed)[1])
+    out = work.folder(f"train/{name}")
+    pairs = write_rows(out.with_name(f"{out.name}.jsonl"), rows)
+    loss, arguments = LOSSES[method.objective]
+    return run_training(
+        TrainConfig(
+            model=str(model_directory(config)), pairs=str(pairs), out=str(out), loss=loss, loss_args=dict(arguments),
+            sft=method.sft, sft_per="sum", lr=lr, batch_size=config.batch_size, accumulate=config.accumulate,
+            on_bad_row="keep", row_tokens=config.row_tokens, watch=len(rows), seed=seed, mesh=config.mesh,
+            steps=-(-every // config.batch_size) if method.as_long else None, export=export,
+        ),
+        quiet=True,
+    )  # fmt: skip
+
+
+def train_method(work: Work, name: str, method: Method, seed: int) -> dict[str, Any]:
+    """Train, and see how often the model refuses now."""
+    file, rows = chosen_rows(work, method.pairs, seed)
+    if not rows:
+        return {"pairs": 0}
+    lr = work.value(f"rate/{file}")["lr"]
+    return {"pairs": len(rows), "lr": lr, **train_and_ask(work, f"{name}-{seed}", method, lr, seed)}
+
+
+def train_and_ask(work: Work, label: str, method: Method, lr: float, seed: int) -> dict[str, Any]:
+    """One run: how the pairs it trained on moved, and what the model answers now."""
+    _, rows = chosen_rows(work, method.pairs, seed)
+    done = trained(work, label, method, lr, seed, export=True)
+    folder = work.folder(f"train/{label}")
+    found = evaluated(work, str(folder / "model"), label, seed)
+    shutil.rmtree(folder)
+    end = done.of("train")
+    changes = {n: round(float(end[n].mean()), 5) for n in ("dlogp_chosen", "dlogp_rejected", "margin")}
+    return {
+        "updates": len(done.losses),
+        "loss_change": mean_loss(method.objective, end["margin"]) - mean_loss(method.objective, 0 * end["margin"]),
+        **changes,
+        "by_type": _by_type(rows, end),
+        **found,
+    }
+
+
+def _by_type(rows: list[dict[str, Any]], end: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Mean change of ln pi(y+) and ln pi(y-) by type of pair, and how many there are."""
+    types = np.array([rows[i].get("category", "gold") for i in end["index"].tolist()])
+    return {
+        str(t): [
+            int((types == t).sum()),
+            *(round(float(end[n][types == t].mean()), 5) for n in ("dlogp_chosen", "dlogp_rejected")),
+        ]
+        for t in np.unique(types)
+    }
+
+
+def initial(work: Work, seed: int) -> dict[str, Any]:
+    """How often the model refuses before training."""
+    return evaluated(work, str(model_directory(work.config)), f"initial-{seed}", seed)
+
+
+def evaluated(work: Work, model: str, label: str, seed: int) -> dict[str, Any]:
+    """Refusal rates over the requests of both splits, one response each."""
+    config: SorryScale = work.config
+    name = f"after/{label}"
+    # the model's directory goes when it has answered; a run that was killed in between asks anew
+    shutil.rmtree(work.folder(name), ignore_errors=True)
+    shutil.rmtree(work.folder(f"{name}-judged"), ignore_errors=True)
+    responses = generated(work, model, name, samples=1, temperature=config.temperature, seed=1000 + seed)
+    refusals = judged(work, name)
+    test = [row["test"] for row in read_lines(requests_file(work))]
+    return {
+        "train": refusal_rate([r for r, t in zip(refusals, test, strict=True) if not t]),
+        "test": refusal_rate([r for r, t in zip(refusals, test, strict=True) if t]),
+        "tokens": sum(len(r["token_ids"]) for r in responses) / len(responses),
+        "cut": sum(r["finish_reason"] == "length" for r in responses) / len(responses),
+        "refusals": bits(refusals),
+        **({"kinds": kinds([r["text"] for r in responses])} if config.judge == "embedded" else {}),
+    }
+
+
+def kinds(texts: list[str]) -> dict[str, float]:
+    """Shares of refusals, compliances and broken replies by the grammar of the embedded world."""
+    from experiments.sorrybench.grammar import kind
+
+    found = [kind(t) for t in texts]
+    return {k: found.count(k) / len(found) for k in ("refusal", "compliance", "broken")}
