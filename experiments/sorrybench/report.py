@@ -141,7 +141,7 @@ def tables(result: dict[str, Any]) -> str:
         f"{r['train']} requests to train on and {r['test']} to test on, of {r['usable']} that can be used. "
         f"{found['responses']['texts']} responses, {found['responses']['refusal_rate']:.1%} refusals; "
         f"{p['pairs']} pairs ({types}; {p['same']} requests gave the same response twice). Means over "
-        f"{len(result['seeds'])} seeds with 95% intervals by Student's t; one response per request at temperature 0.7.\n",
+        f"{len(result['seeds'])} seeds with 95% intervals by Student's t; one response per request, temperature 0.7.\n",
         "## Refusal rates (Figures 3 and 8)\n",
         "| method | pairs | updates | train | test | change, train | refusal to compliance | compliance to refusal |",
         "|---|---|---|---|---|---|---|---|",
