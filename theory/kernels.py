@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ches_jax.scores.head import PairContributions, head_products, pair_contributions
-from theory.lmview import LMView, Sequences, log_probs, path_name
+from ches_jax.scores.head import PairContributions, head_products, pair_contributions, token_gram
+from theory.dynamics import moving
+from theory.lmview import LMView, Sequences, errors, log_probs, pair_log_probs, path_name, states
 from theory.ufm import PairLoss
 
 Groups = Callable[[str], str]
@@ -21,15 +22,22 @@ Groups = Callable[[str], str]
 
 
 class PairGrams(NamedTuple):
-    """Inner products of the gradients of one pair's log-probabilities, for every pair, by group of parameters."""
+    """Inner products of the gradients of one pair's log-probabilities, for every pair, by group of parameters.
 
-    chosen: dict[str, Float[Array, " N"]]
-    cross: dict[str, Float[Array, " N"]]
-    rejected: dict[str, Float[Array, " N"]]
+    [N], or [N, L] for a group of parameters that are counted layer by layer.
+    """
+
+    chosen: dict[str, Float[Array, "*n"]]
+    cross: dict[str, Float[Array, "*n"]]
+    rejected: dict[str, Float[Array, "*n"]]
+
+    def by_group(self) -> "PairGrams":
+        """Layers added up, [N] for every group."""
+        return PairGrams(*({g: v.reshape(len(v), -1).sum(1) for g, v in parts.items()} for parts in self))
 
     def total(self) -> tuple[Array, Array, Array]:
         """(K++, K+-, K--)."""
-        return tuple(sum(parts.values(), start=jnp.zeros(())) for parts in self)  # type: ignore[return-value]
+        return tuple(sum(parts.values(), start=jnp.zeros(())) for parts in self.by_group())  # type: ignore[return-value]
 
     def rates(self, up: Array | float, down: Array | float) -> Float[Array, " N"]:
         """Own-pair rate of every chosen response: what its own pair alone would do to it."""
@@ -37,10 +45,15 @@ class PairGrams(NamedTuple):
         return up * chosen - down * cross
 
 
+def one_of(rows: Any) -> Any:
+    """A single row as a batch of one."""
+    return jax.tree.map(lambda a: a[None], rows)
+
+
 def direction(view: LMView, params: Any, chosen: Sequences, rejected: Sequences, loss: PairLoss) -> Any:
     """Velocity of gradient flow, -grad L, zero where a parameter is frozen."""
-    gradient = jax.grad(lambda p: loss(log_probs(view, p, chosen), log_probs(view, p, rejected)))(params)
-    return jax.tree.map(lambda g, moves: -g if moves else jnp.zeros_like(g), gradient, view.trainable(params))
+    gradient = jax.grad(lambda p: loss(*pair_log_probs(view, p, chosen, rejected)))(params)
+    return moving(jax.tree.map(jnp.negative, gradient), view.trainable(params))
 
 
 def rates_along(view: LMView, params: Any, probes: Sequences, velocity: Any) -> Float[Array, " N"]:
@@ -55,34 +68,66 @@ def batch_rates(
     return rates_along(view, params, probes, direction(view, params, chosen, rejected, loss))
 
 
+def sign_rates(view: LMView, params: Any, chosen: Sequences, rejected: Sequences, loss: PairLoss) -> Float[Array, " N"]:
+    """d/dt ln pi(y+) of every pair along the signs of its own descent direction: the start of Adam and RMSProp."""
+
+    def one(pair: tuple[Sequences, Sequences]) -> Array:
+        up, down = one_of(pair)
+        velocity = jax.tree.map(jnp.sign, direction(view, params, up, down, loss))
+        return rates_along(view, params, up, velocity)[0]
+
+    return jax.lax.map(one, (chosen, rejected))
+
+
+def gram(view: LMView, params: Any, sequences: Sequences) -> Float[Array, "N N"]:
+    """K between all the responses: each column one backward and one forward-mode pass, no gradient kept."""
+
+    def column(sequence: Sequences) -> Array:
+        gradient = jax.grad(lambda p: log_probs(view, p, one_of(sequence))[0])(params)
+        return rates_along(view, params, sequences, moving(gradient, view.trainable(params)))
+
+    return jax.lax.map(column, sequences)
+
+
 def pair_grams(
-    view: LMView, params: Any, chosen: Sequences, rejected: Sequences, groups: Groups = lambda name: "all"
+    view: LMView,
+    params: Any,
+    chosen: Sequences,
+    rejected: Sequences,
+    groups: Groups = lambda name: "all",
+    *,
+    layers: bool = False,
 ) -> PairGrams:
-    """The 2 x 2 kernel of every pair, by group of parameters."""
+    """The 2 x 2 kernel of every pair, by group of parameters.
+
+    With ``layers`` parameters that are stacked over layers (their name begins with ``layers.``) are counted layer by
+    layer; no group may then hold such and others.
+    """
 
     def one(pair: tuple[Sequences, Sequences]) -> tuple[dict[str, Array], ...]:
-        gradients = [
-            jax.grad(lambda p, s=side: log_probs(view, p, jax.tree.map(lambda a: a[None], s))[0])(params)
-            for side in pair
-        ]
-        flat = [jax.tree_util.tree_leaves_with_path(g) for g in gradients]
+        up_and_down = jax.jacrev(lambda p: log_probs(view, p, jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair)))(
+            params
+        )
         moves = jax.tree.leaves(view.trainable(params))
         sums: tuple[dict[str, Array], ...] = ({}, {}, {})
-        for (path, up), (_, down), moving in zip(*flat, moves, strict=True):
-            if not moving:
+        for (path, (up, down)), moving_too in zip(jax.tree_util.tree_leaves_with_path(up_and_down), moves, strict=True):
+            if not moving_too:
                 continue
-            group = groups(path_name(path))
-            for total, product in zip(sums, ((up * up), (up * down), (down * down)), strict=True):
-                total[group] = total.get(group, jnp.zeros((), product.dtype)) + product.sum()
+            name = path_name(path)
+            axes = tuple(range(int(layers and name.startswith("layers.")), up.ndim))
+            for total, product in zip(sums, (up * up, up * down, down * down), strict=True):
+                part = product.sum(axes)
+                group = groups(name)
+                total[group] = total[group] + part if group in total else part
         return sums
 
     return PairGrams(*jax.lax.map(one, (chosen, rejected)))
 
 
 def by_module(name: str) -> str:
-    """Groups of a decoder's parameters: head, embed, attention, mlp, norm."""
+    """Groups of a decoder's parameters: head, embed, attention, mlp, norm; the last norm is a group of its own."""
     for part, group in (
-        ("norm", "norm"),
+        ("norm", "norm" if "layers" in name else "final norm"),
         ("lm_head", "head"),
         ("embed", "embed"),
         ("attn", "attention"),
@@ -98,8 +143,8 @@ def pair_head_scores(view: LMView, params: Any, chosen: Sequences, rejected: Seq
     w = view.unembedding(params)
 
     def one(pair: tuple[Sequences, Sequences]) -> PairContributions:
-        rows = [jax.tree.map(lambda a: a[None], side) for side in pair]
-        hidden = jnp.concatenate([view.hidden(params, side)[:, :-1] for side in rows], axis=1)
+        rows = [one_of(side) for side in pair]
+        hidden = jnp.concatenate([states(view, params, side) for side in rows], axis=1)
         target = jnp.concatenate([side.tokens[:, 1:] for side in rows], axis=1)
         segment = jnp.concatenate([jnp.where(s.response[:, 1:], i, 3) for i, s in enumerate(rows, 1)], axis=1)
         segment = segment.astype(jnp.int32)
@@ -111,14 +156,45 @@ def pair_head_scores(view: LMView, params: Any, chosen: Sequences, rejected: Seq
     return jax.lax.map(one, (chosen, rejected))
 
 
-def layer_shares(view: LMView, params: Any, chosen: Sequences) -> dict[str, Float[Array, " L"]]:
-    """Share of each layer in K++ of the first sequence, by parameter; layers are stacked on the leading axis."""
-    first = jax.tree.map(lambda a: a[:1], chosen)
-    gradient = jax.grad(lambda p: log_probs(view, p, first)[0])(params)
-    total = sum((g * g).sum() for g in jax.tree.leaves(gradient))
-    shares = {}
-    for path, g in jax.tree_util.tree_leaves_with_path(gradient):
-        name = path_name(path)
-        if "layers" in name:
-            shares[name] = (g * g).reshape(g.shape[0], -1).sum(1) / total
-    return shares
+def head_gram(view: LMView, params: Any, sequences: Sequences) -> Float[Array, "N N"]:
+    """The part of K between all responses that goes through the unembedding's output side.
+
+    From coefficients between tokens, the vocabulary in chunks (``ches_jax.scores.head.token_gram``): no gradient of W,
+    [V, D], is ever formed. Holds N^2 / 2 blocks of [T, T].
+    """
+    hidden = states(view, params, sequences)
+    n, length, width = hidden.shape
+    first, second = jnp.triu_indices(n)
+    alpha = token_gram(
+        hidden.reshape(n * length, width),
+        sequences.tokens[:, 1:].reshape(-1),
+        jnp.stack([first, second]).astype(jnp.int32),
+        jnp.int32(len(first)),
+        view.unembedding(params),
+        view.transform,
+        tile=length,
+    )
+    counted = jnp.where(sequences.response[:, 1:, None], hidden, 0.0)
+    products = (alpha * jnp.einsum("btd,bsd->bts", counted[first], counted[second])).sum((1, 2))
+    upper = jnp.zeros((n, n), products.dtype).at[first, second].set(products)
+    return jnp.where(jnp.triu(jnp.ones((n, n), bool)), upper, upper.T)
+
+
+def pair_feature_kernels(
+    view: LMView, params: Any, chosen: Sequences, rejected: Sequences
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    r"""(K++, K+-) of every pair through the features alone, had the model free features for every prefix.
+
+    .. math:: \sum_k \|G_k\|^2, \qquad \sum_{k:\ \text{same prefix}} \langle G^+_k, G^-_k \rangle
+
+    The second part of the kernel of the unconstrained-features model; in a language model the layers take its place.
+    """
+    w = view.unembedding(params)
+
+    def one(pair: tuple[Sequences, Sequences]) -> tuple[Array, Array]:
+        pulls = [errors(view, states(view, params, one_of(side))[0], w, side) @ w for side in pair]
+        alike = jnp.cumprod((pair[0].tokens == pair[1].tokens).astype(jnp.int32))[:-1] == 1
+        cross = jnp.where(alike, (pulls[0] * pulls[1]).sum(-1), 0.0).sum()
+        return (pulls[0] ** 2).sum(), cross
+
+    return jax.lax.map(one, (chosen, rejected))

@@ -48,6 +48,15 @@ def test_kernels_through_the_view_are_those_of_the_unconstrained_features_model(
         np.testing.assert_allclose(found["unembedding"], jnp.diagonal(expected.head), rtol=1e-11)
         np.testing.assert_allclose(found["features"], jnp.diagonal(expected.body), rtol=1e-11, atol=1e-12)
 
+    # all responses with all others
+    both, every = lmview.both_sides(chosen, rejected), ufm.stack(*sides)
+    whole = ufm.kernel(params, every, every)
+    np.testing.assert_allclose(kernels.gram(view, params, both), whole.total, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(kernels.head_gram(view, params, both), whole.head, rtol=1e-11, atol=1e-12)
+    own, cross = kernels.pair_feature_kernels(view, params, chosen, rejected)
+    np.testing.assert_allclose(own, jnp.diagonal(k[0].body), rtol=1e-11)
+    np.testing.assert_allclose(cross, jnp.diagonal(k[1].body), rtol=1e-11, atol=1e-12)
+
 
 def row_prefix(tokens, t):
     return np.array([*tokens[: t + 1], *[-1] * (len(tokens) - t - 1)])
@@ -60,6 +69,46 @@ def test_batch_rates_of_one_pair_are_its_own_rate(toy):
     pull = float(jax.nn.sigmoid(gap[1] - gap[0])[0])
     own = kernels.pair_grams(view, params, one[0], one[1]).rates(pull, pull)
     np.testing.assert_allclose(kernels.batch_rates(view, params, one[0], one[1], loss, one[0]), own, rtol=1e-11)
+
+
+def test_rates_along_signs_are_those_of_a_sign_step(toy):
+    view, params, chosen, rejected = toy
+    found = kernels.sign_rates(view, params, chosen, rejected, loss)
+    one = [jax.tree.map(lambda a: a[1:], side) for side in (chosen, rejected)]
+    velocity = jax.tree.map(jnp.sign, kernels.direction(view, params, one[0], one[1], loss))
+    step = 1e-6
+    after = jax.tree.map(lambda p, v: p + step * v, params, velocity)
+    measured = (lmview.log_probs(view, after, one[0]) - lmview.log_probs(view, params, one[0])) / step
+    np.testing.assert_allclose(found[1], measured[0], rtol=1e-4)
+
+
+def test_layers_are_counted_one_by_one():
+    class View:
+        rows = 1
+
+        def hidden(self, params, sequences):
+            h = jnp.ones((*sequences.tokens.shape, 2))
+            for layer in params["layers"]["w"]:
+                h = jnp.tanh(h * layer[None, None])
+            return h
+
+        def unembedding(self, params):
+            return params["head"]
+
+        def transform(self, raw):
+            return raw
+
+        def trainable(self, params):
+            return jax.tree.map(lambda _: True, params)
+
+    rng = np.random.default_rng(0)
+    params = {"layers": {"w": jnp.array(rng.normal(size=(3, 2)))}, "head": jnp.array(rng.normal(size=(13, 2)))}
+    chosen, rejected = sequences_of(PAIRS)
+    whole = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name)
+    split = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name, layers=True)
+    assert split.cross["layers.w"].shape == (2, 3) and split.cross["head"].shape == (2,)
+    np.testing.assert_allclose(split.by_group().cross["layers.w"], whole.cross["layers.w"], rtol=1e-6)
+    np.testing.assert_allclose(split.total()[0], whole.total()[0], rtol=1e-6)
 
 
 def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
@@ -80,7 +129,7 @@ def test_frozen_parameters_have_no_share_and_no_velocity(toy):
     view, params, chosen, rejected = toy
 
     class Frozen:
-        hidden, unembedding, transform = view.hidden, view.unembedding, view.transform
+        rows, hidden, unembedding, transform = 1, view.hidden, view.unembedding, view.transform
 
         def trainable(self, params):
             return ufm.UFM(False, True)  # type: ignore[arg-type]
@@ -98,6 +147,7 @@ def test_frozen_parameters_have_no_share_and_no_velocity(toy):
         ("embed_tokens.weight", "embed"),
         ("layers.self_attn.q_proj.weight", "attention"),
         ("layers.attn_norm.weight", "norm"),
+        ("norm.weight", "final norm"),
         ("layers.mlp.up_proj.weight", "mlp"),
     ],
 )

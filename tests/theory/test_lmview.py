@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import load_model
 from ches_jax.types import Response, TokenPair
 from theory import lmview, ufm
@@ -61,11 +62,34 @@ def test_names_choose_what_moves(x64, tiny_model):
     assert moving == ["lm_head.weight"]
 
 
-@pytest.mark.parametrize("scale, cap", [(None, None), (0.5, None), (None, 3.0)])
-def test_the_transform_is_that_of_the_config(scale, cap):
-    class Config:
-        logit_scale, logit_softcap = scale, cap
+def test_rows_are_dealt_into_batches_and_put_together_again():
+    rows = {"a": jnp.arange(5.0), "b": jnp.ones((5, 2))}
+    sizes = []
 
+    def function(batch):
+        sizes.append(batch["b"].shape)
+        return batch["a"][:, None] + batch["b"]
+
+    found = lmview.in_batches(function, rows, 2)
+    assert found[:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert set(sizes) == {(2, 2)}  # one shape, the last batch filled up
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_transform_is_that_of_the_model(cap, x64):
+    class Config:
+        logit_scale, logit_softcap = 0.5, cap
+
+    class Model:
+        config = Config()
+
+    view = lmview.DecoderView(None, lambda x: Decoder.logit_transform(Model(), x))  # type: ignore[arg-type]
     x = jnp.array([1.0, 40.0])
-    expected = x * (scale or 1) if cap is None else cap * jnp.tanh(x / cap)
-    np.testing.assert_allclose(lmview.DecoderView(None, Config()).transform(x), expected, rtol=1e-6)
+    expected = x * 0.5 if cap is None else cap * jnp.tanh(x * 0.5 / cap)
+    np.testing.assert_allclose(view.transform(x), expected, rtol=1e-12)
+    # E carries the transform's derivative: it is the gradient of a log-probability by h W^T
+    sequence = lmview.Sequences(jnp.array([0, 1]), jnp.ones(2, bool), jnp.array([False, True]))
+    w, h = jnp.array([[1.0], [2.0], [-1.0]]), jnp.array([[0.7]])
+    found = lmview.errors(view, h, w, sequence)[0] @ w
+    expected = jax.grad(lambda h: lmview.response_log_prob(view, h, w, sequence))(h)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ches_jax import embedded
-from ches_jax.scores.derive import spearman
+from ches_jax.scores.derive import SCORES, score_column, spearman
 from ches_jax.scores.pipeline import ScoreConfig, score
 from ches_jax.scores.table import FILE_NAME
 from theory.real import bootstrap_spearman, open_real_model
@@ -24,13 +24,20 @@ def measured(tiny_model):
 def test_its_scores_are_those_of_ches_score(measured, tiny_model, tmp_path):
     import pyarrow.parquet as pq
 
-    score(ScoreConfig(model=str(tiny_model), dtype="float64", limit=12, out=str(tmp_path / "s")), quiet=True)
-    table = pq.read_table(tmp_path / "s" / FILE_NAME).to_pydict()
-    row = {r: i for i, r in enumerate(table["row_id"])}
-    for name, column in (("ches", "ches"), ("ln_ches", "ln_ches"), ("last_hidden", "last_hidden_inner")):
-        expected = [table[column][row[p.row_id]] for p in measured.pairs if p.row_id in row]
-        np.testing.assert_allclose(measured.scores[name][: len(expected)], expected, rtol=1e-9, atol=1e-9)
-        assert expected
+    score(ScoreConfig(model=str(tiny_model), dtype="float64", limit=40, out=str(tmp_path / "s")), quiet=True)
+    table = pq.read_table(tmp_path / "s" / FILE_NAME)
+    row = {r: i for i, r in enumerate(table["row_id"].to_pylist())}
+    at = [row[p.row_id] for p in measured.pairs]
+    assert len(at) == 4
+    for name in ("ches", "ln_ches", "last_hidden_inner", "cosine", "swapped", "minus_edit_distance", "projection"):
+        expected = score_column(table, name)[at]
+        np.testing.assert_allclose(measured.scores[name], expected, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_every_score_of_the_library_is_there(measured):
+    computed = {name for name, score in SCORES.items() if score.columns}
+    assert computed < set(measured.scores)
+    assert all(values.shape == (4,) and np.isfinite(values).all() for values in measured.scores.values())
 
 
 def test_exact_claims_hold_on_a_tiny_model(tiny_model):
@@ -42,8 +49,10 @@ def test_an_interval_lies_about_its_correlation():
     rng = np.random.default_rng(0)
     a = rng.normal(size=40)
     b = a + 0.5 * rng.normal(size=40)
-    seen = bootstrap_spearman(a, b, rng)
+    seen = bootstrap_spearman(a, b, 0)
     assert seen["low"] < seen["rho"] == spearman(a, b) < seen["high"]
+    less = bootstrap_spearman(a, b, 0, against=-a)
+    assert less["rho"] == 2 * seen["rho"] and less["low"] > 0
 
 
 @pytest.mark.slow
