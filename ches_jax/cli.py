@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
+from ches_jax.parallel import leave, lost_peer, several_processes
 from ches_jax.runlog import RUN, read_json
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.pipeline import merge, score
@@ -281,6 +283,19 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
+        code = _main(argv)
+    except Exception:
+        if several_processes():
+            traceback.print_exc()
+            leave(1)
+        raise
+    if code:
+        leave(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    try:
         return tyro.cli(Command, args=argv, prog="ches", description=DESCRIPTION).run()  # type: ignore[arg-type]
     except ChesError as e:
         print(f"ches: {e}", file=sys.stderr)
@@ -288,6 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ches: stopped", file=sys.stderr)
         return 130
+    except Exception as e:
+        if (told := lost_peer(e)) is None:
+            raise
+        print(f"ches: {told}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

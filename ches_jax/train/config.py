@@ -133,7 +133,10 @@ class TrainConfig:
     attention: str = "auto"
     """How attention is computed where no gradient is taken, as in `ches score`; gradients go through slices."""
     mesh: str | None = None
-    """Devices, such as data=4 or fsdp=8; default: all local devices on the data axis."""
+    """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
+    distributed: str = "off"
+    """Join other processes: off, auto (the cluster knows), or coordinator:port,n,id. All see the same --out directory;
+    the first one writes."""
     row_tokens: int | None = None
     """Standard length of a packed row; default: the longest pair."""
     eos: Eos = "include"
@@ -166,7 +169,10 @@ class TrainConfig:
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
 
 
-NOT_IDENTITY = ("out", "mesh", "attention", "tracker", "save_every", "keep", "keep_best", "reference_cache", "export")
+NOT_IDENTITY = (
+    "out", "mesh", "distributed", "attention", "tracker", "save_every", "keep", "keep_best", "reference_cache",
+    "export",
+)  # fmt: skip
 """Options that two runs may differ in and be the same run."""
 
 

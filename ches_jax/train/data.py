@@ -16,6 +16,7 @@ from ches_jax import embedded
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import ChesError
 from ches_jax.models.config import DecoderConfig
+from ches_jax.parallel import Process
 from ches_jax.train.config import EMBEDDED, TrainConfig, objective
 from ches_jax.train.read import read_pairs
 from ches_jax.types import TokenPair
@@ -38,7 +39,9 @@ class RunPairs:
     held_out_given: dict[str, np.ndarray]
 
 
-def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> RunPairs:
+def read_run_pairs(
+    config: TrainConfig, directory: Path, decoder: DecoderConfig, process: Process | None = None
+) -> RunPairs:
     """Read everything a run needs of its data.
 
     Raises:
@@ -56,15 +59,15 @@ def read_run_pairs(config: TrainConfig, directory: Path, decoder: DecoderConfig)
         template=config.template,
     )
     prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
-    loss = objective(config)
+    loss, process = objective(config), process or Process()
     spec = str(embedded.pairs_file()) if config.pairs == EMBEDDED else config.pairs
-    main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit)
+    main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
     kept, given, dropped = main.pairs, main.given, main.dropped
     held_out: list[TokenPair] = []
     held_out_given: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
-        other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None)
+        other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process)
         prints["eval_fingerprint"] = other.fingerprint
         held_out, held_out_given, dropped = other.pairs, other.given, dropped + other.dropped
     elif config.holdout:

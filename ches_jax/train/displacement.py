@@ -117,7 +117,9 @@ def block(
 class DisplacementLog:
     """The log of a run: one part per evaluation, joined at the end. Knows the log-probabilities of step 0."""
 
-    def __init__(self, out: Path, eos: Any, tolerance: float = TOLERANCE):
+    def __init__(self, out: Path, eos: Any, tolerance: float = TOLERANCE, *, write: bool = True):
+        """``write``: whether this process keeps the log; of several only the first does."""
+        self.write = write
         self.out = out
         self.eos = eos
         self.tolerance = tolerance
@@ -143,8 +145,9 @@ class DisplacementLog:
             rejected = now[name].rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
             summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
-        with replacing(self.part(step)) as temporary:
-            pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
+        if self.write:
+            with replacing(self.part(step)) as temporary:
+                pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
         return summary
 
     def _read_start(self, sets: Mapping[str, Sequence[TokenPair]]) -> None:

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.data.packing import Placement, Rows, pack
+from ches_jax.data.packing import Placement, Rows, arrange, write_rows
 from ches_jax.models.attention import Attend, blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
-from ches_jax.parallel import row_sharding, row_shards
-from ches_jax.train.batches import Layout
+from ches_jax.parallel import put_rows, row_shards
+from ches_jax.train.batches import Layout, held_rows
 from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
@@ -53,16 +53,16 @@ class Evaluator:
 
         def pass_of(logps: Any) -> Any:
             def run(params: Any, rows: Rows) -> Any:
-                return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on)
+                return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on), rows.segment
 
-            return jax.jit(run)
+            return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
         self._sums, self._tokens = pass_of(segment_logps), pass_of(prediction_logps)
 
     def __call__(self, params: Any, pairs: Sequence[TokenPair]) -> PairLogps:
         """Log-probabilities of ``pairs`` under ``params``."""
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
-        for _, places, sums in self._passes(self._sums, params, pairs):
+        for places, sums, _ in self._passes(self._sums, params, pairs):
             for p in places:
                 chosen[p.pair] = sums[p.row, p.shared] + sums[p.row, p.chosen]
                 rejected[p.pair] = sums[p.row, p.shared] + sums[p.row, p.rejected]
@@ -71,26 +71,29 @@ class Evaluator:
     def tokens(self, params: Any, pairs: Sequence[TokenPair]) -> TokenLogps:
         """Log-probability of each response token of ``pairs`` under ``params``."""
         found = TokenLogps([np.zeros(0)] * len(pairs), [np.zeros(0)] * len(pairs))
-        for rows, places, logps in self._passes(self._tokens, params, pairs):
+        for places, logps, segments in self._passes(self._tokens, params, pairs):
             for p in places:
                 # a row's predictions stand in the order of its responses' tokens
                 shared, *own = (
-                    logps[p.row][rows.segment[p.row] == segment] for segment in (p.shared, p.chosen, p.rejected)
+                    logps[p.row][segments[p.row] == segment] for segment in (p.shared, p.chosen, p.rejected)
                 )
                 found.chosen[p.pair], found.rejected[p.pair] = (np.concatenate([shared, side]) for side in own)
         return found
 
     def _passes(
         self, run: Any, params: Any, pairs: Sequence[TokenPair]
-    ) -> Iterator[tuple[Rows, list[Placement], np.ndarray]]:
-        """Rows, the places of their pairs, and what the pass gives, float64."""
-        batches = pack(
+    ) -> Iterator[tuple[list[Placement], np.ndarray, np.ndarray]]:
+        """The places of pairs, what the pass gives of all rows (float64), and the segments of their predictions."""
+        layout = self.layout
+        found = arrange(
             pairs,
-            length=self.layout.row_tokens,
+            length=layout.row_tokens,
             rows_per_batch=min(self.rows, FEW) if len(pairs) <= FEW else self.rows,
             row_multiple=row_shards(self.mesh),
-            eos=self.layout.eos,
-            length_threshold=self.layout.length_threshold,
+            length_threshold=layout.length_threshold,
         )
-        for rows, places in batches:
-            yield rows, places, np.asarray(run(params, jax.device_put(rows, row_sharding(self.mesh))), np.float64)
+        for arrangement in found:
+            held = held_rows(arrangement.row_count, layout)
+            rows = write_rows(pairs, arrangement, layout.eos, layout.length_threshold, held)
+            logps, segments = run(params, put_rows(rows, self.mesh))
+            yield arrangement.places(), np.asarray(logps, np.float64), np.asarray(segments)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from ches_jax.errors import RunError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import Decoder
-from ches_jax.runlog import RUN, device_name, open_run, read_json, versions, write_json
+from ches_jax.parallel import start_processes
+from ches_jax.runlog import CONFIG, RUN, device_name, open_run, read_json, versions, write_json
 from ches_jax.train.checkpoints import Checkpoints, parse_best
 from ches_jax.train.checks import require_agreement, require_finite
 from ches_jax.train.config import EMBEDDED, TrainConfig, checked
@@ -25,7 +27,7 @@ from ches_jax.train.evaluate import Evaluator
 from ches_jax.train.feed import batch_maker
 from ches_jax.train.held_out import held_out_metrics
 from ches_jax.train.metrics import FILE_NAME as METRICS
-from ches_jax.train.metrics import JsonLines
+from ches_jax.train.metrics import JsonLines, Nobody
 from ches_jax.train.objective import initial_loss_state, named, needs_reference
 from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
 from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model, make_policy
@@ -60,12 +62,25 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
       ChesError: any input that is not fit; a loss that is not finite.
       Stopped: SIGTERM came; the state is saved and ``resume`` goes on.
     """
+    process = start_processes(config.distributed)
+    if process.count > 1 and config.out is None:
+        raise ChesError("--distributed: give the run directory with --out; all processes must see it")
     config = checked(config)
     with jax.enable_x64(config.dtype == "float64"):
-        run = prepare(config)
-        # flat, so that a difference is told by the name of its option
-        prints = {k: v for k, v in run.identity.items() if k != "config"}
-        open_run(run.out, "train", {**run.identity["config"], **prints}, resume)
+        with process.together():
+            run = prepare(config, process)
+            # flat, so that a difference is told by the name of its option
+            prints = {k: v for k, v in run.identity.items() if k != "config"}
+            identity = {**run.identity["config"], **prints}
+            process.agree(identity)
+            if process.first:
+                open_run(run.out, "train", identity, resume)
+        with process.together():
+            if not (run.out / CONFIG).exists():
+                raise RunError(
+                    f"{run.out}: process 0 has made it, process {process.id} does not see it; --out must be on "
+                    "a file system that all processes share"
+                )
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
@@ -82,12 +97,14 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         loaded, run.decoder, run.lora, dtype=config.dtype, master=master, seed=config.seed, mesh=run.mesh
     )
     evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
-    write_dropped(out / DROPPED, run.pairs.dropped)
+    first_process = run.process.first
+    if first_process:
+        write_dropped(out / DROPPED, run.pairs.dropped)
     reference = references(run, evaluate, policy.parameters(params))
     prober = probe_log = None
     if run.probes is not None:
         prober = Prober(policy.abstract, run.mesh, run.probes, run.attention.attend)
-        probe_log = ProbeLog(out, run.probes, prober(policy.parameters(params)))
+        probe_log = ProbeLog(out, run.probes, prober(policy.parameters(params)), write=first_process)
     state = initial_state(params, optimizer, initial_loss_state(run.loss, master), run.mesh)
     del params, loaded
     step = Step(
@@ -95,14 +112,16 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
         frozen=policy.frozen, clip=config.clip, remat=config.remat,
     )  # fmt: skip
     saved = Checkpoints(out, config.keep, parse_best(config.keep_best) if config.keep_best else None)
-    log = DisplacementLog(out, config.eos, config.tolerance)
+    log = DisplacementLog(out, config.eos, config.tolerance, write=first_process)
     at = saved.latest()
     if at is not None:
         state, position = saved.restore(at, state)
         if position != plan.position(at):
             raise RunError(f"{saved.folder / str(at)}: its data position is {position}, this run's {plan.position(at)}")
     first = at or 0
-    tracker = open_trackers(config.tracker, out, run.identity["config"], JsonLines(out / METRICS, at), at)
+    tracker: Any = Nobody()
+    if first_process:
+        tracker = open_trackers(config.tracker, out, run.identity["config"], JsonLines(out / METRICS, at), at)
 
     def watch(state: TrainState, i: int) -> dict[str, float]:
         """Evaluate, write, log."""
@@ -125,6 +144,7 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     if at is None and (found := seen(state, 0)):
         tracker.log(0, found)
     make = batch_maker(run, reference.get("train"), master)
+    quiet = quiet or not first_process
     with closing(tracker), _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
         total=plan.total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}"
     ) as bar:  # fmt: skip
@@ -148,35 +168,40 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
             if evaluated:
                 summary = watch(state, done)
             due = (evaluated and config.keep_best) or (config.save_every and done % config.save_every == 0)
-            if last or stop.asked or due:
+            stopping = run.process.any(stop.asked)
+            if last or stopping or due:
                 saved.save(done, state, plan.position(done), summary if evaluated else None)
-            if stop.asked and not last:
+            if stopping and not last:
                 saved.wait()
                 raise Stopped(f"{out}: stopped by SIGTERM after update {done} of {plan.total}; go on with --resume")
     saved.wait()
     if first == plan.total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
-    log.join()
-    if probe_log is not None:
-        probe_log.join()
-    exported = _export(run, policy, state)
     best = saved.best()
     saved.close()
     trained = sum(a.size for a in state.params.values())
-    _write_summary(run, summary, exported, best, trained, time.perf_counter() - started, plan.total - first)
+    # of several processes the first one gets the weights of all
+    policy = replace(policy, frozen=run.process.on_host(policy.frozen))
+    params = run.process.on_host(state.params)
+    if first_process:
+        log.join()
+        if probe_log is not None:
+            probe_log.join()
+        exported = _export(run, policy, params)
+        seconds = time.perf_counter() - started
+        _write_summary(run, summary, exported, best, trained, seconds, plan.total - first)
+    run.process.exchange(None)
     return out
 
 
-def _export(run: Run, policy: Policy, state: TrainState) -> dict[str, str]:
+def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
     """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
     prints = {}
     if policy.spec:
         name = run.config.model if run.config.model != EMBEDDED else str(run.directory)
-        prints["trained_adapter_fingerprint"] = export_adapter(
-            policy, state.params, run.out / ADAPTER, run.directory, name
-        )
+        prints["trained_adapter_fingerprint"] = export_adapter(policy, params, run.out / ADAPTER, run.directory, name)
     if run.config.export:
-        prints["trained_fingerprint"] = export_model(policy, state.params, run.out / MODEL, run.directory)
+        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.directory)
     return prints
 
 
@@ -202,6 +227,7 @@ def _write_summary(
             "versions": versions(),
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
+            "processes": run.process.count,
             "attention": run.attention.name,
             "counts": {
                 "rows": pairs.rows, "train": len(run.train), "held_out": len(pairs.held_out),

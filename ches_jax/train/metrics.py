@@ -23,6 +23,20 @@ class Tracker(Protocol):
         ...
 
 
+class Nobody:
+    """The tracker of a process that writes nothing."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Forget the numbers."""
+
+    def last(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 class JsonLines:
     """The tracker every run has."""
 

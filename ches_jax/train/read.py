@@ -1,10 +1,10 @@
 """One source of rows: read, tokenised and audited, with the numbers that its rows bring."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from ches_jax.data.tokenize import PairTokenizer
 from ches_jax.errors import ChesError, DataError
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
+from ches_jax.parallel import Process
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.examples import NOTHING
 from ches_jax.train.objective import is_unpaired, reads_samples
 from ches_jax.train.reference import COLUMNS
-from ches_jax.types import OnBadRow, TokenPair
+from ches_jax.types import OnBadRow, Response, TokenPair
 
 REFERENCE_FIELDS = ("ref_logp_chosen", "ref_logp_rejected")
 REWARD_FIELDS = ("rewards_chosen", "rewards_rejected")
@@ -36,7 +37,8 @@ REWARD_COLUMNS = (
 COMPLETION = ("completion", "completion_ids")
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
-_CHUNK = 1024
+_CHUNK = 256
+"""Pairs that are tokenised at a time, and dealt out to processes."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,15 @@ class ReadPairs:
 
 
 def read_pairs(
-    config: TrainConfig, loss: Loss, tokenizer: PairTokenizer, spec: str, split: str | None, limit: int | None
+    config: TrainConfig,
+    loss: Loss,
+    tokenizer: PairTokenizer,
+    spec: str,
+    split: str | None,
+    limit: int | None,
+    process: Process,
 ) -> ReadPairs:
-    """Read a source for a run.
+    """Read a source for a run; of several processes each tokenises its part, and all get the same.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
@@ -64,7 +72,7 @@ def read_pairs(
     asked = _asked_columns(config, loss)
     if one_response and asked:
         raise ChesError(f"{asked[0][0]}: {source.name} has rows of one response, of which only the label is read")
-    pairs = _tokenised(source, tokenizer, limit)
+    pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
         pairs = [_single(p) for p in pairs]
     rows = len({p.index for p in pairs})
@@ -148,7 +156,7 @@ def together(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPair]:
     for row, is_good in zip(rows, good, strict=True):
         by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(row)
     pairs = []
-    for chosen, rejected in (two for sides in by_prompt.values() for two in zip_longest(*sides)):
+    for chosen, rejected in (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides)):
         first = chosen or rejected
         if chosen is None:
             pairs.append(replace(rejected, chosen=NOTHING, rejected=rejected.chosen))
@@ -174,17 +182,35 @@ def _asked_columns(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapp
     return asked
 
 
-def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None) -> list[TokenPair]:
-    pairs: list[TokenPair] = []
-    waiting = []
-    for row in source:
-        if limit is not None and row.index >= limit:
+def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, process: Process) -> list[TokenPair]:
+    """All pairs of the source; every process tokenises its chunks of rows and hands them to the others."""
+    rows = itertools.takewhile(lambda row: limit is None or row.index < limit, source)
+    mine: list[TokenPair] = []
+    for number in itertools.count():
+        chunk = list(itertools.islice(rows, _CHUNK))
+        if not chunk:
             break
-        waiting.append(row)
-        if len(waiting) == _CHUNK:
-            pairs += tokenizer(waiting)
-            waiting = []
-    return pairs + (tokenizer(waiting) if waiting else [])
+        if number % process.count == process.id:
+            mine += tokenizer(chunk)
+    if process.count == 1:
+        return mine
+    found = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
+    # chunks come back in the order of the processes; the pairs of a row lie in one or two chunks that follow each other
+    return sorted(found, key=lambda p: (p.index, p.candidates or ()))
+
+
+def _encoded(pair: TokenPair) -> dict[str, Any]:
+    """A pair as JSON values."""
+    return {f.name: getattr(pair, f.name) for f in fields(pair)} | {
+        side: [response.content, response.terminator]
+        for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
+
+
+def _decoded(values: dict[str, Any]) -> TokenPair:
+    sides = {side: Response(tuple(values[side][0]), values[side][1]) for side in ("chosen", "rejected")}
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list) and name not in sides}
+    return TokenPair(**{**values, **lists, **sides})
 
 
 def _fit(

@@ -41,7 +41,9 @@ def cache_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def reference_logps(pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Mapping[str, Any], folder: Path) -> Logps:
+def reference_logps(
+    pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Mapping[str, Any], folder: Path, *, write: bool = True
+) -> Logps:
     """Reference log-probabilities of ``pairs``, from the cache in ``folder`` where it has them.
 
     Args:
@@ -49,6 +51,7 @@ def reference_logps(pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Ma
       evaluate: computes missing rows under the reference model.
       identity: what decides the numbers: fingerprints of weights and tokenizer, convention, dtype.
       folder: where caches lie, one file per identity.
+      write: whether this process keeps what is computed; of several processes only the first does.
 
     Raises:
       RunError: a cache whose rows are not what the model gives.
@@ -67,9 +70,10 @@ def reference_logps(pairs: Sequence[TokenPair], evaluate: Evaluate, identity: Ma
         found = evaluate(some)
         new = {p.row_id: (c, r) for p, c, r in zip(some, *found, strict=True)}
         _require_finite(new, some)
-        write_cache(parts / f"{i:06d}.parquet", new, identity)
+        if write:
+            write_cache(parts / f"{i:06d}.parquet", new, identity)
         known |= new
-    if missing:
+    if missing and write:
         write_cache(final, known, identity)
         shutil.rmtree(parts, ignore_errors=True)
     return ordered(pairs, known, identity)

@@ -20,7 +20,7 @@ from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named
 from ches_jax.models.families import decoder_config
 from ches_jax.models.load import load_model
 from ches_jax.models.partition import placement
-from ches_jax.parallel import make_mesh, row_shards
+from ches_jax.parallel import Process, held_shards, make_mesh, row_shards
 from ches_jax.runlog import as_dict
 from ches_jax.train.batches import Layout, standard_row
 from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
@@ -44,6 +44,7 @@ class Run:
     """Everything opened and checked before the first update."""
 
     config: TrainConfig
+    process: Process
     out: Path
     directory: Path
     decoder: DecoderConfig
@@ -67,13 +68,14 @@ class Run:
         return {name: pairs for name, pairs in every.items() if pairs}
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written."""
+    process = process or Process()
     assert config.out is not None
     directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     lora = open_lora(config, directory, decoder)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, everywhere=True)
     loss = objective(config)
     if needs_reference(loss) and config.reference == "none":
         raise ChesError(
@@ -84,7 +86,7 @@ def prepare(config: TrainConfig) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
-    pairs = read_run_pairs(config, directory, decoder)
+    pairs = read_run_pairs(config, directory, decoder, process)
     train, held_out = (
         make_examples(
             loss, some, given, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
@@ -109,6 +111,7 @@ def prepare(config: TrainConfig) -> Run:
         identity["adapter_fingerprint"] = lora.fingerprint
     return Run(
         config=config,
+        process=process,
         out=Path(config.out),
         directory=directory,
         decoder=decoder,
@@ -119,7 +122,12 @@ def prepare(config: TrainConfig) -> Run:
         held_out=held_out,
         plan=plan,
         layout=Layout(
-            row_tokens, row_shards(mesh), config.eos, threshold, response_tokens=longest if reads_tokens(loss) else 0
+            row_tokens,
+            row_shards(mesh),
+            config.eos,
+            threshold,
+            response_tokens=longest if reads_tokens(loss) else 0,
+            held=held_shards(mesh) if process.count > 1 else None,
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
@@ -163,12 +171,14 @@ def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[st
     if config.reference.endswith(".parquet"):
         found = from_file(Path(config.reference), everything, identity, policy)
     elif config.reference == "initial":
-        found = reference_logps(everything, policy, identity, folder)
+        found = reference_logps(everything, policy, identity, folder, write=run.process.first)
     else:
         directory = resolve(config.reference)
         identity["model_fingerprint"] = fingerprint(directory)
         identity.pop("adapter_fingerprint", None)
-        found = reference_logps(everything, _other_model(run, directory, per_token), identity, folder)
+        found = reference_logps(
+            everything, _other_model(run, directory, per_token), identity, folder, write=run.process.first
+        )
     n = len(run.train.pairs)
     parts = {"train": slice(n), "held_out": slice(n, None)}
     return {k: found._replace(chosen=found.chosen[s], rejected=found.rejected[s]) for k, s in parts.items()}

@@ -4,12 +4,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from ches_jax.errors import ChesError
 from ches_jax.models.partition import partition_spec
+from ches_jax.parallel import put_whole
 
 
 class TrainState(NamedTuple):
@@ -50,7 +52,7 @@ def initial_state(
     places = state_shardings(abstract_state(params, optimizer, loss_state), mesh)
     params = jax.device_put(params, places.params)
     rest = jax.jit(lambda p: optimizer.init(p), out_shardings=places.opt_state)(params)
-    here = jax.device_put((loss_state, jnp.zeros((), jnp.int32)), (places.loss_state, places.step))
+    here = put_whole((loss_state, np.zeros((), np.int32)), mesh)
     return TrainState(params, rest, *here)
 
 

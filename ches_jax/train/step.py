@@ -19,23 +19,16 @@ from ches_jax.losses import Loss
 from ches_jax.models.attention import slices
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
-from ches_jax.parallel import row_sharding
+from ches_jax.parallel import put_rows, put_whole
 from ches_jax.train.batches import Batch
 from ches_jax.train.objective import batch_logps, batch_loss
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings
 
 
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows dealt out over ``data`` and ``fsdp``, what belongs to pairs everywhere."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: whole, batch)
-    return places._replace(rows=jax.tree.map(lambda _: row_sharding(mesh), batch.rows))
-
-
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh's devices."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    """The batch on the mesh's devices: rows dealt out over ``data`` and ``fsdp``, what belongs to items everywhere."""
+    return put_whole(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
 
 
 class Step:
@@ -62,6 +55,7 @@ class Step:
         self._frozen = dict(frozen or {})
         places = state_shardings(example, mesh)
         on = mesh if mesh.size > 1 else None
+        whole_array = NamedSharding(mesh, PartitionSpec())
 
         def gradient(params: Any, frozen: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
             def mean(params: Any) -> Any:
@@ -94,12 +88,12 @@ class Step:
             return jnp.sum(found.responses[:, -1] - batch.reference[:, -1])
 
         # an objective that compares examples with all of their update needs it before the first micro-batch
-        self._excess = jax.jit(excess) if "kl_baseline" in loss.needs else None
-        self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, None))
+        self._excess = jax.jit(excess, out_shardings=whole_array) if "kl_baseline" in loss.needs else None
+        self._whole = jax.jit(whole, donate_argnums=0, out_shardings=(places, whole_array))
         self._zeros = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p), out_shardings=places.params)
-        self._add = jax.jit(add, donate_argnums=5, out_shardings=(places.params, places.loss_state, None))
+        self._add = jax.jit(add, donate_argnums=5, out_shardings=(places.params, places.loss_state, whole_array))
         # the gradient has no successor to give its memory to
-        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, None))
+        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, whole_array))
 
     def _with_baseline(self, params: Any, batches: Sequence[Batch]) -> list[Batch]:
         """KTO's reference point of the whole update (``losses.kto_baseline``) in each of its micro-batches."""
@@ -121,7 +115,7 @@ class Step:
         for batch, share in zip(batches, shares, strict=True):
             here = put(batch, self.mesh)
             grads, loss_state, metrics = self._add(
-                state.params, self._frozen, loss_state, here, jnp.asarray(share, float), grads
+                state.params, self._frozen, loss_state, here, np.asarray(share, jnp.result_type(float)), grads
             )
             found.append(metrics)
         state, norm = self._apply(state._replace(loss_state=loss_state), grads)

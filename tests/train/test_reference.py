@@ -114,8 +114,8 @@ def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
 def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeypatch):
     real = setup.reference_logps
 
-    def shifted(*args):
-        found = real(*args)
+    def shifted(*args, **options):
+        found = real(*args, **options)
         return PairLogps(np.asarray(found.chosen) + 1.0, np.asarray(found.rejected))
 
     monkeypatch.setattr(setup, "reference_logps", shifted)
