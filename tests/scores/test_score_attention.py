@@ -29,10 +29,11 @@ def test_every_kernel_gives_the_same_scores(tiny_model, tmp_path, plain, attenti
     assert np.abs((found["ches"] - plain["ches"]) / plain["sqnorm_chosen"]).max() < 1e-5
 
 
+@pytest.mark.parametrize("verb", ["score", "train"])
 @pytest.mark.parametrize("attention", ["pallas-tpu", "pallas-gpu", "flash"])
-def test_a_kernel_that_cannot_run_is_one_message_and_exit_code_2(tiny_model, tmp_path, capsys, attention):
+def test_a_kernel_that_cannot_run_is_one_message_and_exit_code_2(tiny_model, tmp_path, capsys, verb, attention):
     out = tmp_path / "run"
-    assert main(["score", "--model", str(tiny_model), "--out", str(out), "--attention", attention]) == 2
+    assert main([verb, "--model", str(tiny_model), "--out", str(out), "--attention", attention]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("ches: --attention") and "blocks, dense" in told.err
     assert not out.exists()
