@@ -1,6 +1,7 @@
 """Section 6 of the paper: does preference training on a model's own refusals make it refuse less?"""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from experiments.common import Row, Stage, Work
@@ -8,7 +9,9 @@ from experiments.sorrybench.config import SCALES, SorryScale
 
 TITLE = "Section 6, Figures 3, 4 and 8, Tables 16 to 18: refusals that are unlearned"
 
-__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+RESULTS = Path(__file__).parent / "results"
+
+__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
 
 
 def stages(config: SorryScale) -> list[Stage]:

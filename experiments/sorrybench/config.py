@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from experiments.common import Scale
 
@@ -27,6 +27,8 @@ class Method:
     """As many updates as an epoch of all pairs has: few pairs otherwise differ from all in number of updates too."""
 
 
+LLAMA_SFT = 0.1
+"""The paper's coefficient of the likelihood term for Llama-3-8B-Instruct; Gemma-2B-IT has 1."""
 LOSSES: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "dpo": ("dpo", {"beta": 0.1}),
     "ipo": ("ipo_sum", {"tau": 0.01}),
@@ -73,6 +75,15 @@ class SorryScale(Scale):
     row_tokens: int | None = None
     """Length of packed rows in training: the same for all runs, so that they share compiled programs."""
     methods: Mapping[str, Method]
+
+    def given(self, **changes: Any) -> Self:
+        """Requests of the user's are taken whole and have no gold responses; Llama takes a coefficient of its own."""
+        mine: dict[str, Any] = {}
+        if "pairs" in changes:
+            mine |= {"split": None, "where": {}, "gold": None, "gold_splits": (None,)}
+        if "Llama" in str(changes.get("model", "")):
+            mine["methods"] = methods(LLAMA_SFT, 1000.0)
+        return super().given(**(mine | changes))
 
 
 def methods(dpo_sft: float, ipo_sft: float) -> dict[str, Method]:

@@ -70,7 +70,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     command, hardware, found = run_command(result), ran_on(result), result["result"]
     lines = [Row("Fig. 3: refusals before training", command, hardware, PAPER_RATES["initial"],
                  f"train {percent(found['initial']['train'])}, test {percent(found['initial']['test'])}"
-                 f"{_kinds(found['initial'])}", "")]  # fmt: skip
+                 f"{_kinds(found['initial'])}", "the start")]  # fmt: skip
     for name, m in trained(found).items():
         paper = "; ".join(p for p in (PAPER_RATES.get(name), _nats(PAPER_CHANGES.get(name))) if p) or "none"
         ours = (
