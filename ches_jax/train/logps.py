@@ -138,6 +138,30 @@ def _backward(head: Head, kept, slope):
 _token_logps.defvjp(_forward, _backward)
 
 
+def token_statistics(
+    hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
+) -> Float[Array, "B M 3"]:
+    r"""Log-probability of each target, entropy of its distribution (both in nats), and its largest probability.
+
+    .. math:: H = Z - \sum_v p_v z_v, \qquad \max_v p_v = e^{\max_v z_v - Z}
+
+    Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
+    """
+    rows, count, _ = hidden.shape
+    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
+    cast = weight.astype(hidden.dtype)
+
+    def one(args):
+        h, y = args
+        z, _ = _logits(h, cast, head)
+        total = jax.nn.logsumexp(z, axis=-1)
+        logp = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total
+        centred = z - total[..., None]
+        return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
+
+    return _joined(lax.map(one, (_cut(hidden, stretch), _cut(target, stretch))), count)
+
+
 def segment_sums(values: Float[Array, "B M"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S"]:
     """Sum of ``values`` over each segment of each row; ids outside 0 .. S-1 join no sum.
 

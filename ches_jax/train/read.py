@@ -19,7 +19,7 @@ from ches_jax.losses.inputs import REWARDS
 from ches_jax.parallel import Process
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.examples import NOTHING
-from ches_jax.train.objective import is_unpaired, reads_samples
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
 from ches_jax.train.reference import COLUMNS
 from ches_jax.types import OnBadRow, Response, TokenPair
 
@@ -77,6 +77,8 @@ def read_pairs(
         pairs = [_single(p) for p in pairs]
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
+    if one_response and is_supervised(loss):  # every response is a good one
+        return ReadPairs(kept, {}, dropped, rows, source.fingerprint())
     if one_response:
         name = config.columns.get(LABEL, LABEL)
         labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
@@ -88,7 +90,7 @@ def read_pairs(
 
 def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
     """The source, and whether its rows are of one response."""
-    if is_unpaired(loss):
+    if is_unpaired(loss) or is_supervised(loss):
         try:
             return open_rows(spec, split, config.columns, ONE_RESPONSE), True
         except DataError:

@@ -2,30 +2,27 @@
 
     python -m experiments.embedded.make --seed 0 --stage model
 
-Next-token cross-entropy on the responses, AdamW with warm-up and cosine decay, float32; the weights are
-rounded to bfloat16 once, at the end.
+The library's trainer with ``--loss sft``: cross-entropy per token of the responses, AdamW with warm-up and cosine
+decay, float32; the weights are rounded to bfloat16 once, at the end.
 """
 
 import json
-import time
+import shutil
+import tempfile
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
-from tokenizers import Tokenizer
 
-from ches_jax.hf.export import write_config, write_weights
-from ches_jax.models.decoder import Decoder, named_parameters
-from ches_jax.models.families import decoder_config, family_of
-from ches_jax.models.save import stored_tensors
-from ches_jax.models.visibility import Visibility
-from experiments.embedded.packing import Rows, batches, documents
+from ches_jax.hf.directory import SINGLE
+from ches_jax.hf.export import copy_tokenizer, write_config
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.families import decoder_config
+from ches_jax.models.load import load_model
+from ches_jax.models.save import save_pretrained
+from ches_jax.train.config import TrainConfig
+from ches_jax.train.loop import train as run
 from experiments.embedded.tokenizer import BOS, EOS, MODEL_MAX_LENGTH, PAD, SPECIAL, VOCABULARY
 from experiments.embedded.world import build_world, dialogues
 
@@ -59,8 +56,8 @@ class Recipe:
     """How the model is trained."""
 
     steps: int = 900
-    rows: int = 32
-    length: int = 128
+    dialogues: int = 124
+    """Of an update: what fills 32 rows of 128 tokens."""
     peak: float = 4e-3
     warmup: int = 75
     weight_decay: float = 0.1
@@ -69,69 +66,36 @@ class Recipe:
 
 def train_and_export(seed: int, directory: Path, recipe: Recipe | None = None) -> None:
     """Trains on the world of ``seed``; ``directory`` already holds the tokenizer."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    export(train(seed, tokenizer, recipe or Recipe()), directory)
+    with tempfile.TemporaryDirectory() as work:
+        export(train(seed, directory, Path(work), recipe or Recipe()), directory)
 
 
-def train(seed: int, tokenizer: Tokenizer, recipe: Recipe) -> Decoder:
-    """The trained decoder, in float32."""
-    model = Decoder(decoder_config(HF_CONFIG, "HF_CONFIG"), rngs=nnx.Rngs(seed))
-    graph, params = nnx.split(model)
-    optimizer = make_optimizer(recipe)
-    state = optimizer.init(params)
-    step = make_step(graph, optimizer)
-    # more dialogues than are needed: the stream ends when the steps are done
-    docs = documents(dialogues(build_world(seed), recipe.steps * recipe.rows * 16), tokenizer)
-    began = time.perf_counter()
-    for i, rows in enumerate(islice(batches(docs, recipe.rows, recipe.length), recipe.steps), 1):
-        params, state, loss = step(params, state, rows)
-        if i % 100 == 0 or i == recipe.steps:
-            print(f"step {i}: loss {float(loss):.4f}, {time.perf_counter() - began:.0f} s", flush=True)
-    return nnx.merge(graph, params)
+def train(seed: int, tokenizer: Path, work: Path, recipe: Recipe, *, quiet: bool = False) -> Path:
+    """The directory of the trained model, in float32; everything lies below ``work``, the tokenizer is copied there."""
+    start, data = work / "start", work / "dialogues.jsonl"
+    save_pretrained(Decoder(decoder_config(HF_CONFIG, "HF_CONFIG"), rngs=nnx.Rngs(seed)), start, config=HF_CONFIG)
+    copy_tokenizer(tokenizer, start)
+    with data.open("w", encoding="utf-8") as file:
+        for d in dialogues(build_world(seed), recipe.steps * recipe.dialogues):
+            file.write(json.dumps({"prompt": d.prompt, "completion": d.response}) + "\n")
+    out = run(
+        TrainConfig(
+            model=str(start), pairs=str(data), out=str(work / "run"), seed=seed, loss="sft", watch=64,
+            optimizer="adamw", optimizer_args={"b2": 0.98, "weight_decay": recipe.weight_decay}, clip=recipe.clip,
+            lr=recipe.peak, schedule="cosine", warmup=recipe.warmup,
+            batch_size=recipe.dialogues, steps=recipe.steps, template="none",
+        ),
+        quiet=quiet,
+    )  # fmt: skip
+    return out / "model"
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW, clipped; matrices decay, norm weights do not."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.peak, recipe.warmup, recipe.steps, recipe.peak / 50)
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=decays),
-    )
-
-
-def decays(params: Any) -> Any:
-    """True where weight decay applies: not to norm weights, stacked over layers or not."""
-    return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
-
-
-def make_step(graph: Any, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted training step: (params, state, rows) -> (params, state, loss)."""
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, rows: Rows) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda p: response_loss(nnx.merge(graph, p), rows))(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return step
-
-
-def response_loss(model: Decoder, rows: Rows) -> jax.Array:
-    """Mean cross-entropy, in nats, over the tokens of the responses."""
-    tokens, start = jnp.asarray(rows.tokens), jnp.asarray(rows.start)
-    none = jnp.zeros_like(start)
-    hidden = model.hidden(tokens, jnp.asarray(rows.positions), Visibility(none, none, start))
-    targets = jnp.roll(tokens, -1, axis=1)  # the last column is never learned
-    losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
-    weights = jnp.asarray(rows.learned, losses.dtype)
-    return (losses * weights).sum() / weights.sum()
-
-
-def export(model: Decoder, directory: Path) -> None:
+def export(trained: Path, directory: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors in bfloat16 beside the tokenizer."""
-    params = named_parameters(model)
-    rules = family_of(HF_CONFIG, "HF_CONFIG").name_rules(params, model.config)
-    write_weights(directory, stored_tensors(rules, params, model.config, {}, "bfloat16"))
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "model"
+        save_pretrained(load_model(trained), out, like=trained, dtype="bfloat16")
+        shutil.copyfile(out / SINGLE, directory / SINGLE)
     write_config(directory, HF_CONFIG)
     ids = {k: v for k, v in HF_CONFIG.items() if k.endswith("_token_id")}
     (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

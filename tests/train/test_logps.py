@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from ches_jax.train.logps import Head, segment_sums, stretch_of, token_logps
+from ches_jax.train.logps import Head, segment_sums, stretch_of, token_logps, token_statistics
 
 ROWS, COUNT, WIDTH, VOCABULARY = 2, 7, 5, 11
 
@@ -70,3 +70,14 @@ def test_logits_are_never_whole():
 def test_segments_outside_the_range_join_no_sum():
     values = jnp.asarray([[1.0, 2.0, 4.0, 8.0]])
     assert segment_sums(values, jnp.asarray([[0, 2, 0, 3]]), 3).tolist() == [[5.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_statistics_of_distributions_equal_the_plain_computation(x64, head):
+    h, w, y, _ = inputs(jnp.float64)
+    every = jnp.broadcast_to(jnp.arange(VOCABULARY, dtype=jnp.int32), (ROWS, COUNT, VOCABULARY))
+    table = np.stack([plain(h, w, every[..., v], head) for v in range(VOCABULARY)], -1)
+    logps, entropy, mass = np.moveaxis(np.asarray(token_statistics(h, w, y, head)), -1, 0)
+    np.testing.assert_allclose(logps, np.take_along_axis(table, np.asarray(y)[..., None], -1)[..., 0], rtol=1e-13)
+    np.testing.assert_allclose(entropy, -(np.exp(table) * table).sum(-1), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(mass, np.exp(table).max(-1), rtol=1e-13)
