@@ -213,8 +213,10 @@ def test_changes_are_against_the_same_seed():
 
 
 def test_scores_by_type_of_pair():
-    names: tuple[str, ...] = ("ln_ches", "head_score", "ches", "length")
-    scores = {"two_refusals": dict.fromkeys(names, [1.0, 3.0]), "mixed": dict.fromkeys(names, [0.0, 2.0])}
+    scores: dict[str, dict[str, list[float]]] = {
+        t: {n: list(v) for n in ("ln_ches", "head_score", "ches", "length")}
+        for t, v in {"two_refusals": [1.0, 3.0], "mixed": [0.0, 2.0]}.items()
+    }
     found = score_summary(scores)
     assert found["ches"]["above"] == {"two_refusals > mixed": 0.75}
     assert found["ches"]["by_type"]["mixed"] == {"pairs": 2, "quartiles": [0.0, 0.5, 1.0, 1.5, 2.0]}
