@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.errors import ChesError, many
+from ches_jax.rendezvous import meet
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -196,6 +197,9 @@ def start_processes(words: str) -> Process:
     if words != "auto":
         known = parse_processes(words)
     if not jax.distributed.is_initialized():
+        if known:
+            host, _, port = known["coordinator_address"].rpartition(":")
+            meet(words, host, int(port), known["num_processes"], known["process_id"], CONNECT_SECONDS)
         # SIGTERM is the run's own affair
         jax.config.update("jax_enable_preemption_service", False)
         try:
@@ -208,10 +212,7 @@ def start_processes(words: str) -> Process:
         except (ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             hint = (
-                "no cluster was found that knows coordinator and processes; give coordinator:port,n,id"
-                if words == "auto"
-                else "process 0 listens at that address, and all n processes must start within "
-                f"{CONNECT_SECONDS} s; are port and number free, and is the address reached from here?"
+                "give coordinator:port,n,id where no cluster tells them" if words == "auto" else "jax could not start"
             )
             raise ChesError(f"--distributed {words!r}: {hint} ({reason})") from None
     return Process(jax.process_index(), jax.process_count())

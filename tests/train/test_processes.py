@@ -1,0 +1,169 @@
+"""Runs of two real processes: the numbers of one process, errors told by both, deaths that are noticed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax import embedded
+from ches_jax.hf.tensors import open_tensors
+from ches_jax.runlog import read_json
+from ches_jax.train.loop import train
+
+OPTIONS = {"limit": 12, "holdout": 4, "batch_size": 4, "optimizer": "sgd", "lr": 1e-2}
+SHARDED = {**OPTIONS, "mesh": "data=2,fsdp=2"}
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(model, out, cache, count=2, devices=2, words=(), **options):
+    """``ches train`` in ``count`` processes."""
+    port = free_port()
+    given = {**SHARDED, "model": str(model), "out": str(out), **options}
+    flags = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    joined = [("--distributed", f"127.0.0.1:{port},{count},{i}") if count > 1 else () for i in range(count)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ches_jax", "train", "--quiet", *flags, *words, *who], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for who in joined
+    ]  # fmt: skip
+
+
+def finish(processes, seconds=400):
+    """Exit codes and what was told; nobody is left behind."""
+    try:
+        told = [p.communicate(timeout=seconds) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], [err for _, err in told]
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_to_rounding(a, b):
+    for one, other in zip(lines(a), lines(b), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            # where the policy is the reference, the sign of a margin is rounding
+            if "accuracies" not in name:
+                assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), name
+    tables = [pq.read_table(out / "displacement.parquet").to_pandas() for out in (a, b)]
+    assert tables[0].row_id.tolist() == tables[1].row_id.tolist()
+    np.testing.assert_allclose(tables[0].logp_chosen, tables[1].logp_chosen, rtol=1e-5)
+    expected = {n: t.read() for n, t in open_tensors(b / "model").items()}
+    for name, tensor in open_tensors(a / "model").items():
+        np.testing.assert_allclose(tensor.read(), expected[name], rtol=0, atol=3e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def one_process(small, tmp_path_factory):
+    """The same four devices in one process."""
+    return train(small(tmp_path_factory.mktemp("one") / "run", **SHARDED), quiet=True)
+
+
+def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_path):
+    out = tmp_path / "run"
+    codes, told = finish(start(tiny_model, out, cache))
+    assert codes == [0, 0], told
+    same_to_rounding(out, one_process)
+    assert read_json(out / "run.json")["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "kto"}, {"loss": "ld_dpo"}, {"accumulate": 2, "mesh": "data=2,tensor=2"},
+        {"lora_rank": 2}, {"mesh": "tensor=4"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_runs_of_two_processes(small, tiny_model, cache, tmp_path, options):
+    one = train(small(tmp_path / "one", **{**SHARDED, **options}), quiet=True)
+    codes, told = finish(start(tiny_model, tmp_path / "two", cache, **options))
+    assert codes == [0, 0], told
+    same_to_rounding(tmp_path / "two", one)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_by_both(tiny_model, cache, tmp_path):
+    """The bad row lies in the chunk that process 1 tokenises: the first has 256 rows."""
+    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()]
+    rows = (rows * (300 // len(rows) + 1))[:300]
+    ids = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [99999]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, ids]))
+    codes, told = finish(start(tiny_model, tmp_path / "run", cache, pairs=path, limit=400))
+    assert codes == [2, 2]
+    assert all("token id 99999" in t and "Traceback" not in t for t in told), told
+    assert "process 1 of 2: " in told[0] and not (tmp_path / "run").exists()
+
+
+def wait_for(condition, processes, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and all(p.poll() is None for p in processes)
+        time.sleep(0.2)
+
+
+def long_run(tiny_model, out, cache):
+    processes = start(tiny_model, out, cache, steps=2000, save_every=2, words=("--no-export",))
+    wait_for(lambda: (out / "checkpoints" / "4").exists(), processes)
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_makes_the_other_exit_within_a_minute(tiny_model, cache, tmp_path, victim):
+    processes = long_run(tiny_model, tmp_path / "run", cache)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    started = time.monotonic()
+    other = processes[1 - victim]
+    try:
+        assert other.wait(60) != 0
+    finally:
+        finish(processes)
+    print(f"\nprocess {1 - victim} ended {time.monotonic() - started:.1f} s later with {other.returncode}")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_and_another_number_resumes(small, tiny_model, cache, tmp_path):
+    out = tmp_path / "run"
+    processes = start(tiny_model, out, cache, epochs=60.0, save_every=50)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) > 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, told = finish(processes)
+    assert codes == [143, 143], told
+    (step,) = {int(t.split("after update ")[1].split()[0]) for t in told}
+    assert 0 < step < 120
+    assert finish(start(tiny_model, out, cache, count=1, devices=4, words=("--resume",), epochs=60.0, save_every=50))[
+        0
+    ] == [0]
+    whole = train(small(tmp_path / "whole", **{**SHARDED, "epochs": 60.0, "save_every": 50}), quiet=True)
+    last = [lines(o)[-1] for o in (out, whole)]
+    assert last[0]["eval_loss"] == pytest.approx(last[1]["eval_loss"], rel=1e-3)
+    assert [e["step"] for e in lines(out)] == [e["step"] for e in lines(whole)]
