@@ -92,7 +92,7 @@ class Report:
     """One self-contained HTML page and PNG figures from a run directory."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score`."""
+    """A directory of `ches score`, or of `ches verify --out`."""
     out: Path | None = None
     """Where to write report.html and figures/; default: the run directory."""
 
@@ -100,7 +100,9 @@ class Report:
         """Writes the report and prints its path."""
         from ches_jax.report import report
 
-        print(report(self.run_dir, self.out))
+        of_claims = (self.run_dir / "claims.json").is_file()
+        write = _theory("theory.report").report if of_claims else report
+        print(write(self.run_dir, self.out))
         return 0
 
 
@@ -244,17 +246,19 @@ class Verify:
         words += ["--claims", *self.claims] if self.claims else []
         for name, value in [("--model", self.model), ("--pairs", self.pairs), ("--out", self.out)]:
             words += [name, str(value)] if value is not None else []
-        return _theory().main([*words, *(["--list"] if self.list else [])])
+        return _theory("theory.verify").main([*words, *(["--list"] if self.list else [])])
 
 
-def _theory() -> Any:
-    """``theory.verify``, from the path or from the checkout this package is installed from."""
+def _theory(module: str) -> Any:
+    """A module of the theory, from the path or from the checkout this package is installed from."""
     checkout = Path(__file__).parents[1]
     if (checkout / "theory").is_dir() and str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     try:
-        return importlib.import_module("theory.verify")
+        return importlib.import_module(module)
     except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] != "theory":
+            raise
         raise ChesError("the theory is part of a checkout, not of the wheel: install with pip install -e .") from e
 
 

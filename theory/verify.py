@@ -5,6 +5,7 @@ switched on for this run only, never by an import.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ches_jax.errors import ChesError
+from ches_jax.files import replacing
 from ches_jax.runlog import device_name, versions, write_json
 from theory.claims import Claim, Context, all_claims, find
-
-RESULTS = "claims.json"
+from theory.report import CLAIMS, FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Result:
     dtype: str
     seconds: float
     detail: dict[str, Any]
+    figure: dict[str, Any]
+    """What the claim's figures are drawn from."""
 
 
 def verify(
@@ -103,6 +106,7 @@ def _run(c: Claim, context: Context) -> Result:
         dtype="float64",
         seconds=round(time.perf_counter() - start, 3),
         detail=_plain(seen.detail),
+        figure=_plain(seen.figure),
     )
 
 
@@ -120,6 +124,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
+def _short(value: Any) -> Any:
+    """Numbers with the six digits that a figure can show."""
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def table(results: Sequence[Result]) -> str:
     """The results as text, one line each."""
     lines = [f"{'':4}  {'id':5} {'status':18} {'value':>10}  {'tolerance':>10} {'n':>7} {'s':>6}  statement"]
@@ -132,14 +145,17 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_results(out: Path, results: Sequence[Result]) -> Path:
-    """``claims.json`` (versions, device, every result) and ``claims.txt`` (the table)."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / RESULTS
+def write_results(out: Path, results: Sequence[Result], asked: dict[str, Any]) -> Path:
+    """``claims.json`` (what was asked, versions, device, every result), ``claims.txt``, ``figures.json``."""
+    path = out / CLAIMS
     passed = sum(r.passed for r in results)
-    summary = {"passed": passed, "failed": len(results) - passed, "versions": versions(), "device": device_name()}
-    write_json(path, summary | {"claims": [asdict(r) for r in results]})
-    (out / "claims.txt").write_text(table(results) + "\n", encoding="utf-8")
+    summary = {"passed": passed, "failed": len(results) - passed, "asked": asked}
+    claims = [{k: v for k, v in asdict(r).items() if k != "figure"} for r in results]
+    write_json(path, summary | {"versions": versions(), "device": device_name(), "claims": claims})
+    with replacing(out / FIGURES) as temporary:
+        temporary.write_text(json.dumps({r.id: _short(r.figure) for r in results if r.figure}) + "\n", encoding="utf-8")
+    with replacing(out / "claims.txt") as temporary:
+        temporary.write_text(table(results) + "\n", encoding="utf-8")
     return path
 
 
@@ -147,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     """Options of the command line."""
     p = argparse.ArgumentParser(prog="ches verify", description="check the claims of the theory")
     p.add_argument("--claims", nargs="+", metavar="ID", help="ids; default: all that apply")
-    p.add_argument("--out", type=Path, help="directory for claims.json and claims.txt")
+    p.add_argument("--out", type=Path, help="directory for the results; ches report DIR makes a page of them")
     p.add_argument("--model", help="Hugging Face model directory: check the claims about real models on it")
     p.add_argument("--pairs", help="preference pairs for --model; default: the embedded ones")
     p.add_argument("--limit", type=int, default=32, help="pairs used (default 32)")
@@ -179,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             + (f"; not: {', '.join(failed)}" if failed else "")
         )
         if options.out:
-            print(write_results(options.out, results))
+            asked = {name: getattr(options, name) for name in ("seed", "instances", "model", "pairs", "limit")}
+            print(write_results(options.out, results, asked))
     except ChesError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

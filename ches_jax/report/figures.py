@@ -1,7 +1,7 @@
 """Figures of a score table, each as PNG bytes. Figures are objects: no global state, no display."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE = "#1a1a1a", "#1f5f99", "#c2410c"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f", "#56b4e9", "#000000")
+"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
 _SIZE = (5.2, 3.4)
 _DENSE = 4000
 """Above so many points a scatter is a blot; hexagons with their counts are drawn instead."""
@@ -33,7 +35,25 @@ def _new(xlabel: str, ylabel: str) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _png(figure: "Figure") -> bytes:
+def panels(
+    rows: int, columns: int, size: tuple[float, float] = (3.0, 2.6), **options: Any
+) -> "tuple[Figure, list[Axes]]":
+    """A figure of several plots, row by row; ``size`` is one plot's, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=120, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.title.set_fontsize(9)
+        axes.xaxis.label.set_fontsize(9)
+        axes.yaxis.label.set_fontsize(9)
+    return figure, every
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as PNG, the same bytes for the same numbers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -55,7 +75,7 @@ def histogram(values: np.ndarray, name: str) -> bytes:
         axes.hist(values, bins=_bins(values), color=BLUE)  # type: ignore[arg-type]
         axes.axvline(float(np.median(values)), color=ORANGE, linewidth=1.5, label="median")
         axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def histogram_by_category(values: np.ndarray, categories: np.ndarray, name: str, limit: int = CATEGORIES) -> bytes:
@@ -69,21 +89,22 @@ def histogram_by_category(values: np.ndarray, categories: np.ndarray, name: str,
     names = sorted(names, key=lambda n: -float(np.median(values[categories == n])))
     figure = Figure(figsize=(_SIZE[0], 0.9 + 0.7 * max(1, len(names))), dpi=120, layout="constrained")
     if not len(names):
-        return _png(figure)
+        return png(figure)
     rows = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
     for axes, category in zip(rows, names, strict=True):
         axes.hist(values[categories == category], bins=_bins(values), color=BLUE)
         # The name comes from the data: with mathtext off, a dollar sign in it is a dollar sign.
-        axes.set_title(_short(category), fontsize=9, loc="left", color=INK, parse_math=False)
+        axes.set_title(drawable(category), fontsize=9, loc="left", color=INK, parse_math=False)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.set_yticks([])
     rows[-1].set_xlabel(name)
-    return _png(figure)
+    return png(figure)
 
 
-def _short(name: str) -> str:
-    # Glyphs that the font lacks would warn; the page itself shows the name as it is.
+def drawable(name: str) -> str:
+    """A name from the data as a label: short, without glyphs that the font lacks."""
+    # Such glyphs would warn; the page itself shows the name as it is.
     text = "".join(c if 32 <= ord(c) < 0x250 else "?" for c in name) or "(none)"
     return text if len(text) <= 48 else text[:45] + "..."
 
@@ -92,7 +113,7 @@ def scatter(x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str) -> bytes:
     """One score against a length (or against another score)."""
     figure, axes = _new(xlabel, ylabel)
     _points(figure, axes, x, y)
-    return _png(figure)
+    return png(figure)
 
 
 def _points(figure: "Figure", axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
@@ -118,4 +139,4 @@ def edit_against_ches(edit: np.ndarray, ches: np.ndarray, near: float, high: flo
         axes.add_patch(frame)
         words = f"small edit + high CHES (edit <= {near:.3g}, ches >= {high:.3g})"
         axes.legend([frame], [words], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
