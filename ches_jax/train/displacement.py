@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
 from ches_jax.files import replacing
-from ches_jax.train.evaluate import PairLogps
+from ches_jax.train.evaluate import PairLogps, PairStatistics
 from ches_jax.types import TokenPair
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "flat")
@@ -45,9 +45,14 @@ SCHEMA = pa.schema(
         pa.field("regime", pa.string()),
         pa.field("chosen_tokens", pa.int32()),
         pa.field("rejected_tokens", pa.int32()),
+        pa.field("entropy_chosen", pa.float64()),
+        pa.field("entropy_rejected", pa.float64()),
+        pa.field("argmax_mass_chosen", pa.float64()),
+        pa.field("argmax_mass_rejected", pa.float64()),
     ]
 )
-"""One row per pair, set and evaluation; ``margin`` is the change of the margin, nats."""
+"""One row per pair, set and evaluation; ``margin`` is the change of the margin, nats; entropies (nats) and arg-max
+masses are means over the tokens of a response."""
 
 
 def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
@@ -92,10 +97,23 @@ def present(pairs: Sequence[TokenPair], found: PairLogps) -> PairLogps:
     return PairLogps(*(np.where(side, values, np.nan) for side, values in zip(has, found, strict=True)))
 
 
+def sharpness(found: PairStatistics) -> dict[str, np.ndarray]:
+    """Entropy and arg-max mass of each pair, by name and side."""
+    both = {"entropy": found.entropy, "argmax_mass": found.argmax_mass}
+    return {f"{name}_{side}": getattr(values, side) for name, values in both.items() for side in PairLogps._fields}
+
+
 def block(
-    step: int, name: str, pairs: Sequence[TokenPair], start: PairLogps, now: PairLogps, eos: Any, tolerance: float
+    step: int,
+    name: str,
+    pairs: Sequence[TokenPair],
+    start: PairLogps,
+    found: PairStatistics,
+    eos: Any,
+    tolerance: float,
 ) -> pa.Table:
     """The rows of one set at one evaluation."""
+    now = found.logps
     chosen, rejected = now.chosen - start.chosen, now.rejected - start.rejected
     columns: Mapping[str, Any] = {
         "step": [step] * len(pairs),
@@ -110,6 +128,7 @@ def block(
         "regime": regimes(chosen, rejected, tolerance).tolist(),
         "chosen_tokens": [len(p.chosen.targets(eos)) for p in pairs],
         "rejected_tokens": [len(p.rejected.targets(eos)) for p in pairs],
+        **sharpness(found),
     }
     return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
 
@@ -130,21 +149,24 @@ class DisplacementLog:
         return self.out / PARTS / f"step-{step:08d}.parquet"
 
     def record(
-        self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairLogps]
+        self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairStatistics]
     ) -> dict[str, float]:
         """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
-        now = {name: present(sets[name], found) for name, found in now.items()}
+        now = {name: found._replace(logps=present(sets[name], found.logps)) for name, found in now.items()}
         if step == 0:
-            self.start = now
-        if not self.start:
+            self.start = {name: found.logps for name, found in now.items()}
+        if not self.start and sets:
             self._read_start(sets)
-        blocks, summary = [], {}
+        blocks, summary = [SCHEMA.empty_table()], {}
         for name, pairs in sets.items():
             blocks.append(block(step, name, pairs, self.start[name], now[name], self.eos, self.tolerance))
-            chosen = now[name].chosen - self.start[name].chosen
-            rejected = now[name].rejected - self.start[name].rejected
+            chosen = now[name].logps.chosen - self.start[name].chosen
+            rejected = now[name].logps.rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
             summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
+            for key, values in sharpness(now[name]).items():
+                if not np.isnan(values).all():
+                    summary[f"{prefix}displacement/{key}"] = float(np.nanmean(values))
         if self.write:
             with replacing(self.part(step)) as temporary:
                 pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")

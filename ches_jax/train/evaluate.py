@@ -1,6 +1,7 @@
 """Log-probabilities of many pairs under given weights: a forward pass over packed rows of one shape."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import put_rows, row_shards
 from ches_jax.train.batches import Layout, held_rows
+from ches_jax.train.logps import token_statistics
 from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
@@ -40,6 +42,16 @@ class TokenLogps(NamedTuple):
         return PairLogps(*(np.array([v.sum() for v in side]) for side in self))
 
 
+class PairStatistics(NamedTuple):
+    """What an evaluation knows of every pair; float64, in the order of the pairs."""
+
+    logps: PairLogps
+    entropy: PairLogps
+    """Mean over the tokens of a response of the entropy of the distribution each was drawn from, nats."""
+    argmax_mass: PairLogps
+    """Mean over the tokens of the largest probability of that distribution."""
+
+
 class Evaluator:
     """``evaluate(params, pairs)`` gives the log-probabilities of every pair; compiles once per row length."""
 
@@ -57,16 +69,24 @@ class Evaluator:
 
             return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-        self._sums, self._tokens = pass_of(segment_logps), pass_of(prediction_logps)
+        self._sums = pass_of(partial(segment_logps, per_token=token_statistics))
+        self._tokens = pass_of(prediction_logps)
 
     def __call__(self, params: Any, pairs: Sequence[TokenPair]) -> PairLogps:
         """Log-probabilities of ``pairs`` under ``params``."""
-        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+        return self.statistics(params, pairs).logps
+
+    def statistics(self, params: Any, pairs: Sequence[TokenPair]) -> PairStatistics:
+        """Log-probabilities of ``pairs``, and how sharp the distributions at their tokens are; NaN where none are."""
+        found = np.zeros((2, len(pairs), 3))
         for places, sums, _ in self._passes(self._sums, params, pairs):
             for p in places:
-                chosen[p.pair] = sums[p.row, p.shared] + sums[p.row, p.chosen]
-                rejected[p.pair] = sums[p.row, p.shared] + sums[p.row, p.rejected]
-        return PairLogps(chosen, rejected)
+                for side, own in enumerate((p.chosen, p.rejected)):
+                    found[side, p.pair] = sums[p.row, p.shared] + sums[p.row, own]
+        counts = np.array([[len(r.targets(self.layout.eos)) for r in (p.chosen, p.rejected)] for p in pairs], float)
+        counts = counts.reshape(len(pairs), 2).T
+        means = [np.divide(found[..., k], counts, out=np.full_like(counts, np.nan), where=counts > 0) for k in (1, 2)]
+        return PairStatistics(PairLogps(*found[..., 0]), PairLogps(*means[0]), PairLogps(*means[1]))
 
     def tokens(self, params: Any, pairs: Sequence[TokenPair]) -> TokenLogps:
         """Log-probability of each response token of ``pairs`` under ``params``."""

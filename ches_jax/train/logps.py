@@ -162,7 +162,7 @@ def token_statistics(
     return _joined(lax.map(one, (_cut(hidden, stretch), _cut(target, stretch))), count)
 
 
-def segment_sums(values: Float[Array, "B M"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S"]:
+def segment_sums(values: Float[Array, "B M *n"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S *n"]:
     """Sum of ``values`` over each segment of each row; ids outside 0 .. S-1 join no sum.
 
     A product with a 0/1 matrix, so that the order of the additions is fixed on every backend.
@@ -171,4 +171,4 @@ def segment_sums(values: Float[Array, "B M"], segment: Int[Array, "B M"], segmen
     [[2.0, 0.0]]
     """
     member = segment[:, None, :] == jnp.arange(segments, dtype=segment.dtype)[None, :, None]
-    return jnp.einsum("bsm,bm->bs", member.astype(values.dtype), values, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("bsm,bm...->bs...", member.astype(values.dtype), values, precision=lax.Precision.HIGHEST)

@@ -126,10 +126,10 @@ def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
     def watch(state: TrainState, i: int) -> dict[str, float]:
         """Evaluate, write, log."""
         params = policy.parameters(state.params)
-        now = {name: evaluate(params, pairs) for name, pairs in run.sets.items()}
+        now = {name: evaluate.statistics(params, pairs) for name, pairs in run.sets.items()}
         summary = log.record(i, run.sets, now)
         if "held_out" in now:
-            summary |= held_out_metrics(run, evaluate, params, now["held_out"], reference.get("held_out"))
+            summary |= held_out_metrics(run, evaluate, params, now["held_out"].logps, reference.get("held_out"))
         if prober is not None and probe_log is not None:
             summary |= probe_log.record(i, prober(params))
         tracker.log(i, summary)

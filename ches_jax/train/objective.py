@@ -6,7 +6,7 @@ r"""From a packed batch and a model to the loss of each item: log-probabilities,
 where the shared segment (what all responses begin with) is computed once, as the prompt is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -48,15 +48,17 @@ def prediction_logps(
     model: Decoder,
     rows: Rows,
     *,
+    per_token: Callable[..., Array] = token_logps,
     attend: Attend = dense,
     remat: bool = False,
     mesh: Mesh | None = None,
-) -> Float[Array, "B M"]:
+) -> Float[Array, "B M *n"]:
     """Log-probabilities in nats of every prediction of packed rows.
 
     Args:
       model: the decoder.
       rows: packed pairs.
+      per_token: what is computed of each prediction; ``logps.token_statistics`` for more than its log-probability.
       attend: how attention is computed; ``attention.slices`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
@@ -65,10 +67,10 @@ def prediction_logps(
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, remat=remat, mesh=mesh)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     head = Head(model.config.logit_scale, model.config.logit_softcap)
-    return token_logps(predicting, model.unembedding, rows.target, head)
+    return per_token(predicting, model.unembedding, rows.target, head)
 
 
-def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S"]:
+def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S *n"]:
     """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
     return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
 

@@ -19,6 +19,7 @@ from ches_jax.models.load import load_model
 from ches_jax.models.partition import placement
 from ches_jax.parallel import make_mesh
 from ches_jax.train import loop
+from ches_jax.train.data import read_run_pairs
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.probes import ProbeLog, Prober, Probes, entropy, moved, read_probes
 
@@ -114,3 +115,28 @@ def test_bad_probes_are_one_message(tiny_model, prompts, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"question": "why?"}\n')
     with pytest.raises(DataError, match="no column 'prompt'"):
         read(tmp_path / "other.jsonl", tiny_model)
+
+
+def test_entropy_and_largest_probability_are_those_at_response_tokens(small, tiny_model, tmp_path):
+    config = small(tmp_path / "run", steps=1)
+    out = train(config, quiet=True)
+    rows = pq.read_table(out / "displacement.parquet").to_pylist()
+    model = load_model(tiny_model)
+    pairs = {p.row_id: p for p in read_run_pairs(config, tiny_model, model.config).held_out}
+    for row in [r for r in rows if r["step"] == 0 and r["set"] == "held_out"][:3]:
+        pair = pairs[row["row_id"]]
+        for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = jnp.asarray([[*pair.prompt, *response.content]], jnp.int32)
+            at = np.arange(len(response.targets("include"))) + len(pair.prompt) - 1
+            table = np.asarray(jax.nn.log_softmax(model.logits(model.hidden(ids)[0, at])), np.float64)
+            assert row[f"entropy_{side}"] == pytest.approx(-(np.exp(table) * table).sum(-1).mean(), rel=1e-4)
+            assert row[f"argmax_mass_{side}"] == pytest.approx(np.exp(table.max(-1)).mean(), rel=1e-4)
+    first = lines(out)[0]
+    start = [r["entropy_chosen"] for r in rows if r["step"] == 0 and r["set"] == "train"]
+    assert first["displacement/entropy_chosen"] == pytest.approx(np.mean(start))
+    assert 0 < first["eval_displacement/argmax_mass_rejected"] <= 1
+
+
+def test_a_run_may_watch_nothing(small, tmp_path):
+    out = train(small(tmp_path / "run", steps=1, watch=0, holdout=0, limit=8, export=False), quiet=True)
+    assert pq.read_table(out / "displacement.parquet").num_rows == 0
