@@ -29,6 +29,7 @@ def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: i
         "score_speed": [*peers, *data, *again],
         "score_scaling": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
         "train_speed": [*peers, *libraries, *again],
+        "generate_speed": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
         **found,
     }
 

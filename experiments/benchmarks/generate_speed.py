@@ -1,0 +1,136 @@
+"""Tokens per second of ``ches generate`` beside transformers' ``generate``, interleaved, on the same prompts.
+
+    python -m experiments.benchmarks.generate_speed --model DIR [--rows 8 --prompt 64 --new 128 --repeats 3]
+
+Greedy, no end-of-sequence token: both make the same number of tokens, and the same tokens but where two logits tie to
+rounding. The first run of each (compilation, for ours) is timed apart.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.measure import interleaved, keep, medians, usage
+
+COMMAND = [sys.executable, "-m", "experiments.benchmarks.generate_speed"]
+
+
+def prompts_of(model_dir: str, rows: int, length: int) -> list[list[int]]:
+    """Random prompts of one length."""
+    vocabulary = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
+
+
+def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
+    """A function that makes the tokens with our engine."""
+    from ches_jax.generate.engine import Ask, Engine
+    from ches_jax.generate.sampling import Sampling, key_words
+    from ches_jax.models.load import load_model
+    from ches_jax.parallel import make_mesh
+
+    model = load_model(model_dir, param_dtype="float32")
+    engine = Engine(model, make_mesh("data=1"), sampling=Sampling(0), max_new_tokens=new)
+    asks = [Ask(p, key_words(0, str(i), 0), new) for i, p in enumerate(prompts)]
+    return lambda: [list(made.tokens) for made in engine(asks, len(asks))]
+
+
+def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Any:
+    """A function that makes them with transformers, cache and all."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts)
+
+    def run() -> list[list[int]]:
+        with torch.no_grad():
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0
+            )
+        return found[:, ids.shape[1] :].tolist()
+
+    return run
+
+
+def measure(how: str, model_dir: str, rows: int, length: int, new: int, repeat: int) -> dict[str, Any]:
+    """Time one way in this process."""
+    prompts = prompts_of(model_dir, rows, length)
+    run = {"ours": ours, "transformers": theirs}[how](model_dir, prompts, new)
+
+    def once() -> tuple[float, float, list[list[int]]]:
+        cpu, wall = usage()["cpu_seconds"], time.perf_counter()
+        tokens = run()
+        return usage()["cpu_seconds"] - cpu, time.perf_counter() - wall, tokens
+
+    first_cpu, first_wall, tokens = once()
+    timed = [once()[:2] for _ in range(repeat)]
+    cpu, wall = (min(t[i] for t in timed) for i in (0, 1))
+    return {
+        "tokens": tokens,
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "first_seconds": first_wall,
+        "first_cpu_seconds": first_cpu,
+        "tokens_per_second": rows * new / wall,
+        "tokens_per_cpu_second": rows * new / cpu,
+    }
+
+
+def same_until(a: list[list[int]], b: list[list[int]]) -> float:
+    """Mean share of a row before the first token that differs.
+
+    >>> same_until([[1, 2, 3, 4], [1, 2, 3, 4]], [[1, 2, 9, 4], [1, 2, 3, 4]])
+    0.75
+    """
+    shares = []
+    for x, y in zip(a, b, strict=True):
+        n = next((i for i, (s, t) in enumerate(zip(x, y, strict=True)) if s != t), len(x))
+        shares.append(n / len(x))
+    return sum(shares) / len(shares)
+
+
+def main() -> None:
+    """Interleave both and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--how", choices=("ours", "transformers"), help="time one in this process")
+    args = parser.parse_args()
+    if args.how:
+        print(json.dumps(measure(args.how, args.model, args.rows, args.prompt, args.new, 2)))
+        return
+    sizes = ["--model", args.model, "--rows", str(args.rows), "--prompt", str(args.prompt), "--new", str(args.new)]
+    runs = interleaved({how: [*COMMAND, *sizes, "--how", how] for how in ("ours", "transformers")}, args.repeats)
+    agreement = same_until(*(found[0]["tokens"] for found in runs.values()))
+    for found in runs.values():
+        for run in found:
+            del run["tokens"]
+    table = {name: medians(found) for name, found in runs.items()}
+    ratios = {
+        f"transformers / ours, {unit}": table["transformers"][unit] / table["ours"][unit]
+        for unit in ("cpu_seconds", "seconds")
+    }
+    for name, row in table.items():
+        print(
+            f"{name:<14}{row['tokens_per_cpu_second']:9.0f} tokens per CPU s{row['tokens_per_second']:9.0f} per s"
+            f"   first run {row['first_cpu_seconds']:6.1f} CPU s"
+        )
+    for name, value in ratios.items():
+        print(f"{name:<40}{value:6.2f}")
+    print(f"the same tokens up to {agreement:.0%} of a row")
+    result = {"rows": args.rows, "prompt": args.prompt, "new": args.new, "same_until": agreement}
+    print(keep("generate_speed", {**result, "table": table, "ratios": ratios, "runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
