@@ -48,7 +48,8 @@ def regimes(data: Data) -> Iterator[Picture]:
         axes.plot(short, run["rate"] * short, color=PALETTE[2], linewidth=2.5, alpha=0.7, label="rate at t = 0")
         low, high = float(change[:, 0].min()), float((change[:, 0] - change[:, 1]).max())
         axes.set_ylim(1.1 * min(low, -0.05 * high), 1.1 * high)
-        axes.set(title=_title(run), xlabel="time", ylabel="change, nats")
+        axes.set_title(_title(run), fontsize=9)
+        axes.set(xlabel="time", ylabel="change, nats")
     _legend_in(every, len(runs))
     yield Picture(
         "toy_log_probabilities",
@@ -62,7 +63,9 @@ def regimes(data: Data) -> Iterator[Picture]:
         labels = {"chosen": BLUE, "same": PALETTE[6], "opposite": ORANGE, "other": "#bbbbbb"}
         parts = [numbers(run["masses"][name]) for name in labels]
         axes.stackplot(numbers(run["times"]), *parts, labels=list(labels), colors=list(labels.values()))
-        axes.set(title=_title(run), xlabel="time", ylabel="probability", ylim=(0, 1))
+        axes.set_title(_title(run), fontsize=9)
+        axes.set(xlabel="time", ylabel="probability", ylim=(0, 1))
+        _early(axes)
     _legend_in(every, len(runs))
     yield Picture(
         "toy_masses",
@@ -81,9 +84,12 @@ def regimes(data: Data) -> Iterator[Picture]:
         for i, ((start, height), colour) in enumerate(zip(bars, [*colours, INK], strict=True)):
             axes.bar(i, height, bottom=start, color=colour)
         axes.axhline(0, color=INK, linewidth=0.8)
+        axes.use_sticky_edges = False
+        axes.margins(y=0.06)
         names = [name.replace("m_", "m: ").replace("S_", "S: ").replace("_", " ") for name in terms]
         axes.set_xticks(range(len(bars)), [*names, "rate"], rotation=60, ha="right", fontsize=7)
-        axes.set(title=_title(run), ylabel="nats per time")
+        axes.set_title(_title(run), fontsize=9)
+        axes.set(ylabel="nats per time")
     _blank_after(every, len(runs))
     yield Picture(
         "toy_terms",
@@ -104,7 +110,8 @@ def regimes(data: Data) -> Iterator[Picture]:
             run["tokens"][top], (x[top], y[top]), textcoords="offset points", xytext=(-4, -11), fontsize=8, ha="right"
         )
         axes.margins(0.12)
-        axes.set(title=_title(run), xlabel="<W_z, W_+ - W_->", ylabel="change of ln pi(z), nats")
+        axes.set_title(_title(run), fontsize=9)
+        axes.set(xlabel="<W_z, W_+ - W_->", ylabel="change of ln pi(z), nats")
     _legend_in(every, len(runs))
     yield Picture(
         "toy_tokens",
@@ -120,7 +127,9 @@ def regimes(data: Data) -> Iterator[Picture]:
         low, high = (np.clip(v, -4, 4) for v in (low, high))
         axes.fill_between(t, low, high, color=PALETTE[6], alpha=0.5, label="band")
         axes.axhline(0, color=INK, label="DPO: d+ / d- = 1")
-        axes.set(title=_title(run), xlabel="time", ylabel="ln(d+ / d-)", ylim=(-4, 4))
+        axes.set_title(_title(run), fontsize=9)
+        axes.set(xlabel="time", ylabel="ln(d+ / d-)", ylim=(-4, 4))
+        _early(axes)
     _legend_in(every, len(runs))
     yield Picture(
         "toy_band",
@@ -129,6 +138,13 @@ def regimes(data: Data) -> Iterator[Picture]:
         "8. The disentanglement band along the flow (cut at +-4): y+ rises while the line is above its lower end, "
         "y- falls while it is below its upper end",
     )
+
+
+def _early(axes: Any) -> None:
+    """An axis of time that shows the beginning: linear up to 0.1, logarithmic from there."""
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlim(left=0)
+    axes.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
 
 
 def _blank_after(every: list[Any], used: int) -> None:
@@ -153,7 +169,8 @@ def optimisers(data: Data) -> Iterator[Picture]:
         axes.plot(change[:, 0], color=BLUE, label="ln pi(y+)")
         axes.plot(change[:, 1], color=ORANGE, linestyle="--", label="ln pi(y-)")
         axes.plot(change[:, 0] - change[:, 1], color=INK, linestyle=":", label="margin")
-        axes.set(title=name, xlabel="step")
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel="step")
     every[0].set_ylabel("change, nats")
     every[0].legend(frameon=False, fontsize=8)
     yield Picture(
@@ -215,7 +232,8 @@ def one_step(data: Data) -> Iterator[Picture]:
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         axes.plot(ends, ends, color="#999999", linewidth=1, label="slope 1")
         axes.scatter(x, y, s=14, color=BLUE, linewidths=0, label="pairs")
-        axes.set(title=f"{name} step", xlabel="predicted change, millinats", ylabel="measured change, millinats")
+        axes.set_title(f"{name} step", fontsize=9)
+        axes.set(xlabel="predicted change, millinats", ylabel="measured change, millinats")
         axes.legend(frameon=False, fontsize=8)
     yield Picture(
         "model_one_step",
@@ -256,7 +274,8 @@ def against_rates(data: Data) -> Iterator[Picture]:
     figure, every = panels(1, len(points), (2.7, 2.6))
     for axes, (name, values) in zip(every, points.items(), strict=True):
         axes.scatter(values, own, s=12, color=BLUE, linewidths=0)
-        axes.set(title=f"{name} ({data['spearman'][name]['rho']:+.2f})", xlabel=name)
+        axes.set_title(f"{name} ({data['spearman'][name]['rho']:+.2f})", fontsize=9)
+        axes.set(xlabel=name)
         axes.ticklabel_format(axis="both", style="sci", scilimits=(-2, 3))
         axes.locator_params(axis="x", nbins=4)
     every[0].set_ylabel("own-pair rate, nats per time")
@@ -283,7 +302,8 @@ def against_training(data: Data) -> Iterator[Picture]:
         axes.bar(range(5), means, yerr=errors, color=BLUE, ecolor=INK, capsize=2)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xticks(range(5), ["0-20", "20-40", "40-60", "60-80", "80-100"], fontsize=7)
-        axes.set(title=name, xlabel="percentile of the score")
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel="percentile of the score")
     for axes in every[::3]:
         axes.set_ylabel("mean change of ln pi(y+), nats")
     yield Picture(

@@ -46,7 +46,6 @@ def panels(
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-        axes.title.set_fontsize(9)
         axes.xaxis.label.set_fontsize(9)
         axes.yaxis.label.set_fontsize(9)
     return figure, every
