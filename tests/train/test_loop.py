@@ -276,24 +276,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
     saved.close()
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_whole(small, tmp_path, monkeypatch):
-    from ches_jax.train import checkpoints
-
-    config = small(tmp_path / "run", save_every=1)
-    real = checkpoints.ocp.CheckpointManager.save
-
-    def full(self, step, *args, **kwargs):
-        if step == 2:
-            raise OSError(28, "No space left on device")
-        return real(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
-    with pytest.raises(RunError, match=r"of step 2 could not be written .*No space left.*whole ones: steps 1"):
-        train(config, quiet=True)
-    monkeypatch.undo()
-    assert read_json(train(config, resume=True, quiet=True) / "run.json")["updates_this_time"] == 2
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,0 +1,80 @@
+"""What goes wrong in a run, met on the command line: one message, exit code 2, nothing half-written."""
+
+import resource
+import shutil
+
+import pytest
+
+from ches_jax.cli import main
+from ches_jax.errors import RunError
+from ches_jax.files import read_object
+from ches_jax.train.loop import train
+
+
+@pytest.fixture
+def told(capsys, tiny_model):
+    """From the words of a command that fails to its message."""
+
+    def run(out, *words, model=tiny_model):
+        options = ["--model", str(model), "--limit", "8", "--batch-size", "4", "--mesh", "data=1", "--quiet"]
+        capsys.readouterr()
+        assert main(["train", *options, "--out", str(out), *map(str, words)]) == 2
+        found = capsys.readouterr()
+        assert "Traceback" not in found.err and found.err.startswith("ches: ") and not found.out
+        return found.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def short(small, tmp_path_factory):
+    """A run of two updates with a checkpoint after each."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    return train(small(out, limit=8, holdout=0, save_every=1, export=False), quiet=True)
+
+
+def test_a_reference_cache_of_another_model(told, short, tmp_path):
+    from ches_jax import embedded
+
+    (cache,) = short.glob("reference-*.parquet")
+    message = told(tmp_path / "run", "--reference", cache, model=embedded.model_dir())
+    assert "the reference cache of another run" in message and "model_fingerprint: " in message
+
+
+def test_a_loss_that_is_no_number(told, tmp_path):
+    message = told(tmp_path / "run", "--optimizer", "sgd", "--lr", "1e30", "--save-every", "1")
+    assert message.startswith("ches: update 2: ") and " on rows " in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '1'}" in message
+
+
+def test_a_checkpoint_of_another_optimiser(told, short, tmp_path):
+    """The checkpoints of one run in the directory of another: the run's own identity says nothing of it."""
+    out, words = tmp_path / "run", ("--optimizer", "sgd", "--lr", "1e30", "--save-every", "1")
+    told(out, *words)
+    shutil.rmtree(out / "checkpoints")
+    shutil.copytree(short / "checkpoints", out / "checkpoints")
+    message = told(out, *words, "--resume")
+    assert "a checkpoint of another architecture or optimiser" in message and "opt_state" in message
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(told, small, short, tmp_path):
+    """A limit on the size of files stands in for the disk: writing fails where the arrays are written."""
+    out, words = tmp_path / "run", ("--lr", "1e-4", "--save-every", "1", "--no-export")
+    shutil.copytree(short, out)
+    shutil.rmtree(out / "checkpoints" / "2")
+    (out / "run.json").unlink()
+    before = {p: p.read_bytes() for p in (out / "checkpoints" / "1").rglob("*") if p.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        message = told(out, *words, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written" in message and "whole ones: steps 1;" in message and "--resume" in message
+    assert {p: p.read_bytes() for p in before} == before
+    assert not (out / "run.json").exists()
+    config = small(out, limit=8, holdout=0, save_every=1, export=False)
+    train(config, resume=True, quiet=True)
+    assert read_object(out / "run.json", RunError, "a run")["updates_this_time"] == 1
+    for name in ("metrics.jsonl", "displacement.parquet"):
+        assert (out / name).read_bytes() == (short / name).read_bytes(), name
