@@ -89,7 +89,8 @@ def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
     found, _ = read_table(score(ScoreConfig(pairs=data, logps=True, out=str(tmp_path / "s")), quiet=True))
     for side, member in (("chosen", 0), ("rejected", 1)):
         expected = [p[member]["logp"] for p in pairs]
-        assert found[f"logp_{side}"].to_pylist() == pytest.approx(expected, abs=2e-4)  # bf16 weights, float32 sums of 10 to 40 nats
+        # bf16 weights, float32 sums of 10 to 40 nats
+        assert found[f"logp_{side}"].to_pylist() == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
