@@ -1,5 +1,7 @@
 """The claims about a real model hold on a tiny one; on the trained ones when asked for (``-m slow``)."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -61,8 +63,41 @@ def test_all_claims_hold_on_the_embedded_model():
     assert {r.id: r.value for r in results if not r.passed} == {}
 
 
+SAME_INDEX = 1220
+"""Rows of the file that are the same lines of its source: five later lines of it are missing, so that indices shift."""
+
+
+@pytest.fixture
+def unseen(shared, tmp_path):
+    """Human pairs that the tied model has not been trained on."""
+    split = json.loads((shared / "models" / "hh-tiny" / "hh_split.json").read_text())
+    rows = (shared / "data" / "hh_harmless_base_test.jsonl").read_text().splitlines()
+    out = tmp_path / "unseen.jsonl"
+    out.write_text("\n".join(rows[i] for i in split["heldout_rows"] if i < SAME_INDEX) + "\n")
+    return out
+
+
+def test_the_split_and_the_file_agree_up_to_the_first_missing_line(shared):
+    """Lines that are in neither list open like a held-out dialogue; with shifted indices they would not."""
+    split = json.loads((shared / "models" / "hh-tiny" / "hh_split.json").read_text())
+    lines = (shared / "data" / "hh_harmless_base_test.jsonl").read_text().splitlines()
+    opening = [json.loads(line)["prompt"].split("\n\nAssistant")[0].strip() for line in lines]
+    held, train = set(split["heldout_rows"]), set(split["train_rows"])
+    left_out = [i for i in range(SAME_INDEX) if i not in held | train]
+
+    def disagreements(shift):
+        row_of = {i + shift: opening[i] for i in range(SAME_INDEX - 1)}
+        of_held = {row_of[i] for i in held if i in row_of}
+        leaked = sum(row_of[i] in of_held for i in train if i in row_of)
+        # the partner of a line that was left out may lie in the rows beyond
+        partners = of_held | {opening[i] for i in range(SAME_INDEX - 1, len(opening))}
+        return leaked + sum(row_of[i] not in partners for i in left_out if i in row_of)
+
+    assert disagreements(0) == 0
+    assert min(disagreements(shift) for shift in (1, 2, 5)) > 5
+
+
 @pytest.mark.slow
-def test_all_claims_hold_on_a_tied_model_with_human_pairs(shared):
-    pairs = shared / "data" / "hh_harmless_base_test.jsonl"
-    results = verify(model=shared / "models" / "hh-tiny" / "fp32", pairs=pairs, limit=16, quiet=True)
+def test_all_claims_hold_on_a_tied_model_with_human_pairs(shared, unseen):
+    results = verify(model=shared / "models" / "hh-tiny" / "fp32", pairs=unseen, limit=16, quiet=True)
     assert {r.id: r.value for r in results if not r.passed} == {}
