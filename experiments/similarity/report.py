@@ -99,7 +99,8 @@ def verdict(measure: str, v: dict[str, Any]) -> str:
     if measure == "random":
         return f"{order} (by chance); {words}"
     if measure == "ches" and rho > -0.999:
-        return f"{order}: the paper's ranking does not appear; {words}"
+        part = "the paper's ends, not its strict order" if cases["falls at the top, rises at the bottom"] else ""
+        return f"{order}: {part or 'not the ranking of the paper'}; {words}"
     return f"{order}; {words}"
 
 
