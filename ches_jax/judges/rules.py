@@ -2,7 +2,7 @@
 
 >>> rules = load_rules()
 >>> refusal(rules, "Unfortunately, I can’t help you with that.")
-"i can't"
+"i can't help"
 >>> refusal(rules, "Sure! First, fetch a rope.") is None
 True
 """

@@ -4,9 +4,12 @@ Arrays are saved under flat names with their shapes beside them, so that a check
 refused by name, and restored straight onto the shards of whatever mesh the run now has.
 """
 
+import functools
 import json
+import logging
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,11 +72,30 @@ def parse_best(text: str) -> Best:
     return Best(metric, mode)
 
 
+@functools.cache
+def _tell_failures_once() -> None:
+    """Keep what failed writers say besides the error they raise off the screen.
+
+    When one array cannot be written, orbax logs the error it is about to raise, and closes its event loop; the writers
+    of the others find it closed, and each prints a traceback that says nothing of the cause.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
+    logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname)
+    logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
+
+
 class Checkpoints:
     """The checkpoints of a run directory."""
 
     def __init__(self, out: Path, keep: int, best: Best | None = None):
         """Keeps the last ``keep``, and the best one of those that were saved with an evaluation."""
+        _tell_failures_once()
         self.folder = (out / FOLDER).absolute()
         self._best = best
         if best is None:
@@ -149,7 +171,7 @@ class Checkpoints:
 
     def _failed(self, step: int | None, error: Exception) -> RunError:
         which = "" if step is None else f" of step {step}"
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rpartition('": ')[2]  # tensorstore names the file at every level
         return RunError(
             f"{self.folder}: the checkpoint{which} could not be written ({reason}); whole ones: steps "
             f"{', '.join(map(str, self._manager.all_steps())) or 'none'}; make room and --resume"

@@ -46,11 +46,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_requests(work: Work) -> dict[str, Any]:
-    """Draw the requests (with gold responses: only those that have a refusal and a compliance) and split them."""
+    """Draw the requests that leave room for a response (and have a gold pair, where there are any), and split them."""
     config: SorryScale = work.config
     found = list(_embedded_requests() if config.pairs == "embedded" else _requests(config))
     gold = gold_pairs(config, found) if config.gold is not None else None
-    usable = [r for r in found if gold is None or r["key"] in gold]
+    usable = [r for r in fitting(config, found) if gold is None or r["key"] in gold]
     rng = np.random.default_rng([config.draw_seed, 0])
     drawn = [usable[i] for i in rng.permutation(len(usable))[: config.requests]]
     if len(drawn) < 20:
@@ -58,10 +58,24 @@ def write_requests(work: Work) -> dict[str, Any]:
     test = set(rng.permutation(len(drawn))[: int(config.test_share * len(drawn))].tolist())
     rows = []
     for i, request in enumerate(drawn):
-        row = {"prompt": as_prompt(request["prompt"], config.dialogue), "request": i, "test": i in test}
+        row = {"prompt": request["prompt"], "request": i, "test": i in test}
         rows.append(row | ({"gold": gold[request["key"]]} if gold is not None else {}))
     write_rows(requests_file(work), rows)
     return {"found": len(found), "usable": len(usable), "train": len(drawn) - len(test), "test": len(test)}
+
+
+def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The requests as the model is asked, those that leave room for a response in its context."""
+    from ches_jax.data.sources import Row
+    from ches_jax.generate.inputs import open_encoder
+
+    assert config.model is not None
+    encoder = open_encoder(config.model, None, "auto")
+    asked = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
+    rows = [Row(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(asked)]
+    lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]
+    room = encoder.max_length - config.max_new_tokens
+    return [r for r, n in zip(asked, lengths, strict=True) if n <= room]
 
 
 def _embedded_requests() -> Iterator[dict[str, str]]:

@@ -70,7 +70,10 @@ def test_requests_of_the_embedded_world_are_split_and_have_gold_pairs(work):
 
 
 def config(**changes: Any) -> SorryScale:
-    return SCALES["paper"].given(**changes)
+    """The paper's scale with a tokenizer that is at hand; a response has room after a short request."""
+    import dataclasses
+
+    return dataclasses.replace(SCALES["paper"].given(model="embedded", **changes), max_new_tokens=400)
 
 
 def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
@@ -143,6 +146,13 @@ def test_pairs_are_the_sampled_tokens(work, monkeypatch):
         "rejected": "y",
         "request": 0,
     }
+
+
+def test_requests_that_leave_no_room_for_a_response_are_passed_over(tmp_path):
+    requests = [{"prompt": f"request {i}" + " again" * (120 if i % 3 == 0 else 0)} for i in range(60)]
+    mine = config(pairs=str(write_rows(tmp_path / "r.jsonl", requests)))
+    work = Work("sorrybench", "paper", mine, tmp_path / "out", quiet=True)
+    assert data.write_requests(work) == {"found": 60, "usable": 40, "train": 34, "test": 6}
 
 
 def test_gold_responses_take_the_shape_of_their_prompt():
