@@ -34,6 +34,8 @@ REWARD_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
 )
 """Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
+SCORES = ("scores", "scores")
+"""And where they keep those of several responses."""
 COMPLETION = ("completion", "completion_ids")
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
@@ -178,7 +180,7 @@ def _asked_columns(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapp
     if config.weights is not None:
         asked.append((f"--weights {config.weights}", [{"weights": config.weights}]))
     if loss.needs >= REWARDS:
-        names = [config.rewards.split(",")] if config.rewards else REWARD_COLUMNS
+        names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
         option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
         asked.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
     return asked
@@ -240,24 +242,38 @@ def _numbers(
     """Numbers that the rows themselves bring, for each of ``pairs``."""
     if not asked:
         return {}
-    wanted = {p.index for p in pairs}
-    found: dict[int, dict[str, float]] = {}
+    by_row: dict[int, list[int]] = {}
+    for position, pair in enumerate(pairs):
+        by_row.setdefault(pair.index, []).append(position)
+    found: list[dict[str, float]] = [{} for _ in pairs]
     for index, (where, raw) in enumerate(source.read(0)):
         if limit is not None and index >= limit:
             break
-        if index in wanted:
-            found[index] = {}
+        for position in by_row.get(index, ()):
             for option, choices in asked:
-                found[index] |= _row_numbers(f"{source.name}, {where}: {option}", choices, raw)
-    return {field: np.array([found[p.index][field] for p in pairs]) for field in (found[min(found)] if found else {})}
+                subject = f"{source.name}, {where}: {option}"
+                found[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
+    return {field: np.array([numbers[field] for numbers in found]) for field in (found[0] if found else {})}
 
 
-def _row_numbers(subject: str, choices: Sequence[Mapping[str, str]], raw: Mapping[str, Any]) -> dict[str, float]:
-    """The first choice of columns that the row has."""
+def _row_numbers(
+    subject: str, choices: Sequence[Mapping[str, str]], raw: Mapping[str, Any], candidates: tuple[int, int] | None
+) -> dict[str, float]:
+    """The first choice of columns that the row has, of the pair that these two of its responses make."""
     for columns in choices:
-        if all(name in raw for name in columns.values()):
-            values = {field: raw[name] for field, name in columns.items()}
+        one_list = len({*columns.values()}) < len(columns)
+        if all(name in raw for name in columns.values()) and not (one_list and candidates is None):
+            values = {field: _of_pair(field, raw[name], candidates) for field, name in columns.items()}
             if all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
                 return {field: float(v) for field, v in values.items()}
-    named = ", or ".join(" and ".join(columns.values()) for columns in choices)
-    raise DataError(f"{subject} needs numbers in {named}; the row has {', '.join(map(str, raw))}")
+    named = ", or ".join(" and ".join(dict.fromkeys(columns.values())) for columns in choices)
+    lists = "" if candidates is None else " (of several responses to a prompt: lists, a number for each response)"
+    raise DataError(f"{subject} needs numbers in {named}{lists}; the row has {', '.join(map(str, raw))}")
+
+
+def _of_pair(field: str, value: Any, candidates: tuple[int, int] | None) -> Any:
+    """The number of a pair; where the row makes several, a number of one side is in a list of all responses."""
+    if candidates is None or not field.endswith(("_chosen", "_rejected")):
+        return value
+    which = candidates[field.endswith("_rejected")]
+    return value[which] if isinstance(value, list) and which < len(value) else None

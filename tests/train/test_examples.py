@@ -310,6 +310,20 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
         train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
 
 
+def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, rows):
+    several = [
+        {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], r["chosen"] + "!"], "scores": [1.0, 3.0, 0.0]}
+        for r in rows[:5]
+    ]
+    pairs = write(tmp_path / "several.jsonl", several)
+    options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
+    run = train(small(tmp_path / "a", pairs=pairs, **options), quiet=True)
+    assert lines(run)[1]["loss"] == pytest.approx((2.0**2 + 3.0**2) / 2, rel=1e-5)
+    one_for_all = write(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
+    with pytest.raises(ChesError, match="needs numbers in good and bad .*lists, a number for each response"):
+        train(small(tmp_path / "b", pairs=one_for_all, rewards="good,bad", **options), quiet=True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
