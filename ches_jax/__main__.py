@@ -1,7 +1,17 @@
-"""``python -m ches_jax`` is ``ches``."""
+"""The ``ches`` command as a process: ``python -m ches_jax`` is ``ches``."""
 
 import sys
 
-from ches_jax.cli import main
+from ches_jax.pages import with_large_pages
 
-sys.exit(main())
+
+def run() -> int:
+    """The command, in large pages."""
+    with_large_pages()
+    from ches_jax.cli import main  # only the second time round
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -10,6 +10,7 @@ LEAVES = {"errors", "types", "files", "options", "runlog", "embedded"}
 PURE = LEAVES | {"hf", "data", "losses", "parallel"}
 MAY_IMPORT = {
     "errors": set(),
+    "pages": set(),
     "types": set(),
     "options": {"errors"},
     "files": {"errors"},

@@ -10,6 +10,7 @@ import json
 import time
 from typing import Any
 
+from ches_jax.pages import with_large_pages
 from experiments.benchmarks.measure import usage
 
 
@@ -105,7 +106,8 @@ def matmul_peak(dtype: str = "float32") -> float:
 
 
 def main() -> None:
-    """One run."""
+    """One run, in the pages that ``ches`` runs in."""
+    with_large_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("file")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ches_jax.pages import with_large_pages
 from experiments.benchmarks.measure import interleaved, keep, medians, usage
 
 LENGTHS = {"256+256": (256, 256), "384+128": (384, 128)}
@@ -92,6 +93,7 @@ def compare(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Interleave the trainers at both lengths and keep the table."""
     if len(sys.argv) > 1 and sys.argv[1] == "ours":
+        with_large_pages()  # as `ches` does
         model, *numbers = sys.argv[2:]
         print(json.dumps(ours(model, *map(int, numbers))))
         return

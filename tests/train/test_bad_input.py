@@ -69,7 +69,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny
     (out / "run.json").unlink()
     before = {p: p.read_bytes() for p in (out / "checkpoints" / "1").rglob("*") if p.is_file()}
     options = ["--model", tiny_model, "--limit", 8, "--batch-size", 4, "--mesh", "data=1", "--lr", "1e-4"]
-    command = [sys.executable, "-m", "ches_jax.cli", "train", *options, "--save-every", 1, "--no-export", "--quiet"]
+    command = [sys.executable, "-m", "ches_jax", "train", *options, "--save-every", 1, "--no-export", "--quiet"]
     ended = subprocess.run(
         ["bash", "-c", 'ulimit -f 40 && exec "$@"', "-", *map(str, command), "--out", str(out), "--resume"],
         capture_output=True, text=True,
