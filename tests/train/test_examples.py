@@ -320,7 +320,7 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
     run = train(small(tmp_path / "a", pairs=pairs, **options), quiet=True)
     assert lines(run)[1]["loss"] == pytest.approx((2.0**2 + 3.0**2) / 2, rel=1e-5)
     one_for_all = write(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
-    with pytest.raises(ChesError, match="needs numbers in good and bad .*lists, a number for each response"):
+    with pytest.raises(ChesError, match=r"needs numbers in good and bad .*lists, a number for each response"):
         train(small(tmp_path / "b", pairs=one_for_all, rewards="good,bad", **options), quiet=True)
 
 

@@ -98,7 +98,7 @@ def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_p
     "options",
     [
         {"loss": "kto"}, {"loss": "ld_dpo"}, {"accumulate": 2, "mesh": "data=2,tensor=2"},
-        {"lora_rank": 2}, {"mesh": "tensor=4"},
+        {"lora_rank": 2}, {"mesh": "tensor=4"}, {"probes": "embedded"},
     ],
     ids=str,
 )  # fmt: skip
