@@ -32,13 +32,45 @@ def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array
     return lax.dot_general(x, weight.astype(x.dtype), contract, precision=matmul_precision(x.dtype))
 
 
+@jax.custom_vjp
+def trained_matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
+    r"""``matmul`` for weights that are trained: its gradient turns over whichever factor is smaller.
+
+    .. math:: dW = g^T x = (x^T g)^T
+
+    On a CPU XLA merges the turning of ``g``, which a derived gradient always asks for, with the activation's gradient
+    that led to it, and reads all of that across its rows. No forward mode.
+    """
+    return matmul(x, weight)
+
+
+def _trained_forward(x, weight):
+    return matmul(x, weight), (x, weight)
+
+
+def _trained_backward(kept, g):
+    x, weight = kept
+    precision = matmul_precision(x.dtype)
+    dx = lax.dot_general(g, weight.astype(g.dtype), (((g.ndim - 1,), (0,)), ((), ())), precision=precision)
+    lead = tuple(range(x.ndim - 1))
+    first, last = (x, g) if x.shape[-1] < g.shape[-1] else (g, x)
+    dw = lax.dot_general(first, last, ((lead, lead), ((), ())), precision=precision)
+    return dx, (dw if first is g else dw.T).astype(weight.dtype)
+
+
+trained_matmul.defvjp(_trained_forward, _trained_backward)
+
+
 def along_last(vector: Float[Array, " D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """A vector with leading axes of length 1, in the rank and dtype of ``like``: broadcasting made visible."""
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 class Linear(nnx.Module):
-    """``x W^T (+ b)``, and ``s (x A^T) B^T`` where ``lora.adapted`` has put an adapter beside W."""
+    """``x W^T (+ b)``, and ``s (x A^T) B^T`` where ``lora.adapted`` has put an adapter beside W.
+
+    ``trained`` is for those who take gradients by W and nothing in forward mode.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Draws W from N(0, 0.02^2), the initialisation of the GPT-2 line; b is zero."""
@@ -48,10 +80,11 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
+        self.trained = False
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Applies the map."""
-        y = matmul(x, self.weight[...])
+        y = (trained_matmul if self.trained else matmul)(x, self.weight[...])
         if self.lora_a is not None and self.lora_b is not None:
             # the scale joins B before B is rounded to the dtype of x
             y = y + matmul(matmul(x, self.lora_a[...]), self.lora_scale * self.lora_b[...])

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder
+from ches_jax.models.layers import Linear
 from ches_jax.models.load import with_parameters
 from ches_jax.models.lora import ALL_LINEAR, Spec, adapted, adapter_shapes, initial_adapters, make_spec, merged
 from ches_jax.models.partition import placement
@@ -92,6 +94,9 @@ def make_policy(
     """
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
     if lora is None:
+        for _, module in nnx.iter_modules(abstract):
+            if isinstance(module, Linear):
+                module.trained = True
         return Policy(abstract), loaded
     abstract = adapted(abstract, lora.spec, master)
     shapes = adapter_shapes(abstract)
