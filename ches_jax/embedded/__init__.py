@@ -6,6 +6,9 @@ Nothing is read at import time.
 from importlib.resources import files
 from pathlib import Path
 
+EMBEDDED = "embedded"
+"""What ``--model``, ``--pairs`` and ``--prompts`` call them."""
+
 
 def model_dir() -> Path:
     """The embedded model as a Hugging Face directory."""

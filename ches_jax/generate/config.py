@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ches_jax.data.prompts import Template
+from ches_jax.embedded import EMBEDDED
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import Sampling
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
 from ches_jax.types import OnBadRow
 
-EMBEDDED = "embedded"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

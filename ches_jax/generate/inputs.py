@@ -158,7 +158,7 @@ def prepare(config: GenerateConfig) -> Inputs:
 
 def open_encoder(model: str, max_length: int | None, template: Template) -> Encoder:
     """Open and check a model directory and its tokenizer."""
-    directory = embedded.model_dir() if model == EMBEDDED else resolve(model)
+    directory = resolve(model)
     decoder = decoder_config(read_config(directory), str(directory))
     if max_length is not None:
         if max_length < 2:

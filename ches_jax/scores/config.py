@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from ches_jax.data.prompts import Pairing, Template
+from ches_jax.embedded import EMBEDDED
 from ches_jax.errors import ChesError
 from ches_jax.options import Columns
 from ches_jax.runlog import new_name
 from ches_jax.types import Eos, OnBadRow
 
-EMBEDDED = "embedded"
 ROW_TOKENS = 2048
 """Standard length of a packed row: long enough that little is left over, short enough for one row to fit anywhere."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")

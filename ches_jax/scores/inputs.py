@@ -61,7 +61,7 @@ class Inputs:
 
 def prepare(config: ScoreConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
-    directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
+    directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     context = decoder.max_positions
     if config.max_length is not None and decoder.rope is None and config.max_length > context:

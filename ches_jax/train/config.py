@@ -8,6 +8,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ches_jax.data.prompts import Pairing, Template
+from ches_jax.embedded import EMBEDDED
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
@@ -21,7 +22,6 @@ from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hype
 from ches_jax.train.trackers import require_trackers
 from ches_jax.types import Eos, OnBadRow
 
-EMBEDDED = "embedded"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ches_jax import embedded
 from ches_jax.errors import RunError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
@@ -11,7 +10,7 @@ from ches_jax.models.load import load_model, with_parameters
 from ches_jax.models.lora import merged
 from ches_jax.runlog import CONFIG, RUN, read_json
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
-from ches_jax.train.config import EMBEDDED, TrainConfig
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.policy import open_lora
 
 LORA_OPTIONS = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_rslora")
@@ -45,7 +44,7 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     asked = read_json(out / CONFIG)
     if asked.get("verb") != "train":
         raise RunError(f"{out}: a run of `ches {asked.get('verb')}`; only those of `ches train` have checkpoints")
-    directory = embedded.model_dir() if asked["model"] == EMBEDDED else resolve(asked["model"])
+    directory = resolve(asked["model"])
     if fingerprint(directory) != asked["model_fingerprint"]:
         raise RunError(f"{directory}: not the weights that the run {out} started from")
     decoder = decoder_config(read_config(directory), str(directory))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ches_jax import embedded
 from ches_jax.data.packing import Item, responses_of
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
@@ -72,7 +71,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written."""
     process = process or Process()
     assert config.out is not None
-    directory = embedded.model_dir() if config.model == EMBEDDED else resolve(config.model)
+    directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     lora = open_lora(config, directory, decoder)
     mesh = make_mesh(config.mesh, everywhere=True)
