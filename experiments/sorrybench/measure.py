@@ -25,16 +25,26 @@ def mean_loss(objective: Objective, margins: np.ndarray) -> float:
     return float(((margins - 0.5 / arguments["tau"]) ** 2).mean())
 
 
-def largest_rate(losses: Mapping[str, Sequence[float]]) -> float:
-    """The largest learning rate whose change of the loss over the epoch is below zero for every seed.
+ENDLESS = 0.02
+"""Share of responses that may newly run into the limit of tokens: what is left of a broken model's texts mostly does."""
+
+
+def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]]) -> float:
+    """The largest learning rate that lowers the loss over the epoch and leaves a model whose responses end.
+
+    Args:
+      losses: change of the loss for every seed, by rate.
+      cut: share of responses that ran into the limit of tokens; compared with the smallest rate's.
 
     Raises:
       DataError: there is none.
 
-    >>> largest_rate({"1e-06": [-0.01, -0.02], "1e-05": [-0.1, -0.2], "0.0001": [-0.2, 0.1]})
+    >>> losses = {"1e-06": [-0.01, -0.02], "1e-05": [-0.1, -0.2], "0.0001": [-0.2, 0.1]}
+    >>> largest_rate(losses, {"1e-06": [0.5, 0.5], "1e-05": [0.5, 0.51], "0.0001": [0.5, 0.5]})
     1e-05
     """
-    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0]
+    start = max(cut[min(cut, key=float)])
+    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0 and max(cut[lr]) <= start + ENDLESS]
     if not good:
         raise DataError(f"no learning rate of {', '.join(losses)} lowers the loss; add smaller ones to the scale")
     return max(good)

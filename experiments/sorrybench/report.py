@@ -254,6 +254,5 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
         ]  # fmt: skip
         ax.bxp(boxes, showfliers=False)
         ax.set_title({"ln_ches": "length-normalised CHES", "head_score": "head score"}[score], fontsize=8)
-        ax.sharey(ax)
     written.append(save(figure, folder / f"{name}-scores.png"))
     return written

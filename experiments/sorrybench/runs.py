@@ -100,7 +100,8 @@ def choose_rate(work: Work, pairs: str) -> dict[str, Any]:
     runs = {
         f"{lr:g}": [work.value(f"try/{pairs}/{lr:g}/{s}") for s in config.seeds[: config.rate_seeds]] for lr in rates
     }
-    return {"lr": largest_rate({lr: [r["loss_change"] for r in found] for lr, found in runs.items()}), "runs": runs}
+    losses, cut = ({lr: [r[k] for r in found] for lr, found in runs.items()} for k in ("loss_change", "cut"))
+    return {"lr": largest_rate(losses, cut), "runs": runs}
 
 
 def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, export: bool) -> Finished:

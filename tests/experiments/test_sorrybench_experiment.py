@@ -198,7 +198,7 @@ def test_the_loss_is_the_librarys(objective: Objective):
 
 def test_no_rate_that_lowers_the_loss_is_an_error():
     with pytest.raises(DataError, match=r"no learning rate of 1e-05, 0\.1 lowers the loss"):
-        largest_rate({"1e-05": [0.1], "0.1": [-1.0, 0.2]})
+        largest_rate({"1e-05": [0.1], "0.1": [-1.0, 0.2]}, {"1e-05": [0.0], "0.1": [0.0]})
 
 
 def run_of(train: float, refusals: str) -> dict[str, Any]:
