@@ -26,7 +26,7 @@ def mean_loss(objective: Objective, margins: np.ndarray) -> float:
 
 
 ENDLESS = 0.02
-"""Share of responses that may newly run into the limit of tokens: what is left of a broken model's texts mostly does."""
+"""Share of responses that may newly run into the limit of tokens, as most texts of a broken model do."""
 
 
 def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]]) -> float:
