@@ -186,7 +186,7 @@ def tables(result: dict[str, Any]) -> str:
         if not rate["tried"]:
             parts.append("As in the paper; not searched.")
             continue
-        parts.append("DPO; taken is the largest that lowers the loss over the epoch.\n")
+        parts.append("DPO; taken is the largest that lowers the loss over the epoch and leaves responses that end.\n")
         parts.append("| rate | loss | ln pi(y+) | refusals, train | by grammar |\n|---|---|---|---|---|")
         parts += [
             f"| {lr} | {t['loss_change']:+.3f} | {told(t['dlogp_chosen'])} | {percent(t['train'])} | "
