@@ -8,7 +8,7 @@ from ches_jax.pages import with_large_pages
 def run() -> int:
     """The command, in large pages."""
     with_large_pages()
-    from ches_jax.cli import main  # only the second time round
+    from ches_jax.cli import main  # after it: a process that starts again has loaded nothing
 
     return main()
 

@@ -9,8 +9,9 @@ Both directions walk over stretches of positions: the forward keeps one number p
 the backward computes the stretch's logits again. Largest arrays: [stretch, vocabulary] and the gradient of W.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,19 +94,25 @@ def _token_logps(hidden: Array, weight: Array, target: Array, head: Head) -> Arr
     return _forward(hidden, weight, target, head)[0]
 
 
-def _forward(hidden, weight, target, head: Head):
+def _each(one: Callable[[Array, Array, Array], Any], hidden, weight, target, head: Head) -> Any:
+    """``one(logits, logp, log of the sum)`` of every stretch, its arrays joined to [B, M, ...]."""
     rows, count, _ = hidden.shape
     stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
-    cast = weight.astype(hidden.dtype)
+    rounded = weight.astype(hidden.dtype)
 
-    def one(args):
+    def of_stretch(args):
         h, y = args
-        z, _ = _logits(h, cast, head)
+        z, _ = _logits(h, rounded, head)
         total = jax.nn.logsumexp(z, axis=-1)
-        return jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
+        return one(z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total)
 
-    logps, totals = lax.map(one, (_cut(hidden, stretch), _cut(target, stretch)))
-    return _joined(logps, count), (hidden, weight, target, _joined(totals, count))
+    found = lax.map(of_stretch, (_cut(hidden, stretch), _cut(target, stretch)))
+    return jax.tree.map(lambda a: _joined(a, count), found)
+
+
+def _forward(hidden, weight, target, head: Head):
+    logps, totals = _each(lambda z, logp, total: (logp, total), hidden, weight, target, head)
+    return logps, (hidden, weight, target, totals)
 
 
 def _backward(head: Head, kept, slope):
@@ -147,19 +154,12 @@ def token_statistics(
 
     Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
     """
-    rows, count, _ = hidden.shape
-    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
-    cast = weight.astype(hidden.dtype)
 
-    def one(args):
-        h, y = args
-        z, _ = _logits(h, cast, head)
-        total = jax.nn.logsumexp(z, axis=-1)
-        logp = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total
+    def one(z, logp, total):
         centred = z - total[..., None]
         return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
-    return _joined(lax.map(one, (_cut(hidden, stretch), _cut(target, stretch))), count)
+    return cast(Array, _each(one, hidden, weight, target, head))
 
 
 def segment_sums(values: Float[Array, "B M *n"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S *n"]:

@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from experiments.common import Row, Stage, Work
+from experiments.common import Stage
 from experiments.persona.config import SCALES, PersonaScale
+from experiments.persona.report import figures, rows, tables
+from experiments.persona.tables import summarise as summary
 
 TITLE = "Section 3, Tables 1 to 13: training on single prompts"
 
@@ -45,31 +46,3 @@ def phrase_pairs(config: PersonaScale) -> list[tuple[str, str, str]]:
         ("similar-agree", agree[0], agree[1]),
         ("similar-disagree", disagree[0], disagree[1]),
     ]
-
-
-def summary(work: Work) -> dict[str, Any]:
-    """The numbers of all tables."""
-    from experiments.persona.tables import summarise
-
-    return summarise(work)
-
-
-def rows(result: dict[str, Any]) -> list[Row]:
-    """Lines of the report."""
-    from experiments.persona.report import rows
-
-    return rows(result)
-
-
-def figures(result: dict[str, Any], name: str, folder: Any) -> list[Any]:
-    """Probabilities along the updates."""
-    from experiments.persona.report import figures
-
-    return figures(result, name, folder)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """Tables 1 to 13 in the paper's layout."""
-    from experiments.persona.report import tables
-
-    return tables(result)

@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from experiments.common import Row, Stage, Work
+from experiments.common import Stage
 from experiments.similarity.config import QUANTILES, SCALES, SimilarityScale
+from experiments.similarity.measure import summarise as summary
+from experiments.similarity.report import figures, rows, tables
 
 TITLE = "Section 5, Figures 2, 5-7, Tables 14-15: which pairs cause displacement"
 
@@ -38,31 +39,3 @@ def stages(config: SimilarityScale) -> list[Stage]:
 def run_name(objective: str, measure: str, quantile: float, seed: int) -> str:
     """Name of the stage of one training run."""
     return f"train/{objective}/{measure}/{quantile:g}/{seed}"
-
-
-def summary(work: Work) -> dict[str, Any]:
-    """The numbers of all figures and tables."""
-    from experiments.similarity.measure import summarise
-
-    return summarise(work)
-
-
-def rows(result: dict[str, Any]) -> list[Row]:
-    """Lines of the report."""
-    from experiments.similarity.report import rows
-
-    return rows(result)
-
-
-def figures(result: dict[str, Any], name: str, folder: Any) -> list[Any]:
-    """Figures 2 and 5 to 7: change of ln pi(y+) by percentile of each score."""
-    from experiments.similarity.report import figures
-
-    return figures(result, name, folder)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The same numbers, the extremes and the positivity statistics."""
-    from experiments.similarity.report import tables
-
-    return tables(result)

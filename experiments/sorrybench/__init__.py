@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from experiments.common import Row, Stage, Work
+from experiments.common import Stage
 from experiments.sorrybench.config import SCALES, SorryScale
+from experiments.sorrybench.measure import summarise as summary
+from experiments.sorrybench.report import figures, rows, tables
 
 TITLE = "Section 6, Figures 3, 4 and 8, Tables 16 to 18: refusals that are unlearned"
 
@@ -43,31 +44,3 @@ def stages(config: SorryScale) -> list[Stage]:
         for seed in config.seeds:
             found.append(Stage(f"train/{name}/{seed}", partial(runs.train_method, name=name, method=method, seed=seed)))
     return found
-
-
-def summary(work: Work) -> dict[str, Any]:
-    """The numbers of all figures and tables."""
-    from experiments.sorrybench.measure import summarise
-
-    return summarise(work)
-
-
-def rows(result: dict[str, Any]) -> list[Row]:
-    """Lines of the report."""
-    from experiments.sorrybench.report import rows
-
-    return rows(result)
-
-
-def figures(result: dict[str, Any], name: str, folder: Any) -> list[Any]:
-    """Refusal rates by method (Figures 3 and 8) and scores by type of pair (Figure 4)."""
-    from experiments.sorrybench.report import figures
-
-    return figures(result, name, folder)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """Refusal rates, Tables 16 and 17, the subsets, scores by type of pair."""
-    from experiments.sorrybench.report import tables
-
-    return tables(result)
