@@ -24,6 +24,10 @@ def command(shared, out, *more):
     return [sys.executable, "-m", "ches_jax", "train", *map(str, words)]
 
 
+def lines_of(file):
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo_sum", "rpo"])
 def test_an_epoch_over_hh_pairs(shared, tmp_path, loss):
     out = tmp_path / loss
@@ -38,19 +42,20 @@ def test_an_epoch_over_hh_pairs(shared, tmp_path, loss):
 def test_a_run_killed_ten_times_ends_as_one_that_was_not(shared, tmp_path):
     options = ("--limit", 400, "--batch-size", 8, "--save-every", 3, "--eval-every", 10, "--seed", 4)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
     subprocess.run(command(shared, whole, *options), check=True)
-    seconds = time.monotonic() - started
+    written = len((whole / "metrics.jsonl").read_text().splitlines())
     rng = random.Random(0)
     kills = 0
-    for _ in range(KILLS):
+    # at random lines of the log: a resumed run has less time left than a whole one
+    for line in sorted(rng.sample(range(1, written), KILLS)):
         process = subprocess.Popen(command(shared, killed, *options, "--resume"))
-        try:
-            process.wait(rng.uniform(0.1, 0.9) * seconds)
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and lines_of(killed / "metrics.jsonl") < line:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))  # anywhere in an update, or in the saving after it
+        if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
-            process.wait()
             kills += 1
+        process.wait()
     subprocess.run(command(shared, killed, *options, "--resume"), check=True)
     assert kills >= 2
     for name in ("metrics.jsonl", "displacement.parquet", "model/model.safetensors"):
