@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
-from ches_jax.models import attention
+from ches_jax.models.attention import dense
+from ches_jax.models.blocks import blocks
 from ches_jax.models.cache import Cache
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.precision import accumulate
@@ -150,7 +151,7 @@ class Engine:
         def start(state, p: Prompts) -> State:
             model = nnx.merge(graph, state)
             rows, length = p.tokens.shape
-            attend = attention.blocks if length > 256 else attention.dense
+            attend = blocks if length > 256 else dense
             hidden, kept = model.prefill(
                 p.tokens, p.first, length + max_new_tokens, lengths(p), attend=attend, mesh=on
             )  # fmt: skip

@@ -28,6 +28,11 @@ from ches_jax.models.precision import accumulate
 from ches_jax.models.visibility import KeyRanges, Visibility, causal, key_ranges
 
 NO_WINDOW = 2**30
+PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+)
+"""What layers keep for the backward pass; the rest is elementwise."""
 
 
 class Embedding(nnx.Module):
@@ -215,7 +220,9 @@ class Decoder(nnx.Module):
             return (x, kept), None
 
         numbers = jnp.arange(len(windows), dtype=jnp.int32)
-        return lax.scan(jax.checkpoint(step) if remat else step, (x, kept), (params, data, numbers))[0]
+        # without remat what is kept are products and attention: the rest costs less to compute again than to keep
+        step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else PRODUCTS_AND_ATTENTION)
+        return lax.scan(step, (x, kept), (params, data, numbers))[0]
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least."""

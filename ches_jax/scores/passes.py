@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import Rows, empty_rows, standard_seats
 from ches_jax.errors import ChesError
-from ches_jax.models.attention import Attend, blocks
+from ches_jax.models.attention import Attend
+from ches_jax.models.blocks import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.visibility import Visibility
 from ches_jax.parallel import ROWS, row_sharding, row_shards

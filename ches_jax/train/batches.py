@@ -103,9 +103,8 @@ def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> L
         if found.length == layout.row_tokens:
             counts[-(-len(found.rows) // layout.row_multiple) * layout.row_multiple] += 1
             predictions = max(predictions, _most_predictions(group, found, layout))
-    part = max(1, layout.row_tokens // 8)
-    room = -(-predictions // part) * part
-    return layout._replace(row_counts=fewest(counts, min(most, 1 + counts.total() // 32)), predictions=room)
+    sizes = fewest(counts, min(most, 1 + counts.total() // 32))
+    return layout._replace(row_counts=sizes, predictions=predictions)
 
 
 def _arranged(items: Sequence[Item], layout: Layout) -> Arrangement:

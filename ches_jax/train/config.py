@@ -131,7 +131,7 @@ class TrainConfig:
     remat: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
     attention: str = "auto"
-    """How attention is computed where no gradient is taken, as in `ches score`; gradients go through slices."""
+    """How attention is computed where no gradient is taken, as in `ches score`."""
     mesh: str | None = None
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
     distributed: str = "off"

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import Placement, Rows, arrange, write_rows
-from ches_jax.models.attention import Attend, blocks
+from ches_jax.models.attention import Attend
+from ches_jax.models.blocks import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import put_rows, row_shards

@@ -132,14 +132,15 @@ def _backward(head: Head, kept, slope):
             dz = dz * jnp.asarray(head.scale, acc)
         dz = dz.astype(h.dtype)
         dh = jnp.einsum("bmv,vd->bmd", dz, cast, precision=precision, preferred_element_type=acc)
-        dw = jnp.einsum("bmv,bmd->vd", dz, h, precision=precision, preferred_element_type=acc)
+        # with the narrow factor first: turning the wide one over is what would take long
+        dw = jnp.einsum("bmd,bmv->dv", h, dz, precision=precision, preferred_element_type=acc)
         return total_w + dw, dh.astype(h.dtype)
 
     cut = partial(_cut, stretch=stretch)
-    start = jnp.zeros(weight.shape, acc)
+    start = jnp.zeros(weight.shape[::-1], acc)
     # padding beyond the last position has slope 0 and adds nothing
     dw, dh = lax.scan(one, start, (cut(hidden), cut(target), cut(totals), cut(slope)))
-    return _joined(dh, count), dw.astype(weight.dtype), None
+    return _joined(dh, count), dw.T.astype(weight.dtype), None
 
 
 _token_logps.defvjp(_forward, _backward)

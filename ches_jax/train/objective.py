@@ -20,8 +20,9 @@ from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baselin
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.losses.wrappers import Per
-from ches_jax.models.attention import Attend, dense, slices
+from ches_jax.models.attention import Attend, dense
 from ches_jax.models.decoder import Decoder
+from ches_jax.models.kernels import with_gradient
 from ches_jax.models.visibility import Visibility
 from ches_jax.train.batches import Batch
 from ches_jax.train.logps import Head, segment_sums, token_logps
@@ -59,7 +60,7 @@ def prediction_logps(
       model: the decoder.
       rows: packed pairs.
       per_token: what is computed of each prediction; ``logps.token_statistics`` for more than its log-probability.
-      attend: how attention is computed; ``attention.slices`` (or ``dense``) where a gradient is taken.
+      attend: how attention is computed; ``kernels.with_gradient`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
@@ -252,5 +253,5 @@ def batch_loss(
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
     """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
-    found = batch_logps(model, batch, attend=slices, remat=remat, mesh=mesh)
+    found = batch_logps(model, batch, attend=with_gradient(), remat=remat, mesh=mesh)
     return loss_and_metrics(loss, batch, found, state)

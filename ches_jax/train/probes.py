@@ -25,7 +25,8 @@ from ches_jax.data.sources import open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import DataError
 from ches_jax.files import replacing
-from ches_jax.models.attention import Attend, blocks
+from ches_jax.models.attention import Attend
+from ches_jax.models.blocks import blocks
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import with_parameters

@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.losses import Loss
-from ches_jax.models.attention import slices
 from ches_jax.models.decoder import Decoder
+from ches_jax.models.kernels import with_gradient
 from ches_jax.models.load import with_parameters
 from ches_jax.parallel import put_rows, put_whole
 from ches_jax.train.batches import Batch
@@ -84,7 +84,7 @@ class Step:
 
         def excess(params: Any, frozen: Any, batch: Batch) -> Any:
             model = with_parameters(abstract, {**frozen, **params})
-            found = batch_logps(model, batch, attend=slices, mesh=on)
+            found = batch_logps(model, batch, attend=with_gradient(), mesh=on)
             return jnp.sum(found.responses[:, -1] - batch.reference[:, -1])
 
         # an objective that compares examples with all of their update needs it before the first micro-batch

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ches_jax.models import attention
+from ches_jax.models.blocks import blocks
 from ches_jax.models.kernels import KERNELS
 from ches_jax.models.visibility import block_spans, key_ranges, visible, visited, within
 
@@ -39,7 +40,7 @@ CASES = [
 ]
 PLAIN = {
     "dense": attention.dense,
-    "blocks": partial(attention.blocks, block=16),
+    "blocks": partial(blocks, block=16),
     "slices": partial(attention.slices, block=50),
 }
 WAYS = PLAIN | {name: kernel.make(True) for name, kernel in KERNELS.items()}
@@ -96,18 +97,17 @@ def test_any_positions_may_be_the_queries(rows: Packed, way: str):
     np.testing.assert_allclose(some, whole[:, at], atol=1e-5)
 
 
-def test_slices_have_the_gradient_of_dense(rows: Packed, x64: None):
+@pytest.mark.parametrize("way", ["slices", "blocks"])
+def test_the_gradient_is_that_of_dense(rows: Packed, way: str, x64: None):
     case = Case(1, 2, 8, window=17, softcap=5.0, dtype="float64")
     inputs = tuple(map(jnp.asarray, arrays(case, rows)))
     seen = within(key_ranges(rows.seen), jnp.int32(case.window))
 
-    def value(way, *inputs):
-        out = PLAIN[way](*inputs, seen, scale=0.3, softcap=case.softcap)
+    def value(name, *inputs):
+        out = PLAIN[name](*inputs, seen, scale=0.3, softcap=case.softcap)
         return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
-    for a, b in zip(
-        *(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in ("slices", "dense")), strict=True
-    ):
+    for a, b in zip(*(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in (way, "dense")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.models.attention import blocks, dense
+from ches_jax.models.attention import dense
+from ches_jax.models.blocks import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import load_model
 from ches_jax.parallel import make_mesh

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from ches_jax.errors import ChesError
-from ches_jax.models import attention, kernels
+from ches_jax.models import kernels
+from ches_jax.models.attention import dense
+from ches_jax.models.blocks import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families import decoder_config
 from ches_jax.models.kernels import KERNELS, Kernel, Setting, check, choose
@@ -35,13 +37,13 @@ def test_sliding_windows_and_soft_caps_on_a_mesh_of_heads_and_rows(name: str):
     nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))
     mesh = make_mesh("data=2,tensor=2")
     found = states(spread(model, mesh), mesh, attend=KERNELS[name].make(True))
-    plain = states(model, None, attend=attention.dense)
+    plain = states(model, None, attend=dense)
     np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
 
 
 def test_the_cpu_computes_in_blocks():
     assert choose("auto", LLAMA, "float32").name == "blocks"
-    assert choose("dense", LLAMA, "float32").attend is attention.dense
+    assert choose("dense", LLAMA, "float32").attend is dense
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -78,7 +80,7 @@ def test_a_kernel_that_cannot_run_here_says_why_and_what_can():
 
 def sees_everything_before(q, k, v, seen: KeyRanges, **options):
     """A faulty kernel: the chosen response's tokens are visible to the rejected one's."""
-    return attention.dense(q, k, v, seen._replace(own_start=jnp.zeros_like(seen.own_start)), **options)
+    return dense(q, k, v, seen._replace(own_start=jnp.zeros_like(seen.own_start)), **options)
 
 
 def fails(*arrays, **options):
@@ -94,7 +96,7 @@ def test_a_faulty_kernel_is_never_used(monkeypatch, attend, fault):
     with pytest.raises(ChesError, match=f"--attention faulty: .*{fault}"):
         choose("faulty", LLAMA, "float32")
     chosen = choose("auto", LLAMA, "float32")
-    assert (chosen.name, chosen.attend) == ("blocks", attention.blocks)
+    assert (chosen.name, chosen.attend) == ("blocks", blocks)
     assert fault in chosen.refused[0]
 
 

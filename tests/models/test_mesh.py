@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.models.attention import blocks
+from ches_jax.models.blocks import blocks
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families import FAMILIES, decoder_config

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from ches_jax.models.attention import Attend, blocks, dense
+from ches_jax.models.attention import Attend, dense
+from ches_jax.models.blocks import blocks
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.load import load_model
 from ches_jax.models.save import save_pretrained

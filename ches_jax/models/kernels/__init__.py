@@ -1,4 +1,4 @@
-"""The way attention is computed in passes that take no gradient: the best the device has, or the one asked for.
+"""The way attention is computed: the best the device has, or the one asked for.
 
 dense       jax.numpy, the whole mask: anywhere
 blocks      jax.numpy, skips blocks with nothing to see: anywhere
@@ -6,7 +6,7 @@ pallas-tpu  ``pallas_tpu``
 pallas-gpu  ``pallas_gpu``
 
 ``NAME:interpret`` runs a kernel of another device in emulation, which is slow: to look into it, and to test it. Before
-a kernel is trusted it is compared with ``dense`` on the device. Gradients are taken through ``attention.slices``.
+a kernel is trusted it is compared with ``dense`` on the device. Gradients take ``with_gradient``.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from ches_jax.errors import ChesError
 from ches_jax.models import attention
 from ches_jax.models.attention import Attend
+from ches_jax.models.blocks import blocks
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.visibility import KeyRanges, Visibility, key_ranges, within
 
@@ -91,7 +92,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {"pallas-tpu": Kernel(_tpu, _why_not_tpu), "pallas-gpu": Kernel(_gpu, _why_not_gpu)}
-PLAIN: dict[str, Attend] = {"blocks": attention.blocks, "dense": attention.dense}
+PLAIN: dict[str, Attend] = {"blocks": blocks, "dense": attention.dense}
 
 
 def setting_of(config: DecoderConfig, dtype: DTypeLike) -> Setting:
@@ -121,7 +122,7 @@ def choose(asked: str, config: DecoderConfig, dtype: DTypeLike) -> Choice:
             if fault is None:
                 return Choice(name, attend, tuple(faults))
             faults.append(f"{name}: {fault}")
-        return Choice("blocks", attention.blocks, tuple(faults))
+        return Choice("blocks", blocks, tuple(faults))
     if asked in PLAIN:
         return Choice(asked, PLAIN[asked])
     name = asked.removesuffix(INTERPRET)
@@ -140,6 +141,11 @@ def choose(asked: str, config: DecoderConfig, dtype: DTypeLike) -> Choice:
     if fault is not None:
         raise ChesError(f"--attention {asked}: {fault}. Here can: {here}")
     return Choice(asked, attend)
+
+
+def with_gradient() -> Attend:
+    """The way training takes: ``blocks`` on a CPU; elsewhere ``slices``, which run without waiting for the data."""
+    return blocks if jax.default_backend() == "cpu" else attention.slices
 
 
 def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:
