@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models.precision import accumulate, matmul_precision
+from ches_jax.models.precision import accumulate, matmul_precision, products
 
 LOGITS_AT_ONCE = {"cpu": 2**22}
 """Logits of one stretch: on a CPU what stays near the caches."""
@@ -120,7 +120,6 @@ def _backward(head: Head, kept, slope):
     rows, count, _ = hidden.shape
     stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
     acc = accumulate(hidden.dtype)
-    precision = matmul_precision(hidden.dtype)
     cast = weight.astype(hidden.dtype)
 
     def one(total_w, args):
@@ -131,9 +130,9 @@ def _backward(head: Head, kept, slope):
         if head.scale is not None:
             dz = dz * jnp.asarray(head.scale, acc)
         dz = dz.astype(h.dtype)
-        dh = jnp.einsum("bmv,vd->bmd", dz, cast, precision=precision, preferred_element_type=acc)
+        dh = products("bmv,vd->bmd", dz, cast)
         # with the narrow factor first: turning the wide one over is what would take long
-        dw = jnp.einsum("bmd,bmv->dv", h, dz, precision=precision, preferred_element_type=acc)
+        dw = products("bmd,bmv->dv", h, dz)
         return total_w + dw, dh.astype(h.dtype)
 
     cut = partial(_cut, stretch=stretch)
