@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models.precision import accumulate
+from ches_jax.segments import segment_sums
 
 TOKENS_PER_LOGIT_CHUNK = 256
 
@@ -32,17 +33,6 @@ class SegmentStatistics(NamedTuple):
     """Each prediction's inner product with the sum of each segment (``head.ches_products``)."""
     head_products: Float[Array, "B M S"] | None = None
     """The same between unembedding gradients (``head.head_products``)."""
-
-
-def segment_sums(values: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S D"]:
-    """Sum of ``values`` over the predictions of each segment; ids outside 0 .. S-1 join no sum.
-
-    >>> segment_sums(jnp.ones((1, 3, 1)), jnp.array([[0, 0, 2]]), 2).tolist()
-    [[[2.0], [0.0]]]
-    """
-    acc = accumulate(values.dtype)
-    member = (segment[:, None, :] == jnp.arange(segments, dtype=segment.dtype)[None, :, None]).astype(acc)
-    return jnp.einsum("bsm,bmd->bsd", member, values.astype(acc), precision=lax.Precision.HIGHEST)
 
 
 def token_logps(

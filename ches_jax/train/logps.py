@@ -160,15 +160,3 @@ def token_statistics(
         return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
     return cast(Array, _each(one, hidden, weight, target, head))
-
-
-def segment_sums(values: Float[Array, "B M *n"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B S *n"]:
-    """Sum of ``values`` over each segment of each row; ids outside 0 .. S-1 join no sum.
-
-    A product with a 0/1 matrix, so that the order of the additions is fixed on every backend.
-
-    >>> segment_sums(jnp.ones((1, 3)), jnp.array([[0, 0, 2]]), 2).tolist()
-    [[2.0, 0.0]]
-    """
-    member = segment[:, None, :] == jnp.arange(segments, dtype=segment.dtype)[None, :, None]
-    return jnp.einsum("bsm,bm...->bs...", member.astype(values.dtype), values, precision=lax.Precision.HIGHEST)

@@ -24,8 +24,9 @@ from ches_jax.models.attention import Attend, dense
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.kernels import with_gradient
 from ches_jax.models.visibility import Visibility
+from ches_jax.segments import segment_sums
 from ches_jax.train.batches import Batch
-from ches_jax.train.logps import Head, segment_sums, token_logps
+from ches_jax.train.logps import Head, token_logps
 
 SUPPLIED = (
     REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from ches_jax.train.logps import Head, segment_sums, stretch_of, token_logps, token_statistics
+from ches_jax.train.logps import Head, stretch_of, token_logps, token_statistics
 
 ROWS, COUNT, WIDTH, VOCABULARY = 2, 7, 5, 11
 
@@ -65,11 +65,6 @@ def test_logits_are_never_whole():
     assert stretch < count / 4
     text = str(jax.make_jaxpr(jax.grad(lambda h, w: token_logps(h, w, y, Head()).sum(), (0, 1)))(h, w))
     assert f"[{rows},{count},{vocabulary}]" not in text and f"[{rows},{stretch},{vocabulary}]" in text
-
-
-def test_segments_outside_the_range_join_no_sum():
-    values = jnp.asarray([[1.0, 2.0, 4.0, 8.0]])
-    assert segment_sums(values, jnp.asarray([[0, 2, 0, 3]]), 3).tolist() == [[5.0, 0.0, 2.0]]
 
 
 @pytest.mark.parametrize("head", HEADS)
