@@ -161,7 +161,7 @@ def _visits(seen: KeyRanges, keys: int, block: int) -> Visits:
 def _at_rung(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) -> Any:
     """``compute`` at the first rung of at least ``count`` visits."""
     sizes = rungs(most)
-    rung = jnp.searchsorted(jnp.asarray(sizes, count.dtype), count)
+    rung = jnp.sum(jnp.asarray(sizes, count.dtype) < count)
     return lax.switch(rung, [partial(compute, size) for size in sizes])
 
 
