@@ -14,7 +14,7 @@ shapes cannot: it is rounded up to one of a few ``rungs``, each compiled once, a
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ class Way(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Blocks of keys that each block of queries visits: the first ``count`` of ``number``."""
+    """Blocks of keys that each block of queries visits: the first ``visits`` of ``number``."""
 
     number: Int[Array, "N S"]
-    count: Int[Array, " N"]
+    visits: Int[Array, " N"]
 
 
 def blocks(
@@ -58,7 +58,7 @@ def blocks(
     """Attention in blocks of ``block`` queries and keys; differentiable, no forward mode."""
     block = block or BLOCK.get(jax.default_backend(), WIDE_BLOCK)
     rows = (*(to_multiple(a, block) for a in (q, k, v)), padded(seen, block))
-    return _attend(*rows, Way(block, scale, softcap))[:, : q.shape[1]]
+    return cast(Array, _attend(*rows, Way(block, scale, softcap)))[:, : q.shape[1]]
 
 
 def rungs(most: int) -> list[int]:
@@ -78,20 +78,21 @@ def _attend(q: Array, k: Array, v: Array, seen: KeyRanges, way: Way) -> Array:
 
 def _forward(q, k, v, seen, way: Way):
     # lax.map, not vmap: each row visits its own blocks, and a row is work enough for a device
-    out, total = lax.map(lambda row: _row_forward(*row, way), (q, k, v, seen))
+    out, total = lax.map(partial(_row_forward, way), (q, k, v, seen))
     out, total = checkpoint_name((out, total), KEPT)
     return out, (q, k, v, seen, out, total)
 
 
 def _backward(way: Way, kept, slope):
-    return (*lax.map(lambda row: _row_backward(*row, way), (*kept, slope)), None)
+    return (*lax.map(partial(_row_backward, way), (*kept, slope)), None)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _row_forward(q, k, v, seen: KeyRanges, way: Way) -> tuple[Array, Array]:
+def _row_forward(way: Way, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[Array, Array]:
     """Outputs of a row, [Q, K, G, H], and the log of the sum of each block's scores, [N, K, G b]."""
+    q, k, v, seen = row
     keys, values = (_blocks_of_keys(a, way.block) for a in (k, v))
     visits = _visits(seen, len(k), way.block)
 
@@ -114,8 +115,9 @@ def _row_forward(q, k, v, seen: KeyRanges, way: Way) -> tuple[Array, Array]:
     return _rows_of_queries(out, way.block), total
 
 
-def _row_backward(q, k, v, seen: KeyRanges, out, total, slope, way: Way) -> tuple[Array, Array, Array]:
+def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Array, Array]) -> tuple[Array, ...]:
     """Gradients by the queries, keys and values of a row."""
+    q, k, v, seen, out, total, slope = row
     acc = accumulate(q.dtype)
     keys, values = (_blocks_of_keys(a, way.block) for a in (k, v))
     visits = _visits(seen, len(k), way.block)
@@ -150,7 +152,7 @@ def _row_backward(q, k, v, seen: KeyRanges, out, total, slope, way: Way) -> tupl
 
 
 def _visits(seen: KeyRanges, keys: int, block: int) -> Visits:
-    """What each block of a row's queries visits; numbers past ``count`` are of some block that exists."""
+    """What each block of a row's queries visits; numbers past ``visits`` are of some block that exists."""
     spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], seen), block, block))
     most = keys // block
     steps = jnp.arange(most, dtype=jnp.int32)[None]
