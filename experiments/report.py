@@ -27,7 +27,7 @@ class Report:
     """What to do."""
 
     check: bool = False
-    """Only compare README.md with the results."""
+    """Only compare README.md and the tables with the results."""
 
 
 def results(root: Path = ROOT) -> list[tuple[str, dict[str, Any]]]:
@@ -92,16 +92,19 @@ def replaced(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
 
 
+def folder_of(result: dict[str, Any]) -> Path:
+    """Where the results of an item lie."""
+    return ROOT / "experiments" / result["item"] / "results"
+
+
+def texts(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[Path, str]:
+    """Tables in the paper's layout, by the file that they belong in."""
+    return {folder_of(result) / f"{name}.md": load(result["item"]).tables(result) for name, result in found}
+
+
 def pictures(found: Sequence[tuple[str, dict[str, Any]]]) -> list[Path]:
-    """Figures and Markdown tables beside the results; returns the figures."""
-    written: list[Path] = []
-    for name, result in found:
-        module = load(result["item"])
-        folder = ROOT / "experiments" / result["item"] / "results"
-        written += module.figures(result, name, folder)
-        if hasattr(module, "tables"):
-            (folder / f"{name}.md").write_text(module.tables(result), encoding="utf-8")
-    return written
+    """Draws the figures beside the results."""
+    return [p for name, result in found for p in load(result["item"]).figures(result, name, folder_of(result))]
 
 
 def report(options: Report) -> int:
@@ -112,9 +115,13 @@ def report(options: Report) -> int:
     old = README.read_text(encoding="utf-8")
     if options.check:
         drawn = sorted(p for item in ITEMS for p in (ROOT / "experiments" / item / "results").glob("*.png"))
-        same = replaced(old, section(found, drawn)) == old
-        print("README.md says what the results say" if same else "README.md differs: run python -m experiments.report")
-        return int(not same)
+        new = {README: replaced(old, section(found, drawn)), **texts(found)}
+        stale = [p for p, text in new.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+        for path in stale:
+            print(f"{path} differs: run python -m experiments.report")
+        return int(bool(stale))
+    for path, text in texts(found).items():
+        path.write_text(text, encoding="utf-8")
     drawn = sorted(pictures(found))
     README.write_text(replaced(old, section(found, drawn)), encoding="utf-8")
     print(README)

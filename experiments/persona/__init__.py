@@ -5,8 +5,8 @@ from pathlib import Path
 
 from experiments.common import Stage
 from experiments.persona.config import SCALES, PersonaScale
+from experiments.persona.numbers import summarise as summary
 from experiments.persona.report import figures, rows, tables
-from experiments.persona.tables import summarise as summary
 
 TITLE = "Section 3, Tables 1 to 13: training on single prompts"
 

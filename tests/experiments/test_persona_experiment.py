@@ -24,7 +24,7 @@ from experiments.persona.measure import (
     stance_of,
     top_gains,
 )
-from experiments.persona.tables import contest_table
+from experiments.persona.numbers import contest_table
 
 
 def test_a_loss_that_rises_once_is_not_monotone():
