@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models.precision import accumulate
-from ches_jax.segments import segment_sums
+from ches_jax.models.segments import segment_sums
 
 CHUNK = 2048
 """Vocabulary rows at a time."""

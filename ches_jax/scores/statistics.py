@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models.precision import accumulate
-from ches_jax.segments import segment_sums
+from ches_jax.models.segments import segment_sums
 
 TOKENS_PER_LOGIT_CHUNK = 256
 

@@ -23,8 +23,8 @@ from ches_jax.losses.wrappers import Per
 from ches_jax.models.attention import Attend, dense
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.kernels import with_gradient
+from ches_jax.models.segments import segment_sums
 from ches_jax.models.visibility import Visibility
-from ches_jax.segments import segment_sums
 from ches_jax.train.batches import Batch
 from ches_jax.train.logps import Head, token_logps
 
