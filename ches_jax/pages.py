@@ -1,8 +1,9 @@
-"""Memory in large pages: what a program of many hundred megabytes of short-lived arrays gains most from on a CPU.
+"""Memory in large pages, for a program of many hundred megabytes of short-lived arrays on a CPU.
 
 XLA on a CPU takes the memory of a call from malloc and gives it back after, so that every call meets each of its pages
-for the first time again. With pages of 2 MB in place of 4 KB those first times are few (7 % off the CPU seconds of
-scoring, 10 % off those of a training step: ``experiments/benchmarks``).
+for the first time again. With pages of 2 MB in place of 4 KB those first times are few: 4 % off the CPU seconds of a
+training step; of scoring, no more than the noise (``experiments.benchmarks.train_speed ours`` and ``scoring``, with
+``GLIBC_TUNABLES=glibc.malloc.hugetlb=`` 0 and 1).
 """
 
 import os
