@@ -5,9 +5,12 @@ and its slope ``g``:
 
 .. math::
   \frac{\partial}{\partial v_s} = \sum_q p_{qs} g_q, \qquad
-  \frac{\partial}{\partial z_{qs}} = p_{qs} (g_q \cdot v_s - g_q \cdot o_q)
+  \frac{\partial}{\partial z_{qs}} = p_{qs} \Big(g_q \cdot v_s - \sum_t p_{qt}\, g_q \cdot v_t\Big)
 
-The forward keeps ``o`` and ``Z``, the backward computes the scores again. Both walk over blocks of queries; what such a
+The sum over t equals ``g . o``; summed from the same rounded terms it makes the slopes of a query add up to nothing,
+which an optimiser that divides by the size of a gradient notices.
+
+The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; what such a
 block visits is gathered first, so that its products are few and large. Their number differs from block to block and
 shapes cannot: it is rounded up to one of a few ``rungs``, each compiled once, and keys of the surplus are hidden.
 """
@@ -80,7 +83,7 @@ def _forward(q, k, v, seen, way: Way):
     # lax.map, not vmap: each row visits its own blocks, and a row is work enough for a device
     out, total = lax.map(partial(_row_forward, way), (q, k, v, seen))
     out, total = checkpoint_name((out, total), KEPT)
-    return out, (q, k, v, seen, out, total)
+    return out, (q, k, v, seen, total)
 
 
 def _backward(way: Way, kept, slope):
@@ -115,22 +118,22 @@ def _row_forward(way: Way, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[
     return _rows_of_queries(out, way.block), total
 
 
-def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Array, Array]) -> tuple[Array, ...]:
+def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Array]) -> tuple[Array, ...]:
     """Gradients by the queries, keys and values of a row."""
-    q, k, v, seen, out, total, slope = row
+    q, k, v, seen, total, slope = row
     acc = accumulate(q.dtype)
     keys, values = (_blocks_of_keys(a, way.block) for a in (k, v))
     visits = _visits(seen, len(k), way.block)
-    mean = jnp.sum(slope.astype(acc) * out.astype(acc), -1)  # g . o
 
     def block(carry, args):
-        qi, gi, mean_i, total_i, seen_i, number, count = args
+        qi, gi, total_i, seen_i, number, count = args
 
         def at(rung: int):
             ki, vi, shown = (*(_gathered(a, number, rung) for a in (keys, values)), _shown(seen_i, number, count, rung))
             z, inner = _scores(qi, ki, shown, way)
             p = jnp.exp(z - total_i[..., None])
-            dz = p * (products("kqh,ksh->kqs", gi, vi) - mean_i) * (inner * jnp.asarray(way.scale, acc))
+            dp = products("kqh,ksh->kqs", gi, vi)
+            dz = p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * (inner * jnp.asarray(way.scale, acc))
             dz, p = dz.astype(q.dtype), p.astype(v.dtype)
             # with the narrow factor first: turning the wide one over is what would take long
             parts = products("kqh,kqs->khs", qi, dz), products("kqh,kqs->khs", gi, p)
@@ -145,7 +148,7 @@ def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Ar
         return lax.fori_loop(0, count, add, carry), dq
 
     start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], way.block), acc)
-    queries = (_blocks_of_queries(a, way.block) for a in (q, slope, mean[..., None]))
+    queries = (_blocks_of_queries(a, way.block) for a in (q, slope))
     (dk, dv), dq = lax.scan(block, (start, start), (*queries, total, _in_blocks(seen, way.block), *visits))
     turned = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk, dv))
     return _rows_of_queries(dq, way.block), *(a.astype(k.dtype) for a in turned)
