@@ -15,7 +15,7 @@ import tyro
 
 from ches_jax.errors import ChesError, RunError
 from ches_jax.files import read_object
-from experiments.common import ITEMS, ROOT, Row, load
+from experiments.common import ITEMS, ROOT, Row, load, result_file
 
 README = ROOT / "experiments" / "README.md"
 BEGIN, END = "<!-- report: begin (python -m experiments.report) -->", "<!-- report: end -->"
@@ -92,19 +92,21 @@ def replaced(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
 
 
-def folder_of(result: dict[str, Any]) -> Path:
-    """Where the results of an item lie."""
-    return ROOT / "experiments" / result["item"] / "results"
-
-
 def texts(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[Path, str]:
     """Tables in the paper's layout, by the file that they belong in."""
-    return {folder_of(result) / f"{name}.md": load(result["item"]).tables(result) for name, result in found}
+    return {
+        result_file(result["item"], name).with_suffix(".md"): load(result["item"]).tables(result)
+        for name, result in found
+    }
 
 
 def pictures(found: Sequence[tuple[str, dict[str, Any]]]) -> list[Path]:
     """Draws the figures beside the results."""
-    return [p for name, result in found for p in load(result["item"]).figures(result, name, folder_of(result))]
+    return [
+        path
+        for name, result in found
+        for path in load(result["item"]).figures(result, name, result_file(result["item"], name).parent)
+    ]
 
 
 def report(options: Report) -> int:
@@ -119,6 +121,8 @@ def report(options: Report) -> int:
         stale = [p for p, text in new.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
         for path in stale:
             print(f"{path} differs: run python -m experiments.report")
+        if not stale:
+            print("README.md and the tables say what the results say")
         return int(bool(stale))
     for path, text in texts(found).items():
         path.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ches_jax.models.precision import accumulate, products
 from ches_jax.models.visibility import KeyRanges, visible
 
-SLICE, WIDE_SLICE = {"cpu": 128}, 512
+SLICE = 512
 """Queries of a slice of ``slices``."""
 KEPT = "attention"
 """Name of what the backward pass keeps and does not compute again."""
@@ -84,14 +84,13 @@ def slices(
     *,
     scale: float,
     softcap: float | None,
-    block: int | None = None,
+    block: int = SLICE,
 ) -> Float[Array, "B T K G H"]:
     """Attention for training: ``block`` queries at a time against the keys up to their end, scores never kept.
 
     Nobody sees what comes after it, so half of the scores are never computed; the backward pass computes the scores of
     a slice again. Needs the queries of the whole row, each of which sees nothing after itself.
     """
-    block = block or SLICE.get(jax.default_backend(), WIDE_SLICE)
     one = jax.checkpoint(partial(dense, scale=scale, softcap=softcap))
     parts = []
     for a in range(0, q.shape[1], block):

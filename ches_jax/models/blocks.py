@@ -103,7 +103,8 @@ def _row_forward(way: Way, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[
         qi, seen_i, number, count = args
 
         def at(rung: int):
-            ki, vi, shown = (*(_gathered(a, number, rung) for a in (keys, values)), _shown(seen_i, number, count, rung))
+            ki, vi = (_gathered(a, number, rung) for a in (keys, values))
+            shown = _shown(seen_i, number, count, rung)
             z = _scores(qi, ki, shown, way)[0]
             top = z.max(-1, keepdims=True)
             p = jnp.exp(z - top)
@@ -129,7 +130,8 @@ def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Ar
         qi, gi, total_i, seen_i, number, count = args
 
         def at(rung: int):
-            ki, vi, shown = (*(_gathered(a, number, rung) for a in (keys, values)), _shown(seen_i, number, count, rung))
+            ki, vi = (_gathered(a, number, rung) for a in (keys, values))
+            shown = _shown(seen_i, number, count, rung)
             z, inner = _scores(qi, ki, shown, way)
             p = jnp.exp(z - total_i[..., None])
             dp = products("kqh,ksh->kqs", gi, vi)

@@ -1,7 +1,6 @@
 """Section 3 of the paper: one prompt, one pair, and where the probability goes."""
 
 from functools import partial
-from pathlib import Path
 
 from experiments.common import Stage
 from experiments.persona.config import SCALES, PersonaScale
@@ -10,9 +9,7 @@ from experiments.persona.report import figures, rows, tables
 
 TITLE = "Section 3, Tables 1 to 13: training on single prompts"
 
-RESULTS = Path(__file__).parent / "results"
-
-__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
 
 
 def stages(config: PersonaScale) -> list[Stage]:

@@ -1,7 +1,6 @@
 """Section 5 of the paper: which pairs lower the likelihood of their preferred response."""
 
 from functools import partial
-from pathlib import Path
 
 from experiments.common import Stage
 from experiments.similarity.config import QUANTILES, SCALES, SimilarityScale
@@ -10,9 +9,7 @@ from experiments.similarity.report import figures, rows, tables
 
 TITLE = "Section 5, Figures 2, 5-7, Tables 14-15: which pairs cause displacement"
 
-RESULTS = Path(__file__).parent / "results"
-
-__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
 
 
 def stages(config: SimilarityScale) -> list[Stage]:

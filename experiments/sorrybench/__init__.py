@@ -1,7 +1,6 @@
 """Section 6 of the paper: does preference training on a model's own refusals make it refuse less?"""
 
 from functools import partial
-from pathlib import Path
 
 from experiments.common import Stage
 from experiments.sorrybench.config import SCALES, SorryScale
@@ -10,9 +9,7 @@ from experiments.sorrybench.report import figures, rows, tables
 
 TITLE = "Section 6, Figures 3, 4 and 8, Tables 16 to 18: refusals that are unlearned"
 
-RESULTS = Path(__file__).parent / "results"
-
-__all__ = ["RESULTS", "SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
+__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summary", "tables"]
 
 
 def stages(config: SorryScale) -> list[Stage]:

@@ -58,6 +58,8 @@ class SorryScale(Scale):
     gold_splits: tuple[str | None, ...] = (None,)
 
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, beside the end-of-sequence tokens."""
     temperature: float = 0.7
     """Of the responses that are judged after training; preferences are sampled at 1."""
     batch_size: int = 32
@@ -132,8 +134,9 @@ SCALES: dict[str, SorryScale] = {
         judge="rules",
         gold=None,
         max_new_tokens=96,
-        rates=(3e-7, 1e-6, 3e-6, 1e-5),
-        gold_rates=(3e-7, 1e-6, 3e-6, 1e-5),
+        stop=("\n\nHuman:",),
+        rates=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
+        gold_rates=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
         row_tokens=512,
         methods=methods(0.1, 1000.0),
     ),

@@ -212,8 +212,8 @@ def generated(
     out = generate(
         GenerateConfig(
             model=model, prompts=str(requests_file(work)), out=str(work.folder(name)), samples=samples,
-            temperature=temperature, seed=seed, max_new_tokens=config.max_new_tokens, batch_size=config.sample_rows,
-            chunk_rows=512, mesh=config.mesh, on_bad_row="keep",
+            temperature=temperature, seed=seed, max_new_tokens=config.max_new_tokens, stop=config.stop,
+            batch_size=config.sample_rows, chunk_rows=512, mesh=config.mesh, on_bad_row="keep",
         ),
         resume=True,
         quiet=True,

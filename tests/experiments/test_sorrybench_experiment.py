@@ -1,6 +1,5 @@
 """Section 6: pairs and their labels, subsets, scales, grammar, and what the numbers are made of."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -270,9 +269,3 @@ def test_verdicts_follow_the_intervals():
     assert report.verdict({"train_change": down, "dlogp_chosen": down}) == "refusals fall; ln pi(y+) fall"
     told = report.verdict({"train_change": up, "dlogp_chosen": none, "kinds": {"broken": spread_of(0.9, 0.0)}})
     assert told == "refusals rise; ln pi(y+) not told from unchanged; what is left is broken text, not compliance"
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in sorrybench.RESULTS.glob("*.json")))
-def test_committed_tables_follow_from_the_committed_result(name):
-    result = json.loads((sorrybench.RESULTS / f"{name}.json").read_text())
-    assert (sorrybench.RESULTS / f"{name}.md").read_text() == report.tables(result)

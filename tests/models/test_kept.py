@@ -1,5 +1,7 @@
 """What the layers keep for the backward pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def kept(decoder: Decoder, attend, remat: bool) -> tuple[int, list[jax.Array]]:
     return size, jax.tree.leaves(backward(jnp.cos(hidden)))
 
 
-@pytest.mark.parametrize("attend", [blocks, slices])
+@pytest.mark.parametrize("attend", [blocks, partial(slices, block=64)], ids=["blocks", "slices"])
 def test_products_and_attention_are_kept_and_the_rest_is_computed_again(decoder: Decoder, attend):
     c = decoder.config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
