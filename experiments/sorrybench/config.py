@@ -46,6 +46,8 @@ class SorryScale(Scale):
     """How a request that is not written so already is put; None: as a user's turn, through the chat template."""
     requests: int | None
     """How many are drawn; None: all."""
+    request_tokens: int | None = None
+    """The longest request; None: what leaves room for a response in the model's context."""
     test_share: float = 0.15
     draw_seed: int = 0
     """Of the requests, the split, the sampled responses and the order of ties."""
@@ -131,6 +133,7 @@ SCALES: dict[str, SorryScale] = {
         time="an hour",
         dialogue="\n\nHuman: {prompt}\n\nAssistant:",
         requests=435,
+        request_tokens=64,
         judge="rules",
         gold=None,
         max_new_tokens=96,

@@ -65,7 +65,7 @@ def write_requests(work: Work) -> dict[str, Any]:
 
 
 def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The requests as the model is asked, those that leave room for a response in its context."""
+    """The requests as the model is asked: those short enough, which leave room for a response in its context."""
     from ches_jax.data.sources import Row
     from ches_jax.generate.inputs import open_encoder
 
@@ -74,7 +74,7 @@ def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[d
     asked = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
     rows = [Row(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(asked)]
     lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]
-    room = encoder.max_length - config.max_new_tokens
+    room = min(encoder.max_length - config.max_new_tokens, config.request_tokens or encoder.max_length)
     return [r for r, n in zip(asked, lengths, strict=True) if n <= room]
 
 
