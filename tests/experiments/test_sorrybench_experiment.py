@@ -1,5 +1,6 @@
 """Section 6: pairs and their labels, subsets, scales, grammar, and what the numbers are made of."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,6 @@ def test_requests_of_the_embedded_world_are_split_and_have_gold_pairs(work):
 
 def config(**changes: Any) -> SorryScale:
     """The paper's scale with a tokenizer that is at hand; a response has room after a short request."""
-    import dataclasses
-
     return dataclasses.replace(SCALES["paper"].given(model="embedded", **changes), max_new_tokens=400)
 
 
@@ -100,6 +99,14 @@ def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
         number = message["content"].removeprefix("request ")
         assert number != "7"
         assert row["gold"] == {"chosen": f"answer {number} 0.0", "rejected": f"answer {number} 1.0"}
+
+
+def test_requests_longer_than_the_scale_takes_are_left_out(tmp_path):
+    requests = write_rows(tmp_path / "r.jsonl", [{"prompt": f"p{i} " + "and " * (i % 3 * 20)} for i in range(60)])
+    mine = dataclasses.replace(config(pairs=str(requests)), request_tokens=40)
+    work = Work("sorrybench", "paper", mine, tmp_path / "out", quiet=True)
+    assert data.write_requests(work) == {"found": 60, "usable": 40, "train": 34, "test": 6}
+    assert all(len(row["prompt"][0]["content"]) < 90 for row in data.read_lines(data.requests_file(work)))
 
 
 def test_gold_responses_of_another_shape_are_named(tmp_path):
