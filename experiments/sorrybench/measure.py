@@ -1,5 +1,6 @@
 """From the runs to the numbers of the figures: pure functions, and ``summarise`` which reads the stages."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,22 +30,27 @@ ENDLESS = 0.02
 """Share of responses that may newly run into the limit of tokens, as most texts of a broken model do."""
 
 
-def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]]) -> float:
-    """The largest learning rate that lowers the loss over the epoch and leaves a model whose responses end.
+def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]], responses: int) -> float:
+    r"""The largest learning rate that lowers the loss over the epoch and leaves a model whose responses end.
+
+    With the share p of responses that the smallest rate's model cuts, n responses, and ``ENDLESS`` e, a rate's share
+    is at most :math:`p + e + 2\sqrt{2 p (1 - p) / n}`: the root is the standard error of such a difference by chance.
 
     Args:
       losses: change of the loss for every seed, by rate.
-      cut: share of responses that ran into the limit of tokens; compared with the smallest rate's.
+      cut: share of responses that ran into the limit of tokens.
+      responses: how many were looked at each time.
 
     Raises:
       DataError: there is none.
 
     >>> losses = {"1e-06": [-0.01, -0.02], "1e-05": [-0.1, -0.2], "0.0001": [-0.2, 0.1]}
-    >>> largest_rate(losses, {"1e-06": [0.5, 0.5], "1e-05": [0.5, 0.51], "0.0001": [0.5, 0.5]})
+    >>> largest_rate(losses, {"1e-06": [0.5, 0.5], "1e-05": [0.5, 0.51], "0.0001": [0.5, 0.5]}, 400)
     1e-05
     """
-    start = max(cut[min(cut, key=float)])
-    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0 and max(cut[lr]) <= start + ENDLESS]
+    p = max(cut[min(cut, key=float)])
+    most = p + ENDLESS + 2 * math.sqrt(2 * p * (1 - p) / responses)
+    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0 and max(cut[lr]) <= most]
     if not good:
         raise DataError(f"no learning rate of {', '.join(losses)} lowers the loss; add smaller ones to the scale")
     return max(good)

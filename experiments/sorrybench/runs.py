@@ -101,7 +101,8 @@ def choose_rate(work: Work, pairs: str) -> dict[str, Any]:
         f"{lr:g}": [work.value(f"try/{pairs}/{lr:g}/{s}") for s in config.seeds[: config.rate_seeds]] for lr in rates
     }
     losses, cut = ({lr: [r[k] for r in found] for lr, found in runs.items()} for k in ("loss_change", "cut"))
-    return {"lr": largest_rate(losses, cut), "runs": runs}
+    responses = min(len(r["refusals"]) for found in runs.values() for r in found)
+    return {"lr": largest_rate(losses, cut, responses), "runs": runs}
 
 
 def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, export: bool) -> Finished:

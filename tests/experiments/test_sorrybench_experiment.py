@@ -204,7 +204,14 @@ def test_the_loss_is_the_librarys(objective: Objective):
 
 def test_no_rate_that_lowers_the_loss_is_an_error():
     with pytest.raises(DataError, match=r"no learning rate of 1e-05, 0\.1 lowers the loss"):
-        largest_rate({"1e-05": [0.1], "0.1": [-1.0, 0.2]}, {"1e-05": [0.0], "0.1": [0.0]})
+        largest_rate({"1e-05": [0.1], "0.1": [-1.0, 0.2]}, {"1e-05": [0.0], "0.1": [0.0]}, 100)
+
+
+@pytest.mark.parametrize("start, more, lr", [(0.0, 0.03, 1e-5), (0.1, 0.05, 1e-4), (0.1, 0.07, 1e-5)])
+def test_a_rate_that_leaves_responses_endless_is_not_taken_but_chance_is_allowed_for(start, more, lr):
+    """435 responses of which a tenth are cut: a difference of 0.04 is two standard errors."""
+    losses = {"1e-05": [-0.1], "0.0001": [-0.2]}
+    assert largest_rate(losses, {"1e-05": [start], "0.0001": [start + more]}, 435) == lr
 
 
 def run_of(train: float, refusals: str) -> dict[str, Any]:
