@@ -13,7 +13,7 @@ from experiments.common import Work, configure
 from experiments.common_runs import write_rows
 from experiments.embedded import replies
 from experiments.embedded.world import build_world
-from experiments.sorrybench import data, report, runs
+from experiments.sorrybench import data, refusals, report, runs
 from experiments.sorrybench.config import LOSSES, SCALES, SUBSETS, TYPES, Objective, SorryScale
 from experiments.sorrybench.grammar import kind
 from experiments.sorrybench.measure import kept_types, largest_rate, mean_loss, method_summary, score_summary
@@ -283,3 +283,18 @@ def test_verdicts_follow_the_intervals():
     assert report.verdict({"train_change": down, "dlogp_chosen": down}) == "refusals fall; ln pi(y+) fall"
     told = report.verdict({"train_change": up, "dlogp_chosen": none, "kinds": {"broken": spread_of(0.9, 0.0)}})
     assert told == "refusals rise; ln pi(y+) not told from unchanged; what is left is broken text, not compliance"
+
+
+def test_pairs_whose_chosen_response_refuses(tmp_path, capsys):
+    prompt = [{"role": "user", "content": "How?"}]
+    messages = {"prompt": prompt, **{s: [{"role": "assistant", "content": t}] for s, t in (
+        ("chosen", "I cannot help with that."), ("rejected", "Sure."))}}  # fmt: skip
+    texts = {"prompt": "How?", "chosen": "Like this.", "rejected": "Sorry, no."}
+    pairs = write_rows(tmp_path / "pairs.jsonl", [messages, texts])
+    words = ["--pairs", str(pairs), "--out", str(tmp_path / "refusals.jsonl")]
+    assert refusals.main(words) == 0
+    assert data.read_lines(tmp_path / "refusals.jsonl") == [messages]
+    write_rows(pairs, [texts])
+    assert refusals.main(words) == 2
+    assert "no chosen response refuses" in capsys.readouterr().err
+    assert data.read_lines(tmp_path / "refusals.jsonl") == [messages]
