@@ -249,6 +249,15 @@ def result_file(item: str, name: str) -> Path:
     return ROOT / "experiments" / item / "results" / f"{name}.json"
 
 
+def cell(text: str) -> str:
+    r"""Text as a cell of a Markdown table.
+
+    >>> print(cell("|y-| - |y+|"))
+    \|y-\| - \|y+\|
+    """
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def run_command(result: dict[str, Any]) -> str:
     """The command that made a result."""
     config = result["config"]

@@ -15,7 +15,7 @@ import tyro
 
 from ches_jax.errors import ChesError, RunError
 from ches_jax.files import read_object
-from experiments.common import ITEMS, ROOT, Row, load, result_file
+from experiments.common import ITEMS, ROOT, Row, cell, load, result_file
 
 README = ROOT / "experiments" / "README.md"
 BEGIN, END = "<!-- report: begin (python -m experiments.report) -->", "<!-- report: end -->"
@@ -58,10 +58,22 @@ def section(found: Sequence[tuple[str, dict[str, Any]]], written: Sequence[Path]
         parts.append(f"### {module.TITLE}\n")
         for name, result in mine:
             parts.append(table(name, result, module.rows(result)))
-            pictures = [p for p in written if p.parent.parent.name == item and p.name.startswith(f"{name}-")]
-            parts += [f"![{p.stem}]({p.relative_to(README.parent).as_posix()})" for p in pictures]
+            parts += [
+                f"![{p.stem}]({p.relative_to(README.parent).as_posix()})"
+                for p in written
+                if p.parent.parent.name == item and drawn_from(p, [n for n, _ in mine]) == name
+            ]
             parts.append("")
     return "\n".join(parts)
+
+
+def drawn_from(picture: Path, names: Sequence[str]) -> str | None:
+    """The result that a figure belongs to, by its name.
+
+    >>> drawn_from(Path("small-tuned-scores.png"), ["small", "small-tuned", "tiny"])
+    'small-tuned'
+    """
+    return max((n for n in names if picture.name.startswith(f"{n}-")), key=len, default=None)
 
 
 def table(name: str, result: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -76,7 +88,7 @@ def table(name: str, result: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
 def replaced(text: str, part: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Row, ran_on, run_command
+from experiments.common import Row, cell, ran_on, run_command
 from experiments.common_stats import told
 from experiments.sorrybench.config import SUBSETS
 
@@ -80,7 +80,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
         place = "Fig. 8, Table 17" if m["objective"] == "ipo" else "Fig. 3, Table 16"
         item = f"{place if name in PAPER_RATES else 'beyond the paper'}: {title(name, m)}"
         lines.append(Row(item, command, hardware, paper, ours, verdict(m)))
-    above = found["scores"]["ln_ches"]["above"]
+    scores = found["scores"]["ln_ches"]
+    above = scores["above"]
     ours = "; ".join(f"P({k.replace('_', ' ')}) = {v:.2f}" for k, v in above.items())
     lines.append(
         Row(
@@ -89,7 +90,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
             hardware,
             "pairs of one type score higher than mixed ones",
             ours or "no mixed pairs",
-            _types(above),
+            _types(above, {t: v["pairs"] for t, v in scores["by_type"].items()}),
         )
     )
     return lines
@@ -121,13 +122,23 @@ def _direction(s: Mapping[str, Any]) -> str:
     return "rise" if s["low"] > 0 else "not told from unchanged"
 
 
-def _types(above: Mapping[str, float]) -> str:
-    if not above:
+def _types(above: Mapping[str, float], pairs: Mapping[str, int]) -> str:
+    """Whether pairs of one type score higher, against twice the standard error under chance (Mann-Whitney)."""
+    said = []
+    for name, share in above.items():
+        kind = name.partition(" > ")[0]
+        if kind == "undecided":
+            continue
+        n, m = pairs[kind], pairs["mixed"]
+        noise = 2 * ((n + m + 1) / (12 * n * m)) ** 0.5
+        said.append("higher" if share > 0.5 + noise else "lower" if share < 0.5 - noise else "not told apart")
+    if not said:
         return "no mixed pairs"
-    one = [v for k, v in above.items() if not k.startswith("undecided")]
-    if all(v > 0.5 for v in one):
-        return "as in the paper"
-    return "not as in the paper" if all(v <= 0.5 for v in one) else "in part as in the paper"
+    if set(said) == {"not told apart"}:
+        return "not told apart"
+    if "higher" not in said:
+        return "not as in the paper"
+    return "as in the paper" if set(said) == {"higher"} else "in part as in the paper"
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -147,9 +158,9 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
         f"| before training | | | {percent(found['initial']['train'])} | {percent(found['initial']['test'])} | | | |",
     ]
-    methods = trained(found)
+    methods = {cell(title(n, m)): m for n, m in trained(found).items()}
     parts += [
-        f"| {title(n, m)} | {m['pairs']} | {m['updates']} | {percent(m['train'])} | {percent(m['test'])} | "
+        f"| {n} | {m['pairs']} | {m['updates']} | {percent(m['train'])} | {percent(m['test'])} | "
         f"{told(m['train_change'], 3)} | {told(m['turned']['refusal_to_compliance'], 0)} | "
         f"{told(m['turned']['compliance_to_refusal'], 0)} |"
         for n, m in methods.items()
@@ -160,7 +171,7 @@ def tables(result: dict[str, Any]) -> str:
             "| method | refusal | compliance | broken | tokens |",
             "|---|---|---|---|---|",
         ]
-        shown = {"before training": found["initial"], **{title(n, m): m for n, m in methods.items()}}
+        shown = {"before training": found["initial"], **methods}
         parts += [
             f"| {n} | " + " | ".join(percent(m["kinds"][k]) for k in ("refusal", "compliance", "broken"))
             + f" | {told(m['tokens'], 0)} |"
@@ -172,7 +183,7 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     parts += [
-        f"| {title(n, m)} | {told(m['dlogp_chosen'])} | {told(m['dlogp_rejected'])} | {told(m['loss_change'], 3)} | "
+        f"| {n} | {told(m['dlogp_chosen'])} | {told(m['dlogp_rejected'])} | {told(m['loss_change'], 3)} | "
         + ", ".join(
             f"{t.replace('_', ' ')} ({v['pairs']}) {v['dlogp_chosen']['mean']:+.2f}" for t, v in m["by_type"].items()
         )
@@ -199,7 +210,10 @@ def tables(result: dict[str, Any]) -> str:
         "\n## What the filters keep\n",
         "| filter | " + " | ".join(n.replace("_", " ") for n in names) + " |",
         "|---|" + "---|" * len(names),
-        *(f"| {NAMES.get(f, f)} | " + " | ".join(f"{kept[f][n]:g}" for n in names) + " |" for f in ("all", *SUBSETS)),
+        *(
+            f"| {cell(NAMES.get(f, f))} | " + " | ".join(f"{kept[f][n]:g}" for n in names) + " |"
+            for f in ("all", *SUBSETS)
+        ),
         "\n## Scores by type of pair (Figure 4)\n",
         "| score | type | pairs | lowest | quartiles | highest | P(above mixed) |",
         "|---|---|---|---|---|---|---|",

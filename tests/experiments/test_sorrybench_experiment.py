@@ -285,6 +285,18 @@ def test_verdicts_follow_the_intervals():
     assert told == "refusals rise; ln pi(y+) not told from unchanged; what is left is broken text, not compliance"
 
 
+@pytest.mark.parametrize("refusals, compliances, said", [
+    (0.73, 0.84, "as in the paper"), (0.73, 0.50, "in part as in the paper"), (0.53, 0.51, "not told apart"),
+    (0.30, 0.51, "not as in the paper"),
+])  # fmt: skip
+def test_types_of_pairs_are_told_apart_beyond_chance_only(refusals, compliances, said):
+    """217, 23 and 128 pairs: twice the standard error under chance is 0.064 and 0.13."""
+    above = {"two_refusals > mixed": refusals, "two_compliances > mixed": compliances, "undecided > mixed": 0.0}
+    pairs = {"two_refusals": 217, "two_compliances": 23, "mixed": 128, "undecided": 3}
+    assert report._types(above, pairs) == said
+    assert report._types({}, pairs) == "no mixed pairs"
+
+
 def test_pairs_whose_chosen_response_refuses(tmp_path, capsys):
     prompt = [{"role": "user", "content": "How?"}]
     messages = {"prompt": prompt, **{s: [{"role": "assistant", "content": t}] for s, t in (
