@@ -38,7 +38,7 @@ def results(root: Path = ROOT) -> list[tuple[str, dict[str, Any]]]:
     """
     found = []
     for item in ITEMS:
-        for path in sorted((root / "experiments" / item / "results").glob("*.json")):
+        for path in sorted((root / "experiments" / item / "results").glob("*.json"), key=lambda p: p.stem):
             result = read_object(path, RunError, "a result of experiments.run")
             missing = [k for k in ("item", "scale", "config", "seeds", "device", "result") if k not in result]
             if missing or result["item"] != item:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Row, ran_on, run_command
+from experiments.common import Row, cell, ran_on, run_command
 from experiments.common_stats import told
 
 SHOWN_GAIN = 0.02
@@ -178,7 +178,7 @@ def _cell(g: dict[str, Any]) -> str:
 
 def _escaped(token: str) -> str:
     """A token that does not end its cell of the table."""
-    return token.replace("|", "\\|").replace("`", "'")
+    return cell(token).replace("`", "'")
 
 
 def _named(v: dict[str, Any], which: str) -> str:
