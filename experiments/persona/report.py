@@ -186,8 +186,8 @@ def _named(v: dict[str, Any], which: str) -> str:
     own, opposite = v["stance"], {"agree": "disagree", "disagree": "agree"}[v["stance"]]
     stances = {"same": [own], "opposite": [opposite], "rest": ["open", "other"]}[which]
     gains: dict[str, float] = {}
-    for cell in v["gains"].values():
-        for g in cell:
+    for gained in v["gains"].values():
+        for g in gained:
             if g["stance"] in stances and g["gain"] >= 0.01 and g["runs"] * 2 >= v["kept"]:
                 gains[g["token"]] = max(gains.get(g["token"], 0.0), g["gain"])
     best = sorted(gains, key=lambda t: -gains[t])[:4]
