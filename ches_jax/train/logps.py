@@ -5,13 +5,13 @@ For a state h and a target token y, with the model's ``z = cap(scale * W h)``:
 .. math::
   \ell = z_y - Z, \qquad Z = \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v - Z}
 
-Both directions walk over stretches of positions: the forward keeps one number per position (the log of the sum),
-the backward computes the stretch's logits again. Largest arrays: [stretch, vocabulary] and the gradient of W.
+Both directions walk over stretches of positions. The forward keeps one number per position (the log of the sum) and
+the logits of as many stretches as a fixed amount of memory holds, never of all; the backward computes the others
+again. Largest arrays: those, [stretch, vocabulary] and the gradient of W.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from ches_jax.models.precision import accumulate, matmul_precision, products
 LOGITS_AT_ONCE = {"cpu": 2**22}
 """Logits of one stretch: on a CPU what stays near the caches."""
 LOGITS_ON_ACCELERATOR = 2**27
+LOGITS_KEPT = {"cpu": 2**25}
+"""Logits that wait for the backward pass, by platform; none elsewhere, where it was not measured."""
 
 
 class Head(NamedTuple):
@@ -45,18 +47,33 @@ def stretch_of(rows: int, count: int, vocabulary: int) -> int:
     return -(-count // -(-count // most))
 
 
-def _logits(h: Array, weight: Array, head: Head) -> tuple[Array, Array]:
-    """Logits of a stretch, and the derivative of the soft cap there (1 without one)."""
+def stretches_kept(rows: int, stretch: int, count: int, vocabulary: int) -> int:
+    """Stretches whose logits wait for the backward pass: within the platform's number of logits, and never all."""
+    most = LOGITS_KEPT.get(jax.default_backend(), 0) // (rows * stretch * vocabulary)
+    return min(most, -(-count // stretch) - 1)
+
+
+def _logits(h: Array, weight: Array, head: Head) -> Array:
+    """Logits of a stretch."""
     acc = accumulate(h.dtype)
     contract = (((h.ndim - 1,), (1,)), ((), ()))
     z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=acc)
     if head.scale is not None:
         z = z * jnp.asarray(head.scale, acc)
     if head.softcap is None:
-        return z, jnp.ones((), acc)
+        return z
     cap = jnp.asarray(head.softcap, acc)
-    t = jnp.tanh(z / cap)
-    return cap * t, 1 - t * t
+    return cap * jnp.tanh(z / cap)
+
+
+def _slopes(z: Array, total: Array, y: Array, g: Array, head: Head) -> Array:
+    """Slopes of the raw products from those of the log-probabilities, g."""
+    acc = z.dtype
+    at_target = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None, None]
+    dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None]))
+    if head.softcap is not None:
+        dz = dz * (1 - jnp.square(z / jnp.asarray(head.softcap, acc)))
+    return dz if head.scale is None else dz * jnp.asarray(head.scale, acc)
 
 
 def _cut(a: Array, stretch: int) -> Array:
@@ -94,52 +111,55 @@ def _token_logps(hidden: Array, weight: Array, target: Array, head: Head) -> Arr
     return _forward(hidden, weight, target, head)[0]
 
 
-def _each(one: Callable[[Array, Array, Array], Any], hidden, weight, target, head: Head) -> Any:
-    """``one(logits, logp, log of the sum)`` of every stretch, its arrays joined to [B, M, ...]."""
+def _apart(parts: tuple[Array, ...], keep: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The first ``keep`` stretches, and the rest."""
+    return tuple(a[:keep] for a in parts), tuple(a[keep:] for a in parts)
+
+
+def _sizes(hidden: Array, weight: Array, head: Head) -> tuple[int, int]:
+    """Positions of a stretch, and how many stretches keep their logits."""
     rows, count, _ = hidden.shape
     stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
-    rounded = weight.astype(hidden.dtype)
+    return stretch, stretches_kept(rows, stretch, count, weight.shape[0])
 
-    def of_stretch(args):
-        h, y = args
-        z, _ = _logits(h, rounded, head)
-        total = jax.nn.logsumexp(z, axis=-1)
-        return one(z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total)
 
-    found = lax.map(of_stretch, (_cut(hidden, stretch), _cut(target, stretch)))
-    return jax.tree.map(lambda a: _joined(a, count), found)
+def _of_stretch(h: Array, y: Array, weight: Array, head: Head) -> tuple[Array, Array, Array]:
+    """Logits of a stretch, log-probabilities of its targets, logs of the sums."""
+    z = _logits(h, weight, head)
+    total = jax.nn.logsumexp(z, axis=-1)
+    return z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
 
 
 def _forward(hidden, weight, target, head: Head):
-    logps, totals = _each(lambda z, logp, total: (logp, total), hidden, weight, target, head)
-    return logps, (hidden, weight, target, totals)
+    stretch, keep = _sizes(hidden, weight, head)
+    rounded = weight.astype(hidden.dtype)
+    parts = _cut(hidden, stretch), _cut(target, stretch)
+    first, rest = _apart(parts, keep)
+    logits, *kept = lax.map(lambda part: _of_stretch(*part, rounded, head), first)
+    others = lax.map(lambda part: _of_stretch(*part, rounded, head)[1:], rest)
+    logps, totals = (jnp.concatenate(a) for a in zip(kept, others, strict=True))
+    return _joined(logps, hidden.shape[1]), (hidden, weight, target, logits, totals)
 
 
-def _backward(head: Head, kept, slope):
-    hidden, weight, target, totals = kept
-    rows, count, _ = hidden.shape
-    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
-    acc = accumulate(hidden.dtype)
-    cast = weight.astype(hidden.dtype)
+def _backward(head: Head, saved, slope):
+    hidden, weight, target, logits, totals = saved
+    stretch, keep = _sizes(hidden, weight, head)
+    rounded = weight.astype(hidden.dtype)
 
-    def one(total_w, args):
-        h, y, total, g = args
-        z, inner = _logits(h, cast, head)
-        at_target = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None, None]
-        dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None])) * inner
-        if head.scale is not None:
-            dz = dz * jnp.asarray(head.scale, acc)
-        dz = dz.astype(h.dtype)
-        dh = products("bmv,vd->bmd", dz, cast)
+    def one(total_w, part, z=None):
+        h, y, total, g = part
+        dz = _slopes(_logits(h, rounded, head) if z is None else z, total, y, g, head).astype(h.dtype)
         # with the narrow factor first: turning the wide one over is what would take long
-        dw = products("bmd,bmv->dv", h, dz)
-        return total_w + dw, dh.astype(h.dtype)
+        return total_w + products("bmd,bmv->dv", h, dz), products("bmv,vd->bmd", dz, rounded).astype(h.dtype)
 
-    cut = partial(_cut, stretch=stretch)
-    start = jnp.zeros(weight.shape[::-1], acc)
     # padding beyond the last position has slope 0 and adds nothing
-    dw, dh = lax.scan(one, start, (cut(hidden), cut(target), cut(totals), cut(slope)))
-    return _joined(dh, count), dw.T.astype(weight.dtype), None
+    parts = _cut(hidden, stretch), _cut(target, stretch), totals, _cut(slope, stretch)
+    first, rest = _apart(parts, keep)
+    dw = jnp.zeros(weight.shape[::-1], accumulate(hidden.dtype))
+    dw, dh_first = lax.scan(lambda w, x: one(w, x[0], x[1]), dw, (first, logits))
+    dw, dh_rest = lax.scan(one, dw, rest)
+    dh = _joined(jnp.concatenate([dh_first, dh_rest]), hidden.shape[1])
+    return dh, dw.T.astype(weight.dtype), None
 
 
 _token_logps.defvjp(_forward, _backward)
@@ -154,9 +174,12 @@ def token_statistics(
 
     Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
     """
+    stretch, _ = _sizes(hidden, weight, head)
+    rounded = weight.astype(hidden.dtype)
 
-    def one(z, logp, total):
+    def one(part):
+        z, logp, total = _of_stretch(*part, rounded, head)
         centred = z - total[..., None]
         return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
-    return cast(Array, _each(one, hidden, weight, target, head))
+    return _joined(lax.map(one, (_cut(hidden, stretch), _cut(target, stretch))), hidden.shape[1])
