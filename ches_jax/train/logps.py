@@ -123,8 +123,9 @@ def _sizes(hidden: Array, weight: Array, head: Head) -> tuple[int, int]:
     return stretch, stretches_kept(rows, stretch, count, weight.shape[0])
 
 
-def _of_stretch(h: Array, y: Array, weight: Array, head: Head) -> tuple[Array, Array, Array]:
+def _of_stretch(part: tuple[Array, ...], weight: Array, head: Head) -> tuple[Array, Array, Array]:
     """Logits of a stretch, log-probabilities of its targets, logs of the sums."""
+    h, y = part
     z = _logits(h, weight, head)
     total = jax.nn.logsumexp(z, axis=-1)
     return z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
@@ -135,8 +136,8 @@ def _forward(hidden, weight, target, head: Head):
     rounded = weight.astype(hidden.dtype)
     parts = _cut(hidden, stretch), _cut(target, stretch)
     first, rest = _apart(parts, keep)
-    logits, *kept = lax.map(lambda part: _of_stretch(*part, rounded, head), first)
-    others = lax.map(lambda part: _of_stretch(*part, rounded, head)[1:], rest)
+    logits, *kept = lax.map(lambda part: _of_stretch(part, rounded, head), first)
+    others = lax.map(lambda part: _of_stretch(part, rounded, head)[1:], rest)
     logps, totals = (jnp.concatenate(a) for a in zip(kept, others, strict=True))
     return _joined(logps, hidden.shape[1]), (hidden, weight, target, logits, totals)
 
@@ -178,7 +179,7 @@ def token_statistics(
     rounded = weight.astype(hidden.dtype)
 
     def one(part):
-        z, logp, total = _of_stretch(*part, rounded, head)
+        z, logp, total = _of_stretch(part, rounded, head)
         centred = z - total[..., None]
         return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
