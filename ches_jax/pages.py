@@ -2,7 +2,7 @@
 
 XLA on a CPU takes the memory of a call from malloc and gives it back after, so that every call meets each of its pages
 for the first time again. With pages of 2 MB in place of 4 KB those first times are few: 4 % off the CPU seconds of a
-training step; of scoring, no more than the noise (``experiments.benchmarks.train_speed ours`` and ``scoring``, with
+training step; of scoring, no more than the noise (``experiments.benchmarks.training`` and ``scoring``, with
 ``GLIBC_TUNABLES=glibc.malloc.hugetlb=`` 0 and 1).
 """
 

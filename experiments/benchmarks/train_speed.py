@@ -9,62 +9,16 @@ beforehand, except for tunix, which has no such thing. Ours is `ches train` itse
 """
 
 import argparse
-import contextlib
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from ches_jax.pages import with_large_pages
-from experiments.benchmarks.measure import interleaved, keep, medians, usage
+from experiments.benchmarks.measure import interleaved, keep, medians
 
 LENGTHS = {"256+256": (256, 256), "384+128": (384, 128)}
 VOCABULARY = 16384
-
-
-def ours(model: str, pairs: int, prompt: int, response: int, steps: int) -> dict[str, Any]:
-    """Run ``ches train`` for ``steps`` updates after a first one, with a clock around its step."""
-    import numpy as np
-
-    from ches_jax.train import loop
-    from ches_jax.train.config import TrainConfig
-
-    seconds, cpu = [], []
-
-    class Timed(loop.Step):
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            wall, used = time.perf_counter(), time.process_time()
-            result = super().__call__(*args, **options)  # its metrics are on the host: the step is over
-            seconds.append(time.perf_counter() - wall)
-            cpu.append(time.process_time() - used)
-            return result
-
-    loop.Step = Timed  # type: ignore[misc]
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "pairs.jsonl"
-        lengths = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
-        with file.open("w", encoding="utf-8") as out:
-            for _ in range(pairs * (steps + 1)):
-                row = {name: rng.integers(100, 1000, n).tolist() for name, n in lengths.items()}
-                out.write(json.dumps(row) + "\n")
-        config = TrainConfig(
-            model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
-            watch=pairs, mesh="data=1", on_bad_row="keep", export=False,
-        )  # fmt: skip
-        with contextlib.redirect_stdout(sys.stderr):
-            loop.train(config, quiet=True)
-    return {
-        "s_per_step_median": statistics.median(seconds[1:]),
-        "cpu_s_per_step_median": statistics.median(cpu[1:]),
-        "first_step_s": seconds[0],
-        "steps": len(seconds) - 1,
-        "peak_rss_mib": usage()["peak_rss_mb"],
-    }
 
 
 def benchmark_model(peers: Path, tokenizer: Path) -> Path:
@@ -92,11 +46,6 @@ def compare(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Interleave the trainers at both lengths and keep the table."""
-    if len(sys.argv) > 1 and sys.argv[1] == "ours":
-        with_large_pages()  # as `ches` does
-        model, *numbers = sys.argv[2:]
-        print(json.dumps(ours(model, *map(int, numbers))))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -111,8 +60,7 @@ def main() -> None:
     results = {}
     for name, (prompt, response) in LENGTHS.items():
         same = ["--pairs", args.pairs, "--prompt-len", prompt, "--response-len", response, "--steps", args.steps]
-        own = [sys.executable, "-m", "experiments.benchmarks.train_speed", "ours", model]
-        commands = {"ours": [*own, args.pairs, prompt, response, args.steps]}
+        commands = {"ours": [sys.executable, "-m", "experiments.benchmarks.training", model, *same]}
         if args.tunix:
             commands["tunix"] = [args.tunix, peers / "tunix_dpo.py", *same, "--vocab", VOCABULARY]
         if args.trl:

@@ -9,10 +9,13 @@ import pytest
 from ches_jax import embedded
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.pipeline import score
+from experiments.benchmarks import training
 from experiments.benchmarks.__main__ import commands
+from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.measure import medians
 from experiments.benchmarks.score_scaling import write_pairs
 from experiments.benchmarks.scoring import measure
+from experiments.benchmarks.training import needed_gflop
 
 
 def test_the_timed_pass_computes_the_scores_of_the_command(tiny_model, tmp_path):
@@ -41,11 +44,27 @@ def test_medians_take_numbers_only():
     assert medians([{"a": 1, "b": "x"}, {"a": 5, "b": "x"}, {"a": 2, "b": "x"}]) == {"a": 2, "b": "x"}
 
 
-@pytest.mark.slow
-def test_the_timed_trainer_times_every_update_but_the_first(monkeypatch):
-    from ches_jax.train import loop
-    from experiments.benchmarks.train_speed import ours
+def test_what_a_step_needs_is_counted_by_hand():
+    """6 FLOP a weight and a position; the unembedding only where a response is predicted."""
+    model = embedded.model_dir()
+    raw = json.loads((model / "config.json").read_text())
+    d, f, h = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
+    heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
+    layers = raw["num_hidden_layers"] * d * (2 * h * heads + 2 * h * kv + 3 * f)
+    expected = 6 * 3 * (layers * (10 + 2 * 4) + 2 * 4 * raw["vocab_size"] * d) / 1e9
+    np.testing.assert_allclose(needed_gflop(str(model), 3, 10, 4), expected, rtol=1e-12)
 
-    monkeypatch.setattr(loop, "Step", loop.Step)  # put back afterwards
-    found = ours(str(embedded.model_dir()), pairs=2, prompt=24, response=8, steps=2)
+
+@pytest.mark.slow
+def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one(tmp_path):
+    model = str(embedded.model_dir())
+    found = training.measure(model, pairs=2, prompt_len=24, response_len=8, steps=2, trace=str(tmp_path))
     assert found["steps"] == 2 and found["cpu_s_per_step_median"] > 0
+    costs = found["top_costs"]
+    assert 0 < sum(c["share"] for c in costs) <= 1.001 and costs[0]["seconds"] > 0
+    assert [c["share"] for c in costs] == sorted((c["share"] for c in costs), reverse=True)
+
+
+def test_a_folder_without_a_trace_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.trace\.json\.gz below it"):
+        top_costs(tmp_path)

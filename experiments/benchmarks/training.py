@@ -1,0 +1,127 @@
+"""One training run of ours in a process of its own, as the benchmarks time it: prints one JSON line.
+
+python -m experiments.benchmarks.training MODEL_DIR [--pairs 4 --prompt-len 256 --response-len 256 --steps 5]
+    [--dtype float32 --trace DIR]
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ches_jax.pages import with_large_pages
+from experiments.benchmarks.costs import top_costs
+from experiments.benchmarks.measure import usage
+from experiments.benchmarks.scoring import matmul_peak
+
+
+def measure(
+    model: str,
+    *,
+    pairs: int,
+    prompt_len: int,
+    response_len: int,
+    steps: int,
+    dtype: str = "float32",
+    trace: str | None = None,
+) -> dict[str, Any]:
+    """Run ``ches train`` for ``steps`` updates after a first one, with a clock around its step.
+
+    With ``trace`` one more update is profiled into that directory, and what cost most of it is named.
+    """
+    import jax
+    import numpy as np
+
+    from ches_jax.runlog import device_name
+    from ches_jax.train import loop
+    from ches_jax.train.config import TrainConfig
+
+    seconds, cpu = [], []
+
+    class Timed(loop.Step):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            last = len(seconds) == steps + 1
+            with jax.profiler.trace(trace) if trace and last else contextlib.nullcontext():
+                wall, used = time.perf_counter(), time.process_time()
+                result = super().__call__(*args, **options)  # its metrics are on the host: the step is over
+                seconds.append(time.perf_counter() - wall)
+                cpu.append(time.process_time() - used)
+            return result
+
+    rng = np.random.default_rng(0)
+    plain = loop.Step
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pairs.jsonl"
+        lengths = {"prompt_ids": prompt_len, "chosen_ids": response_len, "rejected_ids": response_len}
+        with file.open("w", encoding="utf-8") as out:
+            for _ in range(pairs * (steps + 1 + (trace is not None))):
+                row = {name: rng.integers(100, 1000, n).tolist() for name, n in lengths.items()}
+                out.write(json.dumps(row) + "\n")
+        config = TrainConfig(
+            model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
+            watch=pairs, mesh="data=1", on_bad_row="keep", export=False, dtype=dtype,
+        )  # fmt: skip
+        try:
+            loop.Step = Timed  # type: ignore[misc]
+            with contextlib.redirect_stdout(sys.stderr):
+                loop.train(config, quiet=True)
+        finally:
+            loop.Step = plain  # type: ignore[misc]
+    clocked = slice(1, steps + 1)
+    return {
+        "s_per_step_median": statistics.median(seconds[clocked]),
+        "cpu_s_per_step_median": statistics.median(cpu[clocked]),
+        "first_step_s": seconds[0],
+        "steps": steps,
+        "peak_rss_mib": usage()["peak_rss_mb"],
+        "needed_gflop": needed_gflop(model, pairs, prompt_len, response_len),
+        "matmul_peak_gflops": matmul_peak(dtype),
+        "dtype": dtype,
+        "platform": jax.default_backend(),
+        "device": device_name(),
+        **({"top_costs": top_costs(Path(trace))} if trace else {}),
+    }
+
+
+def needed_gflop(model: str, pairs: int, prompt_len: int, response_len: int) -> float:
+    r"""What the matrix products of a step need at least, in GFLOP, attention left out.
+
+    .. math:: 6 \, P \, [ N_{layers} (p + 2 r) + 2 r \, |W| ]
+
+    with P pairs, p tokens of prompt, once a pair, and r of each response; N weights of the layers' matrices, W the
+    unembedding, which only states that predict a response are multiplied by; 2 for a multiplication and an addition,
+    times 3 for the two directions of the gradient. What is computed again is not counted.
+    """
+    from ches_jax.hf.directory import read_config
+    from ches_jax.models.decoder import abstract_parameters
+    from ches_jax.models.families import decoder_config
+
+    config = decoder_config(read_config(Path(model)))
+    shapes = abstract_parameters(config).items()
+    layers = sum(s.size for name, s in shapes if name.startswith("layers.") and s.ndim == 3)
+    unembedding = config.vocab_size * config.width
+    return 6e-9 * pairs * (layers * (prompt_len + 2 * response_len) + 2 * response_len * unembedding)
+
+
+def main() -> None:
+    """One run, in the pages that ``ches`` runs in."""
+    with_large_pages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--prompt-len", type=int, default=256)
+    parser.add_argument("--response-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--trace", help="profile one more update into this directory")
+    options = vars(parser.parse_args())
+    print(json.dumps(measure(options.pop("model"), **options)))
+
+
+if __name__ == "__main__":
+    main()
