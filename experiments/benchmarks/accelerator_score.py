@@ -14,54 +14,20 @@ nothing of interest and is not kept: it is there to test this file.
 
 import argparse
 import itertools
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.measure import ROOT, interleaved, keep, medians, run
+from experiments.benchmarks.accelerator import DTYPE, SHAPES, device_for, keep_of, write_on_host
+from experiments.benchmarks.measure import interleaved, medians
 from experiments.benchmarks.score_speed import SCORING, agree
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8192, "tie_word_embeddings": True,
-    },
-    "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-DTYPE, TOLERANCE = "bfloat16", 0.01
+TOLERANCE = 0.01
 """Checksums of CHES, relative: 16-bit rounding through all layers, averaged over the pairs."""
 MAX_LENGTH = 1024
 TORCH_DEVICE = {"gpu": "cuda", "cpu": "cpu"}
-HERE = [sys.executable, "-m", "experiments.benchmarks.accelerator_score"]
-
-
-def write_model(size: str, tokenizer: Path, directory: Path) -> None:
-    """A random model of the shape, weights N(0, 0.02^2) in bfloat16, with a tokenizer."""
-    from flax import nnx
-
-    from ches_jax.hf.export import copy_tokenizer
-    from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
-    from ches_jax.models.save import save_pretrained
-
-    raw = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192,
-        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "dtype": DTYPE, **SHAPES[size],
-    }  # fmt: skip
-    model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0), param_dtype=DTYPE, dtype=DTYPE)
-    save_pretrained(model, directory, config=raw)
-    copy_tokenizer(tokenizer, directory)
 
 
 def write_rows(data: Path, tokenizer: Path, count: int, file: Path) -> None:
@@ -73,22 +39,6 @@ def write_rows(data: Path, tokenizer: Path, count: int, file: Path) -> None:
     lines = data.read_text(encoding="utf-8").splitlines()
     clean = (lines[pair.index] for row in open_pairs(str(data)) for pair in cut([row]) if not pair.flags)
     file.write_text("\n".join(itertools.islice(clean, count)) + "\n", encoding="utf-8")
-
-
-def device() -> dict[str, Any]:
-    """Platform and device as jax sees them, asked in a process of its own: a device has one owner at a time."""
-    code = "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': d.platform, 'kind': d.device_kind}))"
-    return run([sys.executable, "-c", code])
-
-
-def refuse(size: str, platform: str) -> None:
-    """Only the tiny size on a CPU: the others would take hours, and mean nothing.
-
-    Raises:
-      SystemExit: the others.
-    """
-    if platform == "cpu" and size != "tiny":
-        raise SystemExit(f"--size {size}: needs an accelerator, jax finds none here; --size tiny runs anywhere")
 
 
 def commands(model: str, data: str, args: argparse.Namespace, platform: str) -> dict[str, list[str]]:
@@ -137,18 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trace", help="profile one pass of ours into this directory")
-    parser.add_argument("--write", nargs=2, metavar=("SIZE", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.write:
-        return write_model(args.write[0], args.tokenizer, Path(args.write[1]))
-    here = device()
-    for size in args.size:
-        refuse(size, here["platform"])
+    here = device_for(args.size)
     for size in args.size:
         with tempfile.TemporaryDirectory() as folder:
-            options = ["--tokenizer", str(args.tokenizer.resolve()), "--data", str(args.data.resolve())]
-            on_host = {**os.environ, "JAX_PLATFORMS": "cpu"}  # it is random numbers and a file
-            subprocess.run([*HERE, *options, "--write", size, folder], check=True, cwd=ROOT, env=on_host)
+            write_on_host(size, args.tokenizer, folder)
             rows = Path(folder) / "rows.jsonl"
             write_rows(args.data, args.tokenizer, args.pairs, rows)
             ways = commands(folder, str(rows), args, here["platform"])
@@ -157,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{size} {name:<22}{row['seconds']:9.3f} s{row['pairs'] / row['seconds']:9.1f} pairs/s")
         for name, value in found["ratios"].items():
             print(f"{size} {name:<40}{value:6.2f}")
-        if here["platform"] != "cpu":
-            kind = here["kind"].replace(" ", "_").replace("/", "_")
-            print(keep(f"accelerator_score_{size}_{kind}", {"size": size, "pairs": args.pairs, **found}))
+        keep_of(here, f"accelerator_score_{size}", {"size": size, "pairs": args.pairs, **found})
 
 
 if __name__ == "__main__":

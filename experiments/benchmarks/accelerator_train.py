@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.accelerator_train --tokenizer DIR [--trl PYTHON] --size 1b [--pairs 4 16]
 
-Random Llamas of ``accelerator_score``'s shapes, random tokens of the lengths of ``train_speed``, float32 weights and
+Random Llamas of ``accelerator``'s shapes, random tokens of the lengths of ``train_speed``, float32 weights and
 AdamW, products in bfloat16, the reference's log-probabilities known beforehand. PYTHON is an interpreter that has TRL
 and a torch that can use the device; TRL's own number of pairs a batch is ours. Model FLOP utilisation is
 ``training.needed_gflop`` a second over the measured rate of a large matrix product in bfloat16: attention and what is
@@ -13,21 +13,17 @@ interest and is not kept: it is there to test this file.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.accelerator_score import DTYPE, SHAPES, device, refuse, write_model
-from experiments.benchmarks.measure import ROOT, interleaved, keep, medians
+from experiments.benchmarks.accelerator import DTYPE, SHAPES, device_for, keep_of, write_on_host
+from experiments.benchmarks.measure import interleaved, medians
 from experiments.benchmarks.train_speed import LENGTHS
 
-HERE = [sys.executable, "-m", "experiments.benchmarks.accelerator_train"]
 OURS = [sys.executable, "-m", "experiments.benchmarks.training"]
-TRL = ROOT / "experiments" / "benchmarks" / "trl_training.py"
 
 
 def commands(
@@ -37,7 +33,10 @@ def commands(
     prompt, response = lengths
     sizes = {"--pairs": pairs, "--prompt-len": prompt, "--response-len": response, "--steps": steps, "--dtype": DTYPE}
     same = [model, *(str(w) for option in sizes.items() for w in option)]
-    return {"ours": [*OURS, *same, "--trace", trace], **({"trl": [trl, str(TRL), *same]} if trl else {})}
+    return {
+        "ours": [*OURS, *same, "--trace", trace],
+        **({"trl": [trl, "-m", "experiments.benchmarks.trl_training", *same]} if trl else {}),
+    }
 
 
 def result(runs: Mapping[str, Sequence[Mapping[str, Any]]], platform: str) -> dict[str, Any]:
@@ -76,28 +75,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--write", nargs=2, metavar=("SIZE", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.write:
-        return write_model(args.write[0], args.tokenizer, Path(args.write[1]))
-    here = device()
-    for size in args.size:
-        refuse(size, here["platform"])
+    here = device_for(args.size)
     for size in args.size:
         results = {}
         with tempfile.TemporaryDirectory() as folder:
-            on_host = {**os.environ, "JAX_PLATFORMS": "cpu"}  # it is random numbers and a file
-            words = ["--tokenizer", str(args.tokenizer.resolve()), "--write", size, f"{folder}/model"]
-            subprocess.run([*HERE, *words], check=True, cwd=ROOT, env=on_host)
+            write_on_host(size, args.tokenizer, f"{folder}/model")
             for pairs in args.pairs:
                 for name in args.lengths:
                     title, trace = f"{pairs} pairs of {name}", f"{folder}/trace_{pairs}_{name}"
                     ways = commands(f"{folder}/model", pairs, LENGTHS[name], args.steps, args.trl, trace)
                     results[title] = result(interleaved(ways, args.repeats), here["platform"])
                     print(told(size, title, results[title]), flush=True)
-        if here["platform"] != "cpu":
-            kind = here["kind"].replace(" ", "_").replace("/", "_")
-            print(keep(f"accelerator_train_{size}_{kind}", {"size": size, "results": results}))
+        keep_of(here, f"accelerator_train_{size}", {"size": size, "results": results})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m experiments.benchmarks.training MODEL_DIR [--pairs 4 --prompt-len 256 
     [--dtype float32 --trace DIR]
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -16,6 +15,7 @@ from typing import Any
 
 from ches_jax.pages import with_large_pages
 from experiments.benchmarks.costs import top_costs
+from experiments.benchmarks.fixed_lengths import random_pairs, step_parser
 from experiments.benchmarks.measure import usage
 from experiments.benchmarks.scoring import matmul_peak
 
@@ -35,7 +35,6 @@ def measure(
     With ``trace`` one more update is profiled into that directory, and what cost most of it is named.
     """
     import jax
-    import numpy as np
 
     from ches_jax.runlog import device_name
     from ches_jax.train import loop
@@ -53,15 +52,11 @@ def measure(
                 cpu.append(time.process_time() - used)
             return result
 
-    rng = np.random.default_rng(0)
+    rows = random_pairs(pairs * (steps + 1 + (trace is not None)), prompt_len, response_len)
     plain = loop.Step
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.jsonl"
-        lengths = {"prompt_ids": prompt_len, "chosen_ids": response_len, "rejected_ids": response_len}
-        with file.open("w", encoding="utf-8") as out:
-            for _ in range(pairs * (steps + 1 + (trace is not None))):
-                row = {name: rng.integers(100, 1000, n).tolist() for name, n in lengths.items()}
-                out.write(json.dumps(row) + "\n")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = TrainConfig(
             model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
             watch=pairs, mesh="data=1", on_bad_row="keep", export=False, dtype=dtype,
@@ -111,13 +106,7 @@ def needed_gflop(model: str, pairs: int, prompt_len: int, response_len: int) -> 
 def main() -> None:
     """One run, in the pages that ``ches`` runs in."""
     with_large_pages()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--prompt-len", type=int, default=256)
-    parser.add_argument("--response-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dtype", default="float32")
+    parser = step_parser(__doc__)
     parser.add_argument("--trace", help="profile one more update into this directory")
     options = vars(parser.parse_args())
     print(json.dumps(measure(options.pop("model"), **options)))

@@ -1,22 +1,22 @@
 """One run of TRL's DPOTrainer in a process of its own, on the device torch finds: prints one JSON line.
 
-    PYTHON experiments/benchmarks/trl_training.py MODEL_DIR [--pairs 4 --prompt-len 256 --response-len 256 --steps 5]
+    PYTHON -m experiments.benchmarks.trl_training MODEL_DIR [--pairs 4 --prompt-len 256 --response-len 256 --steps 5]
         [--dtype float32|bfloat16]
 
-PYTHON is an interpreter that has TRL; this file imports nothing of the library. The same work as ``training``: random
+PYTHON is an interpreter that has TRL; nothing of the library is imported. The same work as ``training``: random
 tokens of fixed lengths, AdamW, float32 weights (with ``bfloat16`` under autocast), the reference model's
 log-probabilities known beforehand. The first update is not counted.
 """
 
-import argparse
 import json
 import os
-import random
-import resource
 import statistics
 import tempfile
 import time
 from typing import Any
+
+from experiments.benchmarks.fixed_lengths import random_pairs, step_parser
+from experiments.benchmarks.measure import usage
 
 # trl is imported where it is used: the collection of doctests imports this file
 
@@ -56,13 +56,8 @@ def measure(
         def _precompute_ref_logps(self, dataset, *args, **kwargs):
             return dataset  # it has them
 
-    draw = random.Random(0)
-    lengths = {"prompt_ids": prompt_len, "chosen_ids": response_len, "rejected_ids": response_len}
     known = {"ref_chosen_logps": -10.0 * response_len, "ref_rejected_logps": -10.0 * response_len}
-    rows = [
-        {**{name: [draw.randrange(100, 1000) for _ in range(n)] for name, n in lengths.items()}, **known}
-        for _ in range(pairs * (steps + 1))
-    ]
+    rows = [{**row, **known} for row in random_pairs(pairs * (steps + 1), prompt_len, response_len)]
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +81,7 @@ def measure(
         "s_per_step_median": statistics.median(seconds[1:]),
         "cpu_s_per_step_median": statistics.median(cpu[1:]),
         "steps": steps,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": usage()["peak_rss_mb"],
         "peak_device_mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0.0,
         "dtype": dtype,
         "platform": "gpu" if gpu else "cpu",
@@ -95,14 +90,7 @@ def measure(
 
 def main() -> None:
     """One run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--prompt-len", type=int, default=256)
-    parser.add_argument("--response-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = vars(parser.parse_args())
+    options = vars(step_parser(__doc__).parse_args())
     print(json.dumps(measure(options.pop("model"), **options)))
 
 

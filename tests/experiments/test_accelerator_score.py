@@ -6,7 +6,8 @@ import pytest
 
 from ches_jax import embedded
 from experiments.benchmarks import measure
-from experiments.benchmarks.accelerator_score import SHAPES, main, refuse, result, write_rows
+from experiments.benchmarks.accelerator import SHAPES, refuse
+from experiments.benchmarks.accelerator_score import main, result, write_rows
 
 OURS = {
     "ches_sum": -1.0, "seconds": 2.0, "matmul_gflops": 300.0, "matmul_peak_gflops": 400.0, "platform": "gpu",
