@@ -99,6 +99,23 @@ def torch_rmsprop(rate: float, decay: float = 0.99, eps: float = 1e-8) -> optax.
     return optax.rmsprop(rate, decay=decay, eps=eps, initial_scale=0.0, eps_in_sqrt=False)
 
 
+def sign_descent(rate: float, level: float = 1e-9) -> optax.GradientTransformation:
+    r"""Sign descent, :math:`-\eta\, \mathrm{sign}(g)`, that leaves alone what has no gradient.
+
+    Some gradients of a symmetric model are zero in exact arithmetic and 1e-17 in floating point, with a sign that
+    depends on the processor. A whole step along such a sign would be noise, so a gradient below ``level`` times the
+    largest one of its array counts as zero.
+    """
+
+    def update(gradients, state, parameters=None):
+        def step(g):
+            return -rate * jnp.where(jnp.abs(g) > level * jnp.abs(g).max(), jnp.sign(g), 0.0)
+
+        return jax.tree.map(step, gradients), state
+
+    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
+
+
 def invariants(model: UFM) -> Invariants:
     """The conserved quantities at one point."""
     w, h = model

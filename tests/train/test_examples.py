@@ -27,6 +27,7 @@ from ches_jax.train.loop import train
 from ches_jax.train.objective import batch_loss, named, reads_tokens
 from ches_jax.train.read import together
 from ches_jax.types import Response, TokenPair
+from tests.helpers import starts_at_the_reference
 
 PAIRS = [
     # both responses begin with the same token; a response of one token; a response that was cut
@@ -285,7 +286,7 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
         train(small(tmp_path / n, pairs=write(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
         for n, data in (("one", one), ("three", three))
     )
-    assert lines(a)[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert starts_at_the_reference(lines(a)[1])
     for one_sample, three_samples in zip(lines(a)[1:3], lines(b)[1:3], strict=True):
         for name in one_sample:
             assert one_sample[name] == pytest.approx(three_samples[name], rel=1e-4, abs=1e-5), name

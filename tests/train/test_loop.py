@@ -28,6 +28,7 @@ from ches_jax.train.data import Plan, read_run_pairs
 from ches_jax.train.evaluate import Evaluator
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
+from tests.helpers import starts_at_the_reference
 
 
 def lines(out):
@@ -43,7 +44,7 @@ def test_a_run_explains_itself(whole_run):
     logged = lines(whole_run)
     assert [e["step"] for e in logged] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     first = logged[1]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert starts_at_the_reference(first)
     names = {f"{a}/{b}" for a in ("rewards", "logps") for b in ("chosen", "rejected")}
     assert names | {"rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "epoch"} <= first.keys()
     last = logged[-1]

@@ -17,6 +17,7 @@ from ches_jax.train.evaluate import PairLogps
 from ches_jax.train.loop import train
 from ches_jax.train.reference import cache_key, read_cache, reference_logps, write_cache
 from ches_jax.types import Response, TokenPair
+from tests.helpers import starts_at_the_reference
 
 IDENTITY = {"model_fingerprint": "m", "dtype": "float32", "convention": {"eos": "include"}}
 
@@ -95,7 +96,8 @@ def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
     by_initial = train(small(tmp_path / "c", **options), quiet=True)
     (own,) = by_initial.glob("reference-*.parquet")
     by_file = train(small(tmp_path / "d", reference=str(own), **options), quiet=True)
-    assert first_loss(by_file) == first_loss(by_initial) == pytest.approx(np.log(2), abs=1e-6)
+    assert first_loss(by_file) == first_loss(by_initial)
+    assert starts_at_the_reference(json.loads((by_initial / "metrics.jsonl").read_text().splitlines()[1]))
 
     values = pq.read_table(cache).to_pylist()
     rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:4]]

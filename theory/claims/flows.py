@@ -20,6 +20,7 @@ from theory.dynamics import (
     gradient_flow,
     invariants,
     optimise,
+    sign_descent,
     step_change,
     token_probabilities,
     torch_rmsprop,
@@ -271,7 +272,7 @@ def optimiser_runs() -> dict[str, dict[str, np.ndarray]]:
         "GD": optax.sgd(0.01),
         "RMSProp": torch_rmsprop(0.005),
         "Adam": optax.adam(0.01),
-        "sign": optax.sign_sgd(0.005),
+        "sign": sign_descent(0.005),
     }
 
     def run(moves, optimiser):
