@@ -100,13 +100,13 @@ def contents(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
-        return {n: a for n, a in load_file(path).items()}
+        return dict(load_file(path))
     return dict(leaves(json.loads(path.read_text())))
 
 
 def difference(old: Any, new: Any) -> float:
     """Relative difference of two numbers; infinite where they are not comparable."""
-    if isinstance(old, bool) or isinstance(old, str | None) or isinstance(new, str | None):
+    if isinstance(old, bool | str | None) or isinstance(new, str | None):
         return 0.0 if old == new else math.inf
     old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
     if old.shape != new.shape or not np.array_equal(np.isnan(old), np.isnan(new)):
