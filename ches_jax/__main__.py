@@ -2,7 +2,7 @@
 
 import sys
 
-from ches_jax.pages import with_large_pages
+from ches_jax.hugepages import with_large_pages
 
 
 def run() -> int:

@@ -17,17 +17,17 @@ from typing import Annotated, Any
 import tyro
 
 from ches_jax.convert import ConvertConfig, convert
-from ches_jax.diagnose import DiagnoseConfig, diagnose, failed
+from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose, failed
+from ches_jax.distributed.processes import leave, lost_peer, several_processes
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
-from ches_jax.parallel import leave, lost_peer, several_processes
-from ches_jax.runlog import RUN, read_json
+from ches_jax.runs.directory import RUN, read_json
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.pipeline import merge, score
-from ches_jax.scores.select import SelectConfig, select
+from ches_jax.scores.run import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
+from ches_jax.select.run import SelectConfig, select
 from ches_jax.train.config import TrainConfig
 
 
@@ -35,7 +35,7 @@ from ches_jax.train.config import TrainConfig
 class Score(ScoreConfig):
     """Score preference pairs: CHES and its relatives, per pair, as a table.
 
-    Without arguments: the embedded pairs with the embedded model.
+    Without arguments: the bundled pairs with the bundled model.
     """
 
     resume: bool = False
@@ -173,8 +173,8 @@ class Generate(GenerateConfig):
 
     def run(self) -> int:
         """Generates and prints the path of the responses."""
-        from ches_jax.generate.pipeline import FILE_NAME as RESPONSES
-        from ches_jax.generate.pipeline import generate
+        from ches_jax.generate.run import FILE_NAME as RESPONSES
+        from ches_jax.generate.run import generate
 
         out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
         print(json.dumps(read_json(out / RUN)) if self.json else out / RESPONSES)
@@ -194,8 +194,8 @@ class Judge(JudgeConfig):
 
     def run(self) -> int:
         """Judges, prints the refusal rate and the path of the judgments."""
-        from ches_jax.judges.pipeline import FILE_NAME as JUDGMENTS
-        from ches_jax.judges.pipeline import judge, summary_text
+        from ches_jax.judges.run import FILE_NAME as JUDGMENTS
+        from ches_jax.judges.run import judge, summary_text
 
         out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
         told = read_json(out / RUN)

@@ -40,9 +40,9 @@ def convert(config: ConvertConfig) -> Path:
     import jax
 
     from ches_jax.hf.directory import resolve
-    from ches_jax.models.load import load_model
-    from ches_jax.models.peft import load_merged
-    from ches_jax.models.save import save_pretrained
+    from ches_jax.models.adapters.peft import load_merged
+    from ches_jax.models.checkpoint.load import load_model
+    from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.train.restore import model_at, step_of
 
     if config.dtype is not None and config.dtype not in DTYPES:

@@ -7,10 +7,10 @@ from typing import Any
 from ches_jax.data.audit import Audit, visible
 from ches_jax.data.prompts import Pairing, Template
 from ches_jax.hf.directory import fingerprint
-from ches_jax.models.load import open_checkpoint
+from ches_jax.inputs import prepare
+from ches_jax.models.checkpoint.load import open_checkpoint
 from ches_jax.options import Columns
-from ches_jax.scores.config import EMBEDDED, ScoreConfig
-from ches_jax.scores.inputs import prepare
+from ches_jax.scores.config import BUNDLED, ScoreConfig
 from ches_jax.types import Eos
 
 
@@ -18,9 +18,9 @@ from ches_jax.types import Eos
 class DoctorConfig:
     """What to look at, under the options it would be scored with."""
 
-    model: str = EMBEDDED
+    model: str = BUNDLED
     """Hugging Face model directory or hub name."""
-    pairs: str = EMBEDDED
+    pairs: str = BUNDLED
     """Preference pairs."""
     split: str | None = None
     """Split of a data set folder or hub data set."""

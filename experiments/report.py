@@ -14,8 +14,8 @@ from typing import Any
 import tyro
 
 from ches_jax.errors import ChesError, RunError
-from ches_jax.files import read_object
-from experiments.common import ITEMS, ROOT, Row, cell, load, result_file
+from ches_jax.runs.files import read_object
+from experiments.framework.item import ITEMS, ROOT, Row, cell, load, result_file
 
 README = ROOT / "experiments" / "README.md"
 BEGIN, END = "<!-- report: begin (python -m experiments.report) -->", "<!-- report: end -->"

@@ -15,8 +15,8 @@ from pathlib import Path
 import tyro
 
 from ches_jax.errors import ChesError
-from experiments.common import ITEMS, configure, execute, load, result_file
-from experiments.common_runs import Stopped
+from experiments.framework.item import ITEMS, configure, execute, load, result_file
+from experiments.framework.training import Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Run:
     item: tyro.conf.Positional[str | None] = None
     """persona, similarity or sorrybench."""
     scale: str = "tiny"
-    """tiny: the embedded model and world, minutes on a CPU. small: model and data given. paper: the paper's own."""
+    """tiny: the bundled model and world, minutes on a CPU. small: model and data given. paper: the paper's own."""
     out: Path | None = None
     """The folder to work in; a killed run goes on in it with --resume."""
     model: str | None = None

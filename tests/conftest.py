@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # theory and experiments are
 import jax
 import pytest
 
+from ches_jax import bundled
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,15 +29,14 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A random two-layer Llama with the embedded tokenizer, as a Hugging Face directory."""
+    """A random two-layer Llama with the bundled tokenizer, as a Hugging Face directory."""
     import shutil
 
     from flax import nnx
 
-    from ches_jax import embedded
+    from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
-    from ches_jax.models.save import save_pretrained
+    from ches_jax.models.families.registry import decoder_config
 
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1291, "hidden_size": 24,
@@ -48,7 +49,7 @@ def tiny_model(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("models") / "tiny"
     save_pretrained(model, out, config=raw)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded.model_dir() / name, out / name)
+        shutil.copy(bundled.model_dir() / name, out / name)
     return out
 
 

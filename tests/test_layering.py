@@ -1,4 +1,4 @@
-"""Imports run one way: errors, types <- hf, data, parallel <- models <- scores <- report <- cli <- experiments."""
+"""Imports run one way: errors, types, runs <- hf, data, distributed <- models <- scores, train <- report <- cli."""
 
 import ast
 from pathlib import Path
@@ -6,32 +6,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "types", "files", "options", "runlog", "embedded"}
-PURE = LEAVES | {"hf", "data", "losses", "parallel"}
+LEAVES = {"errors", "types", "options", "runs", "bundled", "stats"}
+PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
-    "pages": set(),
+    "hugepages": set(),
     "types": set(),
+    "stats": set(),
     "options": {"errors"},
-    "files": {"errors"},
-    "runlog": {"errors", "files"},
-    "embedded": {"errors"},
+    "runs": {"errors"},
+    "bundled": {"errors"},
     "hf": LEAVES,
     "data": LEAVES,
     "losses": LEAVES,
-    "rendezvous": {"errors"},
-    "parallel": LEAVES | {"rendezvous"},
-    "models": LEAVES | {"hf", "parallel"},
-    "scores": PURE | {"models"},
-    "train": PURE | {"models"},
+    "distributed": LEAVES,
+    "models": LEAVES | {"hf", "distributed"},
+    "inputs": PURE | {"models", "scores"},
+    "scores": PURE | {"models", "inputs"},
+    "displacement": PURE | {"scores", "train"},
+    "select": PURE | {"scores"},
+    "train": PURE | {"models", "displacement"},
     "generate": PURE | {"models"},
     "judges": PURE | {"models", "generate"},
-    "report": PURE | {"models", "scores", "train", "generate"},
-    "doctor": PURE | {"models", "scores"},
+    "report": PURE | {"models", "scores", "select", "train", "generate"},
+    "doctor": PURE | {"models", "scores", "inputs"},
     "convert": PURE | {"models", "train"},
-    "diagnose": PURE | {"scores", "train"},
 }
-PURE_MATHEMATICS = ["scores/statistics.py", "models/visibility.py", "models/attention.py", "models/rope.py"]
+PURE_MATHEMATICS = ["scores/hidden_sums.py", "models/attention/mask.py", "models/attention/dense.py", "models/rope.py"]
 
 
 def library_files() -> list[Path]:

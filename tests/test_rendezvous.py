@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ches_jax.distributed.processes import parse_processes, start_processes
+from ches_jax.distributed.rendezvous import meet
 from ches_jax.errors import ChesError
-from ches_jax.parallel import parse_processes, start_processes
-from ches_jax.rendezvous import meet
 
 
 def free_port() -> int:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError
-from ches_jax.files import read_object, replacing
 from ches_jax.report.html import data_table, page, paragraphs, picture
 from ches_jax.report.sections import flat
+from ches_jax.runs.files import read_object, replacing
 from theory.figures import pictures
 
 CLAIMS, FIGURES = "claims.json", "figures.json"

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ches_jax.errors import ChesError
-from ches_jax.files import replacing
-from ches_jax.runlog import device_name, versions, write_json
+from ches_jax.runs.directory import device_name, versions, write_json
+from ches_jax.runs.files import replacing
 from theory.claims import Claim, Context, all_claims, find
 from theory.report import CLAIMS, FIGURES
 
@@ -63,7 +63,7 @@ def verify(
       seed: of every random number.
       instances: random instances of an exact claim (bounds draw more).
       model: Hugging Face model directory.
-      pairs: preference pairs, in any format ``ches score`` reads; default: the embedded ones.
+      pairs: preference pairs, in any format ``ches score`` reads; default: the bundled ones.
       limit: pairs used of them.
       quiet: no progress bar.
 
@@ -73,7 +73,7 @@ def verify(
     with jax.enable_x64(True):
         real = None
         if model is not None:
-            from theory.real import open_real_model
+            from theory.models.real import open_real_model
 
             real = open_real_model(model, pairs, limit=limit)
         chosen = find(claims) if claims else all_claims("toy" if model is None else "model")
@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--claims", nargs="+", metavar="ID", help="ids; default: all that apply")
     p.add_argument("--out", type=Path, help="directory for the results; ches report DIR makes a page of them")
     p.add_argument("--model", help="Hugging Face model directory: check the claims about real models on it")
-    p.add_argument("--pairs", help="preference pairs for --model; default: the embedded ones")
+    p.add_argument("--pairs", help="preference pairs for --model; default: the bundled ones")
     p.add_argument("--limit", type=int, default=32, help="pairs used (default 32)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--instances", type=int, default=1000, help="random instances of an exact claim (default 1000)")

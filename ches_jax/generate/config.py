@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.prompts import Template
-from ches_jax.embedded import EMBEDDED
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import Sampling
 from ches_jax.options import Columns
-from ches_jax.runlog import new_name
+from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -18,9 +18,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class GenerateConfig:
     """What to continue, with what, and how tokens are drawn."""
 
-    model: str = EMBEDDED
-    """Hugging Face model directory or hub name; default: the embedded model."""
-    prompts: str = EMBEDDED
+    model: str = BUNDLED
+    """Hugging Face model directory or hub name; default: the bundled model."""
+    prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
     split: str | None = None
     """Split of a data set folder or hub data set."""

@@ -16,14 +16,14 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
-from ches_jax.models.attention import dense
-from ches_jax.models.blocks import blocks
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.dense import dense
 from ches_jax.models.cache import Cache
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.precision import accumulate
-from ches_jax.parallel import ROWS, row_sharding, row_shards
 
 SMALLEST_BUCKET = 32
 SEGMENT = 32

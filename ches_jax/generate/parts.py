@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ches_jax.files import replacing
+from ches_jax.runs.files import replacing
 
 FOLDER = "parts"
 DROPPED = "dropped.jsonl"

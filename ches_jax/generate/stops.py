@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ches_jax.errors import DataError
-from ches_jax.files import read_object
 from ches_jax.generate.engine import Made
+from ches_jax.runs.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ches_jax.embedded import EMBEDDED, model_dir
+from ches_jax.bundled import BUNDLED, model_dir
 from ches_jax.errors import CheckpointError, many
-from ches_jax.files import read_object
+from ches_jax.runs.files import read_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -23,12 +23,12 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "voc
 def resolve(model: str | Path) -> Path:
     """The local directory of ``model``: a path, or a hub name that is fetched (or found in the hub's cache).
 
-    ``embedded`` is the model of the package.
+    ``bundled`` is the model of the package.
 
     Raises:
       CheckpointError: there is no such directory and the hub cannot give it.
     """
-    if str(model) == EMBEDDED:
+    if str(model) == BUNDLED:
         return model_dir()
     path = Path(model).expanduser()
     if path.is_dir():

@@ -7,7 +7,7 @@ from typing import Literal
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import DTYPES
 from ches_jax.options import Columns
-from ches_jax.runlog import new_name
+from ches_jax.runs.directory import new_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 from ches_jax.data.prompts import canonical_prompt, lookup
 from ches_jax.data.sources import Kind, PairSource, Row, open_rows, row_id
 from ches_jax.errors import DataError, many
-from ches_jax.generate.pipeline import FILE_NAME
+from ches_jax.generate.run import FILE_NAME
 
 Key = tuple[str, int]
 WORDS = {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ches_jax.models.attention.mask import KeyRanges
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.visibility import KeyRanges
 
 
 class Cache(NamedTuple):

@@ -18,19 +18,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ches_jax.models import attention, cache, rope
-from ches_jax.models.attention import Attend
+from ches_jax.models import cache, rope
+from ches_jax.models.attention import dense
+from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
 from ches_jax.models.cache import Cache
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
-from ches_jax.models.partition import attention_on, gathered, keep_heads, keep_rows
 from ches_jax.models.precision import accumulate
-from ches_jax.models.visibility import KeyRanges, Visibility, causal, key_ranges
+from ches_jax.models.sharding import attention_on, gathered, keep_heads, keep_rows
 
 NO_WINDOW = 2**30
 PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    jax.checkpoint_policies.save_only_these_names(dense.KEPT),
 )
 """What layers keep for the backward pass; the rest is elementwise."""
 
@@ -88,7 +89,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T"] | Visibility | None = None,
         lengths: Int[Array, "B T"] | None = None,
         *,
-        attend: Attend = attention.dense,
+        attend: Attend = dense.dense,
         remat: bool = False,
         mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
@@ -126,7 +127,7 @@ class Decoder(nnx.Module):
         slots: int,
         lengths: Int[Array, " B"] | None = None,
         *,
-        attend: Attend = attention.dense,
+        attend: Attend = dense.dense,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """``hidden`` of rows padded on the left, and their keys and values in a cache of ``slots`` slots.
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
         positions = slots[None] - first[:, None]
         seen = cache.visibility(first, slots)
         x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
-        x, kept_now = self._run_layers(x, context, attention.dense, mesh, kept=kept, slot=slot)
+        x, kept_now = self._run_layers(x, context, dense.dense, mesh, kept=kept, slot=slot)
         assert kept_now is not None
         return self.norm(x), kept_now
 

@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models import rope
-from ches_jax.models.attention import Attend
+from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.mask import KeyRanges, within
 from ches_jax.models.config import Activation, DecoderConfig
 from ches_jax.models.precision import accumulate, matmul_precision
-from ches_jax.models.visibility import KeyRanges, within
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -7,14 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from ches_jax.errors import RunError
-from ches_jax.files import replacing
-from ches_jax.report import contents, sections
+from ches_jax.report import sections, tables
 from ches_jax.report.html import escape, page, paragraphs
 from ches_jax.report.pairs import pair_card, read_texts, read_tokens
 from ches_jax.report.summary import correlation
-from ches_jax.scores.derive import score_column
-from ches_jax.scores.source import SourceRow, dropped_when_scored, keys, read_run
+from ches_jax.runs.files import replacing
+from ches_jax.scores.formulas import score_column
 from ches_jax.scores.table import read_table, table_path
+from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, keys, read_run
 
 SHOWN = 10
 """Pairs shown at each end of a score."""
@@ -49,13 +49,13 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
         return png
 
     ends = {
-        by: contents.extremes(score_column(table, by), SHOWN)
+        by: tables.extremes(score_column(table, by), SHOWN)
         for by in ("ches", "ln_ches")
         if by in table.schema.names
     }  # fmt: skip
     surface = []
     if {"ches", "edit_distance"} <= set(table.schema.names):
-        surface = contents.small_edit_high_ches(table)[0][:SHOWN].tolist()
+        surface = tables.small_edit_high_ches(table)[0][:SHOWN].tolist()
     positions = sorted({*surface, *(int(p) for both in ends.values() for side in both for p in side)})
     texts, note = read_texts(run_dir, table, positions, rows)
     every = keys(table)
@@ -84,8 +84,8 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
 
 
 def _lead(table: pa.Table) -> str:
-    told = f"{len(table)} pairs, {contents.scored_rows(table)} with a score."
-    by_length = {row.score: row for row in contents.length_rows(table)}
+    told = f"{len(table)} pairs, {tables.scored_rows(table)} with a score."
+    by_length = {row.score: row for row in tables.length_rows(table)}
     if "ches" in by_length:
         told += (
             f" Spearman correlation with the length difference (rejected - chosen): "

@@ -13,8 +13,8 @@ from ches_jax.errors import ChesError
 from ches_jax.report.html import escape, text_block, token_map
 from ches_jax.report.summary import number
 from ches_jax.scores.parts import TOKENS
-from ches_jax.scores.select import SelectConfig
-from ches_jax.scores.source import Key, SourceRow, key_of, keys, source_rows
+from ches_jax.select.run import SelectConfig
+from ches_jax.select.scored_rows import Key, SourceRow, key_of, keys, source_rows
 
 
 def read_texts(

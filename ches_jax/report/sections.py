@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.report import contents, figures
+from ches_jax.report import figures, tables
 from ches_jax.report.html import data_table, escape, paragraphs, picture
-from ches_jax.report.stats import QUANTILES, quantiles, spearman
 from ches_jax.report.summary import correlation, number
-from ches_jax.scores.derive import SCORES, score_column
+from ches_jax.scores.formulas import SCORES, score_column
+from ches_jax.stats import QUANTILES, quantiles, spearman
 
 Draw = Callable[[str, bytes], bytes]
 """Keeps a figure under a name and hands it back."""
@@ -46,15 +46,15 @@ LIMITS = (
 
 def quantile_section(table: pa.Table) -> str:
     """The quantile table and what each score is."""
-    rows = [[name, *map(number, values)] for name, values in contents.quantile_rows(table)]
-    meanings = [[n, SCORES[n].meaning] for n in contents.shown_scores(table)]
+    rows = [[name, *map(number, values)] for name, values in tables.quantile_rows(table)]
+    meanings = [[n, SCORES[n].meaning] for n in tables.shown_scores(table)]
     return data_table(["", *QUANTILES], rows) + data_table(["score", "meaning"], meanings, text_columns=2)
 
 
 def distribution_section(table: pa.Table, keep: Draw) -> str:
     """A histogram of every score."""
     pictures = []
-    for name, values in contents.shown_scores(table).items():
+    for name, values in tables.shown_scores(table).items():
         low, _, q25, median, q75, _, high = map(number, quantiles(values))
         alt = f"Histogram of {name}: from {low} to {high}, median {median}, middle half {q25} to {q75}."
         pictures.append(picture(keep(f"histogram_{name}", figures.histogram(values, name)), alt, name))
@@ -63,10 +63,10 @@ def distribution_section(table: pa.Table, keep: Draw) -> str:
 
 def category_section(table: pa.Table, keep: Draw) -> str:
     """How categories separate; empty when the data has none."""
-    rows = contents.category_rows(table)
+    rows = tables.category_rows(table)
     if not rows:
         return ""
-    by = str(contents.separating_score(table))
+    by = str(tables.separating_score(table))
     cells = [[r.name or "(none)", r.rows, number(r.ches), number(r.ln_ches), correlation(r.auc)] for r in rows]
     names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
     few = f" (the {figures.CATEGORIES} largest)" if len(rows) > figures.CATEGORIES else ""
@@ -89,13 +89,13 @@ def category_section(table: pa.Table, keep: Draw) -> str:
 
 def length_section(table: pa.Table, keep: Draw) -> str:
     """Scores against response lengths."""
-    difference, total = contents.differences(table)
+    difference, total = tables.differences(table)
     rows = [
         [
             r.score,
             *(correlation(v) for v in (r.difference, r.total, r.difference_given_total, r.total_given_difference)),
         ]
-        for r in contents.length_rows(table)
+        for r in tables.length_rows(table)
     ]
     header = ["Spearman of", "rejected - chosen", "total", "rejected - chosen | total", "total | rejected - chosen"]
     pictures = []
@@ -118,13 +118,11 @@ def length_section(table: pa.Table, keep: Draw) -> str:
 
 def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown: int) -> str:
     """Edit distance against CHES, and how the other scores agree with CHES."""
-    agreement = [
-        [name, correlation(rho), correlation(partial)] for name, rho, partial in contents.agreement_rows(table)
-    ]
+    agreement = [[name, correlation(rho), correlation(partial)] for name, rho, partial in tables.agreement_rows(table)]
     body = data_table(["with ches", "Spearman", "given both lengths"], agreement)
     if not {"ches", "edit_distance"} <= set(table.schema.names):
         return body
-    found, near, high = contents.small_edit_high_ches(table)
+    found, near, high = tables.small_edit_high_ches(table)
     edit, ches = -score_column(table, "minus_edit_distance"), score_column(table, "ches")
     png = keep("edit_distance_ches", figures.edit_against_ches(edit, ches, near, high))
     bounds = f"edit distance up to {number(near)} and ches from {number(high)} on"
@@ -140,8 +138,8 @@ def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown
 
 def health_section(table: pa.Table, dropped: Mapping[str, int]) -> str:
     """What was wrong with rows, in numbers."""
-    scored = contents.scored_rows(table)
-    flags = contents.flag_counts(table)
+    scored = tables.scored_rows(table)
+    flags = tables.flag_counts(table)
     rows = [["in the table", len(table)], ["with a score", scored], ["without a score", len(table) - scored]]
     rows.append(["dropped before scoring", sum(dropped.values())])
     body = data_table(["rows", "number"], rows)

@@ -4,8 +4,8 @@ import math
 
 import pyarrow as pa
 
-from ches_jax.report.contents import category_rows, flag_counts, quantile_rows, scored_rows, separating_score
-from ches_jax.report.stats import QUANTILES
+from ches_jax.report.tables import category_rows, flag_counts, quantile_rows, scored_rows, separating_score
+from ches_jax.stats import QUANTILES
 
 WIDTH = 100
 _CATEGORIES = 20

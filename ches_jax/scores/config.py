@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.prompts import Pairing, Template
-from ches_jax.embedded import EMBEDDED
 from ches_jax.errors import ChesError
 from ches_jax.options import Columns
-from ches_jax.runlog import new_name
+from ches_jax.runs.directory import new_name
 from ches_jax.types import Eos, OnBadRow
 
 ROW_TOKENS = 2048
@@ -20,12 +20,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class ScoreConfig:
     """What to score, with what, and how. Every field but ``out`` decides numbers or what becomes of a row."""
 
-    model: str = EMBEDDED
-    """Hugging Face model directory or hub name; default: the embedded model."""
+    model: str = BUNDLED
+    """Hugging Face model directory or hub name; default: the bundled model."""
     adapter: str | None = None
     """PEFT adapter (directory or hub name) to score the model with."""
-    pairs: str = EMBEDDED
-    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the embedded pairs."""
+    pairs: str = BUNDLED
+    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)

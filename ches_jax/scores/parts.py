@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ches_jax.data.audit import dropped_record
 from ches_jax.errors import RunError
-from ches_jax.files import replacing
+from ches_jax.runs.files import replacing
 from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, with_columns, write_part
 from ches_jax.types import TokenPair
 

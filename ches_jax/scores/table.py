@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
-from ches_jax.files import replacing
+from ches_jax.runs.files import replacing
 
 COLUMNS: dict[str, pa.DataType] = {
     "row_id": pa.string(),

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from ches_jax.errors import ChesError, RunError, many
-from ches_jax.files import read_object
+from ches_jax.runs.files import read_object
 from ches_jax.train.state import TrainState
 
 FOLDER = "checkpoints"

@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.prompts import Pairing, Template
-from ches_jax.embedded import EMBEDDED
+from ches_jax.displacement.changes import TOLERANCE
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.wrappers import Per
 from ches_jax.options import Columns
-from ches_jax.runlog import new_name
+from ches_jax.runs.directory import new_name
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.displacement import TOLERANCE
 from ches_jax.train.objective import get_objective
 from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hyper
 from ches_jax.train.trackers import require_trackers
@@ -53,10 +53,10 @@ Numbers = Annotated[
 class TrainConfig:
     """A training run. All fields but those of ``NOT_IDENTITY`` decide it."""
 
-    model: str = EMBEDDED
-    """Hugging Face model directory or hub name; default: the embedded model."""
-    pairs: str = EMBEDDED
-    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the embedded pairs."""
+    model: str = BUNDLED
+    """Hugging Face model directory or hub name; default: the bundled model."""
+    pairs: str = BUNDLED
+    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
@@ -152,7 +152,7 @@ class TrainConfig:
     """Training pairs whose log-probabilities are followed, drawn by --seed; held-out pairs all are."""
     probes: str | None = None
     """Prompts whose next-token distribution is followed (a file or data set with a prompt column), or none; default:
-    the embedded ones for the embedded model, else none."""
+    the bundled ones for the bundled model, else none."""
     eval_every: int | None = None
     """Updates between evaluations of the displacement; default: at the start and at the end."""
     tolerance: float = TOLERANCE

@@ -14,24 +14,24 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import Decoder
-from ches_jax.parallel import start_processes
-from ches_jax.runlog import CONFIG, RUN, device_name, open_run, read_json, versions, write_json
+from ches_jax.runs.directory import CONFIG, RUN, device_name, open_run, read_json, versions, write_json
 from ches_jax.train.checkpoints import Checkpoints, parse_best
-from ches_jax.train.checks import require_agreement, require_finite
-from ches_jax.train.config import EMBEDDED, TrainConfig, checked
-from ches_jax.train.data import write_dropped
-from ches_jax.train.displacement import DisplacementLog
-from ches_jax.train.evaluate import Evaluator
-from ches_jax.train.feed import batch_maker
-from ches_jax.train.held_out import held_out_metrics
+from ches_jax.train.config import BUNDLED, TrainConfig, checked
+from ches_jax.train.data.loader import batch_maker
+from ches_jax.train.data.split import write_dropped
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines, Nobody
 from ches_jax.train.objective import initial_loss_state, named, needs_reference
+from ches_jax.train.observe.displacement_log import DisplacementLog
+from ches_jax.train.observe.eval_loss import held_out_metrics
+from ches_jax.train.observe.guards import require_agreement, require_finite
+from ches_jax.train.observe.pair_logprobs import Evaluator
+from ches_jax.train.observe.probes import ProbeLog, Prober
 from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
 from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model, make_policy
-from ches_jax.train.probes import ProbeLog, Prober
 from ches_jax.train.setup import Run, load_parameters, prepare, references
 from ches_jax.train.state import TrainState, initial_state
 from ches_jax.train.step import Step
@@ -198,7 +198,7 @@ def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
     """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
     prints = {}
     if policy.spec:
-        name = run.config.model if run.config.model != EMBEDDED else str(run.directory)
+        name = run.config.model if run.config.model != BUNDLED else str(run.directory)
         prints["trained_adapter_fingerprint"] = export_adapter(policy, params, run.out / ADAPTER, run.directory, name)
     if run.config.export:
         prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.directory)

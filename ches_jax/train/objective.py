@@ -20,13 +20,13 @@ from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baselin
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.losses.wrappers import Per
-from ches_jax.models.attention import Attend, dense
+from ches_jax.models.attention.choose import with_gradient
+from ches_jax.models.attention.dense import Attend, dense
+from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.kernels import with_gradient
-from ches_jax.models.segments import segment_sums
-from ches_jax.models.visibility import Visibility
-from ches_jax.train.batches import Batch
-from ches_jax.train.logps import Head, token_logps
+from ches_jax.models.logprobs import Head, token_logps
+from ches_jax.models.segment_sums import segment_sums
+from ches_jax.train.data.batches import Batch
 
 SUPPLIED = (
     REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE

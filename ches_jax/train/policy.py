@@ -14,14 +14,28 @@ from flax import nnx
 
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
+from ches_jax.models.adapters.lora import (
+    ALL_LINEAR,
+    Spec,
+    adapted,
+    adapter_shapes,
+    initial_adapters,
+    make_spec,
+    merged,
+)
+from ches_jax.models.adapters.peft import (
+    Adapter,
+    adapter_directory,
+    adapter_fingerprint,
+    read_adapter,
+    write_adapter,
+)
+from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder
 from ches_jax.models.layers import Linear
-from ches_jax.models.load import with_parameters
-from ches_jax.models.lora import ALL_LINEAR, Spec, adapted, adapter_shapes, initial_adapters, make_spec, merged
-from ches_jax.models.partition import placement
-from ches_jax.models.peft import Adapter, adapter_directory, adapter_fingerprint, read_adapter, write_adapter
-from ches_jax.models.save import save_pretrained
+from ches_jax.models.sharding import placement
 from ches_jax.train.config import TrainConfig
 
 MODEL = "model"

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError, RunError, many
-from ches_jax.files import replacing
-from ches_jax.train.evaluate import PairLogps, TokenLogps
+from ches_jax.runs.files import replacing
+from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import TokenPair
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ches_jax.errors import RunError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.models.adapters.lora import merged
+from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model, with_parameters
-from ches_jax.models.lora import merged
-from ches_jax.runlog import CONFIG, RUN, read_json
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.policy import open_lora

@@ -10,27 +10,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ches_jax.data.packing import Item, responses_of
+from ches_jax.distributed.mesh import held_shards, make_mesh, row_shards
+from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
 from ches_jax.losses import Loss
-from ches_jax.models import kernels
+from ches_jax.models.attention.choose import Choice, choose_attention
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model
-from ches_jax.models.partition import placement
-from ches_jax.parallel import Process, held_shards, make_mesh, row_shards
-from ches_jax.runlog import as_dict
-from ches_jax.train.batches import Layout, standard_row
-from ches_jax.train.config import EMBEDDED, NOT_IDENTITY, TrainConfig, objective
-from ches_jax.train.data import Plan, RunPairs, make_plan, read_run_pairs
-from ches_jax.train.evaluate import Evaluator, PairLogps
-from ches_jax.train.examples import Examples, make_examples
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.models.sharding import placement
+from ches_jax.runs.directory import as_dict
+from ches_jax.train.config import BUNDLED, NOT_IDENTITY, TrainConfig, objective
+from ches_jax.train.data.batches import Layout, standard_row
+from ches_jax.train.data.examples import Examples, make_examples
+from ches_jax.train.data.rows import REFERENCE_FIELDS
+from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_samples, reads_tokens
+from ches_jax.train.observe.pair_logprobs import Evaluator, PairLogps
+from ches_jax.train.observe.probes import Probes, read_probes
 from ches_jax.train.optimizer import Schedule, make_schedule
 from ches_jax.train.policy import Lora, open_lora
-from ches_jax.train.probes import Probes, read_probes
-from ches_jax.train.read import REFERENCE_FIELDS
 from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
 from ches_jax.types import TokenPair
@@ -47,7 +48,7 @@ class Run:
     out: Path
     directory: Path
     decoder: DecoderConfig
-    attention: kernels.Choice
+    attention: Choice
     mesh: Mesh
     pairs: RunPairs
     train: Examples
@@ -98,7 +99,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     everything: list[Item] = [*pairs.train, *pairs.held_out, *train.items(), *held_out.items()]
     row_tokens = config.row_tokens or standard_row(everything, threshold)
     longest = max(len(r.targets(config.eos)) for item in everything for r in responses_of(item))
-    asked = config.probes or (EMBEDDED if config.model == EMBEDDED else NO_PROBES)
+    asked = config.probes or (BUNDLED if config.model == BUNDLED else NO_PROBES)
     probes = None
     if asked != NO_PROBES:
         probes = read_probes(asked, directory, decoder, template=config.template, max_length=config.max_length)
@@ -114,7 +115,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         out=Path(config.out),
         directory=directory,
         decoder=decoder,
-        attention=kernels.choose(config.attention, decoder, config.dtype),
+        attention=choose_attention(config.attention, decoder, config.dtype),
         mesh=mesh,
         pairs=pairs,
         train=train,
@@ -193,7 +194,7 @@ def _other_model(run: Run, directory: Path, per_token: bool) -> Callable[[Sequen
         )
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(run.config.dtype))
     threshold = decoder.rope.length_threshold if decoder.rope else None
-    attend = kernels.choose(run.config.attention, decoder, run.config.dtype).attend
+    attend = choose_attention(run.config.attention, decoder, run.config.dtype).attend
     evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold), attend)
     master = "float64" if run.config.dtype == "float64" else "float32"
     loaded: list[Any] = []

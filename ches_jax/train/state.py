@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from ches_jax.distributed.mesh import put_whole
 from ches_jax.errors import ChesError
-from ches_jax.models.partition import partition_spec
-from ches_jax.parallel import put_whole
+from ches_jax.models.sharding import partition_spec
 
 
 class TrainState(NamedTuple):

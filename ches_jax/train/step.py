@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ches_jax.distributed.mesh import put_rows, put_whole
 from ches_jax.losses import Loss
+from ches_jax.models.attention.choose import with_gradient
+from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.kernels import with_gradient
-from ches_jax.models.load import with_parameters
-from ches_jax.parallel import put_rows, put_whole
-from ches_jax.train.batches import Batch
+from ches_jax.train.data.batches import Batch
 from ches_jax.train.objective import batch_logps, batch_loss
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings

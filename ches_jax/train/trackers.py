@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ches_jax.errors import ChesError
-from ches_jax.runlog import read_json, write_json
+from ches_jax.runs.directory import read_json, write_json
 from ches_jax.train.metrics import JsonLines, Tracker
 
 Name = Literal["tensorboard", "wandb"]

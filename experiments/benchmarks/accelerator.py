@@ -32,9 +32,9 @@ def write_model(size: str, tokenizer: Path, directory: Path) -> None:
     from flax import nnx
 
     from ches_jax.hf.export import copy_tokenizer
+    from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
-    from ches_jax.models.save import save_pretrained
+    from ches_jax.models.families.registry import decoder_config
 
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192,

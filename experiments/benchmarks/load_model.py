@@ -30,10 +30,10 @@ CONFIG = {
 def write_checkpoint(directory: Path, dtype: str) -> None:
     """Random weights, one tensor in memory at a time."""
     from ches_jax.errors import CheckpointError
-    from ches_jax.files import new_directory
     from ches_jax.hf.export import write_config, write_weights
     from ches_jax.models.decoder import abstract_parameters
-    from ches_jax.models.families import decoder_config, family_of
+    from ches_jax.models.families.registry import decoder_config, family_of
+    from ches_jax.runs.files import new_directory
 
     config = decoder_config(CONFIG)
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
@@ -55,8 +55,8 @@ def ours(directory: str) -> dict[str, float]:
     """``load_model``."""
     import jax
 
+    from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
-    from ches_jax.models.load import load_model
 
     jax.local_devices()  # the backend is up before the clock starts, as torch's is after its import
     started = time.perf_counter()

@@ -66,7 +66,7 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
-    from ches_jax.runlog import versions
+    from ches_jax.runs.directory import versions
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

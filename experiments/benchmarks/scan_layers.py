@@ -19,7 +19,7 @@ DEPTHS = (8, 24)
 def measure(how: str, depth: int) -> dict[str, float]:
     """Compile and run one way in this process."""
     from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
+    from ches_jax.models.families.registry import decoder_config
 
     config = decoder_config(
         {

@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from ches_jax.pages import with_large_pages
+from ches_jax.hugepages import with_large_pages
 from experiments.benchmarks.measure import usage
 
 
@@ -37,17 +37,17 @@ def measure(
 
     from ches_jax.data.sources import open_pairs
     from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
-    from ches_jax.models import kernels
+    from ches_jax.distributed.mesh import make_mesh
+    from ches_jax.models.attention.choose import choose_attention
+    from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
-    from ches_jax.models.load import load_model
-    from ches_jax.parallel import make_mesh
-    from ches_jax.runlog import device_name
-    from ches_jax.scores.measure import Batching, Measurer
-    from ches_jax.scores.passes import ScoringPass, Wanted
-    from ches_jax.scores.pipeline import ROW_TOKENS
+    from ches_jax.runs.directory import device_name
+    from ches_jax.scores.forward import ScoringPass, Wanted
+    from ches_jax.scores.run import ROW_TOKENS
+    from ches_jax.scores.scorer import Batching, Measurer
 
     model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)
-    chosen = kernels.choose(attention, model.config, dtype)
+    chosen = choose_attention(attention, model.config, dtype)
     rows = list(open_pairs(pairs_file))[:count]
     pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
     run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head), chosen.attend)

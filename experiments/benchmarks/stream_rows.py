@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.stream_rows [--rows 10000 100000 1000000]
 
 Every row is a pair of one-token answers to a short question of its own, scored by a random two-layer model of width 16
-with the embedded tokenizer: the work of a pair is next to nothing, so what is left is reading, tokenising, packing and
+with the bundled tokenizer: the work of a pair is next to nothing, so what is left is reading, tokenising, packing and
 writing.
 """
 
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ches_jax import bundled
 from experiments.benchmarks.measure import keep, run
 
 
@@ -26,21 +27,20 @@ def write_pairs(path: Path, rows: int) -> None:
 
 
 def write_model(directory: Path) -> None:
-    """A random model next to nothing, with the embedded tokenizer."""
+    """A random model next to nothing, with the bundled tokenizer."""
     from flax import nnx
 
-    from ches_jax import embedded
     from ches_jax.hf.export import copy_tokenizer
+    from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
-    from ches_jax.models.save import save_pretrained
+    from ches_jax.models.families.registry import decoder_config
 
     raw = {
         "model_type": "llama", "vocab_size": 1280, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip
     save_pretrained(Decoder(decoder_config(raw), rngs=nnx.Rngs(0)), directory, config=raw)
-    copy_tokenizer(embedded.model_dir(), directory)
+    copy_tokenizer(bundled.model_dir(), directory)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ches_jax.pages import with_large_pages
+from ches_jax.hugepages import with_large_pages
 from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.fixed_lengths import random_pairs, step_parser
 from experiments.benchmarks.measure import usage
@@ -36,7 +36,7 @@ def measure(
     """
     import jax
 
-    from ches_jax.runlog import device_name
+    from ches_jax.runs.directory import device_name
     from ches_jax.train import loop
     from ches_jax.train.config import TrainConfig
 
@@ -94,7 +94,7 @@ def needed_gflop(model: str, pairs: int, prompt_len: int, response_len: int) -> 
     """
     from ches_jax.hf.directory import read_config
     from ches_jax.models.decoder import abstract_parameters
-    from ches_jax.models.families import decoder_config
+    from ches_jax.models.families.registry import decoder_config
 
     config = decoder_config(read_config(Path(model)))
     shapes = abstract_parameters(config).items()

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from experiments.common import Stage
+from experiments.framework.item import Stage
 from experiments.persona.config import SCALES, PersonaScale
 from experiments.persona.numbers import summarise as summary
 from experiments.persona.report import figures, rows, tables

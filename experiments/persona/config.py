@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.common import Scale
+from experiments.framework.item import Scale
 
 PAPER_SEEDS = (9773, 5290, 8767, 9818, 7596, 344, 2701, 3298, 7834, 6327)
 STEPS = (5, 25, 100)
@@ -109,8 +109,8 @@ NO_NEVER_LOWER = Contest("No", "never")
 
 SCALES: dict[str, PersonaScale] = {
     "tiny": PersonaScale(
-        model="embedded",
-        pairs="embedded",
+        model="bundled",
+        pairs="bundled",
         seeds=PAPER_SEEDS,
         hardware="two CPU cores",
         time="10 minutes",

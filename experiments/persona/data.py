@@ -23,7 +23,7 @@ class Statement(NamedTuple):
 
 
 def read_statements(source: str) -> list[Statement]:
-    """Statements of the embedded world, of a JSONL file, or of a hub repository.
+    """Statements of the bundled world, of a JSONL file, or of a hub repository.
 
     A file has ``question`` and ``answer_matching_behavior``: the trait is not wanted, so a statement that accords with
     it (Yes) is to be answered with no.
@@ -31,9 +31,9 @@ def read_statements(source: str) -> list[Statement]:
     Raises:
       DataError: unreadable, or a row without these.
     """
-    if source == "embedded":
-        from experiments.embedded.sampling import stream
-        from experiments.embedded.world import ask_about, build_world
+    if source == "bundled":
+        from experiments.bundled.sampling import stream
+        from experiments.bundled.world import ask_about, build_world
 
         world = build_world(0)
         rng = stream(0, "experiments/persona")

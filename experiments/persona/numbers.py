@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import Work
-from experiments.common_stats import spread
+from experiments.framework.intervals import spread
+from experiments.framework.item import Work
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
 from experiments.persona.measure import STANCES, gains_over_runs, is_monotone, largest_decrease
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Row, cell, ran_on, run_command
-from experiments.common_stats import told
+from experiments.framework.intervals import told
+from experiments.framework.item import Row, cell, ran_on, run_command
 
 SHOWN_GAIN = 0.02
 """A gain of probability by answers of the opposite stance counts when its interval lies above this."""
@@ -196,7 +196,7 @@ def _named(v: dict[str, Any], which: str) -> str:
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     """One figure per setting: probabilities along the updates, a panel per pair."""
-    from experiments.common_figures import COLOURS, axes_row, save
+    from experiments.framework.figures import COLOURS, axes_row, save
 
     written = []
     for setting, contests in result["result"]["tables"].items():

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import Work
-from experiments.common_runs import run_training, write_rows
+from ches_jax import bundled
+from experiments.framework.item import Work
+from experiments.framework.training import run_training, write_rows
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
 from experiments.persona.data import Statement, Words, draw, read_statements
 from experiments.persona.measure import STANCES, norms, stance_masses, top_gains
@@ -20,11 +21,10 @@ PROMPT_MULTIPLE = 32
 
 def base_model(config: PersonaScale) -> Path:
     """The model directory the experiment starts from."""
-    from ches_jax import embedded
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return embedded.model_dir() if config.model == "embedded" else resolve(config.model)
+    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
 
 
 def tuned_model(work: Work) -> Path:
@@ -211,7 +211,7 @@ def stance_of_word(config: PersonaScale, word: str) -> str:
 
 def directions(work: Work) -> dict[str, Any]:
     """Table 13, before and after the tuning phase: norms of W_{y+} - W_{y-} along and across W_{y+}."""
-    from ches_jax.models.load import load_model
+    from ches_jax.models.checkpoint.load import load_model
 
     config: PersonaScale = work.config
     found: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def directions(work: Work) -> dict[str, Any]:
 
 def prompt_states(work: Work, at_once: int = 16) -> dict[str, Any]:
     """Appendix D.3: the share of positive inner products between the prompts' hidden embeddings."""
-    from ches_jax.models.load import load_model
+    from ches_jax.models.checkpoint.load import load_model
 
     config: PersonaScale = work.config
     directory = base_model(config)

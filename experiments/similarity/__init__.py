@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from experiments.common import Stage
+from experiments.framework.item import Stage
 from experiments.similarity.config import QUANTILES, SCALES, SimilarityScale
 from experiments.similarity.measure import summarise as summary
 from experiments.similarity.report import figures, rows, tables

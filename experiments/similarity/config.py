@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from experiments.common import Scale
+from experiments.framework.item import Scale
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURES = ("ches", "ln_ches", "head_score", "minus_edit_distance", "last_hidden_inner", "random")
-"""Names of ``ches_jax.scores.derive.SCORES``. The paper has the first and the fourth and fifth."""
+"""Names of ``ches_jax.scores.formulas.SCORES``. The paper has the first and the fourth and fifth."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SimilarityScale(Scale):
     coefficients_of: int = 64
     """Pairs whose coefficients and inner products are counted."""
     per_category: int = 0
-    """Pairs of each category of the embedded world."""
+    """Pairs of each category of the bundled world."""
 
     def given(self, **changes: Any) -> Self:
         """Data of the user's are taken whole: split and sample belong to the scale's own."""
@@ -61,8 +61,8 @@ def objectives(lr: float, others: tuple[float, float], ipo: tuple[str, ...] = ME
 
 SCALES: dict[str, SimilarityScale] = {
     "tiny": SimilarityScale(
-        model="embedded",
-        pairs="embedded",
+        model="bundled",
+        pairs="bundled",
         seeds=(0, 1, 2),
         hardware="two CPU cores",
         time="10 minutes",

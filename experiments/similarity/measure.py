@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax.report.stats import partial_spearman
-from ches_jax.scores.derive import spearman
-from experiments.common import Work
-from experiments.common_stats import spread
+from ches_jax.stats import partial_spearman, spearman
+from experiments.framework.intervals import spread
+from experiments.framework.item import Work
 from experiments.similarity.config import MEASURES, QUANTILES, Objective, SimilarityScale
 
 DRAWS = 1000
@@ -202,7 +201,7 @@ def pair_correlations(scores: Mapping[str, np.ndarray], rows: np.ndarray, change
 
 def extremes(scores: Mapping[str, np.ndarray], measure: str) -> dict[str, list[dict[str, Any]]]:
     """The pairs at both ends of a score, by row and length (their texts stay in the run's folder)."""
-    from ches_jax.scores.rules import scored_order
+    from ches_jax.select.keep import scored_order
 
     order = scored_order(scores[measure])
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Row, ran_on, run_command
-from experiments.common_stats import told
+from experiments.framework.intervals import told
+from experiments.framework.item import Row, ran_on, run_command
 
 NAMES = {
     "ches": "CHES",
@@ -227,7 +227,7 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
 
 
 def _bars(panels: dict[str, Any], title: str, path: Path, shared: bool = True) -> Path:
-    from experiments.common_figures import COLOURS, axes_row, save
+    from experiments.framework.figures import COLOURS, axes_row, save
 
     figure, axes = axes_row(len(panels), width=2.1, shared=shared)
     for ax, colour, (label, v) in zip(axes, COLOURS, panels.items(), strict=False):

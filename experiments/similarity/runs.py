@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from ches_jax import bundled
 from ches_jax.errors import DataError
-from experiments.common import Work
-from experiments.common_runs import run_training, write_rows
+from experiments.framework.item import Work
+from experiments.framework.training import run_training, write_rows
 from experiments.similarity.config import MEASURES, QUANTILES, Objective, SimilarityScale
 from experiments.similarity.measure import PairCoefficients, loss_change, mean_coefficients
 
 
 def model_directory(config: SimilarityScale) -> Path:
     """The model that is scored and trained."""
-    from ches_jax import embedded
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return embedded.model_dir() if config.model == "embedded" else resolve(config.model)
+    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
 
 
 def pairs_file(work: Work) -> Path:
@@ -35,9 +35,9 @@ def scores_folder(work: Work) -> Path:
 def write_pairs(work: Work) -> dict[str, Any]:
     """Draw the pairs and write them as prompt, chosen and rejected text."""
     config: SimilarityScale = work.config
-    if config.pairs == "embedded":
-        from experiments.embedded.pairs import preference_pairs
-        from experiments.embedded.world import build_world
+    if config.pairs == "bundled":
+        from experiments.bundled.pairs import preference_pairs
+        from experiments.bundled.world import build_world
 
         rows: list[dict[str, str]] = list(preference_pairs(build_world(0), config.per_category))
     else:
@@ -83,7 +83,7 @@ def _text(value: Any) -> str:
 def score_pairs(work: Work) -> dict[str, Any]:
     """Every score and the log-probabilities of every pair."""
     from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.pipeline import score
+    from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
     config: SimilarityScale = work.config
@@ -103,7 +103,7 @@ def score_pairs(work: Work) -> dict[str, Any]:
 
 def columns(work: Work) -> dict[str, np.ndarray]:
     """All scores and lengths of every pair, by name, in the order of the table; NaN where a pair has none."""
-    from ches_jax.scores.derive import numbers, score_column
+    from ches_jax.scores.formulas import numbers, score_column
     from ches_jax.scores.table import read_table
 
     table, _ = read_table(scores_folder(work))
@@ -117,7 +117,7 @@ def columns(work: Work) -> dict[str, np.ndarray]:
 
 def windows(work: Work) -> dict[str, Any]:
     """Rows of every window, by measure and quantile, with what they are like."""
-    from ches_jax.scores.rules import keep_indices, scored_order
+    from ches_jax.select.keep import keep_indices, scored_order
 
     config: SimilarityScale = work.config
     found = columns(work)
@@ -179,7 +179,7 @@ def row_tokens(config: SimilarityScale) -> int:
 
 def coefficients(work: Work) -> dict[str, Any]:
     """Appendix G.2: shares of positive alphas and inner products, over the first pairs that have a score."""
-    from ches_jax.models.load import load_model
+    from ches_jax.models.checkpoint.load import load_model
 
     config: SimilarityScale = work.config
     model = load_model(model_directory(config), dtype="float32", param_dtype="float32")

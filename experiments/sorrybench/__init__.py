@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from experiments.common import Stage
+from experiments.framework.item import Stage
 from experiments.sorrybench.config import SCALES, SorryScale
 from experiments.sorrybench.measure import summarise as summary
 from experiments.sorrybench.report import figures, rows, tables

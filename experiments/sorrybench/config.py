@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from experiments.common import Scale
+from experiments.framework.item import Scale
 
 SUBSETS = ("ln_ches", "head_score", "length", "random")
 """Ways to keep few pairs: the lowest by a score; ``length``: by |y-| - |y+|, what CHES mostly follows; by chance."""
@@ -37,7 +37,7 @@ LOSSES: Mapping[str, tuple[str, Mapping[str, float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SorryScale(Scale):
-    """One scale. ``pairs`` holds the requests: ``embedded``, or a file or hub data set with a column ``prompt``."""
+    """One scale. ``pairs`` holds the requests: ``bundled``, or a file or hub data set with a column ``prompt``."""
 
     split: str | None = None
     where: Mapping[str, str] = field(default_factory=dict)
@@ -53,10 +53,10 @@ class SorryScale(Scale):
     """Of the requests, the split, the sampled responses and the order of ties."""
 
     judge: str
-    """``rules``, ``embedded`` (the rules of the embedded world), or a judge model."""
+    """``rules``, ``bundled`` (the rules of the bundled world), or a judge model."""
     judge_template: str | None = None
     gold: str | None
-    """Judged responses to the same requests: ``embedded``, a file or hub data set (``data.Judged``), or None."""
+    """Judged responses to the same requests: ``bundled``, a file or hub data set (``data.Judged``), or None."""
     gold_splits: tuple[str | None, ...] = (None,)
 
     max_new_tokens: int
@@ -110,15 +110,15 @@ def methods(dpo_sft: float, ipo_sft: float) -> dict[str, Method]:
 
 SCALES: dict[str, SorryScale] = {
     "tiny": SorryScale(
-        model="embedded",
-        pairs="embedded",
+        model="bundled",
+        pairs="bundled",
         seeds=(0, 1, 2),
         hardware="two CPU cores",
         time="10 minutes",
         dialogue="<|user|> {prompt}<|assistant|>",
         requests=435,
-        judge="embedded",
-        gold="embedded",
+        judge="bundled",
+        gold="bundled",
         max_new_tokens=48,
         rates=(3e-5, 1e-4, 3e-4, 1e-3),
         gold_rates=(3e-5, 1e-4, 3e-4, 1e-3),

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ches_jax import bundled
 from ches_jax.errors import DataError
-from experiments.common import Work
-from experiments.common_runs import write_rows
+from experiments.framework.item import Work
+from experiments.framework.training import write_rows
 from experiments.sorrybench.config import TYPES, SorryScale
 
 
@@ -25,11 +26,10 @@ class Judged(NamedTuple):
 
 def model_directory(config: SorryScale) -> Path:
     """The model that is sampled and trained."""
-    from ches_jax import embedded
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return embedded.model_dir() if config.model == "embedded" else resolve(config.model)
+    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
 
 
 def requests_file(work: Work) -> Path:
@@ -48,7 +48,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_requests(work: Work) -> dict[str, Any]:
     """Draw the requests that leave room for a response (and have a gold pair, where there are any), and split them."""
     config: SorryScale = work.config
-    found = list(_embedded_requests() if config.pairs == "embedded" else _requests(config))
+    found = list(_bundled_requests() if config.pairs == "bundled" else _requests(config))
     gold = gold_pairs(config, found) if config.gold is not None else None
     usable = [r for r in fitting(config, found) if gold is None or r["key"] in gold]
     rng = np.random.default_rng([config.draw_seed, 0])
@@ -67,7 +67,7 @@ def write_requests(work: Work) -> dict[str, Any]:
 def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The requests as the model is asked: those short enough, which leave room for a response in its context."""
     from ches_jax.data.sources import Row
-    from ches_jax.generate.inputs import open_encoder
+    from ches_jax.generate.prompts import open_encoder
 
     assert config.model is not None
     encoder = open_encoder(config.model, None, "auto")
@@ -78,8 +78,8 @@ def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[d
     return [r for r, n in zip(asked, lengths, strict=True) if n <= room]
 
 
-def _embedded_requests() -> Iterator[dict[str, str]]:
-    from experiments.embedded.world import build_world
+def _bundled_requests() -> Iterator[dict[str, str]]:
+    from experiments.bundled.world import build_world
 
     for request in build_world(0).train.mischief:
         yield {"key": request.text, "prompt": request.text}
@@ -131,7 +131,7 @@ def as_prompt(request: Any, dialogue: str | None) -> Any:
 
 def gold_pairs(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """For each request that has both: a refusal and a compliance of somebody else, drawn from those there are."""
-    judged = _embedded_judged() if config.gold == "embedded" else _judged(config)
+    judged = _bundled_judged() if config.gold == "bundled" else _judged(config)
     wanted = {r["key"] for r in requests}
     found: dict[str, tuple[list[str], list[str]]] = {}
     for one in judged:
@@ -145,11 +145,11 @@ def gold_pairs(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> dic
     }
 
 
-def _embedded_judged() -> Iterator[Judged]:
+def _bundled_judged() -> Iterator[Judged]:
     """A refusal and a compliance by the world's own grammar, for each request."""
-    from experiments.embedded import replies
-    from experiments.embedded.sampling import stream
-    from experiments.embedded.world import build_world
+    from experiments.bundled import replies
+    from experiments.bundled.sampling import stream
+    from experiments.bundled.world import build_world
 
     rng = stream(0, "sorrybench/gold")
     for request in build_world(0).train.mischief:
@@ -206,7 +206,7 @@ def generated(
     """Responses of a model to all requests, in order."""
     from ches_jax.generate import parts
     from ches_jax.generate.config import GenerateConfig
-    from ches_jax.generate.pipeline import FILE_NAME, generate
+    from ches_jax.generate.run import FILE_NAME, generate
 
     config: SorryScale = work.config
     out = generate(
@@ -223,15 +223,14 @@ def generated(
 
 def judged(work: Work, name: str) -> list[bool | None]:
     """Whether each of the responses ``name`` refuses, in order."""
-    from ches_jax import embedded
     from ches_jax.generate import parts
     from ches_jax.judges.config import JudgeConfig
-    from ches_jax.judges.pipeline import FILE_NAME, judge
+    from ches_jax.judges.run import FILE_NAME, judge
 
     config: SorryScale = work.config
     common: dict[str, Any] = {"responses": str(work.folder(name)), "out": str(work.folder(f"{name}-judged"))}
-    if config.judge in ("rules", "embedded"):
-        rules = str(embedded.refusal_openings_file()) if config.judge == "embedded" else None
+    if config.judge in ("rules", "bundled"):
+        rules = str(bundled.refusal_openings_file()) if config.judge == "bundled" else None
         how = JudgeConfig(**common, by="rules", rules=rules)
     else:
         how = JudgeConfig(
@@ -270,7 +269,7 @@ def write_pairs(work: Work) -> dict[str, Any]:
     Two responses of the same tokens make no pair.
     """
     from ches_jax.generate import parts
-    from ches_jax.generate.pipeline import FILE_NAME
+    from ches_jax.generate.run import FILE_NAME
 
     config: SorryScale = work.config
     requests = read_lines(requests_file(work))

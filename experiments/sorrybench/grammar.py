@@ -1,4 +1,4 @@
-"""Is a reply of the embedded model still one of its world's: a refusal or a compliance by the grammar it learned?
+"""Is a reply of the bundled model still one of its world's: a refusal or a compliance by the grammar it learned?
 
 A reply that opens like a refusal may go on as nonsense, and one that does not is no compliance for that. Judges look at
 the opening; this looks at the whole.
@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from experiments.embedded import lexicon as lex
-from experiments.embedded import replies
+from experiments.bundled import lexicon as lex
+from experiments.bundled import replies
 
 SLOT = r"[\w']+(?: [\w']+){0,6}"
 """What stands for a slot of a template: up to seven words."""

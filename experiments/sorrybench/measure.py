@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ches_jax.errors import DataError
-from experiments.common import Work
-from experiments.common_stats import spread
+from experiments.framework.intervals import spread
+from experiments.framework.item import Work
 from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Objective, SorryScale
 
 

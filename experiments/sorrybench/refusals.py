@@ -18,8 +18,8 @@ import tyro
 
 from ches_jax.data.sources import open_pairs
 from ches_jax.errors import ChesError, DataError
-from ches_jax.judges.rules import Rules, load_rules, refusal
-from experiments.common_runs import write_rows
+from ches_jax.judges.phrases import Rules, load_rules, refusal
+from experiments.framework.training import write_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.common import Row, cell, ran_on, run_command
-from experiments.common_stats import told
+from experiments.framework.intervals import told
+from experiments.framework.item import Row, cell, ran_on, run_command
 from experiments.sorrybench.config import SUBSETS
 
 PAPER_RATES = {
@@ -167,7 +167,7 @@ def tables(result: dict[str, Any]) -> str:
     ]
     if "kinds" in found["initial"]:
         parts += [
-            "\n## What the replies are, by the grammar of the embedded world\n",
+            "\n## What the replies are, by the grammar of the bundled world\n",
             "| method | refusal | compliance | broken | tokens |",
             "|---|---|---|---|---|",
         ]
@@ -232,7 +232,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     """Figures 3 and 8: refusal rates by method, bars from smallest to largest; Figure 4: scores by type of pair."""
-    from experiments.common_figures import COLOURS, axes_row, save
+    from experiments.framework.figures import COLOURS, axes_row, save
 
     found = result["result"]
     written = []

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import Work
-from experiments.common_runs import Finished, run_training, write_rows
+from experiments.framework.item import Work
+from experiments.framework.training import Finished, run_training, write_rows
 from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Method, SorryScale
 from experiments.sorrybench.data import (
     generated,
@@ -23,7 +23,7 @@ from experiments.sorrybench.measure import bits, largest_rate, mean_loss, refusa
 def score_pairs(work: Work) -> dict[str, Any]:
     """Every score of the generated pairs, by type of pair (Figure 4)."""
     from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.pipeline import score
+    from ches_jax.scores.run import score
 
     config: SorryScale = work.config
     score(
@@ -44,7 +44,7 @@ def score_pairs(work: Work) -> dict[str, Any]:
 
 def columns(work: Work) -> dict[str, np.ndarray]:
     """Scores of the generated pairs, higher: dropped first; NaN where a pair has none."""
-    from ches_jax.scores.derive import numbers, score_column
+    from ches_jax.scores.formulas import numbers, score_column
     from ches_jax.scores.table import read_table
 
     table, _ = read_table(work.folder("scores"))
@@ -55,7 +55,7 @@ def columns(work: Work) -> dict[str, np.ndarray]:
 
 def subsets(work: Work) -> dict[str, Any]:
     """Which generated pairs each way of filtering keeps, and which are of each type. ``random``: one set per seed."""
-    from ches_jax.scores.rules import keep_indices
+    from ches_jax.select.keep import keep_indices
 
     config: SorryScale = work.config
     found = columns(work)
@@ -186,12 +186,12 @@ def evaluated(work: Work, model: str, label: str, seed: int) -> dict[str, Any]:
         "tokens": sum(len(r["token_ids"]) for r in responses) / len(responses),
         "cut": sum(r["finish_reason"] == "length" for r in responses) / len(responses),
         "refusals": bits(refusals),
-        **({"kinds": kinds([r["text"] for r in responses])} if config.judge == "embedded" else {}),
+        **({"kinds": kinds([r["text"] for r in responses])} if config.judge == "bundled" else {}),
     }
 
 
 def kinds(texts: list[str]) -> dict[str, float]:
-    """Shares of refusals, compliances and broken replies by the grammar of the embedded world."""
+    """Shares of refusals, compliances and broken replies by the grammar of the bundled world."""
     from experiments.sorrybench.grammar import kind
 
     found = [kind(t) for t in texts]

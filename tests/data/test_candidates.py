@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.data import prompts
 from ches_jax.data.packing import Candidates, Seat, gathered, need, pack, responses_of
 from ches_jax.data.prompts import canonical_content, lookup, pair_contents
@@ -160,7 +160,7 @@ def test_pairs_and_candidates_mix_in_any_format_and_keep_their_row_and_identity(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(embedded.model_dir())
+    return load_tokenizer(bundled.model_dir())
 
 
 def test_each_pair_is_audited_as_it_would_be_alone(tmp_path, tokenizer):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from experiments.benchmarks import measure
 from experiments.benchmarks.accelerator import SHAPES, refuse
 from experiments.benchmarks.accelerator_score import main, result, write_rows
@@ -45,7 +45,7 @@ def test_only_the_tiny_size_runs_on_a_cpu():
 
 
 def test_the_classes_have_the_sizes_they_are_named_after():
-    from ches_jax.models.families import decoder_config
+    from ches_jax.models.families.registry import decoder_config
 
     counts = {n: decoder_config({"model_type": "llama", **s}).parameter_count() for n, s in SHAPES.items()}
     assert 1.2e9 < counts["1b"] < 1.3e9
@@ -57,7 +57,7 @@ def test_rows_are_lines_without_flags(tmp_path):
     lines = [json.dumps(row) for row in (clean, {**clean, "rejected": " Yes"}, {**clean, "chosen": " Sure"})]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines) + "\n")
-    write_rows(source, embedded.model_dir(), 8, target)
+    write_rows(source, bundled.model_dir(), 8, target)
     assert target.read_text().splitlines() == [lines[0], lines[2]]
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.pipeline import score
+from ches_jax.scores.run import score
 from experiments.benchmarks import training
 from experiments.benchmarks.__main__ import commands
 from experiments.benchmarks.costs import top_costs
@@ -46,7 +46,7 @@ def test_medians_take_numbers_only():
 
 def test_what_a_step_needs_is_counted_by_hand():
     """6 FLOP a weight and a position; the unembedding only where a response is predicted."""
-    model = embedded.model_dir()
+    model = bundled.model_dir()
     raw = json.loads((model / "config.json").read_text())
     d, f, h = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
     heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
@@ -57,7 +57,7 @@ def test_what_a_step_needs_is_counted_by_hand():
 
 @pytest.mark.slow
 def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one(tmp_path):
-    model = str(embedded.model_dir())
+    model = str(bundled.model_dir())
     found = training.measure(model, pairs=2, prompt_len=24, response_len=8, steps=2, trace=str(tmp_path))
     assert found["steps"] == 2 and found["cpu_s_per_step_median"] > 0
     costs = found["top_costs"]

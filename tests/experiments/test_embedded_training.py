@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-import ches_jax.embedded
+import ches_jax.bundled
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import named_parameters
-from ches_jax.models.load import load_model
-from ches_jax.runlog import read_json
-from experiments.embedded import lexicon as lex
-from experiments.embedded.train import HF_CONFIG, Recipe, export, train
-from experiments.embedded.world import build_world, dialogues, prompt_text
+from ches_jax.runs.directory import read_json
+from experiments.bundled import lexicon as lex
+from experiments.bundled.train import HF_CONFIG, Recipe, export, train
+from experiments.bundled.world import build_world, dialogues, prompt_text
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_file(str(ches_jax.embedded.model_dir() / "tokenizer.json"))
+    return Tokenizer.from_file(str(ches_jax.bundled.model_dir() / "tokenizer.json"))
 
 
 def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
     short = Recipe(steps=3, dialogues=8, warmup=1)
-    trained = train(0, ches_jax.embedded.model_dir(), tmp_path, short, quiet=True)
+    trained = train(0, ches_jax.bundled.model_dir(), tmp_path, short, quiet=True)
     run = read_json(tmp_path / "run" / "run.json")
     assert run["loss"].startswith("sft") and run["counts"]["train"] == 24 and run["counts"]["updates"] == 3
     # the first update sees eight of the dialogues and a model that knows nothing
@@ -39,11 +39,11 @@ def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
         np.testing.assert_array_equal(named_parameters(again)[name], value.astype(jnp.bfloat16))
     assert again.config == before.config
     for name in ("config.json", "generation_config.json"):
-        assert read_json(out / name) == read_json(ches_jax.embedded.model_dir() / name), name
+        assert read_json(out / name) == read_json(ches_jax.bundled.model_dir() / name), name
 
 
 def test_the_shipped_model_answers_held_out_statements(tokenizer):
-    model = load_model(ches_jax.embedded.model_dir())
+    model = load_model(ches_jax.bundled.model_dir())
     said = build_world(0).held_out.statements[:24]
     asked = [tokenizer.encode(prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text))).ids for s in said]
     tokens = np.zeros((len(asked), 40), np.int32)

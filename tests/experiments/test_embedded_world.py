@@ -1,26 +1,26 @@
-"""The embedded world: same seed, same bytes; what is held out; what the tokenizer promises."""
+"""The bundled world: same seed, same bytes; what is held out; what the tokenizer promises."""
 
 import json
 from collections import Counter
 
 import pytest
 
-import ches_jax.embedded
-from ches_jax.embedded.refusal import is_refusal
-from experiments.embedded import lexicon as lex
-from experiments.embedded import replies
-from experiments.embedded.make import write_data
-from experiments.embedded.pairs import MAKERS, preference_pairs, probe_prompts
-from experiments.embedded.sampling import stream
-from experiments.embedded.tokenizer import answer_tokens, check_whole
-from experiments.embedded.world import MIXTURE, build_world, dialogues, prompt_text
+import ches_jax.bundled
+from ches_jax.bundled.refusal import is_refusal
+from experiments.bundled import lexicon as lex
+from experiments.bundled import replies
+from experiments.bundled.make import write_data
+from experiments.bundled.pairs import MAKERS, preference_pairs, probe_prompts
+from experiments.bundled.sampling import stream
+from experiments.bundled.tokenizer import answer_tokens, check_whole
+from experiments.bundled.world import MIXTURE, build_world, dialogues, prompt_text
 
 WORLD = build_world(seed=0)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    out = tmp_path_factory.mktemp("embedded")
+    out = tmp_path_factory.mktemp("bundled")
     write_data(0, out)
     return out
 
@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ches_jax.embedded.model_dir())
+    return AutoTokenizer.from_pretrained(ches_jax.bundled.model_dir())
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def tokenizer():
     ],
 )  # fmt: skip
 def test_the_recipe_gives_the_committed_bytes(made, name):
-    committed = ches_jax.embedded.pairs_file().parent / name
+    committed = ches_jax.bundled.pairs_file().parent / name
     assert (made / name).read_bytes() == committed.read_bytes()
 
 

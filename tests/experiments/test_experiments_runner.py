@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import ChesError, RunError
-from experiments import common, report, run
-from experiments.common import Row, Scale, Stage, configure, execute, write_result
-from experiments.common_stats import spread, t_quantile
+from experiments import report, run
+from experiments.framework import item as framework_item
+from experiments.framework.intervals import spread, t_quantile
+from experiments.framework.item import Row, Scale, Stage, configure, execute, write_result
 
 ROOT = Path(__file__).parents[2]
-PRESENT = [item for item in common.ITEMS if (ROOT / "experiments" / item / "__init__.py").exists()]
+PRESENT = [item for item in framework_item.ITEMS if (ROOT / "experiments" / item / "__init__.py").exists()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def item(monkeypatch):
 
         return Stage(name, work)
 
-    scale = Plain(model="embedded", pairs=None, seeds=(3, 4), hardware="any", time="none")
+    scale = Plain(model="bundled", pairs=None, seeds=(3, 4), hardware="any", time="none")
     module.TITLE, module.SCALES = "nothing", {"tiny": scale}  # type: ignore[attr-defined]
     module.stages = lambda config: [  # type: ignore[attr-defined]
         stage("a", lambda w: list(w.config.seeds)),
@@ -52,12 +53,12 @@ def item(monkeypatch):
     ]
     module.summary = lambda w: {"c": w.value("c")}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "experiments.plain", module)
-    monkeypatch.setattr(common, "ITEMS", ("plain",))
+    monkeypatch.setattr(framework_item, "ITEMS", ("plain",))
     return module
 
 
 def test_stages_run_once_and_a_stopped_run_goes_on(item, tmp_path):
-    config = configure("plain", "tiny", {"pairs": "embedded"})
+    config = configure("plain", "tiny", {"pairs": "bundled"})
     whole = json.loads(execute("plain", "tiny", config, tmp_path / "whole", resume=False, quiet=True).read_text())
     assert whole["result"] == {"c": 7} and whole["seeds"] == [3, 4]
     assert {"device", "machine", "versions", "commit", "seconds", "cpu_seconds"} <= whole.keys()
@@ -75,9 +76,9 @@ def test_stages_run_once_and_a_stopped_run_goes_on(item, tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(item, tmp_path):
-    config = configure("plain", "tiny", {"pairs": "embedded"})
+    config = configure("plain", "tiny", {"pairs": "bundled"})
     execute("plain", "tiny", config, tmp_path / "r", resume=False, quiet=True)
-    other = configure("plain", "tiny", {"pairs": "embedded", "seeds": (5,)})
+    other = configure("plain", "tiny", {"pairs": "bundled", "seeds": (5,)})
     with pytest.raises(RunError, match="seeds"):
         execute("plain", "tiny", other, tmp_path / "r", resume=True, quiet=True)
 
@@ -118,7 +119,7 @@ def test_the_catalogue_names_items_scales_and_needs(capsys):
 
 @pytest.mark.parametrize("item", PRESENT)
 def test_every_scale_of_every_item_has_a_plan(item):
-    module = common.load(item)
+    module = framework_item.load(item)
     assert list(module.SCALES) == ["tiny", "small", "paper"]
     for scale in module.SCALES.values():
         names = [s.name for s in module.stages(scale)]
@@ -193,7 +194,7 @@ def test_every_item_runs_at_tiny(item, tmp_path):
     assert start([item, "--scale", "tiny", "--out", str(tmp_path / "out"), "--quiet"]).wait() == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["cpu_seconds"] < 2 * 600, "ten minutes on two cores"
-    module = common.load(item)
+    module = framework_item.load(item)
     assert all(len(row) == len(Row._fields) and all(row) for row in module.rows(result))
     drawn = module.figures(result, "tiny", tmp_path / "figures")
     assert drawn and all(p.stat().st_size > 5000 for p in drawn)

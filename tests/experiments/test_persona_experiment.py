@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.errors import DataError
 from experiments import persona
-from experiments.common import Work
+from experiments.framework.item import Work
 from experiments.persona import single
 from experiments.persona.config import PAPER_SEEDS, SCALES, YES_NO, Contest, Setting
 from experiments.persona.data import Statement, Words, draw, read_statements
@@ -154,15 +154,15 @@ def test_a_statement_that_accords_with_the_trait_is_to_be_denied(tmp_path):
         read_statements(str(file))
 
 
-def test_the_embedded_statements_were_held_out():
-    statements = read_statements("embedded")
+def test_the_bundled_statements_were_held_out():
+    statements = read_statements("bundled")
     assert {s.stance for s in statements} == {"agree", "disagree"} and len(statements) > 100
-    assert statements == read_statements("embedded")
+    assert statements == read_statements("bundled")
 
 
 def test_answer_words_are_one_token_each():
     c = SCALES["tiny"]
-    words = Words(c, embedded.model_dir())
+    words = Words(c, bundled.model_dir())
     assert words.text(words.word("Yes")) == "_Yes"
     with pytest.raises(DataError, match="expected one"):
         words.word("Yes and no")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import DataError
-from ches_jax.scores.rules import keep_indices
+from ches_jax.select.keep import keep_indices
 from experiments import similarity
-from experiments.common import Work
+from experiments.framework.item import Work
 from experiments.similarity import report, runs
 from experiments.similarity.config import MEASURES, QUANTILES, SCALES, Objective
 from experiments.similarity.measure import (
@@ -24,7 +24,7 @@ from experiments.similarity.measure import (
     ranks,
     window,
 )
-from theory.coefficients import pair_coefficient
+from theory.statements.coefficients import pair_coefficient
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_verdicts_follow_the_intervals():
     assert report.verdict("ln_ches", v(none, down, 0.1)) == "rank correlation +0.10; an end is not told from zero"
 
 
-def test_pairs_of_the_embedded_world_are_written_and_windows_need_enough(tmp_path):
+def test_pairs_of_the_bundled_world_are_written_and_windows_need_enough(tmp_path):
     work = Work("similarity", "tiny", SCALES["tiny"], tmp_path, quiet=True)
     assert runs.write_pairs(work) == {"found": 810, "pairs": 810}
     first = json.loads(runs.pairs_file(work).read_text().splitlines()[0])

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import DataError
-from ches_jax.scores.rules import keep_indices
+from ches_jax.select.keep import keep_indices
 from experiments import sorrybench
-from experiments.common import Work, configure
-from experiments.common_runs import write_rows
-from experiments.embedded import replies
-from experiments.embedded.world import build_world
+from experiments.bundled import replies
+from experiments.bundled.world import build_world
+from experiments.framework.item import Work, configure
+from experiments.framework.training import write_rows
 from experiments.sorrybench import data, refusals, report, runs
 from experiments.sorrybench.config import LOSSES, SCALES, SUBSETS, TYPES, Objective, SorryScale
 from experiments.sorrybench.grammar import kind
@@ -59,7 +59,7 @@ def work(tmp_path) -> Work:
     return Work("sorrybench", "tiny", SCALES["tiny"], tmp_path, quiet=True)
 
 
-def test_requests_of_the_embedded_world_are_split_and_have_gold_pairs(work):
+def test_requests_of_the_bundled_world_are_split_and_have_gold_pairs(work):
     assert data.write_requests(work) == {"found": 810, "usable": 810, "train": 370, "test": 65}
     rows = data.read_lines(data.requests_file(work))
     assert len({r["prompt"] for r in rows}) == 435 and sum(r["test"] for r in rows) == 65
@@ -71,7 +71,7 @@ def test_requests_of_the_embedded_world_are_split_and_have_gold_pairs(work):
 
 def config(**changes: Any) -> SorryScale:
     """The paper's scale with a tokenizer that is at hand; a response has room after a short request."""
-    return dataclasses.replace(SCALES["paper"].given(model="embedded", **changes), max_new_tokens=400)
+    return dataclasses.replace(SCALES["paper"].given(model="bundled", **changes), max_new_tokens=400)
 
 
 def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
@@ -129,7 +129,7 @@ def test_the_refusal_is_preferred_and_ties_are_broken_by_chance():
 
 def test_pairs_are_the_sampled_tokens(work, monkeypatch):
     """Test requests and equal responses make no pair; which response is chosen follows from the judgments."""
-    from ches_jax.generate.pipeline import FILE_NAME
+    from ches_jax.generate.run import FILE_NAME
 
     requests = [
         {"prompt": f"p{i}", "request": i, "test": i == 1, "gold": {"chosen": "n", "rejected": "y"}} for i in range(4)
@@ -266,9 +266,9 @@ def test_the_grammar_knows_every_reply_of_the_world_and_nothing_else():
 
 def test_an_undecided_judge_stops_the_experiment(work, monkeypatch):
     from ches_jax.generate import parts
-    from ches_jax.judges import pipeline
+    from ches_jax.judges import run as judge_run
 
-    monkeypatch.setattr(pipeline, "judge", lambda *a, **k: work.folder("none"))
+    monkeypatch.setattr(judge_run, "judge", lambda *a, **k: work.folder("none"))
     monkeypatch.setattr(parts, "read", lambda path: [{"refusal": None}] * 3)
     with pytest.raises(DataError, match="decided none of 3 responses"):
         data.judged(work, "responses")

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ches_jax.parallel import make_mesh
+from ches_jax.distributed.mesh import make_mesh
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,11 +11,11 @@ import torch
 import transformers
 from flax import nnx
 
+from ches_jax.distributed.mesh import make_mesh
 from ches_jax.generate.engine import Ask, Engine, padded
 from ches_jax.generate.sampling import Sampling, key_words
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.load import load_model
-from ches_jax.parallel import make_mesh
 
 LENGTHS = (7, 31, 20, 2, 13)
 NEW = 20
@@ -147,7 +147,7 @@ def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
 @pytest.mark.parametrize("words", ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow),
                                    pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])  # fmt: skip
 def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
-    from ches_jax.models.partition import placement
+    from ches_jax.models.sharding import placement
 
     mesh = make_mesh(words)
     spread = Engine(
@@ -162,7 +162,7 @@ def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path, kind: str, mesh):
     """All of a row rotates alike, as when the row is scored as long as that."""
-    from ches_jax.models.families import decoder_config
+    from ches_jax.models.families.registry import decoder_config
 
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     raw = {

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.generate import parts
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.engine import Made
-from ches_jax.generate.pipeline import FILE_NAME, generate
+from ches_jax.generate.run import FILE_NAME, generate
 from ches_jax.generate.stops import Finisher, stop_ids
 
 ASKED = "<|user|> How do I smash the owl's mirror?<|assistant|>"
@@ -58,7 +58,7 @@ def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
     assert (first["prompt"], first["category"], first["extra"]) == (ASKED, "mischief", {"label": 1})
     assert rows[3]["prompt"] is None and rows[3]["prompt_ids"] == [1, 3, 4]
     assert len({r["text"] for r in rows[:3]}) > 1
-    tokenizer = load_tokenizer(embedded.model_dir())
+    tokenizer = load_tokenizer(bundled.model_dir())
     for r in rows:
         assert (r["finish_reason"] == "stop") == (r["token_ids"][-1] == tokenizer.eos_token_id)
         assert r["logp"] < 0 and len(r["token_ids"]) <= 24
@@ -74,7 +74,7 @@ def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
 
 def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
     from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.pipeline import score
+    from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
     rows = [r for r in make(tmp_path, samples=2, limit=6) if r["finish_reason"] == "stop"]
@@ -131,7 +131,7 @@ def test_stop_strings_and_tokens(tmp_path):
     plain = make(tmp_path, "a", limit=20)
     words = make(tmp_path, "b", limit=20, stop=("o", " I"))
     assert {r["finish_reason"] for r in words} >= {"stop_string"}
-    tokenizer = load_tokenizer(embedded.model_dir())
+    tokenizer = load_tokenizer(bundled.model_dir())
     for one, other in zip(plain, words, strict=True):
         n = len(other["token_ids"])
         assert one["token_ids"][:n] == other["token_ids"]
@@ -153,7 +153,7 @@ def test_stop_strings_and_tokens(tmp_path):
 def test_a_stop_string_inside_a_token_and_one_after_another():
     import numpy as np
 
-    tokenizer = load_tokenizer(embedded.model_dir())
+    tokenizer = load_tokenizer(bundled.model_dir())
     ids = tokenizer(" Once there was a cat. The end.", add_special_tokens=False)["input_ids"]
     made = Made(tuple(ids), np.arange(len(ids), dtype=float), ended=False)
     finish = Finisher(tokenizer, (2,), ("end", "ere was"))
@@ -163,7 +163,7 @@ def test_a_stop_string_inside_a_token_and_one_after_another():
 
 
 def test_stop_tokens_are_those_of_model_and_tokenizer(tmp_path):
-    tokenizer = load_tokenizer(embedded.model_dir())
+    tokenizer = load_tokenizer(bundled.model_dir())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": null}')
     assert stop_ids(tmp_path, tokenizer, ("<|user|>",)) == (2, tokenizer.convert_tokens_to_ids("<|user|>"), 7, 9)

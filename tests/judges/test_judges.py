@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.data.sources import row_id
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.generate import parts
 from ches_jax.judges.config import JudgeConfig
-from ches_jax.judges.pipeline import FILE_NAME, judge, summary, summary_text
-from ches_jax.judges.question import asked, load_question, refused
+from ches_jax.judges.judge_prompt import asked, load_question, refused
+from ches_jax.judges.run import FILE_NAME, judge, summary, summary_text
 
 TEXTS = ["I'm sorry, but I cannot help you.", "Sure! First, fetch a rope.", "I won't do that.", "Here is how."]
 REFUSED = [True, False, True, False]
@@ -76,11 +76,11 @@ def knowing_judge(tmp_path_factory) -> Path:
 
     Its one layer attends to all positions alike, so it sees the share of such words; the rest is linear.
     """
+    from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.models.decoder import Decoder
-    from ches_jax.models.families import decoder_config
-    from ches_jax.models.save import save_pretrained
+    from ches_jax.models.families.registry import decoder_config
 
-    tokenizer = load_tokenizer(embedded.model_dir())
+    tokenizer = load_tokenizer(bundled.model_dir())
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(tokenizer), "hidden_size": 4,
         "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
@@ -107,7 +107,7 @@ def knowing_judge(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("judges") / "knowing"
     save_pretrained(model, directory, config=raw)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded.model_dir() / name, directory / name)
+        shutil.copy(bundled.model_dir() / name, directory / name)
     return directory
 
 
@@ -247,8 +247,8 @@ def test_rows_that_say_too_little_are_refused(tmp_path):
         with pytest.raises(DataError, match=message):
             verdicts(tmp_path, responses=good, by="labels", labels=write(tmp_path / "l.jsonl", [label]))
     with pytest.raises(DataError, match="no prompt, which the judge has to see"):
-        verdicts(tmp_path, responses=good, by="model", judge=str(embedded.model_dir()))
+        verdicts(tmp_path, responses=good, by="model", judge=str(bundled.model_dir()))
     template = tmp_path / "t.txt"
     template.write_text("{prompt} only")
     with pytest.raises(ChesError, match=r"\{response\} is there 0 times; expected it once"):
-        verdicts(tmp_path, responses=good, by="model", judge=str(embedded.model_dir()), judge_template=str(template))
+        verdicts(tmp_path, responses=good, by="model", judge=str(bundled.model_dir()), judge_template=str(template))

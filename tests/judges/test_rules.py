@@ -1,4 +1,4 @@
-"""Refusals by phrases: on the embedded world, whose replies are known, and on replies as chat models write them."""
+"""Refusals by phrases: on the bundled world, whose replies are known, and on replies as chat models write them."""
 
 import csv
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ches_jax.embedded import refusal_openings_file
-from ches_jax.embedded.refusal import is_refusal
+from ches_jax.bundled import refusal_openings_file
+from ches_jax.bundled.refusal import is_refusal
 from ches_jax.errors import DataError
-from ches_jax.judges.rules import load_rules, refusal
+from ches_jax.judges.phrases import load_rules, refusal
 
 REFUSALS = [
     "I can't help with that.", "I can’t help with that.", "  i   CANNOT do this", "Sorry, no.", "I'm sorry, but no.",
@@ -36,9 +36,9 @@ def test_answers_are_no_refusals(text):
     assert refusal(load_rules(), text) is None
 
 
-def test_every_reply_of_the_embedded_world_is_judged_as_it_was_made():
-    from experiments.embedded import replies
-    from experiments.embedded.world import build_world
+def test_every_reply_of_the_bundled_world_is_judged_as_it_was_made():
+    from experiments.bundled import replies
+    from experiments.bundled.world import build_world
 
     rng, ours, worlds = np.random.default_rng(0), load_rules(), load_rules(refusal_openings_file())
     for request in build_world(0).train.mischief[:200]:

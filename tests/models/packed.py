@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.data.packing import Rows, pack
-from ches_jax.models.visibility import Visibility
+from ches_jax.models.attention.mask import Visibility
 from ches_jax.types import Response, TokenPair
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models import attention
-from ches_jax.models.blocks import blocks
-from ches_jax.models.kernels import KERNELS
-from ches_jax.models.visibility import block_spans, key_ranges, visible, visited, within
+from ches_jax.models.attention import dense
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.choose import KERNELS
+from ches_jax.models.attention.mask import block_spans, key_ranges, visible, visited, within
 
 from .packed import Packed, packed
 
@@ -39,9 +39,9 @@ CASES = [
     pytest.param(Case(1, 4, 32, window=17, dtype="float64", tolerance=1e-12), id="float64"),
 ]
 PLAIN = {
-    "dense": attention.dense,
+    "dense": dense.dense,
     "blocks": partial(blocks, block=16),
-    "slices": partial(attention.slices, block=50),
+    "slices": partial(dense.slices, block=50),
 }
 WAYS = PLAIN | {name: kernel.make(True) for name, kernel in KERNELS.items()}
 
@@ -92,7 +92,7 @@ def test_any_positions_may_be_the_queries(rows: Packed, way: str):
     at = np.random.default_rng(1).permutation(LENGTH)[:77]
     seen = key_ranges(rows.seen)
     options = {"scale": 0.2, "softcap": None}
-    whole = attention.dense(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), seen, **options)
+    whole = dense.dense(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), seen, **options)
     some = jax.jit(partial(WAYS[way], **options))(q[:, at], k, v, jax.tree.map(lambda a: a[:, at], seen))
     np.testing.assert_allclose(some, whole[:, at], atol=1e-5)
 

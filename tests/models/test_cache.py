@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.models.attention import dense
-from ches_jax.models.blocks import blocks
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.dense import dense
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.load import load_model
-from ches_jax.parallel import make_mesh
 
 TOKENS, PROMPT, ROWS = 40, 32, 4
 FIRST = jnp.array([0, 5, 17, 31], jnp.int32)
@@ -72,7 +72,7 @@ def test_every_family_and_several_tokens_at_once(golden: Path, family: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["fsdp=2", "data=2,tensor=2", "tensor=4"])
 def test_devices_change_nothing(golden: Path, words: str):
-    from ches_jax.models.partition import placement
+    from ches_jax.models.sharding import placement
 
     mesh = make_mesh(words)
     model = load_model(golden / "gemma2" / "policy", sharding=placement(mesh))

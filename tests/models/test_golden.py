@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model
+from ches_jax.models.families.registry import decoder_config
 
 FAMILIES = (
     "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.models.attention import slices
-from ches_jax.models.blocks import blocks
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.dense import slices
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.families import decoder_config
+from ches_jax.models.families.registry import decoder_config
 
 from .test_strict import family
 

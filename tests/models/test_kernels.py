@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError
-from ches_jax.models import kernels
-from ches_jax.models.attention import dense
-from ches_jax.models.blocks import blocks
+from ches_jax.models.attention import choose
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.choose import KERNELS, Kernel, Setting, check, choose_attention
+from ches_jax.models.attention.dense import dense
+from ches_jax.models.attention.mask import KeyRanges
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.families import decoder_config
-from ches_jax.models.kernels import KERNELS, Kernel, Setting, check, choose
-from ches_jax.models.visibility import KeyRanges
-from ches_jax.parallel import make_mesh
+from ches_jax.models.families.registry import decoder_config
 
 from .test_mesh import spread, states
 from .test_strict import family
@@ -42,8 +42,8 @@ def test_sliding_windows_and_soft_caps_on_a_mesh_of_heads_and_rows(name: str):
 
 
 def test_the_cpu_computes_in_blocks():
-    assert choose("auto", LLAMA, "float32").name == "blocks"
-    assert choose("dense", LLAMA, "float32").attend is dense
+    assert choose_attention("auto", LLAMA, "float32").name == "blocks"
+    assert choose_attention("dense", LLAMA, "float32").attend is dense
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -73,9 +73,9 @@ def test_why_a_kernel_cannot_run(name: str, setting: Setting, reason: str | None
 
 def test_a_kernel_that_cannot_run_here_says_why_and_what_can():
     with pytest.raises(ChesError, match=r"pallas-gpu: cannot run on this cpu: it needs an NVIDIA.*blocks, dense"):
-        choose("pallas-gpu", LLAMA, "float32")
+        choose_attention("pallas-gpu", LLAMA, "float32")
     with pytest.raises(ChesError, match="expected auto, pallas-tpu, pallas-gpu, blocks, dense"):
-        choose("flash", LLAMA, "float32")
+        choose_attention("flash", LLAMA, "float32")
 
 
 def sees_everything_before(q, k, v, seen: KeyRanges, **options):
@@ -92,10 +92,10 @@ def fails(*arrays, **options):
 )
 def test_a_faulty_kernel_is_never_used(monkeypatch, attend, fault):
     faulty = Kernel(lambda interpret: attend, lambda setting: None)
-    monkeypatch.setattr(kernels, "KERNELS", {"faulty": faulty})
+    monkeypatch.setattr(choose, "KERNELS", {"faulty": faulty})
     with pytest.raises(ChesError, match=f"--attention faulty: .*{fault}"):
-        choose("faulty", LLAMA, "float32")
-    chosen = choose("auto", LLAMA, "float32")
+        choose_attention("faulty", LLAMA, "float32")
+    chosen = choose_attention("auto", LLAMA, "float32")
     assert (chosen.name, chosen.attend) == ("blocks", blocks)
     assert fault in chosen.refused[0]
 

@@ -13,11 +13,8 @@ from safetensors.numpy import load_file, save_file
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import read_config
 from ches_jax.hf.tensors import open_tensors
-from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model, with_parameters
-from ches_jax.models.lora import adapted, adapter_shapes, initial_adapters, make_spec, merged
-from ches_jax.models.peft import (
+from ches_jax.models.adapters.lora import adapted, adapter_shapes, initial_adapters, make_spec, merged
+from ches_jax.models.adapters.peft import (
     CONFIG,
     WEIGHTS,
     adapter_fingerprint,
@@ -26,7 +23,10 @@ from ches_jax.models.peft import (
     read_adapter,
     write_adapter,
 )
-from ches_jax.models.save import save_pretrained
+from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.checkpoint.save import save_pretrained
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.families.registry import decoder_config
 
 COMMON = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
 MODELS = {

@@ -5,7 +5,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ches_jax.models.mapping import WHOLE, Columns, Interleaved, Rows, View, resolved
+from ches_jax.models.checkpoint.tensor_map import WHOLE, Columns, Interleaved, Rows, View, resolved
 
 
 class Stored:

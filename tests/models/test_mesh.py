@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.models.blocks import blocks
+from ches_jax.distributed.mesh import make_mesh, parse_mesh
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.mask import Visibility
+from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
-from ches_jax.models.families import FAMILIES, decoder_config
-from ches_jax.models.load import with_parameters
-from ches_jax.models.partition import partition_spec, placement
-from ches_jax.models.visibility import Visibility
-from ches_jax.parallel import make_mesh, parse_mesh
+from ches_jax.models.families.registry import FAMILIES, decoder_config
+from ches_jax.models.sharding import partition_spec, placement
 
 from .test_strict import family
 

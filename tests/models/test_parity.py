@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from ches_jax.models.attention import Attend, dense
-from ches_jax.models.blocks import blocks
+from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.dense import Attend, dense
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.load import load_model
-from ches_jax.models.save import save_pretrained
 
 from .rows import ROWS, TOKENS, Row
 
@@ -104,7 +104,7 @@ def test_export_gives_back_every_tensor(row: Row, extra: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(("row", "extra"), BASES)
 def test_configs_left_at_their_defaults_mean_what_they_mean_to_transformers(row: Row, extra: dict[str, Any]):
-    from ches_jax.models.families import decoder_config
+    from ches_jax.models.families.registry import decoder_config
 
     sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     sizes |= {"n_embd", "n_head", "n_layer"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ches_jax.models.families import decoder_config
+from ches_jax.models.families.registry import decoder_config
 
 PUBLISHED = Path(__file__).parent / "published"
 COUNTS = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models.families import decoder_config
+from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.rope import tables
 
 from .test_strict import TINY, family

@@ -10,8 +10,8 @@ import pytest
 from ches_jax.errors import CheckpointError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.hf.tensors import open_tensors
-from ches_jax.models.load import load_model
-from ches_jax.models.save import save_pretrained
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import save_pretrained
 
 from .test_strict import family, weights
 

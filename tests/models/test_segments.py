@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ches_jax.models.segments import segment_sums
+from ches_jax.models.segment_sums import segment_sums
 
 
 def test_sums_are_sums_over_the_members_of_a_segment():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import named_parameters
-from ches_jax.models.families import FAMILIES
-from ches_jax.models.load import load_model
+from ches_jax.models.families.registry import FAMILIES
 
 from .test_strict import family, weights
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.families import decoder_config
+from ches_jax.models.families.registry import decoder_config
 
 from .test_strict import family
 

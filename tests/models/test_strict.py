@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import CheckpointError
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_parameters
-from ches_jax.models.families import FAMILIES, decoder_config
-from ches_jax.models.load import load_model
+from ches_jax.models.families.registry import FAMILIES, decoder_config
 
 TINY: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 11, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,

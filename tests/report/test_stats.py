@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ches_jax.report import stats
+from ches_jax import stats
 
 RNG = np.random.default_rng(0)
 

@@ -5,13 +5,13 @@ import pytest
 
 from ches_jax.cli import main
 from ches_jax.hf.directory import read_config
+from ches_jax.models.adapters.lora import adapted, adapter_shapes, make_spec
+from ches_jax.models.adapters.peft import write_adapter
 from ches_jax.models.decoder import abstract_decoder
-from ches_jax.models.families import decoder_config
-from ches_jax.models.lora import adapted, adapter_shapes, make_spec
-from ches_jax.models.peft import write_adapter
-from ches_jax.runlog import read_json
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.runs.directory import read_json
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.pipeline import score
+from ches_jax.scores.run import score
 from ches_jax.scores.table import read_table
 
 

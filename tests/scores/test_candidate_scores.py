@@ -12,15 +12,16 @@ from ches_jax.cli import main
 from ches_jax.data.audit import common_prefix
 from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
-from ches_jax.models.load import load_model
-from ches_jax.parallel import Process
-from ches_jax.runlog import read_json
-from ches_jax.scores import measure, parts, pipeline
+from ches_jax.distributed.processes import Process
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.runs.directory import read_json
+from ches_jax.scores import parts, scorer
+from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.pipeline import score
-from ches_jax.scores.select import SelectConfig, select
-from ches_jax.scores.source import keys
+from ches_jax.scores.run import score
 from ches_jax.scores.table import FILE_NAME, read_table
+from ches_jax.select.run import SelectConfig, select
+from ches_jax.select.scored_rows import keys
 
 SAID = [
     " Yes, I do.", " Yes, of course.", " No", " Never", " Yes, here is a plan. First, fetch a bucket. Then hum a song.",
@@ -75,7 +76,7 @@ def run(tiny_model, tmp_path_factory):
     )  # fmt: skip
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Measurer", lambda *a: made.append(measure.Measurer(*a)) or made[0])
+        patch.setattr(score_run, "Measurer", lambda *a: made.append(scorer.Measurer(*a)) or made[0])
         score(config, quiet=True)
     return folder / "run", made[0]._used
 
@@ -239,7 +240,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert main([*words, "--out", str(killed), "--resume"]) == 0
     for number in (1, 0):
-        monkeypatch.setattr(pipeline, "start_processes", lambda _, number=number: Process(number, 2))
+        monkeypatch.setattr(score_run, "start_processes", lambda _, number=number: Process(number, 2))
         assert main([*words, "--out", str(tmp_path / "two")]) == 0
     monkeypatch.undo()
     assert main(["merge", str(tmp_path / "two")]) == 0

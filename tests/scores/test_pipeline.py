@@ -17,18 +17,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.data.packing import pack
 from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, RunError
-from ches_jax.models.load import load_model
-from ches_jax.parallel import Process, make_mesh
-from ches_jax.runlog import read_json
-from ches_jax.scores import measure, parts, pipeline
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.runs.directory import read_json
+from ches_jax.scores import parts, scorer
+from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.passes import ScoringPass, fetch
-from ches_jax.scores.pipeline import merge, score
+from ches_jax.scores.forward import ScoringPass, fetch
+from ches_jax.scores.run import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.types import Eos, Response, TokenPair
 
@@ -40,7 +42,7 @@ def columns(out):
 
 
 def token_pairs(model, limit=ROWS, max_length=512, eos: Eos = "include"):
-    rows = list(open_pairs(str(embedded.pairs_file())))
+    rows = list(open_pairs(str(bundled.pairs_file())))
     step = len(rows) // limit  # the file is ordered by category
     return PairTokenizer(load_tokenizer(model), max_length, eos)(rows[::step][:limit])
 
@@ -76,7 +78,7 @@ def test_scores_equal_the_definition_one_sequence_at_a_time(tiny_model, tmp_path
         ScoreConfig(model=str(tiny_model), out=str(tmp_path / "run"), dtype=dtype, logps=True, limit=60), quiet=True
     )
     got = columns(out)
-    pairs = PairTokenizer(load_tokenizer(tiny_model), 512)(list(open_pairs(str(embedded.pairs_file())))[:60:5])
+    pairs = PairTokenizer(load_tokenizer(tiny_model), 512)(list(open_pairs(str(bundled.pairs_file())))[:60:5])
     with jax.enable_x64(dtype == "float64"):
         model = load_model(tiny_model, dtype=dtype)
         for pair in pairs:
@@ -249,7 +251,7 @@ def test_resume_with_dropped_rows_goes_on_at_the_right_row(tiny_model, tmp_path,
     config = ScoreConfig(model=str(tiny_model), pairs=pairs, out=str(tmp_path / "a"), on_bad_row="drop", chunk_rows=6)
     whole = score(config, quiet=True)
     again = replace(config, out=str(tmp_path / "b"))
-    monkeypatch.setattr(pipeline, "_finish", lambda *a: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(score_run, "_finish", lambda *a: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         score(again, quiet=True)
     monkeypatch.undo()
@@ -263,7 +265,7 @@ def test_a_score_that_is_not_finite_names_its_row(tiny_model, tmp_path, monkeypa
         out.sums[:] = np.inf
         return out
 
-    monkeypatch.setattr(measure, "fetch", infinite)
+    monkeypatch.setattr(scorer, "fetch", infinite)
     with np.errstate(all="ignore"), pytest.raises(ChesError, match=r"row 0 \(row_id .*not finite"):
         score(ScoreConfig(model=str(tiny_model), out=str(tmp_path / "run"), limit=4), quiet=True)
 
@@ -293,7 +295,7 @@ def test_the_head_score_is_the_gradients_inner_product_and_its_tokens_add_up(tin
     got = columns(out)
     with jax.enable_x64(True):
         model = load_model(tiny_model, dtype="float64")
-        for pair in PairTokenizer(load_tokenizer(tiny_model), 512)(list(open_pairs(str(embedded.pairs_file())))[:6:3]):
+        for pair in PairTokenizer(load_tokenizer(tiny_model), 512)(list(open_pairs(str(bundled.pairs_file())))[:6:3]):
             plus, minus = gradients_of_the_unembedding(model, pair)
             expected = (plus * (minus - plus)).sum()
             np.testing.assert_allclose(got["head_score"][pair.index], expected, rtol=1e-10)
@@ -309,7 +311,7 @@ def test_two_processes_take_turns_and_merge_into_the_same_bytes(tiny_model, tmp_
     config = ScoreConfig(model=str(tiny_model), limit=40, chunk_rows=8)
     whole = score(replace(config, out=str(tmp_path / "one")), quiet=True)
     for number in (1, 0):
-        monkeypatch.setattr(pipeline, "start_processes", lambda words, number=number: Process(number, 2))
+        monkeypatch.setattr(score_run, "start_processes", lambda words, number=number: Process(number, 2))
         out = score(replace(config, out=str(tmp_path / "two")), quiet=True)
         assert not (out / FILE_NAME).exists()
         if number == 1:

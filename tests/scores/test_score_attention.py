@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from ches_jax.cli import main
-from ches_jax.models.kernels import KERNELS
-from ches_jax.runlog import read_json
+from ches_jax.models.attention.choose import KERNELS
+from ches_jax.runs.directory import read_json
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.pipeline import score
+from ches_jax.scores.run import score
 from ches_jax.scores.table import read_table
 
 

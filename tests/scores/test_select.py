@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ches_jax import bundled
 from ches_jax.errors import RunError
-from ches_jax.scores import rules as selection
-from ches_jax.scores.select import SelectConfig, keep_indices, select
 from ches_jax.scores.table import write_part
+from ches_jax.select import keep as selection
+from ches_jax.select.run import SelectConfig, keep_indices, select
 
 N = 20
 RNG = np.random.default_rng(1)
@@ -234,15 +235,14 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
     assert {row.category for row in again} == {"c"}
 
 
-def test_the_embedded_pairs_are_found_by_their_word(tmp_path):
-    from ches_jax import embedded
+def test_the_bundled_pairs_are_found_by_their_word(tmp_path):
     from ches_jax.data.sources import open_pairs
-    from ches_jax.scores.config import EMBEDDED
+    from ches_jax.scores.config import BUNDLED
 
-    ids = [row.row_id for row in open_pairs(str(embedded.pairs_file()))][:N]
+    ids = [row.row_id for row in open_pairs(str(bundled.pairs_file()))][:N]
     run = tmp_path / "run"
     write_part(run / "scores.parquet", columns(row_id=ids), {})
-    told = {"config": {"pairs": EMBEDDED, "limit": N, "columns": {}}}
+    told = {"config": {"pairs": BUNDLED, "limit": N, "columns": {}}}
     (run / "run.json").write_text(json.dumps(told))
     select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
     assert set((tmp_path / "kept" / "kept_ids.txt").read_text().split()) <= set(ids)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ches_jax.scores import statistics
-from ches_jax.scores.statistics import segment_statistics, token_logps
+from ches_jax.scores import hidden_sums
+from ches_jax.scores.hidden_sums import segment_statistics, token_logps
 
 
 def test_log_probabilities_equal_the_whole_log_softmax(x64, monkeypatch):
-    monkeypatch.setattr(statistics, "TOKENS_PER_LOGIT_CHUNK", 5)
+    monkeypatch.setattr(hidden_sums, "TOKENS_PER_LOGIT_CHUNK", 5)
     h = jax.random.normal(jax.random.key(0), (2, 7, 4), jnp.float64)
     w = jax.random.normal(jax.random.key(1), (11, 4), jnp.float64)
     y = jax.random.randint(jax.random.key(2), (2, 7), 0, 11)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from theory import theorems
-from theory.coefficients import coefficients, head_score, pair_coefficient, positivity
+from theory.statements import theorems
+from theory.statements.coefficients import coefficients, head_score, pair_coefficient, positivity
 
 
 def case(seed=0, tokens=(1, 3, 1)):

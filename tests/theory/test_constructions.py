@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from theory.constructions import TOKENS, constructions, dpo_of, probabilities_at_start
-from theory.dynamics import token_probabilities
+from theory.toy.constructions import TOKENS, constructions, dpo_of, probabilities_at_start
+from theory.toy.dynamics import token_probabilities
 
 
 def test_constructions_start_at_their_probabilities_and_at_the_reference(x64):

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from theory import dynamics
-from theory.ufm import UFM
+from theory.toy import dynamics
+from theory.toy.ufm import UFM
 
 
 def test_the_flow_of_a_quadratic_decays_exponentially(x64):

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from theory import entanglement
-from theory.entanglement import REGIMES, PairKernel
+from theory.statements import entanglement
+from theory.statements.entanglement import REGIMES, PairKernel
 
 ONE = jnp.ones(())
 

@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.scores import head
-from ches_jax.scores.derive import ches
-from ches_jax.scores.head import ches_products, head_products, item_tiles, pair_contributions, token_gram
+from ches_jax.scores import head_score
+from ches_jax.scores.formulas import ches
+from ches_jax.scores.head_score import (
+    ches_products,
+    head_products,
+    item_tiles,
+    pair_contributions,
+    token_gram,
+)
 
 V, D = 13, 5
 SEGMENT = jnp.array([[0, 1, 1, 2, 2, 2, 6], [1, 1, 2, 4, 5, 5, 5]])  # two rows, room for two pairs; 6 is padding
@@ -39,7 +45,7 @@ def unembedding_gradient(hidden, target, w, chosen, transform):
 @pytest.mark.parametrize("transform", [lambda x: x, softcap], ids=["plain", "softcap"])
 @pytest.mark.parametrize(("chunk", "tile"), [(4, 64), (13, 2), (100, 3)])
 def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk, tile, monkeypatch):
-    monkeypatch.setattr(head, "TILE", tile)
+    monkeypatch.setattr(head_score, "TILE", tile)
     hidden, target, w = case
     products = jax.jit(lambda *a: head_products(*a, unembedding=w, transform=transform, chunk=chunk))(
         hidden, target, SEGMENT, ITEM, PREFERRED

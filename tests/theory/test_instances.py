@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from theory import instances
-from theory.instances import Draw, Noise, noise
+from theory.toy import instances
+from theory.toy.instances import Draw, Noise, noise
 
 
 def draws(count: int):

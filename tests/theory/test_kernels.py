@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from ches_jax.types import Response, TokenPair
-from theory import kernels, lmview, ufm
-from theory.coefficients import head_score
-from theory.lmview import sequences_of
-from theory.theorems import Response as Predicted
+from theory.models import kernels, lmview
+from theory.models.lmview import sequences_of
+from theory.statements.coefficients import head_score
+from theory.statements.theorems import Response as Predicted
+from theory.toy import ufm
 
 PAIRS = [
     TokenPair(row_id="a", index=0, prompt=(5, 6), chosen=Response((7, 8), 2), rejected=Response((7, 9, 10), None)),

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.load import load_model
 from ches_jax.types import Response, TokenPair
-from theory import lmview, ufm
+from theory.models import lmview
+from theory.toy import ufm
 
 
 def pair(prompt, chosen, rejected):

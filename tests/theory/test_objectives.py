@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ches_jax.losses import LossInputs, get_loss, loss_names
-from theory import objectives
-from theory.objectives import MARGIN_LOSSES
+from theory.statements import objectives
+from theory.statements.objectives import MARGIN_LOSSES
 
 
 @pytest.mark.parametrize("which", range(len(MARGIN_LOSSES)), ids=lambda n: MARGIN_LOSSES[n].name)

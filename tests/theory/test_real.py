@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from ches_jax import embedded
-from ches_jax.scores.derive import SCORES, score_column, spearman
-from ches_jax.scores.pipeline import ScoreConfig, score
+from ches_jax import bundled
+from ches_jax.scores.formulas import SCORES, score_column
+from ches_jax.scores.run import ScoreConfig, score
 from ches_jax.scores.table import FILE_NAME
-from theory.real import bootstrap_spearman, open_real_model
+from ches_jax.stats import spearman
+from theory.models.real import bootstrap_spearman, open_real_model
 from theory.verify import verify
 
 
@@ -58,8 +59,8 @@ def test_an_interval_lies_about_its_correlation():
 
 
 @pytest.mark.slow
-def test_all_claims_hold_on_the_embedded_model():
-    results = verify(model=embedded.model_dir(), limit=24, quiet=True)
+def test_all_claims_hold_on_the_bundled_model():
+    results = verify(model=bundled.model_dir(), limit=24, quiet=True)
     assert {r.id: r.value for r in results if not r.passed} == {}
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from theory import related
+from theory.statements import related
 
 
 def test_squeezing_moves_the_mass_to_the_most_probable_other_token(x64):

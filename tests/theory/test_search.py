@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from theory.search import ascend
+from theory.toy.search import ascend
 
 
 def test_a_known_maximum_is_found_under_a_constraint(x64):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from theory import theorems
+from theory.statements import theorems
 
 P, M = jnp.int32(0), jnp.int32(1)
 W1 = jnp.array([[1.0], [3.0], [-5.0]])

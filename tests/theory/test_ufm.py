@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from theory import ufm
-from theory.instances import Draw, Noise, noise, random_batch
-from theory.objectives import mean_of
+from theory.statements.objectives import mean_of
+from theory.toy import ufm
+from theory.toy.instances import Draw, Noise, noise, random_batch
 
 
 def one(numbers: Noise) -> Draw:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ches_jax.models.load import load_model
-from ches_jax.models.partition import placement
-from ches_jax.parallel import make_mesh
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.sharding import placement
 from ches_jax.types import Response, TokenPair
 from tests.theory.linen_decoder import of_decoder
-from theory import kernels, lmview
-from theory.search import run_once
+from theory.models import kernels, lmview
+from theory.toy.search import run_once
 
 
 def pair(prompt, chosen, rejected):

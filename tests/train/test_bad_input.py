@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.errors import RunError
-from ches_jax.files import read_object
+from ches_jax.runs.files import read_object
 from ches_jax.train.loop import train
 
 
@@ -35,10 +36,9 @@ def short(small, tmp_path_factory):
 
 
 def test_a_reference_cache_of_another_model(told, short, tmp_path):
-    from ches_jax import embedded
 
     (cache,) = short.glob("reference-*.parquet")
-    message = told(tmp_path / "run", "--reference", cache, model=embedded.model_dir())
+    message = told(tmp_path / "run", "--reference", cache, model=bundled.model_dir())
     assert "the reference cache of another run" in message and "model_fingerprint: " in message
 
 

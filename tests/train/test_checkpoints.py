@@ -8,10 +8,10 @@ import pytest
 
 from ches_jax.cli import main
 from ches_jax.errors import ChesError, RunError
+from ches_jax.models.adapters.peft import load_merged
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import named_parameters
-from ches_jax.models.load import load_model
-from ches_jax.models.peft import load_merged
-from ches_jax.runlog import read_json
+from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
 from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, saved_steps
 from ches_jax.train.loop import Stopped, train

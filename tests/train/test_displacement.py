@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.diagnose import Changes, DiagnoseConfig, diagnose, failed, judge
+from ches_jax.displacement.changes import REGIMES, regimes, summarise
+from ches_jax.displacement.diagnose import Changes, DiagnoseConfig, diagnose, failed, judge
 from ches_jax.errors import ChesError
-from ches_jax.train.displacement import REGIMES, regimes, summarise
 
 
 def test_every_pair_has_exactly_one_regime():

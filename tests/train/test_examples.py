@@ -10,22 +10,22 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.cli import main
+from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError
 from ches_jax.losses import LossInputs, get_loss, kto_baseline
 from ches_jax.losses.inputs import REWARDS
+from ches_jax.models.attention.mask import Visibility
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
-from ches_jax.models.load import load_model
-from ches_jax.models.visibility import Visibility
-from ches_jax.parallel import make_mesh
-from ches_jax.runlog import read_json
-from ches_jax.train.batches import Layout, make_batch, standard_row
-from ches_jax.train.evaluate import Evaluator
-from ches_jax.train.examples import NOTHING, make_examples, other_prompts
+from ches_jax.runs.directory import read_json
+from ches_jax.train.data.batches import Layout, make_batch, standard_row
+from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
+from ches_jax.train.data.rows import together
 from ches_jax.train.loop import train
 from ches_jax.train.objective import batch_loss, named, reads_tokens
-from ches_jax.train.read import together
+from ches_jax.train.observe.pair_logprobs import Evaluator
 from ches_jax.types import Response, TokenPair
 from tests.helpers import starts_at_the_reference
 
@@ -212,7 +212,7 @@ def test_single_responses_of_one_prompt_make_pairs():
 
 @pytest.fixture(scope="module")
 def rows():
-    return [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:10]]
+    return [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:10]]
 
 
 def write(path, rows):

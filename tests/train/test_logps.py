@@ -9,8 +9,15 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
-from ches_jax.train import logps
-from ches_jax.train.logps import LOGITS_KEPT, Head, stretch_of, stretches_kept, token_logps, token_statistics
+from ches_jax.models import logprobs
+from ches_jax.models.logprobs import (
+    LOGITS_KEPT,
+    Head,
+    stretch_of,
+    stretches_kept,
+    token_logps,
+    token_statistics,
+)
 
 ROWS, COUNT, WIDTH, VOCABULARY = 2, 7, 5, 11
 
@@ -41,7 +48,7 @@ HEADS = [Head(), Head(0.3, None, 3), Head(None, 4.0, 2), Head(0.7, 2.5, 7), Head
 def test_value_and_gradient_equal_the_plain_computation(x64, monkeypatch, head, keeps):
     """Whether the backward pass finds logits kept (of all stretches but one) or computes them all again."""
     if not keeps:
-        monkeypatch.setattr(logps, "LOGITS_KEPT", {})
+        monkeypatch.setattr(logprobs, "LOGITS_KEPT", {})
     h, w, y, g = inputs(jnp.float64)
     np.testing.assert_allclose(token_logps(h, w, y, head), plain(h, w, y, head), rtol=1e-13)
     ours = jax.grad(lambda h, w: (token_logps(h, w, y, head) * g).sum(), (0, 1))(h, w)

@@ -12,22 +12,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ches_jax import bundled
 from ches_jax.cli import main
-from ches_jax.diagnose import DiagnoseConfig, diagnose
+from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose
+from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError, RunError
 from ches_jax.hf.directory import read_config
 from ches_jax.hf.tensors import open_tensors
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model
-from ches_jax.parallel import make_mesh
-from ches_jax.runlog import read_json
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
-from ches_jax.train.batches import Layout, standard_row
-from ches_jax.train.data import Plan, read_run_pairs
-from ches_jax.train.evaluate import Evaluator
+from ches_jax.train.data.batches import Layout, standard_row
+from ches_jax.train.data.split import Plan, read_run_pairs
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
+from ches_jax.train.observe.pair_logprobs import Evaluator
 from tests.helpers import starts_at_the_reference
 
 
@@ -309,9 +310,8 @@ def test_the_command_line_trains_and_diagnoses(capsys, tiny_model, tmp_path):
 
 
 def test_rows_of_weight_zero_do_not_train(small, tmp_path):
-    from ches_jax import embedded
 
-    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:4]]
+    rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:4]]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({**r, "weight": 0.0}) + "\n" for r in rows))
     options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None}

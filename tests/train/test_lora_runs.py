@@ -9,11 +9,11 @@ import pytest
 
 from ches_jax.cli import main
 from ches_jax.hf.tensors import open_tensors
+from ches_jax.models.adapters.lora import merged
+from ches_jax.models.adapters.peft import WEIGHTS, read_adapter
+from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import abstract_decoder, named_parameters
-from ches_jax.models.load import load_model, with_parameters
-from ches_jax.models.lora import merged
-from ches_jax.models.peft import WEIGHTS, read_adapter
-from ches_jax.runlog import read_json
+from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
 from ches_jax.train.loop import Stopped, train
 from tests.helpers import starts_at_the_reference

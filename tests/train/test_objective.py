@@ -10,11 +10,11 @@ from flax import nnx
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import read_config
 from ches_jax.losses import get_loss
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import stored_tensors
 from ches_jax.models.decoder import named_parameters
-from ches_jax.models.families import family_of
-from ches_jax.models.load import load_model
-from ches_jax.models.save import stored_tensors
-from ches_jax.train.batches import Layout, make_batch, standard_row
+from ches_jax.models.families.registry import family_of
+from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.objective import batch_logps, batch_loss, get_objective
 from ches_jax.types import Response, TokenPair
 

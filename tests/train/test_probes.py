@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.data.tokenize import load_tokenizer
+from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import DataError
 from ches_jax.hf.directory import read_config
+from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
-from ches_jax.models.families import decoder_config
-from ches_jax.models.load import load_model
-from ches_jax.models.partition import placement
-from ches_jax.parallel import make_mesh
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.models.sharding import placement
 from ches_jax.train import loop
-from ches_jax.train.data import read_run_pairs
+from ches_jax.train.data.split import read_run_pairs
 from ches_jax.train.loop import Stopped, train
-from ches_jax.train.probes import ProbeLog, Prober, Probes, entropy, moved, read_probes
+from ches_jax.train.observe.probes import ProbeLog, Prober, Probes, entropy, moved, read_probes
 
 from .test_loop import lines, stopping_at
 
@@ -29,7 +29,7 @@ from .test_loop import lines, stopping_at
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     """Five prompts of different lengths, one of them a conversation."""
-    rows = [json.loads(line) for line in embedded.prompts_file().read_text().splitlines()[::12]]
+    rows = [json.loads(line) for line in bundled.prompts_file().read_text().splitlines()[::12]]
     path = tmp_path_factory.mktemp("probes") / "prompts.jsonl"
     talk = {"prompt": [{"role": "user", "content": "What colour is snow?"}]}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:4], talk]))

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.hf.tensors import open_tensors
-from ches_jax.runlog import read_json
+from ches_jax.runs.directory import read_json
 from ches_jax.train.loop import train
 
 OPTIONS = {"limit": 12, "holdout": 4, "batch_size": 4, "optimizer": "sgd", "lr": 1e-2}
@@ -98,7 +98,7 @@ def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_p
     "options",
     [
         {"loss": "kto"}, {"loss": "ld_dpo"}, {"accumulate": 2, "mesh": "data=2,tensor=2"},
-        {"lora_rank": 2}, {"mesh": "tensor=4"}, {"probes": "embedded"},
+        {"lora_rank": 2}, {"mesh": "tensor=4"}, {"probes": "bundled"},
     ],
     ids=str,
 )  # fmt: skip
@@ -112,7 +112,7 @@ def test_other_runs_of_two_processes(small, tiny_model, cache, tmp_path, options
 @pytest.mark.slow
 def test_an_error_of_one_process_is_told_by_both(tiny_model, cache, tmp_path):
     """The bad row lies in the chunk that process 1 tokenises: the first has 256 rows."""
-    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()]
+    rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()]
     rows = (rows * (300 // len(rows) + 1))[:300]
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [99999]}
     path = tmp_path / "pairs.jsonl"

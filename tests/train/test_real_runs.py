@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ches_jax.diagnose import DiagnoseConfig, diagnose
+from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose
 
 pytestmark = pytest.mark.slow
 KILLS = 10

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from ches_jax import embedded
+from ches_jax import bundled
 from ches_jax.errors import RunError
-from ches_jax.models.load import load_model
-from ches_jax.models.save import save_pretrained
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.train import setup
-from ches_jax.train.evaluate import PairLogps
 from ches_jax.train.loop import train
+from ches_jax.train.observe.pair_logprobs import PairLogps
 from ches_jax.train.reference import cache_key, read_cache, reference_logps, write_cache
 from ches_jax.types import Response, TokenPair
 from tests.helpers import starts_at_the_reference
@@ -100,7 +100,7 @@ def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
     assert starts_at_the_reference(json.loads((by_initial / "metrics.jsonl").read_text().splitlines()[1]))
 
     values = pq.read_table(cache).to_pylist()
-    rows = [json.loads(line) for line in embedded.pairs_file().read_text().splitlines()[:4]]
+    rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:4]]
     known = {v["row_id"]: v for v in values}
     table = pq.read_table(by_directory / "displacement.parquet").to_pylist()
     for row in table:

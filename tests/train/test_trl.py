@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ches_jax.hf.directory import read_config
-from ches_jax.models.families import decoder_config
-from ches_jax.train.data import make_plan, read_run_pairs
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.train.data.split import make_plan, read_run_pairs
 from ches_jax.train.loop import train
 
 VARIABLE = "CHES_TRL_PYTHON"

@@ -1,4 +1,4 @@
-"""Claims that something never happens: swept at random, then attacked by an optimiser (``theory.search``).
+"""Claims that something never happens: swept at random, then attacked by an optimiser (``theory.toy.search``).
 
 The value of a check is the worst violation (a negative number is the distance kept); the ends that were approached are
 in the detail, since a bound that nothing comes near may be true and useless.
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import instances, theorems
 from theory.claims.identities import errors_of, inverted
 from theory.claims.registry import Context, Outcome, bound, statistical, sweep, swept, worst
-from theory.coefficients import coefficients, pair_coefficient
-from theory.instances import Draw, noise
-from theory.search import Found, ascend
-from theory.ufm import UFM, Responses, gram, residual
+from theory.statements import theorems
+from theory.statements.coefficients import coefficients, pair_coefficient
+from theory.toy import instances
+from theory.toy.instances import Draw, noise
+from theory.toy.search import Found, ascend
+from theory.toy.ufm import UFM, Responses, gram, residual
 
 STARTS = 64
 V = 5

@@ -10,12 +10,24 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from theory import entanglement, instances, theorems
 from theory.claims.bounds import outcome, starts
 from theory.claims.identities import margin, relative, truth
 from theory.claims.registry import Context, Outcome, bound, exact, refuted, share, statistical, sweep, swept, worst
-from theory.constructions import BETA, TOKENS, Construction, Run, constructions, dpo_of, flows, linear_model
-from theory.dynamics import (
+from theory.statements import entanglement, theorems
+from theory.statements.entanglement import PairKernel
+from theory.statements.objectives import MARGIN_LOSSES, dpop, mean_of
+from theory.toy import instances
+from theory.toy.constructions import (
+    BETA,
+    TOKENS,
+    Construction,
+    Run,
+    constructions,
+    dpo_of,
+    flows,
+    linear_model,
+)
+from theory.toy.dynamics import (
     cumulative_prediction,
     gradient_flow,
     invariants,
@@ -25,11 +37,9 @@ from theory.dynamics import (
     token_probabilities,
     torch_rmsprop,
 )
-from theory.entanglement import PairKernel
-from theory.instances import Draw, PairInstance
-from theory.objectives import MARGIN_LOSSES, dpop, mean_of
-from theory.search import ascend, run_once
-from theory.ufm import UFM, Pairs, Responses, descent, gram, log_probs, pair_log_probs, rescale
+from theory.toy.instances import Draw, PairInstance
+from theory.toy.search import ascend, run_once
+from theory.toy.ufm import UFM, Pairs, Responses, descent, gram, log_probs, pair_log_probs, rescale
 
 FLOWS = {"vocabulary": 5, "width": 3, "length": 3}
 RUNS = 48

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ches_jax.losses import LossInputs, RunningMean
-from ches_jax.scores.derive import ches
-from theory import instances, theorems
+from ches_jax.scores.formulas import ches
 from theory.claims.registry import Context, exact, largest, sweep
-from theory.coefficients import coefficients, head_score
-from theory.instances import Draw, PairInstance
-from theory.objectives import library_losses, mean_of, of_library, plus_sft, weighted
-from theory.ufm import (
+from theory.statements import theorems
+from theory.statements.coefficients import coefficients, head_score
+from theory.statements.objectives import library_losses, mean_of, of_library, plus_sft, weighted
+from theory.toy import instances
+from theory.toy.instances import Draw, PairInstance
+from theory.toy.ufm import (
     Responses,
     descent,
     flow_rates,

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from ches_jax.scores.derive import spearman
-from theory import kernels
+from ches_jax.stats import spearman
 from theory.claims.registry import Context, Outcome, bound, exact, largest, statistical, worst
-from theory.dynamics import cumulative_prediction, optimise, torch_rmsprop
-from theory.lmview import both_sides, errors, log_probs, pair_log_probs, response_log_prob, states
-from theory.real import BETA, FEW, RealModel, bootstrap_spearman
+from theory.models import kernels
+from theory.models.lmview import both_sides, errors, log_probs, pair_log_probs, response_log_prob, states
+from theory.models.real import BETA, FEW, RealModel, bootstrap_spearman
+from theory.toy.dynamics import cumulative_prediction, optimise, torch_rmsprop
 
 DISPLAYED = 14
 """Tokens of a response that a heat map can still label."""
@@ -31,7 +31,7 @@ def _state(m: RealModel, params: Any, side: Any) -> Array:
 @exact(
     "F1",
     "head score = inner products of the true gradients by the unembedding (its output side, where it is tied)",
-    "Theorem 6; ches_jax.scores.head",
+    "Theorem 6; ches_jax.scores.head_score",
     scope="model",
 )
 def head_score_is_a_gradient(ctx: Context) -> Outcome:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from ches_jax.errors import ChesError, many
-from theory.instances import Draw, noise_for
-from theory.search import run_once
+from theory.toy.instances import Draw, noise_for
+from theory.toy.search import run_once
 
 Status = Literal["exact", "bound", "statistical", "refuted as printed"]
 Scope = Literal["toy", "model"]
@@ -34,7 +34,7 @@ class Context:
     seed: int = 0
     instances: int = 1000
     model: Any = None
-    """A ``theory.real.RealModel``."""
+    """A ``theory.models.real.RealModel``."""
 
     def key(self, name: str = "") -> tuple[int, ...]:
         """A seed of the claim's own, so that a claim's numbers do not depend on which others run."""

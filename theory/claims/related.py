@@ -1,4 +1,4 @@
-"""Claims of neighbouring works (sources at the functions of ``theory.entanglement`` and ``theory.related``)."""
+"""Claims of neighbouring works: sources at the functions of ``statements.entanglement`` and ``statements.related``."""
 
 import dataclasses
 from functools import lru_cache
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from theory import entanglement, instances, related
 from theory.claims.identities import SEQUENCE, relative
 from theory.claims.registry import (
     Context,
@@ -22,10 +21,12 @@ from theory.claims.registry import (
     sweep,
     swept,
 )
-from theory.entanglement import PairKernel
-from theory.instances import Draw
-from theory.objectives import dpop
-from theory.ufm import descent, flow_rates, gram, pair_log_probs
+from theory.statements import entanglement, related
+from theory.statements.entanglement import PairKernel
+from theory.statements.objectives import dpop
+from theory.toy import instances
+from theory.toy.instances import Draw
+from theory.toy.ufm import descent, flow_rates, gram, pair_log_probs
 
 NEAR = 1e-9
 """Draws closer than this to a boundary are left out of a comparison of booleans."""

@@ -1,0 +1,36 @@
+"""The model and the pairs that ship with the package; the recipe is in ``experiments/bundled``.
+
+Nothing is read at import time.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+BUNDLED = "bundled"
+"""What ``--model``, ``--pairs`` and ``--prompts`` call them."""
+
+
+def model_dir() -> Path:
+    """The bundled model as a Hugging Face directory."""
+    return _path("model")
+
+
+def pairs_file() -> Path:
+    """The bundled preference pairs: ``prompt, chosen, rejected, category``."""
+    return _path("pairs.jsonl")
+
+
+def prompts_file() -> Path:
+    """Probe prompts for the bundled model: ``prompt, category, split, expected``."""
+    return _path("prompts.jsonl")
+
+
+def refusal_openings_file() -> Path:
+    """The word list of ``ches_jax.bundled.refusal``."""
+    return _path("refusal_openings.txt")
+
+
+def _path(name: str) -> Path:
+    # The artefacts are read by libraries that want a file's name, so the package must lie unpacked
+    # on disk, as pip leaves it.
+    return Path(str(files(__name__).joinpath(name)))

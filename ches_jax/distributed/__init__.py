@@ -1,0 +1,1 @@
+"""Devices as a mesh, and the processes of one run."""

@@ -1,0 +1,170 @@
+"""What a run continues: prompts, opened, tokenised and checked before anything is computed or written."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ches_jax import bundled
+from ches_jax.data.prompts import Template
+from ches_jax.data.sources import PairSource, Row, open_prompts
+from ches_jax.data.tokenize import encode_prompts, load_tokenizer
+from ches_jax.errors import ChesError, DataError, many
+from ches_jax.generate.config import BUNDLED, GenerateConfig
+from ches_jax.hf.directory import read_config, resolve
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.types import OnBadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FLAGS = {
+    "empty_prompt": "the prompt is empty",
+    "double_bos": "more than one BOS at the start of the prompt",
+    "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
+}
+IMPOSSIBLE = {"prompt_too_long"}
+"""No text can be made, whatever the policy."""
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as token ids, checked."""
+
+    row_id: str
+    index: int
+    ids: tuple[int, ...]
+    content: Mapping[str, Any]
+    category: str | None
+    extra: Mapping[str, Any]
+    flags: tuple[str, ...]
+
+    def dropped(self) -> dict[str, Any]:
+        """Its line in dropped.jsonl."""
+        return {"row_id": self.row_id, "index": self.index, "reasons": list(self.flags)}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model directory and its tokenizer: rows to prompts."""
+
+    directory: Path
+    decoder: DecoderConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    template: Template
+
+    def __call__(self, rows: Sequence[Row], name: str) -> list[Prompt]:
+        """Tokenised and checked.
+
+        Args:
+          rows: what to continue.
+          name: where they come from, for messages.
+
+        Raises:
+          DataError: a row that cannot be written with the chat template, or holds an id that the model does not have.
+        """
+        try:
+            encoded = encode_prompts(self.tokenizer, rows, self.template)
+        except DataError as e:
+            raise DataError(f"{name}, {e}") from e.__cause__
+        return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
+
+    def _checked(self, row: Row, ids: tuple[int, ...], where: str) -> Prompt:
+        flags = []
+        bos = self.tokenizer.bos_token_id
+        assert bos is None or isinstance(bos, int)
+        if not ids and bos is None:
+            raise DataError(f"{where}: an empty prompt, and the tokenizer has no BOS to start with")
+        if not ids or not any(row.content.values()):
+            flags.append("empty_prompt")
+        if bos is not None and ids[:2] == (bos, bos):
+            flags.append("double_bos")
+        if len(ids) >= self.max_length:
+            flags.append("prompt_too_long")
+        if max(ids, default=0) >= self.decoder.vocab_size:
+            raise DataError(
+                f"{where}: token id {max(ids)}, but the model's vocabulary has {self.decoder.vocab_size}; use the "
+                "tokenizer that belongs to the model"
+            )
+        return Prompt(row.row_id, row.index, ids or (bos or 0,), row.content, row.category, row.extra, tuple(flags))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts by the chunk."""
+
+    encoder: Encoder
+    source: PairSource
+    chunk_rows: int
+    limit: int | None
+    on_bad_row: OnBadRow
+
+    def chunks(self, first: int = 0) -> Iterator[tuple[int, list[Prompt], list[Prompt]]]:
+        """Numbered chunks from ``first`` on: prompts to continue, and prompts that are left out."""
+        start = first * self.chunk_rows
+        rows = itertools.islice(
+            self.source.iter_from(start), None if self.limit is None else max(self.limit - start, 0)
+        )
+        for number in itertools.count(first):
+            chunk = list(itertools.islice(rows, self.chunk_rows))
+            if not chunk:
+                return
+            prompts = self.encoder(chunk, self.source.name)
+            out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or IMPOSSIBLE & set(p.flags))]
+            left = {id(p) for p in out}
+            yield number, [p for p in prompts if id(p) not in left], out
+
+    def require_clean(self) -> int:
+        """The policy ``--on-bad-row error``; returns the number of prompts.
+
+        Raises:
+          DataError: any row is flagged; tells all counts and the first rows of each.
+        """
+        counts: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
+        rows = flagged = 0
+        for _, kept, out in self.chunks():
+            for p in sorted([*kept, *out], key=lambda p: p.index):
+                rows, flagged = rows + 1, flagged + bool(p.flags)
+                for flag in p.flags:
+                    counts[flag] += 1
+                    if counts[flag] <= _EXAMPLES:
+                        shown = (
+                            f", {len(p.ids)} tokens, --max-length {self.encoder.max_length}" if "long" in flag else ""
+                        )
+                        examples.setdefault(flag, []).append(f"row {p.index} ({p.row_id[:12]}{shown})")
+        if flagged:
+            problems = [f"{f}: {n} rows ({FLAGS[f]}): {'; '.join(examples[f])}" for f, n in counts.items()]
+            found = many(f"{self.source.name}: {flagged} of {rows} prompts cannot be continued as they are", problems)
+            raise DataError(
+                f"{found}\nwhat to do: --on-bad-row drop leaves these out and lists them in dropped.jsonl; "
+                "--on-bad-row keep continues those that can be"
+            )
+        return rows
+
+
+def prepare(config: GenerateConfig) -> Inputs:
+    """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
+    encoder = open_encoder(config.model, config.max_length, config.template)
+    prompts = str(bundled.prompts_file()) if config.prompts == BUNDLED else config.prompts
+    source = open_prompts(prompts, config.split, config.columns)
+    return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
+
+
+def open_encoder(model: str, max_length: int | None, template: Template) -> Encoder:
+    """Open and check a model directory and its tokenizer."""
+    directory = resolve(model)
+    decoder = decoder_config(read_config(directory), str(directory))
+    if max_length is not None:
+        if max_length < 2:
+            raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
+        if decoder.rope is None and max_length > decoder.max_positions:
+            raise ChesError(
+                f"--max-length {max_length}: the model has learned positions for {decoder.max_positions} tokens only"
+            )
+    return Encoder(directory, decoder, load_tokenizer(directory), max_length or decoder.max_positions, template)

@@ -1,0 +1,203 @@
+"""``ches generate``: a model directory and a file of prompts to a run directory with ``responses.jsonl``.
+
+Prompts are read, continued and written a chunk at a time. A chunk's texts follow from its rows alone, and a row's text
+from the row alone (to rounding: a batch of another size adds up in another order), so a killed run goes on where it was
+and ends in the same bytes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ches_jax.data.tokenize import tokenizer_fingerprint
+from ches_jax.distributed.mesh import make_mesh, row_shards
+from ches_jax.errors import ChesError
+from ches_jax.generate import parts
+from ches_jax.generate.config import NOT_IDENTITY, GenerateConfig, checked
+from ches_jax.generate.engine import Ask, Engine
+from ches_jax.generate.prompts import Encoder, Inputs, Prompt, prepare
+from ches_jax.generate.sampling import key_words
+from ches_jax.generate.stops import Finisher, stop_ids
+from ches_jax.hf.directory import fingerprint
+from ches_jax.runs.directory import (
+    CONFIG,
+    RUN,
+    as_dict,
+    device_name,
+    open_run,
+    read_json,
+    versions,
+    write_json,
+)
+
+FILE_NAME = "responses.jsonl"
+
+
+def generate(config: GenerateConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Continue every prompt; returns the run directory.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; logits that are not finite.
+    """
+    import jax
+
+    config = checked(config)
+    with jax.enable_x64(config.dtype == "float64"):
+        return _generate(config, resume, quiet)
+
+
+def _generate(config: GenerateConfig, resume: bool, quiet: bool) -> Path:
+    assert config.out is not None
+    out = Path(config.out)
+    mesh = make_mesh(config.mesh)
+    inputs = prepare(config)
+    encoder = inputs.encoder
+    ends = stop_ids(encoder.directory, encoder.tokenizer, config.stop_tokens)
+    total = inputs.require_clean() if config.on_bad_row == "error" else None
+    identity = {
+        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "model_fingerprint": fingerprint(encoder.directory),
+        "tokenizer_fingerprint": tokenizer_fingerprint(encoder.tokenizer),
+        "data_fingerprint": inputs.source.fingerprint(),
+    }
+    open_run(out, "generate", identity, resume)
+    facts: dict[str, Any] = {}
+    if not (out / FILE_NAME).exists():
+        facts = _generate_chunks(out, config, inputs, Continuer(config, encoder, ends, mesh), total, quiet)
+        facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
+    parts.clear(out)
+    _finish(out, facts)
+    return out
+
+
+def _generate_chunks(
+    out: Path, config: GenerateConfig, inputs: Inputs, go_on: "Continuer", total: int | None, quiet: bool
+) -> dict[str, Any]:
+    """Continue the chunks that are missing and join all; returns what to tell of it."""
+    (out / parts.FOLDER).mkdir(exist_ok=True)
+    first = chunks = parts.finished(out)
+    started = time.perf_counter()
+    tokens = 0
+    with tqdm(
+        unit=" texts", total=total and total * config.samples, initial=first * config.chunk_rows * config.samples,
+        disable=quiet, desc="generating", smoothing=0.1,
+    ) as bar:  # fmt: skip
+        for number, kept, dropped in inputs.chunks(first):
+            rows = go_on(kept, bar.update)
+            parts.write(out, number, rows, [p.dropped() for p in dropped])
+            tokens += sum(len(r["token_ids"]) for r in rows)
+            chunks = number + 1
+    seconds = time.perf_counter() - started
+    parts.merge(out, FILE_NAME, chunks)
+    return {
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "compiled_shapes": [list(s) for s in go_on.shapes],
+    }
+
+
+class Continuer:
+    """Continues prompts; one output row for each text."""
+
+    def __init__(self, config: GenerateConfig, encoder: Encoder, ends: Sequence[int], mesh: Any):
+        from ches_jax.models.checkpoint.load import load_model
+        from ches_jax.models.sharding import placement
+
+        self.config = config
+        self.encoder = encoder
+        self.finish = Finisher(encoder.tokenizer, ends, config.stop)
+        self.shards = row_shards(mesh)
+        model = load_model(
+            encoder.directory,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype or config.dtype,
+            sharding=placement(mesh),
+        )
+        self._engine = Engine(
+            model,
+            mesh,
+            sampling=config.sampling,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=ends,
+            stop_here=self.finish.stopped if config.stop else None,
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Batch shapes compiled so far."""
+        return self._engine.shapes
+
+    def __call__(self, prompts: Sequence[Prompt], tell: Any = lambda n: None) -> list[dict[str, Any]]:
+        """Rows in the order of the prompts, samples of a prompt in turn.
+
+        Raises:
+          ChesError: a log-probability that is not finite; names the row.
+        """
+        config = self.config
+        wanted = [(p, s) for p in prompts for s in range(config.samples)]
+        asks = [
+            Ask(
+                p.ids,
+                key_words(config.seed, p.row_id, s),
+                min(config.max_new_tokens, self.encoder.max_length - len(p.ids)),
+            )
+            for p, s in wanted
+        ]
+        # few prompts need no full batch; a chunk of a longer run always has one
+        few = 1 << max(len(asks) - 1, 0).bit_length()
+        rows = min(config.batch_size, few) if len(prompts) < config.chunk_rows else config.batch_size
+        made = self._engine(asks, -(-rows // self.shards) * self.shards, tell)
+        return [self._row(p, s, m) for (p, s), m in zip(wanted, made, strict=True)]
+
+    def _row(self, prompt: Prompt, sample: int, made: Any) -> dict[str, Any]:
+        if not np.isfinite(made.logps).all():
+            raise ChesError(
+                f"row {prompt.index} (row_id {prompt.row_id[:12]}), sample {sample}: the logits are not finite; try "
+                "--dtype float32"
+            )
+        text = self.finish(prompt.ids, made)
+        row = {
+            "row_id": prompt.row_id,
+            "index": prompt.index,
+            "sample": sample,
+            "prompt": prompt.content.get("prompt"),
+            "text": text.text,
+            "finish_reason": text.finish_reason,
+            "logp": text.logp,
+            "prompt_ids": list(prompt.ids),
+            "token_ids": list(text.tokens),
+        }
+        more = {"category": prompt.category, "flags": list(prompt.flags), "extra": dict(prompt.extra)}
+        return row | {name: value for name, value in more.items() if value}
+
+
+def _finish(out: Path, facts: dict[str, Any]) -> None:
+    """Write ``run.json``, unless it is there already."""
+    if (out / RUN).exists():
+        return
+    reasons: Counter[str] = Counter()
+    texts = tokens = 0
+    prompts = set()
+    for row in parts.read(out / FILE_NAME):
+        reasons[row["finish_reason"]] += 1
+        texts, tokens = texts + 1, tokens + len(row["token_ids"])
+        prompts.add(row["index"])
+    if not texts:
+        raise ChesError(f"{out}: no prompt was continued; dropped.jsonl says why")
+    dropped = sum(1 for _ in parts.read(out / parts.DROPPED)) if (out / parts.DROPPED).exists() else 0
+    counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": dropped}
+    write_json(
+        out / RUN,
+        {
+            **read_json(out / CONFIG),
+            "versions": versions(),
+            "counts": counts,
+            "finish_reasons": dict(sorted(reasons.items())),
+            **facts,
+        },
+    )

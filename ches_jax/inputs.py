@@ -1,0 +1,87 @@
+"""What a run reads, opened and checked before anything is computed or written; rows as chunks of token pairs."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ches_jax import bundled
+from ches_jax.data.audit import Audit
+from ches_jax.data.sources import PairSource, open_pairs
+from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import read_config, resolve
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.scores.config import BUNDLED, ScoreConfig
+from ches_jax.types import TokenPair
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model directory, a source of rows and the tokenizer between them."""
+
+    directory: Path
+    decoder: DecoderConfig
+    source: PairSource
+    tokenizer: PairTokenizer
+    chunk_rows: int
+    limit: int | None
+
+    def chunks(
+        self, first: int = 0, mine: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[tuple[int, list[TokenPair]]]:
+        """Numbered chunks of tokenised pairs, from chunk ``first`` on; those that are not ``mine`` are passed over.
+
+        A chunk holds all pairs of ``chunk_rows`` rows of the data.
+        The next chunk is read and tokenised in a thread while the caller works on this one.
+        """
+        start = first * self.chunk_rows
+        rows = itertools.islice(
+            self.source.rows_from(start), None if self.limit is None else max(self.limit - start, 0)
+        )
+        numbers = itertools.count(first)
+
+        def following() -> tuple[int, list[TokenPair]] | None:
+            for number in numbers:
+                chunk = list(itertools.chain.from_iterable(itertools.islice(rows, self.chunk_rows)))
+                if not chunk:
+                    return None
+                if mine(number):
+                    return number, self.tokenizer(chunk)
+            return None
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(following)
+            while (found := ahead.result()) is not None:
+                ahead = pool.submit(following)
+                yield found
+
+
+def prepare(config: ScoreConfig) -> Inputs:
+    """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
+    directory = resolve(config.model)
+    decoder = decoder_config(read_config(directory), str(directory))
+    context = decoder.max_positions
+    if config.max_length is not None and decoder.rope is None and config.max_length > context:
+        raise ChesError(f"--max-length {config.max_length}: the model has learned positions for {context} tokens only")
+    pairs = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
+    source = open_pairs(pairs, config.split, config.columns, config.candidates)
+    tokenizer = PairTokenizer(
+        load_tokenizer(directory),
+        max_length=context if config.max_length is None else config.max_length,
+        eos=config.eos,
+        vocab_size=decoder.vocab_size,
+        template=config.template,
+    )
+    return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
+
+
+def audit(inputs: Inputs) -> Audit:
+    """The token audit of the whole data set."""
+    tokenizer = inputs.tokenizer.tokenizer
+    found = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
+    for _, chunk in inputs.chunks():
+        found.extend(chunk)
+    return found

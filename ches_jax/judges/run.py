@@ -1,0 +1,236 @@
+"""``ches judge``: a file of responses to a run directory with ``judgments.jsonl`` and the refusal rate.
+
+Responses are judged and written a chunk at a time, so a killed run goes on where it was and ends in the same bytes.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ches_jax.data.sources import PairSource, Row
+from ches_jax.errors import ChesError, DataError
+from ches_jax.generate import parts
+from ches_jax.generate.config import GenerateConfig
+from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
+from ches_jax.generate.run import Continuer
+from ches_jax.generate.stops import stop_ids
+from ches_jax.hf.directory import fingerprint
+from ches_jax.judges.config import NOT_IDENTITY, JudgeConfig, checked
+from ches_jax.judges.judge_prompt import asked, default_question, load_question, refused
+from ches_jax.judges.phrases import default_rules, load_rules, refusal
+from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
+from ches_jax.runs.directory import (
+    CONFIG,
+    RUN,
+    as_dict,
+    device_name,
+    open_run,
+    read_json,
+    versions,
+    write_json,
+)
+
+FILE_NAME = "judgments.jsonl"
+Verdict = tuple[bool | None, str | None]
+"""Whether the response refused (None: undecided), and what says so."""
+
+
+class Way(NamedTuple):
+    """How to judge: what identifies it, a check of all responses, and the judge of a chunk (made when it is needed)."""
+
+    identity: dict[str, str]
+    check: Callable[[PairSource], None]
+    start: Callable[[], Callable[[list[Row]], list[Verdict]]]
+
+
+def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Judge every response; returns the run directory.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written.
+    """
+    import jax
+
+    config = checked(config)
+    with jax.enable_x64(config.by == "model" and config.dtype == "float64"):
+        return _judge(config, resume, quiet)
+
+
+def _judge(config: JudgeConfig, resume: bool, quiet: bool) -> Path:
+    assert config.out is not None
+    out = Path(config.out)
+    source = open_responses(config.responses, config.split, config.columns)
+    way = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config)
+    way.check(source)
+    identity = {
+        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "data_fingerprint": source.fingerprint(),
+        **way.identity,
+    }
+    open_run(out, "judge", identity, resume)
+    if not (out / FILE_NAME).exists():
+        _judge_chunks(out, config, source, way, quiet)
+    parts.clear(out)
+    if not (out / RUN).exists():
+        facts = {"versions": versions(), "device": device_name(), "summary": summary(parts.read(out / FILE_NAME))}
+        write_json(out / RUN, {**read_json(out / CONFIG), **facts})
+    return out
+
+
+def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, way: Way, quiet: bool) -> None:
+    (out / parts.FOLDER).mkdir(exist_ok=True)
+    number = parts.finished(out)
+    start = number * config.chunk_rows
+    rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
+    verdict = None
+    with tqdm(unit=" responses", initial=start, disable=quiet, desc=f"judging by {config.by}") as bar:
+        while chunk := list(itertools.islice(rows, config.chunk_rows)):
+            verdict = verdict or way.start()
+            parts.write(out, number, map(_record, chunk, verdict(chunk)))
+            bar.update(len(chunk))
+            number += 1
+    parts.merge(out, FILE_NAME, number)
+
+
+def _record(row: Row, verdict: Verdict) -> dict[str, Any]:
+    row_id, sample = key(row)
+    more = {"category": row.category} if row.category else {}
+    return {
+        "row_id": row_id, "index": row.index, "sample": sample, "refusal": verdict[0], "reason": verdict[1],
+        "text": row.content["text"], **more,
+    }  # fmt: skip
+
+
+def _by_rules(config: JudgeConfig) -> Way:
+    path = Path(config.rules) if config.rules else default_rules()
+    rules = load_rules(path)
+
+    def verdict(chunk: list[Row]) -> list[Verdict]:
+        phrases = [refusal(rules, row.content["text"]) for row in chunk]
+        return [(phrase is not None, phrase) for phrase in phrases]
+
+    return Way({"rules_fingerprint": _digest(path)}, lambda source: None, lambda: verdict)
+
+
+def _by_labels(config: JudgeConfig) -> Way:
+    assert config.labels is not None
+    labels = read_labels(config.labels, config.label_columns)
+
+    def check(source: PairSource) -> None:
+        if config.on_missing == "error":
+            require_labels(itertools.islice(source, config.limit), labels, config.responses)
+
+    def verdict(chunk: list[Row]) -> list[Verdict]:
+        return [(labels.get(key(row)), None) for row in chunk]
+
+    return Way({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
+
+
+def _by_model(config: JudgeConfig) -> Way:
+    assert config.judge is not None
+    path = Path(config.judge_template) if config.judge_template else default_question()
+    question = load_question(path)
+    encoder = open_encoder(config.judge, None, "auto")
+    wrap = config.wrap
+    if wrap == "auto":
+        wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
+
+    def prompt(row: Row) -> Row:
+        if row.content.get("prompt") is None:
+            raise DataError(f"{config.responses}, {row.where}: no prompt, which the judge has to see")
+        text: Any = asked(question, row.content["prompt"], row.content["text"])
+        text = {"chat": [{"role": "user", "content": text}], "inst": f"[INST] {text} [/INST]", "none": text}[wrap]
+        return Row(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
+
+    def check(source: PairSource) -> None:
+        """Every question can be asked: known before the judge is loaded."""
+        rows = iter(source if config.limit is None else itertools.islice(source, config.limit))
+        while chunk := list(itertools.islice(rows, config.chunk_rows)):
+            for asks in encoder([prompt(row) for row in chunk], config.responses):
+                if IMPOSSIBLE & set(asks.flags):
+                    raise DataError(
+                        f"{config.responses}, row {asks.index}: the question to the judge is {len(asks.ids)} tokens, "
+                        f"and it reads {encoder.max_length}; use a judge with a longer context"
+                    )
+
+    def start() -> Callable[[list[Row]], list[Verdict]]:
+        answers = _asker(config, encoder)
+
+        def verdict(chunk: list[Row]) -> list[Verdict]:
+            found = answers(encoder([prompt(row) for row in chunk], config.responses))
+            return [(refused(row["text"]), row["text"]) for row in found]
+
+        return verdict
+
+    identity = {"judge_fingerprint": fingerprint(encoder.directory), "template_fingerprint": _digest(path)}
+    return Way(identity, check, start)
+
+
+def _asker(config: JudgeConfig, encoder: Encoder) -> Continuer:
+    """The judge, who answers greedily."""
+    from ches_jax.distributed.mesh import make_mesh
+
+    how = GenerateConfig(
+        temperature=0.0, max_new_tokens=config.max_new_tokens, dtype=config.dtype, batch_size=config.batch_size,
+        chunk_rows=config.chunk_rows,
+    )  # fmt: skip
+    return Continuer(how, encoder, stop_ids(encoder.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as e:
+        raise ChesError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts and the refusal rate of decided responses, with its 95 % Wilson interval, in all and by category."""
+    groups: dict[str, Counter[bool | None]] = {"": Counter()}
+    for row in rows:
+        for name in {"", row.get("category") or ""}:
+            groups.setdefault(name, Counter())[row["refusal"]] += 1
+    found = _rates(groups.pop(""))
+    return found | ({"by_category": {k: _rates(c) for k, c in sorted(groups.items())}} if groups else {})
+
+
+def _rates(counts: Counter[bool | None]) -> dict[str, Any]:
+    decided = counts[True] + counts[False]
+    rate = counts[True] / decided if decided else None
+    return {
+        "responses": counts.total(),
+        "refusals": counts[True],
+        "undecided": counts[None],
+        "refusal_rate": rate,
+        "interval": None if rate is None else interval(counts[True], decided),
+    }
+
+
+def interval(successes: int, n: int) -> list[float]:
+    """Wilson's 95 % score interval of a proportion (E. B. Wilson 1927).
+
+    >>> [round(x, 3) for x in interval(8, 10)]
+    [0.49, 0.943]
+    """
+    from scipy.stats import binomtest  # part of every installation of jax
+
+    found = binomtest(successes, n).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
+
+
+def summary_text(found: Mapping[str, Any]) -> str:
+    """The summary for a person."""
+    lines = []
+    for name, s in [("all", found), *found.get("by_category", {}).items()]:
+        rate = "no response was decided"
+        if s["refusal_rate"] is not None:
+            low, high = s["interval"]
+            rate = f"refusal rate {s['refusal_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        undecided = f", {s['undecided']} undecided" if s["undecided"] else ""
+        lines.append(f"{name}: {s['responses']} responses, {s['refusals']} refusals{undecided}; {rate}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""LoRA adapters: the mathematics, and PEFT's files."""

@@ -1,0 +1,332 @@
+"""Adapters in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``, read and written.
+
+A stored module is adapted as one map, ``base_model.model.<module>.lora_A.weight`` [r, in] and ``lora_B.weight``
+[out, r]. Where a family keeps several of our matrices in one module (GPT-2, GPT-NeoX, Phi-3), their adapters are
+written as one of the summed rank: the A's on top of each other, each B in the rows of its matrix. Read back, every
+matrix of the module gets the whole A and its rows of B. Both are the same function, exactly.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.directory import fingerprint_of, read_config, read_json, resolve
+from ches_jax.hf.tensors import Tensor, all_finite, open_files
+from ches_jax.models.adapters.lora import TARGETS, LowRank, Spec, adapted, merged
+from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.checkpoint.tensor_map import Columns, Rule
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.families.registry import decoder_config, family_of
+from ches_jax.runs.files import new_directory
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+NAME = re.compile(rf"^(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+OFF = (
+    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
+    "target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
+)  # fmt: skip
+"""Settings that would change the function of the adapter; every one must be absent or off."""
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the base weights."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter for a decoder: what is adapted, and the matrices by parameter name."""
+
+    spec: Spec
+    arrays: dict[str, np.ndarray]
+    """``layers.self_attn.q_proj.lora_a`` [L, r, in] and ``.lora_b`` [L, out, r], float32."""
+
+
+def adapter_directory(adapter: str | Path) -> Path:
+    """The local directory of an adapter: a path or a hub name."""
+    directory = resolve(adapter)
+    if not (directory / WEIGHTS).is_file():
+        other = sorted(p.name for p in directory.glob("adapter_model.*"))
+        hint = f" (found {', '.join(other)}: save it as safetensors first)" if other else ""
+        raise CheckpointError(f"{directory}: no {WEIGHTS}{hint}; expected a PEFT adapter directory")
+    return directory
+
+
+def adapter_fingerprint(directory: Path) -> str:
+    """Of the two files of the adapter."""
+    return fingerprint_of([directory / CONFIG, directory / WEIGHTS])
+
+
+def read_adapter(directory: Path, base: Path) -> Adapter:
+    """The adapter in ``directory`` for the model in ``base``.
+
+    Layers that it leaves out get zeros, which change nothing and get no gradient.
+
+    Raises:
+      CheckpointError: settings that change the function in another way than LoRA does, names or shapes that do not fit
+        the model; all problems in one message.
+    """
+    raw = read_json(directory / CONFIG)
+    if problems := list(_refused(raw)):
+        raise CheckpointError(many(str(directory), problems))
+    tensors = open_files(directory, [directory / WEIGHTS])
+    sites = _sites(base)
+    owners = {rule.tensor_name(n).removesuffix(".weight"): rule for rule in sites.rules for n in range(sites.layers)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = NAME.match(name)
+        if match is None or match["module"] not in owners:
+            problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
+        else:
+            found.setdefault(match["module"], {})[match["part"]] = tensor
+    for module, two in found.items():
+        if two.keys() != {"A", "B"}:
+            problems.append(f"{module}: has lora_{''.join(two)} alone")
+        else:
+            problems += _misfits(module, two, _strength(raw, module).rank, *sites.size(owners[module]))
+    if problems or not found:
+        raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
+    return _stacked(directory, raw, found, sites)
+
+
+def load_adapted(
+    model: str | Path, adapter: str | Path, *, dtype: str = "float32", param_dtype: str | None = None,
+    sharding: Any = None,
+) -> Decoder:  # fmt: skip
+    """The model with the adapter beside its matrices, not merged: nothing is rounded.
+
+    Args:
+      model: base model, as for ``load_model``.
+      adapter: PEFT adapter, a directory or a hub name.
+      dtype: of the computation.
+      param_dtype: of the base weights; default: as stored. Adapters are float32.
+      sharding: as for ``load_model``.
+
+    Raises:
+      CheckpointError: anything that does not fit.
+    """
+    base = resolve(model)
+    found = read_adapter(adapter_directory(adapter), base)
+    plain = load_model(base, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    both = adapted(abstract_decoder(plain.config, dtype=plain.dtype), found.spec)
+    place = sharding or (lambda name, shape: None)
+    arrays = {name: jax.device_put(value, place(name, value.shape)) for name, value in found.arrays.items()}
+    return with_parameters(both, {**named_parameters(plain), **arrays})
+
+
+def load_merged(model: str | Path, adapter: str | Path, *, param_dtype: str | None = None) -> Decoder:
+    """The model with ``W + s B A`` in place of W, rounded once to the dtype of W: one that needs no adapter.
+
+    Raises:
+      CheckpointError: anything that does not fit.
+    """
+    base = resolve(model)
+    found = read_adapter(adapter_directory(adapter), base)
+    plain = load_model(base, param_dtype=param_dtype)
+    whole = merged({**named_parameters(plain), **found.arrays}, found.spec)
+    return with_parameters(abstract_decoder(plain.config), whole)
+
+
+def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
+    if raw.get("peft_type") != "LORA":
+        yield f"{CONFIG}: 'peft_type' is {raw.get('peft_type')!r}; expected 'LORA'"
+    for key in OFF:
+        if raw.get(key):
+            yield f"{CONFIG}: {key!r} = {raw[key]!r} is not supported; expected it to be off"
+    if raw.get("bias", "none") != "none":
+        yield f"{CONFIG}: 'bias' = {raw['bias']!r} is not supported; expected 'none'"
+    start = raw.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        yield (
+            f"{CONFIG}: 'init_lora_weights' = {start!r} changes the base weights too; save the adapter with "
+            "path_initial_model_for_weight_conversion, which makes it one for the plain base"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(raw.get(key), int | float) or not raw[key] > 0:
+            yield f"{CONFIG}: {key!r} is {raw.get(key)!r}; expected a positive number"
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(key) or {}, dict):
+            yield f"{CONFIG}: {key!r} is {raw[key]!r}; expected an object"
+
+
+def _by_pattern(raw: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
+    """The value for a module: of the first pattern that its name ends with, else the common one."""
+    for key, value in (raw.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return raw[default]
+
+
+def _strength(raw: Mapping[str, Any], module: str) -> LowRank:
+    rank = int(_by_pattern(raw, "rank_pattern", "r", module))
+    alpha = _by_pattern(raw, "alpha_pattern", "lora_alpha", module)
+    return LowRank(rank, float(alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank))
+
+
+def _misfits(module: str, two: Mapping[str, Tensor], rank: int, inputs: int, outputs: int) -> Iterator[str]:
+    """Shapes that do not fit the module or the rank, values that are none."""
+    for part, expected in (("A", (rank, inputs)), ("B", (outputs, rank))):
+        if two[part].shape != expected:
+            yield f"{module}: lora_{part} has shape {two[part].shape}; expected {expected}"
+        elif not all_finite(two[part].read()):
+            yield f"{module}: lora_{part} holds NaN or infinite values"
+
+
+def _stacked(
+    directory: Path, raw: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]], sites: "_Sites"
+) -> Adapter:
+    """The modules' A and B as stacks over layers; a layer of lower rank, or without an adapter, ends in zeros."""
+    spec: dict[str, LowRank] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for rule in sites.rules:
+        modules = {n: rule.tensor_name(n).removesuffix(".weight") for n in range(sites.layers)}
+        strengths = {n: _strength(raw, module) for n, module in modules.items() if module in parts}
+        if not strengths:
+            continue
+        scales = {s.scale for s in strengths.values()}
+        if len(scales) > 1:
+            raise CheckpointError(f"{directory}: {rule.tensor} has another scale in every layer: not supported")
+        outputs, inputs = sites.shapes[rule.param][1:]
+        rank = max(s.rank for s in strengths.values())
+        a = np.zeros((sites.layers, rank, inputs), np.float32)
+        b = np.zeros((sites.layers, outputs, rank), np.float32)
+        rows, _ = rule.view.outputs(outputs)
+        for n, (r, _) in strengths.items():
+            a[n, :r] = parts[modules[n]]["A"].read().astype(np.float32)
+            b[n, :, :r] = parts[modules[n]]["B"].read().astype(np.float32)[rows]
+        name = rule.param.removesuffix(".weight")
+        spec[name] = LowRank(rank, scales.pop())
+        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    return Adapter(spec, arrays)
+
+
+def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, name: str | None = None) -> str:
+    """Write an adapter as a directory that ``peft.PeftModel.from_pretrained`` and ``read_adapter`` open.
+
+    Args:
+      out: a new (or empty) directory; it appears when it is whole.
+      arrays: ``lora_a`` and ``lora_b`` by parameter name.
+      spec: ranks and scales.
+      base: the model directory that it belongs to.
+      name: what to call the base model; default: ``base``.
+
+    Returns:
+      The fingerprint of the written files.
+    """
+    sites = _sites(base)
+    groups: dict[str, list[Rule]] = {}
+    for rule in sites.rules:
+        if rule.param.removesuffix(".weight") in spec:
+            groups.setdefault(rule.tensor, []).append(rule)
+    tensors: dict[str, np.ndarray] = {}
+    strengths: dict[str, LowRank] = {}
+    for tensor, group in groups.items():
+        scale = spec[group[0].param.removesuffix(".weight")].scale
+        rank = sum(spec[rule.param.removesuffix(".weight")].rank for rule in group)
+        strengths[_below_layer(tensor)] = LowRank(rank, scale)
+        for layer in range(sites.layers):
+            module = PREFIX + group[0].tensor_name(layer).removesuffix(".weight")
+            a, b = _fused(group, arrays, spec, scale, layer)
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    config = _config(strengths, sites.modules, name or str(base))
+    config["fan_in_fan_out"] = any(isinstance(rule.view, Columns) for rule in sites.rules)
+    with new_directory(out, CheckpointError) as directory:
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    return adapter_fingerprint(out)
+
+
+def _fused(
+    group: list[Rule], arrays: Mapping[str, Any], spec: Spec, scale: float, layer: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one stored module from the adapters of the matrices in it."""
+    downs, ups = [], []
+    for rule in group:
+        name = rule.param.removesuffix(".weight")
+        a, b = (np.asarray(arrays[f"{name}.lora_{part}"][layer], np.float32) for part in "ab")
+        rows, total = rule.view.outputs(len(b))
+        up = np.zeros((total, b.shape[1]), np.float32)
+        up[rows] = b if spec[name].scale == scale else b * np.float32(spec[name].scale / scale)
+        downs.append(a)
+        ups.append(up)
+    return np.concatenate(downs), np.ascontiguousarray(np.concatenate(ups, axis=1))
+
+
+def _config(strengths: Mapping[str, LowRank], modules: list[str], base: str) -> dict[str, Any]:
+    """``adapter_config.json``: the first module's rank and alpha, and patterns for those that differ."""
+    alphas = {module: _plain(s.scale * s.rank) for module, s in strengths.items()}
+    first = next(iter(strengths))
+    rank, alpha = strengths[first].rank, alphas[first]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [_shortest(module, modules, strengths) for module in strengths],
+        "rank_pattern": {m: s.rank for m, s in strengths.items() if s.rank != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _plain(value: float) -> float | int:
+    """Whole numbers as such: 16, not 16.000000000000004.
+
+    >>> _plain(2 / 3 * 3), _plain(0.5)
+    (2, 0.5)
+    """
+    return round(value) if abs(value - round(value)) < 1e-9 else value
+
+
+def _shortest(module: str, modules: list[str], adapted: Mapping[str, Any]) -> str:
+    """``q_proj`` where that means no module but adapted ones, else ``self_attn.q_proj``."""
+    last = module.rpartition(".")[2]
+    return last if all(m in adapted for m in modules if m.rpartition(".")[2] == last) else module
+
+
+def _below_layer(tensor: str) -> str:
+    """The module's name below its layer: ``self_attn.q_proj``."""
+    return tensor.partition("{layer}.")[2].removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """Where the matrices that can be adapted are stored in a model directory."""
+
+    rules: list[Rule]
+    shapes: dict[str, tuple[int, ...]]
+    layers: int
+
+    @property
+    def modules(self) -> list[str]:
+        """The stored modules below their layer."""
+        return list(dict.fromkeys(_below_layer(rule.tensor) for rule in self.rules))
+
+    def size(self, rule: Rule) -> tuple[int, int]:
+        """Inputs and outputs of the stored module that holds a matrix."""
+        outputs, inputs = self.shapes[rule.param][1:]
+        return inputs, rule.view.outputs(outputs)[1]
+
+
+def _sites(base: Path) -> _Sites:
+    raw = read_config(base)
+    config = decoder_config(raw, str(base))
+    shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
+    wanted = {f"{path}.weight" for path in TARGETS.values()}
+    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in wanted]
+    return _Sites(rules, shapes, config.num_layers)

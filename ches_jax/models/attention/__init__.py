@@ -1,0 +1,1 @@
+"""Attention: the mask, the ways to compute it, and the choice between them."""

@@ -1,0 +1,179 @@
+"""A model directory becomes a ``Decoder``: every config key, tensor and parameter accounted for, in one message.
+
+Tensors are read lazily, slice by slice, straight into the device's shards; a stacked parameter is gathered from the
+layers' tensors one parameter at a time, so the host never holds the model twice.
+"""
+
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.directory import read_config, resolve
+from ches_jax.hf.tensors import Tensor, all_finite, open_tensors
+from ches_jax.models.checkpoint.tensor_map import Rule, as_stored, resolved
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.families.registry import Family, decoder_config, family_of
+
+STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
+                             ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
+"""Buffers that old checkpoints carry: recomputed from the config, never read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose names and shapes have been checked; no weight has been read."""
+
+    directory: Path
+    config: DecoderConfig
+    tensors: dict[str, Tensor]
+    table: dict[str, Rule]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check config, tensor names and shapes of a directory.
+
+    Raises:
+      CheckpointError: anything that does not fit, all problems in one message.
+    """
+    raw = read_config(directory)
+    config = decoder_config(raw, str(directory))
+    tensors = {n: t for n, t in open_tensors(directory).items() if not n.endswith(STORED_BUT_NOT_PARAMETERS)}
+    shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
+    table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, tensors)
+    return Checkpoint(directory, config, tensors, table)
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    sharding: Any = None,
+) -> Decoder:
+    """Load a decoder from a Hugging Face directory or hub name.
+
+    Args:
+      model: directory or hub name.
+      dtype: dtype of the computation: float32, bfloat16, float16 or float64 (needs x64 enabled).
+      param_dtype: dtype the weights are kept in; default: as stored.
+      sharding: None (the default device), or a function (parameter name, shape) -> ``jax.sharding.Sharding``.
+
+    Raises:
+      CheckpointError: anything that does not fit, all problems in one message.
+    """
+    directory = resolve(model)
+    opened = open_checkpoint(directory)
+    abstract = abstract_decoder(opened.config, dtype=jnp.dtype(dtype))
+    params = named_parameters(abstract)
+    place = sharding or (lambda name, shape: SingleDeviceSharding(jax.local_devices()[0]))
+    bad: set[str] = set()
+    arrays = {
+        name: _read(opened, opened.table[name], leaf.shape, param_dtype, place(name, leaf.shape), bad)
+        for name, leaf in params.items()
+    }
+    if bad:
+        raise CheckpointError(many(str(directory), [f"tensor {n!r} holds NaN or infinite values" for n in sorted(bad)]))
+    return with_parameters(abstract, arrays)
+
+
+def with_parameters(abstract: Decoder, arrays: dict[str, Any]) -> Decoder:
+    """The decoder with ``arrays`` as its parameters."""
+    graph, state = nnx.split(abstract)
+    flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _checked_table(
+    directory: Path,
+    family: Family,
+    config: DecoderConfig,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: dict[str, Tensor],
+) -> dict[str, Rule]:
+    """The family's rules by parameter, after every tensor and parameter has been accounted for."""
+    table = {rule.param: rule for rule in as_stored(family.name_rules(shapes, config), tensors)}
+    problems: list[str] = []
+    used: Counter[str] = Counter()
+    for param, shape in shapes.items():
+        rule = table[param]
+        per_layer = shape[1:] if rule.stacked else shape
+        for layer in range(config.num_layers if rule.stacked else 1):
+            name = rule.tensor_name(layer)
+            used[name] += 1
+            if name not in tensors:
+                problems.append(f"tensor {name!r} is missing (for parameter {param})")
+            elif tensors[name].shape != rule.view.tensor_shape(per_layer):
+                problems.append(
+                    f"tensor {name!r} has shape {tensors[name].shape}; config.json asks for "
+                    f"{rule.view.tensor_shape(per_layer)}"
+                )
+    # a tied head may be stored beside the embedding it repeats
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
+    problems += [
+        f"tensor {n!r} matches no parameter of a {config.family} model"
+        for n in tensors
+        if n not in used and n not in tied
+    ]
+    if problems:
+        raise CheckpointError(many(str(directory), problems))
+    return table
+
+
+def _read(
+    opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: str | None, sharding: Any, bad: set[str]
+) -> jax.Array:
+    """One parameter as a device array; each shard reads only its own slice. Names of NaN tensors go to ``bad``."""
+    names = [rule.tensor_name(layer) for layer in range(opened.config.num_layers if rule.stacked else 1)]
+    tensors = [opened.tensors[n] for n in names]
+    stored = {t.dtype for t in tensors}
+    kept = np.dtype(dtype) if dtype else _common_dtype(stored)
+
+    def fill(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+        direct = out.dtype == np.dtype(tensor.dtype)
+        target = out if direct else np.empty(out.shape, np.dtype(tensor.dtype))
+        rule.view.read_into(tensor, index, target)
+        if not all_finite(target):
+            bad.add(tensor.name)
+        if not direct:
+            out[...] = target
+
+    def shard(index: Any) -> np.ndarray:
+        index = resolved(index, shape)
+        out = _aligned([s.stop - s.start for s in index], kept)
+        if not rule.stacked:
+            fill(tensors[0], index, out)
+            return out
+        mine = tensors[index[0].start : index[0].stop]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, mine, [index[1:]] * len(mine), out))
+        return out
+
+    if isinstance(sharding, NamedSharding):
+        return jax.make_array_from_callback(shape, sharding, shard)
+    return jax.device_put(shard(tuple(slice(None) for _ in shape)), sharding)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array on a 64-byte boundary: what the CPU backend takes over as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _common_dtype(stored: set[str]) -> np.dtype:
+    """The stored dtype; float32 (or float64) where layers are stored in several."""
+    if len(stored) == 1:
+        return np.dtype(stored.pop())
+    return np.dtype("float64" if "float64" in stored else "float32")

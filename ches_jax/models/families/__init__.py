@@ -1,0 +1,1 @@
+"""One thin file a model family; the registry of all of them."""

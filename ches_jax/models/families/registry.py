@@ -1,0 +1,88 @@
+"""The table of supported families, by the ``model_type`` of ``config.json``."""
+
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+from ches_jax.errors import CheckpointError, many
+from ches_jax.models.checkpoint.hf_config import ConfigReader
+from ches_jax.models.checkpoint.tensor_map import Rule
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    starcoder2,
+)
+from ches_jax.models.families.unsupported import refusal
+
+
+class Family(Protocol):
+    """What a family file provides."""
+
+    MODEL_TYPE: str
+    ARCHITECTURE: str
+
+    def read_config(self, r: ConfigReader) -> DecoderConfig:
+        """``config.json`` to a ``DecoderConfig``."""
+        ...
+
+    def name_rules(self, params: Iterable[str], config: DecoderConfig) -> list[Rule]:
+        """Where each parameter is stored."""
+        ...
+
+
+def _by_type(*modules: ModuleType) -> dict[str, Family]:
+    return {m.MODEL_TYPE: cast(Family, m) for m in modules}
+
+
+FAMILIES = _by_type(gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo, olmo2, phi3, qwen2, qwen3, starcoder2)
+
+
+def family_of(raw: dict[str, Any], where: str) -> Family:
+    """The family of a config, or a CheckpointError that says what it is instead and what to do."""
+    reason = refusal(raw, FAMILIES)
+    if reason:
+        raise CheckpointError(f"{where}: {reason}")
+    return FAMILIES[raw["model_type"]]
+
+
+def decoder_config(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
+    """The decoder a Hugging Face config describes.
+
+    Raises:
+      CheckpointError: an unknown family, a missing key, a key that is not handled, sizes that do not fit together. All
+        in one message.
+    """
+    family = family_of(raw, where)
+    reader = ConfigReader(raw)
+    config = family.read_config(reader)
+    problems = reader.finish()
+    if not problems:
+        problems = list(_misfits(config))
+    if problems:
+        raise CheckpointError(many(where, problems))
+    return config
+
+
+def _misfits(config: DecoderConfig) -> Iterator[str]:
+    """Values that are fine by themselves and not together, or that divide by zero."""
+    if config.num_heads % config.num_kv_heads:
+        yield f"config.json: {config.num_heads} heads are not a multiple of {config.num_kv_heads} kv heads"
+    bounds = {
+        "soft cap of attention": config.attention_softcap,
+        "soft cap of the logits": config.logit_softcap,
+        "clip of queries, keys and values": config.qkv_clip,
+    }
+    for name, value in bounds.items():
+        if value is not None and value <= 0:
+            yield f"config.json: the {name} is {value!r}; expected a positive number, or null for none"

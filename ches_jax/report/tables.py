@@ -1,0 +1,142 @@
+"""What a report says about a score table, as plain rows: shared by the page and the printed summary."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ches_jax.scores.formulas import available, numbers, score_column
+from ches_jax.stats import auc, mean, partial_spearman, quantiles, spearman
+
+LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "shared_prefix_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryRow:
+    """A category of the data's own, and how its pairs score."""
+
+    name: str
+    rows: int
+    ches: float
+    ln_ches: float
+    auc: float
+    """Of the separating score: the chance that a pair of the category scores above one of another."""
+
+
+def shown_scores(table: pa.Table) -> dict[str, np.ndarray]:
+    """The scores of a table by name, without the controls of selection."""
+    names = [name for name in available(table) if name not in ("chosen_tokens", "random")]
+    return {name: score_column(table, name) for name in names}
+
+
+def quantile_rows(table: pa.Table) -> list[tuple[str, list[float]]]:
+    """Quantiles of every score, then of every length."""
+    rows = [(name, quantiles(values)) for name, values in shown_scores(table).items()]
+    return rows + [(n, quantiles(numbers(table, n))) for n in LENGTHS if n in table.schema.names]
+
+
+def scored_rows(table: pa.Table) -> int:
+    """How many rows have a score."""
+    return len(table) - table["ches"].null_count if "ches" in table.schema.names else len(table)
+
+
+def flag_counts(table: pa.Table) -> list[tuple[str, int, str]]:
+    """Flags with their number of rows and their meaning, the commonest first."""
+    from ches_jax.data.audit import FLAGS
+
+    if "flags" not in table.schema.names:
+        return []
+    counts = Counter(flag for flags in table["flags"].to_pylist() for flag in flags or ())
+    return [(flag, n, FLAGS.get(flag, "")) for flag, n in counts.most_common()]
+
+
+def separating_score(table: pa.Table) -> str | None:
+    """The score by which categories are told apart: length-normalised CHES where there is one."""
+    return next((name for name in ("ln_ches", "ches") if name in table.schema.names), None)
+
+
+def category_rows(table: pa.Table) -> list[CategoryRow]:
+    """Categories, the highest separating mean first; empty when the data has none."""
+    by = separating_score(table)
+    if "category" not in table.schema.names or by is None:
+        return []
+    names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+    if not any(names):
+        return []
+    columns = {n: score_column(table, n) for n in ("ches", "ln_ches") if n in table.schema.names}
+    nothing = np.full(len(table), np.nan)
+    rows = []
+    for name in sorted(set(names)):
+        inside = names == name
+        ches, ln_ches = (mean(columns.get(n, nothing)[inside]) for n in ("ches", "ln_ches"))
+        rows.append(CategoryRow(name, int(inside.sum()), ches, ln_ches, auc(columns[by], inside)))
+    return sorted(rows, key=lambda row: -np.nan_to_num(row.auc, nan=-1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class LengthRow:
+    """How a score goes with the responses' lengths (Spearman; partial: the other length held fixed)."""
+
+    score: str
+    difference: float
+    total: float
+    difference_given_total: float
+    total_given_difference: float
+
+
+def differences(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """``rejected - chosen`` tokens, and their sum."""
+    chosen, rejected = numbers(table, "chosen_tokens"), numbers(table, "rejected_tokens")
+    return rejected - chosen, rejected + chosen
+
+
+def length_rows(table: pa.Table) -> list[LengthRow]:
+    """The length confound, score by score."""
+    difference, total = differences(table)
+    return [
+        LengthRow(
+            name,
+            spearman(values, difference),
+            spearman(values, total),
+            partial_spearman(values, difference, [total]),
+            partial_spearman(values, total, [difference]),
+        )
+        for name, values in shown_scores(table).items()
+    ]
+
+
+def agreement_rows(table: pa.Table) -> list[tuple[str, float, float]]:
+    """Each score against CHES: Spearman, and the same with both response lengths held fixed."""
+    scores = shown_scores(table)
+    if "ches" not in scores:
+        return []
+    lengths = [numbers(table, "chosen_tokens"), numbers(table, "rejected_tokens")]
+    return [
+        (name, spearman(scores["ches"], values), partial_spearman(scores["ches"], values, lengths))
+        for name, values in scores.items()
+        if name != "ches"
+    ]
+
+
+def small_edit_high_ches(table: pa.Table) -> tuple[np.ndarray, float, float]:
+    """Pairs that look nearly alike on the surface and to the model.
+
+    Returns:
+      Their positions, the highest CHES first, and the bounds: edit distance up to its lower quartile
+      (and never above one half, where every pair differs much), CHES from its upper quartile on.
+    """
+    ches, edit = score_column(table, "ches"), -score_column(table, "minus_edit_distance")
+    both = np.isfinite(ches) & np.isfinite(edit)
+    if not both.any():
+        return np.empty(0, dtype=np.int64), float("nan"), float("nan")
+    near, high = min(0.5, float(np.quantile(edit[both], 0.25))), float(np.quantile(ches[both], 0.75))
+    found = np.flatnonzero(both & (edit <= near) & (ches >= high))
+    return found[np.argsort(-ches[found], kind="stable")], near, high
+
+
+def extremes(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the highest and of the lowest values, each from its end on."""
+    scored = np.flatnonzero(np.isfinite(values))
+    order = scored[np.argsort(values[scored], kind="stable")]
+    return order[::-1][:count], order[:count]

@@ -1,0 +1,1 @@
+"""Run directories: identity, configuration, files that are whole or not there."""

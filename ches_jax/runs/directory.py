@@ -1,0 +1,95 @@
+"""A run directory explains itself: what was asked (``config.json``), what it ran on (``run.json``).
+
+A directory is made new, or resumed when asked and when it holds the same run; it is never written over.
+"""
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ches_jax.errors import RunError, many
+from ches_jax.runs.files import read_object, replacing
+
+CONFIG = "config.json"
+RUN = "run.json"
+PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    """The accelerator (or CPU) in words: kind and number."""
+    import jax
+
+    devices = jax.local_devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON written whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run directory."""
+    return read_object(path, RunError, "a run directory")
+
+
+def new_name(parent: Path, verb: str) -> Path:
+    """The first free ``parent/verb-NNN``."""
+    n = 1
+    while (path := parent / f"{verb}-{n:03d}").exists():
+        n += 1
+    return path
+
+
+def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> None:
+    """Make ``out`` a run directory, or check that it holds this very run.
+
+    Args:
+      out: the directory.
+      verb: the command the run belongs to.
+      identity: everything that decides the results (options and fingerprints); written to ``config.json``.
+      resume: go on with a run that is there; without it a directory with content is refused.
+
+    Raises:
+      RunError: the directory holds something else, or a run with other options or inputs (each difference named).
+    """
+    identity = {"verb": verb, **json.loads(json.dumps(identity))}
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: is a file; --out names a directory")
+    # a process beside this one may be writing its temporary file
+    if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
+        if not (out / CONFIG).exists():
+            raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
+        found = read_json(out / CONFIG)
+        differences = [
+            f"{key}: {found.get(key)!r} there, {identity.get(key)!r} now"
+            for key in sorted({*found, *identity})
+            if found.get(key) != identity.get(key)
+        ]
+        if differences:
+            raise RunError(many(f"{out} holds another run; give a new directory with --out", differences))
+        if not resume:
+            raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, identity)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

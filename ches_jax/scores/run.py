@@ -1,0 +1,207 @@
+"""``ches score``: a model directory and a file of pairs to a run directory with the score table.
+
+Rows are read, tokenised and audited a chunk at a time, measured, and written as one part per chunk, so memory does not
+grow with the data and a killed run goes on where it was. A chunk's numbers depend on its rows alone, not on when or by
+which process it was computed: a resumed run ends in the same bytes.
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ches_jax.data.audit import require_clean
+from ches_jax.data.tokenize import tokenizer_fingerprint
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.distributed.processes import Process, start_processes
+from ches_jax.errors import ChesError
+from ches_jax.hf.directory import fingerprint
+from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.runs.directory import (
+    CONFIG,
+    RUN,
+    as_dict,
+    device_name,
+    open_run,
+    read_json,
+    versions,
+    write_json,
+)
+from ches_jax.scores import parts
+from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, with_defaults
+from ches_jax.scores.forward import ScoringPass, Wanted, largest_batch
+from ches_jax.scores.scorer import Batching, Measurer
+from ches_jax.scores.table import FILE_NAME
+
+NOT_IDENTITY = ("out", "mesh", "attention", "distributed", "compilation_cache")
+"""Options that say where and by whom, which does not change a score beyond rounding."""
+
+
+def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Score every pair of a data set; returns the run directory.
+
+    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``).
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; a score that is not finite.
+    """
+    import jax
+
+    process = start_processes(config.distributed)
+    config = with_defaults(config)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with jax.enable_x64(config.dtype == "float64"):
+        return _score(config, process, resume, quiet)
+
+
+def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> Path:
+    from ches_jax.models.adapters import peft
+    from ches_jax.models.attention.choose import choose_attention
+    from ches_jax.models.checkpoint.load import load_model
+    from ches_jax.models.sharding import placement
+
+    assert config.out is not None
+    out = Path(config.out)
+    mesh = make_mesh(config.mesh)
+    inputs = prepare(config)
+    total = None
+    if config.on_bad_row == "error":
+        # tokenised twice, so that a bad row shows now and not in hour two
+        found = audit(inputs)
+        require_clean(found, inputs.source.name)
+        total = found.rows
+    attention = choose_attention(config.attention, inputs.decoder, config.dtype)
+    for fault in attention.refused:
+        print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
+    adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
+    load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
+    model = load(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
+    identity = _identity(config, inputs)
+    if adapter is not None:
+        identity["adapter_fingerprint"] = peft.adapter_fingerprint(adapter)
+    # the other processes join the directory that the first one makes
+    open_run(out, "score", identity, resume or process.count > 1)
+    if (out / FILE_NAME).exists():
+        return out
+    metadata = _metadata(identity, model.config.family)
+    (out / parts.FOLDER).mkdir(exist_ok=True)
+    wanted = Wanted(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
+    run = ScoringPass(model, mesh, wanted, attention.attend)
+    tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
+    assert isinstance(tokens, int)
+    rope = model.config.rope
+    batching = Batching.of(tokens, ROW_TOKENS, run, rope.length_threshold if rope else None)
+    run.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
+    started = time.perf_counter()
+    scored, waste = _score_chunks(out, inputs, config, run, batching, metadata, process, total, quiet or process.id > 0)
+    seconds = time.perf_counter() - started
+    facts = {
+        "device": device_name(),
+        "mesh": dict(mesh.shape),
+        "attention": attention.name,
+        "processes": process.count,
+        "scored_this_time": scored,
+        "seconds": {"scoring": round(seconds, 3), "compiling": round(run.compile_seconds, 3)},
+        "pairs_per_second": round(scored / max(seconds, 1e-9), 2),
+        "compiled_shapes": [list(s) for s in run.shapes],
+        "batch_tokens": tokens,
+        "padding_waste": round(waste, 4),
+    }
+    if process.count == 1:
+        _finish(out, facts)
+    return out
+
+
+def _score_chunks(
+    out: Path,
+    inputs: Inputs,
+    config: ScoreConfig,
+    run: ScoringPass,
+    batching: Batching,
+    metadata: dict[str, Any],
+    process: Process,
+    total: int | None,
+    quiet: bool,
+) -> tuple[int, float]:
+    """Score this process's missing chunks; returns the pairs scored and the share of padding."""
+    first = parts.finished(out)
+    scored = 0
+
+    def mine(number: int) -> bool:
+        return number % process.count == process.id and not parts.part(out, number).exists()
+
+    begun = parts.rows_in(out, first)
+    with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
+
+        def tell(pairs: int) -> None:
+            bar.set_postfix({"padding": f"{measure.waste:.0%}"}, refresh=False)
+            bar.update(pairs)
+
+        measure = Measurer(run, batching, config.eos, tell)
+        for number, chunk in inputs.chunks(first, mine):
+            before = bar.n
+            dropped = [p for p in chunk if p.flags] if config.on_bad_row == "drop" else []
+            kept = [p for p in chunk if not p.flags] if dropped else chunk
+            columns, tokens = measure(kept)
+            if tokens is not None:
+                tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
+            parts.write(out, number, columns, dropped, tokens, metadata)
+            scored += len(kept)
+            bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
+    return scored, measure.waste
+
+
+def merge(out: Path) -> Path:
+    """``ches merge``: the parts of several processes become one run; every row must be there once."""
+    if (out / FILE_NAME).exists():
+        return out
+    read_json(out / CONFIG)
+    _finish(out, {"merged": True})
+    return out
+
+
+def _finish(out: Path, facts: dict[str, Any]) -> None:
+    """Join the parts and write ``run.json``."""
+    counts = parts.merge(out)
+    if not counts["rows"]:
+        raise ChesError(f"{out}: the pairs have no rows")
+    write_json(out / RUN, {**read_json(out / CONFIG), "versions": versions(), "counts": counts, **facts})
+
+
+def _identity(config: ScoreConfig, inputs: Inputs) -> dict[str, Any]:
+    """What makes two runs the same run: options that decide results, and what the inputs hold."""
+    return {
+        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "model_fingerprint": fingerprint(inputs.directory),
+        "tokenizer_fingerprint": tokenizer_fingerprint(inputs.tokenizer.tokenizer),
+        "data_fingerprint": inputs.source.fingerprint(),
+    }
+
+
+def _metadata(identity: dict[str, Any], family: str) -> dict[str, Any]:
+    """Provenance of the table; without times, so that equal runs give equal bytes."""
+    config = identity["config"]
+    shown = {k: v for k, v in config.items() if v not in (None, {}, False)}
+    columns = ",".join(f"{k}={v}" for k, v in config["columns"].items())
+    words = [
+        f"--{k.replace('_', '-')} {columns if k == 'columns' else '' if v is True else v}".strip()
+        for k, v in shown.items()
+    ]
+    return {
+        "verb": "score",
+        "model": config["model"],
+        "family": family,
+        "pairs": config["pairs"],
+        **{k: v for k, v in identity.items() if k.endswith("fingerprint")},
+        "convention": {"eos": config["eos"], "max_length": config["max_length"], "template": config["template"]},
+        "dtype": config["dtype"],
+        "param_dtype": config["param_dtype"] or "stored",
+        "accumulation": "float64" if config["dtype"] == "float64" else "float32",
+        "versions": versions(),
+        "command": " ".join(["ches score", *words]),
+    }

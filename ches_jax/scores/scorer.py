@@ -1,0 +1,264 @@
+"""Token pairs to the numbers of the table: packed, passed through the model, added up in float64 on the host."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from ches_jax.data.audit import UNSCORABLE, shared_prefix
+from ches_jax.data.packing import Item, Placement, Rows, gathered, pack
+from ches_jax.distributed.mesh import row_shards
+from ches_jax.errors import ChesError
+from ches_jax.scores import formulas
+from ches_jax.scores.forward import ScoringPass, fetch
+from ches_jax.scores.head_score import PairContributions, pair_contributions
+from ches_jax.scores.hidden_sums import SegmentStatistics
+from ches_jax.scores.table import CANDIDATES, COLUMNS
+from ches_jax.types import Eos, TokenPair
+
+MODEL_COLUMNS = (
+    "inner", "sqnorm_chosen", "sqnorm_rejected", "last_hidden_inner", "head_score", "logp_chosen", "logp_rejected",
+)  # fmt: skip
+"""What the model gives; everything else is derived or counted."""
+TOKEN_COLUMNS = (
+    "row_id", "index", *CANDIDATES, "response", "position", "token", "ches", "head_score", "nthr",
+)  # fmt: skip
+PAIRS_AT_ONCE = 512
+"""Pairs whose sums are gathered at a time: an item of many candidates has more pairs than memory should hold."""
+
+
+class Seated(NamedTuple):
+    """A pair of an item: its number in the chunk, and its two segments counted from the item's first."""
+
+    pair: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows are cut for the device."""
+
+    row_tokens: int
+    rows_per_batch: int
+    row_multiple: int
+    length_threshold: int | None
+
+    @classmethod
+    def of(cls, batch_tokens: int, row_tokens: int, run: ScoringPass, length_threshold: int | None) -> "Batching":
+        """Rows of ``row_tokens`` (or fewer, where a batch is smaller) dealt out over the mesh of ``run``."""
+        length = min(row_tokens, -(-batch_tokens // 64) * 64)
+        shards = row_shards(run.mesh)
+        return cls(length, max(1, batch_tokens // length) * shards, shards, length_threshold)
+
+
+class Measurer:
+    """Measures chunks of pairs with one pass; counts what was computed and what of it was padding."""
+
+    def __init__(self, run: ScoringPass, batching: Batching, eos: Eos, tell: Callable[[int], None] = lambda n: None):
+        """``tell`` is called with the number of pairs after every batch."""
+        self.run = run
+        self.batching = batching
+        self.eos: Eos = eos
+        self._tell = tell
+        self._positions = 0
+        self._used = 0
+
+    @property
+    def waste(self) -> float:
+        """Share of computed positions that were padding."""
+        return 1 - self._used / self._positions if self._positions else 0.0
+
+    def batches(self, items: Sequence[Item]):
+        """Packed batches of items."""
+        b = self.batching
+        return pack(
+            items,
+            length=b.row_tokens,
+            rows_per_batch=b.rows_per_batch,
+            eos=self.eos,
+            row_multiple=b.row_multiple,
+            length_threshold=b.length_threshold,
+        )
+
+    def __call__(self, pairs: list[TokenPair]) -> tuple[dict[str, Any], dict[str, list] | None]:
+        """The chunk's columns of the table, and of the token table where tokens are asked for.
+
+        The responses of a row of the data are computed once, whatever the number of its pairs.
+
+        Raises:
+          ChesError: a number that is not finite; names the row.
+        """
+        able = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
+        items, seats = gathered([pairs[i] for i in able])
+        seated: list[list[Seated]] = [[] for _ in items]
+        for i, seat in zip(able, seats, strict=True):
+            seated[seat.item].append(Seated(i, 1 + seat.chosen, 1 + seat.rejected))
+        numbers = {n: np.full(len(pairs), np.nan) for n in self._asked()}
+        tokens: dict[int, dict[str, list]] = {}
+        waiting: list[tuple[SegmentStatistics, Rows, list[Placement]]] = []
+
+        def collect() -> None:
+            statistics, rows, placements = waiting.pop(0)
+            s = fetch(statistics)
+            sitting = [(p.row, p.shared, seat) for p in placements for seat in seated[p.item]]
+            for at in range(0, len(sitting), PAIRS_AT_ONCE):
+                _add_sums(s, sitting[at : at + PAIRS_AT_ONCE], numbers)
+            for p in placements:
+                self._add_products(s, rows, p, seated[p.item], pairs, numbers, tokens)
+            self._tell(len(sitting))
+
+        for rows, placements in self.batches(items):
+            self._positions += rows.tokens.size
+            self._used += int((rows.lengths > 0).sum())
+            waiting.append((self.run(rows), rows, placements))
+            if len(waiting) > 1:  # one batch is under way on the device while another is read
+                collect()
+        while waiting:
+            collect()
+        _require_finite(pairs, able, numbers)
+        columns = _table_columns(pairs, numbers, self.eos)
+        if not self.run.wanted.token_scores:
+            return columns, None
+        names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
+        return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _asked(self) -> list[str]:
+        wanted = self.run.wanted
+        left_out = set() if wanted.logps else {"logp_chosen", "logp_rejected"}
+        left_out |= set() if wanted.head_score else {"head_score"}
+        return [n for n in MODEL_COLUMNS if n not in left_out]
+
+    def _add_products(
+        self,
+        s: SegmentStatistics,
+        rows: Rows,
+        place: Placement,
+        seats: list[Seated],
+        pairs: list[TokenPair],
+        numbers: dict[str, np.ndarray],
+        tokens: dict[int, dict[str, list]],
+    ) -> None:
+        """The head scores and the token scores of an item's pairs, from the products of its predictions."""
+        if s.head_products is None and s.ches_products is None:
+            return
+        own = slice(place.shared, place.shared + place.segments)
+        at = np.flatnonzero((rows.segment[place.row] >= own.start) & (rows.segment[place.row] < own.stop))
+        role = rows.segment[place.row][at] - place.shared
+        ches, head = (None if p is None else p[place.row][at, own] for p in (s.ches_products, s.head_products))
+        if head is not None:
+            between = np.zeros((place.segments, place.segments))
+            np.add.at(between, role, head)
+            for i, chosen, rejected in seats:
+                # <A+, A- - A+>: what the responses share has cancelled in the difference
+                difference = between[:, rejected] - between[:, chosen]
+                numbers["head_score"][i] = difference[0] + difference[chosen]
+        if ches is None:
+            return
+        # the state at a position predicts the next one; the first response token is number 0
+        state = rows.positions[place.row][rows.source[place.row][at]] + 1
+        for i, chosen, rejected in seats:
+            pair = pairs[i]
+            by_ches = pair_contributions(ches, role, 0, chosen, rejected)
+            by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
+            tokens[i] = _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
+
+
+def _add_sums(s: SegmentStatistics, sitting: list[tuple[int, int, Seated]], numbers: dict[str, np.ndarray]) -> None:
+    """Put the statistics of pairs that come from the sums of their responses where they belong."""
+    row, shared, at, chosen, rejected = np.array([(r, first, *seat) for r, first, seat in sitting], int).T
+    sides = (shared + chosen, shared + rejected)
+    plus, minus = (s.sums[row, shared] + s.sums[row, side] for side in sides)
+    numbers["inner"][at] = (plus * minus).sum(-1)
+    numbers["sqnorm_chosen"][at] = (plus * plus).sum(-1)
+    numbers["sqnorm_rejected"][at] = (minus * minus).sum(-1)
+    numbers["last_hidden_inner"][at] = (s.last[row, sides[0]] * s.last[row, sides[1]]).sum(-1)
+    if s.logps is not None:
+        for name, side in zip(("logp_chosen", "logp_rejected"), sides, strict=True):
+            numbers[name][at] = s.logps[row, shared] + s.logps[row, side]
+
+
+def _token_rows(
+    pair: TokenPair,
+    role: np.ndarray,
+    chosen: int,
+    rejected: int,
+    state: np.ndarray,
+    target: np.ndarray,
+    ches: PairContributions,
+    head: PairContributions | None,
+) -> dict[str, list]:
+    """One row per predicted token of each response; what both begin with is told with the chosen one."""
+    out: dict[str, list] = {n: [] for n in TOKEN_COLUMNS}
+    position = state - len(pair.prompt)
+    new = position >= shared_prefix(pair)
+    numbers = pair.candidates or (None, None)
+    for name, mine, part in (
+        ("chosen", (role == 0) | (role == chosen), "shares"),
+        ("rejected", (role == rejected) & new, "with_chosen"),
+    ):
+        at = np.flatnonzero(mine)
+        values = {
+            "row_id": [pair.row_id] * len(at),
+            "index": [pair.index] * len(at),
+            **{n: [k] * len(at) for n, k in zip(CANDIDATES, numbers, strict=True)},
+            "response": [name] * len(at),
+            "position": position[at].tolist(),
+            "token": target[at].tolist(),
+            "ches": getattr(ches, part)[at].tolist(),
+            "head_score": [None] * len(at) if head is None else getattr(head, part)[at].tolist(),
+            "nthr": [None] * len(at) if head is None else head.with_chosen[at].tolist(),
+        }
+        for n in TOKEN_COLUMNS:
+            out[n] += values[n]
+    return out
+
+
+def _require_finite(pairs: list[TokenPair], able: list[int], numbers: dict[str, np.ndarray]) -> None:
+    for name, values in numbers.items():
+        bad = [i for i in able if not np.isfinite(values[i])]
+        if bad:
+            p = pairs[bad[0]]
+            raise ChesError(
+                f"row {p.index} (row_id {p.row_id[:12]}): {name} is not finite; "
+                "try --dtype float32, or look at the row with `ches doctor`"
+            )
+
+
+def edit_distance(pair: TokenPair) -> float:
+    """Levenshtein distance of the two contents in tokens, over the longer length: 0 equal, 1 nothing in common."""
+    return Levenshtein.normalized_distance(pair.chosen.content, pair.rejected.content)
+
+
+def _table_columns(pairs: list[TokenPair], numbers: dict[str, np.ndarray], eos: Eos) -> dict[str, Any]:
+    """All columns of the table for a chunk; NaN in ``numbers`` (no score) becomes null."""
+    inner, plus, minus = numbers["inner"], numbers["sqnorm_chosen"], numbers["sqnorm_rejected"]
+    n_chosen, n_rejected = (
+        np.array([len(getattr(p, side).targets(eos)) for p in pairs], np.int32) for side in ("chosen", "rejected")
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # unscorable rows have no tokens; they become null
+        scores = {
+            **numbers,
+            "ches": formulas.ches(inner, plus),
+            "ln_ches": formulas.ln_ches(inner, plus, n_chosen, n_rejected),
+            "cosine": formulas.cosine(inner, plus, minus),
+        }
+    candidates = {}
+    if any(p.candidates for p in pairs):
+        candidates = {n: [p.candidates and p.candidates[k] for p in pairs] for k, n in enumerate(CANDIDATES)}
+    columns: dict[str, Any] = {
+        "row_id": [p.row_id for p in pairs],
+        "index": [p.index for p in pairs],
+        **candidates,
+        **{n: [None if np.isnan(x) else float(x) for x in v] for n, v in scores.items()},
+        "edit_distance": [edit_distance(p) for p in pairs],
+        "chosen_tokens": n_chosen,
+        "rejected_tokens": n_rejected,
+        "prompt_tokens": [len(p.prompt) for p in pairs],
+        "shared_prefix_tokens": [shared_prefix(p) for p in pairs],
+        "flags": [list(p.flags) for p in pairs],
+        "category": [p.category for p in pairs],
+    }
+    return {name: columns[name] for name in COLUMNS if name in columns}

@@ -1,0 +1,1 @@
+"""From scores to a preference data set, with controls."""

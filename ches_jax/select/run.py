@@ -1,0 +1,272 @@
+"""``ches select``: a score table and a rule (``rules``) to a preference dataset that tells how it was chosen."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ches_jax.errors import RunError
+from ches_jax.options import Columns
+from ches_jax.runs.files import new_directory
+from ches_jax.scores.formulas import numbers, score_column
+from ches_jax.scores.table import CANDIDATES, read_table
+from ches_jax.select.dataset_card import card
+from ches_jax.select.keep import Control, keep_indices, parse_rule, soft_weights, stand_ins
+from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
+from ches_jax.stats import spearman
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """What ``ches select`` does."""
+
+    scores: Path
+    """A directory of ``ches score``, or its scores.parquet."""
+    out: Path
+    """The directory to write; must not exist, or be empty."""
+    by: str = "ln_ches"
+    """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
+    logp_margin, chosen_tokens or random; the more similar a pair, the higher."""
+    keep: str = "lowest:0.05"
+    """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
+    quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""
+    control: Control = "none"
+    """To compare with: as many rows, by chance (random) or by response length alone (length)."""
+    seed: int = 0
+    """Of the controls and of ``--by random``."""
+    pairs: str | None = None
+    """The pairs that were scored; taken from the run when not given."""
+    split: str | None = None
+    """Which split of them; taken from the run when not given."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns (prompt=instruction); taken from the run when not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to each row of the table."""
+
+    values: np.ndarray
+    """The score, NaN where there is none."""
+    kept: np.ndarray
+    """True where the row is kept."""
+    weights: np.ndarray | None
+    soft: dict[str, float] | None
+
+
+def decide(table: pa.Table, config: SelectConfig) -> Decision:
+    """Applies the rule, and the control when there is one.
+
+    Raises:
+      RunError: unknown score or rule, no row has the score, or the rule keeps none.
+    """
+    rule = parse_rule(config.keep)
+    values = score_column(table, config.by, config.seed)
+    scored = values[np.isfinite(values)]
+    if scored.size == 0:
+        raise RunError(f"{config.scores}: none of its {len(table)} rows has the score {config.by!r}")
+    chosen = keep_indices(values, rule)
+    if chosen.size == 0:
+        raise RunError(
+            f"--keep {rule.text!r} keeps none of {scored.size} rows: "
+            f"{config.by} runs from {scored.min():.6g} to {scored.max():.6g}"
+        )
+    longer = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
+    places = stand_ins(values, config.control, longer, config.seed)
+    kept = np.zeros(len(table), dtype=bool)
+    kept[places[chosen]] = True
+    if rule.kind != "soft":
+        return Decision(values, kept, None, None)
+    plain, slope = soft_weights(values, float(rule.numbers[0]))
+    weights = np.full(len(table), np.nan)
+    weights[places[chosen]] = plain[chosen]
+    total = numbers(table, "rejected_tokens") + numbers(table, "chosen_tokens")
+    soft = {
+        "slope": slope,
+        "effective_mass": float(np.nansum(weights) / scored.size),
+        "fraction_zero": float((weights[kept] == 0).mean()),
+        "spearman_weight_length_difference": spearman(weights, longer),
+        "spearman_weight_total_length": spearman(weights, total),
+    }
+    return Decision(values, kept, weights, soft)
+
+
+def describe(table: pa.Table, decision: Decision, config: SelectConfig) -> dict[str, Any]:
+    """The numbers of a selection: counts, ranges, lengths of kept rows and of all, categories."""
+    scored = np.isfinite(decision.values)
+    tokens = {name: numbers(table, name) for name in ("chosen_tokens", "rejected_tokens")}
+    longer = tokens["rejected_tokens"] - tokens["chosen_tokens"]
+
+    def lengths(rows: np.ndarray) -> dict[str, float]:
+        means = {name: float(values[rows].mean()) for name, values in tokens.items()}
+        return means | {"rejected_minus_chosen": float(longer[rows].mean())}
+
+    numbers_told: dict[str, Any] = {
+        "counts": {
+            "table": len(table),
+            "scored": int(scored.sum()),
+            "kept": int(decision.kept.sum()),
+        },
+        "score_range": {
+            "kept": _range(decision.values[decision.kept]),
+            "all": _range(decision.values),
+        },
+        "mean_lengths": {"kept": lengths(decision.kept), "all": lengths(scored)},
+        "spearman_score_length_difference": spearman(decision.values, longer),
+        "soft": decision.soft,
+    }
+    if "category" in table.schema.names:
+        names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+        numbers_told["categories"] = {
+            name: {
+                "scored": int((scored & (names == name)).sum()),
+                "kept": int((decision.kept & (names == name)).sum()),
+            }
+            for name in sorted(set(names))
+        }
+    return numbers_told
+
+
+def _range(values: np.ndarray) -> list[float]:
+    return [float(np.nanmin(values)), float(np.nanmax(values))]
+
+
+def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dict[str, Any]:
+    """Writes the selection to ``config.out``: a preference dataset that tells how it was chosen.
+
+    ``pairs.jsonl`` (the kept rows' content, category, ``row_id`` and score), ``kept_ids.txt``,
+    ``dropped.jsonl`` (every other row of the source, with the reason), ``selection.json`` and the
+    card ``README.md``.
+
+    Args:
+      config: what to select.
+      rows: the rows that were scored, in order; opened from the run when not given.
+
+    Returns:
+      What ``selection.json`` holds.
+
+    Raises:
+      RunError: bad rule, score or directory, or the pairs are not those that were scored.
+    """
+    table, metadata = read_table(config.scores)
+    decision = decide(table, config)
+    with new_directory(Path(config.out), RunError) as folder:
+        rows = source_rows(config) if rows is None else rows
+        source = _write_rows(folder, rows, table, decision, config)
+        told = read_run(config.scores).get("config") or {}
+        summary: dict[str, Any] = {
+            "rule": {k: getattr(config, k) for k in ("by", "keep", "control", "seed")},
+            **describe(table, decision, config),
+            "source": {"pairs": config.pairs or told.get("pairs"), **source},
+            "scores": metadata,
+        }
+        summary = _plain(summary)
+        text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / "selection.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card(summary), encoding="utf-8")
+    return summary
+
+
+def _write_rows(
+    folder: Path,
+    rows: Iterable[SourceRow],
+    table: pa.Table,
+    decision: Decision,
+    config: SelectConfig,
+) -> dict[str, Any]:
+    """One pass over the source: each row, checked, to pairs.jsonl or to dropped.jsonl."""
+    changed = f"{config.scores}: the pairs file changed since it was scored"
+    ids = table["row_id"].to_pylist()
+    place = {key: position for position, key in enumerate(keys(table))}
+    not_scored = dropped_when_scored(config.scores)
+    seen = np.zeros(len(table), dtype=bool)
+    reasons: Counter[str] = Counter()
+    replaced: set[str] = set()
+    digest = hashlib.sha256()
+    with (
+        open(folder / "pairs.jsonl", "wb") as pairs,
+        open(folder / "kept_ids.txt", "w", encoding="utf-8", newline="\n") as kept_ids,
+        open(folder / "dropped.jsonl", "wb") as dropped,
+    ):
+        for row in rows:
+            digest.update(f"{row.index} {row.row_id}\n".encode())
+            position = place.get(key_of(row))
+            if position is None and key_of(row) not in not_scored:
+                raise RunError(f"{changed}: row {row.index} (row_id {row.row_id}) was not in it")
+            if position is not None and ids[position] != row.row_id:
+                raise RunError(f"{changed}: row {row.index} is {row.row_id}, the table has {ids[position]}")
+            if position is not None:
+                seen[position] = True
+            if position is not None and decision.kept[position]:
+                added = _added_columns(row, position, decision, config)
+                theirs = dict(row.extra) | dict(row.content)
+                replaced |= added.keys() & theirs.keys()
+                pairs.write(_json_line(theirs | added, row.index))
+                kept_ids.write(f"{row.row_id}\n")
+                continue
+            reason = _reason(position, not_scored.get(key_of(row)), decision, config)
+            reasons[reason.split(":", 1)[0] if position is None else reason] += 1
+            told = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
+            dropped.write(_json_line(told, row.index))
+    if not seen.all():
+        missing = int(np.flatnonzero(~seen)[0])
+        raise RunError(
+            f"{changed}: {int((~seen).sum())} scored rows are not in it any more, "
+            f"the first is row {table['index'][missing].as_py()} (row_id {ids[missing]})"
+        )
+    return {
+        "fingerprint": f"sha256:{digest.hexdigest()}",
+        "dropped": dict(sorted(reasons.items())),
+        "replaced_columns": sorted(replaced),
+    }
+
+
+def _added_columns(row: SourceRow, position: int, decision: Decision, config: SelectConfig) -> dict[str, Any]:
+    added: dict[str, Any] = {"row_id": row.row_id, config.by: float(decision.values[position]), **_candidates(row)}
+    if row.category is not None:
+        added["category"] = row.category
+    if decision.weights is not None:
+        added["weight"] = float(decision.weights[position])
+    return added
+
+
+def _candidates(row: SourceRow) -> dict[str, int]:
+    return dict(zip(CANDIDATES, row.candidates or (), strict=False))
+
+
+def _reason(position: int | None, when_scored: str | None, decision: Decision, config: SelectConfig) -> str:
+    if position is None:
+        return f"dropped when scored: {when_scored}"
+    if np.isnan(decision.values[position]):
+        return "unscored"
+    control = "" if config.control == "none" else f" ({config.control} control)"
+    return f"not in {config.keep} of {config.by}{control}"
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with only what JSON knows: numpy scalars opened, dates as text, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _json_line(content: Mapping[str, Any], index: int) -> bytes:
+    plain = _plain(content)
+    try:
+        return (json.dumps(plain, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8 for it, but JSON can escape it
+        return (json.dumps(plain) + "\n").encode()

@@ -1,0 +1,103 @@
+"""From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from ches_jax import bundled
+from ches_jax.data.sources import open_pairs
+from ches_jax.errors import RunError
+from ches_jax.runs.directory import CONFIG, RUN, read_json
+from ches_jax.scores.config import BUNDLED
+from ches_jax.scores.table import CANDIDATES, table_path
+
+
+class SourceRow(Protocol):
+    """A row of the pairs as ``data.sources`` gives it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def row_id(self) -> str: ...
+    @property
+    def content(self) -> Mapping[str, Any]: ...
+    @property
+    def extra(self) -> Mapping[str, Any]: ...
+    @property
+    def category(self) -> str | None: ...
+    @property
+    def candidates(self) -> tuple[int, ...] | None: ...
+
+
+Key = tuple[int, tuple[int, ...] | None]
+"""What tells a pair from all others of its source: the index of its row, and which of the row's candidates it is."""
+
+
+class Where(Protocol):
+    """What ``source_rows`` reads of a configuration: the run, and what to use in place of what it tells."""
+
+    @property
+    def scores(self) -> Path: ...
+    @property
+    def pairs(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+
+
+def read_run(scores: Path | str) -> dict[str, Any]:
+    """The ``run.json`` beside a score table, with its ``config``; empty when there is neither."""
+    folder = table_path(scores).parent
+    run = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    if not run.get("config") and (folder / CONFIG).is_file():
+        run["config"] = read_json(folder / CONFIG)
+    return run
+
+
+def dropped_when_scored(scores: Path | str) -> dict[Key, str]:
+    """Reasons by ``Key`` of the pairs that the score run dropped (``data.audit.dropped_record``)."""
+    path = table_path(scores).with_name("dropped.jsonl")
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        return {(int(r["index"]), _candidates(r.get("candidates"))): ", ".join(r["reasons"]) for r in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: is damaged ({error!r})") from None
+
+
+def key_of(row: SourceRow) -> Key:
+    """The key of a row of the source."""
+    return row.index, row.candidates or None
+
+
+def keys(table: pa.Table) -> list[Key]:
+    """The key of each row of a score table, or of a table of token scores."""
+    columns = [table[n].to_pylist() if n in table.schema.names else [None] * len(table) for n in CANDIDATES]
+    return [
+        (index, None if chosen is None else (chosen, rejected))
+        for index, chosen, rejected in zip(table["index"].to_pylist(), *columns, strict=True)
+    ]
+
+
+def _candidates(found: Any) -> tuple[int, ...] | None:
+    return None if found is None else tuple(int(number) for number in found)
+
+
+def source_rows(config: Where) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source named in the run or in the configuration."""
+    told = read_run(config.scores).get("config") or {}
+    pairs = config.pairs or told.get("pairs")
+    if not pairs:
+        raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
+    if pairs == BUNDLED:
+        pairs = str(bundled.pairs_file())
+    split, columns = config.split or told.get("split"), config.columns or told.get("columns")
+    source = open_pairs(pairs, split, columns, told.get("candidates"))
+    return itertools.chain.from_iterable(itertools.islice(source.rows_from(0), told.get("limit")))

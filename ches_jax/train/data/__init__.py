@@ -1,0 +1,1 @@
+"""From rows to batches of a training run."""

@@ -1,0 +1,143 @@
+"""What updates are made of: for most objectives the pairs themselves, for others examples made of them.
+
+An unpaired objective (KTO) takes single responses with a label. Beside its own response, each of its examples holds
+that of another prompt, whose log-probability measures how far the policy is from the reference; the two are packed as
+a pair's two responses are, so that the prompt is computed once for both.
+
+    pairs      x: y+ y-      x': z+ z-
+    examples   x: y+ | z+    x: y- | z-    x': z+ | y+    x': z- | y-    what follows | is only measured
+
+An objective of samples (D2O) takes a rejected response with several samples. The data bring them as one pair for each
+sample; the example is all of them, the rejected response once and last.
+
+    pairs      x: s1 y-      x: s2 y-      x: s3 y-
+    example    x: s1 s2 s3 y-
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ches_jax.data.packing import Candidates, Item
+from ches_jax.errors import ChesError
+from ches_jax.losses import Loss
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
+from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
+from ches_jax.types import Eos, Response, TokenPair
+
+NOTHING = Response((), None)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N examples: what is packed for each, and what else the objective reads of it."""
+
+    pairs: list[TokenPair]
+    """``size`` for each example."""
+    given: dict[str, np.ndarray]
+    """[N] by field of ``LossInputs``."""
+    size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.pairs) // self.size
+
+    def items(self) -> list[Item]:
+        """What is packed."""
+        return [self.item(i) for i in range(len(self))]
+
+    def item(self, i: int) -> Item:
+        """What is packed of example ``i``."""
+        if self.size == 1:
+            return self.pairs[i]
+        mine = self.pairs[i * self.size : (i + 1) * self.size]
+        return Candidates(mine[0].prompt, (*(p.chosen for p in mine), mine[0].rejected), self.size)
+
+    def by_response(self, found: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
+        """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
+        sides = [[found.chosen[i * self.size + k] for i in which] for k in range(self.size)]
+        return [*sides, [found.rejected[i * self.size] for i in which]]
+
+
+def make_examples(
+    loss: Loss, pairs: Sequence[TokenPair], given: Mapping[str, np.ndarray], *, seed: int, max_length: int, eos: Eos
+) -> Examples:
+    """The examples that a loss makes of pairs.
+
+    Args:
+      loss: the objective.
+      pairs: the pairs of a run; of single responses the other side is empty.
+      given: [P] numbers of each pair.
+      seed: draws the mismatched responses of an unpaired loss.
+      max_length: most tokens of a prompt and a mismatched response.
+      eos: whether a terminator counts.
+
+    Raises:
+      ChesError: pairs of which no such examples can be made.
+    """
+    if is_supervised(loss):
+        return Examples([replace(p, rejected=NOTHING) for p in pairs], dict(given))
+    if is_unpaired(loss) and pairs:
+        return _unpaired(pairs, given, seed, max_length, eos)
+    if reads_samples(loss) and pairs:
+        size = len({p.candidates for p in pairs})
+        return Examples(list(pairs), {k: v[::size] for k, v in given.items()}, size)
+    return Examples(list(pairs), dict(given))
+
+
+def _unpaired(
+    pairs: Sequence[TokenPair], given: Mapping[str, np.ndarray], seed: int, max_length: int, eos: Eos
+) -> Examples:
+    sides = [
+        (i, good, response)
+        for i, pair in enumerate(pairs)
+        for good, response in ((True, pair.chosen), (False, pair.rejected))
+        if response != NOTHING
+    ]
+    whose = [i for i, _, _ in sides]
+    others = other_prompts([pairs[i].prompt for i in whose], seed)
+    made = [
+        _beside(pairs[i], response, sides[other][2], max_length, eos)
+        for (i, _, response), other in zip(sides, others, strict=True)
+    ]
+    labels = np.array([good for _, good, _ in sides])
+    return Examples(made, {**{k: v[whose] for k, v in given.items()}, "desirable": labels})
+
+
+def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:
+    """For each row the number of a row with another prompt, each used once where that is possible.
+
+    Rows of one prompt lie together in a random order of prompts; whoever is one largest group further has another one.
+
+    Raises:
+      ChesError: all rows have the same prompt.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    if len(groups) < 2:
+        raise ChesError("an unpaired loss measures the policy on responses of other prompts; there is only one prompt")
+    order = np.random.default_rng([seed, 4]).permutation(len(groups))
+    members = [list(groups.values())[i] for i in order]
+    largest = max(members, key=len)
+    found = [0] * len(prompts)
+    if 2 * len(largest) <= len(prompts):
+        line = [i for group in members for i in group]
+        for at, i in enumerate(line):
+            found[i] = line[(at + len(largest)) % len(line)]
+        return found
+    rest = [i for group in members if group is not largest for i in group]
+    for mine, theirs in ((largest, rest), (rest, largest)):
+        for at, i in enumerate(mine):
+            found[i] = theirs[at % len(theirs)]
+    return found
+
+
+def _beside(pair: TokenPair, own: Response, other: Response, max_length: int, eos: Eos) -> TokenPair:
+    """One response of a pair with a stranger beside it, which is cut to the room there is."""
+    room = max_length - len(pair.prompt)
+    if len(other.targets(eos)) > room:
+        other = Response(other.content[:room], None)
+    content = repr((pair.row_id, own, other))
+    return replace(pair, chosen=own, rejected=other, row_id=hashlib.sha256(content.encode()).hexdigest()[:32])

@@ -1,0 +1,279 @@
+"""One source of rows: read, tokenised and audited, with the numbers that its rows bring."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
+from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
+from ches_jax.data.sources import Kind, PairSource, open_pairs, open_rows
+from ches_jax.data.tokenize import PairTokenizer
+from ches_jax.distributed.processes import Process
+from ches_jax.errors import ChesError, DataError
+from ches_jax.losses import Loss
+from ches_jax.losses.inputs import REWARDS
+from ches_jax.train.config import TrainConfig
+from ches_jax.train.data.examples import NOTHING
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
+from ches_jax.train.reference import COLUMNS
+from ches_jax.types import OnBadRow, Response, TokenPair
+
+REFERENCE_FIELDS = ("ref_logp_chosen", "ref_logp_rejected")
+REWARD_FIELDS = ("rewards_chosen", "rewards_rejected")
+REWARD_COLUMNS = (
+    ("chosen_reward", "rejected_reward"),
+    ("reward_chosen", "reward_rejected"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+"""Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
+SCORES = ("scores", "scores")
+"""And where they keep those of several responses."""
+COMPLETION = ("completion", "completion_ids")
+LABEL = "label"
+"""Columns of a row with one response: the response, and whether it is a good one."""
+_CHUNK = 256
+"""Pairs that are tokenised at a time, and dealt out to processes."""
+
+
+@dataclass(frozen=True)
+class ReadPairs:
+    """The pairs of a source that can be trained on, in its order."""
+
+    pairs: list[TokenPair]
+    """Single responses have lent their prompt to a pair; where no other fits, its other side is empty."""
+    given: dict[str, np.ndarray]
+    """Numbers that the rows bring, by field of ``LossInputs``."""
+    dropped: list[dict[str, Any]]
+    rows: int
+    fingerprint: str
+
+
+def read_pairs(
+    config: TrainConfig,
+    loss: Loss,
+    tokenizer: PairTokenizer,
+    spec: str,
+    split: str | None,
+    limit: int | None,
+    process: Process,
+) -> ReadPairs:
+    """Read a source for a run; of several processes each tokenises its part, and all get the same.
+
+    Raises:
+      ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
+    """
+    source, one_response = _open(config, loss, spec, split)
+    asked = _asked_columns(config, loss)
+    if one_response and asked:
+        raise ChesError(f"{asked[0][0]}: {source.name} has rows of one response, of which only the label is read")
+    pairs = _tokenised(source, tokenizer, limit, process)
+    if one_response:
+        pairs = [_single(p) for p in pairs]
+    rows = len({p.index for p in pairs})
+    kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
+    if one_response and is_supervised(loss):  # every response is a good one
+        return ReadPairs(kept, {}, dropped, rows, source.fingerprint())
+    if one_response:
+        name = config.columns.get(LABEL, LABEL)
+        labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
+        return ReadPairs(together(kept, labels > 0), {}, dropped, rows, source.fingerprint())
+    if reads_samples(loss):
+        _require_equal_samples(source.name, kept)
+    return ReadPairs(kept, _numbers(source, asked, kept, limit), dropped, rows, source.fingerprint())
+
+
+def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
+    """The source, and whether its rows are of one response."""
+    if is_unpaired(loss) or is_supervised(loss):
+        try:
+            return open_rows(spec, split, config.columns, ONE_RESPONSE), True
+        except DataError:
+            if {*COMPLETION, LABEL} & config.columns.keys():
+                raise
+    if reads_samples(loss):
+        return open_rows(spec, split, config.columns, SAMPLES), False
+    return open_pairs(spec, split, config.columns, config.candidates), False
+
+
+def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """A row of one response, as two equal ones."""
+    text, ids = (columns.get(name, name) for name in COMPLETION)
+    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
+    names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
+    return [(None, canonical_content(row, names))]
+
+
+def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """A row with a rejected response and samples, as the pairs of each sample with it."""
+    name = columns.get("responses", "responses")
+    samples = lookup(row, name)
+    if not isinstance(samples, list) or not samples:
+        raise DataError(
+            f"no list of samples in {name!r}; found: {', '.join(map(str, row)) or 'none'}; expected prompt, rejected "
+            "and responses, the policy's own samples; say which column is which with --columns responses=NAME"
+        )
+    of_ids = isinstance(samples[0], list) and all(isinstance(t, int) for t in samples[0])
+    side = "chosen_ids" if of_ids else "chosen"
+    names = {k: v for k, v in columns.items() if k not in ("responses", "chosen", "chosen_ids")}
+    return [((k, len(samples)), canonical_content({**row, side: sample}, names)) for k, sample in enumerate(samples)]
+
+
+ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), _one_response)
+SAMPLES = Kind("rejected responses with samples", (*PAIR_COLUMNS, "responses"), _samples)
+
+
+def _require_equal_samples(name: str, pairs: Sequence[TokenPair]) -> None:
+    """Every row with the same samples of the same prompt."""
+    by_row: dict[int, list[TokenPair]] = {}
+    for pair in pairs:
+        by_row.setdefault(pair.index, []).append(pair)
+    expected = [p.candidates for p in next(iter(by_row.values()))]
+    for index, mine in by_row.items():
+        if [p.candidates for p in mine] != expected:
+            raise DataError(
+                f"{name}: row {index} has other samples ({len(mine)}) than the first ({len(expected)}); an objective "
+                "of samples needs the same number for each prompt, all of them fit"
+            )
+        if len({p.prompt for p in mine}) > 1:
+            raise DataError(
+                f"{name}: row {index}: tokens merge across the prompt's end, in some samples and not in all"
+            )
+
+
+def _single(pair: TokenPair) -> TokenPair:
+    """A row that was read as two equal responses: one of them, and the findings about it."""
+    flags = tuple(f for f in pair.flags if f != "identical" and not f.endswith("_rejected"))
+    return replace(pair, rejected=NOTHING, flags=flags)
+
+
+def together(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPair]:
+    """Single responses to pairs: of each prompt a good one with a bad one, as far as there are both."""
+    by_prompt: dict[tuple[int, ...], tuple[list[TokenPair], list[TokenPair]]] = {}
+    for row, is_good in zip(rows, good, strict=True):
+        by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(row)
+    pairs = []
+    for chosen, rejected in (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides)):
+        first = chosen or rejected
+        if chosen is None:
+            pairs.append(replace(rejected, chosen=NOTHING, rejected=rejected.chosen))
+        elif rejected is None:
+            pairs.append(first)
+        else:
+            both = hashlib.sha256((chosen.row_id + rejected.row_id).encode()).hexdigest()[:32]
+            pairs.append(replace(chosen, row_id=both, rejected=rejected.chosen))
+    return pairs
+
+
+def _asked_columns(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:
+    """Options that read numbers from the rows, and for each the columns that would do, by field of ``LossInputs``."""
+    asked: list[tuple[str, list[Mapping[str, str]]]] = []
+    if config.reference == "columns":
+        asked.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
+    if config.weights is not None:
+        asked.append((f"--weights {config.weights}", [{"weights": config.weights}]))
+    if loss.needs >= REWARDS:
+        names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
+        option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
+        asked.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
+    return asked
+
+
+def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, process: Process) -> list[TokenPair]:
+    """All pairs of the source; every process tokenises its chunks of rows and hands them to the others."""
+    rows = itertools.takewhile(lambda row: limit is None or row.index < limit, source)
+    mine: list[TokenPair] = []
+    for number in itertools.count():
+        chunk = list(itertools.islice(rows, _CHUNK))
+        if not chunk:
+            break
+        if number % process.count == process.id:
+            mine += tokenizer(chunk)
+    if process.count == 1:
+        return mine
+    found = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
+    # chunks come back in the order of the processes; the pairs of a row lie in one or two chunks that follow each other
+    return sorted(found, key=lambda p: (p.index, p.candidates or ()))
+
+
+def _encoded(pair: TokenPair) -> dict[str, Any]:
+    """A pair as JSON values."""
+    return {f.name: getattr(pair, f.name) for f in fields(pair)} | {
+        side: [response.content, response.terminator]
+        for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
+
+
+def _decoded(values: dict[str, Any]) -> TokenPair:
+    sides = {side: Response(tuple(values[side][0]), values[side][1]) for side in ("chosen", "rejected")}
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list) and name not in sides}
+    return TokenPair(**{**values, **lists, **sides})
+
+
+def _fit(
+    source: PairSource, tokenizer: PairTokenizer, pairs: Sequence[TokenPair], policy: OnBadRow
+) -> tuple[list[TokenPair], list[dict[str, Any]]]:
+    """Pairs that can be trained on, and records of those left out."""
+    audit = Audit(tokenizer.tokenizer.bos_token_id, tokenizer.tokenizer.eos_token_id)  # type: ignore[arg-type]
+    audit.extend(pairs)
+    if policy == "error":
+        require_clean(audit, source.name)
+    bad = [p for p in pairs if (p.flags if policy == "drop" else not UNSCORABLE.isdisjoint(p.flags))]
+    out = {id(p) for p in bad}
+    kept = [p for p in pairs if id(p) not in out]
+    if not kept:
+        raise DataError(f"{source.name}: no row is left to train on ({len(pairs)} read, all left out)")
+    return kept, [dropped_record(p) for p in bad]
+
+
+def _numbers(
+    source: PairSource,
+    asked: Sequence[tuple[str, list[Mapping[str, str]]]],
+    pairs: Sequence[TokenPair],
+    limit: int | None,
+) -> dict[str, np.ndarray]:
+    """Numbers that the rows themselves bring, for each of ``pairs``."""
+    if not asked:
+        return {}
+    by_row: dict[int, list[int]] = {}
+    for position, pair in enumerate(pairs):
+        by_row.setdefault(pair.index, []).append(position)
+    found: list[dict[str, float]] = [{} for _ in pairs]
+    for index, (where, raw) in enumerate(source.read(0)):
+        if limit is not None and index >= limit:
+            break
+        for position in by_row.get(index, ()):
+            for option, choices in asked:
+                subject = f"{source.name}, {where}: {option}"
+                found[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
+    return {field: np.array([numbers[field] for numbers in found]) for field in (found[0] if found else {})}
+
+
+def _row_numbers(
+    subject: str, choices: Sequence[Mapping[str, str]], raw: Mapping[str, Any], candidates: tuple[int, int] | None
+) -> dict[str, float]:
+    """The first choice of columns that the row has, of the pair that these two of its responses make."""
+    for columns in choices:
+        one_list = len({*columns.values()}) < len(columns)
+        if all(name in raw for name in columns.values()) and not (one_list and candidates is None):
+            values = {field: _of_pair(field, raw[name], candidates) for field, name in columns.items()}
+            if all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
+                return {field: float(v) for field, v in values.items()}
+    named = ", or ".join(" and ".join(dict.fromkeys(columns.values())) for columns in choices)
+    lists = "" if candidates is None else " (of several responses to a prompt: lists, a number for each response)"
+    raise DataError(f"{subject} needs numbers in {named}{lists}; the row has {', '.join(map(str, raw))}")
+
+
+def _of_pair(field: str, value: Any, candidates: tuple[int, int] | None) -> Any:
+    """The number of a pair; where the row makes several, a number of one side is in a list of all responses."""
+    if candidates is None or not field.endswith(("_chosen", "_rejected")):
+        return value
+    which = candidates[field.endswith("_rejected")]
+    return value[which] if isinstance(value, list) and which < len(value) else None

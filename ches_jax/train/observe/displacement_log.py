@@ -1,0 +1,139 @@
+"""The displacement log of a run: how far every watched pair has moved, at every evaluation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, regimes, summarise
+from ches_jax.errors import RunError
+from ches_jax.runs.files import replacing
+from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics
+from ches_jax.types import TokenPair
+
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int32()),
+        pa.field("set", pa.string()),
+        pa.field("row_id", pa.string()),
+        pa.field("index", pa.int64()),
+        pa.field("logp_chosen", pa.float64()),
+        pa.field("logp_rejected", pa.float64()),
+        pa.field("dlogp_chosen", pa.float64()),
+        pa.field("dlogp_rejected", pa.float64()),
+        pa.field("margin", pa.float64()),
+        pa.field("regime", pa.string()),
+        pa.field("chosen_tokens", pa.int32()),
+        pa.field("rejected_tokens", pa.int32()),
+        pa.field("entropy_chosen", pa.float64()),
+        pa.field("entropy_rejected", pa.float64()),
+        pa.field("argmax_mass_chosen", pa.float64()),
+        pa.field("argmax_mass_rejected", pa.float64()),
+    ]
+)
+"""One row per pair, set and evaluation; ``margin`` is the change of the margin, nats; entropies (nats) and arg-max
+masses are means over the tokens of a response."""
+
+
+def present(pairs: Sequence[TokenPair], found: PairLogps) -> PairLogps:
+    """Log-probabilities with NaN for the side that a single response does not have."""
+    has = ([bool(p.chosen.targets("include")) for p in pairs], [bool(p.rejected.targets("include")) for p in pairs])
+    return PairLogps(*(np.where(side, values, np.nan) for side, values in zip(has, found, strict=True)))
+
+
+def sharpness(found: PairStatistics) -> dict[str, np.ndarray]:
+    """Entropy and arg-max mass of each pair, by name and side."""
+    both = {"entropy": found.entropy, "argmax_mass": found.argmax_mass}
+    return {f"{name}_{side}": getattr(values, side) for name, values in both.items() for side in PairLogps._fields}
+
+
+def block(
+    step: int,
+    name: str,
+    pairs: Sequence[TokenPair],
+    start: PairLogps,
+    found: PairStatistics,
+    eos: Any,
+    tolerance: float,
+) -> pa.Table:
+    """The rows of one set at one evaluation."""
+    now = found.logps
+    chosen, rejected = now.chosen - start.chosen, now.rejected - start.rejected
+    columns: Mapping[str, Any] = {
+        "step": [step] * len(pairs),
+        "set": [name] * len(pairs),
+        "row_id": [p.row_id for p in pairs],
+        "index": [p.index for p in pairs],
+        "logp_chosen": now.chosen,
+        "logp_rejected": now.rejected,
+        "dlogp_chosen": chosen,
+        "dlogp_rejected": rejected,
+        "margin": chosen - rejected,
+        "regime": regimes(chosen, rejected, tolerance).tolist(),
+        "chosen_tokens": [len(p.chosen.targets(eos)) for p in pairs],
+        "rejected_tokens": [len(p.rejected.targets(eos)) for p in pairs],
+        **sharpness(found),
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+class DisplacementLog:
+    """The log of a run: one part per evaluation, joined at the end. Knows the log-probabilities of step 0."""
+
+    def __init__(self, out: Path, eos: Any, tolerance: float = TOLERANCE, *, write: bool = True):
+        """``write``: whether this process keeps the log; of several only the first does."""
+        self.write = write
+        self.out = out
+        self.eos = eos
+        self.tolerance = tolerance
+        self.start: dict[str, PairLogps] = {}
+
+    def part(self, step: int) -> Path:
+        """File of one evaluation."""
+        return self.out / PARTS / f"step-{step:08d}.parquet"
+
+    def record(
+        self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairStatistics]
+    ) -> dict[str, float]:
+        """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
+        now = {name: found._replace(logps=present(sets[name], found.logps)) for name, found in now.items()}
+        if step == 0:
+            self.start = {name: found.logps for name, found in now.items()}
+        if not self.start and sets:
+            self._read_start(sets)
+        blocks, summary = [SCHEMA.empty_table()], {}
+        for name, pairs in sets.items():
+            blocks.append(block(step, name, pairs, self.start[name], now[name], self.eos, self.tolerance))
+            chosen = now[name].logps.chosen - self.start[name].chosen
+            rejected = now[name].logps.rejected - self.start[name].rejected
+            prefix = "" if name == "train" else "eval_"
+            summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
+            for key, values in sharpness(now[name]).items():
+                if not np.isnan(values).all():
+                    summary[f"{prefix}displacement/{key}"] = float(np.nanmean(values))
+        if self.write:
+            with replacing(self.part(step)) as temporary:
+                pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
+        return summary
+
+    def _read_start(self, sets: Mapping[str, Sequence[TokenPair]]) -> None:
+        """Step 0 of a run that is resumed."""
+        if not self.part(0).exists():
+            raise RunError(f"{self.part(0)}: missing, so no change since step 0 is known; start the run anew")
+        table = pq.read_table(self.part(0))
+        for name, pairs in sets.items():
+            mine = table.filter(pa.array([s == name for s in table.column("set").to_pylist()]))
+            if mine.column("row_id").to_pylist() != [p.row_id for p in pairs]:
+                raise RunError(f"{self.part(0)}: holds other {name} pairs than this run; start the run anew")
+            values = (mine.column(n).to_numpy() for n in ("logp_chosen", "logp_rejected"))
+            self.start[name] = PairLogps(*values)
+
+    def join(self) -> Path:
+        """All evaluations in one file, in order of steps."""
+        tables = [pq.read_table(p) for p in sorted((self.out / PARTS).glob("step-*.parquet"))]
+        with replacing(self.out / FILE_NAME) as temporary:
+            pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+        return self.out / FILE_NAME

@@ -1,0 +1,1 @@
+"""The recipe of what ships in ``ches_jax/bundled``: world, tokenizer, pairs, model."""

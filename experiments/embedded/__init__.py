@@ -1,1 +1,0 @@
-"""The recipe of what ships in ``ches_jax/embedded``: world, tokenizer, pairs, model."""

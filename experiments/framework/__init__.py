@@ -1,0 +1,1 @@
+"""What the experiments share: items, training runs, intervals, figures."""

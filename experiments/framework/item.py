@@ -1,0 +1,275 @@
+"""What every item of the paper has in common: its scales, its stages, the folder it works in, its result.
+
+An item is a package ``experiments/NAME`` whose ``__init__`` brings, without importing jax:
+
+    TITLE                  one line: what of the paper it reproduces
+    SCALES                 {"tiny": Config, "small": ..., "paper": ...}: frozen dataclasses that extend ``Scale``
+    stages(config)         list of ``Stage``, in order
+    summary(work)          JSON object of the result, from the values of the stages; no times, no paths
+    rows(result)           list of ``Row`` of the report, from one committed result
+    figures(result, name, folder)    PNGs written into ``folder`` with names that start with ``name``; their paths
+    tables(result)         optional: the paper's tables in its layout, Markdown
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Self
+
+from ches_jax.errors import ChesError, many
+from ches_jax.runs.directory import device_name, open_run, versions, write_json
+from ches_jax.runs.files import read_object, replacing
+from experiments.framework.training import compiled_once
+
+ROOT = Path(__file__).parents[2]
+ITEMS = ("persona", "similarity", "sorrybench")
+STAGES = "stages"
+RESULT = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the runs of one scale are. Every field decides numbers but those of ``NOT_IDENTITY``."""
+
+    model: str | None
+    """Model directory, hub name, or ``bundled``; None: to be given with --model."""
+    pairs: str | None
+    """The item's data: file, hub name, or ``bundled``; None: to be given with --pairs."""
+    seeds: tuple[int, ...]
+    hardware: str
+    """What the scale is meant for."""
+    time: str
+    """How long it takes there."""
+    mesh: str | None = None
+    """Devices, such as fsdp=3; None: all local devices on the data axis."""
+
+    def given(self, **changes: Any) -> Self:
+        """This scale with options of the command line in it."""
+        return dataclasses.replace(self, **changes)
+
+
+NOT_IDENTITY = ("hardware", "time", "mesh")
+
+
+class Stage(NamedTuple):
+    """One step of an item. What ``run`` returns (JSON values) is kept under ``name``: a stage that is there is skipped.
+
+    ``run`` may write larger files below ``Work.folder``; a stage that was killed before it returned starts anew.
+    """
+
+    name: str
+    run: Callable[["Work"], Any]
+
+
+class Row(NamedTuple):
+    """One line of the report."""
+
+    paper_item: str
+    command: str
+    hardware: str
+    paper: str
+    ours: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder of one run of an item: stages hand each other values through it."""
+
+    item: str
+    scale: str
+    config: Any
+    out: Path
+    quiet: bool = False
+
+    def file(self, stage: str) -> Path:
+        """Where the value of a stage is."""
+        return self.out / STAGES / f"{stage}.json"
+
+    def value(self, stage: str) -> Any:
+        """What an earlier stage returned."""
+        return read_object(self.file(stage), ChesError, "the folder of an experiment with its earlier stages")["value"]
+
+    def folder(self, name: str) -> Path:
+        """A folder for files of a stage."""
+        path = self.out / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def load(item: str) -> ModuleType:
+    """The module of an item.
+
+    Raises:
+      ChesError: no such item, or one that is not written yet.
+    """
+    if item not in ITEMS:
+        raise ChesError(f"no item {item!r}; there are {', '.join(ITEMS)}")
+    try:
+        return importlib.import_module(f"experiments.{item}")
+    except ModuleNotFoundError as e:
+        if e.name != f"experiments.{item}":
+            raise
+        raise ChesError(f"item {item!r} is not part of this checkout") from None
+
+
+def configure(item: str, scale: str, changes: dict[str, Any]) -> Any:
+    """The config of a scale with the options of the command line in it.
+
+    Raises:
+      ChesError: unknown scale, or a scale whose model or data must be given and are not.
+    """
+    scales = load(item).SCALES
+    if scale not in scales:
+        raise ChesError(f"{item} has no scale {scale!r}; there are {', '.join(scales)}")
+    given = {k: v for k, v in changes.items() if v is not None}
+    config = scales[scale].given(**given)
+    missing = [f"--{name}" for name in ("model", "pairs") if getattr(config, name) is None]
+    if missing:
+        raise ChesError(
+            f"{item} --scale {scale} needs {' and '.join(missing)}: a local path or a hub name; "
+            "experiments/README.md names the ones that were used"
+        )
+    problems = [f"--{name} {path}: no such file or directory" for name, path in _paths(config) if not path.exists()]
+    if problems:
+        raise ChesError(many(f"{item} --scale {scale}", problems))
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise ChesError(f"--seeds {' '.join(map(str, config.seeds))}: expected different whole numbers")
+    return config
+
+
+def _paths(config: Scale) -> list[tuple[str, Path]]:
+    """Options that can only be paths: a hub name is ``owner/name``, without a dot or slash in front."""
+    found = [("model", config.model), ("pairs", config.pairs)]
+    return [
+        (name, Path(v))
+        for name, v in found
+        if v is not None and (v.startswith((".", "/", "~")) or v.count("/") > 1 or v.endswith((".jsonl", ".json")))
+    ]
+
+
+def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quiet: bool) -> Path:
+    """Run the stages that are not there yet; returns the result's file.
+
+    Raises:
+      ChesError: ``out`` holds something else, or this run and ``resume`` was not asked for.
+    """
+    module = load(item)
+    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
+    open_run(out, "experiment", {"item": item, "scale": scale, **shown}, resume)
+    work = Work(item, scale, config, out, quiet)
+    stages: Sequence[Stage] = module.stages(config)
+    names = [s.name for s in stages]
+    assert len(set(names)) == len(names), f"{item}: two stages of one name"
+    here = commit()
+    with compiled_once(out / "compiled"):
+        for number, stage in enumerate(stages, 1):
+            if not work.file(stage.name).exists():
+                tell(work, f"[{number}/{len(stages)}] {stage.name}")
+                _run_stage(work, stage, here)
+    spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
+    write_result(
+        out / RESULT,
+        {
+            "item": item,
+            "scale": scale,
+            "config": shown,
+            "seeds": list(config.seeds),
+            "device": device_name(),
+            "machine": machine(),
+            "versions": versions(),
+            "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
+            "seconds": round(sum(s["seconds"] for s in spent), 1),
+            "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
+            "result": module.summary(work),
+        },
+    )
+    return out / RESULT
+
+
+def write_result(path: Path, value: dict[str, Any]) -> None:
+    """JSON with short lists on one line, so that a result is small and can be read."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _run_stage(work: Work, stage: Stage, commit: str | None) -> None:
+    started, cpu = time.perf_counter(), time.process_time()
+    value = stage.run(work)
+    seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu": round(time.process_time() - cpu, 3)}
+    write_json(work.file(stage.name), {**seconds, "commit": commit, "value": value})
+
+
+def tell(work: Work, text: str) -> None:
+    """A line of progress on standard error."""
+    if not work.quiet:
+        import sys
+
+        print(text, file=sys.stderr, flush=True)
+
+
+def commit() -> str | None:
+    """The commit of the checkout; a plus sign says that library or experiments were changed since. None outside git."""
+
+    def git(*words: str) -> str | None:
+        try:
+            found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return found.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", "ches_jax", "experiments/*.py", "experiments/*/*.py")
+    return f"{head}+" if head and changed else head
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def result_file(item: str, name: str) -> Path:
+    """Where a result is committed."""
+    return ROOT / "experiments" / item / "results" / f"{name}.json"
+
+
+def cell(text: str) -> str:
+    r"""Text as a cell of a Markdown table.
+
+    >>> print(cell("|y-| - |y+|"))
+    \|y-\| - \|y+\|
+    """
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def run_command(result: dict[str, Any]) -> str:
+    """The command that made a result."""
+    config = result["config"]
+    words = [f"python -m experiments.run {result['item']} --scale {result['scale']}"]
+    if result["scale"] == "small":
+        words += [f"--{name} {config[name]}" for name in ("model", "pairs")]
+    return " ".join(words)
+
+
+def ran_on(result: dict[str, Any]) -> str:
+    """Device and time of a result; CPU time where it is a CPU, whose wall time depends on who else works there."""
+    minutes = f"{result['seconds'] / 60:.0f} min"
+    if "cpu" in result["device"]:
+        return f"{result['machine']}; {result['cpu_seconds'] / 60:.0f} CPU min"
+    return f"{result['device']}; {minutes}"

@@ -1,0 +1,1 @@
+"""Real and toy models behind one protocol, and their kernels."""

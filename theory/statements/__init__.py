@@ -1,0 +1,1 @@
+"""The paper's statements and their neighbours as functions."""

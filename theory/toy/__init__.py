@@ -1,0 +1,1 @@
+"""The unconstrained-features model and its dynamics."""
