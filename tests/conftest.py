@@ -1,14 +1,8 @@
 """What all tests share: compiled programs, strict arithmetic, the tiny model."""
 
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1])]  # theory and experiments are run from a checkout
-
-import tests.compiled  # noqa: F401, I001: sets the environment, before jax reads it
-
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import pytest
