@@ -1,3 +1,5 @@
-"""The tests. Their environment is set, and the checker of shapes at hand, before anything imports jax or the library."""
+"""The tests: their environment is set, and the checker of shapes at hand, before jax and the library are imported."""
 
-from tests import compiled, shapes  # noqa: F401, I001: in this order
+from tests import compiled, shapes
+
+__all__ = ["compiled", "shapes"]

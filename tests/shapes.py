@@ -1,4 +1,4 @@
-"""The checker that pytest puts on every function of the library: arrays have the shapes and dtypes they are annotated with.
+"""The checker that pytest puts on every function of the library: arrays are of the shape and dtype annotated.
 
 ``--jaxtyping-packages=ches_jax,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its module
 is imported. Annotations that tell no shape are left to pyright, which reads them all: here a stand-in may be passed.
