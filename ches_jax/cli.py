@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import tyro
 
 from ches_jax.convert import ConvertConfig, convert
-from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose, failed
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose, failed
 from ches_jax.distributed.processes import leave, lost_peer, several_processes
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError

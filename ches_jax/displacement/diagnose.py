@@ -18,40 +18,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, summarise
+from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary
+from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.errors import ChesError, RunError
 
 RESAMPLES = 2000
 LEVEL = 0.95
 LOG_TAIL = 0.1
 """Of a TRL log, the last tenth of its steps is the end that is compared with the start."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiagnoseConfig:
-    """Where the log-probabilities are; one of the sources."""
-
-    run_dir: Annotated[str | None, tyro.conf.arg(name="run")] = None
-    """Directory of `ches train`: its last evaluation, held-out pairs where there are any."""
-    before: str | None = None
-    """Directory of `ches score --logps` with the first model; goes with --after."""
-    after: str | None = None
-    """The same pairs with the second model."""
-    logps: str | None = None
-    """Parquet file with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected (after)."""
-    trl_log: str | None = None
-    """trainer_state.json of TRL's DPOTrainer: means of batches only."""
-    beta: float = 0.1
-    """The beta of that run, which turns its rewards into nats."""
-    tolerance: float = TOLERANCE
-    """eps: changes up to so many nats count as none."""
-    fail_if: str | None = None
-    """Exit with 1 when a rate is beyond a bound: lld_rate>0.2."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +162,7 @@ def judge(changes: Changes, tolerance: float = TOLERANCE) -> Diagnosis:
         chosen=c,
         rejected=r,
         margin=m,
-        summary=summarise(changes.chosen, changes.rejected, tolerance),
+        summary=displacement_summary(changes.chosen, changes.rejected, tolerance),
         tolerance=tolerance,
         caveats=caveats,
     )

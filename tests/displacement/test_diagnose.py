@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.displacement.changes import REGIMES, regimes, summarise
-from ches_jax.displacement.diagnose import Changes, DiagnoseConfig, diagnose, failed, judge
+from ches_jax.displacement.changes import REGIMES, displacement_summary, regimes
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import Changes, diagnose, failed, judge
 from ches_jax.errors import ChesError
 
 
@@ -32,11 +33,11 @@ def test_every_pair_has_exactly_one_regime():
 def test_single_responses_are_counted_on_their_side_only():
     none = np.nan
     chosen, rejected = np.array([-1.0, none, -3.0]), np.array([-2.0, -1.0, none])
-    out = summarise(chosen, rejected)
+    out = displacement_summary(chosen, rejected)
     assert out["displacement/dlogp_chosen"] == -2 and out["displacement/dlogp_rejected"] == -1.5
     assert out["displacement/margin"] == 1 and out["displacement/both_down_margin_up_rate"] == 1
     assert regimes(chosen, rejected).tolist() == ["both_down_margin_up", "", ""]
-    assert summarise(chosen[1:2], rejected[1:2]).keys() == {
+    assert displacement_summary(chosen[1:2], rejected[1:2]).keys() == {
         "displacement/dlogp_rejected", "displacement/dlogp_rejected_median"
     }  # fmt: skip
 
@@ -53,12 +54,12 @@ def test_a_verdict_leaves_single_responses_out(tmp_path):
 
 
 def test_shares_of_the_margin_sum_to_one():
-    out = summarise(np.array([-2.0, -4.0]), np.array([-6.0, -9.0]))
+    out = displacement_summary(np.array([-2.0, -4.0]), np.array([-6.0, -9.0]))
     assert out["displacement/dlogp_chosen"] == -3 and out["displacement/margin"] == 4.5
     assert out["displacement/chosen_share"] + out["displacement/rejected_share"] == pytest.approx(1)
     assert out["displacement/chosen_share"] == pytest.approx(-3 / 4.5)
     assert out["displacement/lld_rate"] == 1 == out["displacement/both_down_margin_up_rate"]
-    assert "displacement/chosen_share" not in summarise(np.zeros(2), np.zeros(2))
+    assert "displacement/chosen_share" not in displacement_summary(np.zeros(2), np.zeros(2))
 
 
 @pytest.mark.parametrize(
