@@ -8,11 +8,13 @@ whatever the depth (measured in experiments/benchmarks).
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -39,6 +41,7 @@ from ches_jax.models.sharding import (
     with_auto_axes,
 )
 
+ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
 PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -107,9 +110,9 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | Visibility | None = None,
+        tokens: Int[ArrayOrNumpy, "B T"] | Sequence[Sequence[int]],
+        positions: Int[ArrayOrNumpy, "B T"] | None = None,
+        mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
         lengths: Int[Array, "B T"] | None = None,
         *,
         attend: Attend = dense.dense,
@@ -132,9 +135,9 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | Visibility | None = None,
+        tokens: Int[ArrayOrNumpy, "B T"],
+        positions: Int[ArrayOrNumpy, "B T"] | None = None,
+        mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
         lengths: Int[Array, "B T"] | None = None,
         *,
         attend: Attend = dense.dense,
@@ -175,7 +178,7 @@ class Decoder(nnx.Module):
         if not isinstance(mask, Visibility):
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-            mask = causal(mask)
+            mask = causal(jnp.asarray(mask))
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
         x, context = self._start(tokens, positions, key_ranges(mask), lengths, logical)

@@ -112,10 +112,10 @@ def with_auto_axes(
         a = jnp.asarray(a)
         return a if getattr(jax.typeof(a).sharding, "mesh", None) == logical.current else jax.sharding.reshard(a, whole)
 
-    run = jax.sharding.auto_axes(
-        lambda state, arrays: compute(nnx.merge(graph, state), *arrays),
-        out_sharding=NamedSharding(logical.mesh, out),
-    )
+    @jax.sharding.auto_axes(out_sharding=NamedSharding(logical.mesh, out))
+    def run(state, arrays):
+        return compute(nnx.merge(graph, state), *arrays)
+
     return run(state, jax.tree.map(onto, arrays))
 
 

@@ -123,7 +123,7 @@ def _float_dtype(name: str, dtype: DTypeLike | None) -> np.dtype | None:
     known = tuple(DTYPES.values())
     if found is None or found.name not in known:
         raise ChesError(f"load_model: {name}={dtype!r}; expected one of {', '.join(known)}")
-    if found == np.float64 and not jax.config.jax_enable_x64:
+    if found == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ChesError(f"load_model: {name}='float64' needs jax.config.update('jax_enable_x64', True)")
     return found
 
