@@ -9,6 +9,7 @@ from ches_jax.data.prompts import Pairing, Template
 from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import prepare
 from ches_jax.models.checkpoint.load import open_checkpoint
+from ches_jax.models.decoder import parameter_count
 from ches_jax.options import Columns
 from ches_jax.scores.config import BUNDLED, ScoreConfig
 from ches_jax.types import Eos
@@ -78,7 +79,7 @@ def examine(config: DoctorConfig) -> Findings:
     model = {
         "model": str(inputs.directory),
         "family": c.family,
-        "parameters": f"{c.parameter_count():,}",
+        "parameters": f"{parameter_count(c):,}",
         "stored as": ", ".join(f"{d} ({n} tensors)" for d, n in dtypes.items()),
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": LEAVES | {"hf", "distributed"},
     "inputs": PURE | {"models", "scores"},
     "scores": PURE | {"models", "inputs"},
-    "displacement": PURE | {"scores", "train"},
+    "displacement": LEAVES | {"scores"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "displacement"},
     "generate": PURE | {"models"},

@@ -89,13 +89,3 @@ class DecoderConfig:
     tie_embeddings: bool = False
     logit_scale: float | None = None
     logit_softcap: float | None = None
-
-    def parameter_count(self) -> int:
-        """Number of parameters, tied matrices counted once."""
-        import math
-
-        import jax
-
-        from ches_jax.models.decoder import abstract_parameters
-
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(self)))

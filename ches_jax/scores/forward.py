@@ -21,8 +21,12 @@ from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.decoder import Decoder
+from ches_jax.models.logprobs import Head, token_logps
 from ches_jax.scores.head_score import ches_products, head_products
 from ches_jax.scores.hidden_sums import SegmentStatistics, segment_statistics
+
+LOGIT_TOKENS = 256
+"""Positions of a batch whose logits are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Wanted:
 def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None, attend: Attend) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
-    logits = model.logits if wanted.logps else None
-    found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logits)
+    logps = _token_logps_of(model) if wanted.logps else None
+    found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     if wanted.token_scores:
         found = found._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
@@ -48,6 +52,17 @@ def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None, a
         )
         found = found._replace(head_products=head)
     return found
+
+
+def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Log-probabilities of targets from ``Decoder.logits``, a chunk at a time."""
+
+    def compute(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        config, chunk = model.config, max(1, LOGIT_TOKENS // hidden.shape[0])
+        head = Head(config.logit_scale, config.logit_softcap, chunk, rounded=True)
+        return token_logps(hidden, model.unembedding, target, head)
+
+    return compute
 
 
 class ScoringPass:

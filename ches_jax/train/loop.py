@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
-from ches_jax.models.decoder import Decoder
+from ches_jax.models.decoder import Decoder, parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.train.checkpoints import Checkpoints, parse_best
 from ches_jax.train.config import BUNDLED, TrainConfig
@@ -222,7 +222,7 @@ def _write_summary(
             **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
             "trained_fingerprint": None,
             **exported,
-            "parameters": {"trained": trained, "all": run.decoder.parameter_count() + (trained if run.lora else 0)},
+            "parameters": {"trained": trained, "all": parameter_count(run.decoder) + (trained if run.lora else 0)},
             **({"lora": {name: one._asdict() for name, one in run.lora.spec.items()}} if run.lora else {}),
             "versions": versions(),
             "device": device_name(),

@@ -14,7 +14,8 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.cli import main
-from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError, RunError
 from ches_jax.hf.directory import read_config

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, regimes, summarise
+from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
 from ches_jax.errors import RunError
 from ches_jax.runs.files import replacing
 from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics
@@ -110,7 +110,7 @@ class DisplacementLog:
             chosen = now[name].logps.chosen - self.start[name].chosen
             rejected = now[name].logps.rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
-            summary |= {f"{prefix}{k}": v for k, v in summarise(chosen, rejected, self.tolerance).items()}
+            summary |= {f"{prefix}{k}": v for k, v in displacement_summary(chosen, rejected, self.tolerance).items()}
             for key, values in sharpness(now[name]).items():
                 if not np.isnan(values).all():
                     summary[f"{prefix}displacement/{key}"] = float(np.nanmean(values))
