@@ -193,7 +193,7 @@ def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]
         "logp": logps[:, 0],
         "ref_logp": ref[:, 0],
         "kl_baseline": kto_baseline(logps[:, -1], ref[:, -1]),
-        **batch.given,
+        **batch.extra,
         **state,
     }
     if batch.tokens is not None and found.tokens is not None:
