@@ -12,7 +12,8 @@ from ches_jax import bundled
 from ches_jax.errors import RunError
 from ches_jax.scores.table import write_part
 from ches_jax.select import keep as selection
-from ches_jax.select.run import SelectConfig, keep_indices, select
+from ches_jax.select.config import SelectConfig
+from ches_jax.select.run import keep_indices, select
 
 N = 20
 RNG = np.random.default_rng(1)
