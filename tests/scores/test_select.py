@@ -237,8 +237,8 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
 
 
 def test_the_bundled_pairs_are_found_by_their_word(tmp_path):
+    from ches_jax.bundled import BUNDLED
     from ches_jax.data.sources import open_pairs
-    from ches_jax.scores.config import BUNDLED
 
     ids = [row.row_id for row in open_pairs(str(bundled.pairs_file()))][:N]
     run = tmp_path / "run"
