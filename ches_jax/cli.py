@@ -18,7 +18,8 @@ import tyro
 
 from ches_jax.convert import ConvertConfig, convert
 from ches_jax.displacement.config import DiagnoseConfig
-from ches_jax.displacement.diagnose import diagnose, failed
+from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.verdict import rule_holds
 from ches_jax.distributed.processes import leave, lost_peer, several_processes
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
@@ -217,7 +218,7 @@ class Diagnose(DiagnoseConfig):
         """Prints the verdict; exit code 1 when --fail-if holds."""
         found = diagnose(_only(DiagnoseConfig, self))
         print(json.dumps(found.to_json()) if self.json else found.text())
-        return int(failed(found, self.fail_if))
+        return int(rule_holds(found, self.fail_if))
 
 
 @dataclass(frozen=True, kw_only=True)

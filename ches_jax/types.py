@@ -25,6 +25,8 @@ from typing import Literal
 
 Eos = Literal["include", "exclude"]
 OnBadRow = Literal["error", "drop", "keep"]
+SftUnit = Literal["sum", "token", "batch_token"]
+"""Unit of a likelihood term: nats of the response, nats per token, or the mean over the tokens of the batch."""
 
 
 @dataclass(frozen=True, slots=True)

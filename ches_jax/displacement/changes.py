@@ -13,13 +13,38 @@ in nats, summed over response tokens. Regimes, with a tolerance eps:
 Of single responses (a pair with one side) the other side's numbers are NaN, and they have no regime.
 """
 
+from typing import Literal
+
 import numpy as np
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "flat")
 TOLERANCE = 0.05
 """Default eps in nats: above the rounding of float32 sums, below what changes a text."""
 FILE_NAME = "displacement.parquet"
+"""Where a training run keeps the changes of each pair at each evaluation."""
 PARTS = "displacement"
+"""Folder with one file for each evaluation of a run that goes on."""
+SUMMARY = (
+    "dlogp_chosen", "dlogp_chosen_median", "dlogp_rejected", "dlogp_rejected_median", "margin", "lld_rate",
+    *(f"{regime}_rate" for regime in REGIMES), "chosen_share", "rejected_share",
+)  # fmt: skip
+"""Names of the numbers of :func:`displacement_summary`, without ``displacement/``."""
+Direction = Literal["up", "down", "level", "undecided"]
+
+
+def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:
+    """Which way a change went that lies in [low, high]: ``up`` or ``down`` by more than eps, ``level`` within eps.
+
+    ``undecided``: the interval reaches over a bound. A change that is known exactly has ``low == high``.
+
+    >>> direction(-3, -2), direction(-0.01, 0.02), direction(-1, 1)
+    ('down', 'level', 'undecided')
+    """
+    if low > tolerance:
+        return "up"
+    if high < -tolerance:
+        return "down"
+    return "level" if -tolerance <= low and high <= tolerance else "undecided"
 
 
 def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:

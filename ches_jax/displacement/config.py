@@ -27,4 +27,4 @@ class DiagnoseConfig:
     tolerance: float = TOLERANCE
     """eps, nats: smaller changes count as none."""
     fail_if: str | None = None
-    """Exit with 1 when a rate is beyond a bound: lld_rate>0.2."""
+    """Exit with 1 when a number is beyond a bound (lld_rate>0.2, margin<=1e-3), or on a verdict (displaced)."""

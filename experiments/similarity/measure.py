@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax.stats import partial_spearman, spearman
+from ches_jax.stats import bootstrap_spearman, partial_spearman, spearman
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.similarity.config import MEASURES, QUANTILES, Objective, SimilarityScale
@@ -49,15 +49,11 @@ def mean_coefficients(found: Sequence[PairCoefficients]) -> dict[str, Any]:
     return {"pairs": len(found), **shares}
 
 
-def bootstrap_spearman(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float] | None:
+def spearman_interval(a: np.ndarray, b: np.ndarray) -> dict[str, float] | None:
     """Spearman's correlation with its 95% percentile interval over resampled rows; None where it is undefined."""
-    rho = spearman(a, b)
-    if not np.isfinite(rho):
+    if not np.isfinite(spearman(a, b)):
         return None
-    rng = np.random.default_rng(seed)
-    draws = [spearman(a[i], b[i]) for i in rng.integers(0, len(a), (DRAWS, len(a)))]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return {"rho": rho, "low": float(low), "high": float(high), "n": len(a)}
+    return {**bootstrap_spearman(a, b, draws=DRAWS), "n": len(a)}
 
 
 def by_pair(pairs: Sequence[Mapping[str, Any]], column: str = "dlogp_chosen") -> tuple[np.ndarray, np.ndarray]:
@@ -193,9 +189,9 @@ def pair_correlations(scores: Mapping[str, np.ndarray], rows: np.ndarray, change
     return {
         "pairs": len(rows),
         "displaced": float((change < 0).mean()),
-        "spearman": {m: bootstrap_spearman(scores[m][rows], change) for m in shown},
+        "spearman": {m: spearman_interval(scores[m][rows], change) for m in shown},
         "at_equal_lengths": {m: _number(partial_spearman(scores[m][rows], change, lengths)) for m in shown},
-        "length_difference": bootstrap_spearman(lengths[1] - lengths[0], change),
+        "length_difference": spearman_interval(lengths[1] - lengths[0], change),
     }
 
 

@@ -15,13 +15,13 @@ from experiments.similarity import report, runs
 from experiments.similarity.config import MEASURES, QUANTILES, SCALES, Objective
 from experiments.similarity.measure import (
     PairCoefficients,
-    bootstrap_spearman,
     by_pair,
     extremes,
     loss_change,
     mean_coefficients,
     pair_correlations,
     ranks,
+    spearman_interval,
     window,
 )
 from theory.statements.coefficients import pair_coefficient
@@ -165,7 +165,7 @@ def test_pairs_of_several_runs_are_averaged_and_correlated_with_their_score():
     told = pair_correlations(scores, rows, found)
     assert told["spearman"]["ches"]["rho"] < -0.98 and told["at_equal_lengths"]["ches"] < -0.98
     assert told["spearman"]["ln_ches"]["low"] < 0 < told["spearman"]["ln_ches"]["high"]
-    assert bootstrap_spearman(np.ones(4), np.arange(4.0)) is None
+    assert spearman_interval(np.ones(4), np.arange(4.0)) is None
 
 
 def test_extremes_are_named_by_row_and_length():

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from ches_jax.stats import spearman
+from ches_jax.stats import bootstrap_spearman, spearman
 from theory.claims.registry import Context, Outcome, bound, exact, largest, statistical, worst
 from theory.models import kernels
 from theory.models.lmview import both_sides, errors, log_probs, pair_log_probs, response_log_prob, states
-from theory.models.real import BETA, FEW, RealModel, bootstrap_spearman
+from theory.models.real import BETA, FEW, RealModel
 from theory.toy.dynamics import cumulative_prediction, optimise, torch_rmsprop
 
 DISPLAYED = 14
@@ -157,7 +157,7 @@ def accumulated_prediction(ctx: Context) -> Outcome:
 
 def correlations(scores: dict[str, np.ndarray], target: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
     """Spearman's correlation of each score with a fall of ln pi(y+), with intervals."""
-    return {name: bootstrap_spearman(values, target, seed) for name, values in scores.items()}
+    return {name: bootstrap_spearman(values, target, seed=seed) for name, values in scores.items()}
 
 
 @statistical(
@@ -172,7 +172,7 @@ def scores_against_rates(ctx: Context) -> Outcome:
     falls = -m.own_rates
     table = correlations(m.scores | {"sign rate": -m.sign_rates, "batch rate": -m.batch_rates}, falls, ctx.seed)
     scores = m.scores
-    difference = bootstrap_spearman(scores["head_score"], falls, ctx.seed, scores["ches"])
+    difference = bootstrap_spearman(scores["head_score"], falls, seed=ctx.seed, less=scores["ches"])
     displaced = {"own": float((m.own_rates < 0).mean()), "batch": float((m.batch_rates < 0).mean())}
     detail = {"spearman": table, "head score less ches": difference, "share displaced at once": displaced}
     shown = {"own rate": m.own_rates, "batch rate": m.batch_rates, "head_score": scores["head_score"]}

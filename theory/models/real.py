@@ -20,7 +20,6 @@ from ches_jax.errors import DataError
 from ches_jax.hf.directory import resolve
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.scores import formulas
-from ches_jax.stats import spearman
 from ches_jax.types import TokenPair
 from theory.models import kernels
 from theory.models.lmview import (
@@ -252,20 +251,3 @@ def fit(pair: TokenPair) -> bool:
     """Whether the claims can use a pair: nothing found by the audit, short enough, two different responses."""
     longest = len(pair.prompt) + max(len(r.targets("include")) for r in (pair.chosen, pair.rejected))
     return not pair.flags and longest <= LONGEST and bool(pair.prompt)
-
-
-def bootstrap_spearman(
-    a: np.ndarray, b: np.ndarray, seed: int, against: np.ndarray | None = None, draws: int = 1000
-) -> dict[str, float]:
-    """Spearman's correlation of a with b, with a 95% percentile interval over resampled pairs.
-
-    With ``against`` the correlation of a less that of ``against``, both with b, on the same resampled pairs.
-    """
-
-    def value(rows: Any) -> float:
-        less = 0.0 if against is None else spearman(against[rows], b[rows])
-        return spearman(a[rows], b[rows]) - less
-
-    draw = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
-    low, high = np.nanquantile([value(rows) for rows in draw], [0.025, 0.975])
-    return {"rho": value(slice(None)), "low": float(low), "high": float(high)}

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from theory.statements import theorems
-from theory.toy.dynamics import Verdict, classify, gradient_flow, mass_by_label, token_probabilities
+from theory.toy.dynamics import Kind, displacement_kind, gradient_flow, mass_by_label, token_probabilities
 from theory.toy.search import run_once
 from theory.toy.ufm import UFM, Pairs, Responses, gram, pair_log_probs, rescale
 
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     """Theorem 5 at the start: <W_z, W_+ - W_->, which orders the rates of all other tokens."""
     change: float
     """Of ln pi(y+) over the run, nats."""
-    verdict: Verdict
+    verdict: Kind
     winner: str
     first_by_theorem_5: str
 
@@ -180,7 +180,7 @@ def _tell(c: Construction, times: np.ndarray, path: UFM, losses: Array, kernels:
         terms={name: float(value) for name, value in fourth.terms.items()},
         direction=direction,
         change=change,
-        verdict=classify(change, float(losses[-1] - losses[0]), gains, "same", "opposite"),
+        verdict=displacement_kind(change, float(losses[-1] - losses[0]), gains, "same", "opposite"),
         winner=TOKENS[int((probabilities[-1] - probabilities[0]).argmax())],
         first_by_theorem_5=TOKENS[int(np.where(third, direction, -np.inf).argmax())],
     )
