@@ -73,7 +73,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         require_clean(found, inputs.source.name)
         total = found.rows
     attention = choose_attention(config.attention, inputs.decoder, config.dtype)
-    for fault in attention.refused:
+    for fault in attention.rejected:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
     adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
