@@ -198,7 +198,7 @@ def unknown_name(name: str, names: Sequence[str]) -> str:
     >>> unknown_name("ipo", ["dpo", "ipo_mean", "ipo_sum", "kto"])
     "no loss is named 'ipo'; the nearest are ipo_mean, ipo_sum; the names are: dpo, ipo_mean, ipo_sum, kto"
     """
-    variants = [n for n in names if n.split("_")[0] == name]
+    variants = [n for n in names if n.rpartition("_")[0] == name]
     near = variants or difflib.get_close_matches(name, names)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
     return f"no loss is named {name!r}{hint}; the names are: {', '.join(names)}"

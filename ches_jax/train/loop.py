@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.train.assemble import Parts, assemble
-from ches_jax.train.config import BUNDLED, TrainConfig
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines, NullTracker
 from ches_jax.train.objective import named, needs_reference
