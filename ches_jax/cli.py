@@ -20,7 +20,7 @@ from ches_jax.convert import ConvertConfig, convert
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.displacement.verdict import rule_holds
-from ches_jax.distributed.processes import leave, lost_peer, several_processes
+from ches_jax.distributed.processes import exit_process, peer_failure, several_processes
 from ches_jax.doctor import DoctorConfig, examine
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
@@ -293,10 +293,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if several_processes():
             traceback.print_exc()
-            leave(1)
+            exit_process(1)
         raise
     if code:
-        leave(code)
+        exit_process(code)
     return code
 
 
@@ -310,7 +310,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print("ches: stopped", file=sys.stderr)
         return 130
     except Exception as e:
-        if (told := lost_peer(e)) is None:
+        if (told := peer_failure(e)) is None:
             raise
         print(f"ches: {told}", file=sys.stderr)
         return 1
