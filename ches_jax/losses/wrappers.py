@@ -8,7 +8,6 @@ with_weights(with_sft(ipo_sum(tau=0.01), coef=0.1, per=sum))
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from ches_jax.errors import ChesError
 from ches_jax.losses.incentives import Incentives
 from ches_jax.losses.inputs import LENGTHS, LOGPS, Aux, LossInputs, lengths, logps, mean_logps, swap
 from ches_jax.losses.registry import Loss, exactly
-
-Per = Literal["sum", "token", "batch_token"]
+from ches_jax.types import SftUnit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _in_range(wrapper: str, name: str, value: float, low: float, high: float) ->
         raise ChesError(f"{wrapper}: {name}={value!r} is outside [{low:g}, {high:g}]")
 
 
-def with_sft(loss: Loss, coef: float, *, per: Per) -> Loss:
+def with_sft(loss: Loss, coef: float, *, per: SftUnit) -> Loss:
     r"""Adds a likelihood term of the chosen response.
 
     .. math:: L - \lambda\, n \ln \pi(y_+|x)

@@ -19,7 +19,6 @@ from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
-from ches_jax.losses.wrappers import Per
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.attention.dense import Attend, dense
 from ches_jax.models.attention.mask import Visibility
@@ -27,6 +26,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import Head, token_logps
 from ches_jax.models.segment_sums import segment_sums
 from ches_jax.train.data.batches import Batch
+from ches_jax.types import SftUnit
 
 SUPPLIED = (
     REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE
@@ -98,7 +98,7 @@ def batch_logps(model: Decoder, batch: Batch, **options: Any) -> Logps:
 
 
 def get_objective(
-    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: Per = "token", weighted: bool = False
+    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: SftUnit = "token", weighted: bool = False
 ) -> Loss:
     """A loss of the registry or a supervised one, with an SFT term and weights of the pairs where asked.
 

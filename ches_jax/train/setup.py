@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.packing import Item, responses_of
 from ches_jax.distributed.mesh import held_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
@@ -21,22 +22,37 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
+from ches_jax.options import require_dtype
 from ches_jax.runs.directory import as_dict
-from ches_jax.train.config import BUNDLED, NOT_IDENTITY, TrainConfig, objective
+from ches_jax.train.checkpoints import parse_best
+from ches_jax.train.config import NOT_IDENTITY, TrainConfig
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS
+from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
-from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_samples, reads_tokens
+from ches_jax.train.objective import (
+    get_objective,
+    is_unpaired,
+    needs_reference,
+    reads_reference_tokens,
+    reads_samples,
+    reads_tokens,
+)
 from ches_jax.train.observe.pair_logprobs import Evaluator, PairLogps
 from ches_jax.train.observe.probes import Probes, read_probes
-from ches_jax.train.optimizer import Schedule, make_schedule
-from ches_jax.train.policy import Lora, open_lora
+from ches_jax.train.optimizer import Schedule, make_schedule, optimizer_hyper, require_schedule
+from ches_jax.train.policy import Lora, open_lora, require_lora_options
 from ches_jax.train.reference import Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
+from ches_jax.train.trackers import require_trackers
 from ches_jax.types import TokenPair
 
 NO_PROBES = "none"
+POSITIVE = (
+    "lr", "batch_size", "accumulate", "epochs", "steps", "limit", "clip", "eval_every", "save_every", "keep",
+    "row_tokens", "lora_rank", "lora_alpha",
+)  # fmt: skip
+"""Options that must be more than zero."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +84,51 @@ class Run:
         return {name: pairs for name, pairs in every.items() if pairs}
 
 
+def require_options(config: TrainConfig) -> None:
+    """Refuse options that no run could have.
+
+    Raises:
+      ChesError: the first bad option.
+    """
+    require_dtype("dtype", config.dtype)
+    optimizer_hyper(config.optimizer, config.optimizer_args)
+    require_schedule(config.schedule)
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ChesError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    for name in ("watch", "holdout", "warmup"):
+        if getattr(config, name) < 0:
+            raise ChesError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    require_lora_options(config)
+    require_trackers(config.tracker)
+    if config.keep_best is not None:
+        best = parse_best(config.keep_best)
+        if best.metric.startswith("eval_") and config.eval_pairs is None and not config.holdout:
+            raise ChesError(f"--keep-best {config.keep_best}: no pairs are held out; give --eval-pairs or --holdout")
+    if config.accumulate > config.batch_size:
+        raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
+    if config.eval_pairs is not None and config.holdout:
+        raise ChesError("--holdout and --eval-pairs: give one of them")
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
-    """Open and check; nothing is computed or written."""
+    """Open and check; nothing is computed or written.
+
+    Raises:
+      ChesError: options that no run could have (before anything is read), or input that is not fit.
+    """
     process = process or Process()
     assert config.out is not None
+    require_options(config)
+    loss = get_objective(
+        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
+    )
+    require_reward_columns(config, loss)
     directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     lora = open_lora(config, directory, decoder)
     mesh = make_mesh(config.mesh, everywhere=True)
-    loss = objective(config)
     if needs_reference(loss) and config.reference == "none":
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
@@ -86,7 +138,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
-    pairs = read_run_pairs(config, directory, decoder, process)
+    pairs = read_run_pairs(config, loss, directory, decoder, process)
     train, held_out = (
         make_examples(
             loss, some, given, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos

@@ -56,6 +56,21 @@ class ReadPairs:
     fingerprint: str
 
 
+def require_reward_columns(config: TrainConfig, loss: Loss) -> None:
+    """Refuse ``--rewards`` that names no two columns, or that the loss would not read.
+
+    Raises:
+      ChesError: what was expected.
+    """
+    if config.rewards is None:
+        return
+    names = config.rewards.split(",")
+    if len(names) != 2 or not all(names):
+        raise ChesError(f"--rewards {config.rewards!r}: expected the names of two columns, CHOSEN,REJECTED")
+    if not loss.needs >= REWARDS:
+        raise ChesError(f"--rewards {config.rewards}: loss {config.loss!r} reads no rewards")
+
+
 def read_pairs(
     config: TrainConfig,
     loss: Loss,

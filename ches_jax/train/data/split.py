@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ches_jax import bundled
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
+from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
-from ches_jax.train.config import BUNDLED, TrainConfig, objective
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.rows import read_pairs
 from ches_jax.types import TokenPair
 
@@ -40,9 +42,16 @@ class RunPairs:
 
 
 def read_run_pairs(
-    config: TrainConfig, directory: Path, decoder: DecoderConfig, process: Process | None = None
+    config: TrainConfig, loss: Loss, directory: Path, decoder: DecoderConfig, process: Process | None = None
 ) -> RunPairs:
     """Read everything a run needs of its data.
+
+    Args:
+      config: which data, and how they are read.
+      loss: the objective, which decides what a row must hold.
+      directory: of the model, whose tokenizer is used.
+      decoder: its architecture: vocabulary and number of positions.
+      process: which of several processes this is.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
@@ -59,7 +68,7 @@ def read_run_pairs(
         template=config.template,
     )
     prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
-    loss, process = objective(config), process or Process()
+    process = process or Process()
     spec = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
     main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
