@@ -77,8 +77,8 @@ def key_ranges(v: Visibility) -> KeyRanges:
 def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
     """What is left in a layer where a position sees at most ``window`` positions, itself included.
 
-    >>> seen = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
-    >>> [a.tolist() for a in within(seen, jnp.int32(3))]
+    >>> ranges = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
+    >>> [a.tolist() for a in within(ranges, jnp.int32(3))]
     [[[0, 0, 0, 1]], [[0, 0, 2, 2]], [[0, 0, 2, 2]], [[1, 2, 3, 4]]]
     """
     own = r.own_end - r.own_start
