@@ -19,10 +19,11 @@ from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.train.assemble import Parts, assemble
+from ches_jax.train.batch_loss import update_metrics
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines, NullTracker
-from ches_jax.train.objective import named, needs_reference
+from ches_jax.train.objective import needs_reference
 from ches_jax.train.observe.guards import require_agreement, require_finite
 from ches_jax.train.observe.observer import Observer, Watch
 from ches_jax.train.optimizer import optimizer_hyper
@@ -108,7 +109,7 @@ def _train(run: Run, parts: Parts, quiet: bool) -> Path:
                 require_agreement(batches, metrics, run.loss, config.dtype)
             step, params = i + 1, policy.parameters(state.params)
             position = {"epoch": step / run.plan.steps_per_epoch, "learning_rate": float(run.schedule(jnp.int32(i)))}
-            tracker.log(step, {**position, **named(metrics), **parts.own.observe(step, params)})
+            tracker.log(step, {**position, **update_metrics(metrics), **parts.own.observe(step, params)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()
             evaluated = parts.evaluations.due(step)

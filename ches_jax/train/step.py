@@ -20,8 +20,9 @@ from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
+from ches_jax.train.batch_loss import batch_loss
 from ches_jax.train.data.batches import Batch
-from ches_jax.train.objective import batch_logps, batch_loss
+from ches_jax.train.forward import batch_logps
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.state import TrainState, state_shardings
 
@@ -34,8 +35,14 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
 class Step:
     """``step(state, batches)`` makes one update of one or more micro-batches; the old state is consumed.
 
-    One micro-batch is one jitted call; several are one call each, into a gradient that stays on the devices, and one
-    call that applies it.
+    Four compiled functions, of which an update runs
+
+        one micro-batch    whole                              gradient and update in one program
+        several            zeros, add (once each), apply      the sum of gradients stays on the devices
+
+    and before them, for KTO in several micro-batches, a fifth: ``excess``, the sum over a micro-batch of
+    ln pi - ln pi_ref of the mismatched responses. Its mean over the *update* is the reference point that every
+    example is compared with, so it is needed before the first gradient.
     """
 
     def __init__(
@@ -78,14 +85,16 @@ class Step:
             state, norm = apply(state._replace(loss_state=new), grads)
             return state, {**metrics, "grad_norm": norm}
 
+        # adds the gradient of one micro-batch, weighted by its share of the update's pairs, to ``total``
         def add(params: Any, frozen: Any, loss_state: Any, batch: Batch, share: Any, total: Any) -> Any:
             grads, new, metrics = gradient(params, frozen, loss_state, batch)
             return jax.tree.map(lambda t, g: t + g * share.astype(g.dtype), total, grads), new, metrics
 
+        # sum of the log-ratios of mismatched responses: a part of KTO's reference point
         def excess(params: Any, frozen: Any, batch: Batch) -> Any:
             model = with_parameters(abstract, {**frozen, **params})
-            found = batch_logps(model, batch, attend=with_gradient(), mesh=on)
-            return jnp.sum(found.responses[:, -1] - batch.reference[:, -1])
+            logps = batch_logps(model, batch, attend=with_gradient(), mesh=on)
+            return jnp.sum(logps.responses[:, -1] - batch.reference[:, -1])
 
         # an objective that compares examples with all of their update needs it before the first micro-batch
         self._excess = jax.jit(excess, out_shardings=whole_array) if "kl_baseline" in loss.needs else None
@@ -111,15 +120,15 @@ class Step:
             batches = self._with_baseline(state.params, batches)
         total = sum(len(b.row) for b in batches)
         shares = [len(b.row) / total for b in batches]
-        loss_state, grads, found = state.loss_state, self._zeros(state.params), []
+        loss_state, grads, collected = state.loss_state, self._zeros(state.params), []
         for batch, share in zip(batches, shares, strict=True):
-            here = put(batch, self.mesh)
+            placed = put(batch, self.mesh)
             grads, loss_state, metrics = self._add(
-                state.params, self._frozen, loss_state, here, np.asarray(share, jnp.result_type(float)), grads
+                state.params, self._frozen, loss_state, placed, np.asarray(share, jnp.result_type(float)), grads
             )
-            found.append(metrics)
+            collected.append(metrics)
         state, norm = self._apply(state._replace(loss_state=loss_state), grads)
-        on_host = [as_floats(m) for m in found]
+        on_host = [as_floats(m) for m in collected]
         mean = {k: sum(s * m[k] for s, m in zip(shares, on_host, strict=True)) for k in on_host[0]}
         return state, {**mean, "grad_norm": float(norm)}
 

@@ -20,11 +20,12 @@ from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 from ches_jax.runs.directory import read_json
+from ches_jax.train.batch_loss import batch_loss, update_metrics
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
 from ches_jax.train.data.rows import pair_by_prompt
 from ches_jax.train.loop import train
-from ches_jax.train.objective import batch_loss, named, reads_tokens
+from ches_jax.train.objective import reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
 from ches_jax.types import Response, TokenPair
 from tests.helpers import starts_at_the_reference
@@ -147,7 +148,7 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     assert scale > 1e-4
     for found, want in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
         np.testing.assert_allclose(found, want, rtol=0, atol=1e-10 * scale)
-    assert named({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
+    assert update_metrics({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
 
 
 def pure_loss(loss, tokens, ref_tokens, masks, extra):

@@ -14,8 +14,10 @@ from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import stored_tensors
 from ches_jax.models.decoder import named_parameters
 from ches_jax.models.families.registry import family_of
+from ches_jax.train.batch_loss import batch_loss
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
-from ches_jax.train.objective import batch_logps, batch_loss, get_objective
+from ches_jax.train.forward import batch_logps
+from ches_jax.train.objective import get_objective
 from ches_jax.types import Response, TokenPair
 
 FAMILIES = (

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.losses import Loss
+from ches_jax.train.batch_loss import loss_and_metrics, update_metrics
 from ches_jax.train.data.batches import Layout, padded, without_rows
 from ches_jax.train.data.examples import Examples
-from ches_jax.train.objective import Logps, is_unpaired, loss_and_metrics, named, reads_tokens
+from ches_jax.train.forward import ResponseLogps
+from ches_jax.train.objective import is_unpaired, reads_tokens
 from ches_jax.train.observe.observer import Params
 from ches_jax.train.observe.pair_logprobs import Evaluator, WatchedPairs
-from ches_jax.train.reference import Logps as ReferenceLogps
+from ches_jax.train.reference import Logps
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class EvalLoss:
     loss: Loss
     """Without state: a stateful loss has no value apart from its training batches."""
     examples: Examples
-    reference: ReferenceLogps | None
+    reference: Logps | None
     """Log-probabilities under the reference, where the loss has one."""
     layout: Layout
     evaluate: Evaluator
@@ -52,8 +54,8 @@ class EvalLoss:
         else:
             logps = self.watched.statistics(step, params)["held_out"].logps
         responses = jnp.asarray(np.array(examples.by_response(logps, everyone)).T, self.dtype)
-        value, (metrics, _) = loss_and_metrics(loss, batch, Logps(responses, per_token), {})
-        means = named({k: float(v) for k, v in metrics.items()})
+        value, (metrics, _) = loss_and_metrics(loss, batch, ResponseLogps(responses, per_token), {})
+        means = update_metrics({k: float(v) for k, v in metrics.items()})
         return {"eval_loss": float(value), **{f"eval_{k}": v for k, v in means.items()}}
 
     def close(self) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
+from ches_jax.train.batch_loss import POLICY
 from ches_jax.train.checkpoints import Checkpoints
 from ches_jax.train.data.batches import Batch
 from ches_jax.train.data.examples import Examples
 from ches_jax.train.data.split import Plan
-from ches_jax.train.objective import POLICY
 
 AGREEMENT = {"float64": 1e-9, "float32": 1e-4}
 """How far, relatively, the policy's first log-probabilities may lie from a reference that it is; 16 bits: 2e-2."""

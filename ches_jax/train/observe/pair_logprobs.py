@@ -16,7 +16,7 @@ from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import token_statistics
 from ches_jax.train.data.batches import Layout, local_rows
-from ches_jax.train.objective import prediction_logps, segment_logps
+from ches_jax.train.forward import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
 BATCH_TOKENS = {"cpu": 4096}
