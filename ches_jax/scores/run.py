@@ -20,6 +20,7 @@ from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -86,7 +87,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     if (out / FILE_NAME).exists():
         return out
     metadata = _metadata(identity, model.config.family)
-    (out / parts.FOLDER).mkdir(exist_ok=True)
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
     wanted = Wanted(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     run = ScoringPass(model, mesh, wanted, attention.attend)
     tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
@@ -126,7 +127,7 @@ def _score_chunks(
     quiet: bool,
 ) -> tuple[int, float]:
     """Score this process's missing chunks; returns the pairs scored and the share of padding."""
-    first = parts.finished(out)
+    first = chunks.finished(out, parts.SUFFIX)
     scored = 0
 
     def mine(number: int) -> bool:
