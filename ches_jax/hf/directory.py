@@ -38,7 +38,7 @@ def resolve(model: str | Path) -> Path:
     name = str(model)
     if name == "embedded":
         raise CheckpointError(
-            "embedded: the model that ships with the package is called bundled since 0.2.0; give bundled"
+            "embedded: what ships with the package is called bundled since 0.2.0; give bundled"
         )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
