@@ -38,5 +38,5 @@ def test_every_difference_is_named_and_without_resume_nothing_goes_on(tmp_path):
 
 
 def test_the_old_name_of_the_bundled_model_is_answered_with_the_new_one():
-    with pytest.raises(CheckpointError, match="called bundled since 0.2.0"):
+    with pytest.raises(CheckpointError, match="is called bundled since"):
         resolve("embedded")
