@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ches_jax.data.sources import PairSource, Row
+from ches_jax.data.sources import PairSource, Record
 from ches_jax.errors import ChesError, DataError
 from ches_jax.generate import parts
 from ches_jax.generate.config import GenerateConfig
@@ -45,7 +45,7 @@ class Way(NamedTuple):
 
     identity: dict[str, str]
     check: Callable[[PairSource], None]
-    start: Callable[[], Callable[[list[Row]], list[Verdict]]]
+    start: Callable[[], Callable[[list[Record]], list[Verdict]]]
 
 
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -97,7 +97,7 @@ def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, way: Way, 
     parts.merge(out, FILE_NAME, number)
 
 
-def _record(row: Row, verdict: Verdict) -> dict[str, Any]:
+def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
     row_id, sample = key(row)
     more = {"category": row.category} if row.category else {}
     return {
@@ -110,7 +110,7 @@ def _by_rules(config: JudgeConfig) -> Way:
     path = Path(config.rules) if config.rules else default_rules()
     rules = load_rules(path)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         phrases = [refusal(rules, row.content["text"]) for row in chunk]
         return [(phrase is not None, phrase) for phrase in phrases]
 
@@ -125,7 +125,7 @@ def _by_labels(config: JudgeConfig) -> Way:
         if config.on_missing == "error":
             require_labels(itertools.islice(source, config.limit), labels, config.responses)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         return [(labels.get(key(row)), None) for row in chunk]
 
     return Way({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
@@ -140,12 +140,12 @@ def _by_model(config: JudgeConfig) -> Way:
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
 
-    def prompt(row: Row) -> Row:
+    def prompt(row: Record) -> Record:
         if row.content.get("prompt") is None:
             raise DataError(f"{config.responses}, {row.where}: no prompt, which the judge has to see")
         text: Any = asked(question, row.content["prompt"], row.content["text"])
         text = {"chat": [{"role": "user", "content": text}], "inst": f"[INST] {text} [/INST]", "none": text}[wrap]
-        return Row(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
+        return Record(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
 
     def check(source: PairSource) -> None:
         """Every question can be asked: known before the judge is loaded."""
@@ -158,10 +158,10 @@ def _by_model(config: JudgeConfig) -> Way:
                         f"and it reads {encoder.max_length}; use a judge with a longer context"
                     )
 
-    def start() -> Callable[[list[Row]], list[Verdict]]:
+    def start() -> Callable[[list[Record]], list[Verdict]]:
         answers = _asker(config, encoder)
 
-        def verdict(chunk: list[Row]) -> list[Verdict]:
+        def verdict(chunk: list[Record]) -> list[Verdict]:
             found = answers(encoder([prompt(row) for row in chunk], config.responses))
             return [(refused(row["text"]), row["text"]) for row in found]
 
