@@ -26,6 +26,13 @@ from typing import Literal
 
 Eos = Literal["include", "exclude"]
 OnBadRow = Literal["error", "drop", "keep"]
+Template = Literal["auto", "none", "always"]
+"""auto: conversations go through the chat template, text stays text; always: text becomes one user
+turn; none: no template, so only single-turn conversations can be read (as the text they hold)."""
+Pairing = Literal["chosen-against-all", "all-pairs"]
+"""Which pairs of a row's candidates: the best one against every worse one, or every one against every worse one."""
+Control = Literal["none", "random", "length"]
+"""What a selection is compared with: as many rows drawn at random, or matched in response length."""
 SftUnit = Literal["sum", "token", "batch_token"]
 """Unit of a likelihood term: nats of the response, nats per token, or the mean over the tokens of the batch."""
 

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "hugepages": set(),
     "types": set(),
     "stats": set(),
-    "options": {"errors"},
+    "options": {"errors", "types", "bundled"},
     "runs": {"errors"},
     "bundled": {"errors"},
     "hf": LEAVES,

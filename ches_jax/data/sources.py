@@ -20,13 +20,13 @@ from ches_jax.data.prompts import (
     COLUMNS,
     PROMPT_COLUMNS,
     Numbers,
-    Pairing,
     canonical_prompt,
     columns_read,
     lookup,
     pair_contents,
 )
 from ches_jax.errors import DataError
+from ches_jax.types import Pairing
 
 _BATCH_ROWS = 256
 _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.audit import FLAGS
-from ches_jax.data.prompts import ID_COLUMNS, Rendered, Template, render, render_prompt
+from ches_jax.data.prompts import ID_COLUMNS, Rendered, render, render_prompt
 from ches_jax.data.sources import Record
 from ches_jax.errors import DataError
-from ches_jax.types import Eos, Response, TokenPair, common_prefix
+from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class PairTokenizer:
       max_length: most tokens of prompt and response together; longer responses are cut and flagged.
       eos: whether the terminator counts in a response's length.
       vocab_size: rows of the model's embedding; ids beyond are an error. None: not checked.
-      template: see ``data.prompts.Template``.
+      template: see ``types.Template``.
     """
 
     tokenizer: "PreTrainedTokenizerBase"

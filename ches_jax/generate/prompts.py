@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
-from ches_jax.data.prompts import Template
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
-from ches_jax.generate.config import BUNDLED, GenerateConfig
+from ches_jax.generate.config import GenerateConfig
 from ches_jax.hf.directory import read_config, resolve
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
-from ches_jax.types import OnBadRow
+from ches_jax.types import OnBadRow, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

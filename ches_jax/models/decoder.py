@@ -25,7 +25,7 @@ from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.errors import ChesError
 from ches_jax.models import cache, rope
 from ches_jax.models.attention import dense
-from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
 from ches_jax.models.cache import Cache
 from ches_jax.models.config import DecoderConfig
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
         return logical
 
     def _start(
-        self, tokens, positions, seen: KeyRanges, lengths: Int[Array, "B T"] | None, logical: LogicalMesh | None
+        self, tokens, positions, ranges: KeyRanges, lengths: Int[Array, "B T"] | None, logical: LogicalMesh | None
     ) -> tuple[Float[Array, "B T D"], Context]:
         """Embedded tokens, and what every layer needs besides them."""
         c = self.config
@@ -266,7 +266,7 @@ class Decoder(nnx.Module):
             x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
-        return keep_rows(x, logical), Context(seen, rotations)
+        return keep_rows(x, logical), Context(ranges, rotations)
 
     def _run_layers(
         self,
@@ -283,7 +283,7 @@ class Decoder(nnx.Module):
 
         With ``kv`` every layer writes its keys and values there; with ``slot`` too it attends to what is there.
         """
-        graph, params = nnx.split(self.layers)
+        graph, stacked = nnx.split(self.layers)
         windows = self.config.windows
         data = LayerData(
             window=jnp.array([w or NO_WINDOW for w in windows], jnp.int32),
@@ -293,22 +293,25 @@ class Decoder(nnx.Module):
 
         def step(carry, layer):
             x, kv = carry
-            params, data, number = layer
+            weights, data, number = layer
 
-            def attend_and_keep(q, k, v, seen, **options):
+            def attend_and_keep(inputs: AttentionInputs, params: AttentionParams) -> Array:
                 nonlocal kv
                 if kv is not None:
-                    kv = keep_heads(cache.write(kv, number, jnp.int32(0) if slot is None else slot, k, v), logical)
-                    k, v = (k, v) if slot is None else cache.of_layer(kv, number)
-                return attend_local(q, k, v, seen, **options)
+                    at = jnp.int32(0) if slot is None else slot
+                    kv = keep_heads(cache.write(kv, number, at, inputs.k, inputs.v), logical)
+                    if slot is not None:
+                        k, v = cache.of_layer(kv, number)
+                        inputs = inputs._replace(k=k, v=v)
+                return attend_local(inputs, params)
 
-            x = keep_rows(nnx.merge(graph, params)(x, context, data, attend_and_keep), logical)
+            x = keep_rows(nnx.merge(graph, weights)(x, context, data, attend_and_keep), logical)
             return (x, kv), None
 
         numbers = jnp.arange(len(windows), dtype=jnp.int32)
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else PRODUCTS_AND_ATTENTION)
-        return lax.scan(step, (x, kv), (params, data, numbers))[0]
+        return lax.scan(step, (x, kv), (stacked, data, numbers))[0]
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.

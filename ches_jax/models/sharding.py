@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.errors import ChesError
-from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.cache import Cache
 
 OUT_OVER_TENSOR = ("tensor", "fsdp")
@@ -153,7 +153,8 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
         return attend
     parts = logical.size("tensor")
 
-    def run(q, k, v, seen, **options):
+    def run(inputs: AttentionInputs, params: AttentionParams) -> jax.Array:
+        q, k, v, ranges = inputs
         rows, length, kv, group, width = q.shape
         if kv % parts and (kv * group) % parts == 0:
             q = q.reshape(rows, length, kv * group, 1, width)
@@ -162,12 +163,12 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
         by_row = logical.spec(logical.rows(rows))
         by_head = logical.spec(PartitionSpec(*logical.rows(rows), None, heads))
         local = jax.shard_map(
-            partial(attend, **options),
+            partial(attend, params=params),
             mesh=logical.current,
-            in_specs=(by_head, by_head, by_head, by_row),
+            in_specs=(AttentionInputs(by_head, by_head, by_head, by_row),),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(q, k, v, seen).reshape(rows, length, kv, group, width)
+        return local(AttentionInputs(q, k, v, ranges)).reshape(rows, length, kv, group, width)
 
     return run

@@ -13,7 +13,7 @@ from ches_jax.errors import ChesError
 from ches_jax.report.html import escape, text_block, token_map
 from ches_jax.report.summary import number
 from ches_jax.scores.parts import TOKENS
-from ches_jax.select.run import SelectConfig
+from ches_jax.select.config import SelectConfig
 from ches_jax.select.scored_rows import Key, SourceRow, key_of, keys, source_rows
 
 

@@ -31,13 +31,10 @@ from ches_jax.runs.directory import (
     write_json,
 )
 from ches_jax.scores import parts
-from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, with_defaults
+from ches_jax.scores.config import NOT_IDENTITY, ROW_TOKENS, ScoreConfig, with_defaults
 from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
 from ches_jax.scores.scorer import Batching, PairScorer
 from ches_jax.scores.table import FILE_NAME
-
-NOT_IDENTITY = ("out", "mesh", "attention", "distributed", "compilation_cache")
-"""Options that say where and by whom, which does not change a score beyond rounding."""
 
 
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -76,7 +73,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         require_clean(found, inputs.source.name)
         total = found.rows
     attention = choose_attention(config.attention, inputs.decoder, config.dtype)
-    for fault in attention.refused:
+    for fault in attention.rejected:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
     adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)

@@ -19,14 +19,12 @@ Source of the window and of the 5%: Razin et al., Unintentional Unalignment
 import re
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal
 
 import numpy as np
 
 from ches_jax.errors import RunError
 from ches_jax.stats import spearman
-
-Control = Literal["none", "random", "length"]
+from ches_jax.types import Control
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SHAPES = {

@@ -7,63 +7,22 @@ Plain data: importing this module loads no jax. ``train.setup`` checks the optio
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
-from ches_jax.bundled import BUNDLED
-from ches_jax.data.prompts import Pairing, Template
 from ches_jax.displacement.changes import TOLERANCE
-from ches_jax.errors import ChesError
-from ches_jax.options import Columns
-from ches_jax.types import Eos, OnBadRow, SftUnit
+from ches_jax.options import ModelOptions, Numbers, PairOptions
+from ches_jax.types import OnBadRow, SftUnit
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 ScheduleName = Literal["constant", "linear", "cosine"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 
-def _numbers(words: list[str]) -> dict[str, float]:
-    values = {}
-    for word in words:
-        name, _, number = word.partition("=")
-        try:
-            values[name] = float(number)
-        except ValueError:
-            raise ChesError(f"{word!r}: expected name=number, such as beta=0.1") from None
-    return values
-
-
-Numbers = Annotated[
-    dict[str, float],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=NUMBER",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
-    ),
-]
-"""Hyper-parameters by name: ``--loss-args beta=0.1``."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(PairOptions, ModelOptions):
     """A training run. All fields but those of ``NOT_IDENTITY`` decide it."""
 
-    model: str = BUNDLED
-    """Hugging Face model directory or hub name; default: the bundled model."""
-    pairs: str = BUNDLED
-    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
-    split: str | None = None
-    """Split of a data set folder or hub data set."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction."""
-    candidates: Pairing | None = None
-    """Pairs of rows with several `responses`, as in `ches score`: chosen-against-all (the default) or all-pairs."""
-    limit: int | None = None
-    """Train only on the first rows."""
     eval_pairs: str | None = None
     """Held-out pairs, read as --pairs is."""
     holdout: int = 0
@@ -138,12 +97,6 @@ class TrainConfig:
     the first one writes."""
     row_tokens: int | None = None
     """Standard length of a packed row; default: the longest pair."""
-    eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|."""
-    max_length: int | None = None
-    """Most tokens of prompt and response together; default: the model's context."""
-    template: Template = "auto"
-    """Chat template: auto (conversations only), always, or none."""
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows: error, drop (listed in dropped.jsonl) or keep (trained on where possible)."""
 

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import Decoder, parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.train.checkpoints import Checkpoints, parse_best
-from ches_jax.train.config import BUNDLED, TrainConfig
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.loader import batch_maker
 from ches_jax.train.data.split import write_dropped
 from ches_jax.train.metrics import FILE_NAME as METRICS

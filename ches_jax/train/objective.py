@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ches_jax.data.packing import PackedBatch
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.packing import Item, responses_of
 from ches_jax.distributed.mesh import held_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
@@ -21,9 +22,10 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
+from ches_jax.options import require_dtype
 from ches_jax.runs.directory import as_dict
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.config import BUNDLED, DTYPES, NOT_IDENTITY, TrainConfig
+from ches_jax.train.config import NOT_IDENTITY, TrainConfig
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
 from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
@@ -88,8 +90,7 @@ def require_options(config: TrainConfig) -> None:
     Raises:
       ChesError: the first bad option.
     """
-    if config.dtype not in DTYPES:
-        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_dtype("dtype", config.dtype)
     optimizer_hyper(config.optimizer, config.optimizer_args)
     require_schedule(config.schedule)
     for name in POSITIVE:

@@ -19,7 +19,8 @@ from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.run import score
 from ches_jax.scores.table import FILE_NAME, read_table
-from ches_jax.select.run import SelectConfig, select
+from ches_jax.select.config import SelectConfig
+from ches_jax.select.run import select
 from ches_jax.select.scored_rows import keys
 from ches_jax.types import common_prefix
 

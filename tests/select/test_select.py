@@ -12,7 +12,8 @@ from ches_jax import bundled
 from ches_jax.errors import RunError
 from ches_jax.scores.table import write_part
 from ches_jax.select import keep as selection
-from ches_jax.select.run import SelectConfig, keep_indices, select
+from ches_jax.select.config import SelectConfig
+from ches_jax.select.run import keep_indices, select
 
 N = 20
 RNG = np.random.default_rng(1)
@@ -236,8 +237,8 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
 
 
 def test_the_bundled_pairs_are_found_by_their_word(tmp_path):
+    from ches_jax.bundled import BUNDLED
     from ches_jax.data.sources import open_pairs
-    from ches_jax.scores.config import BUNDLED
 
     ids = [row.row_id for row in open_pairs(str(bundled.pairs_file()))][:N]
     run = tmp_path / "run"

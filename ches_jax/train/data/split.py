@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from ches_jax import bundled
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
-from ches_jax.train.config import BUNDLED, TrainConfig
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.rows import read_pairs
 from ches_jax.types import TokenPair
 

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax import bundled
-from ches_jax.data.prompts import Template
 from ches_jax.data.sources import open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.distributed.mesh import row_shards
@@ -31,6 +30,7 @@ from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.runs.files import replacing
+from ches_jax.types import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
