@@ -93,7 +93,7 @@ class Report:
     """One self-contained HTML page and PNG figures from a run directory."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score`, or of `ches verify --out`."""
+    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
     out: Path | None = None
     """Where to write report.html and figures/; default: the run directory."""
 
@@ -297,10 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if (processes := _joined_processes()) is not None:
             traceback.print_exc()
-            processes.leave(1)
+            processes.exit_process(1)
         raise
     if code and (processes := _joined_processes()) is not None:
-        processes.leave(code)
+        processes.exit_process(code)
     return code
 
 
@@ -321,7 +321,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return 130
     except Exception as e:
         processes = _joined_processes()
-        if processes is None or (reason := processes.lost_peer(e)) is None:
+        if processes is None or (reason := processes.peer_failure(e)) is None:
             raise
         print(f"ches: {reason}", file=sys.stderr)
         return 1

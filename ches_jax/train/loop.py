@@ -68,7 +68,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
         raise ChesError("--distributed: give the run directory with --out; all processes must see it")
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
     with jax.enable_x64(config.dtype == "float64"):
-        with process.together():
+        with process.sharing_errors():
             run = prepare(config, process)
             # flat, so that a difference is told by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
             process.agree(identity)
             if process.first:
                 open_run(run.out, "train", identity, resume)
-        with process.together():
+        with process.sharing_errors():
             if not (run.out / CONFIG).exists():
                 raise RunError(
                     f"{run.out}: process 0 has made it, process {process.id} does not see it; --out must be on "

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ches_jax.bundled import BUNDLED
 from ches_jax.data.packing import Item, responses_of
-from ches_jax.distributed.mesh import held_shards, make_mesh, row_shards
+from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
@@ -179,7 +179,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             config.eos,
             threshold,
             response_tokens=longest if reads_tokens(loss) else 0,
-            held=held_shards(mesh) if process.count > 1 else None,
+            held=local_shards(mesh) if process.count > 1 else None,
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
