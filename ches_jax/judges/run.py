@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ches_jax.data.sources import PairSource, Row
+from ches_jax.data.sources import PairSource, Record
 from ches_jax.errors import ChesError, DataError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
     identity: dict[str, str]
     check: Callable[[PairSource], None]
-    start: Callable[[], Callable[[list[Row]], list[Verdict]]]
+    start: Callable[[], Callable[[list[Record]], list[Verdict]]]
 
 
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -101,7 +101,7 @@ def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Me
     chunks.join(out, FILE_NAME, number)
 
 
-def _record(row: Row, verdict: Verdict) -> dict[str, Any]:
+def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
     row_id, sample = key(row)
     more = {"category": row.category} if row.category else {}
     return {
@@ -114,7 +114,7 @@ def _by_rules(config: JudgeConfig) -> Method:
     path = Path(config.rules) if config.rules else default_rules()
     rules = load_rules(path)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         phrases = [refusal(rules, row.content["text"]) for row in chunk]
         return [(phrase is not None, phrase) for phrase in phrases]
 
@@ -129,7 +129,7 @@ def _by_labels(config: JudgeConfig) -> Method:
         if config.on_missing == "error":
             require_labels(itertools.islice(source, config.limit), labels, config.responses)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         return [(labels.get(key(row)), None) for row in chunk]
 
     return Method({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
@@ -144,12 +144,12 @@ def _by_model(config: JudgeConfig) -> Method:
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
 
-    def prompt(row: Row) -> Row:
+    def prompt(row: Record) -> Record:
         if row.content.get("prompt") is None:
             raise DataError(f"{config.responses}, {row.where}: no prompt, which the judge has to see")
         text: Any = fill_question(question, row.content["prompt"], row.content["text"])
         text = {"chat": [{"role": "user", "content": text}], "inst": f"[INST] {text} [/INST]", "none": text}[wrap]
-        return Row(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
+        return Record(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
 
     def check(source: PairSource) -> None:
         """Every question can be asked: known before the judge is loaded."""
@@ -162,10 +162,10 @@ def _by_model(config: JudgeConfig) -> Method:
                         f"and it reads {encoder.max_length}; use a judge with a longer context"
                     )
 
-    def start() -> Callable[[list[Row]], list[Verdict]]:
+    def start() -> Callable[[list[Record]], list[Verdict]]:
         answers = _judge_model(config, encoder)
 
-        def verdict(chunk: list[Row]) -> list[Verdict]:
+        def verdict(chunk: list[Record]) -> list[Verdict]:
             replies = answers(encoder([prompt(row) for row in chunk], config.responses))
             return [(parse_answer(row["text"]), row["text"]) for row in replies]
 

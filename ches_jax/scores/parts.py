@@ -38,7 +38,8 @@ TOKEN_SCHEMA = pa.schema(
 r"""One row per predicted token of a pair; tokens that both responses begin with are told with the chosen one.
 
 ``ches`` and ``head_score``: of a chosen token what it adds to the pair's score, of a rejected one its product with the
-chosen response (``head.pair_contributions``). ``*_candidate``: as in the score table, where that has them.
+chosen response (``unembedding_gradients.pair_contributions``). ``*_candidate``: as in the score table, where it has
+them.
 
 ``nthr`` (null without ``--by head_score``): how far unlearning the token pulls the chosen response down through the
 unembedding, and for the chosen response's own tokens how far learning it pushes that up,

@@ -66,13 +66,13 @@ def write_requests(work: Work) -> dict[str, Any]:
 
 def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The requests as the model is asked: those short enough, which leave room for a response in its context."""
-    from ches_jax.data.sources import Row
+    from ches_jax.data.sources import Record
     from ches_jax.generate.prompts import open_encoder
 
     assert config.model is not None
     encoder = open_encoder(config.model, None, "auto")
     asked = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
-    rows = [Row(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(asked)]
+    rows = [Record(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(asked)]
     lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]
     room = min(encoder.max_length - config.max_new_tokens, config.request_tokens or encoder.max_length)
     return [r for r, n in zip(asked, lengths, strict=True) if n <= room]

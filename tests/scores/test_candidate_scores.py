@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.cli import main
-from ches_jax.data.audit import common_prefix
 from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.distributed.processes import Process
@@ -24,6 +23,7 @@ from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.run import select
 from ches_jax.select.scored_rows import keys
+from ches_jax.types import common_prefix
 
 SAID = [
     " Yes, I do.", " Yes, of course.", " No", " Never", " Yes, here is a plan. First, fetch a bucket. Then hum a song.",
@@ -78,7 +78,7 @@ def run(tiny_model, tmp_path_factory):
     )  # fmt: skip
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_run, "Measurer", lambda *a: made.append(scorer.Measurer(*a)) or made[0])
+        patch.setattr(score_run, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
         score(config, quiet=True)
     return folder / "run", made[0]._used
 
