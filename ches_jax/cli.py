@@ -17,17 +17,14 @@ from typing import Annotated, Any
 import tyro
 
 from ches_jax.convert import ConvertConfig, convert
-from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose, failed
-from ches_jax.distributed.processes import leave, lost_peer, several_processes
-from ches_jax.doctor import DoctorConfig, examine
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.doctor import DoctorConfig, doctor
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.runs.directory import RUN, read_json
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.run import merge, score
-from ches_jax.scores.table import FILE_NAME, read_table
-from ches_jax.select.run import SelectConfig, select
+from ches_jax.select.config import SelectConfig
 from ches_jax.train.config import TrainConfig
 
 
@@ -48,6 +45,8 @@ class Score(ScoreConfig):
     def run(self) -> int:
         """Scores, prints the summary and the path."""
         from ches_jax.report.summary import summary_text
+        from ches_jax.scores.run import score
+        from ches_jax.scores.table import FILE_NAME, read_table
 
         out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
         if not (out / FILE_NAME).exists():
@@ -68,7 +67,7 @@ class Doctor(DoctorConfig):
 
     def run(self) -> int:
         """Examines and prints."""
-        findings = examine(_only(DoctorConfig, self))
+        findings = doctor(_only(DoctorConfig, self))
         print(json.dumps(findings.to_json()) if self.json else findings.text())
         return 0 if findings.healthy else 1
 
@@ -82,6 +81,8 @@ class Select(SelectConfig):
 
     def run(self) -> int:
         """Selects and prints the path."""
+        from ches_jax.select.run import select
+
         summary = select(_only(SelectConfig, self))
         print(json.dumps(summary) if self.json else self.out)
         return 0
@@ -92,7 +93,7 @@ class Report:
     """One self-contained HTML page and PNG figures from a run directory."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score`, or of `ches verify --out`."""
+    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
     out: Path | None = None
     """Where to write report.html and figures/; default: the run directory."""
 
@@ -115,6 +116,8 @@ class Merge:
 
     def run(self) -> int:
         """Merges and prints the path."""
+        from ches_jax.scores.run import merge
+
         print(merge(self.run_dir))
         return 0
 
@@ -214,9 +217,12 @@ class Diagnose(DiagnoseConfig):
 
     def run(self) -> int:
         """Prints the verdict; exit code 1 when --fail-if holds."""
+        from ches_jax.displacement.diagnose import diagnose
+        from ches_jax.displacement.verdict import rule_holds
+
         found = diagnose(_only(DiagnoseConfig, self))
         print(json.dumps(found.to_json()) if self.json else found.text())
-        return int(failed(found, self.fail_if))
+        return int(rule_holds(found, self.fail_if))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +295,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _main(argv)
     except Exception:
-        if several_processes():
+        if (processes := _joined_processes()) is not None:
             traceback.print_exc()
-            leave(1)
+            processes.exit_process(1)
         raise
-    if code:
-        leave(code)
+    if code and (processes := _joined_processes()) is not None:
+        processes.exit_process(code)
     return code
+
+
+def _joined_processes() -> Any:
+    """``distributed.processes`` where this process has joined others; no run without that module has."""
+    processes = sys.modules.get("ches_jax.distributed.processes")
+    return processes if processes is not None and processes.several_processes() else None
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -308,9 +320,10 @@ def _main(argv: Sequence[str] | None) -> int:
         print("ches: stopped", file=sys.stderr)
         return 130
     except Exception as e:
-        if (told := lost_peer(e)) is None:
+        processes = _joined_processes()
+        if processes is None or (reason := processes.peer_failure(e)) is None:
             raise
-        print(f"ches: {told}", file=sys.stderr)
+        print(f"ches: {reason}", file=sys.stderr)
         return 1
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 import tyro
 
 from ches_jax.errors import ChesError
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+from ches_jax.options import require_dtype, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,8 @@ def convert(config: ConvertConfig) -> Path:
     from ches_jax.models.checkpoint.save import save_pretrained
     from ches_jax.train.restore import model_at, step_of
 
-    if config.dtype is not None and config.dtype not in DTYPES:
-        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
-    if config.shard_gb <= 0:
-        raise ChesError(f"--shard-gb {config.shard_gb}: expected a positive number")
+    require_dtype("dtype", config.dtype)
+    require_positive({"shard-gb": config.shard_gb})
     if (config.model is None) == (config.run_dir is None):
         raise ChesError("give one of --model DIR (with --adapter DIR where there is one) and --run DIR")
     with jax.enable_x64(True):  # float64 weights stay float64

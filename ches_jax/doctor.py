@@ -1,41 +1,19 @@
 """``ches doctor``: is this model directory whole, and are these pairs fit to be scored with it? No forward pass."""
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.audit import Audit, visible
-from ches_jax.data.prompts import Pairing, Template
-from ches_jax.hf.directory import fingerprint
-from ches_jax.inputs import prepare
-from ches_jax.models.checkpoint.load import open_checkpoint
-from ches_jax.options import Columns
-from ches_jax.scores.config import BUNDLED, ScoreConfig
-from ches_jax.types import Eos
+from ches_jax.options import ModelOptions, PairOptions
+
+if TYPE_CHECKING:
+    from ches_jax.data.audit import Audit
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(PairOptions, ModelOptions):
     """What to look at, under the options it would be scored with."""
 
-    model: str = BUNDLED
-    """Hugging Face model directory or hub name."""
-    pairs: str = BUNDLED
-    """Preference pairs."""
-    split: str | None = None
-    """Split of a data set folder or hub data set."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response."""
-    candidates: Pairing | None = None
-    """Pairs of rows with several `responses`: chosen-against-all (the default) or all-pairs."""
-    limit: int | None = None
-    """Look only at the first rows."""
-    eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|."""
-    max_length: int | None = None
-    """Most tokens of prompt and response together; default: the model's context."""
-    template: Template = "auto"
-    """Chat template: auto (conversations only), always, or none."""
     show: int = 2
     """Rows to print as the model sees them; flagged rows are shown first."""
 
@@ -45,7 +23,7 @@ class Findings:
     """The result of an examination."""
 
     model: dict[str, Any]
-    audit: Audit
+    audit: "Audit"
     rows: list[str]
 
     @property
@@ -63,12 +41,19 @@ class Findings:
         return {"model": self.model, "pairs": self.audit.to_json(), "healthy": self.healthy}
 
 
-def examine(config: DoctorConfig) -> Findings:
+def doctor(config: DoctorConfig) -> Findings:
     """Check the directory's names and shapes and audit every pair.
 
     Raises:
       ChesError: the directory or the pairs cannot be read at all.
     """
+    from ches_jax.data.audit import Audit, visible
+    from ches_jax.hf.directory import fingerprint
+    from ches_jax.inputs import prepare
+    from ches_jax.models.checkpoint.load import open_checkpoint
+    from ches_jax.models.decoder import parameter_count
+    from ches_jax.scores.config import ScoreConfig
+
     options = {k: getattr(config, k) for k in DoctorConfig.__dataclass_fields__ if k != "show"}
     inputs = prepare(ScoreConfig(**options))
     checkpoint = open_checkpoint(inputs.directory)
@@ -78,7 +63,7 @@ def examine(config: DoctorConfig) -> Findings:
     model = {
         "model": str(inputs.directory),
         "family": c.family,
-        "parameters": f"{c.parameter_count():,}",
+        "parameters": f"{parameter_count(c):,}",
         "stored as": ", ".join(f"{d} ({n} tensors)" for d, n in dtypes.items()),
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ches_jax import bundled
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.audit import Audit
 from ches_jax.data.sources import PairSource, open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
@@ -14,7 +15,7 @@ from ches_jax.errors import ChesError
 from ches_jax.hf.directory import read_config, resolve
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
-from ches_jax.scores.config import BUNDLED, ScoreConfig
+from ches_jax.scores.config import ScoreConfig
 from ches_jax.types import TokenPair
 
 

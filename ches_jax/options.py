@@ -1,13 +1,44 @@
-"""Option types of the command line that need words of their own."""
+"""Options that several verbs share, and option types of the command line that need a reader of their own.
 
-from typing import Annotated
+Plain data: importing this module loads no jax.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.errors import ChesError
+from ches_jax.types import Eos, Pairing, Template
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def _renames(words: list[str]) -> dict[str, str]:
+def require_dtype(option: str, dtype: str | None) -> None:
+    """Refuses a dtype that is not one of ``DTYPES``; ``None`` is a default.
+
+    >>> require_dtype("dtype", "float8")
+    Traceback (most recent call last):
+    ches_jax.errors.ChesError: --dtype 'float8': expected one of float32, bfloat16, float16, float64
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ChesError(f"--{option} {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def require_positive(numbers: dict[str, Any]) -> None:
+    """Refuses the first number (by its option's name) that is not positive; ``None`` is a default.
+
+    >>> require_positive({"limit": None, "batch-size": 0})
+    Traceback (most recent call last):
+    ches_jax.errors.ChesError: --batch-size 0: expected a positive number
+    """
+    for option, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ChesError(f"--{option} {value}: expected a positive number")
+
+
+def _renamed(words: list[str]) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
     for word, (ours, equals, theirs) in zip(words, pairs, strict=True):
         if not (ours and equals and theirs):
@@ -15,14 +46,66 @@ def _renames(words: list[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-Columns = Annotated[
-    dict[str, str],
-    PrimitiveConstructorSpec(
+def _numbers(words: list[str]) -> dict[str, float]:
+    values = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise ChesError(f"{word!r}: expected name=number, such as beta=0.1") from None
+    return values
+
+
+def _mapping(metavar: str, read: Any) -> PrimitiveConstructorSpec[Any]:
+    """Words ``name=value`` as a dict."""
+    return PrimitiveConstructorSpec(
         nargs="*",
-        metavar="OURS=THEIRS",
-        instance_from_str=_renames,
+        metavar=metavar,
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
-    ),
-]
+        str_from_instance=lambda value: [f"{name}={word}" for name, word in value.items()],
+    )
+
+
+Columns = Annotated[dict[str, str], _mapping("OURS=THEIRS", _renamed)]
 """Other names of columns: ``--columns prompt=instruction chosen=answer_1``."""
+Numbers = Annotated[dict[str, float], _mapping("NAME=NUMBER", _numbers)]
+"""Hyper-parameters by name: ``--loss-args beta=0.1``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model, and the text it reads."""
+
+    model: str = BUNDLED
+    """Hugging Face model directory or hub name; default: the bundled model."""
+    template: Template = "auto"
+    """Chat template: auto (conversations only), always, or none."""
+    max_length: int | None = None
+    """Most tokens of prompt and response together; default: the model's context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Which rows of a data set, under which names of columns."""
+
+    split: str | None = None
+    """Split of a data set folder or hub data set."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response."""
+    limit: int | None = None
+    """Only the first rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(RowOptions):
+    """Which preference pairs."""
+
+    pairs: str = BUNDLED
+    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
+    candidates: Pairing | None = None
+    """Pairs of rows with several `responses`: chosen-against-all (the default: the one that `chosen` numbers, with the
+    highest of `scores`, or else the first) or all-pairs (every better one against every worse one)."""
+    eos: Eos = "include"
+    """Whether the terminator of a complete response counts in |y|."""

@@ -1,14 +1,20 @@
-"""The few statistics of a report: rank based, so that a heavy tail does not decide them."""
+"""Statistics of tables of pairs: ranks and rank correlations, quantiles, bootstrap intervals.
 
-from collections.abc import Sequence
+Everything is based on ranks or quantiles, so that a heavy tail of scores does not decide it. Missing values are NaN:
+they are left out, and a statistic that is undefined is NaN. Ranks are scipy's, which is loaded at the first use.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+LEVEL = 0.95
+"""Coverage of the intervals."""
 
 
 def quantiles(values: np.ndarray) -> list[float]:
-    """The values at ``QUANTILES`` of what is finite; NaN when nothing is.
+    """The values at ``QUANTILES`` of the finite ones; NaN when there is none.
 
     >>> quantiles(np.array([0.0, np.nan, 1.0, 2.0]))[0::3]
     [0.0, 1.0, 2.0]
@@ -19,16 +25,50 @@ def quantiles(values: np.ndarray) -> list[float]:
     return [float(q) for q in np.quantile(finite, list(QUANTILES.values()))]
 
 
-def partial_spearman(a: np.ndarray, b: np.ndarray, given: Sequence[np.ndarray]) -> float:
-    """Spearman's correlation of ``a`` and ``b`` with the ranks of ``given`` held fixed.
+def mean(values: np.ndarray) -> float:
+    """The mean of the finite values; NaN when there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
 
-    The ranks of both are regressed on the ranks of ``given`` (with an intercept) and the residuals are
-    correlated. NaN where nothing is left to correlate: too few rows, or a side that ``given`` explains.
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties sharing their mean rank.
+
+    >>> ranks(np.array([3.0, 1.0, 3.0]))
+    array([2.5, 1. , 2.5])
     """
-    finite = np.isfinite(np.stack([a, b, *given])).all(axis=0)
-    if finite.sum() < len(given) + 3:
+    from scipy.stats import rankdata
+
+    return rankdata(values)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation over the rows where both are finite; NaN when it is undefined.
+
+    Undefined: fewer than two rows, or all values of one side the same.
+
+    >>> round(spearman(np.array([1.0, 2.0, 3.0, np.nan]), np.array([2.0, 8.0, 4.0, 0.0])), 3)
+    0.5
+    """
+    both = np.isfinite(a) & np.isfinite(b)
+    x, y = (ranks(v[both]) for v in (a, b))
+    if x.size < 2:
         return float("nan")
-    x, y, *others = (ranks(v[finite]) for v in (a, b, *given))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")
+
+
+def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray]) -> float:
+    """Spearman's correlation of ``a`` and ``b`` with the ranks of ``controls`` held fixed.
+
+    The ranks of both are regressed on the ranks of the controls (with an intercept) and the residuals are
+    correlated. NaN where nothing is left to correlate: too few rows, or a side that the controls explain.
+    """
+    finite = np.isfinite(np.stack([a, b, *controls])).all(axis=0)
+    if finite.sum() < len(controls) + 3:
+        return float("nan")
+    x, y, *others = (ranks(v[finite]) for v in (a, b, *controls))
     design = np.stack([np.ones_like(x), *others], axis=1)
     sides = np.stack([x, y], axis=1)
     residual = sides - design @ np.linalg.lstsq(design, sides, rcond=None)[0]
@@ -40,7 +80,7 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: Sequence[np.ndarray]) 
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float:
-    """Chance that a row inside has the higher value than a row outside, ties counting half.
+    """Area under the ROC curve: the chance that a row inside has the higher value than a row outside, ties half.
 
     >>> auc(np.array([1.0, 2.0, 3.0]), np.array([False, False, True]))
     1.0
@@ -53,34 +93,60 @@ def auc(values: np.ndarray, inside: np.ndarray) -> float:
     return float((ranks(values[finite])[member].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def mean(values: np.ndarray) -> float:
-    """The mean of what is finite; NaN when nothing is."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray | float],
+    rows: int,
+    *,
+    draws: int,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
+) -> np.ndarray:
+    """Percentile bootstrap interval of a statistic, at ``LEVEL``.
 
+    Args:
+      statistic: from row numbers (with repetitions) to a number or an array of numbers; several quantities that
+        share their rows are best computed together, so that they are resampled together.
+      rows: how many rows there are.
+      draws: resamples.
+      seed: of the resampling. The same seed and number of rows give the same resamples for every statistic.
+      clusters: a label for each row, [rows]; rows of one label are drawn together, as the pairs of one prompt must
+        be, which are not independent. Default: every row by itself.
 
-__all__ = ["QUANTILES", "auc", "mean", "partial_spearman", "quantiles", "ranks", "spearman"]
+    Returns:
+      The lower and the upper end, stacked in front: [2, ...]. Resamples whose statistic is NaN are left out.
 
+    The interval is too short for few rows (at 8 normal ones it covers 89% where it says 95%) and for skewed ones.
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean rank.
-
-    >>> ranks(np.array([3.0, 1.0, 3.0]))
-    array([2.5, 1. , 2.5])
+    >>> values = np.arange(100.0)
+    >>> bootstrap(lambda rows: values[rows].mean(), 100, draws=500).round(1).tolist()
+    [43.7, 54.8]
     """
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    rng = np.random.default_rng(seed)
+    members = None
+    if clusters is not None:
+        _, label, counts = np.unique(clusters, return_inverse=True, return_counts=True)
+        if counts.size < rows:
+            members = np.split(np.argsort(label, kind="stable"), np.cumsum(counts)[:-1])
+    if members is None:
+        samples = rng.integers(0, rows, (draws, rows))
+    else:
+        drawn = rng.integers(0, len(members), (draws, len(members)))
+        samples = (np.concatenate([members[c] for c in chosen]) for chosen in drawn)
+    values = np.array([statistic(sample) for sample in samples])
+    return np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation over the rows where both are finite; NaN when it is undefined.
+def bootstrap_spearman(
+    a: np.ndarray, b: np.ndarray, *, draws: int = 1000, seed: int = 0, less: np.ndarray | None = None
+) -> dict[str, float]:
+    """Spearman's correlation of a with b, ``rho``, and its bootstrap interval over rows, ``low`` and ``high``.
 
-    Undefined: fewer than two rows, or all values of one side the same.
+    With ``less``: the correlation of a with b less the correlation of ``less`` with b, on the same resampled rows.
     """
-    both = np.isfinite(a) & np.isfinite(b)
-    x, y = (ranks(v[both]) for v in (a, b))
-    if x.size < 2:
-        return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")
+
+    def value(rows: np.ndarray | slice) -> float:
+        other = 0.0 if less is None else spearman(less[rows], b[rows])
+        return spearman(a[rows], b[rows]) - other
+
+    low, high = bootstrap(value, len(a), draws=draws, seed=seed)
+    return {"rho": value(slice(None)), "low": float(low), "high": float(high)}

@@ -6,8 +6,11 @@ Words (used in code, files and messages alike):
   score       a number of one pair, computed on one model
   displacement  the change of a response's log-probability since step 0, in nats
 
-Axis letters: B rows of a batch, T positions, D width, V vocabulary, N query heads, K key/value heads,
-H head width, F mlp width, L layers, M predictions of a row, S segments of a row.
+Axes of arrays, one meaning a letter:
+  B rows of a batch   T positions of a row, also as keys of attention   Q queries   M predictions   S segments
+  L layers   D width   V vocabulary   F mlp width   I, O inputs and outputs of a matrix
+  N query heads   K key/value heads   G query heads of one key/value head   H head width   R rotated pairs of channels
+Axes of one file only are words: ``slots`` (of a cache), ``blocks`` (of queries or keys), ``candidates``.
 
 Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content tokens and a terminator):
 
@@ -20,11 +23,21 @@ Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content toke
     "last hidden" h_{x,y}                    yes          (state at the last content token, both conventions)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Eos = Literal["include", "exclude"]
 OnBadRow = Literal["error", "drop", "keep"]
+Template = Literal["auto", "none", "always"]
+"""auto: conversations go through the chat template, text stays text; always: text becomes one user
+turn; none: no template, so only single-turn conversations can be read (as the text they hold)."""
+Pairing = Literal["chosen-against-all", "all-pairs"]
+"""Which pairs of a row's candidates: the best one against every worse one, or every one against every worse one."""
+Control = Literal["none", "random", "length"]
+"""What a selection is compared with: as many rows drawn at random, or matched in response length."""
+SftUnit = Literal["sum", "token", "batch_token"]
+"""Unit of a likelihood term: nats of the response, nats per token, or the mean over the tokens of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +78,18 @@ class TokenPair:
     """For each flag that has one: what was found, for messages."""
     candidates: tuple[int, int] | None = None
     """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences have in common.
+
+    >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    both = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
+
+
+def shared_prefix(pair: TokenPair) -> int:
+    """Number of leading tokens that the contents of chosen and rejected have in common."""
+    return common_prefix(pair.chosen.content, pair.rejected.content)

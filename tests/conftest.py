@@ -1,13 +1,8 @@
-"""Eight virtual CPU devices, strict dtype promotion, no rank promotion; paths of shared material."""
+"""What all tests share: compiled programs, strict arithmetic, the tiny model."""
 
-import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # theory and experiments are run from a checkout
 
 import jax
 import pytest
@@ -18,6 +13,36 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # a program half written by another worker is compiled again
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+    for module in ("torch", "transformers", "huggingface_hub"):
+        for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{module}")
+
+
+@contextmanager
+def optimised(wanted: bool) -> Iterator[None]:
+    """Programs compiled inside are optimised, where wanted."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", before and not wanted)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised_module(request) -> Iterator[None]:
+    """``pytestmark = pytest.mark.optimised`` holds for the fixtures of a module too."""
+    with optimised(request.node.get_closest_marker("optimised") is not None):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    with optimised(item.get_closest_marker("optimised") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

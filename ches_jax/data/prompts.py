@@ -31,16 +31,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ches_jax.errors import DataError
+from ches_jax.types import Pairing, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["auto", "none", "always"]
-"""auto: conversations go through the chat template, text stays text; always: text becomes one user
-turn; none: no template, so only single-turn conversations can be read (as the text they hold)."""
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -50,9 +47,6 @@ COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "category")
-
-Pairing = Literal["chosen-against-all", "all-pairs"]
-"""Which pairs of a row's candidates: the best one against every worse one, or every one against every worse one."""
 
 Numbers = tuple[int, int] | tuple[()] | None
 """Chosen and rejected among a row's candidates; () where they make no pair, None where the row is one pair."""

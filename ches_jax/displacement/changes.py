@@ -13,17 +13,45 @@ in nats, summed over response tokens. Regimes, with a tolerance eps:
 Of single responses (a pair with one side) the other side's numbers are NaN, and they have no regime.
 """
 
+from typing import Literal
+
 import numpy as np
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "flat")
 TOLERANCE = 0.05
 """Default eps in nats: above the rounding of float32 sums, below what changes a text."""
 FILE_NAME = "displacement.parquet"
+"""Where a training run keeps the changes of each pair at each evaluation."""
 PARTS = "displacement"
+"""Folder with one file for each evaluation of a run that goes on."""
+SUMMARY = (
+    "dlogp_chosen", "dlogp_chosen_median", "dlogp_rejected", "dlogp_rejected_median", "margin", "lld_rate",
+    *(f"{regime}_rate" for regime in REGIMES), "chosen_share", "rejected_share",
+)  # fmt: skip
+"""Names of the numbers of :func:`displacement_summary`, without ``displacement/``."""
+Direction = Literal["up", "down", "level", "undecided"]
+
+
+def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:
+    """Which way a change went that lies in [low, high]: ``up`` or ``down`` by more than eps, ``level`` within eps.
+
+    ``undecided``: the interval reaches over a bound. A change that is known exactly has ``low == high``.
+
+    >>> direction(-3, -2), direction(-0.01, 0.02), direction(-1, 1)
+    ('down', 'level', 'undecided')
+    """
+    if low > tolerance:
+        return "up"
+    if high < -tolerance:
+        return "down"
+    return "level" if -tolerance <= low and high <= tolerance else "undecided"
 
 
 def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
-    """The regime of each pair from its two changes in nats.
+    """The regime of each pair, [pairs] of names from ``REGIMES``, from its two changes in nats, [pairs].
+
+    A record with one response (the other change is NaN) has the regime ``""``. Only ``flat`` has a tolerance: a pair
+    that moved is ``inverted`` however little its margin fell.
 
     >>> regimes(np.array([1.0, 2.0, -1.0, -2.0, 0.0]), np.array([-1.0, 1.0, -3.0, -1.0, 0.01])).tolist()
     ['wanted', 'both_up', 'both_down_margin_up', 'inverted', 'flat']
@@ -35,11 +63,36 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
     return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
 
-def summarise(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
-    """Means, medians and rates over pairs, under ``displacement/*``; changes in nats.
+def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
+    r"""How far the log-probabilities of preference pairs moved, in numbers to log.
 
-    ``chosen_share`` and ``rejected_share`` say how much of the mean margin change each response brought (they sum to
-    1; a negative share worked against the margin). They are left out when the margin did not move.
+    Args:
+      chosen: change :math:`\Delta_+` of the log-probability of each chosen response, nats, shape [pairs]; NaN where a
+        record has no chosen response.
+      rejected: the same of the rejected responses.
+      tolerance: eps, nats; smaller changes count as none.
+
+    Returns:
+      Under ``displacement/*``:
+
+      - ``dlogp_chosen``, ``dlogp_chosen_median`` and the same of rejected: mean and median change, nats;
+      - ``margin``: mean change of the margin, nats;
+      - ``lld_rate``: share of pairs whose chosen response fell by more than eps (likelihood displacement);
+      - ``wanted_rate``, ``both_up_rate``, ``both_down_margin_up_rate``, ``inverted_rate``, ``flat_rate``: shares of
+        the regimes (:func:`regimes`);
+      - ``chosen_share``, ``rejected_share``: how much of the mean margin change each response brought. They sum to 1,
+        a negative share worked against the margin, and they are left out where the margin moved by at most eps.
+
+      What no pair tells (means of a side that is all NaN) is left out.
+
+    References:
+      Razin et al., Unintentional Unalignment (https://arxiv.org/abs/2410.08847), Definition 1; lld_rate: Deng et al.,
+      lazy likelihood displacement (https://arxiv.org/abs/2505.18830).
+
+    >>> before, after = np.array([[-10.0, -12.0], [-9.0, -9.0]]), np.array([[-12.0, -13.0], [-15.0, -12.0]])
+    >>> summary = displacement_summary(*(after - before))
+    >>> summary["displacement/dlogp_chosen"], summary["displacement/margin"], summary["displacement/lld_rate"]
+    (-1.5, 3.0, 1.0)
     """
     both = ~np.isnan(chosen - rejected)
     out: dict[str, float] = {}

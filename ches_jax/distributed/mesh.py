@@ -1,11 +1,15 @@
-"""Devices as a mesh with three axes, asked for in words: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
+"""Devices as a mesh with three logical axes, named in text: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
 
-data    rows of a batch are dealt out; every device holds the whole model
-fsdp    rows are dealt out and every weight is dealt out too, gathered when it is used
-tensor  each matrix product is dealt out over heads and mlp channels
+data    rows of a batch are sharded; every device holds the whole model
+fsdp    rows are sharded, and every weight too: it is gathered when it is used
+tensor  attention heads and mlp channels are sharded, and with them each matrix product
+
+A mesh that a user made may name its axes otherwise: ``LogicalMesh`` maps the three onto its axes.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, many
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -21,7 +25,7 @@ ROWS = PartitionSpec(("data", "fsdp"))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes from words; axes not named have size 1.
+    """Axis sizes from text; axes not named have size 1.
 
     >>> parse_mesh("data=2,tensor=4")
     {'data': 2, 'fsdp': 1, 'tensor': 4}
@@ -40,20 +44,109 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
 
     Args:
       text: sizes of axes, see ``parse_mesh``.
-      everywhere: over the devices of all processes, of which it must take all; otherwise over this process's own.
+      everywhere: over the devices of all processes, all of them; otherwise over those of this process.
+
+    Raises:
+      ChesError: more devices than there are, or, over several processes, not all of them.
     """
     devices = jax.devices() if everywhere else jax.local_devices()
     sizes = parse_mesh(text) if text else {"data": len(devices), "fsdp": 1, "tensor": 1}
-    wanted = math.prod(sizes.values())
-    if wanted > len(devices):
-        raise ChesError(f"--mesh {text!r} asks for {wanted} devices; there are {len(devices)}")
-    if everywhere and jax.process_count() > 1 and wanted < len(devices):
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise ChesError(f"--mesh {text!r} asks for {needed} devices; there are {len(devices)}")
+    if everywhere and jax.process_count() > 1 and needed < len(devices):
         raise ChesError(
-            f"--mesh {text!r} takes {wanted} devices; the {jax.process_count()} processes have {len(devices)}, and all "
+            f"--mesh {text!r} takes {needed} devices; the {jax.process_count()} processes have {len(devices)}, and all "
             "must be taken"
         )
-    grid = np.array(devices[:wanted]).reshape([sizes[a] for a in AXES])
+    grid = np.array(devices[:needed]).reshape([sizes[a] for a in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclass(frozen=True)
+class LogicalMesh:
+    """A mesh with any axis names, and which of them play the parts of ``data``, ``fsdp`` and ``tensor``."""
+
+    mesh: Mesh
+    axes: tuple[tuple[str, tuple[str, ...]], ...]
+    """For each logical axis the mesh axes it stands for; none where the mesh has no such axis."""
+
+    @classmethod
+    def of(cls, mesh: Mesh, axes: Mapping[str, str | Iterable[str]] | None = None) -> "LogicalMesh":
+        """``mesh`` with its axes understood.
+
+        Args:
+          mesh: axes of any type but ``Manual``, explicit or auto.
+          axes: logical axis -> name (or names) of the mesh; default: axes named ``data``, ``fsdp`` and ``tensor`` are
+            what they are called. Mesh axes of size 1 need no part.
+
+        Raises:
+          ChesError: a mesh without devices or with manual axes, a name that does not exist, an axis with two parts or
+            with none. All that is wrong with the names in one message.
+
+        Example:
+          >>> mesh = jax.make_mesh((1, 1), ("replica", "model"))
+          >>> logical = LogicalMesh.of(mesh, {"data": "replica", "tensor": "model"})
+          >>> logical.spec(PartitionSpec(("data", "fsdp"), "tensor"))
+          P('replica', 'model')
+        """
+        if not isinstance(mesh, Mesh):
+            raise ChesError(
+                f"mesh={mesh!r}: expected a jax.sharding.Mesh of devices, such as jax.make_mesh((4,), ('fsdp',))"
+            )
+        if AxisType.Manual in mesh.axis_types:
+            raise ChesError(f"mesh={dict(mesh.shape)}: has manual axes; make it with auto or explicit ones")
+        parts = {name: (name,) for name in AXES if name in mesh.shape} if axes is None else {
+            name: (value,) if isinstance(value, str) else tuple(value) for name, value in axes.items()
+        }  # fmt: skip
+        used = [name for names in parts.values() for name in names]
+        problems = [
+            *(f"axes has {name!r}; expected {', '.join(AXES)}" for name in parts if name not in AXES),
+            *(f"axes names {name!r}, which the mesh does not have" for name in used if name not in mesh.shape),
+            *(f"mesh axis {name!r} is given two parts" for name in mesh.shape if used.count(name) > 1),
+            *(
+                f"mesh axis {name!r} (size {size}) is none of {', '.join(AXES)}; say which part it plays, such as "
+                f"axes={{'fsdp': {name!r}}}"
+                for name, size in mesh.shape.items()
+                if name not in used and size > 1
+            ),
+        ]
+        if problems:
+            raise ChesError(many(f"mesh={dict(mesh.shape)}", problems))
+        return cls(mesh, tuple((name, parts.get(name, ())) for name in AXES))
+
+    def size(self, *names: str) -> int:
+        """Number of devices along logical axes together.
+
+        >>> LogicalMesh.of(jax.make_mesh((1,), ("fsdp",))).size("tensor")
+        1
+        """
+        return math.prod(self.mesh.shape[n] for name in names for n in dict(self.axes)[name])
+
+    def spec(self, spec: PartitionSpec) -> PartitionSpec:
+        """A partition over logical axes in the names of the mesh."""
+        table = dict(self.axes)
+
+        def names(entry: Any) -> Any:
+            logical = () if entry is None else (entry,) if isinstance(entry, str) else entry
+            physical = tuple(n for name in logical for n in table[name])
+            return None if not physical else physical[0] if len(physical) == 1 else physical
+
+        return PartitionSpec(*map(names, spec))
+
+    @property
+    def current(self) -> Any:
+        """The mesh as the computation that is being traced sees it: explicit axes may be auto ones there."""
+        context = jax.sharding.get_abstract_mesh()
+        return self.mesh if context.empty else context
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        """The sharding of an array by a partition over logical axes."""
+        return NamedSharding(self.current, self.spec(spec))
+
+    def rows(self, count: int) -> PartitionSpec:
+        """How ``count`` rows of a batch lie: sharded where they divide, else whole on every device."""
+        return ROWS if count % self.size("data", "fsdp") == 0 else PartitionSpec(None)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -62,28 +155,28 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are dealt."""
+    """Number of shards of the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @lru_cache
-def held_shards(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the ``row_shards`` parts of a batch lie on this process's devices."""
+def local_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the ``row_shards`` shards of a batch lie on this process's devices."""
     parts = row_sharding(mesh).addressable_devices_indices_map((row_shards(mesh),)).values()
     return tuple(sorted({range(row_shards(mesh))[index[0]][0] for index in parts if index is not None}))
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of the rows that this process holds (``held_shards``, in their order) as arrays of all rows."""
-    held, shards, where = len(held_shards(mesh)), row_shards(mesh), row_sharding(mesh)
+    """Arrays of this process's rows (``local_shards``, in their order) as global arrays sharded by rows."""
+    local, shards, sharding = len(local_shards(mesh)), row_shards(mesh), row_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(where, x, (x.shape[0] // held * shards, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] // local * shards, *x.shape[1:]))
 
     return jax.tree.map(put, tree)
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has alike, whole on every device."""
-    where = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), np.shape(x)), tree)
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are equal in every process, replicated on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), np.shape(x)), tree)

@@ -1,33 +1,25 @@
-"""The options of ``ches generate``, and what the words among them mean."""
+"""The options of ``ches generate``. Plain data: importing this module loads no jax."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ches_jax.bundled import BUNDLED
-from ches_jax.data.prompts import Template
 from ches_jax.errors import ChesError
-from ches_jax.generate.sampling import Sampling
-from ches_jax.options import Columns
+from ches_jax.options import ModelOptions, RowOptions, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+if TYPE_CHECKING:
+    from ches_jax.generate.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(RowOptions, ModelOptions):
     """What to continue, with what, and how tokens are drawn."""
 
-    model: str = BUNDLED
-    """Hugging Face model directory or hub name; default: the bundled model."""
     prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
-    split: str | None = None
-    """Split of a data set folder or hub data set."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction."""
-    limit: int | None = None
-    """Only the first rows."""
     out: str | None = None
     """Run directory; default: the first free runs/generate-NNN."""
     samples: int = 1
@@ -50,10 +42,6 @@ class GenerateConfig:
     """Dtype of the computation: float32, bfloat16, float16 or float64."""
     param_dtype: str | None = None
     """Dtype the weights are kept in; default: that of the computation."""
-    max_length: int | None = None
-    """Most tokens of prompt and text together; default: the model's context."""
-    template: Template = "auto"
-    """Chat template: auto (conversations only), always, or none."""
     on_bad_row: OnBadRow = "error"
     """What becomes of empty or too long prompts and of those with two BOS: error, drop (listed in dropped.jsonl) or
     keep (where possible)."""
@@ -65,8 +53,10 @@ class GenerateConfig:
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """How tokens are drawn."""
+        from ches_jax.generate.sampling import Sampling
+
         return Sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -80,16 +70,13 @@ def checked(config: GenerateConfig) -> GenerateConfig:
     Raises:
       ChesError: the first option that no run can have.
     """
-    for name, dtype in [("dtype", config.dtype), ("param-dtype", config.param_dtype or config.dtype)]:
-        if dtype not in DTYPES:
-            raise ChesError(f"--{name} {dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_dtype("dtype", config.dtype)
+    require_dtype("param-dtype", config.param_dtype)
     numbers = {
         "samples": config.samples, "max-new-tokens": config.max_new_tokens, "limit": config.limit,
         "batch-size": config.batch_size, "chunk-rows": config.chunk_rows,
     }  # fmt: skip
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ChesError(f"--{name} {value}: expected a positive number")
+    require_positive(numbers)
     if "" in config.stop:
         raise ChesError("--stop '': an empty string would end every text before it begins")
     _ = config.sampling

@@ -1,29 +1,22 @@
-"""The options of ``ches judge``."""
+"""The options of ``ches judge``. Plain data: importing this module loads no jax."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ches_jax.errors import ChesError
-from ches_jax.generate.config import DTYPES
-from ches_jax.options import Columns
+from ches_jax.options import Columns, RowOptions, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeConfig(RowOptions):
     """What to judge, and by whom."""
 
     responses: str
     """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""
     by: Literal["rules", "model", "labels"] = "rules"
     """rules: phrases of a list; model: a language model is asked; labels: taken from a file."""
-    split: str | None = None
-    """Split of a data set folder or hub data set."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of the responses' columns: text=response."""
-    limit: int | None = None
-    """Only the first rows."""
     out: str | None = None
     """Run directory; default: the first free runs/judge-NNN."""
 
@@ -76,13 +69,10 @@ def checked(config: JudgeConfig) -> JudgeConfig:
         raise ChesError("--by model: name the judge with --judge (a model directory or a hub name)")
     if config.by == "labels" and config.labels is None:
         raise ChesError("--by labels: name the file with --labels")
-    if config.dtype not in DTYPES:
-        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
+    require_dtype("dtype", config.dtype)
     numbers = {
         "max-new-tokens": config.max_new_tokens, "limit": config.limit, "batch-size": config.batch_size,
         "chunk-rows": config.chunk_rows,
     }  # fmt: skip
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ChesError(f"--{name} {value}: expected a positive number")
+    require_positive(numbers)
     return replace(config, out=config.out or str(new_name(Path("runs"), "judge")))

@@ -8,7 +8,6 @@ with_weights(with_sft(ipo_sum(tau=0.01), coef=0.1, per=sum))
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,7 @@ from ches_jax.errors import ChesError
 from ches_jax.losses.incentives import Incentives
 from ches_jax.losses.inputs import LENGTHS, LOGPS, Aux, LossInputs, lengths, logps, mean_logps, swap
 from ches_jax.losses.registry import Loss, exactly
-
-Per = Literal["sum", "token", "batch_token"]
+from ches_jax.types import SftUnit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _in_range(wrapper: str, name: str, value: float, low: float, high: float) ->
         raise ChesError(f"{wrapper}: {name}={value!r} is outside [{low:g}, {high:g}]")
 
 
-def with_sft(loss: Loss, coef: float, *, per: Per) -> Loss:
+def with_sft(loss: Loss, coef: float, *, per: SftUnit) -> Loss:
     r"""Adds a likelihood term of the chosen response.
 
     .. math:: L - \lambda\, n \ln \pi(y_+|x)
@@ -216,18 +214,18 @@ def scale_gradient(x: Array, factor: Array | float) -> Array:
     return stop_gradient(x) + factor * (x - stop_gradient(x))
 
 
-def log_calibration(found: Incentives, norm_chosen: Array, norm_rejected: Array) -> Array:
+def log_calibration(incentives: Incentives, norm_chosen: Array, norm_rejected: Array) -> Array:
     r"""The logarithm of the calibration that centres a pair in its band.
 
     .. math:: \ln \delta = \tfrac12 (\ln r^* - \ln r), \qquad r = d_+ / d_-, \qquad r^* = \|g_-\| / \|g_+\|
 
     Args:
-      found: incentives of the loss, both positive.
+      incentives: of the loss, both positive.
       norm_chosen: norm of the gradient of the chosen log-probability.
       norm_rejected: the same for the rejected one.
     """
     ideal = jnp.log(norm_rejected) - jnp.log(norm_chosen)
-    return 0.5 * (ideal - (jnp.log(found.chosen) - jnp.log(found.rejected)))
+    return 0.5 * (ideal - (jnp.log(incentives.chosen) - jnp.log(incentives.rejected)))
 
 
 def moving_average(previous: Float[Array, "*A"], new: Float[Array, "*A"], decay: float = 0.98) -> Float[Array, "*A"]:

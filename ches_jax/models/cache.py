@@ -19,14 +19,14 @@ from ches_jax.models.config import DecoderConfig
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of every layer; S slots, those not written yet are zero."""
+    """Keys (rotated) and values of every layer; slots not written yet are zero."""
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: Float[Array, "L B K slots H"]
+    v: Float[Array, "L B K slots H"]
 
 
 def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache with nothing in it."""
+    """A cache of zeros."""
     shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -42,7 +42,7 @@ def write(
     )
 
 
-def of_layer(cache: Cache, layer: Int[Array, ""]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+def of_layer(cache: Cache, layer: Int[Array, ""]) -> tuple[Float[Array, "B slots K H"], Float[Array, "B slots K H"]]:
     """Keys and values of one layer, in the axes that attention takes."""
     k, v = (lax.dynamic_index_in_dim(a, layer, 0, keepdims=False).swapaxes(1, 2) for a in cache)
     return k, v

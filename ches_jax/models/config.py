@@ -9,14 +9,14 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions: which frequencies, and how they are stretched for long contexts."""
+    """Rotary positions: which frequencies, and how they are scaled for long contexts."""
 
     kind: RopeKind = "default"
     theta: float
     rotary_dim: int
     """How many of a head's channels rotate (the first ones)."""
     max_positions: int
-    """``max_position_embeddings``: where ``dynamic`` starts to stretch."""
+    """``max_position_embeddings``: from where on ``dynamic`` scales."""
     factor: float = 1.0
     original_max_positions: int = 0
     """Context of pre-training: ``yarn``, ``llama3`` and ``longrope``."""
@@ -89,13 +89,3 @@ class DecoderConfig:
     tie_embeddings: bool = False
     logit_scale: float | None = None
     logit_softcap: float | None = None
-
-    def parameter_count(self) -> int:
-        """Number of parameters, tied matrices counted once."""
-        import math
-
-        import jax
-
-        from ches_jax.models.decoder import abstract_parameters
-
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(self)))

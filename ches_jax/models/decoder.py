@@ -7,33 +7,47 @@ Parameters of the layers are stacked on a leading axis and the layers run in ``l
 whatever the depth (measured in experiments/benchmarks).
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from ches_jax.distributed.mesh import LogicalMesh
+from ches_jax.errors import ChesError
 from ches_jax.models import cache, rope
 from ches_jax.models.attention import dense
-from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
 from ches_jax.models.cache import Cache
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
 from ches_jax.models.precision import accumulate
-from ches_jax.models.sharding import attention_on, gathered, keep_heads, keep_rows
+from ches_jax.models.sharding import (
+    attention_on,
+    explicit,
+    keep_heads,
+    keep_rows,
+    mesh_here,
+    replicated,
+    with_auto_axes,
+)
 
+ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
 PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(dense.KEPT),
 )
-"""What layers keep for the backward pass; the rest is elementwise."""
+"""Checkpoint policy of the layers: matmuls and attention are kept for the backward pass; the rest is elementwise."""
 
 
 class Embedding(nnx.Module):
@@ -47,11 +61,27 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder of any supported family; see ``DecoderConfig`` for what can differ.
 
+    Called with token ids it gives logits; ``hidden`` stops before the unembedding and ``logits`` goes on from there.
+
     Args:
       config: the architecture.
       rngs: a stream named ``params`` for the initial weights.
       param_dtype: dtype the parameters are stored in.
       dtype: dtype of the computation.
+
+    Attributes:
+      config: the architecture.
+      dtype: dtype of the computation.
+      mesh: where the parameters lie, if on a mesh that ``load_model`` was given; calls run there by default.
+
+    Example:
+      >>> from ches_jax.models import load_model
+      >>> model = load_model("bundled")
+      >>> tokens = jnp.array([[5, 6, 7]])
+      >>> model(tokens).shape == (1, 3, model.config.vocab_size)
+      True
+      >>> bool((model(tokens) == model.logits(model.hidden(tokens))).all())
+      True
     """
 
     def __init__(
@@ -64,6 +94,7 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.mesh: LogicalMesh | None = None
         param_dtype = jnp.dtype(param_dtype)
         make = partial(Layer, config, dtype=param_dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
@@ -77,6 +108,26 @@ class Decoder(nnx.Module):
             None if config.tie_embeddings else Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
         )
 
+    def __call__(
+        self,
+        tokens: Int[ArrayOrNumpy, "B T"] | Sequence[Sequence[int]],
+        positions: Int[ArrayOrNumpy, "B T"] | None = None,
+        mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
+        lengths: Int[Array, "B T"] | None = None,
+        *,
+        attend: Attend = dense.dense,
+        remat: bool = False,
+        mesh: Mesh | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position: ``logits(hidden(...))``, whose arguments these are.
+
+        Every position sees itself and what is before it in its row. float32 at least. The array has a number for every
+        token of the vocabulary at every position: for log-probabilities of given tokens ``models.logprobs`` never holds
+        it whole.
+        """
+        h = self.hidden(jnp.asarray(tokens), positions, mask, lengths, attend=attend, remat=remat, mesh=mesh)
+        return self._logits(h, mesh)
+
     @property
     def unembedding(self) -> Float[Array, "V D"]:
         """W: row z is the unembedding of token z."""
@@ -84,9 +135,9 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | Visibility | None = None,
+        tokens: Int[ArrayOrNumpy, "B T"],
+        positions: Int[ArrayOrNumpy, "B T"] | None = None,
+        mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
         lengths: Int[Array, "B T"] | None = None,
         *,
         attend: Attend = dense.dense,
@@ -102,23 +153,36 @@ class Decoder(nnx.Module):
             default: every token is real.
           lengths: length of the sequence each token belongs to; only rope kinds that depend on it read it; default:
             the largest position of the row plus one.
-          attend: how attention is computed (``attention``, ``kernels``); not all ways have a gradient.
+          attend: how attention is computed (``attention.choose``); not all ways have a gradient.
           remat: recompute layers in the backward pass instead of keeping their activations.
-          mesh: where parameters (``partition.placement``) and rows lie; default: wherever the parameters are.
+          mesh: where parameters (``sharding.placement``) and rows lie; default: the model's own ``mesh``, if any.
 
         Returns:
           h, in the compute dtype. States of padding are finite and mean nothing.
+
+        Raises:
+          ValueError: a ``Visibility`` without positions.
+          ChesError: the context mesh (``jax.set_mesh``) is not the model's.
         """
+        logical = mesh_here(mesh, self.mesh)
+        if logical is not None and explicit(logical):
+            return with_auto_axes(
+                self,
+                logical,
+                lambda model, *arrays: model.hidden(*arrays, attend=attend, remat=remat, mesh=mesh),
+                (tokens, positions, mask, lengths),
+                logical.spec(PartitionSpec(*logical.rows(tokens.shape[0]), None, None)),
+            )
         if mask is None:
             mask = jnp.ones(tokens.shape, bool)
         if not isinstance(mask, Visibility):
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-            mask = causal(mask)
+            mask = causal(jnp.asarray(mask))
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
-        x, context = self._start(tokens, positions, key_ranges(mask), lengths, mesh)
-        return self.norm(self._run_layers(x, context, attend, mesh, remat=remat)[0])
+        x, context = self._start(tokens, positions, key_ranges(mask), lengths, logical)
+        return self.norm(self._run_layers(x, context, attend, logical, remat=remat)[0])
 
     def prefill(
         self,
@@ -140,93 +204,128 @@ class Decoder(nnx.Module):
           attend: how attention is computed.
           mesh: as for ``hidden``.
         """
-        here = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        seen, positions = key_ranges(causal(here >= first[:, None])), jnp.maximum(here - first[:, None], 0)
-        x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
-        kept = cache.empty(self.config, len(tokens), slots, self.dtype)
-        x, kept = self._run_layers(x, context, attend, mesh, kept=kept)
-        assert kept is not None
-        return self.norm(x), kept
+        logical = self._auto_mesh(mesh)
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
+        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), logical)
+        empty = cache.empty(self.config, len(tokens), slots, self.dtype)
+        x, filled = self._run_layers(x, context, attend, logical, kv=empty)
+        assert filled is not None
+        return self.norm(x), filled
 
     def extend(
         self,
         tokens: Int[Array, "B T"],
-        kept: Cache,
+        kv: Cache,
         slot: Int[Array, ""],
         first: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of tokens that go into slots ``slot``, ``slot + 1``, ..., and the cache with them in it."""
+        """Hidden states of the next tokens of each row, and the cache with their keys and values in it.
+
+        Args:
+          tokens: go into slots ``slot``, ``slot + 1``, ...
+          kv: keys and values of everything before them.
+          slot: the same for all rows.
+          first: first slot of each row's text, see ``models.cache``.
+          lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
+          mesh: as for ``hidden``.
+        """
+        logical = self._auto_mesh(mesh)
         slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = slots[None] - first[:, None]
-        seen = cache.visibility(first, slots)
-        x, context = self._start(tokens, positions, seen, _per_token(lengths, positions), mesh)
-        x, kept_now = self._run_layers(x, context, dense.dense, mesh, kept=kept, slot=slot)
-        assert kept_now is not None
-        return self.norm(x), kept_now
+        ranges = cache.visibility(first, slots)
+        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), logical)
+        x, filled = self._run_layers(x, context, dense.dense, logical, kv=kv, slot=slot)
+        assert filled is not None
+        return self.norm(x), filled
+
+    def _auto_mesh(self, mesh: Mesh | None) -> LogicalMesh | None:
+        """``mesh_here`` for calls that leave shardings to the compiler."""
+        logical = mesh_here(mesh, self.mesh)
+        if explicit(logical):
+            raise ChesError(
+                "decoding with a cache runs on a mesh with auto axes: make it with axis_types=(AxisType.Auto, ...)"
+            )
+        return logical
 
     def _start(
-        self, tokens, positions, seen: KeyRanges, lengths: Int[Array, "B T"] | None, mesh: Mesh | None
+        self, tokens, positions, ranges: KeyRanges, lengths: Int[Array, "B T"] | None, logical: LogicalMesh | None
     ) -> tuple[Float[Array, "B T D"], Context]:
         """Embedded tokens, and what every layer needs besides them."""
         c = self.config
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
-        x = jnp.take(gathered(self.embed_tokens.weight[...], mesh), tokens, axis=0).astype(self.dtype)
+        x = jnp.take(replicated(self.embed_tokens.weight[...], logical), tokens, axis=0).astype(self.dtype)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if self.embed_positions is not None:
-            x = x + jnp.take(gathered(self.embed_positions.weight[...], mesh), positions, axis=0).astype(self.dtype)
+            table = replicated(self.embed_positions.weight[...], logical)
+            x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
-        return keep_rows(x, mesh), Context(seen, rotations)
+        return keep_rows(x, logical), Context(ranges, rotations)
 
     def _run_layers(
         self,
         x,
         context: Context,
         attend: Attend,
-        mesh: Mesh | None,
+        logical: LogicalMesh | None,
         *,
         remat: bool = False,
-        kept: Cache | None = None,
+        kv: Cache | None = None,
         slot: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layers, one after the other, in a scan over their stacked parameters.
 
-        With ``kept`` every layer writes its keys and values there; with ``slot`` too it attends to what is there.
+        With ``kv`` every layer writes its keys and values there; with ``slot`` too it attends to what is there.
         """
-        graph, params = nnx.split(self.layers)
+        graph, stacked = nnx.split(self.layers)
         windows = self.config.windows
         data = LayerData(
             window=jnp.array([w or NO_WINDOW for w in windows], jnp.int32),
             local=jnp.array([w is not None for w in windows], jnp.int32),
         )
-        here = attention_on(mesh, attend)
+        attend_local = attention_on(logical, attend)
 
         def step(carry, layer):
-            x, kept = carry
-            params, data, number = layer
+            x, kv = carry
+            weights, data, number = layer
 
-            def attend_and_keep(q, k, v, seen, **options):
-                nonlocal kept
-                if kept is not None:
-                    kept = keep_heads(cache.write(kept, number, jnp.int32(0) if slot is None else slot, k, v), mesh)
-                    k, v = (k, v) if slot is None else cache.of_layer(kept, number)
-                return here(q, k, v, seen, **options)
+            def attend_and_keep(inputs: AttentionInputs, params: AttentionParams) -> Array:
+                nonlocal kv
+                if kv is not None:
+                    at = jnp.int32(0) if slot is None else slot
+                    kv = keep_heads(cache.write(kv, number, at, inputs.k, inputs.v), logical)
+                    if slot is not None:
+                        k, v = cache.of_layer(kv, number)
+                        inputs = inputs._replace(k=k, v=v)
+                return attend_local(inputs, params)
 
-            x = keep_rows(nnx.merge(graph, params)(x, context, data, attend_and_keep), mesh)
-            return (x, kept), None
+            x = keep_rows(nnx.merge(graph, weights)(x, context, data, attend_and_keep), logical)
+            return (x, kv), None
 
         numbers = jnp.arange(len(windows), dtype=jnp.int32)
-        # without remat what is kept are products and attention: the rest costs less to compute again than to keep
+        # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else PRODUCTS_AND_ATTENTION)
-        return lax.scan(step, (x, kept), (params, data, numbers))[0]
+        return lax.scan(step, (x, kv), (stacked, data, numbers))[0]
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """``cap(scale * h W^T)`` in float32 at least."""
+        """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.
+
+        Args:
+          hidden: what ``hidden`` returns, or any rows of it.
+        """
+        return self._logits(hidden, None)
+
+    def _logits(self, hidden: Float[Array, "*n D"], mesh: Mesh | None) -> Float[Array, "*n V"]:
+        logical = mesh_here(mesh, self.mesh)
+        if logical is not None and explicit(logical):
+            rows = jax.typeof(hidden).sharding.spec[:-1]
+            return with_auto_axes(self, logical, Decoder.logits, (hidden,), PartitionSpec(*rows, None))
         return self.logit_transform(matmul(hidden, self.unembedding).astype(accumulate(hidden.dtype)))
 
     def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -243,6 +342,11 @@ class Decoder(nnx.Module):
 def _per_token(lengths: Int[Array, " B"] | None, like: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
     """A number of each row, at each of its tokens."""
     return None if lengths is None else jnp.broadcast_to(lengths[:, None], like.shape)
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    """Number of parameters of a decoder, tied matrices counted once; nothing is allocated."""
+    return sum(math.prod(leaf.shape) for leaf in abstract_parameters(config).values())
 
 
 def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer. Weights keep Hugging Face's names and its [out, in] orientation.
+"""The modules of a decoder layer. Weights have Hugging Face's names and its [out, in] orientation.
 
 Parameters may be stored in another dtype than the computation runs in: every use casts to the dtype of the
 activations. A ``Layer`` is written for one layer; ``decoder`` stacks its parameters and scans over them.
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models import rope
-from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, within
 from ches_jax.models.config import Activation, DecoderConfig
 from ches_jax.models.precision import accumulate, matmul_precision
@@ -34,12 +34,12 @@ def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array
 
 @jax.custom_vjp
 def trained_matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
-    r"""``matmul`` for weights that are trained: its gradient turns over whichever factor is smaller.
+    r"""``matmul`` for weights that are trained: its gradient transposes whichever factor is smaller.
 
     .. math:: dW = g^T x = (x^T g)^T
 
-    On a CPU XLA merges the turning of ``g``, which a derived gradient always asks for, with the activation's gradient
-    that led to it, and reads all of that across its rows. No forward mode.
+    A derived gradient always transposes ``g``; on a CPU XLA fuses that with the gradient of the activation before
+    it, and reads all of that across its rows. No forward mode.
     """
     return matmul(x, weight)
 
@@ -124,7 +124,8 @@ class Norm(nnx.Module):
 class Context(NamedTuple):
     """What every layer of one pass shares."""
 
-    seen: KeyRanges
+    ranges: KeyRanges
+    """Which keys each position sees, where the layer has no window."""
     rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
     """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
 
@@ -183,8 +184,8 @@ class Attention(nnx.Module):
                 sin = jnp.where(data.local > 0, local_sin, sin)
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         grouped = q.reshape(*q.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        seen = within(context.seen, data.window)
-        out = attend(grouped, k, v, seen, scale=c.attention_scale, softcap=c.attention_softcap)
+        inputs = AttentionInputs(grouped, k, v, within(context.ranges, data.window))
+        out = attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
         return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
 
 

@@ -1,13 +1,17 @@
-r"""Log-probabilities whose logits never exist as a whole, forward or backward.
+r"""Log-probabilities of given tokens, whose logits never exist as a whole, forward or backward.
 
 For a state h and a target token y, with the model's ``z = cap(scale * W h)``:
 
 .. math::
   \ell = z_y - Z, \qquad Z = \ln \sum_v e^{z_v}, \qquad \frac{\partial \ell}{\partial z_v} = 1[v = y] - e^{z_v - Z}
 
-Both directions walk over stretches of positions. The forward keeps one number per position (the log of the sum) and
-the logits of as many stretches as a fixed amount of memory holds, never of all; the backward computes the others
-again. Largest arrays: those, [stretch, vocabulary] and the gradient of W.
+Both directions walk over chunks of positions. The forward keeps one number per position (Z) and the logits of as many
+chunks as a fixed amount of memory holds, never of all; the backward computes the others again. Largest arrays: those,
+[chunk, vocabulary] and the gradient of W.
+
+>>> h, w, y = jnp.ones((1, 3, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1, 3]])
+>>> token_logps(h, w, y, Head(chunk=2)).round(3).tolist()  # ln 1/4
+[[-1.3860000371932983, -1.3860000371932983, -1.3860000371932983]]
 """
 
 from functools import partial
@@ -18,46 +22,55 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models.precision import accumulate, matmul_precision, products
+from ches_jax.models.precision import accumulate, einsum, matmul_precision
 
-LOGITS_AT_ONCE = {"cpu": 2**22}
-"""Logits of one stretch: on a CPU what stays near the caches."""
+LOGITS_PER_CHUNK = {"cpu": 2**22}
+"""Logits of one chunk: on a CPU what stays near the caches."""
 LOGITS_ON_ACCELERATOR = 2**27
 LOGITS_KEPT = {"cpu": 2**25}
-"""Logits that wait for the backward pass, by platform; none elsewhere, where it was not measured."""
+"""Logits kept for the backward pass, by platform; none elsewhere, where it was not measured."""
 
 
 class Head(NamedTuple):
-    """What turns a raw product into a logit; static."""
+    """What turns ``h W^T`` into logits, and how many at a time; static."""
 
     scale: float | None = None
     softcap: float | None = None
-    stretch: int | None = None
+    chunk: int | None = None
     """Positions of each row computed at a time; default: by the size of the vocabulary and the platform."""
+    rounded: bool = False
+    """Round ``h W^T`` to the dtype of the states, as ``Decoder.logits`` does; else it stays in float32 at least."""
 
 
-def stretch_of(rows: int, count: int, vocabulary: int) -> int:
-    """Positions of each row per stretch: equal stretches, each within the platform's number of logits.
+def chunk_size(rows: int, count: int, vocabulary: int) -> int:
+    """Positions of each row per chunk: equal chunks, each within the platform's number of logits.
 
-    >>> stretch_of(1, 1000, 2**27)
+    Args:
+      rows: rows of the batch, B.
+      count: positions of each row, M.
+      vocabulary: V.
+
+    >>> chunk_size(1, 1000, 2**27)
     1
     """
-    budget = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_ON_ACCELERATOR)
+    budget = LOGITS_PER_CHUNK.get(jax.default_backend(), LOGITS_ON_ACCELERATOR)
     most = max(1, budget // (rows * vocabulary))
     return -(-count // -(-count // most))
 
 
-def stretches_kept(rows: int, stretch: int, count: int, vocabulary: int) -> int:
-    """Stretches whose logits wait for the backward pass: within the platform's number of logits, and never all."""
-    most = LOGITS_KEPT.get(jax.default_backend(), 0) // (rows * stretch * vocabulary)
-    return min(most, -(-count // stretch) - 1)
+def chunks_kept(rows: int, chunk: int, count: int, vocabulary: int) -> int:
+    """Chunks whose logits are kept for the backward pass: within the platform's number of logits, and never all."""
+    most = LOGITS_KEPT.get(jax.default_backend(), 0) // (rows * chunk * vocabulary)
+    return min(most, -(-count // chunk) - 1)
 
 
 def _logits(h: Array, weight: Array, head: Head) -> Array:
-    """Logits of a stretch."""
+    """Logits of a chunk."""
     acc = accumulate(h.dtype)
     contract = (((h.ndim - 1,), (1,)), ((), ()))
-    z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=acc)
+    out = h.dtype if head.rounded else acc
+    z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=out)
+    z = z.astype(acc)
     if head.scale is not None:
         z = z * jnp.asarray(head.scale, acc)
     if head.softcap is None:
@@ -66,8 +79,8 @@ def _logits(h: Array, weight: Array, head: Head) -> Array:
     return cap * jnp.tanh(z / cap)
 
 
-def _slopes(z: Array, total: Array, y: Array, g: Array, head: Head) -> Array:
-    """Slopes of the raw products from those of the log-probabilities, g."""
+def _logit_gradient(z: Array, total: Array, y: Array, g: Array, head: Head) -> Array:
+    """Gradient by ``h W^T`` from the gradient g by the log-probabilities."""
     acc = z.dtype
     at_target = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None, None]
     dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None]))
@@ -76,15 +89,16 @@ def _slopes(z: Array, total: Array, y: Array, g: Array, head: Head) -> Array:
     return dz if head.scale is None else dz * jnp.asarray(head.scale, acc)
 
 
-def _cut(a: Array, stretch: int) -> Array:
-    """[B, M, ...] to [stretches, B, stretch, ...]: over positions, not over rows, which may lie on several devices."""
+def _split(a: Array, chunk: int) -> Array:
+    """[B, M, ...] to [chunks, B, chunk, ...]: over positions, not over rows, which may lie on several devices."""
     rows, count = a.shape[:2]
-    n = -(-count // stretch)
-    a = jnp.pad(a, ((0, 0), (0, n * stretch - count)) + ((0, 0),) * (a.ndim - 2))
-    return a.reshape(rows, n, stretch, *a.shape[2:]).swapaxes(0, 1)
+    n = -(-count // chunk)
+    a = jnp.pad(a, ((0, 0), (0, n * chunk - count)) + ((0, 0),) * (a.ndim - 2))
+    return a.reshape(rows, n, chunk, *a.shape[2:]).swapaxes(0, 1)
 
 
 def _joined(a: Array, count: int) -> Array:
+    """The inverse of ``_split``."""
     a = a.swapaxes(0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :count]
 
@@ -92,13 +106,13 @@ def _joined(a: Array, count: int) -> Array:
 def token_logps(
     hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
 ) -> Float[Array, "B M"]:
-    """Log-probability in nats of each target; differentiable in ``hidden`` and ``weight``.
+    r"""Log-probability in nats of each target, :math:`z_y - \ln \sum_v e^{z_v}`; differentiable in both arrays.
 
     Args:
       hidden: states that predict, in the compute dtype.
       weight: the unembedding, in any dtype; multiplied in the compute dtype.
       target: token each state predicts.
-      head: the model's logit scale and soft cap.
+      head: the model's logit scale and soft cap, and the chunk.
 
     Returns:
       float32 (float64 for float64 states).
@@ -108,23 +122,24 @@ def token_logps(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_logps(hidden: Array, weight: Array, target: Array, head: Head) -> Array:
-    return _forward(hidden, weight, target, head)[0]
+    chunk, rounded = _chunk(hidden, weight, head), weight.astype(hidden.dtype)
+    logps = lax.map(lambda part: _of_chunk(part, rounded, head)[1], (_split(hidden, chunk), _split(target, chunk)))
+    return _joined(logps, hidden.shape[1])
 
 
-def _apart(parts: tuple[Array, ...], keep: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The first ``keep`` stretches, and the rest."""
-    return tuple(a[:keep] for a in parts), tuple(a[keep:] for a in parts)
-
-
-def _sizes(hidden: Array, weight: Array, head: Head) -> tuple[int, int]:
-    """Positions of a stretch, and how many stretches keep their logits."""
+def _chunk(hidden: Array, weight: Array, head: Head) -> int:
+    """Positions of each row in a chunk."""
     rows, count, _ = hidden.shape
-    stretch = head.stretch or stretch_of(rows, count, weight.shape[0])
-    return stretch, stretches_kept(rows, stretch, count, weight.shape[0])
+    return head.chunk or chunk_size(rows, count, weight.shape[0])
 
 
-def _of_stretch(part: tuple[Array, ...], weight: Array, head: Head) -> tuple[Array, Array, Array]:
-    """Logits of a stretch, log-probabilities of its targets, logs of the sums."""
+def _kept_and_rest(parts: tuple[Array, ...], kept: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The first ``kept`` chunks, and the others."""
+    return tuple(a[:kept] for a in parts), tuple(a[kept:] for a in parts)
+
+
+def _of_chunk(part: tuple[Array, ...], weight: Array, head: Head) -> tuple[Array, Array, Array]:
+    """Logits of a chunk, log-probabilities of its targets, logs of the sums."""
     h, y = part
     z = _logits(h, weight, head)
     total = jax.nn.logsumexp(z, axis=-1)
@@ -132,30 +147,30 @@ def _of_stretch(part: tuple[Array, ...], weight: Array, head: Head) -> tuple[Arr
 
 
 def _forward(hidden, weight, target, head: Head):
-    stretch, keep = _sizes(hidden, weight, head)
+    (rows, count, _), chunk = hidden.shape, _chunk(hidden, weight, head)
     rounded = weight.astype(hidden.dtype)
-    parts = _cut(hidden, stretch), _cut(target, stretch)
-    first, rest = _apart(parts, keep)
-    logits, *kept = lax.map(lambda part: _of_stretch(part, rounded, head), first)
-    others = lax.map(lambda part: _of_stretch(part, rounded, head)[1:], rest)
-    logps, totals = (jnp.concatenate(a) for a in zip(kept, others, strict=True))
-    return _joined(logps, hidden.shape[1]), (hidden, weight, target, logits, totals)
+    parts = _split(hidden, chunk), _split(target, chunk)
+    first, rest = _kept_and_rest(parts, chunks_kept(rows, chunk, count, weight.shape[0]))
+    logits, *of_first = lax.map(lambda part: _of_chunk(part, rounded, head), first)
+    of_rest = lax.map(lambda part: _of_chunk(part, rounded, head)[1:], rest)
+    logps, totals = (jnp.concatenate(a) for a in zip(of_first, of_rest, strict=True))
+    return _joined(logps, count), (hidden, weight, target, logits, totals)
 
 
-def _backward(head: Head, saved, slope):
+def _backward(head: Head, saved, cotangent):
     hidden, weight, target, logits, totals = saved
-    stretch, keep = _sizes(hidden, weight, head)
+    chunk = _chunk(hidden, weight, head)
     rounded = weight.astype(hidden.dtype)
 
-    def one(total_w, part, z=None):
+    def one(dw, part, z=None):
         h, y, total, g = part
-        dz = _slopes(_logits(h, rounded, head) if z is None else z, total, y, g, head).astype(h.dtype)
-        # with the narrow factor first: turning the wide one over is what would take long
-        return total_w + products("bmd,bmv->dv", h, dz), products("bmv,vd->bmd", dz, rounded).astype(h.dtype)
+        dz = _logit_gradient(_logits(h, rounded, head) if z is None else z, total, y, g, head).astype(h.dtype)
+        # [D, V] with the smaller factor first: transposing the larger one is what would take long
+        return dw + einsum("bmd,bmv->dv", h, dz), einsum("bmv,vd->bmd", dz, rounded).astype(h.dtype)
 
-    # padding beyond the last position has slope 0 and adds nothing
-    parts = _cut(hidden, stretch), _cut(target, stretch), totals, _cut(slope, stretch)
-    first, rest = _apart(parts, keep)
+    # padding beyond the last position has cotangent 0 and adds nothing
+    parts = _split(hidden, chunk), _split(target, chunk), totals, _split(cotangent, chunk)
+    first, rest = _kept_and_rest(parts, len(logits))
     dw = jnp.zeros(weight.shape[::-1], accumulate(hidden.dtype))
     dw, dh_first = lax.scan(lambda w, x: one(w, x[0], x[1]), dw, (first, logits))
     dw, dh_rest = lax.scan(one, dw, rest)
@@ -175,12 +190,11 @@ def token_statistics(
 
     Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
     """
-    stretch, _ = _sizes(hidden, weight, head)
-    rounded = weight.astype(hidden.dtype)
+    chunk, rounded = _chunk(hidden, weight, head), weight.astype(hidden.dtype)
 
     def one(part):
-        z, logp, total = _of_stretch(part, rounded, head)
+        z, logp, total = _of_chunk(part, rounded, head)
         centred = z - total[..., None]
         return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
-    return _joined(lax.map(one, (_cut(hidden, stretch), _cut(target, stretch))), hidden.shape[1])
+    return _joined(lax.map(one, (_split(hidden, chunk), _split(target, chunk))), hidden.shape[1])

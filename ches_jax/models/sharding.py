@@ -1,19 +1,21 @@
 """How a decoder lies on a mesh: one row per kind of parameter, and attention that stays on its device.
 
-Weights are [out, in] with the layer axis in front. ``fsdp`` deals out one axis of every weight (gathered when used);
-``tensor`` deals out heads and mlp channels, whose products need one sum across devices per block. An axis that does
-not divide stays whole.
+Weights are [out, in] with the layer axis in front. ``fsdp`` shards one axis of every weight (gathered when used);
+``tensor`` shards heads and mlp channels, whose products need one sum across devices per block. An axis that does not
+divide stays whole.
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.distributed.mesh import ROWS
-from ches_jax.models.attention.dense import Attend
+from ches_jax.distributed.mesh import LogicalMesh
+from ches_jax.errors import ChesError
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.cache import Cache
 
 OUT_OVER_TENSOR = ("tensor", "fsdp")
@@ -32,12 +34,13 @@ AXES_BY_MODULE = {
 }
 
 
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where each axis of the parameter ``name`` lies.
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) -> PartitionSpec:
+    """Where each axis of the parameter ``name`` lies, in the names of the mesh.
 
     Vectors (norms, biases) follow the output axis of their module, norms lie over ``fsdp``. Adapters follow the axes of
     their matrix, whole along the rank.
     """
+    logical = _logical(mesh)
     module, leaf = name.split(".")[-2:]
     axes: tuple[str | None, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
     if leaf == "bias":
@@ -48,62 +51,123 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         axes = (*axes[:1], None)
     stacked = name.startswith("layers.")
     axes = ((None,) if stacked else ()) + axes
-    return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)))
+    divides = (a if a and n % logical.size(a) == 0 else None for a, n in zip(axes, shape, strict=True))
+    return logical.spec(PartitionSpec(*divides))
 
 
-def placement(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """The ``sharding`` argument of ``load_model`` for a mesh."""
-    return lambda name, shape: NamedSharding(mesh, partition_spec(name, shape, mesh))
+def placement(mesh: Mesh | LogicalMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """The sharding of each parameter by its name and shape: the ``sharding`` argument of ``load_model``."""
+    logical = _logical(mesh)
+    return lambda name, shape: NamedSharding(logical.mesh, partition_spec(name, shape, logical))
 
 
-def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Hold activations dealt out by rows, so that weights travel to them and not the other way."""
-    if mesh is None:
+def _logical(mesh: Mesh | LogicalMesh) -> LogicalMesh:
+    return mesh if isinstance(mesh, LogicalMesh) else LogicalMesh.of(mesh)
+
+
+def mesh_here(mesh: Mesh | None, own: LogicalMesh | None) -> LogicalMesh | None:
+    """The mesh a call runs on: the one it is given, else the model's own; None inside ``shard_map``, which is local.
+
+    Raises:
+      ChesError: the context mesh (``jax.set_mesh``) is another one.
+    """
+    logical = own if mesh is None else LogicalMesh.of(mesh)
+    if logical is None:
+        return None
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty:
+        return logical
+    if AxisType.Manual in context.axis_types:
+        return None
+    if dict(context.shape) != dict(logical.mesh.shape):
+        raise ChesError(
+            f"the model lies on the mesh {dict(logical.mesh.shape)}, the context mesh of jax.set_mesh is "
+            f"{dict(context.shape)}: load the model with mesh= that mesh, or call it outside the context"
+        )
+    return logical
+
+
+def explicit(logical: LogicalMesh | None) -> bool:
+    """Whether a computation on this mesh has to say how every product is sharded (``AxisType.Explicit``)."""
+    return logical is not None and AxisType.Explicit in logical.current.axis_types
+
+
+def with_auto_axes(
+    model: nnx.Module, logical: LogicalMesh, compute: Callable[..., jax.Array], arrays: Any, out: PartitionSpec
+) -> jax.Array:
+    """``compute(model, *arrays)`` with the compiler choosing shardings inside, on a mesh with explicit axes.
+
+    Args:
+      model: its parameters lie on the mesh.
+      logical: the mesh.
+      compute: gives one array.
+      arrays: other inputs, a tree; they are brought onto the mesh.
+      out: how the result lies, over the axes of the mesh.
+    """
+    graph, state = nnx.split(model)
+    whole = NamedSharding(logical.mesh, PartitionSpec())
+
+    def onto(a: Any) -> jax.Array:
+        a = jnp.asarray(a)
+        return a if getattr(jax.typeof(a).sharding, "mesh", None) == logical.current else jax.sharding.reshard(a, whole)
+
+    @jax.sharding.auto_axes(out_sharding=NamedSharding(logical.mesh, out))
+    def run(state, arrays):
+        return compute(nnx.merge(graph, state), *arrays)
+
+    return run(state, jax.tree.map(onto, arrays))
+
+
+def keep_rows(x: jax.Array, logical: LogicalMesh | None) -> jax.Array:
+    """Hold activations sharded by rows, so that weights travel to them and not the other way."""
+    if logical is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*ROWS, *(None,) * (x.ndim - 1))))
+    spec = PartitionSpec(*logical.rows(x.shape[0]), *(None,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, logical.sharding(spec))
 
 
-def keep_heads(kept: Cache, mesh: Mesh | None) -> Cache:
-    """Hold a cache dealt out by rows and, where they divide, by key/value heads."""
-    if mesh is None:
-        return kept
-    heads = "tensor" if kept.k.shape[2] % mesh.shape["tensor"] == 0 else None
-    place = NamedSharding(mesh, PartitionSpec(None, *ROWS, heads))
-    return Cache(*(jax.lax.with_sharding_constraint(a, place) for a in kept))
+def keep_heads(cache: Cache, logical: LogicalMesh | None) -> Cache:
+    """Hold a cache sharded by rows and, where they divide, by key/value heads."""
+    if logical is None:
+        return cache
+    heads = "tensor" if cache.k.shape[2] % logical.size("tensor") == 0 else None
+    place = logical.sharding(PartitionSpec(None, *logical.rows(cache.k.shape[1]), heads))
+    return Cache(*(jax.lax.with_sharding_constraint(a, place) for a in cache))
 
 
-def gathered(table: jax.Array, mesh: Mesh | None) -> jax.Array:
+def replicated(table: jax.Array, logical: LogicalMesh | None) -> jax.Array:
     """An embedding table whole on every device while it is looked up in: lookups in parts of vectors travel badly."""
-    if mesh is None:
+    if logical is None:
         return table
-    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(table, logical.sharding(PartitionSpec()))
 
 
-def attention_on(mesh: Mesh | None, attend: Attend) -> Attend:
+def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
     """``attend`` on each device's own rows and heads; nothing travels.
 
     Where the key/value heads do not divide over ``tensor`` they are repeated to the number of query heads; where those
     do not divide either, every device of the tensor axis computes all heads.
     """
-    if mesh is None:
+    if logical is None:
         return attend
-    parts = mesh.shape["tensor"]
+    parts = logical.size("tensor")
 
-    def run(q, k, v, seen, **options):
+    def run(inputs: AttentionInputs, params: AttentionParams) -> jax.Array:
+        q, k, v, ranges = inputs
         rows, length, kv, group, width = q.shape
         if kv % parts and (kv * group) % parts == 0:
             q = q.reshape(rows, length, kv * group, 1, width)
             k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))
         heads = "tensor" if q.shape[2] % parts == 0 else None
-        by_row = PartitionSpec(*ROWS)
-        by_head = PartitionSpec(*ROWS, None, heads)
+        by_row = logical.spec(logical.rows(rows))
+        by_head = logical.spec(PartitionSpec(*logical.rows(rows), None, heads))
         local = jax.shard_map(
-            partial(attend, **options),
-            mesh=mesh,
+            lambda *arrays: attend(AttentionInputs(*arrays), params),
+            mesh=logical.current,
             in_specs=(by_head, by_head, by_head, by_row),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(q, k, v, seen).reshape(rows, length, kv, group, width)
+        return local(q, k, v, ranges).reshape(rows, length, kv, group, width)
 
     return run

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
-from ches_jax.options import Columns
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.formulas import numbers, score_column
 from ches_jax.scores.table import CANDIDATES, read_table
+from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
-from ches_jax.select.keep import Control, keep_indices, parse_rule, soft_weights, stand_ins
+from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
 from ches_jax.stats import spearman
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig:
-    """What ``ches select`` does."""
-
-    scores: Path
-    """A directory of ``ches score``, or its scores.parquet."""
-    out: Path
-    """The directory to write; must not exist, or be empty."""
-    by: str = "ln_ches"
-    """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
-    logp_margin, chosen_tokens or random; the more similar a pair, the higher."""
-    keep: str = "lowest:0.05"
-    """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
-    quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""
-    control: Control = "none"
-    """To compare with: as many rows, by chance (random) or by response length alone (length)."""
-    seed: int = 0
-    """Of the controls and of ``--by random``."""
-    pairs: str | None = None
-    """The pairs that were scored; taken from the run when not given."""
-    split: str | None = None
-    """Which split of them; taken from the run when not given."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of columns (prompt=instruction); taken from the run when not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +52,7 @@ def decide(table: pa.Table, config: SelectConfig) -> Decision:
             f"{config.by} runs from {scored.min():.6g} to {scored.max():.6g}"
         )
     longer = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
-    places = stand_ins(values, config.control, longer, config.seed)
+    places = matched_control(values, config.control, longer, config.seed)
     kept = np.zeros(len(table), dtype=bool)
     kept[places[chosen]] = True
     if rule.kind != "soft":

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from ches_jax import bundled
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.sources import open_pairs
 from ches_jax.errors import RunError
 from ches_jax.runs.directory import CONFIG, RUN, read_json
-from ches_jax.scores.config import BUNDLED
 from ches_jax.scores.table import CANDIDATES, table_path
 
 

@@ -1,70 +1,28 @@
-"""What to train, on what, and how: every choice of a run in one frozen dataclass."""
+"""What to train, on what, and how: every choice of a run in one frozen dataclass.
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Literal
+Plain data: importing this module loads no jax. ``train.setup`` checks the options, and builds what they name.
+
+>>> TrainConfig(loss="ipo_mean", loss_args={"tau": 0.05}, steps=10).batch_size
+32
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
-from ches_jax.bundled import BUNDLED
-from ches_jax.data.prompts import Pairing, Template
 from ches_jax.displacement.changes import TOLERANCE
-from ches_jax.errors import ChesError
-from ches_jax.losses import Loss
-from ches_jax.losses.inputs import REWARDS
-from ches_jax.losses.wrappers import Per
-from ches_jax.options import Columns
-from ches_jax.runs.directory import new_name
-from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.objective import get_objective
-from ches_jax.train.optimizer import ScheduleName, make_schedule, optimizer_hyper
-from ches_jax.train.trackers import require_trackers
-from ches_jax.types import Eos, OnBadRow
+from ches_jax.options import ModelOptions, Numbers, PairOptions
+from ches_jax.types import OnBadRow, SftUnit
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _numbers(words: list[str]) -> dict[str, float]:
-    values = {}
-    for word in words:
-        name, _, number = word.partition("=")
-        try:
-            values[name] = float(number)
-        except ValueError:
-            raise ChesError(f"{word!r}: expected name=number, such as beta=0.1") from None
-    return values
-
-
-Numbers = Annotated[
-    dict[str, float],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=NUMBER",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
-    ),
-]
-"""Hyper-parameters by name: ``--loss-args beta=0.1``."""
+ScheduleName = Literal["constant", "linear", "cosine"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(PairOptions, ModelOptions):
     """A training run. All fields but those of ``NOT_IDENTITY`` decide it."""
 
-    model: str = BUNDLED
-    """Hugging Face model directory or hub name; default: the bundled model."""
-    pairs: str = BUNDLED
-    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
-    split: str | None = None
-    """Split of a data set folder or hub data set."""
-    columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction."""
-    candidates: Pairing | None = None
-    """Pairs of rows with several `responses`, as in `ches score`: chosen-against-all (the default) or all-pairs."""
-    limit: int | None = None
-    """Train only on the first rows."""
     eval_pairs: str | None = None
     """Held-out pairs, read as --pairs is."""
     holdout: int = 0
@@ -78,7 +36,7 @@ class TrainConfig:
     """Hyper-parameters of the loss: beta=0.1."""
     sft: float = 0.0
     """Coefficient of a likelihood term of the chosen response."""
-    sft_per: Per = "token"
+    sft_per: SftUnit = "token"
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
     weights: str | None = None
     """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes."""
@@ -139,12 +97,6 @@ class TrainConfig:
     the first one writes."""
     row_tokens: int | None = None
     """Standard length of a packed row; default: the longest pair."""
-    eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|."""
-    max_length: int | None = None
-    """Most tokens of prompt and response together; default: the model's context."""
-    template: Template = "auto"
-    """Chat template: auto (conversations only), always, or none."""
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows: error, drop (listed in dropped.jsonl) or keep (trained on where possible)."""
 
@@ -157,7 +109,7 @@ class TrainConfig:
     """Updates between evaluations of the displacement; default: at the start and at the end."""
     tolerance: float = TOLERANCE
     """Changes up to so many nats count as none."""
-    tracker: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    tracker: tyro.conf.UseAppendAction[tuple[TrackerName, ...]] = ()
     """Show the numbers there too (repeatable): tensorboard (OUT/tensorboard), wandb (its WANDB_* variables hold)."""
     save_every: int | None = None
     """Updates between checkpoints; default: at the end, and when told to stop."""
@@ -174,55 +126,3 @@ NOT_IDENTITY = (
     "export",
 )  # fmt: skip
 """Options that two runs may differ in and be the same run."""
-
-
-def objective(config: TrainConfig) -> Loss:
-    """The loss the config asks for."""
-    return get_objective(
-        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
-    )
-
-
-def checked(config: TrainConfig) -> TrainConfig:
-    """The config with a run directory; options that no run could have are refused, before anything is read.
-
-    Raises:
-      ChesError: the first bad option.
-    """
-    if config.dtype not in DTYPES:
-        raise ChesError(f"--dtype {config.dtype!r}: expected one of {', '.join(DTYPES)}")
-    objective(config)
-    optimizer_hyper(config.optimizer, config.optimizer_args)
-    make_schedule(config.schedule, config.lr, 1)
-    positive = {
-        "lr": config.lr, "batch-size": config.batch_size, "accumulate": config.accumulate, "epochs": config.epochs,
-        "steps": config.steps, "limit": config.limit, "clip": config.clip, "eval-every": config.eval_every,
-        "save-every": config.save_every, "keep": config.keep, "row-tokens": config.row_tokens,
-        "lora-rank": config.lora_rank, "lora-alpha": config.lora_alpha,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ChesError(f"--{name} {value}: expected a positive number")
-    if config.rewards is not None:
-        names = config.rewards.split(",")
-        if len(names) != 2 or not all(names):
-            raise ChesError(f"--rewards {config.rewards!r}: expected the names of two columns, CHOSEN,REJECTED")
-        if not objective(config).needs >= REWARDS:
-            raise ChesError(f"--rewards {config.rewards}: loss {config.loss!r} reads no rewards")
-    for name, number in {"watch": config.watch, "holdout": config.holdout, "warmup": config.warmup}.items():
-        if number < 0:
-            raise ChesError(f"--{name} {number}: expected 0 or more")
-    adapters = {"alpha": config.lora_alpha, "targets": config.lora_targets, "rslora": config.lora_rslora or None}
-    for name, value in adapters.items():
-        if value is not None and config.lora_rank is None:
-            raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
-    require_trackers(config.tracker)
-    if config.keep_best is not None:
-        best = parse_best(config.keep_best)
-        if best.metric.startswith("eval_") and config.eval_pairs is None and not config.holdout:
-            raise ChesError(f"--keep-best {config.keep_best}: no pairs are held out; give --eval-pairs or --holdout")
-    if config.accumulate > config.batch_size:
-        raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
-    if config.eval_pairs is not None and config.holdout:
-        raise ChesError("--holdout and --eval-pairs: give one of them")
-    return replace(config, out=config.out or str(new_name(Path("runs"), "train")))

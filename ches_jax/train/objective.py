@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ches_jax.data.packing import Rows
+from ches_jax.data.packing import PackedBatch
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
+from ches_jax.losses.registry import unknown_name
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
-from ches_jax.losses.wrappers import Per
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.attention.dense import Attend, dense
 from ches_jax.models.attention.mask import Visibility
@@ -27,6 +27,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import Head, token_logps
 from ches_jax.models.segment_sums import segment_sums
 from ches_jax.train.data.batches import Batch
+from ches_jax.types import SftUnit
 
 SUPPLIED = (
     REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE
@@ -48,7 +49,7 @@ SFT = {
 
 def prediction_logps(
     model: Decoder,
-    rows: Rows,
+    rows: PackedBatch,
     *,
     per_token: Callable[..., Array] = token_logps,
     attend: Attend = dense,
@@ -72,7 +73,7 @@ def prediction_logps(
     return per_token(predicting, model.unembedding, rows.target, head)
 
 
-def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S *n"]:
+def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Array, "B S *n"]:
     """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
     return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
 
@@ -98,7 +99,7 @@ def batch_logps(model: Decoder, batch: Batch, **options: Any) -> Logps:
 
 
 def get_objective(
-    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: Per = "token", weighted: bool = False
+    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: SftUnit = "token", weighted: bool = False
 ) -> Loss:
     """A loss of the registry or a supervised one, with an SFT term and weights of the pairs where asked.
 
@@ -111,7 +112,7 @@ def get_objective(
             raise ChesError(f"loss {name!r}: has no hyper-parameters and takes neither an SFT term nor weights")
         return _supervised(name)
     if name not in loss_names():
-        raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(sorted({*loss_names(), *SFT}))}")
+        raise ChesError(unknown_name(name, sorted({*loss_names(), *SFT})))
     loss = get_loss(name, **hyper)
     if sft:
         loss = with_sft(loss, sft, per=sft_per)
@@ -193,7 +194,7 @@ def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]
         "logp": logps[:, 0],
         "ref_logp": ref[:, 0],
         "kl_baseline": kto_baseline(logps[:, -1], ref[:, -1]),
-        **batch.given,
+        **batch.extra,
         **state,
     }
     if batch.tokens is not None and found.tokens is not None:

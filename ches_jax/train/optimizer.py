@@ -11,7 +11,7 @@ The first step is :math:`\eta / \sqrt{1 - \alpha}` = 10 learning rates in the di
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,22 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ches_jax.errors import ChesError, many
+from ches_jax.train.config import ScheduleName
 
 Params = dict[str, Array]
 Schedule = Callable[[Any], Any]
 """From the number of an update (int32) to its learning rate (float32)."""
-ScheduleName = Literal["constant", "linear", "cosine"]
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+
+def require_schedule(name: str) -> None:
+    """Refuse a schedule that is not known.
+
+    Raises:
+      ChesError: lists the names.
+    """
+    if name not in SCHEDULES:
+        raise ChesError(f"--schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
 
 
 def make_schedule(name: str, peak: float, steps: int, warmup: int = 0) -> Schedule:
@@ -32,8 +42,7 @@ def make_schedule(name: str, peak: float, steps: int, warmup: int = 0) -> Schedu
 
     ``linear`` and ``cosine`` reach 0 at ``steps``, as transformers' schedules of these names do.
     """
-    if name not in SCHEDULES:
-        raise ChesError(f"--schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
+    require_schedule(name)
 
     def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
         at = count.astype(jnp.float32)

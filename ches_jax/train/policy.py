@@ -53,15 +53,27 @@ class Lora:
     """Of the directory they start from."""
 
 
+def require_lora_options(config: TrainConfig) -> None:
+    """Refuse options of adapters that do not go together.
+
+    Raises:
+      ChesError: names the option.
+    """
+    if config.adapter is not None and config.lora_rank is not None:
+        raise ChesError("--adapter and --lora-rank: an adapter brings its own rank and scale; give one of them")
+    options = {"alpha": config.lora_alpha, "targets": config.lora_targets, "rslora": config.lora_rslora or None}
+    for name, value in options.items():
+        if value is not None and config.lora_rank is None:
+            raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
+
+
 def open_lora(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> Lora | None:
     """What the config says about adapters; None in full training.
 
     Raises:
-      ChesError: options that do not go together, targets that the model does not have, an adapter that does not fit.
+      ChesError: targets that the model does not have, an adapter that does not fit.
     """
     if config.adapter is not None:
-        if config.lora_rank is not None:
-            raise ChesError("--adapter and --lora-rank: an adapter brings its own rank and scale; give one of them")
         start = adapter_directory(config.adapter)
         found = read_adapter(start, directory)
         return Lora(found.spec, found, adapter_fingerprint(start))
@@ -86,9 +98,9 @@ class Policy:
         """All parameters."""
         return {**self.frozen, **trained}
 
-    def model(self, trained: dict[str, Any]) -> Decoder:
-        """The decoder with its arrays."""
-        return with_parameters(self.abstract, self.parameters(trained))
+    def with_parameters(self, parameters: dict[str, Any]) -> Decoder:
+        """The decoder with all its arrays."""
+        return with_parameters(self.abstract, parameters)
 
 
 def make_policy(

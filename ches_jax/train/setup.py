@@ -1,7 +1,8 @@
 """Everything a run needs, opened and checked before the first number is computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.packing import Item, responses_of
-from ches_jax.distributed.mesh import held_shards, make_mesh, row_shards
+from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint, read_config, resolve
@@ -21,22 +23,37 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
+from ches_jax.options import require_dtype
 from ches_jax.runs.directory import as_dict
-from ches_jax.train.config import BUNDLED, NOT_IDENTITY, TrainConfig, objective
+from ches_jax.train.checkpoints import parse_best
+from ches_jax.train.config import NOT_IDENTITY, TrainConfig
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS
+from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
-from ches_jax.train.objective import is_unpaired, needs_reference, reads_reference_tokens, reads_samples, reads_tokens
+from ches_jax.train.objective import (
+    get_objective,
+    is_unpaired,
+    needs_reference,
+    reads_reference_tokens,
+    reads_samples,
+    reads_tokens,
+)
 from ches_jax.train.observe.pair_logprobs import Evaluator, PairLogps
 from ches_jax.train.observe.probes import Probes, read_probes
-from ches_jax.train.optimizer import Schedule, make_schedule
-from ches_jax.train.policy import Lora, open_lora
-from ches_jax.train.reference import Logps, from_file, reference_logps
+from ches_jax.train.optimizer import Schedule, make_schedule, optimizer_hyper, require_schedule
+from ches_jax.train.policy import Lora, open_lora, require_lora_options
+from ches_jax.train.reference import Evaluate, Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
+from ches_jax.train.trackers import require_trackers
 from ches_jax.types import TokenPair
 
 NO_PROBES = "none"
+POSITIVE = (
+    "lr", "batch_size", "accumulate", "epochs", "steps", "limit", "clip", "eval_every", "save_every", "keep",
+    "row_tokens", "lora_rank", "lora_alpha",
+)  # fmt: skip
+"""Options that must be more than zero."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +79,67 @@ class Run:
     identity: dict[str, Any]
 
     @property
+    def master(self) -> str:
+        """Dtype of trained parameters."""
+        return "float64" if self.config.dtype == "float64" else "float32"
+
+    @property
+    def starts_at_the_reference(self) -> bool:
+        """Whether the reference is the policy before the first update."""
+        return needs_reference(self.loss) and self.config.reference == "initial"
+
+    @property
     def sets(self) -> dict[str, list[TokenPair]]:
         """The pairs that are watched, by the name of their set."""
         every = {"train": self.pairs.watched, "held_out": self.pairs.held_out}
         return {name: pairs for name, pairs in every.items() if pairs}
 
 
+def require_options(config: TrainConfig) -> None:
+    """Refuse options that no run could have.
+
+    Raises:
+      ChesError: the first bad option.
+    """
+    require_dtype("dtype", config.dtype)
+    optimizer_hyper(config.optimizer, config.optimizer_args)
+    require_schedule(config.schedule)
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ChesError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    for name in ("watch", "holdout", "warmup"):
+        if getattr(config, name) < 0:
+            raise ChesError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    require_lora_options(config)
+    require_trackers(config.tracker)
+    if config.keep_best is not None:
+        best = parse_best(config.keep_best)
+        if best.metric.startswith("eval_") and config.eval_pairs is None and not config.holdout:
+            raise ChesError(f"--keep-best {config.keep_best}: no pairs are held out; give --eval-pairs or --holdout")
+    if config.accumulate > config.batch_size:
+        raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
+    if config.eval_pairs is not None and config.holdout:
+        raise ChesError("--holdout and --eval-pairs: give one of them")
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
-    """Open and check; nothing is computed or written."""
+    """Open and check; nothing is computed or written.
+
+    Raises:
+      ChesError: options that no run could have (before anything is read), or input that is not fit.
+    """
     process = process or Process()
     assert config.out is not None
+    require_options(config)
+    loss = get_objective(
+        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
+    )
+    require_reward_columns(config, loss)
     directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
     lora = open_lora(config, directory, decoder)
     mesh = make_mesh(config.mesh, everywhere=True)
-    loss = objective(config)
     if needs_reference(loss) and config.reference == "none":
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
@@ -86,12 +149,12 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
-    pairs = read_run_pairs(config, directory, decoder, process)
+    pairs = read_run_pairs(config, loss, directory, decoder, process)
     train, held_out = (
         make_examples(
-            loss, some, given, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
+            loss, some, extra, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
         )
-        for some, given in ((pairs.train, pairs.given), (pairs.held_out, pairs.held_out_given))
+        for some, extra in ((pairs.train, pairs.extra), (pairs.held_out, pairs.held_out_extra))
     )
     plan = make_plan(config, len(train))
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
@@ -127,7 +190,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             config.eos,
             threshold,
             response_tokens=longest if reads_tokens(loss) else 0,
-            held=held_shards(mesh) if process.count > 1 else None,
+            local_shards=local_shards(mesh) if process.count > 1 else None,
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
@@ -143,65 +206,91 @@ def load_parameters(directory: Path, dtype: str, master: str | None, mesh: Mesh)
     return named_parameters(model)
 
 
-def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[str, Logps]:
-    """Reference log-probabilities of training and held-out examples; empty where the loss has no reference."""
-    config = run.config
-    if not needs_reference(run.loss):
+def references(
+    config: TrainConfig,
+    loss: Loss,
+    examples: Mapping[str, Examples],
+    identity: Mapping[str, Any],
+    *,
+    initial: Evaluate,
+    other: Callable[[Path], Evaluate],
+    folder: Path,
+    write: bool = True,
+) -> dict[str, Logps]:
+    """Reference log-probabilities of training and held-out examples; empty where the loss has no reference.
+
+    Args:
+      config: ``reference`` names the source.
+      loss: decides whether sums or single tokens are needed.
+      examples: by the name of their set.
+      identity: of the run: fingerprints of model, tokenizer and adapter are read.
+      initial: log-probabilities under the policy before the first update.
+      other: the same under a model directory.
+      folder: where the cache lies.
+      write: whether this process writes it.
+
+    Raises:
+      ChesError: a cache of another model, a directory of another vocabulary, values that are not finite.
+    """
+    if not needs_reference(loss):
         return {}
     if config.reference == "columns":
-        given = {"train": run.train.given, "held_out": run.held_out.given}
-        return {name: PairLogps(*(some[f] for f in REFERENCE_FIELDS)) for name, some in given.items() if some}
-    everything = [*run.train.pairs, *run.held_out.pairs]
-    identity = {
-        "model_fingerprint": run.identity["model_fingerprint"],
-        "tokenizer_fingerprint": run.identity["tokenizer_fingerprint"],
-        "convention": {"eos": config.eos, "max_length": config.max_length, "template": config.template},
-        "dtype": config.dtype,
-    }
-    if "adapter_fingerprint" in run.identity:
-        identity["adapter_fingerprint"] = run.identity["adapter_fingerprint"]
-    per_token = reads_reference_tokens(run.loss)
-    if per_token:
-        identity["per"] = "token"
-
-    def policy(pairs: Sequence[TokenPair]) -> Logps:
-        return (evaluate.tokens if per_token else evaluate)(params, pairs)
-
-    folder = Path(config.reference_cache) if config.reference_cache else run.out
+        extra = {name: some.extra for name, some in examples.items() if some.extra}
+        return {name: PairLogps(*(columns[f] for f in REFERENCE_FIELDS)) for name, columns in extra.items()}
+    pairs = [pair for some in examples.values() for pair in some.pairs]
+    identity = reference_identity(config, loss, identity)
     if config.reference.endswith(".parquet"):
-        found = from_file(Path(config.reference), everything, identity, policy)
+        logps = from_file(Path(config.reference), pairs, identity, initial)
     elif config.reference == "initial":
-        found = reference_logps(everything, policy, identity, folder, write=run.process.first)
+        logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:
         directory = resolve(config.reference)
         identity["model_fingerprint"] = fingerprint(directory)
         identity.pop("adapter_fingerprint", None)
-        found = reference_logps(
-            everything, _other_model(run, directory, per_token), identity, folder, write=run.process.first
-        )
-    n = len(run.train.pairs)
-    parts = {"train": slice(n), "held_out": slice(n, None)}
-    return {k: found._replace(chosen=found.chosen[s], rejected=found.rejected[s]) for k, s in parts.items()}
+        logps = reference_logps(pairs, other(directory), identity, folder, write=write)
+    parts, start = {}, 0
+    for name, some in examples.items():
+        part = slice(start, start := start + len(some.pairs))
+        parts[name] = logps._replace(chosen=logps.chosen[part], rejected=logps.rejected[part])
+    return parts
 
 
-def _other_model(run: Run, directory: Path, per_token: bool) -> Callable[[Sequence[TokenPair]], Logps]:
-    """Log-probabilities under a reference directory, whose weights are gone when they have been computed."""
-    decoder = decoder_config(read_config(directory), str(directory))
-    if decoder.vocab_size != run.decoder.vocab_size:
-        raise ChesError(
-            f"--reference {directory}: its vocabulary has {decoder.vocab_size} tokens, the model's "
-            f"{run.decoder.vocab_size}; policy and reference share one tokenizer"
-        )
-    abstract = abstract_decoder(decoder, dtype=jnp.dtype(run.config.dtype))
-    threshold = decoder.rope.length_threshold if decoder.rope else None
-    attend = choose_attention(run.config.attention, decoder, run.config.dtype).attend
-    evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold), attend)
-    master = "float64" if run.config.dtype == "float64" else "float32"
-    loaded: list[Any] = []
+def reference_identity(config: TrainConfig, loss: Loss, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the reference's log-probabilities, and so names their cache."""
+    prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint")
+    found = {name: identity[name] for name in prints if name in identity}
+    found["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
+    found["dtype"] = config.dtype
+    if reads_reference_tokens(loss):
+        found["per"] = "token"
+    return found
 
-    def compute(pairs: Sequence[TokenPair]) -> Logps:
-        if not loaded:
-            loaded.append(load_parameters(directory, run.config.dtype, master, run.mesh))
-        return (evaluate.tokens if per_token else evaluate)(loaded[0], pairs)
 
-    return compute
+@dataclass
+class OtherModel:
+    """Log-probabilities under a reference directory, whose weights are loaded when they are first needed."""
+
+    run: Run
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self._decoder = decoder_config(read_config(self.directory), str(self.directory))
+        if self._decoder.vocab_size != self.run.decoder.vocab_size:
+            raise ChesError(
+                f"--reference {self.directory}: its vocabulary has {self._decoder.vocab_size} tokens, the model's "
+                f"{self.run.decoder.vocab_size}; policy and reference share one tokenizer"
+            )
+
+    @cached_property
+    def _evaluate(self) -> Evaluate:
+        run, decoder, dtype = self.run, self._decoder, self.run.config.dtype
+        threshold = decoder.rope.length_threshold if decoder.rope else None
+        layout = run.layout._replace(length_threshold=threshold)
+        attend = choose_attention(run.config.attention, decoder, dtype).attend
+        evaluator = Evaluator(abstract_decoder(decoder, dtype=jnp.dtype(dtype)), run.mesh, layout, attend)
+        params = load_parameters(self.directory, dtype, run.master, run.mesh)
+        return evaluator.under(params, per_token=reads_reference_tokens(run.loss))
+
+    def __call__(self, pairs: Sequence[TokenPair]) -> Logps:
+        """Log-probabilities of ``pairs``."""
+        return self._evaluate(pairs)

@@ -10,13 +10,12 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ches_jax.errors import ChesError
 from ches_jax.runs.directory import read_json, write_json
 from ches_jax.train.metrics import JsonLines, Tracker
 
-Name = Literal["tensorboard", "wandb"]
 PACKAGES: Mapping[str, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 

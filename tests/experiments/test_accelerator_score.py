@@ -45,9 +45,10 @@ def test_only_the_tiny_size_runs_on_a_cpu():
 
 
 def test_the_classes_have_the_sizes_they_are_named_after():
+    from ches_jax.models.decoder import parameter_count
     from ches_jax.models.families.registry import decoder_config
 
-    counts = {n: decoder_config({"model_type": "llama", **s}).parameter_count() for n, s in SHAPES.items()}
+    counts = {n: parameter_count(decoder_config({"model_type": "llama", **s})) for n, s in SHAPES.items()}
     assert 1.2e9 < counts["1b"] < 1.3e9
     assert 8.0e9 < counts["8b"] < 8.1e9
 

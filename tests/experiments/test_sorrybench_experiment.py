@@ -10,13 +10,14 @@ from ches_jax.errors import DataError
 from ches_jax.select.keep import keep_indices
 from experiments import sorrybench
 from experiments.bundled import replies
+from experiments.bundled.grammar import kind
 from experiments.bundled.world import build_world
 from experiments.framework.item import Work, configure
 from experiments.framework.training import write_rows
 from experiments.sorrybench import data, refusals, report, runs
 from experiments.sorrybench.config import LOSSES, SCALES, SUBSETS, TYPES, Objective, SorryScale
-from experiments.sorrybench.grammar import kind
-from experiments.sorrybench.measure import kept_types, largest_rate, mean_loss, method_summary, score_summary
+from experiments.sorrybench.runs import largest_rate, mean_loss
+from experiments.sorrybench.summary import kept_types, method_summary, score_summary
 
 
 def test_the_paper_scale_is_the_papers():
@@ -265,11 +266,11 @@ def test_the_grammar_knows_every_reply_of_the_world_and_nothing_else():
 
 
 def test_an_undecided_judge_stops_the_experiment(work, monkeypatch):
-    from ches_jax.generate import parts
     from ches_jax.judges import run as judge_run
+    from ches_jax.runs import chunks
 
     monkeypatch.setattr(judge_run, "judge", lambda *a, **k: work.folder("none"))
-    monkeypatch.setattr(parts, "read", lambda path: [{"refusal": None}] * 3)
+    monkeypatch.setattr(chunks, "read_lines", lambda path: [{"refusal": None}] * 3)
     with pytest.raises(DataError, match="decided none of 3 responses"):
         data.judged(work, "responses")
 

@@ -30,7 +30,7 @@ from ches_jax.losses import (
     with_tokens,
     with_weights,
 )
-from ches_jax.losses.wrappers import Per
+from ches_jax.types import SftUnit
 
 DPO = get_loss("dpo", beta=0.3)
 
@@ -39,7 +39,7 @@ def test_sft_units(batch64):
     base = DPO(batch64)[0]
     n = jnp.asarray(batch64.chosen_tokens).astype(jnp.float64)
     nll = -jnp.asarray(batch64.logp_chosen)
-    terms: dict[Per, Any] = {"sum": nll, "token": nll / n, "batch_token": nll * 4 / n.sum()}
+    terms: dict[SftUnit, Any] = {"sum": nll, "token": nll / n, "batch_token": nll * 4 / n.sum()}
     for per, term in terms.items():
         value, aux = with_sft(DPO, 0.7, per=per)(batch64)
         np.testing.assert_allclose(value, base + 0.7 * term, rtol=1e-12)

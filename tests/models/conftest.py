@@ -1,16 +1,10 @@
-"""What the model tests share: reference directories, and peace from the warnings of the libraries compared against."""
+"""What the model tests share: reference directories."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for module in ("torch", "transformers", "huggingface_hub"):
-        for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):
-            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{module}")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import pytest
 from ches_jax.models.attention import dense
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.choose import KERNELS
-from ches_jax.models.attention.mask import block_spans, key_ranges, visible, visited, within
+from ches_jax.models.attention.dense import AttentionInputs, AttentionParams
+from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, key_ranges, visible, within
 
 from .packed import Packed, packed
 
@@ -41,7 +42,7 @@ CASES = [
 PLAIN = {
     "dense": dense.dense,
     "blocks": partial(blocks, block=16),
-    "slices": partial(dense.slices, block=50),
+    "query_chunked": partial(dense.query_chunked, chunk=50),
 }
 WAYS = PLAIN | {name: kernel.make(True) for name, kernel in KERNELS.items()}
 
@@ -57,6 +58,10 @@ def arrays(case: Case, rows: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray
     shapes = ((count, length, case.kv, case.group, case.head), *[(count, length, case.kv, case.head)] * 2)
     q, k, v = (rng.normal(size=s).astype(case.dtype) for s in shapes)
     return q, k, v
+
+
+def inputs_of(q: np.ndarray, k: np.ndarray, v: np.ndarray, ranges: KeyRanges) -> AttentionInputs:
+    return AttentionInputs(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), ranges)
 
 
 def alone(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, row: int, at: np.ndarray) -> np.ndarray:
@@ -76,35 +81,35 @@ def alone(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, row: int, at:
 def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str, case: Case):
     with jax.enable_x64(case.dtype == "float64"):
         q, k, v = arrays(case, rows)
-        seen = within(key_ranges(rows.seen), jnp.int32(case.window))
-        run = jax.jit(partial(WAYS[way], scale=case.head**-0.5, softcap=case.softcap))
-        found = np.asarray(run(q, k, v, seen))
+        ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
+        run = jax.jit(partial(WAYS[way], params=AttentionParams(case.head**-0.5, case.softcap)))
+        found = np.asarray(run(inputs_of(q, k, v, ranges)))
     assert found.dtype == case.dtype
     assert np.isfinite(found).all()
     for row, at in rows.sequences:
         np.testing.assert_allclose(found[row, at], alone(case, q, k, v, row, at), atol=case.tolerance)
 
 
-@pytest.mark.parametrize("way", [w for w in WAYS if w != "slices"])
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "query_chunked"])
 def test_any_positions_may_be_the_queries(rows: Packed, way: str):
     case = Case(1, 2, 64)
     q, k, v = arrays(case, rows)
     at = np.random.default_rng(1).permutation(LENGTH)[:77]
-    seen = key_ranges(rows.seen)
-    options = {"scale": 0.2, "softcap": None}
-    whole = dense.dense(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), seen, **options)
-    some = jax.jit(partial(WAYS[way], **options))(q[:, at], k, v, jax.tree.map(lambda a: a[:, at], seen))
+    inputs, params = inputs_of(q, k, v, key_ranges(rows.seen)), AttentionParams(0.2)
+    whole = dense.dense(inputs, params)
+    some_q, some_ranges = jax.tree.map(lambda a: a[:, at], (inputs.q, inputs.ranges))
+    some = jax.jit(partial(WAYS[way], params=params))(inputs._replace(q=some_q, ranges=some_ranges))
     np.testing.assert_allclose(some, whole[:, at], atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["slices", "blocks"])
+@pytest.mark.parametrize("way", ["query_chunked", "blocks"])
 def test_the_gradient_is_that_of_dense(rows: Packed, way: str, x64: None):
     case = Case(1, 2, 8, window=17, softcap=5.0, dtype="float64")
     inputs = tuple(map(jnp.asarray, arrays(case, rows)))
-    seen = within(key_ranges(rows.seen), jnp.int32(case.window))
+    ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
 
-    def value(name, *inputs):
-        out = PLAIN[name](*inputs, seen, scale=0.3, softcap=case.softcap)
+    def value(name, q, k, v):
+        out = PLAIN[name](AttentionInputs(q, k, v, ranges), AttentionParams(0.3, case.softcap))
         return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
     for a, b in zip(*(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in (way, "dense")), strict=True):
@@ -113,20 +118,20 @@ def test_the_gradient_is_that_of_dense(rows: Packed, way: str, x64: None):
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [(16, 16, NO_WINDOW), (64, 32, NO_WINDOW), (32, 64, 9)])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_visited_blocks_hold_all_that_is_seen_once_each_and_hardly_more(
+def test_the_blocks_of_keys_hold_all_that_is_seen_once_each_and_hardly_more(
     seed: int, queries: int, keys: int, window: int
 ):
     rng = np.random.default_rng(seed)
     rows = packed(rng.integers((1, 0, 0, 0), (90, 9, 90, 90), (9, 4)).tolist(), 320)
-    seen = within(key_ranges(rows.seen), jnp.int32(window))
-    count, length = seen.own_start.shape
-    mask = np.asarray(visible(seen, jnp.arange(length)))
+    ranges = within(key_ranges(rows.seen), jnp.int32(window))
+    count, length = ranges.own_start.shape
+    mask = np.asarray(visible(ranges, jnp.arange(length)))
     needed = np.any(mask.reshape(count, length // queries, queries, length // keys, keys), axis=(2, 4))
-    spans = block_spans(seen, queries, keys)
+    spans = block_spans(ranges, queries, keys)
     steps = jnp.arange(length // keys + 1)[None, None]
-    order = np.asarray(visited(jax.tree.map(lambda a: a[..., None], spans), steps))
+    order = np.asarray(block_index(jax.tree.map(lambda a: a[..., None], spans), steps))
     for row, block in np.ndindex(needed.shape[:2]):
-        visits = order[row, block, : int(spans.visits[row, block])]
-        assert (np.diff(visits) > 0).all()
-        assert set(np.flatnonzero(needed[row, block])) <= set(visits) <= set(range(length // keys))
-    assert int(spans.visits.sum()) <= 1.1 * needed.sum()
+        indices = order[row, block, : int(spans.num_blocks[row, block])]
+        assert (np.diff(indices) > 0).all()
+        assert set(np.flatnonzero(needed[row, block])) <= set(indices) <= set(range(length // keys))
+    assert int(spans.num_blocks.sum()) <= 1.1 * needed.sum()

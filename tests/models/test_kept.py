@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from ches_jax.models.attention.block_sparse import blocks
-from ches_jax.models.attention.dense import slices
+from ches_jax.models.attention.dense import query_chunked
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
 
@@ -37,7 +37,7 @@ def kept(decoder: Decoder, attend, remat: bool) -> tuple[int, list[jax.Array]]:
     return size, jax.tree.leaves(backward(jnp.cos(hidden)))
 
 
-@pytest.mark.parametrize("attend", [blocks, partial(slices, block=64)], ids=["blocks", "slices"])
+@pytest.mark.parametrize("attend", [blocks, partial(query_chunked, chunk=64)], ids=["blocks", "query_chunked"])
 def test_products_and_attention_are_kept_and_the_rest_is_computed_again(decoder: Decoder, attend):
     c = decoder.config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

@@ -14,7 +14,7 @@ from ches_jax.errors import ChesError
 from ches_jax.models.attention import choose
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.choose import KERNELS, Kernel, Setting, check, choose_attention
-from ches_jax.models.attention.dense import dense
+from ches_jax.models.attention.dense import AttentionInputs, AttentionParams, dense
 from ches_jax.models.attention.mask import KeyRanges
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
@@ -78,12 +78,13 @@ def test_a_kernel_that_cannot_run_here_says_why_and_what_can():
         choose_attention("flash", LLAMA, "float32")
 
 
-def sees_everything_before(q, k, v, seen: KeyRanges, **options):
+def sees_everything_before(inputs: AttentionInputs, params: AttentionParams):
     """A faulty kernel: the chosen response's tokens are visible to the rejected one's."""
-    return dense(q, k, v, seen._replace(own_start=jnp.zeros_like(seen.own_start)), **options)
+    ranges = inputs.ranges._replace(own_start=jnp.zeros_like(inputs.ranges.own_start))
+    return dense(inputs._replace(ranges=ranges), params)
 
 
-def fails(*arrays, **options):
+def fails(inputs: AttentionInputs, params: AttentionParams):
     raise NotImplementedError("no such instruction")
 
 
@@ -97,7 +98,7 @@ def test_a_faulty_kernel_is_never_used(monkeypatch, attend, fault):
         choose_attention("faulty", LLAMA, "float32")
     chosen = choose_attention("auto", LLAMA, "float32")
     assert (chosen.name, chosen.attend) == ("blocks", blocks)
-    assert fault in chosen.refused[0]
+    assert fault in chosen.rejected[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -110,6 +111,9 @@ def test_kernels_lower_for_devices_that_are_not_here(name: str, platform: str, c
     rows, length, kv, group, head = 2, 2048, 2, 4, 128
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
     q, k = shape((rows, length, kv, group, head)), shape((rows, length, kv, head))
-    seen = jax.eval_shape(lambda: KeyRanges(*[jnp.zeros((rows, length), jnp.int32)] * 4))
-    run = jax.jit(partial(KERNELS[name].make(False), scale=0.1, softcap=30.0))
-    assert call in run.trace(q, k, k, seen).lower(lowering_platforms=(platform,)).as_text()
+    ranges = jax.eval_shape(lambda: KeyRanges(*[jnp.zeros((rows, length), jnp.int32)] * 4))
+    run = jax.jit(partial(KERNELS[name].make(False), params=AttentionParams(0.1, 30.0)))
+    assert (
+        call
+        in run.trace(jax.eval_shape(AttentionInputs, q, k, k, ranges)).lower(lowering_platforms=(platform,)).as_text()
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ches_jax.models.decoder import parameter_count
 from ches_jax.models.families.registry import decoder_config
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -25,7 +26,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name: str):
     raw = json.loads((PUBLISHED / f"{name}.json").read_text())
-    assert decoder_config(raw, name).parameter_count() == COUNTS[name]
+    assert parameter_count(decoder_config(raw, name)) == COUNTS[name]
 
 
 @pytest.mark.slow

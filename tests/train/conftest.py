@@ -1,32 +1,9 @@
-"""What the training tests share: quiet libraries, compiled code kept between runs, a small run."""
+"""What the training tests share: a small run."""
 
-import jax
 import pytest
 
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.loop import train
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for module in ("torch", "transformers", "huggingface_hub"):
-        for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):
-            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{module}")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Equal programs of several runs are compiled once, and not for speed."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from ches_jax.displacement.diagnose import DiagnoseConfig, diagnose
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
 
 pytestmark = pytest.mark.slow
 KILLS = 10

@@ -20,7 +20,6 @@ from ches_jax.errors import DataError
 from ches_jax.hf.directory import resolve
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.scores import formulas
-from ches_jax.stats import spearman
 from ches_jax.types import TokenPair
 from theory.models import kernels
 from theory.models.lmview import (
@@ -41,7 +40,7 @@ LONGEST = 192
 FEW = 6
 """Pairs where a claim costs a gradient of the unembedding, or a column of a Gram matrix, for each."""
 AMONG = 10
-"""Pairs are taken evenly from the first so many times as many: neighbours in a file are often alike."""
+"""Pairs are taken evenly from this many times as many: neighbours in a file are often alike."""
 
 
 def dpo_at(start: Any) -> PairLoss:
@@ -232,15 +231,15 @@ def open_real_model(model: str | Path, pairs: str | Path | None = None, *, limit
     source = open_pairs(str(pairs or pairs_file()))
     tokenizer = load_tokenizer(directory)
     of_pairs = PairTokenizer(tokenizer, max_length=decoder.config.max_positions, vocab_size=decoder.config.vocab_size)
-    found: dict[tuple, TokenPair] = {}
+    unique: dict[tuple, TokenPair] = {}
     for row in islice(source, AMONG * limit):
         pair = of_pairs([row])[0]
         if fit(pair):
-            found.setdefault((pair.prompt, pair.chosen.content, pair.rejected.content), pair)
-    if len(found) < 2:
+            unique.setdefault((pair.prompt, pair.chosen.content, pair.rejected.content), pair)
+    if len(unique) < 2:
         raise DataError(f"{source.name}: fewer than two pairs of at most {LONGEST} tokens without findings")
-    evenly = np.unique(np.linspace(0, len(found) - 1, min(limit, len(found))).round().astype(int))
-    taken = [list(found.values())[i] for i in evenly]
+    evenly = np.unique(np.linspace(0, len(unique) - 1, min(limit, len(unique))).round().astype(int))
+    taken = [list(unique.values())[i] for i in evenly]
     view, params = decoder_view(decoder)
     chosen, rejected = sequences_of(taken)
     return RealModel(
@@ -249,23 +248,6 @@ def open_real_model(model: str | Path, pairs: str | Path | None = None, *, limit
 
 
 def fit(pair: TokenPair) -> bool:
-    """Whether the claims can use a pair: nothing found by the audit, short enough, two different responses."""
+    """Whether the claims can use a pair: no flag of the audit, short enough, two different responses."""
     longest = len(pair.prompt) + max(len(r.targets("include")) for r in (pair.chosen, pair.rejected))
     return not pair.flags and longest <= LONGEST and bool(pair.prompt)
-
-
-def bootstrap_spearman(
-    a: np.ndarray, b: np.ndarray, seed: int, against: np.ndarray | None = None, draws: int = 1000
-) -> dict[str, float]:
-    """Spearman's correlation of a with b, with a 95% percentile interval over resampled pairs.
-
-    With ``against`` the correlation of a less that of ``against``, both with b, on the same resampled pairs.
-    """
-
-    def value(rows: Any) -> float:
-        less = 0.0 if against is None else spearman(against[rows], b[rows])
-        return spearman(a[rows], b[rows]) - less
-
-    draw = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
-    low, high = np.nanquantile([value(rows) for rows in draw], [0.025, 0.975])
-    return {"rho": value(slice(None)), "low": float(low), "high": float(high)}

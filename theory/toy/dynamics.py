@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ches_jax.displacement.changes import direction
 from theory.toy.ufm import UFM
 
 Loss = Callable[[Any], Array]
 """From parameters to the training loss."""
-Verdict = Literal["none", "benign", "catastrophic", "unlabelled"]
+Kind = Literal["none", "benign", "catastrophic", "unlabelled"]
+"""Of displacement, in the paper's words."""
 MOST_STEPS = 100_000
 """Steps after which the integrator gives up (an error, not a wrong answer)."""
 
@@ -176,8 +178,10 @@ def mass_by_label(probabilities: Float[Array, "*S V"], labels: tuple[str, ...]) 
     }
 
 
-def classify(log_prob_change: float, loss_change: float, gains: dict[str, float], same: str, opposite: str) -> Verdict:
-    """The paper's words for one run (Definition 1 and the remark after it).
+def displacement_kind(
+    log_prob_change: float, loss_change: float, gains: dict[str, float], same: str, opposite: str
+) -> Kind:
+    """Whether a run was displaced, and where the probability went (Definition 1 and the remark after it).
 
     Args:
       log_prob_change: change of ln pi(y+|x) over the run, nats.
@@ -188,9 +192,9 @@ def classify(log_prob_change: float, loss_change: float, gains: dict[str, float]
 
     Returns:
       "none" unless the loss fell and so did ln pi(y+); then by the label that gained most: "benign" or "catastrophic",
-      or "unlabelled" if it is neither.
+      or "unlabelled" if it is neither. The changes are exact, so the tolerance is zero.
     """
-    if not (loss_change < 0 and log_prob_change < 0):
+    if not all(direction(change, change, 0.0) == "down" for change in (loss_change, log_prob_change)):
         return "none"
     winner = max(gains, key=lambda name: gains[name])
     if winner == same:

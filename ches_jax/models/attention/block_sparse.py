@@ -1,18 +1,19 @@
-r"""Attention that visits only the blocks of keys with something to see, forward and backward.
+r"""Attention that computes only the blocks of scores in which a query sees a key, forward and backward.
 
 With ``z = cap(scale * q k^T)`` of a query, its weights ``p = exp(z - Z)`` with ``Z = ln sum exp z``, output ``o = p v``
-and its slope ``g``:
+and the gradient ``g`` by that output:
 
 .. math::
-  \frac{\partial}{\partial v_s} = \sum_q p_{qs} g_q, \qquad
-  \frac{\partial}{\partial z_{qs}} = p_{qs} \Big(g_q \cdot v_s - \sum_t p_{qt}\, g_q \cdot v_t\Big)
+  \frac{\partial}{\partial v_t} = \sum_q p_{qt} g_q, \qquad
+  \frac{\partial}{\partial z_{qt}} = p_{qt} \Big(g_q \cdot v_t - \sum_u p_{qu}\, g_q \cdot v_u\Big)
 
-The sum over t equals ``g . o``; summed from the same rounded terms it makes the slopes of a query add up to nothing,
-which an optimiser that divides by the size of a gradient notices.
+The sum over u equals ``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to
+zero, which an optimiser that divides by the size of a gradient notices.
 
-The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; what such a
-block visits is gathered first, so that its products are few and large. Their number differs from block to block and
-shapes cannot: it is rounded up to one of a few ``rungs``, each compiled once, and keys of the surplus are hidden.
+The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; the blocks of keys
+that such a block needs are gathered first, so that its matrix products are few and large. Their number differs from
+block to block and shapes cannot: it is rounded up to one of a few bucket sizes, each compiled once, and the keys of the
+surplus blocks are masked.
 """
 
 from collections.abc import Callable
@@ -25,49 +26,46 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ches_jax.models.attention.dense import HIDDEN_SCORE, KEPT, capped, to_multiple
-from ches_jax.models.attention.mask import KeyRanges, block_spans, padded, visible, visited
-from ches_jax.models.precision import accumulate, products
+from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
+from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
+from ches_jax.models.precision import accumulate, einsum
 
-BLOCK, WIDE_BLOCK = {"cpu": 64}, 128
+BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
 """Queries and keys of a block by platform, and elsewhere: what was fastest."""
 
 
-class Way(NamedTuple):
-    """What is static."""
+class Static(NamedTuple):
+    """What a program is compiled for."""
 
     block: int
-    scale: float
-    softcap: float | None
+    params: AttentionParams
 
 
-class Visits(NamedTuple):
-    """Blocks of keys that each block of queries visits: the first ``visits`` of ``number``."""
+class BlockIndices(NamedTuple):
+    """The blocks of keys that each block of queries needs: the first ``kv_num_blocks`` of ``kv_indices``."""
 
-    number: Int[Array, "N S"]
-    visits: Int[Array, " N"]
-
-
-def blocks(
-    q: Float[Array, "B Q K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    seen: KeyRanges,
-    *,
-    scale: float,
-    softcap: float | None,
-    block: int | None = None,
-) -> Float[Array, "B Q K G H"]:
-    """Attention in blocks of ``block`` queries and keys; differentiable, no forward mode."""
-    block = block or BLOCK.get(jax.default_backend(), WIDE_BLOCK)
-    rows = (*(to_multiple(a, block) for a in (q, k, v)), padded(seen, block))
-    return cast(Array, _attend(*rows, Way(block, scale, softcap)))[:, : q.shape[1]]
+    kv_indices: Int[Array, "blocks kv_blocks"]
+    kv_num_blocks: Int[Array, " blocks"]
 
 
-def rungs(most: int) -> list[int]:
-    """Numbers of visits that are compiled; beyond 4 each at most a quarter more than the one before.
+def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None = None) -> Float[Array, "B Q K G H"]:
+    """Attention in blocks of queries and keys; differentiable, no forward mode.
 
-    >>> rungs(11)
+    Args:
+      inputs: queries of any positions, in any order.
+      params: scale and soft cap.
+      block: queries and keys of a block; default: by the platform.
+    """
+    q, k, v, ranges = inputs
+    block = block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
+    whole_blocks = (*(to_multiple(a, block) for a in (q, k, v)), padded(ranges, block))
+    return cast(Array, _attend(*whole_blocks, Static(block, params)))[:, : q.shape[1]]
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """Numbers of blocks that a program is compiled for; beyond 4 each at most a quarter more than the one before.
+
+    >>> bucket_sizes(11)
     [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
     """
     powers = range(most.bit_length())
@@ -75,156 +73,160 @@ def rungs(most: int) -> list[int]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, seen: KeyRanges, way: Way) -> Array:
-    return _forward(q, k, v, seen, way)[0]
+def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, static: Static) -> Array:
+    return _forward(q, k, v, ranges, static)[0]
 
 
-def _forward(q, k, v, seen, way: Way):
-    # lax.map, not vmap: each row visits its own blocks, and a row is work enough for a device
-    out, total = lax.map(partial(_row_forward, way), (q, k, v, seen))
+def _forward(q, k, v, ranges, static: Static):
+    # lax.map, not vmap: each row needs its own blocks, and a row is work enough for a device
+    out, total = lax.map(partial(_row_forward, static), (q, k, v, ranges))
     out, total = checkpoint_name((out, total), KEPT)
-    return out, (q, k, v, seen, total)
+    return out, (q, k, v, ranges, total)
 
 
-def _backward(way: Way, kept, slope):
-    return (*lax.map(partial(_row_backward, way), (*kept, slope)), None)
+def _backward(static: Static, kept, cotangent):
+    return (*lax.map(partial(_row_backward, static), (*kept, cotangent)), None)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _row_forward(way: Way, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[Array, Array]:
-    """Outputs of a row, [Q, K, G, H], and the log of the sum of each block's scores, [N, K, G b]."""
-    q, k, v, seen = row
-    keys, values = (_blocks_of_keys(a, way.block) for a in (k, v))
-    visits = _visits(seen, len(k), way.block)
+def _row_forward(static: Static, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[Array, Array]:
+    """Outputs of a row, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
+    q, k, v, ranges = row
+    keys, values = (_key_blocks(a, static.block) for a in (k, v))
+    indices = _block_indices(ranges, len(k), static.block)
 
     def block(args):
-        qi, seen_i, number, count = args
+        qi, ranges_i, kv_index, kv_count = args
 
-        def at(rung: int):
-            ki, vi = (_gathered(a, number, rung) for a in (keys, values))
-            shown = _shown(seen_i, number, count, rung)
-            z = _scores(qi, ki, shown, way)[0]
+        def compute(size: int):
+            ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
+            z = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)[0]
             top = z.max(-1, keepdims=True)
             p = jnp.exp(z - top)
             total = p.sum(-1, keepdims=True)
-            out = products("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
+            out = einsum("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
             return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
-        return _at_rung(count, number.shape[0], at)
+        return _in_bucket(kv_count, kv_index.shape[0], compute)
 
-    parts = (_blocks_of_queries(q, way.block), _in_blocks(seen, way.block), *visits)
-    out, total = lax.map(block, parts)
-    return _rows_of_queries(out, way.block), total
+    out, total = lax.map(block, (_query_blocks(q, static.block), _in_blocks(ranges, static.block), *indices))
+    return _query_rows(out, static.block), total
 
 
-def _row_backward(way: Way, row: tuple[Array, Array, Array, KeyRanges, Array, Array]) -> tuple[Array, ...]:
+def _row_backward(static: Static, row: tuple[Array, Array, Array, KeyRanges, Array, Array]) -> tuple[Array, ...]:
     """Gradients by the queries, keys and values of a row."""
-    q, k, v, seen, total, slope = row
+    q, k, v, ranges, total, cotangent = row
     acc = accumulate(q.dtype)
-    scale = jnp.asarray(way.scale, acc)  # of scores; multiplied where arrays are narrow
-    keys, values = (_blocks_of_keys(a, way.block) for a in (k, v))
-    visits = _visits(seen, len(k), way.block)
+    scale = jnp.asarray(static.params.scale, acc)  # of scores; multiplied where arrays are small
+    keys, values = (_key_blocks(a, static.block) for a in (k, v))
+    indices = _block_indices(ranges, len(k), static.block)
 
     def block(carry, args):
-        qi, gi, total_i, seen_i, number, count = args
+        qi, gi, total_i, ranges_i, kv_index, kv_count = args
 
-        def at(rung: int):
-            ki, vi = (_gathered(a, number, rung) for a in (keys, values))
-            shown = _shown(seen_i, number, count, rung)
-            z, inner = _scores(qi, ki, shown, way)
+        def compute(size: int):
+            ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
+            z, cap_gradient = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)
             p = jnp.exp(z - total_i[..., None])
-            dp = products("kqh,ksh->kqs", gi, vi)
-            dz = p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * inner
+            dp = einsum("kqh,ksh->kqs", gi, vi)
+            dz = p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * cap_gradient
             dz, p = dz.astype(q.dtype), p.astype(v.dtype)
-            # with the narrow factor first: turning the wide one over is what would take long
-            parts = products("kqh,kqs->khs", qi, dz), products("kqh,kqs->khs", gi, p)
-            dq = products("kqs,ksh->kqh", dz, ki) * scale
-            return dq.astype(q.dtype), *(_as_blocks(a, way.block, most) for a in parts)
+            # [H, keys] with the smaller factor first: transposing the larger one is what would take long
+            parts = einsum("kqh,kqs->khs", qi, dz), einsum("kqh,kqs->khs", gi, p)
+            dq = einsum("kqs,ksh->kqh", dz, ki) * scale
+            return dq.astype(q.dtype), *(_gradient_blocks(a, static.block, most) for a in parts)
 
-        most = number.shape[0]
-        dq, *parts = _at_rung(count, most, at)
+        most = kv_index.shape[0]
+        dq, *parts = _in_bucket(kv_count, most, compute)
 
         def add(step, sums):
-            return tuple(s.at[number[step]].add(part[step]) for s, part in zip(sums, parts, strict=True))
+            return tuple(s.at[kv_index[step]].add(part[step]) for s, part in zip(sums, parts, strict=True))
 
-        return lax.fori_loop(0, count, add, carry), dq
+        return lax.fori_loop(0, kv_count, add, carry), dq
 
-    start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], way.block), acc)
-    queries = (_blocks_of_queries(a, way.block) for a in (q, slope))
-    (dk, dv), dq = lax.scan(block, (start, start), (*queries, total, _in_blocks(seen, way.block), *visits))
-    turned = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * scale, dv))
-    return _rows_of_queries(dq, way.block), *(a.astype(k.dtype) for a in turned)
+    start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], static.block), acc)
+    queries = (_query_blocks(a, static.block) for a in (q, cotangent))
+    (dk, dv), dq = lax.scan(block, (start, start), (*queries, total, _in_blocks(ranges, static.block), *indices))
+    transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * scale, dv))
+    return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed)
 
 
-def _visits(seen: KeyRanges, keys: int, block: int) -> Visits:
-    """What each block of a row's queries visits; numbers past ``visits`` are of some block that exists."""
-    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], seen), block, block))
+def _block_indices(ranges: KeyRanges, keys: int, block: int) -> BlockIndices:
+    """What each block of a row's queries needs; indices past ``kv_num_blocks`` are of some block that exists."""
+    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), block, block))
     most = keys // block
     steps = jnp.arange(most, dtype=jnp.int32)[None]
-    number = visited(jax.tree.map(lambda a: a[:, None], spans), steps)
-    return Visits(jnp.clip(number, 0, most - 1), spans.visits)
+    indices = block_index(jax.tree.map(lambda a: a[:, None], spans), steps)
+    return BlockIndices(jnp.clip(indices, 0, most - 1), spans.num_blocks)
 
 
-def _at_rung(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) -> Any:
-    """``compute`` at the first rung of at least ``count`` visits."""
-    sizes = rungs(most)
-    rung = jnp.sum(jnp.asarray(sizes, count.dtype) < count)
-    return lax.switch(rung, [partial(compute, size) for size in sizes])
+def _in_bucket(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) -> Any:
+    """``compute`` at the first bucket size of at least ``count`` blocks."""
+    sizes = bucket_sizes(most)
+    bucket = jnp.sum(jnp.asarray(sizes, count.dtype) < count)
+    return lax.switch(bucket, [partial(compute, size) for size in sizes])
 
 
-def _gathered(blocks: Float[Array, "K N b H"], number: Int[Array, " S"], rung: int) -> Float[Array, "K s H"]:
-    """The first ``rung`` visited blocks, one after the other."""
-    heads, _, _, width = blocks.shape
-    return jnp.take(blocks, number[:rung], axis=1).reshape(heads, -1, width)
+def _take_blocks(
+    key_blocks: Float[Array, "K blocks block H"], kv_index: Int[Array, " kv_blocks"], size: int
+) -> Float[Array, "K keys H"]:
+    """The keys of the first ``size`` blocks of ``kv_index``, one block after the other."""
+    heads, _, _, width = key_blocks.shape
+    return jnp.take(key_blocks, kv_index[:size], axis=1).reshape(heads, -1, width)
 
 
-def _shown(seen: KeyRanges, number: Int[Array, " S"], count: Int[Array, ""], rung: int) -> Bool[Array, "b s"]:
+def _block_mask(
+    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""], size: int
+) -> Bool[Array, "block keys"]:
     """Which of the gathered keys each query of a block sees."""
-    block = seen.own_end.shape[0]
-    steps = jnp.arange(rung, dtype=number.dtype)
-    key = number[:rung, None] * block + jnp.arange(block, dtype=number.dtype)[None]
-    key = jnp.where(steps[:, None] < count, key, -1)  # which nobody sees
-    return visible(jax.tree.map(lambda a: a[None], seen), key.reshape(-1))[0]
+    block = ranges.own_end.shape[0]
+    steps = jnp.arange(size, dtype=kv_index.dtype)
+    key = kv_index[:size, None] * block + jnp.arange(block, dtype=kv_index.dtype)[None]
+    key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
+    return visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
 
 
 def _scores(
-    q: Float[Array, "K m H"], k: Float[Array, "K s H"], shown: Bool[Array, "b s"], way: Way
-) -> tuple[Float[Array, "K m s"], Array]:
-    """Scores with what is hidden far below, and the derivative of the soft cap there (1 without one)."""
-    acc = accumulate(q.dtype)
-    z = capped(products("kqh,ksh->kqs", q, k) * jnp.asarray(way.scale, acc), way.softcap)
-    inner = jnp.ones((), acc) if way.softcap is None else 1 - jnp.square(z / jnp.asarray(way.softcap, acc))
-    # added, as an array of its own: a choice would be made anew, from the ranges, for every head
-    hidden = jnp.where(shown, jnp.asarray(0, acc), jnp.asarray(HIDDEN_SCORE, acc))
-    by_head = z.reshape(z.shape[0], -1, *hidden.shape) + hidden[None, None]
-    return by_head.reshape(z.shape), inner
+    q: Float[Array, "K group_queries H"],
+    k: Float[Array, "K keys H"],
+    mask: Bool[Array, "block keys"],
+    params: AttentionParams,
+) -> tuple[Float[Array, "K group_queries keys"], Array]:
+    """Scores, masked ones far below, and the derivative of the soft cap there (1 without one)."""
+    acc, cap = accumulate(q.dtype), params.softcap
+    z = capped(einsum("kqh,ksh->kqs", q, k) * jnp.asarray(params.scale, acc), cap)
+    cap_gradient = jnp.ones((), acc) if cap is None else 1 - jnp.square(z / jnp.asarray(cap, acc))
+    # added, as an array of its own: a select would be computed anew, from the ranges, for every head
+    bias = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
+    by_head = z.reshape(z.shape[0], -1, *bias.shape) + bias[None, None]
+    return by_head.reshape(z.shape), cap_gradient
 
 
 def _in_blocks(a: Any, block: int) -> Any:
-    """[Q, ...] to [N, block, ...], of every array."""
+    """[Q, ...] to [blocks, block, ...], of every array."""
     return jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), a)
 
 
-def _blocks_of_queries(q: Float[Array, "Q K G H"], block: int) -> Float[Array, "N K m H"]:
-    """Blocks with heads first; a block's m queries are those of its group, head by head."""
+def _query_blocks(q: Float[Array, "Q K G H"], block: int) -> Float[Array, "blocks K group_queries H"]:
+    """Blocks with heads first; ``group_queries`` are a block's queries for each head of the group, head by head."""
     n, _, kv, _, width = (cut := _in_blocks(q, block)).shape
     return cut.transpose(0, 2, 3, 1, 4).reshape(n, kv, -1, width)
 
 
-def _rows_of_queries(q: Float[Array, "N K m H"], block: int) -> Float[Array, "Q K G H"]:
-    """The way back."""
+def _query_rows(q: Float[Array, "blocks K group_queries H"], block: int) -> Float[Array, "Q K G H"]:
+    """The inverse of ``_query_blocks``."""
     n, kv, _, width = q.shape
     return q.reshape(n, kv, -1, block, width).transpose(0, 3, 1, 2, 4).reshape(n * block, kv, -1, width)
 
 
-def _blocks_of_keys(k: Float[Array, "T K H"], block: int) -> Float[Array, "K N b H"]:
+def _key_blocks(k: Float[Array, "T K H"], block: int) -> Float[Array, "K blocks block H"]:
     return _in_blocks(k, block).transpose(2, 0, 1, 3)
 
 
-def _as_blocks(part: Float[Array, "K H s"], block: int, most: int) -> Float[Array, "S K H b"]:
-    """Of each visited block its part, and zeros up to ``most`` of them."""
+def _gradient_blocks(part: Float[Array, "K H keys"], block: int, most: int) -> Float[Array, "kv_blocks K H block"]:
+    """The gradient of each gathered block, and zeros up to ``most`` of them."""
     kv, width, _ = part.shape
     cut = part.reshape(kv, width, -1, block).transpose(2, 0, 1, 3)
     return jnp.pad(cut, [(0, most - len(cut)), *[(0, 0)] * 3])

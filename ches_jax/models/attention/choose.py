@@ -1,12 +1,12 @@
-"""The way attention is computed: the best the device has, or the one asked for.
+"""Which attention is computed: the fastest that the device has, or the one that is named.
 
 dense       jax.numpy, the whole mask: anywhere
-blocks      jax.numpy, skips blocks with nothing to see: anywhere
+blocks      jax.numpy, ``block_sparse``, skips blocks in which no query sees a key: anywhere
 pallas-tpu  ``pallas_tpu``
 pallas-gpu  ``pallas_gpu``
 
-``NAME:interpret`` runs a kernel of another device in emulation, which is slow: to look into it, and to test it. Before
-a kernel is trusted it is compared with ``dense`` on the device. Gradients take ``with_gradient``.
+``NAME:interpret`` runs a kernel of another device in emulation, which is slow: for debugging and tests. Before a kernel
+is used it is compared with ``dense`` on the device. Kernels have no gradient; training uses ``with_gradient``.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from ches_jax.errors import ChesError
 from ches_jax.models.attention import dense
 from ches_jax.models.attention.block_sparse import blocks
-from ches_jax.models.attention.dense import Attend
+from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, Visibility, key_ranges, within
 from ches_jax.models.config import DecoderConfig
 
@@ -45,11 +45,11 @@ class Setting(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The way that was chosen, and what was wrong with better ones."""
+    """The attention that was chosen, and why faster ones were not."""
 
     name: str
     attend: Attend
-    refused: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
 
 def _tpu(interpret: bool) -> Attend:
@@ -106,64 +106,70 @@ def setting_of(config: DecoderConfig, dtype: DTypeLike) -> Setting:
     return Setting(device.platform, device.device_kind, capability, jnp.dtype(dtype).name, config.head_dim, group)
 
 
-def choose_attention(asked: str, config: DecoderConfig, dtype: DTypeLike) -> Choice:
-    """The way ``asked`` for; ``auto``: the first kernel that can run here and agrees with ``dense``, else ``blocks``.
+def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choice:
+    """The attention called ``name``; ``auto``: the first kernel that runs and agrees with ``dense``, else ``blocks``.
+
+    Args:
+      name: ``auto``, ``dense``, ``blocks``, a kernel of ``KERNELS``, or one emulated (``pallas-tpu:interpret``).
+      config: the architecture, whose heads the kernel must take.
+      dtype: of the computation.
 
     Raises:
       ChesError: an unknown name, a kernel that cannot run here or computes something else (with what can).
     """
     setting = setting_of(config, dtype)
-    able = [n for n, kernel in KERNELS.items() if kernel.why_not(setting) is None]
-    if asked == AUTO:
+    kernels_here = [n for n, kernel in KERNELS.items() if kernel.why_not(setting) is None]
+    if name == AUTO:
         faults = []
-        for name in able:
-            attend = KERNELS[name].make(False)
+        for kernel in kernels_here:
+            attend = KERNELS[kernel].make(False)
             fault = check(attend, config, setting.dtype)
             if fault is None:
-                return Choice(name, attend, tuple(faults))
-            faults.append(f"{name}: {fault}")
+                return Choice(kernel, attend, tuple(faults))
+            faults.append(f"{kernel}: {fault}")
         return Choice("blocks", blocks, tuple(faults))
-    if asked in PLAIN:
-        return Choice(asked, PLAIN[asked])
-    name = asked.removesuffix(INTERPRET)
-    here = ", ".join([*able, *PLAIN])
-    if name not in KERNELS:
-        raise ChesError(f"--attention {asked!r}: expected {AUTO}, {', '.join([*KERNELS, *PLAIN])}")
-    interpret = asked != name
-    why = None if interpret else KERNELS[name].why_not(setting)
-    if why is not None:
+    if name in PLAIN:
+        return Choice(name, PLAIN[name])
+    kernel = name.removesuffix(INTERPRET)
+    usable = ", ".join([*kernels_here, *PLAIN])
+    if kernel not in KERNELS:
+        raise ChesError(f"--attention {name!r}: expected {AUTO}, {', '.join([*KERNELS, *PLAIN])}")
+    interpret = name != kernel
+    reason = None if interpret else KERNELS[kernel].why_not(setting)
+    if reason is not None:
         raise ChesError(
-            f"--attention {asked}: cannot run on this {setting.device}: {why}. Here can: {here} "
-            f"(and {name}{INTERPRET}, emulated and slow)"
+            f"--attention {name}: cannot run on this {setting.device}: {reason}. Available here: {usable} "
+            f"(and {kernel}{INTERPRET}, emulated and slow)"
         )
-    attend = KERNELS[name].make(interpret)
+    attend = KERNELS[kernel].make(interpret)
     fault = check(attend, config, setting.dtype)
     if fault is not None:
-        raise ChesError(f"--attention {asked}: {fault}. Here can: {here}")
-    return Choice(asked, attend)
+        raise ChesError(f"--attention {name}: {fault}. Available here: {usable}")
+    return Choice(name, attend)
 
 
 def with_gradient() -> Attend:
-    """The way training takes: ``blocks`` on a CPU; elsewhere ``slices``, which run without waiting for the data."""
-    return blocks if jax.default_backend() == "cpu" else dense.slices
+    """Attention for training: ``blocks`` on a CPU; elsewhere ``query_chunked``, whose control flow is static."""
+    return blocks if jax.default_backend() == "cpu" else dense.query_chunked
 
 
 def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:
     """What is wrong with ``attend`` on a small packed batch with the model's heads; None where it equals ``dense``."""
-    seen = _packed_rows()
-    rows, length = seen.own_start.shape
+    ranges = _packed_rows()
+    rows, length = ranges.own_start.shape
     heads = (config.num_heads // config.num_kv_heads, config.head_dim)
     shapes = ((rows, length, 1, *heads), (rows, length, 1, heads[1]), (rows, length, 1, heads[1]))
     q, k, v = (
         jax.random.normal(key, shape, jnp.dtype(dtype))
         for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
     )
-    options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    params = AttentionParams(config.attention_scale, config.attention_softcap)
     exact = jnp.float64 if dtype == "float64" else jnp.float32
-    expected = jax.jit(partial(dense.dense, **options))(*(a.astype(exact) for a in (q, k, v)), seen)
+    exact_inputs = AttentionInputs(q.astype(exact), k.astype(exact), v.astype(exact), ranges)
+    expected = jax.jit(partial(dense.dense, params=params))(exact_inputs)
     try:
-        found = jax.jit(partial(attend, **options))(q, k, v, seen).astype(exact)
-        error = float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+        out = jax.jit(partial(attend, params=params))(AttentionInputs(q, k, v, ranges)).astype(exact)
+        error = float(jnp.abs(out - expected).max() / jnp.abs(expected).max())
     except Exception as e:  # whatever the compiler of a kernel raises
         return f"does not run: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
     limit = TOLERANCE[dtype]
@@ -177,12 +183,12 @@ def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:
 def _packed_rows() -> KeyRanges:
     """Two rows of three pairs, of lengths that divide nothing; the second has a sliding window."""
     lengths = ((70, 41, 130), (5, 1, 3), (181, 67, 90))  # prompt, chosen, rejected
-    stretches, at = [], 0
+    segments, start = [], 0
     for prompt, chosen, rejected in lengths:
-        end = at + prompt
-        stretches += [(prompt, (0, 0, at)), (chosen, (at, end, end)), (rejected, (at, end, end + chosen))]
-        at = end + chosen + rejected
-    counts = jnp.array([n for n, _ in stretches])
-    row = jnp.repeat(jnp.array([s for _, s in stretches], jnp.int32), counts, axis=0, total_repeat_length=at)
+        end = start + prompt
+        segments += [(prompt, (0, 0, start)), (chosen, (start, end, end)), (rejected, (start, end, end + chosen))]
+        start = end + chosen + rejected
+    counts = jnp.array([n for n, _ in segments])
+    row = jnp.repeat(jnp.array([s for _, s in segments], jnp.int32), counts, axis=0, total_repeat_length=start)
     whole = key_ranges(Visibility(*row.T[:, None]))
     return KeyRanges(*(jnp.concatenate(a) for a in zip(whole, within(whole, jnp.int32(100)), strict=True)))

@@ -1,16 +1,22 @@
-"""Softmax attention over the keys that each query sees, in jax.numpy: it runs on every backend.
+r"""Softmax attention over the keys that each query sees, in jax.numpy: it runs on every backend.
 
-All compute ``softmax(cap(scale * q k^T) + mask) v`` with scores, maxima and sums in float32 (float64 when the inputs
-are) and agree to rounding:
+For a query q, the keys k and values v that it sees:
 
-dense   the whole mask
-slices  never holds the scores of more than a slice of queries
+.. math::
+  o = \sum_t \mathrm{softmax}_t\big(\mathrm{cap}(s\, q \cdot k_t)\big)\, v_t, \qquad \mathrm{cap}(z) = c \tanh(z / c)
 
-``blocks`` leaves out what nobody sees; ``kernels`` has others, for one kind of accelerator each, and chooses.
+All ways to compute it take ``AttentionInputs`` and ``AttentionParams``, hold scores, maxima and sums in float32
+(float64 when the inputs are), and agree to rounding:
+
+dense          the whole mask
+query_chunked  never holds the scores of more than a chunk of queries
+
+``block_sparse`` skips blocks in which no query sees a key; ``pallas_tpu`` and ``pallas_gpu`` are kernels for one kind
+of accelerator each; ``choose`` chooses.
 """
 
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +24,39 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ches_jax.models.attention.mask import KeyRanges, visible
-from ches_jax.models.precision import accumulate, products
+from ches_jax.models.precision import accumulate, einsum
 
-SLICE = 512
-"""Queries of a slice of ``slices``."""
+QUERY_CHUNK = 512
 KEPT = "attention"
-"""Name of what the backward pass keeps and does not compute again."""
-HIDDEN_SCORE = -1e30  # finite: the difference of two of them is 0 and not NaN
+"""Name of what is kept for the backward pass and not computed again."""
+MASKED_SCORE = -1e30  # finite: the difference of two of them is 0 and not NaN
 
 
+class AttentionInputs(NamedTuple):
+    """Arrays that attention is computed from: Q queries of G heads for each of K key/value heads, T keys."""
+
+    q: Float[Array, "B Q K G H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    ranges: KeyRanges
+    """Which keys each query sees."""
+
+
+class AttentionParams(NamedTuple):
+    """Static parameters of attention."""
+
+    scale: float
+    """Multiplies the products of queries and keys."""
+    softcap: float | None = None
+    """Scores are ``softcap * tanh(scores / softcap)``; None: as they are."""
+
+
+@runtime_checkable
 class Attend(Protocol):
-    """What all ways to compute attention look like."""
+    """A way to compute attention."""
 
-    def __call__(
-        self,
-        q: Float[Array, "B Q K G H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        seen: KeyRanges,
-        *,
-        scale: float,
-        softcap: float | None,
-    ) -> Float[Array, "B Q K G H"]:
-        """Attention of the queries, G heads for each of the K key/value heads."""
+    def __call__(self, inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
+        """The outputs of the queries, in their dtype."""
         ...
 
 
@@ -57,44 +73,36 @@ def to_multiple(x: Array, block: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)])
 
 
-def dense(
-    q: Float[Array, "B Q K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    seen: KeyRanges,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B Q K G H"]:
-    """Attention with the whole [Q, T] mask."""
-    mask = visible(seen, jnp.arange(k.shape[1], dtype=jnp.int32))
+def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
+    """Attention with the whole [Q, T] mask: every score is computed, then masked."""
+    q, k, v, ranges = inputs
+    mask = visible(ranges, jnp.arange(k.shape[1], dtype=jnp.int32))
     acc = accumulate(q.dtype)
-    s = products("bqkgh,bskh->bkgqs", q, k)
-    s = capped(s * jnp.asarray(scale, acc), softcap)
-    s = jnp.where(mask[:, None, None], s, jnp.asarray(HIDDEN_SCORE, acc))
+    s = einsum("bqkgh,bskh->bkgqs", q, k)
+    s = capped(s * jnp.asarray(params.scale, acc), params.softcap)
+    s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED_SCORE, acc))
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    return products("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
+    return einsum("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
 
 
-def slices(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    seen: KeyRanges,
-    *,
-    scale: float,
-    softcap: float | None,
-    block: int = SLICE,
-) -> Float[Array, "B T K G H"]:
-    """Attention for training: ``block`` queries at a time against the keys up to their end, scores never kept.
+def query_chunked(
+    inputs: AttentionInputs, params: AttentionParams, chunk: int = QUERY_CHUNK
+) -> Float[Array, "B Q K G H"]:
+    """Attention for training: ``chunk`` queries at a time against the keys up to their end, scores never kept.
 
-    Nobody sees what comes after it, so half of the scores are never computed; the backward pass computes the scores of
-    a slice again. Needs the queries of the whole row, each of which sees nothing after itself.
+    No query sees a key after itself, so half of the scores are never computed; the backward pass computes the scores of
+    a chunk again.
+
+    Args:
+      inputs: queries of the whole row in order (Q = T), each of which sees nothing after itself.
+      params: scale and soft cap.
+      chunk: queries at a time.
     """
-    one = jax.checkpoint(partial(dense, scale=scale, softcap=softcap))
+    q, k, v, ranges = inputs
+    of_chunk = jax.checkpoint(partial(dense, params=params))
     parts = []
-    for a in range(0, q.shape[1], block):
-        b = min(a + block, q.shape[1])
-        here = jax.tree.map(lambda x, a=a, b=b: x[:, a:b], (q, seen))
-        parts.append(one(here[0], k[:, :b], v[:, :b], here[1]))
+    for start in range(0, q.shape[1], chunk):
+        end = min(start + chunk, q.shape[1])
+        some_q, some_ranges = jax.tree.map(lambda x, a=start, b=end: x[:, a:b], (q, ranges))
+        parts.append(of_chunk(AttentionInputs(some_q, k[:, :end], v[:, :end], some_ranges)))
     return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT)

@@ -1,10 +1,10 @@
-"""Who sees whom in a row of tokens, in a few integers per position instead of a T x T mask.
+"""The attention mask of a row of tokens, in a few integers per position instead of T x T booleans.
 
 A position sees a *context* range (the shared prompt it continues) and its *own* range up to itself:
 
     keys in [context_start, context_end)  and  keys in [own_start, itself]
 
-One stretch of text is (no context, own_start = its first position). Two responses after one prompt, many pairs in one
+A single sequence is (no context, own_start = its first position). Two responses after one prompt, many pairs in one
 row:
 
     token          p0 p1 p2 | c1 c2 | r1 r2 | q0 q1 ...
@@ -42,16 +42,16 @@ class KeyRanges(NamedTuple):
 
 
 class BlockSpans(NamedTuple):
-    """Which blocks of keys a block of queries visits: ``context_count`` from ``context_first``, then its own."""
+    """Blocks of keys that a block of queries needs: ``context_count`` from ``context_first`` on, then its own."""
 
-    context_first: Int[Array, "B N"]
-    context_count: Int[Array, "B N"]
-    own_first: Int[Array, "B N"]
-    own_count: Int[Array, "B N"]
+    context_first: Int[Array, "B blocks"]
+    context_count: Int[Array, "B blocks"]
+    own_first: Int[Array, "B blocks"]
+    own_count: Int[Array, "B blocks"]
 
     @property
-    def visits(self) -> Int[Array, "B N"]:
-        """How many blocks are visited."""
+    def num_blocks(self) -> Int[Array, "*blocks"]:
+        """How many there are."""
         return self.context_count + self.own_count
 
 
@@ -62,23 +62,23 @@ def causal(mask: Bool[Array, "B T"]) -> Visibility:
     [[0, 1, 1]]
     """
     first = jnp.argmax(mask, axis=1, keepdims=True).astype(jnp.int32)
-    here = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
+    index = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
     none = jnp.zeros(mask.shape, jnp.int32)
     # padding before the first token sees only itself, so that its softmax is not empty
-    return Visibility(none, none, jnp.minimum(first, here))
+    return Visibility(none, none, jnp.minimum(first, index))
 
 
 def key_ranges(v: Visibility) -> KeyRanges:
     """Every position of the row as a query."""
-    here = jnp.arange(v.own_start.shape[1], dtype=jnp.int32)[None]
-    return KeyRanges(*v, jnp.broadcast_to(here + 1, v.own_start.shape))
+    index = jnp.arange(v.own_start.shape[1], dtype=jnp.int32)[None]
+    return KeyRanges(*v, jnp.broadcast_to(index + 1, v.own_start.shape))
 
 
 def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
     """What is left in a layer where a position sees at most ``window`` positions, itself included.
 
-    >>> seen = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
-    >>> [a.tolist() for a in within(seen, jnp.int32(3))]
+    >>> ranges = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
+    >>> [a.tolist() for a in within(ranges, jnp.int32(3))]
     [[[0, 0, 0, 1]], [[0, 0, 2, 2]], [[0, 0, 2, 2]], [[1, 2, 3, 4]]]
     """
     own = r.own_end - r.own_start
@@ -90,8 +90,12 @@ def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
     )
 
 
-def visible(r: KeyRanges, keys: Int[Array, " K"]) -> Bool[Array, "B Q K"]:
-    """The dense mask of the queries against key indices ``keys``."""
+def visible(r: KeyRanges, keys: Int[Array, " T"]) -> Bool[Array, "B Q T"]:
+    """The dense mask: whether each query sees the keys at indices ``keys``.
+
+    >>> visible(key_ranges(causal(jnp.ones((1, 2), bool))), jnp.arange(2)).tolist()
+    [[[True, False], [True, True]]]
+    """
     k = keys[None, None, :]
     context = (k >= r.context_start[..., None]) & (k < r.context_end[..., None])
     own = (k >= r.own_start[..., None]) & (k < r.own_end[..., None])
@@ -100,16 +104,16 @@ def visible(r: KeyRanges, keys: Int[Array, " K"]) -> Bool[Array, "B Q K"]:
 
 def padded(r: KeyRanges, queries: int) -> KeyRanges:
     """The ranges with queries added that see only the first key, up to a multiple of ``queries``."""
-    more = -r.own_end.shape[1] % queries
-    filled = (0, 0, 0, 1)
-    return KeyRanges(*(jnp.pad(a, ((0, 0), (0, more)), constant_values=x) for a, x in zip(r, filled, strict=True)))
+    missing = -r.own_end.shape[1] % queries
+    fill = (0, 0, 0, 1)
+    return KeyRanges(*(jnp.pad(a, ((0, 0), (0, missing)), constant_values=x) for a, x in zip(r, fill, strict=True)))
 
 
 def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
-    """Two runs of blocks of ``keys`` keys that hold all that each block of ``queries`` queries sees.
+    """Two runs of blocks of ``keys`` keys that hold every key that each block of ``queries`` queries sees.
 
-    The number of queries is a multiple of ``queries``. Where those of a block belong to one pair these are exactly the
-    blocks with something to see.
+    The number of queries is a multiple of ``queries``. Where the queries of a block belong to one pair these are
+    exactly the blocks in which one of them sees a key.
     """
     context_start, context_end, own_start, own_end = (a.reshape(a.shape[0], -1, queries) for a in r)
     own_first = own_start.min(-1) // keys
@@ -121,7 +125,7 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     return BlockSpans(context_first, context_end - context_first, own_first, own_count)
 
 
-def visited(s: BlockSpans, step: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """The number of the block that is visited at ``step`` (0 .. visits - 1)."""
+def block_index(s: BlockSpans, step: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The index of the ``step``-th block of keys, ``step`` in 0 .. num_blocks - 1, which broadcasts with the spans."""
     own = s.own_first + step - s.context_count
     return jnp.where(step < s.context_count, s.context_first + step, own)

@@ -1,4 +1,6 @@
-"""Flash attention for TPUs as a Pallas kernel: no score ever leaves the core, blocks with nothing to see are skipped.
+"""Flash attention for TPUs as a Pallas kernel that skips blocks in which no query sees a key.
+
+No score ever leaves the core.
 
 One step of the grid is one block of keys for one block of queries of one key/value head, all its query heads together.
 Which block comes at which step is in four integers per block of queries (``BlockSpans``), prefetched as scalars: steps
@@ -19,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ches_jax.models.attention.dense import HIDDEN_SCORE, capped, to_multiple
-from ches_jax.models.attention.mask import BlockSpans, KeyRanges, block_spans, padded, visited
+from ches_jax.models.attention.dense import MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
+from ches_jax.models.attention.mask import BlockSpans, KeyRanges, block_index, block_spans, padded
 from ches_jax.models.precision import accumulate, matmul_precision
 
 LANES = 128
@@ -30,34 +32,34 @@ SCORE_COLUMNS = 1024
 """Queries of a block times the query heads of a key/value head, about."""
 
 
-def _steps_kernel(*refs, keys: int, scale: float, softcap: float | None, precision: lax.Precision):
-    """One step of the grid (row, key/value head, block of queries, visit)."""
-    *span_refs, seen_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref = refs
+def _steps_kernel(*refs, keys: int, params: AttentionParams, precision: lax.Precision):
+    """One step of the grid (row, key/value head, block of queries, block of keys)."""
+    *span_refs, ranges_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref = refs
     row, block, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     spans = BlockSpans(*(ref[row, block] for ref in span_refs))
     acc = sum_ref.dtype
 
     @pl.when(step == 0)
     def _():
-        top_ref[...] = jnp.full(top_ref.shape, HIDDEN_SCORE, acc)
+        top_ref[...] = jnp.full(top_ref.shape, MASKED_SCORE, acc)
         total_ref[...] = jnp.zeros(total_ref.shape, acc)
         sum_ref[...] = jnp.zeros(sum_ref.shape, acc)
 
-    @pl.when(step < spans.visits)
+    @pl.when(step < spans.num_blocks)
     def _():
         group, queries, head = q_ref.shape
         q = q_ref[...].reshape(group * queries, head)
         s = lax.dot_general(
             k_ref[...], q, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=acc
         )  # fmt: skip
-        s = capped(s * jnp.asarray(scale, acc), softcap)
-        here = visited(spans, step) * keys + lax.broadcasted_iota(jnp.int32, (keys, queries), 0)
-        seen = KeyRanges(*(seen_ref[i : i + 1, :] for i in range(4)))
-        mask = (here >= seen.context_start) & (here < seen.context_end)
-        mask |= (here >= seen.own_start) & (here < seen.own_end)
+        s = capped(s * jnp.asarray(params.scale, acc), params.softcap)
+        index = block_index(spans, step) * keys + lax.broadcasted_iota(jnp.int32, (keys, queries), 0)
+        ranges = KeyRanges(*(ranges_ref[i : i + 1, :] for i in range(4)))
+        mask = (index >= ranges.context_start) & (index < ranges.context_end)
+        mask |= (index >= ranges.own_start) & (index < ranges.own_end)
         # every query head of the group sees the same
-        hidden = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(HIDDEN_SCORE, acc))
-        s += jnp.concatenate([hidden] * group, axis=1)
+        bias = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
+        s += jnp.concatenate([bias] * group, axis=1)
         new_top = jnp.maximum(top_ref[...], s.max(axis=0, keepdims=True))
         p = jnp.exp(s - new_top)
         keep = jnp.exp(top_ref[...] - new_top)
@@ -80,21 +82,19 @@ def query_block(group: int) -> int:
     return max(LANES, min(512, SCORE_COLUMNS // group // LANES * LANES))
 
 
-def attend(
-    q: Float[Array, "B Q K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    seen: KeyRanges,
-    *,
-    scale: float,
-    softcap: float | None,
-    interpret: bool = False,
-) -> Float[Array, "B Q K G H"]:
-    """Attention of any rows; lengths that are no multiples of the blocks are filled up."""
+def attend(inputs: AttentionInputs, params: AttentionParams, interpret: bool = False) -> Float[Array, "B Q K G H"]:
+    """Attention of any rows; lengths that are no multiples of the blocks are padded.
+
+    Args:
+      inputs: queries of any positions, in any order.
+      params: scale and soft cap.
+      interpret: emulate the kernel on the device at hand, which is slow.
+    """
+    q, k, v, ranges = inputs
     count, group, head = q.shape[1], q.shape[3], q.shape[4]
     queries = query_block(group)
-    q, k, v, seen = to_multiple(q, queries), to_multiple(k, KEYS), to_multiple(v, KEYS), padded(seen, queries)
-    spans = block_spans(seen, queries, KEYS)
+    q, k, v, ranges = to_multiple(q, queries), to_multiple(k, KEYS), to_multiple(v, KEYS), padded(ranges, queries)
+    spans = block_spans(ranges, queries, KEYS)
     rows, kv = q.shape[0], q.shape[2]
     acc = accumulate(q.dtype)
 
@@ -102,17 +102,17 @@ def attend(
         return row, kv_head, 0, block, 0
 
     def by_key(row, kv_head, block, step, *spans):
-        here = BlockSpans(*(ref[row, block] for ref in spans))
+        of_block = BlockSpans(*(ref[row, block] for ref in spans))
         # beyond the count the last block stays where it is: nothing is fetched
-        return row, kv_head, visited(here, jnp.minimum(step, here.visits - 1)), 0
+        return row, kv_head, block_index(of_block, jnp.minimum(step, of_block.num_blocks - 1)), 0
 
     key_block = pl.BlockSpec((None, None, KEYS, head), by_key)
     query_heads = pl.BlockSpec((None, None, group, queries, head), by_query)
     out = pl.pallas_call(
-        partial(_steps_kernel, keys=KEYS, scale=scale, softcap=softcap, precision=matmul_precision(q.dtype)),
+        partial(_steps_kernel, keys=KEYS, params=params, precision=matmul_precision(q.dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(spans),
-            grid=(rows, kv, q.shape[1] // queries, spans.visits.max()),
+            grid=(rows, kv, q.shape[1] // queries, spans.num_blocks.max()),
             in_specs=[
                 pl.BlockSpec((None, 4, queries), lambda row, kv_head, block, step, *spans: (row, 0, block)),
                 query_heads,
@@ -130,5 +130,5 @@ def attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="visible_ranges_attention",
-    )(*spans, jnp.stack(seen, axis=1), q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2))
+    )(*spans, jnp.stack(ranges, axis=1), q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2))
     return out.transpose(0, 3, 1, 2, 4)[:, :count]

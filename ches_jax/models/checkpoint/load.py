@@ -6,6 +6,7 @@ layers' tensors one parameter at a time, so the host never holds the model twice
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
-from ches_jax.errors import CheckpointError, many
+from ches_jax.distributed.mesh import LogicalMesh, make_mesh
+from ches_jax.errors import CheckpointError, ChesError, many
 from ches_jax.hf.directory import read_config, resolve
-from ches_jax.hf.tensors import Tensor, all_finite, open_tensors
+from ches_jax.hf.tensors import DTYPES, Tensor, all_finite, open_tensors
 from ches_jax.models.checkpoint.tensor_map import Rule, as_stored, resolved
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import Family, decoder_config, family_of
+from ches_jax.models.sharding import placement
 
 STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
                              ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
@@ -57,34 +61,76 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def load_model(
     model: str | Path,
     *,
-    dtype: str = "float32",
-    param_dtype: str | None = None,
-    sharding: Any = None,
+    dtype: DTypeLike = "float32",
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | str | None = None,
+    axes: Mapping[str, str | Iterable[str]] | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory or hub name.
 
     Args:
-      model: directory or hub name.
+      model: directory, hub name, or ``bundled`` for the small model of the package.
       dtype: dtype of the computation: float32, bfloat16, float16 or float64 (needs x64 enabled).
       param_dtype: dtype the weights are kept in; default: as stored.
-      sharding: None (the default device), or a function (parameter name, shape) -> ``jax.sharding.Sharding``.
+      mesh: spread the weights over its devices and compute there. Axes may be explicit or auto; those named ``data``,
+        ``fsdp`` and ``tensor`` play those parts (see ``distributed.mesh``). Text is a mesh too: ``fsdp=4``.
+      axes: which axes of ``mesh`` play the parts where they are called otherwise: ``{"fsdp": "model"}``.
+      sharding: instead of ``mesh``, a function (parameter name, shape) -> sharding. Default: one device.
+
+    Returns:
+      A Flax NNX module: call it with token ids [B, T] for logits [B, T, V], or ``hidden`` and ``logits`` apart.
 
     Raises:
       CheckpointError: anything that does not fit, all problems in one message.
+      ChesError: a dtype that cannot be computed in, a mesh whose axes have no part.
+
+    Example:
+      >>> model = load_model("bundled", mesh=jax.make_mesh((1,), ("shards",)), axes={"fsdp": "shards"})
+      >>> model(np.array([[5, 6, 7]])).dtype
+      dtype('float32')
     """
+    compute, stored_in = _float_dtype("dtype", dtype), _float_dtype("param_dtype", param_dtype)
+    if sharding is not None and mesh is not None:
+        raise ChesError("load_model: give mesh= or sharding=, not both")
+    if axes is not None and mesh is None:
+        raise ChesError("load_model: axes= names axes of a mesh; give mesh= too")
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    logical = None if mesh is None else LogicalMesh.of(mesh, axes)
     directory = resolve(model)
     opened = open_checkpoint(directory)
-    abstract = abstract_decoder(opened.config, dtype=jnp.dtype(dtype))
+    abstract = abstract_decoder(opened.config, dtype=compute)
+    abstract.mesh = logical
     params = named_parameters(abstract)
-    place = sharding or (lambda name, shape: SingleDeviceSharding(jax.local_devices()[0]))
+    place = sharding or _one_device if logical is None else placement(logical)
     bad: set[str] = set()
     arrays = {
-        name: _read(opened, opened.table[name], leaf.shape, param_dtype, place(name, leaf.shape), bad)
+        name: _read(opened, opened.table[name], leaf.shape, stored_in, place(name, leaf.shape), bad)
         for name, leaf in params.items()
     }
     if bad:
         raise CheckpointError(many(str(directory), [f"tensor {n!r} holds NaN or infinite values" for n in sorted(bad)]))
     return with_parameters(abstract, arrays)
+
+
+def _float_dtype(name: str, dtype: DTypeLike | None) -> np.dtype | None:
+    """The dtype as NumPy knows it."""
+    if dtype is None:
+        return None
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError:
+        checked = None
+    known = tuple(DTYPES.values())
+    if checked is None or checked.name not in known:
+        raise ChesError(f"load_model: {name}={dtype!r}; expected one of {', '.join(known)}")
+    if checked == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ChesError(f"load_model: {name}='float64' needs jax.config.update('jax_enable_x64', True)")
+    return checked
+
+
+def _one_device(name: str, shape: tuple[int, ...]) -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def with_parameters(abstract: Decoder, arrays: dict[str, Any]) -> Decoder:
@@ -131,13 +177,13 @@ def _checked_table(
 
 
 def _read(
-    opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: str | None, sharding: Any, bad: set[str]
+    opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: np.dtype | None, sharding: Sharding, bad: set[str]
 ) -> jax.Array:
     """One parameter as a device array; each shard reads only its own slice. Names of NaN tensors go to ``bad``."""
     names = [rule.tensor_name(layer) for layer in range(opened.config.num_layers if rule.stacked else 1)]
     tensors = [opened.tensors[n] for n in names]
     stored = {t.dtype for t in tensors}
-    kept = np.dtype(dtype) if dtype else _common_dtype(stored)
+    kept = dtype or _common_dtype(stored)
 
     def fill(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
         direct = out.dtype == np.dtype(tensor.dtype)
@@ -154,9 +200,9 @@ def _read(
         if not rule.stacked:
             fill(tensors[0], index, out)
             return out
-        mine = tensors[index[0].start : index[0].stop]
+        selected = tensors[index[0].start : index[0].stop]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(fill, mine, [index[1:]] * len(mine), out))
+            list(pool.map(fill, selected, [index[1:]] * len(selected), out))
         return out
 
     if isinstance(sharding, NamedSharding):

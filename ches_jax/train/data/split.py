@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from ches_jax import bundled
+from ches_jax.bundled import BUNDLED
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
+from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
-from ches_jax.train.config import BUNDLED, TrainConfig, objective
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.rows import read_pairs
 from ches_jax.types import TokenPair
 
@@ -34,15 +36,22 @@ class RunPairs:
     rows: int
     """Rows of the source."""
     fingerprints: dict[str, str]
-    given: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
     """Numbers that the rows of ``train`` bring, by field of ``LossInputs``."""
-    held_out_given: dict[str, np.ndarray]
+    held_out_extra: dict[str, np.ndarray]
 
 
 def read_run_pairs(
-    config: TrainConfig, directory: Path, decoder: DecoderConfig, process: Process | None = None
+    config: TrainConfig, loss: Loss, directory: Path, decoder: DecoderConfig, process: Process | None = None
 ) -> RunPairs:
     """Read everything a run needs of its data.
+
+    Args:
+      config: which data, and how they are read.
+      loss: the objective, which decides what a row must hold.
+      directory: of the model, whose tokenizer is used.
+      decoder: its architecture: vocabulary and number of positions.
+      process: which of several processes this is.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
@@ -59,25 +68,25 @@ def read_run_pairs(
         template=config.template,
     )
     prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
-    loss, process = objective(config), process or Process()
+    process = process or Process()
     spec = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
     main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
-    kept, given, dropped = main.pairs, main.given, main.dropped
+    kept, extra, dropped = main.pairs, main.extra, main.dropped
     held_out: list[TokenPair] = []
-    held_out_given: dict[str, np.ndarray] = {}
+    held_out_extra: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
         other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process)
         prints["eval_fingerprint"] = other.fingerprint
-        held_out, held_out_given, dropped = other.pairs, other.given, dropped + other.dropped
+        held_out, held_out_extra, dropped = other.pairs, other.extra, dropped + other.dropped
     elif config.holdout:
         out, stay = _drawn(kept, config.holdout, config.seed)
         held_out, kept = [kept[i] for i in out], [kept[i] for i in stay]
-        held_out_given = {k: v[out] for k, v in given.items()}
-        given = {k: v[stay] for k, v in given.items()}
+        held_out_extra = {k: v[out] for k, v in extra.items()}
+        extra = {k: v[stay] for k, v in extra.items()}
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
     return RunPairs(
-        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, given, held_out_given
+        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, extra, held_out_extra
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = (
     "import json, os, sys; before = os.environ.get('GLIBC_TUNABLES'); "
-    "from ches_jax.pages import with_large_pages; with_large_pages(); "
+    "from ches_jax.hugepages import with_large_pages; with_large_pages(); "
     "print(json.dumps([os.getpid(), before, sys.argv[1:]]))"
 )
 

@@ -23,16 +23,16 @@ def test_partial_correlation_finds_what_length_hides():
     assert stats.partial_spearman(score, other, [length]) > 0.8
 
 
-def test_partial_correlation_given_nothing_is_spearman():
+def test_partial_correlation_with_no_control_is_spearman():
     a, b = RNG.normal(size=30), RNG.normal(size=30)
     assert stats.partial_spearman(a, b, []) == pytest.approx(stats.spearman(a, b))
 
 
-@pytest.mark.parametrize("given", [np.ones(9), np.arange(9.0)])
-def test_what_is_explained_or_constant_has_no_partial_correlation(given):
+@pytest.mark.parametrize("control", [np.ones(9), np.arange(9.0)])
+def test_what_is_explained_or_constant_has_no_partial_correlation(control):
     assert np.isnan(stats.partial_spearman(np.arange(9.0), RNG.normal(size=9), [np.arange(9.0)]))
-    assert np.isnan(stats.partial_spearman(np.ones(9), RNG.normal(size=9), [given]))
-    assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), [given[:3]]))
+    assert np.isnan(stats.partial_spearman(np.ones(9), RNG.normal(size=9), [control]))
+    assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), [control[:3]]))
 
 
 def test_auc_counts_wins_and_half_the_ties():

@@ -13,8 +13,8 @@ from ches_jax.models import logprobs
 from ches_jax.models.logprobs import (
     LOGITS_KEPT,
     Head,
-    stretch_of,
-    stretches_kept,
+    chunk_size,
+    chunks_kept,
     token_logps,
     token_statistics,
 )
@@ -40,13 +40,20 @@ def plain(h, w, y, head):
     return jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
 
 
-HEADS = [Head(), Head(0.3, None, 3), Head(None, 4.0, 2), Head(0.7, 2.5, 7), Head(None, None, 1)]
+HEADS = [
+    Head(),
+    Head(0.3, None, 3),
+    Head(None, 4.0, 2),
+    Head(0.7, 2.5, 7),
+    Head(None, None, 1),
+    Head(None, None, 2, True),
+]
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("head", HEADS)
 def test_value_and_gradient_equal_the_plain_computation(x64, monkeypatch, head, keeps):
-    """Whether the backward pass finds logits kept (of all stretches but one) or computes them all again."""
+    """Whether the backward pass finds logits kept (of all chunks but one) or computes them all again."""
     if not keeps:
         monkeypatch.setattr(logprobs, "LOGITS_KEPT", {})
     h, w, y, g = inputs(jnp.float64)
@@ -55,7 +62,14 @@ def test_value_and_gradient_equal_the_plain_computation(x64, monkeypatch, head, 
     theirs = jax.grad(lambda h, w: (plain(h, w, y, head) * g).sum(), (0, 1))(h, w)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-    check_grads(lambda h, w: token_logps(h, w, y, head), (h, w), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+    check_grads(
+        lambda h, w: token_logps(jnp.asarray(h), jnp.asarray(w), y, head),
+        (h, w),
+        order=1,
+        modes=["rev"],
+        atol=1e-7,
+        rtol=1e-7,
+    )
 
 
 def test_half_precision_states_give_float32_log_probabilities():
@@ -71,6 +85,15 @@ def test_half_precision_states_give_float32_log_probabilities():
     np.testing.assert_allclose(dw, expected, atol=0.02 * float(jnp.abs(expected).max()))
 
 
+def test_rounded_products_are_those_of_the_whole_logits():
+    """``rounded``: h W^T in the dtype of the states, as a decoder's logits are, before anything in float32."""
+    h, w, y, _ = inputs(jnp.bfloat16)
+    z = jnp.einsum("bmd,vd->bmv", h, w).astype(jnp.float32)
+    expected = jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(token_logps(h, w, y, Head(chunk=3, rounded=True)), expected, rtol=1e-6)
+    assert not np.array_equal(token_logps(h, w, y, Head(chunk=3)), expected)
+
+
 @pytest.mark.parametrize("count", [2048, 4096, 32768])
 def test_logits_are_never_whole(count):
     """No intermediate of value or gradient has positions x vocabulary elements, and what waits for the gradient is
@@ -78,14 +101,14 @@ def test_logits_are_never_whole(count):
     rows, width, vocabulary = 2, 8, 5000
     h, w = jnp.zeros((rows, count, width)), jnp.zeros((vocabulary, width))
     y = jnp.zeros((rows, count), jnp.int32)
-    stretch = stretch_of(rows, count, vocabulary)
-    assert stretch < count / 4
-    kept = stretches_kept(rows, stretch, count, vocabulary)
-    assert kept * stretch < count and rows * kept * stretch * vocabulary <= LOGITS_KEPT["cpu"]
+    chunk = chunk_size(rows, count, vocabulary)
+    assert chunk < count / 4
+    kept = chunks_kept(rows, chunk, count, vocabulary)
+    assert kept * chunk < count and rows * kept * chunk * vocabulary <= LOGITS_KEPT["cpu"]
     jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: token_logps(h, w, y, Head()).sum(), (0, 1)))(h, w)
     shapes = {v.aval.shape for e in equations(jaxpr.jaxpr) for v in e.outvars}
-    assert (rows, stretch, vocabulary) in shapes and (kept, rows, stretch, vocabulary) in shapes
-    largest = max(rows * kept * stretch * vocabulary, w.size, h.size)
+    assert (rows, chunk, vocabulary) in shapes and (kept, rows, chunk, vocabulary) in shapes
+    largest = max(rows * kept * chunk * vocabulary, w.size, h.size)
     assert max(math.prod(s) for s in shapes) <= largest
 
 

@@ -76,4 +76,4 @@ def test_masses_add_up_by_label():
     ],
 )
 def test_verdicts(change, loss, gains, verdict):
-    assert dynamics.classify(change, loss, gains, "same", "opposite") == verdict
+    assert dynamics.displacement_kind(change, loss, gains, "same", "opposite") == verdict

@@ -1,0 +1,33 @@
+"""The options of ``ches select``. Plain data: importing this module loads no jax."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ches_jax.options import Columns
+from ches_jax.types import Control
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """What ``ches select`` does."""
+
+    scores: Path
+    """A directory of ``ches score``, or its scores.parquet."""
+    out: Path
+    """The directory to write; must not exist, or be empty."""
+    by: str = "ln_ches"
+    """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
+    logp_margin, chosen_tokens or random; the more similar a pair, the higher."""
+    keep: str = "lowest:0.05"
+    """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
+    quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""
+    control: Control = "none"
+    """To compare with: as many rows, by chance (random) or by response length alone (length)."""
+    seed: int = 0
+    """Of the controls and of ``--by random``."""
+    pairs: str | None = None
+    """The pairs that were scored; taken from the run when not given."""
+    split: str | None = None
+    """Which split of them; taken from the run when not given."""
+    columns: Columns = field(default_factory=dict)
+    """Other names of columns (prompt=instruction); taken from the run when not given."""

@@ -1,0 +1,185 @@
+"""Each input that a diagnosis reads: what is taken from it, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.readers import read_logps, read_run, read_score_tables, read_trl_log
+from ches_jax.errors import ChesError, RunError
+from ches_jax.scores.table import write_part
+
+
+def test_the_last_evaluation_of_the_held_out_pairs_is_read(tmp_path):
+    sets, steps = ["train", "held_out"] * 3, [0, 0, 2, 2, 4, 4]
+    columns = {
+        "step": steps, "set": sets, "dlogp_chosen": [0.0, 0.0, -1.0, -2.0, -3.0, -4.0],
+        "dlogp_rejected": [0.0, 0.0, -5.0, -6.0, -7.0, -8.0], "chosen_tokens": [4] * 6, "rejected_tokens": [4] * 6,
+        "index": [0, 1] * 3,
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
+    changes = read_run(tmp_path)
+    assert changes.chosen.tolist() == [-4] and changes.rejected.tolist() == [-8] and changes.records is not None
+    assert "held-out pairs, update 4 against 0" in changes.source and not changes.caveats
+    (tmp_path / "displacement").mkdir()
+    (tmp_path / "displacement.parquet").rename(tmp_path / "displacement/step-00000004.parquet")
+    assert read_run(tmp_path).chosen.tolist() == [-4]
+
+
+def test_single_responses_of_a_run_are_left_out(tmp_path):
+    n = 3
+    columns = {
+        "step": [2] * n, "set": ["train"] * n, "dlogp_chosen": [-1.0, -1.0, -5.0],
+        "dlogp_rejected": [-2.0, -2.0, np.nan], "chosen_tokens": [4] * n, "rejected_tokens": [4, 4, 0],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
+    found = diagnose(DiagnoseConfig(run_dir=str(tmp_path)))
+    assert found.pairs == 2 and found.chosen.mean == -1 and "1 single responses are not counted" in found.caveats
+
+
+def test_a_directory_without_a_log_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"no displacement.parquet; expected a directory of `ches train`"):
+        read_run(tmp_path)
+
+
+METADATA = {
+    "model": "m", "tokenizer_fingerprint": "t", "dtype": "float32",
+    "convention": {"eos": "include", "max_length": None, "template": "auto"},
+}  # fmt: skip
+
+
+def score_table(folder, ids, chosen, rejected, tokens=None, **changed):
+    folder.mkdir()
+    count = len(ids)
+    columns = {
+        "row_id": ids, "index": list(range(count)), "chosen_tokens": tokens or [5] * count,
+        "rejected_tokens": [6] * count, "logp_chosen": chosen, "logp_rejected": rejected,
+    }  # fmt: skip
+    convention = {**METADATA["convention"], **{k: v for k, v in changed.items() if k in METADATA["convention"]}}
+    rest = {k: v for k, v in changed.items() if k not in convention}
+    write_part(folder / "scores.parquet", columns, {**METADATA, **rest, "convention": convention})
+    return folder
+
+
+def test_two_score_tables_are_matched_by_row(tmp_path):
+    before = score_table(tmp_path / "a", ["x", "y", "z"], [-10.0, -20.0, -30.0], [-11.0, -21.0, -31.0])
+    after = score_table(tmp_path / "b", ["z", "x", "w"], [-31.0, -12.0, -1.0], [-34.0, -15.0, -1.0], model="other")
+    changes = read_score_tables(before, after)
+    assert changes.chosen.tolist() == [-2, -1] and changes.rejected.tolist() == [-4, -3]
+    assert changes.caveats == ("2 rows are in one table only",)
+
+
+def test_copies_of_a_row_are_matched_in_order(tmp_path):
+    before = score_table(tmp_path / "a", ["x", "x"], [-10.0, -10.0], [-11.0, -11.0])
+    after = score_table(tmp_path / "b", ["x"], [-12.0], [-15.0])
+    changes = read_score_tables(before, after)
+    assert changes.chosen.tolist() == [-2] and changes.caveats == ("1 rows are in one table only",)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"eos": "exclude"}, {"max_length": 64}, {"template": "none"}, {"dtype": "bfloat16"}]
+)
+def test_tables_scored_by_different_rules_are_refused(tmp_path, changed):
+    before = score_table(tmp_path / "a", ["x"], [-10.0], [-11.0])
+    after = score_table(tmp_path / "b", ["x"], [-10.0], [-11.0], **changed)
+    (name, value), *_ = changed.items()
+    with pytest.raises(RunError, match=f"different rules .*{name.replace('_', '-')} is .* and {value}"):
+        read_score_tables(before, after)
+
+
+def test_tables_that_count_other_tokens_are_refused(tmp_path):
+    before = score_table(tmp_path / "a", ["x", "y"], [-10.0, -1.0], [-11.0, -1.0])
+    after = score_table(tmp_path / "b", ["x", "y"], [-10.0, -1.0], [-11.0, -1.0], tokens=[5, 4])
+    with pytest.raises(RunError, match=r"different tokens \(chosen_tokens\) in 1 of 2 pairs, first in row_id y"):
+        read_score_tables(before, after)
+
+
+def test_tokenizers_that_count_alike_are_told(tmp_path):
+    before = score_table(tmp_path / "a", ["x"], [-10.0], [-11.0])
+    after = score_table(tmp_path / "b", ["x"], [-10.0], [-11.0], tokenizer_fingerprint="u")
+    assert any("tokenizers differ" in caveat for caveat in read_score_tables(before, after).caveats)
+
+
+def test_tables_without_log_probabilities_or_a_common_pair_are_refused(tmp_path):
+    before = score_table(tmp_path / "a", ["x"], [-10.0], [-11.0])
+    after = score_table(tmp_path / "b", ["y"], [-10.0], [-11.0])
+    with pytest.raises(RunError, match="no pair in common"):
+        read_score_tables(before, after)
+    (tmp_path / "c").mkdir()
+    write_part(tmp_path / "c/scores.parquet", {"row_id": ["x"], "index": [0]}, METADATA)
+    with pytest.raises(RunError, match="no column logp_chosen, logp_rejected; score with --logps"):
+        read_score_tables(before, tmp_path / "c")
+
+
+def test_a_table_of_log_probabilities(tmp_path):
+    n = 50
+    table = pa.table(
+        {"ref_chosen_logps": np.full(n, -10.0), "ref_rejected_logps": np.full(n, -12.0),
+         "logp_chosen": np.full(n, -13.0), "logp_rejected": np.full(n, -20.0)}
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "logps.parquet")
+    found = diagnose(DiagnoseConfig(logps=str(tmp_path / "logps.parquet")))
+    assert found.verdict == "displaced" and found.chosen.mean == -3 and found.rejected.mean == -8
+    assert list(found.directions.values()) == ["down", "down", "up"]
+    pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
+    with pytest.raises(ChesError, match="no column logp_chosen"):
+        read_logps(tmp_path / "less.parquet")
+
+
+def trl_log(path, history):
+    path.write_text(json.dumps({"log_history": history}))
+    return path
+
+
+def test_a_trl_log(tmp_path):
+    history = [{"step": i, "rewards/chosen": -0.02 * i, "rewards/rejected": -0.05 * i} for i in range(100)]
+    path = trl_log(tmp_path / "trainer_state.json", [*history, {"train_loss": 0.1}])
+    found = diagnose(DiagnoseConfig(trl_log=str(path), beta=0.1))
+    assert found.verdict == "displaced" and found.pairs == 10 and found.unit == "logged steps"
+    assert list(found.directions.values()) == ["down", "down", "up"]
+    assert found.chosen.mean == pytest.approx(-0.2 * 94.5)
+    assert any("means of training batches" in c for c in found.caveats)
+    assert any("the spread of steps" in c for c in found.caveats)
+    path.write_text("[]")
+    with pytest.raises(ChesError, match="not a trainer_state"):
+        diagnose(DiagnoseConfig(trl_log=str(path)))
+
+
+def test_held_out_rewards_of_a_trl_log_come_first(tmp_path):
+    history = [{"step": i, "rewards/chosen": 0.02 * i, "rewards/rejected": -0.05 * i} for i in range(100)]
+    history += [{"step": i, "eval_rewards/chosen": -0.6, "eval_rewards/rejected": -1.0} for i in (50, 100)]
+    path = trl_log(tmp_path / "trainer_state.json", history)
+    changes = read_trl_log(path, 0.1)
+    assert changes.chosen.tolist() == pytest.approx([-6]) and changes.rejected.tolist() == pytest.approx([-10])
+    assert changes.unit == "logged evaluations" and "held-out batches" in changes.caveats[0]
+    assert read_trl_log(tmp_path, 0.1).source == changes.source
+    alone = trl_log(tmp_path / "eval.json", history[100:])
+    assert read_trl_log(alone, 0.1).chosen.tolist() == pytest.approx([-6])
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [({"log_odds_ratio": -0.6}, "it logs log_odds_ratio"), ({}, "its rewards are 0.1 times its logps")],
+)
+def test_rewards_without_a_reference_are_refused(tmp_path, extra, reason):
+    logps = [{"logps/chosen": -120 + i, "logps/rejected": -150 - i} for i in range(20)]
+    history = [
+        {**e, **extra, **{f"rewards/{side}": round(0.1 * e[f"logps/{side}"], 4) for side in ("chosen", "rejected")}}
+        for e in logps
+    ]
+    path = trl_log(tmp_path / "trainer_state.json", history)
+    with pytest.raises(ChesError, match=re.escape(f"{reason}, so its rewards are log-probabilities without a ref")):
+        read_trl_log(path, 0.1)
+
+
+def test_rewards_of_a_dpo_log_are_no_multiple_of_its_logps(tmp_path):
+    history = [
+        {"logps/chosen": -120 - i, "logps/rejected": -150 - i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.1 * i}
+        for i in range(20)
+    ]
+    assert read_trl_log(trl_log(tmp_path / "trainer_state.json", history), 0.1).chosen.tolist() == [-18, -19]
