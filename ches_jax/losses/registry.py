@@ -8,7 +8,7 @@ sigmoid(beta=0.3)
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ches_jax.errors import ChesError, many
+from ches_jax.errors import ChesError, did_you_mean, many
 from ches_jax.losses.inputs import REFERENCE, Aux, LossInputs, RunningMean
 from ches_jax.losses.metrics import Rewards, log_ratio_rewards, pair_metrics
 
@@ -185,9 +185,15 @@ def get_loss(name: str, **hyper: float) -> Loss:
     return entry.resolve({k: float(hyper.get(k, h.default)) for k, h in entry.hyper.items()})
 
 
+def unknown_loss(name: str, names: Sequence[str]) -> ChesError:
+    """What to say of a name that no objective has: the names, and the nearest."""
+    near = did_you_mean(name, names)
+    return ChesError(f"no loss is named {name!r}; the names are: {', '.join(names)}{near}")
+
+
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(loss_names())}")
+        raise unknown_loss(name, loss_names())
     return _ENTRIES[name]
 
 
