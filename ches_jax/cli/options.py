@@ -25,6 +25,7 @@ GROUPS = {
     "output": "out resume quiet json tracker save_every train.keep keep_best export show list shard_gb convert.dtype",
 }
 """Group -> its options (of all verbs, or of the named one); the rest say what is computed."""
+POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 COMPUTED = "what is computed"
 ORDER = ("model", "data", COMPUTED, "where it runs", "output")
 
@@ -75,7 +76,7 @@ def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
         if hint == Columns or any("Primitive" in type(extra).__name__ for extra in hint.__metadata__):
             metavar = next(x.metavar for x in hint.__metadata__ if hasattr(x, "metavar") and x.metavar)
             hint = Annotated[str, metavar]
-        positional = tyro.conf.Positional[int].__metadata__[0] in hint.__metadata__
+        positional = POSITIONAL in hint.__metadata__
         name = next((x.name for x in hint.__metadata__ if getattr(x, "name", None) and "Arg" in type(x).__name__), name)
     metavar, choices = _values(hint)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
