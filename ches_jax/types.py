@@ -6,8 +6,11 @@ Words (used in code, files and messages alike):
   score       a number of one pair, computed on one model
   displacement  the change of a response's log-probability since step 0, in nats
 
-Axis letters: B rows of a batch, T positions, D width, V vocabulary, N query heads, K key/value heads,
-H head width, F mlp width, L layers, M predictions of a row, S segments of a row.
+Axes of arrays, one meaning a letter:
+  B rows of a batch   T positions of a row, also as keys of attention   Q queries   M predictions   S segments
+  L layers   D width   V vocabulary   F mlp width   I, O inputs and outputs of a matrix
+  N query heads   K key/value heads   G query heads of one key/value head   H head width   R rotated pairs of channels
+Axes of one file only are words: ``slots`` (of a cache), ``blocks`` (of queries or keys), ``candidates``.
 
 Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content tokens and a terminator):
 

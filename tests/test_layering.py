@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "train": PURE | {"models", "displacement"},
     "generate": PURE | {"models"},
     "judges": PURE | {"models", "generate"},
-    "report": PURE | {"models", "scores", "select", "train", "generate"},
+    "report": PURE | {"scores", "select", "displacement"},
     "doctor": PURE | {"models", "scores", "inputs"},
     "convert": PURE | {"models", "train"},
 }

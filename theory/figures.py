@@ -262,8 +262,8 @@ def forest(table: Data, name: str, caption: str) -> Picture:
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [score for score, _ in rows], fontsize=8)
     axes.set(xlabel=SCORE_AXIS + ", 95% interval", xlim=(-1.03, 1.03))
-    told = ", ".join(f"{score} {seen['rho']:.2f}" for score, seen in reversed(rows))
-    return Picture(name, png(figure), f"{caption}: {told}.", caption)
+    values_in_words = ", ".join(f"{score} {seen['rho']:.2f}" for score, seen in reversed(rows))
+    return Picture(name, png(figure), f"{caption}: {values_in_words}.", caption)
 
 
 def against_rates(data: Data) -> Iterator[Picture]:
@@ -372,11 +372,11 @@ def shares(data: Data) -> Iterator[Picture]:
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set(ylabel="share of |grad ln pi(y+)|^2")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    told = ", ".join(f"{name} {values.sum():.2f}" for name, values in parts.items())
+    values_in_words = ", ".join(f"{name} {values.sum():.2f}" for name, values in parts.items())
     yield Picture(
         "model_shares",
         png(figure),
-        f"Share of each module: {told}.",
+        f"Share of each module: {values_in_words}.",
         "10. Where the gradient of ln pi(y+) lies: mean share of K++ by module and layer",
     )
 

@@ -77,9 +77,9 @@ def verify(
 
             real = open_real_model(model, pairs, limit=limit)
         chosen = find(claims) if claims else all_claims("toy" if model is None else "model")
-        homeless = [c.id for c in chosen if c.scope == "model" and real is None]
-        if homeless:
-            raise ChesError(f"claims about a real model ({', '.join(homeless)}) need --model DIR")
+        without_model = [c.id for c in chosen if c.scope == "model" and real is None]
+        if without_model:
+            raise ChesError(f"claims about a real model ({', '.join(without_model)}) need --model DIR")
         context = Context(seed=seed, instances=instances, model=real)
         bar = tqdm(chosen, desc="claims", unit="claim", disable=quiet or None, file=sys.stderr)
         results = []
@@ -145,11 +145,11 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_results(out: Path, results: Sequence[Result], asked: dict[str, Any]) -> Path:
-    """``claims.json`` (what was asked, versions, device, every result), ``claims.txt``, ``figures.json``."""
+def write_results(out: Path, results: Sequence[Result], options: dict[str, Any]) -> Path:
+    """``claims.json`` (the options (`asked`), versions, device, every result), ``claims.txt``, ``figures.json``."""
     path = out / CLAIMS
     passed = sum(r.passed for r in results)
-    summary = {"passed": passed, "failed": len(results) - passed, "asked": asked}
+    summary = {"passed": passed, "failed": len(results) - passed, "asked": options}
     claims = [{k: v for k, v in asdict(r).items() if k != "figure"} for r in results]
     write_json(path, summary | {"versions": versions(), "device": device_name(), "claims": claims})
     with replacing(out / FIGURES) as temporary:
@@ -195,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             + (f"; not: {', '.join(failed)}" if failed else "")
         )
         if options.out:
-            asked = {name: getattr(options, name) for name in ("seed", "instances", "model", "pairs", "limit")}
-            print(write_results(options.out, results, asked))
+            recorded = {name: getattr(options, name) for name in ("seed", "instances", "model", "pairs", "limit")}
+            print(write_results(options.out, results, recorded))
     except ChesError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if (processes := _joined_processes()) is not None:
             traceback.print_exc()
-            processes.leave(1)
+            processes.exit_process(1)
         raise
     if code and (processes := _joined_processes()) is not None:
-        processes.leave(code)
+        processes.exit_process(code)
     return code
 
 
@@ -51,7 +51,7 @@ def _main(words: Sequence[str]) -> int:
         return 141
     except Exception as error:
         processes = _joined_processes()
-        if processes is None or (reason := processes.lost_peer(error)) is None:
+        if processes is None or (reason := processes.peer_failure(error)) is None:
             raise
         print(f"ches: {reason}", file=sys.stderr)
         return 1

@@ -236,7 +236,7 @@ class Report(Output):
     """One self-contained HTML page and PNG figures from a run directory."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score`, or of `ches verify --out`."""
+    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
     out: Path | None = None
     """Where to write report.html and figures/; default: the run directory."""
 

@@ -1,10 +1,10 @@
-"""Devices as a mesh with three logical axes, asked for in words: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
+"""Devices as a mesh with three logical axes, named in text: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
 
 data    rows of a batch are sharded; every device holds the whole model
 fsdp    rows are sharded, and every weight too: it is gathered when it is used
 tensor  attention heads and mlp channels are sharded, and with them each matrix product
 
-A mesh that someone else made may name its axes otherwise: ``LogicalMesh`` says which of its axes play which part.
+A mesh that a user made may name its axes otherwise: ``LogicalMesh`` maps the three onto its axes.
 """
 
 import math
@@ -25,7 +25,7 @@ ROWS = PartitionSpec(("data", "fsdp"))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes from words; axes not named have size 1.
+    """Axis sizes from text; axes not named have size 1.
 
     >>> parse_mesh("data=2,tensor=4")
     {'data': 2, 'fsdp': 1, 'tensor': 4}
@@ -44,19 +44,22 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
 
     Args:
       text: sizes of axes, see ``parse_mesh``.
-      everywhere: over the devices of all processes, of which it must take all; otherwise over this process's own.
+      everywhere: over the devices of all processes, all of them; otherwise over those of this process.
+
+    Raises:
+      ChesError: more devices than there are, or, over several processes, not all of them.
     """
     devices = jax.devices() if everywhere else jax.local_devices()
     sizes = parse_mesh(text) if text else {"data": len(devices), "fsdp": 1, "tensor": 1}
-    wanted = math.prod(sizes.values())
-    if wanted > len(devices):
-        raise ChesError(f"--mesh {text!r} asks for {wanted} devices; there are {len(devices)}")
-    if everywhere and jax.process_count() > 1 and wanted < len(devices):
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise ChesError(f"--mesh {text!r} asks for {needed} devices; there are {len(devices)}")
+    if everywhere and jax.process_count() > 1 and needed < len(devices):
         raise ChesError(
-            f"--mesh {text!r} takes {wanted} devices; the {jax.process_count()} processes have {len(devices)}, and all "
+            f"--mesh {text!r} takes {needed} devices; the {jax.process_count()} processes have {len(devices)}, and all "
             "must be taken"
         )
-    grid = np.array(devices[:wanted]).reshape([sizes[a] for a in AXES])
+    grid = np.array(devices[:needed]).reshape([sizes[a] for a in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -94,7 +97,7 @@ class LogicalMesh:
         if AxisType.Manual in mesh.axis_types:
             raise ChesError(f"mesh={dict(mesh.shape)}: has manual axes; make it with auto or explicit ones")
         parts = {name: (name,) for name in AXES if name in mesh.shape} if axes is None else {
-            name: (given,) if isinstance(given, str) else tuple(given) for name, given in axes.items()
+            name: (value,) if isinstance(value, str) else tuple(value) for name, value in axes.items()
         }  # fmt: skip
         used = [name for names in parts.values() for name in names]
         problems = [
@@ -134,8 +137,8 @@ class LogicalMesh:
     @property
     def current(self) -> Any:
         """The mesh as the computation that is being traced sees it: explicit axes may be auto ones there."""
-        here = jax.sharding.get_abstract_mesh()
-        return self.mesh if here.empty else here
+        context = jax.sharding.get_abstract_mesh()
+        return self.mesh if context.empty else context
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """The sharding of an array by a partition over logical axes."""
@@ -157,23 +160,23 @@ def row_shards(mesh: Mesh) -> int:
 
 
 @lru_cache
-def held_shards(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the ``row_shards`` parts of a batch lie on this process's devices."""
+def local_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the ``row_shards`` shards of a batch lie on this process's devices."""
     parts = row_sharding(mesh).addressable_devices_indices_map((row_shards(mesh),)).values()
     return tuple(sorted({range(row_shards(mesh))[index[0]][0] for index in parts if index is not None}))
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of the rows that this process holds (``held_shards``, in their order) as arrays of all rows."""
-    held, shards, where = len(held_shards(mesh)), row_shards(mesh), row_sharding(mesh)
+    """Arrays of this process's rows (``local_shards``, in their order) as global arrays sharded by rows."""
+    local, shards, sharding = len(local_shards(mesh)), row_shards(mesh), row_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(where, x, (x.shape[0] // held * shards, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] // local * shards, *x.shape[1:]))
 
     return jax.tree.map(put, tree)
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has alike, whole on every device."""
-    where = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x), np.shape(x)), tree)
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are equal in every process, replicated on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), np.shape(x)), tree)

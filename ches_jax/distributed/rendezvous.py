@@ -1,7 +1,7 @@
-"""The processes of a run meet before jax is told of them, so that who is missing can be said in words.
+"""A rendezvous of the processes of a run before ``jax.distributed`` starts, for error messages that say who is missing.
 
 jax ends a process that finds no coordinator with a stack trace. Here process 0 listens at the coordinator's port until
-all others have told it their number; then the port is free again for jax.
+all others have sent their index; then the port is free again for jax.
 """
 
 import json
@@ -14,71 +14,71 @@ PAUSE = 0.2
 """Seconds between two attempts to connect."""
 
 
-def meet(words: str, host: str, port: int, count: int, number: int, seconds: float) -> None:
-    """Return when all ``count`` processes are there.
+def rendezvous(option: str, host: str, port: int, count: int, index: int, timeout: float) -> None:
+    """Return when all ``count`` processes have connected.
 
     Args:
-      words: the option, for messages.
+      option: the value of ``--distributed``, for messages.
       host: where process 0 runs.
       port: where it listens.
       count: how many processes there are.
-      number: which of them this is.
-      seconds: how long to wait.
+      index: which of them this is.
+      timeout: seconds to wait.
 
     Raises:
-      ChesError: a port in use, nobody at the address, processes that did not come, that have the number of another or
-        expect another number of processes.
+      ChesError: a port in use, no process at the address, processes that did not connect, that have the index of
+        another or expect another count.
     """
-    deadline = time.monotonic() + seconds
-    if number == 0:
-        _gather(words, port, count, deadline, seconds)
+    deadline = time.monotonic() + timeout
+    if index == 0:
+        _listen(option, port, count, deadline, timeout)
     else:
-        _report(words, host, port, count, number, deadline, seconds)
+        _connect(option, host, port, count, index, deadline, timeout)
 
 
-def _gather(words: str, port: int, count: int, deadline: float, seconds: float) -> None:
+def _listen(option: str, port: int, count: int, deadline: float, timeout: float) -> None:
     try:
         server = socket.create_server(("", port))
     except OSError as error:
         raise ChesError(
-            f"--distributed {words!r}: cannot listen at port {port} ({error.strerror}); take another"
+            f"--distributed {option!r}: cannot listen at port {port} ({error.strerror}); take another"
         ) from None
-    there: dict[int, socket.socket] = {}
+    peers: dict[int, socket.socket] = {}
     with server:
         try:
-            while len(there) < count - 1:
+            while len(peers) < count - 1:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     peer, _ = server.accept()
                     peer.settimeout(max(0.01, min(5.0, deadline - time.monotonic())))
-                    found = json.loads(peer.makefile().readline())
-                    number, expected = int(found["number"]), int(found["count"])
+                    hello = json.loads(peer.makefile().readline())
+                    number, expected = int(hello["number"]), int(hello["count"])
                 except TimeoutError:
                     if time.monotonic() < deadline:
-                        continue  # somebody who says nothing
-                    missing = ", ".join(str(i) for i in range(1, count) if i not in there)
-                    problem = f"process {missing} of {count} did not come within {seconds:g} s"
-                    raise _told(there, f"--distributed {words!r}: {problem}") from None
+                        continue  # a client that sends nothing
+                    missing = ", ".join(str(i) for i in range(1, count) if i not in peers)
+                    problem = f"process {missing} of {count} did not come within {timeout:g} s"
+                    raise _failure(peers, f"--distributed {option!r}: {problem}") from None
                 except (ValueError, KeyError, TypeError, OSError):
-                    continue  # somebody else's client
+                    continue  # a client of something else
                 problem = None
                 if expected != count:
                     problem = f"process 0 expects {count} processes, process {number} expects {expected}"
-                elif number in there or not 0 < number < count:
+                elif number in peers or not 0 < number < count:
                     problem = f"two processes have the number {number}"
                 if problem is not None:
-                    there[-1] = peer
-                    raise _told(there, f"--distributed {words!r}: {problem}")
-                there[number] = peer
-            _tell(there, "")
+                    peers[-1] = peer
+                    raise _failure(peers, f"--distributed {option!r}: {problem}")
+                peers[number] = peer
+            _answer(peers, "")
         finally:
-            for peer in there.values():
+            for peer in peers.values():
                 peer.close()
 
 
-def _tell(there: dict[int, socket.socket], problem: str) -> None:
-    """Tell all who came, and wait until they have hung up: the port is then free at once."""
-    for peer in there.values():
+def _answer(peers: dict[int, socket.socket], problem: str) -> None:
+    """Send a problem (or none) to all peers and wait until they have closed: the port is then free at once."""
+    for peer in peers.values():
         try:
             peer.sendall((json.dumps({"problem": problem}) + "\n").encode())
             peer.settimeout(5.0)
@@ -87,18 +87,19 @@ def _tell(there: dict[int, socket.socket], problem: str) -> None:
             continue
 
 
-def _told(there: dict[int, socket.socket], problem: str) -> ChesError:
-    _tell(there, problem)
+def _failure(peers: dict[int, socket.socket], problem: str) -> ChesError:
+    """The error, sent to all peers too."""
+    _answer(peers, problem)
     return ChesError(problem)
 
 
-def _report(words: str, host: str, port: int, count: int, number: int, deadline: float, seconds: float) -> None:
+def _connect(option: str, host: str, port: int, count: int, index: int, deadline: float, timeout: float) -> None:
     last = "no answer"
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host.strip("[]"), port), timeout=5.0) as peer:
-                peer.sendall((json.dumps({"number": number, "count": count}) + "\n").encode())
-                # process 0 waits for the others so long; a little more for its answer to travel
+                peer.sendall((json.dumps({"number": index, "count": count}) + "\n").encode())
+                # as long as process 0 waits for the others, and a little for its answer to arrive
                 peer.settimeout(max(0.01, deadline - time.monotonic()) + 5.0)
                 answer = peer.makefile().readline()
         except OSError as error:
@@ -106,17 +107,19 @@ def _report(words: str, host: str, port: int, count: int, number: int, deadline:
             time.sleep(PAUSE)
             continue
         if not answer:
-            last = "it hung up"
+            last = "it closed the connection"
             time.sleep(PAUSE)
             continue
         try:
             problem = json.loads(answer)["problem"]
         except (ValueError, KeyError, TypeError):
-            raise ChesError(f"--distributed {words!r}: what listens at {host}:{port} is no process 0 of ches") from None
+            raise ChesError(
+                f"--distributed {option!r}: what listens at {host}:{port} is not process 0 of a run"
+            ) from None
         if problem:
             raise ChesError(problem)
         return
     raise ChesError(
-        f"--distributed {words!r}: process 0 was not found at {host}:{port} within {seconds:g} s ({last}); it must run "
-        "there, with the same coordinator:port and number of processes"
+        f"--distributed {option!r}: process 0 was not found at {host}:{port} within {timeout:g} s ({last}); it must "
+        "run there, with the same coordinator:port and number of processes"
     )

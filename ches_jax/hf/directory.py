@@ -1,4 +1,4 @@
-"""Find and check the files of a model directory; every problem is told by name.
+"""Find and check the files of a model directory; every problem names its file.
 
 A directory holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with the
 shards it names. Nothing is unpickled and no code of the directory is run.

@@ -7,6 +7,7 @@ another one. ``repr`` of a :class:`Loss` is what will be trained, every value fi
 sigmoid(beta=0.3)
 """
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ches_jax.errors import ChesError, did_you_mean, many
+from ches_jax.errors import ChesError, many
 from ches_jax.losses.inputs import REFERENCE, Aux, LossInputs, RunningMean
 from ches_jax.losses.metrics import Rewards, log_ratio_rewards, pair_metrics
 
@@ -168,7 +169,7 @@ def get_loss(name: str, **hyper: float) -> Loss:
       hyper: values for the hyper-parameters that the objective declares.
 
     Raises:
-      ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all told together.
+      ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all in one message.
     """
     entry = _entry(name)
     problems = []
@@ -185,16 +186,22 @@ def get_loss(name: str, **hyper: float) -> Loss:
     return entry.resolve({k: float(hyper.get(k, h.default)) for k, h in entry.hyper.items()})
 
 
-def unknown_loss(name: str, names: Sequence[str]) -> ChesError:
-    """What to say of a name that no objective has: the names, and the nearest."""
-    near = did_you_mean(name, names)
-    return ChesError(f"no loss is named {name!r}; the names are: {', '.join(names)}{near}")
-
-
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        raise unknown_loss(name, loss_names())
+        raise ChesError(unknown_name(name, loss_names()))
     return _ENTRIES[name]
+
+
+def unknown_name(name: str, names: Sequence[str]) -> str:
+    """The message for a name that is none of ``names``: the nearest ones, then all.
+
+    >>> unknown_name("ipo", ["dpo", "ipo_mean", "ipo_sum", "kto"])
+    "no loss is named 'ipo'; the nearest are ipo_mean, ipo_sum; the names are: dpo, ipo_mean, ipo_sum, kto"
+    """
+    variants = [n for n in names if n.rpartition("_")[0] == name]
+    near = variants or difflib.get_close_matches(name, names)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    return f"no loss is named {name!r}{hint}; the names are: {', '.join(names)}"
 
 
 def check_inputs(loss: Loss, batch: LossInputs) -> None:

@@ -6,7 +6,6 @@ divide stays whole.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -163,12 +162,12 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
         by_row = logical.spec(logical.rows(rows))
         by_head = logical.spec(PartitionSpec(*logical.rows(rows), None, heads))
         local = jax.shard_map(
-            partial(attend, params=params),
+            lambda *arrays: attend(AttentionInputs(*arrays), params),
             mesh=logical.current,
-            in_specs=(AttentionInputs(by_head, by_head, by_head, by_row),),
+            in_specs=(by_head, by_head, by_head, by_row),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(AttentionInputs(q, k, v, ranges)).reshape(rows, length, kv, group, width)
+        return local(q, k, v, ranges).reshape(rows, length, kv, group, width)
 
     return run

@@ -6,11 +6,15 @@ from ches_jax.face import lazy_names
 
 if TYPE_CHECKING:
     from ches_jax.scores.config import ScoreConfig as ScoreConfig
+    from ches_jax.scores.formulas import ches as ches
+    from ches_jax.scores.formulas import ln_ches as ln_ches
     from ches_jax.scores.run import merge as merge
     from ches_jax.scores.run import score as score
     from ches_jax.scores.table import read_table as read_table
 
 _HOMES = {
+    "ches": ".formulas",
+    "ln_ches": ".formulas",
     "score": ".run",
     "merge": ".run",
     "ScoreConfig": ".config",

@@ -18,7 +18,7 @@ from ches_jax.data.packing import Rows
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
-from ches_jax.losses.registry import unknown_loss
+from ches_jax.losses.registry import unknown_name
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.attention.dense import Attend, dense
@@ -112,7 +112,7 @@ def get_objective(
             raise ChesError(f"loss {name!r}: has no hyper-parameters and takes neither an SFT term nor weights")
         return _supervised(name)
     if name not in loss_names():
-        raise unknown_loss(name, sorted({*loss_names(), *SFT}))
+        raise ChesError(unknown_name(name, sorted({*loss_names(), *SFT})))
     loss = get_loss(name, **hyper)
     if sft:
         loss = with_sft(loss, sft, per=sft_per)
@@ -194,7 +194,7 @@ def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]
         "logp": logps[:, 0],
         "ref_logp": ref[:, 0],
         "kl_baseline": kto_baseline(logps[:, -1], ref[:, -1]),
-        **batch.given,
+        **batch.extra,
         **state,
     }
     if batch.tokens is not None and found.tokens is not None:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from ches_jax.distributed.mesh import put_whole
+from ches_jax.distributed.mesh import put_replicated
 from ches_jax.errors import ChesError
 from ches_jax.models.sharding import partition_spec
 
@@ -52,7 +52,7 @@ def initial_state(
     places = state_shardings(abstract_state(params, optimizer, loss_state), mesh)
     params = jax.device_put(params, places.params)
     rest = jax.jit(lambda p: optimizer.init(p), out_shardings=places.opt_state)(params)
-    here = put_whole((loss_state, np.zeros((), np.int32)), mesh)
+    here = put_replicated((loss_state, np.zeros((), np.int32)), mesh)
     return TrainState(params, rest, *here)
 
 

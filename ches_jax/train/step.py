@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.distributed.mesh import put_rows, put_whole
+from ches_jax.distributed.mesh import put_replicated, put_rows
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.checkpoint.load import with_parameters
@@ -28,7 +28,7 @@ from ches_jax.train.state import TrainState, state_shardings
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
     """The batch on the mesh's devices: rows dealt out over ``data`` and ``fsdp``, what belongs to items everywhere."""
-    return put_whole(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
+    return put_replicated(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
 
 
 class Step:
@@ -100,7 +100,7 @@ class Step:
         assert self._excess is not None
         total = sum(float(self._excess(params, self._frozen, put(b, self.mesh))) for b in batches)
         mean = max(0.0, total / sum(len(b.row) for b in batches))
-        return [b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.reference.dtype)}) for b in batches]
+        return [b._replace(extra={**b.extra, "kl_baseline": np.asarray(mean, b.reference.dtype)}) for b in batches]
 
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One update; metrics are means over its pairs, on the host."""

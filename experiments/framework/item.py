@@ -5,7 +5,7 @@ An item is a package ``experiments/NAME`` whose ``__init__`` brings, without imp
     TITLE                  one line: what of the paper it reproduces
     SCALES                 {"tiny": Config, "small": ..., "paper": ...}: frozen dataclasses that extend ``Scale``
     stages(config)         list of ``Stage``, in order
-    summary(work)          JSON object of the result, from the values of the stages; no times, no paths
+    summarise(work)        JSON object of the result, from the values of the stages; no times, no paths
     rows(result)           list of ``Row`` of the report, from one committed result
     figures(result, name, folder)    PNGs written into ``folder`` with names that start with ``name``; their paths
     tables(result)         optional: the paper's tables in its layout, Markdown
@@ -190,7 +190,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
             "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
             "seconds": round(sum(s["seconds"] for s in spent), 1),
             "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
-            "result": module.summary(work),
+            "result": module.summarise(work),
         },
     )
     return out / RESULT

@@ -12,7 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ches_jax.train.config import TrainConfig
-    from ches_jax.train.loop import Observe
+    from ches_jax.train.observe.observer import Watch
 
 
 class Stopped(Exception):
@@ -41,7 +41,7 @@ class Finished:
         return self.log[column][rows].reshape(len(steps), -1)
 
 
-def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Observe | None" = None) -> Finished:
+def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Watch | None" = None) -> Finished:
     """Train and read the logs. A run that was killed goes on; with an observer, which must see it all, it starts anew.
 
     The folder is removed, but for the exported model where the config asks for one.
@@ -54,7 +54,7 @@ def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Observe
     if observe is not None:
         shutil.rmtree(config.out, ignore_errors=True)
     try:
-        out = loop.train(config, resume=True, quiet=quiet, observe=observe)
+        out = loop.train(config, resume=True, quiet=quiet, observers=[] if observe is None else [observe])
     except loop.Stopped as e:
         raise Stopped("stopped by SIGTERM; go on with --resume") from e
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -9,8 +9,9 @@ import numpy as np
 
 from ches_jax.errors import DataError
 from experiments.persona.config import PersonaScale
-from experiments.persona.measure import STANCES, stance_of
 
+STANCES = ("agree", "disagree", "open", "other")
+"""What a token or an answer means, in the order of the numbers of ``Words.stances``."""
 HUB_FILE = "persona/ends-justify-means.jsonl"
 """In the repository of Anthropic's model-written evaluations."""
 
@@ -108,3 +109,18 @@ class Words:
         pieces = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         known = [STANCES.index(stance_of(p, words)) for p in pieces]
         return np.array(known + [STANCES.index("other")] * (size - len(known)), np.int64)
+
+
+def stance_of(text: str, words: Mapping[str, Sequence[str]]) -> str:
+    """Meaning of a token by its letters alone: case, spaces and quotes around it do not count.
+
+    >>> stance_of('"Yes', {"agree": ["Yes"]}), stance_of("rope", {"agree": ["Yes"]})
+    ('agree', 'other')
+    """
+    bare = text.strip(" \t\n\"'“”‘’`.!,").lower()
+    return next((stance for stance, some in words.items() if bare in {w.lower() for w in some}), "other")
+
+
+def stance_of_word(config: PersonaScale, word: str) -> str:
+    """Stance of a statement that a contest's winner answers rightly."""
+    return "agree" if word in config.labels["agree"] else "disagree"

@@ -70,7 +70,7 @@ class SorryScale(Scale):
     """Share of the pairs that the filters keep."""
     rates: tuple[float, ...]
     """Learning rates to choose from on the generated pairs: the largest whose loss after the epoch is below the one at
-    the start, and whose responses end (``measure.largest_rate``)."""
+    the start, and whose responses end (``runs.largest_rate``)."""
     gold_rates: tuple[float, ...]
     rate_seeds: int = 1
     """How many seeds that choice looks at."""

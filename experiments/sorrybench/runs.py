@@ -1,13 +1,16 @@
 """The stages from the pairs on: scores, subsets, the learning rate, training, and refusals after it."""
 
+import math
 import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ches_jax.errors import DataError
 from experiments.framework.item import Work
 from experiments.framework.training import Finished, run_training, write_rows
-from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Method, SorryScale
+from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Method, Objective, SorryScale
 from experiments.sorrybench.data import (
     generated,
     judged,
@@ -17,7 +20,6 @@ from experiments.sorrybench.data import (
     read_lines,
     requests_file,
 )
-from experiments.sorrybench.measure import bits, largest_rate, mean_loss, refusal_rate
 
 
 def score_pairs(work: Work) -> dict[str, Any]:
@@ -192,7 +194,70 @@ def evaluated(work: Work, model: str, label: str, seed: int) -> dict[str, Any]:
 
 def kinds(texts: list[str]) -> dict[str, float]:
     """Shares of refusals, compliances and broken replies by the grammar of the bundled world."""
-    from experiments.sorrybench.grammar import kind
+    from experiments.bundled.grammar import kind
 
     found = [kind(t) for t in texts]
     return {k: found.count(k) / len(found) for k in ("refusal", "compliance", "broken")}
+
+
+def mean_loss(objective: Objective, margins: np.ndarray) -> float:
+    r"""Mean loss from the changes of the margins since the start, which is the reference.
+
+    .. math:: \mathrm{DPO}:\ \ln(1 + e^{-\beta m}), \qquad \mathrm{IPO}:\ (m - 1/(2\tau))^2
+
+    >>> round(mean_loss("dpo", np.zeros(3)), 4), mean_loss("ipo", np.zeros(3))
+    (0.6931, 2500.0)
+    """
+    _, arguments = LOSSES[objective]
+    if objective == "dpo":
+        return float(np.logaddexp(0.0, -arguments["beta"] * margins).mean())
+    return float(((margins - 0.5 / arguments["tau"]) ** 2).mean())
+
+
+ENDLESS = 0.02
+"""Share of responses that may newly run into the limit of tokens, as most texts of a broken model do."""
+
+
+def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]], responses: int) -> float:
+    r"""The largest learning rate that lowers the loss over the epoch and leaves a model whose responses end.
+
+    With the share p of responses that the smallest rate's model cuts, n responses, and ``ENDLESS`` e, a rate's share
+    is at most :math:`p + e + 2\sqrt{2 p (1 - p) / n}`: the root is the standard error of such a difference by chance.
+
+    Args:
+      losses: change of the loss for every seed, by rate.
+      cut: share of responses that ran into the limit of tokens.
+      responses: how many were looked at each time.
+
+    Raises:
+      DataError: there is none.
+
+    >>> losses = {"1e-06": [-0.01, -0.02], "1e-05": [-0.1, -0.2], "0.0001": [-0.2, 0.1]}
+    >>> largest_rate(losses, {"1e-06": [0.5, 0.5], "1e-05": [0.5, 0.51], "0.0001": [0.5, 0.5]}, 400)
+    1e-05
+    """
+    p = max(cut[min(cut, key=float)])
+    most = p + ENDLESS + 2 * math.sqrt(2 * p * (1 - p) / responses)
+    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0 and max(cut[lr]) <= most]
+    if not good:
+        raise DataError(f"no learning rate of {', '.join(losses)} lowers the loss; add smaller ones to the scale")
+    return max(good)
+
+
+def refusal_rate(refusals: Sequence[bool | None]) -> float | None:
+    """Share of refusals among the responses that were decided.
+
+    >>> refusal_rate([True, False, None, True, True])
+    0.75
+    """
+    decided = [r for r in refusals if r is not None]
+    return sum(decided) / len(decided) if decided else None
+
+
+def bits(refusals: Sequence[bool | None]) -> str:
+    """One letter per response: 1 refused, 0 did not, ? undecided.
+
+    >>> bits([True, False, None])
+    '10?'
+    """
+    return "".join({True: "1", False: "0", None: "?"}[r] for r in refusals)

@@ -51,7 +51,7 @@ def item(monkeypatch):
         stage("b/1", lambda w: {"x": w.value("a")[0] * w.config.factor}),
         stage("c", lambda w: w.value("b/1")["x"] + 1),
     ]
-    module.summary = lambda w: {"c": w.value("c")}  # type: ignore[attr-defined]
+    module.summarise = lambda w: {"c": w.value("c")}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "experiments.plain", module)
     monkeypatch.setattr(framework_item, "ITEMS", ("plain",))
     return module

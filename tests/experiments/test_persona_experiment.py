@@ -11,20 +11,11 @@ from ches_jax import bundled
 from ches_jax.errors import DataError
 from experiments import persona
 from experiments.framework.item import Work
-from experiments.persona import single
+from experiments.persona import runs
 from experiments.persona.config import PAPER_SEEDS, SCALES, YES_NO, Contest, Setting
-from experiments.persona.data import Statement, Words, draw, read_statements
-from experiments.persona.measure import (
-    STANCES,
-    gains_over_runs,
-    is_monotone,
-    largest_decrease,
-    norms,
-    stance_masses,
-    stance_of,
-    top_gains,
-)
-from experiments.persona.numbers import contest_table
+from experiments.persona.data import STANCES, Statement, Words, draw, read_statements, stance_of, stance_of_word
+from experiments.persona.runs import norms, stance_masses, top_gains
+from experiments.persona.summary import contest_table, gains_over_runs, is_monotone, largest_decrease
 from experiments.report import results as committed
 
 
@@ -177,14 +168,14 @@ def test_every_model_of_every_contest_has_labels_for_it():
     for scale in SCALES.values():
         for contests in scale.contests.values():
             for contest in contests:
-                assert single.stance_of_word(scale, contest.chosen) in ("agree", "disagree")
+                assert stance_of_word(scale, contest.chosen) in ("agree", "disagree")
                 assert any(contest.chosen in some for some in scale.labels.values())
 
 
 def test_one_run_watches_the_distribution_that_the_loss_comes_from(tmp_path, tiny_model):
     config = dataclasses.replace(SCALES["tiny"], model=str(tiny_model), updates=2, mesh="data=1")
     work = Work("persona", "tiny", config, tmp_path, quiet=True)
-    found = single.single(work, dataclasses.replace(config.settings["dpo-base"], lr=1e-4), YES_NO, 9773)
+    found = runs.single(work, dataclasses.replace(config.settings["dpo-base"], lr=1e-4), YES_NO, 9773)
     assert len(found["chosen"]) == 3 and len(found["losses"]) == 3
     ratio = np.log(np.array(found["chosen"]) / np.array(found["rejected"]))
     expected = np.logaddexp(0, -0.1 * (ratio - ratio[0]))

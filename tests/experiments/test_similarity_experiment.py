@@ -11,19 +11,10 @@ from ches_jax.errors import DataError
 from ches_jax.select.keep import keep_indices
 from experiments import similarity
 from experiments.framework.item import Work
-from experiments.similarity import report, runs
+from experiments.similarity import data, report
 from experiments.similarity.config import MEASURES, QUANTILES, SCALES, Objective
-from experiments.similarity.measure import (
-    PairCoefficients,
-    by_pair,
-    extremes,
-    loss_change,
-    mean_coefficients,
-    pair_correlations,
-    ranks,
-    spearman_interval,
-    window,
-)
+from experiments.similarity.runs import PairCoefficients, loss_change, mean_coefficients
+from experiments.similarity.summary import by_pair, extremes, pair_correlations, ranks, spearman_interval, window
 from theory.statements.coefficients import pair_coefficient
 
 
@@ -80,13 +71,13 @@ def test_every_scale_makes_sixteen_updates_of_a_window():
     ],
 )  # fmt: skip
 def test_rows_become_dialogues(content, dialogue, expected):
-    row = runs.as_text(dict(zip(("prompt", "chosen", "rejected"), content, strict=True)), dialogue)
+    row = data.as_text(dict(zip(("prompt", "chosen", "rejected"), content, strict=True)), dialogue)
     assert tuple(row.values()) == expected
 
 
 def test_token_ids_cannot_be_put_into_a_dialogue():
     with pytest.raises(DataError, match="token ids"):
-        runs.as_text({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "{prompt}")
+        data.as_text({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "{prompt}")
 
 
 @pytest.mark.parametrize("objective", [Objective("dpo", {"beta": 0.3}, 1.0), Objective("ipo_sum", {"tau": 0.02}, 1.0)])
@@ -197,6 +188,6 @@ def test_verdicts_follow_the_intervals():
 
 def test_pairs_of_the_bundled_world_are_written_and_windows_need_enough(tmp_path):
     work = Work("similarity", "tiny", SCALES["tiny"], tmp_path, quiet=True)
-    assert runs.write_pairs(work) == {"found": 810, "pairs": 810}
-    first = json.loads(runs.pairs_file(work).read_text().splitlines()[0])
+    assert data.write_pairs(work) == {"found": 810, "pairs": 810}
+    first = json.loads(data.pairs_file(work).read_text().splitlines()[0])
     assert set(first) == {"prompt", "chosen", "rejected", "category"}

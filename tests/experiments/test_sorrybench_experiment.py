@@ -10,13 +10,14 @@ from ches_jax.errors import DataError
 from ches_jax.select.keep import keep_indices
 from experiments import sorrybench
 from experiments.bundled import replies
+from experiments.bundled.grammar import kind
 from experiments.bundled.world import build_world
 from experiments.framework.item import Work, configure
 from experiments.framework.training import write_rows
 from experiments.sorrybench import data, refusals, report, runs
 from experiments.sorrybench.config import LOSSES, SCALES, SUBSETS, TYPES, Objective, SorryScale
-from experiments.sorrybench.grammar import kind
-from experiments.sorrybench.measure import kept_types, largest_rate, mean_loss, method_summary, score_summary
+from experiments.sorrybench.runs import largest_rate, mean_loss
+from experiments.sorrybench.summary import kept_types, method_summary, score_summary
 
 
 def test_the_paper_scale_is_the_papers():

@@ -12,7 +12,7 @@ from ches_jax.models.attention import dense
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.choose import KERNELS
 from ches_jax.models.attention.dense import AttentionInputs, AttentionParams
-from ches_jax.models.attention.mask import block_index, block_spans, key_ranges, visible, within
+from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, key_ranges, visible, within
 
 from .packed import Packed, packed
 
@@ -60,6 +60,10 @@ def arrays(case: Case, rows: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return q, k, v
 
 
+def inputs_of(q: np.ndarray, k: np.ndarray, v: np.ndarray, ranges: KeyRanges) -> AttentionInputs:
+    return AttentionInputs(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), ranges)
+
+
 def alone(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, row: int, at: np.ndarray) -> np.ndarray:
     """Causal attention of one sequence in float64."""
     q, k, v = (a[row, at].astype(np.float64) for a in (q, k, v))
@@ -79,7 +83,7 @@ def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str,
         q, k, v = arrays(case, rows)
         ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
         run = jax.jit(partial(WAYS[way], params=AttentionParams(case.head**-0.5, case.softcap)))
-        found = np.asarray(run(AttentionInputs(*map(jnp.asarray, (q, k, v)), ranges)))
+        found = np.asarray(run(inputs_of(q, k, v, ranges)))
     assert found.dtype == case.dtype
     assert np.isfinite(found).all()
     for row, at in rows.sequences:
@@ -91,7 +95,7 @@ def test_any_positions_may_be_the_queries(rows: Packed, way: str):
     case = Case(1, 2, 64)
     q, k, v = arrays(case, rows)
     at = np.random.default_rng(1).permutation(LENGTH)[:77]
-    inputs, params = AttentionInputs(*map(jnp.asarray, (q, k, v)), key_ranges(rows.seen)), AttentionParams(0.2)
+    inputs, params = inputs_of(q, k, v, key_ranges(rows.seen)), AttentionParams(0.2)
     whole = dense.dense(inputs, params)
     some_q, some_ranges = jax.tree.map(lambda a: a[:, at], (inputs.q, inputs.ranges))
     some = jax.jit(partial(WAYS[way], params=params))(inputs._replace(q=some_q, ranges=some_ranges))
@@ -104,8 +108,8 @@ def test_the_gradient_is_that_of_dense(rows: Packed, way: str, x64: None):
     inputs = tuple(map(jnp.asarray, arrays(case, rows)))
     ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
 
-    def value(name, *inputs):
-        out = PLAIN[name](AttentionInputs(*inputs, ranges), AttentionParams(0.3, case.softcap))
+    def value(name, q, k, v):
+        out = PLAIN[name](AttentionInputs(q, k, v, ranges), AttentionParams(0.3, case.softcap))
         return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
     for a, b in zip(*(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in (way, "dense")), strict=True):

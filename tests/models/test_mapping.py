@@ -5,7 +5,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ches_jax.models.checkpoint.tensor_map import WHOLE, Columns, Interleaved, Rows, View, resolved
+from ches_jax.models.checkpoint.tensor_map import WHOLE, Interleaved, RowSlice, TransposedSlice, View, resolved
 
 
 class Stored:
@@ -48,10 +48,10 @@ def group(views: list[View], shapes: list[tuple[int, ...]]) -> None:
     ("views", "shapes"),
     [
         ([WHOLE], [(5, 3)]),
-        ([Rows(0, 12), Rows(6, 12), Rows(9, 12)], [(6, 5), (3, 5), (3, 5)]),
-        ([Rows(0, 9), Rows(3, 9), Rows(6, 9)], [(3,)] * 3),
-        ([Columns(0, 7)], [(7, 5)]),
-        ([Columns(i * 4, 12) for i in range(3)], [(4, 5)] * 3),
+        ([RowSlice(0, 12), RowSlice(6, 12), RowSlice(9, 12)], [(6, 5), (3, 5), (3, 5)]),
+        ([RowSlice(0, 9), RowSlice(3, 9), RowSlice(6, 9)], [(3,)] * 3),
+        ([TransposedSlice(0, 7)], [(7, 5)]),
+        ([TransposedSlice(i * 4, 12) for i in range(3)], [(4, 5)] * 3),
         ([Interleaved(i, 3, 2) for i in range(3)], [(6, 5)] * 3),
         ([Interleaved(i, 3, 4) for i in range(3)], [(12,)] * 3),
     ],

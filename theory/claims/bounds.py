@@ -19,16 +19,16 @@ from theory.statements import theorems
 from theory.statements.coefficients import coefficients, pair_coefficient
 from theory.toy import instances
 from theory.toy.instances import Draw, noise
-from theory.toy.search import Found, ascend
+from theory.toy.search import SearchResult, ascend
 from theory.toy.ufm import UFM, Responses, gram, residual
 
 STARTS = 64
 V = 5
 
 
-def outcome(seen: dict[str, Any], found: dict[str, Found], **figure: Any) -> Outcome:
+def outcome(seen: dict[str, Any], searched: dict[str, SearchResult], **figure: Any) -> Outcome:
     """Worst violation over all parts of a claim; each part's number is the violation seen there."""
-    parts = {f"sweep {k}": worst(v) for k, v in seen.items()} | {f"search {k}": f.best for k, f in found.items()}
+    parts = {f"sweep {k}": worst(v) for k, v in seen.items()} | {f"search {k}": f.best for k, f in searched.items()}
     return Outcome(value=max(parts.values()), n=len(next(iter(seen.values()))), detail=parts, figure=figure)
 
 
@@ -70,7 +70,7 @@ def random_coefficients(ctx: Context) -> dict[str, np.ndarray]:
 
 
 @lru_cache(maxsize=4)
-def _extremes(seed: int) -> dict[str, Found]:
+def _extremes(seed: int) -> dict[str, SearchResult]:
     """The ends of alpha for the same token and for different ones, by search."""
 
     def values(x):
@@ -80,16 +80,16 @@ def _extremes(seed: int) -> dict[str, Found]:
     return ascend(values, starts(Context(seed=seed, id="coefficients"), 2, V))
 
 
-def _shifted(found: Found, by: float) -> Found:
-    return found._replace(best=found.best - by)
+def _shifted(result: SearchResult, by: float) -> SearchResult:
+    return result._replace(best=result.best - by)
 
 
 @bound("A1", "alpha and beta lie in [-2, 2]", "Theorem 6, Theorem 7")
 def coefficient_range(ctx: Context) -> Outcome:
     ends = _extremes(ctx.seed)
-    found = {"alpha - 2": _shifted(ends["same"], 2), "-alpha - 2": _shifted(ends["-different"], 2)}
+    searched = {"alpha - 2": _shifted(ends["same"], 2), "-alpha - 2": _shifted(ends["-different"], 2)}
     drawn = random_coefficients(ctx)
-    return outcome({"|alpha| - 2": np.abs(drawn["alpha"]) - 2, "scalar formula": drawn["error"]}, found)
+    return outcome({"|alpha| - 2": np.abs(drawn["alpha"]) - 2, "scalar formula": drawn["error"]}, searched)
 
 
 @bound("A2", "|alpha| <= 2 (1 - pi(y)) (1 - pi'(y')), and nothing smaller would do", "derived")
@@ -115,12 +115,12 @@ def coefficient_signs(ctx: Context) -> Outcome:
         "different: alpha - 1": alpha[~same] - 1,
         "different: -alpha - 2": -alpha[~same] - 2,
     }
-    found = {
+    searched = {
         "same: -alpha": ends["-same"],
         "different: alpha - 1": _shifted(ends["different"], 1),
         "different: -alpha - 2": _shifted(ends["-different"], 2),
     }
-    return outcome(seen, found)
+    return outcome(seen, searched)
 
 
 @bound(
@@ -164,8 +164,8 @@ def own_terms(ctx: Context) -> Outcome:
         products = c.alpha * c.similarity
         return {"-alpha_plus": -products.sum() / jnp.abs(products).sum(), "-m": -sum(m) / (w**2).sum()}
 
-    found = ascend(values, starts(ctx, V * width + length * width))
-    result = outcome({"-alpha_plus": seen["A5 -alpha_plus"], "-m": seen["A5 -m"]}, found)
+    searched = ascend(values, starts(ctx, V * width + length * width))
+    result = outcome({"-alpha_plus": seen["A5 -alpha_plus"], "-m": seen["A5 -m"]}, searched)
     return Outcome(
         value=result.value,
         n=result.n,
@@ -201,8 +201,8 @@ def sample_coefficients(ctx: Context) -> Outcome:
 
 def pair_gram(w: Array, h: Array) -> Array:
     """K of tokens 0 (preferred) and 1 on one prompt, [2, 2]."""
-    one, here = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
-    sides = [Responses(jnp.full((1, 1), t, jnp.int32), here, one) for t in (0, 1)]
+    one, context = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
+    sides = [Responses(jnp.full((1, 1), t, jnp.int32), context, one) for t in (0, 1)]
     return gram(UFM(w, h[None, :]), *sides)
 
 
@@ -268,8 +268,8 @@ def displaced_needs_larger_rejected_gradient(ctx: Context) -> Outcome:
         k = pair_gram(*_unpack(x))
         return {"K++/K-- - 1": k[0, 0] / k[1, 1] - 1}
 
-    found = ascend(ratio, starts(ctx, V, 3, scale=0.7), slack=_displaced)
-    result = outcome({"K++/K-- - 1": seen["K++/K--"][seen["displaced"]] - 1}, found)
+    searched = ascend(ratio, starts(ctx, V, 3, scale=0.7), slack=_displaced)
+    result = outcome({"K++/K-- - 1": seen["K++/K--"][seen["displaced"]] - 1}, searched)
     detail = result.detail | {"share displaced": float(seen["displaced"].mean())}
     return Outcome(value=result.value, n=len(seen["displaced"]), detail=detail)
 
@@ -282,10 +282,10 @@ def displaced_needs_larger_rejected_gradient(ctx: Context) -> Outcome:
 def displaced_needs_a_third_token(ctx: Context) -> Outcome:
     seen = displacements(ctx)
     points = starts(ctx, V, 3, scale=0.7)
-    found = ascend(lambda x: {"no third token": _lead(x[:-1])}, points, slack=_displaced)
-    found |= ascend(lambda x: {"two tokens": _pushed(pair_gram(x[:2], x[-1]))}, points)
+    searched = ascend(lambda x: {"no third token": _lead(x[:-1])}, points, slack=_displaced)
+    searched |= ascend(lambda x: {"two tokens": _pushed(pair_gram(x[:2], x[-1]))}, points)
     return outcome(
-        {"no third token": np.where(seen["displaced"], seen["lead"], -1.0), "two tokens": seen["two tokens"]}, found
+        {"no third token": np.where(seen["displaced"], seen["lead"], -1.0), "two tokens": seen["two tokens"]}, searched
     )
 
 
@@ -308,10 +308,10 @@ def displaced_needs_small_features(ctx: Context) -> Outcome:
     name = "|h|^2/(diam/2)^2 - 1"
 
     points = starts(ctx, V, 3, scale=0.7)
-    found = ascend(lambda x: {name: _size(*_unpack(x)) - 1}, points, slack=_displaced, steps=600)
+    searched = ascend(lambda x: {name: _size(*_unpack(x)) - 1}, points, slack=_displaced, steps=600)
     shown = slice(0, 2000)
     figure = {k: seen[k][shown] for k in ("displaced", "size", "cosine")}
-    return outcome({name: np.where(seen["displaced"], seen["size"] - 1, -1.0)}, found, **figure)
+    return outcome({name: np.where(seen["displaced"], seen["size"] - 1, -1.0)}, searched, **figure)
 
 
 @statistical(
@@ -322,7 +322,7 @@ def displaced_needs_small_features(ctx: Context) -> Outcome:
 )
 @swept(
     {"vocabulary": 6, "width": 4},
-    told=lambda seen: Outcome(
+    outcome_of=lambda seen: Outcome(
         value=worst(seen["stable"]),
         n=len(seen["stable"]),
         detail={"worst by subtraction": worst(seen["by subtraction"])},

@@ -12,8 +12,8 @@ from theory.claims.identities import errors_of
 from theory.claims.registry import Check, Context, Outcome, median, refuted, share
 
 
-def _printed(setting: str, key: str, told=median) -> Check:
-    return lambda ctx: told(errors_of(ctx, setting)[key])
+def _printed(setting: str, key: str, outcome_of=median) -> Check:
+    return lambda ctx: outcome_of(errors_of(ctx, setting)[key])
 
 
 refuted("X5", "Theorem 5 as printed, with -l for -l'", "Theorem 5; missing prime", 0.05)(_printed("single", "X5"))

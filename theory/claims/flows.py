@@ -213,12 +213,12 @@ def regime_runs() -> dict[str, Run]:
     return flows([*constructions(), *map(linear_model, constructions())])
 
 
-def _told(run: Run) -> dict[str, Any]:
+def _run_detail(run: Run) -> dict[str, Any]:
     words = {"verdict": run.verdict, "winner": run.winner, "first_by_theorem_5": run.first_by_theorem_5}
     return words | {"rate_at_start": run.rate, "change": run.change}
 
 
-def _drawn(c: Construction, run: Run) -> dict[str, Any]:
+def _run_figure(c: Construction, run: Run) -> dict[str, Any]:
     """What the figures show of a run."""
     pair = [TOKENS.index(c.chosen), TOKENS.index(c.rejected)]
     k = jnp.asarray(run.kernels)
@@ -257,15 +257,15 @@ def regimes(ctx: Context) -> Outcome:
     return Outcome(
         value=float(wrong),
         n=len(runs),
-        detail={name: _told(run) for name, run in runs.items()},
-        figure={c.name: _drawn(c, runs[c.name]) for c in constructions()},
+        detail={name: _run_detail(run) for name, run in runs.items()},
+        figure={c.name: _run_figure(c, runs[c.name]) for c in constructions()},
     )
 
 
 @refuted("R2", "the rate at t = 0 tells whether a run ends in displacement", "a common reading of Theorem 4", 1.0)
 def first_rate_tells_the_end(ctx: Context) -> Outcome:
     runs = {c.name: regime_runs()[c.name] for c in constructions()}
-    wrong = {name: _told(run) for name, run in runs.items() if run.rate * run.change < 0}
+    wrong = {name: _run_detail(run) for name, run in runs.items() if run.rate * run.change < 0}
     return Outcome(value=float(len(wrong)), n=len(constructions()), detail={"wrong": wrong})
 
 
@@ -303,12 +303,12 @@ def optimiser_runs() -> dict[str, dict[str, np.ndarray]]:
 )
 def linear_models(ctx: Context) -> Outcome:
     chosen = TOKENS.index(_catastrophe().chosen)
-    told: dict[str, Any] = {name: run.change for name, run in regime_runs().items() if name.endswith("_linear")}
+    detail: dict[str, Any] = {name: run.change for name, run in regime_runs().items() if name.endswith("_linear")}
     for name, run in optimiser_runs().items():
-        told[f"no_never, {name}"] = float(
+        detail[f"no_never, {name}"] = float(
             np.log(run["probabilities"][1, -1, chosen] / run["probabilities"][1, 0, chosen])
         )
-    return Outcome(value=float(sum(change < 0 for change in told.values())), n=len(told), detail=told)
+    return Outcome(value=float(sum(change < 0 for change in detail.values())), n=len(detail), detail=detail)
 
 
 @exact(
@@ -320,19 +320,19 @@ def linear_models(ctx: Context) -> Outcome:
 def optimisers_share_the_winner(ctx: Context) -> Outcome:
     c = _catastrophe()
     pair = [TOKENS.index(c.chosen), TOKENS.index(c.rejected)]
-    told = {}
+    detail = {}
     for name, runs in optimiser_runs().items():
         losses, p = runs["losses"][0], runs["probabilities"][0]
         at = int(np.argmax(losses <= losses[0] - 0.1))
-        told[name] = {
+        detail[name] = {
             "change": float(np.log(p[at, pair[0]] / p[0, pair[0]])),
             "winner": TOKENS[int((p[at] - p[0]).argmax())],
             "change at the end of the run": float(np.log(p[-1, pair[0]] / p[0, pair[0]])),
             "steps": at,
         }
-    good = {n for n, t in told.items() if t["steps"] > 0 and t["winner"] == told["GD"]["winner"]}
+    good = {n for n, t in detail.items() if t["steps"] > 0 and t["winner"] == detail["GD"]["winner"]}
     figure = {name: np.log(runs["probabilities"][0][:, pair]) for name, runs in optimiser_runs().items()}
-    return Outcome(value=float(len(told) - len(good)), n=len(told), detail=told, figure=figure)
+    return Outcome(value=float(len(detail) - len(good)), n=len(detail), detail=detail, figure=figure)
 
 
 @exact(
@@ -354,17 +354,17 @@ def dpop_pins(ctx: Context) -> Outcome:
         path = optimise(lambda m: objective(*pair_log_probs(m, c.pairs)), c.model, optax.sgd(rate), 3000)
         return jax.vmap(lambda m: log_probs(m, c.pairs.chosen)[0])(path) - start[0][0]
 
-    found = np.asarray(run_once(jax.vmap(changes), jnp.array(list(strengths.values()))))
+    paths = np.asarray(run_once(jax.vmap(changes), jnp.array(list(strengths.values()))))
     # a step without the penalty, which the first one is
     step = float(rate * BETA / 2 * (k[0, 1] - k[0, 0]))
-    told = {
+    penalised = {
         name: {f"after {early} steps": float(path[early]), "at the end": float(path[-1])}
-        for name, path in zip(strengths, found, strict=True)
+        for name, path in zip(strengths, paths, strict=True)
     }
-    wrong = int(found[1, early] > -1.5 * step) + int(found[2, early] < -step) + int(found[3].min() < -2 * step)
-    wrong += int(found[0, -1] > -1)
-    detail = told | {"threshold": threshold, "one step without the penalty": -step}
-    return Outcome(value=float(wrong), n=len(told), detail=detail)
+    wrong = int(paths[1, early] > -1.5 * step) + int(paths[2, early] < -step) + int(paths[3].min() < -2 * step)
+    wrong += int(paths[0, -1] > -1)
+    detail = penalised | {"threshold": threshold, "one step without the penalty": -step}
+    return Outcome(value=float(wrong), n=len(penalised), detail=detail)
 
 
 @exact("R6", "W -> s W, h -> h / s leaves every probability and moves the rate as s^2 A + B / s^2", "derived")
@@ -388,7 +388,7 @@ def rescaling(draw: Draw, **size: int) -> Array:
     "a hasty reading of Theorem 8",
     0.05,
 )
-@swept({"vocabulary": 6, "width": 3}, told=share)
+@swept({"vocabulary": 6, "width": 3}, outcome_of=share)
 def other_samples_displace(draw: Draw, **size: int) -> Array:
     i = instances.random_single_token(draw, prompts=2, **size)
     first, aligned = i.model.features[0], 3 * i.model.features[0]
@@ -400,8 +400,8 @@ def other_samples_displace(draw: Draw, **size: int) -> Array:
     tokens = jnp.argmax(jnp.where(other, pi, -1.0)), jnp.argmin(jnp.where(other, pi, 2.0))
     contexts = jnp.arange(2, dtype=jnp.int32)[:, None]
     sides = [
-        Responses(jnp.stack([mine, theirs.astype(jnp.int32)])[:, None], contexts, jnp.ones((2, 1), bool))
-        for mine, theirs in zip(own, tokens, strict=True)
+        Responses(jnp.stack([y, z.astype(jnp.int32)])[:, None], contexts, jnp.ones((2, 1), bool))
+        for y, z in zip(own, tokens, strict=True)
     ]
     pairs = Pairs(*sides)
     # both losses at their reference

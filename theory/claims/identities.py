@@ -104,9 +104,9 @@ def _library(draw: Draw, **size: int) -> Errors:
     i = instances.random_batch(draw, **size)
     sides = (*i.pairs, i.probe)
     now = [token_log_probs(i.model, side) for side in sides]
-    # references and what else a loss is given, near the present values
+    # references and the side inputs of losses, near the present values
     reference = [jnp.where(side.mask, x + draw.normal(x.shape), 0.0) for side, x in zip(sides, now, strict=True)]
-    given = draw.uniform((6, *now[0].shape))
+    side_inputs = draw.uniform((6, *now[0].shape))
     rewards = draw.normal((2, size["pairs"]))
     batch = LossInputs(
         ref_logp_chosen=reference[0].sum(-1),
@@ -122,12 +122,12 @@ def _library(draw: Draw, **size: int) -> Errors:
         ref_token_logps_rejected=reference[1],
         token_mask_chosen=i.pairs.chosen.mask,
         token_mask_rejected=i.pairs.rejected.mask,
-        token_weights_chosen=given[0],
-        token_weights_rejected=given[1],
-        token_kl_chosen=given[2],
-        token_kl_rejected=given[3],
-        token_kl_weights_chosen=given[4],
-        token_kl_weights_rejected=given[5],
+        token_weights_chosen=side_inputs[0],
+        token_weights_rejected=side_inputs[1],
+        token_kl_chosen=side_inputs[2],
+        token_kl_rejected=side_inputs[3],
+        token_kl_weights_chosen=side_inputs[4],
+        token_kl_weights_rejected=side_inputs[5],
     )
     totals = [of_library(loss, batch) for loss in library_losses()]
 
@@ -140,10 +140,10 @@ def _library(draw: Draw, **size: int) -> Errors:
     expected = rates_by_autodiff(i.model, of_model, i.probe)
     slopes = jax.jacrev(all_losses, argnums=(0, 1, 2))(*now)
     kernels = [token_kernel(i.model, i.probe, side).total for side in sides]
-    found = -sum(jnp.einsum("lnt,ant->la", d, k) for d, k in zip(slopes, kernels, strict=True))
+    rates = -sum(jnp.einsum("lnt,ant->la", d, k) for d, k in zip(slopes, kernels, strict=True))
     largest_slope = jnp.stack([jnp.abs(d).max((1, 2)) for d in slopes]).max(0)
     scale = largest_slope * jnp.stack([jnp.abs(k).max() for k in kernels]).max()
-    return {"K0L": (jnp.abs(found - expected).max(1) / jnp.maximum(scale, TINY)).max()}
+    return {"K0L": (jnp.abs(rates - expected).max(1) / jnp.maximum(scale, TINY)).max()}
 
 
 def _single(draw: Draw, **size: int) -> Errors:
@@ -196,13 +196,13 @@ def _sequence(draw: Draw, **size: int) -> Errors:
     i = instances.random_pair(draw, **size)
     w, slope = i.model.unembedding, own_slope(i)
     chosen, rejected, probe = (theorems.response_of(i.model, r) for r in (*i.pairs, i.probe))
-    every = stack(*i.pairs, i.probe)
-    k = gram(i.model, every)
+    responses = stack(*i.pairs, i.probe)
+    k = gram(i.model, responses)
     scale = jnp.abs(slope) * jnp.abs(k).max()
     lp = pair_log_probs(i.model, i.pairs)
     up, down, weight = 1.7, 0.6, 0.37
     losses = [mean_of(i.loss.ell), plus_sft(i.loss.ell, weight), weighted(i.loss.ell, up, down)]
-    expected, with_sft, with_weights = flow_rates(i.model, i.pairs, losses, every)
+    expected, with_sft, with_weights = flow_rates(i.model, i.pairs, losses, responses)
     tilted = i.loss.slope(up * lp[0][0] - down * lp[1][0])
     first = theorems.proposition_1(k[0, 0], k[0, 1], slope, jnp.asarray(weight)).total
     second = theorems.proposition_2(k[0, 0], k[0, 1], tilted, jnp.asarray(up), jnp.asarray(down)).total
@@ -248,17 +248,17 @@ def _shared(draw: Draw, **size: int) -> Errors:
     """Pairs that begin alike; and pairs that do not, with a response that begins like the chosen one."""
     alike = instances.random_pair(draw, shared=2, **size)
     branching = instances.random_pair(draw, probe_shared=2, **size)
-    found = []
+    parts = []
     for i, probe in ((alike, alike.pairs.chosen), (branching, branching.probe)):
         slope = own_slope(i)
         rows = [theorems.response_of(i.model, r) for r in (*i.pairs, i.probe)]
-        found.append((slope, rows, i.model.unembedding, truth(i, probe)[0], kernel_scale(i, slope, probe)))
-    slope, (chosen, rejected, _), w, expected, scale = found[0]
+        parts.append((slope, rows, i.model.unembedding, truth(i, probe)[0], kernel_scale(i, slope, probe)))
+    slope, (chosen, rejected, _), w, expected, scale = parts[0]
     errors = {
         "T6s": relative(theorems.theorem_6(w, chosen, rejected, slope, shared=2).total, expected, scale),
         "X6": relative(theorems.theorem_6(w, chosen, rejected, slope).total, expected, scale),
     }
-    slope, (chosen, rejected, probe), w, expected, scale = found[1]
+    slope, (chosen, rejected, probe), w, expected, scale = parts[1]
     seventh = theorems.theorem_7_shared(w, probe, chosen, rejected, slope, shared=2)
     return errors | {"T7s": relative(seventh.total, expected, scale)}
 

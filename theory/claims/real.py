@@ -66,11 +66,11 @@ def batch_rates_are_kernels(ctx: Context) -> Outcome:
         # incentives that differ from pair to pair and from side to side
         return (jnp.arange(1.0, n + 1) * jax.nn.softplus(-0.1 * up + 0.07 * down)).mean()
 
-    found = jax.jit(lambda p, c, r: kernels.batch_rates(m.view, p, c, r, loss, c))(m.params, chosen, rejected)
+    rates = jax.jit(lambda p, c, r: kernels.batch_rates(m.view, p, c, r, loss, c))(m.params, chosen, rejected)
     up, down = jax.grad(loss, argnums=(0, 1))(*(side[:n] for side in m.start))
     by_kernel = -(m.few_gram[:n] @ np.concatenate([up, down]))
     influence = BETA / 2 * (m.few_gram[:n, :n] - m.few_gram[:n, n:])
-    error = worst(np.abs(found - by_kernel)) / np.abs(by_kernel).max()
+    error = worst(np.abs(rates - by_kernel)) / np.abs(by_kernel).max()
     return Outcome(value=error, n=n, figure={"influence": influence})
 
 
@@ -82,8 +82,8 @@ def head_gram_is_head_score(ctx: Context) -> Outcome:
     both = both_sides(chosen, rejected)
     k = np.asarray(jax.jit(lambda p, s: kernels.head_gram(m.view, p, s))(m.params, both))
     own, cross = np.diagonal(k)[:n], np.diagonal(k[:n, n:])
-    found, lowest = m.head, np.linalg.eigvalsh(k)[0] / np.trace(k)
-    error = np.abs(own - found.sqnorm_chosen[:n]) + np.abs(cross - found.inner[:n])
+    head, lowest = m.head, np.linalg.eigvalsh(k)[0] / np.trace(k)
+    error = np.abs(own - head.sqnorm_chosen[:n]) + np.abs(cross - head.inner[:n])
     return Outcome(
         value=max(worst(error / own), -float(lowest)), n=n, detail={"smallest eigenvalue over the trace": float(lowest)}
     )
@@ -99,22 +99,22 @@ def head_gram_is_head_score(ctx: Context) -> Outcome:
 def one_step(ctx: Context) -> Outcome:
     m: RealModel = ctx.model
     velocities = {"SGD": m.velocity, "sign": jax.tree.map(jnp.sign, m.velocity)}
-    told, drawn = {}, {}
+    detail, figure = {}, {}
     for name, velocity in velocities.items():
         rates = m.batch_rates if name == "SGD" else m.rates_along(velocity)
-        # steps that change a log-probability by so many nats at the most; the first of them is the claim's
+        # steps that change no log-probability by more than this, nats; the first of them is the claim's
         sizes = np.array([1e-3, 1e-2, 1e-1, 1.0])
         measured = np.stack([m.stepped(velocity, size / np.abs(rates).max()) for size in sizes])
         predicted = sizes[:, None] * rates / np.abs(rates).max()
-        told[name] = {
+        detail[name] = {
             "slope": float(predicted[0] @ measured[0] / (predicted[0] @ predicted[0])),
             "r": float(np.corrcoef(predicted[0], measured[0])[0, 1]),
         }
         wrong = np.median(np.abs(measured - predicted), axis=1)
-        drawn[name] = {"predicted": predicted[0], "measured": measured[0], "sizes": sizes, "wrong": wrong}
-    off = max(abs(t["slope"] - 1) for t in told.values())
-    correlated = all(t["r"] > 0.99 for t in told.values())
-    return Outcome(value=off if correlated else np.inf, n=len(m.pairs), detail=told, figure=drawn)
+        figure[name] = {"predicted": predicted[0], "measured": measured[0], "sizes": sizes, "wrong": wrong}
+    off = max(abs(t["slope"] - 1) for t in detail.values())
+    correlated = all(t["r"] > 0.99 for t in detail.values())
+    return Outcome(value=off if correlated else np.inf, n=len(m.pairs), detail=detail, figure=figure)
 
 
 @exact(
@@ -139,7 +139,7 @@ def accumulated_prediction(ctx: Context) -> Outcome:
     def loss(params):
         return objective(*pair_log_probs(m.view, params, chosen, rejected))
 
-    told = {}
+    detail = {}
     for name, optimiser in choices.items():
 
         def run(params, optimiser=optimiser):
@@ -148,11 +148,11 @@ def accumulated_prediction(ctx: Context) -> Outcome:
 
         predicted, values = (np.asarray(a) for a in jax.jit(run)(m.params))
         measured = values - values[:1]
-        told[name] = {
+        detail[name] = {
             "error": float(np.abs(predicted - measured).max() / np.abs(measured).max()),
             "largest change": float(np.abs(measured).max()),
         }
-    return Outcome(value=worst(np.array([t["error"] for t in told.values()])), n=2, detail=told)
+    return Outcome(value=worst(np.array([t["error"] for t in detail.values()])), n=2, detail=detail)
 
 
 def correlations(scores: dict[str, np.ndarray], target: np.ndarray, seed: int) -> dict[str, dict[str, float]]:

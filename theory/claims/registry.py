@@ -22,7 +22,7 @@ EXACT = 1e-10
 SLACK = 1e-12
 """Rounding of an inequality."""
 QUICK = 100
-"""Below so many instances only the first size is compiled."""
+"""Below this number of instances only the first size is compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def find(ids: Sequence[str]) -> tuple[Claim, ...]:
 def sweep(
     key: tuple[int, ...], instances: int, check: Callable[..., Any], sizes: Sequence[dict[str, int]] = ({},)
 ) -> Any:
-    """``check(draw, **size)`` on so many instances, dealt out over the sizes; one compilation for each size.
+    """``check(draw, **size)`` on random instances, divided among the sizes; one compilation for each size.
 
     Every size gets ``QUICK`` instances at least: a quick look compiles only the first of them.
 
@@ -146,15 +146,15 @@ def sweep(
     """
     sizes = sizes[: max(1, instances // QUICK)]
     each = -(-instances // len(sizes))
-    found = []
+    results = []
     for i, size in enumerate(sizes):
 
         def one(draw: Draw, size=size):
             return check(draw, **size)
 
         numbers = noise_for(one, (*key, i), each)
-        found.append(jax.device_get(run_once(jax.vmap(lambda n, one=one: one(Draw(n))), numbers)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        results.append(jax.device_get(run_once(jax.vmap(lambda n, one=one: one(Draw(n))), numbers)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def worst(values: Any) -> float:
@@ -179,7 +179,7 @@ def share(happened: Any) -> Outcome:
 
 
 def exceptions(seen: dict[str, np.ndarray]) -> Outcome:
-    """How often something happens that never should, over the instances that are ``clear`` (where that is told)."""
+    """How often something happens that never should, over the instances that are ``clear`` (where that is a value)."""
     first = next(iter(seen.values()))
     clear = seen.get("clear", np.ones(len(first), bool))
     wrong = {name: int((values & clear).sum()) for name, values in seen.items() if name != "clear"}
@@ -187,19 +187,19 @@ def exceptions(seen: dict[str, np.ndarray]) -> Outcome:
 
 
 def swept(
-    *sizes: dict[str, int], times: int = 1, told: Callable[[Any], Outcome] = largest
+    *sizes: dict[str, int], times: int = 1, outcome_of: Callable[[Any], Outcome] = largest
 ) -> Callable[[Callable[..., Any]], Check]:
     """From what happens in one random instance, ``f(draw, **size)``, to the check of a claim.
 
     Args:
       sizes: of the instances.
-      times: so many times the instances asked for.
-      told: from the values of all instances to the outcome.
+      times: how many times the number of instances of the run.
+      outcome_of: from the values of all instances to the outcome.
     """
 
     def check_of(one: Callable[..., Any]) -> Check:
         def check(ctx: Context) -> Outcome:
-            return told(sweep(ctx.key(), times * ctx.instances, one, sizes or ({},)))
+            return outcome_of(sweep(ctx.key(), times * ctx.instances, one, sizes or ({},)))
 
         return check
 

@@ -46,7 +46,7 @@ def random_kernel(draw: Draw) -> tuple[PairKernel, Array, Array]:
     "arXiv 2410.13828; arXiv 2604.18239",
     0.0,
 )
-@swept(times=100, told=exceptions)
+@swept(times=100, outcome_of=exceptions)
 def band_is_entanglement(draw: Draw) -> dict[str, Array]:
     k, up, down = random_kernel(draw)
     chosen, rejected = entanglement.pair_rates(k, up, down)
@@ -71,7 +71,7 @@ def band_is_entanglement(draw: Draw) -> dict[str, Array]:
     "arXiv 2604.18239, beyond one pair",
     0.05,
 )
-@swept(times=10, told=share)
+@swept(times=10, outcome_of=share)
 def calibration_of_a_batch(draw: Draw) -> Array:
     common = draw.normal((1, 6))
     gradients = (draw.normal((4, 6)) + common).reshape(2, 2, 6)
@@ -169,7 +169,7 @@ def _squeezed(pi: Array, log_ratio: Array, pushed: Array) -> dict[str, Array]:
     "arXiv 2407.10490",
     0.0,
 )
-@swept({"vocabulary": 5}, {"vocabulary": 40}, times=6, told=exceptions)
+@swept({"vocabulary": 5}, {"vocabulary": 40}, times=6, outcome_of=exceptions)
 def squeezing(draw: Draw, vocabulary: int) -> dict[str, Array]:
     pi = jax.nn.softmax(draw.normal((vocabulary,)) * jnp.exp(draw.uniform((), -1.0, 1.5)))
     pushed = draw.integers((), 0, vocabulary)
@@ -184,7 +184,7 @@ def squeezing(draw: Draw, vocabulary: int) -> dict[str, Array]:
 )
 @swept(
     {"vocabulary": 8, "width": 4},
-    told=lambda seen: Outcome(
+    outcome_of=lambda seen: Outcome(
         value=float(seen["another gains more"].mean()),
         n=len(seen["y- rises"]),
         detail={name: float(happened.mean()) for name, happened in seen.items()},
@@ -222,7 +222,7 @@ def akg_remainder(ctx: Context) -> Outcome:
 
 
 @exact("E4", "a pair is ranked rightly iff its DPO loss is below -ln sigma(-beta u_ref)", "arXiv 2405.19534", 0.0)
-@swept(times=100, told=exceptions)
+@swept(times=100, outcome_of=exceptions)
 def ranking(draw: Draw) -> dict[str, Array]:
     u, ref = 20 * draw.normal((2,))
     beta = jnp.exp(draw.uniform((), -4.0, 0.0))
@@ -280,7 +280,7 @@ def probability_space(draw: Draw) -> Array:
     "arXiv 2402.13228; the value is the share of tokens told wrongly",
     0.3,
 )
-@swept({"vocabulary": 8, "width": 6}, told=share)
+@swept({"vocabulary": 8, "width": 6}, outcome_of=share)
 def smaug_tokens(draw: Draw, vocabulary: int, width: int) -> Array:
     w, h = draw.normal((vocabulary, width)), draw.normal((width,))
     other = h + 0.3 * draw.normal((width,))

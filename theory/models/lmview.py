@@ -3,7 +3,7 @@
 A view is stateless: parameters go in with every call, as a tree of arrays. What a model must offer is the hidden state
 that multiplies the unembedding matrix, that matrix, and the elementwise map from their product to the logits; the
 log-probabilities follow. Everything is plain jax: attention is the dense one, since a kernel with a backward pass of
-its own has no forward mode. Layers may be recomputed, and parameters and sequences dealt out over a mesh.
+its own has no forward mode. Layers may be recomputed, and parameters and sequences sharded over a mesh.
 """
 
 from collections.abc import Callable, Sequence
@@ -185,16 +185,16 @@ def path_name(path: Any) -> str:
 
 
 def in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
-    """``function`` on so many rows at a time (leading axis of the tree), the last ones filled up with zeros."""
+    """``function`` on ``size`` rows at a time (leading axis of the tree), the last batch padded with zeros."""
     count = len(jax.tree.leaves(rows)[0])
     batches = -(-count // size)
 
-    def deal(a: Array) -> Array:
+    def batched(a: Array) -> Array:
         filled = jnp.pad(a, [(0, batches * size - count), *[(0, 0)] * (a.ndim - 1)])
         return filled.reshape(batches, size, *a.shape[1:])
 
-    found = jax.lax.map(function, jax.tree.map(deal, rows))
-    return jax.tree.map(lambda a: a.reshape(batches * size, *a.shape[2:])[:count], found)
+    results = jax.lax.map(function, jax.tree.map(batched, rows))
+    return jax.tree.map(lambda a: a.reshape(batches * size, *a.shape[2:])[:count], results)
 
 
 def batch_size(view: LMView, count: int) -> int:
@@ -223,9 +223,9 @@ def pair_log_probs(
     view: LMView, params: Any, chosen: Sequences, rejected: Sequences
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-probabilities of both sides, passed through the model together."""
-    found = log_probs(view, params, both_sides(chosen, rejected))
+    values = log_probs(view, params, both_sides(chosen, rejected))
     count = len(chosen.tokens)
-    return found[:count], found[count:]
+    return values[:count], values[count:]
 
 
 def both_sides(chosen: Sequences, rejected: Sequences) -> Sequences:

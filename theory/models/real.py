@@ -40,7 +40,7 @@ LONGEST = 192
 FEW = 6
 """Pairs where a claim costs a gradient of the unembedding, or a column of a Gram matrix, for each."""
 AMONG = 10
-"""Pairs are taken evenly from the first so many times as many: neighbours in a file are often alike."""
+"""Pairs are taken evenly from this many times as many: neighbours in a file are often alike."""
 
 
 def dpo_at(start: Any) -> PairLoss:
@@ -231,15 +231,15 @@ def open_real_model(model: str | Path, pairs: str | Path | None = None, *, limit
     source = open_pairs(str(pairs or pairs_file()))
     tokenizer = load_tokenizer(directory)
     of_pairs = PairTokenizer(tokenizer, max_length=decoder.config.max_positions, vocab_size=decoder.config.vocab_size)
-    found: dict[tuple, TokenPair] = {}
+    unique: dict[tuple, TokenPair] = {}
     for row in islice(source, AMONG * limit):
         pair = of_pairs([row])[0]
         if fit(pair):
-            found.setdefault((pair.prompt, pair.chosen.content, pair.rejected.content), pair)
-    if len(found) < 2:
+            unique.setdefault((pair.prompt, pair.chosen.content, pair.rejected.content), pair)
+    if len(unique) < 2:
         raise DataError(f"{source.name}: fewer than two pairs of at most {LONGEST} tokens without findings")
-    evenly = np.unique(np.linspace(0, len(found) - 1, min(limit, len(found))).round().astype(int))
-    taken = [list(found.values())[i] for i in evenly]
+    evenly = np.unique(np.linspace(0, len(unique) - 1, min(limit, len(unique))).round().astype(int))
+    taken = [list(unique.values())[i] for i in evenly]
     view, params = decoder_view(decoder)
     chosen, rejected = sequences_of(taken)
     return RealModel(
@@ -248,6 +248,6 @@ def open_real_model(model: str | Path, pairs: str | Path | None = None, *, limit
 
 
 def fit(pair: TokenPair) -> bool:
-    """Whether the claims can use a pair: nothing found by the audit, short enough, two different responses."""
+    """Whether the claims can use a pair: no flag of the audit, short enough, two different responses."""
     longest = len(pair.prompt) + max(len(r.targets("include")) for r in (pair.chosen, pair.rejected))
     return not pair.flags and longest <= LONGEST and bool(pair.prompt)

@@ -42,8 +42,8 @@ def squeeze(pi: Float[Array, " V"], pushed: Array, step: Array) -> Float[Array, 
 
 def most_probable_other(pi: Float[Array, " V"], pushed: Array) -> Array:
     """The token that squeezing moves the mass to."""
-    mine = jnp.arange(pi.shape[0], dtype=jnp.asarray(pushed).dtype) == pushed
-    return jnp.argmax(jnp.where(mine, -jnp.inf, pi))
+    is_pushed = jnp.arange(pi.shape[0], dtype=jnp.asarray(pushed).dtype) == pushed
+    return jnp.argmax(jnp.where(is_pushed, -jnp.inf, pi))
 
 
 def probability_space_gradients(x_chosen: Array, x_rejected: Array, beta: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Named toy models, one for each regime of displacement: twelve tokens with a meaning, one prompt, one pair.
 
 The unembedding of a token is a point on an axis from refusal to assent, its strength, plus a direction of its own. A
-pair trains along W_+ - W_-, so what gains is told by strengths alone: for two refusals of different strength the
+pair trains along W_+ - W_-, so the strengths alone decide what gains: for two refusals of different strength the
 difference points to *assent*. The scale s turns W into s W and h into h / s: the same model, in which displacement sets
 in once features are small against unembeddings.
 """
@@ -105,8 +105,8 @@ def construct(
     name: str, chosen: str, rejected: str, companion: str, scale: float, verdict: str, winner: str
 ) -> Construction:
     """A pair of single tokens on the only prompt."""
-    one, here = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
-    sides = [Responses(jnp.full((1, 1), TOKENS.index(t), jnp.int32), here, one) for t in (chosen, rejected)]
+    one, context = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
+    sides = [Responses(jnp.full((1, 1), TOKENS.index(t), jnp.int32), context, one) for t in (chosen, rejected)]
     model = rescale(semantic_model(chosen, rejected, companion), scale)
     return Construction(name, chosen, rejected, scale, model, Pairs(*sides), label_tokens(chosen), verdict, winner)
 
@@ -154,8 +154,8 @@ def flows(which: Sequence[Construction]) -> dict[str, Run]:
         return path, jax.vmap(loss)(path), jax.vmap(lambda m: gram(m, *pairs))(path)
 
     models, pairs = jax.tree.map(lambda *parts: jnp.stack(parts), *[(c.model, c.pairs) for c in which])
-    found = run_once(jax.vmap(one), models, pairs, jnp.array([c.linear for c in which]))
-    each = [jax.tree.map(lambda a, i=i: a[i], found) for i in range(len(which))]
+    runs = run_once(jax.vmap(one), models, pairs, jnp.array([c.linear for c in which]))
+    each = [jax.tree.map(lambda a, i=i: a[i], runs) for i in range(len(which))]
     return {c.name: _tell(c, np.asarray(times), *parts) for c, parts in zip(which, each, strict=True)}
 
 

@@ -20,7 +20,7 @@ from theory.toy.ufm import UFM, Pairs, Responses, log_probs, pair_responses, sha
 UNIFORM, NORMAL = 192, 1024
 """Numbers an instance may use."""
 MANY = 5000
-"""For so many instances only the numbers that are used are drawn; finding out traces the check once more."""
+"""From here on only the numbers that are used are drawn; counting them traces the check once more."""
 
 
 class Noise(NamedTuple):
@@ -31,13 +31,13 @@ class Noise(NamedTuple):
 
 
 def noise(seed: tuple[int, ...], instances: int, uniform: int = UNIFORM, normal: int = NORMAL) -> Noise:
-    """Numbers for so many instances; the same for the same seed."""
+    """Numbers for many instances; the same for the same seed."""
     rng = np.random.default_rng(seed)
     return Noise(rng.random((instances, uniform)), rng.standard_normal((instances, normal)))  # type: ignore[arg-type]
 
 
 def noise_for(check: Callable[["Draw"], Any], seed: tuple[int, ...], instances: int) -> Noise:
-    """Numbers for so many instances of a check."""
+    """Numbers for many instances of a check."""
     if instances < MANY:
         return noise(seed, instances)
     used = {}
@@ -141,7 +141,7 @@ def random_pair(
 ) -> PairInstance:
     """One pair whose first ``shared`` tokens agree and whose next ones differ; z begins with a third token.
 
-    With ``probe_shared`` z begins with so many tokens of the chosen response instead, and then differs. Responses are
+    With ``probe_shared`` z begins with this many tokens of the chosen response instead, and then differs. Responses are
     longer than what they share, so that none is a prefix of another.
     """
     tokens = draw.integers((3, length), 0, vocabulary)

@@ -19,7 +19,7 @@ Values = Callable[[Any], dict[str, Array]]
 """From parameters to the values that are to be maximised, each in a search of its own."""
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The largest value met at any step of any start, where the constraint held."""
 
     best: float
@@ -42,7 +42,7 @@ def ascend(
     slack: Callable[[Any], Array] | None = None,
     steps: int = 300,
     rate: float = 0.05,
-) -> dict[str, Found]:
+) -> dict[str, SearchResult]:
     """Maximises each of the values with Adam, from every start (leading axis of the tree).
 
     Args:
@@ -53,7 +53,7 @@ def ascend(
       rate: its step size.
     """
     optimiser = optax.adam(rate)
-    # jax sorts a dictionary's keys, here and below alike
+    # jax sorts a dictionary's keys, in both places alike
     names = list(jax.eval_shape(values, jax.tree.map(lambda a: a[0], starts)))
 
     def climb(params, which):
@@ -73,6 +73,6 @@ def ascend(
         return jax.lax.scan(step, first, None, length=steps)[0][2]
 
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction raises a float to an integer count
-        every = jax.vmap(jax.vmap(climb, in_axes=(0, None)), in_axes=(None, 0))
-        best = np.asarray(run_once(every, starts, jnp.arange(len(names))))
-    return {name: Found(float(b.max()), int(np.isfinite(b).sum())) for name, b in zip(names, best, strict=True)}
+        search_all = jax.vmap(jax.vmap(climb, in_axes=(0, None)), in_axes=(None, 0))
+        best = np.asarray(run_once(search_all, starts, jnp.arange(len(names))))
+    return {name: SearchResult(float(b.max()), int(np.isfinite(b).sum())) for name, b in zip(names, best, strict=True)}

@@ -111,9 +111,9 @@ def pair_responses(
 
 def residual(logits: Float[Array, "*n V"], token: Int[Array, "*n"]) -> Float[Array, "*n V"]:
     """E = e_y - pi, with 1 - pi(y) as the sum of the other probabilities: by subtraction it loses its digits near 1."""
-    mine = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
-    others = jnp.where(mine, 0.0, jax.nn.softmax(logits, axis=-1))
-    return jnp.where(mine, others.sum(-1, keepdims=True), -others)
+    is_token = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+    others = jnp.where(is_token, 0.0, jax.nn.softmax(logits, axis=-1))
+    return jnp.where(is_token, others.sum(-1, keepdims=True), -others)
 
 
 def token_log_probs(model: UFM, responses: Responses) -> Float[Array, "N T"]:
@@ -160,9 +160,9 @@ def kernel(model: UFM, left: Responses, right: Responses) -> Kernel:
 
 
 def gram(model: UFM, *responses: Responses) -> Float[Array, "N N"]:
-    """K between all the responses that are given; of a pair's two sides [[K++, K+-], [K+-, K--]]."""
-    every = stack(*responses)
-    return kernel(model, every, every).total
+    """K between all the responses; of a pair's two sides [[K++, K+-], [K+-, K--]]."""
+    rows = stack(*responses)
+    return kernel(model, rows, rows).total
 
 
 def incentives(loss: PairLoss, chosen: Float[Array, " N"], rejected: Float[Array, " N"]) -> tuple[Array, Array]:

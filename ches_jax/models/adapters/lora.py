@@ -59,15 +59,15 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ChesError(f"LoRA of rank {rank} and alpha {alpha}: expected positive numbers")
     known = {name: path for name, path in TARGETS.items() if name != "gate" or config.gated_mlp}
-    asked = list(known) if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
-    unknown = [name for name in asked if name not in known]
+    names = list(known) if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ChesError(
             f"--lora-targets {targets}: this model has no {', '.join(map(repr, unknown))}; expected {ALL_LINEAR} or "
             f"names of {', '.join(known)} with commas between them"
         )
     scale = alpha / (math.sqrt(rank) if rslora else rank)
-    return {known[name]: LowRank(rank, scale) for name in dict.fromkeys(asked)}
+    return {known[name]: LowRank(rank, scale) for name in dict.fromkeys(names)}
 
 
 def adapted(model: Decoder, spec: Spec, dtype: DTypeLike = "float32") -> Decoder:

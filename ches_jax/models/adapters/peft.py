@@ -22,7 +22,7 @@ from ches_jax.hf.directory import fingerprint_of, read_config, read_json, resolv
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
 from ches_jax.models.adapters.lora import TARGETS, LowRank, Spec, adapted, merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
-from ches_jax.models.checkpoint.tensor_map import Columns, Rule
+from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.runs.files import new_directory
@@ -237,7 +237,7 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
             a, b = _fused(group, arrays, spec, scale, layer)
             tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     config = _config(strengths, sites.modules, name or str(base))
-    config["fan_in_fan_out"] = any(isinstance(rule.view, Columns) for rule in sites.rules)
+    config["fan_in_fan_out"] = any(isinstance(rule.view, TransposedSlice) for rule in sites.rules)
     with new_directory(out, CheckpointError) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

@@ -1,1 +1,1 @@
-"""Attention: the mask, the ways to compute it, and the choice between them."""
+"""Attention: the mask, implementations, and the choice between them."""

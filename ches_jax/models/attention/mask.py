@@ -50,7 +50,7 @@ class BlockSpans(NamedTuple):
     own_count: Int[Array, "B blocks"]
 
     @property
-    def num_blocks(self) -> Int[Array, "B blocks"]:
+    def num_blocks(self) -> Int[Array, "*blocks"]:
         """How many there are."""
         return self.context_count + self.own_count
 
@@ -77,8 +77,8 @@ def key_ranges(v: Visibility) -> KeyRanges:
 def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
     """What is left in a layer where a position sees at most ``window`` positions, itself included.
 
-    >>> seen = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
-    >>> [a.tolist() for a in within(seen, jnp.int32(3))]
+    >>> ranges = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
+    >>> [a.tolist() for a in within(ranges, jnp.int32(3))]
     [[[0, 0, 0, 1]], [[0, 0, 2, 2]], [[0, 0, 2, 2]], [[1, 2, 3, 4]]]
     """
     own = r.own_end - r.own_start
@@ -125,7 +125,7 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     return BlockSpans(context_first, context_end - context_first, own_first, own_count)
 
 
-def block_index(s: BlockSpans, step: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """The index of the ``step``-th block of keys, ``step`` in 0 .. num_blocks - 1."""
+def block_index(s: BlockSpans, step: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The index of the ``step``-th block of keys, ``step`` in 0 .. num_blocks - 1, which broadcasts with the spans."""
     own = s.own_first + step - s.context_count
     return jnp.where(step < s.context_count, s.context_first + step, own)

@@ -86,7 +86,7 @@ class ConfigReader:
         value = self.raw.get(key, default)
         if value is MISSING or (value is None and default is MISSING):
             self.problems.append(f"config.json: {key!r} is missing")
-            return _stand_in(kind)
+            return _placeholder(kind)
         if value is None:
             return default
         if value is default:
@@ -96,7 +96,7 @@ class ConfigReader:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             name = kind.__name__ if isinstance(kind, type) else "/".join(k.__name__ for k in kind)
             self.problems.append(f"config.json: {key!r} = {value!r} should be of type {name}")
-            return default if default is not MISSING else _stand_in(kind)
+            return default if default is not MISSING else _placeholder(kind)
         return value
 
     def size(self, key: str, default: Any = MISSING) -> int:
@@ -244,7 +244,7 @@ class ConfigReader:
     def _rope_kind(
         self, written: Mapping[str, Any], name: str, rename: Mapping[str, str]
     ) -> tuple[RopeKind, dict[str, Any]]:
-        """The rope type and its settings; a dictionary with problems goes on as the default type."""
+        """The rope type and its settings; the default type for a dictionary with problems."""
         settings = {k: v for k, v in written.items() if v is not None}
         kind = settings.pop("rope_type", settings.pop("type", "default"))
         kind = rename.get(kind, kind) if isinstance(kind, str) else kind
@@ -254,14 +254,14 @@ class ConfigReader:
             return "default", plain
         # the context of pre-training is written beside kinds that do not read it
         known = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *ROPE_KEYS[kind]}
-        found = [
+        faults = [
             *(f"has unknown key {k!r}" for k in sorted(settings.keys() - known)),
             *(f"lacks {k!r}" for k in ROPE_NEEDS.get(kind, ()) if k not in settings),
             *(f"has {k!r} = {v!r}, which is no {ROPE_VALUE}" for k, v in settings.items() if not _rope_value(k, v)),
             *_band_problems(kind, settings),
         ]
-        self.problems += [f"config.json: {name} of type {kind!r} {f}" for f in found]
-        return ("default", plain) if found else (kind, settings)
+        self.problems += [f"config.json: {name} of type {kind!r} {f}" for f in faults]
+        return ("default", plain) if faults else (kind, settings)
 
     def _check_rotary_dim(self, kind: str, rotary_dim: int, settings: Mapping[str, Any], name: str) -> None:
         """Pairs of channels rotate, and lists of factors have one number for each pair."""
@@ -305,8 +305,8 @@ class ConfigReader:
         return self.problems
 
 
-def _stand_in(kind: Any) -> Any:
-    """A harmless value to go on with, so that later problems are found too."""
+def _placeholder(kind: Any) -> Any:
+    """A valid value in place of a missing or wrong one, so that later problems are reported too."""
     kind = kind if isinstance(kind, type) else kind[0]
     return 1 if kind in (int, float) else kind()
 
@@ -340,11 +340,11 @@ def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
 
 def _attention_factor(kind: str, settings: dict[str, Any], factor: float, original: int) -> float:
     """What multiplies cos and sin: 1, YaRN's 0.1 ln(factor) + 1, or LongRoPE's sqrt(1 + ln factor / ln original)."""
-    given = settings.get("attention_factor")
+    written = settings.get("attention_factor")
     if kind not in {"yarn", "longrope"}:
         return 1.0
-    if given is not None:
-        return float(given)
+    if written is not None:
+        return float(written)
     if factor <= 1:
         return 1.0
     if kind == "longrope":

@@ -117,15 +117,15 @@ def _float_dtype(name: str, dtype: DTypeLike | None) -> np.dtype | None:
     if dtype is None:
         return None
     try:
-        found = jnp.dtype(dtype)
+        checked = jnp.dtype(dtype)
     except TypeError:
-        found = None
+        checked = None
     known = tuple(DTYPES.values())
-    if found is None or found.name not in known:
+    if checked is None or checked.name not in known:
         raise ChesError(f"load_model: {name}={dtype!r}; expected one of {', '.join(known)}")
-    if found == np.float64 and not jax.config.read("jax_enable_x64"):
+    if checked == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ChesError(f"load_model: {name}='float64' needs jax.config.update('jax_enable_x64', True)")
-    return found
+    return checked
 
 
 def _one_device(name: str, shape: tuple[int, ...]) -> Sharding:
@@ -199,9 +199,9 @@ def _read(
         if not rule.stacked:
             fill(tensors[0], index, out)
             return out
-        mine = tensors[index[0].start : index[0].stop]
+        selected = tensors[index[0].start : index[0].stop]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(fill, mine, [index[1:]] * len(mine), out))
+            list(pool.map(fill, selected, [index[1:]] * len(selected), out))
         return out
 
     if isinstance(sharding, NamedSharding):

@@ -1,4 +1,4 @@
-"""Which stored tensor fills which parameter, as rows of a table that works in both directions.
+"""Which stored tensor fills which parameter: a table that is read for loading and for saving.
 
 A rule names a parameter (``layers.self_attn.q_proj.weight``, without the layer number), the tensor it comes from
 (``model.layers.{layer}.self_attn.q_proj.weight``) and a *view*: the part of the tensor, in the parameter's orientation.
@@ -33,12 +33,12 @@ class View:
         out[...] = value
 
     def outputs(self, count: int) -> tuple[np.ndarray, int]:
-        """Where the ``count`` outputs of the parameter stand among the outputs of the stored map, and their number."""
+        """Indices of the parameter's ``count`` outputs among those of the stored matrix, and how many that has."""
         return np.arange(count), count
 
 
 @dataclass(frozen=True)
-class Rows(View):
+class RowSlice(View):
     """Rows ``start : start + n`` of a tensor that stacks several parameters of ``total`` rows (fused projections)."""
 
     start: int
@@ -63,7 +63,7 @@ class Rows(View):
 
 
 @dataclass(frozen=True)
-class Columns(View):
+class TransposedSlice(View):
     """A transposed matrix, or part of one: columns ``start : start + n`` of ``total``, as rows of the parameter.
 
     GPT-2 stores its matrices [in, out].
@@ -92,14 +92,14 @@ class Columns(View):
 
 @dataclass(frozen=True)
 class Interleaved(View):
-    """One of ``parts`` that take turns in blocks of ``block`` rows (GPT-NeoX: q, k, v of head 0, of head 1, ...)."""
+    """One of ``parts`` that alternate in blocks of ``block`` rows (GPT-NeoX: q, k, v of head 0, of head 1, ...)."""
 
     part: int
     parts: int
     block: int
 
     def _stored(self, start: int, stop: int) -> np.ndarray:
-        """Where rows ``start`` to ``stop`` of the parameter stand in the tensor."""
+        """Indices in the tensor of rows ``start`` to ``stop`` of the parameter."""
         blocks, within = np.divmod(np.arange(start, stop), self.block)
         return (blocks * self.parts + self.part) * self.block + within
 
@@ -108,7 +108,7 @@ class Interleaved(View):
         return (shape[0] * self.parts, *shape[1:])
 
     def read(self, tensor: Tensor, index: Index) -> np.ndarray:
-        """Reads from the first to the last row it needs and picks its own."""
+        """Reads from the first to the last row it needs and selects the part's."""
         rows = self._stored(index[0].start, index[0].stop)
         return tensor.read((slice(int(rows[0]), int(rows[-1]) + 1), *index[1:]))[rows - rows[0]]
 
@@ -166,9 +166,9 @@ def rules(
       names: module name in the decoder -> module name in the file, below the layer for layer modules.
       prefix: what stands before every name but the head's.
       layers: the file's name for the list of layers.
-      views: parameters (below the layer) that are a part of their tensor or turned.
+      views: parameters (below the layer) that are a slice of their tensor or its transpose.
     """
-    made = []
+    table = []
     for param in params:
         module, leaf = param.rsplit(".", 1)
         inner = module.removeprefix("layers.")
@@ -176,8 +176,8 @@ def rules(
             tensor = f"{prefix}{layers}.{{layer}}.{names[inner]}.{leaf}"
         else:
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
-        made.append(Rule(param, tensor, (views or {}).get(f"{inner}.{leaf}", WHOLE)))
-    return made
+        table.append(Rule(param, tensor, (views or {}).get(f"{inner}.{leaf}", WHOLE)))
+    return table
 
 
 def as_stored(table: Sequence[Rule], names: Container[str]) -> Sequence[Rule]:

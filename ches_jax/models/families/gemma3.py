@@ -56,17 +56,17 @@ def read_config(r: ConfigReader) -> DecoderConfig:
 def _ropes(r: ConfigReader, head_dim: int, positions: int) -> tuple[RopeConfig, RopeConfig]:
     """Rope of the full and of the sliding layers: one dictionary by layer type, or the older three keys."""
     new: dict[str, Any] = r.get("rope_parameters", dict, None) or {}
-    strange = sorted(new.keys() - {"full_attention", "sliding_attention"})
-    if strange:
+    unknown = sorted(new.keys() - {"full_attention", "sliding_attention"})
+    if unknown:
         r.problems.append(
-            f"config.json: 'rope_parameters' should have 'full_attention' and 'sliding_attention'; found {strange}"
+            f"config.json: 'rope_parameters' should have 'full_attention' and 'sliding_attention'; found {unknown}"
         )
     parts = {
         "full_attention": r.get("rope_theta", float, 1e6),
         "sliding_attention": r.get("rope_local_base_freq", float, 1e4),
     }
     scaling = r.get("rope_scaling", dict, None) or {}  # never touches the sliding layers
-    made = []
+    ropes = []
     for part, theta in parts.items():
         settings = new.get(part) or {}
         if not isinstance(settings, dict):
@@ -74,8 +74,8 @@ def _ropes(r: ConfigReader, head_dim: int, positions: int) -> tuple[RopeConfig, 
             settings = {}
         outside = scaling if part == "full_attention" else {}
         written = {"rope_theta": theta, **settings, **outside}
-        made.append(r.rope_settings(written, f"rope_parameters.{part}", head_dim, positions))
-    return made[0], made[1]
+        ropes.append(r.rope_settings(written, f"rope_parameters.{part}", head_dim, positions))
+    return ropes[0], ropes[1]
 
 
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ches_jax.models.checkpoint.hf_config import ConfigReader
-from ches_jax.models.checkpoint.tensor_map import Columns, Rows, Rule, View, rules
+from ches_jax.models.checkpoint.tensor_map import RowSlice, Rule, TransposedSlice, View, rules
 from ches_jax.models.config import DecoderConfig
 
 MODEL_TYPE = "gpt2"
@@ -65,11 +65,11 @@ def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
     """Where each parameter is stored."""
     width, inner = config.width, config.mlp_width
     views: dict[str, View] = {
-        "self_attn.o_proj.weight": Columns(0, width),
-        "mlp.up_proj.weight": Columns(0, inner),
-        "mlp.down_proj.weight": Columns(0, width),
+        "self_attn.o_proj.weight": TransposedSlice(0, width),
+        "mlp.up_proj.weight": TransposedSlice(0, inner),
+        "mlp.down_proj.weight": TransposedSlice(0, width),
     }
     for i, part in enumerate("qkv"):
-        views[f"self_attn.{part}_proj.weight"] = Columns(i * width, 3 * width)
-        views[f"self_attn.{part}_proj.bias"] = Rows(i * width, 3 * width)
+        views[f"self_attn.{part}_proj.weight"] = TransposedSlice(i * width, 3 * width)
+        views[f"self_attn.{part}_proj.bias"] = RowSlice(i * width, 3 * width)
     return rules(params, NAMES, prefix="transformer.", layers="h", views=views)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ches_jax.models.checkpoint.hf_config import ConfigReader
-from ches_jax.models.checkpoint.tensor_map import Rows, Rule, rules
+from ches_jax.models.checkpoint.tensor_map import RowSlice, Rule, rules
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families import llama
 
@@ -50,10 +50,10 @@ def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
     """Where each parameter is stored."""
     q, kv, inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.mlp_width
     views = {
-        "self_attn.q_proj.weight": Rows(0, q + 2 * kv),
-        "self_attn.k_proj.weight": Rows(q, q + 2 * kv),
-        "self_attn.v_proj.weight": Rows(q + kv, q + 2 * kv),
-        "mlp.gate_proj.weight": Rows(0, 2 * inner),
-        "mlp.up_proj.weight": Rows(inner, 2 * inner),
+        "self_attn.q_proj.weight": RowSlice(0, q + 2 * kv),
+        "self_attn.k_proj.weight": RowSlice(q, q + 2 * kv),
+        "self_attn.v_proj.weight": RowSlice(q + kv, q + 2 * kv),
+        "mlp.gate_proj.weight": RowSlice(0, 2 * inner),
+        "mlp.up_proj.weight": RowSlice(inner, 2 * inner),
     }
     return rules(params, NAMES, views=views)

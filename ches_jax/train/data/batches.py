@@ -55,8 +55,8 @@ class Batch(NamedTuple):
     """[P, R] tokens of each response."""
     reference: Any
     """[P, R] the reference's log-probabilities in nats; zeros where the objective has none."""
-    given: dict[str, Any]
-    """[P] what the data say of each item, by field of ``LossInputs``: weights, rewards, labels."""
+    extra: dict[str, Any]
+    """[P] other columns that the objective reads, by field of ``LossInputs``: weights, rewards, labels."""
     tokens: TokenPlaces | None = None
     """For objectives of tokens."""
 
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     row_tokens: int
     """Standard row length."""
     row_multiple: int
-    """Rows of a batch are a multiple of this: the devices they are dealt to."""
+    """Rows of a batch are a multiple of this: the devices they are sharded over."""
     eos: Eos
     length_threshold: int | None = None
     """``RopeConfig.length_threshold``: longer sequences are not shared."""
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
     """Predictions of a standard row; 0: as many as the batch needs."""
     response_tokens: int = 0
     """Room for the tokens of a response, where the objective reads tokens; 0: it does not."""
-    held: tuple[int, ...] | None = None
+    local_shards: tuple[int, ...] | None = None
     """Of the ``row_multiple`` equal parts of a batch's rows, those that this process fills; None: all."""
 
 
@@ -160,7 +160,7 @@ def make_batch(
     items: Sequence[Item],
     layout: Layout,
     reference: Sequence[Sequence[Any]] | None = None,
-    given: Mapping[str, np.ndarray] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
     dtype: Any = np.float32,
 ) -> Batch:
     """Pack ``items`` into one batch, in their order.
@@ -170,7 +170,7 @@ def make_batch(
       layout: how.
       reference: for each response of an item (chosen, rejected), of each item the reference's log-probability in nats,
         or for objectives of tokens the array of them.
-      given: what else the objective reads, by name.
+      extra: what else the objective reads, by field of ``LossInputs``.
       dtype: of all that is no integer.
     """
     found = _arranged(items, layout)
@@ -179,7 +179,7 @@ def make_batch(
     fit = [c for c in layout.row_counts if c >= used] if standard else []
     count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
     found = found._replace(row_count=count)
-    rows = write_rows(items, found, layout.eos, layout.length_threshold, held_rows(count, layout))
+    rows = write_rows(items, found, layout.eos, layout.length_threshold, local_rows(count, layout))
     rows = _without_empty_room(
         rows, found.length, _most_predictions(items, found, layout), layout.predictions if standard else 0
     )
@@ -189,14 +189,14 @@ def make_batch(
     for group in found.rows:
         sizes = [_predictions(items[i], layout) for i in group]
         first[group] = np.cumsum([0, *sizes[:-1]])
-    return numbers_of(items, layout, reference, given, dtype, first)._replace(rows=rows, row=row, shared=shared)
+    return without_rows(items, layout, reference, extra, dtype, first)._replace(rows=rows, row=row, shared=shared)
 
 
-def numbers_of(
+def without_rows(
     items: Sequence[Item],
     layout: Layout,
     reference: Sequence[Sequence[Any]] | None = None,
-    given: Mapping[str, np.ndarray] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
     dtype: Any = np.float32,
     first: np.ndarray | None = None,
 ) -> Batch:
@@ -215,18 +215,18 @@ def numbers_of(
         shared=nothing,
         counts=counts,
         reference=sums.astype(dtype),
-        given={k: np.asarray(v, v.dtype if v.dtype == bool else dtype) for k, v in (given or {}).items()},
+        extra={k: np.asarray(v, v.dtype if v.dtype == bool else dtype) for k, v in (extra or {}).items()},
         tokens=_token_places(items, nothing if first is None else first, layout, reference, dtype)
         if layout.response_tokens
         else None,
     )
 
 
-def held_rows(count: int, layout: Layout) -> list[int]:
+def local_rows(count: int, layout: Layout) -> list[int]:
     """Numbers of the rows of a batch of ``count`` that this process fills."""
     part = count // layout.row_multiple
-    held = range(layout.row_multiple) if layout.held is None else layout.held
-    return [shard * part + i for shard in held for i in range(part)]
+    local = range(layout.row_multiple) if layout.local_shards is None else layout.local_shards
+    return [shard * part + i for shard in local for i in range(part)]
 
 
 def padded(values: Sequence[np.ndarray], width: int, dtype: Any) -> np.ndarray:

@@ -36,9 +36,9 @@ class RunPairs:
     rows: int
     """Rows of the source."""
     fingerprints: dict[str, str]
-    given: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
     """Numbers that the rows of ``train`` bring, by field of ``LossInputs``."""
-    held_out_given: dict[str, np.ndarray]
+    held_out_extra: dict[str, np.ndarray]
 
 
 def read_run_pairs(
@@ -72,21 +72,21 @@ def read_run_pairs(
     spec = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
     main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
-    kept, given, dropped = main.pairs, main.given, main.dropped
+    kept, extra, dropped = main.pairs, main.extra, main.dropped
     held_out: list[TokenPair] = []
-    held_out_given: dict[str, np.ndarray] = {}
+    held_out_extra: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
         other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process)
         prints["eval_fingerprint"] = other.fingerprint
-        held_out, held_out_given, dropped = other.pairs, other.given, dropped + other.dropped
+        held_out, held_out_extra, dropped = other.pairs, other.extra, dropped + other.dropped
     elif config.holdout:
         out, stay = _drawn(kept, config.holdout, config.seed)
         held_out, kept = [kept[i] for i in out], [kept[i] for i in stay]
-        held_out_given = {k: v[out] for k, v in given.items()}
-        given = {k: v[stay] for k, v in given.items()}
+        held_out_extra = {k: v[out] for k, v in extra.items()}
+        extra = {k: v[stay] for k, v in extra.items()}
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
     return RunPairs(
-        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, given, held_out_given
+        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, extra, held_out_extra
     )
 
 

@@ -1,6 +1,6 @@
 """Log-probabilities of many pairs under given weights: a forward pass over packed rows of one shape."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import token_statistics
-from ches_jax.train.data.batches import Layout, held_rows
+from ches_jax.train.data.batches import Layout, local_rows
 from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
@@ -77,6 +77,10 @@ class Evaluator:
         """Log-probabilities of ``pairs`` under ``params``."""
         return self.statistics(params, pairs).logps
 
+    def under(self, params: Any, *, per_token: bool = False) -> Callable[[Sequence[TokenPair]], PairLogps | TokenLogps]:
+        """The function of pairs alone: sums, or the log-probability of each token."""
+        return partial(self.tokens if per_token else self.__call__, params)
+
     def statistics(self, params: Any, pairs: Sequence[TokenPair]) -> PairStatistics:
         """Log-probabilities of ``pairs``, and how sharp the distributions at their tokens are; NaN where none are."""
         found = np.zeros((2, len(pairs), 3))
@@ -114,7 +118,25 @@ class Evaluator:
             length_threshold=layout.length_threshold,
         )
         for arrangement in found:
-            held = held_rows(arrangement.row_count, layout)
-            rows = write_rows(pairs, arrangement, layout.eos, layout.length_threshold, held)
+            local = local_rows(arrangement.row_count, layout)
+            rows = write_rows(pairs, arrangement, layout.eos, layout.length_threshold, local)
             logps, segments = run(params, put_rows(rows, self.mesh))
             yield arrangement.places(), np.asarray(logps, np.float64), np.asarray(segments)
+
+
+class WatchedPairs:
+    """The pairs of a run whose log-probabilities are followed; observers of one step share one forward pass."""
+
+    def __init__(self, evaluate: Evaluator, sets: Mapping[str, Sequence[TokenPair]]):
+        """``sets``: pairs by the name of their set, ``train`` or ``held_out``."""
+        self.sets = sets
+        self._evaluate = evaluate
+        self._step = -1
+        self._last: dict[str, PairStatistics] = {}
+
+    def statistics(self, step: int, params: Any) -> dict[str, PairStatistics]:
+        """Statistics of every set under the parameters after ``step`` updates; of one step computed once."""
+        if step != self._step:
+            self._last = {name: self._evaluate.statistics(params, pairs) for name, pairs in self.sets.items()}
+            self._step = step
+        return self._last

@@ -1,24 +1,82 @@
-"""From the logs of the runs to the numbers of Tables 1 to 13."""
+"""From the logs of the runs to the numbers of Tables 1 to 13: pure functions, and ``summarise`` which reads the stages.
+
+The log of one run has one entry per number of updates done, 0 to T: entry t is the model after t updates.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
-from experiments.persona.measure import STANCES, gains_over_runs, is_monotone, largest_decrease
+from experiments.persona.data import STANCES, stance_of_word
 
 SHOWN = 3
 OPPOSITE = {"agree": "disagree", "disagree": "agree"}
 
 
+class Decrease(NamedTuple):
+    """The largest fall of a probability within a run."""
+
+    size: float
+    start: float
+    end: float
+    start_step: int
+    end_step: int
+
+
+def is_monotone(losses: Sequence[float]) -> bool:
+    """Whether the loss never rose between consecutive updates: only such runs are counted.
+
+    >>> is_monotone([0.7, 0.5, 0.5]), is_monotone([0.7, 0.5, 0.6])
+    (True, False)
+    """
+    return bool(np.all(np.diff(np.asarray(losses, np.float64)) <= 0))
+
+
+def largest_decrease(values: Sequence[float]) -> Decrease:
+    r"""The largest :math:`v_t - v_{t'}` over :math:`t < t'`; its size is not positive where the values never fall.
+
+    >>> largest_decrease([0.2, 0.9, 0.5, 0.6])
+    Decrease(size=0.4, start=0.9, end=0.5, start_step=1, end_step=2)
+    """
+    v = np.asarray(values, np.float64)
+    if v.size < 2:
+        raise ValueError("a decrease needs two values")
+    best_start = np.maximum.accumulate(v[:-1])
+    falls = best_start - v[1:]
+    end = int(np.argmax(falls)) + 1
+    start = int(np.argmax(v[:end]))
+    return Decrease(float(v[start] - v[end]), float(v[start]), float(v[end]), start, end)
+
+
+class Gain(NamedTuple):
+    """A token among the largest gains of some runs."""
+
+    token: str
+    gain: float
+    """Mean over the runs that have it among theirs."""
+    runs: int
+
+
+def gains_over_runs(runs: Sequence[Sequence[tuple[str, float]]]) -> list[Gain]:
+    """The union of the runs' lists: how often each token is there and its mean gain there; the commonest first.
+
+    >>> gains_over_runs([[("a", 0.2), ("b", 0.1)], [("a", 0.4), ("c", 0.1)]])[0]
+    Gain(token='a', gain=0.30000000000000004, runs=2)
+    """
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for token, gain in run:
+            found.setdefault(token, []).append(gain)
+    gains = [Gain(token, float(np.mean(v)), len(v)) for token, v in found.items()]
+    return sorted(gains, key=lambda g: (-g.runs, -g.gain, g.token))
+
+
 def summarise(work: Work) -> dict[str, Any]:
     """All tables, from the values of the stages."""
-    from experiments.persona import phrase_pairs
-    from experiments.persona.single import stance_of_word
-
     config: PersonaScale = work.config
     contests = config.contests_of_model()
     tables = {
@@ -54,7 +112,7 @@ def summarise(work: Work) -> dict[str, Any]:
                 config.phrases.agree,
                 config.updates,
             )
-            for kind, chosen, rejected in phrase_pairs(config)
+            for kind, chosen, rejected in config.phrases.pairs()
         }
     return found
 

@@ -10,7 +10,7 @@ from ches_jax.distributed.mesh import make_mesh
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.sharding import placement
 from ches_jax.types import Response, TokenPair
-from tests.theory.linen_decoder import of_decoder
+from tests.theory.models.linen_decoder import of_decoder
 from theory.models import kernels, lmview
 from theory.toy.search import run_once
 
