@@ -38,7 +38,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     >>> from ches_jax.data.tokenize import load_tokenizer
     >>> len(load_tokenizer("bundled"))
-    1291
+    1280
 
     Raises:
       DataError: there is none, or it cannot be read without running code from the directory.
