@@ -1,49 +1,34 @@
-"""Scores of preference pairs: CHES and its relatives, on files, in memory, and on arrays of anyone's model."""
+"""CHES and its relatives: the mathematics on arrays, pairs scored in memory, and the run that scores a data set."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ches_jax.face import lazy_names
 
 if TYPE_CHECKING:
-    from ches_jax.data.tokenize import load_tokenizer
-    from ches_jax.scores.arrays import PairStatistics, ches, head_score, ln_ches, pair_statistics
-    from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.in_memory import score_pairs
-    from ches_jax.scores.run import score
-    from ches_jax.scores.table import read_table
+    from ches_jax.data.tokenize import load_tokenizer as load_tokenizer
+    from ches_jax.scores.arrays import PairStatistics as PairStatistics
+    from ches_jax.scores.arrays import ches as ches
+    from ches_jax.scores.arrays import head_score as head_score
+    from ches_jax.scores.arrays import ln_ches as ln_ches
+    from ches_jax.scores.arrays import pair_statistics as pair_statistics
+    from ches_jax.scores.config import ScoreConfig as ScoreConfig
+    from ches_jax.scores.in_memory import score_pairs as score_pairs
+    from ches_jax.scores.run import merge as merge
+    from ches_jax.scores.run import score as score
+    from ches_jax.scores.table import read_table as read_table
 
-_HOME = {
-    "PairStatistics": "ches_jax.scores.arrays",
-    "ScoreConfig": "ches_jax.scores.config",
-    "ches": "ches_jax.scores.arrays",
-    "head_score": "ches_jax.scores.arrays",
-    "ln_ches": "ches_jax.scores.arrays",
+_HOMES = {
+    "PairStatistics": ".arrays",
+    "pair_statistics": ".arrays",
+    "ches": ".arrays",
+    "ln_ches": ".arrays",
+    "head_score": ".arrays",
+    "score_pairs": ".in_memory",
     "load_tokenizer": "ches_jax.data.tokenize",
-    "pair_statistics": "ches_jax.scores.arrays",
-    "read_table": "ches_jax.scores.table",
-    "score": "ches_jax.scores.run",
-    "score_pairs": "ches_jax.scores.in_memory",
+    "score": ".run",
+    "merge": ".run",
+    "ScoreConfig": ".config",
+    "read_table": ".table",
 }
-
-__all__ = [
-    "PairStatistics",
-    "ScoreConfig",
-    "ches",
-    "head_score",
-    "ln_ches",
-    "load_tokenizer",
-    "pair_statistics",
-    "read_table",
-    "score",
-    "score_pairs",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first asked for, so that the command line starts without jax."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOME)
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -20,6 +20,7 @@ from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -87,7 +88,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     if (out / FILE_NAME).exists():
         return out
     metadata = _metadata(identity, model.config.family)
-    (out / parts.FOLDER).mkdir(exist_ok=True)
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
     scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
@@ -122,7 +123,7 @@ def _score_chunks(
     quiet: bool,
 ) -> int:
     """Score this process's missing chunks; returns the number of pairs scored."""
-    first = parts.finished(out)
+    first = chunks.finished(out, parts.SUFFIX)
     scored = 0
 
     def mine(number: int) -> bool:

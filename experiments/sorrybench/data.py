@@ -204,9 +204,9 @@ def generated(
     work: Work, model: str, name: str, *, samples: int, temperature: float, seed: int
 ) -> list[dict[str, Any]]:
     """Responses of a model to all requests, in order."""
-    from ches_jax.generate import parts
     from ches_jax.generate.config import GenerateConfig
     from ches_jax.generate.run import FILE_NAME, generate
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     out = generate(
@@ -218,14 +218,14 @@ def generated(
         resume=True,
         quiet=True,
     )  # fmt: skip
-    return list(parts.read(out / FILE_NAME))
+    return list(chunks.read_lines(out / FILE_NAME))
 
 
 def judged(work: Work, name: str) -> list[bool | None]:
     """Whether each of the responses ``name`` refuses, in order."""
-    from ches_jax.generate import parts
     from ches_jax.judges.config import JudgeConfig
     from ches_jax.judges.run import FILE_NAME, judge
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     common: dict[str, Any] = {"responses": str(work.folder(name)), "out": str(work.folder(f"{name}-judged"))}
@@ -236,7 +236,7 @@ def judged(work: Work, name: str) -> list[bool | None]:
         how = JudgeConfig(
             **common, by="model", judge=config.judge, judge_template=config.judge_template, mesh=config.mesh
         )  # fmt: skip
-    found = [r["refusal"] for r in parts.read(judge(how, resume=True, quiet=True) / FILE_NAME)]
+    found = [r["refusal"] for r in chunks.read_lines(judge(how, resume=True, quiet=True) / FILE_NAME)]
     if all(r is None for r in found):
         raise DataError(f"{config.judge}: the judge decided none of {len(found)} responses; see {common['out']}")
     return found
@@ -268,12 +268,12 @@ def write_pairs(work: Work) -> dict[str, Any]:
 
     Two responses of the same tokens make no pair.
     """
-    from ches_jax.generate import parts
     from ches_jax.generate.run import FILE_NAME
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     requests = read_lines(requests_file(work))
-    responses = list(parts.read(work.folder("responses") / FILE_NAME))
+    responses = list(chunks.read_lines(work.folder("responses") / FILE_NAME))
     refusals = judged(work, "responses")
     draws = np.random.default_rng([config.draw_seed, 2]).random(len(requests))
     rows, gold, same = [], [], 0

@@ -13,6 +13,7 @@ from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.distributed.processes import Process
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import read_json
 from ches_jax.scores import in_memory, parts, scorer
 from ches_jax.scores import run as score_run
@@ -245,7 +246,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
         assert main([*words, "--out", str(tmp_path / "two")]) == 0
     monkeypatch.undo()
     assert main(["merge", str(tmp_path / "two")]) == 0
-    for name in (FILE_NAME, parts.TOKENS, parts.DROPPED):
+    for name in (FILE_NAME, parts.TOKENS, chunks.DROPPED):
         for other in ("killed", "two"):
             assert (tmp_path / other / name).read_bytes() == (out / name).read_bytes()
     assert read_json(out / "run.json")["counts"] == {"rows": 12, "kept": 7, "dropped": 5}
