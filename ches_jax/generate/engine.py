@@ -196,7 +196,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
         stop_check: Callable[[Sequence[int], Sequence[int]], bool] | None = None,
     ):
-        """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh).
+        """Takes a model that lies on ``mesh`` as ``sharding.placement`` says (or anywhere, for a data-only mesh).
 
         Args:
           model: the decoder.

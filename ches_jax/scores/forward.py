@@ -76,7 +76,7 @@ class ForwardPass:
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, outputs: Outputs = Outputs(), attend: Attend = blocks):
-        """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh)."""
+        """Takes a model that lies on ``mesh`` as ``sharding.placement`` says (or anywhere, for a data-only mesh)."""
         self.mesh = mesh
         self.outputs = outputs
         self.compile_seconds = 0.0

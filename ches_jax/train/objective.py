@@ -62,7 +62,7 @@ def prediction_logps(
       model: the decoder.
       rows: packed pairs.
       per_token: what is computed of each prediction; ``logps.token_statistics`` for more than its log-probability.
-      attend: how attention is computed; ``kernels.with_gradient`` (or ``dense``) where a gradient is taken.
+      attend: how attention is computed; ``choose.with_gradient`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
