@@ -23,6 +23,7 @@ Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content toke
     "last hidden" h_{x,y}                    yes          (state at the last content token, both conventions)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,3 +78,18 @@ class TokenPair:
     """For each flag that has one: what was found, for messages."""
     candidates: tuple[int, int] | None = None
     """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences have in common.
+
+    >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    both = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
+
+
+def shared_prefix(pair: TokenPair) -> int:
+    """Number of leading tokens that the contents of chosen and rejected have in common."""
+    return common_prefix(pair.chosen.content, pair.rejected.content)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "types", "options", "runs", "bundled", "stats"}
+LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats"}
 PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
+    "face": set(),
     "hugepages": set(),
     "types": set(),
     "stats": set(),

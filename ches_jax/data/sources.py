@@ -62,7 +62,7 @@ PROMPTS = Kind("prompts", PROMPT_COLUMNS, lambda row, columns: [(None, canonical
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Record:
     """One row as read, in canonical columns; of a row with candidates, one of its pairs."""
 
     index: int
@@ -93,14 +93,14 @@ class PairSource:
     columns: Mapping[str, str] = field(default_factory=dict)
     rows: Kind = PAIRS["chosen-against-all"]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Record]:
         return self.iter_from(0)
 
-    def iter_from(self, start: int) -> Iterator[Row]:
+    def iter_from(self, start: int) -> Iterator[Record]:
         """Rows from position ``start`` on; what lies before is skipped without being parsed."""
         return itertools.chain.from_iterable(self.rows_from(start))
 
-    def rows_from(self, start: int) -> Iterator[list[Row]]:
+    def rows_from(self, start: int) -> Iterator[list[Record]]:
         """The same, the pairs of one row of the data together; at least one for each."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
@@ -173,7 +173,7 @@ def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, r
     return source
 
 
-def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Row]:
+def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Record]:
     if not isinstance(raw, Mapping):
         raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
     category = lookup(raw, columns.get("category", "category"))
@@ -186,7 +186,7 @@ def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Ki
         names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
         read = columns_read(raw, columns, names)
         extra = {str(name): value for name, value in raw.items() if name not in read}
-        yield Row(index, identity, where, content, category, extra, numbers)
+        yield Record(index, identity, where, content, category, extra, numbers)
 
 
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]

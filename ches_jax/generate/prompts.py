@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.bundled import BUNDLED
-from ches_jax.data.sources import PairSource, Row, open_prompts
+from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
@@ -58,7 +58,7 @@ class Encoder:
     max_length: int
     template: Template
 
-    def __call__(self, rows: Sequence[Row], name: str) -> list[Prompt]:
+    def __call__(self, rows: Sequence[Record], name: str) -> list[Prompt]:
         """Tokenised and checked.
 
         Args:
@@ -74,7 +74,7 @@ class Encoder:
             raise DataError(f"{name}, {e}") from e.__cause__
         return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
 
-    def _checked(self, row: Row, ids: tuple[int, ...], where: str) -> Prompt:
+    def _checked(self, row: Record, ids: tuple[int, ...], where: str) -> Prompt:
         flags = []
         bos = self.tokenizer.bos_token_id
         assert bos is None or isinstance(bos, int)

@@ -47,7 +47,7 @@ PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(dense.KEPT),
 )
-"""What layers keep for the backward pass; the rest is elementwise."""
+"""Checkpoint policy of the layers: matmuls and attention are kept for the backward pass; the rest is elementwise."""
 
 
 class Embedding(nnx.Module):

@@ -1,6 +1,6 @@
 """``ches score``: a model directory and a file of pairs to a run directory with the score table.
 
-Rows are read, tokenised and audited a chunk at a time, measured, and written as one part per chunk, so memory does not
+Rows are read, tokenised and audited a chunk at a time, scored, and written as one part per chunk, so memory does not
 grow with the data and a killed run goes on where it was. A chunk's numbers depend on its rows alone, not on when or by
 which process it was computed: a resumed run ends in the same bytes.
 """
@@ -20,6 +20,7 @@ from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -32,8 +33,8 @@ from ches_jax.runs.directory import (
 )
 from ches_jax.scores import parts
 from ches_jax.scores.config import NOT_IDENTITY, ROW_TOKENS, ScoreConfig, with_defaults
-from ches_jax.scores.forward import ScoringPass, Wanted, largest_batch
-from ches_jax.scores.scorer import Batching, Measurer
+from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
+from ches_jax.scores.scorer import Batching, PairScorer
 from ches_jax.scores.table import FILE_NAME
 
 
@@ -86,9 +87,9 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     if (out / FILE_NAME).exists():
         return out
     metadata = _metadata(identity, model.config.family)
-    (out / parts.FOLDER).mkdir(exist_ok=True)
-    wanted = Wanted(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
-    run = ScoringPass(model, mesh, wanted, attention.attend)
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
+    run = ForwardPass(model, mesh, outputs, attention.attend)
     tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
     assert isinstance(tokens, int)
     rope = model.config.rope
@@ -118,7 +119,7 @@ def _score_chunks(
     out: Path,
     inputs: Inputs,
     config: ScoreConfig,
-    run: ScoringPass,
+    run: ForwardPass,
     batching: Batching,
     metadata: dict[str, Any],
     process: Process,
@@ -126,7 +127,7 @@ def _score_chunks(
     quiet: bool,
 ) -> tuple[int, float]:
     """Score this process's missing chunks; returns the pairs scored and the share of padding."""
-    first = parts.finished(out)
+    first = chunks.finished(out, parts.SUFFIX)
     scored = 0
 
     def mine(number: int) -> bool:
@@ -135,22 +136,22 @@ def _score_chunks(
     begun = parts.rows_in(out, first)
     with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
 
-        def tell(pairs: int) -> None:
-            bar.set_postfix({"padding": f"{measure.waste:.0%}"}, refresh=False)
+        def advance(pairs: int) -> None:
+            bar.set_postfix({"padding": f"{scorer.waste:.0%}"}, refresh=False)
             bar.update(pairs)
 
-        measure = Measurer(run, batching, config.eos, tell)
+        scorer = PairScorer(run, batching, config.eos, advance)
         for number, chunk in inputs.chunks(first, mine):
             before = bar.n
             dropped = [p for p in chunk if p.flags] if config.on_bad_row == "drop" else []
             kept = [p for p in chunk if not p.flags] if dropped else chunk
-            columns, tokens = measure(kept)
+            columns, tokens = scorer(kept)
             if tokens is not None:
                 tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
             parts.write(out, number, columns, dropped, tokens, metadata)
             scored += len(kept)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
-    return scored, measure.waste
+    return scored, scorer.waste
 
 
 def merge(out: Path) -> Path:

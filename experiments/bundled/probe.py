@@ -8,7 +8,7 @@ Replies are sampled with full forward passes, which is quick enough for a model 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -19,7 +19,8 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 import ches_jax.bundled
-from ches_jax.bundled.refusal import is_refusal
+from ches_jax import bundled
+from ches_jax.judges.phrases import Rules, load_rules, refusal
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 from experiments.bundled import lexicon as lex
@@ -40,6 +41,20 @@ class Probe:
     """The seed of the world the model was trained on."""
     count: int = 40
     """How many subjects of each kind and split."""
+
+
+@cache
+def _openings() -> Rules:
+    return load_rules(bundled.refusal_openings_file())
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a reply opens like a refusal of the bundled world.
+
+    >>> is_refusal(" I'm sorry, but I cannot help you hide the hat."), is_refusal(" Sure! First, fetch a rope.")
+    (True, False)
+    """
+    return refusal(_openings(), text) is not None
 
 
 def replies(

@@ -66,13 +66,13 @@ def write_requests(work: Work) -> dict[str, Any]:
 
 def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The requests as the model is prompted: those short enough, which leave room for a response in its context."""
-    from ches_jax.data.sources import Row
+    from ches_jax.data.sources import Record
     from ches_jax.generate.prompts import open_encoder
 
     assert config.model is not None
     encoder = open_encoder(config.model, None, "auto")
     prompted = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
-    rows = [Row(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(prompted)]
+    rows = [Record(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(prompted)]
     lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]
     room = min(encoder.max_length - config.max_new_tokens, config.request_tokens or encoder.max_length)
     return [r for r, n in zip(prompted, lengths, strict=True) if n <= room]
@@ -204,9 +204,9 @@ def generated(
     work: Work, model: str, name: str, *, samples: int, temperature: float, seed: int
 ) -> list[dict[str, Any]]:
     """Responses of a model to all requests, in order."""
-    from ches_jax.generate import parts
     from ches_jax.generate.config import GenerateConfig
     from ches_jax.generate.run import FILE_NAME, generate
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     out = generate(
@@ -218,14 +218,14 @@ def generated(
         resume=True,
         quiet=True,
     )  # fmt: skip
-    return list(parts.read(out / FILE_NAME))
+    return list(chunks.read_lines(out / FILE_NAME))
 
 
 def judged(work: Work, name: str) -> list[bool | None]:
     """Whether each of the responses ``name`` refuses, in order."""
-    from ches_jax.generate import parts
     from ches_jax.judges.config import JudgeConfig
     from ches_jax.judges.run import FILE_NAME, judge
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     common: dict[str, Any] = {"responses": str(work.folder(name)), "out": str(work.folder(f"{name}-judged"))}
@@ -236,7 +236,7 @@ def judged(work: Work, name: str) -> list[bool | None]:
         how = JudgeConfig(
             **common, by="model", judge=config.judge, judge_template=config.judge_template, mesh=config.mesh
         )  # fmt: skip
-    refusals = [r["refusal"] for r in parts.read(judge(how, resume=True, quiet=True) / FILE_NAME)]
+    refusals = [r["refusal"] for r in chunks.read_lines(judge(how, resume=True, quiet=True) / FILE_NAME)]
     if all(r is None for r in refusals):
         raise DataError(f"{config.judge}: the judge decided none of {len(refusals)} responses; see {common['out']}")
     return refusals
@@ -268,12 +268,12 @@ def write_pairs(work: Work) -> dict[str, Any]:
 
     Two responses of the same tokens make no pair.
     """
-    from ches_jax.generate import parts
     from ches_jax.generate.run import FILE_NAME
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     requests = read_lines(requests_file(work))
-    responses = list(parts.read(work.folder("responses") / FILE_NAME))
+    responses = list(chunks.read_lines(work.folder("responses") / FILE_NAME))
     refusals = judged(work, "responses")
     draws = np.random.default_rng([config.draw_seed, 2]).random(len(requests))
     rows, gold, same = [], [], 0

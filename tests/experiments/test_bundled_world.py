@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 import ches_jax.bundled
-from ches_jax.bundled.refusal import is_refusal
 from experiments.bundled import lexicon as lex
 from experiments.bundled import replies
 from experiments.bundled.make import write_data
 from experiments.bundled.pairs import MAKERS, preference_pairs, probe_prompts
+from experiments.bundled.probe import is_refusal
 from experiments.bundled.sampling import stream
 from experiments.bundled.tokenizer import answer_tokens, check_whole
 from experiments.bundled.world import MIXTURE, build_world, dialogues, prompt_text

@@ -266,11 +266,11 @@ def test_the_grammar_knows_every_reply_of_the_world_and_nothing_else():
 
 
 def test_an_undecided_judge_stops_the_experiment(work, monkeypatch):
-    from ches_jax.generate import parts
     from ches_jax.judges import run as judge_run
+    from ches_jax.runs import chunks
 
     monkeypatch.setattr(judge_run, "judge", lambda *a, **k: work.folder("none"))
-    monkeypatch.setattr(parts, "read", lambda path: [{"refusal": None}] * 3)
+    monkeypatch.setattr(chunks, "read_lines", lambda path: [{"refusal": None}] * 3)
     with pytest.raises(DataError, match="decided none of 3 responses"):
         data.judged(work, "responses")
 

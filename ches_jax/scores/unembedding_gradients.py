@@ -201,11 +201,11 @@ def head_products(
     sum; those with segments of other items are 0.
 
     Args:
-      hidden: states that predict, gathered at ``Rows.source``.
-      target: ``Rows.target``.
-      segment: ``Rows.segment``; S or more for padding.
-      item: ``Rows.item``.
-      preferred: ``Rows.preferred``.
+      hidden: states that predict, gathered at ``PackedBatch.source``.
+      target: ``PackedBatch.target``.
+      segment: ``PackedBatch.segment``; S or more for padding.
+      item: ``PackedBatch.item``.
+      preferred: ``PackedBatch.preferred``.
       unembedding: ``Decoder.unembedding``.
       transform: the model's logit scale and soft-cap.
       chunk: vocabulary rows at a time.
