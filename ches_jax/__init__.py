@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from ches_jax.losses import incentives as incentives
     from ches_jax.models import load_model as load_model
     from ches_jax.report.page import report as report
+    from ches_jax.scores.arrays import ches as ches
+    from ches_jax.scores.arrays import head_score as head_score
+    from ches_jax.scores.arrays import ln_ches as ln_ches
+    from ches_jax.scores.arrays import pair_statistics as pair_statistics
     from ches_jax.scores.config import ScoreConfig as ScoreConfig
-    from ches_jax.scores.formulas import ches as ches
-    from ches_jax.scores.formulas import ln_ches as ln_ches
+    from ches_jax.scores.in_memory import score_pairs as score_pairs
     from ches_jax.scores.run import score as score
     from ches_jax.select.config import SelectConfig as SelectConfig
     from ches_jax.select.run import select as select
@@ -49,8 +52,11 @@ _HOMES = {
     "load_tokenizer": "ches_jax.data.tokenize",
     "bundled": "ches_jax.bundled",
     # mathematics on arrays
-    "ches": "ches_jax.scores.formulas",
-    "ln_ches": "ches_jax.scores.formulas",
+    "score_pairs": "ches_jax.scores.in_memory",
+    "pair_statistics": "ches_jax.scores.arrays",
+    "ches": "ches_jax.scores.arrays",
+    "ln_ches": "ches_jax.scores.arrays",
+    "head_score": "ches_jax.scores.arrays",
     "displacement_summary": "ches_jax.displacement.changes",
     "get_loss": "ches_jax.losses",
     "incentives": "ches_jax.losses",

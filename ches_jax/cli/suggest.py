@@ -20,7 +20,7 @@ SAME = {
     "lora-r": "lora-rank", "gradient-checkpointing": "remat", "save-steps": "save-every", "eval-steps": "eval-every",
     "save-total-limit": "keep", "report-to": "tracker",
     "num-samples": "samples", "num-return-sequences": "samples", "max-tokens": "max-new-tokens",
-    "max-gen-toks": "max-new-tokens", "stop-sequences": "stop", "resume-from-checkpoint": "resume",
+    "max-gen-toks": "max-new-tokens", "stop-sequences": "stop",
 }  # fmt: skip
 """A name elsewhere -> the option that takes the same value (the first that the verb has)."""
 DIFFERENT = {
@@ -43,6 +43,7 @@ DIFFERENT = {
     "batch-size": "--batch-tokens N is the tokens of a device and step",
     "model-args": "--model DIR names the model",
     "do-sample": "--temperature 0 is greedy, anything above samples",
+    "resume-from-checkpoint": "--resume goes on with the run that --out holds",
     "push-to-hub": "the trained model is OUT/model, a directory that huggingface-cli upload takes",
     "trust-remote-code": "no code of a model directory is ever run",
 }  # fmt: skip

@@ -159,15 +159,54 @@ def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, r
     Raises:
       DataError: nothing there, an unknown format, no rows, or a first row that cannot be used.
     """
+    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows)
+
+
+def rows_in_memory(
+    rows: Any, columns: Mapping[str, str] | None = None, pairing: Pairing | None = None, name: str = "rows"
+) -> PairSource:
+    """Preference pairs that lie in memory; they are read as those of a file are.
+
+    Args:
+      rows: a list (or other iterable) of dicts, a ``datasets.Dataset`` or an Arrow table.
+      columns: canonical name -> name in the data, as in ``open_rows``.
+      pairing: of rows with candidates; default: chosen-against-all.
+      name: of the rows, in messages.
+
+    Raises:
+      DataError: something else than rows, no rows, or a first row that cannot be used.
+    """
+    if hasattr(rows, "to_batches"):
+        kind, read = "Arrow table", lambda start: _table_rows(rows.to_batches(), 0, start)
+    elif hasattr(rows, "cache_files") and hasattr(rows, "features"):
+        kind, read = "datasets.Dataset", lambda start: _read_dataset(rows, start)
+    elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+        listed = list(rows)
+        kind, read = "list", lambda start: ((f"row {i}", row) for i, row in enumerate(listed[start:], start))
+    else:
+        raise DataError(
+            f"{name}: a {type(rows).__name__}; expected a list of dicts, a datasets.Dataset or an Arrow table "
+            "(a file is scored with the verb score)"
+        )
+
+    def identity() -> str:
+        return hashlib.sha256("\n".join(record.row_id for record in source).encode()).hexdigest()
+
+    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"])
+    return source
+
+
+def _source(name: str, opened: Callable[[], "Opened"], columns: Mapping[str, str] | None, rows: Kind) -> PairSource:
+    """A source whose names of columns and first row are checked."""
     columns = dict(columns or {})
-    unknown = [name for name in columns if name not in rows.columns]
+    unknown = [n for n in columns if n not in rows.columns]
     if unknown:
         raise DataError(
             f"--columns {unknown[0]}={columns[unknown[0]]}: '{unknown[0]}' is not a column this "
             f"tool reads ({', '.join(rows.columns)}); write --columns prompt=NAME_IN_THE_DATA"
         )
-    kind, read, identity = _open(spec, split)
-    source = PairSource(f"{spec}:{split}" if split else spec, kind, read, identity, columns, rows)
+    kind, read, identity = opened()
+    source = PairSource(name, kind, read, identity, columns, rows)
     if next(iter(source), None) is None:
         raise DataError(f"{source.name}: no rows; expected {rows.name}, at least one")
     return source

@@ -14,6 +14,7 @@ from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.hf.directory import read_config, resolve
+from ches_jax.inputs import sequence_length
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.types import OnBadRow, Template
@@ -160,11 +161,7 @@ def open_encoder(model: str, max_length: int | None, template: Template) -> Enco
     """Open and check a model directory and its tokenizer."""
     directory = resolve(model)
     decoder = decoder_config(read_config(directory), str(directory))
-    if max_length is not None:
-        if max_length < 2:
-            raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
-        if decoder.rope is None and max_length > decoder.max_positions:
-            raise ChesError(
-                f"--max-length {max_length}: the model has learned positions for {decoder.max_positions} tokens only"
-            )
-    return Encoder(directory, decoder, load_tokenizer(directory), max_length or decoder.max_positions, template)
+    if max_length is not None and max_length < 2:
+        raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
+    length = sequence_length(decoder, max_length)
+    return Encoder(directory, decoder, load_tokenizer(directory), length, template)

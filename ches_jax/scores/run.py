@@ -32,9 +32,10 @@ from ches_jax.runs.directory import (
     write_json,
 )
 from ches_jax.scores import parts
-from ches_jax.scores.config import NOT_IDENTITY, ROW_TOKENS, ScoreConfig, with_defaults
-from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
-from ches_jax.scores.scorer import Batching, PairScorer
+from ches_jax.scores.config import NOT_IDENTITY, ScoreConfig, with_defaults
+from ches_jax.scores.forward import Outputs
+from ches_jax.scores.in_memory import pair_scorer, score_chunk
+from ches_jax.scores.scorer import PairScorer
 from ches_jax.scores.table import FILE_NAME
 
 
@@ -89,14 +90,10 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     metadata = _metadata(identity, model.config.family)
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
-    run = ForwardPass(model, mesh, outputs, attention.attend)
-    tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
-    assert isinstance(tokens, int)
-    rope = model.config.rope
-    batching = Batching.of(tokens, ROW_TOKENS, run, rope.length_threshold if rope else None)
-    run.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
+    assert config.batch_tokens is not None
+    scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
     started = time.perf_counter()
-    scored, waste = _score_chunks(out, inputs, config, run, batching, metadata, process, total, quiet or process.id > 0)
+    scored = _score_chunks(out, inputs, config, scorer, metadata, process, total, quiet or process.id > 0)
     seconds = time.perf_counter() - started
     facts = {
         "device": device_name(),
@@ -104,11 +101,11 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         "attention": attention.name,
         "processes": process.count,
         "scored_this_time": scored,
-        "seconds": {"scoring": round(seconds, 3), "compiling": round(run.compile_seconds, 3)},
+        "seconds": {"scoring": round(seconds, 3), "compiling": round(scorer.run.compile_seconds, 3)},
         "pairs_per_second": round(scored / max(seconds, 1e-9), 2),
-        "compiled_shapes": [list(s) for s in run.shapes],
-        "batch_tokens": tokens,
-        "padding_waste": round(waste, 4),
+        "compiled_shapes": [list(s) for s in scorer.run.shapes],
+        "batch_tokens": scorer.batching.batch_tokens,
+        "padding_waste": round(scorer.waste, 4),
     }
     if process.count == 1:
         _finish(out, facts)
@@ -119,14 +116,13 @@ def _score_chunks(
     out: Path,
     inputs: Inputs,
     config: ScoreConfig,
-    run: ForwardPass,
-    batching: Batching,
+    scorer: PairScorer,
     metadata: dict[str, Any],
     process: Process,
     total: int | None,
     quiet: bool,
-) -> tuple[int, float]:
-    """Score this process's missing chunks; returns the pairs scored and the share of padding."""
+) -> int:
+    """Score this process's missing chunks; returns the number of pairs scored."""
     first = chunks.finished(out, parts.SUFFIX)
     scored = 0
 
@@ -140,18 +136,16 @@ def _score_chunks(
             bar.set_postfix({"padding": f"{scorer.waste:.0%}"}, refresh=False)
             bar.update(pairs)
 
-        scorer = PairScorer(run, batching, config.eos, advance)
+        scorer.on_batch = advance
         for number, chunk in inputs.chunks(first, mine):
             before = bar.n
-            dropped = [p for p in chunk if p.flags] if config.on_bad_row == "drop" else []
-            kept = [p for p in chunk if not p.flags] if dropped else chunk
-            columns, tokens = scorer(kept)
+            columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
             if tokens is not None:
                 tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
             parts.write(out, number, columns, dropped, tokens, metadata)
-            scored += len(kept)
+            scored += len(chunk) - len(dropped)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
-    return scored, scorer.waste
+    return scored
 
 
 def merge(out: Path) -> Path:

@@ -45,13 +45,15 @@ class Batching:
     rows_per_batch: int
     row_multiple: int
     length_threshold: int | None
+    batch_tokens: int
+    """Tokens per device and step that were asked for."""
 
     @classmethod
     def of(cls, batch_tokens: int, row_tokens: int, run: ForwardPass, length_threshold: int | None) -> "Batching":
         """Rows of ``row_tokens`` (or fewer, where a batch is smaller) sharded over the mesh of ``run``."""
         length = min(row_tokens, -(-batch_tokens // 64) * 64)
         shards = row_shards(run.mesh)
-        return cls(length, max(1, batch_tokens // length) * shards, shards, length_threshold)
+        return cls(length, max(1, batch_tokens // length) * shards, shards, length_threshold, batch_tokens)
 
 
 class PairScorer:
@@ -64,7 +66,7 @@ class PairScorer:
         self.run = run
         self.batching = batching
         self.eos: Eos = eos
-        self._on_batch = on_batch
+        self.on_batch = on_batch
         self._positions = 0
         self._used = 0
 
@@ -110,7 +112,7 @@ class PairScorer:
                 _add_sums(s, located[at : at + PAIRS_AT_ONCE], numbers)
             for p in placements:
                 self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
-            self._on_batch(len(located))
+            self.on_batch(len(located))
 
         for rows, placements in self.batches(items):
             self._positions += rows.tokens.size

@@ -42,8 +42,8 @@ def measure(
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
     from ches_jax.runs.directory import device_name
+    from ches_jax.scores.config import ROW_TOKENS
     from ches_jax.scores.forward import ForwardPass, Outputs
-    from ches_jax.scores.run import ROW_TOKENS
     from ches_jax.scores.scorer import Batching, PairScorer
 
     model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)

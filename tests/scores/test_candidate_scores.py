@@ -15,7 +15,7 @@ from ches_jax.distributed.processes import Process
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import read_json
-from ches_jax.scores import parts, scorer
+from ches_jax.scores import in_memory, parts, scorer
 from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.run import score
@@ -78,7 +78,7 @@ def run(tiny_model, tmp_path_factory):
     )  # fmt: skip
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_run, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
+        patch.setattr(in_memory, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
         score(config, quiet=True)
     return folder / "run", made[0]._used
 
