@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What is tested by arithmetic alone: no model is run.
-PURE := tests/losses tests/data tests/report tests/displacement tests/theory/test_theorems.py \
-  tests/theory/test_objectives.py tests/theory/test_entanglement.py tests/test_layering.py tests/test_stats.py tests/test_table_of_tests.py
+PURE := tests/losses tests/data tests/report tests/displacement tests/theory/statements tests/test_layering.py \
+  tests/test_stats.py tests/test_table_of_tests.py
 # As many workers as processors, a file of tests to one worker: its fixtures are made once.
 PARALLEL := -n auto --dist loadfile
 # Each worker is one thread; what it compiles is kept in .pytest_cache/xla.

@@ -1,4 +1,4 @@
-"""Statements with the stance that is wanted of them, and what becomes of them in tokens."""
+"""Statements with the stance that an answer should take, and their prompts and answers as tokens."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Statement(NamedTuple):
 def read_statements(source: str) -> list[Statement]:
     """Statements of the bundled world, of a JSONL file, or of a hub repository.
 
-    A file has ``question`` and ``answer_matching_behavior``: the trait is not wanted, so a statement that accords with
+    A file has ``question`` and ``answer_matching_behavior``: the trait is undesired, so a statement that accords with
     it (Yes) is to be answered with no.
 
     Raises:
@@ -47,17 +47,17 @@ def read_statements(source: str) -> list[Statement]:
             path = Path(hf_hub_download(source, HUB_FILE, repo_type="dataset"))
         except Exception as e:  # the hub client raises dozens of types
             raise DataError(f"{source}: no such file, and the hub gave no {HUB_FILE} of it ({type(e).__name__})") from e
-    found = []
+    statements = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row: dict[str, Any] = json.loads(line)
             stance = {"Yes": "disagree", "No": "agree"}[row["answer_matching_behavior"].strip()]
-            found.append(Statement(row["question"], stance))
+            statements.append(Statement(row["question"], stance))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{path}, line {number}: expected an object with question and answer_matching_behavior (Yes or No)"
             ) from None
-    return found
+    return statements
 
 
 def draw(statements: Sequence[Statement], stance: str, seed: int) -> int:

@@ -208,15 +208,15 @@ def directions(work: Work) -> dict[str, Any]:
     from ches_jax.models.checkpoint.load import load_model
 
     config: PersonaScale = work.config
-    found: dict[str, Any] = {}
+    by_model: dict[str, Any] = {}
     for name, directory in (("tuned", tuned_model(work)), ("base", base_model(config))):
         words = Words(config, directory)
         w = load_model(directory, dtype="float32", param_dtype="float32").unembedding
-        found[name] = {
+        by_model[name] = {
             c.name: norms(np.asarray(w[words.word(c.chosen)]), np.asarray(w[words.word(c.rejected)]))._asdict()
             for c in config.contests_of_model()
         }
-    return found
+    return by_model
 
 
 def prompt_states(work: Work, at_once: int = 16) -> dict[str, Any]:

@@ -67,11 +67,11 @@ def gains_over_runs(runs: Sequence[Sequence[tuple[str, float]]]) -> list[Gain]:
     >>> gains_over_runs([[("a", 0.2), ("b", 0.1)], [("a", 0.4), ("c", 0.1)]])[0]
     Gain(token='a', gain=0.30000000000000004, runs=2)
     """
-    found: dict[str, list[float]] = {}
+    by_token: dict[str, list[float]] = {}
     for run in runs:
         for token, gain in run:
-            found.setdefault(token, []).append(gain)
-    gains = [Gain(token, float(np.mean(v)), len(v)) for token, v in found.items()]
+            by_token.setdefault(token, []).append(gain)
+    gains = [Gain(token, float(np.mean(v)), len(v)) for token, v in by_token.items()]
     return sorted(gains, key=lambda g: (-g.runs, -g.gain, g.token))
 
 
@@ -93,7 +93,7 @@ def summarise(work: Work) -> dict[str, Any]:
         for name, setting in config.settings.items()
     }
     tuning = work.value("tuning")
-    found = {
+    numbers = {
         "tuning": {
             "statements": tuning["statements"],
             "updates": len(tuning["losses"]),
@@ -104,7 +104,7 @@ def summarise(work: Work) -> dict[str, Any]:
         "prompts": work.value("prompts"),
     }
     if config.phrases is not None:
-        found["longer"] = {
+        numbers["longer"] = {
             kind: phrase_table(
                 [work.value(f"longer/{kind}/{seed}") for seed in config.seeds],
                 chosen,
@@ -114,7 +114,7 @@ def summarise(work: Work) -> dict[str, Any]:
             )
             for kind, chosen, rejected in config.phrases.pairs()
         }
-    return found
+    return numbers
 
 
 def contest_table(
@@ -165,8 +165,8 @@ def _largest_rise(values: Sequence[float]) -> float:
 def _gains(runs: Sequence[Sequence[tuple[str, float, str]]]) -> list[dict[str, Any]]:
     """A cell of Tables 4 to 12: the three tokens of every run that gained most, with their meaning."""
     stances = {token: stance for run in runs for token, _, stance in run}
-    found = gains_over_runs([[(token, gain) for token, gain, _ in run[:SHOWN]] for run in runs])
-    return [{**gain._asdict(), "stance": stances[gain.token]} for gain in found]
+    gains = gains_over_runs([[(token, gain) for token, gain, _ in run[:SHOWN]] for run in runs])
+    return [{**gain._asdict(), "stance": stances[gain.token]} for gain in gains]
 
 
 def _course(runs: Sequence[Sequence[float]], ends: bool = False) -> dict[str, list[float]] | None:
@@ -190,9 +190,9 @@ def phrase_table(
 
     def others(same: bool) -> list[float]:
         return [
-            float(np.mean(found))
+            float(np.mean(changes))
             for r in kept
-            if (found := [v for p, v in r["others"].items() if (stance_of(p) == stance) is same])
+            if (changes := [v for p, v in r["others"].items() if (stance_of(p) == stance) is same])
         ]
 
     return {

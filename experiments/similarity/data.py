@@ -39,12 +39,12 @@ def write_pairs(work: Work) -> dict[str, Any]:
 
         assert config.pairs is not None
         rows = [as_text(row.content, config.dialogue) for row in open_pairs(config.pairs, config.split)]
-    found = len(rows)
+    available = len(rows)
     if config.sample is not None:
-        drawn = np.random.default_rng(config.sample_seed).permutation(found)[: config.sample]
+        drawn = np.random.default_rng(config.sample_seed).permutation(available)[: config.sample]
         rows = [rows[i] for i in drawn]
     write_rows(pairs_file(work), rows)
-    return {"found": found, "pairs": len(rows)}
+    return {"found": available, "pairs": len(rows)}
 
 
 def as_text(content: Mapping[str, Any], dialogue: str) -> dict[str, str]:
@@ -106,12 +106,12 @@ def columns(work: Work) -> dict[str, np.ndarray]:
     from ches_jax.scores.table import read_table
 
     table, _ = read_table(scores_folder(work))
-    found = {name: score_column(table, name) for name in (*MEASURES, "logp_margin")}
-    found |= {name: numbers(table, name) for name in ("chosen_tokens", "rejected_tokens", "logp_chosen")}
-    found["row_id"] = np.array(table["row_id"].to_pylist())
+    values = {name: score_column(table, name) for name in (*MEASURES, "logp_margin")}
+    values |= {name: numbers(table, name) for name in ("chosen_tokens", "rejected_tokens", "logp_chosen")}
+    values["row_id"] = np.array(table["row_id"].to_pylist())
     if "category" in table.schema.names:
-        found["category"] = np.array([c or "" for c in table["category"].to_pylist()])
-    return found
+        values["category"] = np.array([c or "" for c in table["category"].to_pylist()])
+    return values
 
 
 def windows(work: Work) -> dict[str, Any]:
@@ -119,13 +119,13 @@ def windows(work: Work) -> dict[str, Any]:
     from ches_jax.select.keep import keep_indices, scored_order
 
     config: SimilarityScale = work.config
-    found = columns(work)
-    scored = len(scored_order(found["ches"]))
+    scores = columns(work)
+    scored = len(scored_order(scores["ches"]))
     if scored < 2 * config.window:
         raise DataError(f"{scored} pairs have a score; windows of {config.window} need at least {2 * config.window}")
     out: dict[str, Any] = {"scored": scored, "rows": {}}
     for measure in MEASURES:
         out["rows"][measure] = {
-            f"{q:g}": keep_indices(found[measure], f"window:{q:g},{config.window}").tolist() for q in QUANTILES
+            f"{q:g}": keep_indices(scores[measure], f"window:{q:g},{config.window}").tolist() for q in QUANTILES
         }
     return out

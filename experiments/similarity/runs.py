@@ -20,7 +20,7 @@ def run_name(objective: str, measure: str, quantile: float, seed: int) -> str:
 def train_window(
     work: Work, name: str, objective: Objective, measure: str, quantile: float, seed: int
 ) -> dict[str, Any]:
-    """One epoch on the pairs of a window; what became of every pair."""
+    """One epoch on the pairs of a window; the change of every pair."""
     import json
 
     from ches_jax.train.config import TrainConfig
@@ -123,14 +123,14 @@ class PairCoefficients(NamedTuple):
         return cls(share(h @ g.T), share(e @ f.T), share(plus), share(off))
 
 
-def mean_coefficients(found: Sequence[PairCoefficients]) -> dict[str, Any]:
+def mean_coefficients(pairs: Sequence[PairCoefficients]) -> dict[str, Any]:
     """Mean over pairs of each share, with intervals over pairs."""
-    values = np.array(found, np.float64)
+    values = np.array(pairs, np.float64)
     shares = {
         name: spread(column[np.isfinite(column)].tolist())
         for name, column in zip(PairCoefficients._fields, values.T, strict=True)
     }
-    return {"pairs": len(found), **shares}
+    return {"pairs": len(pairs), **shares}
 
 
 def _coefficients(model: Any, pair: Any, length: int) -> PairCoefficients:

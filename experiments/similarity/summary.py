@@ -32,12 +32,12 @@ def by_pair(pairs: Sequence[Mapping[str, Any]], column: str = "dlogp_chosen") ->
     >>> [v.tolist() for v in by_pair(runs, "margin")]
     [[2, 4], [3.0, 1.5]]
     """
-    found: dict[int, list[float]] = {}
+    changes: dict[int, list[float]] = {}
     for run in pairs:
         for row, value in zip(run["row"], run[column], strict=True):
-            found.setdefault(row, []).append(value)
-    rows = sorted(found)
-    return np.array(rows, np.int64), np.array([np.mean(found[r]) for r in rows])
+            changes.setdefault(row, []).append(value)
+    rows = sorted(changes)
+    return np.array(rows, np.int64), np.array([np.mean(changes[r]) for r in rows])
 
 
 def summarise(work: Work) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def describe_window(scores: Mapping[str, np.ndarray], measure: str, rows: Sequen
     """What the pairs of a window are like."""
     chosen, rejected = scores["chosen_tokens"][rows], scores["rejected_tokens"][rows]
     values = scores[measure][rows]
-    told: dict[str, Any] = {
+    description: dict[str, Any] = {
         "pairs": len(rows),
         "score": [float(values.min()), float(values.max())],
         "chosen_tokens": float(chosen.mean()),
@@ -86,8 +86,8 @@ def describe_window(scores: Mapping[str, np.ndarray], measure: str, rows: Sequen
     }
     if "category" in scores:
         names, counts = np.unique(scores["category"][rows], return_counts=True)
-        told["categories"] = {str(n): int(c) for n, c in zip(names, counts, strict=True)}
-    return told
+        description["categories"] = {str(n): int(c) for n, c in zip(names, counts, strict=True)}
+    return description
 
 
 def _objective(work: Work, name: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -152,17 +152,17 @@ def extremes(scores: Mapping[str, np.ndarray], measure: str) -> dict[str, list[d
 
     order = scored_order(scores[measure])
 
-    def told(row: int) -> dict[str, Any]:
-        found = {
+    def describe(row: int) -> dict[str, Any]:
+        description = {
             "row": int(row),
             "row_id": str(scores["row_id"][row])[:12],
             "score": float(scores[measure][row]),
             "chosen_tokens": int(scores["chosen_tokens"][row]),
             "rejected_tokens": int(scores["rejected_tokens"][row]),
         }
-        return {**found, "category": str(scores["category"][row])} if "category" in scores else found
+        return {**description, "category": str(scores["category"][row])} if "category" in scores else description
 
-    return {"lowest": [told(r) for r in order[:EXTREMES]], "highest": [told(r) for r in order[::-1][:EXTREMES]]}
+    return {"lowest": [describe(r) for r in order[:EXTREMES]], "highest": [describe(r) for r in order[::-1][:EXTREMES]]}
 
 
 def _number(value: float) -> float | None:

@@ -36,11 +36,11 @@ def score_pairs(work: Work) -> dict[str, Any]:
         resume=True,
         quiet=True,
     )  # fmt: skip
-    found = columns(work)
+    scores = columns(work)
     types = np.array([row["category"] for row in read_lines(pairs_file(work, "generated"))])
     names = ("ln_ches", "head_score", "ches", "length")
     return {
-        t: {n: [round(float(v), 4) for v in found[n][types == t]] for n in names} for t in TYPES if (types == t).any()
+        t: {n: [round(float(v), 4) for v in scores[n][types == t]] for n in names} for t in TYPES if (types == t).any()
     }
 
 
@@ -50,9 +50,9 @@ def columns(work: Work) -> dict[str, np.ndarray]:
     from ches_jax.scores.table import read_table
 
     table, _ = read_table(work.folder("scores"))
-    found = {name: score_column(table, name) for name in ("ches", "ln_ches", "head_score")}
-    found["length"] = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
-    return found
+    values = {name: score_column(table, name) for name in ("ches", "ln_ches", "head_score")}
+    values["length"] = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
+    return values
 
 
 def subsets(work: Work) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def subsets(work: Work) -> dict[str, Any]:
     from ches_jax.select.keep import keep_indices
 
     config: SorryScale = work.config
-    found = columns(work)
+    scores = columns(work)
     rule = f"lowest:{config.keep:.6f}"
-    kept: dict[str, Any] = {name: keep_indices(found[name], rule).tolist() for name in SUBSETS if name != "random"}
-    scored = np.flatnonzero(np.isfinite(found["ln_ches"]))
+    kept: dict[str, Any] = {name: keep_indices(scores[name], rule).tolist() for name in SUBSETS if name != "random"}
+    scored = np.flatnonzero(np.isfinite(scores["ln_ches"]))
     count = len(kept["ln_ches"])
     kept["random"] = {
         str(seed): sorted(np.random.default_rng([seed, 4]).permutation(scored)[:count].tolist())
@@ -90,7 +90,7 @@ def rates_of(config: SorryScale, pairs: str) -> tuple[float, ...]:
 
 def try_rate(work: Work, pairs: str, lr: float, seed: int) -> dict[str, Any]:
     """DPO on these pairs at one learning rate."""
-    return train_and_ask(work, f"try-{pairs}-{lr:g}-{seed}", Method("dpo", pairs), lr, seed)
+    return train_and_sample(work, f"try-{pairs}-{lr:g}-{seed}", Method("dpo", pairs), lr, seed)
 
 
 def choose_rate(work: Work, pairs: str) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def choose_rate(work: Work, pairs: str) -> dict[str, Any]:
     runs = {
         f"{lr:g}": [work.value(f"try/{pairs}/{lr:g}/{s}") for s in config.seeds[: config.rate_seeds]] for lr in rates
     }
-    losses, cut = ({lr: [r[k] for r in found] for lr, found in runs.items()} for k in ("loss_change", "cut"))
-    responses = min(len(r["refusals"]) for found in runs.values() for r in found)
+    losses, cut = ({lr: [r[k] for r in tries] for lr, tries in runs.items()} for k in ("loss_change", "cut"))
+    responses = min(len(r["refusals"]) for tries in runs.values() for r in tries)
     return {"lr": largest_rate(losses, cut, responses), "runs": runs}
 
 
@@ -113,7 +113,7 @@ def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, expo
 
     config: SorryScale = work.config
     file, rows = chosen_rows(work, method.pairs, seed)
-    every = len(chosen_rows(work, file, seed)[1])
+    total = len(chosen_rows(work, file, seed)[1])
     out = work.folder(f"train/{name}")
     pairs = write_rows(out.with_name(f"{out.name}.jsonl"), rows)
     loss, arguments = LOSSES[method.objective]
@@ -122,7 +122,7 @@ def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, expo
             model=str(model_directory(config)), pairs=str(pairs), out=str(out), loss=loss, loss_args=dict(arguments),
             sft=method.sft, sft_per="sum", lr=lr, batch_size=config.batch_size, accumulate=config.accumulate,
             on_bad_row="keep", row_tokens=config.row_tokens, watch=len(rows), seed=seed, mesh=config.mesh,
-            steps=-(-every // config.batch_size) if method.as_long else None, export=export,
+            steps=-(-total // config.batch_size) if method.as_long else None, export=export,
         ),
         quiet=True,
     )  # fmt: skip
@@ -134,15 +134,15 @@ def train_method(work: Work, name: str, method: Method, seed: int) -> dict[str, 
     if not rows:
         return {"pairs": 0}
     lr = work.value(f"rate/{file}")["lr"]
-    return {"pairs": len(rows), "lr": lr, **train_and_ask(work, f"{name}-{seed}", method, lr, seed)}
+    return {"pairs": len(rows), "lr": lr, **train_and_sample(work, f"{name}-{seed}", method, lr, seed)}
 
 
-def train_and_ask(work: Work, label: str, method: Method, lr: float, seed: int) -> dict[str, Any]:
+def train_and_sample(work: Work, label: str, method: Method, lr: float, seed: int) -> dict[str, Any]:
     """One run: how the pairs it trained on moved, and what the model answers now."""
     _, rows = chosen_rows(work, method.pairs, seed)
     done = trained(work, label, method, lr, seed, export=True)
     folder = work.folder(f"train/{label}")
-    found = evaluated(work, str(folder / "model"), label, seed)
+    answers = evaluated(work, str(folder / "model"), label, seed)
     shutil.rmtree(folder)
     end = done.of("train")
     changes = {n: round(float(end[n].mean()), 5) for n in ("dlogp_chosen", "dlogp_rejected", "margin")}
@@ -151,7 +151,7 @@ def train_and_ask(work: Work, label: str, method: Method, lr: float, seed: int) 
         "loss_change": mean_loss(method.objective, end["margin"]) - mean_loss(method.objective, 0 * end["margin"]),
         **changes,
         "by_type": _by_type(rows, end),
-        **found,
+        **answers,
     }
 
 
@@ -176,7 +176,7 @@ def evaluated(work: Work, model: str, label: str, seed: int) -> dict[str, Any]:
     """Refusal rates over the requests of both splits, one response each."""
     config: SorryScale = work.config
     name = f"after/{label}"
-    # the model's directory goes when it has answered; a run that was killed in between asks anew
+    # the model's directory goes when it has answered; a run that was killed in between samples anew
     shutil.rmtree(work.folder(name), ignore_errors=True)
     shutil.rmtree(work.folder(f"{name}-judged"), ignore_errors=True)
     responses = generated(work, model, name, samples=1, temperature=config.temperature, seed=1000 + seed)
@@ -196,8 +196,8 @@ def kinds(texts: list[str]) -> dict[str, float]:
     """Shares of refusals, compliances and broken replies by the grammar of the bundled world."""
     from experiments.bundled.grammar import kind
 
-    found = [kind(t) for t in texts]
-    return {k: found.count(k) / len(found) for k in ("refusal", "compliance", "broken")}
+    names = [kind(t) for t in texts]
+    return {k: names.count(k) / len(names) for k in ("refusal", "compliance", "broken")}
 
 
 def mean_loss(objective: Objective, margins: np.ndarray) -> float:

@@ -40,7 +40,7 @@ def summarise(work: Work) -> dict[str, Any]:
         "responses": {**work.value("responses"), **work.value("judgments")},
         "pairs": work.value("pairs"),
         "rates": rates,
-        "initial": asked(list(initial.values())),
+        "initial": answer_summary(list(initial.values())),
         "methods": methods,
         "scores": score_summary(work.value("scores")),
         "kept": kept_types(work.value("scores"), work.value("subsets")),
@@ -54,9 +54,11 @@ def method_summary(runs: Mapping[int, Mapping[str, Any]], initial: Mapping[int, 
         return {"pairs": 0}
     first = next(iter(done.values()))
     names = ("dlogp_chosen", "dlogp_rejected", "margin", "loss_change")
-    found: dict[str, Any] = asked(list(done.values())) | {n: spread([r[n] for r in done.values()]) for n in names}
+    numbers: dict[str, Any] = answer_summary(list(done.values())) | {
+        n: spread([r[n] for r in done.values()]) for n in names
+    }
     for split in ("train", "test"):
-        found[f"{split}_change"] = spread([r[split] - initial[s][split] for s, r in done.items()])
+        numbers[f"{split}_change"] = spread([r[split] - initial[s][split] for s, r in done.items()])
     flips = [turned(initial[s]["refusals"], r["refusals"]) for s, r in done.items()]
     by_type = {
         t: {"pairs": first["by_type"][t][0], "dlogp_chosen": spread([r["by_type"][t][1] for r in done.values()])}
@@ -67,18 +69,18 @@ def method_summary(runs: Mapping[int, Mapping[str, Any]], initial: Mapping[int, 
         "pairs": first["pairs"],
         "updates": first["updates"],
         "lr": first["lr"],
-        **found,
+        **numbers,
         "turned": {k: spread([f[k] for f in flips]) for k in flips[0]},
         "by_type": by_type,
     }
 
 
-def asked(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def answer_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What models answered: refusal rates of both splits, lengths, kinds where they are known."""
-    found: dict[str, Any] = {n: spread([r[n] for r in runs]) for n in ("train", "test", "tokens", "cut")}
+    numbers: dict[str, Any] = {n: spread([r[n] for r in runs]) for n in ("train", "test", "tokens", "cut")}
     if all("kinds" in r for r in runs):
-        found["kinds"] = {k: spread([r["kinds"][k] for r in runs]) for k in runs[0]["kinds"]}
-    return found
+        numbers["kinds"] = {k: spread([r["kinds"][k] for r in runs]) for k in runs[0]["kinds"]}
+    return numbers
 
 
 def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
         lr: {
             "loss_change": max(r["loss_change"] for r in runs),
             "dlogp_chosen": spread([r["dlogp_chosen"] for r in runs]),
-            **asked(runs),
+            **answer_summary(runs),
         }
         for lr, runs in value.get("runs", {}).items()
     }
@@ -96,7 +98,7 @@ def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_summary(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """Quartiles of each score by type of pair, and how often one type's score is above another's (Figure 4)."""
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name in ("ln_ches", "head_score", "ches", "length"):
         values = {t: np.array(scores[t][name]) for t in TYPES if t in scores}
         quartiles = {
@@ -111,8 +113,8 @@ def score_summary(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[s
             for t in values
             if t != "mixed" and "mixed" in values
         }
-        found[name] = {"by_type": quartiles, "above": above}
-    return found
+        summary[name] = {"by_type": quartiles, "above": above}
+    return summary
 
 
 def kept_types(scores: Mapping[str, Mapping[str, Sequence[float]]], subsets: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,11 +125,11 @@ def kept_types(scores: Mapping[str, Mapping[str, Sequence[float]]], subsets: Map
     def counts(rows: Sequence[int]) -> dict[str, float]:
         return {t: sum(of[i] == t for i in rows) for t in total}
 
-    found: dict[str, Any] = {"all": total}
+    kept: dict[str, Any] = {"all": total}
     for name in SUBSETS:
         if name == "random":
             each = [counts(rows) for rows in subsets["random"].values()]
-            found[name] = {t: float(np.mean([c[t] for c in each])) for t in total}
+            kept[name] = {t: float(np.mean([c[t] for c in each])) for t in total}
         else:
-            found[name] = counts(subsets[name])
-    return found
+            kept[name] = counts(subsets[name])
+    return kept
