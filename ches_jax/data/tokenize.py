@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ches_jax import bundled
 from ches_jax.data.audit import FLAGS
 from ches_jax.data.prompts import ID_COLUMNS, Rendered, render, render_prompt
 from ches_jax.data.sources import Record
@@ -33,13 +34,18 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local directory (never reaching for the network) or of a hub name.
+    """The tokenizer of a local directory (never reaching for the network), of a hub name, or ``bundled``.
+
+    >>> from ches_jax.data.tokenize import load_tokenizer
+    >>> len(load_tokenizer("bundled"))
+    1280
 
     Raises:
       DataError: there is none, or it cannot be read without running code from the directory.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = bundled.model_dir() if str(path) == bundled.BUNDLED else path
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):

@@ -34,6 +34,7 @@ from ches_jax.runs.directory import (
     versions,
     write_json,
 )
+from ches_jax.runs.progress import say
 
 FILE_NAME = "responses.jsonl"
 
@@ -68,6 +69,7 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool) -> Path:
     open_run(out, "generate", identity, resume)
     facts: dict[str, Any] = {}
     if not (out / FILE_NAME).exists():
+        say(f"loading the model ({encoder.directory})", quiet=quiet)
         facts = _generate_chunks(out, config, inputs, Generator(config, encoder, ends, mesh), total, quiet)
         facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
     chunks.clear(out)
@@ -87,6 +89,7 @@ def _generate_chunks(
         unit=" texts", total=total and total * config.samples, initial=first * config.chunk_rows * config.samples,
         disable=quiet, desc="generating", smoothing=0.1,
     ) as bar:  # fmt: skip
+        say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first):
             rows = generator(kept, bar.update)
             chunks.write(out, number, rows, [p.dropped() for p in dropped])

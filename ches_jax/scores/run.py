@@ -31,6 +31,7 @@ from ches_jax.runs.directory import (
     versions,
     write_json,
 )
+from ches_jax.runs.progress import say
 from ches_jax.scores import parts
 from ches_jax.scores.config import NOT_IDENTITY, ScoreConfig, with_defaults
 from ches_jax.scores.forward import Outputs
@@ -70,6 +71,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     inputs = prepare(config)
     total = None
     if config.on_bad_row == "error":
+        say(f"checking {inputs.source.name}", quiet=quiet)
         # tokenised twice, so that a bad row shows now and not in hour two
         found = audit(inputs)
         require_clean(found, inputs.source.name)
@@ -79,6 +81,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
     adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
+    say(f"loading the model ({inputs.directory})", quiet=quiet)
     model = load(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
     identity = _identity(config, inputs)
     if adapter is not None:
@@ -91,6 +94,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
+    say("compiling", quiet=quiet)
     scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
     started = time.perf_counter()
     scored = _score_chunks(out, inputs, config, scorer, metadata, process, total, quiet or process.id > 0)
