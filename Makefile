@@ -1,9 +1,17 @@
-# One command each, on a fresh machine with only Python 3.11 or newer: make demo, make test.
+# One command each, on a fresh machine with only Python 3.11 or newer: make demo, make check, make test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+# What is tested by arithmetic alone: no model is run.
+PURE := tests/losses tests/data tests/report tests/displacement tests/theory/statements tests/test_layering.py \
+  tests/test_stats.py tests/test_table_of_tests.py
+# As many workers as processors, a file of tests to one worker: its fixtures are made once.
+PARALLEL := -n auto --dist loadfile
+# Each worker is one thread; what it compiles is kept in .pytest_cache/xla.
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo check test slow lint types pure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
@@ -26,14 +34,24 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(VENV)/installed-test
 	$(BIN)/pyright
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow"
+pure: $(VENV)/installed-test
+	$(PYTEST) -m "not slow" -q $(PURE)
+
+# Within a minute: lint, types and the pure tests, side by side.
+check: $(VENV)/installed-test
+	$(MAKE) --jobs 3 --output-sync=target lint types pure
+
+# All but the heavy checks.
+test: lint types
+	$(PYTEST) -m "not slow" $(PARALLEL)
 
 # The heavy checks; they may use ../shared and take long.
 slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,14 @@
 r"""Objectives that treat the two log-ratios apart, so that where each ends up matters and not only their margin.
 
 With :math:`r_\pm = \ln \pi(y_\pm|x) - \ln \pi_{ref}(y_\pm|x)`, summed over tokens, in nats, and :math:`m = r_+ - r_-`.
+
+Two pairs of the same margin; in the second one the chosen response has fallen by 2 nats, and DPO-Positive alone minds:
+
+>>> from ches_jax.losses import get_loss
+>>> ref = jnp.array([-10.0, -10.0])
+>>> batch = LossInputs(jnp.array([-8.0, -12.0]), jnp.array([-12.0, -16.0]), ref, ref)
+>>> {name: [f"{v:.2f}" for v in get_loss(name, beta=0.5)(batch)[0].tolist()] for name in ("dpo", "dpop")}
+{'dpo': ['0.13', '0.13'], 'dpop': ['0.13', '48.00']}
 """
 
 import math

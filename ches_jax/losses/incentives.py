@@ -55,13 +55,13 @@ def _gradient(loss: Loss, batch: LossInputs, names: tuple[str, ...]) -> dict[str
 
 def _of_pairs(loss: Loss, batch: LossInputs) -> Incentives:
     names = tuple(n for n in READ_BY_CHOSEN + READ_BY_REJECTED if n in loss.needs)
-    found = _gradient(loss, batch, names)
-    chosen = next(-found[n] for n in READ_BY_CHOSEN if n in found)
-    return Incentives(chosen, next(found[n] for n in READ_BY_REJECTED if n in found))
+    gradients = _gradient(loss, batch, names)
+    chosen = next(-gradients[n] for n in READ_BY_CHOSEN if n in gradients)
+    return Incentives(chosen, next(gradients[n] for n in READ_BY_REJECTED if n in gradients))
 
 
 def _of_rows(loss: Loss, batch: LossInputs) -> Incentives:
-    slope = _gradient(loss, batch, ("logp",))["logp"]
+    gradient = _gradient(loss, batch, ("logp",))["logp"]
     good = jnp.asarray(batch.desirable)
-    nothing = jnp.zeros_like(slope)
-    return Incentives(jnp.where(good, -slope, nothing), jnp.where(good, nothing, slope))
+    nothing = jnp.zeros_like(gradient)
+    return Incentives(jnp.where(good, -gradient, nothing), jnp.where(good, nothing, gradient))

@@ -5,6 +5,10 @@ declares the fields it needs, so nothing is guessed: a missing one is an error t
 
 Log-probabilities are sums over a response's tokens in nats; lengths count the tokens of that sum (the terminator too,
 where it was scored).
+
+>>> nats = [jnp.array([v]) for v in (-8.0, -12.0, -10.0, -10.0)]
+>>> float(margin(LossInputs(*nats))[0])  # (-8 + 10) - (-12 + 10)
+4.0
 """
 
 from typing import Any, NamedTuple, TypeAlias

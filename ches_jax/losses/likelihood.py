@@ -2,6 +2,14 @@ r"""Objectives with a likelihood term of the chosen response, and those with nei
 
 Two units of that term are in use, and differ by the response's length: the *summed* log-probability (the official code
 of the displacement paper, CPO's paper) and the mean *per token* (iterative RPO, TRL). Names tell them apart.
+
+>>> from ches_jax.losses import get_loss
+>>> logps = {"logp_chosen": jnp.array([-8.0]), "logp_rejected": jnp.array([-12.0])}
+>>> logps |= {"ref_logp_chosen": jnp.array([-10.0]), "ref_logp_rejected": jnp.array([-10.0])}
+>>> batch = LossInputs(**logps)
+>>> value, _ = get_loss("dpo_sft_sum", beta=0.5, sft_coeff=1.0)(batch)
+>>> f"{float(value[0]):.4f}"  # ln(1 + exp(-2)) of DPO, and 8 nats of the whole response
+'8.1269'
 """
 
 import jax

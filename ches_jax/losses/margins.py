@@ -5,6 +5,16 @@ r"""Objectives of one number per pair, the margin of the log-ratios to the refer
 
 Log-probabilities are summed over tokens, in nats; beta has no unit. Such a loss pushes the two responses equally hard
 in opposite directions: its incentives are equal.
+
+>>> from ches_jax.losses import get_loss, incentives
+>>> logp, ref = (jnp.array([-8.0]), jnp.array([-12.0])), (jnp.array([-10.0]), jnp.array([-10.0]))
+>>> batch = LossInputs(*logp, *ref)  # r+ = 2, r- = -2, m = 4
+>>> value, metrics = get_loss("dpo", beta=0.5)(batch)
+>>> f"{float(value[0]):.4f}", float(metrics["rewards/margins"][0])  # ln(1 + exp(-2)), 0.5 * 4
+('0.1269', 2.0)
+>>> push = incentives(get_loss("dpo", beta=0.5))(batch)
+>>> f"{float(push.chosen[0]):.4f} {float(push.rejected[0]):.4f}"
+'0.0596 0.0596'
 """
 
 import math

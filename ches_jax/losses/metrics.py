@@ -3,6 +3,11 @@ r"""What is logged for each pair, under the names TRL uses; nothing here carries
 ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen``,
 ``logps/rejected``: arrays of the batch's shape, so that a mean, a histogram or a table of pairs can follow. An unpaired
 objective has one response in a row and logs ``rewards`` and ``logps``.
+
+>>> nats = [jnp.array([v]) for v in (-8.0, -12.0, -10.0, -10.0)]
+>>> logged = pair_metrics(LossInputs(*nats), log_ratio_rewards, {"beta": 0.5})
+>>> {name: float(value[0]) for name, value in logged.items() if name.startswith("rewards")}
+{'rewards/chosen': 1.0, 'rewards/rejected': -1.0, 'rewards/margins': 2.0, 'rewards/accuracies': 1.0}
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,12 @@
 r"""Objectives of mean log-probabilities: a response's sum divided by its number of tokens |y|.
 
 The length divides every incentive, so a long response moves less; beta is per token and hence larger than elsewhere.
+
+>>> from ches_jax.losses import get_loss
+>>> nats = [jnp.array([v]) for v in (-8.0, -12.0, -10.0, -10.0)]
+>>> batch = LossInputs(*nats, chosen_tokens=jnp.array([4]), rejected_tokens=jnp.array([8]))
+>>> float(get_loss("ipo_mean", tau=0.5)(batch)[0][0])  # (2 / 4 + 2 / 8 - 1)^2
+0.0625
 """
 
 import jax.numpy as jnp

@@ -7,8 +7,9 @@ another one. ``repr`` of a :class:`Loss` is what will be trained, every value fi
 sigmoid(beta=0.3)
 """
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -168,7 +169,7 @@ def get_loss(name: str, **hyper: float) -> Loss:
       hyper: values for the hyper-parameters that the objective declares.
 
     Raises:
-      ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all told together.
+      ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all in one message.
     """
     entry = _entry(name)
     problems = []
@@ -187,8 +188,20 @@ def get_loss(name: str, **hyper: float) -> Loss:
 
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(loss_names())}")
+        raise ChesError(unknown_name(name, loss_names()))
     return _ENTRIES[name]
+
+
+def unknown_name(name: str, names: Sequence[str]) -> str:
+    """The message for a name that is none of ``names``: the nearest ones, then all.
+
+    >>> unknown_name("ipo", ["dpo", "ipo_mean", "ipo_sum", "kto"])
+    "no loss is named 'ipo'; the nearest are ipo_mean, ipo_sum; the names are: dpo, ipo_mean, ipo_sum, kto"
+    """
+    variants = [n for n in names if n.rpartition("_")[0] == name]
+    near = variants or difflib.get_close_matches(name, names)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    return f"no loss is named {name!r}{hint}; the names are: {', '.join(names)}"
 
 
 def check_inputs(loss: Loss, batch: LossInputs) -> None:

@@ -1,4 +1,8 @@
-r"""Functions that stay finite, with finite gradients, a thousand nats from zero."""
+r"""Functions that stay finite, with finite gradients, a thousand nats from zero.
+
+>>> float(neg_log_sigmoid(jnp.float32(-1000.0))), bool(jnp.isfinite(capped_exp(jnp.float32(1000.0))))
+(1000.0, True)
+"""
 
 import jax
 import jax.numpy as jnp

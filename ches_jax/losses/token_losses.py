@@ -1,4 +1,18 @@
-r"""Objectives that read the log-probability of each token: known rules on known losses, each under a name."""
+r"""Objectives that read the log-probability of each token: known rules on known losses, each under a name.
+
+LD-DPO counts what a response has beyond the shorter one's length by ``alpha``; at 1 it is DPO:
+
+>>> from ches_jax.losses import LossInputs, get_loss
+>>> chosen, rejected = jnp.array([[-1.0, -2.0, 0.0]]), jnp.array([[-3.0, -1.0, -2.0]])  # 2 and 3 tokens
+>>> batch = LossInputs(
+...     token_logps_chosen=chosen, token_logps_rejected=rejected,
+...     ref_token_logps_chosen=jnp.zeros((1, 3)), ref_token_logps_rejected=jnp.zeros((1, 3)),
+...     token_mask_chosen=jnp.array([[1, 1, 0]]), token_mask_rejected=jnp.array([[1, 1, 1]]),
+... )
+>>> margins = [get_loss("ld_dpo", beta=1.0, alpha=a)(batch)[1]["rewards/margins"] for a in (0.0, 1.0)]
+>>> [float(m[0]) for m in margins]  # (-1 - 2) - (-3 - 1), and with the third token's -2
+[1.0, 3.0]
+"""
 
 from collections.abc import Mapping
 

@@ -6,6 +6,15 @@ lengths the number of tokens, or what a rule says they are.
     token_logps   [-1.0, -2.0, -3.0,  0.0]      padding may hold anything finite
     token_mask    [   1,    1,    1,    0]      sum -6, length 3
     weights       [   1,    0,    1,    0]      sum -4, length 3, or 2 if the rule counts kept tokens
+
+>>> logps, mask = jnp.array([[-1.0, -2.0, -3.0, 0.0]]), jnp.array([[1, 1, 1, 0]])
+>>> batch = LossInputs(
+...     token_logps_chosen=logps, token_logps_rejected=logps, token_mask_chosen=mask, token_mask_rejected=mask
+... )
+>>> one = jnp.array([[1.0, 0.0, 1.0, 0.0]])
+>>> sums = weighted_sums(batch, TokenWeights(one, one, counts=True))
+>>> float(sums.logp_chosen[0]), int(sums.chosen_tokens[0])
+(-4.0, 2)
 """
 
 import dataclasses

@@ -214,18 +214,18 @@ def scale_gradient(x: Array, factor: Array | float) -> Array:
     return stop_gradient(x) + factor * (x - stop_gradient(x))
 
 
-def log_calibration(found: Incentives, norm_chosen: Array, norm_rejected: Array) -> Array:
+def log_calibration(incentives: Incentives, norm_chosen: Array, norm_rejected: Array) -> Array:
     r"""The logarithm of the calibration that centres a pair in its band.
 
     .. math:: \ln \delta = \tfrac12 (\ln r^* - \ln r), \qquad r = d_+ / d_-, \qquad r^* = \|g_-\| / \|g_+\|
 
     Args:
-      found: incentives of the loss, both positive.
+      incentives: of the loss, both positive.
       norm_chosen: norm of the gradient of the chosen log-probability.
       norm_rejected: the same for the rejected one.
     """
     ideal = jnp.log(norm_rejected) - jnp.log(norm_chosen)
-    return 0.5 * (ideal - (jnp.log(found.chosen) - jnp.log(found.rejected)))
+    return 0.5 * (ideal - (jnp.log(incentives.chosen) - jnp.log(incentives.rejected)))
 
 
 def moving_average(previous: Float[Array, "*A"], new: Float[Array, "*A"], decay: float = 0.98) -> Float[Array, "*A"]:

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,9 +49,9 @@ class Best(NamedTuple):
     mode: Literal["min", "max"]
 
     def value(self, metrics: Mapping[str, float]) -> float:
-        """Higher is better; a number that is missing or none is worst."""
-        found = metrics.get(self.metric, math.nan)
-        return -math.inf if math.isnan(found) else found if self.mode == "max" else -found
+        """Higher is better; a number that is missing or NaN is worst."""
+        value = metrics.get(self.metric, math.nan)
+        return -math.inf if math.isnan(value) else value if self.mode == "max" else -value
 
 
 def parse_best(text: str) -> Best:
@@ -73,7 +73,7 @@ def parse_best(text: str) -> Best:
 
 
 @functools.cache
-def _tell_failures_once() -> None:
+def _log_failures_once() -> None:
     """Keep what failed writers say besides the error they raise off the screen.
 
     When one array cannot be written, orbax logs the error it is about to raise, and closes its event loop; the writers
@@ -81,9 +81,9 @@ def _tell_failures_once() -> None:
     """
     before = sys.unraisablehook
 
-    def hook(found: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-            before(found)
+    def hook(event: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
 
     sys.unraisablehook = hook
     logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname)
@@ -93,11 +93,19 @@ def _tell_failures_once() -> None:
 class Checkpoints:
     """The checkpoints of a run directory."""
 
-    def __init__(self, out: Path, keep: int, best: Best | None = None):
-        """Keeps the last ``keep``, and the best one of those that were saved with an evaluation."""
-        _tell_failures_once()
+    def __init__(self, out: Path, keep: int, best: Best | None = None, every: int | None = None):
+        """Keeps the last ``keep``, and the best one of those that were saved with an evaluation.
+
+        Args:
+          out: the run directory.
+          keep: how many of the last ones stay.
+          best: what makes a checkpoint the best; each evaluation is then saved.
+          every: updates between two checkpoints; None: none is due but after evaluations for ``best``.
+        """
+        _log_failures_once()
         self.folder = (out / FOLDER).absolute()
         self._best = best
+        self._every = every
         if best is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         else:
@@ -130,6 +138,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the last whole checkpoint."""
         return self._manager.latest_step()
+
+    def due(self, step: int, evaluated: bool) -> bool:
+        """Whether a checkpoint is due after ``step`` updates, which were evaluated or not."""
+        return bool((evaluated and self._best is not None) or (self._every and step % self._every == 0))
 
     def save(
         self, step: int, state: TrainState, position: dict[str, Any], metrics: Mapping[str, float] | None = None
@@ -197,6 +209,26 @@ class Checkpoints:
         shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in target.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[n] for n in target]), about["position"]
+
+    def resume(self, initial: TrainState, position_of: Callable[[int], dict[str, Any]]) -> tuple[TrainState, int]:
+        """The last whole checkpoint's state and step, or the initial state and 0.
+
+        Args:
+          initial: the state before the first update, which says where arrays lie.
+          position_of: where the data of this run stand after so many updates.
+
+        Raises:
+          RunError: the checkpoint is of other data, another architecture or optimiser.
+        """
+        step = self.latest()
+        if step is None:
+            return initial, 0
+        state, position = self.restore(step, initial)
+        if position != position_of(step):
+            raise RunError(
+                f"{self.folder / str(step)}: its data position is {position}, this run's {position_of(step)}"
+            )
+        return state, step
 
     def close(self) -> None:
         """Release threads."""

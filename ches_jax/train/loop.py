@@ -2,8 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,47 +16,42 @@ from tqdm import tqdm
 from ches_jax.bundled import BUNDLED
 from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
-from ches_jax.models.decoder import Decoder, parameter_count
+from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
-from ches_jax.train.checkpoints import Checkpoints, parse_best
+from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.config import TrainConfig
-from ches_jax.train.data.loader import batch_maker
-from ches_jax.train.data.split import write_dropped
 from ches_jax.train.metrics import FILE_NAME as METRICS
-from ches_jax.train.metrics import JsonLines, Nobody
-from ches_jax.train.objective import initial_loss_state, named, needs_reference
-from ches_jax.train.observe.displacement_log import DisplacementLog
-from ches_jax.train.observe.eval_loss import held_out_metrics
+from ches_jax.train.metrics import JsonLines, NullTracker
+from ches_jax.train.objective import named, needs_reference
 from ches_jax.train.observe.guards import require_agreement, require_finite
-from ches_jax.train.observe.pair_logprobs import Evaluator
-from ches_jax.train.observe.probes import ProbeLog, Prober
-from ches_jax.train.optimizer import make_optimizer, optimizer_hyper
-from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model, make_policy
-from ches_jax.train.setup import Run, load_parameters, prepare, references
-from ches_jax.train.state import TrainState, initial_state
-from ches_jax.train.step import Step
-from ches_jax.train.trackers import open_trackers
-
-DROPPED = "dropped.jsonl"
+from ches_jax.train.observe.observer import Observer, Watch
+from ches_jax.train.optimizer import optimizer_hyper
+from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model
+from ches_jax.train.setup import Run, prepare
+from ches_jax.train.state import TrainState
+from ches_jax.train.trackers import Trackers, open_trackers
 
 
 class Stopped(Exception):
     """The run was told to stop, and has saved where it was."""
 
 
-Observe = Callable[[int, Decoder], Mapping[str, float]]
-"""From the number of updates done and the model there to numbers that join ``metrics.jsonl``."""
-
-
-def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, observe: Observe | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    observers: Sequence[Observer | Watch] = (),
+) -> Path:
     """Train, and return the run directory.
 
     Args:
       config: what to train on what.
       resume: go on with the run that ``config.out`` holds.
       quiet: no progress.
-      observe: called before the first update and after each, with the model of that moment, whose arrays the next
-        update takes back.
+      observers: the caller's own, whose numbers join ``metrics.jsonl``: objects of the protocol
+        ``observe.observer.Observer``, each with its own schedule, or functions of the number of updates done and the
+        model there, called before the first update and after each.
 
     Raises:
       ChesError: any input that is not fit; a loss that is not finite.
@@ -70,7 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
     with jax.enable_x64(config.dtype == "float64"):
         with process.sharing_errors():
             run = prepare(config, process)
-            # flat, so that a difference is told by the name of its option
+            # flat, so that a difference is reported by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
             identity = {**run.identity["config"], **prints}
             process.agree(identity)
@@ -85,114 +79,87 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False, obs
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
-        return _train(run, quiet, observe)
+        return _train(run, assemble(run, observers), quiet or not process.first)
 
 
-def _train(run: Run, quiet: bool, observe: Observe | None) -> Path:
-    config, plan, out = run.config, run.plan, run.out
-    started = time.perf_counter()
-    master = "float64" if config.dtype == "float64" else "float32"
-    optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
-    loaded = load_parameters(run.directory, config.dtype, master if run.lora is None else None, run.mesh)
-    policy, params = make_policy(
-        loaded, run.decoder, run.lora, dtype=config.dtype, master=master, seed=config.seed, mesh=run.mesh
-    )
-    evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
-    first_process = run.process.first
-    if first_process:
-        write_dropped(out / DROPPED, run.pairs.dropped)
-    reference = references(run, evaluate, policy.parameters(params))
-    prober = probe_log = None
-    if run.probes is not None:
-        prober = Prober(policy.abstract, run.mesh, run.probes, run.attention.attend)
-        probe_log = ProbeLog(out, run.probes, prober(policy.parameters(params)), write=first_process)
-    state = initial_state(params, optimizer, initial_loss_state(run.loss, master), run.mesh)
-    del params, loaded
-    step = Step(
-        policy.abstract, optimizer, run.loss, state, run.mesh,
-        frozen=policy.frozen, clip=config.clip, remat=config.remat,
-    )  # fmt: skip
-    saved = Checkpoints(out, config.keep, parse_best(config.keep_best) if config.keep_best else None)
-    log = DisplacementLog(out, config.eos, config.tolerance, write=first_process)
-    at = saved.latest()
-    if at is not None:
-        state, position = saved.restore(at, state)
-        if position != plan.position(at):
-            raise RunError(f"{saved.folder / str(at)}: its data position is {position}, this run's {plan.position(at)}")
-    first = at or 0
-    tracker: Any = Nobody()
-    if first_process:
-        tracker = open_trackers(config.tracker, out, run.identity["config"], JsonLines(out / METRICS, at), at)
-
-    def watch(state: TrainState, i: int) -> dict[str, float]:
-        """Evaluate, write, log."""
+def _train(run: Run, parts: Parts, quiet: bool) -> Path:
+    """Every update of the run, what is seen of it, what is kept of it."""
+    started, config, total = time.perf_counter(), run.config, run.plan.total
+    policy, saved = parts.policy, parts.saved
+    state, first = saved.resume(parts.take_state(), run.plan.position)
+    tracker, summary = _open_tracker(run, first), {}
+    if first == 0:
         params = policy.parameters(state.params)
-        now = {name: evaluate.statistics(params, pairs) for name, pairs in run.sets.items()}
-        summary = log.record(i, run.sets, now)
-        if "held_out" in now:
-            summary |= held_out_metrics(run, evaluate, params, now["held_out"].logps, reference.get("held_out"))
-        if prober is not None and probe_log is not None:
-            summary |= probe_log.record(i, prober(params))
-        tracker.log(i, summary)
-        return summary
-
-    def seen(state: TrainState, i: int) -> Mapping[str, float]:
-        return {} if observe is None else observe(i, policy.model(state.params))
-
-    summary = watch(state, 0) if at is None else {}
-    if at is None:
+        summary = parts.evaluations.observe(0, params)
+        tracker.log(0, summary)
         saved.require_metric(summary)
-    if at is None and (found := seen(state, 0)):
-        tracker.log(0, found)
-    make = batch_maker(run, reference.get("train"), master)
-    quiet = quiet or not first_process
-    with closing(tracker), _Stop() as stop, ThreadPoolExecutor(1) as pool, tqdm(
-        total=plan.total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}"
-    ) as bar:  # fmt: skip
-        ahead = pool.submit(make, first)
-        for i in range(first, plan.total):
-            batches = ahead.result()
-            ahead = pool.submit(make, min(i + 1, plan.total - 1))
-            state, metrics = step(state, batches)
-            require_finite(run, i, metrics, saved)
-            if i == 0:
-                require_agreement(run, batches, metrics)
-            metrics = named(metrics)
-            lr = float(run.schedule(jnp.int32(i)))
-            epoch = (i + 1) / plan.steps_per_epoch
-            tracker.log(i + 1, {"epoch": epoch, "learning_rate": lr, **metrics, **seen(state, i + 1)})
+        if own := parts.own.observe(0, params):
+            tracker.log(0, own)
+    with (
+        closing(tracker),
+        _Stop() as stop,
+        closing(parts.loader.ahead(first, total)) as updates,
+        tqdm(total=total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}") as bar,
+    ):
+        for i, batches in enumerate(updates, first):
+            state, metrics = parts.update(state, batches)
+            require_finite(i, metrics, run.train, run.plan, saved)
+            if i == 0 and run.starts_at_the_reference:
+                require_agreement(batches, metrics, run.loss, config.dtype)
+            step, params = i + 1, policy.parameters(state.params)
+            position = {"epoch": step / run.plan.steps_per_epoch, "learning_rate": float(run.schedule(jnp.int32(i)))}
+            tracker.log(step, {**position, **named(metrics), **parts.own.observe(step, params)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()
-            done = i + 1
-            last = done == plan.total
-            evaluated = last or bool(config.eval_every and done % config.eval_every == 0)
+            evaluated = parts.evaluations.due(step)
             if evaluated:
-                summary = watch(state, done)
-            due = (evaluated and config.keep_best) or (config.save_every and done % config.save_every == 0)
+                summary = parts.evaluations.observe(step, params)
+                tracker.log(step, summary)
             stopping = run.process.any(stop.asked)
-            if last or stopping or due:
-                saved.save(done, state, plan.position(done), summary if evaluated else None)
-            if stopping and not last:
+            if step == total or stopping or saved.due(step, evaluated):
+                saved.save(step, state, run.plan.position(step), summary if evaluated else None)
+            if stopping and step < total:
                 saved.wait()
-                raise Stopped(f"{out}: stopped by SIGTERM after update {done} of {plan.total}; go on with --resume")
+                raise Stopped(f"{run.out}: stopped by SIGTERM after update {step} of {total}; go on with --resume")
     saved.wait()
-    if first == plan.total:  # killed between its last checkpoint and its summary
+    if first == total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
     best = saved.best()
     saved.close()
+    return _finish(run, parts, state, summary, best, started, total - first)
+
+
+def _open_tracker(run: Run, first: int) -> Trackers | NullTracker:
+    """``metrics.jsonl`` cut behind the checkpoint of step ``first``, and the other trackers."""
+    if not run.process.first:
+        return NullTracker()
+    resume_step = first or None
+    lines = JsonLines(run.out / METRICS, resume_step)
+    return open_trackers(run.config.tracker, run.out, run.identity["config"], lines, resume_step)
+
+
+def _finish(
+    run: Run,
+    parts: Parts,
+    state: TrainState,
+    summary: dict[str, float],
+    best: dict[str, Any] | None,
+    started: float,
+    updates: int,
+) -> Path:
+    """Export the weights, close the logs, write ``run.json``."""
     trained = sum(a.size for a in state.params.values())
     # of several processes the first one gets the weights of all
-    policy = replace(policy, frozen=run.process.on_host(policy.frozen))
+    policy = replace(parts.policy, frozen=run.process.on_host(parts.policy.frozen))
     params = run.process.on_host(state.params)
-    if first_process:
-        log.join()
-        if probe_log is not None:
-            probe_log.join()
+    parts.evaluations.close()
+    parts.own.close()
+    if run.process.first:
         exported = _export(run, policy, params)
         seconds = time.perf_counter() - started
-        _write_summary(run, summary, exported, best, trained, seconds, plan.total - first)
+        _write_summary(run, summary, exported, best, trained, seconds, updates)
     run.process.exchange(None)
-    return out
+    return run.out
 
 
 def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:

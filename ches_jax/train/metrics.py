@@ -12,7 +12,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """Whoever wants the numbers of a run: a file, TensorBoard, Weights & Biases (``trackers``)."""
+    """Where the numbers of a run go: a file, TensorBoard, Weights & Biases (``trackers``)."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take the numbers of a step."""
@@ -23,7 +23,7 @@ class Tracker(Protocol):
         ...
 
 
-class Nobody:
+class NullTracker:
     """The tracker of a process that writes nothing."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

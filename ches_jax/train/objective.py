@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ches_jax.data.packing import Rows
+from ches_jax.data.packing import PackedBatch
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
+from ches_jax.losses.registry import unknown_name
 from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.attention.dense import Attend, dense
@@ -48,7 +49,7 @@ SFT = {
 
 def prediction_logps(
     model: Decoder,
-    rows: Rows,
+    rows: PackedBatch,
     *,
     per_token: Callable[..., Array] = token_logps,
     attend: Attend = dense,
@@ -61,7 +62,7 @@ def prediction_logps(
       model: the decoder.
       rows: packed pairs.
       per_token: what is computed of each prediction; ``logps.token_statistics`` for more than its log-probability.
-      attend: how attention is computed; ``kernels.with_gradient`` (or ``dense``) where a gradient is taken.
+      attend: how attention is computed; ``choose.with_gradient`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
@@ -72,7 +73,7 @@ def prediction_logps(
     return per_token(predicting, model.unembedding, rows.target, head)
 
 
-def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S *n"]:
+def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Array, "B S *n"]:
     """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
     return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
 
@@ -111,7 +112,7 @@ def get_objective(
             raise ChesError(f"loss {name!r}: has no hyper-parameters and takes neither an SFT term nor weights")
         return _supervised(name)
     if name not in loss_names():
-        raise ChesError(f"no loss is named {name!r}; the names are: {', '.join(sorted({*loss_names(), *SFT}))}")
+        raise ChesError(unknown_name(name, sorted({*loss_names(), *SFT})))
     loss = get_loss(name, **hyper)
     if sft:
         loss = with_sft(loss, sft, per=sft_per)
@@ -193,7 +194,7 @@ def loss_inputs(loss: Loss, batch: Batch, found: Logps, state: Mapping[str, Any]
         "logp": logps[:, 0],
         "ref_logp": ref[:, 0],
         "kl_baseline": kto_baseline(logps[:, -1], ref[:, -1]),
-        **batch.given,
+        **batch.extra,
         **state,
     }
     if batch.tokens is not None and found.tokens is not None:

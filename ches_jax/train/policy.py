@@ -98,9 +98,9 @@ class Policy:
         """All parameters."""
         return {**self.frozen, **trained}
 
-    def model(self, trained: dict[str, Any]) -> Decoder:
-        """The decoder with its arrays."""
-        return with_parameters(self.abstract, self.parameters(trained))
+    def with_parameters(self, parameters: dict[str, Any]) -> Decoder:
+        """The decoder with all its arrays."""
+        return with_parameters(self.abstract, parameters)
 
 
 def make_policy(

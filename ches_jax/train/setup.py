@@ -1,7 +1,8 @@
 """Everything a run needs, opened and checked before the first number is computed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from ches_jax.train.observe.pair_logprobs import Evaluator, PairLogps
 from ches_jax.train.observe.probes import Probes, read_probes
 from ches_jax.train.optimizer import Schedule, make_schedule, optimizer_hyper, require_schedule
 from ches_jax.train.policy import Lora, open_lora, require_lora_options
-from ches_jax.train.reference import Logps, from_file, reference_logps
+from ches_jax.train.reference import Evaluate, Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
 from ches_jax.train.trackers import require_trackers
 from ches_jax.types import TokenPair
@@ -76,6 +77,16 @@ class Run:
     probes: Probes | None
     lora: Lora | None
     identity: dict[str, Any]
+
+    @property
+    def master(self) -> str:
+        """Dtype of trained parameters."""
+        return "float64" if self.config.dtype == "float64" else "float32"
+
+    @property
+    def starts_at_the_reference(self) -> bool:
+        """Whether the reference is the policy before the first update."""
+        return needs_reference(self.loss) and self.config.reference == "initial"
 
     @property
     def sets(self) -> dict[str, list[TokenPair]]:
@@ -141,9 +152,9 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     pairs = read_run_pairs(config, loss, directory, decoder, process)
     train, held_out = (
         make_examples(
-            loss, some, given, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
+            loss, some, extra, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
         )
-        for some, given in ((pairs.train, pairs.given), (pairs.held_out, pairs.held_out_given))
+        for some, extra in ((pairs.train, pairs.extra), (pairs.held_out, pairs.held_out_extra))
     )
     plan = make_plan(config, len(train))
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
@@ -179,7 +190,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             config.eos,
             threshold,
             response_tokens=longest if reads_tokens(loss) else 0,
-            held=local_shards(mesh) if process.count > 1 else None,
+            local_shards=local_shards(mesh) if process.count > 1 else None,
         ),
         loss=loss,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
@@ -195,65 +206,91 @@ def load_parameters(directory: Path, dtype: str, master: str | None, mesh: Mesh)
     return named_parameters(model)
 
 
-def references(run: Run, evaluate: Evaluator, params: dict[str, Any]) -> dict[str, Logps]:
-    """Reference log-probabilities of training and held-out examples; empty where the loss has no reference."""
-    config = run.config
-    if not needs_reference(run.loss):
+def references(
+    config: TrainConfig,
+    loss: Loss,
+    examples: Mapping[str, Examples],
+    identity: Mapping[str, Any],
+    *,
+    initial: Evaluate,
+    other: Callable[[Path], Evaluate],
+    folder: Path,
+    write: bool = True,
+) -> dict[str, Logps]:
+    """Reference log-probabilities of training and held-out examples; empty where the loss has no reference.
+
+    Args:
+      config: ``reference`` names the source.
+      loss: decides whether sums or single tokens are needed.
+      examples: by the name of their set.
+      identity: of the run: fingerprints of model, tokenizer and adapter are read.
+      initial: log-probabilities under the policy before the first update.
+      other: the same under a model directory.
+      folder: where the cache lies.
+      write: whether this process writes it.
+
+    Raises:
+      ChesError: a cache of another model, a directory of another vocabulary, values that are not finite.
+    """
+    if not needs_reference(loss):
         return {}
     if config.reference == "columns":
-        given = {"train": run.train.given, "held_out": run.held_out.given}
-        return {name: PairLogps(*(some[f] for f in REFERENCE_FIELDS)) for name, some in given.items() if some}
-    everything = [*run.train.pairs, *run.held_out.pairs]
-    identity = {
-        "model_fingerprint": run.identity["model_fingerprint"],
-        "tokenizer_fingerprint": run.identity["tokenizer_fingerprint"],
-        "convention": {"eos": config.eos, "max_length": config.max_length, "template": config.template},
-        "dtype": config.dtype,
-    }
-    if "adapter_fingerprint" in run.identity:
-        identity["adapter_fingerprint"] = run.identity["adapter_fingerprint"]
-    per_token = reads_reference_tokens(run.loss)
-    if per_token:
-        identity["per"] = "token"
-
-    def policy(pairs: Sequence[TokenPair]) -> Logps:
-        return (evaluate.tokens if per_token else evaluate)(params, pairs)
-
-    folder = Path(config.reference_cache) if config.reference_cache else run.out
+        extra = {name: some.extra for name, some in examples.items() if some.extra}
+        return {name: PairLogps(*(columns[f] for f in REFERENCE_FIELDS)) for name, columns in extra.items()}
+    pairs = [pair for some in examples.values() for pair in some.pairs]
+    identity = reference_identity(config, loss, identity)
     if config.reference.endswith(".parquet"):
-        found = from_file(Path(config.reference), everything, identity, policy)
+        logps = from_file(Path(config.reference), pairs, identity, initial)
     elif config.reference == "initial":
-        found = reference_logps(everything, policy, identity, folder, write=run.process.first)
+        logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:
         directory = resolve(config.reference)
         identity["model_fingerprint"] = fingerprint(directory)
         identity.pop("adapter_fingerprint", None)
-        found = reference_logps(
-            everything, _other_model(run, directory, per_token), identity, folder, write=run.process.first
-        )
-    n = len(run.train.pairs)
-    parts = {"train": slice(n), "held_out": slice(n, None)}
-    return {k: found._replace(chosen=found.chosen[s], rejected=found.rejected[s]) for k, s in parts.items()}
+        logps = reference_logps(pairs, other(directory), identity, folder, write=write)
+    parts, start = {}, 0
+    for name, some in examples.items():
+        part = slice(start, start := start + len(some.pairs))
+        parts[name] = logps._replace(chosen=logps.chosen[part], rejected=logps.rejected[part])
+    return parts
 
 
-def _other_model(run: Run, directory: Path, per_token: bool) -> Callable[[Sequence[TokenPair]], Logps]:
-    """Log-probabilities under a reference directory, whose weights are gone when they have been computed."""
-    decoder = decoder_config(read_config(directory), str(directory))
-    if decoder.vocab_size != run.decoder.vocab_size:
-        raise ChesError(
-            f"--reference {directory}: its vocabulary has {decoder.vocab_size} tokens, the model's "
-            f"{run.decoder.vocab_size}; policy and reference share one tokenizer"
-        )
-    abstract = abstract_decoder(decoder, dtype=jnp.dtype(run.config.dtype))
-    threshold = decoder.rope.length_threshold if decoder.rope else None
-    attend = choose_attention(run.config.attention, decoder, run.config.dtype).attend
-    evaluate = Evaluator(abstract, run.mesh, run.layout._replace(length_threshold=threshold), attend)
-    master = "float64" if run.config.dtype == "float64" else "float32"
-    loaded: list[Any] = []
+def reference_identity(config: TrainConfig, loss: Loss, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the reference's log-probabilities, and so names their cache."""
+    prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint")
+    found = {name: identity[name] for name in prints if name in identity}
+    found["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
+    found["dtype"] = config.dtype
+    if reads_reference_tokens(loss):
+        found["per"] = "token"
+    return found
 
-    def compute(pairs: Sequence[TokenPair]) -> Logps:
-        if not loaded:
-            loaded.append(load_parameters(directory, run.config.dtype, master, run.mesh))
-        return (evaluate.tokens if per_token else evaluate)(loaded[0], pairs)
 
-    return compute
+@dataclass
+class OtherModel:
+    """Log-probabilities under a reference directory, whose weights are loaded when they are first needed."""
+
+    run: Run
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self._decoder = decoder_config(read_config(self.directory), str(self.directory))
+        if self._decoder.vocab_size != self.run.decoder.vocab_size:
+            raise ChesError(
+                f"--reference {self.directory}: its vocabulary has {self._decoder.vocab_size} tokens, the model's "
+                f"{self.run.decoder.vocab_size}; policy and reference share one tokenizer"
+            )
+
+    @cached_property
+    def _evaluate(self) -> Evaluate:
+        run, decoder, dtype = self.run, self._decoder, self.run.config.dtype
+        threshold = decoder.rope.length_threshold if decoder.rope else None
+        layout = run.layout._replace(length_threshold=threshold)
+        attend = choose_attention(run.config.attention, decoder, dtype).attend
+        evaluator = Evaluator(abstract_decoder(decoder, dtype=jnp.dtype(dtype)), run.mesh, layout, attend)
+        params = load_parameters(self.directory, dtype, run.master, run.mesh)
+        return evaluator.under(params, per_token=reads_reference_tokens(run.loss))
+
+    def __call__(self, pairs: Sequence[TokenPair]) -> Logps:
+        """Log-probabilities of ``pairs``."""
+        return self._evaluate(pairs)

@@ -100,7 +100,7 @@ class Step:
         assert self._excess is not None
         total = sum(float(self._excess(params, self._frozen, put(b, self.mesh))) for b in batches)
         mean = max(0.0, total / sum(len(b.row) for b in batches))
-        return [b._replace(given={**b.given, "kl_baseline": np.asarray(mean, b.reference.dtype)}) for b in batches]
+        return [b._replace(extra={**b.extra, "kl_baseline": np.asarray(mean, b.reference.dtype)}) for b in batches]
 
     def __call__(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One update; metrics are means over its pairs, on the host."""

@@ -44,16 +44,16 @@ def measure(
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
     from ches_jax.runs.directory import device_name
-    from ches_jax.scores.forward import ScoringPass, Wanted
-    from ches_jax.scores.run import ROW_TOKENS
-    from ches_jax.scores.scorer import Batching, Measurer
+    from ches_jax.scores.config import ROW_TOKENS
+    from ches_jax.scores.forward import ForwardPass, Outputs
+    from ches_jax.scores.scorer import Batching, PairScorer
 
     model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)
     chosen = choose_attention(attention, model.config, dtype)
     rows = list(open_pairs(pairs_file))[:count]
     pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
-    run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head), chosen.attend)
-    measurer = Measurer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
+    run = ForwardPass(model, make_mesh(mesh), Outputs(head_score=head), chosen.attend)
+    measurer = PairScorer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
 
     def once() -> tuple[float, float, float]:
         cpu, wall = usage()["cpu_seconds"], time.perf_counter()

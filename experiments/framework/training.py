@@ -12,11 +12,11 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ches_jax.train.config import TrainConfig
-    from ches_jax.train.loop import Observe
+    from ches_jax.train.observe.observer import Watch
 
 
 class Stopped(Exception):
-    """Told to stop in the middle; the message says how to go on."""
+    """The run was stopped by a signal; the message says how to resume it."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Finished:
         return self.log[column][rows].reshape(len(steps), -1)
 
 
-def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Observe | None" = None) -> Finished:
+def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Watch | None" = None) -> Finished:
     """Train and read the logs. A run that was killed goes on; with an observer, which must see it all, it starts anew.
 
-    The folder is removed, but for the exported model where the config asks for one.
+    The folder is removed, but for the exported model where the config exports one.
     """
     import pyarrow.parquet as pq
 
@@ -54,7 +54,7 @@ def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Observe
     if observe is not None:
         shutil.rmtree(config.out, ignore_errors=True)
     try:
-        out = loop.train(config, resume=True, quiet=quiet, observe=observe)
+        out = loop.train(config, resume=True, quiet=quiet, observers=[] if observe is None else [observe])
     except loop.Stopped as e:
         raise Stopped("stopped by SIGTERM; go on with --resume") from e
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -82,9 +82,9 @@ def compiled_once(folder: Path) -> Iterator[None]:
     """Programs that many runs have in common are compiled by the first, and kept in ``folder`` for a resumed one."""
     import jax
 
-    wanted = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
         jax.config.update(name, value)
     try:
         yield

@@ -22,7 +22,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.runs.directory import read_json
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
-from ches_jax.train.data.rows import together
+from ches_jax.train.data.rows import pair_by_prompt
 from ches_jax.train.loop import train
 from ches_jax.train.objective import batch_loss, named, reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
@@ -127,7 +127,8 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     evaluate = Evaluator(policy, make_mesh("data=1"), layout)
     ref_params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(reference))}
     ref = (evaluate.tokens if reads_tokens(loss) else evaluate)(ref_params, examples.pairs)
-    batch = make_batch(examples.items(), layout, examples.by_response(ref, everyone), examples.given, np.float64)
+    batch = make_batch(examples.items(), layout, examples.by_response(ref, everyone), examples.extra, np.float64)
+    batch = jax.tree.map(jnp.asarray, batch)
     graph, state = nnx.split(policy)
 
     @jax.jit
@@ -138,7 +139,7 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
 
     masks = [mask(side) for side in zip(*((p.chosen, p.rejected) for p in examples.pairs), strict=True)]
     ref_tokens = plain(reference, examples.pairs)
-    expected, slopes = jax.value_and_grad(lambda t: pure_loss(loss, t, ref_tokens, masks, examples.given))(
+    expected, slopes = jax.value_and_grad(lambda t: pure_loss(loss, t, ref_tokens, masks, examples.extra))(
         plain(policy, examples.pairs)
     )
     assert float(value) == pytest.approx(float(expected), rel=1e-11)
@@ -150,7 +151,7 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     assert named({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
 
 
-def pure_loss(loss, tokens, ref_tokens, masks, given):
+def pure_loss(loss, tokens, ref_tokens, masks, extra):
     """The pure loss, from token log-probabilities by sums that are written out."""
     sums, ref = ([jnp.sum(t * m, 1) for t, m in zip(some, masks, strict=True)] for some in (tokens, ref_tokens))
     every = {
@@ -160,7 +161,7 @@ def pure_loss(loss, tokens, ref_tokens, masks, given):
         "ref_token_logps_chosen": ref_tokens[0], "ref_token_logps_rejected": ref_tokens[1],
         "token_mask_chosen": masks[0], "token_mask_rejected": masks[1],
         "logp": sums[0], "ref_logp": ref[0], "kl_baseline": kto_baseline(sums[1], ref[1]),
-        **{k: jnp.asarray(v) for k, v in given.items()},
+        **{k: jnp.asarray(v) for k, v in extra.items()},
     }  # fmt: skip
     if loss.name == "d2o":  # two prompts with three samples each, one pair for every sample
         for prefix, (chosen, rejected) in (("", sums), ("ref_", ref)):
@@ -176,8 +177,8 @@ def test_an_unpaired_example_is_one_response_beside_that_of_another_prompt():
     assert [(p.prompt, p.chosen) for p in examples.pairs] == [
         (pair.prompt, side) for pair in PAIRS for side in (pair.chosen, pair.rejected)
     ]
-    assert examples.given["desirable"].tolist() == [True, False] * 3
-    assert examples.given["weights"].tolist() == [1, 1, 2, 2, 3, 3]
+    assert examples.extra["desirable"].tolist() == [True, False] * 3
+    assert examples.extra["weights"].tolist() == [1, 1, 2, 2, 3, 3]
     own = {p.prompt: (p.chosen.content, p.rejected.content) for p in PAIRS}
     for pair in examples.pairs:
         room = 5 - len(pair.prompt)
@@ -205,7 +206,7 @@ def test_single_responses_of_one_prompt_make_pairs():
         return TokenPair(row_id=str(i), index=i, prompt=prompt, chosen=Response((token,), 2), rejected=NOTHING)
 
     rows = [row(0, (1,), 10), row(1, (1,), 11), row(2, (1,), 12), row(3, (3,), 13)]
-    pairs = together(rows, np.array([False, True, True, False]))
+    pairs = pair_by_prompt(rows, np.array([False, True, True, False]))
     contents = [(p.prompt, p.chosen.content, p.rejected.content) for p in pairs]
     assert contents == [((1,), (11,), (10,)), ((1,), (12,), ()), ((3,), (), (13,))]
 

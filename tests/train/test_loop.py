@@ -61,19 +61,41 @@ def test_a_run_explains_itself(whole_run):
     assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_an_observer_sees_the_model_of_every_update(small, tmp_path):
+def test_a_function_sees_the_model_of_every_update(small, tmp_path):
     rows = []
 
     def observe(update, model):
         rows.append(np.asarray(model.logits(model.hidden(jnp.array([[1, 9, 4]]))))[0, -1])
         return {"own/first": float(rows[-1][0])}
 
-    out = train(small(tmp_path / "seen", steps=2, export=False), quiet=True, observe=observe)
+    out = train(small(tmp_path / "seen", steps=2, export=False), quiet=True, observers=[observe])
     logged = [(e["step"], e["own/first"]) for e in lines(out) if "own/first" in e]
     assert logged == [(i, float(row[0])) for i, row in enumerate(rows)] and len(rows) == 3
     before = load_model(small(tmp_path).model)
     np.testing.assert_allclose(rows[0], before.logits(before.hidden(jnp.array([[1, 9, 4]])))[0, -1], atol=1e-5)
     assert np.abs(rows[1] - rows[0]).max() > 1e-5 and np.abs(rows[2] - rows[1]).max() > 1e-5
+
+
+def test_observers_look_on_schedules_of_their_own(small, tmp_path):
+    class Seen:
+        def __init__(self, every):
+            self.every, self.steps, self.closed = every, [], 0
+
+        def observe(self, step, params):
+            self.steps.append(step)
+            return {f"own/{self.every}": float(len(params))}
+
+        def close(self):
+            self.closed += 1
+
+    observers = [Seen(2), Seen(None), Seen(3)]
+    config = small(tmp_path / "run", limit=28, steps=5, watch=2, export=False)
+    out = train(config, quiet=True, observers=observers)
+    assert [one.steps for one in observers] == [[0, 2, 4, 5], [0, 5], [0, 3, 5]]
+    assert all(one.closed == 1 for one in observers)
+    logged = {e["step"]: e for e in lines(out) if "own/2" in e or "own/3" in e}
+    assert {step: "own/None" in e for step, e in logged.items()} == {0: True, 2: False, 3: False, 4: False, 5: True}
+    assert "loss" in logged[3] and "own/2" not in logged[3]
 
 
 def test_the_displacement_log_is_the_change_since_step_0(whole_run):

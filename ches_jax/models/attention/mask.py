@@ -50,7 +50,7 @@ class BlockSpans(NamedTuple):
     own_count: Int[Array, "B blocks"]
 
     @property
-    def num_blocks(self) -> Int[Array, "B blocks"]:
+    def num_blocks(self) -> Int[Array, "*blocks"]:
         """How many there are."""
         return self.context_count + self.own_count
 
@@ -125,7 +125,7 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     return BlockSpans(context_first, context_end - context_first, own_first, own_count)
 
 
-def block_index(s: BlockSpans, step: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """The index of the ``step``-th block of keys, ``step`` in 0 .. num_blocks - 1."""
+def block_index(s: BlockSpans, step: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The index of the ``step``-th block of keys, ``step`` in 0 .. num_blocks - 1, which broadcasts with the spans."""
     own = s.own_first + step - s.context_count
     return jnp.where(step < s.context_count, s.context_first + step, own)

@@ -36,8 +36,8 @@ class Examples:
 
     pairs: list[TokenPair]
     """``size`` for each example."""
-    given: dict[str, np.ndarray]
-    """[N] by field of ``LossInputs``."""
+    extra: dict[str, np.ndarray]
+    """[N] by field of ``LossInputs``: columns of the data, labels."""
     size: int = 1
 
     def __len__(self) -> int:
@@ -61,14 +61,14 @@ class Examples:
 
 
 def make_examples(
-    loss: Loss, pairs: Sequence[TokenPair], given: Mapping[str, np.ndarray], *, seed: int, max_length: int, eos: Eos
+    loss: Loss, pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray], *, seed: int, max_length: int, eos: Eos
 ) -> Examples:
     """The examples that a loss makes of pairs.
 
     Args:
       loss: the objective.
       pairs: the pairs of a run; of single responses the other side is empty.
-      given: [P] numbers of each pair.
+      extra: [P] numbers of each pair, by field of ``LossInputs``.
       seed: draws the mismatched responses of an unpaired loss.
       max_length: most tokens of a prompt and a mismatched response.
       eos: whether a terminator counts.
@@ -77,17 +77,17 @@ def make_examples(
       ChesError: pairs of which no such examples can be made.
     """
     if is_supervised(loss):
-        return Examples([replace(p, rejected=NOTHING) for p in pairs], dict(given))
+        return Examples([replace(p, rejected=NOTHING) for p in pairs], dict(extra))
     if is_unpaired(loss) and pairs:
-        return _unpaired(pairs, given, seed, max_length, eos)
+        return _unpaired(pairs, extra, seed, max_length, eos)
     if reads_samples(loss) and pairs:
         size = len({p.candidates for p in pairs})
-        return Examples(list(pairs), {k: v[::size] for k, v in given.items()}, size)
-    return Examples(list(pairs), dict(given))
+        return Examples(list(pairs), {k: v[::size] for k, v in extra.items()}, size)
+    return Examples(list(pairs), dict(extra))
 
 
 def _unpaired(
-    pairs: Sequence[TokenPair], given: Mapping[str, np.ndarray], seed: int, max_length: int, eos: Eos
+    pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray], seed: int, max_length: int, eos: Eos
 ) -> Examples:
     sides = [
         (i, good, response)
@@ -102,7 +102,7 @@ def _unpaired(
         for (i, _, response), other in zip(sides, others, strict=True)
     ]
     labels = np.array([good for _, good, _ in sides])
-    return Examples(made, {**{k: v[whose] for k, v in given.items()}, "desirable": labels})
+    return Examples(made, {**{k: v[whose] for k, v in extra.items()}, "desirable": labels})
 
 
 def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:

@@ -49,7 +49,7 @@ class ReadPairs:
 
     pairs: list[TokenPair]
     """Single responses have lent their prompt to a pair; where no other fits, its other side is empty."""
-    given: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
     """Numbers that the rows bring, by field of ``LossInputs``."""
     dropped: list[dict[str, Any]]
     rows: int
@@ -99,7 +99,7 @@ def read_pairs(
     if one_response:
         name = config.columns.get(LABEL, LABEL)
         labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
-        return ReadPairs(together(kept, labels > 0), {}, dropped, rows, source.fingerprint())
+        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows, source.fingerprint())
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
     return ReadPairs(kept, _numbers(source, asked, kept, limit), dropped, rows, source.fingerprint())
@@ -169,7 +169,7 @@ def _single(pair: TokenPair) -> TokenPair:
     return replace(pair, rejected=NOTHING, flags=flags)
 
 
-def together(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPair]:
+def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPair]:
     """Single responses to pairs: of each prompt a good one with a bad one, as far as there are both."""
     by_prompt: dict[tuple[int, ...], tuple[list[TokenPair], list[TokenPair]]] = {}
     for row, is_good in zip(rows, good, strict=True):

@@ -17,6 +17,7 @@ from ches_jax.bundled import BUNDLED
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
+from ches_jax.inputs import sequence_length
 from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
 from ches_jax.train.config import TrainConfig
@@ -36,9 +37,9 @@ class RunPairs:
     rows: int
     """Rows of the source."""
     fingerprints: dict[str, str]
-    given: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
     """Numbers that the rows of ``train`` bring, by field of ``LossInputs``."""
-    held_out_given: dict[str, np.ndarray]
+    held_out_extra: dict[str, np.ndarray]
 
 
 def read_run_pairs(
@@ -56,13 +57,9 @@ def read_run_pairs(
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    if config.max_length is not None and decoder.rope is None and config.max_length > decoder.max_positions:
-        raise ChesError(
-            f"--max-length {config.max_length}: the model has learned positions for {decoder.max_positions} tokens only"
-        )
     tokenizer = PairTokenizer(
         load_tokenizer(directory),
-        max_length=config.max_length or decoder.max_positions,
+        max_length=sequence_length(decoder, config.max_length),
         eos=config.eos,
         vocab_size=decoder.vocab_size,
         template=config.template,
@@ -72,21 +69,21 @@ def read_run_pairs(
     spec = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
     main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
-    kept, given, dropped = main.pairs, main.given, main.dropped
+    kept, extra, dropped = main.pairs, main.extra, main.dropped
     held_out: list[TokenPair] = []
-    held_out_given: dict[str, np.ndarray] = {}
+    held_out_extra: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
         other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process)
         prints["eval_fingerprint"] = other.fingerprint
-        held_out, held_out_given, dropped = other.pairs, other.given, dropped + other.dropped
+        held_out, held_out_extra, dropped = other.pairs, other.extra, dropped + other.dropped
     elif config.holdout:
         out, stay = _drawn(kept, config.holdout, config.seed)
         held_out, kept = [kept[i] for i in out], [kept[i] for i in stay]
-        held_out_given = {k: v[out] for k, v in given.items()}
-        given = {k: v[stay] for k, v in given.items()}
+        held_out_extra = {k: v[out] for k, v in extra.items()}
+        extra = {k: v[stay] for k, v in extra.items()}
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
     return RunPairs(
-        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, given, held_out_given
+        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, extra, held_out_extra
     )
 
 

@@ -1,6 +1,7 @@
 """The displacement log of a run: how far every watched pair has moved, at every evaluation."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
 from ches_jax.errors import RunError
 from ches_jax.runs.files import replacing
-from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics
+from ches_jax.train.observe.observer import Params
+from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics, WatchedPairs
 from ches_jax.types import TokenPair
 
 SCHEMA = pa.schema(
@@ -137,3 +139,21 @@ class DisplacementLog:
         with replacing(self.out / FILE_NAME) as temporary:
             pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
         return self.out / FILE_NAME
+
+
+@dataclass(frozen=True)
+class DisplacementObserver:
+    """Follows the log-probabilities of the watched pairs: the displacement log, and its summaries."""
+
+    every: int | None
+    watched: WatchedPairs
+    log: DisplacementLog
+
+    def observe(self, step: int, params: Params) -> dict[str, float]:
+        """``displacement/*`` of the training pairs, ``eval_displacement/*`` of the held-out ones."""
+        return self.log.record(step, self.watched.sets, self.watched.statistics(step, params))
+
+    def close(self) -> None:
+        """Join the parts."""
+        if self.log.write:
+            self.log.join()

@@ -1,6 +1,6 @@
 """Log-probabilities of many pairs under given weights: a forward pass over packed rows of one shape."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.data.packing import Placement, Rows, arrange, write_rows
+from ches_jax.data.packing import PackedBatch, Placement, plan_batches, write_batch
 from ches_jax.distributed.mesh import put_rows, row_shards
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import token_statistics
-from ches_jax.train.data.batches import Layout, held_rows
+from ches_jax.train.data.batches import Layout, local_rows
 from ches_jax.train.objective import prediction_logps, segment_logps
 from ches_jax.types import TokenPair
 
@@ -65,7 +65,7 @@ class Evaluator:
         self.rows = max(1, BATCH_TOKENS.get(platform, MANY_BATCH_TOKENS) // layout.row_tokens) * row_shards(mesh)
 
         def pass_of(logps: Any) -> Any:
-            def run(params: Any, rows: Rows) -> Any:
+            def run(params: Any, rows: PackedBatch) -> Any:
                 return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on), rows.segment
 
             return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -76,6 +76,10 @@ class Evaluator:
     def __call__(self, params: Any, pairs: Sequence[TokenPair]) -> PairLogps:
         """Log-probabilities of ``pairs`` under ``params``."""
         return self.statistics(params, pairs).logps
+
+    def under(self, params: Any, *, per_token: bool = False) -> Callable[[Sequence[TokenPair]], PairLogps | TokenLogps]:
+        """The function of pairs alone: sums, or the log-probability of each token."""
+        return partial(self.tokens if per_token else self.__call__, params)
 
     def statistics(self, params: Any, pairs: Sequence[TokenPair]) -> PairStatistics:
         """Log-probabilities of ``pairs``, and how sharp the distributions at their tokens are; NaN where none are."""
@@ -106,15 +110,33 @@ class Evaluator:
     ) -> Iterator[tuple[list[Placement], np.ndarray, np.ndarray]]:
         """The places of pairs, what the pass gives of all rows (float64), and the segments of their predictions."""
         layout = self.layout
-        found = arrange(
+        found = plan_batches(
             pairs,
             length=layout.row_tokens,
             rows_per_batch=min(self.rows, FEW) if len(pairs) <= FEW else self.rows,
             row_multiple=row_shards(self.mesh),
             length_threshold=layout.length_threshold,
         )
-        for arrangement in found:
-            held = held_rows(arrangement.row_count, layout)
-            rows = write_rows(pairs, arrangement, layout.eos, layout.length_threshold, held)
+        for plan in found:
+            local = local_rows(plan.row_count, layout)
+            rows = write_batch(pairs, plan, layout.eos, layout.length_threshold, local)
             logps, segments = run(params, put_rows(rows, self.mesh))
-            yield arrangement.places(), np.asarray(logps, np.float64), np.asarray(segments)
+            yield plan.placements(), np.asarray(logps, np.float64), np.asarray(segments)
+
+
+class WatchedPairs:
+    """The pairs of a run whose log-probabilities are followed; observers of one step share one forward pass."""
+
+    def __init__(self, evaluate: Evaluator, sets: Mapping[str, Sequence[TokenPair]]):
+        """``sets``: pairs by the name of their set, ``train`` or ``held_out``."""
+        self.sets = sets
+        self._evaluate = evaluate
+        self._step = -1
+        self._last: dict[str, PairStatistics] = {}
+
+    def statistics(self, step: int, params: Any) -> dict[str, PairStatistics]:
+        """Statistics of every set under the parameters after ``step`` updates; of one step computed once."""
+        if step != self._step:
+            self._last = {name: self._evaluate.statistics(params, pairs) for name, pairs in self.sets.items()}
+            self._step = step
+        return self._last

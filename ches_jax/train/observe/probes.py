@@ -30,6 +30,7 @@ from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.runs.files import replacing
+from ches_jax.train.observe.observer import Params
 from ches_jax.types import Template
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class ProbeLog:
         self.out = out
         self._probes = probes
         self._start = np.exp(start.astype(np.float64))
-        self._write = write
+        self.write = write
 
     def record(self, step: int, logps: np.ndarray) -> dict[str, float]:
         """Write one evaluation; returns means over the prompts, under ``displacement/probe_*``."""
@@ -184,8 +185,8 @@ class ProbeLog:
         }
         sides = [moved(a, b) for a, b in zip(self._start, now, strict=True)]
         tokens = {"gaining": [s[0] for s in sides], "losing": [s[1] for s in sides]}
-        columns |= {k: [self._told(i, v, now) for i, v in enumerate(found)] for k, found in tokens.items()}
-        if self._write:
+        columns |= {k: [self._changes(i, v, now) for i, v in enumerate(found)] for k, found in tokens.items()}
+        if self.write:
             table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
             with replacing(self.out / PARTS / f"step-{step:08d}.parquet") as temporary:
                 pq.write_table(table, temporary, compression="zstd")
@@ -193,7 +194,7 @@ class ProbeLog:
         means["probe_argmax_changed"] = float(np.mean(best != self._start.argmax(-1)))
         return {f"displacement/{k}": v for k, v in means.items()}
 
-    def _told(self, prompt: int, tokens: Sequence[int], now: np.ndarray) -> list[dict[str, Any]]:
+    def _changes(self, prompt: int, tokens: Sequence[int], now: np.ndarray) -> list[dict[str, Any]]:
         return [
             {"token": v, "text": self._probes.text([v]), "before": self._start[prompt, v], "now": now[prompt, v]}
             for v in tokens
@@ -205,3 +206,21 @@ class ProbeLog:
         with replacing(self.out / FILE_NAME) as temporary:
             pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
         return self.out / FILE_NAME
+
+
+@dataclass(frozen=True)
+class ProbeObserver:
+    """Follows the next-token distributions after the probe prompts."""
+
+    every: int | None
+    prober: Prober
+    log: ProbeLog
+
+    def observe(self, step: int, params: Params) -> dict[str, float]:
+        """``displacement/probe_*``: means over the prompts."""
+        return self.log.record(step, self.prober(params))
+
+    def close(self) -> None:
+        """Join the parts."""
+        if self.log.write:
+            self.log.join()

@@ -1,0 +1,115 @@
+"""The parts of a run that hold arrays or compiled programs: made of what ``setup`` has opened and checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ches_jax.train.checkpoints import Checkpoints, parse_best
+from ches_jax.train.data.loader import Loader
+from ches_jax.train.data.split import write_dropped
+from ches_jax.train.objective import initial_loss_state, reads_reference_tokens
+from ches_jax.train.observe.displacement_log import DisplacementLog, DisplacementObserver
+from ches_jax.train.observe.eval_loss import EvalLoss
+from ches_jax.train.observe.observer import EveryUpdate, Observer, Observers, Watch
+from ches_jax.train.observe.pair_logprobs import Evaluator, WatchedPairs
+from ches_jax.train.observe.probes import ProbeLog, ProbeObserver, Prober
+from ches_jax.train.optimizer import make_optimizer
+from ches_jax.train.policy import Policy, make_policy
+from ches_jax.train.reference import Logps
+from ches_jax.train.setup import OtherModel, Run, load_parameters, references
+from ches_jax.train.state import TrainState, initial_state
+from ches_jax.train.step import Step
+
+DROPPED = "dropped.jsonl"
+
+
+@dataclass
+class Parts:
+    """What the loop is made of."""
+
+    policy: Policy
+    state: TrainState | None
+    """Before the first update; None once it was taken."""
+    loader: Loader
+    update: Step
+    evaluations: Observers
+    """The run's own, whose numbers make the lines of evaluations and decide which checkpoint is best."""
+    own: Observers
+    """The caller's, whose numbers join the line of each update."""
+    saved: Checkpoints
+
+    def take_state(self) -> TrainState:
+        """The state before the first update, given away: whoever goes on from another one can free its memory."""
+        state, self.state = self.state, None
+        assert state is not None
+        return state
+
+
+def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
+    """Load the weights, compute the reference, make the state, the step and the observers.
+
+    Raises:
+      ChesError: a reference that does not fit, weights that cannot be read.
+    """
+    config = run.config
+    if run.process.first:
+        write_dropped(run.out / DROPPED, run.pairs.dropped)
+    loaded = load_parameters(run.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
+    policy, params = make_policy(
+        loaded, run.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
+    )
+    evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
+    initial = policy.parameters(params)
+    reference = references(
+        config,
+        run.loss,
+        {"train": run.train, "held_out": run.held_out},
+        run.identity,
+        initial=evaluate.under(initial, per_token=reads_reference_tokens(run.loss)),
+        other=partial(OtherModel, run),
+        folder=Path(config.reference_cache) if config.reference_cache else run.out,
+        write=run.process.first,
+    )
+    total = run.plan.total
+    evaluations = Observers(_evaluations(run, policy, evaluate, reference.get("held_out"), initial), total)
+    own = [one if hasattr(one, "observe") else EveryUpdate(policy, cast(Watch, one)) for one in observers]
+    optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
+    state = initial_state(params, optimizer, initial_loss_state(run.loss, run.master), run.mesh)
+    step = Step(
+        policy.abstract, optimizer, run.loss, state, run.mesh,
+        frozen=policy.frozen, clip=config.clip, remat=config.remat,
+    )  # fmt: skip
+    best = parse_best(config.keep_best) if config.keep_best else None
+    return Parts(
+        policy=policy,
+        state=state,
+        loader=Loader(run.loss, run.train, run.plan, run.layout, reference.get("train"), run.master),
+        update=step,
+        evaluations=evaluations,
+        own=Observers(cast(Sequence[Observer], own), total),
+        saved=Checkpoints(run.out, config.keep, best, config.save_every),
+    )
+
+
+def _evaluations(
+    run: Run, policy: Policy, evaluate: Evaluator, reference: Logps | None, initial: dict[str, Any]
+) -> list[Observer]:
+    """Displacement, loss on the held-out pairs, probes; all look every ``eval_every`` updates."""
+    config, write = run.config, run.process.first
+    watched = WatchedPairs(evaluate, run.sets)
+    log = DisplacementLog(run.out, config.eos, config.tolerance, write=write)
+    observers: list[Observer] = [DisplacementObserver(config.eval_every, watched, log)]
+    if run.pairs.held_out and not run.loss.stateful:
+        dtype = np.dtype(run.master)
+        observers.append(
+            EvalLoss(config.eval_every, run.loss, run.held_out, reference, run.layout, evaluate, watched, dtype)
+        )
+    if run.probes is not None:
+        prober = Prober(policy.abstract, run.mesh, run.probes, run.attention.attend)
+        probe_log = ProbeLog(run.out, run.probes, prober(initial), write=write)
+        observers.append(ProbeObserver(config.eval_every, prober, probe_log))
+    return observers
