@@ -8,9 +8,11 @@ import argparse
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from ches_jax.hugepages import with_large_pages
+from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.measure import usage
 
 
@@ -31,7 +33,7 @@ def measure(
 
     The first pass compiles; of the ``repeat`` passes that follow the best one counts. ``matmul_gflops`` are useful
     ones: 2 x weights of the layers x positions that hold a token. With ``trace`` one more pass is profiled into that
-    directory.
+    directory, and what cost most of it is named.
     """
     import jax
 
@@ -83,6 +85,7 @@ def measure(
         "dtype": dtype,
         "platform": jax.default_backend(),
         "device": device_name(),
+        **({"top_costs": top_costs(Path(trace))} if trace else {}),
     }
 
 
