@@ -56,7 +56,7 @@ def errors(folder, dtype) -> dict[str, float]:
     def run(state):
         def dpo(state):
             model = nnx.merge(graph, state)
-            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
+            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), jax.tree.map(jnp.asarray, batch), {})
             return value, (metrics, batch_logps(model, batch))
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
