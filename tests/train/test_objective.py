@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -49,6 +50,7 @@ def relative(a, b):
 
 def errors(folder, dtype) -> dict[str, float]:
     golden, model, batch = golden_batch(folder, dtype)
+    batch = jax.tree.map(jnp.asarray, batch)
     truth = golden["fp64"]
     graph, state = nnx.split(model)
 
@@ -56,7 +58,7 @@ def errors(folder, dtype) -> dict[str, float]:
     def run(state):
         def dpo(state):
             model = nnx.merge(graph, state)
-            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), jax.tree.map(jnp.asarray, batch), {})
+            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
             return value, (metrics, batch_logps(model, batch))
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
