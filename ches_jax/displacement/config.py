@@ -21,7 +21,7 @@ class DiagnoseConfig:
     logps: str | None = None
     """Parquet file with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected (after)."""
     trl_log: str | None = None
-    """trainer_state.json of TRL's DPOTrainer: means of batches only."""
+    """trainer_state.json of TRL's DPOTrainer, or the folder with it: means of batches only."""
     beta: float = 0.1
     """The beta of that run, which turns its rewards into nats."""
     tolerance: float = TOLERANCE

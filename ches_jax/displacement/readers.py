@@ -141,6 +141,7 @@ def read_trl_log(path: Path, beta: float) -> Changes:
     """
     if beta <= 0:
         raise ChesError(f"--beta {beta}: expected a positive number")
+    path = path / "trainer_state.json" if path.is_dir() else path
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (OSError, ValueError, KeyError, TypeError):

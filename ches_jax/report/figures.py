@@ -42,13 +42,13 @@ def panels(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=120, layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-    for axes in every:
+    axes_of_all = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+    for axes in axes_of_all:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.xaxis.label.set_fontsize(9)
         axes.yaxis.label.set_fontsize(9)
-    return figure, every
+    return figure, axes_of_all
 
 
 def png(figure: "Figure") -> bytes:

@@ -23,25 +23,25 @@ def read_texts(
     """The contents of the rows at ``positions`` of the table, and a note where they cannot be had.
 
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
-    is told on the page and is no error.
+    is a note on the page and no error.
     """
-    every, ids = keys(table), table["row_id"].to_pylist()
-    wanted = {every[p]: p for p in positions}
-    found: dict[int, Mapping[str, Any]] = {}
-    if not wanted:
-        return found, ""
+    table_keys, ids = keys(table), table["row_id"].to_pylist()
+    position_of = {table_keys[p]: p for p in positions}
+    texts: dict[int, Mapping[str, Any]] = {}
+    if not position_of:
+        return texts, ""
     try:
         for row in source_rows(SelectConfig(scores=run, out=run)) if rows is None else rows:
-            if (position := wanted.get(key_of(row))) is not None:
+            if (position := position_of.get(key_of(row))) is not None:
                 if row.row_id != ids[position]:
                     return {}, f"the pairs file changed since it was scored (row {row.index})"
-                found[position] = row.content
-            if len(found) == len(wanted):
+                texts[position] = row.content
+            if len(texts) == len(position_of):
                 break
     except (ChesError, OSError) as error:
-        return found, str(error)
-    missing = len(wanted) - len(found)
-    return found, f"{missing} of the rows are not in the pairs file any more" if missing else ""
+        return texts, str(error)
+    missing = len(position_of) - len(texts)
+    return texts, f"{missing} of the rows are not in the pairs file any more" if missing else ""
 
 
 def plain_text(value: Any) -> str:
@@ -66,18 +66,18 @@ def read_tokens(run: Path, pairs: Sequence[Key]) -> tuple[Tokens, str]:
         return {}, ""
     rows = pq.read_table(path, filters=[("index", "in", [index for index, _ in pairs])])
     by = "ches" if rows["head_score"].null_count else "head_score"
-    found: Tokens = {key: {} for key in pairs}
+    by_pair: Tokens = {key: {} for key in pairs}
     for key, row in zip(keys(rows), rows.select(["response", "text", by]).to_pylist(), strict=True):
-        if key in found:
-            found[key].setdefault(row["response"], []).append((row["text"], row[by]))
-    return {key: texts for key, texts in found.items() if texts}, by
+        if key in by_pair:
+            by_pair[key].setdefault(row["response"], []).append((row["text"], row[by]))
+    return {key: texts for key, texts in by_pair.items() if texts}, by
 
 
 def token_maps(tokens: dict[str, list[tuple[str, float]]], by: str) -> str:
     """Both responses with their tokens coloured by what they add, on one scale."""
     largest = max((abs(v) for response in tokens.values() for _, v in response), default=0.0)
-    told = {"chosen": f"chosen, each token's share of {by}", "rejected": "rejected, each token's pull on the chosen"}
-    maps = [token_map(told[side], tokens.get(side, []), largest, side) for side in ("chosen", "rejected")]
+    labels = {"chosen": f"chosen, each token's share of {by}", "rejected": "rejected, each token's pull on the chosen"}
+    maps = [token_map(labels[side], tokens.get(side, []), largest, side) for side in ("chosen", "rejected")]
     return f'<div class="two"><div>{maps[0]}</div>\n<div>{maps[1]}</div></div>'
 
 
@@ -86,19 +86,19 @@ def pair_card(
 ) -> str:
     """One pair: its numbers, its prompt, and the two responses side by side where the screen is wide."""
     row = table.slice(position, 1).to_pylist()[0]
-    told = [f"row {row['index']}", row["row_id"][:12]]
+    facts = [f"row {row['index']}", row["row_id"][:12]]
     (key,) = keys(table.slice(position, 1))
     if key[1] is not None:
-        told.append("responses {} and {}".format(*key[1]))
+        facts.append("responses {} and {}".format(*key[1]))
     scores = ("ches", "ln_ches", "head_score", "edit_distance")
-    told += [f"{name} {number(row[name])}" for name in scores if row.get(name) is not None]
-    told.append(f"tokens: chosen {row['chosen_tokens']}, rejected {row['rejected_tokens']}")
+    facts += [f"{name} {number(row[name])}" for name in scores if row.get(name) is not None]
+    facts.append(f"tokens: chosen {row['chosen_tokens']}, rejected {row['rejected_tokens']}")
     if row.get("category"):
-        told.append(f"category {row['category']}")
-    told += row.get("flags") or []
-    header = f"<header>{escape(' · '.join(told))}</header>"
-    mine = (tokens or {}).get(key)
-    maps = f"\n{token_maps(mine, by)}" if mine else ""
+        facts.append(f"category {row['category']}")
+    facts += row.get("flags") or []
+    header = f"<header>{escape(' · '.join(facts))}</header>"
+    own_tokens = (tokens or {}).get(key)
+    maps = f"\n{token_maps(own_tokens, by)}" if own_tokens else ""
     if content is None:
         return f"<article>{header}{maps}</article>"
     prompt, chosen, rejected = (content.get(k, content.get(f"{k}_ids", "")) for k in ("prompt", "chosen", "rejected"))

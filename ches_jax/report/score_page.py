@@ -58,8 +58,8 @@ def score_report(run_dir: Path | str, out: Path | str | None = None, rows: Itera
         surface = tables.small_edit_high_ches(table)[0][:SHOWN].tolist()
     positions = sorted({*surface, *(int(p) for both in ends.values() for side in both for p in side)})
     texts, note = read_texts(run_dir, table, positions, rows)
-    every = keys(table)
-    tokens, by = read_tokens(run_dir, [every[p] for p in positions])
+    table_keys = keys(table)
+    tokens, by = read_tokens(run_dir, [table_keys[p] for p in positions])
     cards = {p: pair_card(table, p, texts.get(p), tokens, by) for p in positions}
     note = f'<p class="note">Texts are not shown: {escape(note)}</p>' if note else ""
     extremes = note + "".join(sections.extremes_section(by, *both, cards) for by, both in ends.items())
@@ -84,17 +84,17 @@ def score_report(run_dir: Path | str, out: Path | str | None = None, rows: Itera
 
 
 def _lead(table: pa.Table) -> str:
-    told = f"{len(table)} pairs, {tables.scored_rows(table)} with a score."
+    text = f"{len(table)} pairs, {tables.scored_rows(table)} with a score."
     by_length = {row.score: row for row in tables.length_rows(table)}
     if "ches" in by_length:
-        told += (
+        text += (
             f" Spearman correlation with the length difference (rejected - chosen): "
             f"ches {correlation(by_length['ches'].difference)}"
         )
         if "ln_ches" in by_length:
-            told += f", ln_ches {correlation(by_length['ln_ches'].difference)}"
-        told += "."
-    return paragraphs(told)
+            text += f", ln_ches {correlation(by_length['ln_ches'].difference)}"
+        text += "."
+    return paragraphs(text)
 
 
 def _reasons(run_dir: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The sections of a score report. Each takes what it tells and gives the HTML of its body."""
+"""The sections of a score report. Each takes its data and returns the HTML of its body."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from ches_jax.scores.formulas import SCORES, score_column
 from ches_jax.stats import QUANTILES, quantiles, spearman
 
 Draw = Callable[[str, bytes], bytes]
-"""Keeps a figure under a name and hands it back."""
+"""Saves a figure under a name and returns it."""
 
 READING = (
     "When a model is trained on preference pairs with DPO or a relative of it, the chosen response can lose "
@@ -122,18 +122,18 @@ def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown
     body = data_table(["with ches", "Spearman", "given both lengths"], agreement)
     if not {"ches", "edit_distance"} <= set(table.schema.names):
         return body
-    found, near, high = tables.small_edit_high_ches(table)
+    corner, near, high = tables.small_edit_high_ches(table)
     edit, ches = -score_column(table, "minus_edit_distance"), score_column(table, "ches")
     png = keep("edit_distance_ches", figures.edit_against_ches(edit, ches, near, high))
     bounds = f"edit distance up to {number(near)} and ches from {number(high)} on"
-    alt = f"CHES of each pair against its edit distance; {len(found)} lie in the framed corner, {bounds}."
-    told = paragraphs(
-        f"Pairs with a small edit and a high CHES ({bounds}): {len(found)}. They look alike on the surface and "
+    alt = f"CHES of each pair against its edit distance; {len(corner)} lie in the framed corner, {bounds}."
+    explained = paragraphs(
+        f"Pairs with a small edit and a high CHES ({bounds}): {len(corner)}. They look alike on the surface and "
         "to the model as well."
     )
-    first = f"Show {min(shown, len(found))}, the highest ches first"
-    body += _grid([picture(png, alt, "edit distance and CHES")]) + told
-    return body + (_folded(first, (cards[p] for p in found[:shown])) if len(found) else "")
+    first = f"Show {min(shown, len(corner))}, the highest ches first"
+    body += _grid([picture(png, alt, "edit distance and CHES")]) + explained
+    return body + (_folded(first, (cards[p] for p in corner[:shown])) if len(corner) else "")
 
 
 def health_section(table: pa.Table, dropped: Mapping[str, int]) -> str:

@@ -52,7 +52,7 @@ def flag_counts(table: pa.Table) -> list[tuple[str, int, str]]:
 
 
 def separating_score(table: pa.Table) -> str | None:
-    """The score by which categories are told apart: length-normalised CHES where there is one."""
+    """The score that separates categories: length-normalised CHES where there is one."""
     return next((name for name in ("ln_ches", "ches") if name in table.schema.names), None)
 
 
@@ -131,8 +131,8 @@ def small_edit_high_ches(table: pa.Table) -> tuple[np.ndarray, float, float]:
     if not both.any():
         return np.empty(0, dtype=np.int64), float("nan"), float("nan")
     near, high = min(0.5, float(np.quantile(edit[both], 0.25))), float(np.quantile(ches[both], 0.75))
-    found = np.flatnonzero(both & (edit <= near) & (ches >= high))
-    return found[np.argsort(-ches[found], kind="stable")], near, high
+    corner = np.flatnonzero(both & (edit <= near) & (ches >= high))
+    return corner[np.argsort(-ches[corner], kind="stable")], near, high
 
 
 def extremes(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ches_jax.data.packing import Rows
+from ches_jax.data.packing import PackedBatch
 from ches_jax.models.attention.dense import Attend, dense
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.decoder import Decoder
@@ -24,7 +24,7 @@ from ches_jax.train.data.batches import Batch
 
 def prediction_logps(
     model: Decoder,
-    rows: Rows,
+    rows: PackedBatch,
     *,
     per_token: Callable[..., Array] = token_logps,
     attend: Attend = dense,
@@ -49,7 +49,7 @@ def prediction_logps(
     return per_token(predicting, model.unembedding, rows.target, head)
 
 
-def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S *n"]:
+def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Array, "B S *n"]:
     """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
     return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
 

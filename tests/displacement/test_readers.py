@@ -157,6 +157,7 @@ def test_held_out_rewards_of_a_trl_log_come_first(tmp_path):
     changes = read_trl_log(path, 0.1)
     assert changes.chosen.tolist() == pytest.approx([-6]) and changes.rejected.tolist() == pytest.approx([-10])
     assert changes.unit == "logged evaluations" and "held-out batches" in changes.caveats[0]
+    assert read_trl_log(tmp_path, 0.1).source == changes.source
     alone = trl_log(tmp_path / "eval.json", history[100:])
     assert read_trl_log(alone, 0.1).chosen.tolist() == pytest.approx([-6])
 
