@@ -37,12 +37,11 @@ def measure(
     import jax
 
     from ches_jax.runs.directory import device_name
-    from ches_jax.train import loop
-    from ches_jax.train.config import TrainConfig
+    from ches_jax.train import TrainConfig, assemble, train
 
     seconds, cpu = [], []
 
-    class Timed(loop.Step):
+    class Timed(assemble.Step):
         def __call__(self, *args: Any, **options: Any) -> Any:
             last = len(seconds) == steps + 1
             with jax.profiler.trace(trace) if trace and last else contextlib.nullcontext():
@@ -53,7 +52,7 @@ def measure(
             return result
 
     rows = random_pairs(pairs * (steps + 1 + (trace is not None)), prompt_len, response_len)
-    plain = loop.Step
+    plain = assemble.Step
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -62,11 +61,11 @@ def measure(
             watch=pairs, mesh="data=1", on_bad_row="keep", export=False, dtype=dtype,
         )  # fmt: skip
         try:
-            loop.Step = Timed  # type: ignore[misc]
+            assemble.Step = Timed  # type: ignore[misc]
             with contextlib.redirect_stdout(sys.stderr):
-                loop.train(config, quiet=True)
+                train(config, quiet=True)
         finally:
-            loop.Step = plain  # type: ignore[misc]
+            assemble.Step = plain  # type: ignore[misc]
     clocked = slice(1, steps + 1)
     return {
         "s_per_step_median": statistics.median(seconds[clocked]),
