@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What is tested by arithmetic alone: no model is run.
-PURE := tests/losses tests/data tests/report tests/displacement tests/theory/test_theorems.py \
-  tests/theory/test_objectives.py tests/theory/test_entanglement.py tests/test_layering.py tests/test_stats.py tests/test_table_of_tests.py
+PURE := tests/losses tests/data tests/report tests/displacement tests/theory/statements tests/test_layering.py \
+  tests/test_stats.py tests/test_table_of_tests.py
 # As many workers as processors, a file of tests to one worker: its fixtures are made once.
 PARALLEL := -n auto --dist loadfile
 # Each worker is one thread; what it compiles is kept in .pytest_cache/xla.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo check test slow lint types pure clean
+.PHONY: demo check test slow lint types pure hooks clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
@@ -24,7 +24,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# The main job on what the package embeds: score, report, and the pairs least at risk as a data set.
+# The main job on what ships with the package: score, report, and the pairs least at risk as a data set.
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/ches score --out runs/demo/scores
@@ -52,6 +52,11 @@ test: lint types
 # The heavy checks; they may use ../shared and take long.
 slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
+
+# Lint and layering before every commit.
+hooks: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet pre-commit
+	$(BIN)/pre-commit install
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,10 @@ from typing import Annotated
 import tyro
 
 from ches_jax.errors import ChesError
+from ches_jax.face import make_callable
 from ches_jax.options import require_dtype, require_positive
+
+make_callable(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

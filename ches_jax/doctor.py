@@ -4,10 +4,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.face import make_callable
 from ches_jax.options import ModelOptions, PairOptions
 
 if TYPE_CHECKING:
     from ches_jax.data.audit import Audit
+
+make_callable(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

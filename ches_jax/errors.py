@@ -4,6 +4,7 @@ A message names the subject, what was found, what was expected and what to do. P
 together are told together.
 """
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -37,3 +38,16 @@ def many(subject: str, problems: Sequence[str], limit: int = 20) -> str:
     if len(problems) > limit:
         shown.append(f"  ... and {len(problems) - limit} more")
     return "\n".join([f"{subject}: {len(problems)} problems", *shown])
+
+
+def did_you_mean(word: str, names: Sequence[str]) -> str:
+    """The nearest names as the end of a message; nothing where none is near.
+
+    >>> did_you_mean("ipo", ["dpo", "ipo_mean", "ipo_sum"])
+    '; did you mean ipo_mean or ipo_sum?'
+    >>> did_you_mean("xyz", ["dpo"])
+    ''
+    """
+    longer = [name for name in names if name.startswith(word) and len(word) > 2]
+    near = longer or difflib.get_close_matches(word, names, n=2, cutoff=0.55)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""

@@ -64,19 +64,29 @@ def prepare(config: ScoreConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
     directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
-    context = decoder.max_positions
-    if config.max_length is not None and decoder.rope is None and config.max_length > context:
-        raise ChesError(f"--max-length {config.max_length}: the model has learned positions for {context} tokens only")
     pairs = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
     source = open_pairs(pairs, config.split, config.columns, config.candidates)
     tokenizer = PairTokenizer(
         load_tokenizer(directory),
-        max_length=context if config.max_length is None else config.max_length,
+        max_length=sequence_length(decoder, config.max_length),
         eos=config.eos,
         vocab_size=decoder.vocab_size,
         template=config.template,
     )
     return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
+
+
+def sequence_length(decoder: DecoderConfig, max_length: int | None) -> int:
+    """Most tokens of a sequence: ``max_length``, or the model's context.
+
+    Raises:
+      ChesError: more than a model with learned positions has.
+    """
+    if max_length is not None and decoder.rope is None and max_length > decoder.max_positions:
+        raise ChesError(
+            f"--max-length {max_length}: the model has learned positions for {decoder.max_positions} tokens only"
+        )
+    return decoder.max_positions if max_length is None else max_length
 
 
 def audit(inputs: Inputs) -> Audit:

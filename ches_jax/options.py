@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ches_jax.bundled import BUNDLED
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, did_you_mean
 from ches_jax.types import Eos, Pairing, Template
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -18,12 +18,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def require_dtype(option: str, dtype: str | None) -> None:
     """Refuses a dtype that is not one of ``DTYPES``; ``None`` is a default.
 
-    >>> require_dtype("dtype", "float8")
+    >>> require_dtype("dtype", "int8")
     Traceback (most recent call last):
-    ches_jax.errors.ChesError: --dtype 'float8': expected one of float32, bfloat16, float16, float64
+    ches_jax.errors.ChesError: --dtype 'int8': expected one of float32, bfloat16, float16, float64
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ChesError(f"--{option} {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise ChesError(f"--{option} {dtype!r}: expected one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
 
 
 def require_positive(numbers: dict[str, Any]) -> None:

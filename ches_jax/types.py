@@ -1,16 +1,22 @@
 """The words and records that travel between stages.
 
 Words (used in code, files and messages alike):
+  record      one entry of the data as read, in canonical columns; its index is its position in the source
   pair        a prompt with a chosen and a rejected response
   response    the tokens after the prompt; its terminator (EOS) is kept apart from its content
+  item        a prompt with its responses, each once: what is packed (a pair is an item of two)
+  packed batch   rows of one length, each holding several items; padding only at the ends of rows
+  segment     the part of an item that all its responses share, or the rest of one response
+  prediction  (source position, target token, segment): the state at the source predicts the target
+  chunk       what is computed and kept at a time: records of a run's part file, vocabulary rows, positions
+  bucket      a size that shapes are rounded up to, so that few programs are compiled
+  run         one execution of a verb, and the directory it writes
   score       a number of one pair, computed on one model
   displacement  the change of a response's log-probability since step 0, in nats
 
-Axes of arrays, one meaning a letter:
-  B rows of a batch   T positions of a row, also as keys of attention   Q queries   M predictions   S segments
-  L layers   D width   V vocabulary   F mlp width   I, O inputs and outputs of a matrix
-  N query heads   K key/value heads   G query heads of one key/value head   H head width   R rotated pairs of channels
-Axes of one file only are words: ``slots`` (of a cache), ``blocks`` (of queries or keys), ``candidates``.
+Axis letters: B rows of a batch, T positions, D width, V vocabulary, N query heads, K key/value heads, H head width,
+F mlp width, L layers, M predictions of a row, S segments of a row. A letter with another meaning is explained where it
+is used.
 
 Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content tokens and a terminator):
 
@@ -23,6 +29,7 @@ Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content toke
     "last hidden" h_{x,y}                    yes          (state at the last content token, both conventions)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,3 +84,18 @@ class TokenPair:
     """For each flag that has one: what was found, for messages."""
     candidates: tuple[int, int] | None = None
     """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences have in common.
+
+    >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    both = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
+
+
+def shared_prefix(pair: TokenPair) -> int:
+    """Number of leading tokens that the contents of chosen and rejected have in common."""
+    return common_prefix(pair.chosen.content, pair.rejected.content)

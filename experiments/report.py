@@ -15,7 +15,7 @@ import tyro
 
 from ches_jax.errors import ChesError, RunError
 from ches_jax.runs.files import read_object
-from experiments.framework.item import ITEMS, ROOT, Row, cell, load, result_file
+from experiments.framework.item import ITEMS, ROOT, ReportLine, cell, load, result_file
 
 README = ROOT / "experiments" / "README.md"
 BEGIN, END = "<!-- report: begin (python -m experiments.report) -->", "<!-- report: end -->"
@@ -36,32 +36,32 @@ def results(root: Path = ROOT) -> list[tuple[str, dict[str, Any]]]:
     Raises:
       RunError: a file that is not a result of ``experiments.run``.
     """
-    found = []
+    named = []
     for item in ITEMS:
         for path in sorted((root / "experiments" / item / "results").glob("*.json"), key=lambda p: p.stem):
             result = read_object(path, RunError, "a result of experiments.run")
             missing = [k for k in ("item", "scale", "config", "seeds", "device", "result") if k not in result]
             if missing or result["item"] != item:
                 raise RunError(f"{path}: not a result of {item} ({', '.join(missing) or result['item']})")
-            found.append((path.stem, result))
-    return found
+            named.append((path.stem, result))
+    return named
 
 
-def section(found: Sequence[tuple[str, dict[str, Any]]], written: Sequence[Path] = ()) -> str:
+def section(named: Sequence[tuple[str, dict[str, Any]]], written: Sequence[Path] = ()) -> str:
     """The generated part of README.md."""
     parts = []
     for item in ITEMS:
-        mine = [(name, result) for name, result in found if result["item"] == item]
-        if not mine:
+        of_item = [(name, result) for name, result in named if result["item"] == item]
+        if not of_item:
             continue
         module = load(item)
         parts.append(f"### {module.TITLE}\n")
-        for name, result in mine:
+        for name, result in of_item:
             parts.append(table(name, result, module.rows(result)))
             parts += [
                 f"![{p.stem}]({p.relative_to(README.parent).as_posix()})"
                 for p in written
-                if p.parent.parent.name == item and drawn_from(p, [n for n, _ in mine]) == name
+                if p.parent.parent.name == item and drawn_from(p, [n for n, _ in of_item]) == name
             ]
             parts.append("")
     return "\n".join(parts)
@@ -76,7 +76,7 @@ def drawn_from(picture: Path, names: Sequence[str]) -> str | None:
     return max((n for n in names if picture.name.startswith(f"{n}-")), key=len, default=None)
 
 
-def table(name: str, result: dict[str, Any], rows: Sequence[Row]) -> str:
+def table(name: str, result: dict[str, Any], rows: Sequence[ReportLine]) -> str:
     """One result as a table."""
     details = f"{result['item']}/results/{name}"
     about = f"**{name}**: {len(result['seeds'])} seeds, commit {result['commit']}, [all numbers]({details}.json)"
@@ -104,42 +104,42 @@ def replaced(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
 
 
-def texts(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[Path, str]:
+def texts(named: Sequence[tuple[str, dict[str, Any]]]) -> dict[Path, str]:
     """Tables in the paper's layout, by the file that they belong in."""
     return {
         result_file(result["item"], name).with_suffix(".md"): load(result["item"]).tables(result)
-        for name, result in found
+        for name, result in named
     }
 
 
-def pictures(found: Sequence[tuple[str, dict[str, Any]]]) -> list[Path]:
+def pictures(named: Sequence[tuple[str, dict[str, Any]]]) -> list[Path]:
     """Draws the figures beside the results."""
     return [
         path
-        for name, result in found
+        for name, result in named
         for path in load(result["item"]).figures(result, name, result_file(result["item"], name).parent)
     ]
 
 
 def report(options: Report) -> int:
     """Write, or compare; returns the exit code."""
-    found = results()
-    if not found:
+    named = results()
+    if not named:
         raise RunError("no results yet; python -m experiments.run ITEM --scale tiny --out DIR --record tiny makes one")
     old = README.read_text(encoding="utf-8")
     if options.check:
         drawn = sorted(p for item in ITEMS for p in (ROOT / "experiments" / item / "results").glob("*.png"))
-        new = {README: replaced(old, section(found, drawn)), **texts(found)}
+        new = {README: replaced(old, section(named, drawn)), **texts(named)}
         stale = [p for p, text in new.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
         for path in stale:
             print(f"{path} differs: run python -m experiments.report")
         if not stale:
             print("README.md and the tables say what the results say")
         return int(bool(stale))
-    for path, text in texts(found).items():
+    for path, text in texts(named).items():
         path.write_text(text, encoding="utf-8")
-    drawn = sorted(pictures(found))
-    README.write_text(replaced(old, section(found, drawn)), encoding="utf-8")
+    drawn = sorted(pictures(named))
+    README.write_text(replaced(old, section(named, drawn)), encoding="utf-8")
     print(README)
     return 0
 

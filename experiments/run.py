@@ -26,7 +26,7 @@ class Run:
     item: tyro.conf.Positional[str | None] = None
     """persona, similarity or sorrybench."""
     scale: str = "tiny"
-    """tiny: the bundled model and world, minutes on a CPU. small: model and data given. paper: the paper's own."""
+    """tiny: the bundled model and world, minutes on a CPU. small: by --model and --pairs. paper: the paper's own."""
     out: Path | None = None
     """The folder to work in; a killed run goes on in it with --resume."""
     model: str | None = None
@@ -53,7 +53,7 @@ def run(options: Run) -> str:
     """What to print when it is done.
 
     Raises:
-      ChesError: anything that cannot be run as asked.
+      ChesError: options that no run can be made of.
     """
     if options.list:
         return catalogue()
@@ -65,15 +65,15 @@ def run(options: Run) -> str:
         return "\n".join(stage.name for stage in load(options.item).stages(config))
     if options.out is None:
         raise ChesError("give the folder to work in with --out")
-    found = execute(
+    result = execute(
         options.item, options.scale, config, options.out, resume=options.resume, quiet=options.quiet
     )  # fmt: skip
     if options.record is not None:
         kept = result_file(options.item, options.record)
         kept.parent.mkdir(exist_ok=True)
-        kept.write_bytes(found.read_bytes())
+        kept.write_bytes(result.read_bytes())
         return str(kept)
-    return str(found)
+    return str(result)
 
 
 def catalogue() -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "types", "options", "runs", "bundled", "stats"}
+LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats"}
 PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
+    "face": set(),
     "hugepages": set(),
     "types": set(),
     "stats": set(),
@@ -25,8 +26,8 @@ MAY_IMPORT = {
     "scores": PURE | {"models", "inputs"},
     "displacement": LEAVES | {"scores"},
     "select": PURE | {"scores"},
-    "train": PURE | {"models", "displacement"},
-    "generate": PURE | {"models"},
+    "train": PURE | {"models", "inputs", "displacement"},
+    "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "generate"},
     "report": PURE | {"scores", "select", "displacement"},
     "doctor": PURE | {"models", "scores", "inputs"},

@@ -101,6 +101,7 @@ def contents(path: Path) -> dict[str, Any]:
     if path.suffix == ".jsonl":
         return dict(leaves([json.loads(line) for line in path.read_text().splitlines()]))
     if path.suffix == ".safetensors":
+        import ml_dtypes  # noqa: F401  (NumPy learns bfloat16 by it)
         from safetensors.numpy import load_file
 
         return dict(load_file(path))

@@ -26,7 +26,7 @@ def prompts_file() -> Path:
 
 
 def refusal_openings_file() -> Path:
-    """The word list of ``ches_jax.bundled.refusal``."""
+    """Openings of the bundled model's refusals, one a line: a rule file of ``ches judge --rules``."""
     return _path("refusal_openings.txt")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.errors import DataError, many
-from ches_jax.types import Response, TokenPair
+from ches_jax.types import Response, TokenPair, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,17 +132,6 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
             if name not in found and seen >= max(1, share * total):
                 found[name] = value
     return found
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many leading tokens two sequences have in common."""
-    both = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(left), len(right)))
-
-
-def shared_prefix(pair: TokenPair) -> int:
-    """How many leading tokens chosen and rejected have in common."""
-    return common_prefix(pair.chosen.content, pair.rejected.content)
 
 
 def require_clean(audit: Audit, subject: str = "--pairs") -> None:

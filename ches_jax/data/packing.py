@@ -1,12 +1,13 @@
 """Token pairs -> rows for the model: prompt once, responses after it, many pairs in one row of fixed length.
 
-What is packed is an *item*: a prompt and its responses, each there once. A pair is an item of two; the pairs of one row
-of the data with N candidates are one item of N (``gathered``). It is written as ``[prompt + what all responses begin
-with | rest of the first | rest of the second | ...]``; each rest sees the shared part and itself (see
-``models.visibility``), so one pass gives the states of all sequences. Rows of one length and padding only at their
-ends: one compiled shape, or two and three where single items need longer rows.
+What is packed is an *item*: a prompt and its responses, each there once. A pair is an item of two; the pairs of one
+record of the data with N candidates are one item of N (``group_by_prompt``). It is written as ``[prompt + what all
+responses begin with | rest of the first | rest of the second | ...]``; each rest sees the shared part and itself (see
+``models.attention.mask``), so one pass gives the states of all sequences. Rows have one length and padding only at
+their ends: one compiled shape, or two and three where single items need longer rows. Items are placed by first-fit
+decreasing (``first_fit_decreasing``).
 
-What is wanted of the states is written down as *predictions* (source position, target token, segment): the state at
+What is computed from the states is listed as *predictions* (source position, target token, segment): the state at
 ``source`` predicts ``target`` and joins the sum of ``segment``. An item of N responses has 1 + N segments: shared, then
 each response's own; S(y) = shared + own(y), from which all statistics of pairs come.
 
@@ -22,20 +23,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ches_jax.data.audit import common_prefix
-from ches_jax.types import Eos, Response, TokenPair
+from ches_jax.types import Eos, Response, TokenPair, common_prefix
 
-SMALLEST_PAIR = 32
-"""A row holds at most one pair per this many tokens, which bounds the number of sums a row gives."""
-MOST_PAIRS = 64
-"""And never more than this, but where one item has more candidates: longer rows are there for single long items."""
+TOKENS_PER_PAIR = 32
+"""A row holds at most one pair per this many tokens, which bounds its segments, hence the memory of their sums."""
+MAX_PAIRS = 64
+"""And never more than this, unless a single item has more candidates: longer rows are for single long items."""
 
 
 Ints: TypeAlias = Any
 """int32 arrays: numpy on the host, jax inside a jitted pass."""
 
 
-class Rows(NamedTuple):
+class PackedBatch(NamedTuple):
     """A batch of packed rows; all int32. B rows, T positions, M predictions, S segments."""
 
     tokens: Ints
@@ -95,38 +95,38 @@ class Placement:
         return self.shared + 2
 
 
-class Seat(NamedTuple):
-    """Which responses of which item a pair is about."""
+class PairRef(NamedTuple):
+    """A pair as two responses of an item, by number."""
 
     item: int
     chosen: int
     rejected: int
 
 
-def gathered(pairs: Sequence[TokenPair]) -> tuple[list[Item], list[Seat]]:
-    """The items that hold ``pairs``, and the seat of every pair.
+def group_by_prompt(pairs: Sequence[TokenPair]) -> tuple[list[Item], list[PairRef]]:
+    """The items that hold ``pairs``, and where every pair lies in them.
 
-    Pairs of one row of the data become one item where they have the same prompt tokens (they may not: tokens can merge
-    across its end, see ``data.tokenize``); equal responses of a row are there once.
+    Pairs of one record become one item where they have the same prompt tokens (they may not: tokens can merge
+    across its end, see ``data.tokenize``); equal responses of a record are there once.
     """
     members: dict[tuple, list[int]] = {}
     for i, pair in enumerate(pairs):
         key = ("alone", i) if pair.candidates is None else (pair.index, pair.prompt)
         members.setdefault(key, []).append(i)
     items: list[Item] = []
-    seats = [Seat(0, 0, 1)] * len(pairs)
+    refs = [PairRef(0, 0, 1)] * len(pairs)
     for group in members.values():
         first = pairs[group[0]]
         if first.candidates is None:
-            seats[group[0]] = Seat(len(items), 0, 1)
+            refs[group[0]] = PairRef(len(items), 0, 1)
             items.append(first)
             continue
         chosen = dict.fromkeys(pairs[i].chosen for i in group)
         number = {r: k for k, r in enumerate(chosen | dict.fromkeys(pairs[i].rejected for i in group))}
         for i in group:
-            seats[i] = Seat(len(items), number[pairs[i].chosen], number[pairs[i].rejected])
+            refs[i] = PairRef(len(items), number[pairs[i].chosen], number[pairs[i].rejected])
         items.append(Candidates(first.prompt, tuple(number), len(chosen)))
-    return items, seats
+    return items, refs
 
 
 def responses_of(item: Item) -> tuple[Response, ...]:
@@ -134,7 +134,7 @@ def responses_of(item: Item) -> tuple[Response, ...]:
     return item.responses if isinstance(item, Candidates) else (item.chosen, item.rejected)
 
 
-def need(item: Item, length_threshold: int | None = None) -> int:
+def packed_length(item: Item, length_threshold: int | None = None) -> int:
     """Positions the item takes in a row."""
     shared = shared_tokens(item, length_threshold)
     responses = responses_of(item)
@@ -158,69 +158,71 @@ def shared_tokens(item: Item, length_threshold: int | None) -> int | None:
 def row_length(item: Item, standard: int, length_threshold: int | None = None) -> int:
     """``standard``, or the next doubling of it that holds the item."""
     length = standard
-    while length < need(item, length_threshold):
+    while length < packed_length(item, length_threshold):
         length *= 2
     return length
 
 
-def seats_of(item: Item) -> int:
-    """How many pairs' room the item takes in a row: 1 + N segments, and N - 1 predictions more than positions."""
+def pair_capacity_of(item: Item) -> int:
+    """Pairs it counts for in a row's capacity: it has 1 + N segments, and N - 1 predictions more than positions."""
     return max(1, len(responses_of(item)) - 1)
 
 
-def standard_seats(length: int) -> int:
+def standard_max_pairs(length: int) -> int:
     """Pairs that a row of ``length`` positions has room for."""
-    return max(1, min(length // SMALLEST_PAIR, MOST_PAIRS))
+    return max(1, min(length // TOKENS_PER_PAIR, MAX_PAIRS))
 
 
-def row_seats(item: Item, length: int) -> int:
-    """``standard_seats``, or the next doubling of it that holds the item's responses."""
-    seats = standard_seats(length)
-    while seats < seats_of(item):
-        seats *= 2
-    return seats
+def row_max_pairs(item: Item, length: int) -> int:
+    """``standard_max_pairs``, or the next doubling of it that holds the item's responses."""
+    max_pairs = standard_max_pairs(length)
+    while max_pairs < pair_capacity_of(item):
+        max_pairs *= 2
+    return max_pairs
 
 
-def capacity(length: int, seats: int | None = None) -> tuple[int, int, int]:
-    """(pairs, predictions, segments) a row of ``length`` positions has room for."""
-    pairs = standard_seats(length) if seats is None else seats
+def row_capacity(length: int, max_pairs: int | None = None) -> tuple[int, int, int]:
+    """(pairs, predictions, segments) that a row of ``length`` positions has room for."""
+    pairs = standard_max_pairs(length) if max_pairs is None else max_pairs
     return pairs, length + pairs, 3 * pairs
 
 
-def assign(sizes: Sequence[int], length: int, seats: Sequence[int] | None = None, most: int = 0) -> list[list[int]]:
-    """Items to rows, first fit in falling size (ties in order): which items share a row.
+def first_fit_decreasing(
+    lengths: Sequence[int], row_length: int, pairs: Sequence[int] | None = None, max_pairs: int = 0
+) -> list[list[int]]:
+    """Which items share a row: bin packing by first-fit decreasing, ties in order.
 
     Args:
-      sizes: positions of each item.
-      length: positions of a row.
-      seats: pairs' room each item takes; 1 when not given.
-      most: pairs' room of a row; ``standard_seats(length)`` when not given.
+      lengths: packed length of each item.
+      row_length: positions of a row.
+      pairs: pairs that each item counts for (``pair_capacity_of``); 1 when not given.
+      max_pairs: pairs a row has room for; ``standard_max_pairs(row_length)`` when not given.
 
-    >>> assign([40, 20, 32], 64)
+    >>> first_fit_decreasing([40, 20, 32], 64)
     [[0, 1], [2]]
     """
-    seats = [1] * len(sizes) if seats is None else seats
+    pairs = [1] * len(lengths) if pairs is None else pairs
     rows: list[list[int]] = []
     free: list[int] = []
-    free_seats: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fit = next((r for r, room in enumerate(free) if room >= sizes[i] and free_seats[r] >= seats[i]), None)
+    free_pairs: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fit = next((r for r, room in enumerate(free) if room >= lengths[i] and free_pairs[r] >= pairs[i]), None)
         if fit is None:
             rows.append([])
-            free.append(length)
-            free_seats.append(most or standard_seats(length))
+            free.append(row_length)
+            free_pairs.append(max_pairs or standard_max_pairs(row_length))
             fit = len(rows) - 1
         rows[fit].append(i)
-        free[fit] -= sizes[i]
-        free_seats[fit] -= seats[i]
+        free[fit] -= lengths[i]
+        free_pairs[fit] -= pairs[i]
     return rows
 
 
-def empty_rows(count: int, length: int, seats: int | None = None) -> Rows:
+def empty_batch(count: int, length: int, max_pairs: int | None = None) -> PackedBatch:
     """Rows of padding: every position sees only itself and nothing is predicted."""
-    _, predictions, segments = capacity(length, seats)
+    _, predictions, segments = row_capacity(length, max_pairs)
     t, m, s = (count, length), (count, predictions), (count, segments)
-    return Rows(
+    return PackedBatch(
         tokens=np.zeros(t, np.int32),
         positions=np.zeros(t, np.int32),
         lengths=np.zeros(t, np.int32),
@@ -239,14 +241,14 @@ def empty_rows(count: int, length: int, seats: int | None = None) -> Rows:
 class _RowWriter:
     """Fills one row of a batch from left to right."""
 
-    def __init__(self, rows: Rows, row: int):
+    def __init__(self, rows: PackedBatch, row: int):
         self.rows = rows
         self.row = row
         self.at = 0
         self.predictions = 0
         self.segments = 0
 
-    def stretch(self, tokens: Sequence[int], start: int, total: int, context: tuple[int, int] = (0, 0)) -> int:
+    def write_tokens(self, tokens: Sequence[int], start: int, total: int, context: tuple[int, int] = (0, 0)) -> int:
         """Write tokens at sequence positions ``start ...``; returns where they begin in the row."""
         r, a, b = self.row, self.at, self.at + len(tokens)
         self.rows.tokens[r, a:b] = tokens
@@ -278,23 +280,23 @@ class _RowWriter:
         if shared is None:
             for segment, response in enumerate(responses, first + 1):
                 whole = (*item.prompt, *response.content)
-                a = self.stretch(whole, 0, len(whole))
+                a = self.write_tokens(whole, 0, len(whole))
                 self.predict(range(a + prompt - 1, a + len(whole)), response.targets(eos), segment)
                 self.rows.last[self.row, segment] = a + len(whole) - 1
             return
         total = prompt + max(len(r.content) for r in responses)
         common = (*item.prompt, *responses[0].content[:shared])
-        a = self.stretch(common, 0, total)
+        a = self.write_tokens(common, 0, total)
         end = a + len(common)
         self.predict(range(a + prompt - 1, end), responses[0].content[:shared], first)
         for segment, response in enumerate(responses, first + 1):
             own = response.content[shared:]
-            b = self.stretch(own, len(common), total, (a, end))
+            b = self.write_tokens(own, len(common), total, (a, end))
             self.predict([end - 1, *range(b, b + len(own))], response.targets(eos)[shared:], segment)
             self.rows.last[self.row, segment] = b + len(own) - 1 if own else end - 1
 
 
-class Arrangement(NamedTuple):
+class BatchPlan(NamedTuple):
     """Which items make which row of a batch; known before anything is written."""
 
     length: int
@@ -305,11 +307,11 @@ class Arrangement(NamedTuple):
     """Indices of the items of each row, in their order."""
     segments: list[list[int]]
     """How many segments each of them has."""
-    seats: int
-    """Pairs' room of a row."""
+    max_pairs: int
+    """Pairs a row has room for."""
 
-    def places(self) -> list[Placement]:
-        """The place of every item."""
+    def placements(self) -> list[Placement]:
+        """Where every item lies."""
         return [
             Placement(i, row, first, count)
             for row, (group, counts) in enumerate(zip(self.rows, self.segments, strict=True))
@@ -317,44 +319,44 @@ class Arrangement(NamedTuple):
         ]
 
 
-def arrange(
+def plan_batches(
     items: Sequence[Item],
     *,
     length: int,
     rows_per_batch: int,
     row_multiple: int = 1,
     length_threshold: int | None = None,
-) -> Iterator[Arrangement]:
-    """Batches in which every item has its place exactly once; arguments of ``pack``."""
+) -> Iterator[BatchPlan]:
+    """Which items make which row of which batch, every item once; arguments of ``pack``."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, item in enumerate(items):
         positions = row_length(item, length, length_threshold)
-        by_shape.setdefault((positions, row_seats(item, positions)), []).append(i)
-    for row_len, seats in sorted(by_shape):
-        members = by_shape[row_len, seats]
-        sizes = [need(items[i], length_threshold) for i in members]
-        rows_of = assign(sizes, row_len, [seats_of(items[i]) for i in members], seats)
-        step = max(1, rows_per_batch * length // row_len)
-        step = -(-step // row_multiple) * row_multiple
-        for at in range(0, len(rows_of), step):
-            rows = [[members[j] for j in sorted(group)] for group in rows_of[at : at + step]]
+        by_shape.setdefault((positions, row_max_pairs(item, positions)), []).append(i)
+    for row_len, max_pairs in sorted(by_shape):
+        members = by_shape[row_len, max_pairs]
+        lengths = [packed_length(items[i], length_threshold) for i in members]
+        rows_of = first_fit_decreasing(lengths, row_len, [pair_capacity_of(items[i]) for i in members], max_pairs)
+        count = max(1, rows_per_batch * length // row_len)
+        count = -(-count // row_multiple) * row_multiple
+        for at in range(0, len(rows_of), count):
+            rows = [[members[j] for j in sorted(group)] for group in rows_of[at : at + count]]
             segments = [[1 + len(responses_of(items[i])) for i in group] for group in rows]
-            yield Arrangement(row_len, step, rows, segments, seats)
+            yield BatchPlan(row_len, count, rows, segments, max_pairs)
 
 
-def write_rows(
+def write_batch(
     items: Sequence[Item],
-    arrangement: Arrangement,
+    plan: BatchPlan,
     eos: Eos,
     length_threshold: int | None = None,
     only: Sequence[int] | None = None,
-) -> Rows:
-    """The rows of an arrangement, or ``only`` those with these numbers, in this order."""
-    numbers = range(arrangement.row_count) if only is None else only
-    batch = empty_rows(len(numbers), arrangement.length, arrangement.seats)
+) -> PackedBatch:
+    """The rows of a plan, or ``only`` those with these numbers, in this order."""
+    numbers = range(plan.row_count) if only is None else only
+    batch = empty_batch(len(numbers), plan.length, plan.max_pairs)
     for row, number in enumerate(numbers):
         writer = _RowWriter(batch, row)
-        for i in arrangement.rows[number] if number < len(arrangement.rows) else ():
+        for i in plan.rows[number] if number < len(plan.rows) else ():
             writer.item(items[i], eos, length_threshold)
     return batch
 
@@ -367,19 +369,19 @@ def pack(
     eos: Eos,
     row_multiple: int = 1,
     length_threshold: int | None = None,
-) -> Iterator[tuple[Rows, list[Placement]]]:
+) -> Iterator[tuple[PackedBatch, list[Placement]]]:
     """Batches of packed rows with the place of every item.
 
     Args:
-      items: scorable pairs, or what ``gathered`` makes of them; every one is placed exactly once.
-      length: standard row length; items that need more get rows of a doubled length (and fewer rows a batch).
+      items: scorable pairs, or what ``group_by_prompt`` makes of them; every one is placed exactly once.
+      length: standard row length; longer items get rows of a doubled length (and fewer rows a batch).
       rows_per_batch: rows of a standard batch; the last batch is filled up with padding rows.
       eos: whether a terminator counts as a prediction.
-      row_multiple: every batch has a multiple of so many rows (the devices they are dealt to).
+      row_multiple: the rows of a batch are a multiple of this (the devices they are sharded over).
       length_threshold: sequences longer than this are not shared (``RopeConfig.length_threshold``).
     """
-    for arrangement in arrange(
+    for plan in plan_batches(
         items, length=length, rows_per_batch=rows_per_batch, row_multiple=row_multiple,
         length_threshold=length_threshold,
     ):  # fmt: skip
-        yield write_rows(items, arrangement, eos, length_threshold), arrangement.places()
+        yield write_batch(items, plan, eos, length_threshold), plan.placements()

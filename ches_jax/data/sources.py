@@ -62,7 +62,7 @@ PROMPTS = Kind("prompts", PROMPT_COLUMNS, lambda row, columns: [(None, canonical
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Record:
     """One row as read, in canonical columns; of a row with candidates, one of its pairs."""
 
     index: int
@@ -93,14 +93,14 @@ class PairSource:
     columns: Mapping[str, str] = field(default_factory=dict)
     rows: Kind = PAIRS["chosen-against-all"]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Record]:
         return self.iter_from(0)
 
-    def iter_from(self, start: int) -> Iterator[Row]:
+    def iter_from(self, start: int) -> Iterator[Record]:
         """Rows from position ``start`` on; what lies before is skipped without being parsed."""
         return itertools.chain.from_iterable(self.rows_from(start))
 
-    def rows_from(self, start: int) -> Iterator[list[Row]]:
+    def rows_from(self, start: int) -> Iterator[list[Record]]:
         """The same, the pairs of one row of the data together; at least one for each."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
@@ -159,21 +159,60 @@ def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, r
     Raises:
       DataError: nothing there, an unknown format, no rows, or a first row that cannot be used.
     """
+    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows)
+
+
+def rows_in_memory(
+    rows: Any, columns: Mapping[str, str] | None = None, pairing: Pairing | None = None, name: str = "rows"
+) -> PairSource:
+    """Preference pairs that lie in memory; they are read as those of a file are.
+
+    Args:
+      rows: a list (or other iterable) of dicts, a ``datasets.Dataset`` or an Arrow table.
+      columns: canonical name -> name in the data, as in ``open_rows``.
+      pairing: of rows with candidates; default: chosen-against-all.
+      name: of the rows, in messages.
+
+    Raises:
+      DataError: something else than rows, no rows, or a first row that cannot be used.
+    """
+    if hasattr(rows, "to_batches"):
+        kind, read = "Arrow table", lambda start: _table_rows(rows.to_batches(), 0, start)
+    elif hasattr(rows, "cache_files") and hasattr(rows, "features"):
+        kind, read = "datasets.Dataset", lambda start: _read_dataset(rows, start)
+    elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+        listed = list(rows)
+        kind, read = "list", lambda start: ((f"row {i}", row) for i, row in enumerate(listed[start:], start))
+    else:
+        raise DataError(
+            f"{name}: a {type(rows).__name__}; expected a list of dicts, a datasets.Dataset or an Arrow table "
+            "(a file is scored with the verb score)"
+        )
+
+    def identity() -> str:
+        return hashlib.sha256("\n".join(record.row_id for record in source).encode()).hexdigest()
+
+    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"])
+    return source
+
+
+def _source(name: str, opened: Callable[[], "Opened"], columns: Mapping[str, str] | None, rows: Kind) -> PairSource:
+    """A source whose names of columns and first row are checked."""
     columns = dict(columns or {})
-    unknown = [name for name in columns if name not in rows.columns]
+    unknown = [n for n in columns if n not in rows.columns]
     if unknown:
         raise DataError(
             f"--columns {unknown[0]}={columns[unknown[0]]}: '{unknown[0]}' is not a column this "
             f"tool reads ({', '.join(rows.columns)}); write --columns prompt=NAME_IN_THE_DATA"
         )
-    kind, read, identity = _open(spec, split)
-    source = PairSource(f"{spec}:{split}" if split else spec, kind, read, identity, columns, rows)
+    kind, read, identity = opened()
+    source = PairSource(name, kind, read, identity, columns, rows)
     if next(iter(source), None) is None:
         raise DataError(f"{source.name}: no rows; expected {rows.name}, at least one")
     return source
 
 
-def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Row]:
+def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Record]:
     if not isinstance(raw, Mapping):
         raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
     category = lookup(raw, columns.get("category", "category"))
@@ -186,7 +225,7 @@ def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Ki
         names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
         read = columns_read(raw, columns, names)
         extra = {str(name): value for name, value in raw.items() if name not in read}
-        yield Row(index, identity, where, content, category, extra, numbers)
+        yield Record(index, identity, where, content, category, extra, numbers)
 
 
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]

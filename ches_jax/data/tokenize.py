@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.audit import FLAGS, common_prefix
+from ches_jax import bundled
+from ches_jax.data.audit import FLAGS
 from ches_jax.data.prompts import ID_COLUMNS, Rendered, render, render_prompt
-from ches_jax.data.sources import Row
+from ches_jax.data.sources import Record
 from ches_jax.errors import DataError
-from ches_jax.types import Eos, Response, Template, TokenPair
+from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,13 +34,18 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local directory (never reaching for the network) or of a hub name.
+    """The tokenizer of a local directory (never reaching for the network), of a hub name, or ``bundled``.
+
+    >>> from ches_jax.data.tokenize import load_tokenizer
+    >>> len(load_tokenizer("bundled"))
+    1280
 
     Raises:
       DataError: there is none, or it cannot be read without running code from the directory.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = bundled.model_dir() if str(path) == bundled.BUNDLED else path
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
@@ -108,7 +114,7 @@ class PairTokenizer:
         object.__setattr__(self, "_suffix", added_suffix(self.tokenizer))
         object.__setattr__(self, "_ends", _end_ids(self.tokenizer))
 
-    def __call__(self, rows: Sequence[Row]) -> list[TokenPair]:
+    def __call__(self, rows: Sequence[Record]) -> list[TokenPair]:
         """Tokenises and audits rows.
 
         Raises:
@@ -124,7 +130,7 @@ class PairTokenizer:
     def _eos_id(self) -> int | None:
         return _single(self.tokenizer.eos_token_id)
 
-    def _render(self, row: Row, written: dict[str, str]) -> Rendered | None:
+    def _render(self, row: Record, written: dict[str, str]) -> Rendered | None:
         if row.candidates == () or ID_COLUMNS[0] in row.content:
             return None
         try:
@@ -151,7 +157,7 @@ class PairTokenizer:
     def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
         return encode(self.tokenizer, texts, templated, self._suffix)
 
-    def _pair(self, row: Row, text: Rendered | None, ids: Triple | None) -> TokenPair:
+    def _pair(self, row: Record, text: Rendered | None, ids: Triple | None) -> TokenPair:
         if row.candidates == ():
             return _no_pair(row)
         found: dict[str, str] = {}
@@ -235,7 +241,7 @@ class PairTokenizer:
         found[f"truncated_{name}"] = f"{needed} tokens, --max-length {self.max_length}"
         return Response(response.content[:room], None)
 
-    def _check_vocabulary(self, row: Row, parts: Sequence[Ids]) -> None:
+    def _check_vocabulary(self, row: Record, parts: Sequence[Ids]) -> None:
         largest = max((i for ids in parts for i in ids), default=0)
         if self.eos == "include":
             largest = max(largest, self._eos_id or 0)
@@ -268,7 +274,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     return [found[text] for text in texts]
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], template: Template) -> list[Ids]:
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Record], template: Template) -> list[Ids]:
     """Ids of prompts (rows of ``sources.open_prompts``): the tokens that scoring puts before a response.
 
     Raises:
@@ -294,7 +300,7 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], te
     ]
 
 
-def _no_pair(row: Row) -> TokenPair:
+def _no_pair(row: Record) -> TokenPair:
     """What stands for a row whose responses make no pair."""
     nothing, count = Response((), None), len(row.content["responses"])
     return TokenPair(
@@ -355,5 +361,5 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
-def _name(row: Row) -> str:
+def _name(row: Record) -> str:
     return f"{row.where} (row_id {row.row_id[:12]})"

@@ -6,6 +6,9 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.readers import read_logps, read_run, read_score_tables, read_trl_log
 from ches_jax.displacement.verdict import Changes, Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError
+from ches_jax.face import make_callable
+
+make_callable(__name__)
 
 
 def diagnose(config: DiagnoseConfig) -> Diagnosis:

@@ -39,14 +39,14 @@ class Prompts(NamedTuple):
     """int32 [B]: index of the first real token."""
     limit: Any
     """int32 [B]: most tokens to make."""
-    words: Any
-    """uint32 [B, W]: the row's key (``sampling.key_words``)."""
+    keys: Any
+    """uint32 [B, W]: data of the row's PRNG key (``sampling.key_data``)."""
 
 
 class State(NamedTuple):
     """What a batch has made so far."""
 
-    kept: Cache
+    cache: Cache
     tokens: Any
     """int32 [B, N], 0 where nothing was made."""
     logps: Any
@@ -57,22 +57,23 @@ class State(NamedTuple):
     """bool [B]: a stop token came."""
 
 
-_KEPT: Any = PartitionSpec(None, *ROWS)
-STATE_SPEC = State(Cache(_KEPT, _KEPT), ROWS, ROWS, ROWS, ROWS)
+_CACHE_SPEC: Any = PartitionSpec(None, *ROWS)
+STATE_SPEC = State(Cache(_CACHE_SPEC, _CACHE_SPEC), ROWS, ROWS, ROWS, ROWS)
 """How a state lies on a data-only mesh."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One text to make."""
 
     prompt: Sequence[int]
-    words: np.ndarray
+    key: np.ndarray
+    """uint32 [W]: data of the PRNG key (``sampling.key_data``)."""
     limit: int
 
 
 @dataclass(frozen=True)
-class Made:
+class Completion:
     """One text that was made."""
 
     tokens: tuple[int, ...]
@@ -92,8 +93,94 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def _depends_on_length(model: Decoder) -> bool:
+    """Whether a sequence's length decides which frequencies it rotates with."""
+    ropes = (model.config.rope, model.config.local_rope)
+    return any(r is not None and r.length_threshold is not None for r in ropes)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """The two compiled functions of an engine: the prompts with their first tokens, and the loop over further ones."""
+
+    graph: nnx.GraphDef
+    sampling: Sampling
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    mesh: Mesh | None
+    """Where the weights are sharded; None where every device has them whole."""
+    by_length: bool
+
+    def _lengths(self, p: Prompts) -> Any:
+        """The longest each sequence can become, where that decides its frequencies."""
+        return p.tokens.shape[1] - p.first + p.limit if self.by_length else None
+
+    def _append(self, p: Prompts, s: State, step: Any, hidden: Any, model: Decoder) -> State:
+        """The state with token ``step`` of every row that goes on."""
+        tokens, logps = draw(row_keys(p.keys), step, model.logits(hidden), self.sampling)
+        active = ~s.ended & (step < p.limit)
+        at = (jnp.int32(0), step)
+        ids = jnp.asarray(self.stop_ids, jnp.int32)
+        stops = jnp.isin(tokens, ids) if self.stop_ids else jnp.zeros_like(s.ended)
+        return s._replace(
+            tokens=lax.dynamic_update_slice(s.tokens, jnp.where(active, tokens, 0)[:, None], at),
+            logps=lax.dynamic_update_slice(s.logps, jnp.where(active, logps, 0)[:, None].astype(s.logps.dtype), at),
+            count=s.count + active.astype(jnp.int32),
+            ended=s.ended | (active & stops),
+        )
+
+    def prefill(self, state: Any, p: Prompts) -> State:
+        """The prompts through the model once, and the first token of every row."""
+        model = nnx.merge(self.graph, state)
+        rows, length = p.tokens.shape
+        hidden, cache = model.prefill(
+            p.tokens,
+            p.first,
+            length + self.max_new_tokens,
+            self._lengths(p),
+            attend=blocks if length > 256 else dense,
+            mesh=self.mesh,
+        )
+        empty = State(
+            cache,
+            jnp.zeros((rows, self.max_new_tokens), jnp.int32),
+            jnp.zeros((rows, self.max_new_tokens), accumulate(hidden.dtype)),
+            jnp.zeros((rows,), jnp.int32),
+            jnp.zeros((rows,), bool),
+        )
+        return self._append(p, empty, jnp.int32(0), hidden[:, -1], model)
+
+    def decode(self, state: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
+        """Tokens ``begin`` to ``until`` of every row that goes on; stops early where none does."""
+        model = nnx.merge(self.graph, state)
+        length = p.tokens.shape[1]
+
+        def unfinished(carry):
+            step, s = carry
+            return (step < until) & (~s.ended & (step < p.limit)).any()
+
+        def next_token(carry):
+            step, s = carry
+            last = lax.dynamic_slice_in_dim(s.tokens, step - 1, 1, axis=1)
+            hidden, cache = model.extend(last, s.cache, length + step - 1, p.first, self._lengths(p), mesh=self.mesh)
+            return step + 1, self._append(p, s._replace(cache=cache), step, hidden[:, 0], model)
+
+        return lax.while_loop(unfinished, next_token, (begin, s))[1]
+
+
+def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Callable, Callable]:
+    """Both functions with the rows sharded and the weights replicated: no device waits for another."""
+    whole = PartitionSpec()
+    # check_vma off: loops carry per-device values from constant initial ones
+    options: dict[str, Any] = {"mesh": mesh, "out_specs": STATE_SPEC, "check_vma": False}
+    return (
+        jax.shard_map(prefill, in_specs=(whole, ROWS), **options),
+        jax.shard_map(decode, in_specs=(whole, ROWS, STATE_SPEC, whole, whole), **options),
+    )
+
+
 class Engine:
-    """``engine(asks)`` makes texts of any number of prompts, batch by batch.
+    """``engine(requests)`` makes texts of any number of prompts, batch by batch.
 
     Attributes:
       shapes: (rows, prompt bucket) compiled so far.
@@ -107,139 +194,81 @@ class Engine:
         sampling: Sampling,
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
-        stop_here: Callable[[Sequence[int], Sequence[int]], bool] | None = None,
+        stop_check: Callable[[Sequence[int], Sequence[int]], bool] | None = None,
     ):
-        """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh).
+        """Takes a model that lies on ``mesh`` as ``sharding.placement`` says (or anywhere, for a data-only mesh).
 
         Args:
           model: the decoder.
           mesh: devices.
           sampling: how tokens are drawn.
           max_new_tokens: most tokens of a text.
-          stop_ids: a text ends with any of these.
-          stop_here: tells from prompt and tokens of a text whether it has come to its end; asked every ``SEGMENT``
+          stop_ids: a text ends with any of these ids.
+          stop_check: whether a text has come to its end, from its prompt and tokens; called every ``SEGMENT``
             tokens.
         """
         self.mesh = mesh
         self.max_new_tokens = max_new_tokens
-        self.stop_here = stop_here
+        self.stop_check = stop_check
         self.shapes: list[tuple[int, int]] = []
         graph, state = nnx.split(model)
         whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
-        on = None if whole else mesh
-        depends_on_length = any(
-            r is not None and r.length_threshold is not None for r in (model.config.rope, model.config.local_rope)
+        decoding = _Decoding(
+            graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)
         )
-
-        def lengths(p: Prompts):
-            """The longest each sequence can become: it decides which frequencies a sequence rotates with."""
-            return p.tokens.shape[1] - p.first + p.limit if depends_on_length else None
-
-        def record(p: Prompts, s: State, step, hidden, model: Decoder) -> State:
-            tokens, logps = draw(row_keys(p.words), step, model.logits(hidden), sampling)
-            active = ~s.ended & (step < p.limit)
-            at = (jnp.int32(0), step)
-            stops = jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(s.ended)
-            return s._replace(
-                tokens=lax.dynamic_update_slice(s.tokens, jnp.where(active, tokens, 0)[:, None], at),
-                logps=lax.dynamic_update_slice(s.logps, jnp.where(active, logps, 0)[:, None].astype(s.logps.dtype), at),
-                count=s.count + active.astype(jnp.int32),
-                ended=s.ended | (active & stops),
-            )
-
-        def start(state, p: Prompts) -> State:
-            model = nnx.merge(graph, state)
-            rows, length = p.tokens.shape
-            attend = blocks if length > 256 else dense
-            hidden, kept = model.prefill(
-                p.tokens, p.first, length + max_new_tokens, lengths(p), attend=attend, mesh=on
-            )  # fmt: skip
-            empty = State(
-                kept,
-                jnp.zeros((rows, max_new_tokens), jnp.int32),
-                jnp.zeros((rows, max_new_tokens), accumulate(hidden.dtype)),
-                jnp.zeros((rows,), jnp.int32),
-                jnp.zeros((rows,), bool),
-            )
-            return record(p, empty, jnp.int32(0), hidden[:, -1], model)
-
-        def go_on(state, p: Prompts, s: State, begin, until) -> State:
-            model = nnx.merge(graph, state)
-            length = p.tokens.shape[1]
-
-            def unfinished(carry):
-                step, s = carry
-                return (step < until) & (~s.ended & (step < p.limit)).any()
-
-            def one(carry):
-                step, s = carry
-                last = lax.dynamic_slice_in_dim(s.tokens, step - 1, 1, axis=1)
-                hidden, kept = model.extend(last, s.kept, length + step - 1, p.first, lengths(p), mesh=on)
-                return step + 1, record(p, s._replace(kept=kept), step, hidden[:, 0], model)
-
-            return lax.while_loop(unfinished, one, (begin, s))[1]
-
+        prefill, decode = decoding.prefill, decoding.decode
         if whole:
-            everywhere = PartitionSpec()
-            # check_vma off: loops carry per-device values from constant initial ones
-            start = jax.shard_map(
-                start, mesh=mesh, in_specs=(everywhere, ROWS), out_specs=STATE_SPEC, check_vma=False
-            )  # fmt: skip
-            go_on = jax.shard_map(
-                go_on,
-                mesh=mesh,
-                in_specs=(everywhere, ROWS, STATE_SPEC, everywhere, everywhere),
-                out_specs=STATE_SPEC,
-                check_vma=False,
-            )
-        self._start = jax.jit(start)
-        self._go_on = jax.jit(go_on, donate_argnums=2)
+            prefill, decode = _on_each_device(prefill, decode, mesh)
+        self._prefill = jax.jit(prefill)
+        self._decode = jax.jit(decode, donate_argnums=2)
 
-    def batches(self, asks: Sequence[Ask], rows: int) -> Iterator[list[int]]:
-        """Numbers of the asks that go together: of one bucket, at most ``rows``, short prompts first."""
+    def batches(self, requests: Sequence[Request], rows: int) -> Iterator[list[int]]:
+        """Numbers of the requests that go together: of one bucket, at most ``rows``, short prompts first."""
         by_bucket: dict[int, list[int]] = {}
-        for i, ask in enumerate(asks):
-            by_bucket.setdefault(bucket(len(ask.prompt)), []).append(i)
+        for i, request in enumerate(requests):
+            by_bucket.setdefault(bucket(len(request.prompt)), []).append(i)
         for _, members in sorted(by_bucket.items()):
             for a in range(0, len(members), rows):
                 yield members[a : a + rows]
 
-    def __call__(self, asks: Sequence[Ask], rows: int, tell: Callable[[int], None] = lambda n: None) -> list[Made]:
+    def __call__(
+        self, requests: Sequence[Request], rows: int, progress: Callable[[int], None] = lambda n: None
+    ) -> list[Completion]:
         """Make all texts in batches of ``rows`` rows (a multiple of the mesh's row shards).
 
         Raises:
           ChesError: the device has not enough memory.
         """
         assert rows % row_shards(self.mesh) == 0
-        made: dict[int, Made] = {}
-        for members in self.batches(asks, rows):
-            found = self._batch([asks[i] for i in members], rows)
-            made.update(zip(members, found, strict=True))
-            tell(len(members))
-        return [made[i] for i in range(len(asks))]
+        texts: dict[int, Completion] = {}
+        for members in self.batches(requests, rows):
+            completions = self._batch([requests[i] for i in members], rows)
+            texts.update(zip(members, completions, strict=True))
+            progress(len(members))
+        return [texts[i] for i in range(len(requests))]
 
-    def _batch(self, asks: Sequence[Ask], rows: int) -> list[Made]:
-        prompts = padded(asks, rows)
+    def _batch(self, requests: Sequence[Request], rows: int) -> list[Completion]:
+        prompts = padded(requests, rows)
         shape = prompts.tokens.shape
         try:
-            made = self._run(prompts, asks)
+            completions = self._run(prompts, requests)
         except jax.errors.JaxRuntimeError as e:
-            raise _told(e, shape, self.max_new_tokens) from e
+            raise _explained(e, shape, self.max_new_tokens) from e
         if shape not in self.shapes:
             self.shapes.append(shape)
-        return made
+        return completions
 
-    def _run(self, prompts: Prompts, asks: Sequence[Ask]) -> list[Made]:
-        here = jax.device_put(prompts, row_sharding(self.mesh))
-        state = self._start(self._state, here)
+    def _run(self, prompts: Prompts, requests: Sequence[Request]) -> list[Completion]:
+        on_mesh = jax.device_put(prompts, row_sharding(self.mesh))
+        state = self._prefill(self._state, on_mesh)
         most = int(prompts.limit.max())
         stopped = np.zeros(len(prompts.limit), bool)
-        for begin in range(1, most, most if self.stop_here is None else SEGMENT):
-            until = most if self.stop_here is None else min(begin + SEGMENT, most)
-            state = self._go_on(self._state, here, state, jnp.int32(begin), jnp.int32(until))
-            if self.stop_here is not None:
-                stopped |= self._stopped(state, asks)
+        for begin in range(1, most, most if self.stop_check is None else SEGMENT):
+            until = most if self.stop_check is None else min(begin + SEGMENT, most)
+            state = self._decode(self._state, on_mesh, state, jnp.int32(begin), jnp.int32(until))
+            if self.stop_check is not None:
+                stopped |= self._stopped(state, requests)
                 if (stopped | np.asarray(state.ended) | (np.asarray(state.count) >= prompts.limit)).all():
                     break
                 # ended rows make nothing more; whether a stop token ended them is told apart below
@@ -247,39 +276,41 @@ class Engine:
                 state = state._replace(ended=ended)
         tokens, logps, count, ended = (np.asarray(a) for a in state[1:])
         return [
-            Made(tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i]))
-            for i, n in enumerate(count[: len(asks)].tolist())
+            Completion(
+                tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i])
+            )
+            for i, n in enumerate(count[: len(requests)].tolist())
         ]
 
-    def _stopped(self, state: State, asks: Sequence[Ask]) -> np.ndarray:
+    def _stopped(self, state: State, requests: Sequence[Request]) -> np.ndarray:
         """Which texts that go on hold a stop string."""
-        assert self.stop_here is not None
+        assert self.stop_check is not None
         tokens, count, ended = (np.asarray(a) for a in (state.tokens, state.count, state.ended))
         out = np.zeros(len(count), bool)
-        for i, ask in enumerate(asks):
-            out[i] = not ended[i] and self.stop_here(ask.prompt, tokens[i, : count[i]].tolist())
+        for i, request in enumerate(requests):
+            out[i] = not ended[i] and self.stop_check(request.prompt, tokens[i, : count[i]].tolist())
         return out
 
 
-def padded(asks: Sequence[Ask], rows: int) -> Prompts:
+def padded(requests: Sequence[Request], rows: int) -> Prompts:
     """The batch of prompts of one bucket."""
-    length = max(bucket(len(a.prompt)) for a in asks)
+    length = max(bucket(len(a.prompt)) for a in requests)
     tokens = np.zeros((rows, length), np.int32)
     first = np.full(rows, length - 1, np.int32)  # a row that fills the batch is one token long
     limit = np.zeros(rows, np.int32)
-    words = np.zeros((rows, WORDS), np.uint32)
-    for i, ask in enumerate(asks):
-        first[i] = length - len(ask.prompt)
-        tokens[i, first[i] :] = ask.prompt
-        limit[i], words[i] = ask.limit, ask.words
-    return Prompts(tokens, first, limit, words)
+    keys = np.zeros((rows, WORDS), np.uint32)
+    for i, request in enumerate(requests):
+        first[i] = length - len(request.prompt)
+        tokens[i, first[i] :] = request.prompt
+        limit[i], keys[i] = request.limit, request.key
+    return Prompts(tokens, first, limit, keys)
 
 
-def _told(error: Exception, shape: tuple[int, int], new: int) -> Exception:
+def _explained(error: Exception, shape: tuple[int, int], new: int) -> Exception:
     """Out of memory as a message that helps; any other failure as it is."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     return ChesError(
         f"out of device memory for batches of {shape[0]} rows x {shape[1]} + {new} tokens: lower --batch-size or "
-        "--max-new-tokens, use --dtype bfloat16, or deal the weights out with --mesh fsdp=N"
+        "--max-new-tokens, use --dtype bfloat16, or shard the weights with --mesh fsdp=N"
     )

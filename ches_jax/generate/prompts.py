@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.bundled import BUNDLED
-from ches_jax.data.sources import PairSource, Row, open_prompts
+from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.hf.directory import read_config, resolve
+from ches_jax.inputs import sequence_length
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.types import OnBadRow, Template
@@ -58,7 +59,7 @@ class Encoder:
     max_length: int
     template: Template
 
-    def __call__(self, rows: Sequence[Row], name: str) -> list[Prompt]:
+    def __call__(self, rows: Sequence[Record], name: str) -> list[Prompt]:
         """Tokenised and checked.
 
         Args:
@@ -74,7 +75,7 @@ class Encoder:
             raise DataError(f"{name}, {e}") from e.__cause__
         return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
 
-    def _checked(self, row: Row, ids: tuple[int, ...], where: str) -> Prompt:
+    def _checked(self, row: Record, ids: tuple[int, ...], where: str) -> Prompt:
         flags = []
         bos = self.tokenizer.bos_token_id
         assert bos is None or isinstance(bos, int)
@@ -160,11 +161,7 @@ def open_encoder(model: str, max_length: int | None, template: Template) -> Enco
     """Open and check a model directory and its tokenizer."""
     directory = resolve(model)
     decoder = decoder_config(read_config(directory), str(directory))
-    if max_length is not None:
-        if max_length < 2:
-            raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
-        if decoder.rope is None and max_length > decoder.max_positions:
-            raise ChesError(
-                f"--max-length {max_length}: the model has learned positions for {decoder.max_positions} tokens only"
-            )
-    return Encoder(directory, decoder, load_tokenizer(directory), max_length or decoder.max_positions, template)
+    if max_length is not None and max_length < 2:
+        raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
+    length = sequence_length(decoder, max_length)
+    return Encoder(directory, decoder, load_tokenizer(directory), length, template)

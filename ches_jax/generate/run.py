@@ -17,13 +17,13 @@ from tqdm import tqdm
 from ches_jax.data.tokenize import tokenizer_fingerprint
 from ches_jax.distributed.mesh import make_mesh, row_shards
 from ches_jax.errors import ChesError
-from ches_jax.generate import parts
 from ches_jax.generate.config import NOT_IDENTITY, GenerateConfig, checked
-from ches_jax.generate.engine import Ask, Engine
+from ches_jax.generate.engine import Engine, Request
 from ches_jax.generate.prompts import Encoder, Inputs, Prompt, prepare
-from ches_jax.generate.sampling import key_words
+from ches_jax.generate.sampling import key_data
 from ches_jax.generate.stops import Finisher, stop_ids
 from ches_jax.hf.directory import fingerprint
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -34,6 +34,7 @@ from ches_jax.runs.directory import (
     versions,
     write_json,
 )
+from ches_jax.runs.progress import say
 
 FILE_NAME = "responses.jsonl"
 
@@ -68,40 +69,42 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool) -> Path:
     open_run(out, "generate", identity, resume)
     facts: dict[str, Any] = {}
     if not (out / FILE_NAME).exists():
-        facts = _generate_chunks(out, config, inputs, Continuer(config, encoder, ends, mesh), total, quiet)
+        say(f"loading the model ({encoder.directory})", quiet=quiet)
+        facts = _generate_chunks(out, config, inputs, Generator(config, encoder, ends, mesh), total, quiet)
         facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
-    parts.clear(out)
+    chunks.clear(out)
     _finish(out, facts)
     return out
 
 
 def _generate_chunks(
-    out: Path, config: GenerateConfig, inputs: Inputs, go_on: "Continuer", total: int | None, quiet: bool
+    out: Path, config: GenerateConfig, inputs: Inputs, generator: "Generator", total: int | None, quiet: bool
 ) -> dict[str, Any]:
-    """Continue the chunks that are missing and join all; returns what to tell of it."""
-    (out / parts.FOLDER).mkdir(exist_ok=True)
-    first = chunks = parts.finished(out)
+    """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    first = count = chunks.finished(out)
     started = time.perf_counter()
     tokens = 0
     with tqdm(
         unit=" texts", total=total and total * config.samples, initial=first * config.chunk_rows * config.samples,
         disable=quiet, desc="generating", smoothing=0.1,
     ) as bar:  # fmt: skip
+        say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first):
-            rows = go_on(kept, bar.update)
-            parts.write(out, number, rows, [p.dropped() for p in dropped])
+            rows = generator(kept, bar.update)
+            chunks.write(out, number, rows, [p.dropped() for p in dropped])
             tokens += sum(len(r["token_ids"]) for r in rows)
-            chunks = number + 1
+            count = number + 1
     seconds = time.perf_counter() - started
-    parts.merge(out, FILE_NAME, chunks)
+    chunks.join(out, FILE_NAME, count)
     return {
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "compiled_shapes": [list(s) for s in go_on.shapes],
+        "compiled_shapes": [list(s) for s in generator.shapes],
     }
 
 
-class Continuer:
+class Generator:
     """Continues prompts; one output row for each text."""
 
     def __init__(self, config: GenerateConfig, encoder: Encoder, ends: Sequence[int], mesh: Any):
@@ -124,7 +127,7 @@ class Continuer:
             sampling=config.sampling,
             max_new_tokens=config.max_new_tokens,
             stop_ids=ends,
-            stop_here=self.finish.stopped if config.stop else None,
+            stop_check=self.finish.stopped if config.stop else None,
         )
 
     @property
@@ -132,35 +135,35 @@ class Continuer:
         """Batch shapes compiled so far."""
         return self._engine.shapes
 
-    def __call__(self, prompts: Sequence[Prompt], tell: Any = lambda n: None) -> list[dict[str, Any]]:
+    def __call__(self, prompts: Sequence[Prompt], progress: Any = lambda n: None) -> list[dict[str, Any]]:
         """Rows in the order of the prompts, samples of a prompt in turn.
 
         Raises:
           ChesError: a log-probability that is not finite; names the row.
         """
         config = self.config
-        wanted = [(p, s) for p in prompts for s in range(config.samples)]
-        asks = [
-            Ask(
+        texts = [(p, s) for p in prompts for s in range(config.samples)]
+        requests = [
+            Request(
                 p.ids,
-                key_words(config.seed, p.row_id, s),
+                key_data(config.seed, p.row_id, s),
                 min(config.max_new_tokens, self.encoder.max_length - len(p.ids)),
             )
-            for p, s in wanted
+            for p, s in texts
         ]
         # few prompts need no full batch; a chunk of a longer run always has one
-        few = 1 << max(len(asks) - 1, 0).bit_length()
+        few = 1 << max(len(requests) - 1, 0).bit_length()
         rows = min(config.batch_size, few) if len(prompts) < config.chunk_rows else config.batch_size
-        made = self._engine(asks, -(-rows // self.shards) * self.shards, tell)
-        return [self._row(p, s, m) for (p, s), m in zip(wanted, made, strict=True)]
+        completions = self._engine(requests, -(-rows // self.shards) * self.shards, progress)
+        return [self._row(p, s, m) for (p, s), m in zip(texts, completions, strict=True)]
 
-    def _row(self, prompt: Prompt, sample: int, made: Any) -> dict[str, Any]:
-        if not np.isfinite(made.logps).all():
+    def _row(self, prompt: Prompt, sample: int, completion: Any) -> dict[str, Any]:
+        if not np.isfinite(completion.logps).all():
             raise ChesError(
                 f"row {prompt.index} (row_id {prompt.row_id[:12]}), sample {sample}: the logits are not finite; try "
                 "--dtype float32"
             )
-        text = self.finish(prompt.ids, made)
+        text = self.finish(prompt.ids, completion)
         row = {
             "row_id": prompt.row_id,
             "index": prompt.index,
@@ -183,13 +186,13 @@ def _finish(out: Path, facts: dict[str, Any]) -> None:
     reasons: Counter[str] = Counter()
     texts = tokens = 0
     prompts = set()
-    for row in parts.read(out / FILE_NAME):
+    for row in chunks.read_lines(out / FILE_NAME):
         reasons[row["finish_reason"]] += 1
         texts, tokens = texts + 1, tokens + len(row["token_ids"])
         prompts.add(row["index"])
     if not texts:
         raise ChesError(f"{out}: no prompt was continued; dropped.jsonl says why")
-    dropped = sum(1 for _ in parts.read(out / parts.DROPPED)) if (out / parts.DROPPED).exists() else 0
+    dropped = sum(1 for _ in chunks.read_lines(out / chunks.DROPPED)) if (out / chunks.DROPPED).exists() else 0
     counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": dropped}
     write_json(
         out / RUN,

@@ -45,24 +45,24 @@ class Sampling:
             raise ChesError(f"--top-p {self.top_p}: expected a probability above 0, at most 1")
 
 
-def key_words(seed: int, row_id: str, sample: int) -> np.ndarray:
-    """The words of a row's key: a hash of the seed, the row and the number of the sample.
+def key_data(seed: int, row_id: str, sample: int) -> np.ndarray:
+    """The data of a row's PRNG key: a hash of the seed, the row and the number of the sample.
 
-    >>> key_words(0, "a", 0).tolist() == key_words(0, "a", 1).tolist()
+    >>> key_data(0, "a", 0).tolist() == key_data(0, "a", 1).tolist()
     False
     """
     digest = hashlib.sha256(f"{seed}/{row_id}/{sample}".encode()).digest()
     return np.frombuffer(digest[: 4 * WORDS], "<u4").astype(np.uint32)
 
 
-def row_keys(words: UInt32[Array, "B W"]) -> Array:
-    """A key for each row from its words."""
+def row_keys(data: UInt32[Array, "B W"]) -> Array:
+    """A PRNG key for each row from its data."""
 
-    def one(words):
+    def one(data):
         key = jax.random.key(0, impl="threefry2x32")
-        return lax.fori_loop(0, WORDS, lambda i, key: jax.random.fold_in(key, words[i]), key)
+        return lax.fori_loop(0, WORDS, lambda i, key: jax.random.fold_in(key, data[i]), key)
 
-    return jax.vmap(one)(words)
+    return jax.vmap(one)(data)
 
 
 def filtered(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ches_jax.errors import DataError
-from ches_jax.generate.engine import Made
+from ches_jax.generate.engine import Completion
 from ches_jax.runs.files import read_object
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ def stop_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase", words: Seque
     Raises:
       DataError: a word that is not one token.
     """
-    found: set[int] = set()
+    ids_of_ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
             ids = read_object(directory / name, DataError, "a model directory").get("eos_token_id")
-            found |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+            ids_of_ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     if isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
+        ids_of_ends.add(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
     for word in words:
         if word not in vocabulary:
             raise DataError(f"--stop-tokens {word!r}: the tokenizer has no such token; for any other text use --stop")
-        found.add(vocabulary[word])
-    return tuple(sorted(found))
+        ids_of_ends.add(vocabulary[word])
+    return tuple(sorted(ids_of_ends))
 
 
 class Finisher:
@@ -79,16 +79,16 @@ class Finisher:
         places = [i for i in (text.find(s) for s in self.strings) if i >= 0]
         return min(places) if places else None
 
-    def __call__(self, prompt: Sequence[int], made: Made) -> Text:
+    def __call__(self, prompt: Sequence[int], completion: Completion) -> Text:
         """The finished text."""
-        tokens = made.tokens
-        text = self.decoded(prompt, tokens[:-1] if made.ended else tokens)
+        tokens = completion.tokens
+        text = self.decoded(prompt, tokens[:-1] if completion.ended else tokens)
         cut = self._cut(text) if self.strings else None
         if cut is not None:
             # as few tokens as hold the first stop string
             n = next(n for n in range(1, len(tokens) + 1) if self.stopped(prompt, tokens[:n]))
-            return Text(text[:cut], tokens[:n], "stop_string", _sum(made.logps[:n]))
-        return Text(text, tokens, "stop" if made.ended else "length", _sum(made.logps))
+            return Text(text[:cut], tokens[:n], "stop_string", _sum(completion.logps[:n]))
+        return Text(text, tokens, "stop" if completion.ended else "length", _sum(completion.logps))
 
 
 def _sum(logps: np.ndarray) -> float:

@@ -36,6 +36,8 @@ def resolve(model: str | Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path}: is a file; expected a model directory with {CONFIG} in it")
     name = str(model)
+    if name == "embedded":
+        raise CheckpointError("embedded: what ships with the package is called bundled since 0.2.0; give bundled")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{path}: no such directory; give a local Hugging Face model directory or a hub name (owner/name)"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.data.prompts import canonical_prompt, lookup
-from ches_jax.data.sources import Kind, PairSource, Row, open_rows, row_id
+from ches_jax.data.sources import Kind, PairSource, Record, open_rows, row_id
 from ches_jax.errors import DataError, many
 from ches_jax.generate.run import FILE_NAME
 
@@ -107,7 +107,7 @@ def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> 
     return open_rows(spec, split, columns, RESPONSES)
 
 
-def key(row: Row) -> Key:
+def key(row: Record) -> Key:
     """What a response and its label have in common."""
     return row.content["row_id"], row.content["sample"]
 
@@ -127,7 +127,7 @@ def read_labels(spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
     return found
 
 
-def require_labels(responses: Iterable[Row], labels: Mapping[Key, bool], name: str) -> None:
+def require_labels(responses: Iterable[Record], labels: Mapping[Key, bool], name: str) -> None:
     """Every response has a label.
 
     Raises:

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ches_jax.data.sources import PairSource, Row
+from ches_jax.data.sources import PairSource, Record
 from ches_jax.errors import ChesError, DataError
-from ches_jax.generate import parts
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
-from ches_jax.generate.run import Continuer
+from ches_jax.generate.run import Generator
 from ches_jax.generate.stops import stop_ids
 from ches_jax.hf.directory import fingerprint
 from ches_jax.judges.config import NOT_IDENTITY, JudgeConfig, checked
-from ches_jax.judges.judge_prompt import asked, default_question, load_question, refused
+from ches_jax.judges.judge_prompt import default_question, fill_question, load_question, parse_answer
 from ches_jax.judges.phrases import default_rules, load_rules, refusal
 from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -40,12 +40,12 @@ Verdict = tuple[bool | None, str | None]
 """Whether the response refused (None: undecided), and what says so."""
 
 
-class Way(NamedTuple):
+class Method(NamedTuple):
     """How to judge: what identifies it, a check of all responses, and the judge of a chunk (made when it is needed)."""
 
     identity: dict[str, str]
     check: Callable[[PairSource], None]
-    start: Callable[[], Callable[[list[Row]], list[Verdict]]]
+    start: Callable[[], Callable[[list[Record]], list[Verdict]]]
 
 
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -65,39 +65,43 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool) -> Path:
     assert config.out is not None
     out = Path(config.out)
     source = open_responses(config.responses, config.split, config.columns)
-    way = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config)
-    way.check(source)
+    method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config)
+    method.check(source)
     identity = {
         "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
         "data_fingerprint": source.fingerprint(),
-        **way.identity,
+        **method.identity,
     }
     open_run(out, "judge", identity, resume)
     if not (out / FILE_NAME).exists():
-        _judge_chunks(out, config, source, way, quiet)
-    parts.clear(out)
+        _judge_chunks(out, config, source, method, quiet)
+    chunks.clear(out)
     if not (out / RUN).exists():
-        facts = {"versions": versions(), "device": device_name(), "summary": summary(parts.read(out / FILE_NAME))}
+        facts = {
+            "versions": versions(),
+            "device": device_name(),
+            "summary": summary(chunks.read_lines(out / FILE_NAME)),
+        }
         write_json(out / RUN, {**read_json(out / CONFIG), **facts})
     return out
 
 
-def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, way: Way, quiet: bool) -> None:
-    (out / parts.FOLDER).mkdir(exist_ok=True)
-    number = parts.finished(out)
+def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Method, quiet: bool) -> None:
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    number = chunks.finished(out)
     start = number * config.chunk_rows
     rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
     verdict = None
     with tqdm(unit=" responses", initial=start, disable=quiet, desc=f"judging by {config.by}") as bar:
         while chunk := list(itertools.islice(rows, config.chunk_rows)):
-            verdict = verdict or way.start()
-            parts.write(out, number, map(_record, chunk, verdict(chunk)))
+            verdict = verdict or method.start()
+            chunks.write(out, number, map(_record, chunk, verdict(chunk)))
             bar.update(len(chunk))
             number += 1
-    parts.merge(out, FILE_NAME, number)
+    chunks.join(out, FILE_NAME, number)
 
 
-def _record(row: Row, verdict: Verdict) -> dict[str, Any]:
+def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
     row_id, sample = key(row)
     more = {"category": row.category} if row.category else {}
     return {
@@ -106,18 +110,18 @@ def _record(row: Row, verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_rules(config: JudgeConfig) -> Way:
+def _by_rules(config: JudgeConfig) -> Method:
     path = Path(config.rules) if config.rules else default_rules()
     rules = load_rules(path)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         phrases = [refusal(rules, row.content["text"]) for row in chunk]
         return [(phrase is not None, phrase) for phrase in phrases]
 
-    return Way({"rules_fingerprint": _digest(path)}, lambda source: None, lambda: verdict)
+    return Method({"rules_fingerprint": _digest(path)}, lambda source: None, lambda: verdict)
 
 
-def _by_labels(config: JudgeConfig) -> Way:
+def _by_labels(config: JudgeConfig) -> Method:
     assert config.labels is not None
     labels = read_labels(config.labels, config.label_columns)
 
@@ -125,13 +129,13 @@ def _by_labels(config: JudgeConfig) -> Way:
         if config.on_missing == "error":
             require_labels(itertools.islice(source, config.limit), labels, config.responses)
 
-    def verdict(chunk: list[Row]) -> list[Verdict]:
+    def verdict(chunk: list[Record]) -> list[Verdict]:
         return [(labels.get(key(row)), None) for row in chunk]
 
-    return Way({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
+    return Method({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
 
 
-def _by_model(config: JudgeConfig) -> Way:
+def _by_model(config: JudgeConfig) -> Method:
     assert config.judge is not None
     path = Path(config.judge_template) if config.judge_template else default_question()
     question = load_question(path)
@@ -140,46 +144,46 @@ def _by_model(config: JudgeConfig) -> Way:
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
 
-    def prompt(row: Row) -> Row:
+    def prompt(row: Record) -> Record:
         if row.content.get("prompt") is None:
             raise DataError(f"{config.responses}, {row.where}: no prompt, which the judge has to see")
-        text: Any = asked(question, row.content["prompt"], row.content["text"])
+        text: Any = fill_question(question, row.content["prompt"], row.content["text"])
         text = {"chat": [{"role": "user", "content": text}], "inst": f"[INST] {text} [/INST]", "none": text}[wrap]
-        return Row(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
+        return Record(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
 
     def check(source: PairSource) -> None:
         """Every question can be asked: known before the judge is loaded."""
         rows = iter(source if config.limit is None else itertools.islice(source, config.limit))
         while chunk := list(itertools.islice(rows, config.chunk_rows)):
-            for asks in encoder([prompt(row) for row in chunk], config.responses):
-                if IMPOSSIBLE & set(asks.flags):
+            for query in encoder([prompt(row) for row in chunk], config.responses):
+                if IMPOSSIBLE & set(query.flags):
                     raise DataError(
-                        f"{config.responses}, row {asks.index}: the question to the judge is {len(asks.ids)} tokens, "
+                        f"{config.responses}, row {query.index}: the question to the judge is {len(query.ids)} tokens, "
                         f"and it reads {encoder.max_length}; use a judge with a longer context"
                     )
 
-    def start() -> Callable[[list[Row]], list[Verdict]]:
-        answers = _asker(config, encoder)
+    def start() -> Callable[[list[Record]], list[Verdict]]:
+        answers = _judge_model(config, encoder)
 
-        def verdict(chunk: list[Row]) -> list[Verdict]:
-            found = answers(encoder([prompt(row) for row in chunk], config.responses))
-            return [(refused(row["text"]), row["text"]) for row in found]
+        def verdict(chunk: list[Record]) -> list[Verdict]:
+            replies = answers(encoder([prompt(row) for row in chunk], config.responses))
+            return [(parse_answer(row["text"]), row["text"]) for row in replies]
 
         return verdict
 
     identity = {"judge_fingerprint": fingerprint(encoder.directory), "template_fingerprint": _digest(path)}
-    return Way(identity, check, start)
+    return Method(identity, check, start)
 
 
-def _asker(config: JudgeConfig, encoder: Encoder) -> Continuer:
-    """The judge, who answers greedily."""
+def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
+    """The judge model, which answers greedily."""
     from ches_jax.distributed.mesh import make_mesh
 
     how = GenerateConfig(
         temperature=0.0, max_new_tokens=config.max_new_tokens, dtype=config.dtype, batch_size=config.batch_size,
         chunk_rows=config.chunk_rows,
     )  # fmt: skip
-    return Continuer(how, encoder, stop_ids(encoder.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
+    return Generator(how, encoder, stop_ids(encoder.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
 
 
 def _digest(path: Path) -> str:
@@ -195,8 +199,8 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         for name in {"", row.get("category") or ""}:
             groups.setdefault(name, Counter())[row["refusal"]] += 1
-    found = _rates(groups.pop(""))
-    return found | ({"by_category": {k: _rates(c) for k, c in sorted(groups.items())}} if groups else {})
+    total = _rates(groups.pop(""))
+    return total | ({"by_category": {k: _rates(c) for k, c in sorted(groups.items())}} if groups else {})
 
 
 def _rates(counts: Counter[bool | None]) -> dict[str, Any]:
@@ -219,14 +223,14 @@ def interval(successes: int, n: int) -> list[float]:
     """
     from scipy.stats import binomtest  # part of every installation of jax
 
-    found = binomtest(successes, n).proportion_ci(method="wilson")
-    return [float(found.low), float(found.high)]
+    bounds = binomtest(successes, n).proportion_ci(method="wilson")
+    return [float(bounds.low), float(bounds.high)]
 
 
-def summary_text(found: Mapping[str, Any]) -> str:
+def summary_text(summary: Mapping[str, Any]) -> str:
     """The summary for a person."""
     lines = []
-    for name, s in [("all", found), *found.get("by_category", {}).items()]:
+    for name, s in [("all", summary), *summary.get("by_category", {}).items()]:
         rate = "no response was decided"
         if s["refusal_rate"] is not None:
             low, high = s["interval"]

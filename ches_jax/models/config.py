@@ -9,14 +9,14 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions: which frequencies, and how they are stretched for long contexts."""
+    """Rotary positions: which frequencies, and how they are scaled for long contexts."""
 
     kind: RopeKind = "default"
     theta: float
     rotary_dim: int
     """How many of a head's channels rotate (the first ones)."""
     max_positions: int
-    """``max_position_embeddings``: where ``dynamic`` starts to stretch."""
+    """``max_position_embeddings``: from where on ``dynamic`` scales."""
     factor: float = 1.0
     original_max_positions: int = 0
     """Context of pre-training: ``yarn``, ``llama3`` and ``longrope``."""

@@ -47,7 +47,7 @@ PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(dense.KEPT),
 )
-"""What layers keep for the backward pass; the rest is elementwise."""
+"""Checkpoint policy of the layers: matmuls and attention are kept for the backward pass; the rest is elementwise."""
 
 
 class Embedding(nnx.Module):
@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         tokens: Int[ArrayOrNumpy, "B T"] | Sequence[Sequence[int]],
         positions: Int[ArrayOrNumpy, "B T"] | None = None,
         mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
-        lengths: Int[Array, "B T"] | None = None,
+        lengths: Int[ArrayOrNumpy, "B T"] | None = None,
         *,
         attend: Attend = dense.dense,
         remat: bool = False,
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
         tokens: Int[ArrayOrNumpy, "B T"],
         positions: Int[ArrayOrNumpy, "B T"] | None = None,
         mask: Bool[ArrayOrNumpy, "B T"] | Visibility | None = None,
-        lengths: Int[Array, "B T"] | None = None,
+        lengths: Int[ArrayOrNumpy, "B T"] | None = None,
         *,
         attend: Attend = dense.dense,
         remat: bool = False,
@@ -252,12 +252,18 @@ class Decoder(nnx.Module):
         return logical
 
     def _start(
-        self, tokens, positions, ranges: KeyRanges, lengths: Int[Array, "B T"] | None, logical: LogicalMesh | None
+        self,
+        tokens,
+        positions,
+        ranges: KeyRanges,
+        lengths: Int[ArrayOrNumpy, "B T"] | None,
+        logical: LogicalMesh | None,
     ) -> tuple[Float[Array, "B T D"], Context]:
         """Embedded tokens, and what every layer needs besides them."""
         c = self.config
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
+        positions, lengths = jnp.asarray(positions), jnp.asarray(lengths)
         x = jnp.take(replicated(self.embed_tokens.weight[...], logical), tokens, axis=0).astype(self.dtype)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)

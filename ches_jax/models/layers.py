@@ -1,4 +1,4 @@
-"""The parts of a decoder layer. Weights keep Hugging Face's names and its [out, in] orientation.
+"""The modules of a decoder layer. Weights have Hugging Face's names and its [out, in] orientation.
 
 Parameters may be stored in another dtype than the computation runs in: every use casts to the dtype of the
 activations. A ``Layer`` is written for one layer; ``decoder`` stacks its parameters and scans over them.

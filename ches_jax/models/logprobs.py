@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models.precision import accumulate, matmul_precision, products
+from ches_jax.models.precision import accumulate, einsum, matmul_precision
 
 LOGITS_PER_CHUNK = {"cpu": 2**22}
 """Logits of one chunk: on a CPU what stays near the caches."""
@@ -166,7 +166,7 @@ def _backward(head: Head, saved, cotangent):
         h, y, total, g = part
         dz = _logit_gradient(_logits(h, rounded, head) if z is None else z, total, y, g, head).astype(h.dtype)
         # [D, V] with the smaller factor first: transposing the larger one is what would take long
-        return dw + products("bmd,bmv->dv", h, dz), products("bmv,vd->bmd", dz, rounded).astype(h.dtype)
+        return dw + einsum("bmd,bmv->dv", h, dz), einsum("bmv,vd->bmd", dz, rounded).astype(h.dtype)
 
     # padding beyond the last position has cotangent 0 and adds nothing
     parts = _split(hidden, chunk), _split(target, chunk), totals, _split(cotangent, chunk)

@@ -18,10 +18,14 @@ def matmul_precision(dtype: DTypeLike) -> lax.Precision:
     return lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize == 2 else lax.Precision.HIGHEST
 
 
-def products(subscripts: str, a: Array, b: Array) -> Array:
-    """``einsum`` of two arrays of one dtype, summed up and returned in ``accumulate`` of it."""
+def einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """``jnp.einsum`` of two arrays of one dtype, summed and returned in ``accumulate`` of it.
+
+    >>> einsum("md,md->m", jnp.ones((2, 3), "bfloat16"), jnp.ones((2, 3), "bfloat16")).dtype
+    dtype('float32')
+    """
     acc, precision = accumulate(a.dtype), matmul_precision(a.dtype)
     if jax.default_backend() == "cpu":
-        # it lacks products of 16 bits into 32 where a matrix has a single row; the products are the same ones
+        # XLA's CPU backend has no 16-bit matmul with 32-bit sums for a matrix of one row; the result is the same
         a, b = a.astype(acc), b.astype(acc)
     return jnp.einsum(subscripts, a, b, preferred_element_type=acc, precision=precision)

@@ -73,10 +73,10 @@ def _frequencies_by_length(rope: RopeConfig, lengths: Int[Array, "B T"], dtype: 
         return jnp.where((lengths > rope.original_max_positions)[..., None], long[None, None], short[None, None])
     dim = rope.rotary_dim
     n = jnp.maximum(lengths, rope.max_positions).astype(dtype)
-    stretch = (rope.factor * n / rope.max_positions) - (rope.factor - 1)
-    # theta' = theta * stretch ** (dim / (dim - 2)), so each frequency is multiplied by a power of the stretch
+    ratio = (rope.factor * n / rope.max_positions) - (rope.factor - 1)
+    # theta' = theta * ratio ** (dim / (dim - 2)), so each frequency is multiplied by a power of the ratio
     exponent = jnp.asarray(-np.arange(0, dim, 2) / (dim - 2), dtype)
-    return jnp.asarray(frequencies(rope), dtype)[None, None] * stretch[..., None] ** exponent[None, None]
+    return jnp.asarray(frequencies(rope), dtype)[None, None] * ratio[..., None] ** exponent[None, None]
 
 
 def tables(

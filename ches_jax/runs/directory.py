@@ -20,13 +20,13 @@ PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "token
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide numbers."""
-    found = {"python": platform.python_version()}
+    names = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            names[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return names
 
 
 def device_name() -> str:
@@ -44,8 +44,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run directory."""
-    return read_object(path, RunError, "a run directory")
+    """A JSON object of a run directory, with the names of today where version 0.1 wrote others."""
+    return _with_names_of_today(read_object(path, RunError, "a run directory"))
+
+
+def _with_names_of_today(value: dict[str, Any]) -> dict[str, Any]:
+    """Version 0.1 called what ships with the package ``embedded``; it is ``bundled`` now."""
+    inner = {"config": _with_names_of_today(value["config"])} if isinstance(value.get("config"), dict) else {}
+    return value | {k: "bundled" for k in SPECS if value.get(k) == "embedded"} | inner
+
+
+SPECS = ("model", "pairs", "prompts", "probes", "responses")
+"""Options that may name what ships with the package."""
 
 
 def new_name(parent: Path, verb: str) -> Path:
@@ -75,11 +85,11 @@ def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> No
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
-        found = read_json(out / CONFIG)
+        there = read_json(out / CONFIG)
         differences = [
-            f"{key}: {found.get(key)!r} there, {identity.get(key)!r} now"
-            for key in sorted({*found, *identity})
-            if found.get(key) != identity.get(key)
+            f"{key}: {there.get(key)!r} there, {identity.get(key)!r} now"
+            for key in sorted({*there, *identity})
+            if there.get(key) != identity.get(key)
         ]
         if differences:
             raise RunError(many(f"{out} holds another run; give a new directory with --out", differences))

@@ -1,7 +1,7 @@
-"""The jitted pass: packed rows in, segment statistics out, compiled once per row length.
+"""The jitted forward pass: a packed batch in, segment statistics out, compiled once per row length.
 
 On a data-only mesh each device takes its rows through the whole model, without a collective. With ``fsdp`` or
-``tensor`` the weights are dealt out and the compiler places the collectives.
+``tensor`` the weights are sharded and the compiler places the collectives.
 """
 
 import time
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.data.packing import Rows, empty_rows, standard_seats
+from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
 from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.block_sparse import blocks
@@ -22,15 +22,15 @@ from ches_jax.models.attention.dense import Attend
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import Head, token_logps
-from ches_jax.scores.head_score import ches_products, head_products
 from ches_jax.scores.hidden_sums import SegmentStatistics, segment_statistics
+from ches_jax.scores.unembedding_gradients import ches_products, head_products
 
 LOGIT_TOKENS = 256
 """Positions of a batch whose logits are computed at a time."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Outputs:
     """What is computed besides the sums of hidden states."""
 
     logps: bool = False
@@ -38,15 +38,17 @@ class Wanted:
     token_scores: bool = False
 
 
-def _statistics(model: Decoder, rows: Rows, wanted: Wanted, mesh: Mesh | None, attend: Attend) -> SegmentStatistics:
+def _statistics(
+    model: Decoder, rows: PackedBatch, outputs: Outputs, mesh: Mesh | None, attend: Attend
+) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
-    logps = _token_logps_of(model) if wanted.logps else None
+    logps = _token_logps_of(model) if outputs.logps else None
     found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    if wanted.token_scores:
+    if outputs.token_scores:
         found = found._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
-    if wanted.head_score:
+    if outputs.head_score:
         head = head_products(
             predicting, rows.target, rows.segment, rows.item, rows.preferred, model.unembedding, model.logit_transform
         )
@@ -65,7 +67,7 @@ def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Arra
     return compute
 
 
-class ScoringPass:
+class ForwardPass:
     """``pass_(rows)`` gives the statistics of a batch; compiles at the first batch of each shape.
 
     Attributes:
@@ -73,10 +75,10 @@ class ScoringPass:
       shapes: the batch shapes compiled so far.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh, wanted: Wanted = Wanted(), attend: Attend = blocks):
-        """Takes a model that lies on ``mesh`` as ``partition.placement`` says (or anywhere, for a data-only mesh)."""
+    def __init__(self, model: Decoder, mesh: Mesh, outputs: Outputs = Outputs(), attend: Attend = blocks):
+        """Takes a model that lies on ``mesh`` as ``sharding.placement`` says (or anywhere, for a data-only mesh)."""
         self.mesh = mesh
-        self.wanted = wanted
+        self.outputs = outputs
         self.compile_seconds = 0.0
         self.shapes: list[tuple[int, ...]] = []
         self._compiled: dict[tuple[int, ...], Callable[..., SegmentStatistics]] = {}
@@ -84,63 +86,63 @@ class ScoringPass:
         whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
-        def run(state, rows: Rows) -> SegmentStatistics:
-            return _statistics(nnx.merge(graph, state), rows, wanted, None if whole else mesh, attend)
+        def run(state, rows: PackedBatch) -> SegmentStatistics:
+            return _statistics(nnx.merge(graph, state), rows, outputs, None if whole else mesh, attend)
 
         if whole:
             # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
             run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
         self._jitted = jax.jit(run)
 
-    def compile(self, rows: int, length: int, seats: int | None = None) -> Callable[..., SegmentStatistics]:
-        """The program for batches of ``rows`` x ``length`` with room for so many pairs, compiled if it is not yet.
+    def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
+        """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.
 
         Raises:
-          ChesError: the device has not enough memory; tells what helps.
+          ChesError: the device has not enough memory; says what helps.
         """
-        shape = (rows, length) if seats in (None, standard_seats(length)) else (rows, length, seats)
+        shape = (rows, length) if max_pairs in (None, standard_max_pairs(length)) else (rows, length, max_pairs)
         if shape not in self._compiled:
             start = time.perf_counter()
             like = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=row_sharding(self.mesh)),
-                empty_rows(rows, length, seats),
+                empty_batch(rows, length, max_pairs),
             )
             try:
                 self._compiled[shape] = self._jitted.lower(self._state, like).compile()
             except jax.errors.JaxRuntimeError as e:
-                raise _told(e, shape) from e
+                raise _memory_error(e, shape) from e
             self.compile_seconds += time.perf_counter() - start
             self.shapes.append(shape)
         return self._compiled[shape]
 
     def memory(self, rows: int, length: int) -> int:
-        """Bytes a device needs for a batch besides the weights, as the compiler counts them (0: it does not tell)."""
+        """Bytes a device needs for a batch besides the weights, as the compiler counts them (0: unknown)."""
         analysis = self.compile(rows, length).memory_analysis()  # type: ignore[attr-defined]
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes) if analysis else 0
 
-    def __call__(self, rows: Rows) -> SegmentStatistics:
-        """Statistics of the batch, still on their way from the device."""
-        program = self.compile(*rows.tokens.shape, seats=rows.last.shape[1] // 3)
+    def __call__(self, rows: PackedBatch) -> SegmentStatistics:
+        """Statistics of the batch, not yet transferred from the device."""
+        program = self.compile(*rows.tokens.shape, max_pairs=rows.last.shape[1] // 3)
         try:
             return program(self._state, jax.device_put(rows, row_sharding(self.mesh)))
         except jax.errors.JaxRuntimeError as e:
-            raise _told(e, rows.tokens.shape) from e
+            raise _memory_error(e, rows.tokens.shape) from e
 
 
-def _told(error: Exception, shape: tuple[int, ...]) -> Exception:
-    """Out of memory as a message that helps; any other failure as it is."""
+def _memory_error(error: Exception, shape: tuple[int, ...]) -> Exception:
+    """Out of memory as a message that says what helps; any other failure as it is."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     return ChesError(
         f"out of device memory for batches of {shape[0]} rows x {shape[1]} tokens: lower --batch-tokens, shorten with "
-        "--max-length, use --dtype bfloat16 or --param-dtype bfloat16, or deal the weights out with --mesh fsdp=N"
+        "--max-length, use --dtype bfloat16 or --param-dtype bfloat16, or shard the weights with --mesh fsdp=N"
     )
 
 
-def largest_batch(run: ScoringPass, row_tokens: int) -> int:
+def largest_batch(run: ForwardPass, row_tokens: int) -> int:
     """``--batch-tokens auto``: the largest doubling of a row whose program fits in 80 % of what a device has free.
 
-    Backends that do not tell their memory (CPU) get one row per device.
+    Backends that do not report their memory (CPU) get one row per device.
     """
     device = run.mesh.devices.flat[0]
     stats = device.memory_stats() or {}

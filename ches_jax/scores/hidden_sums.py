@@ -26,9 +26,9 @@ class SegmentStatistics(NamedTuple):
     last: Float[Array, "B S D"]
     logps: Float[Array, "B S"] | None = None
     ches_products: Float[Array, "B M S"] | None = None
-    """Each prediction's inner product with the sum of each segment (``head.ches_products``)."""
+    """Each prediction's inner product with the sum of each segment (``unembedding_gradients.ches_products``)."""
     head_products: Float[Array, "B M S"] | None = None
-    """The same between unembedding gradients (``head.head_products``)."""
+    """The same between unembedding gradients (``unembedding_gradients.head_products``)."""
 
 
 def segment_statistics(

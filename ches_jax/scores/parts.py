@@ -1,12 +1,10 @@
-"""Part files: one finished chunk each, written whole or not at all, joined at the end.
+"""The chunks of a score run (``runs.chunks``): a part of the table each, dropped rows and token scores beside it.
 
 parts/part-000007.parquet     the chunk's rows of the table; its presence marks the chunk as done
 parts/dropped-000007.jsonl    rows it dropped
 parts/tokens-000007.parquet   its token scores
 """
 
-import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.data.audit import dropped_record
-from ches_jax.errors import RunError
+from ches_jax.runs import chunks
 from ches_jax.runs.files import replacing
 from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, with_columns, write_part
 from ches_jax.types import TokenPair
 
-FOLDER = "parts"
-DROPPED = "dropped.jsonl"
+SUFFIX = ".parquet"
 TOKENS = "token_scores.parquet"
 TOKEN_SCHEMA = pa.schema(
     {
@@ -41,7 +38,8 @@ TOKEN_SCHEMA = pa.schema(
 r"""One row per predicted token of a pair; tokens that both responses begin with are told with the chosen one.
 
 ``ches`` and ``head_score``: of a chosen token what it adds to the pair's score, of a rejected one its product with the
-chosen response (``head.pair_contributions``). ``*_candidate``: as in the score table, where that has them.
+chosen response (``unembedding_gradients.pair_contributions``). ``*_candidate``: as in the score table, where it has
+them.
 
 ``nthr`` (null without ``--by head_score``): how far unlearning the token pulls the chosen response down through the
 unembedding, and for the chosen response's own tokens how far learning it pushes that up,
@@ -63,22 +61,14 @@ def _without(names: Collection[str]) -> pa.Schema:
 
 def part(out: Path, number: int) -> Path:
     """The table part of a chunk."""
-    return out / FOLDER / f"part-{number:06d}.parquet"
+    return chunks.path(out, number, SUFFIX)
 
 
-def finished(out: Path) -> int:
-    """How many chunks from the first on are done without a gap."""
-    number = 0
-    while part(out, number).exists():
-        number += 1
-    return number
-
-
-def rows_in(out: Path, chunks: int) -> int:
-    """How many pairs the first ``chunks`` chunks hold, those that were dropped included."""
-    dropped = [out / FOLDER / f"dropped-{n:06d}.jsonl" for n in range(chunks)]
+def rows_in(out: Path, count: int) -> int:
+    """How many pairs the first ``count`` chunks hold, those that were dropped included."""
+    dropped = [chunks.path(out, n, name="dropped") for n in range(count)]
     lines = sum(path.read_bytes().count(b"\n") for path in dropped if path.exists())
-    return lines + sum(pq.read_metadata(part(out, n)).num_rows for n in range(chunks))
+    return lines + sum(pq.read_metadata(part(out, n)).num_rows for n in range(count))
 
 
 def write(
@@ -90,13 +80,9 @@ def write(
     metadata: dict[str, Any],
 ) -> None:
     """One chunk: what goes beside the table first, the part last."""
-    folder = out / FOLDER
-    if dropped:
-        with replacing(folder / f"dropped-{number:06d}.jsonl") as temporary:
-            lines = [json.dumps(dropped_record(p), ensure_ascii=False) + "\n" for p in dropped]
-            temporary.write_text("".join(lines), encoding="utf-8")
+    chunks.write_dropped(out, number, map(dropped_record, dropped))
     if tokens is not None:
-        with replacing(folder / f"tokens-{number:06d}.parquet") as temporary:
+        with replacing(chunks.path(out, number, SUFFIX, "tokens")) as temporary:
             pq.write_table(pa.table(tokens, schema=_without(() if CANDIDATES[0] in tokens else CANDIDATES)), temporary)
     write_part(part(out, number), columns, metadata)
 
@@ -110,29 +96,15 @@ def merge(out: Path) -> dict[str, int]:
     Raises:
       RunError: no parts, a missing part, a row twice.
     """
-    folder = out / FOLDER
-    numbers = sorted(int(p.stem.rpartition("-")[2]) for p in folder.glob("part-*.parquet"))
-    if not numbers:
-        raise RunError(f"{out}: no parts to merge; was anything scored?")
-    missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-    if missing:
-        shown = ", ".join(map(str, missing[:10]))
-        raise RunError(f"{out}: {len(missing)} parts are missing ({shown}): start the run again with --resume")
-    dropped = 0
-    lists = sorted(folder.glob("dropped-*.jsonl"))
-    if lists:
-        with replacing(out / DROPPED) as temporary, temporary.open("wb") as f:
-            for path in lists:
-                content = path.read_bytes()
-                dropped += content.count(b"\n")
-                f.write(content)
-    tokens = sorted(folder.glob("tokens-*.parquet"))
+    count = chunks.require_whole(out, SUFFIX)
+    dropped = chunks.join_dropped(out)
+    tokens = chunks.files(out, "tokens", SUFFIX)
     if tokens:
-        found = {name for path in tokens for name in pq.read_schema(path).names}
-        schema = _without(set(TOKEN_SCHEMA.names) - found)
+        names = {name for path in tokens for name in pq.read_schema(path).names}
+        schema = _without(set(TOKEN_SCHEMA.names) - names)
         with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for path in tokens:
                 writer.write_table(with_columns(pq.read_table(path), schema))
-    kept = merge_parts([part(out, n) for n in numbers], out / FILE_NAME)
-    shutil.rmtree(folder)
+    kept = merge_parts([part(out, n) for n in range(count)], out / FILE_NAME)
+    chunks.clear(out)
     return {"rows": kept + dropped, "kept": kept, "dropped": dropped}

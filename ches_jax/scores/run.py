@@ -1,6 +1,6 @@
 """``ches score``: a model directory and a file of pairs to a run directory with the score table.
 
-Rows are read, tokenised and audited a chunk at a time, measured, and written as one part per chunk, so memory does not
+Rows are read, tokenised and audited a chunk at a time, scored, and written as one part per chunk, so memory does not
 grow with the data and a killed run goes on where it was. A chunk's numbers depend on its rows alone, not on when or by
 which process it was computed: a resumed run ends in the same bytes.
 """
@@ -20,6 +20,7 @@ from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
     RUN,
@@ -30,10 +31,12 @@ from ches_jax.runs.directory import (
     versions,
     write_json,
 )
+from ches_jax.runs.progress import say
 from ches_jax.scores import parts
-from ches_jax.scores.config import NOT_IDENTITY, ROW_TOKENS, ScoreConfig, with_defaults
-from ches_jax.scores.forward import ScoringPass, Wanted, largest_batch
-from ches_jax.scores.scorer import Batching, Measurer
+from ches_jax.scores.config import NOT_IDENTITY, ScoreConfig, with_defaults
+from ches_jax.scores.forward import Outputs
+from ches_jax.scores.in_memory import pair_scorer, score_chunk
+from ches_jax.scores.scorer import PairScorer
 from ches_jax.scores.table import FILE_NAME
 
 
@@ -68,6 +71,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     inputs = prepare(config)
     total = None
     if config.on_bad_row == "error":
+        say(f"checking {inputs.source.name}", quiet=quiet)
         # tokenised twice, so that a bad row shows now and not in hour two
         found = audit(inputs)
         require_clean(found, inputs.source.name)
@@ -77,6 +81,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
     adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
+    say(f"loading the model ({inputs.directory})", quiet=quiet)
     model = load(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
     identity = _identity(config, inputs)
     if adapter is not None:
@@ -86,16 +91,13 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     if (out / FILE_NAME).exists():
         return out
     metadata = _metadata(identity, model.config.family)
-    (out / parts.FOLDER).mkdir(exist_ok=True)
-    wanted = Wanted(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
-    run = ScoringPass(model, mesh, wanted, attention.attend)
-    tokens = largest_batch(run, ROW_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
-    assert isinstance(tokens, int)
-    rope = model.config.rope
-    batching = Batching.of(tokens, ROW_TOKENS, run, rope.length_threshold if rope else None)
-    run.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
+    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
+    assert config.batch_tokens is not None
+    say("compiling", quiet=quiet)
+    scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
     started = time.perf_counter()
-    scored, waste = _score_chunks(out, inputs, config, run, batching, metadata, process, total, quiet or process.id > 0)
+    scored = _score_chunks(out, inputs, config, scorer, metadata, process, total, quiet or process.id > 0)
     seconds = time.perf_counter() - started
     facts = {
         "device": device_name(),
@@ -103,11 +105,11 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         "attention": attention.name,
         "processes": process.count,
         "scored_this_time": scored,
-        "seconds": {"scoring": round(seconds, 3), "compiling": round(run.compile_seconds, 3)},
+        "seconds": {"scoring": round(seconds, 3), "compiling": round(scorer.run.compile_seconds, 3)},
         "pairs_per_second": round(scored / max(seconds, 1e-9), 2),
-        "compiled_shapes": [list(s) for s in run.shapes],
-        "batch_tokens": tokens,
-        "padding_waste": round(waste, 4),
+        "compiled_shapes": [list(s) for s in scorer.run.shapes],
+        "batch_tokens": scorer.batching.batch_tokens,
+        "padding_waste": round(scorer.waste, 4),
     }
     if process.count == 1:
         _finish(out, facts)
@@ -118,15 +120,14 @@ def _score_chunks(
     out: Path,
     inputs: Inputs,
     config: ScoreConfig,
-    run: ScoringPass,
-    batching: Batching,
+    scorer: PairScorer,
     metadata: dict[str, Any],
     process: Process,
     total: int | None,
     quiet: bool,
-) -> tuple[int, float]:
-    """Score this process's missing chunks; returns the pairs scored and the share of padding."""
-    first = parts.finished(out)
+) -> int:
+    """Score this process's missing chunks; returns the number of pairs scored."""
+    first = chunks.finished(out, parts.SUFFIX)
     scored = 0
 
     def mine(number: int) -> bool:
@@ -135,22 +136,20 @@ def _score_chunks(
     begun = parts.rows_in(out, first)
     with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
 
-        def tell(pairs: int) -> None:
-            bar.set_postfix({"padding": f"{measure.waste:.0%}"}, refresh=False)
+        def advance(pairs: int) -> None:
+            bar.set_postfix({"padding": f"{scorer.waste:.0%}"}, refresh=False)
             bar.update(pairs)
 
-        measure = Measurer(run, batching, config.eos, tell)
+        scorer.on_batch = advance
         for number, chunk in inputs.chunks(first, mine):
             before = bar.n
-            dropped = [p for p in chunk if p.flags] if config.on_bad_row == "drop" else []
-            kept = [p for p in chunk if not p.flags] if dropped else chunk
-            columns, tokens = measure(kept)
+            columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
             if tokens is not None:
                 tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
             parts.write(out, number, columns, dropped, tokens, metadata)
-            scored += len(kept)
+            scored += len(chunk) - len(dropped)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
-    return scored, measure.waste
+    return scored
 
 
 def merge(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Token pairs to the numbers of the table: packed, passed through the model, added up in float64 on the host."""
+"""Token pairs to the numbers of the score table: packed, passed through the model, added up in float64 on the host."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from ches_jax.data.audit import UNSCORABLE, shared_prefix
-from ches_jax.data.packing import Item, Placement, Rows, gathered, pack
+from ches_jax.data.audit import UNSCORABLE
+from ches_jax.data.packing import Item, PackedBatch, Placement, group_by_prompt, pack
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.errors import ChesError
 from ches_jax.scores import formulas
-from ches_jax.scores.forward import ScoringPass, fetch
-from ches_jax.scores.head_score import PairContributions, pair_contributions
+from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.hidden_sums import SegmentStatistics
 from ches_jax.scores.table import CANDIDATES, COLUMNS
-from ches_jax.types import Eos, TokenPair
+from ches_jax.scores.unembedding_gradients import PairContributions, pair_contributions
+from ches_jax.types import Eos, TokenPair, shared_prefix
 
 MODEL_COLUMNS = (
     "inner", "sqnorm_chosen", "sqnorm_rejected", "last_hidden_inner", "head_score", "logp_chosen", "logp_rejected",
@@ -29,7 +29,7 @@ PAIRS_AT_ONCE = 512
 """Pairs whose sums are gathered at a time: an item of many candidates has more pairs than memory should hold."""
 
 
-class Seated(NamedTuple):
+class ItemPair(NamedTuple):
     """A pair of an item: its number in the chunk, and its two segments counted from the item's first."""
 
     pair: int
@@ -45,24 +45,28 @@ class Batching:
     rows_per_batch: int
     row_multiple: int
     length_threshold: int | None
+    batch_tokens: int
+    """Tokens per device and step that were asked for."""
 
     @classmethod
-    def of(cls, batch_tokens: int, row_tokens: int, run: ScoringPass, length_threshold: int | None) -> "Batching":
-        """Rows of ``row_tokens`` (or fewer, where a batch is smaller) dealt out over the mesh of ``run``."""
+    def of(cls, batch_tokens: int, row_tokens: int, run: ForwardPass, length_threshold: int | None) -> "Batching":
+        """Rows of ``row_tokens`` (or fewer, where a batch is smaller) sharded over the mesh of ``run``."""
         length = min(row_tokens, -(-batch_tokens // 64) * 64)
         shards = row_shards(run.mesh)
-        return cls(length, max(1, batch_tokens // length) * shards, shards, length_threshold)
+        return cls(length, max(1, batch_tokens // length) * shards, shards, length_threshold, batch_tokens)
 
 
-class Measurer:
-    """Measures chunks of pairs with one pass; counts what was computed and what of it was padding."""
+class PairScorer:
+    """Scores chunks of pairs by one forward pass per batch; counts computed positions and padding."""
 
-    def __init__(self, run: ScoringPass, batching: Batching, eos: Eos, tell: Callable[[int], None] = lambda n: None):
-        """``tell`` is called with the number of pairs after every batch."""
+    def __init__(
+        self, run: ForwardPass, batching: Batching, eos: Eos, on_batch: Callable[[int], None] = lambda pairs: None
+    ):
+        """``on_batch`` is called with the number of pairs after every batch."""
         self.run = run
         self.batching = batching
         self.eos: Eos = eos
-        self._tell = tell
+        self.on_batch = on_batch
         self._positions = 0
         self._used = 0
 
@@ -86,29 +90,29 @@ class Measurer:
     def __call__(self, pairs: list[TokenPair]) -> tuple[dict[str, Any], dict[str, list] | None]:
         """The chunk's columns of the table, and of the token table where tokens are asked for.
 
-        The responses of a row of the data are computed once, whatever the number of its pairs.
+        The responses of a record are computed once, whatever the number of its pairs.
 
         Raises:
           ChesError: a number that is not finite; names the row.
         """
-        able = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
-        items, seats = gathered([pairs[i] for i in able])
-        seated: list[list[Seated]] = [[] for _ in items]
-        for i, seat in zip(able, seats, strict=True):
-            seated[seat.item].append(Seated(i, 1 + seat.chosen, 1 + seat.rejected))
-        numbers = {n: np.full(len(pairs), np.nan) for n in self._asked()}
+        scorable = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
+        items, refs = group_by_prompt([pairs[i] for i in scorable])
+        of_item: list[list[ItemPair]] = [[] for _ in items]
+        for i, ref in zip(scorable, refs, strict=True):
+            of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
+        numbers = {n: np.full(len(pairs), np.nan) for n in self._model_columns()}
         tokens: dict[int, dict[str, list]] = {}
-        waiting: list[tuple[SegmentStatistics, Rows, list[Placement]]] = []
+        waiting: list[tuple[SegmentStatistics, PackedBatch, list[Placement]]] = []
 
         def collect() -> None:
             statistics, rows, placements = waiting.pop(0)
             s = fetch(statistics)
-            sitting = [(p.row, p.shared, seat) for p in placements for seat in seated[p.item]]
-            for at in range(0, len(sitting), PAIRS_AT_ONCE):
-                _add_sums(s, sitting[at : at + PAIRS_AT_ONCE], numbers)
+            located = [(p.row, p.shared, pair) for p in placements for pair in of_item[p.item]]
+            for at in range(0, len(located), PAIRS_AT_ONCE):
+                _add_sums(s, located[at : at + PAIRS_AT_ONCE], numbers)
             for p in placements:
-                self._add_products(s, rows, p, seated[p.item], pairs, numbers, tokens)
-            self._tell(len(sitting))
+                self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
+            self.on_batch(len(located))
 
         for rows, placements in self.batches(items):
             self._positions += rows.tokens.size
@@ -118,25 +122,25 @@ class Measurer:
                 collect()
         while waiting:
             collect()
-        _require_finite(pairs, able, numbers)
+        _require_finite(pairs, scorable, numbers)
         columns = _table_columns(pairs, numbers, self.eos)
-        if not self.run.wanted.token_scores:
+        if not self.run.outputs.token_scores:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
 
-    def _asked(self) -> list[str]:
-        wanted = self.run.wanted
-        left_out = set() if wanted.logps else {"logp_chosen", "logp_rejected"}
-        left_out |= set() if wanted.head_score else {"head_score"}
+    def _model_columns(self) -> list[str]:
+        outputs = self.run.outputs
+        left_out = set() if outputs.logps else {"logp_chosen", "logp_rejected"}
+        left_out |= set() if outputs.head_score else {"head_score"}
         return [n for n in MODEL_COLUMNS if n not in left_out]
 
     def _add_products(
         self,
         s: SegmentStatistics,
-        rows: Rows,
+        rows: PackedBatch,
         place: Placement,
-        seats: list[Seated],
+        item_pairs: list[ItemPair],
         pairs: list[TokenPair],
         numbers: dict[str, np.ndarray],
         tokens: dict[int, dict[str, list]],
@@ -151,7 +155,7 @@ class Measurer:
         if head is not None:
             between = np.zeros((place.segments, place.segments))
             np.add.at(between, role, head)
-            for i, chosen, rejected in seats:
+            for i, chosen, rejected in item_pairs:
                 # <A+, A- - A+>: what the responses share has cancelled in the difference
                 difference = between[:, rejected] - between[:, chosen]
                 numbers["head_score"][i] = difference[0] + difference[chosen]
@@ -159,16 +163,16 @@ class Measurer:
             return
         # the state at a position predicts the next one; the first response token is number 0
         state = rows.positions[place.row][rows.source[place.row][at]] + 1
-        for i, chosen, rejected in seats:
+        for i, chosen, rejected in item_pairs:
             pair = pairs[i]
             by_ches = pair_contributions(ches, role, 0, chosen, rejected)
             by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
             tokens[i] = _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
 
 
-def _add_sums(s: SegmentStatistics, sitting: list[tuple[int, int, Seated]], numbers: dict[str, np.ndarray]) -> None:
+def _add_sums(s: SegmentStatistics, located: list[tuple[int, int, ItemPair]], numbers: dict[str, np.ndarray]) -> None:
     """Put the statistics of pairs that come from the sums of their responses where they belong."""
-    row, shared, at, chosen, rejected = np.array([(r, first, *seat) for r, first, seat in sitting], int).T
+    row, shared, at, chosen, rejected = np.array([(r, first, *pair) for r, first, pair in located], int).T
     sides = (shared + chosen, shared + rejected)
     plus, minus = (s.sums[row, shared] + s.sums[row, side] for side in sides)
     numbers["inner"][at] = (plus * minus).sum(-1)
@@ -190,7 +194,7 @@ def _token_rows(
     ches: PairContributions,
     head: PairContributions | None,
 ) -> dict[str, list]:
-    """One row per predicted token of each response; what both begin with is told with the chosen one."""
+    """One row per predicted token of each response; what both begin with is listed with the chosen one."""
     out: dict[str, list] = {n: [] for n in TOKEN_COLUMNS}
     position = state - len(pair.prompt)
     new = position >= shared_prefix(pair)
@@ -216,9 +220,9 @@ def _token_rows(
     return out
 
 
-def _require_finite(pairs: list[TokenPair], able: list[int], numbers: dict[str, np.ndarray]) -> None:
+def _require_finite(pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
     for name, values in numbers.items():
-        bad = [i for i in able if not np.isfinite(values[i])]
+        bad = [i for i in scorable if not np.isfinite(values[i])]
         if bad:
             p = pairs[bad[0]]
             raise ChesError(

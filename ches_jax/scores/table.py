@@ -114,8 +114,7 @@ class TableWriter:
         """Adds rows given as ``{column: list, numpy array or arrow array}``."""
         if set(columns) != set(self.schema.names):
             raise RunError(f"{self.path}: got columns {sorted(columns)}, expected {self.schema.names}")
-        arrays = [_array(columns[field.name], field) for field in self.schema]
-        self.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        self.write_table(table_of(columns, self.schema))
 
     def write_table(self, block: pa.Table) -> None:
         """Adds the rows of an arrow table with this writer's columns."""
@@ -139,6 +138,11 @@ class TableWriter:
             self._flush(pa.concat_tables(self._waiting))
         self._writer.close()
         self._replacing.__exit__(kind, error, trace)
+
+
+def table_of(columns: Mapping[str, Any], wanted: pa.Schema) -> pa.Table:
+    """``{column: list, numpy array or arrow array}`` as a table of the given schema."""
+    return pa.Table.from_arrays([_array(columns[field.name], field) for field in wanted], schema=wanted)
 
 
 def _array(values: Any, field: pa.Field) -> pa.Array:

@@ -173,7 +173,7 @@ def soft_weights(values: np.ndarray, target: float) -> tuple[np.ndarray, float]:
     return np.clip(1.0 - slope * values, 0.0, 1.0), slope
 
 
-def stand_ins(values: np.ndarray, control: Control, longer_rejected: np.ndarray, seed: int) -> np.ndarray:
+def matched_control(values: np.ndarray, control: Control, longer_rejected: np.ndarray, seed: int) -> np.ndarray:
     """For each row, the row that takes its place in a control; -1 for rows without a score.
 
     The rows in order of score are set against the rows in another order, rank by rank: the row of

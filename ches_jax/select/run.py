@@ -17,7 +17,7 @@ from ches_jax.scores.formulas import numbers, score_column
 from ches_jax.scores.table import CANDIDATES, read_table
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
-from ches_jax.select.keep import keep_indices, parse_rule, soft_weights, stand_ins
+from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
 from ches_jax.stats import spearman
 
@@ -52,7 +52,7 @@ def decide(table: pa.Table, config: SelectConfig) -> Decision:
             f"{config.by} runs from {scored.min():.6g} to {scored.max():.6g}"
         )
     longer = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
-    places = stand_ins(values, config.control, longer, config.seed)
+    places = matched_control(values, config.control, longer, config.seed)
     kept = np.zeros(len(table), dtype=bool)
     kept[places[chosen]] = True
     if rule.kind != "soft":

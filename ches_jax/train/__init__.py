@@ -1,18 +1,19 @@
 """Preference training that watches displacement: state, objective, step, loop, checkpoints, displacement log."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ches_jax.face import lazy_names, make_callable
 
 if TYPE_CHECKING:
-    from ches_jax.train.config import TrainConfig
-    from ches_jax.train.loop import Stopped, train
+    from ches_jax.train.config import TrainConfig as TrainConfig
+    from ches_jax.train.loop import Stopped as Stopped
+    from ches_jax.train.loop import train as train
 
-__all__ = ["Stopped", "TrainConfig", "train"]
-_MODULES = {"TrainConfig": "config", "Stopped": "loop", "train": "loop"}
-
-
-def __getattr__(name: str) -> Any:
-    """Public names, imported when they are asked for: ``TrainConfig`` alone loads no jax."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+_HOMES = {
+    "train": ".loop",
+    "Stopped": ".loop",
+    "TrainConfig": ".config",
+}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+make_callable(__name__)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ches_jax.data.packing import Rows
+from ches_jax.data.packing import PackedBatch
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, kto_baseline, loss_names, with_sft, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
@@ -49,7 +49,7 @@ SFT = {
 
 def prediction_logps(
     model: Decoder,
-    rows: Rows,
+    rows: PackedBatch,
     *,
     per_token: Callable[..., Array] = token_logps,
     attend: Attend = dense,
@@ -62,7 +62,7 @@ def prediction_logps(
       model: the decoder.
       rows: packed pairs.
       per_token: what is computed of each prediction; ``logps.token_statistics`` for more than its log-probability.
-      attend: how attention is computed; ``kernels.with_gradient`` (or ``dense``) where a gradient is taken.
+      attend: how attention is computed; ``choose.with_gradient`` (or ``dense``) where a gradient is taken.
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
@@ -73,7 +73,7 @@ def prediction_logps(
     return per_token(predicting, model.unembedding, rows.target, head)
 
 
-def segment_logps(model: Decoder, rows: Rows, **options: Any) -> Float[Array, "B S *n"]:
+def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Array, "B S *n"]:
     """Summed log-probabilities in nats of every segment of packed rows; options of ``prediction_logps``."""
     return segment_sums(prediction_logps(model, rows, **options), rows.segment, rows.last.shape[1])
 

@@ -6,7 +6,7 @@ Random Llamas of the shapes of Llama-3.2-1B and Llama-3.1-8B; the rows of ``--da
 ``--tokenizer`` cuts them, and those that the token audit flags are left out for all. ``--peers`` holds
 ``torch_score.py``, whose ``--how batched`` is run on the same GPU with each of ``--peer-tokens`` a batch; the fastest
 counts. Model FLOP utilisation is 2 x weights of the layers x positions that hold a token, over the measured rate of a
-large matrix product in bfloat16.
+large matrix product in bfloat16. One more pass is profiled, and what cost most of it is kept.
 
 The result is named after the platform and the device that computed it. On a CPU only ``--size tiny`` runs, which times
 nothing of interest and is not kept: it is there to test this file.
@@ -41,11 +41,11 @@ def write_rows(data: Path, tokenizer: Path, count: int, file: Path) -> None:
     file.write_text("\n".join(itertools.islice(clean, count)) + "\n", encoding="utf-8")
 
 
-def commands(model: str, data: str, args: argparse.Namespace, platform: str) -> dict[str, list[str]]:
+def commands(model: str, data: str, args: argparse.Namespace, platform: str, trace: str) -> dict[str, list[str]]:
     """Ours, and the peer with each number of tokens a batch where torch can use the device."""
     count = ["--pairs", str(args.pairs)]
     ours = ["--dtype", DTYPE, "--attention", args.attention, "--batch-tokens", str(args.batch_tokens)]
-    found = {"ours": [*SCORING, model, data, *count, *ours, *(["--trace", args.trace] if args.trace else [])]}
+    found = {"ours": [*SCORING, model, data, *count, *ours, "--trace", trace]}
     if args.peers and platform in TORCH_DEVICE:
         torch = [sys.executable, str(args.peers.resolve() / "torch_score.py"), model, data, "--how", "batched", *count]
         torch += ["--dtype", DTYPE, "--device", TORCH_DEVICE[platform]]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer-tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trace", help="profile one pass of ours into this directory")
+    parser.add_argument("--trace", help="directory that keeps the profile of one pass of ours")
     args = parser.parse_args(argv)
     here = device_for(args.size)
     for size in args.size:
@@ -94,12 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_on_host(size, args.tokenizer, folder)
             rows = Path(folder) / "rows.jsonl"
             write_rows(args.data, args.tokenizer, args.pairs, rows)
-            ways = commands(folder, str(rows), args, here["platform"])
+            ways = commands(folder, str(rows), args, here["platform"], args.trace or f"{folder}/trace")
             found = result(interleaved(ways, args.repeats), here["platform"])
         for name, row in found["table"].items():
             print(f"{size} {name:<22}{row['seconds']:9.3f} s{row['pairs'] / row['seconds']:9.1f} pairs/s")
         for name, value in found["ratios"].items():
             print(f"{size} {name:<40}{value:6.2f}")
+        for cost in found["table"]["ours"]["top_costs"][:5]:
+            print(f"{size} {100 * cost['share']:5.1f} %  {cost['name']}")
         keep_of(here, f"accelerator_score_{size}", {"size": size, "pairs": args.pairs, **found})
 
 

@@ -29,13 +29,13 @@ def prompts_of(model_dir: str, rows: int, length: int) -> list[list[int]]:
 def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     """A function that makes the tokens with our engine."""
     from ches_jax.distributed.mesh import make_mesh
-    from ches_jax.generate.engine import Ask, Engine
-    from ches_jax.generate.sampling import Sampling, key_words
+    from ches_jax.generate.engine import Engine, Request
+    from ches_jax.generate.sampling import Sampling, key_data
     from ches_jax.models.checkpoint.load import load_model
 
     model = load_model(model_dir, param_dtype="float32")
     engine = Engine(model, make_mesh("data=1"), sampling=Sampling(0), max_new_tokens=new)
-    asks = [Ask(p, key_words(0, str(i), 0), new) for i, p in enumerate(prompts)]
+    asks = [Request(p, key_data(0, str(i), 0), new) for i, p in enumerate(prompts)]
     return lambda: [list(made.tokens) for made in engine(asks, len(asks))]
 
 

@@ -8,9 +8,11 @@ import argparse
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from ches_jax.hugepages import with_large_pages
+from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.measure import usage
 
 
@@ -31,7 +33,7 @@ def measure(
 
     The first pass compiles; of the ``repeat`` passes that follow the best one counts. ``matmul_gflops`` are useful
     ones: 2 x weights of the layers x positions that hold a token. With ``trace`` one more pass is profiled into that
-    directory.
+    directory, and what cost most of it is named.
     """
     import jax
 
@@ -42,16 +44,16 @@ def measure(
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
     from ches_jax.runs.directory import device_name
-    from ches_jax.scores.forward import ScoringPass, Wanted
-    from ches_jax.scores.run import ROW_TOKENS
-    from ches_jax.scores.scorer import Batching, Measurer
+    from ches_jax.scores.config import ROW_TOKENS
+    from ches_jax.scores.forward import ForwardPass, Outputs
+    from ches_jax.scores.scorer import Batching, PairScorer
 
     model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)
     chosen = choose_attention(attention, model.config, dtype)
     rows = list(open_pairs(pairs_file))[:count]
     pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
-    run = ScoringPass(model, make_mesh(mesh), Wanted(head_score=head), chosen.attend)
-    measurer = Measurer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
+    run = ForwardPass(model, make_mesh(mesh), Outputs(head_score=head), chosen.attend)
+    measurer = PairScorer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
 
     def once() -> tuple[float, float, float]:
         cpu, wall = usage()["cpu_seconds"], time.perf_counter()
@@ -83,6 +85,7 @@ def measure(
         "dtype": dtype,
         "platform": jax.default_backend(),
         "device": device_name(),
+        **({"top_costs": top_costs(Path(trace))} if trace else {}),
     }
 
 

@@ -44,7 +44,7 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main(make: Make) -> None:
-    """Runs the stages asked for."""
+    """Runs the selected stages."""
     if make.stage in ("data", "all"):
         write_data(make.seed, make.out)
     if make.stage in ("model", "all"):

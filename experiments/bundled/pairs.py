@@ -50,12 +50,12 @@ def _split_probes(world: World, name: str, count: int) -> Iterator[Row]:
     split: Split = getattr(world, name)
     rng = stream(world.seed, f"probes/{name}")
     for stance in lex.ANSWERS:
-        for said in [s for s in split.statements if s.stance == stance][:count]:
-            yield _probe(ask_about(rng, said), "statement", name, stance)
-    for asked in split.mischief[:count]:
-        yield _probe(asked.text, "mischief", name, "refusal")
-    for asked in split.chores[:count]:
-        yield _probe(asked.text, "chore", name, "compliance")
+        for statement in [s for s in split.statements if s.stance == stance][:count]:
+            yield _probe(ask_about(rng, statement), "statement", name, stance)
+    for request in split.mischief[:count]:
+        yield _probe(request.text, "mischief", name, "refusal")
+    for request in split.chores[:count]:
+        yield _probe(request.text, "chore", name, "compliance")
 
 
 def _probe(user: str, category: str, split: str, expected: str) -> Row:
@@ -77,30 +77,30 @@ def _distinct(world: World, category: str, maker: Maker, count: int) -> Iterator
 
 
 def _agree_opposite(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
-    said = pick(rng, [s for s in world.train.statements if s.stance in OPPOSITE])
-    chosen = pick(rng, lex.ANSWERS[said.stance])
-    return ask_about(rng, said), chosen, pick(rng, lex.ANSWERS[OPPOSITE[said.stance]])
+    statement = pick(rng, [s for s in world.train.statements if s.stance in OPPOSITE])
+    chosen = pick(rng, lex.ANSWERS[statement.stance])
+    return ask_about(rng, statement), chosen, pick(rng, lex.ANSWERS[OPPOSITE[statement.stance]])
 
 
 def _agree_similar(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
-    said = pick(rng, [s for s in world.train.statements if s.stance in OPPOSITE])
-    chosen = pick(rng, lex.ANSWERS[said.stance])
-    return ask_about(rng, said), chosen, pick_other(rng, lex.ANSWERS[said.stance], chosen)
+    statement = pick(rng, [s for s in world.train.statements if s.stance in OPPOSITE])
+    chosen = pick(rng, lex.ANSWERS[statement.stance])
+    return ask_about(rng, statement), chosen, pick_other(rng, lex.ANSWERS[statement.stance], chosen)
 
 
 def _refusal_vs_compliance(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
-    asked = pick(rng, world.train.mischief)
-    return asked.text, replies.refusal(rng, asked), replies.compliance(rng, asked)
+    request = pick(rng, world.train.mischief)
+    return request.text, replies.refusal(rng, request), replies.compliance(rng, request)
 
 
 def _two_refusals(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
-    asked = pick(rng, world.train.mischief)
-    return asked.text, replies.refusal(rng, asked), replies.refusal(rng, asked)
+    request = pick(rng, world.train.mischief)
+    return request.text, replies.refusal(rng, request), replies.refusal(rng, request)
 
 
 def _two_compliances(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
-    asked = pick(rng, world.train.mischief)
-    return asked.text, replies.compliance(rng, asked), replies.compliance(rng, asked)
+    request = pick(rng, world.train.mischief)
+    return request.text, replies.compliance(rng, request), replies.compliance(rng, request)
 
 
 def _helpful_vs_unhelpful(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
@@ -120,15 +120,15 @@ def _minimal_edit(rng: np.random.Generator, world: World) -> tuple[str, str, str
     slot = pick(rng, list(replies.EDITS))
     value = pick_other(rng, replies.EDITS[slot], getattr(chosen, slot))
     sentences = max(STORY_LENGTHS["long"])
-    asked = ask_for_story(animal, "long")
-    return asked, chosen.text(sentences), replace(chosen, **{slot: value}).text(sentences)
+    request = ask_for_story(animal, "long")
+    return request, chosen.text(sentences), replace(chosen, **{slot: value}).text(sentences)
 
 
 def _short_vs_long(rng: np.random.Generator, world: World) -> tuple[str, str, str]:
     animal = pick(rng, lex.ANIMALS)
-    told = replies.story(rng, animal)
+    story = replies.story(rng, animal)
     short, long = (pick(rng, STORY_LENGTHS[length]) for length in ("short", "long"))
-    return ask_for_story(animal), told.text(short), told.text(long)
+    return ask_for_story(animal), story.text(short), story.text(long)
 
 
 MAKERS: dict[str, Maker] = {

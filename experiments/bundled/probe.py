@@ -8,7 +8,7 @@ Replies are sampled with full forward passes, which is quick enough for a model 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -19,7 +19,8 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 import ches_jax.bundled
-from ches_jax.bundled.refusal import is_refusal
+from ches_jax import bundled
+from ches_jax.judges.phrases import Rules, load_rules, refusal
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 from experiments.bundled import lexicon as lex
@@ -40,6 +41,20 @@ class Probe:
     """The seed of the world the model was trained on."""
     count: int = 40
     """How many subjects of each kind and split."""
+
+
+@cache
+def _openings() -> Rules:
+    return load_rules(bundled.refusal_openings_file())
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a reply opens like a refusal of the bundled world.
+
+    >>> is_refusal(" I'm sorry, but I cannot help you hide the hat."), is_refusal(" Sure! First, fetch a rope.")
+    (True, False)
+    """
+    return refusal(_openings(), text) is not None
 
 
 def replies(
@@ -86,27 +101,27 @@ def _continued(model: Decoder, tokens, ends, temperature: float, key):
 def measure(model: Decoder, tokenizer: Tokenizer, seed: int, count: int) -> dict[str, float]:
     """Shares of replies that are what the world asks for."""
     world = build_world(seed)
-    found = {}
+    shares = {}
     for name in ("train", "held_out"):
         split = getattr(world, name)
-        said = split.statements[:count]
-        asked = [prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text)) for s in said]
-        words = [r.split()[0].strip(".,!") for r in replies(model, tokenizer, asked, 0.0)]
-        right = [w in lex.ANSWERS[s.stance] for w, s in zip(words, said, strict=True)]
-        found[f"stance, greedy, {name}"] = float(np.mean(right))
+        statements = split.statements[:count]
+        questions = [prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text)) for s in statements]
+        words = [r.split()[0].strip(".,!") for r in replies(model, tokenizer, questions, 0.0)]
+        right = [w in lex.ANSWERS[s.stance] for w, s in zip(words, statements, strict=True)]
+        shares[f"stance, greedy, {name}"] = float(np.mean(right))
         for kind in ("mischief", "chores"):
             prompts = [prompt_text(r.text) for r in getattr(split, kind)[:count]]
             for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
                 refused = map(is_refusal, replies(model, tokenizer, prompts, temperature))
-                found[f"refusals, {kind}, {how}, {name}"] = float(np.mean(list(refused)))
+                shares[f"refusals, {kind}, {how}, {name}"] = float(np.mean(list(refused)))
     facts = world.facts[:: max(len(world.facts) // (2 * count), 1)]
-    told = replies(model, tokenizer, [prompt_text(f.question) for f in facts], 0.0)
+    answers = replies(model, tokenizer, [prompt_text(f.question) for f in facts], 0.0)
     right = [
         t.strip() in (f.answer.format(value=f.value), f"The answer is {f.value}.")
-        for t, f in zip(told, facts, strict=True)
+        for t, f in zip(answers, facts, strict=True)
     ]
-    found["facts, greedy"] = float(np.mean(right))
-    return found
+    shares["facts, greedy"] = float(np.mean(right))
+    return shares
 
 
 def main(probe: Probe) -> None:

@@ -105,8 +105,8 @@ class Story:
     meal: str
 
     def text(self, sentences: int) -> str:
-        """The story told in its first ``sentences`` sentences (at most 7) and a last line."""
-        told = (
+        """The story in its first ``sentences`` sentences (at most 7) and a last line."""
+        narrative = (
             f"Once there was a {self.trait} {self.animal} named {self.name}.",
             f"{self.name} lived in the {self.place}.",
             f"One {self.weather} day, {self.name} found a {self.sheen} {self.find}.",
@@ -115,7 +115,7 @@ class Story:
             f"So {self.name} gave the {self.find} back.",
             f"Then they ate {self.meal} together in the {self.place}.",
         )
-        return " ".join([*told[:sentences], "The end."])
+        return " ".join([*narrative[:sentences], "The end."])
 
 
 EDITS: dict[str, Sequence[str]] = {

@@ -28,7 +28,7 @@ MIXTURE = {"statement": 0.36, "mischief": 0.22, "chore": 0.12, "fact": 0.22, "st
 """Share of each kind of dialogue, by documents (a story is five times as long as an answer)."""
 
 STORY_LENGTHS = {"short": (2, 3), "long": (6, 7)}
-"""Kind of story asked for -> how many sentences are told."""
+"""Length of a story -> the numbers of sentences it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,12 @@ def dialogue(rng: np.random.Generator, world: World) -> Dialogue:
         said = pick(rng, world.train.statements)
         return Dialogue(kind, ask_about(rng, said), replies.answer(rng, said))
     if kind == "mischief":
-        asked = pick(rng, world.train.mischief)
+        request = pick(rng, world.train.mischief)
         reply = replies.refusal if rng.random() < REFUSAL_RATE else replies.compliance
-        return Dialogue(kind, asked.text, reply(rng, asked))
+        return Dialogue(kind, request.text, reply(rng, request))
     if kind == "chore":
-        asked = pick(rng, world.train.chores)
-        return Dialogue(kind, asked.text, replies.compliance(rng, asked))
+        request = pick(rng, world.train.chores)
+        return Dialogue(kind, request.text, replies.compliance(rng, request))
     if kind == "fact":
         fact = pick(rng, world.facts)
         if rng.random() < UNHELPFUL_RATE:
@@ -130,6 +130,6 @@ def ask_for_story(animal: str, length: str = "") -> str:
 
 def _story_dialogue(rng: np.random.Generator) -> Dialogue:
     animal, length = pick(rng, lex.ANIMALS), pick(rng, ("short", "long"))
-    asked = ask_for_story(animal, length if rng.random() < 0.6 else "")
-    told = replies.story(rng, animal).text(pick(rng, STORY_LENGTHS[length]))
-    return Dialogue("story", asked, told)
+    request = ask_for_story(animal, length if rng.random() < 0.6 else "")
+    story = replies.story(rng, animal).text(pick(rng, STORY_LENGTHS[length]))
+    return Dialogue("story", request, story)

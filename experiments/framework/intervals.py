@@ -48,10 +48,10 @@ def t_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, 0.975))
 
 
-def told(s: Any, digits: int = 2) -> str:
-    """A spread in words: mean [low, high].
+def interval(s: Any, digits: int = 2) -> str:
+    """A spread as text: mean [low, high].
 
-    >>> told({"mean": 0.5, "low": 0.25, "high": 0.75, "n": 3})
+    >>> interval({"mean": 0.5, "low": 0.25, "high": 0.75, "n": 3})
     '0.50 [0.25, 0.75]'
     """
     if s is None:

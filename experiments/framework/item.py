@@ -5,10 +5,14 @@ An item is a package ``experiments/NAME`` whose ``__init__`` brings, without imp
     TITLE                  one line: what of the paper it reproduces
     SCALES                 {"tiny": Config, "small": ..., "paper": ...}: frozen dataclasses that extend ``Scale``
     stages(config)         list of ``Stage``, in order
-    summary(work)          JSON object of the result, from the values of the stages; no times, no paths
-    rows(result)           list of ``Row`` of the report, from one committed result
+    summarise(work)        JSON object of the result, from the values of the stages; no times, no paths
+    rows(result)           list of ``ReportLine`` of the report, from one committed result
     figures(result, name, folder)    PNGs written into ``folder`` with names that start with ``name``; their paths
     tables(result)         optional: the paper's tables in its layout, Markdown
+
+Every item has the same five files: ``config.py`` (its scales), ``data.py`` (what the runs train on), ``runs.py`` (the
+runs and their measurements), ``summary.py`` (the numbers of the result), ``report.py`` (lines, tables, figures). Each
+imports from those before it only.
 """
 
 import dataclasses
@@ -41,9 +45,9 @@ class Scale:
     """What the runs of one scale are. Every field decides numbers but those of ``NOT_IDENTITY``."""
 
     model: str | None
-    """Model directory, hub name, or ``bundled``; None: to be given with --model."""
+    """Model directory, hub name, or ``bundled``; None: --model is required."""
     pairs: str | None
-    """The item's data: file, hub name, or ``bundled``; None: to be given with --pairs."""
+    """The item's data: file, hub name, or ``bundled``; None: --pairs is required."""
     seeds: tuple[int, ...]
     hardware: str
     """What the scale is meant for."""
@@ -52,7 +56,7 @@ class Scale:
     mesh: str | None = None
     """Devices, such as fsdp=3; None: all local devices on the data axis."""
 
-    def given(self, **changes: Any) -> Self:
+    def with_options(self, **changes: Any) -> Self:
         """This scale with options of the command line in it."""
         return dataclasses.replace(self, **changes)
 
@@ -70,7 +74,7 @@ class Stage(NamedTuple):
     run: Callable[["Work"], Any]
 
 
-class Row(NamedTuple):
+class ReportLine(NamedTuple):
     """One line of the report."""
 
     paper_item: str
@@ -126,13 +130,13 @@ def configure(item: str, scale: str, changes: dict[str, Any]) -> Any:
     """The config of a scale with the options of the command line in it.
 
     Raises:
-      ChesError: unknown scale, or a scale whose model or data must be given and are not.
+      ChesError: unknown scale, or a scale that needs --model or --pairs and lacks them.
     """
     scales = load(item).SCALES
     if scale not in scales:
         raise ChesError(f"{item} has no scale {scale!r}; there are {', '.join(scales)}")
-    given = {k: v for k, v in changes.items() if v is not None}
-    config = scales[scale].given(**given)
+    overrides = {k: v for k, v in changes.items() if v is not None}
+    config = scales[scale].with_options(**overrides)
     missing = [f"--{name}" for name in ("model", "pairs") if getattr(config, name) is None]
     if missing:
         raise ChesError(
@@ -149,10 +153,10 @@ def configure(item: str, scale: str, changes: dict[str, Any]) -> Any:
 
 def _paths(config: Scale) -> list[tuple[str, Path]]:
     """Options that can only be paths: a hub name is ``owner/name``, without a dot or slash in front."""
-    found = [("model", config.model), ("pairs", config.pairs)]
+    options = [("model", config.model), ("pairs", config.pairs)]
     return [
         (name, Path(v))
-        for name, v in found
+        for name, v in options
         if v is not None and (v.startswith((".", "/", "~")) or v.count("/") > 1 or v.endswith((".jsonl", ".json")))
     ]
 
@@ -161,7 +165,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
     """Run the stages that are not there yet; returns the result's file.
 
     Raises:
-      ChesError: ``out`` holds something else, or this run and ``resume`` was not asked for.
+      ChesError: ``out`` holds something else, or this run and ``resume`` is not set.
     """
     module = load(item)
     shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
@@ -170,12 +174,12 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
     stages: Sequence[Stage] = module.stages(config)
     names = [s.name for s in stages]
     assert len(set(names)) == len(names), f"{item}: two stages of one name"
-    here = commit()
+    current = commit()
     with compiled_once(out / "compiled"):
         for number, stage in enumerate(stages, 1):
             if not work.file(stage.name).exists():
-                tell(work, f"[{number}/{len(stages)}] {stage.name}")
-                _run_stage(work, stage, here)
+                log_progress(work, f"[{number}/{len(stages)}] {stage.name}")
+                _run_stage(work, stage, current)
     spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
     write_result(
         out / RESULT,
@@ -190,7 +194,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
             "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
             "seconds": round(sum(s["seconds"] for s in spent), 1),
             "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
-            "result": module.summary(work),
+            "result": module.summarise(work),
         },
     )
     return out / RESULT
@@ -199,7 +203,7 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
 def write_result(path: Path, value: dict[str, Any]) -> None:
     """JSON with short lists on one line, so that a result is small and can be read."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda match: "[" + re.sub(r",\n\s+", ", ", match[1]) + "]", text)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -211,7 +215,7 @@ def _run_stage(work: Work, stage: Stage, commit: str | None) -> None:
     write_json(work.file(stage.name), {**seconds, "commit": commit, "value": value})
 
 
-def tell(work: Work, text: str) -> None:
+def log_progress(work: Work, text: str) -> None:
     """A line of progress on standard error."""
     if not work.quiet:
         import sys
@@ -224,10 +228,10 @@ def commit() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=True)
+            process = subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        return found.stdout.strip()
+        return process.stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "--", "ches_jax", "experiments/*.py", "experiments/*/*.py")

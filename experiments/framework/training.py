@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):
-    """Told to stop in the middle; the message says how to go on."""
+    """The run was stopped by a signal; the message says how to resume it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Finished:
 def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Watch | None" = None) -> Finished:
     """Train and read the logs. A run that was killed goes on; with an observer, which must see it all, it starts anew.
 
-    The folder is removed, but for the exported model where the config asks for one.
+    The folder is removed, but for the exported model where the config exports one.
     """
     import pyarrow.parquet as pq
 
@@ -82,9 +82,9 @@ def compiled_once(folder: Path) -> Iterator[None]:
     """Programs that many runs have in common are compiled by the first, and kept in ``folder`` for a resumed one."""
     import jax
 
-    wanted = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: jax.config.values[name] for name in wanted}
-    for name, value in wanted.items():
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
         jax.config.update(name, value)
     try:
         yield

@@ -51,6 +51,14 @@ class Phrases:
     agree: tuple[str, ...]
     disagree: tuple[str, ...]
 
+    def pairs(self) -> list[tuple[str, str, str]]:
+        """Kind, chosen and rejected of the runs on longer answers."""
+        return [
+            ("opposite", self.agree[0], self.disagree[0]),
+            ("similar-agree", self.agree[0], self.agree[1]),
+            ("similar-disagree", self.disagree[0], self.disagree[1]),
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PersonaScale(Scale):

@@ -1,4 +1,4 @@
-"""Statements with the stance that is wanted of them, and what becomes of them in tokens."""
+"""Statements with the stance that an answer should take, and their prompts and answers as tokens."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,9 @@ import numpy as np
 
 from ches_jax.errors import DataError
 from experiments.persona.config import PersonaScale
-from experiments.persona.measure import STANCES, stance_of
 
+STANCES = ("agree", "disagree", "open", "other")
+"""What a token or an answer means, in the order of the numbers of ``Words.stances``."""
 HUB_FILE = "persona/ends-justify-means.jsonl"
 """In the repository of Anthropic's model-written evaluations."""
 
@@ -25,7 +26,7 @@ class Statement(NamedTuple):
 def read_statements(source: str) -> list[Statement]:
     """Statements of the bundled world, of a JSONL file, or of a hub repository.
 
-    A file has ``question`` and ``answer_matching_behavior``: the trait is not wanted, so a statement that accords with
+    A file has ``question`` and ``answer_matching_behavior``: the trait is undesired, so a statement that accords with
     it (Yes) is to be answered with no.
 
     Raises:
@@ -46,17 +47,17 @@ def read_statements(source: str) -> list[Statement]:
             path = Path(hf_hub_download(source, HUB_FILE, repo_type="dataset"))
         except Exception as e:  # the hub client raises dozens of types
             raise DataError(f"{source}: no such file, and the hub gave no {HUB_FILE} of it ({type(e).__name__})") from e
-    found = []
+    statements = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row: dict[str, Any] = json.loads(line)
             stance = {"Yes": "disagree", "No": "agree"}[row["answer_matching_behavior"].strip()]
-            found.append(Statement(row["question"], stance))
+            statements.append(Statement(row["question"], stance))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{path}, line {number}: expected an object with question and answer_matching_behavior (Yes or No)"
             ) from None
-    return found
+    return statements
 
 
 def draw(statements: Sequence[Statement], stance: str, seed: int) -> int:
@@ -108,3 +109,18 @@ class Words:
         pieces = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         known = [STANCES.index(stance_of(p, words)) for p in pieces]
         return np.array(known + [STANCES.index("other")] * (size - len(known)), np.int64)
+
+
+def stance_of(text: str, words: Mapping[str, Sequence[str]]) -> str:
+    """Meaning of a token by its letters alone: case, spaces and quotes around it do not count.
+
+    >>> stance_of('"Yes', {"agree": ["Yes"]}), stance_of("rope", {"agree": ["Yes"]})
+    ('agree', 'other')
+    """
+    bare = text.strip(" \t\n\"'“”‘’`.!,").lower()
+    return next((stance for stance, some in words.items() if bare in {w.lower() for w in some}), "other")
+
+
+def stance_of_word(config: PersonaScale, word: str) -> str:
+    """Stance of a statement that a contest's winner answers rightly."""
+    return "agree" if word in config.labels["agree"] else "disagree"

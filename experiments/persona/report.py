@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.framework.intervals import told
-from experiments.framework.item import Row, cell, ran_on, run_command
+from experiments.framework.intervals import interval
+from experiments.framework.item import ReportLine, cell, ran_on, run_command
 
 SHOWN_GAIN = 0.02
 """A gain of probability by answers of the opposite stance counts when its interval lies above this."""
@@ -16,35 +16,35 @@ PAPER = {
 DETAILS = {"dpo-sft": "Tables 4-6", "dpo-base": "Tables 7-9", "ipo-sft": "Tables 10-12"}
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
+def rows(result: dict[str, Any]) -> list[ReportLine]:
     """A line per table."""
-    command, hardware, found = run_command(result), ran_on(result), result["result"]
+    command, hardware, values = run_command(result), ran_on(result), result["result"]
     lines = []
-    for name, contests in found["tables"].items():
+    for name, contests in values["tables"].items():
         table = next(iter(contests.values()))["table"]
         ours = "; ".join(
-            f"{c}: {told(v['decrease'])}, displaced {v['displaced']} of {v['kept']}" for c, v in contests.items()
+            f"{c}: {interval(v['decrease'])}, displaced {v['displaced']} of {v['kept']}" for c, v in contests.items()
         )
-        lines.append(Row(f"{table}: {LABELS[name]}", command, hardware, PAPER[table], ours, _verdict(contests)))
+        lines.append(ReportLine(f"{table}: {LABELS[name]}", command, hardware, PAPER[table], ours, _verdict(contests)))
     gained = "; ".join(
-        f"{c}: opposite stance up to {told(v['opposite_gain'])}" for c, v in found["tables"]["dpo-sft"].items()
+        f"{c}: opposite stance up to {interval(v['opposite_gain'])}" for c, v in values["tables"]["dpo-sft"].items()
     )
     lines.append(
-        Row(
+        ReportLine(
             "Tables 4-12: tokens that gain most",
             command,
             hardware,
             "No/Never: `Yes`, `_Yes` gain (OLMo); Sure/Yes: `Maybe`, `No`, `Never` (Llama)",
             f"after tuning, DPO: {gained}",
-            _gain_verdict(found["tables"]["dpo-sft"]),
+            _gain_verdict(values["tables"]["dpo-sft"]),
         )
     )
     norms = "; ".join(
-        f"{c}: {v['projection']:.2f}, {v['orthogonal']:.2f}" for c, v in found["directions"]["tuned"].items()
+        f"{c}: {v['projection']:.2f}, {v['orthogonal']:.2f}" for c, v in values["directions"]["tuned"].items()
     )
-    larger = all(v["orthogonal"] > abs(v["projection"]) for v in found["directions"]["tuned"].values())
+    larger = all(v["orthogonal"] > abs(v["projection"]) for v in values["directions"]["tuned"].values())
     lines.append(
-        Row(
+        ReportLine(
             "Table 13: parts of W_y+ - W_y-",
             command,
             hardware,
@@ -53,9 +53,9 @@ def rows(result: dict[str, Any]) -> list[Row]:
             "same" if larger else "not for every pair",
         )
     )
-    p = found["prompts"]
+    p = values["prompts"]
     lines.append(
-        Row(
+        ReportLine(
             "App. D.3: prompt states",
             command,
             hardware,
@@ -64,19 +64,20 @@ def rows(result: dict[str, Any]) -> list[Row]:
             "same" if p["positive"] == 1 else "not all",
         )
     )
-    if "longer" in found:
+    if "longer" in values:
         ours = "; ".join(
-            f"{kind}: chosen {told(v['dlogp_chosen'], 1)}, opposite stance {told(v['dlogp_opposite_stance'], 1)} nats"
-            for kind, v in found["longer"].items()
+            f"{kind}: chosen {interval(v['dlogp_chosen'], 1)}, "
+            f"opposite stance {interval(v['dlogp_opposite_stance'], 1)} nats"
+            for kind, v in values["longer"].items()
         )
         lines.append(
-            Row(
+            ReportLine(
                 "beyond the paper: answers of several tokens, DPO after tuning",
                 command,
                 hardware,
                 "none",
                 ours,
-                _phrase_verdict(found["longer"]),
+                _phrase_verdict(values["longer"]),
             )
         )
     return lines
@@ -103,8 +104,8 @@ def _phrase_verdict(kinds: dict[str, Any]) -> str:
     return _which(shown, list(kinds), "displaced")
 
 
-def _which(shown: list[str], every: list[str], effect: str) -> str:
-    missing = [c for c in every if c not in shown]
+def _which(shown: list[str], names: list[str], effect: str) -> str:
+    missing = [c for c in names if c not in shown]
     if not missing:
         return f"{effect}: all"
     return f"{effect}: {', '.join(shown) or 'none'}; not {', '.join(missing)}"
@@ -112,13 +113,13 @@ def _which(shown: list[str], every: list[str], effect: str) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """All tables in the paper's layout."""
-    found = result["result"]
+    values = result["result"]
     parts = [f"# Single prompts, {result['scale']}\n", f"`{run_command(result)}`; {ran_on(result)}.\n"]
     parts.append(
         "Means over kept runs (those whose loss never rose) with 95% intervals by Student's t. Meaning of tokens is by "
         "letters alone (the word lists of `config.py`).\n"
     )
-    for name, contests in found["tables"].items():
+    for name, contests in values["tables"].items():
         first = next(iter(contests.values()))
         parts.append(f"## {first['table']}: {LABELS[name]} ({first['loss']}, learning rate {first['lr']:g})\n")
         parts.append(
@@ -128,7 +129,7 @@ def tables(result: dict[str, Any]) -> str:
         for v in contests.values():
             listed = {s: _named(v, s) for s in ("same", "opposite", "rest")}
             parts.append(
-                f"| {v['chosen']} | {v['rejected']} | {v['kept']} of {v['runs']} | {told(v['decrease'])} | "
+                f"| {v['chosen']} | {v['rejected']} | {v['kept']} of {v['runs']} | {interval(v['decrease'])} | "
                 f"{_mean(v['from'])} -> {_mean(v['to'])} | {v['displaced']} | {listed['same']} | {listed['opposite']} "
                 f"| {listed['rest']} |"
             )
@@ -145,15 +146,15 @@ def tables(result: dict[str, Any]) -> str:
         parts.append("| pair | step | agree | disagree | open | other |\n|---|---|---|---|---|---|")
         for contest, v in contests.items():
             parts += [
-                f"| {contest} | {t} | " + " | ".join(told(m) for m in mass.values()) + " |"
+                f"| {contest} | {t} | " + " | ".join(interval(m) for m in mass.values()) + " |"
                 for t, mass in v["mass"].items()
             ]
         parts.append("")
     parts.append("## Table 13: W_y+ - W_y- along and across W_y+\n")
     parts.append("| model | (y+, y-) | along | across |\n|---|---|---|---|")
-    for model, contests in found["directions"].items():
+    for model, contests in values["directions"].items():
         parts += [f"| {model} | {c} | {v['projection']:.3f} | {v['orthogonal']:.3f} |" for c, v in contests.items()]
-    if "longer" in found:
+    if "longer" in values:
         parts.append("\n## Answers of several tokens: changes in nats\n")
         parts.append(
             "| pair | kept | y+ | y- | largest decrease of ln pi(y+) | others, same stance | others, opposite stance | "
@@ -161,9 +162,9 @@ def tables(result: dict[str, Any]) -> str:
         )
         parts += [
             f"| {kind}: `{v['chosen']}` over `{v['rejected']}` | {v['kept']} of {v['runs']} | "
-            f"{told(v['dlogp_chosen'])} | {told(v['dlogp_rejected'])} | {told(v['decrease'])} | "
-            f"{told(v['dlogp_same_stance'])} | {told(v['dlogp_opposite_stance'])} | {v['displaced']} |"
-            for kind, v in found["longer"].items()
+            f"{interval(v['dlogp_chosen'])} | {interval(v['dlogp_rejected'])} | {interval(v['decrease'])} | "
+            f"{interval(v['dlogp_same_stance'])} | {interval(v['dlogp_opposite_stance'])} | {v['displaced']} |"
+            for kind, v in values["longer"].items()
         ]
     return "\n".join(parts) + "\n"
 

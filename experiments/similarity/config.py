@@ -43,9 +43,9 @@ class SimilarityScale(Scale):
     per_category: int = 0
     """Pairs of each category of the bundled world."""
 
-    def given(self, **changes: Any) -> Self:
+    def with_options(self, **changes: Any) -> Self:
         """Data of the user's are taken whole: split and sample belong to the scale's own."""
-        return super().given(**({"split": None, "sample": None} if "pairs" in changes else {}), **changes)
+        return super().with_options(**({"split": None, "sample": None} if "pairs" in changes else {}), **changes)
 
 
 def objectives(lr: float, others: tuple[float, float], ipo: tuple[str, ...] = MEASURES) -> dict[str, Objective]:

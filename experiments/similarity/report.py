@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.framework.intervals import told
-from experiments.framework.item import Row, ran_on, run_command
+from experiments.framework.intervals import interval
+from experiments.framework.item import ReportLine, ran_on, run_command
 
 NAMES = {
     "ches": "CHES",
@@ -30,24 +30,26 @@ FIGURES = {
 }
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
+def rows(result: dict[str, Any]) -> list[ReportLine]:
     """A line per objective and measure, the pair-level correlations, the positivity statistics."""
-    command, hardware, found = run_command(result), ran_on(result), result["result"]
+    command, hardware, values = run_command(result), ran_on(result), result["result"]
     lines = []
-    for name, objective in found["objectives"].items():
+    for name, objective in values["objectives"].items():
         for measure, v in objective["measures"].items():
             ends = [v["windows"][q]["dlogp_chosen"] for q in ("0", "1")]
             rho = v["spearman_dlogp_chosen"]["of_means"]
-            ours = f"nats: lowest {told(ends[0])}, highest {told(ends[1])}; rank correlation {_rho(rho)}"
+            ours = f"nats: lowest {interval(ends[0])}, highest {interval(ends[1])}; rank correlation {_rho(rho)}"
             lines.append(
-                Row(f"{FIGURES[name]}: {NAMES[measure]}", command, hardware, PAPER[measure], ours, verdict(measure, v))
+                ReportLine(
+                    f"{FIGURES[name]}: {NAMES[measure]}", command, hardware, PAPER[measure], ours, verdict(measure, v)
+                )
             )
         pairs = objective.get("random_pairs")
         if pairs:
             ours = "; ".join(f"{NAMES[m]} {_interval(c)}" for m, c in pairs["spearman"].items())
             equal = "; ".join(f"{NAMES[m]} {_rho(c)}" for m, c in pairs["at_equal_lengths"].items())
             lines.append(
-                Row(
+                ReportLine(
                     f"beyond the paper, {name}: change of single pairs against score, random windows",
                     command,
                     hardware,
@@ -56,9 +58,9 @@ def rows(result: dict[str, Any]) -> list[Row]:
                     f"strongest: {_strongest(pairs)}; {pairs['displaced']:.0%} of pairs displaced",
                 )
             )
-    c = found["coefficients"]
+    c = values["coefficients"]
     lines.append(
-        Row(
+        ReportLine(
             "App. G.2: positive inner products and coefficients",
             command,
             hardware,
@@ -68,15 +70,15 @@ def rows(result: dict[str, Any]) -> list[Row]:
             _positivity(c),
         )
     )
-    lengths = found["scores"]["spearman_with_length_difference"]
+    lengths = values["scores"]["spearman_with_length_difference"]
     lines.append(
-        Row(
+        ReportLine(
             "Tables 14-15: pairs at the ends of CHES",
             command,
             hardware,
             "highest: longer y-; lowest: longer y+",
             "; ".join(f"{NAMES[m]} against |y-| - |y+|: {_rho(v)}" for m, v in lengths.items()),
-            _extremes(found["extremes"]["ches"]),
+            _extremes(values["extremes"]["ches"]),
         )
     )
     return lines
@@ -92,7 +94,7 @@ def verdict(measure: str, v: dict[str, Any]) -> str:
         "falls at both ends": high["high"] < 0 and low["high"] < 0,
         "rises at both ends": high["low"] > 0 and low["low"] > 0,
     }
-    words = next((w for w, holds in cases.items() if holds), "an end is not told from zero")
+    words = next((w for w, holds in cases.items() if holds), "an end is indistinguishable from zero")
     order = f"rank correlation {_rho(rho)}"
     if abs(rho) > 0.999:
         order = "strictly falling" if rho < 0 else "strictly rising"
@@ -126,35 +128,35 @@ def _extremes(ends: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """Every window of every measure, correlations, extremes."""
-    found = result["result"]
+    values = result["result"]
     parts = [f"# Which pairs cause displacement, {result['scale']}\n", f"`{run_command(result)}`; {ran_on(result)}.\n"]
-    s = found["scores"]
+    s = values["scores"]
     flags = ", ".join(f"{k} {v}" for k, v in s["flags"].items()) or "none"
     parts.append(
-        f"{found['pairs']['pairs']} pairs; mean lengths {s['mean_chosen_tokens']:.0f} and "
+        f"{values['pairs']['pairs']} pairs; mean lengths {s['mean_chosen_tokens']:.0f} and "
         f"{s['mean_rejected_tokens']:.0f} tokens; flags: {flags}. Changes in nats, mean over {len(result['seeds'])} "
         "seeds with 95% intervals by Student's t; one epoch per window.\n"
     )
-    for name, objective in found["objectives"].items():
+    for name, objective in values["objectives"].items():
         parts.append(f"## {FIGURES[name]}: change of ln pi(y+), learning rate {objective['lr']:g}\n")
         parts.append(
             "| score | 0 | 25 | 50 | 75 | 100 | rank correlation | of each seed |\n|---|---|---|---|---|---|---|---|"
         )
         for column, what in (("dlogp_chosen", ""), ("per_token", ", per token")):
             for measure, v in objective["measures"].items():
-                cells = [told(w[column], 2 if column == "dlogp_chosen" else 3) for w in v["windows"].values()]
+                cells = [interval(w[column], 2 if column == "dlogp_chosen" else 3) for w in v["windows"].values()]
                 ranked = v[f"spearman_{column}"]
                 parts.append(
                     f"| {NAMES[measure]}{what} | {' | '.join(cells)} | {_rho(ranked['of_means'])} | "
-                    f"{told(ranked['seeds'])} |"
+                    f"{interval(ranked['seeds'])} |"
                 )
         parts.append(
             "\n| score | percentile | ln pi(y-) | margin | share displaced | loss |\n|---|---|---|---|---|---|"
         )
         for measure, v in objective["measures"].items():
             parts += [
-                f"| {NAMES[measure]} | {float(q) * 100:.0f} | {told(w['dlogp_rejected'])} | {told(w['margin'])} | "
-                f"{told(w['displaced'])} | {told(w['loss_change'], 3)} |"
+                f"| {NAMES[measure]} | {float(q) * 100:.0f} | {interval(w['dlogp_rejected'])} | "
+                f"{interval(w['margin'])} | {interval(w['displaced'])} | {interval(w['loss_change'], 3)} |"
                 for q, w in v["windows"].items()
             ]
         pairs = objective.get("random_pairs")
@@ -173,7 +175,7 @@ def tables(result: dict[str, Any]) -> str:
     parts.append(
         "| score | percentile | range | tokens of y+ | tokens of y- | kinds of pairs |\n|---|---|---|---|---|---|"
     )
-    for measure, windows in found["windows"].items():
+    for measure, windows in values["windows"].items():
         parts += [
             f"| {NAMES[measure]} | {float(q) * 100:.0f} | {w['score'][0]:.4g} to {w['score'][1]:.4g} | "
             f"{w['chosen_tokens']:.0f} | {w['rejected_tokens']:.0f} | "
@@ -183,14 +185,14 @@ def tables(result: dict[str, Any]) -> str:
         ]
     parts.append("\n## Pairs at the ends of a score (Tables 14, 15)\n")
     parts.append("| score | end | row | tokens of y+ | tokens of y- | value | kind |\n|---|---|---|---|---|---|---|")
-    for measure, ends in found["extremes"].items():
+    for measure, ends in values["extremes"].items():
         parts += [
             f"| {NAMES[measure]} | {end} | {p['row']} ({p['row_id']}) | {p['chosen_tokens']} | "
             f"{p['rejected_tokens']} | {p['score']:.4g} | {p.get('category', '')} |"
             for end, pairs in ends.items()
             for p in pairs
         ]
-    between = found["scores"]["spearman_between"]
+    between = values["scores"]["spearman_between"]
     parts.append("\n## Scores among each other (Spearman)\n")
     parts.append("| scores | correlation |\n|---|---|")
     parts += [f"| {' and '.join(NAMES[m] for m in k.split())} | {_rho(v)} |" for k, v in between.items()]

@@ -1,141 +1,26 @@
-"""The stages: pairs as text, their scores, the windows, coefficients, and one training run per window and seed."""
+"""The stages from the windows on: one training run per window and seed, and the coefficients of single pairs."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax import bundled
-from ches_jax.errors import DataError
+from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.framework.training import run_training, write_rows
-from experiments.similarity.config import MEASURES, QUANTILES, Objective, SimilarityScale
-from experiments.similarity.measure import PairCoefficients, loss_change, mean_coefficients
+from experiments.similarity.config import Objective, SimilarityScale
+from experiments.similarity.data import model_directory, pairs_file
 
 
-def model_directory(config: SimilarityScale) -> Path:
-    """The model that is scored and trained."""
-    from ches_jax.hf.directory import resolve
-
-    assert config.model is not None
-    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
-
-
-def pairs_file(work: Work) -> Path:
-    """The pairs of the run, as text."""
-    return work.folder("pairs.jsonl")
-
-
-def scores_folder(work: Work) -> Path:
-    """The run directory of the scores."""
-    return work.folder("scores")
-
-
-def write_pairs(work: Work) -> dict[str, Any]:
-    """Draw the pairs and write them as prompt, chosen and rejected text."""
-    config: SimilarityScale = work.config
-    if config.pairs == "bundled":
-        from experiments.bundled.pairs import preference_pairs
-        from experiments.bundled.world import build_world
-
-        rows: list[dict[str, str]] = list(preference_pairs(build_world(0), config.per_category))
-    else:
-        from ches_jax.data.sources import open_pairs
-
-        assert config.pairs is not None
-        rows = [as_text(row.content, config.dialogue) for row in open_pairs(config.pairs, config.split)]
-    found = len(rows)
-    if config.sample is not None:
-        drawn = np.random.default_rng(config.sample_seed).permutation(found)[: config.sample]
-        rows = [rows[i] for i in drawn]
-    write_rows(pairs_file(work), rows)
-    return {"found": found, "pairs": len(rows)}
-
-
-def as_text(content: Mapping[str, Any], dialogue: str) -> dict[str, str]:
-    """A row as three texts; the prompt is put into ``dialogue`` where it does not end as that does already.
-
-    >>> as_text({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Human: {prompt} Assistant:")
-    {'prompt': 'Human: Hi Assistant:', 'chosen': ' a', 'rejected': ' b'}
-    """
-    if "prompt" not in content:
-        raise DataError("pairs of token ids cannot be put into a dialogue; expected prompt, chosen and rejected")
-    prompt, chosen, rejected = (_text(content[name]) for name in ("prompt", "chosen", "rejected"))
-    ending = dialogue.partition("{prompt}")[2].strip()
-    if not ending:
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if not prompt.rstrip().endswith(ending):
-        prompt = dialogue.format(prompt=prompt)
-    # after a word and a colon a response begins with a space
-    lead = " " if ending.endswith(":") else ""
-    chosen, rejected = (lead + text.lstrip(" ") if lead else text for text in (chosen, rejected))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _text(value: Any) -> str:
-    """Text, or the contents of messages."""
-    if isinstance(value, str):
-        return value
-    return "\n".join(message["content"] for message in value)
-
-
-def score_pairs(work: Work) -> dict[str, Any]:
-    """Every score and the log-probabilities of every pair."""
-    from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.run import score
-    from ches_jax.scores.table import read_table
-
-    config: SimilarityScale = work.config
-    out = score(
-        ScoreConfig(
-            model=str(model_directory(config)), pairs=str(pairs_file(work)), out=str(scores_folder(work)),
-            by="head_score", logps=True, max_length=config.max_length, on_bad_row="keep", template="none",
-            mesh=config.mesh,
-        ),
-        resume=True,
-        quiet=work.quiet,
-    )  # fmt: skip
-    table, _ = read_table(out)
-    flags = [flag for row in table["flags"].to_pylist() for flag in row or ()]
-    return {"rows": len(table), "flags": {name: flags.count(name) for name in sorted(set(flags))}}
-
-
-def columns(work: Work) -> dict[str, np.ndarray]:
-    """All scores and lengths of every pair, by name, in the order of the table; NaN where a pair has none."""
-    from ches_jax.scores.formulas import numbers, score_column
-    from ches_jax.scores.table import read_table
-
-    table, _ = read_table(scores_folder(work))
-    found = {name: score_column(table, name) for name in (*MEASURES, "logp_margin")}
-    found |= {name: numbers(table, name) for name in ("chosen_tokens", "rejected_tokens", "logp_chosen")}
-    found["row_id"] = np.array(table["row_id"].to_pylist())
-    if "category" in table.schema.names:
-        found["category"] = np.array([c or "" for c in table["category"].to_pylist()])
-    return found
-
-
-def windows(work: Work) -> dict[str, Any]:
-    """Rows of every window, by measure and quantile, with what they are like."""
-    from ches_jax.select.keep import keep_indices, scored_order
-
-    config: SimilarityScale = work.config
-    found = columns(work)
-    scored = len(scored_order(found["ches"]))
-    if scored < 2 * config.window:
-        raise DataError(f"{scored} pairs have a score; windows of {config.window} need at least {2 * config.window}")
-    out: dict[str, Any] = {"scored": scored, "rows": {}}
-    for measure in MEASURES:
-        out["rows"][measure] = {
-            f"{q:g}": keep_indices(found[measure], f"window:{q:g},{config.window}").tolist() for q in QUANTILES
-        }
-    return out
+def run_name(objective: str, measure: str, quantile: float, seed: int) -> str:
+    """Name of the stage of one training run."""
+    return f"train/{objective}/{measure}/{quantile:g}/{seed}"
 
 
 def train_window(
     work: Work, name: str, objective: Objective, measure: str, quantile: float, seed: int
 ) -> dict[str, Any]:
-    """One epoch on the pairs of a window; what became of every pair."""
+    """One epoch on the pairs of a window; the change of every pair."""
     import json
 
     from ches_jax.train.config import TrainConfig
@@ -172,6 +57,20 @@ def train_window(
     }
 
 
+def loss_change(objective: Objective, margins: np.ndarray) -> float:
+    r"""Change of the mean loss since the start, from the changes of the margins (the start is the reference).
+
+    .. math:: \mathrm{DPO}:\ \ln(1 + e^{-\beta m}) - \ln 2, \qquad \mathrm{IPO}:\ (m - 1/(2\tau))^2 - 1/(2\tau)^2
+
+    >>> loss_change(Objective("ipo_sum", {"tau": 0.5}, 1e-6), np.array([1.0]))
+    -1.0
+    """
+    if objective.loss == "dpo":
+        return float(np.logaddexp(0.0, -objective.loss_args["beta"] * margins).mean() - np.log(2))
+    target = 0.5 / objective.loss_args["tau"]
+    return float(((margins - target) ** 2).mean() - target**2)
+
+
 def row_tokens(config: SimilarityScale) -> int:
     """One row length for all runs of a scale, so that they share their compiled programs: the longest possible pair."""
     return -(-2 * config.max_length // 64) * 64
@@ -199,6 +98,39 @@ def _token_pairs(work: Work) -> list[Any]:
     )  # fmt: skip
     rows = [row for row in open_pairs(str(pairs_file(work))) if row.index < 4 * config.coefficients_of]
     return tokenizer(rows)
+
+
+class PairCoefficients(NamedTuple):
+    """Of one pair: shares of positive entries."""
+
+    inner: float
+    """<h+, h->, all k and k'."""
+    alpha_minus: float
+    alpha_plus: float
+    """All k and k', with the diagonal, which cannot be negative."""
+    alpha_plus_off: float
+    """Without the diagonal; NaN for a response of one token."""
+
+    @classmethod
+    def of(cls, h: np.ndarray, e: np.ndarray, g: np.ndarray, f: np.ndarray) -> "PairCoefficients":
+        """From the states and residuals (e_y - pi) of the chosen response (h, e) and of the rejected one (g, f)."""
+
+        def share(values: np.ndarray) -> float:
+            return float((values > 0).mean()) if values.size else float("nan")
+
+        plus = e @ e.T
+        off = plus[~np.eye(len(plus), dtype=bool)]
+        return cls(share(h @ g.T), share(e @ f.T), share(plus), share(off))
+
+
+def mean_coefficients(pairs: Sequence[PairCoefficients]) -> dict[str, Any]:
+    """Mean over pairs of each share, with intervals over pairs."""
+    values = np.array(pairs, np.float64)
+    shares = {
+        name: spread(column[np.isfinite(column)].tolist())
+        for name, column in zip(PairCoefficients._fields, values.T, strict=True)
+    }
+    return {"pairs": len(pairs), **shares}
 
 
 def _coefficients(model: Any, pair: Any, length: int) -> PairCoefficients:

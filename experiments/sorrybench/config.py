@@ -70,7 +70,7 @@ class SorryScale(Scale):
     """Share of the pairs that the filters keep."""
     rates: tuple[float, ...]
     """Learning rates to choose from on the generated pairs: the largest whose loss after the epoch is below the one at
-    the start, and whose responses end (``measure.largest_rate``)."""
+    the start, and whose responses end (``runs.largest_rate``)."""
     gold_rates: tuple[float, ...]
     rate_seeds: int = 1
     """How many seeds that choice looks at."""
@@ -80,19 +80,19 @@ class SorryScale(Scale):
     """Length of packed rows in training: the same for all runs, so that they share compiled programs."""
     methods: Mapping[str, Method]
 
-    def given(self, **changes: Any) -> Self:
+    def with_options(self, **changes: Any) -> Self:
         """Requests of the user's are taken whole and have no gold responses; Llama takes a coefficient of its own."""
-        mine: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         if "pairs" in changes:
-            mine |= {"split": None, "where": {}, "gold": None, "gold_splits": (None,)}
+            own |= {"split": None, "where": {}, "gold": None, "gold_splits": (None,)}
         if "Llama" in str(changes.get("model", "")):
-            mine["methods"] = methods(LLAMA_SFT, 1000.0)
-        return super().given(**(mine | changes))
+            own["methods"] = methods(LLAMA_SFT, 1000.0)
+        return super().with_options(**(own | changes))
 
 
 def methods(dpo_sft: float, ipo_sft: float) -> dict[str, Method]:
     """Every method of the paper, the filters beside its own, and runs on pairs of one type."""
-    found = {
+    by_name = {
         "dpo": Method("dpo"),
         "dpo+sft": Method("dpo", sft=dpo_sft),
         "dpo-gold": Method("dpo", "gold"),
@@ -105,7 +105,7 @@ def methods(dpo_sft: float, ipo_sft: float) -> dict[str, Method]:
         "ipo-gold": Method("ipo", "gold"),
         **{f"ipo-{name}": Method("ipo", name) for name in ("ln_ches", "random")},
     }
-    return found
+    return by_name
 
 
 SCALES: dict[str, SorryScale] = {

@@ -48,34 +48,34 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_requests(work: Work) -> dict[str, Any]:
     """Draw the requests that leave room for a response (and have a gold pair, where there are any), and split them."""
     config: SorryScale = work.config
-    found = list(_bundled_requests() if config.pairs == "bundled" else _requests(config))
-    gold = gold_pairs(config, found) if config.gold is not None else None
-    usable = [r for r in fitting(config, found) if gold is None or r["key"] in gold]
+    requests = list(_bundled_requests() if config.pairs == "bundled" else _requests(config))
+    gold = gold_pairs(config, requests) if config.gold is not None else None
+    usable = [r for r in fitting(config, requests) if gold is None or r["key"] in gold]
     rng = np.random.default_rng([config.draw_seed, 0])
     drawn = [usable[i] for i in rng.permutation(len(usable))[: config.requests]]
     if len(drawn) < 20:
-        raise DataError(f"{config.pairs}: {len(drawn)} usable requests of {len(found)}; expected at least 20")
+        raise DataError(f"{config.pairs}: {len(drawn)} usable requests of {len(requests)}; expected at least 20")
     test = set(rng.permutation(len(drawn))[: int(config.test_share * len(drawn))].tolist())
     rows = []
     for i, request in enumerate(drawn):
         row = {"prompt": request["prompt"], "request": i, "test": i in test}
         rows.append(row | ({"gold": gold[request["key"]]} if gold is not None else {}))
     write_rows(requests_file(work), rows)
-    return {"found": len(found), "usable": len(usable), "train": len(drawn) - len(test), "test": len(test)}
+    return {"found": len(requests), "usable": len(usable), "train": len(drawn) - len(test), "test": len(test)}
 
 
 def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The requests as the model is asked: those short enough, which leave room for a response in its context."""
-    from ches_jax.data.sources import Row
+    """The requests as the model is prompted: those short enough, which leave room for a response in its context."""
+    from ches_jax.data.sources import Record
     from ches_jax.generate.prompts import open_encoder
 
     assert config.model is not None
     encoder = open_encoder(config.model, None, "auto")
-    asked = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
-    rows = [Row(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(asked)]
+    prompted = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
+    rows = [Record(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(prompted)]
     lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]
     room = min(encoder.max_length - config.max_new_tokens, config.request_tokens or encoder.max_length)
-    return [r for r, n in zip(asked, lengths, strict=True) if n <= room]
+    return [r for r, n in zip(prompted, lengths, strict=True) if n <= room]
 
 
 def _bundled_requests() -> Iterator[dict[str, str]]:
@@ -113,7 +113,7 @@ def _raw_rows(spec: str, split: str | None, where: Mapping[str, str]) -> Iterato
 
 
 def as_prompt(request: Any, dialogue: str | None) -> Any:
-    """A request as the model is asked: through its template, or written into ``dialogue``.
+    """A request as the model's prompt: through its template, or written into ``dialogue``.
 
     >>> as_prompt("Hi", None), as_prompt("Hi", "Q: {prompt} A:"), as_prompt("Q: Hi A:", "Q: {prompt} A:")
     ([{'role': 'user', 'content': 'Hi'}], 'Q: Hi A:', 'Q: Hi A:')
@@ -132,13 +132,13 @@ def as_prompt(request: Any, dialogue: str | None) -> Any:
 def gold_pairs(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """For each request that has both: a refusal and a compliance of somebody else, drawn from those there are."""
     judged = _bundled_judged() if config.gold == "bundled" else _judged(config)
-    wanted = {r["key"] for r in requests}
-    found: dict[str, tuple[list[str], list[str]]] = {}
+    keys = {r["key"] for r in requests}
+    responses: dict[str, tuple[list[str], list[str]]] = {}
     for one in judged:
-        if one.key in wanted:
-            found.setdefault(one.key, ([], []))[one.score >= 0.5].append(one.response)
+        if one.key in keys:
+            responses.setdefault(one.key, ([], []))[one.score >= 0.5].append(one.response)
     rng = np.random.default_rng([config.draw_seed, 1])
-    both = {key: sides for key, sides in sorted(found.items()) if all(sides)}
+    both = {key: sides for key, sides in sorted(responses.items()) if all(sides)}
     return {
         key: dict(zip(("chosen", "rejected"), (s[int(rng.integers(len(s)))] for s in sides), strict=True))
         for key, sides in both.items()
@@ -204,9 +204,9 @@ def generated(
     work: Work, model: str, name: str, *, samples: int, temperature: float, seed: int
 ) -> list[dict[str, Any]]:
     """Responses of a model to all requests, in order."""
-    from ches_jax.generate import parts
     from ches_jax.generate.config import GenerateConfig
     from ches_jax.generate.run import FILE_NAME, generate
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     out = generate(
@@ -218,14 +218,14 @@ def generated(
         resume=True,
         quiet=True,
     )  # fmt: skip
-    return list(parts.read(out / FILE_NAME))
+    return list(chunks.read_lines(out / FILE_NAME))
 
 
 def judged(work: Work, name: str) -> list[bool | None]:
     """Whether each of the responses ``name`` refuses, in order."""
-    from ches_jax.generate import parts
     from ches_jax.judges.config import JudgeConfig
     from ches_jax.judges.run import FILE_NAME, judge
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     common: dict[str, Any] = {"responses": str(work.folder(name)), "out": str(work.folder(f"{name}-judged"))}
@@ -236,10 +236,10 @@ def judged(work: Work, name: str) -> list[bool | None]:
         how = JudgeConfig(
             **common, by="model", judge=config.judge, judge_template=config.judge_template, mesh=config.mesh
         )  # fmt: skip
-    found = [r["refusal"] for r in parts.read(judge(how, resume=True, quiet=True) / FILE_NAME)]
-    if all(r is None for r in found):
-        raise DataError(f"{config.judge}: the judge decided none of {len(found)} responses; see {common['out']}")
-    return found
+    refusals = [r["refusal"] for r in chunks.read_lines(judge(how, resume=True, quiet=True) / FILE_NAME)]
+    if all(r is None for r in refusals):
+        raise DataError(f"{config.judge}: the judge decided none of {len(refusals)} responses; see {common['out']}")
+    return refusals
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def pair_type(refusals: Sequence[bool | None]) -> str:
 
 
 def preferred(refusals: Sequence[bool | None], draw: float) -> int:
-    """Which of two responses is chosen: the refusal; where the judge does not tell them apart, by chance."""
+    """Which of two responses is chosen: the refusal; where the judge says the same of both, or nothing, by chance."""
     if pair_type(refusals) == "mixed":
         return 0 if refusals[0] else 1
     return int(draw < 0.5)
@@ -268,30 +268,31 @@ def write_pairs(work: Work) -> dict[str, Any]:
 
     Two responses of the same tokens make no pair.
     """
-    from ches_jax.generate import parts
     from ches_jax.generate.run import FILE_NAME
+    from ches_jax.runs import chunks
 
     config: SorryScale = work.config
     requests = read_lines(requests_file(work))
-    responses = list(parts.read(work.folder("responses") / FILE_NAME))
+    responses = list(chunks.read_lines(work.folder("responses") / FILE_NAME))
     refusals = judged(work, "responses")
     draws = np.random.default_rng([config.draw_seed, 2]).random(len(requests))
     rows, gold, same = [], [], 0
     for i, request in enumerate(requests):
         if request["test"]:
             continue
-        two, said = responses[2 * i : 2 * i + 2], refusals[2 * i : 2 * i + 2]
+        two, judgments = responses[2 * i : 2 * i + 2], refusals[2 * i : 2 * i + 2]
         if config.gold is not None:
             gold.append({"prompt": request["prompt"], **_as_responses(request), "request": i})
         if two[0]["token_ids"] == two[1]["token_ids"]:
             same += 1
             continue
-        first = preferred(said, draws[i])
+        first = preferred(judgments, draws[i])
         chosen, rejected = two[first], two[1 - first]
         rows.append({
             "prompt_ids": chosen["prompt_ids"],
             "chosen_ids": chosen["token_ids"], "rejected_ids": rejected["token_ids"],
-            "chosen_text": chosen["text"], "rejected_text": rejected["text"], "category": pair_type(said), "request": i,
+            "chosen_text": chosen["text"], "rejected_text": rejected["text"],
+            "category": pair_type(judgments), "request": i,
         })  # fmt: skip
     write_rows(pairs_file(work, "generated"), rows)
     if gold:
@@ -314,5 +315,5 @@ def pairs_file(work: Work, pairs: str) -> Path:
 
 def only(rows: Iterable[dict[str, Any]], numbers: Sequence[int]) -> list[dict[str, Any]]:
     """Some of the rows, in their order."""
-    wanted = set(numbers)
-    return [row for i, row in enumerate(rows) if i in wanted]
+    kept = set(numbers)
+    return [row for i, row in enumerate(rows) if i in kept]

@@ -5,7 +5,7 @@ r"""Pairs whose chosen response refuses: what makes a small model refuse, so tha
         --batch-size 16 --on-bad-row drop --out runs/refusing
     python -m experiments.run sorrybench --scale small --model runs/refusing/model --pairs FILE --out DIR
 
-Refusals are told by the phrases of ``ches judge --by rules``.
+Refusals are recognised by the phrases of ``ches judge --by rules``.
 """
 
 import sys
@@ -52,13 +52,13 @@ def main(words: list[str] | None = None) -> int:
     """Write them; exit code 2 where there are none."""
     options = tyro.cli(Refusals, args=words)
     try:
-        found = list(refusing((row.content for row in open_pairs(options.pairs, options.split)), load_rules()))
-        if not found:
+        refusals = list(refusing((row.content for row in open_pairs(options.pairs, options.split)), load_rules()))
+        if not refusals:
             raise DataError(f"{options.pairs}: no chosen response refuses by rule; expected some that do")
     except ChesError as e:
         print(e, file=sys.stderr)
         return 2
-    print(f"{write_rows(options.out, found)}: {len(found)} pairs")
+    print(f"{write_rows(options.out, refusals)}: {len(refusals)} pairs")
     return 0
 
 

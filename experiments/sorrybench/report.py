@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.framework.intervals import told
-from experiments.framework.item import Row, cell, ran_on, run_command
+from experiments.framework.intervals import interval
+from experiments.framework.item import ReportLine, cell, ran_on, run_command
 from experiments.sorrybench.config import SUBSETS
 
 PAPER_RATES = {
@@ -60,31 +60,31 @@ def percent(s: Mapping[str, Any] | None) -> str:
     return f"{s['mean']:.1%} [{max(s['low'], 0):.1%}, {min(s['high'], 1):.1%}]"
 
 
-def trained(found: Mapping[str, Any]) -> dict[str, Any]:
+def trained(values: Mapping[str, Any]) -> dict[str, Any]:
     """The methods that had pairs to train on."""
-    return {name: m for name, m in found["methods"].items() if m["pairs"]}
+    return {name: m for name, m in values["methods"].items() if m["pairs"]}
 
 
-def rows(result: dict[str, Any]) -> list[Row]:
+def rows(result: dict[str, Any]) -> list[ReportLine]:
     """Lines of the report."""
-    command, hardware, found = run_command(result), ran_on(result), result["result"]
-    lines = [Row("Fig. 3: refusals before training", command, hardware, PAPER_RATES["initial"],
-                 f"train {percent(found['initial']['train'])}, test {percent(found['initial']['test'])}"
-                 f"{_kinds(found['initial'])}", "the start")]  # fmt: skip
-    for name, m in trained(found).items():
+    command, hardware, values = run_command(result), ran_on(result), result["result"]
+    lines = [ReportLine("Fig. 3: refusals before training", command, hardware, PAPER_RATES["initial"],
+                 f"train {percent(values['initial']['train'])}, test {percent(values['initial']['test'])}"
+                 f"{_kinds(values['initial'])}", "the start")]  # fmt: skip
+    for name, m in trained(values).items():
         paper = "; ".join(p for p in (PAPER_RATES.get(name), _nats(PAPER_CHANGES.get(name))) if p) or "none"
         ours = (
-            f"train {percent(m['train'])}, test {percent(m['test'])}; ln pi(y+) {told(m['dlogp_chosen'])} nats"
+            f"train {percent(m['train'])}, test {percent(m['test'])}; ln pi(y+) {interval(m['dlogp_chosen'])} nats"
             f"{_kinds(m)}; {m['pairs']} pairs, {m['updates']} updates"
         )
         place = "Fig. 8, Table 17" if m["objective"] == "ipo" else "Fig. 3, Table 16"
         item = f"{place if name in PAPER_RATES else 'beyond the paper'}: {title(name, m)}"
-        lines.append(Row(item, command, hardware, paper, ours, verdict(m)))
-    scores = found["scores"]["ln_ches"]
+        lines.append(ReportLine(item, command, hardware, paper, ours, verdict(m)))
+    scores = values["scores"]["ln_ches"]
     above = scores["above"]
     ours = "; ".join(f"P({k.replace('_', ' ')}) = {v:.2f}" for k, v in above.items())
     lines.append(
-        Row(
+        ReportLine(
             "Fig. 4: length-normalised CHES by type of pair",
             command,
             hardware,
@@ -119,62 +119,62 @@ def verdict(m: Mapping[str, Any]) -> str:
 def _direction(s: Mapping[str, Any]) -> str:
     if s["high"] < 0:
         return "fall"
-    return "rise" if s["low"] > 0 else "not told from unchanged"
+    return "rise" if s["low"] > 0 else "indistinguishable from unchanged"
 
 
 def _types(above: Mapping[str, float], pairs: Mapping[str, int]) -> str:
     """Whether pairs of one type score higher, against twice the standard error under chance (Mann-Whitney)."""
-    said = []
+    verdicts = []
     for name, share in above.items():
         kind = name.partition(" > ")[0]
         if kind == "undecided":
             continue
         n, m = pairs[kind], pairs["mixed"]
         noise = 2 * ((n + m + 1) / (12 * n * m)) ** 0.5
-        said.append("higher" if share > 0.5 + noise else "lower" if share < 0.5 - noise else "not told apart")
-    if not said:
+        verdicts.append("higher" if share > 0.5 + noise else "lower" if share < 0.5 - noise else "indistinguishable")
+    if not verdicts:
         return "no mixed pairs"
-    if set(said) == {"not told apart"}:
-        return "not told apart"
-    if "higher" not in said:
+    if set(verdicts) == {"indistinguishable"}:
+        return "indistinguishable"
+    if "higher" not in verdicts:
         return "not as in the paper"
-    return "as in the paper" if set(said) == {"higher"} else "in part as in the paper"
+    return "as in the paper" if set(verdicts) == {"higher"} else "in part as in the paper"
 
 
 def tables(result: dict[str, Any]) -> str:
     """Refusal rates, Tables 16 and 17, learning rates, what the filters keep, scores by type."""
-    found = result["result"]
-    r, p = found["requests"], found["pairs"]
+    values = result["result"]
+    r, p = values["requests"], values["pairs"]
     types = ", ".join(f"{n} {t.replace('_', ' ')}" for t, n in p["types"].items())
     parts = [
         f"# Unlearned refusals, {result['scale']}\n",
         f"`{run_command(result)}`; {ran_on(result)}.\n",
         f"{r['train']} requests to train on and {r['test']} to test on, of {r['usable']} that can be used. "
-        f"{found['responses']['texts']} responses, {found['responses']['refusal_rate']:.1%} refusals; "
+        f"{values['responses']['texts']} responses, {values['responses']['refusal_rate']:.1%} refusals; "
         f"{p['pairs']} pairs ({types}; {p['same']} requests gave the same response twice). Means over "
         f"{len(result['seeds'])} seeds with 95% intervals by Student's t; one response per request, temperature 0.7.\n",
         "## Refusal rates (Figures 3 and 8)\n",
         "| method | pairs | updates | train | test | change, train | refusal to compliance | compliance to refusal |",
         "|---|---|---|---|---|---|---|---|",
-        f"| before training | | | {percent(found['initial']['train'])} | {percent(found['initial']['test'])} | | | |",
+        f"| before training | | | {percent(values['initial']['train'])} | {percent(values['initial']['test'])} | | | |",
     ]
-    methods = {cell(title(n, m)): m for n, m in trained(found).items()}
+    methods = {cell(title(n, m)): m for n, m in trained(values).items()}
     parts += [
         f"| {n} | {m['pairs']} | {m['updates']} | {percent(m['train'])} | {percent(m['test'])} | "
-        f"{told(m['train_change'], 3)} | {told(m['turned']['refusal_to_compliance'], 0)} | "
-        f"{told(m['turned']['compliance_to_refusal'], 0)} |"
+        f"{interval(m['train_change'], 3)} | {interval(m['turned']['refusal_to_compliance'], 0)} | "
+        f"{interval(m['turned']['compliance_to_refusal'], 0)} |"
         for n, m in methods.items()
     ]
-    if "kinds" in found["initial"]:
+    if "kinds" in values["initial"]:
         parts += [
             "\n## What the replies are, by the grammar of the bundled world\n",
             "| method | refusal | compliance | broken | tokens |",
             "|---|---|---|---|---|",
         ]
-        shown = {"before training": found["initial"], **methods}
+        shown = {"before training": values["initial"], **methods}
         parts += [
             f"| {n} | " + " | ".join(percent(m["kinds"][k]) for k in ("refusal", "compliance", "broken"))
-            + f" | {told(m['tokens'], 0)} |"
+            + f" | {interval(m['tokens'], 0)} |"
             for n, m in shown.items()
         ]  # fmt: skip
     parts += [
@@ -183,14 +183,14 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     parts += [
-        f"| {n} | {told(m['dlogp_chosen'])} | {told(m['dlogp_rejected'])} | {told(m['loss_change'], 3)} | "
+        f"| {n} | {interval(m['dlogp_chosen'])} | {interval(m['dlogp_rejected'])} | {interval(m['loss_change'], 3)} | "
         + ", ".join(
             f"{t.replace('_', ' ')} ({v['pairs']}) {v['dlogp_chosen']['mean']:+.2f}" for t, v in m["by_type"].items()
         )
         + " |"
         for n, m in methods.items()
     ]  # fmt: skip
-    for pairs, rate in found["rates"].items():
+    for pairs, rate in values["rates"].items():
         parts.append(
             f"\n## Learning rate for the {NAMES[pairs] if pairs == 'gold' else 'generated pairs'}: {rate['lr']:g}\n"
         )
@@ -200,11 +200,11 @@ def tables(result: dict[str, Any]) -> str:
         parts.append("DPO; taken is the largest that lowers the loss over the epoch and leaves responses that end.\n")
         parts.append("| rate | loss | ln pi(y+) | refusals, train | by grammar |\n|---|---|---|---|---|")
         parts += [
-            f"| {lr} | {t['loss_change']:+.3f} | {told(t['dlogp_chosen'])} | {percent(t['train'])} | "
+            f"| {lr} | {t['loss_change']:+.3f} | {interval(t['dlogp_chosen'])} | {percent(t['train'])} | "
             f"{_kinds(t).removeprefix('; by grammar: ')} |"
             for lr, t in rate["tried"].items()
         ]
-    kept = found["kept"]
+    kept = values["kept"]
     names = list(kept["all"])
     parts += [
         "\n## What the filters keep\n",
@@ -218,7 +218,7 @@ def tables(result: dict[str, Any]) -> str:
         "| score | type | pairs | lowest | quartiles | highest | P(above mixed) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for score, s in found["scores"].items():
+    for score, s in values["scores"].items():
         for t, v in s["by_type"].items():
             low, *middle, high = v["quartiles"]
             above = s["above"].get(f"{t} > mixed")
@@ -234,13 +234,13 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     """Figures 3 and 8: refusal rates by method, bars from smallest to largest; Figure 4: scores by type of pair."""
     from experiments.framework.figures import COLOURS, axes_row, save
 
-    found = result["result"]
+    values = result["result"]
     written = []
     for objective in ("dpo", "ipo"):
-        methods = {n: m for n, m in trained(found).items() if m["objective"] == objective}
+        methods = {n: m for n, m in trained(values).items() if m["objective"] == objective}
         if not methods:
             continue
-        bars = {"before": found["initial"]["train"], **{n: m["train"] for n, m in methods.items()}}
+        bars = {"before": values["initial"]["train"], **{n: m["train"] for n, m in methods.items()}}
         labels = {"before": "before training", **{n: title(n, m).partition(", ")[2] for n, m in methods.items()}}
         for n, m in methods.items():
             if m["sft"]:
@@ -260,7 +260,7 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     shown = ("ln_ches", "head_score")
     figure, axes = axes_row(len(shown), width=3.4)
     for ax, score in zip(axes, shown, strict=True):
-        by_type = found["scores"][score]["by_type"]
+        by_type = values["scores"][score]["by_type"]
         boxes = [
             {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4],
              "label": f"{t.replace('_', chr(10))}\n({v['pairs']})"}

@@ -14,11 +14,10 @@ from ches_jax.data.audit import (
     dropped_record,
     quantiles,
     require_clean,
-    shared_prefix,
     visible,
 )
 from ches_jax.errors import DataError
-from ches_jax.types import Response, TokenPair
+from ches_jax.types import Response, TokenPair, shared_prefix
 
 
 def pair(index=0, prompt=(1, 5), chosen=(6, 7), rejected=(6, 8, 9), flags=(), detail=None, end: int | None = 2):

@@ -9,7 +9,7 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.data import prompts
-from ches_jax.data.packing import Candidates, Seat, gathered, need, pack, responses_of
+from ches_jax.data.packing import Candidates, PairRef, group_by_prompt, pack, packed_length, responses_of
 from ches_jax.data.prompts import canonical_content, lookup, pair_contents
 from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
@@ -213,10 +213,16 @@ def test_the_pairs_of_a_row_are_one_item_with_each_response_once():
         pair(0, [5], A, B, (0, 1)), pair(0, [5], A, C, (0, 2)), pair(0, [5], B, C, (1, 2)), pair(1, [5], A, B, None),
         pair(2, [5], A, A, (0, 1)), pair(2, [5], A, B, (0, 2)), pair(2, [5, 6], A, C, (0, 3)),
     ]  # fmt: skip
-    items, seats = gathered(pairs)
-    assert seats == [
-        Seat(0, 0, 1), Seat(0, 0, 2), Seat(0, 1, 2), Seat(1, 0, 1), Seat(2, 0, 0), Seat(2, 0, 1), Seat(3, 0, 1)
-    ]  # fmt: skip
+    items, refs = group_by_prompt(pairs)
+    assert refs == [
+        PairRef(0, 0, 1),
+        PairRef(0, 0, 2),
+        PairRef(0, 1, 2),
+        PairRef(1, 0, 1),
+        PairRef(2, 0, 0),
+        PairRef(2, 0, 1),
+        PairRef(3, 0, 1),
+    ]
     assert [isinstance(item, Candidates) for item in items] == [True, False, True, True]
     assert [[r.content for r in responses_of(item)] for item in items] == [[A, B, C], [A, B], [A, B], [A, C]]
     # a token merged across the prompt's end: that pair has another prompt, as it has in a row of its own
@@ -225,7 +231,7 @@ def test_the_pairs_of_a_row_are_one_item_with_each_response_once():
 
 def test_three_responses_in_a_row():
     ((rows, (place,)),) = pack(
-        gathered([pair(0, [5, 6], B, A, (0, 1)), pair(0, [5, 6], B, C, (0, 2))])[0],
+        group_by_prompt([pair(0, [5, 6], B, A, (0, 1)), pair(0, [5, 6], B, C, (0, 2))])[0],
         length=64, rows_per_batch=1, eos="include",
     )  # fmt: skip
     assert rows.tokens[0, :6].tolist() == [5, 6, 7, 9, 10, 8]
@@ -242,15 +248,15 @@ def test_three_responses_in_a_row():
 
 
 def test_beyond_the_length_threshold_each_candidate_has_its_own_prompt():
-    (item,), _ = gathered([pair(0, [5, 6], A, B, (0, 1)), pair(0, [5, 6], A, C, (0, 2))])
-    assert need(item) == 2 + 1 + 1 + 2
-    assert need(item, length_threshold=3) == 4 + 5 + 3
+    (item,), _ = group_by_prompt([pair(0, [5, 6], A, B, (0, 1)), pair(0, [5, 6], A, C, (0, 2))])
+    assert packed_length(item) == 2 + 1 + 1 + 2
+    assert packed_length(item, length_threshold=3) == 4 + 5 + 3
 
 
 def test_many_candidates_get_a_row_that_holds_them():
     many = [pair(0, [5], (7,), (8 + i,), (0, i + 1)) for i in range(99)]
     few = [pair(1 + i, [5], (7,), (8,), None) for i in range(3)]
-    items, _ = gathered(many + few)
+    items, _ = group_by_prompt(many + few)
     placed = []
     for rows, places in pack(items, length=64, rows_per_batch=2, eos="include"):
         placed += [p.item for p in places]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ches_jax.data.packing import assign, capacity, need, pack, row_length
+from ches_jax.data.packing import first_fit_decreasing, pack, packed_length, row_capacity, row_length
 from ches_jax.types import Response, TokenPair
 
 
@@ -30,7 +30,7 @@ def test_the_drawing_of_the_module_docstring():
     assert rows.own_start[0, :7].tolist() == [0, 0, 0, 0, 4, 4, 6]
     assert rows.context_end[0, :7].tolist() == [0, 0, 0, 0, 4, 4, 4]
     predictions = list(zip(rows.source[0], rows.target[0], rows.segment[0], strict=True))
-    used = [tuple(map(int, p)) for p in predictions if p[2] < capacity(64)[2]]
+    used = [tuple(map(int, p)) for p in predictions if p[2] < row_capacity(64)[2]]
     shared, chosen, rejected = place.shared, place.chosen, place.rejected
     assert used == [
         (2, 21, shared),
@@ -64,8 +64,8 @@ def test_a_cut_response_has_no_terminator_to_predict():
 
 def test_beyond_the_length_threshold_nothing_is_shared():
     p = pair([5, 6], [7, 8], [7, 9])
-    assert need(p) == 5
-    assert need(p, length_threshold=3) == 8
+    assert packed_length(p) == 5
+    assert packed_length(p, length_threshold=3) == 8
     rows, (place,) = only(pack([p], length=64, rows_per_batch=1, eos="include", length_threshold=3))
     assert rows.tokens[0, :8].tolist() == [5, 6, 7, 8, 5, 6, 7, 9]
     assert (rows.segment[0] == place.shared).sum() == 0
@@ -81,7 +81,7 @@ def test_a_pair_too_long_for_a_row_gets_a_doubled_one():
 
 
 def test_assign_fills_rows_first_fit_in_falling_size():
-    assert assign([40, 20, 32, 64], 64) == [[3], [0, 1], [2]]
+    assert first_fit_decreasing([40, 20, 32, 64], 64) == [[3], [0, 1], [2]]
 
 
 lists = st.lists(st.integers(3, 9), min_size=1, max_size=12)
@@ -114,6 +114,6 @@ def test_every_prediction_of_every_pair_is_there_once(triples, length, rows_per_
 
 @pytest.mark.parametrize("length", [32, 64, 2048])
 def test_capacity_bounds_what_a_row_can_hold(length):
-    pairs, predictions, segments = capacity(length)
+    pairs, predictions, segments = row_capacity(length)
     assert segments == 3 * pairs
     assert predictions >= length + pairs

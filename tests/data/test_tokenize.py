@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ches_jax.data.audit import FLAGS
-from ches_jax.data.sources import Row, open_pairs, row_id
+from ches_jax.data.sources import Record, open_pairs, row_id
 from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import DataError
 from ches_jax.types import Response
@@ -96,7 +96,7 @@ def row(prompt, chosen, rejected, index=0):
     if isinstance(chosen, list) and all(isinstance(i, int) for i in chosen):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
     content: dict[str, Any] = dict(zip(names, (prompt, chosen, rejected), strict=True))
-    return Row(index, row_id(content), f"line {index + 1}", content)
+    return Record(index, row_id(content), f"line {index + 1}", content)
 
 
 def one(tokenizer, prompt, chosen, rejected, max_length=64, **options):
@@ -345,7 +345,9 @@ def test_a_prompt_alone_has_the_tokens_it_has_before_a_response(bytes_bpe, words
         mine = [r for r in rows if tokenizer.chat_template or not isinstance(r.content.get("prompt"), list)]
         mine = mine if tokenizer.chat_template or template == "auto" else []
         pairs = PairTokenizer(tokenizer, 64, template=template)(mine)
-        alone = [Row(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in mine]
+        alone = [
+            Record(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in mine
+        ]
         assert encode_prompts(tokenizer, alone, template) == [p.prompt for p in pairs]
 
 

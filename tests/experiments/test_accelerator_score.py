@@ -69,6 +69,6 @@ def test_the_tiny_size_runs_from_end_to_end_and_keeps_nothing(shared, capsys, mo
     words = ["--size", "tiny", "--pairs", "8", "--repeats", "1", "--batch-tokens", "2048", "--peer-tokens", "2048"]
     words += ["--tokenizer", str(shared / "models" / "hh-tiny" / "fp32"), "--peers", str(shared / "peers")]
     main([*words, "--data", str(shared / "data" / "ultrafeedback_train.jsonl")])
-    told = capsys.readouterr().out
-    assert "tiny torch batched 2048 / ours, seconds" in told and "model FLOP utilisation" in told
+    output = capsys.readouterr().out
+    assert "tiny torch batched 2048 / ours, seconds" in output and "model FLOP utilisation" in output
     assert not list(tmp_path.iterdir())

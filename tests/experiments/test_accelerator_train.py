@@ -1,4 +1,4 @@
-"""The accelerator benchmark of training runs anywhere at its tiny size, and keeps to the device it was asked for."""
+"""The accelerator benchmark of training runs anywhere at its tiny size, and keeps to the requested device."""
 
 import os
 
@@ -37,7 +37,7 @@ def test_the_tiny_size_runs_from_end_to_end_and_keeps_nothing(shared, capsys, mo
     words = ["--size", "tiny", "--pairs", "2", "--steps", "2", "--repeats", "1", "--lengths", "384+128"]
     words += ["--tokenizer", str(shared / "models" / "hh-tiny" / "fp32"), *(["--trl", trl] if trl else [])]
     main(words)
-    told = capsys.readouterr().out
-    assert "model FLOP utilisation" in told and " ms a step" in told and " %  " in told
-    assert ("trl / ours, seconds" in told) == (trl is not None)
+    output = capsys.readouterr().out
+    assert "model FLOP utilisation" in output and " ms a step" in output and " %  " in output
+    assert ("trl / ours, seconds" in output) == (trl is not None)
     assert not list(tmp_path.iterdir())

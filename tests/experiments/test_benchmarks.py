@@ -21,13 +21,13 @@ from experiments.benchmarks.training import needed_gflop
 def test_the_timed_pass_computes_the_scores_of_the_command(tiny_model, tmp_path):
     """Checksum of CHES, positions and the number of pairs are those of ``ches score`` on the same rows."""
     file = write_pairs(tmp_path / "pairs.jsonl", 6, 32)
-    found = measure(str(tiny_model), str(file), 6, head=False, mesh="data=1", repeat=1)
+    timed = measure(str(tiny_model), str(file), 6, head=False, mesh="data=1", repeat=1)
     out = score(ScoreConfig(model=str(tiny_model), pairs=str(file), out=str(tmp_path / "run"), mesh="data=1"))
     table = pq.read_table(out / "scores.parquet" if out.is_dir() else out)
-    assert found["pairs"] == 6
-    np.testing.assert_allclose(found["ches_sum"], np.sum(table["ches"].to_numpy()), rtol=1e-6)
+    assert timed["pairs"] == 6
+    np.testing.assert_allclose(timed["ches_sum"], np.sum(table["ches"].to_numpy()), rtol=1e-6)
     # prompt once, both responses: 24 + 8 + 8 tokens of every pair hold a position
-    assert found["used_positions"] == 6 * 40 <= found["positions"]
+    assert timed["used_positions"] == 6 * 40 <= timed["positions"]
 
 
 def test_rows_of_the_curves_have_the_lengths_they_are_named_after(tmp_path):
@@ -58,9 +58,9 @@ def test_what_a_step_needs_is_counted_by_hand():
 @pytest.mark.slow
 def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one(tmp_path):
     model = str(bundled.model_dir())
-    found = training.measure(model, pairs=2, prompt_len=24, response_len=8, steps=2, trace=str(tmp_path))
-    assert found["steps"] == 2 and found["cpu_s_per_step_median"] > 0
-    costs = found["top_costs"]
+    timed = training.measure(model, pairs=2, prompt_len=24, response_len=8, steps=2, trace=str(tmp_path))
+    assert timed["steps"] == 2 and timed["cpu_s_per_step_median"] > 0
+    costs = timed["top_costs"]
     assert 0 < sum(c["share"] for c in costs) <= 1.001 and costs[0]["seconds"] > 0
     assert [c["share"] for c in costs] == sorted((c["share"] for c in costs), reverse=True)
 

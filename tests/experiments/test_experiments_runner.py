@@ -17,7 +17,7 @@ from ches_jax.errors import ChesError, RunError
 from experiments import report, run
 from experiments.framework import item as framework_item
 from experiments.framework.intervals import spread, t_quantile
-from experiments.framework.item import Row, Scale, Stage, configure, execute, write_result
+from experiments.framework.item import ReportLine, Scale, Stage, configure, execute, write_result
 
 ROOT = Path(__file__).parents[2]
 PRESENT = [item for item in framework_item.ITEMS if (ROOT / "experiments" / item / "__init__.py").exists()]
@@ -30,7 +30,7 @@ class Plain(Scale):
 
 @pytest.fixture
 def item(monkeypatch):
-    """An item of three stages that counts what it runs, and fails in the middle when told to."""
+    """An item of three stages that counts what it runs, and fails in the middle on request."""
     module = types.ModuleType("experiments.plain")
     module.ran, module.fail = [], False  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ def item(monkeypatch):
         stage("b/1", lambda w: {"x": w.value("a")[0] * w.config.factor}),
         stage("c", lambda w: w.value("b/1")["x"] + 1),
     ]
-    module.summary = lambda w: {"c": w.value("c")}  # type: ignore[attr-defined]
+    module.summarise = lambda w: {"c": w.value("c")}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "experiments.plain", module)
     monkeypatch.setattr(framework_item, "ITEMS", ("plain",))
     return module
@@ -95,11 +95,11 @@ def test_a_folder_of_another_run_is_refused(item, tmp_path):
         (["similarity", "--seeds", "1", "1", "--out", "x"], "different whole numbers"),
     ],
 )
-def test_what_cannot_be_run_is_told_in_one_message(words, message, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_run_is_refused_in_one_message(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main(words) == 2
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -129,11 +129,11 @@ def test_every_scale_of_every_item_has_a_plan(item):
 
 def test_importing_items_loads_no_jax():
     code = "import sys, experiments.run, experiments.report; " + "".join(f"import experiments.{i}; " for i in PRESENT)
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code + "print([m for m in ('jax', 'torch', 'transformers') if m in sys.modules])"],
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
-    assert found.stdout.strip() == "[]"
+    assert process.stdout.strip() == "[]"
 
 
 def test_a_result_is_written_short_and_read_back(tmp_path):
@@ -167,7 +167,7 @@ def test_the_report_replaces_only_its_part():
 
 def test_a_line_of_the_report_escapes_bars(item, tmp_path):
     result = {"item": "plain", "seeds": [1], "commit": "abc"}
-    text = report.table("tiny", result, [Row("a|b", "c", "d", "e", "f", "g")])
+    text = report.table("tiny", result, [ReportLine("a|b", "c", "d", "e", "f", "g")])
     assert "a\\|b" in text and "`c`" in text
 
 
@@ -195,7 +195,7 @@ def test_every_item_runs_at_tiny(item, tmp_path):
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["cpu_seconds"] < 2 * 600, "ten minutes on two cores"
     module = framework_item.load(item)
-    assert all(len(row) == len(Row._fields) and all(row) for row in module.rows(result))
+    assert all(len(row) == len(ReportLine._fields) and all(row) for row in module.rows(result))
     drawn = module.figures(result, "tiny", tmp_path / "figures")
     assert drawn and all(p.stat().st_size > 5000 for p in drawn)
 

@@ -11,20 +11,11 @@ from ches_jax import bundled
 from ches_jax.errors import DataError
 from experiments import persona
 from experiments.framework.item import Work
-from experiments.persona import single
+from experiments.persona import runs
 from experiments.persona.config import PAPER_SEEDS, SCALES, YES_NO, Contest, Setting
-from experiments.persona.data import Statement, Words, draw, read_statements
-from experiments.persona.measure import (
-    STANCES,
-    gains_over_runs,
-    is_monotone,
-    largest_decrease,
-    norms,
-    stance_masses,
-    stance_of,
-    top_gains,
-)
-from experiments.persona.numbers import contest_table
+from experiments.persona.data import STANCES, Statement, Words, draw, read_statements, stance_of, stance_of_word
+from experiments.persona.runs import norms, stance_masses, top_gains
+from experiments.persona.summary import contest_table, gains_over_runs, is_monotone, largest_decrease
 from experiments.report import results as committed
 
 
@@ -35,10 +26,10 @@ def test_a_loss_that_rises_once_is_not_monotone():
 @pytest.mark.parametrize("seed", range(20))
 def test_the_largest_decrease_is_that_of_all_ordered_pairs(seed):
     v = np.random.default_rng(seed).random(int(np.random.default_rng(seed + 99).integers(2, 30)))
-    found = largest_decrease(v.tolist())
-    assert found.size == max(v[t] - v[u] for t in range(len(v)) for u in range(t + 1, len(v)))
-    assert found.start_step < found.end_step
-    assert (v[found.start_step], v[found.end_step]) == (found.start, found.end)
+    result = largest_decrease(v.tolist())
+    assert result.size == max(v[t] - v[u] for t in range(len(v)) for u in range(t + 1, len(v)))
+    assert result.start_step < result.end_step
+    assert (v[result.start_step], v[result.end_step]) == (result.start, result.end)
 
 
 def test_a_probability_that_only_rises_has_no_positive_decrease():
@@ -84,9 +75,9 @@ def test_meaning_goes_by_letters(text, stance):
 def test_masses_are_the_whole_distribution():
     p = np.random.default_rng(0).dirichlet(np.ones(50)).astype(np.float32)
     stances = np.arange(50) % 4
-    found = stance_masses(p, stances)
-    assert sum(found.values()) == pytest.approx(1, abs=1e-6)
-    assert found["open"] == pytest.approx(p[2::4].astype(np.float64).sum())
+    result = stance_masses(p, stances)
+    assert sum(result.values()) == pytest.approx(1, abs=1e-6)
+    assert result["open"] == pytest.approx(p[2::4].astype(np.float64).sum())
 
 
 def log(losses, chosen, gains):
@@ -177,24 +168,26 @@ def test_every_model_of_every_contest_has_labels_for_it():
     for scale in SCALES.values():
         for contests in scale.contests.values():
             for contest in contests:
-                assert single.stance_of_word(scale, contest.chosen) in ("agree", "disagree")
+                assert stance_of_word(scale, contest.chosen) in ("agree", "disagree")
                 assert any(contest.chosen in some for some in scale.labels.values())
 
 
 def test_one_run_watches_the_distribution_that_the_loss_comes_from(tmp_path, tiny_model):
     config = dataclasses.replace(SCALES["tiny"], model=str(tiny_model), updates=2, mesh="data=1")
     work = Work("persona", "tiny", config, tmp_path, quiet=True)
-    found = single.single(work, dataclasses.replace(config.settings["dpo-base"], lr=1e-4), YES_NO, 9773)
-    assert len(found["chosen"]) == 3 and len(found["losses"]) == 3
-    ratio = np.log(np.array(found["chosen"]) / np.array(found["rejected"]))
+    result = runs.single(work, dataclasses.replace(config.settings["dpo-base"], lr=1e-4), YES_NO, 9773)
+    assert len(result["chosen"]) == 3 and len(result["losses"]) == 3
+    ratio = np.log(np.array(result["chosen"]) / np.array(result["rejected"]))
     expected = np.logaddexp(0, -0.1 * (ratio - ratio[0]))
-    np.testing.assert_allclose(found["losses"], expected, rtol=2e-5)
+    np.testing.assert_allclose(result["losses"], expected, rtol=2e-5)
     assert ratio[2] > ratio[1] > ratio[0]
-    assert sum(found["masses"][s][2] for s in STANCES) == pytest.approx(1, abs=1e-5)
+    assert sum(result["masses"][s][2] for s in STANCES) == pytest.approx(1, abs=1e-5)
     assert not list((tmp_path / "files" / "single").iterdir()), "weights of finished runs are thrown away"
 
 
-@pytest.mark.parametrize("name, result", [found for found in committed() if found[1]["item"] == "persona"])
+@pytest.mark.parametrize(
+    "name, result", [(name, result) for name, result in committed() if result["item"] == "persona"]
+)
 def test_committed_gains_count_three_tokens_of_every_kept_run(name, result):
     for contests in result["result"]["tables"].values():
         for v in contests.values():

@@ -11,19 +11,10 @@ from ches_jax.errors import DataError
 from ches_jax.select.keep import keep_indices
 from experiments import similarity
 from experiments.framework.item import Work
-from experiments.similarity import report, runs
+from experiments.similarity import data, report
 from experiments.similarity.config import MEASURES, QUANTILES, SCALES, Objective
-from experiments.similarity.measure import (
-    PairCoefficients,
-    by_pair,
-    extremes,
-    loss_change,
-    mean_coefficients,
-    pair_correlations,
-    ranks,
-    spearman_interval,
-    window,
-)
+from experiments.similarity.runs import PairCoefficients, loss_change, mean_coefficients
+from experiments.similarity.summary import by_pair, extremes, pair_correlations, ranks, spearman_interval, window
 from theory.statements.coefficients import pair_coefficient
 
 
@@ -56,9 +47,9 @@ def test_the_paper_scale_is_the_papers():
 
 
 def test_data_of_the_user_are_taken_whole():
-    mine = SCALES["paper"].given(pairs="alpaca.jsonl", seeds=(1,))
-    assert (mine.split, mine.sample, mine.pairs, mine.seeds) == (None, None, "alpaca.jsonl", (1,))
-    assert SCALES["paper"].given(seeds=(1,)).sample == 5000
+    scale = SCALES["paper"].with_options(pairs="alpaca.jsonl", seeds=(1,))
+    assert (scale.split, scale.sample, scale.pairs, scale.seeds) == (None, None, "alpaca.jsonl", (1,))
+    assert SCALES["paper"].with_options(seeds=(1,)).sample == 5000
 
 
 def test_every_scale_makes_sixteen_updates_of_a_window():
@@ -80,13 +71,13 @@ def test_every_scale_makes_sixteen_updates_of_a_window():
     ],
 )  # fmt: skip
 def test_rows_become_dialogues(content, dialogue, expected):
-    row = runs.as_text(dict(zip(("prompt", "chosen", "rejected"), content, strict=True)), dialogue)
+    row = data.as_text(dict(zip(("prompt", "chosen", "rejected"), content, strict=True)), dialogue)
     assert tuple(row.values()) == expected
 
 
 def test_token_ids_cannot_be_put_into_a_dialogue():
     with pytest.raises(DataError, match="token ids"):
-        runs.as_text({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "{prompt}")
+        data.as_text({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "{prompt}")
 
 
 @pytest.mark.parametrize("objective", [Objective("dpo", {"beta": 0.3}, 1.0), Objective("ipo_sum", {"tau": 0.02}, 1.0)])
@@ -98,9 +89,9 @@ def test_the_change_of_the_loss_is_the_librarys(objective):
 
     def at(m):
         zero = jnp.zeros(3)
-        given: Any = {"logp_chosen": jnp.asarray(m, jnp.float32), "logp_rejected": zero, "ref_logp_chosen": zero,
+        inputs: Any = {"logp_chosen": jnp.asarray(m, jnp.float32), "logp_rejected": zero, "ref_logp_chosen": zero,
                  "ref_logp_rejected": zero}  # fmt: skip
-        return float(mean_loss(loss, LossInputs(**{k: v for k, v in given.items() if k in loss.needs}))[0])
+        return float(mean_loss(loss, LossInputs(**{k: v for k, v in inputs.items() if k in loss.needs}))[0])
 
     assert loss_change(objective, margins) == pytest.approx(at(margins) - at(0 * margins), rel=1e-5)
 
@@ -114,7 +105,7 @@ def test_coefficients_are_the_theorys():
         y = rng.integers(0, v, n)
         sides.append((rng.normal(size=(n, 5)), np.eye(v)[y] - pi, pi, y))
     (h, e, pi, y), (g, f, rho, z) = sides
-    found = PairCoefficients.of(h, e, g, f)
+    values = PairCoefficients.of(h, e, g, f)
 
     def alphas(a, b, p, q):
         pair = [
@@ -123,14 +114,14 @@ def test_coefficients_are_the_theorys():
         ]
         return np.array(pair)
 
-    assert found.alpha_minus == (alphas(y, z, pi, rho) > 0).mean()
+    assert values.alpha_minus == (alphas(y, z, pi, rho) > 0).mean()
     plus = alphas(y, y, pi, pi) > 0
-    assert found.alpha_plus == plus.mean() and np.diag(plus).all()
-    assert found.alpha_plus_off == pytest.approx((plus.sum() - 3) / 6)
-    assert found.inner == (h @ g.T > 0).mean()
+    assert values.alpha_plus == plus.mean() and np.diag(plus).all()
+    assert values.alpha_plus_off == pytest.approx((plus.sum() - 3) / 6)
+    assert values.inner == (h @ g.T > 0).mean()
     one = PairCoefficients.of(h[:1], e[:1], g, f)
     assert np.isnan(one.alpha_plus_off)
-    both = mean_coefficients([found, one])
+    both = mean_coefficients([values, one])
     assert both["alpha_plus_off"]["n"] == 1 and both["inner"]["n"] == 2 and both["pairs"] == 2
 
 
@@ -141,11 +132,11 @@ def some_run(change, tokens=4.0):
 
 def test_ranks_of_falling_windows_are_minus_one():
     windows = {q: [some_run(-q + 0.001 * s) for s in range(3)] for q in QUANTILES}
-    found = ranks(windows)["spearman_dlogp_chosen"]
-    assert found["of_means"] == pytest.approx(-1) and found["seeds"]["mean"] == pytest.approx(-1)
+    values = ranks(windows)["spearman_dlogp_chosen"]
+    assert values["of_means"] == pytest.approx(-1) and values["seeds"]["mean"] == pytest.approx(-1)
     windows[0.5] = [some_run(9.0), some_run(-0.5), some_run(-0.5)]
-    found = ranks(windows)["spearman_dlogp_chosen"]
-    assert found["of_means"] > -0.95 and found["seeds"]["min"] == pytest.approx(-1) and found["seeds"]["max"] > -0.95
+    values = ranks(windows)["spearman_dlogp_chosen"]
+    assert values["of_means"] > -0.95 and values["seeds"]["min"] == pytest.approx(-1) and values["seeds"]["max"] > -0.95
     assert window(windows[0.0])["dlogp_chosen"]["n"] == 3
 
 
@@ -159,12 +150,12 @@ def test_pairs_of_several_runs_are_averaged_and_correlated_with_their_score():
     }  # fmt: skip
     order = rng.permutation(300)[:120]
     runs_ = [{"row": order.tolist(), "dlogp_chosen": (change[order] + s).tolist()} for s in (-0.1, 0.1)]
-    rows, found = by_pair(runs_)
+    rows, values = by_pair(runs_)
     assert rows.tolist() == sorted(order.tolist())
-    np.testing.assert_allclose(found, change[rows])
-    told = pair_correlations(scores, rows, found)
-    assert told["spearman"]["ches"]["rho"] < -0.98 and told["at_equal_lengths"]["ches"] < -0.98
-    assert told["spearman"]["ln_ches"]["low"] < 0 < told["spearman"]["ln_ches"]["high"]
+    np.testing.assert_allclose(values, change[rows])
+    correlations = pair_correlations(scores, rows, values)
+    assert correlations["spearman"]["ches"]["rho"] < -0.98 and correlations["at_equal_lengths"]["ches"] < -0.98
+    assert correlations["spearman"]["ln_ches"]["low"] < 0 < correlations["spearman"]["ln_ches"]["high"]
     assert spearman_interval(np.ones(4), np.arange(4.0)) is None
 
 
@@ -173,10 +164,10 @@ def test_extremes_are_named_by_row_and_length():
         "ches": np.array([3.0, np.nan, 1.0, 2.0, 5.0, 4.0, 6.0]), "row_id": np.array(list("abcdefg")),
         "chosen_tokens": np.arange(7.0), "rejected_tokens": np.arange(7.0) * 2,
     }  # fmt: skip
-    found = extremes(scores, "ches")
-    assert [p["row"] for p in found["lowest"]] == [2, 3, 0, 5, 4]
-    assert [p["row"] for p in found["highest"]] == [6, 4, 5, 0, 3]
-    assert found["highest"][0] == {"row": 6, "row_id": "g", "score": 6.0, "chosen_tokens": 6, "rejected_tokens": 12}
+    values = extremes(scores, "ches")
+    assert [p["row"] for p in values["lowest"]] == [2, 3, 0, 5, 4]
+    assert [p["row"] for p in values["highest"]] == [6, 4, 5, 0, 3]
+    assert values["highest"][0] == {"row": 6, "row_id": "g", "score": 6.0, "chosen_tokens": 6, "rejected_tokens": 12}
 
 
 def spread_of(mean, half):
@@ -192,11 +183,13 @@ def test_verdicts_follow_the_intervals():
     assert report.verdict("ches", v(up, down, -1.0)) == "strictly falling; falls at the top, rises at the bottom"
     assert report.verdict("ches", v(up, up, -0.5)).endswith("not the ranking of the paper; rises at both ends")
     assert "the paper's ends, not its strict order" in report.verdict("ches", v(up, down, -0.9))
-    assert report.verdict("ln_ches", v(none, down, 0.1)) == "rank correlation +0.10; an end is not told from zero"
+    assert (
+        report.verdict("ln_ches", v(none, down, 0.1)) == "rank correlation +0.10; an end is indistinguishable from zero"
+    )
 
 
 def test_pairs_of_the_bundled_world_are_written_and_windows_need_enough(tmp_path):
     work = Work("similarity", "tiny", SCALES["tiny"], tmp_path, quiet=True)
-    assert runs.write_pairs(work) == {"found": 810, "pairs": 810}
-    first = json.loads(runs.pairs_file(work).read_text().splitlines()[0])
+    assert data.write_pairs(work) == {"found": 810, "pairs": 810}
+    first = json.loads(data.pairs_file(work).read_text().splitlines()[0])
     assert set(first) == {"prompt", "chosen", "rejected", "category"}

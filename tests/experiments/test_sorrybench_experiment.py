@@ -10,13 +10,14 @@ from ches_jax.errors import DataError
 from ches_jax.select.keep import keep_indices
 from experiments import sorrybench
 from experiments.bundled import replies
+from experiments.bundled.grammar import kind
 from experiments.bundled.world import build_world
 from experiments.framework.item import Work, configure
 from experiments.framework.training import write_rows
 from experiments.sorrybench import data, refusals, report, runs
 from experiments.sorrybench.config import LOSSES, SCALES, SUBSETS, TYPES, Objective, SorryScale
-from experiments.sorrybench.grammar import kind
-from experiments.sorrybench.measure import kept_types, largest_rate, mean_loss, method_summary, score_summary
+from experiments.sorrybench.runs import largest_rate, mean_loss
+from experiments.sorrybench.summary import kept_types, method_summary, score_summary
 
 
 def test_the_paper_scale_is_the_papers():
@@ -32,7 +33,7 @@ def test_the_paper_scale_is_the_papers():
     assert (c.rates, c.gold_rates) == ((5e-6,), (1e-6,))
     assert dict(LOSSES) == {"dpo": ("dpo", {"beta": 0.1}), "ipo": ("ipo_sum", {"tau": 0.01})}
     assert (c.methods["dpo+sft"].sft, c.methods["ipo+sft"].sft) == (1.0, 1000.0)
-    assert c.given(model="meta-llama/Meta-Llama-3-8B-Instruct").methods["dpo+sft"].sft == 0.1
+    assert c.with_options(model="meta-llama/Meta-Llama-3-8B-Instruct").methods["dpo+sft"].sft == 0.1
     # 370 of 435 requests train, 19 of them are kept, 12 updates on all and one on the kept
     assert 435 - int(c.test_share * 435) == 370
     assert len(keep_indices(np.arange(370.0), f"lowest:{c.keep:.6f}")) == 19 and -(-370 // 32) == 12
@@ -43,9 +44,9 @@ def test_the_paper_scale_is_the_papers():
 def test_requests_of_the_user_are_taken_whole_and_have_no_gold(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text("{}\n")
-    mine = configure("sorrybench", "paper", {"pairs": str(path)})
-    assert (mine.split, mine.where, mine.gold, mine.gold_splits) == (None, {}, None, (None,))
-    assert not any("gold" in s.name for s in sorrybench.stages(mine))
+    scale = configure("sorrybench", "paper", {"pairs": str(path)})
+    assert (scale.split, scale.where, scale.gold, scale.gold_splits) == (None, {}, None, (None,))
+    assert not any("gold" in s.name for s in sorrybench.stages(scale))
 
 
 def test_every_filter_stands_beside_its_control_at_equal_numbers_of_updates():
@@ -71,7 +72,7 @@ def test_requests_of_the_bundled_world_are_split_and_have_gold_pairs(work):
 
 def config(**changes: Any) -> SorryScale:
     """The paper's scale with a tokenizer that is at hand; a response has room after a short request."""
-    return dataclasses.replace(SCALES["paper"].given(model="bundled", **changes), max_new_tokens=400)
+    return dataclasses.replace(SCALES["paper"].with_options(model="bundled", **changes), max_new_tokens=400)
 
 
 def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
@@ -88,11 +89,11 @@ def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
     ]  # fmt: skip
     judged += [{**judged[0], "prompt_style": "slang", "choices": [{"turns": ["other style"]}]}]
     where = {"prompt_style": "base"}
-    mine = config(
+    scale = config(
         pairs=str(write_rows(tmp_path / "r.jsonl", requests)), where=where,
         gold=str(write_rows(tmp_path / "g.jsonl", judged)),
     )  # fmt: skip
-    work = Work("sorrybench", "paper", mine, tmp_path / "out", quiet=True)
+    work = Work("sorrybench", "paper", scale, tmp_path / "out", quiet=True)
     assert data.write_requests(work) == {"found": 30, "usable": 29, "train": 25, "test": 4}
     for row in data.read_lines(data.requests_file(work)):
         (message,) = row["prompt"]
@@ -103,8 +104,8 @@ def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
 
 def test_requests_longer_than_the_scale_takes_are_left_out(tmp_path):
     requests = write_rows(tmp_path / "r.jsonl", [{"prompt": f"p{i} " + "and " * (i % 3 * 20)} for i in range(60)])
-    mine = dataclasses.replace(config(pairs=str(requests)), request_tokens=40)
-    work = Work("sorrybench", "paper", mine, tmp_path / "out", quiet=True)
+    scale = dataclasses.replace(config(pairs=str(requests)), request_tokens=40)
+    work = Work("sorrybench", "paper", scale, tmp_path / "out", quiet=True)
     assert data.write_requests(work) == {"found": 60, "usable": 40, "train": 34, "test": 6}
     assert all(len(row["prompt"][0]["content"]) < 90 for row in data.read_lines(data.requests_file(work)))
 
@@ -136,11 +137,11 @@ def test_pairs_are_the_sampled_tokens(work, monkeypatch):
     ]
     write_rows(data.requests_file(work), requests)
     tokens = [[5, 2], [6, 2], [5, 2], [6, 2], [7, 2], [7, 2], [8, 2], [9, 9]]
-    said = [False, True, True, True, True, True, False, False]
+    judgments = [False, True, True, True, True, True, False, False]
     write_rows(work.folder("responses") / FILE_NAME, [
         {"prompt_ids": [1, i // 2], "token_ids": t, "text": str(t)} for i, t in enumerate(tokens)
     ])  # fmt: skip
-    monkeypatch.setattr(data, "judged", lambda work, name: said)
+    monkeypatch.setattr(data, "judged", lambda work, name: judgments)
     assert data.write_pairs(work) == {"pairs": 2, "same": 1, "types": {"two_compliances": 1, "mixed": 1}, "gold": 3}
     first, last = data.read_lines(data.pairs_file(work, "generated"))
     assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == ([1, 0], [6, 2], [5, 2])
@@ -156,8 +157,8 @@ def test_pairs_are_the_sampled_tokens(work, monkeypatch):
 
 def test_requests_that_leave_no_room_for_a_response_are_passed_over(tmp_path):
     requests = [{"prompt": f"request {i}" + " again" * (120 if i % 3 == 0 else 0)} for i in range(60)]
-    mine = config(pairs=str(write_rows(tmp_path / "r.jsonl", requests)))
-    work = Work("sorrybench", "paper", mine, tmp_path / "out", quiet=True)
+    scale = config(pairs=str(write_rows(tmp_path / "r.jsonl", requests)))
+    work = Work("sorrybench", "paper", scale, tmp_path / "out", quiet=True)
     assert data.write_requests(work) == {"found": 60, "usable": 40, "train": 34, "test": 6}
 
 
@@ -172,15 +173,15 @@ def test_every_filter_keeps_the_same_number_and_the_random_one_differs_by_seed(w
     rng = np.random.default_rng(0)
     types = [TYPES[i % 3] for i in range(100)]
     write_rows(data.pairs_file(work, "generated"), [{"category": t} for t in types])
-    found = {name: rng.normal(size=100) for name in ("ches", "ln_ches", "head_score", "length")}
-    found["ln_ches"][:3] = np.nan
-    monkeypatch.setattr(runs, "columns", lambda work: found)
+    scores = {name: rng.normal(size=100) for name in ("ches", "ln_ches", "head_score", "length")}
+    scores["ln_ches"][:3] = np.nan
+    monkeypatch.setattr(runs, "columns", lambda work: scores)
     kept = runs.subsets(work)
     assert {len(kept[name]) for name in ("ln_ches", "head_score", "length")} == {5}
     assert set(kept["random"]) == {"0", "1", "2"} and {len(v) for v in kept["random"].values()} == {5}
     assert len({tuple(v) for v in kept["random"].values()}) == 3
     assert not {0, 1, 2} & {i for v in kept["random"].values() for i in v}, "without a score, with no filter"
-    order = np.argsort(np.where(np.isnan(found["ln_ches"]), np.inf, found["ln_ches"]))[:5]
+    order = np.argsort(np.where(np.isnan(scores["ln_ches"]), np.inf, scores["ln_ches"]))[:5]
     assert kept["ln_ches"] == sorted(order.tolist())
     assert kept["mixed"] == list(range(2, 100, 3)) and kept["undecided"] == []
 
@@ -194,11 +195,11 @@ def test_the_loss_is_the_librarys(objective: Objective):
 
     name, arguments = LOSSES[objective]
     loss, margins, zero = get_loss(name, **arguments), np.array([0.5, -2.0, 30.0]), jnp.zeros(3)
-    given: Any = {
+    inputs: Any = {
         "logp_chosen": jnp.asarray(margins, jnp.float32), "logp_rejected": zero, "ref_logp_chosen": zero,
         "ref_logp_rejected": zero,
     }  # fmt: skip
-    expected = mean(loss, LossInputs(**{k: v for k, v in given.items() if k in loss.needs}))[0]
+    expected = mean(loss, LossInputs(**{k: v for k, v in inputs.items() if k in loss.needs}))[0]
     assert mean_loss(objective, margins) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -224,14 +225,14 @@ def run_of(train: float, refusals: str) -> dict[str, Any]:
 
 def test_changes_are_against_the_same_seed():
     initial = {0: run_of(0.75, "1110"), 1: run_of(0.25, "1000")}
-    found = method_summary({0: run_of(0.5, "1100"), 1: run_of(0.5, "0011")}, initial)
-    assert found["train"]["mean"] == 0.5 and found["train_change"]["mean"] == 0.0
-    assert (found["train_change"]["min"], found["train_change"]["max"]) == (-0.25, 0.25)
+    summary = method_summary({0: run_of(0.5, "1100"), 1: run_of(0.5, "0011")}, initial)
+    assert summary["train"]["mean"] == 0.5 and summary["train_change"]["mean"] == 0.0
+    assert (summary["train_change"]["min"], summary["train_change"]["max"]) == (-0.25, 0.25)
     assert (
-        found["turned"]["refusal_to_compliance"]["mean"] == 1.0
-        and found["turned"]["compliance_to_refusal"]["mean"] == 1.0
+        summary["turned"]["refusal_to_compliance"]["mean"] == 1.0
+        and summary["turned"]["compliance_to_refusal"]["mean"] == 1.0
     )
-    assert found["by_type"]["mixed"]["dlogp_chosen"]["mean"] == -2.0
+    assert summary["by_type"]["mixed"]["dlogp_chosen"]["mean"] == -2.0
     assert method_summary({0: {"pairs": 0}}, initial) == {"pairs": 0}
 
 
@@ -240,9 +241,9 @@ def test_scores_by_type_of_pair():
         t: {n: list(v) for n in ("ln_ches", "head_score", "ches", "length")}
         for t, v in {"two_refusals": [1.0, 3.0], "mixed": [0.0, 2.0]}.items()
     }
-    found = score_summary(scores)
-    assert found["ches"]["above"] == {"two_refusals > mixed": 0.75}
-    assert found["ches"]["by_type"]["mixed"] == {"pairs": 2, "quartiles": [0.0, 0.5, 1.0, 1.5, 2.0]}
+    summary = score_summary(scores)
+    assert summary["ches"]["above"] == {"two_refusals > mixed": 0.75}
+    assert summary["ches"]["by_type"]["mixed"] == {"pairs": 2, "quartiles": [0.0, 0.5, 1.0, 1.5, 2.0]}
     subsets = {"two_refusals": [0, 1], "mixed": [2, 3], "two_compliances": [], "undecided": [], "ln_ches": [0, 2],
                "head_score": [2, 3], "length": [0, 1], "random": {"0": [0, 1], "1": [0, 2]}}  # fmt: skip
     kept = kept_types(scores, subsets)
@@ -265,11 +266,11 @@ def test_the_grammar_knows_every_reply_of_the_world_and_nothing_else():
 
 
 def test_an_undecided_judge_stops_the_experiment(work, monkeypatch):
-    from ches_jax.generate import parts
     from ches_jax.judges import run as judge_run
+    from ches_jax.runs import chunks
 
     monkeypatch.setattr(judge_run, "judge", lambda *a, **k: work.folder("none"))
-    monkeypatch.setattr(parts, "read", lambda path: [{"refusal": None}] * 3)
+    monkeypatch.setattr(chunks, "read_lines", lambda path: [{"refusal": None}] * 3)
     with pytest.raises(DataError, match="decided none of 3 responses"):
         data.judged(work, "responses")
 
@@ -281,12 +282,15 @@ def spread_of(mean, half):
 def test_verdicts_follow_the_intervals():
     up, down, none = spread_of(0.2, 0.1), spread_of(-0.2, 0.1), spread_of(0.0, 0.1)
     assert report.verdict({"train_change": down, "dlogp_chosen": down}) == "refusals fall; ln pi(y+) fall"
-    told = report.verdict({"train_change": up, "dlogp_chosen": none, "kinds": {"broken": spread_of(0.9, 0.0)}})
-    assert told == "refusals rise; ln pi(y+) not told from unchanged; what is left is broken text, not compliance"
+    words = report.verdict({"train_change": up, "dlogp_chosen": none, "kinds": {"broken": spread_of(0.9, 0.0)}})
+    assert (
+        words
+        == "refusals rise; ln pi(y+) indistinguishable from unchanged; what is left is broken text, not compliance"
+    )
 
 
 @pytest.mark.parametrize("refusals, compliances, said", [
-    (0.73, 0.84, "as in the paper"), (0.73, 0.50, "in part as in the paper"), (0.53, 0.51, "not told apart"),
+    (0.73, 0.84, "as in the paper"), (0.73, 0.50, "in part as in the paper"), (0.53, 0.51, "indistinguishable"),
     (0.30, 0.51, "not as in the paper"),
 ])  # fmt: skip
 def test_types_of_pairs_are_told_apart_beyond_chance_only(refusals, compliances, said):

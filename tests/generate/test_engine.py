@@ -12,8 +12,8 @@ import transformers
 from flax import nnx
 
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.generate.engine import Ask, Engine, padded
-from ches_jax.generate.sampling import Sampling, key_words
+from ches_jax.generate.engine import Engine, Request, padded
+from ches_jax.generate.sampling import Sampling, key_data
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 
@@ -28,8 +28,8 @@ def prompts_for(vocabulary: int, lengths=LENGTHS) -> list[list[int]]:
     return [rng.integers(3, vocabulary, n).tolist() for n in lengths]
 
 
-def asks_for(prompts: list[list[int]], new: int = NEW, seed: int = 0) -> list[Ask]:
-    return [Ask(p, key_words(seed, f"row {i}", 0), new) for i, p in enumerate(prompts)]
+def requests_for(prompts: list[list[int]], new: int = NEW, seed: int = 0) -> list[Request]:
+    return [Request(p, key_data(seed, f"row {i}", 0), new) for i, p in enumerate(prompts)]
 
 
 def continued(theirs: Any, prompt: list[int], new: int, stop: int) -> tuple[tuple[int, ...], list[float]]:
@@ -56,10 +56,10 @@ def check_against_transformers(directory: Path, batch_sizes: tuple[int, ...], me
     model = load_model(directory)
     stop = 1
     engine = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW, stop_ids=(stop,))
-    asks = asks_for(prompts_for(model.config.vocab_size))
-    expected = [continued(theirs, list(a.prompt), NEW, stop) for a in asks]
+    requests = requests_for(prompts_for(model.config.vocab_size))
+    expected = [continued(theirs, list(a.prompt), NEW, stop) for a in requests]
     for rows in batch_sizes:
-        for made, (tokens, lead) in zip(engine(asks, rows), expected, strict=True):
+        for made, (tokens, lead) in zip(engine(requests, rows), expected, strict=True):
             assert equal_but_for_ties(made.tokens, tokens, lead), (rows, made.tokens, tokens)
             assert made.ended == (tokens[-1] == stop)
 
@@ -94,13 +94,13 @@ def engine(model: Decoder, mesh) -> Engine:
 
 
 def test_texts_do_not_depend_on_batch_neighbours_order_or_number(engine: Engine):
-    asks = asks_for(prompts_for(1291, (3, 30, 9, 28, 17, 33, 5, 31, 12)))
-    together = [m.tokens for m in engine(asks, 4)]
+    requests = requests_for(prompts_for(1291, (3, 30, 9, 28, 17, 33, 5, 31, 12)))
+    together = [m.tokens for m in engine(requests, 4)]
     assert len(set(map(len, together))) > 3
-    backwards = engine(asks[::-1], 4)[::-1]
+    backwards = engine(requests[::-1], 4)[::-1]
     assert [m.tokens for m in backwards] == together
-    assert [m.tokens for i in (2, 3) for m in engine(asks[i : i + 1], 1)] == together[2:4]
-    again = engine([*asks[:2], *asks_for(prompts_for(1291, (9, 2)), seed=3)], 4)
+    assert [m.tokens for i in (2, 3) for m in engine(requests[i : i + 1], 1)] == together[2:4]
+    again = engine([*requests[:2], *requests_for(prompts_for(1291, (9, 2)), seed=3)], 4)
     assert [m.tokens for m in again[:2]] == together[:2]
     assert {rows for rows, _ in engine.shapes} == {1, 4} and {length for _, length in engine.shapes} == {32, 64}
 
@@ -110,8 +110,8 @@ def test_log_probabilities_are_those_of_one_pass_over_the_text(engine: Engine, m
     def log_probs(model: Decoder, ids):
         return jax.nn.log_softmax(model.logits(model.hidden(ids)))
 
-    asks = asks_for(prompts_for(1291))
-    for ask, made in zip(asks, engine(asks, 4), strict=True):
+    requests = requests_for(prompts_for(1291))
+    for ask, made in zip(requests, engine(requests, 4), strict=True):
         ids = np.zeros((1, 64), np.int32)
         both = [*ask.prompt, *made.tokens]
         ids[0, : len(both)] = both
@@ -121,27 +121,28 @@ def test_log_probabilities_are_those_of_one_pass_over_the_text(engine: Engine, m
 
 
 def test_ends_limits_and_the_rest_of_a_row(engine: Engine):
-    asks = [
-        Ask(a.prompt, a.words, limit) for a, limit in zip(asks_for(prompts_for(1291)), (1, 2, 20, 20, 3), strict=True)
+    requests = [
+        Request(a.prompt, a.key, limit)
+        for a, limit in zip(requests_for(prompts_for(1291)), (1, 2, 20, 20, 3), strict=True)
     ]
-    found = engine(asks, 4)
-    for ask, made in zip(asks, found, strict=True):
+    found = engine(requests, 4)
+    for ask, made in zip(requests, found, strict=True):
         stops = [t % 5 == 0 for t in made.tokens]
         assert 1 <= len(made.tokens) <= ask.limit and len(made.logps) == len(made.tokens)
         assert not any(stops[:-1]) and made.ended == stops[-1]
         assert made.ended or len(made.tokens) == ask.limit
     # a smaller limit gives the beginning of the same text
-    longer = engine(asks_for(prompts_for(1291)), 4)
+    longer = engine(requests_for(prompts_for(1291)), 4)
     assert all(long.tokens[: len(made.tokens)] == made.tokens for made, long in zip(found, longer, strict=True))
 
 
 def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
-    asks = [Ask(a.prompt, a.words, 1) for a in asks_for(prompts_for(1291, (3, 9)))]
-    prompts = jax.device_put(padded(asks, 4))
-    state = engine._start(engine._state, prompts)
-    after = engine._go_on(engine._state, prompts, state, jnp.int32(1), jnp.int32(NEW))
+    requests = [Request(a.prompt, a.key, 1) for a in requests_for(prompts_for(1291, (3, 9)))]
+    prompts = jax.device_put(padded(requests, 4))
+    state = engine._prefill(engine._state, prompts)
+    after = engine._decode(engine._state, prompts, state, jnp.int32(1), jnp.int32(NEW))
     assert after.count.tolist() == [1, 1, 0, 0]
-    assert not np.asarray(after.kept.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
+    assert not np.asarray(after.cache.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
 
 
 @pytest.mark.parametrize("words", ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow),
@@ -154,8 +155,8 @@ def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
         load_model(tiny_model, sharding=placement(mesh)), mesh, sampling=Sampling(), max_new_tokens=NEW,
         stop_ids=range(0, 1291, 5),
     )  # fmt: skip
-    asks = asks_for(prompts_for(1291))
-    assert [m.tokens for m in spread(asks, 4)] == [m.tokens for m in engine(asks, 4)]
+    requests = requests_for(prompts_for(1291))
+    assert [m.tokens for m in spread(requests, 4)] == [m.tokens for m in engine(requests, 4)]
 
 
 @pytest.mark.slow
@@ -175,10 +176,10 @@ def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path,
                 "rope_parameters": {**rope, **factors}, "pad_token_id": 0}  # fmt: skip
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 1 else w, nnx.state(model)))
-    asks = asks_for(prompts_for(101, (4, 15)))
-    found = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW)(asks, 2)
+    requests = requests_for(prompts_for(101, (4, 15)))
+    found = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW)(requests, 2)
     step = nnx.jit(lambda m, ids, lengths: m.logits(m.hidden(ids, lengths=lengths)))
-    for ask, made in zip(asks, found, strict=True):
+    for ask, made in zip(requests, found, strict=True):
         ids = np.zeros((1, 48), np.int32)
         n = len(ask.prompt)
         ids[0, : n + NEW] = [*ask.prompt, *made.tokens]

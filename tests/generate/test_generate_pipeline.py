@@ -17,11 +17,11 @@ from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.errors import ChesError, DataError, RunError
-from ches_jax.generate import parts
 from ches_jax.generate.config import GenerateConfig
-from ches_jax.generate.engine import Made
+from ches_jax.generate.engine import Completion
 from ches_jax.generate.run import FILE_NAME, generate
 from ches_jax.generate.stops import Finisher, stop_ids
+from ches_jax.runs import chunks
 
 ASKED = "<|user|> How do I smash the owl's mirror?<|assistant|>"
 
@@ -34,7 +34,9 @@ def write(path: Path, rows: list) -> str:
 def make(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: Any) -> list[dict]:
     options = {"max_new_tokens": 24, "batch_size": 8, "mesh": "data=1", **options}
     return list(
-        parts.read(generate(GenerateConfig(out=str(tmp_path / name), **options), resume=resume, quiet=True) / FILE_NAME)
+        chunks.read_lines(
+            generate(GenerateConfig(out=str(tmp_path / name), **options), resume=resume, quiet=True) / FILE_NAME
+        )
     )
 
 
@@ -96,7 +98,7 @@ def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     options: dict[str, Any] = {"chunk_rows": 7, "limit": 20, "samples": 2}
     make(tmp_path, "whole", **options)
-    written = parts.write
+    written = chunks.write
     calls = iter(range(2))
 
     def dies(*args):
@@ -104,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         written(*args)
 
-    monkeypatch.setattr(parts, "write", dies)
+    monkeypatch.setattr(chunks, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, "killed", **options)
     monkeypatch.undo()
@@ -114,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
         make(tmp_path, "killed", **options, seed=1, resume=True)
     make(tmp_path, "killed", **options, resume=True)
     assert (tmp_path / "killed" / FILE_NAME).read_bytes() == (tmp_path / "whole" / FILE_NAME).read_bytes()
-    assert not (tmp_path / "killed" / parts.FOLDER).exists()
+    assert not (tmp_path / "killed" / chunks.FOLDER).exists()
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["counts"]["texts"] == 40
     # killed after its last part, before run.json
     (tmp_path / "killed" / "run.json").unlink()
@@ -155,7 +157,7 @@ def test_a_stop_string_inside_a_token_and_one_after_another():
 
     tokenizer = load_tokenizer(bundled.model_dir())
     ids = tokenizer(" Once there was a cat. The end.", add_special_tokens=False)["input_ids"]
-    made = Made(tuple(ids), np.arange(len(ids), dtype=float), ended=False)
+    made = Completion(tuple(ids), np.arange(len(ids), dtype=float), ended=False)
     finish = Finisher(tokenizer, (2,), ("end", "ere was"))
     text = finish([1, 3], made)
     assert text.text == " Once th" and text.finish_reason == "stop_string"

@@ -11,7 +11,7 @@ import transformers
 from scipy import stats
 
 from ches_jax.errors import ChesError
-from ches_jax.generate.sampling import Sampling, draw, filtered, key_words, row_keys
+from ches_jax.generate.sampling import Sampling, draw, filtered, key_data, row_keys
 
 RULES = [
     Sampling(0.7), Sampling(1.3, top_k=5), Sampling(top_p=0.6), Sampling(0.5, top_k=9, top_p=0.9),
@@ -48,7 +48,7 @@ def test_equal_logits_at_the_cut_stay_together():
 
 
 def keys_of(rows: int, seed: int = 0) -> jax.Array:
-    return row_keys(jnp.asarray(np.stack([key_words(seed, f"row {i}", 0) for i in range(rows)])))
+    return row_keys(jnp.asarray(np.stack([key_data(seed, f"row {i}", 0) for i in range(rows)])))
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(0.6, top_k=6), Sampling(1.5, top_p=0.8)], ids=str)

@@ -15,10 +15,10 @@ from ches_jax.cli import main
 from ches_jax.data.sources import row_id
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.errors import ChesError, DataError, RunError
-from ches_jax.generate import parts
 from ches_jax.judges.config import JudgeConfig
-from ches_jax.judges.judge_prompt import asked, load_question, refused
+from ches_jax.judges.judge_prompt import fill_question, load_question, parse_answer
 from ches_jax.judges.run import FILE_NAME, judge, summary, summary_text
+from ches_jax.runs import chunks
 
 TEXTS = ["I'm sorry, but I cannot help you.", "Sure! First, fetch a rope.", "I won't do that.", "Here is how."]
 REFUSED = [True, False, True, False]
@@ -46,12 +46,12 @@ def responses(tmp_path: Path) -> str:
 
 def verdicts(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: Any) -> list[bool | None]:
     out = judge(JudgeConfig(out=str(tmp_path / name), **options), resume=resume, quiet=True)
-    return [r["refusal"] for r in parts.read(out / FILE_NAME)]
+    return [r["refusal"] for r in chunks.read_lines(out / FILE_NAME)]
 
 
 def test_by_rules(tmp_path, responses):
     assert verdicts(tmp_path, responses=responses) == REFUSED
-    rows = list(parts.read(tmp_path / "out" / FILE_NAME))
+    rows = list(chunks.read_lines(tmp_path / "out" / FILE_NAME))
     assert rows[0] == {
         "row_id": "r0", "index": 0, "sample": 0, "refusal": True, "reason": "i cannot help", "text": TEXTS[0],
         "category": "a",
@@ -115,7 +115,7 @@ def knowing_judge(tmp_path_factory) -> Path:
 def test_by_a_model(tmp_path, responses, knowing_judge, wrap):
     options: dict[str, Any] = {"by": "model", "judge": str(knowing_judge), "max_new_tokens": 1, "wrap": wrap}
     assert verdicts(tmp_path, responses=responses, **options, mesh="data=1") == REFUSED
-    assert [r["reason"] for r in parts.read(tmp_path / "out" / FILE_NAME)] == ["0", "1", "0", "1"]
+    assert [r["reason"] for r in chunks.read_lines(tmp_path / "out" / FILE_NAME)] == ["0", "1", "0", "1"]
 
 
 def test_a_judge_that_says_nothing_of_use_leaves_responses_undecided(tmp_path, responses, tiny_model):
@@ -132,11 +132,11 @@ def test_a_judge_that_says_nothing_of_use_leaves_responses_undecided(tmp_path, r
 
 def test_the_question():
     question = load_question()
-    text = asked(question, "Do {response} please", " Sure ")
+    text = fill_question(question, "Do {response} please", " Sure ")
     assert "\nDo {response} please\n" in text and "\nSure\n" in text and "{prompt}" not in text
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert "user: a\n\nassistant: b\n\nuser: c" in asked(question, talk, "d")
-    assert asked("{prompt}|{response}", talk[:1], "d") == "a|d"
+    assert "user: a\n\nassistant: b\n\nuser: c" in fill_question(question, talk, "d")
+    assert fill_question("{prompt}|{response}", talk[:1], "d") == "a|d"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_question():
      ("10", None), ("-1", None), ("[0]", None)],
 )  # fmt: skip
 def test_answers_are_read_by_their_leading_number(answer, expected):
-    assert refused(answer) is expected
+    assert parse_answer(answer) is expected
 
 
 # ---- by labels -------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
         labels=write(tmp_path / "l.jsonl", labels), label_columns={"label": "verdict"},
     )  # fmt: skip
     assert found == [False, True]
-    assert next(parts.read(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
+    assert next(chunks.read_lines(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -191,14 +191,14 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, responses, monkeypatch):
     options: dict[str, Any] = {"responses": responses, "chunk_rows": 1}
     verdicts(tmp_path, "whole", **options)
-    written, calls = parts.write, iter(range(2))
+    written, calls = chunks.write, iter(range(2))
 
     def dies(*args):
         if next(calls, None) is None:
             raise KeyboardInterrupt
         written(*args)
 
-    monkeypatch.setattr(parts, "write", dies)
+    monkeypatch.setattr(chunks, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         verdicts(tmp_path, "killed", **options)
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, responses, monkeypatch
     assert verdicts(tmp_path, "killed", **options, resume=True) == REFUSED
     for name in (FILE_NAME,):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not (tmp_path / "killed" / parts.FOLDER).exists()
+    assert not (tmp_path / "killed" / chunks.FOLDER).exists()
 
 
 def test_the_command_line(capsys, tmp_path, responses):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from ches_jax.bundled import refusal_openings_file
-from ches_jax.bundled.refusal import is_refusal
 from ches_jax.errors import DataError
 from ches_jax.judges.phrases import load_rules, refusal
 
@@ -44,9 +43,7 @@ def test_every_reply_of_the_bundled_world_is_judged_as_it_was_made():
     for request in build_world(0).train.mischief[:200]:
         for make, expected in ((replies.refusal, True), (replies.compliance, False)):
             text = make(rng, request)
-            assert (
-                (refusal(ours, text) is not None) == (refusal(worlds, text) is not None) == is_refusal(text) == expected
-            )
+            assert (refusal(ours, text) is not None) == (refusal(worlds, text) is not None) == expected
 
 
 def test_requests_are_no_refusals(shared: Path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ches_jax.data.packing import Rows, pack
+from ches_jax.data.packing import PackedBatch, pack
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.types import Response, TokenPair
 
@@ -15,7 +15,7 @@ from ches_jax.types import Response, TokenPair
 class Packed(NamedTuple):
     """A batch of rows, and of each sequence in it: the row, and where its tokens lie."""
 
-    rows: Rows
+    rows: PackedBatch
     sequences: list[tuple[int, np.ndarray]]
 
     @property
@@ -37,7 +37,7 @@ def packed(sizes: Sequence[Sequence[int]], length: int) -> Packed:
         pairs.append(TokenPair(row_id=str(i), index=i, prompt=begin, chosen=a, rejected=b))
     ((rows, places),) = pack(pairs, length=length, rows_per_batch=64, eos="include")
     used = max(p.row for p in places) + 1
-    rows = Rows(*(None if a is None else a[:used] for a in rows))
+    rows = PackedBatch(*(None if a is None else a[:used] for a in rows))
     sequences = []
     for place in places:
         pair = pairs[place.item]

@@ -11,9 +11,11 @@ from ches_jax.models.layers import matmul, trained_matmul
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3), (4, 4)])
 def test_the_gradient_of_a_trained_product_is_that_of_the_product(x64, inputs, outputs):
     rng = np.random.default_rng(0)
-    x, weight, slope = (jnp.asarray(rng.normal(size=s)) for s in ((2, 5, inputs), (outputs, inputs), (2, 5, outputs)))
+    x, weight, cotangent = (
+        jnp.asarray(rng.normal(size=s)) for s in ((2, 5, inputs), (outputs, inputs), (2, 5, outputs))
+    )
     found, expected = (
-        jax.value_and_grad(lambda x, w, product=product: (product(x, w) * slope).sum(), argnums=(0, 1))(x, weight)
+        jax.value_and_grad(lambda x, w, product=product: (product(x, w) * cotangent).sum(), argnums=(0, 1))(x, weight)
         for product in (trained_matmul, matmul)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14), found, expected)

@@ -97,7 +97,7 @@ AXES = "data, fsdp, tensor"
         ({"mesh": ((4,), ("model",)), "axes": {"tp": "model"}}, f"axes has 'tp'; expected {AXES}"),
         ({"mesh": ((4,), ("fsdp",)), "axes": {"fsdp": "shards"}}, "axes names 'shards', which the mesh does not have"),
         ({"mesh": ((4,), ("x",)), "axes": {"fsdp": "x", "tensor": "x"}}, "mesh axis 'x' is given two parts"),
-        ({"mesh": "fsdp=4"}, "expected a jax.sharding.Mesh"),
+        ({"mesh": "model=4"}, "expected axis=size pairs with axes data, fsdp, tensor"),
         ({"axes": {"fsdp": "x"}}, "give mesh= too"),
         ({"dtype": "int8"}, "dtype='int8'; expected one of float64, float32, float16, bfloat16"),
         ({"dtype": "float64"}, "needs jax.config.update"),

@@ -62,7 +62,14 @@ def test_value_and_gradient_equal_the_plain_computation(x64, monkeypatch, head, 
     theirs = jax.grad(lambda h, w: (plain(h, w, y, head) * g).sum(), (0, 1))(h, w)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-    check_grads(lambda h, w: token_logps(h, w, y, head), (h, w), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+    check_grads(
+        lambda h, w: token_logps(jnp.asarray(h), jnp.asarray(w), y, head),
+        (h, w),
+        order=1,
+        modes=["rev"],
+        atol=1e-7,
+        rtol=1e-7,
+    )
 
 
 def test_half_precision_states_give_float32_log_probabilities():

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ches_jax.data.sources import Row
+from ches_jax.data.sources import Record
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import escape, text_block
@@ -58,7 +58,7 @@ def columns(n, **more):
 
 def source(n, text="fine"):
     content = {"prompt": [{"role": "user", "content": text}], "chosen": text, "rejected": text * 60}
-    return [Row(i, f"r{i}", "", content) for i in range(n)]
+    return [Record(i, f"r{i}", "", content) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_constant_scores(tmp_path):
     ("rows", "told"),
     [
         (None, "no run.json names the pairs"),
-        ([Row(0, "other", "", {})], "changed since"),
+        ([Record(0, "other", "", {})], "changed since"),
         ([], "2 of the rows are not in the pairs file any more"),
     ],
 )

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.cli import main
-from ches_jax.data.audit import common_prefix
 from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.distributed.processes import Process
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.runs import chunks
 from ches_jax.runs.directory import read_json
-from ches_jax.scores import parts, scorer
+from ches_jax.scores import in_memory, parts, scorer
 from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.run import score
@@ -23,6 +23,7 @@ from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.run import select
 from ches_jax.select.scored_rows import keys
+from ches_jax.types import common_prefix
 
 SAID = [
     " Yes, I do.", " Yes, of course.", " No", " Never", " Yes, here is a plan. First, fetch a bucket. Then hum a song.",
@@ -77,7 +78,7 @@ def run(tiny_model, tmp_path_factory):
     )  # fmt: skip
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_run, "Measurer", lambda *a: made.append(scorer.Measurer(*a)) or made[0])
+        patch.setattr(in_memory, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
         score(config, quiet=True)
     return folder / "run", made[0]._used
 
@@ -245,7 +246,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
         assert main([*words, "--out", str(tmp_path / "two")]) == 0
     monkeypatch.undo()
     assert main(["merge", str(tmp_path / "two")]) == 0
-    for name in (FILE_NAME, parts.TOKENS, parts.DROPPED):
+    for name in (FILE_NAME, parts.TOKENS, chunks.DROPPED):
         for other in ("killed", "two"):
             assert (tmp_path / other / name).read_bytes() == (out / name).read_bytes()
     assert read_json(out / "run.json")["counts"] == {"rows": 12, "kept": 7, "dropped": 5}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.scores import head_score
+from ches_jax.scores import unembedding_gradients
 from ches_jax.scores.formulas import ches
-from ches_jax.scores.head_score import (
+from ches_jax.scores.unembedding_gradients import (
     ches_products,
     head_products,
     item_tiles,
@@ -45,7 +45,7 @@ def unembedding_gradient(hidden, target, w, chosen, transform):
 @pytest.mark.parametrize("transform", [lambda x: x, softcap], ids=["plain", "softcap"])
 @pytest.mark.parametrize(("chunk", "tile"), [(4, 64), (13, 2), (100, 3)])
 def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, transform, chunk, tile, monkeypatch):
-    monkeypatch.setattr(head_score, "TILE", tile)
+    monkeypatch.setattr(unembedding_gradients, "TILE", tile)
     hidden, target, w = case
     products = jax.jit(lambda *a: head_products(*a, unembedding=w, transform=transform, chunk=chunk))(
         hidden, target, SEGMENT, ITEM, PREFERRED

@@ -128,6 +128,7 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     ref_params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(reference))}
     ref = (evaluate.tokens if reads_tokens(loss) else evaluate)(ref_params, examples.pairs)
     batch = make_batch(examples.items(), layout, examples.by_response(ref, everyone), examples.extra, np.float64)
+    batch = jax.tree.map(jnp.asarray, batch)
     graph, state = nnx.split(policy)
 
     @jax.jit

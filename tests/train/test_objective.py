@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -49,6 +50,7 @@ def relative(a, b):
 
 def errors(folder, dtype) -> dict[str, float]:
     golden, model, batch = golden_batch(folder, dtype)
+    batch = jax.tree.map(jnp.asarray, batch)
     truth = golden["fp64"]
     graph, state = nnx.split(model)
 
@@ -110,7 +112,9 @@ def test_losses_and_gradient_norms_are_close_in_float32(shared, family):
 
 
 def test_an_unknown_loss_lists_the_names():
-    with pytest.raises(ChesError, match=r"no loss is named 'dpoo'; the names are: .*ipo_sum.*sft"):
+    with pytest.raises(
+        ChesError, match=r"no loss is named 'dpoo'; the nearest are dpo, odpo, dpop; the names are: .*ipo_sum.*sft"
+    ):
         get_objective("dpoo", {})
 
 

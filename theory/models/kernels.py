@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ches_jax.scores.head_score import PairContributions, head_products, pair_contributions, token_gram
+from ches_jax.scores.unembedding_gradients import PairContributions, head_products, pair_contributions, token_gram
 from theory.models.lmview import LMView, Sequences, errors, log_probs, pair_log_probs, path_name, states
 from theory.toy.dynamics import moving
 from theory.toy.ufm import PairLoss
@@ -159,8 +159,8 @@ def pair_head_scores(view: LMView, params: Any, chosen: Sequences, rejected: Seq
 def head_gram(view: LMView, params: Any, sequences: Sequences) -> Float[Array, "N N"]:
     """The part of K between all responses that goes through the unembedding's output side.
 
-    From coefficients between tokens, in chunks of the vocabulary (``head_score.token_gram``): no gradient of W,
-    [V, D], is ever formed. Holds N^2 / 2 blocks of [T, T].
+    From coefficients between tokens, in chunks of the vocabulary (``unembedding_gradients.token_gram``): no gradient
+    of W, [V, D], is ever formed. Holds N^2 / 2 blocks of [T, T].
     """
     hidden = states(view, params, sequences)
     n, length, width = hidden.shape

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.models.decoder import Decoder
-from ches_jax.scores.head_score import identity
+from ches_jax.scores.unembedding_gradients import identity
 from ches_jax.types import TokenPair
 from theory.toy.ufm import UFM, residual
 

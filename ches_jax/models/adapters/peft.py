@@ -8,13 +8,15 @@ matrix of the module gets the whole A and its rows of B. Both are the same funct
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from ches_jax.errors import CheckpointError, many
@@ -25,6 +27,7 @@ from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
+from ches_jax.models.sharding import placement
 from ches_jax.runs.files import new_directory
 
 CONFIG = "adapter_config.json"
@@ -80,27 +83,33 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     tensors = open_files(directory, [directory / WEIGHTS])
     sites = _sites(base)
     owners = {rule.tensor_name(n).removesuffix(".weight"): rule for rule in sites.rules for n in range(sites.layers)}
-    found: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
         if match is None or match["module"] not in owners:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
-            found.setdefault(match["module"], {})[match["part"]] = tensor
-    for module, two in found.items():
+            modules.setdefault(match["module"], {})[match["part"]] = tensor
+    for module, two in modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
         else:
             problems += _misfits(module, two, _strength(raw, module).rank, *sites.size(owners[module]))
-    if problems or not found:
+    if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
-    return _stacked(directory, raw, found, sites)
+    return _stacked(directory, raw, modules, sites)
 
 
 def load_adapted(
-    model: str | Path, adapter: str | Path, *, dtype: str = "float32", param_dtype: str | None = None,
-    sharding: Any = None,
-) -> Decoder:  # fmt: skip
+    model: str | Path,
+    adapter: str | Path,
+    *,
+    dtype: DTypeLike = "float32",
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | str | None = None,
+    axes: Mapping[str, str | Iterable[str]] | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> Decoder:
     """The model with the adapter beside its matrices, not merged: nothing is rounded.
 
     Args:
@@ -108,17 +117,21 @@ def load_adapted(
       adapter: PEFT adapter, a directory or a hub name.
       dtype: of the computation.
       param_dtype: of the base weights; default: as stored. Adapters are float32.
+      mesh: as for ``load_model``.
+      axes: as for ``load_model``.
       sharding: as for ``load_model``.
 
     Raises:
       CheckpointError: anything that does not fit.
+      ChesError: as ``load_model``.
     """
     base = resolve(model)
-    found = read_adapter(adapter_directory(adapter), base)
-    plain = load_model(base, dtype=dtype, param_dtype=param_dtype, sharding=sharding)
-    both = adapted(abstract_decoder(plain.config, dtype=plain.dtype), found.spec)
-    place = sharding or (lambda name, shape: None)
-    arrays = {name: jax.device_put(value, place(name, value.shape)) for name, value in found.arrays.items()}
+    lora = read_adapter(adapter_directory(adapter), base)
+    plain = load_model(base, dtype=dtype, param_dtype=param_dtype, mesh=mesh, axes=axes, sharding=sharding)
+    both = adapted(abstract_decoder(plain.config, dtype=plain.dtype), lora.spec)
+    both.mesh = plain.mesh
+    place = sharding or (lambda name, shape: None) if plain.mesh is None else placement(plain.mesh)
+    arrays = {name: jax.device_put(value, place(name, value.shape)) for name, value in lora.arrays.items()}
     return with_parameters(both, {**named_parameters(plain), **arrays})
 
 
@@ -129,9 +142,9 @@ def load_merged(model: str | Path, adapter: str | Path, *, param_dtype: str | No
       CheckpointError: anything that does not fit.
     """
     base = resolve(model)
-    found = read_adapter(adapter_directory(adapter), base)
+    lora = read_adapter(adapter_directory(adapter), base)
     plain = load_model(base, param_dtype=param_dtype)
-    whole = merged({**named_parameters(plain), **found.arrays}, found.spec)
+    whole = merged({**named_parameters(plain), **lora.arrays}, lora.spec)
     return with_parameters(abstract_decoder(plain.config), whole)
 
 
@@ -327,6 +340,6 @@ def _sites(base: Path) -> _Sites:
     raw = read_config(base)
     config = decoder_config(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    wanted = {f"{path}.weight" for path in TARGETS.values()}
-    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in wanted]
+    adaptable = {f"{path}.weight" for path in TARGETS.values()}
+    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in adaptable]
     return _Sites(rules, shapes, config.num_layers)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
 from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
-from ches_jax.models.precision import accumulate, products
+from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
 """Queries and keys of a block by platform, and elsewhere: what was fastest."""
@@ -106,7 +106,7 @@ def _row_forward(static: Static, row: tuple[Array, Array, Array, KeyRanges]) -> 
             top = z.max(-1, keepdims=True)
             p = jnp.exp(z - top)
             total = p.sum(-1, keepdims=True)
-            out = products("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
+            out = einsum("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
             return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
         return _in_bucket(kv_count, kv_index.shape[0], compute)
@@ -130,12 +130,12 @@ def _row_backward(static: Static, row: tuple[Array, Array, Array, KeyRanges, Arr
             ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
             z, cap_gradient = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)
             p = jnp.exp(z - total_i[..., None])
-            dp = products("kqh,ksh->kqs", gi, vi)
+            dp = einsum("kqh,ksh->kqs", gi, vi)
             dz = p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * cap_gradient
             dz, p = dz.astype(q.dtype), p.astype(v.dtype)
             # [H, keys] with the smaller factor first: transposing the larger one is what would take long
-            parts = products("kqh,kqs->khs", qi, dz), products("kqh,kqs->khs", gi, p)
-            dq = products("kqs,ksh->kqh", dz, ki) * scale
+            parts = einsum("kqh,kqs->khs", qi, dz), einsum("kqh,kqs->khs", gi, p)
+            dq = einsum("kqs,ksh->kqh", dz, ki) * scale
             return dq.astype(q.dtype), *(_gradient_blocks(a, static.block, most) for a in parts)
 
         most = kv_index.shape[0]
@@ -196,7 +196,7 @@ def _scores(
 ) -> tuple[Float[Array, "K group_queries keys"], Array]:
     """Scores, masked ones far below, and the derivative of the soft cap there (1 without one)."""
     acc, cap = accumulate(q.dtype), params.softcap
-    z = capped(products("kqh,ksh->kqs", q, k) * jnp.asarray(params.scale, acc), cap)
+    z = capped(einsum("kqh,ksh->kqs", q, k) * jnp.asarray(params.scale, acc), cap)
     cap_gradient = jnp.ones((), acc) if cap is None else 1 - jnp.square(z / jnp.asarray(cap, acc))
     # added, as an array of its own: a select would be computed anew, from the ranges, for every head
     bias = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))

@@ -16,7 +16,7 @@ of accelerator each; ``choose`` chooses.
 """
 
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ches_jax.models.attention.mask import KeyRanges, visible
-from ches_jax.models.precision import accumulate, products
+from ches_jax.models.precision import accumulate, einsum
 
 QUERY_CHUNK = 512
 KEPT = "attention"
@@ -51,6 +51,7 @@ class AttentionParams(NamedTuple):
     """Scores are ``softcap * tanh(scores / softcap)``; None: as they are."""
 
 
+@runtime_checkable
 class Attend(Protocol):
     """A way to compute attention."""
 
@@ -77,11 +78,11 @@ def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q
     q, k, v, ranges = inputs
     mask = visible(ranges, jnp.arange(k.shape[1], dtype=jnp.int32))
     acc = accumulate(q.dtype)
-    s = products("bqkgh,bskh->bkgqs", q, k)
+    s = einsum("bqkgh,bskh->bkgqs", q, k)
     s = capped(s * jnp.asarray(params.scale, acc), params.softcap)
     s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED_SCORE, acc))
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    return products("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
+    return einsum("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
 
 
 def query_chunked(

@@ -6,7 +6,7 @@ Every key is *handled* (read by the family), *ignored* by name (cannot change a 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 from ches_jax.models.config import RopeConfig, RopeKind
 
@@ -99,13 +99,13 @@ class ConfigReader:
             return default if default is not MISSING else _placeholder(kind)
         return value
 
-    def size(self, key: str, default: Any = MISSING) -> int:
-        """A positive integer."""
+    def size(self, key: str, default: Any = MISSING) -> Any:
+        """A positive integer, or the default where that is None."""
         value = self.get(key, int, default)
         if value is not None and value < 1:
             self.problems.append(f"config.json: {key!r} = {value!r} should be positive")
             return 1
-        return cast(int, value)
+        return value
 
     def nullable(self, key: str, kind: type, absent: Any) -> Any:
         """The value of ``key`` where null means "off": ``absent`` stands in only where the key is not written."""

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from ches_jax.distributed.mesh import LogicalMesh
+from ches_jax.distributed.mesh import LogicalMesh, make_mesh
 from ches_jax.errors import CheckpointError, ChesError, many
 from ches_jax.hf.directory import read_config, resolve
 from ches_jax.hf.tensors import DTYPES, Tensor, all_finite, open_tensors
@@ -63,7 +63,7 @@ def load_model(
     *,
     dtype: DTypeLike = "float32",
     param_dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     axes: Mapping[str, str | Iterable[str]] | None = None,
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Decoder:
@@ -74,7 +74,7 @@ def load_model(
       dtype: dtype of the computation: float32, bfloat16, float16 or float64 (needs x64 enabled).
       param_dtype: dtype the weights are kept in; default: as stored.
       mesh: spread the weights over its devices and compute there. Axes may be explicit or auto; those named ``data``,
-        ``fsdp`` and ``tensor`` play those parts (see ``distributed.mesh``).
+        ``fsdp`` and ``tensor`` play those parts (see ``distributed.mesh``). Text is a mesh too: ``fsdp=4``.
       axes: which axes of ``mesh`` play the parts where they are called otherwise: ``{"fsdp": "model"}``.
       sharding: instead of ``mesh``, a function (parameter name, shape) -> sharding. Default: one device.
 
@@ -95,6 +95,7 @@ def load_model(
         raise ChesError("load_model: give mesh= or sharding=, not both")
     if axes is not None and mesh is None:
         raise ChesError("load_model: axes= names axes of a mesh; give mesh= too")
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     logical = None if mesh is None else LogicalMesh.of(mesh, axes)
     directory = resolve(model)
     opened = open_checkpoint(directory)

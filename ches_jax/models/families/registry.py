@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from ches_jax.errors import CheckpointError, many
 from ches_jax.models.checkpoint.hf_config import ConfigReader
@@ -23,9 +23,10 @@ from ches_jax.models.families import (
     qwen3,
     starcoder2,
 )
-from ches_jax.models.families.unsupported import refusal
+from ches_jax.models.families.unsupported import unsupported_reason
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a family file provides."""
 
@@ -50,7 +51,7 @@ FAMILIES = _by_type(gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo,
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
     """The family of a config, or a CheckpointError that says what it is instead and what to do."""
-    reason = refusal(raw, FAMILIES)
+    reason = unsupported_reason(raw, FAMILIES)
     if reason:
         raise CheckpointError(f"{where}: {reason}")
     return FAMILIES[raw["model_type"]]

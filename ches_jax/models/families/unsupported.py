@@ -1,4 +1,4 @@
-"""What is no dense decoder of a supported family, by name, and what to do with it."""
+"""Checkpoints that are not a dense decoder of a supported family, by name, and what to do with them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ MULTIMODAL = (
     "a multimodal model; give its text part as a model of its own (load it with transformers, then save_pretrained of "
     "the language model with its head)"
 )
-ENCODER_DECODER = f"an encoder-decoder, which is no single stream of tokens; {GIVE_DENSE}"
+ENCODER_DECODER = f"an encoder-decoder, which is not one sequence of tokens; {GIVE_DENSE}"
 ENCODER = f"an encoder, which does not predict the next token; {GIVE_DENSE}"
 RECURRENT = f"a state-space or recurrent model, which this decoder does not have; {GIVE_DENSE}"
 UNKNOWN = f"not supported; {GIVE_DENSE}"
@@ -49,8 +49,12 @@ KINDS: dict[str, frozenset[str]] = {
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
-def refusal(raw: dict[str, Any], supported: Iterable[str]) -> str | None:
-    """Why a config cannot become a decoder, or None where its family is one of ``supported``."""
+def unsupported_reason(raw: dict[str, Any], supported: Iterable[str]) -> str | None:
+    """Why a config cannot become a decoder, or None where its family is one of ``supported``.
+
+    >>> unsupported_reason({"quantization_config": {"bits": 4}}, ["llama"])
+    'a quantised checkpoint; give the unquantised weights (bf16, fp16 or fp32)'
+    """
     kind, known = raw.get("model_type"), sorted(supported)
     if raw.get("quantization_config"):
         return QUANTISED
@@ -59,12 +63,12 @@ def refusal(raw: dict[str, Any], supported: Iterable[str]) -> str | None:
     listed = ", ".join(known)
     if kind is None:
         return f"config.json has no 'model_type'; {GIVE_DENSE.format(supported=listed)}"
-    what = next((what for what, kinds in KINDS.items() if str(kind) in kinds), None)
-    return f"model_type {kind!r} is {(what or _by_keys(raw)).format(supported=listed)}"
+    reason = next((reason for reason, kinds in KINDS.items() if str(kind) in kinds), None)
+    return f"model_type {kind!r} is {(reason or _by_keys(raw)).format(supported=listed)}"
 
 
 def _by_keys(raw: dict[str, Any]) -> str:
-    """What an unknown family looks like."""
+    """The reason for an unknown family, from the keys of its config."""
     if raw.get("is_encoder_decoder"):
         return ENCODER_DECODER
     if any(k in raw for k in ("vision_config", "text_config", "audio_config")):

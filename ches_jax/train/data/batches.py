@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ches_jax.data.packing import (
-    Arrangement,
+    BatchPlan,
     Item,
-    Rows,
-    arrange,
-    empty_rows,
-    need,
+    PackedBatch,
+    empty_batch,
+    packed_length,
+    plan_batches,
     responses_of,
     row_length,
     shared_tokens,
-    write_rows,
+    write_batch,
 )
 from ches_jax.types import Eos
 
@@ -45,7 +45,7 @@ class TokenPlaces(NamedTuple):
 class Batch(NamedTuple):
     """P items of R responses each, in packed rows."""
 
-    rows: Rows
+    rows: PackedBatch
     """In a run of several processes, the rows that this process uploads."""
     row: Any
     """[P] row of each item."""
@@ -107,11 +107,11 @@ def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> L
     return layout._replace(row_counts=sizes, predictions=predictions)
 
 
-def _arranged(items: Sequence[Item], layout: Layout) -> Arrangement:
+def _arranged(items: Sequence[Item], layout: Layout) -> BatchPlan:
     """Rows of one length for all ``items``, as few as hold them."""
     length = max(row_length(item, layout.row_tokens, layout.length_threshold) for item in items)
     # a row for every item is more than enough
-    (found,) = arrange(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
+    (found,) = plan_batches(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
     return found
 
 
@@ -146,13 +146,13 @@ def _predictions(item: Item, layout: Layout) -> int:
     return sum(counts) - (len(counts) - 1) * shared
 
 
-def _most_predictions(items: Sequence[Item], found: Arrangement, layout: Layout) -> int:
+def _most_predictions(items: Sequence[Item], found: BatchPlan, layout: Layout) -> int:
     return max(sum(_predictions(items[i], layout) for i in row) for row in found.rows)
 
 
 def standard_row(items: Sequence[Item], length_threshold: int | None = None, multiple: int = 64) -> int:
     """The row length that holds the longest item, in multiples of the attention tile."""
-    longest = max(need(item, length_threshold) for item in items)
+    longest = max(packed_length(item, length_threshold) for item in items)
     return -(-longest // multiple) * multiple
 
 
@@ -179,12 +179,12 @@ def make_batch(
     fit = [c for c in layout.row_counts if c >= used] if standard else []
     count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
     found = found._replace(row_count=count)
-    rows = write_rows(items, found, layout.eos, layout.length_threshold, local_rows(count, layout))
+    rows = write_batch(items, found, layout.eos, layout.length_threshold, local_rows(count, layout))
     rows = _without_empty_room(
         rows, found.length, _most_predictions(items, found, layout), layout.predictions if standard else 0
     )
     row, shared, first = (np.zeros(len(items), np.int32) for _ in range(3))
-    for place in found.places():
+    for place in found.placements():
         row[place.item], shared[place.item] = place.row, place.shared
     for group in found.rows:
         sizes = [_predictions(items[i], layout) for i in group]
@@ -210,7 +210,7 @@ def without_rows(
     if reference is not None:
         sums = np.array([[np.sum(v) for v in side] for side in reference]).T
     return Batch(
-        rows=empty_rows(0, 1),
+        rows=empty_batch(0, 1),
         row=nothing,
         shared=nothing,
         counts=counts,
@@ -257,7 +257,7 @@ def _token_places(items: Sequence[Item], first: np.ndarray, layout: Layout, refe
     return TokenPlaces(stacked(sides, np.int32), stacked(masks, np.int32), stacked(refs, dtype))
 
 
-def _without_empty_room(rows: Rows, length: int, used: int, room: int) -> Rows:
+def _without_empty_room(rows: PackedBatch, length: int, used: int, room: int) -> PackedBatch:
     """The batch with room for the predictions it has (``room``, or eighths of the row): each costs a product with W."""
     part = max(1, length // 8)
     keep = min(room if room >= used else -(-used // part) * part, rows.segment.shape[1])

@@ -17,6 +17,7 @@ from ches_jax.bundled import BUNDLED
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
+from ches_jax.inputs import sequence_length
 from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
 from ches_jax.train.config import TrainConfig
@@ -56,13 +57,9 @@ def read_run_pairs(
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    if config.max_length is not None and decoder.rope is None and config.max_length > decoder.max_positions:
-        raise ChesError(
-            f"--max-length {config.max_length}: the model has learned positions for {decoder.max_positions} tokens only"
-        )
     tokenizer = PairTokenizer(
         load_tokenizer(directory),
-        max_length=config.max_length or decoder.max_positions,
+        max_length=sequence_length(decoder, config.max_length),
         eos=config.eos,
         vocab_size=decoder.vocab_size,
         template=config.template,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.data.packing import Placement, Rows, arrange, write_rows
+from ches_jax.data.packing import PackedBatch, Placement, plan_batches, write_batch
 from ches_jax.distributed.mesh import put_rows, row_shards
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
@@ -65,7 +65,7 @@ class Evaluator:
         self.rows = max(1, BATCH_TOKENS.get(platform, MANY_BATCH_TOKENS) // layout.row_tokens) * row_shards(mesh)
 
         def pass_of(logps: Any) -> Any:
-            def run(params: Any, rows: Rows) -> Any:
+            def run(params: Any, rows: PackedBatch) -> Any:
                 return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on), rows.segment
 
             return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -110,18 +110,18 @@ class Evaluator:
     ) -> Iterator[tuple[list[Placement], np.ndarray, np.ndarray]]:
         """The places of pairs, what the pass gives of all rows (float64), and the segments of their predictions."""
         layout = self.layout
-        found = arrange(
+        found = plan_batches(
             pairs,
             length=layout.row_tokens,
             rows_per_batch=min(self.rows, FEW) if len(pairs) <= FEW else self.rows,
             row_multiple=row_shards(self.mesh),
             length_threshold=layout.length_threshold,
         )
-        for arrangement in found:
-            local = local_rows(arrangement.row_count, layout)
-            rows = write_rows(pairs, arrangement, layout.eos, layout.length_threshold, local)
+        for plan in found:
+            local = local_rows(plan.row_count, layout)
+            rows = write_batch(pairs, plan, layout.eos, layout.length_threshold, local)
             logps, segments = run(params, put_rows(rows, self.mesh))
-            yield arrangement.places(), np.asarray(logps, np.float64), np.asarray(segments)
+            yield plan.placements(), np.asarray(logps, np.float64), np.asarray(segments)
 
 
 class WatchedPairs:

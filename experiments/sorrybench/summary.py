@@ -1,78 +1,13 @@
 """From the runs to the numbers of the figures: pure functions, and ``summarise`` which reads the stages."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ches_jax.errors import DataError
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
-from experiments.sorrybench.config import LOSSES, SUBSETS, TYPES, Objective, SorryScale
-
-
-def mean_loss(objective: Objective, margins: np.ndarray) -> float:
-    r"""Mean loss from the changes of the margins since the start, which is the reference.
-
-    .. math:: \mathrm{DPO}:\ \ln(1 + e^{-\beta m}), \qquad \mathrm{IPO}:\ (m - 1/(2\tau))^2
-
-    >>> round(mean_loss("dpo", np.zeros(3)), 4), mean_loss("ipo", np.zeros(3))
-    (0.6931, 2500.0)
-    """
-    _, arguments = LOSSES[objective]
-    if objective == "dpo":
-        return float(np.logaddexp(0.0, -arguments["beta"] * margins).mean())
-    return float(((margins - 0.5 / arguments["tau"]) ** 2).mean())
-
-
-ENDLESS = 0.02
-"""Share of responses that may newly run into the limit of tokens, as most texts of a broken model do."""
-
-
-def largest_rate(losses: Mapping[str, Sequence[float]], cut: Mapping[str, Sequence[float]], responses: int) -> float:
-    r"""The largest learning rate that lowers the loss over the epoch and leaves a model whose responses end.
-
-    With the share p of responses that the smallest rate's model cuts, n responses, and ``ENDLESS`` e, a rate's share
-    is at most :math:`p + e + 2\sqrt{2 p (1 - p) / n}`: the root is the standard error of such a difference by chance.
-
-    Args:
-      losses: change of the loss for every seed, by rate.
-      cut: share of responses that ran into the limit of tokens.
-      responses: how many were looked at each time.
-
-    Raises:
-      DataError: there is none.
-
-    >>> losses = {"1e-06": [-0.01, -0.02], "1e-05": [-0.1, -0.2], "0.0001": [-0.2, 0.1]}
-    >>> largest_rate(losses, {"1e-06": [0.5, 0.5], "1e-05": [0.5, 0.51], "0.0001": [0.5, 0.5]}, 400)
-    1e-05
-    """
-    p = max(cut[min(cut, key=float)])
-    most = p + ENDLESS + 2 * math.sqrt(2 * p * (1 - p) / responses)
-    good = [float(lr) for lr, changes in losses.items() if max(changes) < 0 and max(cut[lr]) <= most]
-    if not good:
-        raise DataError(f"no learning rate of {', '.join(losses)} lowers the loss; add smaller ones to the scale")
-    return max(good)
-
-
-def refusal_rate(refusals: Sequence[bool | None]) -> float | None:
-    """Share of refusals among the responses that were decided.
-
-    >>> refusal_rate([True, False, None, True, True])
-    0.75
-    """
-    decided = [r for r in refusals if r is not None]
-    return sum(decided) / len(decided) if decided else None
-
-
-def bits(refusals: Sequence[bool | None]) -> str:
-    """One letter per response: 1 refused, 0 did not, ? undecided.
-
-    >>> bits([True, False, None])
-    '10?'
-    """
-    return "".join({True: "1", False: "0", None: "?"}[r] for r in refusals)
+from experiments.sorrybench.config import SUBSETS, TYPES, SorryScale
 
 
 def turned(before: str, after: str) -> dict[str, int]:
@@ -105,7 +40,7 @@ def summarise(work: Work) -> dict[str, Any]:
         "responses": {**work.value("responses"), **work.value("judgments")},
         "pairs": work.value("pairs"),
         "rates": rates,
-        "initial": asked(list(initial.values())),
+        "initial": answer_summary(list(initial.values())),
         "methods": methods,
         "scores": score_summary(work.value("scores")),
         "kept": kept_types(work.value("scores"), work.value("subsets")),
@@ -119,9 +54,11 @@ def method_summary(runs: Mapping[int, Mapping[str, Any]], initial: Mapping[int, 
         return {"pairs": 0}
     first = next(iter(done.values()))
     names = ("dlogp_chosen", "dlogp_rejected", "margin", "loss_change")
-    found: dict[str, Any] = asked(list(done.values())) | {n: spread([r[n] for r in done.values()]) for n in names}
+    numbers: dict[str, Any] = answer_summary(list(done.values())) | {
+        n: spread([r[n] for r in done.values()]) for n in names
+    }
     for split in ("train", "test"):
-        found[f"{split}_change"] = spread([r[split] - initial[s][split] for s, r in done.items()])
+        numbers[f"{split}_change"] = spread([r[split] - initial[s][split] for s, r in done.items()])
     flips = [turned(initial[s]["refusals"], r["refusals"]) for s, r in done.items()]
     by_type = {
         t: {"pairs": first["by_type"][t][0], "dlogp_chosen": spread([r["by_type"][t][1] for r in done.values()])}
@@ -132,18 +69,18 @@ def method_summary(runs: Mapping[int, Mapping[str, Any]], initial: Mapping[int, 
         "pairs": first["pairs"],
         "updates": first["updates"],
         "lr": first["lr"],
-        **found,
+        **numbers,
         "turned": {k: spread([f[k] for f in flips]) for k in flips[0]},
         "by_type": by_type,
     }
 
 
-def asked(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def answer_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What models answered: refusal rates of both splits, lengths, kinds where they are known."""
-    found: dict[str, Any] = {n: spread([r[n] for r in runs]) for n in ("train", "test", "tokens", "cut")}
+    numbers: dict[str, Any] = {n: spread([r[n] for r in runs]) for n in ("train", "test", "tokens", "cut")}
     if all("kinds" in r for r in runs):
-        found["kinds"] = {k: spread([r["kinds"][k] for r in runs]) for k in runs[0]["kinds"]}
-    return found
+        numbers["kinds"] = {k: spread([r["kinds"][k] for r in runs]) for k in runs[0]["kinds"]}
+    return numbers
 
 
 def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +89,7 @@ def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
         lr: {
             "loss_change": max(r["loss_change"] for r in runs),
             "dlogp_chosen": spread([r["dlogp_chosen"] for r in runs]),
-            **asked(runs),
+            **answer_summary(runs),
         }
         for lr, runs in value.get("runs", {}).items()
     }
@@ -161,7 +98,7 @@ def rate_summary(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_summary(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """Quartiles of each score by type of pair, and how often one type's score is above another's (Figure 4)."""
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name in ("ln_ches", "head_score", "ches", "length"):
         values = {t: np.array(scores[t][name]) for t in TYPES if t in scores}
         quartiles = {
@@ -176,8 +113,8 @@ def score_summary(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[s
             for t in values
             if t != "mixed" and "mixed" in values
         }
-        found[name] = {"by_type": quartiles, "above": above}
-    return found
+        summary[name] = {"by_type": quartiles, "above": above}
+    return summary
 
 
 def kept_types(scores: Mapping[str, Mapping[str, Sequence[float]]], subsets: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +125,11 @@ def kept_types(scores: Mapping[str, Mapping[str, Sequence[float]]], subsets: Map
     def counts(rows: Sequence[int]) -> dict[str, float]:
         return {t: sum(of[i] == t for i in rows) for t in total}
 
-    found: dict[str, Any] = {"all": total}
+    kept: dict[str, Any] = {"all": total}
     for name in SUBSETS:
         if name == "random":
             each = [counts(rows) for rows in subsets["random"].values()]
-            found[name] = {t: float(np.mean([c[t] for c in each])) for t in total}
+            kept[name] = {t: float(np.mean([c[t] for c in each])) for t in total}
         else:
-            found[name] = counts(subsets[name])
-    return found
+            kept[name] = counts(subsets[name])
+    return kept

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,7 @@ from ches_jax import bundled
 from experiments.framework.item import Work
 from experiments.framework.training import run_training, write_rows
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
-from experiments.persona.data import Statement, Words, draw, read_statements
-from experiments.persona.measure import STANCES, norms, stance_masses, top_gains
+from experiments.persona.data import STANCES, Statement, Words, draw, read_statements, stance_of_word
 
 LISTED = 10
 """Tokens kept of each list of gains; the tables show three."""
@@ -204,25 +203,20 @@ def _compiled() -> Any:
     return last
 
 
-def stance_of_word(config: PersonaScale, word: str) -> str:
-    """Stance of a statement that a contest's winner answers rightly."""
-    return "agree" if word in config.labels["agree"] else "disagree"
-
-
 def directions(work: Work) -> dict[str, Any]:
     """Table 13, before and after the tuning phase: norms of W_{y+} - W_{y-} along and across W_{y+}."""
     from ches_jax.models.checkpoint.load import load_model
 
     config: PersonaScale = work.config
-    found: dict[str, Any] = {}
+    by_model: dict[str, Any] = {}
     for name, directory in (("tuned", tuned_model(work)), ("base", base_model(config))):
         words = Words(config, directory)
         w = load_model(directory, dtype="float32", param_dtype="float32").unembedding
-        found[name] = {
+        by_model[name] = {
             c.name: norms(np.asarray(w[words.word(c.chosen)]), np.asarray(w[words.word(c.rejected)]))._asdict()
             for c in config.contests_of_model()
         }
-    return found
+    return by_model
 
 
 def prompt_states(work: Work, at_once: int = 16) -> dict[str, Any]:
@@ -240,3 +234,47 @@ def prompt_states(work: Work, at_once: int = 16) -> dict[str, Any]:
     gram = states @ states.T
     others = gram[~np.eye(len(gram), dtype=bool)]
     return {"prompts": len(prompts), "positive": float((others > 0).mean()), "smallest": float(others.min())}
+
+
+def top_gains(before: np.ndarray, now: np.ndarray, count: int = 3) -> list[tuple[int, float]]:
+    """The tokens whose probability grew most since the start, with their gain; ties by token id.
+
+    >>> top_gains(np.array([0.5, 0.5, 0.0]), np.array([0.2, 0.5, 0.3]), 2)
+    [(2, 0.3), (1, 0.0)]
+    """
+    gains = now.astype(np.float64) - before.astype(np.float64)
+    order = np.argsort(-gains, kind="stable")[:count]
+    return [(int(i), float(gains[i])) for i in order]
+
+
+def stance_masses(probabilities: np.ndarray, stances: np.ndarray) -> dict[str, float]:
+    """Probability of each stance; ``stances`` holds the index into ``STANCES`` of every token."""
+    sums = np.bincount(stances, weights=probabilities.astype(np.float64), minlength=len(STANCES))
+    return {name: float(v) for name, v in zip(STANCES, sums, strict=True)}
+
+
+class Norms(NamedTuple):
+    """Table 13: the direction W_{y+} - W_{y-} along W_{y+} and across it."""
+
+    projection: float
+    """Signed length along W_{y+}."""
+    orthogonal: float
+    difference: float
+    """Norm of W_{y+} - W_{y-}; the square of it is the sum of the squares of the other two."""
+
+
+def norms(chosen: np.ndarray, rejected: np.ndarray) -> Norms:
+    r"""Parts of :math:`W_{y^+} - W_{y^-}` along and across :math:`W_{y^+}`, computed in float64.
+
+    .. math::
+      \|W_+\| - \langle W_+, W_- \rangle / \|W_+\|, \qquad
+      \| W_- - (\langle W_+, W_- \rangle / \|W_+\|^2) W_+ \|
+
+    >>> norms(np.array([3.0, 0.0]), np.array([1.0, 2.0]))
+    Norms(projection=2.0, orthogonal=2.0, difference=2.8284271247461903)
+    """
+    a, b = chosen.astype(np.float64), rejected.astype(np.float64)
+    inner, square = float(a @ b), float(a @ a)
+    length = float(np.sqrt(square))
+    across = float(np.linalg.norm(b - inner / square * a))
+    return Norms(length - inner / length, across, float(np.linalg.norm(a - b)))

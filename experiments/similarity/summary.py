@@ -1,52 +1,21 @@
 """From the runs to the numbers of the figures: pure functions, and ``summarise`` which reads the stages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ches_jax.stats import bootstrap_spearman, partial_spearman, spearman
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
-from experiments.similarity.config import MEASURES, QUANTILES, Objective, SimilarityScale
+from experiments.similarity.config import MEASURES, QUANTILES, SimilarityScale
+from experiments.similarity.data import columns
+from experiments.similarity.runs import run_name
 
 DRAWS = 1000
 """Resamples of the bootstrap over pairs."""
 EXTREMES = 5
 """Pairs listed at each end of a score."""
-
-
-class PairCoefficients(NamedTuple):
-    """Of one pair: shares of positive entries."""
-
-    inner: float
-    """<h+, h->, all k and k'."""
-    alpha_minus: float
-    alpha_plus: float
-    """All k and k', with the diagonal, which cannot be negative."""
-    alpha_plus_off: float
-    """Without the diagonal; NaN for a response of one token."""
-
-    @classmethod
-    def of(cls, h: np.ndarray, e: np.ndarray, g: np.ndarray, f: np.ndarray) -> "PairCoefficients":
-        """From the states and residuals (e_y - pi) of the chosen response (h, e) and of the rejected one (g, f)."""
-
-        def share(values: np.ndarray) -> float:
-            return float((values > 0).mean()) if values.size else float("nan")
-
-        plus = e @ e.T
-        off = plus[~np.eye(len(plus), dtype=bool)]
-        return cls(share(h @ g.T), share(e @ f.T), share(plus), share(off))
-
-
-def mean_coefficients(found: Sequence[PairCoefficients]) -> dict[str, Any]:
-    """Mean over pairs of each share, with intervals over pairs."""
-    values = np.array(found, np.float64)
-    shares = {
-        name: spread(column[np.isfinite(column)].tolist())
-        for name, column in zip(PairCoefficients._fields, values.T, strict=True)
-    }
-    return {"pairs": len(found), **shares}
 
 
 def spearman_interval(a: np.ndarray, b: np.ndarray) -> dict[str, float] | None:
@@ -63,18 +32,16 @@ def by_pair(pairs: Sequence[Mapping[str, Any]], column: str = "dlogp_chosen") ->
     >>> [v.tolist() for v in by_pair(runs, "margin")]
     [[2, 4], [3.0, 1.5]]
     """
-    found: dict[int, list[float]] = {}
+    changes: dict[int, list[float]] = {}
     for run in pairs:
         for row, value in zip(run["row"], run[column], strict=True):
-            found.setdefault(row, []).append(value)
-    rows = sorted(found)
-    return np.array(rows, np.int64), np.array([np.mean(found[r]) for r in rows])
+            changes.setdefault(row, []).append(value)
+    rows = sorted(changes)
+    return np.array(rows, np.int64), np.array([np.mean(changes[r]) for r in rows])
 
 
 def summarise(work: Work) -> dict[str, Any]:
     """Figures 2 and 5 to 7 as numbers, rank correlations, windows, extremes, coefficients."""
-    from experiments.similarity.runs import columns
-
     config: SimilarityScale = work.config
     scores = columns(work)
     windows = work.value("windows")
@@ -111,7 +78,7 @@ def describe_window(scores: Mapping[str, np.ndarray], measure: str, rows: Sequen
     """What the pairs of a window are like."""
     chosen, rejected = scores["chosen_tokens"][rows], scores["rejected_tokens"][rows]
     values = scores[measure][rows]
-    told: dict[str, Any] = {
+    description: dict[str, Any] = {
         "pairs": len(rows),
         "score": [float(values.min()), float(values.max())],
         "chosen_tokens": float(chosen.mean()),
@@ -119,14 +86,12 @@ def describe_window(scores: Mapping[str, np.ndarray], measure: str, rows: Sequen
     }
     if "category" in scores:
         names, counts = np.unique(scores["category"][rows], return_counts=True)
-        told["categories"] = {str(n): int(c) for n, c in zip(names, counts, strict=True)}
-    return told
+        description["categories"] = {str(n): int(c) for n, c in zip(names, counts, strict=True)}
+    return description
 
 
 def _objective(work: Work, name: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One loss: every measure by quantile, and the pairs of the random windows by score."""
-    from experiments.similarity import run_name
-
     config: SimilarityScale = work.config
     objective = config.objectives[name]
     runs = {
@@ -146,20 +111,6 @@ def window(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One point of a figure: the runs of one window."""
     names = ("dlogp_chosen", "dlogp_rejected", "margin", "per_token", "displaced", "loss_change")
     return {n: spread([r[n] for r in runs]) for n in names}
-
-
-def loss_change(objective: Objective, margins: np.ndarray) -> float:
-    r"""Change of the mean loss since the start, from the changes of the margins (the start is the reference).
-
-    .. math:: \mathrm{DPO}:\ \ln(1 + e^{-\beta m}) - \ln 2, \qquad \mathrm{IPO}:\ (m - 1/(2\tau))^2 - 1/(2\tau)^2
-
-    >>> loss_change(Objective("ipo_sum", {"tau": 0.5}, 1e-6), np.array([1.0]))
-    -1.0
-    """
-    if objective.loss == "dpo":
-        return float(np.logaddexp(0.0, -objective.loss_args["beta"] * margins).mean() - np.log(2))
-    target = 0.5 / objective.loss_args["tau"]
-    return float(((margins - target) ** 2).mean() - target**2)
 
 
 def ranks(windows: Mapping[float, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -201,17 +152,17 @@ def extremes(scores: Mapping[str, np.ndarray], measure: str) -> dict[str, list[d
 
     order = scored_order(scores[measure])
 
-    def told(row: int) -> dict[str, Any]:
-        found = {
+    def describe(row: int) -> dict[str, Any]:
+        description = {
             "row": int(row),
             "row_id": str(scores["row_id"][row])[:12],
             "score": float(scores[measure][row]),
             "chosen_tokens": int(scores["chosen_tokens"][row]),
             "rejected_tokens": int(scores["rejected_tokens"][row]),
         }
-        return {**found, "category": str(scores["category"][row])} if "category" in scores else found
+        return {**description, "category": str(scores["category"][row])} if "category" in scores else description
 
-    return {"lowest": [told(r) for r in order[:EXTREMES]], "highest": [told(r) for r in order[::-1][:EXTREMES]]}
+    return {"lowest": [describe(r) for r in order[:EXTREMES]], "highest": [describe(r) for r in order[::-1][:EXTREMES]]}
 
 
 def _number(value: float) -> float | None:

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 
 import ches_jax.bundled
-from ches_jax.bundled.refusal import is_refusal
 from experiments.bundled import lexicon as lex
 from experiments.bundled import replies
 from experiments.bundled.make import write_data
 from experiments.bundled.pairs import MAKERS, preference_pairs, probe_prompts
+from experiments.bundled.probe import is_refusal
 from experiments.bundled.sampling import stream
 from experiments.bundled.tokenizer import answer_tokens, check_whole
 from experiments.bundled.world import MIXTURE, build_world, dialogues, prompt_text
@@ -122,11 +122,11 @@ def test_a_split_answer_is_named(tokenizer):
 def test_plain_text_and_conversation_give_the_same_ids(tokenizer):
     for d in dialogues(WORLD, 50):
         plain = tokenizer(d.prompt + d.response).input_ids
-        asked = [{"role": "user", "content": d.user}]
-        answered = [*asked, {"role": "assistant", "content": d.assistant}]
+        question = [{"role": "user", "content": d.user}]
+        answered = [*question, {"role": "assistant", "content": d.assistant}]
         templated = tokenizer.apply_chat_template(answered, return_dict=True).input_ids
         assert templated == [*plain, tokenizer.eos_token_id]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True).input_ids
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True).input_ids
         assert prompt == tokenizer(d.prompt).input_ids == plain[: len(prompt)]
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.precision import accumulate
 from ches_jax.models.segment_sums import segment_sums
@@ -109,10 +109,57 @@ def item_tiles(
     return jnp.stack([flat // n, flat % n]), meet.sum(dtype=jnp.int32)
 
 
+class _VocabularyChunk(NamedTuple):
+    """Logits of all predictions for a chunk of C vocabulary rows."""
+
+    logits: Float[Array, "M C"]
+    derivative: Float[Array, "M C"]
+    """Of the transform, at the products h W^T."""
+    is_target: Bool[Array, "M C"]
+    is_other: Bool[Array, "M C"]
+    """Neither the target nor a row that an earlier chunk has counted."""
+
+
+def _vocabulary_chunk(
+    hidden: Float[Array, "M D"],
+    target: Int[Array, " M"],
+    unembedding: Float[Array, "V D"],
+    transform: Logits,
+    start: Int[Array, ""],
+    size: int,
+) -> _VocabularyChunk:
+    # the last chunk reaches back over rows already counted, so that W is never padded (a copy); they are masked
+    at = jnp.minimum(start, unembedding.shape[0] - size)
+    ids = at + jnp.arange(size, dtype=jnp.int32)
+    w = lax.dynamic_slice_in_dim(unembedding, at, size).astype(hidden.dtype)
+    raw = jnp.einsum("md,cd->mc", hidden, w, precision=lax.Precision.HIGHEST)
+    logits, derivative = jax.jvp(transform, (raw,), (jnp.ones_like(raw),))
+    new = (ids >= start)[None, :]
+    is_target = (ids[None, :] == target[:, None]) & new
+    return _VocabularyChunk(logits, derivative, is_target, new & ~is_target)
+
+
+def _normalisers(
+    chunk_at: Callable[[Array], _VocabularyChunk], starts: Int[Array, " n"], empty: Float[Array, " M"]
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """First walk over the vocabulary: ln of the sum of exp(logits), over all tokens and over all but the target."""
+    low = jnp.asarray(-jnp.inf, empty.dtype)
+
+    def step(carry, start):
+        everything, others = carry
+        c = chunk_at(start)
+        rest = jax.nn.logsumexp(jnp.where(c.is_other, c.logits, low), axis=-1)
+        own = jax.nn.logsumexp(jnp.where(c.is_target, c.logits, low), axis=-1)
+        others = jnp.logaddexp(others, rest)
+        return (jnp.logaddexp(everything, jnp.logaddexp(rest, own)), others), None
+
+    return lax.scan(step, (empty, empty), starts)[0]
+
+
 def token_gram(
     hidden: Float[Array, "M D"],
     target: Int[Array, " M"],
-    visits: Int[Array, "2 N"],
+    tile_pairs: Int[Array, "2 N"],
     count: Int[Array, ""],
     unembedding: Float[Array, "V D"],
     transform: Logits = identity,
@@ -120,13 +167,16 @@ def token_gram(
     tile: int,
     chunk: int = CHUNK,
 ) -> Float[Array, "N tile tile"]:
-    r"""The coefficients :math:`\alpha_{m,m'} = \langle E_m, E_{m'} \rangle` of one row, in the tiles that are visited.
+    r"""The coefficients :math:`\alpha_{m,m'} = \langle E_m, E_{m'} \rangle` of one row, in the listed pairs of tiles.
+
+    Two walks over the vocabulary: the first sums up the normalisers of every prediction, the second the products of
+    residuals, :math:`\alpha = \sum_v E_{m,v} E_{m',v}`, chunk by chunk.
 
     Args:
       hidden: states that predict.
       target: the token each predicts.
-      visits: (first, second) tile of each visit; only the first ``count`` are computed.
-      count: how many visits there are.
+      tile_pairs: (first, second) tile of each product; only the first ``count`` are computed.
+      count: how many they are.
       unembedding: W.
       transform: from :math:`h W^\top` to the logits, elementwise.
       tile: predictions of a tile; M is a multiple.
@@ -141,46 +191,30 @@ def token_gram(
     starts = jnp.arange(-(-vocabulary // size), dtype=jnp.int32) * size
     h, target = hidden.astype(acc), target.astype(jnp.int32)
 
-    def pieces(start):
-        # the last chunk reaches back over rows already seen, so that W is never padded (a copy); they are masked
-        at = jnp.minimum(start, vocabulary - size)
-        ids = at + jnp.arange(size, dtype=jnp.int32)
-        w = lax.dynamic_slice_in_dim(unembedding, at, size).astype(acc)
-        raw = jnp.einsum("md,cd->mc", h, w, precision=lax.Precision.HIGHEST)
-        logits, slope = jax.jvp(transform, (raw,), (jnp.ones_like(raw),))
-        new = (ids >= start)[None, :]
-        mine = (ids[None, :] == target[:, None]) & new
-        return logits, slope, mine, new & ~mine
+    def chunk_at(start):
+        return _vocabulary_chunk(h, target, unembedding, transform, start, size)
 
-    def normalise(carry, start):
-        everything, others = carry
-        logits, _, mine, off = pieces(start)
-        low = jnp.asarray(-jnp.inf, acc)
-        rest = jax.nn.logsumexp(jnp.where(off, logits, low), axis=-1)
-        own = jax.nn.logsumexp(jnp.where(mine, logits, low), axis=-1)
-        others = jnp.logaddexp(others, rest)
-        return (jnp.logaddexp(everything, jnp.logaddexp(rest, own)), others), None
-
-    empty = jnp.full(target.shape, -jnp.inf, acc)
-    (log_z, log_others), _ = lax.scan(normalise, (empty, empty), starts)
+    log_z, log_others = _normalisers(chunk_at, starts, jnp.full(target.shape, -jnp.inf, acc))
     # 1 - pi(y) as the sum of the other probabilities: by subtraction nothing would be left of it near pi(y) = 1
     missing = jnp.exp(log_others - log_z)
 
-    def accumulate_products(total, start):
-        logits, slope, mine, off = pieces(start)
-        probability = jnp.exp(logits - log_z[:, None])
+    def add_products(total, start):
+        c = chunk_at(start)
+        probability = jnp.exp(c.logits - log_z[:, None])
         zero = jnp.zeros((), acc)
-        residual = slope * (jnp.where(mine, missing[:, None], zero) - jnp.where(off, probability, zero))
+        residual = c.derivative * (
+            jnp.where(c.is_target, missing[:, None], zero) - jnp.where(c.is_other, probability, zero)
+        )
         tiles = residual.reshape(-1, tile, size)
 
-        def visit(i, total):
-            first, second = (lax.dynamic_index_in_dim(tiles, visits[side, i], 0, False) for side in (0, 1))
+        def one_pair(i, total):
+            first, second = (lax.dynamic_index_in_dim(tiles, tile_pairs[side, i], 0, False) for side in (0, 1))
             product = jnp.einsum("mc,nc->mn", first, second, precision=lax.Precision.HIGHEST)
             return lax.dynamic_update_index_in_dim(total, total[i] + product, i, 0)
 
-        return lax.fori_loop(0, count, visit, total), None
+        return lax.fori_loop(0, count, one_pair, total), None
 
-    return lax.scan(accumulate_products, jnp.zeros((visits.shape[1], tile, tile), acc), starts)[0]
+    return lax.scan(add_products, jnp.zeros((tile_pairs.shape[1], tile, tile), acc), starts)[0]
 
 
 def head_products(
@@ -201,11 +235,11 @@ def head_products(
     sum; those with segments of other items are 0.
 
     Args:
-      hidden: states that predict, gathered at ``Rows.source``.
-      target: ``Rows.target``.
-      segment: ``Rows.segment``; S or more for padding.
-      item: ``Rows.item``.
-      preferred: ``Rows.preferred``.
+      hidden: states that predict, gathered at ``PackedBatch.source``.
+      target: ``PackedBatch.target``.
+      segment: ``PackedBatch.segment``; S or more for padding.
+      item: ``PackedBatch.item``.
+      preferred: ``PackedBatch.preferred``.
       unembedding: ``Decoder.unembedding``.
       transform: the model's logit scale and soft-cap.
       chunk: vocabulary rows at a time.
@@ -234,15 +268,15 @@ def _row_products(hidden, target, segment, item, preferred, unembedding, transfo
     segment = jnp.pad(segment, (0, pad), constant_values=segments)
     real = segment < segments
     place = jnp.minimum(segment, segments - 1)
-    # padding gets items of its own behind all others, so that it meets nobody
+    # padding gets items of its own behind all others, so that it shares no tile with an item
     own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
-    visits, meetings = item_tiles(own, jnp.where(real, preferred[place], 0), tile)
-    alpha = token_gram(h, target, visits, meetings, unembedding, transform, tile=tile, chunk=chunk)
+    tile_pairs, tile_pair_count = item_tiles(own, jnp.where(real, preferred[place], 0), tile)
+    alpha = token_gram(h, target, tile_pairs, tile_pair_count, unembedding, transform, tile=tile, chunk=chunk)
     member = segment[:, None] == jnp.arange(segments, dtype=segment.dtype)[None, :]
     h_tiles, own_tiles, member_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, own, member.astype(h.dtype)))
 
-    def visit(i, total):
-        first, second = visits[0, i], visits[1, i]
+    def add_tile_pair(i, total):
+        first, second = tile_pairs[0, i], tile_pairs[1, i]
         inner = jnp.einsum("md,nd->mn", h_tiles[first], h_tiles[second], precision=lax.Precision.HIGHEST)
         together = own_tiles[first][:, None] == own_tiles[second][None, :]
         weighted = jnp.where(together, alpha[i] * inner, jnp.zeros((), h.dtype))
@@ -252,4 +286,4 @@ def _row_products(hidden, target, segment, item, preferred, unembedding, transfo
         return total
 
     zeros = jnp.zeros((h_tiles.shape[0], tile, segments), h.dtype)
-    return lax.fori_loop(0, meetings, visit, zeros).reshape(-1, segments)[:count]
+    return lax.fori_loop(0, tile_pair_count, add_tile_pair, zeros).reshape(-1, segments)[:count]

@@ -161,23 +161,23 @@ def test_soft_weights_hit_their_target_at_the_95th_percentile():
 
 def test_the_random_control_is_a_seeded_shuffle_of_the_scored_rows():
     values = np.append(np.arange(30.0), np.nan)
-    places = selection.stand_ins(values, "random", np.zeros(31), seed=1)
+    places = selection.matched_control(values, "random", np.zeros(31), seed=1)
     assert sorted(places[:30]) == list(range(30))
     assert places[30] == -1
-    assert (places == selection.stand_ins(values, "random", np.zeros(31), seed=1)).all()
-    assert (places != selection.stand_ins(values, "random", np.zeros(31), seed=2)).any()
+    assert (places == selection.matched_control(values, "random", np.zeros(31), seed=1)).all()
+    assert (places != selection.matched_control(values, "random", np.zeros(31), seed=2)).any()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_length_control_keeps_the_same_rows_when_the_score_is_length(sign):
     longer = np.random.default_rng(0).permutation(40).astype(float)
-    places = selection.stand_ins(sign * longer**3, "length", longer, seed=0)
+    places = selection.matched_control(sign * longer**3, "length", longer, seed=0)
     assert (places == np.arange(40)).all()
 
 
 def test_the_length_control_of_a_constant_score_goes_by_length_with_ties_shuffled():
     longer = np.array([5.0, 1.0, 1.0, 1.0, 9.0])
-    firsts = {int(selection.stand_ins(np.zeros(5), "length", longer, seed)[0]) for seed in range(20)}
+    firsts = {int(selection.matched_control(np.zeros(5), "length", longer, seed)[0]) for seed in range(20)}
     assert firsts == {1, 2, 3}
 
 

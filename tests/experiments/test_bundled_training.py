@@ -29,8 +29,8 @@ def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
     # the first update sees eight of the dialogues and a model that knows nothing
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert first["loss"] == pytest.approx(np.log(HF_CONFIG["vocab_size"]), abs=0.1)
-    told = [json.loads(line) for line in (tmp_path / "dialogues.jsonl").read_text().splitlines()]
-    assert told == [{"prompt": d.prompt, "completion": d.response} for d in dialogues(build_world(0), 24)]
+    rows = [json.loads(line) for line in (tmp_path / "dialogues.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": d.prompt, "completion": d.response} for d in dialogues(build_world(0), 24)]
     out = tmp_path / "out"
     out.mkdir()
     export(trained, out)
@@ -45,12 +45,12 @@ def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
 def test_the_shipped_model_answers_held_out_statements(tokenizer):
     model = load_model(ches_jax.bundled.model_dir())
     said = build_world(0).held_out.statements[:24]
-    asked = [tokenizer.encode(prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text))).ids for s in said]
-    tokens = np.zeros((len(asked), 40), np.int32)
-    for row, ids in zip(tokens, asked, strict=True):
+    prompts = [tokenizer.encode(prompt_text(lex.STATEMENT_QUESTIONS[0].format(statement=s.text))).ids for s in said]
+    tokens = np.zeros((len(prompts), 40), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     hidden = model.hidden(jnp.asarray(tokens), mask=jnp.asarray(tokens > 0))
-    last = np.array([len(ids) - 1 for ids in asked])
-    top = model.logits(hidden[np.arange(len(asked)), last]).argmax(-1).tolist()
+    last = np.array([len(ids) - 1 for ids in prompts])
+    top = model.logits(hidden[np.arange(len(prompts)), last]).argmax(-1).tolist()
     for token, statement in zip(top, said, strict=True):
         assert tokenizer.decode([token]).strip() in lex.ANSWERS[statement.stance], statement

@@ -29,7 +29,7 @@ from ches_jax.runs.directory import read_json
 from ches_jax.scores import parts, scorer
 from ches_jax.scores import run as score_run
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.forward import ScoringPass, fetch
+from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.run import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.types import Eos, Response, TokenPair
@@ -106,7 +106,7 @@ def numbers_of(model, pairs, *, length, rows_per_batch=2, mesh="data=1", passes=
     """ches / |S+|^2 of each pair, computed packed; compiled passes are kept between calls."""
     key = (id(model), mesh)
     if key not in passes:
-        passes[key] = ScoringPass(model, make_mesh(mesh))
+        passes[key] = ForwardPass(model, make_mesh(mesh))
     run = passes[key]
     shards = run.mesh.shape["data"]
     out = np.zeros(len(pairs))
@@ -158,7 +158,7 @@ def test_equal_responses_have_score_zero(pairs_and_truth):
 
 def test_the_pass_compiles_once_per_row_length(tiny_model):
     model = load_model(tiny_model)
-    run = ScoringPass(model, make_mesh("data=1"))
+    run = ForwardPass(model, make_mesh("data=1"))
     for rows, _ in pack(token_pairs(tiny_model), length=64, rows_per_batch=1, eos="include"):
         run(rows)
     assert len(run.shapes) == len(set(run.shapes)) <= 3

@@ -1,24 +1,82 @@
-"""From the logs of the runs to the numbers of Tables 1 to 13."""
+"""From the logs of the runs to the numbers of Tables 1 to 13: pure functions, and ``summarise`` which reads the stages.
+
+The log of one run has one entry per number of updates done, 0 to T: entry t is the model after t updates.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
-from experiments.persona.measure import STANCES, gains_over_runs, is_monotone, largest_decrease
+from experiments.persona.data import STANCES, stance_of_word
 
 SHOWN = 3
 OPPOSITE = {"agree": "disagree", "disagree": "agree"}
 
 
+class Decrease(NamedTuple):
+    """The largest fall of a probability within a run."""
+
+    size: float
+    start: float
+    end: float
+    start_step: int
+    end_step: int
+
+
+def is_monotone(losses: Sequence[float]) -> bool:
+    """Whether the loss never rose between consecutive updates: only such runs are counted.
+
+    >>> is_monotone([0.7, 0.5, 0.5]), is_monotone([0.7, 0.5, 0.6])
+    (True, False)
+    """
+    return bool(np.all(np.diff(np.asarray(losses, np.float64)) <= 0))
+
+
+def largest_decrease(values: Sequence[float]) -> Decrease:
+    r"""The largest :math:`v_t - v_{t'}` over :math:`t < t'`; its size is not positive where the values never fall.
+
+    >>> largest_decrease([0.2, 0.9, 0.5, 0.6])
+    Decrease(size=0.4, start=0.9, end=0.5, start_step=1, end_step=2)
+    """
+    v = np.asarray(values, np.float64)
+    if v.size < 2:
+        raise ValueError("a decrease needs two values")
+    best_start = np.maximum.accumulate(v[:-1])
+    falls = best_start - v[1:]
+    end = int(np.argmax(falls)) + 1
+    start = int(np.argmax(v[:end]))
+    return Decrease(float(v[start] - v[end]), float(v[start]), float(v[end]), start, end)
+
+
+class Gain(NamedTuple):
+    """A token among the largest gains of some runs."""
+
+    token: str
+    gain: float
+    """Mean over the runs that have it among theirs."""
+    runs: int
+
+
+def gains_over_runs(runs: Sequence[Sequence[tuple[str, float]]]) -> list[Gain]:
+    """The union of the runs' lists: how often each token is there and its mean gain there; the commonest first.
+
+    >>> gains_over_runs([[("a", 0.2), ("b", 0.1)], [("a", 0.4), ("c", 0.1)]])[0]
+    Gain(token='a', gain=0.30000000000000004, runs=2)
+    """
+    by_token: dict[str, list[float]] = {}
+    for run in runs:
+        for token, gain in run:
+            by_token.setdefault(token, []).append(gain)
+    gains = [Gain(token, float(np.mean(v)), len(v)) for token, v in by_token.items()]
+    return sorted(gains, key=lambda g: (-g.runs, -g.gain, g.token))
+
+
 def summarise(work: Work) -> dict[str, Any]:
     """All tables, from the values of the stages."""
-    from experiments.persona import phrase_pairs
-    from experiments.persona.single import stance_of_word
-
     config: PersonaScale = work.config
     contests = config.contests_of_model()
     tables = {
@@ -35,7 +93,7 @@ def summarise(work: Work) -> dict[str, Any]:
         for name, setting in config.settings.items()
     }
     tuning = work.value("tuning")
-    found = {
+    numbers = {
         "tuning": {
             "statements": tuning["statements"],
             "updates": len(tuning["losses"]),
@@ -46,7 +104,7 @@ def summarise(work: Work) -> dict[str, Any]:
         "prompts": work.value("prompts"),
     }
     if config.phrases is not None:
-        found["longer"] = {
+        numbers["longer"] = {
             kind: phrase_table(
                 [work.value(f"longer/{kind}/{seed}") for seed in config.seeds],
                 chosen,
@@ -54,9 +112,9 @@ def summarise(work: Work) -> dict[str, Any]:
                 config.phrases.agree,
                 config.updates,
             )
-            for kind, chosen, rejected in phrase_pairs(config)
+            for kind, chosen, rejected in config.phrases.pairs()
         }
-    return found
+    return numbers
 
 
 def contest_table(
@@ -107,8 +165,8 @@ def _largest_rise(values: Sequence[float]) -> float:
 def _gains(runs: Sequence[Sequence[tuple[str, float, str]]]) -> list[dict[str, Any]]:
     """A cell of Tables 4 to 12: the three tokens of every run that gained most, with their meaning."""
     stances = {token: stance for run in runs for token, _, stance in run}
-    found = gains_over_runs([[(token, gain) for token, gain, _ in run[:SHOWN]] for run in runs])
-    return [{**gain._asdict(), "stance": stances[gain.token]} for gain in found]
+    gains = gains_over_runs([[(token, gain) for token, gain, _ in run[:SHOWN]] for run in runs])
+    return [{**gain._asdict(), "stance": stances[gain.token]} for gain in gains]
 
 
 def _course(runs: Sequence[Sequence[float]], ends: bool = False) -> dict[str, list[float]] | None:
@@ -132,9 +190,9 @@ def phrase_table(
 
     def others(same: bool) -> list[float]:
         return [
-            float(np.mean(found))
+            float(np.mean(changes))
             for r in kept
-            if (found := [v for p, v in r["others"].items() if (stance_of(p) == stance) is same])
+            if (changes := [v for p, v in r["others"].items() if (stance_of(p) == stance) is same])
         ]
 
     return {

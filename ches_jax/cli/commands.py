@@ -1,0 +1,372 @@
+"""The verbs: what each takes beyond its config, which function it calls, and what it says at the end.
+
+Only config classes are imported here; a verb's code is imported when it runs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ches_jax.convert import ConvertConfig
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.doctor import DoctorConfig
+from ches_jax.generate.config import GenerateConfig
+from ches_jax.judges.config import JudgeConfig
+from ches_jax.scores.config import ScoreConfig
+from ches_jax.select.config import SelectConfig
+from ches_jax.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a verb says when it is done."""
+
+    headline: str
+    """One line of results, on standard error."""
+    path: Path | None = None
+    """Where the result is, on standard output; without one, ``text`` goes there."""
+    text: str = ""
+    """For a person."""
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """Beside ``path``, by what they hold."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the record of ``--json`` holds besides."""
+    code: int = 0
+
+    def record(self, verb: str) -> dict[str, Any]:
+        """The one JSON value that ``--json`` prints."""
+        paths = {} if self.path is None else {"result": self.path}
+        return {
+            **self.details,
+            "verb": verb,
+            "headline": self.headline,
+            "paths": {name: str(path) for name, path in {**paths, **self.paths}.items()},
+            "counts": dict(self.counts),
+            "exit_code": self.code,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is printed."""
+
+    quiet: bool = False
+    """No progress, no summary."""
+    json: bool = False
+    """Print one JSON record (paths, counts, headline) instead of the path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutput(Output):
+    """What is printed, and whether the run is a new one."""
+
+    resume: bool = False
+    """Go on with the run that --out holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(RunOutput, ScoreConfig):
+    """Score preference pairs: CHES and its relatives, per pair, as a table.
+
+    Without arguments: the bundled pairs with the bundled model.
+    """
+
+    def run(self) -> Outcome:
+        """Scores; the summary of the table."""
+        from ches_jax.report.summary import summary_text
+        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.scores.run import score
+        from ches_jax.scores.table import FILE_NAME, read_table
+
+        out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        table = out / FILE_NAME
+        if not table.exists():
+            return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
+        record = read_json(out / RUN)
+        return Outcome(
+            headline=f"{_scored(record['counts'])} -> {table}",
+            path=out,
+            text="" if self.quiet else summary_text(read_table(out)[0]),
+            counts=record["counts"],
+            paths={"table": table, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Output, DoctorConfig):
+    """Audit a model directory and preference pairs; no forward pass. Exit code 1 when a row is flagged."""
+
+    def run(self) -> Outcome:
+        """Examines."""
+        from ches_jax.doctor import doctor
+
+        findings = doctor(_only(DoctorConfig, self))
+        audit = findings.audit
+        return Outcome(
+            headline=f"{audit.rows} rows, {audit.flagged} flagged",
+            text=findings.text(),
+            counts={"rows": audit.rows, "flagged": audit.flagged},
+            details=findings.to_json(),
+            code=0 if findings.healthy else 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Output, SelectConfig):
+    """Turn scores into a preference data set: the lowest, the highest, a window, soft weights, with controls."""
+
+    def run(self) -> Outcome:
+        """Selects."""
+        from ches_jax.select.run import select
+
+        summary = select(_only(SelectConfig, self))
+        counts = summary["counts"] | {"dropped": sum(summary["source"]["dropped"].values())}
+        pairs = self.out / "pairs.jsonl"
+        return Outcome(
+            headline=f"kept {counts['kept']} of {counts['table']}, {counts['dropped']} dropped -> {pairs}",
+            path=self.out,
+            counts=counts,
+            paths={"pairs": pairs, "dropped": self.out / "dropped.jsonl", "run": self.out / "selection.json"},
+            details=summary,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(RunOutput, GenerateConfig):
+    """Continue prompts by sampling (or greedily): responses.jsonl, a row for each text.
+
+    Prompts are text or conversations, of a file of their own or of preference pairs. Prompts are padded to powers of
+    two from 32, and one program is compiled for each that occurs.
+    """
+
+    def run(self) -> Outcome:
+        """Generates."""
+        from ches_jax.generate.run import FILE_NAME, generate
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
+        record = read_json(out / RUN)
+        n = record["counts"]
+        return Outcome(
+            headline=f"{n['texts']} texts of {n['prompts']} prompts, {n['dropped']} dropped -> {out / FILE_NAME}",
+            path=out / FILE_NAME,
+            counts=n,
+            paths={"run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge(RunOutput, JudgeConfig):
+    """Did responses refuse? By a list of phrases, by a language model, or by labels: judgments.jsonl and the rate."""
+
+    def run(self) -> Outcome:
+        """Judges; the refusal rate."""
+        from ches_jax.judges.run import FILE_NAME, judge, summary_text
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
+        record = read_json(out / RUN)
+        found = record["summary"]
+        counts = {name: found[name] for name in ("responses", "refusals", "undecided")}
+        return Outcome(
+            headline=f"{counts['refusals']} of {counts['responses']} refused, {counts['undecided']} undecided "
+            f"-> {out / FILE_NAME}",
+            path=out / FILE_NAME,
+            text="" if self.quiet else summary_text(found),
+            counts=counts,
+            paths={"run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RunOutput, TrainConfig):
+    """Train on preference pairs (the DPO family, or SFT) and watch every pair's log-probabilities."""
+
+    def run(self) -> Outcome:
+        """Trains; exit code 143 when SIGTERM stopped it."""
+        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.train.loop import Stopped, train
+
+        try:
+            out = train(_only(TrainConfig, self), resume=self.resume, quiet=self.quiet)
+        except Stopped as stopped:
+            return Outcome(headline=str(stopped), code=143)
+        record = read_json(out / RUN)
+        n = record["counts"]
+        return Outcome(
+            headline=f"{n['updates']} updates on {n['train']} pairs, {n['dropped']} dropped -> {out}",
+            path=out,
+            counts=n,
+            paths={"run": out / RUN, **({"model": out / "model"} if self.export else {})},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose(Output, DiagnoseConfig):
+    """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
+
+    def run(self) -> Outcome:
+        """The verdict; exit code 1 when --fail-if holds."""
+        from ches_jax.displacement.diagnose import diagnose
+        from ches_jax.displacement.verdict import rule_holds
+
+        found = diagnose(_only(DiagnoseConfig, self))
+        failed = rule_holds(found, self.fail_if)
+        return Outcome(
+            headline=f"{found.verdict}: chosen {found.chosen.mean:+.3f} nats over {found.pairs} {found.unit}"
+            + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            text=found.text(),
+            counts={"pairs": found.pairs, "records": found.records},
+            details=found.to_json(),
+            code=int(failed),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Output):
+    """One self-contained HTML page and PNG figures from a run directory."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
+    out: Path | None = None
+    """Where to write report.html and figures/; default: the run directory."""
+
+    def run(self) -> Outcome:
+        """Writes the report."""
+        from ches_jax.report.page import report
+        from ches_jax.verify import theory
+
+        of_claims = (self.run_dir / "claims.json").is_file()
+        write = theory("theory.report").report if of_claims else report
+        page = write(self.run_dir, self.out)
+        figures = page.parent / "figures"
+        n = sum(1 for _ in figures.glob("*.png"))
+        return Outcome(
+            headline=f"a page and {n} figures -> {page}", path=page, counts={"figures": n}, paths={"figures": figures}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Output):
+    """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory of all of them."""
+
+    def run(self) -> Outcome:
+        """Merges."""
+        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.scores.run import merge
+        from ches_jax.scores.table import FILE_NAME
+
+        out = merge(self.run_dir)
+        record = read_json(out / RUN)
+        table = out / FILE_NAME
+        return Outcome(
+            headline=f"{_scored(record['counts'])} -> {table}",
+            path=out,
+            counts=record["counts"],
+            paths={"table": table, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Output):
+    """Check the theory's claims on toy models, or on a real model and its pairs. Exit code 1 when a claim fails."""
+
+    claims: tuple[str, ...] = ()
+    """Ids such as T4 T5; default: all."""
+    model: str | None = None
+    """Check the claims about real models on this one."""
+    pairs: str | None = None
+    """Preference pairs for --model; default: the bundled ones."""
+    limit: int = 32
+    """Pairs to use with --model."""
+    instances: int = 1000
+    """Random instances of each exact claim."""
+    seed: int = 0
+    """Of every random number."""
+    out: Path | None = None
+    """Directory for the results as JSON; `ches report` makes a page of it."""
+    list: bool = False
+    """Only list the claims."""
+
+    def run(self) -> Outcome:
+        """Checks the claims."""
+        from ches_jax.verify import theory
+
+        if self.list:
+            claims = theory("theory.claims").all_claims()
+            lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in claims]
+            return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
+        verification = theory("theory.verify")
+        asked = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
+        results = verification.verify(self.claims or None, **asked, quiet=self.quiet)
+        failed = [r.id for r in results if not r.passed]
+        held = f"{len(results) - len(failed)} of {len(results)} claims hold"
+        path = verification.write_results(self.out, results, asked) if self.out else None
+        text = "\n".join([verification.table(results), held + (f"; not: {', '.join(failed)}" if failed else "")])
+        return Outcome(
+            headline=held + (f" -> {path}" if path else ""),
+            path=path,
+            text=text,
+            counts={"claims": len(results), "held": len(results) - len(failed), "failed": len(failed)},
+            details={"claims": [{"id": r.id, "passed": r.passed, "value": r.value} for r in results]},
+            code=1 if failed else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Output, ConvertConfig):
+    """Write a model directory anew (other shards, another dtype, an adapter merged), or a checkpoint of a run as one.
+
+    Every name and shape is checked on the way.
+    """
+
+    def run(self) -> Outcome:
+        """Converts."""
+        from ches_jax.convert import convert
+
+        out = convert(_only(ConvertConfig, self))
+        shards = sorted(out.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in shards)
+        return Outcome(
+            headline=f"{len(shards)} weight files, {size / 1e6:.1f} MB -> {out}",
+            path=out,
+            counts={"weight_files": len(shards), "bytes": size},
+        )
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "score": Score,
+    "doctor": Doctor,
+    "select": Select,
+    "generate": Generate,
+    "judge": Judge,
+    "train": Train,
+    "diagnose": Diagnose,
+    "report": Report,
+    "merge": Merge,
+    "verify": Verify,
+    "convert": Convert,
+}
+
+
+def _only(kind: type, values: Any) -> Any:
+    """The part of a command's options that the function below takes."""
+    return kind(**{f.name: getattr(values, f.name) for f in dataclasses.fields(kind)})
+
+
+def _scored(counts: Mapping[str, Any]) -> str:
+    dropped = counts.get("dropped", 0)
+    return f"scored {counts.get('kept', counts['rows'])} of {counts['rows']}, {dropped} dropped"

@@ -1,0 +1,124 @@
+"""Help: of the command, and of a verb with its options in titled groups and a few commands to copy."""
+
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+from typing import Any
+
+from ches_jax.cli.options import ORDER, Option, options_of
+
+DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, train, diagnose, verify."
+EXAMPLES = {
+    "score": (
+        "ches score",
+        "ches score --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --out runs/llama",
+        "ches score --pairs pairs.jsonl --logps --dtype bfloat16 --json --quiet",
+    ),
+    "doctor": ("ches doctor", "ches doctor --model my-model --pairs pairs.jsonl --show 5"),
+    "select": (
+        "ches select --scores runs/score-001 --out kept",
+        "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
+        "ches select --scores runs/score-001 --keep soft:0.5 --out weighted",
+    ),
+    "generate": (
+        "ches generate --limit 8 --max-new-tokens 32",
+        "ches generate --model runs/train-001/model --prompts prompts.jsonl --temperature 0",
+    ),
+    "judge": (
+        "ches judge --responses runs/generate-001",
+        "ches judge --responses runs/generate-001 --by model --judge my-judge",
+    ),
+    "train": (
+        "ches train --steps 20 --batch-size 8 --lr 1e-5",
+        "ches train --model my-model --pairs pairs.jsonl --loss dpo --loss-args beta=0.1 --holdout 200 --out runs/dpo",
+        "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",
+    ),
+    "diagnose": (
+        "ches diagnose --run runs/train-001",
+        "ches diagnose --before runs/score-001 --after runs/score-002",
+        "ches diagnose --trl-log checkpoint-500/trainer_state.json --beta 0.1 --fail-if 'lld_rate>0.2'",
+    ),
+    "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
+    "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
+    "verify": (
+        "ches verify --claims T4 T5",
+        "ches verify --out runs/claims",
+        "ches verify --model my-model --pairs pairs.jsonl",
+    ),
+    "convert": (
+        "ches convert --model my-model --dtype bfloat16 --out smaller",
+        "ches convert --run runs/train-001 --step best --out trained",
+    ),
+}
+FIRST = (
+    "ches score --out runs/first",
+    "ches report runs/first",
+    "ches train --steps 20 --lr 1e-5",
+    "ches score --help",
+)
+
+
+def command_help(commands: dict[str, type[Any]]) -> str:
+    """``ches --help``."""
+    width = max(map(len, commands))
+    lines = ["usage: ches VERB [options]", "", *_wrapped(DESCRIPTION), "", _title("verbs")]
+    for verb, command in commands.items():
+        lines += _wrapped(_sentences(command)[0], f"  {verb:<{width}}  ")
+    lines += ["", _title("options")]
+    lines += ["  --help     this; after a verb, its options", "  --version  versions of the package and of jax"]
+    lines += ["", _title("examples"), *(f"  {example}" for example in FIRST)]
+    return "\n".join(lines)
+
+
+def verb_help(verb: str, command: type[Any]) -> str:
+    """``ches VERB --help``."""
+    options = options_of(verb, command)
+    words = [option.field.upper() for option in options if option.positional]
+    words += [f"--{option.name} {option.metavar}" for option in options if option.required and not option.positional]
+    lines = [" ".join(["usage: ches", verb, *words, "[options]"]), ""]
+    for paragraph in _sentences(command):
+        lines += [*_wrapped(paragraph), ""]
+    for group in ORDER:
+        members = [option for option in options if option.group == group]
+        if members:
+            lines += [_title(group), *(line for option in members for line in _option_lines(option)), ""]
+    return "\n".join([*lines, _title("examples"), *(f"  {example}" for example in EXAMPLES[verb])])
+
+
+def _option_lines(option: Option) -> list[str]:
+    if option.positional:
+        head = option.field.upper()
+    elif option.switch:
+        head = f"--no-{option.name}" if option.default else f"--{option.name}"
+    else:
+        head = f"--{option.name} {option.metavar}"
+    text = option.help
+    if option.required:
+        text += " (required)"
+    elif not option.switch and option.default not in (None, "", ()) and "default" not in text:
+        text += f" (default: {option.default})"
+    if len(head) <= 22:
+        return _wrapped(text, f"  {head:<22}  ")
+    return [f"  {head}", *_wrapped(text, " " * 26)]
+
+
+def _sentences(command: type[Any]) -> list[str]:
+    """The paragraphs of a docstring."""
+    return [" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
+
+
+def _wrapped(text: str, first: str = "") -> list[str]:
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
+    wrapped = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return wrapped or [first.rstrip()]
+
+
+def _title(text: str) -> str:
+    """In bold on a terminal that wants it."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[1m{text}\033[0m"

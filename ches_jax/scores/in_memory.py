@@ -1,0 +1,193 @@
+"""Pairs in memory to a score table in memory: the numbers of ``ches score``, without a run directory.
+
+``ches score`` computes its chunks by the same functions (``pair_scorer``, ``score_chunk``), so that the numbers are the
+same to the bit.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import pyarrow as pa
+from jax.sharding import Mesh
+
+from ches_jax.data.audit import Audit, dropped_record, require_clean
+from ches_jax.data.prompts import Pairing
+from ches_jax.data.sources import rows_in_memory
+from ches_jax.data.tokenize import PairTokenizer
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.inputs import sequence_length
+from ches_jax.models.attention.choose import choose_attention
+from ches_jax.models.attention.dense import Attend
+from ches_jax.models.decoder import Decoder
+from ches_jax.runs.directory import versions
+from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, with_defaults
+from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
+from ches_jax.scores.scorer import Batching, PairScorer
+from ches_jax.scores.table import CANDIDATES, schema, table_of, with_columns
+from ches_jax.types import Eos, OnBadRow, Template, TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ScoredChunk(NamedTuple):
+    """The scores of a chunk of pairs."""
+
+    columns: dict[str, Any]
+    """Columns of the score table, a row for each pair that was kept."""
+    tokens: dict[str, list] | None
+    """Columns of the token table, where token scores are computed."""
+    dropped: list[TokenPair]
+
+
+def pair_scorer(
+    model: Decoder,
+    mesh: Mesh,
+    outputs: Outputs,
+    attend: Attend,
+    *,
+    batch_tokens: int | Literal["auto"],
+    eos: Eos,
+    on_batch: Callable[[int], None] = lambda pairs: None,
+) -> PairScorer:
+    """A scorer for a model, its standard batch compiled.
+
+    Args:
+      model: lies on ``mesh`` as ``models.sharding.placement`` says, or anywhere for a data-only mesh.
+      mesh: axes ``data``, ``fsdp``, ``tensor``.
+      outputs: what is computed beside CHES.
+      attend: how attention is computed.
+      batch_tokens: tokens per device and step; auto: the largest batch that the memory holds.
+      eos: whether a terminator counts in a response.
+      on_batch: called with the number of pairs after every batch.
+
+    Raises:
+      ChesError: out of device memory.
+    """
+    forward = ForwardPass(model, mesh, outputs, attend)
+    tokens = largest_batch(forward, ROW_TOKENS) if batch_tokens == "auto" else batch_tokens
+    rope = model.config.rope
+    batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
+    forward.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
+    return PairScorer(forward, batching, eos, on_batch)
+
+
+def score_chunk(scorer: PairScorer, chunk: list[TokenPair], on_bad_row: OnBadRow) -> ScoredChunk:
+    """Scores a chunk of pairs; flagged ones are left out where ``on_bad_row`` is ``drop``.
+
+    Raises:
+      ChesError: a number that is not finite; names the row.
+    """
+    dropped = [p for p in chunk if p.flags] if on_bad_row == "drop" else []
+    columns, tokens = scorer([p for p in chunk if not p.flags] if dropped else chunk)
+    return ScoredChunk(columns, tokens, dropped)
+
+
+def score_pairs(
+    model: Decoder,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Any,
+    *,
+    by: Literal["ches", "head_score"] = "ches",
+    logps: bool = False,
+    eos: Eos = "include",
+    max_length: int | None = None,
+    template: Template = "auto",
+    columns: Mapping[str, str] | None = None,
+    candidates: Pairing | None = None,
+    on_bad_row: OnBadRow = "error",
+    batch_tokens: int | Literal["auto"] | None = None,
+    mesh: Mesh | str | None = None,
+    attention: str = "auto",
+    chunk_rows: int = 1024,
+) -> pa.Table:
+    """Scores preference pairs; the numbers of ``ches score`` with the same options, to the bit.
+
+    Args:
+      model: from ``load_model``.
+      tokenizer: from ``load_tokenizer``, or any transformers tokenizer that belongs to the model.
+      rows: a list of dicts, a ``datasets.Dataset`` or an Arrow table, with columns ``prompt, chosen, rejected`` (text
+        or messages), ``prompt, responses`` or ``prompt_ids, chosen_ids, rejected_ids``.
+      by: ``head_score`` computes the exact score of the unembedding's gradient beside CHES.
+      logps: log-probabilities of both responses too, in nats.
+      eos: whether the terminator of a complete response counts in its length.
+      max_length: most tokens of prompt and response together; default: the model's context.
+      template: when the chat template is used: auto (conversations only), always, or none.
+      columns: other names of columns, ``{"prompt": "instruction"}``.
+      candidates: which pairs of rows with several responses are meant.
+      on_bad_row: flagged rows: ``error``; ``drop`` (listed in the table's metadata under ``dropped``); ``keep`` (scored
+        where possible, flagged).
+      batch_tokens: tokens per device and step; default: 2048 on a CPU, 16384 on an accelerator.
+      mesh: a mesh with axes data, fsdp, tensor, or its sizes as text (``"data=4"``); default: all local devices.
+      attention: how attention is computed; auto: the best that runs here and agrees with dense.
+      chunk_rows: rows that are packed together; only with the same number are two tables equal to the bit.
+
+    Returns:
+      The score table (``ches_jax.scores.table.COLUMNS``), a row per pair in order, provenance in its metadata.
+
+    Raises:
+      ChesError: rows that cannot be read or are flagged, an option that nothing can have, a score that is not finite.
+
+    >>> from ches_jax import bundled
+    >>> from ches_jax.models.checkpoint.load import load_model
+    >>> from ches_jax.scores import load_tokenizer, score_pairs
+    >>> model, tokenizer = load_model(bundled.model_dir()), load_tokenizer(bundled.model_dir())
+    >>> rows = [{"prompt": "<|user|> Do you agree?<|assistant|>", "chosen": " Never", "rejected": " Absolutely"}]
+    >>> score_pairs(model, tokenizer, rows).num_rows
+    1
+    """
+    dtype = str(model.dtype)
+    options = with_defaults(
+        ScoreConfig(
+            by=by, logps=logps, eos=eos, max_length=max_length, template=template, on_bad_row=on_bad_row,
+            batch_tokens=batch_tokens, attention=attention, chunk_rows=chunk_rows, dtype=dtype, out="in memory",
+        )
+    )  # fmt: skip
+    source = rows_in_memory(rows, columns, candidates)
+    tokenize = PairTokenizer(
+        tokenizer,
+        max_length=sequence_length(model.config, max_length),
+        eos=eos,
+        vocab_size=model.config.vocab_size,
+        template=template,
+    )
+    chunks = [
+        tokenize(list(itertools.chain.from_iterable(group)))
+        for group in _batched(source.rows_from(0), options.chunk_rows)
+    ]
+    if on_bad_row == "error":
+        audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
+        for chunk in chunks:
+            audit.extend(chunk)
+        require_clean(audit, source.name)
+    with jax.enable_x64(dtype == "float64"):
+        scorer = pair_scorer(
+            model,
+            mesh if isinstance(mesh, Mesh) else make_mesh(mesh),
+            Outputs(logps=logps, head_score=by == "head_score"),
+            choose_attention(attention, model.config, dtype).attend,
+            batch_tokens=options.batch_tokens,  # type: ignore[arg-type]
+            eos=eos,
+        )
+        scored = [score_chunk(scorer, chunk, on_bad_row) for chunk in chunks]
+    metadata = {
+        "verb": "score_pairs",
+        "family": model.config.family,
+        "convention": {"eos": eos, "max_length": max_length, "template": template},
+        "dtype": dtype,
+        "versions": versions(),
+        "dropped": [dropped_record(p) for s in scored for p in s.dropped],
+    }
+    names = set(scored[0].columns) | {n for s in scored for n in CANDIDATES if n in s.columns}
+    whole = schema(names, metadata)
+    return pa.concat_tables(
+        with_columns(table_of(s.columns, schema(s.columns, metadata)), whole) for s in scored
+    ).combine_chunks()
+
+
+def _batched(items: Iterable[Any], count: int) -> Iterable[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, count)):
+        yield batch

@@ -1,0 +1,42 @@
+"""Run directories: what makes two runs one, and runs that version 0.1 wrote."""
+
+import json
+
+import pytest
+
+from ches_jax.errors import CheckpointError, RunError
+from ches_jax.hf.directory import resolve
+from ches_jax.runs.directory import CONFIG, open_run, read_json
+
+IDENTITY = {"config": {"model": "bundled", "pairs": "bundled", "eos": "include"}, "data_fingerprint": "f"}
+OF_0_1 = {
+    "verb": "score",
+    "config": {"model": "embedded", "pairs": "embedded", "eos": "include"},
+    "data_fingerprint": "f",
+}
+
+
+def test_a_run_of_0_1_on_the_bundled_model_is_resumed(tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps(OF_0_1))
+    open_run(tmp_path, "score", IDENTITY, resume=True)
+    assert json.loads((tmp_path / CONFIG).read_text()) == OF_0_1, "the files of the run stay as they are"
+
+
+def test_options_of_0_1_that_spell_it_flat_are_understood(tmp_path):
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps({"verb": "train", "model": "embedded", "probes": "embedded", "loss": "embedded"}))
+    found = read_json(path)
+    assert (found["model"], found["probes"], found["loss"]) == ("bundled", "bundled", "embedded")
+
+
+def test_every_difference_is_named_and_without_resume_nothing_goes_on(tmp_path):
+    open_run(tmp_path, "score", IDENTITY, resume=False)
+    with pytest.raises(RunError, match="add --resume"):
+        open_run(tmp_path, "score", IDENTITY, resume=False)
+    with pytest.raises(RunError, match="data_fingerprint: 'f' there, 'g' now"):
+        open_run(tmp_path, "score", IDENTITY | {"data_fingerprint": "g"}, resume=True)
+
+
+def test_the_old_name_of_the_bundled_model_is_answered_with_the_new_one():
+    with pytest.raises(CheckpointError, match="is called bundled since"):
+        resolve("embedded")

@@ -1,0 +1,64 @@
+"""Pairs scored in memory: the numbers of ``ches score``, whatever holds the rows."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from ches_jax import bundled
+from ches_jax.errors import DataError
+from ches_jax.models.checkpoint.load import load_model
+from ches_jax.scores import ScoreConfig, load_tokenizer, read_table, score, score_pairs
+from ches_jax.scores.table import METADATA_KEY
+
+ROWS = [json.loads(line) for line in bundled.pairs_file().read_text(encoding="utf-8").splitlines()][:12]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(bundled.model_dir())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(bundled.model_dir())
+
+
+@pytest.fixture(scope="module")
+def table(model, tokenizer):
+    return score_pairs(model, tokenizer, ROWS, by="head_score", logps=True, mesh="data=1")
+
+
+def test_a_run_has_the_same_numbers_to_the_bit(table, tmp_path):
+    config = ScoreConfig(limit=len(ROWS), out=str(tmp_path / "run"), by="head_score", logps=True, mesh="data=1")
+    assert read_table(score(config, quiet=True))[0].equals(table)
+
+
+def test_arrow_tables_and_datasets_score_as_lists_do(model, tokenizer, table):
+    import datasets
+
+    some = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in ROWS]
+    columns = [n for n in table.schema.names if n != "category"]
+    for rows in (pa.Table.from_pylist(some), datasets.Dataset.from_list(some)):
+        scored = score_pairs(model, tokenizer, rows, by="head_score", logps=True, mesh="data=1")
+        assert scored.select(columns).equals(table.select(columns))
+
+
+def test_flagged_rows_are_refused_dropped_or_kept(model, tokenizer):
+    rows = [ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"]}]
+    with pytest.raises(DataError, match="identical: 1 rows"):
+        score_pairs(model, tokenizer, rows, mesh="data=1")
+    dropped = score_pairs(model, tokenizer, rows, on_bad_row="drop", mesh="data=1")
+    assert dropped["index"].to_pylist() == [0]
+    (record,) = json.loads(dropped.schema.metadata[METADATA_KEY])["dropped"]
+    assert record["index"] == 1 and record["reasons"] == ["identical"]
+    kept = score_pairs(model, tokenizer, rows, on_bad_row="keep", mesh="data=1")
+    assert kept["flags"].to_pylist() == [[], ["identical"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "no rows"), (3, "a int; expected a list"), ([{"prompt": "x"}], "row 0")]
+)
+def test_what_is_no_pairs_is_named(model, tokenizer, rows, message):
+    with pytest.raises(DataError, match=message):
+        score_pairs(model, tokenizer, rows)

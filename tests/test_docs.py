@@ -1,0 +1,45 @@
+"""The documents say what is so: every file they name exists, every link leads somewhere, ten questions have answers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("theory/*.md"), *ROOT.glob("experiments/*.md")])
+PLACE = re.compile(r"`((?:ches_jax|theory|experiments|tests|docs|tools)/[\w./-]+?)`")
+"""Paths in words of code; one with a word in capitals stands for many."""
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name)
+def test_every_file_that_a_page_names_is_there(page):
+    named = {m.group(1) for m in PLACE.finditer(page.read_text(encoding="utf-8"))}
+    assert sorted(n for n in named if not (ROOT / n).exists() and not re.search(r"[A-Z]{4,}", n)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page):
+    links = {m.group(1) for m in LINK.finditer(page.read_text(encoding="utf-8"))}
+    assert sorted(n for n in links if "://" not in n and not (page.parent / n).exists()) == []
+
+
+def test_the_ten_questions_have_one_answer_each():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| Wh(?:ere|at) .*\? \|", line)]
+    assert len(rows) == 10
+    assert all((ROOT / PLACE.search(row).group(1)).exists() for row in rows)  # type: ignore[union-attr]
+
+
+def test_every_folder_of_the_library_is_on_the_architecture_page():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "ches_jax").glob("*/__init__.py")}
+    assert sorted(f for f in folders if f"`{f}`" not in text) == []
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert len(re.findall(r"\d+\.\d+", capsys.readouterr().out)) == 4, "two scores of two pairs"

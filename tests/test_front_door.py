@@ -1,0 +1,209 @@
+"""What a stranger meets first: names that are there, cost nothing until used, and say how they are used."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ches_jax
+from ches_jax.cli import main
+from ches_jax.cli.commands import COMMANDS
+from ches_jax.cli.help import EXAMPLES
+from ches_jax.cli.options import ORDER, options_of
+from ches_jax.cli.suggest import DIFFERENT, SAME, corrected
+
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "datasets", "pyarrow", "matplotlib", "torch"}
+PUBLIC = {
+    "load_model", "load_tokenizer", "bundled", "score_pairs", "pair_statistics", "ches", "ln_ches", "head_score",
+    "displacement_summary", "get_loss", "incentives",
+    "score", "ScoreConfig", "select", "SelectConfig", "train", "TrainConfig", "diagnose", "DiagnoseConfig",
+    "generate", "GenerateConfig", "judge", "JudgeConfig", "report", "doctor", "DoctorConfig", "convert",
+    "ConvertConfig", "verify", "ChesError", "__version__",
+}  # fmt: skip
+VERBS = ("score", "select", "train", "diagnose", "generate", "judge", "report", "doctor", "convert", "verify")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    return done.stdout
+
+
+def loaded_by(code: str) -> set[str]:
+    """Packages that a fresh interpreter has loaded after the code."""
+    last = python(f"{code}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})").splitlines()[-1]
+    return set(last.split())
+
+
+# ---- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_the_public_surface():
+    assert set(ches_jax.__all__) >= PUBLIC and set(ches_jax.__all__) <= set(dir(ches_jax))
+    for name in ches_jax.__all__:
+        assert getattr(ches_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ches_jax.nothing  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_loads_nothing():
+    assert not loaded_by("import ches_jax") & (HEAVY | {"numpy", "tyro"})
+    configs = ", ".join(sorted(name for name in PUBLIC if name.endswith("Config")))
+    assert not loaded_by(f"from ches_jax import {configs}") & HEAVY
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_a_function_whatever_was_imported_before(verb):
+    """Names of verbs are names of packages too."""
+    module = {"score": "scores", "judge": "judges", "diagnose": "displacement"}.get(verb, verb)
+    if module == verb or verb == "diagnose":
+        inner = importlib.import_module(f"ches_jax.{module}")
+        assert callable(getattr(inner, verb))
+    function = getattr(ches_jax, verb)
+    assert callable(function)
+    assert inspect.signature(function).parameters
+
+
+@pytest.mark.parametrize(
+    "first", ["import ches_jax as cj; cj.train", "import ches_jax.train.loop", "from ches_jax.train import TrainConfig"]
+)
+def test_train_is_a_package_and_a_verb_in_any_order(first):
+    code = f"""{first}
+import ches_jax
+from ches_jax.train import train
+from ches_jax import train as verb
+from ches_jax.errors import ChesError
+for call in (train, verb, ches_jax.train):
+    try:
+        call(ches_jax.TrainConfig(dtype="int8", out="nowhere"))
+    except ChesError as error:
+        print(error)
+"""
+    assert python(code).count("--dtype 'int8'") == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ches_jax import score",
+        "from ches_jax.models import load_model",
+        "from ches_jax.scores import ches",
+        "from ches_jax.train import train",
+    ],
+)
+def test_the_imports_that_everyone_tries(line):
+    names: dict[str, object] = {}
+    exec(line, names)
+    assert callable(names[line.rpartition(" ")[2]])
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], [], ["--version"], ["train", "--help"], ["select", "--help"], ["scrore"], ["score", "--modle"]],
+)
+def test_help_and_usage_errors_load_no_jax(words):
+    code = f"from ches_jax.cli import main; main({words!r})"
+    assert not loaded_by(code) & HEAVY
+
+
+def run(capsys, *words):
+    code = main([*words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_takes_little_time():
+    before = os.times()
+    python("import tyro, numpy")
+    between = os.times()
+    python("from ches_jax.cli import main; main(['train', '--help'])")
+    after = os.times()
+
+    def cpu(start, end):
+        return end.children_user - start.children_user + end.children_system - start.children_system
+
+    assert cpu(between, after) < 2 * cpu(before, between) + 0.1
+
+
+def test_bare_ches_is_help_with_every_verb(capsys):
+    bare, asked = run(capsys), run(capsys, "--help")
+    assert bare == asked and bare[0] == 0 and not bare[2]
+    assert all(f"  {verb} " in bare[1] for verb in COMMANDS)
+    assert run(capsys, "--version")[1].startswith(f"ches-jax {ches_jax.__version__}")
+    assert run(capsys, "help", "score") == run(capsys, "score", "--help")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_of_a_verb_has_groups_texts_and_examples(capsys, verb):
+    code, out, err = run(capsys, verb, "--help")
+    assert (code, err) == (0, "") and "\033" not in out
+    options = options_of(verb, COMMANDS[verb])
+    for option in options:
+        assert option.help, option.name
+        assert option.group in out.splitlines() and option.group in ORDER
+        assert option.positional or any(f in out for f in option.flags)
+    assert len(EXAMPLES[verb]) in (2, 3) and all(f"  {example}\n" in f"{out}\n" for example in EXAMPLES[verb])
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_examples_of_help_parse(verb):
+    import shlex
+
+    import tyro
+
+    for example in EXAMPLES[verb]:
+        words = shlex.split(example)[2:]
+        assert tyro.cli(COMMANDS[verb], args=corrected(verb, COMMANDS[verb], words))
+
+
+def test_colour_is_for_terminals_that_want_it(capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "\033[1m" in run(capsys, "--help")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in run(capsys, "--help")[1]
+
+
+MISTYPED = {
+    ("scrore",): "no verb is named 'scrore'; did you mean score",
+    ("--pairs", "x"): "options come after the verb",
+    ("score", "--modle", "x"): "no option --modle; did you mean --model",
+    ("score", "--by", "chess"): "--by 'chess': expected one of ches, head_score; did you mean ches",
+    ("score", "--limit", "ten"): "--limit 'ten': expected a whole number",
+    ("score", "--limit"): "--limit takes a value",
+    ("score", "pairs.jsonl"): "'pairs.jsonl' belongs to no option",
+    ("score", "--dtype", "bf16"): "did you mean bfloat16",
+    ("score", "--batch-size", "8"): "--batch-tokens",
+    ("select", "--out", "x"): "--scores must be given",
+    ("train", "--beta", "0.1"): "--loss-args beta=0.1",
+    ("train", "--per_device_train_batch_size", "4"): "--batch-size N",
+    ("train", "--loss", "ipo"): "ipo_mean",
+    ("train", "--lr", "fast"): "--lr 'fast': expected a number",
+}
+
+
+@pytest.mark.parametrize("words", MISTYPED, ids=" ".join)
+def test_a_mistake_is_answered_with_the_right_word(capsys, words):
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "") and MISTYPED[words] in err and len(err.splitlines()) == 1
+
+
+def test_names_of_other_trainers_work():
+    words = ["--model_name_or_path", "m", "--dataset-name=d", "--output_dir", "o", "--learning-rate", "1e-5"]
+    words += ["--num_train_epochs", "2", "--gradient-checkpointing"]
+    ours = ["--model", "m", "--pairs=d", "--out", "o", "--lr", "1e-5", "--epochs", "2", "--remat"]
+    assert corrected("train", COMMANDS["train"], words) == ours
+    assert corrected("generate", COMMANDS["generate"], ["--dataset-name", "d"]) == ["--prompts", "d"]
+
+
+def test_every_name_of_other_trainers_leads_to_an_option():
+    every = [o for verb, command in COMMANDS.items() for o in options_of(verb, command)]
+    names = {option.name for option in every if not option.positional}
+    assert {ours for targets in SAME.values() for ours in targets.split()} <= names
+    assert not SAME.keys() & DIFFERENT.keys() and not SAME.keys() & names
