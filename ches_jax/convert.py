@@ -15,7 +15,11 @@ make_callable(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to write, and how."""
+    """What to write, and how.
+
+    >>> ConvertConfig(model="bundled", out="copy").model
+    'bundled'
+    """
 
     model: str | None = None
     """Hugging Face model directory or hub name."""
@@ -35,6 +39,12 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig) -> Path:
     """Load, write, return the directory.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     out = convert(ConvertConfig(model="bundled", out=Path(folder) / "copy"))
+    ...     (out / "model.safetensors").exists()
+    True
 
     Raises:
       ChesError: options that do not go together, anything that does not fit.

@@ -15,7 +15,11 @@ make_callable(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(PairOptions, ModelOptions):
-    """What to look at, under the options it would be scored with."""
+    """What to look at, under the options it would be scored with.
+
+    >>> DoctorConfig(pairs="pairs.jsonl").show
+    2
+    """
 
     show: int = 2
     """Rows to print as the model sees them; flagged rows are shown first."""
@@ -46,6 +50,9 @@ class Findings:
 
 def doctor(config: DoctorConfig) -> Findings:
     """Check the directory's names and shapes and audit every pair.
+
+    >>> doctor(DoctorConfig(limit=4)).healthy
+    True
 
     Raises:
       ChesError: the directory or the pairs cannot be read at all.

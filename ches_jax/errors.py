@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 
 class ChesError(Exception):
-    """Something the user can mend: bad input, a wrong option, a directory that is not what it should be."""
+    """Something the user can mend: bad input, a wrong option, a directory that is not what it should be.
+
+    >>> try:
+    ...     raise ChesError("pairs.jsonl, line 3: no chosen response")
+    ... except ChesError as error:
+    ...     print(error)
+    pairs.jsonl, line 3: no chosen response
+    """
 
 
 class CheckpointError(ChesError):

@@ -1,5 +1,8 @@
 """The model and the pairs that ship with the package; the recipe is in ``experiments/bundled``.
 
+>>> pairs_file().name
+'pairs.jsonl'
+
 Nothing is read at import time.
 """
 

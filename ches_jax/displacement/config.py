@@ -10,7 +10,11 @@ from ches_jax.displacement.changes import TOLERANCE
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig:
-    """Where the log-probabilities are: exactly one of --run, --before with --after, --logps, --trl-log."""
+    """Where the log-probabilities are: exactly one of --run, --before with --after, --logps, --trl-log.
+
+    >>> DiagnoseConfig(run_dir="runs/t").run_dir
+    'runs/t'
+    """
 
     run_dir: Annotated[str | None, tyro.conf.arg(name="run")] = None
     """Directory of `ches train`: its last evaluation, held-out pairs where there are any."""

@@ -14,6 +14,14 @@ make_callable(__name__)
 def diagnose(config: DiagnoseConfig) -> Diagnosis:
     """The verdict on a training run, two score tables, a table of log-probabilities or a TRL log.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> from ches_jax import TrainConfig, train
+    >>> with TemporaryDirectory() as folder:
+    ...     small = {"limit": 8, "holdout": 0, "batch_size": 4, "steps": 1, "mesh": "data=1", "export": False}
+    ...     run = train(TrainConfig(**small, lr=1e-9, out=f"{folder}/run"), quiet=True)
+    ...     diagnose(DiagnoseConfig(run_dir=str(run))).to_json()["verdict"]
+    'not_displaced'
+
     Raises:
       ChesError: no source or several; a source without the numbers that are needed.
     """

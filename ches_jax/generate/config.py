@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(RowOptions, ModelOptions):
-    """What to continue, with what, and how tokens are drawn."""
+    """What to continue, with what, and how tokens are drawn.
+
+    >>> GenerateConfig(temperature=0.0, max_new_tokens=8).samples
+    1
+    """
 
     prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""

@@ -42,6 +42,12 @@ FILE_NAME = "responses.jsonl"
 def generate(config: GenerateConfig, *, resume: bool = False, quiet: bool = False) -> Path:
     """Continue every prompt; returns the run directory.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     options = GenerateConfig(limit=1, max_new_tokens=4, temperature=0.0, out=f"{folder}/run")
+    ...     sorted(path.name for path in generate(options, quiet=True).iterdir())
+    ['config.json', 'responses.jsonl', 'run.json']
+
     Raises:
       ChesError: any input that is not fit, before anything is written; logits that are not finite.
     """

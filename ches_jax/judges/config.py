@@ -11,7 +11,11 @@ from ches_jax.runs.directory import new_name
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig(RowOptions):
-    """What to judge, and by whom."""
+    """What to judge, and by whom.
+
+    >>> JudgeConfig(responses="runs/g").by
+    'rules'
+    """
 
     responses: str
     """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""

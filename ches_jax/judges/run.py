@@ -51,6 +51,15 @@ class Method(NamedTuple):
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
     """Judge every response; returns the run directory.
 
+    >>> import json
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     responses = Path(folder) / "responses.jsonl"
+    ...     _ = responses.write_text(json.dumps({"prompt": "How?", "text": "I cannot help."}))
+    ...     out = judge(JudgeConfig(responses=str(responses), out=f"{folder}/run"), quiet=True)
+    ...     read_json(out / RUN)["summary"]["refusals"]
+    1
+
     Raises:
       ChesError: any input that is not fit, before anything is written.
     """

@@ -164,6 +164,9 @@ def describe(name: str) -> str:
 def get_loss(name: str, **hyper: float) -> Loss:
     """The objective of that name, with the given hyper-parameters and defaults for the others.
 
+    >>> get_loss("dpo", beta=0.05)
+    dpo(beta=0.05)
+
     Args:
       name: one of ``loss_names()``.
       hyper: values for the hyper-parameters that the objective declares.

@@ -14,11 +14,11 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#7f7f7f", "#5
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
 _SIZE = (5.2, 3.4)
 _DENSE = 4000
-"""Above so many points a scatter is a blot; hexagons with their counts are drawn instead."""
+"""Points above which a scatter is a blot; hexagons with their counts are drawn instead."""
 
 
 CATEGORIES = 12
-"""Histograms of so many categories still fit one figure."""
+"""Categories whose histograms still fit one figure."""
 
 
 def _new(xlabel: str, ylabel: str) -> "tuple[Figure, Axes]":

@@ -11,6 +11,12 @@ from ches_jax.select.scored_rows import SourceRow
 def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[SourceRow] | None = None) -> Path:
     """Writes ``report.html`` and ``figures/*.png`` from the directory of a run of ``ches score`` or ``ches train``.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> from ches_jax import ScoreConfig, score
+    >>> with TemporaryDirectory() as folder:
+    ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
+    'report.html'
+
     Args:
       run_dir: the directory; a training run may be unfinished.
       out: where to write; the run directory itself when not given. Reports are written over.

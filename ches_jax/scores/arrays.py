@@ -44,6 +44,12 @@ class PairStatistics(NamedTuple):
 def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, mask_rejected: Any) -> PairStatistics:
     r"""The statistics that ``ches`` and ``ln_ches`` are made of.
 
+    >>> import numpy as np
+    >>> states, mask = np.ones((2, 3)), np.ones(2, bool)  # two tokens, width 3
+    >>> stats = pair_statistics(states, mask, states[:1], mask[:1])
+    >>> float(ches(stats))  # <S+, S-> - |S+|^2 = 2 * 3 - 4 * 3
+    -6.0
+
     .. math:: S^\pm = \sum_{t:\ \mathrm{mask}^\pm_t} h^\pm_t
 
     Args:

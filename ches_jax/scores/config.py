@@ -15,7 +15,11 @@ ROW_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(PairOptions, ModelOptions):
-    """What to score, with what, and how. Every field but ``out`` decides numbers or what becomes of a row."""
+    """What to score, with what, and how. Every field but ``out`` decides numbers or what becomes of a row.
+
+    >>> ScoreConfig(pairs="pairs.jsonl", by="head_score").eos
+    'include'
+    """
 
     adapter: str | None = None
     """PEFT adapter (directory or hub name) to score the model with."""

@@ -43,6 +43,12 @@ from ches_jax.scores.table import FILE_NAME
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> Path:
     """Score every pair of a data set; returns the run directory.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     out = score(ScoreConfig(limit=2, out=f"{folder}/run"), quiet=True)
+    ...     sorted(path.name for path in out.iterdir())
+    ['config.json', 'run.json', 'scores.parquet']
+
     With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``).
 
     Raises:

@@ -9,7 +9,11 @@ from ches_jax.types import Control
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """What ``ches select`` does."""
+    """What ``ches select`` does.
+
+    >>> SelectConfig(scores="runs/a", keep="lowest:0.05", out="kept").keep
+    'lowest:0.05'
+    """
 
     scores: Path
     """A directory of ``ches score``, or its scores.parquet."""

@@ -21,7 +21,11 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PairOptions, ModelOptions):
-    """A training run. All fields but those of ``NOT_IDENTITY`` decide it."""
+    """A training run. All fields but those of ``NOT_IDENTITY`` decide it.
+
+    >>> TrainConfig(loss="simpo", lora_rank=8).model
+    'bundled'
+    """
 
     eval_pairs: str | None = None
     """Held-out pairs, read as --pairs is."""

@@ -46,6 +46,12 @@ def train(
 ) -> Path:
     """Train, and return the run directory.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     small = {"limit": 8, "batch_size": 4, "steps": 1, "mesh": "data=1", "export": False}
+    ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
+    True
+
     Args:
       config: what to train on what.
       resume: go on with the run that ``config.out`` holds.

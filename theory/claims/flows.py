@@ -214,7 +214,7 @@ def regime_runs() -> dict[str, Run]:
 
 
 def _run_detail(run: Run) -> dict[str, Any]:
-    words = {"verdict": run.verdict, "winner": run.winner, "first_by_theorem_5": run.first_by_theorem_5}
+    words = {"verdict": run.kind, "winner": run.winner, "first_by_theorem_5": run.first_by_theorem_5}
     return words | {"rate_at_start": run.rate, "change": run.change}
 
 
@@ -227,7 +227,7 @@ def _run_figure(c: Construction, run: Run) -> dict[str, Any]:
         "chosen": c.chosen,
         "rejected": c.rejected,
         "scale": c.scale,
-        "verdict": run.verdict,
+        "verdict": run.kind,
         "times": run.times,
         "log_probs": run.log_probs[:, pair],
         "rate": run.rate,
@@ -250,9 +250,9 @@ def regimes(ctx: Context) -> Outcome:
     wrong, runs = 0, {c.name: regime_runs()[c.name] for c in constructions()}
     for c in constructions():
         run = runs[c.name]
-        wrong += run.verdict != c.verdict
+        wrong += run.kind != c.kind
         wrong += run.winner != c.winner
-        wrong += run.verdict != "none" and run.first_by_theorem_5 != c.winner
+        wrong += run.kind != "none" and run.first_by_theorem_5 != c.winner
         wrong += bool(np.diff(run.losses).max() > 1e-10)
     return Outcome(
         value=float(wrong),

@@ -40,7 +40,7 @@ class Construction(NamedTuple):
     pairs: Pairs
     labels: tuple[str, ...]
     """Of each token, seen from y+: "chosen", "same", "opposite" or "other"."""
-    verdict: str
+    kind: str
     winner: str
     linear: bool = False
     """Whether the features are frozen: then nothing is displaced."""
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     """Theorem 5 at the start: <W_z, W_+ - W_->, which orders the rates of all other tokens."""
     change: float
     """Of ln pi(y+) over the run, nats."""
-    verdict: Kind
+    kind: Kind
     winner: str
     first_by_theorem_5: str
 
@@ -102,13 +102,13 @@ def label_tokens(chosen: str) -> tuple[str, ...]:
 
 
 def construct(
-    name: str, chosen: str, rejected: str, companion: str, scale: float, verdict: str, winner: str
+    name: str, chosen: str, rejected: str, companion: str, scale: float, kind: str, winner: str
 ) -> Construction:
     """A pair of single tokens on the only prompt."""
     one, context = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     sides = [Responses(jnp.full((1, 1), TOKENS.index(t), jnp.int32), context, one) for t in (chosen, rejected)]
     model = rescale(semantic_model(chosen, rejected, companion), scale)
-    return Construction(name, chosen, rejected, scale, model, Pairs(*sides), label_tokens(chosen), verdict, winner)
+    return Construction(name, chosen, rejected, scale, model, Pairs(*sides), label_tokens(chosen), kind, winner)
 
 
 def constructions() -> tuple[Construction, ...]:
@@ -140,7 +140,7 @@ def dpo_of(c: Construction) -> Callable[[UFM], Array]:
 
 def linear_model(c: Construction) -> Construction:
     """The construction with frozen features."""
-    return c._replace(name=f"{c.name}_linear", linear=True, verdict="none", winner=c.chosen)
+    return c._replace(name=f"{c.name}_linear", linear=True, kind="none", winner=c.chosen)
 
 
 def flows(which: Sequence[Construction]) -> dict[str, Run]:
@@ -180,7 +180,7 @@ def _tell(c: Construction, times: np.ndarray, path: UFM, losses: Array, kernels:
         terms={name: float(value) for name, value in fourth.terms.items()},
         direction=direction,
         change=change,
-        verdict=displacement_kind(change, float(losses[-1] - losses[0]), gains, "same", "opposite"),
+        kind=displacement_kind(change, float(losses[-1] - losses[0]), gains, "same", "opposite"),
         winner=TOKENS[int((probabilities[-1] - probabilities[0]).argmax())],
         first_by_theorem_5=TOKENS[int(np.where(third, direction, -np.inf).argmax())],
     )

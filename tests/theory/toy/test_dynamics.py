@@ -1,4 +1,4 @@
-"""Trajectories: the flow against a closed form, RMSProp against PyTorch, verdicts in words."""
+"""Trajectories: the flow against a closed form, RMSProp against PyTorch, kinds of displacement."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,7 @@ def test_masses_add_up_by_label():
 
 
 @pytest.mark.parametrize(
-    "change, loss, gains, verdict",
+    "change, loss, gains, kind",
     [
         (-1.0, -0.1, {"same": 0.3, "opposite": 0.1}, "benign"),
         (-1.0, -0.1, {"same": 0.1, "opposite": 0.3}, "catastrophic"),
@@ -75,5 +75,5 @@ def test_masses_add_up_by_label():
         (-1.0, 0.1, {"same": 0.1, "opposite": 0.3}, "none"),
     ],
 )
-def test_verdicts(change, loss, gains, verdict):
-    assert dynamics.displacement_kind(change, loss, gains, "same", "opposite") == verdict
+def test_kinds_of_displacement(change, loss, gains, kind):
+    assert dynamics.displacement_kind(change, loss, gains, "same", "opposite") == kind

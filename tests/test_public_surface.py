@@ -1,0 +1,33 @@
+"""The names of ``import ches_jax as cj``: pinned, each with a docstring whose example the suite runs."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ches_jax as cj
+
+VERBS = ["score", "select", "train", "diagnose", "generate", "judge", "report", "doctor", "convert", "verify"]
+CONFIGS = [f"{verb.capitalize()}Config" for verb in VERBS if verb not in ("report", "verify")]
+MATHEMATICS = ["pair_statistics", "ches", "ln_ches", "head_score", "displacement_summary", "get_loss", "incentives"]
+OTHERS = ["load_model", "load_tokenizer", "score_pairs", "bundled", "ChesError", "__version__"]
+
+
+def test_the_names_are_these():
+    """A name that goes or comes is a change for users: it belongs into the changelog."""
+    assert sorted(cj.__all__) == sorted([*VERBS, *CONFIGS, *MATHEMATICS, *OTHERS])
+    assert set(cj.__all__) <= set(dir(cj))
+
+
+@pytest.mark.parametrize("name", [*VERBS, *CONFIGS, *MATHEMATICS, *OTHERS[:-1]])
+def test_every_name_has_a_docstring_with_an_example(name):
+    """The examples themselves are run as doctests of their modules."""
+    value = getattr(cj, name)
+    # a verb's package is called as the verb
+    documented = value if not hasattr(value, name) else getattr(value, name)
+    assert ">>> " in (documented.__doc__ or "")
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert cj.__version__ == project["project"]["version"]
