@@ -126,7 +126,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    for name in ("absl", "jax", "jax._src.xla_bridge", "orbax", "flax", "transformers", "datasets", "huggingface_hub"):
+    # absl makes its logger of its own class when it is imported; one made before would not know who called it
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("jax", "jax._src.xla_bridge", "orbax", "flax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
