@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ches_jax import bundled
-from ches_jax.bundled import BUNDLED
 from ches_jax.data.audit import Audit
 from ches_jax.data.sources import PairSource, open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
@@ -16,7 +16,10 @@ from ches_jax.hf.directory import read_config, resolve
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.types import TokenPair
+from ches_jax.types import Eos, Template, TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,34 @@ def prepare(config: ScoreConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
     directory = resolve(config.model)
     decoder = decoder_config(read_config(directory), str(directory))
-    pairs = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
+    pairs = bundled.located(config.pairs, bundled.pairs_file)
     source = open_pairs(pairs, config.split, config.columns, config.candidates)
-    tokenizer = PairTokenizer(
-        load_tokenizer(directory),
-        max_length=sequence_length(decoder, config.max_length),
-        eos=config.eos,
-        vocab_size=decoder.vocab_size,
-        template=config.template,
+    tokenizer = pair_tokenizer(
+        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
     )
     return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
+
+
+def pair_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase",
+    decoder: DecoderConfig,
+    *,
+    max_length: int | None,
+    eos: Eos,
+    template: Template,
+) -> PairTokenizer:
+    """Records to token pairs as a model reads them: within its context and its vocabulary.
+
+    Raises:
+      ChesError: ``max_length`` is more than the model has positions for.
+    """
+    return PairTokenizer(
+        tokenizer,
+        max_length=sequence_length(decoder, max_length),
+        eos=eos,
+        vocab_size=decoder.vocab_size,
+        template=template,
+    )
 
 
 def sequence_length(decoder: DecoderConfig, max_length: int | None) -> int:

@@ -2,7 +2,7 @@
 
 The tests start the same tiny models hundreds of times. What they compile is kept under ``.pytest_cache/xla``, in a
 folder for each version of jax and each processor (code compiled for one may not run on another), and without the
-optimisations that cost more than they save here. A test whose numbers need them is marked ``optimised``.
+optimisations that cost more than they save here.
 
 Importing this module sets the environment of this process and of those it starts; it must come before jax.
 """
@@ -25,8 +25,8 @@ def processor() -> str:
     except OSError:
         lines = [platform.processor()]
     # x86 tells "flags", Arm "Features"; the numbers of a moment (MHz, bogomips) stay out
-    told = {line for line in lines if line.partition(":")[0].strip() in {"flags", "Features", "model", "CPU part"}}
-    return f"{platform.machine()} {sorted(told)}"
+    kinds = {line for line in lines if line.partition(":")[0].strip() in {"flags", "Features", "model", "CPU part"}}
+    return f"{platform.machine()} {sorted(kinds)}"
 
 
 def cache_folder() -> Path:
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 def environment() -> dict[str, str]:
     """The variables jax reads, for this process and its children."""
-    told = {
+    values = {
         "JAX_COMPILATION_CACHE_DIR": str(cache_folder()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
-    return {name: os.environ.get(name, value) for name, value in told.items()}
+    return {name: os.environ.get(name, value) for name, value in values.items()}
 
 
 os.environ.update(environment())

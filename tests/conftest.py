@@ -1,7 +1,5 @@
 """What all tests share: compiled programs, strict arithmetic, the tiny model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -21,28 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for module in ("torch", "transformers", "huggingface_hub"):
         for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{module}")
-
-
-@contextmanager
-def optimised(wanted: bool) -> Iterator[None]:
-    """Programs compiled inside are optimised, where wanted."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", before and not wanted)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _optimised_module(request) -> Iterator[None]:
-    """``pytestmark = pytest.mark.optimised`` holds for the fixtures of a module too."""
-    with optimised(request.node.get_closest_marker("optimised") is not None):
-        yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
-    with optimised(item.get_closest_marker("optimised") is not None):
-        return (yield)
 
 
 @pytest.fixture(scope="session")

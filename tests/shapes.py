@@ -1,7 +1,7 @@
 """The checker that pytest puts on every function of the library: arrays are of the shape and dtype annotated.
 
 ``--jaxtyping-packages=ches_jax,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its module
-is imported. Annotations that tell no shape are left to pyright, which reads them all: here a stand-in may be passed.
+is imported. Annotations without a shape are left to pyright, which reads them all: here a test may pass another object.
 """
 
 from collections.abc import Callable

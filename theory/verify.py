@@ -56,16 +56,7 @@ def verify(
     limit: int = 32,
     quiet: bool = False,
 ) -> list[Result]:
-    """Checks claims.
-
-    Args:
-      claims: their ids; default: all about toy models, or with ``model`` all about real ones.
-      seed: of every random number.
-      instances: random instances of an exact claim (bounds draw more).
-      model: Hugging Face model directory.
-      pairs: preference pairs, in any format ``ches score`` reads; default: the bundled ones.
-      limit: pairs used of them.
-      quiet: no progress bar.
+    """Checks claims; the arguments are those of ``ches_jax.verify``, which calls this.
 
     Raises:
       ChesError: an unknown id, or a claim about a real model without one.

@@ -2,9 +2,9 @@
 
 A restructuring must not move a number. Record in a checkout of either version, with the same interpreter and machine:
 
-    python tools/same_numbers.py record --checkout OLD --model DIR --pairs FILE --out /tmp/old
-    python tools/same_numbers.py record --checkout NEW --model DIR --pairs FILE --out /tmp/new
-    python tools/same_numbers.py compare /tmp/old /tmp/new
+    python tools/same_numbers.py record --checkout OLD --model DIR --pairs FILE --out OLD_NUMBERS
+    python tools/same_numbers.py record --checkout NEW --model DIR --pairs FILE --out NEW_NUMBERS
+    python tools/same_numbers.py compare OLD_NUMBERS NEW_NUMBERS
 
 ``record`` runs the commands of ``COMMANDS`` with each checkout's own code: score tables with token scores and
 log-probabilities, ten updates of DPO, IPO and LoRA, a diagnosis, greedy texts and every claim of the theory, on the
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 TRAIN = (
@@ -96,8 +95,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def contents(path: Path) -> dict[str, Any]:
     """A file as a flat mapping from names to numbers and words."""
     if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        return dict(leaves({c: pa.array(table[c].to_pylist()).to_pylist() for c in table.column_names}))
+        return dict(leaves(pq.read_table(path).to_pydict()))
     if path.suffix == ".jsonl":
         return dict(leaves([json.loads(line) for line in path.read_text().splitlines()]))
     if path.suffix == ".safetensors":

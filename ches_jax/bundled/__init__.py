@@ -6,11 +6,21 @@
 Nothing is read at import time.
 """
 
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 BUNDLED = "bundled"
 """What ``--model``, ``--pairs`` and ``--prompts`` call them."""
+
+
+def located(spec: str, shipped: Callable[[], Path]) -> str:
+    """``spec``, or the path of what ships where it is ``bundled``.
+
+    >>> located("my.jsonl", pairs_file), located("bundled", pairs_file) == str(pairs_file())
+    ('my.jsonl', True)
+    """
+    return str(shipped()) if spec == BUNDLED else spec
 
 
 def model_dir() -> Path:

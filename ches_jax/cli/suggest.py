@@ -43,7 +43,7 @@ DIFFERENT = {
     "batch-size": "--batch-tokens N is the tokens of a device and step",
     "model-args": "--model DIR names the model",
     "do-sample": "--temperature 0 is greedy, anything above samples",
-    "resume-from-checkpoint": "--resume goes on with the run that --out holds",
+    "resume-from-checkpoint": "--resume continues the run that --out holds",
     "push-to-hub": "the trained model is OUT/model, a directory that huggingface-cli upload takes",
     "trust-remote-code": "no code of a model directory is ever run",
 }  # fmt: skip

@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = bundled.model_dir() if str(path) == bundled.BUNDLED else path
+    path = bundled.located(str(path), bundled.model_dir)
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):

@@ -23,7 +23,7 @@ TOLERANCE = 0.05
 FILE_NAME = "displacement.parquet"
 """Where a training run keeps the changes of each pair at each evaluation."""
 PARTS = "displacement"
-"""Folder with one file for each evaluation of a run that goes on."""
+"""Folder with one file for each evaluation of a run that is not finished."""
 SUMMARY = (
     "dlogp_chosen", "dlogp_chosen_median", "dlogp_rejected", "dlogp_rejected_median", "margin", "lld_rate",
     *(f"{regime}_rate" for regime in REGIMES), "chosen_share", "rejected_share",

@@ -12,7 +12,7 @@ changes over pairs, each with a bootstrap interval [low, high], and a tolerance 
     not_displaced   they are not: low >= -eps
     undecided       the interval holds falls beyond -eps and others; or there are too few records for an interval
 
-What the rejected responses and the margin did is told beside the verdict, in the same four words: displacement is
+What the rejected responses and the margin did is said beside the verdict, in the same four words: displacement is
 defined under a falling loss, so a run that is displaced while its margin fell too has another trouble first.
 
 Three questions are kept apart: did the chosen responses fall, did the mass go to unwanted ones, did quality fall.

@@ -116,7 +116,7 @@ class _Decoding:
         return p.tokens.shape[1] - p.first + p.limit if self.by_length else None
 
     def _append(self, p: Prompts, s: State, step: Any, hidden: Any, model: Decoder) -> State:
-        """The state with token ``step`` of every row that goes on."""
+        """The state with token ``step`` of every row that is not finished."""
         tokens, logps = draw(row_keys(p.keys), step, model.logits(hidden), self.sampling)
         active = ~s.ended & (step < p.limit)
         at = (jnp.int32(0), step)
@@ -151,7 +151,7 @@ class _Decoding:
         return self._append(p, empty, jnp.int32(0), hidden[:, -1], model)
 
     def decode(self, state: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
-        """Tokens ``begin`` to ``until`` of every row that goes on; stops early where none does."""
+        """Tokens ``begin`` to ``until`` of every row that is not finished; stops early where all are."""
         model = nnx.merge(self.graph, state)
         length = p.tokens.shape[1]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
-from ches_jax.bundled import BUNDLED
 from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
@@ -152,8 +151,7 @@ class Inputs:
 def prepare(config: GenerateConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
     encoder = open_encoder(config.model, config.max_length, config.template)
-    prompts = str(bundled.prompts_file()) if config.prompts == BUNDLED else config.prompts
-    source = open_prompts(prompts, config.split, config.columns)
+    source = open_prompts(bundled.located(config.prompts, bundled.prompts_file), config.split, config.columns)
     return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
 
 

@@ -67,7 +67,7 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool) -> Path:
     ends = stop_ids(encoder.directory, encoder.tokenizer, config.stop_tokens)
     total = inputs.require_clean() if config.on_bad_row == "error" else None
     identity = {
-        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "config": as_dict(config, NOT_IDENTITY),
         "model_fingerprint": fingerprint(encoder.directory),
         "tokenizer_fingerprint": tokenizer_fingerprint(encoder.tokenizer),
         "data_fingerprint": inputs.source.fingerprint(),

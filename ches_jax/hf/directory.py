@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ches_jax.bundled import BUNDLED, model_dir
+from ches_jax.bundled import located, model_dir
 from ches_jax.errors import CheckpointError, many
 from ches_jax.runs.files import read_object
 
@@ -28,9 +28,7 @@ def resolve(model: str | Path) -> Path:
     Raises:
       CheckpointError: there is no such directory and the hub cannot give it.
     """
-    if str(model) == BUNDLED:
-        return model_dir()
-    path = Path(model).expanduser()
+    path = Path(located(str(model), model_dir)).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -77,7 +77,7 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool) -> Path:
     method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config)
     method.check(source)
     identity = {
-        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "config": as_dict(config, NOT_IDENTITY),
         "data_fingerprint": source.fingerprint(),
         **method.identity,
     }

@@ -61,7 +61,7 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder of any supported family; see ``DecoderConfig`` for what can differ.
 
-    Called with token ids it gives logits; ``hidden`` stops before the unembedding and ``logits`` goes on from there.
+    Called with token ids it gives logits; ``hidden`` stops before the unembedding and ``logits`` continues from there.
 
     Args:
       config: the architecture.

@@ -6,6 +6,7 @@ A directory is made new, or resumed when asked and when it holds the same run; i
 import dataclasses
 import json
 import platform
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ches_jax.runs.files import read_object, replacing
 
 CONFIG = "config.json"
 RUN = "run.json"
+SPECS = ("model", "pairs", "prompts", "probes", "responses")
+"""Options that may name what ships with the package."""
 PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
 
 
@@ -54,10 +57,6 @@ def _with_names_of_today(value: dict[str, Any]) -> dict[str, Any]:
     return value | {k: "bundled" for k in SPECS if value.get(k) == "embedded"} | inner
 
 
-SPECS = ("model", "pairs", "prompts", "probes", "responses")
-"""Options that may name what ships with the package."""
-
-
 def new_name(parent: Path, verb: str) -> Path:
     """The first free ``parent/verb-NNN``."""
     n = 1
@@ -86,13 +85,8 @@ def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> No
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
         there = read_json(out / CONFIG)
-        differences = [
-            f"{key}: {there.get(key)!r} there, {identity.get(key)!r} now"
-            for key in sorted({*there, *identity})
-            if there.get(key) != identity.get(key)
-        ]
-        if differences:
-            raise RunError(many(f"{out} holds another run; give a new directory with --out", differences))
+        if different := differences(there, identity):
+            raise RunError(many(f"{out} holds another run; give a new directory with --out", different))
         if not resume:
             raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
         return
@@ -100,6 +94,17 @@ def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> No
     write_json(out / CONFIG, identity)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities (JSON values) differ in, in words.
+
+    >>> differences({"eos": "include", "limit": 4}, {"eos": "exclude", "limit": 4})
+    ["eos: 'include' there, 'exclude' now"]
+    """
+    keys = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
+    return [f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+
+
+def as_dict(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """A config dataclass as plain JSON values, ``without`` the options that do not decide the run."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ches_jax.errors import ChesError
-from ches_jax.options import ModelOptions, PairOptions, require_dtype
+from ches_jax.options import ModelOptions, PairOptions, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
 
@@ -70,7 +69,6 @@ def with_defaults(config: ScoreConfig) -> ScoreConfig:
     tokens = config.batch_tokens
     if tokens is None:
         tokens = ROW_TOKENS if jax.default_backend() == "cpu" else 8 * ROW_TOKENS
-    for name, value in [("batch-tokens", tokens), ("chunk-rows", config.chunk_rows), ("limit", config.limit)]:
-        if isinstance(value, int) and value < 1:
-            raise ChesError(f"--{name} {value}: expected a positive number")
+    counted = None if tokens == "auto" else tokens
+    require_positive({"batch-tokens": counted, "chunk-rows": config.chunk_rows, "limit": config.limit})
     return replace(config, batch_tokens=tokens, out=config.out or str(new_name(Path("runs"), "score")))

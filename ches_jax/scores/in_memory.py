@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from ches_jax.data.audit import Audit, dropped_record, require_clean
 from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
-from ches_jax.data.tokenize import PairTokenizer
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.inputs import sequence_length
+from ches_jax.inputs import pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.decoder import Decoder
@@ -146,13 +145,7 @@ def score_pairs(
         )
     )  # fmt: skip
     source = rows_in_memory(rows, columns, candidates)
-    tokenize = PairTokenizer(
-        tokenizer,
-        max_length=sequence_length(model.config, max_length),
-        eos=eos,
-        vocab_size=model.config.vocab_size,
-        template=template,
-    )
+    tokenize = pair_tokenizer(tokenizer, model.config, max_length=max_length, eos=eos, template=template)
     chunks = [
         tokenize(list(itertools.chain.from_iterable(group)))
         for group in _batched(source.rows_from(0), options.chunk_rows)

@@ -178,7 +178,7 @@ def _finish(out: Path, facts: dict[str, Any]) -> None:
 def _identity(config: ScoreConfig, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same run: options that decide results, and what the inputs hold."""
     return {
-        "config": {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY},
+        "config": as_dict(config, NOT_IDENTITY),
         "model_fingerprint": fingerprint(inputs.directory),
         "tokenizer_fingerprint": tokenizer_fingerprint(inputs.tokenizer.tokenizer),
         "data_fingerprint": inputs.source.fingerprint(),

@@ -46,7 +46,7 @@ class Batching:
     row_multiple: int
     length_threshold: int | None
     batch_tokens: int
-    """Tokens per device and step that were asked for."""
+    """Tokens per device and step, as the options say."""
 
     @classmethod
     def of(cls, batch_tokens: int, row_tokens: int, run: ForwardPass, length_threshold: int | None) -> "Batching":

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from ches_jax import bundled
-from ches_jax.bundled import BUNDLED
 from ches_jax.data.sources import open_pairs
 from ches_jax.errors import RunError
 from ches_jax.runs.directory import CONFIG, RUN, read_json
@@ -92,12 +91,10 @@ def _candidates(found: Any) -> tuple[int, ...] | None:
 
 def source_rows(config: Where) -> Iterator[SourceRow]:
     """The rows that were scored, from the source named in the run or in the configuration."""
-    told = read_run(config.scores).get("config") or {}
-    pairs = config.pairs or told.get("pairs")
+    scored = read_run(config.scores).get("config") or {}
+    pairs = config.pairs or scored.get("pairs")
     if not pairs:
         raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
-    if pairs == BUNDLED:
-        pairs = str(bundled.pairs_file())
-    split, columns = config.split or told.get("split"), config.columns or told.get("columns")
-    source = open_pairs(pairs, split, columns, told.get("candidates"))
-    return itertools.chain.from_iterable(itertools.islice(source.rows_from(0), told.get("limit")))
+    split, columns = config.split or scored.get("split"), config.columns or scored.get("columns")
+    source = open_pairs(bundled.located(pairs, bundled.pairs_file), split, columns, scored.get("candidates"))
+    return itertools.chain.from_iterable(itertools.islice(source.rows_from(0), scored.get("limit")))

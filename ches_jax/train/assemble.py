@@ -43,7 +43,7 @@ class Parts:
     saved: Checkpoints
 
     def take_state(self) -> TrainState:
-        """The state before the first update, given away: whoever goes on from another one can free its memory."""
+        """The state before the first update, given away: a run that resumes from another one can free its memory."""
         state, self.state = self.state, None
         assert state is not None
         return state

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError, RunError, many
+from ches_jax.runs.directory import differences
 from ches_jax.runs.files import replacing
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import TokenPair
@@ -142,15 +143,8 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
     names = _columns(identity)
     if raw is None or not any({"row_id", *some} <= set(table.column_names) for some in (COLUMNS, TOKEN_COLUMNS)):
         raise RunError(f"{path}: not a reference cache (expected columns row_id, {', '.join(names)} and metadata)")
-    found = json.loads(raw)
-    asked = json.loads(json.dumps(dict(identity)))
-    differences = [
-        f"{key}: {found.get(key)!r} there, {asked.get(key)!r} now"
-        for key in sorted({*found, *asked})
-        if found.get(key) != asked.get(key)
-    ]
-    if differences:
-        raise RunError(many(f"{path}: the reference cache of another run", differences))
+    if different := differences(json.loads(raw), json.loads(json.dumps(dict(identity)))):
+        raise RunError(many(f"{path}: the reference cache of another run", different))
     columns = (table.column(n).to_pylist() for n in ("row_id", *names))
     return {row_id: (c, r) for row_id, c, r in zip(*columns, strict=True)}
 

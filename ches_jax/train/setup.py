@@ -23,7 +23,7 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
-from ches_jax.options import require_dtype
+from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
 from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import NOT_IDENTITY, TrainConfig
@@ -104,10 +104,7 @@ def require_options(config: TrainConfig) -> None:
     require_dtype("dtype", config.dtype)
     optimizer_hyper(config.optimizer, config.optimizer_args)
     require_schedule(config.schedule)
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ChesError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    require_positive({name.replace("_", "-"): getattr(config, name) for name in POSITIVE})
     for name in ("watch", "holdout", "warmup"):
         if getattr(config, name) < 0:
             raise ChesError(f"--{name} {getattr(config, name)}: expected 0 or more")
@@ -166,7 +163,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     probes = None
     if asked != NO_PROBES:
         probes = read_probes(asked, directory, decoder, template=config.template, max_length=config.max_length)
-    options = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
+    options = as_dict(config, NOT_IDENTITY)
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
     if probes is not None:
         identity["probes_fingerprint"] = probes.fingerprint

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax import bundled
 from experiments.framework.item import Work
 from experiments.framework.training import run_training, write_rows
 from experiments.persona.config import STEPS, Contest, PersonaScale, Setting
@@ -23,7 +22,7 @@ def base_model(config: PersonaScale) -> Path:
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
+    return resolve(config.model)
 
 
 def tuned_model(work: Work) -> Path:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax import bundled
 from ches_jax.errors import DataError
 from experiments.framework.item import Work
 from experiments.framework.training import write_rows
@@ -18,7 +17,7 @@ def model_directory(config: SimilarityScale) -> Path:
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
+    return resolve(config.model)
 
 
 def pairs_file(work: Work) -> Path:

@@ -29,7 +29,7 @@ def model_directory(config: SorryScale) -> Path:
     from ches_jax.hf.directory import resolve
 
     assert config.model is not None
-    return bundled.model_dir() if config.model == "bundled" else resolve(config.model)
+    return resolve(config.model)
 
 
 def requests_file(work: Work) -> Path:

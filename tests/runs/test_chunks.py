@@ -1,4 +1,4 @@
-"""Chunks of a run: whole or not there, in order, and told apart from what a killed run left."""
+"""Chunks of a run: whole or not there, in order, apart from what a killed run left."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_the_part_is_written_last(tmp_path, monkeypatch):
     assert order == ["dropped-000007.jsonl", "part-000007.jsonl"]
 
 
-def test_no_chunk_at_all_is_told(tmp_path):
+def test_no_chunk_at_all_is_an_error(tmp_path):
     with pytest.raises(RunError, match="no parts to merge"):
         chunks.require_whole(tmp_path, ".parquet")
 

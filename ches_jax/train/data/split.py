@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from ches_jax import bundled
-from ches_jax.bundled import BUNDLED
-from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
+from ches_jax.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
-from ches_jax.inputs import sequence_length
+from ches_jax.inputs import pair_tokenizer
 from ches_jax.losses import Loss
 from ches_jax.models.config import DecoderConfig
 from ches_jax.train.config import TrainConfig
@@ -57,16 +56,12 @@ def read_run_pairs(
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    tokenizer = PairTokenizer(
-        load_tokenizer(directory),
-        max_length=sequence_length(decoder, config.max_length),
-        eos=config.eos,
-        vocab_size=decoder.vocab_size,
-        template=config.template,
+    tokenizer = pair_tokenizer(
+        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
     )
     prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
     process = process or Process()
-    spec = str(bundled.pairs_file()) if config.pairs == BUNDLED else config.pairs
+    spec = bundled.located(config.pairs, bundled.pairs_file)
     main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
     prints["data_fingerprint"] = main.fingerprint
     kept, extra, dropped = main.pairs, main.extra, main.dropped

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
 from ches_jax.errors import RunError
-from ches_jax.runs.files import replacing
+from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
 from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics, WatchedPairs
 from ches_jax.types import TokenPair
@@ -95,7 +95,7 @@ class DisplacementLog:
 
     def part(self, step: int) -> Path:
         """File of one evaluation."""
-        return self.out / PARTS / f"step-{step:08d}.parquet"
+        return part(self.out / PARTS, step)
 
     def record(
         self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairStatistics]
@@ -117,8 +117,7 @@ class DisplacementLog:
                 if not np.isnan(values).all():
                     summary[f"{prefix}displacement/{key}"] = float(np.nanmean(values))
         if self.write:
-            with replacing(self.part(step)) as temporary:
-                pq.write_table(pa.concat_tables(blocks), temporary, compression="zstd")
+            write_table(pa.concat_tables(blocks), self.part(step))
         return summary
 
     def _read_start(self, sets: Mapping[str, Sequence[TokenPair]]) -> None:
@@ -135,10 +134,7 @@ class DisplacementLog:
 
     def join(self) -> Path:
         """All evaluations in one file, in order of steps."""
-        tables = [pq.read_table(p) for p in sorted((self.out / PARTS).glob("step-*.parquet"))]
-        with replacing(self.out / FILE_NAME) as temporary:
-            pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
-        return self.out / FILE_NAME
+        return join(self.out / PARTS, self.out / FILE_NAME)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax import bundled
@@ -29,7 +28,7 @@ from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
-from ches_jax.runs.files import replacing
+from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
 from ches_jax.types import Template
 
@@ -87,7 +86,7 @@ def read_probes(
     Raises:
       DataError: prompts that cannot be read, are empty, or too long for the model.
     """
-    source = open_prompts(str(bundled.prompts_file()) if spec == "bundled" else spec)
+    source = open_prompts(bundled.located(spec, bundled.prompts_file))
     rows = list(source)
     tokenizer = load_tokenizer(directory)
     ids = encode_prompts(tokenizer, rows, template)
@@ -188,8 +187,7 @@ class ProbeLog:
         columns |= {k: [self._changes(i, v, now) for i, v in enumerate(found)] for k, found in tokens.items()}
         if self.write:
             table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
-            with replacing(self.out / PARTS / f"step-{step:08d}.parquet") as temporary:
-                pq.write_table(table, temporary, compression="zstd")
+            write_table(table, part(self.out / PARTS, step))
         means = {f"probe_{k}": float(np.mean(columns[k])) for k in ("entropy", "argmax_mass", "total_variation")}
         means["probe_argmax_changed"] = float(np.mean(best != self._start.argmax(-1)))
         return {f"displacement/{k}": v for k, v in means.items()}
@@ -202,10 +200,7 @@ class ProbeLog:
 
     def join(self) -> Path:
         """All evaluations in one file, in order of steps."""
-        tables = [pq.read_table(p) for p in sorted((self.out / PARTS).glob("step-*.parquet"))]
-        with replacing(self.out / FILE_NAME) as temporary:
-            pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
-        return self.out / FILE_NAME
+        return join(self.out / PARTS, self.out / FILE_NAME)
 
 
 @dataclass(frozen=True)
