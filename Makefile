@@ -41,7 +41,7 @@ types: $(VENV)/installed-test
 pure: $(VENV)/installed-test
 	$(PYTEST) -m "not slow" -q $(PURE)
 
-# Within a minute: lint, types and the pure tests, side by side.
+# Lint, types and the pure tests, side by side.
 check: $(VENV)/installed-test
 	$(MAKE) --jobs 3 --output-sync=target lint types pure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError
-from ches_jax.report.html import data_table, page, paragraphs, picture
+from ches_jax.report.html import data_table, gallery, page, paragraphs, picture
 from ches_jax.report.sections import flat
 from ches_jax.runs.files import read_object, replacing
 from theory.figures import pictures
@@ -46,8 +46,8 @@ def report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     body = [
         ("reading", "How to read this", paragraphs(*READING)),
         *((s.replace(" ", "-"), s.capitalize(), _table([c for c in claims if c["status"] == s])) for s in STATUSES),
-        ("toy", "Toy models", _grid([html for name, html in drawn if name.startswith("toy")])),
-        ("model", "The model and its pairs", _grid([html for name, html in drawn if name.startswith("model")])),
+        ("toy", "Toy models", gallery([html for name, html in drawn if name.startswith("toy")])),
+        ("model", "The model and its pairs", gallery([html for name, html in drawn if name.startswith("model")])),
         ("detail", "What each claim saw", _details(claims)),
         ("provenance", "Provenance", data_table(["what", "value"], _provenance(results), text_columns=2)),
     ]
@@ -80,7 +80,3 @@ def _details(claims: Sequence[dict[str, Any]]) -> str:
 
 def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
     return flat({name: value for name, value in results.items() if name != "claims"})
-
-
-def _grid(figures: list[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""

@@ -28,6 +28,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 td.t + td.t { min-width: 11rem; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; height: auto; border: 1px solid #eee; }
+@media (min-width: 52rem) { .span { grid-column: span 2; } }
 figcaption { font-size: .85rem; color: #444; }
 article { border: 1px solid #ccc; border-radius: 6px; padding: .6rem .9rem; margin: .7rem 0; }
 article header { font-size: .85rem; color: #444; overflow-wrap: anywhere; }
@@ -92,11 +93,16 @@ def data_table(header: Sequence[str], rows: Iterable[Sequence[object]], text_col
     return f'<div class="wide"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
-def picture(png: bytes, alt: str, caption: str) -> str:
-    """A figure that is part of the page, with words for those who cannot see it."""
+def picture(png: bytes, alt: str, caption: str, *, wide: bool = False) -> str:
+    """A figure that is part of the page, with words for those who cannot see it; ``wide``: as two in a gallery."""
     data = base64.b64encode(png).decode()
     image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure{' class=span' * wide}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def gallery(pictures: Sequence[str]) -> str:
+    """Figures side by side, as many as the page is wide; nothing where there are none."""
+    return f'<div class="figures">{"".join(pictures)}</div>' if pictures else ""
 
 
 def text_block(label: str, text: str, kind: str = "") -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.report import figures, tables
-from ches_jax.report.html import data_table, escape, paragraphs, picture
+from ches_jax.report.html import data_table, escape, gallery, paragraphs, picture
 from ches_jax.report.summary import correlation, number
 from ches_jax.scores.formulas import SCORES, score_column
 from ches_jax.stats import QUANTILES, quantiles, spearman
@@ -58,7 +58,7 @@ def distribution_section(table: pa.Table, keep: Draw) -> str:
         low, _, q25, median, q75, _, high = map(number, quantiles(values))
         alt = f"Histogram of {name}: from {low} to {high}, median {median}, middle half {q25} to {q75}."
         pictures.append(picture(keep(f"histogram_{name}", figures.histogram(values, name)), alt, name))
-    return _grid(pictures)
+    return gallery(pictures)
 
 
 def category_section(table: pa.Table, keep: Draw) -> str:
@@ -83,7 +83,7 @@ def category_section(table: pa.Table, keep: Draw) -> str:
             "1 or 0 is full separation, 0.5 none."
         )
         + data_table(["category", "pairs", "mean ches", "mean ln_ches", f"AUC of {by}"], cells)
-        + _grid(pictures)
+        + gallery(pictures)
     )
 
 
@@ -113,7 +113,7 @@ def length_section(table: pa.Table, keep: Draw) -> str:
         "A score that is mostly length says little that the lengths do not. Columns with a bar are partial "
         "correlations of ranks, with the length after the bar held fixed; a dash means undefined."
     )
-    return explained + data_table(header, rows) + _grid(pictures)
+    return explained + data_table(header, rows) + gallery(pictures)
 
 
 def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown: int) -> str:
@@ -132,7 +132,7 @@ def surface_section(table: pa.Table, keep: Draw, cards: Mapping[int, str], shown
         "to the model as well."
     )
     first = f"Show {min(shown, len(corner))}, the highest ches first"
-    body += _grid([picture(png, alt, "edit distance and CHES")]) + explained
+    body += gallery([picture(png, alt, "edit distance and CHES")]) + explained
     return body + (_folded(first, (cards[p] for p in corner[:shown])) if len(corner) else "")
 
 
@@ -183,7 +183,3 @@ def extremes_section(by: str, most: np.ndarray, least: np.ndarray, cards: Mappin
 
 def _folded(title: str, bodies: Iterable[str], is_open: bool = False) -> str:
     return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{''.join(bodies)}</details>"
-
-
-def _grid(pictures: list[str]) -> str:
-    return f'<div class="figures">{"".join(pictures)}</div>' if pictures else ""

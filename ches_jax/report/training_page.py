@@ -12,7 +12,7 @@ from ches_jax.displacement.readers import read_run
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report.figures import BLUE, INK, ORANGE, PALETTE, panels, png
-from ches_jax.report.html import data_table, page, paragraphs, picture
+from ches_jax.report.html import data_table, gallery, page, paragraphs, picture
 from ches_jax.report.sections import flat
 from ches_jax.report.summary import number
 from ches_jax.runs.files import replacing
@@ -68,12 +68,12 @@ def training_report(run_dir: Path, out: Path | None = None) -> Path:
     pictures = []
     for name, (image, alt, caption) in figures.items():
         (folder / f"{name}.png").write_bytes(image)
-        pictures.append(picture(image, alt, caption))
+        pictures.append(picture(image, alt, caption, wide=name != "loss"))
     lead, verdict = _verdict_section(run_dir)
     body = [
         ("reading", "How to read this", paragraphs(*READING)),
         ("verdict", "Verdict", verdict),
-        ("course", "Over the updates", f'<div class="figures">{"".join(pictures)}</div>'),
+        ("course", "Over the updates", gallery(pictures)),
         ("pairs", "Chosen responses that fell most", _fallen_section(table, log, sets[0])),
         ("limits", "What this does not show", paragraphs(*LIMITS)),
         ("provenance", "Provenance", _provenance_section(run_dir)),
