@@ -1,11 +1,11 @@
 """What a run reads, opened and checked before anything is computed or written; rows as chunks of token pairs."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.data.audit import Audit
@@ -70,8 +70,9 @@ def prepare(config: ScoreConfig) -> Inputs:
     pairs = bundled.located(config.pairs, bundled.pairs_file)
     source = open_pairs(pairs, config.split, config.columns, config.candidates)
     tokenizer = pair_tokenizer(
-        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
-    )
+        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template,
+        template_args=config.template_args,
+    )  # fmt: skip
     return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
 
 
@@ -82,6 +83,7 @@ def pair_tokenizer(
     max_length: int | None,
     eos: Eos,
     template: Template,
+    template_args: Mapping[str, Any] | None = None,
 ) -> PairTokenizer:
     """Records to token pairs as a model reads them: within its context and its vocabulary.
 
@@ -94,7 +96,16 @@ def pair_tokenizer(
         eos=eos,
         vocab_size=decoder.vocab_size,
         template=template,
+        template_args=template_args or {},
     )
+
+
+def convention(
+    eos: Eos, max_length: int | None, template: Template, template_args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """By which rules responses are counted and written: what two tables must share to be compared."""
+    rules = {"eos": eos, "max_length": max_length, "template": template}
+    return rules | ({"template_args": dict(template_args)} if template_args else {})
 
 
 def sequence_length(decoder: DecoderConfig, max_length: int | None) -> int:

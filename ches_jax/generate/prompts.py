@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
+from ches_jax.data.render import Writer
 from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
@@ -54,9 +55,13 @@ class Encoder:
 
     directory: Path
     decoder: DecoderConfig
-    tokenizer: "PreTrainedTokenizerBase"
+    writer: Writer
     max_length: int
-    template: Template
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, with the chat template that was chosen."""
+        return self.writer.chat.tokenizer
 
     def __call__(self, rows: Sequence[Record], name: str) -> list[Prompt]:
         """Tokenised and checked.
@@ -69,7 +74,7 @@ class Encoder:
           DataError: a row that cannot be written with the chat template, or holds an id that the model does not have.
         """
         try:
-            encoded = encode_prompts(self.tokenizer, rows, self.template)
+            encoded = encode_prompts(self.writer, rows)
         except DataError as e:
             raise DataError(f"{name}, {e}") from e.__cause__
         return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
@@ -152,16 +157,18 @@ class Inputs:
 
 def prepare(config: GenerateConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
-    encoder = open_encoder(config.model, config.max_length, config.template)
+    encoder = open_encoder(config.model, config.max_length, config.template, config.template_args)
     source = open_prompts(bundled.located(config.prompts, bundled.prompts_file), config.split, config.columns)
     return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
 
 
-def open_encoder(model: str, max_length: int | None, template: Template) -> Encoder:
+def open_encoder(
+    model: str, max_length: int | None, template: Template, template_args: Mapping[str, Any] | None = None
+) -> Encoder:
     """Open and check a model directory and its tokenizer."""
     directory = resolve(model)
     decoder = decoder_config(read_config(directory), str(directory))
     if max_length is not None and max_length < 2:
         raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
     length = sequence_length(decoder, max_length)
-    return Encoder(directory, decoder, load_tokenizer(directory), length, template)
+    return Encoder(directory, decoder, Writer.of(load_tokenizer(directory), template, template_args), length)

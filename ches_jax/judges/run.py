@@ -148,7 +148,7 @@ def _by_model(config: JudgeConfig) -> Method:
     assert config.judge is not None
     path = Path(config.judge_template) if config.judge_template else default_question()
     question = load_question(path)
-    encoder = open_encoder(config.judge, None, "auto")
+    encoder = open_encoder(config.judge, None, "auto", config.template_args)
     wrap = config.wrap
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"

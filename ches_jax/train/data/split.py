@@ -57,8 +57,9 @@ def read_run_pairs(
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
     tokenizer = pair_tokenizer(
-        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
-    )
+        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template,
+        template_args=config.template_args,
+    )  # fmt: skip
     prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
     process = process or Process()
     spec = bundled.located(config.pairs, bundled.pairs_file)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax import bundled
+from ches_jax.data.render import Writer
 from ches_jax.data.sources import open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.distributed.mesh import row_shards
@@ -79,7 +80,13 @@ class Probes:
 
 
 def read_probes(
-    spec: str, directory: Path, decoder: DecoderConfig, *, template: Template, max_length: int | None
+    spec: str,
+    directory: Path,
+    decoder: DecoderConfig,
+    *,
+    template: Template,
+    max_length: int | None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Probes:
     """The prompts of a file or data set; ``bundled`` for those of the package.
 
@@ -89,7 +96,7 @@ def read_probes(
     source = open_prompts(bundled.located(spec, bundled.prompts_file))
     rows = list(source)
     tokenizer = load_tokenizer(directory)
-    ids = encode_prompts(tokenizer, rows, template)
+    ids = encode_prompts(Writer.of(tokenizer, template, template_args), rows)
     longest = max_length or decoder.max_positions
     for row, prompt in zip(rows, ids, strict=True):
         if not 0 < len(prompt) < longest or max(prompt) >= decoder.vocab_size:
