@@ -1,99 +1,91 @@
-"""Published preference data whose columns do not tell by themselves how they are meant; most need no preset.
+"""Declarations for public preference data sets, and the sets that each reads.
 
-A preset is what a user's own schema file is. It is taken where the data have all columns it reads.
+A preset fits rows that have all its columns, with values that its declaration understands. To add one, add a row.
 """
 
-from ches_jax.data.schema.schema import TIE, Schema
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-PRESETS: tuple[Schema, ...] = (
-    Schema(
-        "helpsteer3",
-        "nvidia/HelpSteer3, preference: below 0 the first response is better",
-        prompt=("context",),
-        responses=("response1", "response2"),
-        winner="overall_preference",
-        winner_is={"negative": 0, "positive": 1, "zero": TIE},
-    ),
-    Schema(
-        "helpsteer2_preference",
-        "nvidia/HelpSteer2, preference: below 0 the first response is better",
-        prompt=("prompt",),
-        responses=("response_1", "response_2"),
-        winner="preference_strength",
-        winner_is={"negative": 0, "positive": 1, "zero": TIE},
-    ),
-    Schema(
-        "helpsteer2",
-        "nvidia/HelpSteer2: rows after one another share a prompt; by helpfulness",
-        prompt=("prompt",),
-        responses=("response",),
-        scores=("helpfulness",),
-        group=True,
-        ignore=("correctness", "coherence", "complexity", "verbosity"),
-    ),
-    Schema(
-        "pku_saferlhf",
-        "PKU-Alignment/PKU-SafeRLHF: by better_response_id (safer_response_id is the other label)",
-        prompt=("prompt",),
-        responses=("response_0", "response_1"),
-        winner="better_response_id",
-        winner_is={"0": 0, "1": 1},
-        ignore=("safer_response_id", "is_response_0_safe", "is_response_1_safe"),
-    ),
-    Schema(
-        "pku_beavertails_preference",
-        "PKU-Alignment/PKU-SafeRLHF-single-dimension and the like: by better_response_id",
-        prompt=("prompt",),
-        responses=("response_0", "response_1"),
-        winner="better_response_id",
-        winner_is={"0": 0, "1": 1},
-    ),
-    Schema(
-        "shp",
-        "stanfordnlp/SHP: labels is 1 where A is preferred, 0 where B is",
-        prompt=("history",),
-        responses=("human_ref_A", "human_ref_B"),
-        winner="labels",
-        winner_is={"1": 0, "0": 1},
-        ignore=("score_A", "score_B", "score_ratio"),
-    ),
-    Schema(
-        "arena_55k",
-        "lmarena-ai/arena-human-preference-55k: JSON lists of turns, one column for each outcome",
-        prompt=("prompt",),
-        responses=("response_a", "response_b"),
-        one_hot=("winner_model_a", "winner_model_b"),
-        turns=True,
-        ignore=("winner_tie",),
-    ),
-    Schema(
-        "ultrafeedback",
-        "openbmb/UltraFeedback: by overall_score",
-        prompt=("instruction",),
-        responses=("completions.response",),
-        scores=("completions.overall_score",),
-    ),
-    Schema(
-        "nectar",
-        "berkeley-nest/Nectar: rank 1 is best",
-        prompt=("prompt",),
-        responses=("answers.answer",),
-        ranks=("answers.rank",),
-    ),
-    Schema(
-        "summarize_from_feedback",
-        "openai/summarize_from_feedback, comparisons: choice is the number of the better summary",
-        prompt=("info.post",),
-        responses=("summaries.text",),
-        winner="choice",
-        winner_is={"0": 0, "1": 1},
-    ),
-    Schema(
-        "webgpt_comparisons",
-        "openai/webgpt_comparisons: the higher score",
-        prompt=("question.full_text",),
-        responses=("answer_0", "answer_1"),
-        scores=("score_0", "score_1"),
-    ),
-)
-"""In the order in which they are tried: one that reads more columns comes before one that reads fewer of the same."""
+from ches_jax.data.schema.mapping import PLAIN, Schema, from_words
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A declaration by name."""
+
+    schema: Schema
+    sets: str
+    """Public sets with this shape."""
+    columns: tuple[str, ...]
+    """All that a row must have; a dot reaches into objects."""
+
+
+def _preset(name: str, sets: str, also: tuple[str, ...] = (), **words: Any) -> Preset:
+    schema = from_words(words, name)
+    aside = {schema.category, schema.tools, schema.chat_template_kwargs}
+    return Preset(schema, sets, tuple(dict.fromkeys([*(n for n in schema.reads if n not in aside), *also])))
+
+
+_BOTH: Mapping[str, str] = {"chosen": "chosen", "rejected": "rejected"}
+
+PRESETS: dict[str, Preset] = {
+    preset.schema.name: preset
+    for preset in (
+        Preset(
+            PLAIN,
+            "Anthropic/hh-rlhf, HuggingFaceH4/ultrafeedback_binarized, argilla/ultrafeedback-binarized-preferences-cleaned, "
+            "argilla/dpo-mix-7k, allenai/llama-3.1-tulu-3-8b-preference-mixture, allenai/reward-bench, "
+            "allenai/reward-bench-2, mlabonne/orpo-dpo-mix-40k, Skywork/Skywork-Reward-Preference-80K, "
+            "princeton-nlp/llama3-ultrafeedback-armorm, Magpie-Align DPO sets, TRL's own",
+            ("chosen", "rejected"),
+        ),
+        _preset("orca-dpo", "Intel/orca_dpo_pairs", system="system", prompt="question", **_BOTH),
+        _preset(
+            "distilabel-orca", "argilla/distilabel-intel-orca-dpo-pairs", system="system", prompt="input", **_BOTH
+        ),
+        _preset("alpaca", "LLaMA-Factory's alpaca format", prompt="instruction", input="input", **_BOTH),
+        _preset("sharegpt", "LLaMA-Factory's sharegpt format", prompt="conversations", **_BOTH),
+        _preset("messages", "axolotl's chat_template format", prompt="messages", **_BOTH),
+        _preset(
+            "ultrafeedback", "openbmb/UltraFeedback",
+            prompt="instruction", responses="completions.response", scores="completions.overall_score",
+        ),
+        _preset("nectar", "berkeley-nest/Nectar", prompt="prompt", responses="answers.answer", ranks="answers.rank"),
+        _preset("ranked-replies", "OASST-style sets, NeMo-RL", prompt="prompt", responses="replies", ranks="ranks"),
+        _preset(
+            "summarize-from-feedback", "openai/summarize_from_feedback (comparisons)",
+            prompt="info.post", responses="summaries.text", winner="choice", order=["from 0"],
+        ),
+        _preset(
+            "webgpt", "openai/webgpt_comparisons",
+            prompt="question.full_text", responses=["answer_0", "answer_1"], scores=["score_0", "score_1"],
+        ),
+        _preset(
+            "pku-saferlhf", "PKU-Alignment/PKU-SafeRLHF (by better_response_id)",
+            prompt="prompt", responses=["response_0", "response_1"], winner="better_response_id", order=["0", "1"],
+        ),
+        _preset(
+            "shp", "stanfordnlp/SHP (labels 1: A is better)",
+            prompt="history", responses=["human_ref_A", "human_ref_B"], winner="labels", order=["1", "0"],
+        ),
+        _preset(
+            "helpsteer3", "nvidia/HelpSteer3 (negative: response1 is better)",
+            prompt="context", responses=["response1", "response2"], winner="overall_preference",
+            order=["negative", "positive"],
+        ),
+        _preset(
+            "helpsteer2", "nvidia/HelpSteer2 (by helpfulness)", ("correctness", "coherence"),
+            prompt="prompt", responses="response", scores="helpfulness", group="prompt",
+        ),
+        _preset(
+            "chatbot-arena", "lmsys/chatbot_arena_conversations",
+            responses=["conversation_a", "conversation_b"], winner="winner", order=["model_a", "model_b"],
+        ),
+        _preset(
+            "arena-55k", "lmarena-ai/arena-human-preference-55k",
+            prompt="prompt", responses=["response_a", "response_b"], winners=["winner_model_a", "winner_model_b"],
+            tie="winner_tie",
+        ),
+    )
+}  # fmt: skip

@@ -1,115 +1,91 @@
-"""Cells of a data set as text or messages: JSON text, ``from``/``value`` messages, one message instead of a list."""
+"""Cells of a row as values: turns of any shape as messages, JSON text decoded, numbers in text.
+
+{"from": "human", "value": "1+1?"}   {"role": "user", "content": "1+1?"}
+'["1+1?"]'                           ["1+1?"]
+"-2.0"                               -2.0
+"""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ches_jax.data.prompts import lookup
+from ches_jax.data.messages import kind
 from ches_jax.errors import DataError
 
 ROLES = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system", "developer": "developer",
-    "tool": "tool", "observation": "tool", "function": "function",
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "bing": "assistant", "bard": "assistant", "model": "assistant",
 }  # fmt: skip
-"""Names of the speakers in published data -> the role that chat templates know."""
-_MAX_JSON = 1 << 24
+"""Words for the speaker of a turn that other tools write -> the role."""
 
 
-def cell(row: Mapping[str, Any], path: str) -> Any:
-    """The value at ``path`` of a row, as text, messages, numbers or lists of these."""
-    return normal(lookup(row, path))
+def turns(value: Any) -> Any:
+    """A turn or turns under any of the usual keys as messages; anything else as it is.
 
-
-def normal(value: Any) -> Any:
-    """A value with its messages brought to ``role`` and ``content``; JSON text that holds messages is parsed.
-
-    >>> normal('[{"from": "human", "value": "hi"}]')
-    [{'role': 'user', 'content': 'hi'}]
+    >>> turns([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}])
+    [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}]
     """
-    if isinstance(value, str) and value[:1] in "[{" and value[-1:] in "]}":
-        parsed = parse_json(value)
-        return value if parsed is None or not _all_messages(parsed) else normal(parsed)
-    if isinstance(value, Mapping):
-        return _message(value)
     if isinstance(value, list):
-        return [normal(part) if isinstance(part, Mapping | list) else part for part in value]
+        return [turns(part) for part in value] if any(isinstance(part, Mapping | list) for part in value) else value
+    if not isinstance(value, Mapping):
+        return value
+    for name in ("messages", "conversations", "conversation"):
+        if set(value) == {name} and isinstance(value[name], list):
+            return turns(value[name])
+    if isinstance(value.get("from"), str) and "value" in value:
+        others = {k: v for k, v in value.items() if k not in ("from", "value")}
+        value = {"role": value["from"], "content": value["value"], **others}
+    if isinstance(role := value.get("role"), str) and role.lower() in ROLES:
+        return {**value, "role": ROLES[role.lower()]}
     return value
 
 
-def parse_json(text: str) -> Any:
-    """A list or an object that a text holds; None where it holds none."""
-    if not 2 <= len(text) <= _MAX_JSON or text.strip()[:1] not in ("[", "{"):
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+def are_turns(value: Any) -> bool:
+    """Whether a value is a message or a list of messages, after ``turns``."""
+    parts = value if isinstance(value, list) else [value]
+    return bool(parts) and all(isinstance(p, Mapping) and isinstance(p.get("role"), str) for p in parts)
 
 
-def as_conversation(name: str, value: Any) -> list[dict[str, Any]]:
-    """Text or messages as messages; a text is the user's in ``prompt`` and the assistant's elsewhere.
+def decoded(value: Any) -> Any:
+    """A list or an object that is written as JSON text; anything else as it is.
+
+    >>> decoded('["a", "b"]'), decoded("[sic]")
+    (['a', 'b'], '[sic]')
+    """
+    if isinstance(value, str) and value[:1] in "[{" and value.rstrip()[-1:] in ("]", "}"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number, which may be written as text.
 
     Raises:
-      DataError: something else.
+      DataError: it is none.
     """
-    if isinstance(value, str):
-        return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
-    if is_message(value):
-        return [dict(value)]
-    if isinstance(value, list) and value and all(is_message(m) for m in value):
-        return [dict(m) for m in value]
-    raise DataError(f"'{name}' is a {type(value).__name__}; expected text or messages")
-
-
-def is_message(value: Any) -> bool:
-    """Whether a value is a message, in either of the two ways of writing one."""
-    return isinstance(value, Mapping) and (("role" in value and _has_content(value)) or {"from", "value"} <= value.keys())
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages with more than an assistant's answer in it."""
-    return isinstance(value, list) and bool(value) and all(is_message(m) for m in value) and (
-        len(value) > 1 or normal(value[0]).get("role") != "assistant"
-    )  # fmt: skip
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value can be a prompt or a response: text, a message, messages, or JSON text of these."""
-    if isinstance(value, str):
-        return True
-    return is_message(value) or (isinstance(value, list) and bool(value) and all(is_message(m) for m in value))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, or a text that writes one."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int | float) or (isinstance(value, str) and number(value) is not None)
-
-
-def number(value: Any) -> float | None:
-    """The finite number a value is or writes; None where it is none."""
     try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return result if abs(result) < float("inf") else None
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"'{name}' is {kind(value)}; expected a finite number")
+    return found
 
 
-def _has_content(value: Mapping[str, Any]) -> bool:
-    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
+def word(value: Any) -> str:
+    """A label as a word: of ``1``, ``1.0``, ``"1"`` and ``" 1 "`` the same.
 
-
-def _all_messages(value: Any) -> bool:
-    return is_message(value) or (isinstance(value, list) and bool(value) and all(is_message(m) for m in value))
-
-
-def _message(value: Mapping[str, Any]) -> dict[str, Any]:
-    if "role" not in value and {"from", "value"} <= value.keys():
-        rest = {k: v for k, v in value.items() if k not in ("from", "value")}
-        value = {"role": value["from"], "content": value["value"], **rest}
-    role = value.get("role")
-    if isinstance(role, str):
-        return {**value, "role": ROLES.get(role.lower(), role)}
-    return dict(value)
+    >>> word(1.0), word(" Model_A "), word(True)
+    ('1', 'model_a', 'true')
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().lower()
+    try:
+        return str(int(float(text))) if float(text).is_integer() else text
+    except (ValueError, OverflowError):
+        return text

@@ -1,0 +1,521 @@
+"""Which declaration fits a data set: a preset that has all its columns, or what names and values of columns say.
+
+Two readings that both fit are refused, with both and how to choose; a column that may matter and is not read is told.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ches_jax.data.messages import text_of
+from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
+from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows, from_words, grouped
+from ches_jax.data.schema.presets import PRESETS
+from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
+from ches_jax.errors import DataError
+
+Rows = Sequence[Mapping[str, Any]]
+
+PROMPT = ("prompt", "instruction", "question", "query", "context", "history", "input", "user", "post", "problem",
+          "messages", "conversations", "conversation", "dialogue", "dialog", "prompts")  # fmt: skip
+SYSTEM = ("system", "system_prompt", "system_message", "system_text", "sys")
+_INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")
+"""Keys of the text of a prompt that is an object."""
+SIDES = (("chosen", "rejected"), ("preferred", "dispreferred"), ("preferred", "rejected"), ("accepted", "rejected"),
+         ("winner", "loser"), ("better", "worse"), ("positive", "negative"), ("good", "bad"), ("win", "lose"),
+         ("pos", "neg"), ("j", "k"), ("w", "l"))  # fmt: skip
+PLACES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"), ("first", "second"))
+"""How two columns of responses are told apart."""
+STEM = frozenset(["response", "responses", "answer", "answers", "completion", "completions", "conversation", "conversations", "output", "outputs", "reply", "replies", "generation", "generations", "candidate", "candidates", "summary", "summaries", "text", "ref", "messages", "message", "option", "continuation", "choice"])  # fmt: skip
+"""Words in the name of a column of responses."""
+WINNER = frozenset(
+    [
+        "winner",
+        "winners",
+        "choice",
+        "choices",
+        "better",
+        "best",
+        "preferred",
+        "preference",
+        "pref",
+        "label",
+        "labels",
+        "verdict",
+        "overall",
+    ]
+)
+SCORE = frozenset(["score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"])
+RANK = frozenset(["rank", "ranks", "ranking", "rankings"])
+_TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
+_TRIED = 200
+"""Rows that are looked at."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What was taken, and what a person should know about it."""
+
+    schema: Schema
+    notes: tuple[str, ...] = ()
+
+
+def recognise(rows: Rows) -> Recognised:
+    """The declaration that fits the rows; the plain one where nothing else does.
+
+    Raises:
+      DataError: two readings fit, or it is not said which response is better.
+    """
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    if any(n in columns for n in ID_COLUMNS) or (
+        "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows)
+    ):
+        return Recognised(PLAIN)
+    schema = _preset(rows) or _inferred(rows, columns) or PLAIN
+    schema = _with_system(schema, rows, columns)
+    return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def fits(schema: Schema, rows: Rows) -> bool:
+    """Whether half of the rows at least can be read so."""
+    found = [members for _, members in grouped(schema, (("", row) for row in rows))]
+    return sum(_readable(schema, row) for row in found) * 2 >= max(len(found), 1)
+
+
+def _readable(schema: Schema, row: Mapping[str, Any]) -> bool:
+    try:
+        for _, canonical in canonical_rows(schema, row):
+            pair_contents(canonical, {}, "chosen-against-all")
+    except DataError:
+        return False
+    return True
+
+
+def _preset(rows: Rows) -> Schema | None:
+    found = [p for p in PRESETS.values() if all(_has(rows, n) for n in p.columns) and fits(p.schema, rows)]
+    best = [p for p in found if not any(set(p.columns) < set(q.columns) for q in found)]
+    if len(best) > 1:
+        one, two = (p.schema for p in best[:2])
+        raise _two_readings(f"the columns fit schema {one.name} ({one.describe()})", f"schema {two.name} ({two.describe()})",
+                            f"--schema {one.name} or --schema {two.name}")  # fmt: skip
+    return best[0].schema if best else None
+
+
+def _has(rows: Rows, name: str) -> bool:
+    return any(_filled(lookup(row, name)) for row in rows)
+
+
+def _filled(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(v is not None for v in value)
+    return value is not None
+
+
+def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
+    sides = _two_sides(rows, columns)
+    both = _two_columns(rows, columns)
+    listed = _one_list(rows, columns)
+    if sides:
+        words = _prompt_words(rows, columns, sides, optional=_whole(rows, sides[0]))
+        _require_agreement(rows, columns, sides)
+        return _made({"chosen": sides[0], "rejected": sides[1], **words}, rows)
+    if both and listed:
+        raise _two_readings(f"responses in {both[0]} and {both[1]}", f"responses in {listed}",
+                            f"--columns responses={both[0]},{both[1]} ... or --columns responses={listed} ...")  # fmt: skip
+    if both:
+        words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
+        return _made({"responses": list(both), **words, **_two_preferences(rows, columns, both)}, rows)
+    if listed:
+        words = _prompt_words(rows, columns, (listed,), optional=_whole(rows, listed, many=True))
+        return _made({"responses": listed, **words, **_list_preferences(rows, columns, listed)}, rows)
+    return _by_prompt(rows, columns)
+
+
+def _made(words: dict[str, Any], rows: Rows) -> Schema | None:
+    schema = replace(from_words(words, "columns"), name="columns")
+    return schema if fits(schema, rows) else None
+
+
+# --- the prompt ---
+
+
+def _prompt_words(rows: Rows, columns: Sequence[str], taken: Sequence[str], optional: bool) -> dict[str, str]:
+    found = [path for name in columns if _parts(name) and name not in taken for path in _prompt_path(rows, name)]
+    named = [p for p in found if p == "prompt"]
+    if named:
+        return {"prompt": "prompt"}
+    if optional or not found:
+        return {}
+    if set(found) == {"instruction", "input"}:
+        return {"prompt": "instruction", "input": "input"}
+    different = [p for p in found if any(lookup(r, p) != lookup(r, found[0]) for r in rows)]
+    if different:
+        raise _two_readings(f"the prompt is in '{found[0]}'", f"it is in '{different[0]}'",
+                            f"--columns prompt={found[0]} ... or --columns prompt={different[0]} ...")  # fmt: skip
+    return {"prompt": found[0]}
+
+
+def _prompt_path(rows: Rows, name: str) -> Iterator[str]:
+    """The column, or the text in its objects, where it is named as a prompt and holds what a prompt can be."""
+    if name.lower() not in PROMPT and not {"prompt", "instruction", "question", "query"} & {*_parts(name)[-1:]}:
+        return
+    if any(w in SYSTEM for w in (name.lower(), *_parts(name))):
+        return
+    values = [v for row in rows if (v := turns(decoded(row.get(name)))) not in (None, "", [])]
+    if not values:
+        return
+    if all(isinstance(v, str) or are_turns(v) or _texts(v) for v in values):
+        yield name
+    elif all(isinstance(v, Mapping) for v in values):
+        inside = [k for k in _INSIDE if all(isinstance(v.get(k), str) for v in values)]
+        yield from (f"{name}.{k}" for k in inside[:1])
+
+
+def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
+    """The declaration with the column of a system text, where there is one that says something."""
+    if schema.system:
+        return schema
+    found = [n for n in columns if n.lower() in SYSTEM and n not in schema.reads]
+    found = [n for n in found if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
+    found = [n for n in found if not all(_in_prompt(schema, r, r.get(n)) for r in rows)]
+    if len(found) > 1:
+        raise _two_readings(f"the system text is in '{found[0]}'", f"it is in '{found[1]}'",
+                            f"--columns system={found[0]} ... or --columns system={found[1]} ...")  # fmt: skip
+    if not found:
+        return schema
+    prompt = schema.prompt if schema != PLAIN or _has(rows, "prompt") else ""
+    return replace(schema, name=f"{schema.name} with {found[0]}", system=found[0], prompt=prompt)
+
+
+# --- the responses ---
+
+
+def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
+    found = [
+        (one, two)
+        for words in SIDES
+        for one, two in _families(columns, words)
+        if _are_responses(rows, one, several=True) and _are_responses(rows, two, several=True)
+        and (len(words[0]) > 1 or STEM & {*_parts(one)})
+    ]  # fmt: skip
+    exact = [pair for pair in found if pair in SIDES]
+    return _only(exact or found)
+
+
+def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
+    found = [
+        (one, two)
+        for words in PLACES
+        for one, two in _families(columns, words)
+        if STEM & {*_parts(one)} and not {"model", "id", "source"} & {*_parts(one)}
+        and _are_responses(rows, one) and _are_responses(rows, two)
+    ]  # fmt: skip
+    return _only(found)
+
+
+def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Pairs of columns whose names differ in one word only, these two."""
+    parts = {name: _parts(name) for name in columns}
+    for one, two in itertools.permutations(columns, 2):
+        if len(parts[one]) == len(parts[two]):
+            different = [(a, b) for a, b in zip(parts[one], parts[two], strict=True) if a != b]
+            if different == [words]:
+                yield one, two
+
+
+def _only(found: list[tuple[str, str]]) -> tuple[str, str] | None:
+    if len(found) > 1:
+        (a, b), (c, d) = found[:2]
+        raise _two_readings(f"the responses are in {a} and {b}", f"they are in {c} and {d}",
+                            f"--columns responses={a},{b} ... or --columns responses={c},{d} ...")  # fmt: skip
+    return found[0] if found else None
+
+
+def _are_responses(rows: Rows, name: str, several: bool = False) -> bool:
+    values = [v for row in rows if (v := turns(decoded(row.get(name)))) is not None]
+    return bool(values) and all(
+        isinstance(v, str) or are_turns(v) or _texts(v) or (several and isinstance(v, list)) for v in values
+    ) and not all(isinstance(v, str) and _numeric(v) for v in values)  # fmt: skip
+
+
+def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
+    """The column that lists the responses, with the key of their text where they are objects."""
+    found: list[str] = []
+    for name in columns:
+        values = [v for row in rows if isinstance(v := turns(decoded(row.get(name))), list) and v]
+        if not STEM & {*_parts(name)} or not values or {"model", "models", "correct", "incorrect"} & {*_parts(name)}:
+            continue
+        members = list(itertools.chain.from_iterable(values))
+        if all(isinstance(m, str) or (isinstance(m, list) and are_turns(m)) for m in members):
+            found.append(name)
+        elif all(isinstance(m, Mapping) and "role" not in m for m in members):
+            keys = [k for k in _TEXT_OF if all(isinstance(m.get(k), str) for m in members)]
+            found += [f"{name}.{k}" for k in keys[:1]]
+    if len(found) > 1:
+        raise _two_readings(f"the responses are in '{found[0]}'", f"they are in '{found[1]}'",
+                            f"--columns responses={found[0]} ... or --columns responses={found[1]} ...")  # fmt: skip
+    return found[0] if found else None
+
+
+def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
+    """One response a row with a number, and rows after one another that share a prompt."""
+    alone = [n for n in columns if n.lower() in STEM and _are_responses(rows, n)]
+    numbers = [n for n in columns if (SCORE | RANK) & {*_parts(n)} and _numbers(rows, n)]
+    if len(alone) != 1:
+        return None
+    words = _prompt_words(rows, columns, alone, optional=False)
+    shared = words and any(
+        lookup(a, words["prompt"]) == lookup(b, words["prompt"]) for a, b in itertools.pairwise(rows)
+    )
+    if not shared or not numbers or "input" in words:
+        return None
+    if len(numbers) > 1:
+        raise _two_readings(f"'{numbers[0]}' says which response is better", f"'{numbers[1]}' does",
+                            f"--columns prompt={words['prompt']} responses={alone[0]} scores={numbers[0]} group=prompt, "
+                            f"or scores={numbers[1]}")  # fmt: skip
+    kind = _score_or_rank(rows, numbers[0])
+    return _made({**words, "responses": alone[0], kind: numbers[0], "group": "prompt"}, rows)
+
+
+# --- which is better ---
+
+
+def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str]) -> dict[str, Any]:
+    """The words that say which of two columns is better."""
+    rest = [n for n in columns if n not in sides]
+    found = [
+        {"winners": list(pair), **({"tie": tie[0]} if (tie := [n for n in rest if _parts(n)[-1:] == ["tie"]]) else {})}
+        for pair in _placed(rest, sides)
+        if (WINNER | {"is", "wins"}) & {*_parts(pair[0])} and not RANK & {*_parts(pair[0])}
+        and all(_flags(rows, n) for n in pair)
+    ]  # fmt: skip
+    if not found:
+        labels = [n for n in rest if WINNER & {*_parts(n)} and _one_cell(rows, n)]
+        labels = [n for n in labels if not (SCORE | RANK) & {*_parts(n)}]
+        found = [{"winner": n, "order": _order(rows, n, sides)} for n in labels]
+    numbers = [
+        {_score_or_rank(rows, *pair): list(pair)}
+        for pair in _placed(rest, sides)
+        if (SCORE | RANK) & {*_parts(pair[0])} and all(_numbers(rows, n) for n in pair)
+    ]
+    found += [n for n in numbers if not (found and _agree(rows, sides, found[0], n))]
+    return _one_preference(found, " and ".join(sides), columns)
+
+
+def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Pairs of columns that are told apart as the responses are."""
+    for words in PLACES:
+        if any(True for _ in _families(sides, words)):
+            yield from _families(columns, words)
+
+
+def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[str, Any]:
+    head, _, key = listed.partition(".")
+    names = [n for n in columns if n != head]
+    inside = (
+        {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key} if key else set()
+    )
+    numbers = [
+        n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if (SCORE | RANK) & {*_parts(n.split(".")[-1])}
+    ]
+    numbers = [n for n in numbers if all(isinstance(decoded(lookup(r, n)), list) for r in rows if lookup(r, listed))]
+    found: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
+    labels = [
+        n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
+    ]
+    found += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
+    return _one_preference(found, listed, columns)
+
+
+def _one_preference(found: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
+    if len(found) > 1:
+        one, two = (Schema(**{k: tuple(v) if isinstance(v, list) else (v,) if k in ("scores", "ranks") else v
+                              for k, v in f.items()}).describe() for f in found[:2])  # fmt: skip
+        raise _two_readings(f"{one} says which response is better", f"{two} does", f"--columns {one} ... or {two} ...")
+    if not found:
+        raise DataError(
+            f"responses in {responses}, but no column says which is better; found: {', '.join(columns)}; name it with "
+            "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=... (docs/data.md)"
+        )
+    return found[0]
+
+
+def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
+    """The word of a label for each of the two columns."""
+    said = {word(r[name]) for r in rows if r.get(name) is not None}
+    said = {w for w in said if not (is_tie(w))}
+    places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
+    named = [[w for w in said if place in _parts(w)] for place in places]
+    if said and all(len(n) <= 1 for n in named) and said == {*named[0], *named[1]} and any(named):
+        if (
+            not said <= {"0", "1", "2"}
+            or (places == ("0", "1") and said <= {"0", "1"})
+            or (places == ("1", "2") and said <= {"1", "2"})
+        ):
+            other = [n[0] if n else None for n in named]
+            return [o or (other[1 - i] or "").replace(places[1 - i], places[i]) for i, o in enumerate(other)]
+    if said <= {"0", "1"} and not {"label", "labels", "preference", "pref"} & {*_parts(name)} and places != ("1", "2"):
+        return ["0", "1"]
+    if said == {"1", "2"} and places != ("0", "1"):
+        return ["1", "2"]
+    one, two = sides
+    if any(_numeric(w) and float(w) < 0 for w in said) and all(_numeric(w) for w in said):
+        raise _two_readings(f"a negative '{name}' means that {one} is better", f"that {two} is",
+                            f"--columns responses={one},{two} winner={name} order={','.join(SIGNS)} or "
+                            f"order={','.join(SIGNS[::-1])} (with prompt=...)")  # fmt: skip
+    low, high = ("0", "1") if said <= {"0", "1"} else (sorted(said)[:1] or ["A"])[0:1] + (sorted(said)[1:2] or ["B"])
+    raise _two_readings(f"'{name}' {low} means that {one} is better", f"that {two} is",
+                        f"--columns responses={one},{two} winner={name} order={low},{high} or order={high},{low} "
+                        "(with prompt=...)")  # fmt: skip
+
+
+def _start(rows: Rows, name: str, listed: str) -> str:
+    """Whether the number of the best response in a list counts from 0 or from 1."""
+    said = [int(float(r[name])) for r in rows if _numeric(r.get(name))]
+    counts = [len(v) for r in rows if isinstance(v := lookup(r, listed), list)]
+    if 0 in said:
+        return FROM_0
+    if said and any(s >= n for s, n in zip(said, counts, strict=False)):
+        return FROM_1
+    raise _two_readings(f"'{name}' counts the responses from 0", "it counts them from 1",
+                        f"--columns responses={listed} winner={name} order='{FROM_0}' or order='{FROM_1}' (with prompt=...)")  # fmt: skip
+
+
+def _score_or_rank(rows: Rows, *names: str) -> str:
+    """Whether numbers say how good (scores) or which place (ranks); by their name, and ranks by their values too."""
+    parts = {*_parts(names[0].split(".")[-1])}
+    cells = [[lookup(r, n) for n in names] if len(names) > 1 else decoded(lookup(r, names[0])) for r in rows]
+    values = [v for cell in cells for v in (cell if isinstance(cell, list) else [cell]) if v is not None]
+    places = all(_numeric(v) and float(v).is_integer() and float(v) >= 0 for v in values)
+    if parts & RANK and (parts & SCORE or not places):
+        raise _two_readings(f"'{names[0]}' is a rank (the lower, the better)", "it is a score (the higher, the better)",
+                            f"--columns ranks={','.join(names)} ... or scores={','.join(names)} ...")  # fmt: skip
+    return "ranks" if parts & RANK else "scores"
+
+
+def _agree(rows: Rows, sides: tuple[str, str], label: dict[str, Any], numbers: dict[str, Any]) -> bool:
+    """Whether a label and numbers never contradict each other."""
+    one, two = (from_words({"responses": list(sides), **words}, "columns") for words in (label, numbers))
+    for row in rows:
+        try:
+            (a, b), (c, d) = (canonical_rows(s, row)[0][1]["scores"] for s in (one, two))
+        except DataError:
+            continue
+        if (a - b) * (c - d) < 0:
+            return False
+    return True
+
+
+def _require_agreement(rows: Rows, columns: Sequence[str], sides: tuple[str, str]) -> None:
+    """A column that says that the rejected response won contradicts the names of the columns.
+
+    Raises:
+      DataError: names both readings.
+    """
+    for name in (n for n in columns if n not in sides and WINNER & {*_parts(n)}):
+        if any(isinstance(r.get(name), str) and word(r[name]) == sides[1].lower() for r in rows):
+            raise _two_readings(f"{sides[0]} is better by its name", f"'{name}' says {sides[1]} in some rows",
+                                f"--columns responses={sides[0]},{sides[1]} winner={name} order={sides[0]},{sides[1]} "
+                                f"(with prompt=...), or --columns chosen={sides[0]} rejected={sides[1]} ...")  # fmt: skip
+
+
+# --- what is not read ---
+
+
+def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
+    """Columns that may matter and are not read, each with what to do."""
+    read = {n.partition(".")[0] for n in schema.reads} | set(schema.reads)
+    for name in columns:
+        if name in read or not any(_filled(r.get(name)) and r.get(name) != "" for r in rows):
+            continue
+        parts = {*_parts(name)}
+        if name.lower() in SYSTEM or (name.lower() in PROMPT and any(_prompt_path(rows, name))):
+            if not all(_in_prompt(schema, r, r.get(name)) for r in rows):
+                word_ = "system" if name.lower() in SYSTEM else "prompt"
+                what = "a system text" if word_ == "system" else "a prompt"
+                yield f"column '{name}' looks like {what} and is not read; --columns {word_}={name} takes it"
+        elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
+            what = "a rank" if parts & RANK else "a label"
+            yield f"column '{name}' looks like {what} and is not read; docs/data.md says how to name the better response"
+
+
+def _in_prompt(schema: Schema, row: Mapping[str, Any], value: Any) -> bool:
+    """Whether a text, or each text of turns, stands in the row's pair already."""
+    value = turns(decoded(value))
+    texts = [value] if isinstance(value, str) else [text_of(m) for m in value] if are_turns(value) else []  # type: ignore[arg-type]
+    if not any(texts):
+        return True
+    try:
+        rows = [canonical for _, canonical in canonical_rows(schema, row)]
+        contents = [c for canonical in rows for _, c in pair_contents(canonical, {}, "chosen-against-all")]
+    except DataError:
+        return True
+    return all(t.strip() in str(_strings(contents)) for t in texts)
+
+
+def _strings(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return "\n".join(_strings(v) for v in value) if isinstance(value, list) else ""
+
+
+# --- small tests ---
+
+
+def _parts(name: str) -> list[str]:
+    """The words of a name: of ``winner_model_a``, ``winnerModelA`` and ``response1`` alike.
+
+    >>> _parts("human_ref_A"), _parts("response1"), _parts("all_rm_scores")
+    (['human', 'ref', 'a'], ['response', '1'], ['all', 'rm', 'scores'])
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", " ", name)
+    return re.findall(r"[a-z]+|[0-9]+", spaced.lower())
+
+
+def _whole(rows: Rows, name: str, many: bool = False) -> bool:
+    """Whether responses are conversations with the user's turn, which hold their prompt."""
+    values = [v for row in rows if (v := turns(decoded(lookup(row, name)))) is not None]
+    values = [v[0] for v in values if isinstance(v, list) and v] if many else values
+    return bool(values) and all(
+        (isinstance(v, list) and are_turns(v) and any(m["role"] == "user" for m in v))
+        or (isinstance(v, str) and v.lstrip().startswith("Human:"))
+        for v in values
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _numeric(value: Any) -> bool:
+    try:
+        return value is not None and not isinstance(value, list | Mapping) and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _numbers(rows: Rows, name: str) -> bool:
+    values = [r[name] for r in rows if r.get(name) is not None]
+    return bool(values) and all(_numeric(v) for v in values)
+
+
+def _flags(rows: Rows, name: str) -> bool:
+    values = [r[name] for r in rows if r.get(name) is not None]
+    return bool(values) and all(word(v) in ("0", "1", "true", "false", "yes", "no") for v in values)
+
+
+def _one_cell(rows: Rows, name: str) -> bool:
+    """Whether a column holds one short label a row."""
+    values = [r[name] for r in rows if r.get(name) is not None]
+    return bool(values) and all(
+        isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) <= 40) for v in values
+    )
+
+
+def _two_readings(one: str, two: str, choice: str) -> DataError:
+    return DataError(f"two readings: {one}, or {two}; choose with {choice}")
