@@ -1,8 +1,10 @@
-"""Where data lie: a local file, several of them, a folder of shards, a store; each opened as plain bytes.
+"""Where data lie: files, globs, folders and addresses, as paths on this machine; compressed files as their bytes.
 
-Compression is recognised by the first bytes of a file, not by its name. Stores are read through fsspec.
+An address (``https://``, ``hf://``, ``s3://``, ``gs://``) is copied here once for each process, through fsspec, so that
+a run reads the same bytes from its first row to its last.
 """
 
+import atexit
 import bz2
 import glob
 import gzip
@@ -10,212 +12,174 @@ import hashlib
 import io
 import lzma
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from ches_jax.errors import DataError
 
-SCHEMES = {"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
-           "memory": "fsspec", "file": "fsspec"}  # fmt: skip
-"""Scheme of an address -> the package that reads it."""
-COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
-_SHARD = re.compile(r"[-_.]?\d{3,}(-of-\d+)?(-[0-9a-f]{8,})?$")
-"""What shards of one split have at the end of their names."""
+SCHEMES = ("https", "http", "hf", "s3", "gs", "gcs", "file", "memory")
+_NEEDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_PART = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d{3,})(-of-(?P<count>\d+))?(-[0-9a-f]{8,})?")
+"""Names of the parts of a split, as the hub and Spark write them."""
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One file of data, local or in a store."""
+def _open_zstd(path: Path) -> BinaryIO:
+    import pyarrow as pa
 
-    path: str
-
-    @property
-    def suffix(self) -> str:
-        """Of the content: that of ``a.jsonl.gz`` is ``.jsonl``."""
-        parts = PurePosixPath(self.path.rpartition("?")[0] if self.remote and "?" in self.path else self.path).suffixes
-        if parts and parts[-1].lower() in COMPRESSED:
-            parts = parts[:-1]
-        return parts[-1].lower() if parts else ""
-
-    @property
-    def remote(self) -> bool:
-        """Whether it lies in a store."""
-        return scheme(self.path) is not None
-
-    @contextmanager
-    def stored(self) -> Iterator[IO[bytes]]:
-        """The bytes as they are stored; a file in which one can seek."""
-        if not self.remote:
-            with open(self.path, "rb") as file:
-                yield file
-            return
-        with _fsspec(self.path).open(self.path, "rb") as file:
-            yield file
-
-    @contextmanager
-    def opened(self) -> Iterator[IO[bytes]]:
-        """The content, decompressed as it is read.
-
-        Raises:
-          DataError: a compressed file is damaged or cut off.
-        """
-        with self.stored() as stored:
-            begin = stored.read(6)
-            stored.seek(0)
-            kind = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), None)
-            try:
-                yield _decompressed(stored, kind)
-            except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-                if kind is None:
-                    raise
-                raise DataError(
-                    f"{self.path}: the {kind} file is damaged or cut off ({error}); fetch it again"
-                ) from None
-
-    def size(self) -> int:
-        """Bytes as stored."""
-        return int(_fsspec(self.path).size(self.path) or 0) if self.remote else Path(self.path).stat().st_size
-
-    def digest(self) -> str:
-        """sha256 of the bytes as stored."""
-        with self.stored() as file:
-            sha = hashlib.sha256()
-            while block := file.read(1 << 20):
-                sha.update(block)
-            return sha.hexdigest()
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
 
 
-def digest(files: Iterable[DataFile]) -> str:
-    """sha256 of one file, or of the digests of several in order."""
-    digests = [file.digest() for file in files]
+_OPENERS: Mapping[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd,
+}  # fmt: skip
+
+
+def is_address(spec: str) -> bool:
+    """Whether a specification names a scheme, as ``s3://`` does."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec) is not None
+
+
+def located(spec: str) -> list[Path]:
+    """Paths that a specification stands for: one of a file or folder, several of a glob or of names with commas.
+
+    Raises:
+      DataError: an address that cannot be read, a glob that fits nothing, or a name in a list that is not there.
+    """
+    if is_address(spec):
+        return [path for one in spec.split(",") for path in _copied(one)]
+    if Path(spec).exists():
+        return [Path(spec)]
+    found: list[Path] = []
+    names = spec.split(",")
+    for name in names:
+        fitting = [Path(p) for p in sorted(glob.glob(name, recursive=True))] if _is_glob(name) else [Path(name)]
+        if not fitting:
+            raise DataError(f"{name}: no file fits this pattern")
+        if len(names) > 1 and not fitting[0].exists():
+            raise DataError(f"{name}: no such file (one of {len(names)} names with commas)")
+        found += fitting
+    double = next((p for i, p in enumerate(found) if p in found[:i]), None)
+    if double is not None:
+        raise DataError(f"{spec}: {double} is named twice")
+    return found
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """Suffixes of the format and of the compression, in small letters.
+
+    >>> kind_of(Path("a/pairs.JSONL.gz")), kind_of(Path("pairs.csv"))
+    (('.jsonl', '.gz'), ('.csv', ''))
+    """
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return Path(path.stem).suffix.lower(), suffix
+    return suffix, ""
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file for reading, decompressed; how it is compressed is told by its first bytes, whatever its name."""
+    with path.open("rb") as file:
+        begin = file.read(6)
+    opener = next((opener for magic, opener in _OPENERS.items() if begin.startswith(magic)), None)
+    return path.open("rb") if opener is None else cast(BinaryIO, opener(path))
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the first bytes of a file are those of a compression."""
+    with path.open("rb") as file:
+        return file.read(6).startswith(tuple(_OPENERS))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """sha256 of one file, or of the digests of several in order; streamed."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def scheme(spec: str) -> str | None:
-    """The scheme of an address; None for a local path.
+def splits_of(folder: Path, formats: Iterable[str]) -> dict[str, list[Path]]:
+    """Files of a folder by split: ``data/train-00000-of-00002.parquet``, ``train/0.parquet``, ``train.jsonl``.
 
-    >>> scheme("s3://bucket/a.jsonl"), scheme("data/a.jsonl")
-    ('s3', None)
-    """
-    match = re.match(r"([a-zA-Z][\w+.-]*)://", spec)
-    return match[1].lower() if match else None
-
-
-def located(spec: str) -> list[DataFile] | None:
-    """The files that ``spec`` names: one, several with commas between, or a pattern; None: it names no file.
+    Files of a folder with a name (a configuration of the hub) are "name/split".
 
     Raises:
-      DataError: a scheme that is not read, a pattern that fits nothing, a list of which one does not exist.
+      DataError: parts of a split are not there.
     """
-    if scheme(spec) is not None:
-        return _remote(spec)
-    if Path(spec).is_file():
-        return [DataFile(spec)]
-    if Path(spec).exists():
-        return None
-    if any(c in spec for c in "*?[") and "," not in spec:
-        files = sorted(p for p in glob.glob(spec, recursive=True) if Path(p).is_file())
-        if not files:
-            raise DataError(f"{spec}: no file fits this pattern")
-        return [DataFile(p) for p in files]
-    parts = [part.strip() for part in spec.split(",")]
-    if len(parts) < 2:
-        return None
-    missing = [p for p in parts if scheme(p) is None and not Path(p).is_file() and not glob.glob(p)]
-    if missing:
-        raise DataError(f"{missing[0]!r}, one of {len(parts)} files of a list: no such file")
-    return [file for part in parts for file in located(part) or []]
-
-
-def in_folder(folder: Path, suffixes: Iterable[str]) -> dict[str, list[DataFile]]:
-    """The data files of a folder (not of hidden ones) by split, in the layout of the hub.
-
-    ``data/train_prefs-00000-of-00002.parquet`` belongs to ``train_prefs``, ``test/0000.parquet`` to ``test``.
-    """
-    known = set(suffixes)
-    splits: dict[str, list[DataFile]] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if any(part.startswith((".", "_")) for part in inside.parts) or not path.is_file():
-            continue
-        file = DataFile(str(path))
-        if file.suffix in known and path.name not in ("dataset_info.json", "dataset_infos.json"):
-            splits.setdefault(_split_of(inside), []).append(file)
+    known = set(formats)
+    files = [p for p in sorted(folder.rglob("*")) if kind_of(p)[0] in known and p.is_file()]
+    files = [p for p in files if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
+    splits: dict[str, list[Path]] = {}
+    parts: dict[str, list[re.Match[str]]] = {}
+    for path in files:
+        folders = [part for part in path.relative_to(folder).parts[:-1] if part != "data"]
+        stem = path.name.partition(".")[0]
+        match = _PART.fullmatch(stem)
+        name = match["split"] if match else stem
+        split = "/".join([*folders, *([name] if name not in ("", "data", "part") and (match or not folders) else [])])
+        splits.setdefault(split, []).append(path)
+        if match and match["count"]:
+            parts.setdefault(split, []).append(match)
+    for split, matches in parts.items():
+        count = int(matches[0]["count"])
+        missing = set(range(count)) - {int(m["number"]) for m in matches}
+        if missing:
+            raise DataError(
+                f"{folder}: split '{split}' lacks {len(missing)} of its {count} parts (the first: {min(missing):05d}); "
+                "download the folder again"
+            )
     return splits
 
 
-def _split_of(inside: Path) -> str:
-    stem = inside.name
-    while (suffix := PurePosixPath(stem).suffix) and (suffix.lower() in COMPRESSED or not suffix[1:].isdigit()):
-        stem = stem[: -len(suffix)]
-    name = _SHARD.sub("", stem)
-    folders = [part for part in inside.parts[:-1] if part != "data"]
-    return "/".join([*folders, name] if name and name not in ("data", "part") else folders) or "data"
+def _is_glob(name: str) -> bool:
+    return any(c in name for c in "*?[")
 
 
-def _remote(spec: str) -> list[DataFile]:
-    named = scheme(spec)
-    if named not in SCHEMES:
-        raise DataError(f"{spec}: {named}:// is not a store that can be read; there are {', '.join(SCHEMES)}")
-    if any(c in spec for c in "*[") and named not in ("http", "https"):
-        found = [f"{named}://{str(p).removeprefix(f'{named}://').lstrip('/')}" for p in _fsspec(spec).glob(spec)]
-        if not found:
-            raise DataError(f"{spec}: no file fits this pattern")
-        return [DataFile(p) for p in sorted(found)]
-    file = DataFile(spec)
-    try:
-        there = _fsspec(spec).exists(spec)
-    except Exception as error:
-        raise DataError(f"{spec}: cannot be reached ({type(error).__name__}: {str(error)[:200]})") from None
-    if not there:
-        raise DataError(f"{spec}: no such file in the store")
-    return [file]
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ches-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def _fsspec(spec: str) -> Any:
+@cache
+def _copied(address: str) -> tuple[Path, ...]:
+    """Copies of what an address names, in order of their names; of a folder the folder."""
+    scheme = address.partition("://")[0].lower()
+    if scheme not in SCHEMES:
+        raise DataError(f"{address}: no data can be read from '{scheme}://'; expected {', '.join(SCHEMES[:5])}://")
     import fsspec
 
-    named = scheme(spec)
+    target = _folder() / hashlib.sha256(address.encode()).hexdigest()[:16]
     try:
-        return fsspec.filesystem(named)
+        fs, path = fsspec.core.url_to_fs(address)
+        if _is_glob(path) and scheme not in ("http", "https"):
+            paths = sorted(str(p) for p in fs.glob(path))
+        elif scheme not in ("http", "https") and fs.isdir(path):
+            fs.get(path.rstrip("/") + "/", str(target) + "/", recursive=True)
+            return (target,)
+        else:
+            paths = [path]
+        copies = []
+        for one in paths:
+            copy = target / Path(one.partition("?")[0]).name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(one, str(copy))
+            copies.append(copy)
     except ImportError as error:
         raise DataError(
-            f"{spec}: to read {named}:// the package {SCHEMES.get(named or '', named)} is needed; "
-            "install it: pip install 'ches-jax[remote]'"
-        ) from error
-
-
-def _decompressed(stored: IO[bytes], kind: str | None) -> Any:
-    if kind == "gzip":
-        return gzip.GzipFile(fileobj=stored)
-    if kind == "bz2":
-        return bz2.BZ2File(stored)
-    if kind == "xz":
-        return lzma.LZMAFile(stored)
-    if kind == "zstd":
-        import pyarrow as pa
-
-        return io.BufferedReader(_Raw(pa.CompressedInputStream(pa.PythonFile(stored, "r"), "zstd")))
-    return stored
-
-
-class _Raw(io.RawIOBase):
-    """An Arrow stream as Python's own, which has lines."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer."""
-        block = self._stream.read(len(buffer))
-        buffer[: len(block)] = block
-        return len(block)
+            f"{address}: reading from '{scheme}://' needs another package ({error}); pip install "
+            f"{_NEEDS.get(scheme, 'fsspec')}"
+        ) from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{address}: cannot be read ({type(error).__name__}: {reason})") from error
+    if not copies:
+        raise DataError(f"{address}: no file fits this pattern")
+    return tuple(copies)

@@ -1,130 +1,147 @@
-"""Rows of one file, in order, from a position on: JSON lines, JSON, CSV, text, Parquet, Arrow and Feather.
+"""Readers of files: rows one at a time, in order, with where each stands; from any position on.
 
-A file is never held whole, but a ``.json`` that is one value. What cannot be read as a row, though the file goes on
-behind it, is a row that says so (``Unreadable``), so that ``--on-bad-row`` decides about it as about any other.
+Lines are read one by one, Parquet by record batches, Arrow files are memory-mapped; only a JSON document has to be
+loaded whole. A row that cannot be read is handed on as ``Unreadable``, so that the policy for bad rows decides.
 """
 
+import contextlib
 import csv
 import io
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from ches_jax.data.files import DataFile
+from ches_jax.data.files import is_compressed, kind_of, open_bytes
 from ches_jax.errors import DataError
-
-BATCH_ROWS = 256
-_MAX_LINE = 64 << 20
-"""Bytes of a line; a longer one is no row of text."""
-_MAX_JSON = 4 << 30
-"""Bytes of a JSON file that is one value, which is read whole."""
-_BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
-_TOO_MANY = "\0"
-"""Name of the fields that have none."""
 
 Raw = tuple[str, Any]
 """Where a row was found ("line 17"), and what was found there."""
+LONGEST_LINE = 64 << 20
+"""Bytes of a line; a longer one is no row but a file of another kind."""
+BATCH_ROWS = 256
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_TOO_MANY = "\0"
+"""Name of the fields that have none."""
+_EXPECTED = "expected one JSON object per line, or one array of objects in a .json file"
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What stands for a row that could not be read."""
+    """What stands for a row that cannot be read."""
 
-    why: str
-
-
-def read_lines(file: DataFile, start: int) -> Iterator[Raw]:
-    """JSON lines; blank ones do not count."""
-    for number, line in _numbered_lines(file, start):
-        yield f"line {number}", _row(line)
+    fault: str
 
 
-def read_text(file: DataFile, start: int) -> Iterator[Raw]:
-    """A prompt per line."""
-    for number, line in _numbered_lines(file, start):
+def read_lines(path: Path, start: int) -> Iterator[Raw]:
+    """JSON lines."""
+    for number, line in itertools.islice(_lines(path), start, None):
+        try:
+            yield f"line {number}", _parsed(line)
+        except DataError as error:
+            yield f"line {number}", Unreadable(str(error))
+
+
+def read_json(path: Path, start: int, split: str | None = None) -> Iterator[Raw]:
+    """JSON: lines, one array, or one object that holds the rows under a key (several: a split of each)."""
+    firsts = list(itertools.islice(_lines(path), 2))
+    if not firsts or (len(firsts) == 2 and _is_object(firsts[0][1])):
+        yield from read_lines(path, start)
+        return
+    with _decompressed(path) as file:
+        text = file.read()
+    try:
+        document = _parsed(text, whole=True)
+    except DataError as error:
+        raise DataError(f"{path}, {error}") from None
+    rows = _rows_of(path, document, split)
+    for index, row in enumerate(rows[start:], start):
+        yield f"row {index}", row
+
+
+def json_splits(path: Path) -> list[str]:
+    """Names of the splits that a JSON document holds; none where it is of rows."""
+    firsts = list(itertools.islice(_lines(path), 2))
+    if not firsts or (len(firsts) == 2 and _is_object(firsts[0][1])):
+        return []
+    with _decompressed(path) as file, contextlib.suppress(DataError):
+        document = _parsed(file.read(), whole=True)
+        if isinstance(document, Mapping) and len(keys := _keys_of_rows(document)) > 1:
+            return keys
+    return []
+
+
+def read_text(path: Path, start: int) -> Iterator[Raw]:
+    """Text, a prompt per line."""
+    for number, line in itertools.islice(_lines(path), start, None):
         try:
             yield f"line {number}", {"prompt": line.decode("utf-8-sig").rstrip("\r\n")}
         except UnicodeDecodeError as error:
             yield f"line {number}", Unreadable(_not_utf8(error))
 
 
-def read_json(file: DataFile, start: int, split: str | None = None) -> Iterator[Raw]:
-    """A JSON file: an array of rows, an object that holds them under a key, columns, or JSON lines after all."""
-    if _begins_lines(file):
-        yield from read_lines(file, start)
-        return
-    rows = _rows_of(file, _whole(file), split)
-    yield from ((f"row {index}", row) for index, row in enumerate(rows[start:], start))
-
-
-def read_csv(file: DataFile, start: int, delimiter: str = ",") -> Iterator[Raw]:
-    """Comma- or tab-separated values with names in the first line; fields may hold line ends and be long."""
-    csv.field_size_limit(_MAX_LINE)
-    with file.opened() as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+def read_csv(path: Path, start: int, delimiter: str = ",") -> Iterator[Raw]:
+    """A table of text with names in its first line; fields may hold line ends and be of any length."""
+    csv.field_size_limit(sys.maxsize)
+    with _decompressed(path) as file:
+        text = io.TextIOWrapper(_checked(path, file), encoding="utf-8-sig", newline="")
         try:
-            for index, row in enumerate(csv.DictReader(text, restval=None, restkey=_TOO_MANY, delimiter=delimiter)):
+            rows = csv.DictReader(text, restval=None, restkey=_TOO_MANY, delimiter=delimiter)
+            for index, row in enumerate(rows):
                 if index >= start:
-                    few = Unreadable("more fields than the first line names")
-                    yield f"row {index}", few if _TOO_MANY in row else row
+                    many = _TOO_MANY in row
+                    yield f"row {index}", Unreadable("more fields than the first line names") if many else row
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{file.path}: not a readable CSV file in UTF-8 ({error})") from None
+            raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
 
 
-def read_tsv(file: DataFile, start: int) -> Iterator[Raw]:
-    """As ``read_csv``, with tabs."""
-    yield from read_csv(file, start, "\t")
+def read_tsv(path: Path, start: int) -> Iterator[Raw]:
+    """The same with tabs between the fields."""
+    return read_csv(path, start, "\t")
 
 
-def read_parquet(file: DataFile, start: int) -> Iterator[Raw]:
+def read_parquet(path: Path, start: int) -> Iterator[Raw]:
     """Parquet, by row groups."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with file.stored() as stored, pq.ParquetFile(_arrow_input(file, stored)) as parquet:
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-            first = 0
-            for group, size in enumerate(sizes):
-                if first + size > start:
-                    yield from table_rows(parquet.iter_batches(BATCH_ROWS, row_groups=[group]), first, start)
-                first += size
-    except (pa.ArrowException, OSError, UnicodeError, SystemError) as error:
-        raise DataError(f"{file.path}: not a readable Parquet file ({_short(error)}); write it again") from None
+    with _told(path, "Parquet"), pq.ParquetFile(_seekable(path)) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        first = 0
+        for group, size in enumerate(sizes):
+            if first + size > start:
+                batches = file.iter_batches(BATCH_ROWS, row_groups=[group])
+                yield from table_rows(batches, first, start)
+            first += size
 
 
-def read_arrow(file: DataFile, start: int) -> Iterator[Raw]:
-    """Arrow's file form (also Feather) and its streaming form."""
+def read_arrow(path: Path, start: int) -> Iterator[Raw]:
+    """Arrow, as a file (Feather is one) or as a stream (``datasets`` writes it)."""
     import pyarrow as pa
 
-    try:
-        with file.stored() as stored:
-            begin = stored.read(6)
-            stored.seek(0)
-            if begin[:4] == b"FEA1":
-                raise DataError(f"{file.path}: Feather version 1; write it again with version 2")
-            source = _arrow_input(file, stored)
-            if begin == b"ARROW1":
-                reader = pa.ipc.open_file(source)
-                batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:  # datasets writes the streaming form
-                batches = iter(pa.ipc.open_stream(source))
-            yield from table_rows(batches, 0, start)
-    except (pa.ArrowException, OSError, UnicodeError, SystemError) as error:
-        raise DataError(f"{file.path}: not a readable Arrow file ({_short(error)}); write it again") from None
+    with _told(path, "Arrow"), _mapped(path) as file:
+        begin = file.read(6)
+        if begin[:4] == b"FEA1":
+            raise DataError(f"{path}: Feather version 1; write it again with version 2")
+        if begin == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            batches = iter(pa.ipc.open_stream(file))
+        yield from table_rows(batches, 0, start)
 
 
 def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
     """Rows of record batches, the first of which is row ``first``, from row ``start`` on.
 
-    Arrow trusts offsets and lengths that a file claims, so each batch is validated before its values are used.
+    Every batch is validated as a whole before a value of it is read: offsets of a damaged one point anywhere.
     """
     for batch in batches:
-        if first + batch.num_rows > start:
-            batch.validate(full=True)
+        batch.validate(full=True)
         for offset in range(max(0, start - first), batch.num_rows, BATCH_ROWS):
             rows = batch.slice(offset, BATCH_ROWS).to_pylist()
             for index, row in enumerate(rows, first + offset):
@@ -132,7 +149,7 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
         first += batch.num_rows
 
 
-READERS: dict[str, tuple[str, Callable[[DataFile, int], Iterator[Raw]]]] = {
+READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
     ".jsonl": ("JSON lines", read_lines),
     ".ndjson": ("JSON lines", read_lines),
     ".json": ("JSON", read_json),
@@ -145,162 +162,133 @@ READERS: dict[str, tuple[str, Callable[[DataFile, int], Iterator[Raw]]]] = {
     ".tsv": ("TSV", read_tsv),
     ".txt": ("text, a prompt per line", read_text),
 }
-"""By the suffix of the content."""
 
 
-def json_splits(file: DataFile) -> list[str]:
-    """The splits that a JSON file holds as lists of rows under their names; none where it holds one list."""
-    if _begins_lines(file, b"["):
-        return []
-    value = _whole(file)
-    return [k for k, v in value.items() if _is_rows(v)] if isinstance(value, Mapping) else []
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, numbered from 1."""
+    with _decompressed(path) as file:
+        file = _checked(path, file)
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE)
+            if not line:
+                return
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; {_EXPECTED}")
+            if line.strip(_BLANK):
+                yield number, line
 
 
-def _begins_lines(file: DataFile, otherwise: bytes = b"") -> bool:
-    """Whether a ``.json`` file is JSON lines: several values, or one that is a row; or begins with ``otherwise``."""
-    with file.opened() as content:
-        some = list(itertools.islice((line for line in _lines(file, content) if line.strip(_BLANK)), 2))
-    if not some:
-        return True
-    first = some[0].strip(_BLANK)
-    if first.startswith(b"["):
-        return bool(otherwise)
+@contextlib.contextmanager
+def _decompressed(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file; a damaged compression is told in words."""
+    import lzma
+    import zlib
+
+    with open_bytes(path) as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            what = f"a readable {kind_of(path)[1]} file" if is_compressed(path) else "readable"
+            raise DataError(f"{path}: not {what}, or cut off ({error})") from None
+
+
+def _checked(path: Path, file: BinaryIO) -> BinaryIO:
+    """The same file where it can be UTF-8."""
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
+    if buffered.peek(2)[:2] in _UTF16:  # type: ignore[attr-defined]
+        raise DataError(f"{path}: the text is UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    return buffered  # type: ignore[return-value]
+
+
+def _parsed(text: bytes, whole: bool = False) -> Any:
+    """A JSON value; of a whole document the fault names its line."""
     try:
-        value = json.loads(first)
-    except (ValueError, RecursionError):
-        return first[1:].lstrip()[:1] in (b"", b'"') and len(some) > 1 and _looks_like_lines(some)
-    return len(some) > 1 or not _holds_rows(value)
-
-
-def _looks_like_lines(some: list[bytes]) -> bool:
-    """Whether the second line begins a value: then the first is a damaged row, and not the begin of a long value."""
-    return some[1].lstrip().startswith(b"{") and some[0].count(b'"') > 2
-
-
-def _lines(file: DataFile, content: IO[bytes]) -> Iterator[bytes]:
-    while line := content.readline(_MAX_LINE + 1):
-        if len(line) > _MAX_LINE:
-            raise DataError(f"{file.path}: a line of more than {_MAX_LINE >> 20} MiB; expected one row per line")
-        yield line
-
-
-def _numbered_lines(file: DataFile, start: int) -> Iterator[tuple[int, bytes]]:
-    with file.opened() as content:
-        lines = _lines(file, content)
-        first = next(lines, b"")
-        if first.startswith(_WIDE):
-            raise DataError(f"{file.path}: UTF-16; convert the file to UTF-8")
-        numbered = ((n, line) for n, line in enumerate(itertools.chain([first], lines), 1) if line.strip(_BLANK))
-        yield from itertools.islice(numbered, start, None)
-
-
-def _row(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Unreadable(_not_utf8(error))
-    except (ValueError, RecursionError) as error:
-        fault = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-        return Unreadable(f"not JSON ({_short(fault)}); expected one JSON object per line")
-
-
-def _whole(file: DataFile) -> Any:
-    with file.opened() as content:
-        data = content.read(_MAX_JSON + 1)
-    if len(data) > _MAX_JSON:
-        raise DataError(f"{file.path}: a JSON value of more than {_MAX_JSON >> 30} GiB; write JSON lines instead")
-    if data.startswith(_WIDE):
-        raise DataError(f"{file.path}: UTF-16; convert the file to UTF-8")
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}: {_not_utf8(error)}") from None
+        raise DataError(("line 1: " if whole else "") + _not_utf8(error)) from None
     except RecursionError:
-        raise DataError(f"{file.path}: nested too deeply; expected an array of objects") from None
-    except ValueError as error:
-        # Inside a JSON array the line is known to the parser only.
-        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
-            f"{file.path}, {line}not JSON ({_short(getattr(error, 'msg', str(error)))}); expected one JSON object per "
-            "line, or one array of objects in a .json file"
+            ("line 1: " if whole else "") + f"not JSON that can be read (nested too deep); {_EXPECTED}"
         ) from None
-
-
-def _rows_of(file: DataFile, value: Any, split: str | None) -> list[Any]:
-    """The rows that a JSON value holds."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, Mapping):
-        raise DataError(f"{file.path}: one {type(value).__name__}; expected rows")
-    lists = [] if _is_row(value) and not _columns(value) else [k for k, v in value.items() if _is_rows(v)]
-    if split is not None and split in lists:
-        return _unwrapped(value[split])
-    if split is not None:
-        raise DataError(f"{file.path}: no split '{split}'; it holds {', '.join(lists) or 'one list of rows'}")
-    if len(lists) > 1:
-        raise DataError(f"{file.path}: rows under {' and '.join(map(repr, lists))}; choose one with --split NAME")
-    if lists:
-        return _unwrapped(value[lists[0]])
-    if columns := _columns(value):
-        return columns
-    if _is_row(value):
-        return [dict(value)]
-    raise DataError(
-        f"{file.path}: one object with the keys {', '.join(map(str, list(value)[:8]))}, none of which holds rows; "
-        "expected a list of objects, alone or under a key"
-    )
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value[:8]) and not any(
-        isinstance(v, Mapping) and ("role" in v or "from" in v) for v in value[:8]
-    )  # fmt: skip
-
-
-def _is_row(value: Mapping[str, Any]) -> bool:
-    """Whether an object is a row itself: it has a prompt, or sides."""
-    alone = ("prompt", "instruction", "question", "query", "history", "chosen", "rejected", "messages")
-    return any(value.get(k) is not None for k in alone)
-
-
-def _holds_rows(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return bool(_columns(value)) or (not _is_row(value) and any(map(_is_rows, value.values())))
-
-
-def _unwrapped(rows: list[Any]) -> list[Any]:
-    """Rows as the data set viewer writes them lie one object deeper."""
-    if all(isinstance(r, Mapping) and isinstance(r.get("row"), Mapping) and "row_idx" in r for r in rows):
-        return [r["row"] for r in rows]
-    return rows
-
-
-def _columns(value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an object of columns, each a list or an object by number (as pandas writes); none: it is not one."""
-    lists = [list(c.values()) if isinstance(c, Mapping) else c for c in value.values()]
-    if not lists or not all(isinstance(c, list) and len(c) == len(lists[0]) for c in lists) or not lists[0]:
-        return []
-    if any(isinstance(c, Mapping) and list(c) != [str(i) for i in range(len(c))] for c in value.values()):
-        return []
-    if not {"chosen", "rejected"} <= value.keys() and "responses" not in value and "prompt" not in value:
-        return []
-    if any(
-        isinstance(c, list) and c and isinstance(c[0], Mapping) and ("role" in c[0] or "from" in c[0]) for c in lists
-    ):
-        return []  # one row whose cells are conversations
-    return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
-
-
-def _arrow_input(file: DataFile, stored: IO[bytes]) -> Any:
-    import pyarrow as pa
-
-    return pa.PythonFile(stored, "r") if file.remote else pa.memory_map(str(Path(file.path)))
+    except ValueError as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else "line 1: "
+        fault = getattr(error, "msg", str(error))
+        raise DataError((line if whole else "") + f"not JSON ({fault}); {_EXPECTED}") from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
 
 
-def _short(what: object) -> str:
-    return str(what).partition("\n")[0][:200]
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(_parsed(line), dict)
+    except DataError:
+        # a broken line among lines; a document goes on in the next line
+        return line.strip(_BLANK).startswith(b"{") and line.strip(_BLANK).endswith(b"}")
+
+
+def _rows_of(path: Path, document: Any, split: str | None) -> list[Any]:
+    """The rows of a JSON document."""
+    if isinstance(document, list):
+        rows = document
+    elif not isinstance(document, Mapping):
+        rows = [document]
+    elif keys := _keys_of_rows(document):
+        key = split or keys[0]
+        if key not in keys or (len(keys) > 1 and split is None):
+            raise DataError(f"{path}: rows under {' and '.join(map(repr, keys))}; choose one with --split")
+        rows = document[key]
+    elif columns := _columns(document):
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    else:
+        rows = [document]
+    wrapped = rows and all(isinstance(r, Mapping) and isinstance(r.get("row"), Mapping) for r in rows)
+    return [r["row"] for r in rows] if wrapped else rows
+
+
+def _keys_of_rows(document: Mapping[str, Any]) -> list[str]:
+    """Keys under which objects are listed that are no turns of a conversation."""
+    return [
+        k
+        for k, v in document.items()
+        if isinstance(v, list) and v and all(isinstance(r, Mapping) and not {"role", "from"} & r.keys() for r in v)
+        and k not in ("features", "completions", "answers")
+    ]  # fmt: skip
+
+
+def _columns(document: Mapping[str, Any]) -> Mapping[str, list[Any]]:
+    """Columns of equal length that are written one after another; empty where the document is something else."""
+    if document and all(isinstance(v, Mapping) for v in document.values()):  # as pandas writes: {"0": ..., "1": ...}
+        document = {k: list(v.values()) for k, v in document.items()}
+    lists = [v for v in document.values() if isinstance(v, list)]
+    same = len(lists) == len(document) > 1 and len({len(v) for v in lists}) == 1
+    texts = same and any(lists[0]) and any(all(isinstance(c, str) for c in v) for v in lists)
+    return document if texts else {}
+
+
+def _seekable(path: Path) -> Any:
+    return path if not is_compressed(path) else io.BytesIO(_all_bytes(path))
+
+
+def _mapped(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.BufferReader(_all_bytes(path)) if is_compressed(path) else pa.memory_map(str(path))
+
+
+def _all_bytes(path: Path) -> bytes:
+    with _decompressed(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _told(path: Path, name: str) -> Iterator[None]:
+    """Whatever the library raises about a damaged file, as one message."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not a readable {name} file ({reason}); write it again") from None

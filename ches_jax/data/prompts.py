@@ -17,7 +17,7 @@ A row may hold several candidates instead: ``responses``, a list of any of these
 
     preference among the candidates     from
     scores: [7.5, 3, 7]                 a number for each response, the higher the better; equal ones make no pair
-    chosen: 2, or [0, 2]                the number (from 0) of the one (or those) preferred to all others
+    chosen: 2                           the number (from 0) of the one that is preferred to all others
     neither                             the order of the list, best first
 
     chosen-against-all   the best one against each that is worse
@@ -172,18 +172,17 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
         best = [i for i in numbers if scores[i] == max(scores)][:1] if pairing == "chosen-against-all" else numbers
         return [(i, j) for i in best for j in numbers if scores[i] > scores[j]]
     if chosen is not None:
-        preferred = chosen if isinstance(chosen, list) else [chosen]
-        if not preferred or not all(type(i) is int and 0 <= i < max(count, 1) for i in preferred):
+        if type(chosen) is not int or not 0 <= chosen < max(count, 1):
             raise DataError(
-                f"'chosen' is {kind(chosen)}; beside 'responses' it is the number of the preferred one, or a list of "
-                f"numbers, from 0 to {max(count - 1, 0)} (--columns chosen= hides the column)"
+                f"'chosen' is {kind(chosen)}; beside 'responses' it is the number of the preferred one, from 0 to "
+                f"{max(count - 1, 0)} (--columns chosen= hides the column)"
             )
-        if pairing == "all-pairs" and not isinstance(chosen, list):
+        if pairing == "all-pairs":
             raise DataError(
                 "--candidates all-pairs needs an order of all responses, and 'chosen' names one: give 'scores', or "
                 "list the responses best first and hide the column with --columns chosen="
             )
-        return [(i, j) for i in preferred for j in numbers if j not in preferred]
+        return [(chosen, j) for j in numbers if j != chosen]
     return [(i, j) for i in (numbers if pairing == "all-pairs" else numbers[:1]) for j in range(i + 1, count)]
 
 

@@ -1,42 +1,56 @@
 """Rows from files, folders and the hub: one at a time, in order, again and again.
 
-A source never holds the data: JSON lines are read line by line, Parquet by record batches, Arrow
-files are memory-mapped. Only a JSON array has to be loaded whole.
+What lies where is opened by ``files``, read by ``formats``, and understood by ``schema``; here rows become records.
 """
 
-import csv
+import base64
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from ches_jax.data import files
+from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
     CANDIDATE_COLUMNS,
     COLUMNS,
     PROMPT_COLUMNS,
     Numbers,
+    canonical_content,
     canonical_prompt,
     columns_read,
     lookup,
     pair_contents,
 )
-from ches_jax.errors import DataError
+from ches_jax.data.schema.mapping import (
+    PLAIN,
+    WORDS,
+    Schema,
+    canonical_rows,
+    from_file,
+    from_words,
+    grouped,
+    is_declaration,
+)
+from ches_jax.data.schema.presets import PRESETS
+from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
+from ches_jax.data.schema.values import turns
+from ches_jax.errors import DataError, did_you_mean
+from ches_jax.notices import notice
 from ches_jax.types import Pairing
 
-_BATCH_ROWS = 256
-_BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
 _FORMATS = (
-    ".jsonl, .json, .parquet, .arrow, .csv, .txt (a prompt per line), a datasets save_to_disk folder, "
-    "or owner/name on the hub"
+    f"{', '.join(READERS)} (with {', '.join(files.COMPRESSIONS)} behind it where compressed), a folder of these or of "
+    "datasets' save_to_disk, an address such as https:// or hf://, or owner/name on the hub"
 )
-
-Raw = tuple[str, Any]
-"""Where a row was found ("line 17"), and what was found there."""
+_LOOKED_AT = 200
+"""Rows from which a schema is recognised."""
 
 
 Contents = Callable[[Mapping[str, Any], Mapping[str, str]], list[tuple[Numbers, dict[str, Any]]]]
@@ -52,13 +66,24 @@ class Kind:
     columns: tuple[str, ...]
     """What is read; the row's other columns are carried along."""
     contents: Contents
+    recognise: Callable[[Any], Recognised] | None = None
+    """Which schema some of its rows have; None: rows that no schema is about."""
+
+
+def _prompt_contents(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    responses = row.get("responses")
+    if row.get("prompt") is None and isinstance(responses, list) and len(responses) > 1:
+        content = canonical_content({"chosen": responses[0], "rejected": responses[1]}, {})
+        return [(None, {"prompt": content["prompt"]})]
+    return [(None, canonical_prompt(row, columns))]
 
 
 PAIRS: dict[Pairing, Kind] = {
-    pairing: Kind("preference pairs", COLUMNS, partial(pair_contents, pairing=pairing)) for pairing in get_args(Pairing)
+    pairing: Kind("preference pairs", COLUMNS, partial(pair_contents, pairing=pairing), recognise)
+    for pairing in get_args(Pairing)
 }
 """By which pairs of a row's candidates are meant."""
-PROMPTS = Kind("prompts", PROMPT_COLUMNS, lambda row, columns: [(None, canonical_prompt(row, columns))])
+PROMPTS = Kind("prompts", PROMPT_COLUMNS, _prompt_contents, recognise_prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +104,8 @@ class Record:
     """The row's other columns, as they are: selections carry them along."""
     candidates: Numbers = None
     """Numbers of chosen and rejected among the row's ``responses``; () where these make no pair."""
+    fault: str = ""
+    """Why the row cannot be read; then it has no content (only from ``PairSource.tolerant``)."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,15 @@ class PairSource:
     identity: Callable[[], str]
     columns: Mapping[str, str] = field(default_factory=dict)
     rows: Kind = PAIRS["chosen-against-all"]
+    schema: Schema | None = None
+    """What the columns mean; None: they are canonical but for the names in ``columns``."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the columns are read."""
+    forgiving: bool = False
+
+    def tolerant(self) -> "PairSource":
+        """The same rows; one that cannot be read comes as a record with its ``fault`` instead of an error."""
+        return replace(self, forgiving=True)
 
     def __iter__(self) -> Iterator[Record]:
         return self.iter_from(0)
@@ -104,9 +140,11 @@ class PairSource:
         """The same, the pairs of one row of the data together; at least one for each."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
-                yield list(_rows(index, where, raw, self.columns, self.rows))
+                yield list(_rows(index, where, raw, self))
             except DataError as error:
-                raise DataError(f"{self.name}, {where}: {error}") from None
+                if not self.forgiving:
+                    raise DataError(f"{self.name}, {where}: {error}") from None
+                yield [Record(index, row_id({"row": plain(_row_of(raw))}), where, {}, fault=str(error))]
 
     def fingerprint(self) -> str:
         """sha256 of the stored bytes (for the hub: of what identifies the revision).
@@ -118,7 +156,20 @@ class PairSource:
     def describe(self) -> str:
         """One line: what is read, and how."""
         renamed = ", ".join(f"{name}={theirs}" for name, theirs in self.columns.items())
-        return f"{self.name} ({self.kind}{'; columns ' + renamed if renamed else ''})"
+        how = f"; columns {renamed}" if renamed else f"; schema {self.schema.name}" if self.schema else ""
+        return f"{self.name} ({self.kind}{how})"
+
+    def told(self) -> list[str]:
+        """Lines for a person: which schema was taken, unless the columns are canonical, and what it leaves unread."""
+        taken = self.schema is not None and self.schema != PLAIN
+        says = [f"{self.name}: schema {self.schema.name} ({self.schema.describe()})"] if taken and self.schema else []
+        return says + [f"{self.name}: {note}" for note in self.notes]
+
+    def schema_record(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        schema = self.schema
+        words = dict(self.columns) if schema is None else schema.to_words()
+        return {"name": "columns" if schema is None else schema.name, "words": words, "notes": list(self.notes)}
 
 
 def row_id(content: Mapping[str, Any]) -> str:
@@ -136,34 +187,46 @@ def open_pairs(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     pairing: Pairing | None = None,
+    schema: str = "auto",
 ) -> PairSource:
     """Opens preference pairs; see ``open_rows``. ``pairing``: of rows with candidates; default: chosen-against-all."""
-    return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"])
+    return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"], schema)
 
 
-def open_prompts(spec: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
+def open_prompts(
+    spec: str, split: str | None = None, columns: Mapping[str, str] | None = None, schema: str = "auto"
+) -> PairSource:
     """Opens prompts: ``prompt`` or ``prompt_ids``, preference pairs (their prompt is taken), lines of text."""
-    return open_rows(spec, split, columns, PROMPTS)
+    return open_rows(spec, split, columns, PROMPTS, schema)
 
 
-def open_rows(spec: str, split: str | None, columns: Mapping[str, str] | None, rows: Kind) -> PairSource:
+def open_rows(
+    spec: str, split: str | None, columns: Mapping[str, str] | None, rows: Kind, schema: str = "auto"
+) -> PairSource:
     """Opens rows of one kind and reads the first, so that a wrong file or column shows at once.
 
     Args:
-      spec: a JSONL, JSON, Parquet, Arrow, CSV or text file, a ``save_to_disk`` folder, or ``owner/name``.
+      spec: a file of one of ``formats.READERS``, compressed or not; several with commas, or a glob; a folder of them or
+        of ``save_to_disk``; an address (``files.SCHEMES``); or ``owner/name`` of the hub.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
-        hides a column, a dot reaches into objects (``prompts.lookup``).
+        hides a column, a dot reaches into objects (``prompts.lookup``); or the words of a declaration
+        (``schema.mapping``).
       rows: what the rows are.
+      schema: ``auto`` (recognised by columns and values), the name of a preset, or a file with a declaration.
 
     Raises:
-      DataError: nothing there, an unknown format, no rows, or a first row that cannot be used.
+      DataError: nothing there, an unknown format, no rows, two readings that both fit, or no row that can be used.
     """
-    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows)
+    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows, schema)
 
 
 def rows_in_memory(
-    rows: Any, columns: Mapping[str, str] | None = None, pairing: Pairing | None = None, name: str = "rows"
+    rows: Any,
+    columns: Mapping[str, str] | None = None,
+    pairing: Pairing | None = None,
+    name: str = "rows",
+    schema: str = "auto",
 ) -> PairSource:
     """Preference pairs that lie in memory; they are read as those of a file are.
 
@@ -172,12 +235,13 @@ def rows_in_memory(
       columns: canonical name -> name in the data, as in ``open_rows``.
       pairing: of rows with candidates; default: chosen-against-all.
       name: of the rows, in messages.
+      schema: as in ``open_rows``.
 
     Raises:
       DataError: something else than rows, no rows, or a first row that cannot be used.
     """
     if hasattr(rows, "to_batches"):
-        kind, read = "Arrow table", lambda start: _table_rows(rows.to_batches(), 0, start)
+        kind, read = "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
     elif hasattr(rows, "cache_files") and hasattr(rows, "features"):
         kind, read = "datasets.Dataset", lambda start: _read_dataset(rows, start)
     elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
@@ -190,207 +254,235 @@ def rows_in_memory(
         )
 
     def identity() -> str:
-        return hashlib.sha256("\n".join(record.row_id for record in source).encode()).hexdigest()
+        return hashlib.sha256("\n".join(record.row_id for record in source.tolerant()).encode()).hexdigest()
 
-    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"])
+    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"], schema)
     return source
 
 
-def _source(name: str, opened: Callable[[], "Opened"], columns: Mapping[str, str] | None, rows: Kind) -> PairSource:
-    """A source whose names of columns and first row are checked."""
+def _source(
+    name: str, opened: Callable[[], "Opened"], columns: Mapping[str, str] | None, rows: Kind, schema: str
+) -> PairSource:
+    """A source whose names of columns and first rows are checked."""
     columns = dict(columns or {})
+    declared = _declared(columns, rows, schema)
+    kind, read, identity = opened()
+    source = PairSource(name, kind, read, identity, {} if declared else columns, rows, declared)
+    some = [raw for _, raw in itertools.islice(read(0), _LOOKED_AT)]
+    if not some:
+        raise DataError(f"{source.name}: no rows; expected {rows.name}, at least one")
+    objects = [raw for raw in some if isinstance(raw, Mapping)]
+    if rows.recognise is not None and objects:
+        try:
+            found = (
+                rows.recognise(objects) if declared is None and not columns else
+                told_of_columns(declared, columns, objects)
+            )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"{source.name}: {error}") from None
+        source = replace(source, schema=declared if columns else found.schema, notes=found.notes)
+    if source.schema is not None and source.schema.group:
+        source = replace(source, read=partial(_grouped, source.schema, read))
+    if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
+        next(iter(source))  # tells the first
+    for line in source.told():
+        notice(line)
+    return source
+
+
+def _grouped(schema: Schema, read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
+    """Rows that share a prompt, together; their positions count prompts."""
+    return itertools.islice(grouped(schema, read(0)), start, None)
+
+
+def _declared(columns: Mapping[str, str], rows: Kind, schema: str) -> Schema | None:
+    """The schema that is asked for; None: to be recognised, or columns that are renamed."""
+    if schema != "auto" and columns:
+        raise DataError(f"--schema {schema} and --columns both say what the columns mean; leave one out")
+    if schema != "auto":
+        if rows.recognise is None:
+            raise DataError(f"--schema {schema}: {rows.name} have no schema; name their columns with --columns")
+        if schema in PRESETS:
+            return PRESETS[schema].schema
+        if Path(schema).suffix.lower() not in (".json", ".toml"):
+            raise DataError(
+                f"--schema {schema!r}: expected auto, a JSON or TOML file, or one of "
+                f"{', '.join(PRESETS)}{did_you_mean(schema, list(PRESETS))}"
+            )
+        return from_file(schema)
+    if rows.recognise is not None and is_declaration(columns) and set(columns) <= set(WORDS):
+        return from_words(columns, "--columns")
     unknown = [n for n in columns if n not in rows.columns]
     if unknown:
         raise DataError(
             f"--columns {unknown[0]}={columns[unknown[0]]}: '{unknown[0]}' is not a column this "
             f"tool reads ({', '.join(rows.columns)}); write --columns prompt=NAME_IN_THE_DATA"
         )
-    kind, read, identity = opened()
-    source = PairSource(name, kind, read, identity, columns, rows)
-    if next(iter(source), None) is None:
-        raise DataError(f"{source.name}: no rows; expected {rows.name}, at least one")
-    return source
+    return None
 
 
-def _rows(index: int, where: str, raw: Any, columns: Mapping[str, str], rows: Kind) -> Iterator[Record]:
+def _rows(index: int, where: str, raw: Any, source: PairSource) -> Iterator[Record]:
+    rows, columns, schema = source.rows, source.columns, source.schema
+    if isinstance(raw, Unreadable):
+        raise DataError(raw.fault)
     if not isinstance(raw, Mapping):
         raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
-    category = lookup(raw, columns.get("category", "category"))
-    category = None if category is None else str(category)
-    for numbers, content in rows.contents(raw, columns):
+    category = lookup(raw, schema.category if schema else columns.get("category", "category"))
+    category = None if category is None else str(plain(category))
+    for numbers, content in _contents(raw, source):
         try:
             identity = row_id(content)
         except UnicodeEncodeError:
             raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
         names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
         read = columns_read(raw, columns, names)
-        extra = {str(name): value for name, value in raw.items() if name not in read}
+        if schema is not None and schema != PLAIN:
+            read = {name if name in raw else name.partition(".")[0] for name in schema.reads}
+        extra = {str(name): plain(value) for name, value in raw.items() if name not in read}
         yield Record(index, identity, where, content, category, extra, numbers)
+
+
+def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numbers, dict[str, Any]]]:
+    """Contents of a row's pairs with their numbers, by the schema where there is one."""
+    if source.schema is None:
+        theirs = {source.columns.get(n, n) for n in ("prompt", "chosen", "rejected", "responses")}
+        turned = {n: turns(raw[n]) for n in theirs if isinstance(raw.get(n), list | Mapping)}
+        yield from source.rows.contents({**raw, **turned}, source.columns)
+        return
+    for numbers, canonical in canonical_rows(source.schema, raw):
+        tie = canonical.pop("tie", None) if source.schema != PLAIN else None
+        for of_row, content in source.rows.contents(canonical, {}):
+            yield (
+                (of_row if numbers is None else numbers),
+                (content | {"tie": tie} if of_row == () and tie else content),
+            )
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON and Arrow can write: of dates and bytes their text, of NaN null, of half a surrogate its code.
+
+    >>> import datetime
+    >>> plain({"when": datetime.date(2020, 1, 2), "score": math.nan, "text": "ok"})
+    {'when': '2020-01-02', 'score': None, 'text': 'ok'}
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(plain(k)): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else plain(str(value))
+
+
+def _row_of(raw: Any) -> Any:
+    return raw.fault if isinstance(raw, Unreadable) else raw
 
 
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
-    path = Path(spec)
-    suffix = path.suffix.lower()
+    if not files.is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
+        return _open_hub(spec, split or "train")
+    paths = files.located(spec)
+    if len(paths) > 1:
+        if split is not None:
+            raise DataError(f"{spec}: --split {split}, but these are {len(paths)} files: leave --split out")
+        return _open_several(paths)
+    (path,) = paths
     if path.is_dir():
         return _open_folder(path, split)
     if not path.exists():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) and suffix not in _READERS:
-            return _open_hub(spec, split or "train")
         raise DataError(f"{spec}: no such file or folder; expected {_FORMATS}")
-    if suffix not in _READERS:
-        raise DataError(f"{spec}: unknown format '{suffix}'; expected {_FORMATS}")
-    if split is not None:
-        raise DataError(f"{spec}: --split {split}, but a single file has no splits: leave --split out")
+    return _open_file(path, split)
+
+
+def _is_hub_name(spec: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) is not None and files.kind_of(Path(spec))[0] not in READERS
+
+
+def _open_file(path: Path, split: str | None = None) -> Opened:
+    form, packed = files.kind_of(path)
+    if form not in READERS:
+        raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
     if path.stat().st_size == 0:
-        raise DataError(f"{spec}: the file is empty; expected at least one row")
-    kind, read = _READERS[suffix]
-    return kind, lambda start: read(path, start), lambda: _digest([path])
+        raise DataError(f"{path}: the file is empty; expected at least one row")
+    kind, read = READERS[form]
+    if split is not None:
+        if form != ".json" or split not in json_splits(path):
+            raise DataError(f"{path}: --split {split}, but a single file has no splits: leave --split out")
+        read = partial(read_json, split=split)
+    return (f"{kind}, {packed}" if packed else kind), partial(read, path), lambda: files.digest([path])
 
 
-def _read_lines(path: Path, start: int) -> Iterator[Raw]:
-    with path.open("rb") as file:
-        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
-        for number, line in itertools.islice(numbered, start, None):
-            yield f"line {number}", _parse(path, f"line {number}", line)
+def _open_several(paths: list[Path]) -> Opened:
+    """Files one after another; where a row stands is said with the file."""
+    opened = [_open_file(path) for path in paths]
 
+    def read(start: int) -> Iterator[Raw]:
+        rows = (
+            (f"{path.name}, {where}", raw)
+            for path, (_, one, _) in zip(paths, opened, strict=True)
+            for where, raw in one(0)
+        )
+        return itertools.islice(rows, start, None)
 
-def _parse(path: Path, where: str, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, {where}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8") from None
-    except ValueError as error:
-        fault = getattr(error, "msg", str(error))
-        # Inside a JSON array the line is known to the parser only.
-        line = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else where
-        raise DataError(
-            f"{path}, {where or line}: not JSON ({fault}); expected one JSON object per line, or "
-            "one array of objects in a .json file"
-        ) from None
-
-
-def _read_json(path: Path, start: int) -> Iterator[Raw]:
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip(_BLANK)), b"")
-    if not first.strip(_BLANK).startswith(b"["):
-        yield from _read_lines(path, start)
-        return
-    rows = _parse(path, "", path.read_bytes())
-    for index, row in enumerate(rows[start:], start):
-        yield f"row {index}", row
-
-
-def _read_text(path: Path, start: int) -> Iterator[Raw]:
-    with path.open("rb") as file:
-        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
-        for number, line in itertools.islice(numbered, start, None):
-            try:
-                yield f"line {number}", {"prompt": line.decode("utf-8-sig").rstrip("\r\n")}
-            except UnicodeDecodeError as error:
-                fault = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
-                raise DataError(f"{path}, line {number}: {fault}") from None
-
-
-def _read_csv(path: Path, start: int) -> Iterator[Raw]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            for index, row in enumerate(csv.DictReader(file, restval=None, restkey=_TOO_MANY)):
-                if _TOO_MANY in row:
-                    raise DataError(f"{path}, row {index}: more fields than the first line names")
-                if index >= start:
-                    yield f"row {index}", row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
-
-
-_TOO_MANY = "\0"
-"""Name of the fields that have none."""
-
-
-def _read_parquet(path: Path, start: int) -> Iterator[Raw]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first = 0
-            for group, size in enumerate(sizes):
-                if first + size > start:
-                    batches = file.iter_batches(_BATCH_ROWS, row_groups=[group])
-                    yield from _table_rows(batches, first, start)
-                first += size
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
-
-
-def _read_arrow(path: Path, start: int) -> Iterator[Raw]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:  # datasets writes the streaming form
-                file.seek(0)
-                batches = iter(pa.ipc.open_stream(file))
-            yield from _table_rows(batches, 0, start)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Arrow file ({error}); write it again") from None
-
-
-def _table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
-    """Rows of record batches, the first of which is row ``first``, from row ``start`` on."""
-    for batch in batches:
-        for offset in range(max(0, start - first), batch.num_rows, _BATCH_ROWS):
-            rows = batch.slice(offset, _BATCH_ROWS).to_pylist()
-            for index, row in enumerate(rows, first + offset):
-                yield f"row {index}", row
-        first += batch.num_rows
-
-
-_READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
-    ".jsonl": ("JSON lines", _read_lines),
-    ".ndjson": ("JSON lines", _read_lines),
-    ".json": ("JSON", _read_json),
-    ".parquet": ("Parquet", _read_parquet),
-    ".arrow": ("Arrow", _read_arrow),
-    ".csv": ("CSV", _read_csv),
-    ".txt": ("text, a prompt per line", _read_text),
-}
+    kinds = ", ".join(dict.fromkeys(kind for kind, _, _ in opened))
+    return f"{len(paths)} files, {kinds}", read, lambda: files.digest(paths)
 
 
 def _open_folder(path: Path, split: str | None) -> Opened:
-    splits_file = path / "dataset_dict.json"
-    if splits_file.exists():
-        splits = json.loads(splits_file.read_text(encoding="utf-8"))["splits"]
+    if (path / "dataset_dict.json").exists():
+        splits = _split_names(path / "dataset_dict.json")
         if split not in splits:
             fault = f"no split '{split}'" if split else "several splits"
             raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
         path = path / str(split)
+    elif not (path / "state.json").exists():
+        return _open_parts(path, split)
     elif split is not None:
         raise DataError(f"{path}: --split {split}, but the folder holds one split: leave --split out")
-    if not (path / "state.json").exists():
-        raise DataError(
-            f"{path}: a folder without dataset_dict.json or state.json; expected one written by "
-            "datasets' save_to_disk, or name a file in it"
-        )
     import datasets
 
     try:
         dataset = datasets.Dataset.load_from_disk(str(path))
+        dataset.data.table.validate(full=True)
     except Exception as error:
         raise DataError(f"{path}: datasets cannot load the folder ({error})") from error
-    files = sorted(Path(f["filename"]) for f in dataset.cache_files)
-    return (
-        "save_to_disk folder",
-        lambda start: _read_dataset(dataset, start),
-        lambda: _digest(files),
-    )
+    stored = sorted(Path(f["filename"]) for f in dataset.cache_files)
+    return "save_to_disk folder", lambda start: _read_dataset(dataset, start), lambda: files.digest(stored)
+
+
+def _open_parts(path: Path, split: str | None) -> Opened:
+    """A folder of files, as the hub lays them out: the parts of one split."""
+    splits = files.splits_of(path, (".parquet", ".arrow", ".jsonl", ".csv", ".json"))
+    if not splits:
+        raise DataError(
+            f"{path}: a folder without dataset_dict.json or state.json, and without data files; expected one written by "
+            "datasets' save_to_disk or a folder of Parquet files, or name a file in it"
+        )
+    fitting = [name for name in splits if split in (None, name, name.rpartition("/")[2])]
+    if len(fitting) != 1:
+        fault = "several splits" if split is None else f"no split '{split}'" if not fitting else f"several '{split}'"
+        raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(n or '(no name)' for n in splits)}")
+    parts = splits[fitting[0]]
+    return _open_several(parts) if len(parts) > 1 else _open_file(parts[0])
+
+
+def _split_names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["splits"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DataError(f"{path}: is damaged ({error!r}); expected the splits of a datasets folder") from None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise DataError(f"{path}: 'splits' is no list of names; expected the splits of a datasets folder")
+    return names
 
 
 def _open_hub(name: str, split: str) -> Opened:
@@ -413,16 +505,7 @@ def _open_hub(name: str, split: str) -> Opened:
 
 
 def _read_dataset(dataset: Any, start: int) -> Iterator[Raw]:
-    for first in range(start, len(dataset), _BATCH_ROWS):
-        batch = dataset[first : first + _BATCH_ROWS]  # a mapping of lists, decoded by its features
+    for first in range(start, len(dataset), BATCH_ROWS):
+        batch = dataset[first : first + BATCH_ROWS]  # a mapping of lists, decoded by its features
         for index, values in enumerate(zip(*batch.values(), strict=True), first):
             yield f"row {index}", dict(zip(batch, values, strict=True))
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """sha256 of one file, or of the digests of several in order; streamed."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -189,7 +189,7 @@ BROKEN = {
     "empty": ("a.jsonl", b"", "the file is empty"),
     "only blank lines": ("a.jsonl", b"\n\n", "no rows"),
     "empty array": ("a.json", b"[]", "no rows"),
-    "unknown format": ("a.tsv", b"x", "unknown format '.tsv'; expected .jsonl"),
+    "unknown format": ("a.xls", b"x", "unknown format '.xls'; expected .jsonl"),
     "not UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff"}', "line 2: byte 13 is not UTF-8"),
     "broken JSON": ("a.jsonl", GOOD + b'{"prompt": \n', r"line 2: not JSON \(Expecting value\)"),
     "broken array": ("a.json", b'[\n{"a": 1},\n{"b" 2}]', "line 3: not JSON"),
@@ -269,7 +269,8 @@ def test_a_wrong_path_or_option_gets_one_message(tmp_path):
     with pytest.raises(DataError, match="no column 'x'; found: prompt, chosen, rejected, category"):
         open_pairs(path, columns={"prompt": "x"})
     with pytest.raises(DataError, match="expected one written by datasets' save_to_disk"):
-        open_pairs(str(tmp_path))
+        (tmp_path / "nothing").mkdir()
+        open_pairs(str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="the folder holds one split"):
         open_pairs(str(as_folder(tmp_path, TEXT)), split="train")
 

@@ -214,6 +214,8 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
     sides = {n: turns(row[n]) for n in ("prompt", "chosen", "rejected") if isinstance(row.get(n), list | Mapping)}
     row = {**row, **sides}
+    if not any(_several(row.get(n)) for n in ("chosen", "rejected")):
+        return [(None, row)]
     return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
 
 
@@ -238,13 +240,15 @@ def grouped(schema: Schema, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[s
     if not schema.group:
         yield from rows
         return
-    of_prompt = lambda one: (
-        json.dumps(lookup(one[1], schema.prompt), default=str) if isinstance(one[1], Mapping) else ""
-    )
+
+    def of_prompt(one: tuple[str, Any]) -> str:
+        prompt = lookup(one[1], schema.prompt) if isinstance(one[1], Mapping) else None
+        return json.dumps(prompt, default=str)
+
     lists = [n.partition(".")[0] for n in (*schema.responses, *schema.scores, *schema.ranks)]
     for _, some in itertools.groupby(rows, of_prompt):
         members = list(some)
-        where = members[0][0] if len(members) == 1 else f"{members[0][0]} to {members[-1][0].split()[-1]}"
+        where = members[0][0] if len(members) == 1 else f"{members[0][0]} to {members[-1][0]}"
         if not all(isinstance(raw, Mapping) for _, raw in members):
             yield from members
             continue
@@ -268,8 +272,9 @@ def _prompt(schema: Schema, row: Mapping[str, Any]) -> Any:
 
 
 def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
-    """The prompt as a conversation with the row's system text; without one it is a conversation all the same, so that
-    all rows are written alike.
+    """The prompt as a conversation with the row's system text.
+
+    Without one it is a conversation all the same, so that all rows are written alike.
     """
     system = lookup(row, schema.system)
     if system is not None and not isinstance(system, str):
@@ -313,7 +318,7 @@ def _responses(schema: Schema, row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _whole(schema: Schema, row: Mapping[str, Any], canonical: dict[str, Any]) -> dict[str, Any]:
-    """Lists of turns of each speaker put together to conversations; the system text in front of what repeats no prompt."""
+    """Turns that are listed by speaker, as conversations; the system text in front of those that hold their prompt."""
     prompt = canonical.get("prompt")
     texts = "responses" if "responses" in canonical else None
     values = canonical["responses"] if texts else [canonical[n] for n in ("chosen", "rejected") if n in canonical]

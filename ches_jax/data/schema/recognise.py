@@ -19,37 +19,27 @@ from ches_jax.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
 
-PROMPT = ("prompt", "instruction", "question", "query", "context", "history", "input", "user", "post", "problem",
-          "messages", "conversations", "conversation", "dialogue", "dialog", "prompts")  # fmt: skip
-SYSTEM = ("system", "system_prompt", "system_message", "system_text", "sys")
+PROMPT = frozenset(
+    {"prompt", "prompts", "instruction", "question", "query", "context", "history", "input", "user", "post", "problem",
+     "messages", "conversations", "conversation", "dialogue", "dialog"}
+)  # fmt: skip
+SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "sys"})
 _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")
 """Keys of the text of a prompt that is an object."""
 SIDES = (("chosen", "rejected"), ("preferred", "dispreferred"), ("preferred", "rejected"), ("accepted", "rejected"),
          ("winner", "loser"), ("better", "worse"), ("positive", "negative"), ("good", "bad"), ("win", "lose"),
          ("pos", "neg"), ("j", "k"), ("w", "l"))  # fmt: skip
+"""Words of the better and of the worse response, as columns are named."""
 PLACES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"), ("first", "second"))
 """How two columns of responses are told apart."""
-STEM = frozenset(["response", "responses", "answer", "answers", "completion", "completions", "conversation", "conversations", "output", "outputs", "reply", "replies", "generation", "generations", "candidate", "candidates", "summary", "summaries", "text", "ref", "messages", "message", "option", "continuation", "choice"])  # fmt: skip
+_RESPONSE = frozenset({"response", "answer", "completion", "conversation", "output", "reply", "generation", "candidate",
+                       "summary", "text", "ref", "message", "option", "continuation", "choice"})  # fmt: skip
+STEM = _RESPONSE | {f"{w}s" for w in _RESPONSE} | {"replies", "summaries"}
 """Words in the name of a column of responses."""
-WINNER = frozenset(
-    [
-        "winner",
-        "winners",
-        "choice",
-        "choices",
-        "better",
-        "best",
-        "preferred",
-        "preference",
-        "pref",
-        "label",
-        "labels",
-        "verdict",
-        "overall",
-    ]
-)
-SCORE = frozenset(["score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"])
-RANK = frozenset(["rank", "ranks", "ranking", "rankings"])
+WINNER = frozenset({"winner", "winners", "choice", "choices", "better", "best", "preferred", "preference", "pref", "label",
+                    "labels", "verdict"})  # fmt: skip
+SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
+RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
 _TRIED = 200
 """Rows that are looked at."""
@@ -77,6 +67,31 @@ def recognise(rows: Rows) -> Recognised:
     schema = _preset(rows) or _inferred(rows, columns) or PLAIN
     schema = _with_system(schema, rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def recognise_prompt(rows: Rows) -> Recognised:
+    """The same for rows of which the prompt alone is asked: who wins does not matter.
+
+    Raises:
+      DataError: two columns may be the prompt.
+    """
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    if "prompt_ids" in columns:
+        return Recognised(PLAIN)
+    schema = None if "prompt" in columns and "chosen" not in columns else _preset(rows)
+    if schema is None and "prompt" not in columns and not ("chosen" in columns and fits(PLAIN, rows)):
+        words = _prompt_words(rows, columns, (), optional=False)
+        schema = replace(PLAIN, name="columns", chosen="", rejected="", **words) if words else None
+    schema = _with_system(schema or PLAIN, rows, columns)
+    return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def told_of_columns(schema: Schema | None, columns: Mapping[str, str], rows: Rows) -> Recognised:
+    """What is left unread of a declaration that was given, or of columns that are renamed."""
+    names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    taken = schema or replace(PLAIN, **{n: columns[n] for n in ("prompt", "chosen", "rejected") if n in columns})
+    hidden = [n for n in names if n in columns.values() or (n in columns and not columns[n])]
+    return Recognised(taken, tuple(left_over(taken, rows, [n for n in names if n not in hidden])))
 
 
 def fits(schema: Schema, rows: Rows) -> bool:
