@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ches_jax.data.messages import Message, as_messages, text_of
 from ches_jax.data.prompts import TEXT_COLUMNS
-from ches_jax.data.template import ChatTemplate, End, joined, with_template
+from ches_jax.data.template import MODES, ChatTemplate, End, joined, with_template
 from ches_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ class Writer:
         Raises:
           DataError: no such template, or arguments that it does not read.
         """
-        if template not in ("auto", "none", "always"):
-            tokenizer, template = with_template(tokenizer, template), "auto"
-        return cls(ChatTemplate(tokenizer, arguments), cast(Mode, template))
+        mode = template if template in MODES else "auto"
+        return cls(ChatTemplate(with_template(tokenizer, template), arguments), cast(Mode, mode))
 
     def pair(self, content: Mapping[str, Any], written: dict[str, str] | None = None) -> Rendered:
         """The texts of a canonical row (not of token ids).

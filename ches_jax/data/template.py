@@ -32,6 +32,8 @@ Ids = tuple[int, ...]
 Row = Mapping[str, Any]
 """What a row brings beside its messages: ``tools`` and ``chat_template_kwargs``."""
 
+MODES = ("auto", "none", "always")
+"""Values of ``--template`` that say which rows a template writes, and not which one."""
 MARK = "zqxMarkxqz"
 """The unmistakable text: letters only, so that no template strips, splits or escapes it."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
@@ -333,11 +335,13 @@ def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Messa
 
 
 def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer with the chat template that ``template`` names or the file holds.
+    """The tokenizer with the chat template that ``template`` names or whose file it is; itself for one of ``MODES``.
 
     Raises:
       DataError: neither a name of its templates nor a file.
     """
+    if template in MODES:
+        return tokenizer
     own = tokenizer.chat_template
     names = list(own) if isinstance(own, dict) else ["default"] if own else []
     path = Path(template)
@@ -351,7 +355,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
     else:
-        words = ["auto", "none", "always", *names]
+        words = [*MODES, *names]
         raise DataError(
             f"--template {template}: no such file, and no template of the tokenizer; expected {', '.join(words)} or a "
             f"file{did_you_mean(template, words)}"

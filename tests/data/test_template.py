@@ -9,7 +9,6 @@ from ches_jax.data.sources import Record, row_id
 from ches_jax.data.template import ChatTemplate
 from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import DataError
-from ches_jax.types import Response
 
 ADDED = ["<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|hdr|>", "<tool>", "</tool>", "<|call|>"]
 CHATML = (
@@ -128,7 +127,8 @@ ENDS = {
         ("a", "</s>"),
     ),
     "another token in the middle of a conversation": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.content }}{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.content }}"
+        "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}",
         ("a", "</s>"),
     ),
@@ -354,7 +354,7 @@ def test_a_named_template_or_a_file_can_be_chosen(plain, tmp_path):
         one(plain(), *row, template=str(tmp_path / "mine.jinja")).chosen
         == one(tokenizer, *row, template="other").chosen
     )
-    with pytest.raises(DataError, match="--template othr: no such file, and no template .* did you mean other"):
+    with pytest.raises(DataError, match=r"--template othr: no such file, and no template .* did you mean other"):
         one(tokenizer, *row, template="othr")
     with pytest.raises(DataError, match=r"several chat templates: choose one with --template \(a, b\)"):
         one(plain({"a": CHATML, "b": CHATML}), *row)
@@ -369,12 +369,7 @@ def test_templates_beside_a_tokenizer_are_found_by_name(plain, tmp_path):
     loaded = load_tokenizer(tmp_path)
     row = ([Q], [assistant("a")], [assistant("b")])
     assert said(loaded, one(loaded, *row).chosen) == ("a", "<|im_end|>")
-    assert (
-        one(loaded, *row, template="short").chosen
-        == Response(*one(loaded, *row, template="short").chosen.__reduce__()[1])
-        if False
-        else True
-    )
+    assert loaded.decode(one(loaded, *row, template="short").prompt) == "Name a fruit.</s>"
 
 
 def test_a_template_that_fails_refuses_the_row_in_words(plain):
