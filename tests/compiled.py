@@ -34,7 +34,10 @@ def processor() -> str:
 
 def xla_flags() -> str:
     """What XLA reads, for this process and its children: the caller's own flags come last, so that they win."""
-    ours = [f"--xla_force_host_platform_device_count={DEVICES}", *(FLAGS if version("jaxlib").startswith("0.10.") else [])]
+    ours = [
+        f"--xla_force_host_platform_device_count={DEVICES}",
+        *(FLAGS if version("jaxlib").startswith("0.10.") else []),
+    ]
     theirs = os.environ.get("XLA_FLAGS", "").split()
     return " ".join([*(flag for flag in ours if flag not in theirs), *theirs])
 

@@ -1,8 +1,8 @@
-"""CPU seconds of each file of tests, told at the end of a run with ``--timings``.
+"""What each file of tests costs, told at the end of a run with ``--timings``: CPU seconds, and programs compiled.
 
-Processor time, not the clock: it is the same on a busy machine. Processes that a test started and waited for are counted
-to it, and so is a fixture to the test that asked for it first. What a worker spends before its first test (imports and
-collection) is told on a line of its own.
+Processor time, not the clock: it is nearly the same on a busy machine. Processes that a test started and waited for are
+counted to it, and so is a fixture to the test that asked for it first. A program counts when jax asks for it, whether it
+is compiled or found in the cache: many in one test are arrays handled one operation at a time outside ``jax.jit``.
 """
 
 import json
@@ -11,8 +11,12 @@ import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+
+PROGRAM = "/jax/core/compile/backend_compile_duration"
 
 
 def cpu_seconds() -> float:
@@ -26,45 +30,57 @@ class Timings:
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self.config, self.path = config, path
-        self.phase = 0.0
-        self.tests: Counter[str] = Counter()
-        self.before: Counter[str] = Counter()
+        self.asked = 0
+        self.phase = (0.0, 0)
+        self.seconds: Counter[str] = Counter()
+        self.programs: Counter[str] = Counter()
+        self.imports: Counter[str] = Counter()
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, seconds: float, **_: Any) -> None:
+        self.asked += event == PROGRAM
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.phase = cpu_seconds()
+        self.phase = cpu_seconds(), self.asked
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
-        report = yield
-        now = cpu_seconds()
-        report.cpu_seconds, self.phase = now - self.phase, now
+        report: Any = yield
+        seconds, programs = self.phase
+        self.phase = cpu_seconds(), self.asked
+        report.cost = self.phase[0] - seconds, self.phase[1] - programs
         return report
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.before[os.environ.get("PYTEST_XDIST_WORKER", "main")] = cpu_seconds()
+    def pytest_collection_finish(self) -> None:
+        self.imports[os.environ.get("PYTEST_XDIST_WORKER", "main")] = cpu_seconds()
 
     def pytest_sessionfinish(self) -> None:
         if hasattr(self.config, "workeroutput"):
-            self.config.workeroutput["cpu_before"] = dict(self.before)
+            self.config.workeroutput["imports"] = dict(self.imports)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node) -> None:
-        self.before.update(node.workeroutput.get("cpu_before", {}))
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.imports.update(getattr(node, "workeroutput", {}).get("imports", {}))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.tests[report.nodeid] += getattr(report, "cpu_seconds", 0.0)
+        seconds, programs = getattr(report, "cost", (0.0, 0))
+        self.seconds[report.nodeid] += seconds
+        self.programs[report.nodeid] += programs
 
-    def pytest_terminal_summary(self, terminalreporter) -> None:
-        files: Counter[str] = Counter()
-        for nodeid, seconds in self.tests.items():
-            files[nodeid.partition("::")[0]] += seconds
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        files: dict[str, Counter[str]] = {"seconds": Counter(), "programs": Counter()}
+        for name, found in files.items():
+            for nodeid, value in getattr(self, name).items():
+                found[nodeid.partition("::")[0]] += value
+        imports = sum(self.imports.values())
         write = terminalreporter.write_line
-        terminalreporter.section("CPU seconds")
-        for file, seconds in files.most_common():
-            write(f"{seconds:8.1f}  {file}")
-        write(f"{sum(self.before.values()):8.1f}  imports and collection of {len(self.before)} process(es)")
-        write(f"{sum(files.values()) + sum(self.before.values()):8.1f}  together")
+        terminalreporter.section("CPU seconds, programs")
+        for file, seconds in files["seconds"].most_common():
+            write(f"{seconds:8.1f} {files['programs'][file]:6d}  {file}")
+        write(f"{imports:8.1f}         imports and collection of {len(self.imports)} processes")
+        write(f"{self.seconds.total() + imports:8.1f} {self.programs.total():6d}  together")
         if self.path != "-":
-            Path(self.path).write_text(json.dumps({"before": self.before, "tests": self.tests}, indent=1))
+            found = {"imports": self.imports, "tests": self.seconds, "programs": self.programs}
+            Path(self.path).write_text(json.dumps(found, indent=1))
