@@ -12,7 +12,8 @@ from ches_jax.data.audit import Audit
 from ches_jax.data.sources import PairSource, open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.errors import ChesError
-from ches_jax.hf.directory import read_config, resolve
+from ches_jax.hf.directory import resolve
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.scores.config import ScoreConfig
@@ -66,7 +67,7 @@ class Inputs:
 def prepare(config: ScoreConfig) -> Inputs:
     """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
     directory = resolve(config.model)
-    decoder = decoder_config(read_config(directory), str(directory))
+    decoder = decoder_config(effective_config(directory), str(directory))
     pairs = bundled.located(config.pairs, bundled.pairs_file)
     source = open_pairs(pairs, config.split, config.columns, config.candidates)
     tokenizer = pair_tokenizer(

@@ -12,8 +12,9 @@ from ches_jax.data.sources import PairSource, Record, open_prompts
 from ches_jax.data.tokenize import encode_prompts, load_tokenizer
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
-from ches_jax.hf.directory import read_config, resolve
+from ches_jax.hf.directory import resolve
 from ches_jax.inputs import sequence_length
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.types import OnBadRow, Template
@@ -160,7 +161,7 @@ def prepare(config: GenerateConfig) -> Inputs:
 def open_encoder(model: str, max_length: int | None, template: Template) -> Encoder:
     """Open and check a model directory and its tokenizer."""
     directory = resolve(model)
-    decoder = decoder_config(read_config(directory), str(directory))
+    decoder = decoder_config(effective_config(directory), str(directory))
     if max_length is not None and max_length < 2:
         raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
     length = sequence_length(decoder, max_length)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from ches_jax.errors import RunError
-from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.hf.directory import fingerprint, resolve
 from ches_jax.models.adapters.lora import merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.runs.directory import CONFIG, RUN, read_json
@@ -47,7 +48,7 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     directory = resolve(options["model"])
     if fingerprint(directory) != options["model_fingerprint"]:
         raise RunError(f"{directory}: not the weights that the run {out} started from")
-    decoder = decoder_config(read_config(directory), str(directory))
+    decoder = decoder_config(effective_config(directory), str(directory))
     params = read_trained(out, step)
     lora = open_lora(TrainConfig(**{name: options.get(name) for name in LORA_OPTIONS}), directory, decoder)  # type: ignore[arg-type]
     if lora is not None:

@@ -15,10 +15,11 @@ from ches_jax.data.packing import Item, responses_of
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
-from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.hf.directory import fingerprint, resolve
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config
@@ -134,7 +135,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     )
     require_reward_columns(config, loss)
     directory = resolve(config.model)
-    decoder = decoder_config(read_config(directory), str(directory))
+    decoder = decoder_config(effective_config(directory), str(directory))
     lora = open_lora(config, directory, decoder)
     mesh = make_mesh(config.mesh, everywhere=True)
     if needs_reference(loss) and config.reference == "none":
@@ -271,7 +272,7 @@ class OtherModel:
     directory: Path
 
     def __post_init__(self) -> None:
-        self._decoder = decoder_config(read_config(self.directory), str(self.directory))
+        self._decoder = decoder_config(effective_config(self.directory), str(self.directory))
         if self._decoder.vocab_size != self.run.decoder.vocab_size:
             raise ChesError(
                 f"--reference {self.directory}: its vocabulary has {self._decoder.vocab_size} tokens, the model's "
