@@ -67,6 +67,13 @@ class RunOutput(Output):
 
     resume: bool = False
     """Go on with the run that --out holds."""
+    other_versions: bool = False
+    """With --resume: go on although packages have other versions than at the start."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of a verb's function beside its config."""
+        return {"resume": self.resume, "quiet": self.quiet, "other_versions": self.other_versions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,7 @@ class Score(RunOutput, ScoreConfig):
         from ches_jax.scores.run import score
         from ches_jax.scores.table import FILE_NAME, read_table
 
-        out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
             return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
@@ -150,7 +157,7 @@ class Generate(RunOutput, GenerateConfig):
         from ches_jax.generate.run import FILE_NAME, generate
         from ches_jax.runs.directory import RUN, read_json
 
-        out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
+        out = generate(_only(GenerateConfig, self), **self.how)
         record = read_json(out / RUN)
         n = record["counts"]
         return Outcome(
@@ -171,15 +178,15 @@ class Judge(RunOutput, JudgeConfig):
         from ches_jax.judges.run import FILE_NAME, judge, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
+        out = judge(_only(JudgeConfig, self), **self.how)
         record = read_json(out / RUN)
-        found = record["summary"]
-        counts = {name: found[name] for name in ("responses", "refusals", "undecided")}
+        summary = record["summary"]
+        counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
         return Outcome(
             headline=f"{counts['refusals']} of {counts['responses']} refused, {counts['undecided']} undecided "
             f"-> {out / FILE_NAME}",
             path=out / FILE_NAME,
-            text="" if self.quiet else summary_text(found),
+            text="" if self.quiet else summary_text(summary),
             counts=counts,
             paths={"run": out / RUN},
             details=record,
@@ -196,7 +203,7 @@ class Train(RunOutput, TrainConfig):
         from ches_jax.train.loop import Stopped, train
 
         try:
-            out = train(_only(TrainConfig, self), resume=self.resume, quiet=self.quiet)
+            out = train(_only(TrainConfig, self), **self.how)
         except Stopped as stopped:
             return Outcome(headline=str(stopped), code=143)
         record = read_json(out / RUN)
@@ -219,14 +226,14 @@ class Diagnose(Output, DiagnoseConfig):
         from ches_jax.displacement.diagnose import diagnose
         from ches_jax.displacement.verdict import rule_holds
 
-        found = diagnose(_only(DiagnoseConfig, self))
-        failed = rule_holds(found, self.fail_if)
+        diagnosis = diagnose(_only(DiagnoseConfig, self))
+        failed = rule_holds(diagnosis, self.fail_if)
         return Outcome(
-            headline=f"{found.verdict}: chosen {found.chosen.mean:+.3f} nats over {found.pairs} {found.unit}"
-            + (f"; --fail-if {self.fail_if} holds" if failed else ""),
-            text=found.text(),
-            counts={"pairs": found.pairs, "records": found.records},
-            details=found.to_json(),
+            headline=f"{diagnosis.verdict}: chosen {diagnosis.chosen.mean:+.3f} nats "
+            f"over {diagnosis.pairs} {diagnosis.unit}" + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            text=diagnosis.text(),
+            counts={"pairs": diagnosis.pairs, "records": diagnosis.records},
+            details=diagnosis.to_json(),
             code=int(failed),
         )
 
@@ -310,11 +317,11 @@ class Verify(Output):
             lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in claims]
             return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
         verification = theory("theory.verify")
-        asked = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
-        results = verification.verify(self.claims or None, **asked, quiet=self.quiet)
+        options = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
+        results = verification.verify(self.claims or None, **options, quiet=self.quiet)
         failed = [r.id for r in results if not r.passed]
         held = f"{len(results) - len(failed)} of {len(results)} claims hold"
-        path = verification.write_results(self.out, results, asked) if self.out else None
+        path = verification.write_results(self.out, results, options) if self.out else None
         text = "\n".join([verification.table(results), held + (f"; not: {', '.join(failed)}" if failed else "")])
         return Outcome(
             headline=held + (f" -> {path}" if path else ""),

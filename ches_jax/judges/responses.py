@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.data.prompts import canonical_prompt, lookup
-from ches_jax.data.sources import Kind, PairSource, Record, open_rows, row_id
+from ches_jax.data.sources import Kind, PairSource, Record, row_id
 from ches_jax.errors import DataError, many
 from ches_jax.generate.run import FILE_NAME
+from ches_jax.inputs import Opener
 
 Key = tuple[str, int]
 WORDS = {
@@ -24,17 +25,17 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
     def value(name: str) -> Any:
         return lookup(row, columns.get(name, name))
 
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     if value("prompt") is not None or value("prompt_ids") is not None:
         names = ("prompt", "prompt_ids", "tools", "chat_template_kwargs")
         prompt = {n: value(n) for n in names if value(n) is not None}
         if prompt.get("prompt") is not None:
             prompt.pop("prompt_ids", None)  # the output of ches generate has both; the text is what was asked
-        found |= canonical_prompt(prompt, {})
+        answers |= canonical_prompt(prompt, {})
     if isinstance(value("row_id"), str):
-        found["row_id"] = value("row_id")
-    elif found:
-        found["row_id"] = row_id(found)
+        answers["row_id"] = value("row_id")
+    elif answers:
+        answers["row_id"] = row_id(answers)
     else:
         raise DataError(
             f"neither 'row_id' nor 'prompt' says which prompt it answers; found: {', '.join(map(str, row))}"
@@ -44,7 +45,7 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
         sample = int(sample)  # from a CSV table
     if not isinstance(sample, int) or sample < 0:
         raise DataError(f"'sample' is {sample!r}; expected a number from 0")
-    return {**found, "sample": sample}
+    return {**answers, "sample": sample}
 
 
 def _response(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ LABELS = Kind(
 )
 
 
-def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource:
+def open_responses(opener: Opener, spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource:
     """Responses from a file, or from the directory of ``ches generate``.
 
     Raises:
@@ -104,7 +105,7 @@ def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> 
         spec = str(folder / FILE_NAME)
     elif (folder / "config.json").is_file() and not (folder / "state.json").is_file():
         raise DataError(f"{spec}: no {FILE_NAME}; if this is a run of ches generate, finish it with --resume")
-    return open_rows(spec, split, columns, RESPONSES)
+    return opener.rows(spec, split, columns, RESPONSES, "responses")
 
 
 def key(row: Record) -> Key:
@@ -112,19 +113,19 @@ def key(row: Record) -> Key:
     return row.content["row_id"], row.content["sample"]
 
 
-def read_labels(spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
+def read_labels(opener: Opener, spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
     """Whether each response refused.
 
     Raises:
       DataError: a row without a label, or two labels for one response that differ.
     """
-    found: dict[Key, bool] = {}
-    source = open_rows(spec, None, columns, LABELS)
+    refusals: dict[Key, bool] = {}
+    source = opener.rows(spec, None, columns, LABELS, "labels")
     for row in source:
         refused = row.content["refusal"]
-        if found.setdefault(key(row), refused) != refused:
+        if refusals.setdefault(key(row), refused) != refused:
             raise DataError(f"{source.name}, {row.where}: another label for the same response stands before it")
-    return found
+    return refusals
 
 
 def require_labels(responses: Iterable[Record], labels: Mapping[Key, bool], name: str) -> None:

@@ -103,12 +103,14 @@ def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
         return jax.grad(value)
 
     full = loss(plain)(merged(params, spec))
-    found = loss(both)(params)
+    actual = loss(both)(params)
     for name, (_, scale) in spec.items():
         dw, a, b = full[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"]
         for part, expected in (("a", jnp.matrix_transpose(b) @ dw), ("b", dw @ jnp.matrix_transpose(a))):
             size = float(jnp.abs(expected).max())
-            np.testing.assert_allclose(found[f"{name}.lora_{part}"] * 1, scale * expected, atol=1e-12 * size, rtol=1e-9)
+            np.testing.assert_allclose(
+                actual[f"{name}.lora_{part}"] * 1, scale * expected, atol=1e-12 * size, rtol=1e-9
+            )
 
 
 def test_merged_is_adapted(base, x64):
@@ -125,9 +127,9 @@ def test_half_precision_multiplies_what_float32_holds(base):
     model, params = with_adapters(base("llama"), spec)
     exact = logits(model)
     half = adapted(abstract_decoder(model.config, dtype=jnp.bfloat16), spec)
-    found = logits(with_parameters(half, params))
+    actual = logits(with_parameters(half, params))
     assert all(v.dtype == np.float32 for n, v in params.items() if "lora" in n)
-    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 has 8 bits
+    np.testing.assert_allclose(actual, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize(
@@ -177,13 +179,49 @@ def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
         "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 2}, "target_modules": ["q_proj"],
     }  # fmt: skip
     write_files(tmp_path / "a", config, tensors)
-    found = read_adapter(tmp_path / "a", base("llama"))
-    assert found.spec == {"layers.self_attn.q_proj": (3, 1.0)}
-    a, b = (found.arrays[f"layers.self_attn.q_proj.lora_{part}"] for part in "ab")
+    actual = read_adapter(tmp_path / "a", base("llama"))
+    assert actual.spec == {"layers.self_attn.q_proj": (3, 1.0)}
+    a, b = (actual.arrays[f"layers.self_attn.q_proj.lora_{part}"] for part in "ab")
     for layer in range(2):
         left, right = (tensors[name.format(layer, part)].astype(np.float32) for part in "AB")
         np.testing.assert_allclose(b[layer] @ a[layer], right @ left, atol=1e-5)
     assert not a[0, 2:].any() and not b[0, :, 2:].any()
+
+
+def test_each_layer_has_its_own_scale_as_peft_computes_it(base, tmp_path):
+    """W + alpha_l / r_l B_l A_l (rsLoRA: alpha_l / sqrt(r_l)), with the first pattern that the name's end matches."""
+    rng = np.random.default_rng(3)
+    name = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    sizes = {"self_attn.q_proj": (24, 24), "mlp.down_proj": (20, 24)}
+    ranks = {(0, "self_attn.q_proj"): 2, (1, "self_attn.q_proj"): 4, (0, "mlp.down_proj"): 4, (1, "mlp.down_proj"): 4}
+    tensors = {}
+    for (layer, module), rank in ranks.items():
+        inputs, outputs = sizes[module]
+        tensors[name.format(layer, module, "A")] = rng.normal(size=(rank, inputs))
+        tensors[name.format(layer, module, "B")] = rng.normal(size=(outputs, rank))
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {r"layers\.0\.self_attn\..*": 2},
+        # 'proj' alone ends no name at a dot, 'q_proj' stands behind the pattern that already matches in layer 1
+        "alpha_pattern": {"proj": 99, "layers.1.(self_attn|mlp).[a-z]+_proj": 12, "q_proj": 10},
+    }  # fmt: skip
+    alphas = {
+        (0, "self_attn.q_proj"): 10,
+        (1, "self_attn.q_proj"): 12,
+        (0, "mlp.down_proj"): 8,
+        (1, "mlp.down_proj"): 12,
+    }
+    for rslora in (False, True):
+        write_files(tmp_path / f"a{rslora}", config | {"use_rslora": rslora}, tensors)
+        adapter = read_adapter(tmp_path / f"a{rslora}", base("llama"))
+        for (layer, module), rank in ranks.items():
+            scale = alphas[layer, module] / (rank**0.5 if rslora else rank)
+            a, b = (tensors[name.format(layer, module, part)].astype(np.float32).astype(np.float64) for part in "AB")
+            key = f"layers.{module}"
+            ours = [adapter.arrays[f"{key}.lora_{part}"][layer].astype(np.float64) for part in "ab"]
+            expected = scale * b @ a
+            np.testing.assert_allclose(
+                adapter.spec[key].scale * ours[1] @ ours[0], expected, atol=1e-6 * np.abs(expected).max()
+            )
 
 
 def write_files(directory: Path, config, tensors) -> None:
@@ -204,6 +242,21 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
         ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
         ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
+        ({**GOOD, "use_newdora": True}, {}, "'use_newdora' = True is not known; expected it to be off"),
+        ({**GOOD, "modules_to_save": ["lm_head"]}, {}, r"'modules_to_save' = \['lm_head'\] is not supported"),
+        (
+            {**GOOD, "rank_pattern": {"q_proj": "x"}},
+            {},
+            "'rank_pattern' of 'q_proj' is 'x'; expected a positive number",
+        ),
+        ({**GOOD, "rank_pattern": {"q_proj": 0}}, {}, "'rank_pattern' of 'q_proj' is 0"),
+        ({**GOOD, "rank_pattern": {"q_proj": 1.5}}, {}, "'rank_pattern' of 'q_proj' is 1.5"),
+        ({**GOOD, "rank_pattern": {"q_proj": 10**9}}, {}, "at most 65536"),
+        ({**GOOD, "rank_pattern": ["q_proj"]}, {}, "'rank_pattern' is .* expected an object"),
+        ({**GOOD, "alpha_pattern": {"q_proj": True}}, {}, "'alpha_pattern' of 'q_proj' is True"),
+        ({**GOOD, "alpha_pattern": {"q_proj": float("nan")}}, {}, "'alpha_pattern' of 'q_proj' is nan"),
+        ({**GOOD, "r": True}, {}, "'r' is True; expected a positive number"),
+        ({**GOOD, "rank_pattern": {"(": 2}}, {}, "'rank_pattern' has '\\(', which is no regular expression"),
         (GOOD, {}, "holds no adapter"),
         (GOOD, {f"{MODULE}.lora_A.weight": (2, 24)}, "has lora_A alone"),
         (GOOD, {f"{MODULE}.lora_A.weight": (2, 20), f"{MODULE}.lora_B.weight": (20, 2)}, r"expected \(2, 24\)"),
@@ -215,6 +268,15 @@ def test_what_is_no_plain_lora_is_refused_by_name(base, tmp_path, config, tensor
     write_files(tmp_path / "a", config, {name: np.ones(shape) for name, shape in tensors.items()})
     with pytest.raises(ChesError, match=message):
         read_adapter(tmp_path / "a", base("llama"))
+
+
+def test_a_pattern_that_would_take_for_ever_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("ches_jax.models.adapters.peft.PATTERN_SECONDS", 0.1)
+    tensors = {f"{MODULE}.lora_A.weight": np.ones((2, 24)), f"{MODULE}.lora_B.weight": np.ones((20, 2))}
+    for i, pattern in enumerate(("(?:a|a|.|..|...)*[A-Z]", "(?:.|..|...|.?.?.?)*[A-Z]")):
+        write_files(tmp_path / f"a{i}", {**GOOD, "alpha_pattern": {pattern: 2}}, tensors)
+        with pytest.raises(ChesError, match=r"'alpha_pattern' takes longer than 0\.1 seconds to match module names"):
+            read_adapter(tmp_path / f"a{i}", base("llama"))
 
 
 def test_targets_are_checked(base):
@@ -235,7 +297,7 @@ def test_an_adapter_loads_beside_the_model_or_into_it(base, tmp_path):
     write_adapter(tmp_path / "adapter", params, spec, directory)
     expected = logits(model)
     np.testing.assert_array_equal(logits(load_adapted(directory, tmp_path / "adapter")), expected)
-    found = logits(load_merged(directory, tmp_path / "adapter"))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    actual = logits(load_merged(directory, tmp_path / "adapter"))
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(ChesError, match=r"no adapter_model\.safetensors; expected a PEFT adapter directory"):
         load_adapted(directory, directory)

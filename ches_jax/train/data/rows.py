@@ -11,10 +11,11 @@ import numpy as np
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
-from ches_jax.data.sources import Kind, PairSource, open_pairs, open_rows
+from ches_jax.data.sources import Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
+from ches_jax.inputs import Opener
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.train.config import TrainConfig
@@ -40,7 +41,7 @@ COMPLETION = ("completion", "completion_ids")
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
 _CHUNK = 256
-"""Pairs that are tokenised at a time, and dealt out to processes."""
+"""Pairs that are tokenised at a time, and distributed to processes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class ReadPairs:
     """Numbers that the rows bring, by field of ``LossInputs``."""
     dropped: list[dict[str, Any]]
     rows: int
-    fingerprint: str
 
 
 def require_reward_columns(config: TrainConfig, loss: Loss) -> None:
@@ -79,43 +79,47 @@ def read_pairs(
     split: str | None,
     limit: int | None,
     process: Process,
+    opener: Opener,
+    option: str,
 ) -> ReadPairs:
     """Read a source for a run; of several processes each tokenises its part, and all get the same.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    source, one_response = _open(config, loss, spec, split)
-    asked = _asked_columns(config, loss)
-    if one_response and asked:
-        raise ChesError(f"{asked[0][0]}: {source.name} has rows of one response, of which only the label is read")
+    source, one_response = _open(config, loss, spec, split, opener, option)
+    choices_of = _column_choices(config, loss)
+    if one_response and choices_of:
+        raise ChesError(f"{choices_of[0][0]}: {source.name} has rows of one response, of which only the label is read")
     pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
         pairs = [_single(p) for p in pairs]
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
     if one_response and is_supervised(loss):  # every response is a good one
-        return ReadPairs(kept, {}, dropped, rows, source.fingerprint())
+        return ReadPairs(kept, {}, dropped, rows)
     if one_response:
         name = config.columns.get(LABEL, LABEL)
         labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
-        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows, source.fingerprint())
+        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
-    return ReadPairs(kept, _numbers(source, asked, kept, limit), dropped, rows, source.fingerprint())
+    return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows)
 
 
-def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
+def _open(
+    config: TrainConfig, loss: Loss, spec: str, split: str | None, opener: Opener, option: str
+) -> tuple[PairSource, bool]:
     """The source, and whether its rows are of one response."""
     if is_unpaired(loss) or is_supervised(loss):
         try:
-            return open_rows(spec, split, config.columns, ONE_RESPONSE), True
+            return opener.rows(spec, split, config.columns, ONE_RESPONSE, option), True
         except DataError:
             if {*COMPLETION, LABEL} & config.columns.keys():
                 raise
     if reads_samples(loss):
-        return open_rows(spec, split, config.columns, SAMPLES), False
-    return open_pairs(spec, split, config.columns, config.candidates), False
+        return opener.rows(spec, split, config.columns, SAMPLES, option), False
+    return opener.pairs(spec, split, config.columns, config.candidates, option), False
 
 
 def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
@@ -187,18 +191,18 @@ def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPai
     return pairs
 
 
-def _asked_columns(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:
+def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:
     """Options that read numbers from the rows, and for each the columns that would do, by field of ``LossInputs``."""
-    asked: list[tuple[str, list[Mapping[str, str]]]] = []
+    choices_of: list[tuple[str, list[Mapping[str, str]]]] = []
     if config.reference == "columns":
-        asked.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
+        choices_of.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
     if config.weights is not None:
-        asked.append((f"--weights {config.weights}", [{"weights": config.weights}]))
+        choices_of.append((f"--weights {config.weights}", [{"weights": config.weights}]))
     if loss.needs >= REWARDS:
         names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
         option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
-        asked.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
-    return asked
+        choices_of.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
+    return choices_of
 
 
 def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, process: Process) -> list[TokenPair]:
@@ -213,9 +217,9 @@ def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, 
             mine += tokenizer(chunk)
     if process.count == 1:
         return mine
-    found = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
+    tokenised = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
     # chunks come back in the order of the processes; the pairs of a row lie in one or two chunks that follow each other
-    return sorted(found, key=lambda p: (p.index, p.candidates or ()))
+    return sorted(tokenised, key=lambda p: (p.index, p.candidates or ()))
 
 
 def _encoded(pair: TokenPair) -> dict[str, Any]:
@@ -250,25 +254,25 @@ def _fit(
 
 def _numbers(
     source: PairSource,
-    asked: Sequence[tuple[str, list[Mapping[str, str]]]],
+    choices_of: Sequence[tuple[str, list[Mapping[str, str]]]],
     pairs: Sequence[TokenPair],
     limit: int | None,
 ) -> dict[str, np.ndarray]:
     """Numbers that the rows themselves bring, for each of ``pairs``."""
-    if not asked:
+    if not choices_of:
         return {}
     by_row: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
         by_row.setdefault(pair.index, []).append(position)
-    found: list[dict[str, float]] = [{} for _ in pairs]
+    values: list[dict[str, float]] = [{} for _ in pairs]
     for index, (where, raw) in enumerate(source.read(0)):
         if limit is not None and index >= limit:
             break
         for position in by_row.get(index, ()):
-            for option, choices in asked:
+            for option, choices in choices_of:
                 subject = f"{source.name}, {where}: {option}"
-                found[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
-    return {field: np.array([numbers[field] for numbers in found]) for field in (found[0] if found else {})}
+                values[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
+    return {field: np.array([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
 
 
 def _row_numbers(

@@ -18,15 +18,13 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax import bundled
-from ches_jax.data.sources import open_prompts
-from ches_jax.data.tokenize import encode_prompts, load_tokenizer
+from ches_jax.data.tokenize import encode_prompts
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.errors import DataError
+from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
-from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
@@ -71,35 +69,31 @@ class Probes:
     tokenizer: "PreTrainedTokenizerBase"
     ids: list[tuple[int, ...]]
     row_ids: list[str]
-    fingerprint: str
 
     def text(self, ids: Sequence[int]) -> str:
         """What the tokens say."""
         return str(self.tokenizer.decode(list(ids)))
 
 
-def read_probes(
-    spec: str, directory: Path, decoder: DecoderConfig, *, template: Template, max_length: int | None
-) -> Probes:
+def read_probes(spec: str, model: ModelFiles, opener: Opener, *, template: Template, max_length: int | None) -> Probes:
     """The prompts of a file or data set; ``bundled`` for those of the package.
 
     Raises:
       DataError: prompts that cannot be read, are empty, or too long for the model.
     """
-    source = open_prompts(bundled.located(spec, bundled.prompts_file))
+    source = opener.prompts(spec, option="probes")
     rows = list(source)
-    tokenizer = load_tokenizer(directory)
-    ids = encode_prompts(tokenizer, rows, template)
-    longest = max_length or decoder.max_positions
-    for row, found in zip(rows, ids, strict=True):
-        if not 0 < len(found) < longest or max(found) >= decoder.vocab_size:
+    ids = encode_prompts(model.tokenizer, rows, template)
+    longest = max_length or model.decoder.max_positions
+    for row, prompt in zip(rows, ids, strict=True):
+        if not 0 < len(prompt) < longest or max(prompt) >= model.decoder.vocab_size:
             raise DataError(
-                f"--probes {source.name}, {row.where}: a prompt of {len(found)} tokens; expected 1 to {longest - 1}, "
-                f"of ids below {decoder.vocab_size}"
+                f"--probes {source.name}, {row.where}: a prompt of {len(prompt)} tokens; expected 1 to {longest - 1}, "
+                f"of ids below {model.decoder.vocab_size}"
             )
     if not rows:
         raise DataError(f"--probes {source.name}: has no prompts")
-    return Probes(tokenizer, ids, [row.row_id for row in rows], source.fingerprint())
+    return Probes(model.tokenizer, ids, [row.row_id for row in rows])
 
 
 class Prober:
@@ -125,15 +119,15 @@ class Prober:
 
     def __call__(self, params: Any) -> np.ndarray:
         """[prompts, vocabulary] log-probabilities in nats, float32 (float64 in float64)."""
-        found = []
+        parts = []
         for at in range(0, len(self._probes.ids), self._rows):
             some = self._probes.ids[at : at + self._rows]
             tokens, lengths = np.zeros((self._rows, self._length), np.int32), np.ones(self._rows, np.int32)
             for row, ids in enumerate(some):
                 tokens[row, : len(ids)], lengths[row] = ids, len(ids)
             here = jax.device_put((tokens, lengths), self._whole)
-            found.append(np.asarray(self._run(params, *here))[: len(some)])
-        return np.concatenate(found)
+            parts.append(np.asarray(self._run(params, *here))[: len(some)])
+        return np.concatenate(parts)
 
 
 def entropy(logps: np.ndarray) -> np.ndarray:
@@ -184,7 +178,7 @@ class ProbeLog:
         }
         sides = [moved(a, b) for a, b in zip(self._start, now, strict=True)]
         tokens = {"gaining": [s[0] for s in sides], "losing": [s[1] for s in sides]}
-        columns |= {k: [self._changes(i, v, now) for i, v in enumerate(found)] for k, found in tokens.items()}
+        columns |= {k: [self._changes(i, v, now) for i, v in enumerate(watched)] for k, watched in tokens.items()}
         if self.write:
             table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
             write_table(table, part(self.out / PARTS, step))
