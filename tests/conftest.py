@@ -19,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("timings"):
-        config.pluginmanager.register(Timings(config, config.getoption("timings")))
+    if path := config.getoption("timings"):
+        config.pluginmanager.register(Timings(config, str(path)))
     # a program half written by another worker is compiled again
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
     for module in ("torch", "transformers", "huggingface_hub"):

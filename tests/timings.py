@@ -1,14 +1,14 @@
 """What each file of tests costs, told at the end of a run with ``--timings``: CPU seconds, and programs compiled.
 
 Processor time, not the clock: it is nearly the same on a busy machine. Processes that a test started and waited for are
-counted to it, and so is a fixture to the test that asked for it first. A program counts when jax asks for it, whether it
-is compiled or found in the cache: many in one test are arrays handled one operation at a time outside ``jax.jit``.
+counted to it, and so is a fixture to the test that asked for it first. A program counts when jax asks for it, compiled
+or found in the cache: many in one test are arrays handled one operation at a time, outside ``jax.jit``.
 """
 
 import json
 import os
 import resource
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ def cpu_seconds() -> float:
 class Timings:
     """In a worker: measures the phases of each test. In the process that reports: adds them up."""
 
-    def __init__(self, config: pytest.Config, path: str) -> None:
+    def __init__(self, config: Any, path: str) -> None:
         self.config, self.path = config, path
         self.asked = 0
         self.phase = (0.0, 0)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.programs: Counter[str] = Counter()
-        self.imports: Counter[str] = Counter()
+        self.imports: dict[str, float] = {}
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
     def _count(self, event: str, seconds: float, **_: Any) -> None:
@@ -70,17 +70,18 @@ class Timings:
         self.programs[report.nodeid] += programs
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        files: dict[str, Counter[str]] = {"seconds": Counter(), "programs": Counter()}
-        for name, found in files.items():
-            for nodeid, value in getattr(self, name).items():
-                found[nodeid.partition("::")[0]] += value
-        imports = sum(self.imports.values())
-        write = terminalreporter.write_line
+        seconds: dict[str, float] = defaultdict(float)
+        programs: Counter[str] = Counter()
+        for test, spent in self.seconds.items():
+            file = test.partition("::")[0]
+            seconds[file] += spent
+            programs[file] += self.programs[test]
+        imports, write = sum(self.imports.values()), terminalreporter.write_line
         terminalreporter.section("CPU seconds, programs")
-        for file, seconds in files["seconds"].most_common():
-            write(f"{seconds:8.1f} {files['programs'][file]:6d}  {file}")
+        for file in sorted(seconds, key=lambda f: -seconds[f]):
+            write(f"{seconds[file]:8.1f} {programs[file]:6d}  {file}")
         write(f"{imports:8.1f}         imports and collection of {len(self.imports)} processes")
-        write(f"{self.seconds.total() + imports:8.1f} {self.programs.total():6d}  together")
+        write(f"{sum(seconds.values()) + imports:8.1f} {programs.total():6d}  together")
         if self.path != "-":
             found = {"imports": self.imports, "tests": self.seconds, "programs": self.programs}
             Path(self.path).write_text(json.dumps(found, indent=1))
