@@ -27,6 +27,10 @@ class DataError(ChesError):
     """Preference data cannot be read or is not fit to be scored."""
 
 
+class TemplateError(DataError):
+    """The chat template itself cannot be used as asked, whatever the row."""
+
+
 class RunError(ChesError):
     """A run directory cannot be used as asked."""
 

@@ -75,11 +75,17 @@ class Opener:
         self._opened: dict[str, dict[str, str]] = {}
         self._prints: dict[str, str] = {}
         self._sources: dict[str, PairSource] = {}
+        self._schemas: dict[str, dict[str, Any]] = {}
         self._stats: dict[Path, tuple[int, int]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """What was opened: ``opened`` (option -> file -> SHA-256), and one fingerprint for each thing by its name."""
-        return {**self._prints, "opened": {option: dict(files) for option, files in self._opened.items()}}
+        """What was opened.
+
+        ``opened`` (option -> file -> SHA-256), ``schemas`` (how columns are read), and one fingerprint for each
+        thing by its name.
+        """
+        opened = {option: dict(files) for option, files in self._opened.items()}
+        return {**self._prints, "opened": opened, **({"schemas": self._schemas} if self._schemas else {})}
 
     def model(self, spec: str | Path, option: str = "model") -> ModelFiles:
         """A model directory or hub name.
@@ -136,15 +142,23 @@ class Opener:
         columns: Mapping[str, str],
         candidates: Pairing | None = None,
         option: str = "pairs",
+        schema: str = "auto",
     ) -> PairSource:
         """Preference pairs; ``bundled`` for those of the package."""
-        return self._data(option, open_pairs(bundled.located(spec, bundled.pairs_file), split, columns, candidates))
+        path = bundled.located(spec, bundled.pairs_file)
+        return self._data(option, open_pairs(path, split, columns, candidates, schema))
 
     def prompts(
-        self, spec: str, split: str | None = None, columns: Mapping[str, str] | None = None, option: str = "prompts"
+        self,
+        spec: str,
+        split: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        option: str = "prompts",
+        schema: str = "auto",
     ) -> PairSource:
         """Prompts; ``bundled`` for those of the package."""
-        return self._data(option, open_prompts(bundled.located(spec, bundled.prompts_file), split, columns))
+        path = bundled.located(spec, bundled.prompts_file)
+        return self._data(option, open_prompts(path, split, columns, schema))
 
     def rows(self, spec: str, split: str | None, columns: Mapping[str, str], kind: Kind, option: str) -> PairSource:
         """Rows of another kind."""
@@ -170,7 +184,9 @@ class Opener:
         self._opened[option] = {Path(source.name).name: digest}
         self._prints[f"{DATA.get(option, option)}_fingerprint"] = digest
         self._sources[option] = source
-        return source
+        if source.schema is not None:
+            self._schemas[option] = source.schema_record()
+        return source.tolerant()
 
     def _register(self, option: str, folder: Path, files: list[Path]) -> dict[Path, bytes]:
         self._stats |= {path: _stat(path) for path in files}
@@ -236,7 +252,7 @@ def open_model_and_pairs(config: "ScoreConfig", opener: Opener) -> Inputs:
     """
     model = opener.model(config.model)
     opener.tokenizer(model, config.template)
-    source = opener.pairs(config.pairs, config.split, config.columns, config.candidates)
+    source = opener.pairs(config.pairs, config.split, config.columns, config.candidates, schema=config.schema)
     tokenizer = model.pair_tokenizer(
         max_length=config.max_length, eos=config.eos, template=config.template, template_args=config.template_args
     )

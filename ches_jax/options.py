@@ -125,7 +125,8 @@ class RowOptions:
     split: str | None = None
     """Split of a data set folder or hub data set."""
     columns: Columns = field(default_factory=dict)
-    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response."""
+    """Other names of columns: prompt=instruction. A dot reaches into objects: responses=completions.response. Or the
+    words of a schema: responses=answer_a,answer_b winner=label order=A,B (docs/data.md)."""
     limit: int | None = None
     """Only the first rows."""
 
@@ -135,7 +136,10 @@ class PairOptions(RowOptions):
     """Which preference pairs."""
 
     pairs: str = BUNDLED
-    """JSONL, JSON, Parquet or Arrow file, save_to_disk folder or hub name; default: the bundled pairs."""
+    """File (JSONL, JSON, Parquet, Arrow, CSV; compressed or not), several with commas or a pattern, folder, address
+    (https, hf, s3, gs) or hub name; default: the bundled pairs."""
+    schema: str = "auto"
+    """What the columns mean: auto (recognised, and told), a preset by name, or a JSON or TOML file (docs/data.md)."""
     candidates: Pairing | None = None
     """Pairs of rows with several `responses`: chosen-against-all (the default: the one that `chosen` numbers, with the
     highest of `scores`, or else the first) or all-pairs (every better one against every worse one)."""

@@ -32,11 +32,14 @@ FLAGS: dict[str, str] = {
     "truncated_chosen": "the chosen response was cut to --max-length (it has no EOS)",
     "truncated_rejected": "the rejected response was cut to --max-length (it has no EOS)",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
+    "unreadable": "the row is not what a pair is made of",
+    "template_refuses": "the row cannot be written with the chat template",
+    "unknown_token": "a token id that the model's vocabulary does not have",
     "no_pair": "no two of the row's responses make a pair: there are fewer than two, or their scores are equal",
 }
-UNSCORABLE = frozenset(
-    {"prompt_unclear", "empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long", "no_pair"}
-)
+WITHOUT_TOKENS = frozenset({"unreadable", "template_refuses", "unknown_token", "no_pair"})
+"""Flags of rows that have no tokens to count."""
+UNSCORABLE = WITHOUT_TOKENS | {"prompt_unclear", "empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long"}
 """Flags of pairs that have no score, whatever the policy."""
 
 _LENGTH_FLAGS = {"truncated_chosen", "truncated_rejected", "prompt_too_long"}
@@ -73,7 +76,7 @@ class Audit:
             self.flags[flag] += 1
             if self.flags[flag] <= _EXAMPLES:
                 self.examples.setdefault(flag, []).append(_example(pair, flag))
-        if "no_pair" in pair.flags:
+        if not WITHOUT_TOKENS.isdisjoint(pair.flags):
             return
         self._count(self.lengths, "prompt", len(pair.prompt))
         self._count(self.lengths, "chosen", len(pair.chosen.targets("include")))

@@ -464,7 +464,7 @@ def _open_parts(path: Path, split: str | None) -> Opened:
     splits = files.splits_of(path, (".parquet", ".arrow", ".jsonl", ".csv", ".json"))
     if not splits:
         raise DataError(
-            f"{path}: a folder without dataset_dict.json or state.json, and without data files; expected one written by "
+            f"{path}: a folder without dataset_dict.json or state.json, and without data; expected one written by "
             "datasets' save_to_disk or a folder of Parquet files, or name a file in it"
         )
     fitting = [name for name in splits if split in (None, name, name.rpartition("/")[2])]

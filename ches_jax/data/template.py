@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.messages import Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
-from ches_jax.errors import DataError, did_you_mean
+from ches_jax.errors import DataError, TemplateError, did_you_mean
 from ches_jax.types import common_prefix
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ class ChatTemplate:
             return read_source(self.tokenizer.get_chat_template(None, row.get("tools")))
         except ValueError:
             names = ", ".join(self.tokenizer.chat_template or ())
-            raise DataError(f"the tokenizer has several chat templates: choose one with --template ({names})") from None
+            raise TemplateError(
+                f"the tokenizer has several chat templates: choose one with --template ({names})"
+            ) from None
 
     def write(self, messages: Sequence[Message], row: Row = _NO_ROW, *, ask: bool = False, go_on: bool = False) -> str:
         """The text of a conversation.
@@ -105,7 +107,7 @@ class ChatTemplate:
         """
         text = self._written(messages, row, ask=ask, go_on=go_on)
         if self._once("clock", messages, row, lambda: self._reads_clock(messages, row)):
-            raise DataError(self._clock_message(row))
+            raise TemplateError(self._clock_message(row))
         return text
 
     def prompt(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:

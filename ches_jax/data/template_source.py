@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ches_jax.errors import DataError
+from ches_jax.errors import TemplateError
 
 CLOCK = "now"
 """The template argument that pins the clock: a date, in whatever form the template asks for it."""
@@ -46,12 +46,12 @@ def day(value: Any) -> datetime.datetime:
     '26 Jul 2024'
 
     Raises:
-      DataError: it is no date.
+      TemplateError: it is no date.
     """
     try:
         return datetime.datetime.fromisoformat(str(value))
     except ValueError:
-        raise DataError(
+        raise TemplateError(
             f"--template-args {CLOCK}={value}: expected a date such as 2024-07-26, or 2024-07-26T12:30"
         ) from None
 
@@ -65,7 +65,7 @@ def read_source(text: str) -> Source:
     (['bos_token', 'messages', 'strftime_now'], ['%Y'])
 
     Raises:
-      DataError: it is not Jinja, or draws at random.
+      TemplateError: it is not Jinja, or draws at random.
     """
     import jinja2
     import jinja2.ext
@@ -86,10 +86,10 @@ def read_source(text: str) -> Source:
     try:
         tree = environment.parse(text)
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not Jinja: {error.message} (line {error.lineno})") from None
+        raise TemplateError(f"the chat template is not Jinja: {error.message} (line {error.lineno})") from None
     variables = jinja2.meta.find_undeclared_variables(tree)
     if "lipsum" in variables or any(f.name == "random" for f in tree.find_all(nodes.Filter)):
-        raise DataError("the chat template draws at random, so that no two runs would read the same text")
+        raise TemplateError("the chat template draws at random, so that no two runs would read the same text")
     calls = [c for c in tree.find_all(nodes.Call) if isinstance(c.node, nodes.Name) and c.node.name == "strftime_now"]
     forms = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)]
     return Source(text, frozenset(variables), frozenset(map(str, forms)))

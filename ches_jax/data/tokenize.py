@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from ches_jax import bundled
 from ches_jax.data.audit import FLAGS
 from ches_jax.data.prompts import ID_COLUMNS
-from ches_jax.data.render import Rendered, Writer
+from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
-from ches_jax.errors import DataError
+from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
 
 if TYPE_CHECKING:
@@ -141,27 +141,38 @@ class PairTokenizer:
     def __call__(self, rows: Sequence[Record]) -> list[TokenPair]:
         """Tokenises and audits rows.
 
+        A row that cannot be read, written with the chat template, or found in the vocabulary is flagged and has no
+        tokens.
+
         Raises:
-          DataError: a row cannot be written with the chat template, or holds an id that the model
-            does not have.
+          TemplateError: the chat template cannot be used, whatever the row.
         """
         written: dict[str, str] = {}
         rendered = [self._render(row, written) for row in rows]
-        ids = self._encode(rendered)
-        return [self._pair(row, text, next(ids) if text else None) for row, text in zip(rows, rendered, strict=True)]
+        texts = [None if isinstance(text, str) else text for text in rendered]
+        ids = self._encode(texts)
+        return [
+            _unfit(row, "template_refuses", refusal)
+            if isinstance(refusal, str)
+            else self._pair(row, text, next(ids) if text else None)
+            for row, refusal, text in zip(rows, rendered, texts, strict=True)
+        ]
 
     @property
     def _eos_id(self) -> int | None:
         return _single(self.tokenizer.eos_token_id)
 
-    def _render(self, row: Record, written: dict[str, str]) -> Rendered | None:
-        if row.candidates == () or ID_COLUMNS[0] in row.content:
+    def _render(self, row: Record, written: dict[str, str]) -> Rendered | str | None:
+        """The row as text, or why it cannot be written; None where there is nothing to write."""
+        if row.fault or row.candidates == () or ID_COLUMNS[0] in row.content:
             return None
         try:
             # the pairs of one row have their texts in common: each is written once
             return self.writer.pair(row.content, written if row.candidates else None)
+        except TemplateError as error:
+            raise TemplateError(f"{_name(row)}: {error}") from error.__cause__
         except DataError as error:
-            raise DataError(f"{_name(row)}: {error}") from error.__cause__
+            return str(error)
 
     def _encode(self, rendered: Sequence[Rendered | None]) -> Iterator[Triple]:
         """Yields prompt and joint ids of each rendered row, in order; one call per kind of text."""
@@ -182,8 +193,10 @@ class PairTokenizer:
         return encode(self.tokenizer, texts, templated, self._suffix)
 
     def _pair(self, row: Record, text: Rendered | None, ids: Triple | None) -> TokenPair:
+        if row.fault:
+            return _unfit(row, "unreadable", row.fault)
         if row.candidates == ():
-            return _no_pair(row)
+            return _unfit(row, "no_pair", _why_no_pair(row))
         details = doubts(row.content)
         if text is None or ids is None:
             prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
@@ -199,7 +212,8 @@ class PairTokenizer:
             name: self._complete(row, name, ids_, text, len(prompt), details)
             for name, ids_ in (("chosen", chosen), ("rejected", rejected))
         }
-        self._check_vocabulary(row, (prompt, *(r.targets(self.eos) for r in complete.values())))
+        if beyond := self._beyond_vocabulary((prompt, *(r.targets(self.eos) for r in complete.values()))):
+            return _unfit(row, "unknown_token", beyond)
         if not prompt or "prompt" in empty:
             details["empty_prompt"] = ""
         for name, response in complete.items():
@@ -299,14 +313,14 @@ class PairTokenizer:
         details[f"truncated_{name}"] = f"{needed} tokens, --max-length {self.max_length}"
         return Response(response.content[:room], None)
 
-    def _check_vocabulary(self, row: Record, parts: Sequence[Ids]) -> None:
+    def _beyond_vocabulary(self, parts: Sequence[Ids]) -> str:
         largest = max((i for ids in parts for i in ids), default=0)
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            raise DataError(
-                f"{_name(row)}: token id {largest}, but the model's "
-                f"vocabulary has {self.vocab_size} (the tokenizer's: {len(self.tokenizer)}); use "
-                "the tokenizer that belongs to the model"
-            )
+        if self.vocab_size is None or largest < self.vocab_size:
+            return ""
+        return (
+            f"token id {largest}, but the model's vocabulary has {self.vocab_size} (the tokenizer's: "
+            f"{len(self.tokenizer)}); use the tokenizer that belongs to the model"
+        )
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bool, suffix: Ids) -> list[Ids]:
@@ -330,46 +344,63 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     return [by_text[text] for text in texts]
 
 
-def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids]:
-    """Ids of prompts (rows of ``sources.open_prompts``): the tokens that scoring puts before a response.
+def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids | str]:
+    """Ids of prompts, the tokens that scoring puts before a response; or why a row has none.
 
     Raises:
-      DataError: a row cannot be written with the chat template.
+      TemplateError: the chat template cannot be used, whatever the row.
     """
     tokenizer = writer.chat.tokenizer
+    prompts = [_written_prompt(writer, row) for row in rows]
     suffix = added_suffix(tokenizer)
-    texts: dict[bool, list[str]] = {False: [], True: []}
-    order: list[bool | None] = []
-    for row in rows:
-        if "prompt_ids" in row.content:
-            order.append(None)
-            continue
-        try:
-            prompt = writer.prompt(row.content)
-        except DataError as error:
-            raise DataError(f"{_name(row)}: {error}") from error.__cause__
-        texts[prompt.templated].append(prompt.text)
-        order.append(prompt.templated)
-    ids = {templated: iter(encode(tokenizer, some, templated, suffix)) for templated, some in texts.items()}
-    return [
-        tuple(row.content["prompt_ids"]) if kind is None else next(ids[kind])
-        for row, kind in zip(rows, order, strict=True)
-    ]
+    ids = {
+        templated: iter(
+            encode(
+                tokenizer,
+                [p.text for p in prompts if isinstance(p, RenderedPrompt) and p.templated is templated],
+                templated,
+                suffix,
+            )
+        )
+        for templated in (False, True)
+    }
+    return [next(ids[p.templated]) if isinstance(p, RenderedPrompt) else p for p in prompts]
 
 
-def _no_pair(row: Record) -> TokenPair:
-    """What stands for a row whose responses make no pair."""
-    nothing, count = Response((), None), len(row.content["responses"])
+def _written_prompt(writer: Writer, row: Record) -> RenderedPrompt | Ids | str:
+    if row.fault:
+        return row.fault
+    if "prompt_ids" in row.content:
+        return tuple(row.content["prompt_ids"])
+    try:
+        return writer.prompt(row.content)
+    except TemplateError as error:
+        raise TemplateError(f"{_name(row)}: {error}") from error.__cause__
+    except DataError as error:
+        return str(error)
+
+
+def _unfit(row: Record, flag: str, detail: str) -> TokenPair:
+    """What stands for a row that has no tokens."""
+    nothing = Response((), None)
     return TokenPair(
         row_id=row.row_id,
         index=row.index,
         prompt=(),
         chosen=nothing,
         rejected=nothing,
-        flags=("no_pair",),
+        flags=(flag,),
         category=row.category,
-        detail={"no_pair": f"{count} response{'s' * (count != 1)}{' of equal scores' * (count > 1)}"},
+        detail={flag: detail if flag == "no_pair" else f"{row.where}: {detail}"},
+        candidates=row.candidates or None,
     )
+
+
+def _why_no_pair(row: Record) -> str:
+    if tie := row.content.get("tie"):
+        return f"a tie: {tie}"
+    count = len(row.content["responses"])
+    return f"{count} response{'s' * (count != 1)}{' of equal scores' * (count > 1)}"
 
 
 def _cut(prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str]) -> Triple:

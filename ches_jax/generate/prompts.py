@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.data.audit import FLAGS as AUDIT_FLAGS
 from ches_jax.data.render import Writer
 from ches_jax.data.sources import PairSource, Record
 from ches_jax.data.tokenize import encode_prompts
@@ -17,12 +18,17 @@ from ches_jax.types import OnBadRow, Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FLAGS = {
+UNREAD = {
+    "unreadable": AUDIT_FLAGS["unreadable"],
+    "template_refuses": AUDIT_FLAGS["template_refuses"],
+    "unknown_token": AUDIT_FLAGS["unknown_token"],
+}
+FLAGS = UNREAD | {
     "empty_prompt": "the prompt is empty",
     "double_bos": "more than one BOS at the start of the prompt",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
 }
-IMPOSSIBLE = {"prompt_too_long"}
+IMPOSSIBLE = {"prompt_too_long", *UNREAD}
 """No text can be made, whatever the policy."""
 _EXAMPLES = 3
 
@@ -38,10 +44,18 @@ class Prompt:
     category: str | None
     extra: Mapping[str, Any]
     flags: tuple[str, ...]
+    detail: str = ""
+    """Why the row cannot be read or written."""
+
+    @property
+    def impossible(self) -> bool:
+        """Whether nothing can be made of it, whatever the policy."""
+        return not self.ids or not IMPOSSIBLE.isdisjoint(self.flags)
 
     def dropped(self) -> dict[str, Any]:
         """Its line in dropped.jsonl."""
-        return {"row_id": self.row_id, "index": self.index, "reasons": list(self.flags)}
+        detail = {"detail": {self.flags[0]: self.detail}} if self.detail else {}
+        return {"row_id": self.row_id, "index": self.index, "reasons": list(self.flags), **detail}
 
 
 @dataclass(frozen=True)
@@ -65,20 +79,22 @@ class Encoder:
           name: where they come from, for messages.
 
         Raises:
-          DataError: a row that cannot be written with the chat template, or holds an id that the model does not have.
+          DataError: the chat template cannot be used, whatever the row.
         """
         try:
             encoded = encode_prompts(self.writer, rows)
         except DataError as e:
             raise DataError(f"{name}, {e}") from e.__cause__
-        return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
+        return [self._checked(row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
-    def _checked(self, row: Record, ids: tuple[int, ...], where: str) -> Prompt:
+    def _checked(self, row: Record, ids: tuple[int, ...] | str) -> Prompt:
+        if isinstance(ids, str):
+            return _unread(row, "unreadable" if row.fault else "template_refuses", ids)
         flags = []
         bos = self.tokenizer.bos_token_id
         assert bos is None or isinstance(bos, int)
         if not ids and bos is None:
-            raise DataError(f"{where}: an empty prompt, and the tokenizer has no BOS to start with")
+            return _unread(row, "empty_prompt", "and the tokenizer has no BOS to start with")
         if not ids or not any(row.content.values()):
             flags.append("empty_prompt")
         if bos is not None and ids[:2] == (bos, bos):
@@ -86,11 +102,14 @@ class Encoder:
         if len(ids) >= self.max_length:
             flags.append("prompt_too_long")
         if max(ids, default=0) >= self.model.decoder.vocab_size:
-            raise DataError(
-                f"{where}: token id {max(ids)}, but the model's vocabulary has {self.model.decoder.vocab_size}; "
-                "use the tokenizer that belongs to the model"
-            )
+            fault = f"token id {max(ids)}, but the model's vocabulary has {self.model.decoder.vocab_size}; "
+            return _unread(row, "unknown_token", f"{fault}use the tokenizer that belongs to the model")
         return Prompt(row.row_id, row.index, ids or (bos or 0,), row.content, row.category, row.extra, tuple(flags))
+
+
+def _unread(row: Record, flag: str, detail: str) -> Prompt:
+    """What stands for a row that has no prompt to continue."""
+    return Prompt(row.row_id, row.index, (), row.content, row.category, row.extra, (flag,), f"{row.where}: {detail}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,7 @@ class Inputs:
             if not chunk:
                 return
             prompts = self.encoder(chunk, self.source.name)
-            out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or IMPOSSIBLE & set(p.flags))]
+            out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or p.impossible)]
             left = {id(p) for p in out}
             yield number, [p for p in prompts if id(p) not in left], out
 
@@ -133,9 +152,8 @@ class Inputs:
                 for flag in p.flags:
                     counts[flag] += 1
                     if counts[flag] <= _EXAMPLES:
-                        shown = (
-                            f", {len(p.ids)} tokens, --max-length {self.encoder.max_length}" if "long" in flag else ""
-                        )
+                        long = f", {len(p.ids)} tokens, --max-length {self.encoder.max_length}"
+                        shown = long if "long" in flag else f", {p.detail}" if p.detail else ""
                         examples.setdefault(flag, []).append(f"row {p.index} ({p.row_id[:12]}{shown})")
         if flagged:
             problems = [f"{f}: {n} rows ({FLAGS[f]}): {'; '.join(examples[f])}" for f, n in counts.items()]
@@ -152,7 +170,7 @@ class Inputs:
 def open_model_and_prompts(config: GenerateConfig, opener: Opener) -> Inputs:
     """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
     encoder = open_encoder(opener, config.model, config.max_length, config.template, config.template_args)
-    source = opener.prompts(config.prompts, config.split, config.columns)
+    source = opener.prompts(config.prompts, config.split, config.columns, schema=config.schema)
     return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
 
 

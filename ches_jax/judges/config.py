@@ -7,6 +7,7 @@ from typing import Literal
 from ches_jax.errors import ChesError
 from ches_jax.options import Columns, RowOptions, TemplateArgs, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
+from ches_jax.types import OnBadRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class JudgeConfig(RowOptions):
     on_missing: Literal["error", "keep"] = "error"
     """What becomes of responses without a label: error, or keep (undecided)."""
 
+    on_bad_row: OnBadRow = "error"
+    """What becomes of rows without a response that can be read: error, drop (listed in dropped.jsonl) or keep
+    (undecided)."""
     chunk_rows: int = 256
     """Responses per part file: what a killed run loses at most."""
 

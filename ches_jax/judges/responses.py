@@ -122,10 +122,42 @@ def read_labels(opener: Opener, spec: str, columns: Mapping[str, str]) -> dict[K
     refusals: dict[Key, bool] = {}
     source = opener.rows(spec, None, columns, LABELS, "labels")
     for row in source:
+        if row.fault:
+            raise DataError(f"{source.name}, {row.where}: {row.fault}")
         refused = row.content["refusal"]
         if refusals.setdefault(key(row), refused) != refused:
             raise DataError(f"{source.name}, {row.where}: another label for the same response stands before it")
     return refusals
+
+
+def require_readable(rows: Iterable[Record], name: str) -> None:
+    """The policy ``--on-bad-row error``.
+
+    Raises:
+      DataError: rows cannot be read; tells how many and the first.
+    """
+    count, faults = 0, []
+    for row in rows:
+        count += 1
+        if row.fault:
+            faults.append(f"row {row.index}, {row.where}: {row.fault}")
+    if faults:
+        shown = [*faults[:_SHOWN], *(["..."] if len(faults) > _SHOWN else [])]
+        raise DataError(
+            many(f"{name}: {len(faults)} of {count} rows cannot be read", shown, limit=_SHOWN + 1)
+            + "\nwhat to do: --on-bad-row drop leaves them out and lists them in dropped.jsonl; "
+            "--on-bad-row keep leaves them undecided"
+        )
+
+
+def dropped_row(row: Record) -> dict[str, Any]:
+    """The line of ``dropped.jsonl`` of a row that cannot be read."""
+    return {
+        "row_id": row.row_id,
+        "index": row.index,
+        "reasons": ["unreadable"],
+        "detail": {"unreadable": f"{row.where}: {row.fault}"},
+    }
 
 
 def require_labels(responses: Iterable[Record], labels: Mapping[Key, bool], name: str) -> None:
@@ -137,7 +169,7 @@ def require_labels(responses: Iterable[Record], labels: Mapping[Key, bool], name
     rows, missing = 0, []
     for row in responses:
         rows += 1
-        if key(row) not in labels:
+        if not row.fault and key(row) not in labels:
             missing.append(f"row {row.index} (row_id {key(row)[0][:12]}, sample {key(row)[1]})")
     if missing:
         shown = [*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])]

@@ -21,7 +21,7 @@ from ches_jax.inputs import Opener
 from ches_jax.judges.config import JudgeConfig, checked
 from ches_jax.judges.judge_prompt import default_question, fill_question, load_question, parse_answer
 from ches_jax.judges.phrases import default_rules, load_rules, refusal
-from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
+from ches_jax.judges.responses import dropped_row, key, open_responses, read_labels, require_labels, require_readable
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     RUN,
@@ -71,6 +71,8 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool)
     opener = Opener()
     source = open_responses(opener, config.responses, config.split, config.columns)
     method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
+    if config.on_bad_row == "error":
+        require_readable(itertools.islice(source, config.limit), source.name)
     method.check(source)
     identity = {"config": as_dict(config), **opener.identity()}
     open_run(out, "judge", identity, resume, other_versions=other_versions)
@@ -91,18 +93,23 @@ def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Me
     with tqdm(unit=" responses", initial=start, disable=quiet, desc=f"judging by {config.by}") as bar:
         while chunk := list(itertools.islice(rows, config.chunk_rows)):
             verdict = verdict or method.start()
-            chunks.write(out, number, map(_record, chunk, verdict(chunk)))
+            told = iter(verdict([row for row in chunk if not row.fault]))
+            unread = [row for row in chunk if row.fault]
+            judged = [_record(row, (None, row.fault) if row.fault else next(told)) for row in chunk
+                      if not row.fault or config.on_bad_row == "keep"]  # fmt: skip
+            dropped = unread if config.on_bad_row == "drop" else []
+            chunks.write(out, number, judged, [dropped_row(row) for row in dropped])
             bar.update(len(chunk))
             number += 1
     chunks.join(out, FILE_NAME, number)
 
 
 def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
-    row_id, sample = key(row)
+    row_id, sample = (row.row_id, 0) if row.fault else key(row)
     more = {"category": row.category} if row.category else {}
     return {
         "row_id": row_id, "index": row.index, "sample": sample, "refusal": verdict[0], "reason": verdict[1],
-        "text": row.content["text"], **more,
+        "text": row.content.get("text", ""), **more,
     }  # fmt: skip
 
 
@@ -148,9 +155,11 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
 
     def check(source: PairSource) -> None:
         """Every question can be asked: known before the judge is loaded."""
-        rows = iter(source if config.limit is None else itertools.islice(source, config.limit))
+        rows = (row for row in itertools.islice(source, config.limit) if not row.fault)
         while chunk := list(itertools.islice(rows, config.chunk_rows)):
             for query in encoder([prompt(row) for row in chunk], config.responses):
+                if query.detail:
+                    raise DataError(f"{config.responses}, {query.detail}")
                 if IMPOSSIBLE & set(query.flags):
                     raise DataError(
                         f"{config.responses}, row {query.index}: the question to the judge is {len(query.ids)} tokens, "

@@ -142,7 +142,8 @@ def _source(config: Mapping[str, Any]) -> Iterator[SourceRow]:
     for name in ("pairs", "eval_pairs"):
         if config.get(name):
             spec = bundled.located(config[name], bundled.pairs_file)
-            source = open_pairs(spec, config.get("split"), config.get("columns") or {}, config.get("candidates"))
+            how = (config.get("split"), config.get("columns") or {}, config.get("candidates"))
+            source = open_pairs(spec, *how, config.get("schema", "auto")).tolerant()
             limit = config.get("limit") if name == "pairs" else None
             yield from itertools.chain.from_iterable(itertools.islice(source.rows_from(0), limit))
 

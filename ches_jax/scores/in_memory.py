@@ -147,7 +147,7 @@ def score_pairs(
             batch_tokens=batch_tokens, attention=attention, chunk_rows=chunk_rows, dtype=dtype, out="in memory",
         )
     )  # fmt: skip
-    source = rows_in_memory(rows, columns, candidates)
+    source = rows_in_memory(rows, columns, candidates).tolerant()
     tokenize = pair_tokenizer(
         tokenizer, model.config, max_length=max_length, eos=eos, template=template, template_args=template_args
     )

@@ -96,5 +96,6 @@ def source_rows(config: Where) -> Iterator[SourceRow]:
     if not pairs:
         raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
     split, columns = config.split or scored.get("split"), config.columns or scored.get("columns")
-    source = open_pairs(bundled.located(pairs, bundled.pairs_file), split, columns, scored.get("candidates"))
+    spec, schema = bundled.located(pairs, bundled.pairs_file), "auto" if columns else scored.get("schema", "auto")
+    source = open_pairs(spec, split, columns, scored.get("candidates"), schema).tolerant()
     return itertools.chain.from_iterable(itertools.islice(source.rows_from(0), scored.get("limit")))

@@ -1,6 +1,7 @@
 """What is learned from a chat template: how an answer ends and begins; what a row may say to it, and what not."""
 
 import json
+import re
 
 import pytest
 
@@ -307,15 +308,16 @@ ROW_SAYS = {
 @pytest.mark.parametrize(("row", "told"), ROW_SAYS.values(), ids=ROW_SAYS)
 def test_a_row_sets_variables_of_the_template_and_nothing_else(plain, row, told):
     tokenizer = plain("{{ mood }}" + CHATML)
-    with pytest.raises(DataError, match=told):
-        one(
-            tokenizer,
-            [Q],
-            [assistant("a")],
-            [assistant("b")],
-            {"chat_template_kwargs": row},
-            template_args={"mood": "good"},
-        )
+    pair = one(
+        tokenizer,
+        [Q],
+        [assistant("a")],
+        [assistant("b")],
+        {"chat_template_kwargs": row},
+        template_args={"mood": "good"},
+    )
+    assert pair.flags == ("template_refuses",)
+    assert re.search(told, pair.detail["template_refuses"])
 
 
 def test_variables_reach_the_template_and_those_it_does_not_read_do_nothing(plain):
@@ -374,8 +376,11 @@ def test_templates_beside_a_tokenizer_are_found_by_name(plain, tmp_path):
 
 def test_a_template_that_fails_refuses_the_row_in_words(plain):
     for body in ("{{ 1 / 0 }}", "{{ raise_exception('system comes first') }}", "{{ 'a' * 10 ** 12 }}"):
-        with pytest.raises(DataError, match=r"line 1 .* chat template refuses the row: .*; its roles are user"):
-            one(plain(body), [Q], [assistant("a")], [assistant("b")])
+        pair = one(plain(body), [Q], [assistant("a")], [assistant("b")])
+        assert pair.flags == ("template_refuses",)
+        assert re.match(
+            "line 1: .* chat template refuses the row: .*; its roles are user", pair.detail["template_refuses"]
+        )
 
 
 def test_what_is_learned_is_learned_once(plain, monkeypatch):

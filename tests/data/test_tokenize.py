@@ -1,6 +1,7 @@
 """The token audit's rules, each on a tokenizer small enough to read: BOS, EOS, boundary, truncation."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -310,20 +311,38 @@ def test_without_eos_the_user_is_told_what_to_do():
     assert one(bare, "a", " b", " c", eos="exclude").chosen == Response((B,), None)
 
 
-def test_ids_beyond_the_models_vocabulary_are_an_error(words):
-    with pytest.raises(DataError, match=r"line 1 \(row_id .*\): token id 7, but .* has 7 .*: 10\)"):
-        one(words, "a", " b", " e", vocab_size=7)
-    one(words, "a", " b", " e", vocab_size=8)
-    with pytest.raises(DataError, match="token id 1, but"):  # EOS itself
-        one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1)
-    one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1, eos="exclude")
+def why_unfit(pair, flag):
+    """What is said of a row without tokens; it has this one flag."""
+    assert pair.flags == (flag,)
+    assert pair.prompt == pair.chosen.content == pair.rejected.content == ()
+    return pair.detail[flag]
+
+
+def test_ids_beyond_the_models_vocabulary_are_flagged(words):
+    told = why_unfit(one(words, "a", " b", " e", vocab_size=7), "unknown_token")
+    assert re.match(r"line 1: token id 7, but .* has 7 .*: 10\)", told)
+    assert one(words, "a", " b", " e", vocab_size=8).flags == ()
+    told = why_unfit(one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1), "unknown_token")
+    assert told.startswith("line 1: token id 1, but")  # EOS itself
+    assert one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1, eos="exclude").prompt == (0,)
     with pytest.raises(DataError, match="--max-length 1: expected room"):
         PairTokenizer(words, 1)
 
 
 def test_a_row_that_cannot_be_written_is_named(words):
-    with pytest.raises(DataError, match=r"^line 1 \(row_id \w{12}\): the row is a conversation"):
-        one(words, USER, chat("b"), chat("c"))
+    told = why_unfit(one(words, USER, chat("b"), chat("c")), "template_refuses")
+    assert told.startswith("line 1: the row is a conversation")
+
+
+def test_a_row_that_cannot_be_read_is_flagged_beside_the_others(words):
+    content = {"prompt": "a", "chosen": " b", "rejected": " e"}
+    rows = [
+        Record(0, "x" * 32, "line 1", {}, fault="no column 'rejected'"),
+        Record(1, row_id(content), "line 2", content),
+    ]
+    bad, good = PairTokenizer(words, 8)(rows)
+    assert why_unfit(bad, "unreadable") == "line 1: no column 'rejected'"
+    assert good == PairTokenizer(words, 8)(rows[1:])[0]
 
 
 def mixed_rows():

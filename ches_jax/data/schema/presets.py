@@ -35,7 +35,8 @@ PRESETS: dict[str, Preset] = {
         Preset(
             PLAIN,
             "Anthropic/hh-rlhf, HuggingFaceH4/ultrafeedback_binarized, "
-            "argilla/ultrafeedback-binarized-preferences-cleaned, argilla/dpo-mix-7k, allenai/llama-3.1-tulu-3-8b-preference-mixture, allenai/reward-bench, "
+            "argilla/ultrafeedback-binarized-preferences-cleaned, argilla/dpo-mix-7k, "
+            "allenai/llama-3.1-tulu-3-8b-preference-mixture, allenai/reward-bench, "
             "allenai/reward-bench-2, mlabonne/orpo-dpo-mix-40k, Skywork/Skywork-Reward-Preference-80K, "
             "princeton-nlp/llama3-ultrafeedback-armorm, Magpie-Align DPO sets, TRL's own",
             ("chosen", "rejected"),

@@ -36,8 +36,8 @@ _RESPONSE = frozenset({"response", "answer", "completion", "conversation", "outp
                        "summary", "text", "ref", "message", "option", "continuation", "choice"})  # fmt: skip
 STEM = _RESPONSE | {f"{w}s" for w in _RESPONSE} | {"replies", "summaries"}
 """Words in the name of a column of responses."""
-WINNER = frozenset({"winner", "winners", "choice", "choices", "better", "best", "preferred", "preference", "pref", "label",
-                    "labels", "verdict"})  # fmt: skip
+WINNER = frozenset({"winner", "winners", "choice", "choices", "better", "best", "preferred", "preference", "pref",
+                    "label", "labels", "verdict"})  # fmt: skip
 SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
 RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
@@ -114,8 +114,11 @@ def _preset(rows: Rows) -> Schema | None:
     best = [p for p in found if not any(set(p.columns) < set(q.columns) for q in found)]
     if len(best) > 1:
         one, two = (p.schema for p in best[:2])
-        raise _two_readings(f"the columns fit schema {one.name} ({one.describe()})", f"schema {two.name} ({two.describe()})",
-                            f"--schema {one.name} or --schema {two.name}")  # fmt: skip
+        raise _two_readings(
+            f"the columns fit schema {one.name} ({one.describe()})",
+            f"schema {two.name} ({two.describe()})",
+            f"--schema {one.name} or --schema {two.name}",
+        )
     return best[0].schema if best else None
 
 
@@ -138,8 +141,11 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
         _require_agreement(rows, columns, sides)
         return _made({"chosen": sides[0], "rejected": sides[1], **words}, rows)
     if both and listed:
-        raise _two_readings(f"responses in {both[0]} and {both[1]}", f"responses in {listed}",
-                            f"--columns responses={both[0]},{both[1]} ... or --columns responses={listed} ...")  # fmt: skip
+        raise _two_readings(
+            f"responses in {both[0]} and {both[1]}",
+            f"responses in {listed}",
+            f"--columns responses={both[0]},{both[1]} ... or --columns responses={listed} ...",
+        )
     if both:
         words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
         return _made({"responses": list(both), **words, **_two_preferences(rows, columns, both)}, rows)
@@ -288,9 +294,12 @@ def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
     if not shared or not numbers or "input" in words:
         return None
     if len(numbers) > 1:
-        raise _two_readings(f"'{numbers[0]}' says which response is better", f"'{numbers[1]}' does",
-                            f"--columns prompt={words['prompt']} responses={alone[0]} scores={numbers[0]} group=prompt, "
-                            f"or scores={numbers[1]}")  # fmt: skip
+        raise _two_readings(
+            f"'{numbers[0]}' says which response is better",
+            f"'{numbers[1]}' does",
+            f"--columns prompt={words['prompt']} responses={alone[0]} scores={numbers[0]} group=prompt, or "
+            f"scores={numbers[1]}",
+        )
     kind = _score_or_rank(rows, numbers[0])
     return _made({**words, "responses": alone[0], kind: numbers[0], "group": "prompt"}, rows)
 
@@ -360,31 +369,44 @@ def _one_preference(found: list[dict[str, Any]], responses: str, columns: Sequen
 
 def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     """The word of a label for each of the two columns."""
-    said = {word(r[name]) for r in rows if r.get(name) is not None}
-    said = {w for w in said if not (is_tie(w))}
+    said = {word(r[name]) for r in rows if r.get(name) is not None and not is_tie(r[name])}
     places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
-    named = [[w for w in said if place in _parts(w)] for place in places]
-    if said and all(len(n) <= 1 for n in named) and said == {*named[0], *named[1]} and any(named):
-        if (
-            not said <= {"0", "1", "2"}
-            or (places == ("0", "1") and said <= {"0", "1"})
-            or (places == ("1", "2") and said <= {"1", "2"})
-        ):
-            other = [n[0] if n else None for n in named]
-            return [o or (other[1 - i] or "").replace(places[1 - i], places[i]) for i, o in enumerate(other)]
-    if said <= {"0", "1"} and not {"label", "labels", "preference", "pref"} & {*_parts(name)} and places != ("1", "2"):
-        return ["0", "1"]
+    if order := _by_place(said, places):
+        return order
+    one, two = sides
+    words = f"--columns responses={one},{two} winner={name} order="
+    if all(map(_numeric, said)) and any(float(w) < 0 for w in said):
+        raise _two_readings(
+            f"a negative '{name}' means that {one} is better",
+            f"that {two} is",
+            f"{words}{','.join(SIGNS)} or order={','.join(SIGNS[::-1])} (with prompt=...)",
+        )
+    if said <= {"0", "1"} and places != ("1", "2") and not {"label", "labels", "preference", "pref"} & {*_parts(name)}:
+        return ["0", "1"]  # the number of the response
     if said == {"1", "2"} and places != ("0", "1"):
         return ["1", "2"]
-    one, two = sides
-    if any(_numeric(w) and float(w) < 0 for w in said) and all(_numeric(w) for w in said):
-        raise _two_readings(f"a negative '{name}' means that {one} is better", f"that {two} is",
-                            f"--columns responses={one},{two} winner={name} order={','.join(SIGNS)} or "
-                            f"order={','.join(SIGNS[::-1])} (with prompt=...)")  # fmt: skip
-    low, high = ("0", "1") if said <= {"0", "1"} else (sorted(said)[:1] or ["A"])[0:1] + (sorted(said)[1:2] or ["B"])
-    raise _two_readings(f"'{name}' {low} means that {one} is better", f"that {two} is",
-                        f"--columns responses={one},{two} winner={name} order={low},{high} or order={high},{low} "
-                        "(with prompt=...)")  # fmt: skip
+    low, high = ("0", "1") if said <= {"0", "1"} else [*sorted(said), "A", "B"][:2]
+    raise _two_readings(
+        f"'{name}' {low} means that {one} is better",
+        f"that {two} is",
+        f"{words}{low},{high} or order={high},{low} (with prompt=...)",
+    )
+
+
+def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
+    """The labels in the order of the columns, where each names its column by the word that tells the two apart.
+
+    >>> _by_place({"model_b"}, ("a", "b")), _by_place({"0", "1"}, ("a", "b"))
+    (['model_a', 'model_b'], [])
+    """
+    named = [[w for w in said if place in _parts(w)] for place in places]
+    if not said or len(named[0]) + len(named[1]) != len(said) or max(map(len, named)) > 1:
+        return []
+    if set(named[0]) & set(named[1]):
+        return []
+    first, second = (next(iter(words), "") for words in named)
+    one, two = (re.compile(rf"(?<![a-z0-9]){place}(?![a-z0-9])") for place in places)
+    return [first or two.sub(places[0], second), second or one.sub(places[1], first)]
 
 
 def _start(rows: Rows, name: str, listed: str) -> str:
@@ -395,8 +417,11 @@ def _start(rows: Rows, name: str, listed: str) -> str:
         return FROM_0
     if said and any(s >= n for s, n in zip(said, counts, strict=False)):
         return FROM_1
-    raise _two_readings(f"'{name}' counts the responses from 0", "it counts them from 1",
-                        f"--columns responses={listed} winner={name} order='{FROM_0}' or order='{FROM_1}' (with prompt=...)")  # fmt: skip
+    raise _two_readings(
+        f"'{name}' counts the responses from 0",
+        "it counts them from 1",
+        f"--columns responses={listed} winner={name} order='{FROM_0}' or order='{FROM_1}' (with prompt=...)",
+    )
 
 
 def _score_or_rank(rows: Rows, *names: str) -> str:
@@ -432,9 +457,12 @@ def _require_agreement(rows: Rows, columns: Sequence[str], sides: tuple[str, str
     """
     for name in (n for n in columns if n not in sides and WINNER & {*_parts(n)}):
         if any(isinstance(r.get(name), str) and word(r[name]) == sides[1].lower() for r in rows):
-            raise _two_readings(f"{sides[0]} is better by its name", f"'{name}' says {sides[1]} in some rows",
-                                f"--columns responses={sides[0]},{sides[1]} winner={name} order={sides[0]},{sides[1]} "
-                                f"(with prompt=...), or --columns chosen={sides[0]} rejected={sides[1]} ...")  # fmt: skip
+            raise _two_readings(
+                f"{sides[0]} is better by its name",
+                f"'{name}' says {sides[1]} in some rows",
+                f"--columns responses={sides[0]},{sides[1]} winner={name} order={sides[0]},{sides[1]} (with "
+                f"prompt=...), or --columns chosen={sides[0]} rejected={sides[1]} ...",
+            )
 
 
 # --- what is not read ---
@@ -454,7 +482,7 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
                 yield f"column '{name}' looks like {what} and is not read; --columns {word_}={name} takes it"
         elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md says how to name the better response"
+            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
 
 
 def _in_prompt(schema: Schema, row: Mapping[str, Any], value: Any) -> bool:

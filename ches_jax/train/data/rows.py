@@ -119,7 +119,7 @@ def _open(
                 raise
     if reads_samples(loss):
         return opener.rows(spec, split, config.columns, SAMPLES, option), False
-    return opener.pairs(spec, split, config.columns, config.candidates, option), False
+    return opener.pairs(spec, split, config.columns, config.candidates, option, config.schema), False
 
 
 def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
