@@ -99,10 +99,10 @@ def test_doctor_exits_with_1_when_a_row_is_flagged(capsys, tiny_model, tmp_path)
 
 def test_columns_are_renamed_by_words(capsys, tiny_model, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"question": "Do you agree?", "good": " Yes", "bad": " No"}) + "\n")
+    path.write_text(json.dumps({"ask": "Do you agree?", "yea": " Yes", "nay": " No"}) + "\n")
     words = ("score", "--model", tiny_model, "--pairs", path, "--out", tmp_path / "run", "--quiet")
     assert run(capsys, *words)[0] == 2
-    assert run(capsys, *words, "--columns", "prompt=question", "chosen=good", "rejected=bad")[0] == 0
+    assert run(capsys, *words, "--columns", "prompt=ask", "chosen=yea", "rejected=nay")[0] == 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
