@@ -117,22 +117,30 @@ def require_whole(out: Path) -> int:
       RunError: the data have not come to their end, a chunk is missing or damaged, or there is one too many.
     """
     folder = out / FOLDER
-    if not files(out, "done", ".json"):
-        raise RunError(f"{out}: no parts to merge; was anything computed? Start the run again with --resume")
+    numbers = {int(p.stem.rpartition("-")[2]) for p in files(out, "done", ".json")}
+    if not numbers and not (folder / END).is_file():
+        raise RunError(f"{out}: no parts to merge; was anything computed?")
+    if missing := sorted(set(range(max(numbers, default=-1) + 1)) - numbers):
+        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
     if not (folder / END).is_file():
         raise RunError(
-            f"{out}: the run has not come to the end of its data ({len(files(out, 'done', '.json'))} chunks are done); "
-            "start it again with --resume"
+            f"{out}: the run has not come to the end of its data ({len(numbers)} chunks are done): start it again with "
+            "--resume"
         )
     count = read_object(folder / END, RunError, "the parts of a run").get("chunks")
     if type(count) is not int or count < 0:
         raise RunError(f"{folder / END}: expected the number of chunks")
+    if missing := sorted(set(range(count)) - numbers):
+        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
     problems = [problem for number in range(count) if (problem := _problem(out, number))]
-    last = path(out, count, ".json", "done")
-    problems += [f"{p.name} is of no chunk of this run" for p in files(out, "done", ".json") if p.name >= last.name]
+    problems += [f"part {number} is behind the end of the data" for number in sorted(numbers) if number >= count]
     if problems:
-        raise RunError(many(f"{out}: parts are missing or damaged; start the run again with --resume", problems, 10))
+        raise RunError(many(f"{out}: start the run again with --resume", problems, 10))
     return count
+
+
+def _missing(numbers: Sequence[int]) -> str:
+    return f"{len(numbers)} parts are missing ({', '.join(map(str, numbers[:10]))})"
 
 
 def write(out: Path, number: int, rows: Iterable[Mapping[str, Any]], dropped: Iterable[Mapping[str, Any]] = ()) -> None:
