@@ -15,11 +15,15 @@ _CLOSE = rf"(?:</(?:{TAGS})>|\[/THINK\]|<\|(?:end_of_thought|END_THINKING|/think
 OPENED = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 CLOSED = re.compile(rf".*{_CLOSE}", re.IGNORECASE | re.DOTALL)
 """Up to the last end of a block: also where the template opened it, so that only the end is in the text."""
-CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|$)", re.DOTALL)
+CHANNEL = re.compile(
+    r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|$)", re.DOTALL
+)
 """A message of the harmony format: its channel and its text."""
 STRIPPED_CHANNELS = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(.*?)assistant\s*final(.*)", re.DOTALL)
 """The same where the special tokens were taken out of the text."""
-WRAPPED = re.compile(r"</?(?:answer|response|final|final_answer)>|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>")
+WRAPPED = re.compile(
+    r"</?(?:answer|response|final|final_answer)>|<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>"
+)
 TYPOGRAPHIC = str.maketrans({
     **dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032\uff07\u02bb\u02c8", "'"),
     **dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\uff02", '"'),
@@ -48,7 +52,7 @@ def final_answer(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Lower case, straight quotes and apostrophes, single spaces; no invisible characters, no Markdown or HTML marks."""
+    """Lower case, straight quotes and apostrophes, single spaces; nothing invisible, no Markdown or HTML marks."""
     text = re.sub(r"(?<=\w)[`\u00b4](?=\w)", "'", text.translate(TYPOGRAPHIC))
     text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     text = re.sub(r"</?(?:b|i|em|strong|p|br|u)\s*/?>", " ", text)
