@@ -137,7 +137,7 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     assert config.judge is not None
     path = Path(config.judge_template) if config.judge_template else default_question()
     question = load_question(opener.file(path, "judge_template"))
-    encoder = open_encoder(opener, config.judge, None, "auto", option="judge")
+    encoder = open_encoder(opener, config.judge, None, "auto", config.template_args, option="judge")
     wrap = config.wrap
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"

@@ -17,7 +17,7 @@ from ches_jax.data.audit import require_clean
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
-from ches_jax.inputs import Inputs, Opener, audit, open_model_and_pairs
+from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
@@ -176,18 +176,15 @@ def _metadata(identity: dict[str, Any], family: str, at_start: dict[str, str]) -
     """Provenance of the table; without times, so that equal runs give equal bytes."""
     config = identity["config"]
     shown = {k: v for k, v in config.items() if v not in (None, {}, False)}
-    columns = ",".join(f"{k}={v}" for k, v in config["columns"].items())
-    words = [
-        f"--{k.replace('_', '-')} {columns if k == 'columns' else '' if v is True else v}".strip()
-        for k, v in shown.items()
-    ]
+    named = {k: ",".join(f"{n}={w}" for n, w in v.items()) for k, v in shown.items() if isinstance(v, dict)}
+    words = [f"--{k.replace('_', '-')} {named.get(k, '' if v is True else v)}".strip() for k, v in shown.items()]
     return {
         "verb": "score",
         "model": config["model"],
         "family": family,
         "pairs": config["pairs"],
         **{k: v for k, v in identity.items() if k.endswith("fingerprint")},
-        "convention": {"eos": config["eos"], "max_length": config["max_length"], "template": config["template"]},
+        "convention": convention(*(config[n] for n in ("eos", "max_length", "template", "template_args"))),
         "dtype": config["dtype"],
         "param_dtype": config["param_dtype"] or "stored",
         "accumulation": "float64" if config["dtype"] == "float64" else "float32",
