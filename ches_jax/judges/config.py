@@ -21,12 +21,12 @@ class JudgeConfig(RowOptions):
     responses: str
     """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""
     by: Literal["rules", "model", "labels"] = "rules"
-    """rules: phrases of a list; model: a language model is asked; labels: taken from a file."""
+    """rules: sentences that decline (en, de, fr, es); model: a language model is asked; labels: taken from a file."""
     out: str | None = not_identity(None)
     """Run directory; default: the first free runs/judge-NNN."""
 
     rules: str | None = None
-    """List of phrases; default: the one of the package."""
+    """Phrases or patterns of your own; default: those of the package."""
 
     judge: str | None = None
     """The judge: Hugging Face model directory or hub name."""

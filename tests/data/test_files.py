@@ -1,0 +1,226 @@
+"""Files of every kind give the same rows; a damaged one is told in words."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+
+import pytest
+
+from ches_jax.data.sources import open_pairs, open_prompts
+from ches_jax.errors import DataError
+
+ROWS = [{"prompt": f"Which {i}?", "chosen": f" This – {i}", "rejected": " That\nor, so"} for i in range(5)]
+
+
+def lines(rows=ROWS):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+def ids(spec, **options):
+    return [r.row_id for r in open_pairs(str(spec), **options)]
+
+
+@pytest.fixture
+def want(tmp_path):
+    (tmp_path / "want.jsonl").write_bytes(lines())
+    return ids(tmp_path / "want.jsonl")
+
+
+def zstd(data):
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_compressed_files_are_read_and_a_cut_one_is_told(tmp_path, want, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACKED[suffix](lines()))
+    assert ids(path) == want
+    (tmp_path / "b.jsonl").write_bytes(PACKED[suffix](lines()))  # by its bytes, whatever its name
+    assert ids(tmp_path / "b.jsonl") == want
+    array = tmp_path / f"c.json{suffix}"
+    array.write_bytes(PACKED[suffix](json.dumps(ROWS).encode()))
+    assert ids(array) == want
+    many = lines([{"prompt": os.urandom(500).hex(), "chosen": "a", "rejected": "b"} for _ in range(300)])
+    path.write_bytes(PACKED[suffix](many)[:-4000])
+    with pytest.raises(DataError, match="cut off"):
+        ids(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_tables_of_text_have_long_fields_and_line_ends(tmp_path, suffix):
+    import csv
+
+    rows = [*ROWS, {"prompt": "x" * 300_000, "chosen": "a\r\nb", "rejected": '"c", d\te'}]
+    with (tmp_path / f"a{suffix}").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == ".csv" else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert [r.content for r in open_pairs(str(tmp_path / f"a{suffix}"))] == rows
+
+
+DOCUMENTS = {
+    "an array": ROWS,
+    "under a key": {"data": ROWS, "version": 3},
+    "of the viewer": {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": r} for i, r in enumerate(ROWS)]},
+    "columns": {name: [r[name] for r in ROWS] for name in ROWS[0]},
+    "columns by number": {name: {str(i): r[name] for i, r in enumerate(ROWS)} for name in ROWS[0]},
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_holds_rows_under_a_key_or_as_columns(tmp_path, want, document, indent):
+    (tmp_path / "a.json").write_text(json.dumps(document, indent=indent), "utf-8")
+    assert ids(tmp_path / "a.json") == want
+
+
+def test_json_of_one_row_and_of_splits(tmp_path, want):
+    turns = [{"role": "user", "content": "hi"}]
+    row = {"prompt": turns, "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}
+    row["rejected"] = [{"role": "assistant", "content": "b"}]
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+    assert [r.content for r in open_pairs(str(tmp_path / "one.json"))] == [row]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:2]}))
+    assert ids(tmp_path / "splits.json", split="test") == want[:2]
+    with pytest.raises(DataError, match="rows under 'train' and 'test'; choose one with --split"):
+        ids(tmp_path / "splits.json")
+
+
+def test_several_files_are_read_in_order_and_rows_are_named_with_their_file(tmp_path, want):
+    for i, part in enumerate((ROWS[:2], ROWS[2:])):
+        (tmp_path / f"part{i}.jsonl").write_bytes(lines(part))
+    both = f"{tmp_path}/part0.jsonl,{tmp_path}/part1.jsonl"
+    assert ids(both) == ids(f"{tmp_path}/part*.jsonl") == want
+    rows = list(open_pairs(both).iter_from(3))
+    assert [(r.index, r.where) for r in rows] == [(3, "part1.jsonl, line 2"), (4, "part1.jsonl, line 3")]
+    with pytest.raises(DataError, match=r"part7\.jsonl: no such file \(one of 2"):
+        ids(f"{tmp_path}/part0.jsonl,{tmp_path}/part7.jsonl")
+    with pytest.raises(DataError, match="no file fits this pattern"):
+        ids(f"{tmp_path}/none*.jsonl")
+    with pytest.raises(DataError, match="named twice"):
+        ids(f"{tmp_path}/part0.jsonl,{tmp_path}/part0.jsonl")
+
+
+def test_a_folder_as_the_hub_lays_it_out_is_read_by_split(tmp_path, want):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.parquet").write_bytes(b"")
+    for i, part in enumerate((ROWS[:2], ROWS[2:])):
+        pq.write_table(pa.Table.from_pylist(part), folder / f"data/train_prefs-0000{i}-of-00002.parquet")
+    assert ids(folder) == want
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "data/test_prefs-00000-of-00001.parquet")
+    assert ids(folder, split="test_prefs") == want[:1]
+    with pytest.raises(DataError, match="several splits; choose one with --split: test_prefs, train_prefs"):
+        ids(folder)
+    (folder / "data/train_prefs-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match="'train_prefs' lacks 1 of its 2 parts"):
+        ids(folder, split="train_prefs")
+
+
+def test_feather_is_read(tmp_path, want):
+    import pyarrow as pa
+    from pyarrow import feather
+
+    feather.write_feather(pa.Table.from_pylist(ROWS), str(tmp_path / "a.feather"), compression="zstd")
+    assert ids(tmp_path / "a.feather") == want
+
+
+def test_addresses_are_copied_and_unknown_ones_refused(want):
+    import fsspec
+
+    with fsspec.open("memory://sets/a.jsonl.gz", "wb") as file:
+        file.write(gzip.compress(lines()))
+    assert ids("memory://sets/a.jsonl.gz") == ids("memory://sets/*.gz") == want
+    with pytest.raises(DataError, match="no data can be read from 'ftp://'; expected https"):
+        ids("ftp://host/a.jsonl")
+    with pytest.raises(DataError, match=r"memory://sets/none\.jsonl: cannot be read \(FileNotFoundError"):
+        ids("memory://sets/none.jsonl")
+
+
+BAD = {
+    "UTF-16": ("a.jsonl", lines().decode().encode("utf-16"), "the text is UTF-16"),
+    "UTF-16 table": ("a.csv", "prompt\nx\n".encode("utf-16"), "the text is UTF-16"),
+    "deep": ("a.jsonl", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+    "deep document": ("a.json", b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+    "digits": ("a.jsonl", b'{"prompt":' + b"9" * 5000 + b"}", "not JSON"),
+    "old feather": ("a.feather", b"FEA1 and so on", "Feather version 1"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "told"), BAD.values(), ids=BAD)
+def test_what_is_no_data_is_told_in_words(tmp_path, name, data, told):
+    (tmp_path / name).write_bytes(data)
+    for opened in (open_pairs, open_prompts):
+        with pytest.raises(DataError, match=told) as caught:
+            list(opened(str(tmp_path / name)))
+        assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_damaged_tables_are_read_or_told_in_words(tmp_path, form):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table, path = pa.Table.from_pylist(ROWS * 8), tmp_path / f"a.{form}"
+    if form == "arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path)
+    whole, chance = path.read_bytes(), random.Random(5)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 8])):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            ids(path)
+        except DataError as error:
+            assert str(error).startswith(str(path))
+
+
+def test_rows_that_cannot_be_read_are_records_with_a_fault_for_who_tolerates_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_text("\n".join([good, '{"prompt": "p", "chosen": "a", "rejected": null}', "{broken", "[1]", good]))
+    rows = list(open_pairs(str(path)).tolerant())
+    assert [bool(r.fault) for r in rows] == [False, True, True, True, False]
+    assert [r.index for r in rows] == [0, 1, 2, 3, 4]
+    assert "null here" in rows[1].fault and "not JSON" in rows[2].fault
+    assert len({r.row_id for r in rows}) == 4
+    with pytest.raises(DataError, match="line 2: no column 'rejected'"):
+        list(open_pairs(str(path)))
+
+
+def test_other_columns_can_always_be_written_again(tmp_path):
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {**ROWS[0], "when": datetime.datetime(2020, 1, 2), "raw": b"\x00", "nan": float("nan"), "category": "c"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (read,) = open_pairs(str(tmp_path / "a.parquet"))
+    assert json.loads(json.dumps(dict(read.extra), allow_nan=False)) == {
+        "when": "2020-01-02T00:00:00",
+        "raw": "AA==",
+        "nan": None,
+    }
+    (tmp_path / "b.jsonl").write_text(json.dumps({**ROWS[0], "category": "\ud800", "note": "\udcff"}))
+    (read,) = open_pairs(str(tmp_path / "b.jsonl"))
+    assert (read.category, read.extra) == ("\\ud800", {"note": "\\udcff"})
