@@ -19,8 +19,8 @@ def with_large_pages() -> None:
     The C library reads the setting when a process begins, and never after. Same process id, same arguments, same
     streams; where there is no such library, nothing happens.
     """
-    told = os.environ.get(VARIABLE, "")
-    if sys.platform != "linux" or SETTING in told:
+    tunables = os.environ.get(VARIABLE, "")
+    if sys.platform != "linux" or SETTING in tunables:
         return
-    os.environ[VARIABLE] = ":".join(filter(None, (told, f"{SETTING}=1")))
+    os.environ[VARIABLE] = ":".join(filter(None, (tunables, f"{SETTING}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -58,9 +58,9 @@ class Inputs:
 
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(following)
-            while (found := ahead.result()) is not None:
+            while (numbered := ahead.result()) is not None:
                 ahead = pool.submit(following)
-                yield found
+                yield numbered
 
 
 def prepare(config: ScoreConfig) -> Inputs:
@@ -113,7 +113,7 @@ def sequence_length(decoder: DecoderConfig, max_length: int | None) -> int:
 def audit(inputs: Inputs) -> Audit:
     """The token audit of the whole data set."""
     tokenizer = inputs.tokenizer.tokenizer
-    found = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
+    result = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
     for _, chunk in inputs.chunks():
-        found.extend(chunk)
-    return found
+        result.extend(chunk)
+    return result

@@ -37,8 +37,8 @@ def test_score_select_report_and_doctor_work_in_a_row(capsys, tiny_model, pairs,
     code, out, err = run(capsys, "score", "--model", tiny_model, "--pairs", pairs, "--out", tmp_path / "run", "--logps")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n")
     assert "2 pairs, 2 scored" in err and "ln_ches" in err
-    told = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert told["counts"]["kept"] == 2 and told["config"]["pairs"] == str(pairs)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["counts"]["kept"] == 2 and record["config"]["pairs"] == str(pairs)
 
     words = ("select", "--scores", tmp_path / "run", "--by", "ches", "--keep", "lowest:1", "--out", tmp_path / "kept")
     assert run(capsys, *words)[:2] == (0, f"{tmp_path / 'kept'}\n")

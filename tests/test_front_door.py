@@ -131,8 +131,8 @@ def test_help_takes_little_time():
 
 
 def test_bare_ches_is_help_with_every_verb(capsys):
-    bare, asked = run(capsys), run(capsys, "--help")
-    assert bare == asked and bare[0] == 0 and not bare[2]
+    bare, help_text = run(capsys), run(capsys, "--help")
+    assert bare == help_text and bare[0] == 0 and not bare[2]
     assert all(f"  {verb} " in bare[1] for verb in COMMANDS)
     assert run(capsys, "--version")[1].startswith(f"ches-jax {ches_jax.__version__}")
     assert run(capsys, "help", "score") == run(capsys, "score", "--help")

@@ -15,14 +15,14 @@ SCRIPT = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for through the C library of Linux")
-@pytest.mark.parametrize("told", ["", "glibc.malloc.tcache_count=3", "glibc.malloc.hugetlb=0"])
-def test_one_process_from_beginning_to_end(told):
+@pytest.mark.parametrize("tunables", ["", "glibc.malloc.tcache_count=3", "glibc.malloc.hugetlb=0"])
+def test_one_process_from_beginning_to_end(tunables):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, "a b", "--c"],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "GLIBC_TUNABLES": told},
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "GLIBC_TUNABLES": tunables},
     )  # fmt: skip
     (line,) = process.communicate()[0].splitlines()
     pid, setting, words = json.loads(line)
     assert process.returncode == 0 and pid == process.pid and words == ["a b", "--c"]
-    kept = told if "hugetlb" in told else ":".join(filter(None, (told, "glibc.malloc.hugetlb=1")))
+    kept = tunables if "hugetlb" in tunables else ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
     assert setting == kept

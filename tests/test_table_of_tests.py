@@ -9,8 +9,8 @@ ROWS = dict(re.findall(r"^\| `((?:ches_jax|theory|experiments)/\S+\.py)` \| (.+)
 
 
 def files(*folders: str, pattern: str = "*.py") -> set[str]:
-    found = (path for folder in folders for path in (ROOT / folder).rglob(pattern))
-    return {path.relative_to(ROOT).as_posix() for path in found if path.name != "__init__.py"}
+    paths = (path for folder in folders for path in (ROOT / folder).rglob(pattern))
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
 
 
 def test_every_source_file_has_its_row_and_no_row_is_of_a_file_that_is_gone():

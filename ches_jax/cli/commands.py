@@ -174,13 +174,13 @@ class Judge(RunOutput, JudgeConfig):
 
         out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
         record = read_json(out / RUN)
-        found = record["summary"]
-        counts = {name: found[name] for name in ("responses", "refusals", "undecided")}
+        summary = record["summary"]
+        counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
         return Outcome(
             headline=f"{counts['refusals']} of {counts['responses']} refused, {counts['undecided']} undecided "
             f"-> {out / FILE_NAME}",
             path=out / FILE_NAME,
-            text="" if self.quiet else summary_text(found),
+            text="" if self.quiet else summary_text(summary),
             counts=counts,
             paths={"run": out / RUN},
             details=record,
@@ -273,14 +273,14 @@ class Diagnose(Output, DiagnoseConfig):
         from ches_jax.displacement.diagnose import diagnose
         from ches_jax.displacement.verdict import rule_holds
 
-        found = diagnose(_only(DiagnoseConfig, self))
-        failed = rule_holds(found, self.fail_if)
+        diagnosis = diagnose(_only(DiagnoseConfig, self))
+        failed = rule_holds(diagnosis, self.fail_if)
         return Outcome(
-            headline=f"{found.verdict}: chosen {found.chosen.mean:+.3f} nats over {found.pairs} {found.unit}"
-            + (f"; --fail-if {self.fail_if} holds" if failed else ""),
-            text=found.text(),
-            counts={"pairs": found.pairs, "records": found.records},
-            details=found.to_json(),
+            headline=f"{diagnosis.verdict}: chosen {diagnosis.chosen.mean:+.3f} nats "
+            f"over {diagnosis.pairs} {diagnosis.unit}" + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            text=diagnosis.text(),
+            counts={"pairs": diagnosis.pairs, "records": diagnosis.records},
+            details=diagnosis.to_json(),
             code=int(failed),
         )
 
@@ -364,11 +364,11 @@ class Verify(Output):
             lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in claims]
             return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
         verification = theory("theory.verify")
-        asked = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
-        results = verification.verify(self.claims or None, **asked, quiet=self.quiet)
+        options = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
+        results = verification.verify(self.claims or None, **options, quiet=self.quiet)
         failed = [r.id for r in results if not r.passed]
         held = f"{len(results) - len(failed)} of {len(results)} claims hold"
-        path = verification.write_results(self.out, results, asked) if self.out else None
+        path = verification.write_results(self.out, results, options) if self.out else None
         text = "\n".join([verification.table(results), held + (f"; not: {', '.join(failed)}" if failed else "")])
         return Outcome(
             headline=held + (f" -> {path}" if path else ""),

@@ -96,8 +96,8 @@ class Audit:
         for name, counts in self.lengths.items():
             lines.append(f"{name:<16}" + "".join(f"{v:>8}" for v in quantiles(counts).values()))
         for name, counts in self.specials.items():
-            found = ", ".join(f"{n} in {rows} rows" for n, rows in sorted(counts.items()))
-            lines.append(f"{name:<16}{found}")
+            numbers = ", ".join(f"{n} in {rows} rows" for n, rows in sorted(counts.items()))
+            lines.append(f"{name:<16}{numbers}")
         for flag in FLAGS:
             if self.flags[flag]:
                 lines.append(f"{flag:<20}{self.flags[flag]:>8}  {FLAGS[flag]}")
@@ -125,13 +125,13 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
     >>> quantiles(Counter({1: 98, 7: 1, 9: 1}))
     {'min': 1, 'p50': 1, 'p90': 1, 'p99': 7, 'max': 9}
     """
-    total, seen, found = counts.total(), 0, {}
+    total, seen, result = counts.total(), 0, {}
     for value in sorted(counts):
         seen += counts[value]
         for name, share in _QUANTILES.items():
-            if name not in found and seen >= max(1, share * total):
-                found[name] = value
-    return found
+            if name not in result and seen >= max(1, share * total):
+                result[name] = value
+    return result
 
 
 def require_clean(audit: Audit, subject: str = "--pairs") -> None:
@@ -153,8 +153,8 @@ def require_clean(audit: Audit, subject: str = "--pairs") -> None:
     ]
     if not _LENGTH_FLAGS.isdisjoint(audit.flags):
         ways.append("a larger --max-length truncates fewer")
-    found = f"{subject}: {audit.flagged} of {audit.rows} rows are not fit to be scored as they are"
-    raise DataError(f"{many(found, problems)}\nwhat to do: {'; '.join(ways)}")
+    headline = f"{subject}: {audit.flagged} of {audit.rows} rows are not fit to be scored as they are"
+    raise DataError(f"{many(headline, problems)}\nwhat to do: {'; '.join(ways)}")
 
 
 def dropped_record(pair: TokenPair) -> dict[str, Any]:

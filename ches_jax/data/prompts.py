@@ -126,14 +126,14 @@ def pair_contents(
         return [((), _without_nulls({"prompt": prompt, "responses": responses}))]
     shared = {n: values[n] for n in ("prompt", "prompt_ids", "tools", "chat_template_kwargs") if n in values}
     sides = ID_COLUMNS[1:] if _are_ids(responses, values) else TEXT_COLUMNS[1:]
-    found: list[tuple[Numbers, dict[str, Any]]] = []
+    numbered: list[tuple[Numbers, dict[str, Any]]] = []
     for chosen, rejected in pairs:
         both = {side: _listed(responses[i]) for side, i in zip(sides, (chosen, rejected), strict=True)}
         try:
-            found.append(((chosen, rejected), _content(shared | both, row, columns)))
+            numbered.append(((chosen, rejected), _content(shared | both, row, columns)))
         except DataError as error:
             raise DataError(f"responses {chosen} and {rejected} as chosen and rejected: {error}") from None
-    return found
+    return numbered
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -159,8 +159,8 @@ def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequ
 
 def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     """What the row holds under each of ``names``, nulls left out."""
-    found = {name: lookup(row, columns.get(name, name)) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    cells = {name: lookup(row, columns.get(name, name)) for name in names}
+    return {name: value for name, value in cells.items() if value is not None}
 
 
 def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -373,9 +373,9 @@ def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     pairs = zip(chosen, rejected, strict=False)
     shorter = min(len(chosen), len(rejected))
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
-    found = chosen[:common].rfind(_ASSISTANT)
-    if found >= 0:
-        cut = found + len(_ASSISTANT)
+    start = chosen[:common].rfind(_ASSISTANT)
+    if start >= 0:
+        cut = start + len(_ASSISTANT)
         return chosen[:cut], chosen[cut:], rejected[cut:]
     if all(text.lstrip().startswith("Human:") for text in (chosen, rejected)):
         return "", chosen, rejected  # audited as an empty prompt

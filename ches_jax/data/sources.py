@@ -263,11 +263,11 @@ def _parse(path: Path, where: str, text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, {where}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8") from None
     except ValueError as error:
-        found = getattr(error, "msg", str(error))
+        fault = getattr(error, "msg", str(error))
         # Inside a JSON array the line is known to the parser only.
         line = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else where
         raise DataError(
-            f"{path}, {where or line}: not JSON ({found}); expected one JSON object per line, or "
+            f"{path}, {where or line}: not JSON ({fault}); expected one JSON object per line, or "
             "one array of objects in a .json file"
         ) from None
 
@@ -290,8 +290,8 @@ def _read_text(path: Path, start: int) -> Iterator[Raw]:
             try:
                 yield f"line {number}", {"prompt": line.decode("utf-8-sig").rstrip("\r\n")}
             except UnicodeDecodeError as error:
-                found = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
-                raise DataError(f"{path}, line {number}: {found}") from None
+                fault = f"byte {error.start + 1} is not UTF-8; convert the file to UTF-8"
+                raise DataError(f"{path}, line {number}: {fault}") from None
 
 
 def _read_csv(path: Path, start: int) -> Iterator[Raw]:
@@ -369,8 +369,8 @@ def _open_folder(path: Path, split: str | None) -> Opened:
     if splits_file.exists():
         splits = json.loads(splits_file.read_text(encoding="utf-8"))["splits"]
         if split not in splits:
-            found = f"no split '{split}'" if split else "several splits"
-            raise DataError(f"{path}: {found}; choose one with --split: {', '.join(splits)}")
+            fault = f"no split '{split}'" if split else "several splits"
+            raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
         path = path / str(split)
     elif split is not None:
         raise DataError(f"{path}: --split {split}, but the folder holds one split: leave --split out")

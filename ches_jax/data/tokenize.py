@@ -151,8 +151,8 @@ class PairTokenizer:
         }
         for r in rendered:
             if r is not None:
-                found = ids[r.templated]
-                yield next(found), next(found), next(found)
+                triples = ids[r.templated]
+                yield next(triples), next(triples), next(triples)
 
     def _ids(self, texts: list[str], templated: bool) -> list[Ids]:
         return encode(self.tokenizer, texts, templated, self._suffix)
@@ -160,46 +160,46 @@ class PairTokenizer:
     def _pair(self, row: Record, text: Rendered | None, ids: Triple | None) -> TokenPair:
         if row.candidates == ():
             return _no_pair(row)
-        found: dict[str, str] = {}
+        details: dict[str, str] = {}
         if text is None or ids is None:
             prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
             empty, turns = (), {}
         else:
-            prompt, chosen, rejected = _cut(*ids, found)
+            prompt, chosen, rejected = _cut(*ids, details)
             empty, turns = text.empty, text.turns
         self._check_vocabulary(row, (prompt, chosen, rejected))
         bos = _single(self.tokenizer.bos_token_id)
         if bos is not None and prompt[:2] == (bos, bos):
-            found["double_bos"] = "prompt"
+            details["double_bos"] = "prompt"
         marked = text is None or text.templated
         complete = {
-            name: self._complete(name, ids_, marked, turns.get(name, 1), found)
+            name: self._complete(name, ids_, marked, turns.get(name, 1), details)
             for name, ids_ in (("chosen", chosen), ("rejected", rejected))
         }
         if not prompt or "prompt" in empty:
-            found["empty_prompt"] = ""
+            details["empty_prompt"] = ""
         for name, response in complete.items():
             if not response.content or name in empty:
-                found[f"empty_{name}"] = ""
+                details[f"empty_{name}"] = ""
         if len(prompt) >= self.max_length:
-            found["prompt_too_long"] = f"{len(prompt)} tokens, --max-length {self.max_length}"
+            details["prompt_too_long"] = f"{len(prompt)} tokens, --max-length {self.max_length}"
         else:
-            complete = {n: self._truncated(n, r, len(prompt), found) for n, r in complete.items()}
+            complete = {n: self._truncated(n, r, len(prompt), details) for n, r in complete.items()}
         if complete["chosen"].content == complete["rejected"].content:
-            found["identical"] = ""
+            details["identical"] = ""
         return TokenPair(
             row_id=row.row_id,
             index=row.index,
             prompt=prompt,
             chosen=complete["chosen"],
             rejected=complete["rejected"],
-            flags=tuple(flag for flag in FLAGS if flag in found),
+            flags=tuple(flag for flag in FLAGS if flag in details),
             category=row.category,
-            detail={flag: found[flag] for flag in FLAGS if found.get(flag)},
+            detail={flag: details[flag] for flag in FLAGS if details.get(flag)},
             candidates=row.candidates or None,
         )
 
-    def _complete(self, name: str, ids: Ids, marked: bool, turns: int, found: dict[str, str]) -> Response:
+    def _complete(self, name: str, ids: Ids, marked: bool, turns: int, details: dict[str, str]) -> Response:
         """Splits a response into content and terminator.
 
         A terminator that is there is taken off: EOS for plain text, any end-of-turn token
@@ -211,11 +211,11 @@ class PairTokenizer:
         extra = len(run) - len(set(run))
         inside = max(sum(content.count(i) for i in {eos, terminator} - {None}) - (turns - 1), 0)
         if extra:
-            _note(found, "double_eos", f"{name} ends with {extra + 1}")
+            _note(details, "double_eos", f"{name} ends with {extra + 1}")
         if inside:
-            _note(found, "double_eos", f"{inside} inside {name}")
+            _note(details, "double_eos", f"{inside} inside {name}")
         if bos is not None and bos != eos and bos in content:
-            _note(found, "double_bos", f"{content.count(bos)} inside {name}")
+            _note(details, "double_bos", f"{content.count(bos)} inside {name}")
         return Response(content, terminator)
 
     def _split_end(self, ids: Ids, marked: bool) -> tuple[Ids, Ids]:
@@ -233,12 +233,12 @@ class PairTokenizer:
     def _blank(self, token_id: int) -> bool:
         return not str(self.tokenizer.decode([token_id])).strip()
 
-    def _truncated(self, name: str, response: Response, prompt_tokens: int, found: dict[str, str]) -> Response:
+    def _truncated(self, name: str, response: Response, prompt_tokens: int, details: dict[str, str]) -> Response:
         room = self.max_length - prompt_tokens
         if len(response.targets(self.eos)) <= room:
             return response
         needed = prompt_tokens + len(response.targets(self.eos))
-        found[f"truncated_{name}"] = f"{needed} tokens, --max-length {self.max_length}"
+        details[f"truncated_{name}"] = f"{needed} tokens, --max-length {self.max_length}"
         return Response(response.content[:room], None)
 
     def _check_vocabulary(self, row: Record, parts: Sequence[Ids]) -> None:
@@ -267,11 +267,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    found = {
+    by_text = {
         text: _without_suffix(tuple(ids), () if templated else suffix)  # type: ignore[arg-type]
         for text, ids in zip(different, encoded, strict=True)
     }
-    return [found[text] for text in texts]
+    return [by_text[text] for text in texts]
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Record], template: Template) -> list[Ids]:
@@ -315,11 +315,11 @@ def _no_pair(row: Record) -> TokenPair:
     )
 
 
-def _cut(prompt: Ids, chosen: Ids, rejected: Ids, found: dict[str, str]) -> Triple:
+def _cut(prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str]) -> Triple:
     """Cuts both joints after the prompt, at the same place."""
     cut = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     if cut < len(prompt):
-        found["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
+        details["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
     return prompt[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -350,8 +350,8 @@ def _single(token_id: Any) -> int | None:
     return token_id if isinstance(token_id, int) else None
 
 
-def _note(found: dict[str, str], flag: str, what: str) -> None:
-    found[flag] = f"{found[flag]}, {what}" if found.get(flag) else what
+def _note(details: dict[str, str], flag: str, what: str) -> None:
+    details[flag] = f"{details[flag]}, {what}" if details.get(flag) else what
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,8 @@ r"""The updates that a run would make if every gradient were that of the start: 
 .. math:: \Delta = \sum_t \Delta_t(g_t), \qquad g_t = \nabla \bar L_t(\theta_0)
 
 for the minibatches, the optimiser and the learning rates of ``ches train``. The gradients of the first epoch are
-computed one by one; an update beyond it moves the epoch's mean gradient with its mean squares, so that the cost does not
-grow with the number of updates.
+computed one by one; an update beyond it moves the epoch's mean gradient with its mean squares, so that the cost does
+not grow with the number of updates.
 """
 
 from collections.abc import Callable

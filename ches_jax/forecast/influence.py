@@ -1,15 +1,15 @@
 r"""What training on each pair does to the chosen responses of others: its influence on their displacement.
 
-With the mean gradient :math:`G_P` of ln pi(chosen) over probes, the metric M of the run (``metric.Metric.of_run``) and the
-descent of pair j,
+With the mean gradient :math:`G_P` of ln pi(chosen) over probes, the metric M of the run (``metric.Metric.of_run``) and
+the descent of pair j,
 
 .. math::
   I_j = -\frac{1}{N} \Big( a^+_j \langle M G_P, \nabla \ln \pi(y^+_j) \rangle
         + a^-_j \langle M G_P, \nabla \ln \pi(y^-_j) \rangle \Big), \qquad
   a^\pm_j = -\frac{\partial \ell_j}{\partial \ln \pi(y^\pm_j)}
 
-are the nats by which training on j *lowers* their mean: exact at first order, and they add up to the forecast of that mean.
-One backward pass over the probes, one over the training pairs for the metric, one forward-mode pass: no gradient of a
+are the nats by which training on j *lowers* their mean: exact at first order, and they add up to the forecast of that
+mean. One backward pass over the probes, one over the training pairs for the metric, one forward-mode pass: no gradient of a
 single pair is ever formed. (TracIn's quantity, https://arxiv.org/abs/2002.08484, with displacement as its target.)
 """
 
@@ -82,14 +82,13 @@ def concentration(values: np.ndarray) -> dict[str, Any]:
     down = np.sort(values)[::-1]
     fall = float(np.clip(down, 0, None).sum())
     counts = {f"{share:.0%}": max(1, round(share * len(down))) for share in SHARES}
+    worst = {k: float(np.clip(down[:n], 0, None).sum()) for k, n in counts.items()}
     return {
         "pairs": len(down),
         "push_down": float((values > 0).mean()),
         "sum_of_falls": fall,
         "sum": float(down.sum()),
-        "share_of_fall": {
-            k: float(np.clip(down[:n], 0, None).sum()) / fall if fall else None for k, n in counts.items()
-        },
+        "share_of_fall": {k: v / fall if fall else None for k, v in worst.items()},
         "sum_without": {k: float(down[n:].sum()) for k, n in counts.items()},
     }
 

@@ -4,9 +4,9 @@ r"""The two linear maps that everything here is made of, for any function ln pi 
   \mathrm{pull}(c) = \sum_i c_i \nabla \ln \pi_i, \qquad
   \mathrm{push}(u)_i = \langle \nabla \ln \pi_i, u \rangle = \frac{d}{d\epsilon} \ln \pi_i(\theta + \epsilon u)
 
-They are transposes of each other: :math:`\sum_i c_i\, \mathrm{push}(u)_i = \langle \mathrm{pull}(c), u \rangle`. A pull is
-one backward pass and a push one forward-mode pass, whatever the number of responses; no gradient of a single response
-is ever formed.
+They are transposes of each other: :math:`\sum_i c_i\, \mathrm{push}(u)_i = \langle \mathrm{pull}(c), u \rangle`. A pull
+is one backward pass and a push one forward-mode pass, whatever the number of responses; no gradient of a single
+response is ever formed.
 
 >>> logps = lambda p: jnp.log(jax.nn.softmax(p))
 >>> p, u = jnp.zeros(2), jnp.array([1.0, 0.0])

@@ -9,9 +9,9 @@ known. Written so, one step takes a gradient g and squares s:
      \Delta = -\eta \Big(\frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon} + \lambda \theta\Big) \\
   \text{sgd:}\quad & \Delta = -\eta\, g
 
-With s = g^2 that is the optimiser itself. With the mean squares of minibatch gradients as s it moves any g in the metric
-that the run will have: the mean gradient, for updates that are not computed one by one, or 1 everywhere, which gives
-the metric itself.
+With s = g^2 that is the optimiser itself. With the mean squares of minibatch gradients as s it moves any g in the
+metric that the run will have: the mean gradient, for updates that are not computed one by one, or 1 everywhere, which
+gives the metric itself.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ Memory on the device does not grow with the number of items: a pull adds the gra
 parameters, a push hands out the numbers of each batch. Both compile once for each shape of a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +166,7 @@ def wide_zeros(params: Tree) -> Tree:
     return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
 
 
-def on_mesh(tree: Tree, mesh: Any) -> Tree:
+def on_mesh(tree: Mapping[str, Any], mesh: Any) -> Tree:
     """A tree of arrays by parameters' names, placed as parameters are."""
     place = placement(mesh)
     return {name: jax.device_put(a, place(name, a.shape)) for name, a in tree.items()}

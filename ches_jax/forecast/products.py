@@ -1,4 +1,4 @@
-r"""Three inner products of mean gradients, and the sentence they make: does this data set lower chosen responses, and why?
+r"""Three inner products of mean gradients, and a sentence of them: does a data set lower chosen responses, and why?
 
 A loss of whole responses moves parameters along :math:`u = U_+ + U_-`, what it makes of the chosen and of the rejected
 responses of the training pairs:
@@ -6,15 +6,15 @@ responses of the training pairs:
 .. math:: U_\pm = \frac{1}{N} \sum_j a^\pm_j \nabla \ln \pi(y^\pm_j), \qquad
           a^\pm_j = -\frac{\partial \ell_j}{\partial \ln \pi(y^\pm_j)}
 
-so that the mean log-probability of any probes' chosen responses, with mean gradient :math:`G_P`, has under gradient flow
-the rate
+so that the mean log-probability of any probes' chosen responses, with mean gradient :math:`G_P`, has under gradient
+flow the rate
 
 .. math:: \frac{d}{dt}\, \overline{\ln \pi}(P) = \langle G_P, U_+ \rangle + \langle G_P, U_- \rangle
 
-For DPO at the reference :math:`U_\pm = \pm\frac{\beta}{2} G_\pm`, with the mean gradients of chosen and rejected responses.
-With the probes replaced by the training pairs themselves that is
-:math:`\frac{\beta}{2} (\|G_+\|^2 - \langle G_+, G_- \rangle)`: minus CHES's own expression, for the data set as a whole and
-with true gradients. In the metric M of an optimiser (``metric.Metric.of_run``) the same products are in nats.
+For DPO at the reference :math:`U_\pm = \pm\frac{\beta}{2} G_\pm`, with the mean gradients of chosen and rejected
+responses. With the probes replaced by the training pairs themselves that is
+:math:`\frac{\beta}{2} (\|G_+\|^2 - \langle G_+, G_- \rangle)`: minus CHES's own expression, for the data set as a whole
+and with true gradients. In the metric M of an optimiser (``metric.Metric.of_run``) the same products are in nats.
 """
 
 from dataclasses import asdict, dataclass

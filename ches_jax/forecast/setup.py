@@ -9,6 +9,7 @@ training pairs; what it does to a response, one forward-mode pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ class Passes:
             {"train": run.train},
             run.identity,
             initial=evaluate.under(every),
-            other=lambda directory: OtherModel(run, directory),
+            other=partial(OtherModel, run),
             folder=run.out,
             write=False,
         )
@@ -95,7 +96,7 @@ class Passes:
 
     def chosen_gradient(self, pairs: Sequence[TokenPair], coefficients: np.ndarray) -> Tree:
         """Gradient of the weighted sum of ln pi(chosen); pairs of weight 0 cost nothing."""
-        counted = np.flatnonzero(coefficients)
+        counted = np.flatnonzero(coefficients).tolist()
         items: list[Item] = [replace(pairs[i], rejected=NOTHING) for i in counted]
         return Pull(self.model, self.rows)(self.params, items, [np.array([coefficients[i], 0.0]) for i in counted])
 

@@ -10,8 +10,8 @@ from ches_jax.forecast.config import ForecastConfig
 from ches_jax.forecast.setup import LINEAR
 
 CALIBRATION = (
-    "calibration, measured on held-out pairs (experiments/forecast): at first order an actual change is 0.5 to 0.9 times "
-    "the forecast, R2 0.8 to 0.95; ranks hold better than sizes, and at high learning rates sizes are overstated"
+    "calibration, measured on held-out pairs (experiments/forecast): at first order an actual change is 0.5 to 0.9 "
+    "times the forecast, R2 0.8 to 0.95; ranks hold better than sizes, and at high learning rates sizes are overstated"
 )
 
 
@@ -71,8 +71,8 @@ def _warnings(sets: Mapping[str, Any], errors: Mapping[str, float], overlap: int
     found = []
     if overlap:
         found.append(
-            f"{overlap} of {sets['probe']['pairs']} probes are training pairs: their forecast is that of pairs that are "
-            "trained on"
+            f"{overlap} of {sets['probe']['pairs']} probes are training pairs: their forecast is that of pairs that "
+            "are trained on"
         )
     for which, error in errors.items():
         if error > LINEAR:

@@ -140,9 +140,11 @@ class Inputs:
                         examples.setdefault(flag, []).append(f"row {p.index} ({p.row_id[:12]}{shown})")
         if flagged:
             problems = [f"{f}: {n} rows ({FLAGS[f]}): {'; '.join(examples[f])}" for f, n in counts.items()]
-            found = many(f"{self.source.name}: {flagged} of {rows} prompts cannot be continued as they are", problems)
+            headline = many(
+                f"{self.source.name}: {flagged} of {rows} prompts cannot be continued as they are", problems
+            )
             raise DataError(
-                f"{found}\nwhat to do: --on-bad-row drop leaves these out and lists them in dropped.jsonl; "
+                f"{headline}\nwhat to do: --on-bad-row drop leaves these out and lists them in dropped.jsonl; "
                 "--on-bad-row keep continues those that can be"
             )
         return rows

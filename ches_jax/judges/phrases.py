@@ -44,7 +44,7 @@ def load_rules(path: Path | None = None) -> Rules:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot be read ({e}); expected phrases, one a line") from None
-    found: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    phrases: dict[str, list[str]] = {name: [] for name in SECTIONS}
     section = "opening"
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -53,10 +53,10 @@ def load_rules(path: Path | None = None) -> Rules:
             if section not in SECTIONS:
                 raise DataError(f"{path}, line {number}: no section {line}; expected {', '.join(SECTIONS)}")
         elif line and not line.startswith("#"):
-            found[section].append(plain(line))
-    if not found["opening"] and not found["anywhere"]:
+            phrases[section].append(plain(line))
+    if not phrases["opening"] and not phrases["anywhere"]:
         raise DataError(f"{path}: no phrases; expected one a line")
-    return Rules(*(tuple(found[name]) for name in SECTIONS))
+    return Rules(*(tuple(phrases[name]) for name in SECTIONS))
 
 
 def plain(text: str) -> str:

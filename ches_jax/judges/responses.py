@@ -24,17 +24,17 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
     def value(name: str) -> Any:
         return lookup(row, columns.get(name, name))
 
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     if value("prompt") is not None or value("prompt_ids") is not None:
         names = ("prompt", "prompt_ids", "tools", "chat_template_kwargs")
         prompt = {n: value(n) for n in names if value(n) is not None}
         if prompt.get("prompt") is not None:
             prompt.pop("prompt_ids", None)  # the output of ches generate has both; the text is what was asked
-        found |= canonical_prompt(prompt, {})
+        answers |= canonical_prompt(prompt, {})
     if isinstance(value("row_id"), str):
-        found["row_id"] = value("row_id")
-    elif found:
-        found["row_id"] = row_id(found)
+        answers["row_id"] = value("row_id")
+    elif answers:
+        answers["row_id"] = row_id(answers)
     else:
         raise DataError(
             f"neither 'row_id' nor 'prompt' says which prompt it answers; found: {', '.join(map(str, row))}"
@@ -44,7 +44,7 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
         sample = int(sample)  # from a CSV table
     if not isinstance(sample, int) or sample < 0:
         raise DataError(f"'sample' is {sample!r}; expected a number from 0")
-    return {**found, "sample": sample}
+    return {**answers, "sample": sample}
 
 
 def _response(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def read_labels(spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
     Raises:
       DataError: a row without a label, or two labels for one response that differ.
     """
-    found: dict[Key, bool] = {}
+    refusals: dict[Key, bool] = {}
     source = open_rows(spec, None, columns, LABELS)
     for row in source:
         refused = row.content["refusal"]
-        if found.setdefault(key(row), refused) != refused:
+        if refusals.setdefault(key(row), refused) != refused:
             raise DataError(f"{source.name}, {row.where}: another label for the same response stands before it")
-    return found
+    return refusals
 
 
 def require_labels(responses: Iterable[Record], labels: Mapping[Key, bool], name: str) -> None:

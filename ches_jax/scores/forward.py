@@ -44,16 +44,16 @@ def _statistics(
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
     logps = _token_logps_of(model) if outputs.logps else None
-    found = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
+    statistics = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     if outputs.token_scores:
-        found = found._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
+        statistics = statistics._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
     if outputs.head_score:
         head = head_products(
             predicting, rows.target, rows.segment, rows.item, rows.preferred, model.unembedding, model.logit_transform
         )
-        found = found._replace(head_products=head)
-    return found
+        statistics = statistics._replace(head_products=head)
+    return statistics
 
 
 def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:

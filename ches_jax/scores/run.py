@@ -79,9 +79,9 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     if config.on_bad_row == "error":
         say(f"checking {inputs.source.name}", quiet=quiet)
         # tokenised twice, so that a bad row shows now and not in hour two
-        found = audit(inputs)
-        require_clean(found, inputs.source.name)
-        total = found.rows
+        audited = audit(inputs)
+        require_clean(audited, inputs.source.name)
+        total = audited.rows
     attention = choose_attention(config.attention, inputs.decoder, config.dtype)
     for fault in attention.rejected:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)

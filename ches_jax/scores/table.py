@@ -48,7 +48,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "category": pa.string(),
 }
 """Every column a table can have. ``head_score`` and ``logp_*`` are there when asked, the ``*_candidate`` columns when
-some row of the data has candidates, ``influence`` and its parts in tables of ``ches influence``; the scores of a row that could not be scored (kept with a flag) are null."""
+some row of the data has candidates, ``influence`` and its parts in tables of ``ches influence``; the scores of a row
+that could not be scored (kept with a flag) are null."""
 
 CANDIDATES = ("chosen_candidate", "rejected_candidate")
 """Which of the ``responses`` of row ``index`` of the data, from 0; null where that row is one pair."""
@@ -70,13 +71,13 @@ def schema(columns: Iterable[str], metadata: Mapping[str, Any]) -> pa.Schema:
     >>> schema(["index", "row_id", "ches"], {"eos": "include"}).names
     ['row_id', 'index', 'ches']
     """
-    asked = set(columns)
-    problems = [f"unknown column {name!r}" for name in sorted(asked - set(COLUMNS))]
-    problems += [f"column {name!r} is missing" for name in ("row_id", "index") if name not in asked]
+    names = set(columns)
+    problems = [f"unknown column {name!r}" for name in sorted(names - set(COLUMNS))]
+    problems += [f"column {name!r} is missing" for name in ("row_id", "index") if name not in names]
     if problems:
         raise RunError(f"score table: {'; '.join(problems)} (columns: {', '.join(COLUMNS)})")
     text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
-    fields = [pa.field(name, kind) for name, kind in COLUMNS.items() if name in asked]
+    fields = [pa.field(name, kind) for name, kind in COLUMNS.items() if name in names]
     return pa.schema(fields, metadata={METADATA_KEY: text.encode()})
 
 
@@ -229,11 +230,11 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
 
 def _candidate_columns(parts: Sequence[Path | str]) -> set[str]:
     """``CANDIDATES`` where some part has them: one without such a row does not."""
-    found: set[str] = set()
+    present: set[str] = set()
     for part in parts:
         with _open(Path(part)) as file:
-            found |= set(CANDIDATES) & set(file.schema_arrow.names)
-    return found
+            present |= set(CANDIDATES) & set(file.schema_arrow.names)
+    return present
 
 
 def with_columns(block: pa.Table, wanted: pa.Schema) -> pa.Table:
@@ -255,8 +256,8 @@ def _check_agrees(
     other = metadata_of(got, str(part))
     keys = sorted(k for k in {*other, *metadata} if other.get(k) != metadata.get(k))
     if keys:
-        told = "; ".join(f"{k}: {other.get(k)!r} and {metadata.get(k)!r}" for k in keys)
-        raise RunError(f"{part}: was scored otherwise than {reference} ({told})")
+        differing = "; ".join(f"{k}: {other.get(k)!r} and {metadata.get(k)!r}" for k in keys)
+        raise RunError(f"{part}: was scored otherwise than {reference} ({differing})")
     # a chunk of the data without candidates has no columns for them
     mine, theirs = ([f for f in s if f.name not in CANDIDATES] for s in (got, want))
     if mine != theirs:
@@ -318,8 +319,8 @@ def align(left: pa.Table, right: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     places: dict[str, list[int]] = {}
     for position, row_id in enumerate(right["row_id"].to_pylist()):
         places.setdefault(row_id, []).append(position)
-    for found in places.values():
-        found.reverse()
+    for rows in places.values():
+        rows.reverse()
     pairs = [
         (position, places[row_id].pop())
         for position, row_id in enumerate(left["row_id"].to_pylist())

@@ -141,11 +141,11 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     with new_directory(Path(config.out), RunError) as folder:
         rows = source_rows(config) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
-        told = read_run(config.scores).get("config") or {}
+        scored_with = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {
             "rule": {k: getattr(config, k) for k in ("by", "keep", "control", "seed")},
             **describe(table, decision, config),
-            "source": {"pairs": config.pairs or told.get("pairs"), **source},
+            "source": {"pairs": config.pairs or scored_with.get("pairs"), **source},
             "scores": metadata,
         }
         summary = _plain(summary)
@@ -194,8 +194,8 @@ def _write_rows(
                 continue
             reason = _reason(position, not_scored.get(key_of(row)), decision, config)
             reasons[reason.split(":", 1)[0] if position is None else reason] += 1
-            told = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
-            dropped.write(_json_line(told, row.index))
+            record = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
+            dropped.write(_json_line(record, row.index))
     if not seen.all():
         missing = int(np.flatnonzero(~seen)[0])
         raise RunError(

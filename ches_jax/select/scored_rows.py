@@ -85,8 +85,8 @@ def keys(table: pa.Table) -> list[Key]:
     ]
 
 
-def _candidates(found: Any) -> tuple[int, ...] | None:
-    return None if found is None else tuple(int(number) for number in found)
+def _candidates(numbers: Any) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(int(number) for number in numbers)
 
 
 def source_rows(config: Where) -> Iterator[SourceRow]:

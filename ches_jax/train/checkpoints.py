@@ -207,8 +207,8 @@ class Checkpoints:
             subject = f"{self.folder / str(step)}: a checkpoint of another architecture or optimiser"
             raise RunError(many(subject, problems))
         shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in target.items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [found[n] for n in target]), about["position"]
+        leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[n] for n in target]), about["position"]
 
     def resume(self, initial: TrainState, position_of: Callable[[int], dict[str, Any]]) -> tuple[TrainState, int]:
         """The last whole checkpoint's state and step, or the initial state and 0.
@@ -253,8 +253,8 @@ def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
             target[name] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=place)
     with ocp.PyTreeCheckpointer() as reader:
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        found = reader.restore(
+        leaves = reader.restore(
             folder / "state",
             args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
         )
-    return {name.removeprefix("params."): value for name, value in found.items()}
+    return {name.removeprefix("params."): value for name, value in leaves.items()}

@@ -122,7 +122,7 @@ def _train(run: Run, parts: Parts, quiet: bool) -> Path:
             if evaluated:
                 summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
-            stopping = run.process.any(stop.asked)
+            stopping = run.process.any(stop.requested)
             if step == total or stopping or saved.due(step, evaluated):
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
@@ -221,7 +221,7 @@ class _Stop:
     """Notes SIGTERM while a run is under way; elsewhere than in the main thread, does nothing."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> "_Stop":
         try:
@@ -231,7 +231,7 @@ class _Stop:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:

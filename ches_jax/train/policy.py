@@ -75,8 +75,8 @@ def open_lora(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> L
     """
     if config.adapter is not None:
         start = adapter_directory(config.adapter)
-        found = read_adapter(start, directory)
-        return Lora(found.spec, found, adapter_fingerprint(start))
+        loaded = read_adapter(start, directory)
+        return Lora(loaded.spec, loaded, adapter_fingerprint(start))
     if config.lora_rank is None:
         return None
     alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha

@@ -68,8 +68,8 @@ def reference_logps(
     first = len(list(parts.glob("*.parquet")))
     for i, at in enumerate(range(0, len(missing), PART_ROWS), first):
         some = missing[at : at + PART_ROWS]
-        found = evaluate(some)
-        new = {p.row_id: (c, r) for p, c, r in zip(some, *found, strict=True)}
+        logps = evaluate(some)
+        new = {p.row_id: (c, r) for p, c, r in zip(some, *logps, strict=True)}
         _require_finite(new, some)
         if write:
             write_cache(parts / f"{i:06d}.parquet", new, identity)
@@ -116,9 +116,9 @@ def verify(
       RunError: they differ by more than rounding.
     """
     some = [pairs[i] for i in sorted({*np.linspace(0, len(pairs) - 1, CHECKED_ROWS).astype(int).tolist()})]
-    found, cached = evaluate(some), ordered(some, known, identity)
+    computed, cached = evaluate(some), ordered(some, known, identity)
     tolerance = TOLERANCE.get(str(identity.get("dtype")), 2e-2)
-    for name, side, before in zip(_columns(identity), found, cached, strict=True):
+    for name, side, before in zip(_columns(identity), computed, cached, strict=True):
         for pair, now, then in zip(some, side, before, strict=True):
             same = np.shape(now) == np.shape(then)
             if not same or not np.all(np.abs(now - then) <= tolerance * np.maximum(1.0, np.abs(now))):

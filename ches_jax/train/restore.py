@@ -41,15 +41,15 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     Raises:
       ChesError: not a training run; the model it started from is gone or another one now.
     """
-    asked = read_json(out / CONFIG)
-    if asked.get("verb") != "train":
-        raise RunError(f"{out}: a run of `ches {asked.get('verb')}`; only those of `ches train` have checkpoints")
-    directory = resolve(asked["model"])
-    if fingerprint(directory) != asked["model_fingerprint"]:
+    options = read_json(out / CONFIG)
+    if options.get("verb") != "train":
+        raise RunError(f"{out}: a run of `ches {options.get('verb')}`; only those of `ches train` have checkpoints")
+    directory = resolve(options["model"])
+    if fingerprint(directory) != options["model_fingerprint"]:
         raise RunError(f"{directory}: not the weights that the run {out} started from")
     decoder = decoder_config(read_config(directory), str(directory))
     params = read_trained(out, step)
-    lora = open_lora(TrainConfig(**{name: asked.get(name) for name in LORA_OPTIONS}), directory, decoder)  # type: ignore[arg-type]
+    lora = open_lora(TrainConfig(**{name: options.get(name) for name in LORA_OPTIONS}), directory, decoder)  # type: ignore[arg-type]
     if lora is not None:
         params = merged({**named_parameters(load_model(directory)), **params}, lora.spec)
     return with_parameters(abstract_decoder(decoder), params), directory

@@ -159,10 +159,10 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     everything: list[Item] = [*pairs.train, *pairs.held_out, *train.items(), *held_out.items()]
     row_tokens = config.row_tokens or standard_row(everything, threshold)
     longest = max(len(r.targets(config.eos)) for item in everything for r in responses_of(item))
-    asked = config.probes or (BUNDLED if config.model == BUNDLED else NO_PROBES)
+    prompts = config.probes or (BUNDLED if config.model == BUNDLED else NO_PROBES)
     probes = None
-    if asked != NO_PROBES:
-        probes = read_probes(asked, directory, decoder, template=config.template, max_length=config.max_length)
+    if prompts != NO_PROBES:
+        probes = read_probes(prompts, directory, decoder, template=config.template, max_length=config.max_length)
     options = as_dict(config, NOT_IDENTITY)
     identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
     if probes is not None:
@@ -255,12 +255,12 @@ def references(
 def reference_identity(config: TrainConfig, loss: Loss, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the reference's log-probabilities, and so names their cache."""
     prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint")
-    found = {name: identity[name] for name in prints if name in identity}
-    found["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
-    found["dtype"] = config.dtype
+    decides = {name: identity[name] for name in prints if name in identity}
+    decides["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
+    decides["dtype"] = config.dtype
     if reads_reference_tokens(loss):
-        found["per"] = "token"
-    return found
+        decides["per"] = "token"
+    return decides
 
 
 @dataclass

@@ -72,6 +72,6 @@ def require_divides(params: dict[str, Any], mesh: Mesh, micro_batch: int) -> Non
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if shards > micro_batch:
         raise ChesError(
-            f"--mesh: rows are dealt out to {shards} devices (data x fsdp), but a micro-batch has {micro_batch} pairs; "
+            f"--mesh: rows are sharded over {shards} devices (data x fsdp), but a micro-batch has {micro_batch} pairs; "
             "use fewer devices, or a larger --batch-size (or fewer --accumulate)"
         )

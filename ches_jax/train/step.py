@@ -28,7 +28,7 @@ from ches_jax.train.state import TrainState, state_shardings
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh's devices: rows dealt out over ``data`` and ``fsdp``, what belongs to items everywhere."""
+    """The batch on the mesh's devices: rows sharded over ``data`` and ``fsdp``, what belongs to items everywhere."""
     return put_replicated(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
 
 

@@ -18,9 +18,9 @@ from experiments.benchmarks.score_speed import benchmark_model
 def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: int) -> dict[str, list[str]]:
     """Arguments of every benchmark that can run here."""
     again = ["--repeats", str(repeats)]
-    found: dict[str, list[str]] = {"scan_layers": [], "load_model": again, "stream_rows": []}
+    by_name: dict[str, list[str]] = {"scan_layers": [], "load_model": again, "stream_rows": []}
     if shared is None:
-        return found
+        return by_name
     tokenizer = shared / "models" / "hh-tiny" / "fp32"
     peers = ["--peers", str(shared / "peers"), "--tokenizer", str(tokenizer)]
     data = ["--data", str(shared / "data" / "hh_harmless_base_test.jsonl")]
@@ -30,7 +30,7 @@ def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: i
         "score_scaling": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
         "train_speed": [*peers, *libraries, *again],
         "generate_speed": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
-        **found,
+        **by_name,
     }
 
 

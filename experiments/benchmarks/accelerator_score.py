@@ -45,12 +45,12 @@ def commands(model: str, data: str, args: argparse.Namespace, platform: str, tra
     """Ours, and the peer with each number of tokens a batch where torch can use the device."""
     count = ["--pairs", str(args.pairs)]
     ours = ["--dtype", DTYPE, "--attention", args.attention, "--batch-tokens", str(args.batch_tokens)]
-    found = {"ours": [*SCORING, model, data, *count, *ours, "--trace", trace]}
+    lines = {"ours": [*SCORING, model, data, *count, *ours, "--trace", trace]}
     if args.peers and platform in TORCH_DEVICE:
         torch = [sys.executable, str(args.peers.resolve() / "torch_score.py"), model, data, "--how", "batched", *count]
         torch += ["--dtype", DTYPE, "--device", TORCH_DEVICE[platform]]
-        found |= {f"torch batched {n}": [*torch, "--tokens", str(n)] for n in args.peer_tokens}
-    return found
+        lines |= {f"torch batched {n}": [*torch, "--tokens", str(n)] for n in args.peer_tokens}
+    return lines
 
 
 def result(runs: dict[str, list[dict[str, Any]]], platform: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def result(runs: dict[str, list[dict[str, Any]]], platform: str) -> dict[str, An
     Raises:
       SystemExit: numbers of another device than the one asked for, or of another computation.
     """
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     used = {name: row.get("platform") or row["device"] for name, row in table.items()}
     for name, where in used.items():
         if where != (platform if name == "ours" else TORCH_DEVICE[platform]):
@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = Path(folder) / "rows.jsonl"
             write_rows(args.data, args.tokenizer, args.pairs, rows)
             ways = commands(folder, str(rows), args, here["platform"], args.trace or f"{folder}/trace")
-            found = result(interleaved(ways, args.repeats), here["platform"])
-        for name, row in found["table"].items():
+            measured = result(interleaved(ways, args.repeats), here["platform"])
+        for name, row in measured["table"].items():
             print(f"{size} {name:<22}{row['seconds']:9.3f} s{row['pairs'] / row['seconds']:9.1f} pairs/s")
-        for name, value in found["ratios"].items():
+        for name, value in measured["ratios"].items():
             print(f"{size} {name:<40}{value:6.2f}")
-        for cost in found["table"]["ours"]["top_costs"][:5]:
+        for cost in measured["table"]["ours"]["top_costs"][:5]:
             print(f"{size} {100 * cost['share']:5.1f} %  {cost['name']}")
-        keep_of(here, f"accelerator_score_{size}", {"size": size, "pairs": args.pairs, **found})
+        keep_of(here, f"accelerator_score_{size}", {"size": size, "pairs": args.pairs, **measured})
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def result(runs: Mapping[str, Sequence[Mapping[str, Any]]], platform: str) -> di
     Raises:
       SystemExit: numbers of another device than the one asked for.
     """
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     for name, row in table.items():
         if row["platform"] != platform:
             raise SystemExit(f"{name} ran on {row['platform']}, not on the {platform}: nothing is written")
@@ -57,11 +57,11 @@ def result(runs: Mapping[str, Sequence[Mapping[str, Any]]], platform: str) -> di
     return {"device": mine["device"], "table": table, "ratios": ratios, "runs": runs}
 
 
-def told(size: str, title: str, found: Mapping[str, Any]) -> str:
+def table_text(size: str, title: str, measured: Mapping[str, Any]) -> str:
     """The result as lines to read."""
-    seconds = [f"{name:<6}{row['s_per_step_median'] * 1e3:10.1f} ms a step" for name, row in found["table"].items()]
-    ratios = [f"{name:<28}{value:6.2f}" for name, value in found["ratios"].items()]
-    costs = [f"{100 * c['share']:5.1f} %  {c['name']}" for c in found["table"]["ours"]["top_costs"][:5]]
+    seconds = [f"{name:<6}{row['s_per_step_median'] * 1e3:10.1f} ms a step" for name, row in measured["table"].items()]
+    ratios = [f"{name:<28}{value:6.2f}" for name, value in measured["ratios"].items()]
+    costs = [f"{100 * c['share']:5.1f} %  {c['name']}" for c in measured["table"]["ours"]["top_costs"][:5]]
     return "\n".join(f"{size} {title}  {line}" for line in [*seconds, *ratios, *costs])
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     title, trace = f"{pairs} pairs of {name}", f"{folder}/trace_{pairs}_{name}"
                     ways = commands(f"{folder}/model", pairs, LENGTHS[name], args.steps, args.trl, trace)
                     results[title] = result(interleaved(ways, args.repeats), here["platform"])
-                    print(told(size, title, results[title]), flush=True)
+                    print(table_text(size, title, results[title]), flush=True)
         keep_of(here, f"accelerator_train_{size}", {"size": size, "results": results})
 
 

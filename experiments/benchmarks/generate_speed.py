@@ -51,10 +51,10 @@ def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Any:
 
     def run() -> list[list[int]]:
         with torch.no_grad():
-            found = model.generate(
+            ids_out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0
             )
-        return found[:, ids.shape[1] :].tolist()
+        return ids_out[:, ids.shape[1] :].tolist()
 
     return run
 
@@ -111,11 +111,11 @@ def main() -> None:
         return
     sizes = ["--model", args.model, "--rows", str(args.rows), "--prompt", str(args.prompt), "--new", str(args.new)]
     runs = interleaved({how: [*COMMAND, *sizes, "--how", how] for how in ("ours", "transformers")}, args.repeats)
-    agreement = same_until(*(found[0]["tokens"] for found in runs.values()))
-    for found in runs.values():
-        for run in found:
+    agreement = same_until(*(timings[0]["tokens"] for timings in runs.values()))
+    for timings in runs.values():
+        for run in timings:
             del run["tokens"]
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     ratios = {
         f"transformers / ours, {unit}": table["transformers"][unit] / table["ours"][unit]
         for unit in ("cpu_seconds", "seconds")

@@ -96,7 +96,7 @@ def main() -> None:
     commands = {name: [*module, name, str(directory)] for name in ("ours", "transformers")}
     interleaved(commands, 1)
     runs = interleaved(commands, args.repeats)
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     ratios = {k: table["ours"][k] / table["transformers"][k] for k in ("seconds", "process_seconds", "peak_rss_mb")}
     for name, row in table.items():
         print(f"{name:<14}{row['seconds']:7.2f} s{row['process_seconds']:7.2f} s in all{row['peak_rss_mb']:10.0f} MB")

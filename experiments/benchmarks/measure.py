@@ -39,9 +39,9 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[st
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[0][-2000:]}")
-    found = json.loads(output.strip().splitlines()[-1])
+    record = json.loads(output.strip().splitlines()[-1])
     return {
-        **found,
+        **record,
         "process_seconds": round(time.perf_counter() - started, 3),
         "process_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_rss_mb": round(usage.ru_maxrss / 1024, 1),
@@ -50,12 +50,12 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[st
 
 def interleaved(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Every command ``repeats`` times, in turn."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for turn in range(repeats):
         for name, command in commands.items():
             print(f"[{turn + 1}/{repeats}] {name}", file=sys.stderr)
-            found[name].append(run(command))
-    return found
+            records[name].append(run(command))
+    return records
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

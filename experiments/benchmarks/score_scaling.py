@@ -34,7 +34,7 @@ def write_pairs(path: Path, count: int, length: int, seed: int = 0) -> Path:
 def curve(title: str, commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
     """Run the points of one curve in turn and print it."""
     runs = interleaved(commands, repeats)
-    table = {point: medians(found) for point, found in runs.items()}
+    table = {point: medians(timings) for point, timings in runs.items()}
     print(title)
     for point, row in table.items():
         row["share_of_matmul_peak"] = round(row["matmul_gflops"] / row["matmul_peak_gflops"], 3)

@@ -38,7 +38,7 @@ def agree(table: dict[str, Any], tolerance: float = 1e-4) -> None:
 def without_compilation(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
     """Every way ``repeats`` times in turn; costs over ours, and ours over the matmul peak."""
     runs = interleaved(commands, repeats)
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     agree(table)
     units = ("cpu_seconds", "seconds")
     ratios = {f"{n} / ours, {u}": table[n][u] / table["ours"][u] for n in table if n != "ours" for u in units}

@@ -55,14 +55,14 @@ def main() -> None:
         pairs, out = folder / "pairs.jsonl", folder / "run"
         write_pairs(pairs, rows)
         words = ["--model", str(folder / "model"), "--pairs", str(pairs), "--out", str(out), "--on-bad-row", "keep"]
-        found = run([sys.executable, "-m", "ches_jax", "score", *words, "--quiet", "--json"])
+        record = run([sys.executable, "-m", "ches_jax", "score", *words, "--quiet", "--json"])
         table[rows] = {
-            "peak_rss_mb": found["peak_rss_mb"],
-            "pairs_per_second": found["pairs_per_second"],
-            "rows": found["counts"]["rows"],
-            "process_seconds": found["process_seconds"],
+            "peak_rss_mb": record["peak_rss_mb"],
+            "pairs_per_second": record["pairs_per_second"],
+            "rows": record["counts"]["rows"],
+            "process_seconds": record["process_seconds"],
         }
-        print(f"{rows:>9} rows  {found['peak_rss_mb']:7.0f} MB  {found['pairs_per_second']:8.0f} pairs/s")
+        print(f"{rows:>9} rows  {record['peak_rss_mb']:7.0f} MB  {record['pairs_per_second']:8.0f} pairs/s")
         shutil.rmtree(out)
     print(keep("stream_rows", {"table": table}))
     shutil.rmtree(folder)

@@ -33,7 +33,7 @@ def benchmark_model(peers: Path, tokenizer: Path) -> Path:
 def compare(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
     """Run the commands in turn; the table of medians and every peer's cost over ours."""
     runs = interleaved(commands, repeats)
-    table = {name: medians(found) for name, found in runs.items()}
+    table = {name: medians(timings) for name, timings in runs.items()}
     for name, row in table.items():
         print(f"  {name:<8}{row['cpu_s_per_step_median']:8.2f} CPU s{row['s_per_step_median']:8.2f} s per step"
               f"{row['peak_rss_mib']:8.0f} MiB")  # fmt: skip

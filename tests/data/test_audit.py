@@ -45,15 +45,15 @@ def test_rows_are_counted_by_flag_length_and_special_token():
         pair(2, flags=("double_bos", "double_eos"), prompt=(1, 1), chosen=(6, 2, 7)),
         pair(3, flags=("empty_chosen",), chosen=()),
     )
-    found = audit.to_json()
-    assert (found["rows"], found["flagged"], found["unscorable"]) == (4, 3, 1)
-    assert found["flags"] == {"double_bos": 1, "double_eos": 1, "empty_chosen": 1, "identical": 1}
-    assert found["tokens"]["chosen"] == {"min": 1, "p50": 2, "p90": 4, "p99": 4, "max": 4}
-    assert found["tokens"]["shared prefix"]["max"] == 1
-    assert found["specials"]["BOS in prompt"] == {"1": 3, "2": 1}
-    assert found["specials"]["EOS in chosen"] == {"1": 3, "2": 1}
-    assert found["specials"]["BOS in rejected"] == {"0": 4}
-    assert json.loads(json.dumps(found)) == found
+    audited = audit.to_json()
+    assert (audited["rows"], audited["flagged"], audited["unscorable"]) == (4, 3, 1)
+    assert audited["flags"] == {"double_bos": 1, "double_eos": 1, "empty_chosen": 1, "identical": 1}
+    assert audited["tokens"]["chosen"] == {"min": 1, "p50": 2, "p90": 4, "p99": 4, "max": 4}
+    assert audited["tokens"]["shared prefix"]["max"] == 1
+    assert audited["specials"]["BOS in prompt"] == {"1": 3, "2": 1}
+    assert audited["specials"]["EOS in chosen"] == {"1": 3, "2": 1}
+    assert audited["specials"]["BOS in rejected"] == {"0": 4}
+    assert json.loads(json.dumps(audited)) == audited
 
 
 def test_the_table_names_every_finding_with_its_meaning():
@@ -111,11 +111,11 @@ def test_shared_prefix(chosen, rejected, common):
 
 @given(st.lists(st.integers(0, 50), min_size=1))
 def test_quantiles_are_exact(values):
-    found = quantiles(Counter(values))
-    assert (found["min"], found["max"]) == (min(values), max(values))
+    audited = quantiles(Counter(values))
+    assert (audited["min"], audited["max"]) == (min(values), max(values))
     ordered = sorted(values)
-    assert found["p50"] == ordered[-(-len(values) // 2) - 1]
-    assert list(found.values()) == sorted(found.values())
+    assert audited["p50"] == ordered[-(-len(values) // 2) - 1]
+    assert list(audited.values()) == sorted(audited.values())
 
 
 @pytest.fixture(scope="module")

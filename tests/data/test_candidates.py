@@ -65,9 +65,9 @@ SHAPES = {
 @pytest.mark.parametrize(("shared", "responses"), SHAPES.values(), ids=SHAPES)
 def test_a_pair_of_candidates_is_the_pair_that_it_would_be_as_a_row(shared, responses):
     sides = ("chosen_ids", "rejected_ids") if "prompt_ids" in shared else ("chosen", "rejected")
-    found = pair_contents({**shared, "responses": responses}, {}, ALL)
-    assert [n for n, _ in found] == [(0, 1), (0, 2), (1, 2)]
-    for pair, content in found:
+    actual = pair_contents({**shared, "responses": responses}, {}, ALL)
+    assert [n for n, _ in actual] == [(0, 1), (0, 2), (1, 2)]
+    for pair, content in actual:
         assert pair
         i, j = pair
         assert content == canonical_content({**shared, sides[0]: responses[i], sides[1]: responses[j]}, {})
@@ -105,7 +105,7 @@ def test_a_pair_beside_a_column_called_responses_stays_a_pair(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "pairing", "told"),
+    ("row", "pairing", "message"),
     [
         ({"responses": "a"}, AGAINST, "'responses' is str 'a'; expected a list of texts"),
         ({"responses": [{"text": "a"}]}, AGAINST, "--columns responses=completions.response"),
@@ -124,8 +124,8 @@ def test_a_pair_beside_a_column_called_responses_stays_a_pair(tmp_path):
         ({"chosen": "a", "rejected": ["b", "c"]}, AGAINST, "several responses go into a column 'responses'"),
     ],
 )
-def test_what_cannot_be_read_is_one_clear_message(row, pairing, told):
-    with pytest.raises(DataError, match=told):
+def test_what_cannot_be_read_is_one_clear_message(row, pairing, message):
+    with pytest.raises(DataError, match=message):
         pair_contents({"prompt": "p", **row}, {}, pairing)
 
 

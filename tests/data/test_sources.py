@@ -159,10 +159,10 @@ def test_a_split_of_a_dataset_dict_is_chosen_by_name(tmp_path):
 def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
     import datasets
 
-    asked = []
+    names = []
 
     def load_dataset(name, split):
-        asked.append((name, split))
+        names.append((name, split))
         return datasets.Dataset.from_list(TEXT)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -170,7 +170,7 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
     assert next(iter(source)).content["chosen"] == TEXT[0]["chosen"]
     assert len(source.fingerprint()) == 64
     open_pairs("owner/name", split="test_prefs")
-    assert asked == [("owner/name", "train"), ("owner/name", "test_prefs")]
+    assert names == [("owner/name", "train"), ("owner/name", "test_prefs")]
 
 
 def test_an_unreachable_hub_says_to_use_a_local_path(monkeypatch):

@@ -425,10 +425,10 @@ def test_golden_ids_from_text_and_from_conversations(family, tmp_path):
     assert_golden(tokenise(list(open_pairs(str(path)))), want, tokenizer.eos_token_id)
     # The template writes the space that every response text begins with.
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    asked = [{"role": "user", "content": r["query"]} for r in rows]
+    calls = [{"role": "user", "content": r["query"]} for r in rows]
     whole = [
         {n: [q, {"role": "assistant", "content": r[n].removeprefix(" ")}] for n in r if n in PARTS}
-        for q, r in zip(asked, rows, strict=True)
+        for q, r in zip(calls, rows, strict=True)
     ]
     (tmp_path / "whole.jsonl").write_text("\n".join(map(json.dumps, whole)))
     pairs = tokenise(list(open_pairs(str(tmp_path / "whole.jsonl"))))

@@ -38,8 +38,12 @@ def test_single_responses_of_a_run_are_left_out(tmp_path):
         "dlogp_rejected": [-2.0, -2.0, np.nan], "chosen_tokens": [4] * n, "rejected_tokens": [4, 4, 0],
     }  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
-    found = diagnose(DiagnoseConfig(run_dir=str(tmp_path)))
-    assert found.pairs == 2 and found.chosen.mean == -1 and "1 single responses are not counted" in found.caveats
+    diagnosis = diagnose(DiagnoseConfig(run_dir=str(tmp_path)))
+    assert (
+        diagnosis.pairs == 2
+        and diagnosis.chosen.mean == -1
+        and "1 single responses are not counted" in diagnosis.caveats
+    )
 
 
 def test_a_directory_without_a_log_is_refused(tmp_path):
@@ -123,9 +127,9 @@ def test_a_table_of_log_probabilities(tmp_path):
          "logp_chosen": np.full(n, -13.0), "logp_rejected": np.full(n, -20.0)}
     )  # fmt: skip
     pq.write_table(table, tmp_path / "logps.parquet")
-    found = diagnose(DiagnoseConfig(logps=str(tmp_path / "logps.parquet")))
-    assert found.verdict == "displaced" and found.chosen.mean == -3 and found.rejected.mean == -8
-    assert list(found.directions.values()) == ["down", "down", "up"]
+    diagnosis = diagnose(DiagnoseConfig(logps=str(tmp_path / "logps.parquet")))
+    assert diagnosis.verdict == "displaced" and diagnosis.chosen.mean == -3 and diagnosis.rejected.mean == -8
+    assert list(diagnosis.directions.values()) == ["down", "down", "up"]
     pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
     with pytest.raises(ChesError, match="no column logp_chosen"):
         read_logps(tmp_path / "less.parquet")
@@ -139,12 +143,12 @@ def trl_log(path, history):
 def test_a_trl_log(tmp_path):
     history = [{"step": i, "rewards/chosen": -0.02 * i, "rewards/rejected": -0.05 * i} for i in range(100)]
     path = trl_log(tmp_path / "trainer_state.json", [*history, {"train_loss": 0.1}])
-    found = diagnose(DiagnoseConfig(trl_log=str(path), beta=0.1))
-    assert found.verdict == "displaced" and found.pairs == 10 and found.unit == "logged steps"
-    assert list(found.directions.values()) == ["down", "down", "up"]
-    assert found.chosen.mean == pytest.approx(-0.2 * 94.5)
-    assert any("means of training batches" in c for c in found.caveats)
-    assert any("the spread of steps" in c for c in found.caveats)
+    diagnosis = diagnose(DiagnoseConfig(trl_log=str(path), beta=0.1))
+    assert diagnosis.verdict == "displaced" and diagnosis.pairs == 10 and diagnosis.unit == "logged steps"
+    assert list(diagnosis.directions.values()) == ["down", "down", "up"]
+    assert diagnosis.chosen.mean == pytest.approx(-0.2 * 94.5)
+    assert any("means of training batches" in c for c in diagnosis.caveats)
+    assert any("the spread of steps" in c for c in diagnosis.caveats)
     path.write_text("[]")
     with pytest.raises(ChesError, match="not a trainer_state"):
         diagnose(DiagnoseConfig(trl_log=str(path)))

@@ -29,12 +29,12 @@ def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
     """Chosen fell, rejected and margin are unclear, most pairs are inverted: once called both_down_margin_up."""
     rng = np.random.default_rng(0)
     chosen, rejected = -1 + 0.1 * rng.normal(size=60), -0.65 + 2.9 * rng.normal(size=60)
-    found = diagnose_changes(Changes(chosen, rejected, "test"))
-    assert found.margin.mean < -0.3 and found.summary["displacement/inverted_rate"] > 0.5
-    assert found.verdict == "displaced"
-    assert found.directions == {"chosen": "down", "rejected": "undecided", "margin": "undecided"}
-    assert any("margin did not clearly rise" in caveat for caveat in found.caveats)
-    assert "margin change:" not in found.text()  # shares of a margin whose sign is unknown
+    diagnosed = diagnose_changes(Changes(chosen, rejected, "test"))
+    assert diagnosed.margin.mean < -0.3 and diagnosed.summary["displacement/inverted_rate"] > 0.5
+    assert diagnosed.verdict == "displaced"
+    assert diagnosed.directions == {"chosen": "down", "rejected": "undecided", "margin": "undecided"}
+    assert any("margin did not clearly rise" in caveat for caveat in diagnosed.caveats)
+    assert "margin change:" not in diagnosed.text()  # shares of a margin whose sign is unknown
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,17 @@ def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
 )  # fmt: skip
 def test_the_verdict_follows_the_chosen_responses_and_tells_the_others(chosen, rejected, word, directions):
     noise = np.random.default_rng(1).normal(size=(2, 200)) * 0.01
-    found = diagnose_changes(Changes(chosen + noise[0], rejected + noise[1], "test"))
-    assert found.verdict == word and tuple(found.directions.values()) == directions
-    assert found.text().startswith(f"verdict: {word} ")
-    for name, direction in found.directions.items():
-        interval = getattr(found, name)
+    diagnosed = diagnose_changes(Changes(chosen + noise[0], rejected + noise[1], "test"))
+    assert diagnosed.verdict == word and tuple(diagnosed.directions.values()) == directions
+    assert diagnosed.text().startswith(f"verdict: {word} ")
+    for name, direction in diagnosed.directions.items():
+        interval = getattr(diagnosed, name)
         assert interval.low <= interval.mean <= interval.high
-        assert found.to_json()[name] == {**vars(interval), "direction": direction}
-    assert any("displacement is defined while the loss falls" in c for c in found.caveats) == (
+        assert diagnosed.to_json()[name] == {**vars(interval), "direction": direction}
+    assert any("displacement is defined while the loss falls" in c for c in diagnosed.caveats) == (
         word == "displaced" and directions[2] != "up"
     )
-    json.dumps(found.to_json())
+    json.dumps(diagnosed.to_json())
 
 
 def diagnosis(chosen: str, rejected: str, margin: str) -> Diagnosis:
@@ -72,12 +72,12 @@ def diagnosis(chosen: str, rejected: str, margin: str) -> Diagnosis:
 
 @pytest.mark.parametrize(("chosen", "rejected", "margin"), [*itertools.product(INTERVALS, repeat=3)])
 def test_every_combination_of_directions_has_the_verdict_that_its_words_mean(chosen, rejected, margin):
-    found = diagnosis(chosen, rejected, margin)
-    assert found.directions == {"chosen": chosen, "rejected": rejected, "margin": margin}
+    result = diagnosis(chosen, rejected, margin)
+    assert result.directions == {"chosen": chosen, "rejected": rejected, "margin": margin}
     expected = {"down": "displaced", "up": "not_displaced", "level": "not_displaced", "undecided": "undecided"}
-    assert found.verdict == expected[chosen] and found.verdict in VERDICTS
-    fell = {"displaced": "yes", "not_displaced": "no", "undecided": "unclear"}[found.verdict]
-    assert found.questions["did the chosen responses fall?"] == fell
+    assert result.verdict == expected[chosen] and result.verdict in VERDICTS
+    fell = {"displaced": "yes", "not_displaced": "no", "undecided": "unclear"}[result.verdict]
+    assert result.questions["did the chosen responses fall?"] == fell
 
 
 @pytest.mark.parametrize(("low", "high", "word"), [(-0.04, 3.0, "not_displaced"), (-3.0, 0.04, "undecided")])
@@ -92,25 +92,25 @@ def test_noise_around_zero_is_undecided():
 
 @pytest.mark.parametrize("pairs", [1, 2, FEWEST - 1])
 def test_few_pairs_have_no_verdict(pairs):
-    found = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
-    assert found.verdict == "undecided" and set(found.directions.values()) == {"undecided"}
-    assert found.chosen.mean == -3 and any(f"{pairs} pairs are too few" in c for c in found.caveats)
+    diagnosed = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
+    assert diagnosed.verdict == "undecided" and set(diagnosed.directions.values()) == {"undecided"}
+    assert diagnosed.chosen.mean == -3 and any(f"{pairs} pairs are too few" in c for c in diagnosed.caveats)
     enough = diagnose_changes(Changes(np.full(FEWEST, -3.0), np.full(FEWEST, -5.0), "test"))
     assert enough.verdict == "displaced" and any("intervals are rough" in c for c in enough.caveats)
 
 
 @pytest.mark.parametrize(("pairs", "rough"), [(29, True), (30, False)])
 def test_fewer_than_thirty_pairs_are_called_few(pairs, rough):
-    found = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
-    assert any("are few" in c for c in found.caveats) == rough
+    diagnosed = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
+    assert any("are few" in c for c in diagnosed.caveats) == rough
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(2)
     hits = 0
     for _ in range(60):
-        found = diagnose_changes(Changes(rng.normal(size=80), rng.normal(size=80), "test")).chosen
-        hits += found.low <= 0 <= found.high
+        mean = diagnose_changes(Changes(rng.normal(size=80), rng.normal(size=80), "test")).chosen
+        hits += mean.low <= 0 <= mean.high
     assert hits >= 51  # 57 expected; 50 or fewer has probability below 0.5%
 
 
@@ -134,9 +134,9 @@ def test_pairs_of_one_record_are_resampled_together():
     """Twenty records of ten equal pairs: the interval is that of twenty numbers, not of two hundred."""
     values = np.random.default_rng(5).normal(size=20)
     repeated = Changes(np.repeat(values, 10), np.zeros(200), "test", records=np.repeat(np.arange(20), 10))
-    found, alone = diagnose_changes(repeated), diagnose_changes(Changes(values, np.zeros(20), "test"))
-    assert (found.chosen.low, found.chosen.high) == pytest.approx((alone.chosen.low, alone.chosen.high))
-    assert found.pairs == 200 and found.records == 20 and "200 pairs of 20 records" in found.text()
+    many, alone = diagnose_changes(repeated), diagnose_changes(Changes(values, np.zeros(20), "test"))
+    assert (many.chosen.low, many.chosen.high) == pytest.approx((alone.chosen.low, alone.chosen.high))
+    assert many.pairs == 200 and many.records == 20 and "200 pairs of 20 records" in many.text()
     few = Changes(np.full(40, -3.0), np.full(40, -5.0), "test", records=np.repeat(np.arange(4), 10))
     assert diagnose_changes(few).verdict == "undecided"
 

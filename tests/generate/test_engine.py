@@ -35,12 +35,12 @@ def requests_for(prompts: list[list[int]], new: int = NEW, seed: int = 0) -> lis
 def continued(theirs: Any, prompt: list[int], new: int, stop: int) -> tuple[tuple[int, ...], list[float]]:
     """Tokens that transformers makes greedily of a prompt alone, and how far the best logit was ahead each time."""
     with torch.no_grad():
-        found = theirs.generate(
+        actual = theirs.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
             max_new_tokens=new, pad_token_id=0, eos_token_id=stop, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-    best = [torch.topk(x[0].double(), 2).values for x in found.logits]
-    return tuple(found.sequences[0, len(prompt) :].tolist()), [float(b[0] - b[1]) for b in best]
+    best = [torch.topk(x[0].double(), 2).values for x in actual.logits]
+    return tuple(actual.sequences[0, len(prompt) :].tolist()), [float(b[0] - b[1]) for b in best]
 
 
 def equal_but_for_ties(ours: tuple[int, ...], theirs: tuple[int, ...], lead: list[float]) -> bool:
@@ -125,15 +125,15 @@ def test_ends_limits_and_the_rest_of_a_row(engine: Engine):
         Request(a.prompt, a.key, limit)
         for a, limit in zip(requests_for(prompts_for(1291)), (1, 2, 20, 20, 3), strict=True)
     ]
-    found = engine(requests, 4)
-    for ask, made in zip(requests, found, strict=True):
+    actual = engine(requests, 4)
+    for ask, made in zip(requests, actual, strict=True):
         stops = [t % 5 == 0 for t in made.tokens]
         assert 1 <= len(made.tokens) <= ask.limit and len(made.logps) == len(made.tokens)
         assert not any(stops[:-1]) and made.ended == stops[-1]
         assert made.ended or len(made.tokens) == ask.limit
     # a smaller limit gives the beginning of the same text
     longer = engine(requests_for(prompts_for(1291)), 4)
-    assert all(long.tokens[: len(made.tokens)] == made.tokens for made, long in zip(found, longer, strict=True))
+    assert all(long.tokens[: len(made.tokens)] == made.tokens for made, long in zip(actual, longer, strict=True))
 
 
 def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
@@ -177,9 +177,9 @@ def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path,
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 1 else w, nnx.state(model)))
     requests = requests_for(prompts_for(101, (4, 15)))
-    found = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW)(requests, 2)
+    actual = Engine(model, mesh, sampling=Sampling(0), max_new_tokens=NEW)(requests, 2)
     step = nnx.jit(lambda m, ids, lengths: m.logits(m.hidden(ids, lengths=lengths)))
-    for ask, made in zip(requests, found, strict=True):
+    for ask, made in zip(requests, actual, strict=True):
         ids = np.zeros((1, 48), np.int32)
         n = len(ask.prompt)
         ids[0, : n + NEW] = [*ask.prompt, *made.tokens]

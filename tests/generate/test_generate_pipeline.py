@@ -88,11 +88,11 @@ def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
     data = write(tmp_path / "pairs.jsonl", [
         {"prompt_ids": a["prompt_ids"], "chosen_ids": a["token_ids"], "rejected_ids": b["token_ids"]} for a, b in pairs
     ])  # fmt: skip
-    found, _ = read_table(score(ScoreConfig(pairs=data, logps=True, out=str(tmp_path / "s")), quiet=True))
+    actual, _ = read_table(score(ScoreConfig(pairs=data, logps=True, out=str(tmp_path / "s")), quiet=True))
     for side, member in (("chosen", 0), ("rejected", 1)):
         expected = [p[member]["logp"] for p in pairs]
         # bf16 weights, float32 sums of 10 to 40 nats
-        assert found[f"logp_{side}"].to_pylist() == pytest.approx(expected, abs=2e-4)
+        assert actual[f"logp_{side}"].to_pylist() == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
@@ -174,10 +174,10 @@ def test_stop_tokens_are_those_of_model_and_tokenizer(tmp_path):
 def test_conversations_go_through_the_template(tmp_path):
     talk = [{"role": "user", "content": "How do I smash the owl's mirror?"}]
     rows = [{"prompt": talk}, {"prompt": [*talk, {"role": "assistant", "content": "No."}, *talk]}]
-    found = make(tmp_path, "a", prompts=write(tmp_path / "p.jsonl", rows))
+    actual = make(tmp_path, "a", prompts=write(tmp_path / "p.jsonl", rows))
     text = make(tmp_path, "b", prompts=write(tmp_path / "t.jsonl", [{"prompt": ASKED}]))
-    assert found[0]["prompt_ids"] == text[0]["prompt_ids"] and found[0]["prompt"] == talk
-    assert found[1]["prompt_ids"][: len(text[0]["prompt_ids"])] == text[0]["prompt_ids"]
+    assert actual[0]["prompt_ids"] == text[0]["prompt_ids"] and actual[0]["prompt"] == talk
+    assert actual[1]["prompt_ids"][: len(text[0]["prompt_ids"])] == text[0]["prompt_ids"]
 
 
 def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
@@ -236,8 +236,8 @@ def test_the_command_line(capsys, tmp_path):
         ("--max-length", "1"): "--max-length 1: expected room",
     }.items():
         assert main([*words, "--out", str(tmp_path / "bad"), *bad]) == 2
-        told = capsys.readouterr().err
-        assert message in told and "Traceback" not in told
+        stderr = capsys.readouterr().err
+        assert message in stderr and "Traceback" not in stderr
         assert not (tmp_path / "bad").exists()
 
 

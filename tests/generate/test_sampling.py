@@ -37,14 +37,14 @@ def warped(logits: np.ndarray, how: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("how", RULES, ids=str)
 def test_filters_equal_those_of_transformers(how):
     logits = random_logits(16, 300)
-    found, expected = np.asarray(filtered(jnp.asarray(logits), how)), warped(logits, how)
-    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
-    np.testing.assert_allclose(found, expected, rtol=3e-7)  # a division is one rounding
+    drawn, expected = np.asarray(filtered(jnp.asarray(logits), how)), warped(logits, how)
+    np.testing.assert_array_equal(np.isfinite(drawn), np.isfinite(expected))
+    np.testing.assert_allclose(drawn, expected, rtol=3e-7)  # a division is one rounding
 
 
 def test_equal_logits_at_the_cut_stay_together():
-    found = filtered(jnp.array([[1.0, 3.0, 3.0, 3.0]]), Sampling(top_k=2))
-    assert np.isfinite(np.asarray(found)).tolist() == [[False, True, True, True]]
+    drawn = filtered(jnp.array([[1.0, 3.0, 3.0, 3.0]]), Sampling(top_k=2))
+    assert np.isfinite(np.asarray(drawn)).tolist() == [[False, True, True, True]]
 
 
 def keys_of(rows: int, seed: int = 0) -> jax.Array:

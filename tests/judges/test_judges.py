@@ -56,15 +56,15 @@ def test_by_rules(tmp_path, responses):
         "row_id": "r0", "index": 0, "sample": 0, "refusal": True, "reason": "i cannot help", "text": TEXTS[0],
         "category": "a",
     }  # fmt: skip
-    found = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
-    assert (found["responses"], found["refusals"], found["undecided"], found["refusal_rate"]) == (4, 2, 0, 0.5)
-    assert found["by_category"]["a"]["refusal_rate"] == 0.5
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
+    assert (counts["responses"], counts["refusals"], counts["undecided"], counts["refusal_rate"]) == (4, 2, 0, 0.5)
+    assert counts["by_category"]["a"]["refusal_rate"] == 0.5
 
 
 def test_without_a_decided_response_there_is_no_rate():
-    found = summary([{"refusal": None}, {"refusal": None}])
-    assert (found["refusal_rate"], found["interval"], found["undecided"]) == (None, None, 2)
-    assert "no response was decided" in summary_text(found)
+    counts = summary([{"refusal": None}, {"refusal": None}])
+    assert (counts["refusal_rate"], counts["interval"], counts["undecided"]) == (None, None, 2)
+    assert "no response was decided" in summary_text(counts)
 
 
 # ---- by a model ------------------------------------------------------------------------------------------------------
@@ -177,11 +177,11 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
         {"prompt": [{"role": "user", "content": "b"}], "verdict": "refusal"},
         {"prompt": "a", "verdict": "comply"},
     ]
-    found = verdicts(
+    refused = verdicts(
         tmp_path, responses=write(tmp_path / "r.jsonl", rows), columns={"prompt": "q", "text": "answer"}, by="labels",
         labels=write(tmp_path / "l.jsonl", labels), label_columns={"label": "verdict"},
     )  # fmt: skip
-    assert found == [False, True]
+    assert refused == [False, True]
     assert next(chunks.read_lines(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
 
 
@@ -226,8 +226,8 @@ def test_the_command_line(capsys, tmp_path, responses):
         ("--responses", str(tmp_path / "unfinished")): "finish it with --resume",
     }.items():
         assert main(["judge", *words, "--quiet", "--out", str(tmp_path / "bad")]) == 2
-        told = capsys.readouterr().err
-        assert message in told and "Traceback" not in told
+        stderr = capsys.readouterr().err
+        assert message in stderr and "Traceback" not in stderr
         assert not (tmp_path / "bad").exists()
 
 

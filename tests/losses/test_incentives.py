@@ -12,16 +12,16 @@ BETA, TAU = 0.3, 0.1
 
 
 @pytest.fixture
-def found(batch64):
+def gradients(batch64):
     b = batch64
     chosen, rejected = b.logp_chosen - b.ref_logp_chosen, b.logp_rejected - b.ref_logp_rejected
     n_w, n_l = (jnp.maximum(n, 1).astype(jnp.float64) for n in (b.chosen_tokens, b.rejected_tokens))
     return b, chosen, rejected, n_w, n_l
 
 
-def table(found):
+def table(gradients):
     """Rows of the table of incentives: loss, upward push on chosen, downward push on rejected."""
-    b, r_w, r_l, n_w, n_l = found
+    b, r_w, r_l, n_w, n_l = gradients
     sig, m, u = jax.nn.sigmoid, r_w - r_l, b.logp_chosen - b.logp_rejected
     one = jnp.ones_like(m)
     dpo, ipo, slic = BETA * sig(-BETA * m), 2 * (1 / (2 * TAU) - m), (u < 1.0).astype(m.dtype)
@@ -54,9 +54,9 @@ ROWS = ["dpo", "ipo", "cpo", "slic", "simpo", "dpop", "dpo_shift", "dpo_sft_sum"
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_closed_forms(name, found):
-    loss, chosen, rejected = table(found)[name]
-    got = incentives(loss)(found[0])
+def test_closed_forms(name, gradients):
+    loss, chosen, rejected = table(gradients)[name]
+    got = incentives(loss)(gradients[0])
     np.testing.assert_allclose(got.chosen, chosen, rtol=1e-9)
     np.testing.assert_allclose(got.rejected, rejected, rtol=1e-9)
 

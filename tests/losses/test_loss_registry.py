@@ -20,9 +20,9 @@ def test_an_unknown_name_lists_the_names():
 
 
 def test_problems_of_hyper_parameters_are_told_together():
-    with pytest.raises(ChesError) as told:
+    with pytest.raises(ChesError) as raised:
         get_loss("cdpo", beta=0.0, label_smoothing=1.5, lam=1.0)
-    message = str(told.value)
+    message = str(raised.value)
     assert "loss 'cdpo': 3 problems" in message
     assert "beta=0.0 is outside (0, inf)" in message
     assert "label_smoothing=1.5 is outside [0, 1]" in message
@@ -50,10 +50,10 @@ def test_what_was_resolved_is_what_is_shown():
 @pytest.mark.parametrize("name", loss_names())
 def test_every_missing_field_is_named_with_the_loss(name):
     loss = get_loss(name)
-    with pytest.raises(ChesError) as told:
+    with pytest.raises(ChesError) as raised:
         loss(LossInputs())
-    assert all(f"needs {field}" in str(told.value) for field in loss.needs)
-    assert f"loss {name!r}" in str(told.value)
+    assert all(f"needs {field}" in str(raised.value) for field in loss.needs)
+    assert f"loss {name!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", loss_names())

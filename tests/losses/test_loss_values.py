@@ -200,5 +200,5 @@ def test_golden_losses_of_every_family(shared, x64):
             (get_loss("ipo_mean", tau=golden["beta"]), "ipo_avg_per_pair"),
         ):
             if double or key == "dpo_per_pair":
-                found = loss(batch)[0]
-                np.testing.assert_allclose(found, expected[key], rtol=tolerance, err_msg=f"{path.parent.name} {key}")
+                actual = loss(batch)[0]
+                np.testing.assert_allclose(actual, expected[key], rtol=tolerance, err_msg=f"{path.parent.name} {key}")

@@ -89,8 +89,8 @@ def test_reward_calibration_scales_incentives_and_keeps_the_value(batch64):
 
 
 def test_calibration_centres_the_ratio_of_incentives():
-    found = Incentives(jnp.array([2.0]), jnp.array([1.0]))
-    log_delta = log_calibration(found, jnp.array([4.0]), jnp.array([2.0]))
+    pushes = Incentives(jnp.array([2.0]), jnp.array([1.0]))
+    log_delta = log_calibration(pushes, jnp.array([4.0]), jnp.array([2.0]))
     # incentives become delta d+ and d-/delta: their ratio lands on the ideal |g-|/|g+|
     ratio = 2.0 * jnp.exp(log_delta) / (1.0 / jnp.exp(log_delta))
     np.testing.assert_allclose(ratio, [2.0 / 4.0], rtol=1e-6)

@@ -83,11 +83,11 @@ def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str,
         q, k, v = arrays(case, rows)
         ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
         run = jax.jit(partial(WAYS[way], params=AttentionParams(case.head**-0.5, case.softcap)))
-        found = np.asarray(run(inputs_of(q, k, v, ranges)))
-    assert found.dtype == case.dtype
-    assert np.isfinite(found).all()
+        actual = np.asarray(run(inputs_of(q, k, v, ranges)))
+    assert actual.dtype == case.dtype
+    assert np.isfinite(actual).all()
     for row, at in rows.sequences:
-        np.testing.assert_allclose(found[row, at], alone(case, q, k, v, row, at), atol=case.tolerance)
+        np.testing.assert_allclose(actual[row, at], alone(case, q, k, v, row, at), atol=case.tolerance)
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w != "query_chunked"])

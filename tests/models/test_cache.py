@@ -43,13 +43,13 @@ def error(model: Decoder, steps: tuple[int, ...], attend=dense, mesh=None) -> fl
     tokens = ids()
     expected = whole(model, tokens)
     states, kept = prefill(model, tokens[:, :PROMPT], attend=attend, mesh=mesh)
-    found, slot = [states], PROMPT
+    actual, slot = [states], PROMPT
     for n in steps:
         states, kept = extend(model, tokens[:, slot : slot + n], kept, jnp.int32(slot), mesh=mesh)
-        found.append(states)
+        actual.append(states)
         slot += n
     real = (np.arange(slot)[None] >= np.asarray(FIRST)[:, None])[..., None]
-    wrong = np.where(real, np.concatenate(found, axis=1) - expected[:, :slot], 0)
+    wrong = np.where(real, np.concatenate(actual, axis=1) - expected[:, :slot], 0)
     return float(np.abs(wrong).max() / np.abs(expected).max())
 
 

@@ -36,9 +36,9 @@ def test_sliding_windows_and_soft_caps_on_a_mesh_of_heads_and_rows(name: str):
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(1))
     nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))
     mesh = make_mesh("data=2,tensor=2")
-    found = states(spread(model, mesh), mesh, attend=KERNELS[name].make(True))
+    actual = states(spread(model, mesh), mesh, attend=KERNELS[name].make(True))
     plain = states(model, None, attend=dense)
-    np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+    np.testing.assert_allclose(actual, plain, atol=1e-5 * np.abs(plain).max())
 
 
 def test_the_cpu_computes_in_blocks():

@@ -14,11 +14,11 @@ def test_the_gradient_of_a_trained_product_is_that_of_the_product(x64, inputs, o
     x, weight, cotangent = (
         jnp.asarray(rng.normal(size=s)) for s in ((2, 5, inputs), (outputs, inputs), (2, 5, outputs))
     )
-    found, expected = (
+    actual, expected = (
         jax.value_and_grad(lambda x, w, product=product: (product(x, w) * cotangent).sum(), argnums=(0, 1))(x, weight)
         for product in (trained_matmul, matmul)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14), actual, expected)
 
 
 def test_weights_of_another_dtype_keep_it():

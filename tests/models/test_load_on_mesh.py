@@ -73,8 +73,8 @@ def test_gradients_on_explicit_axes_are_those_of_one_device(tiny_model: Path):
         return jnp.square(model(tokens)).mean()
 
     def gradients(**options: Any) -> dict[str, np.ndarray]:
-        found = nnx.jit(nnx.grad(loss))(load_model(tiny_model, **options), TOKENS)
-        return {str(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(found)}
+        actual = nnx.jit(nnx.grad(loss))(load_model(tiny_model, **options), TOKENS)
+        return {str(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(actual)}
 
     here, there = gradients(), gradients(mesh=mesh, axes=axes)
     for name, value in here.items():

@@ -103,12 +103,14 @@ def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
         return jax.grad(value)
 
     full = loss(plain)(merged(params, spec))
-    found = loss(both)(params)
+    actual = loss(both)(params)
     for name, (_, scale) in spec.items():
         dw, a, b = full[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"]
         for part, expected in (("a", jnp.matrix_transpose(b) @ dw), ("b", dw @ jnp.matrix_transpose(a))):
             size = float(jnp.abs(expected).max())
-            np.testing.assert_allclose(found[f"{name}.lora_{part}"] * 1, scale * expected, atol=1e-12 * size, rtol=1e-9)
+            np.testing.assert_allclose(
+                actual[f"{name}.lora_{part}"] * 1, scale * expected, atol=1e-12 * size, rtol=1e-9
+            )
 
 
 def test_merged_is_adapted(base, x64):
@@ -125,9 +127,9 @@ def test_half_precision_multiplies_what_float32_holds(base):
     model, params = with_adapters(base("llama"), spec)
     exact = logits(model)
     half = adapted(abstract_decoder(model.config, dtype=jnp.bfloat16), spec)
-    found = logits(with_parameters(half, params))
+    actual = logits(with_parameters(half, params))
     assert all(v.dtype == np.float32 for n, v in params.items() if "lora" in n)
-    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 has 8 bits
+    np.testing.assert_allclose(actual, exact, atol=0.05 * np.abs(exact).max())  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
         "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 2}, "target_modules": ["q_proj"],
     }  # fmt: skip
     write_files(tmp_path / "a", config, tensors)
-    found = read_adapter(tmp_path / "a", base("llama"))
-    assert found.spec == {"layers.self_attn.q_proj": (3, 1.0)}
-    a, b = (found.arrays[f"layers.self_attn.q_proj.lora_{part}"] for part in "ab")
+    actual = read_adapter(tmp_path / "a", base("llama"))
+    assert actual.spec == {"layers.self_attn.q_proj": (3, 1.0)}
+    a, b = (actual.arrays[f"layers.self_attn.q_proj.lora_{part}"] for part in "ab")
     for layer in range(2):
         left, right = (tensors[name.format(layer, part)].astype(np.float32) for part in "AB")
         np.testing.assert_allclose(b[layer] @ a[layer], right @ left, atol=1e-5)
@@ -235,7 +237,7 @@ def test_an_adapter_loads_beside_the_model_or_into_it(base, tmp_path):
     write_adapter(tmp_path / "adapter", params, spec, directory)
     expected = logits(model)
     np.testing.assert_array_equal(logits(load_adapted(directory, tmp_path / "adapter")), expected)
-    found = logits(load_merged(directory, tmp_path / "adapter"))
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    actual = logits(load_merged(directory, tmp_path / "adapter"))
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(ChesError, match=r"no adapter_model\.safetensors; expected a PEFT adapter directory"):
         load_adapted(directory, directory)

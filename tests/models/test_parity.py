@@ -48,7 +48,7 @@ class Made(NamedTuple):
 
     directory: Path
     expected: Outputs
-    found: dict[Attend, Outputs]
+    actual: dict[Attend, Outputs]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def made(tmp_path_factory) -> Callable[[Row, dict[str, Any]], Made]:
             directory = tmp_path_factory.mktemp(row.family)
             expected = make(row, extra, directory)
             ways = (dense,) if extra else (dense, SMALL_BLOCKS)
-            found = jax_outputs(load_model(directory), jnp.asarray(IDS, jnp.int32), ways)
-            kept[key] = Made(directory, expected, {way: Outputs(*out) for way, out in zip(ways, found, strict=True)})
+            actual = jax_outputs(load_model(directory), jnp.asarray(IDS, jnp.int32), ways)
+            kept[key] = Made(directory, expected, {way: Outputs(*out) for way, out in zip(ways, actual, strict=True)})
         return kept[key]
 
     return get
@@ -95,14 +95,14 @@ def jax_outputs(model: Decoder, ids: Any, ways: tuple[Attend, ...]) -> list[tupl
     return [(h, model.logits(h)) for h in hidden]
 
 
-def relative(found: Any, expected: Any) -> float:
-    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+def relative(actual: Any, expected: Any) -> float:
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
 def check(model: Made, attend: Attend = dense) -> None:
-    found = model.found[attend]
-    assert relative(found.hidden, model.expected.hidden) < 2e-6
-    assert relative(found.logits, model.expected.logits) < 2e-6
+    actual = model.actual[attend]
+    assert relative(actual.hidden, model.expected.hidden) < 2e-6
+    assert relative(actual.logits, model.expected.logits) < 2e-6
 
 
 @pytest.mark.parametrize(("row", "extra"), [*BASES, *VARIANTS])

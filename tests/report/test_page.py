@@ -74,8 +74,8 @@ def page(tmp_path_factory):
 
 
 def test_markup_in_the_data_stays_text(page):
-    found = {tag for tag, _ in tags(page)}
-    assert "script" not in found
+    used = {tag for tag, _ in tags(page)}
+    assert "script" not in used
     assert not any(name.startswith("on") for _, attributes in tags(page) for name in attributes)
     text = page.read_text(encoding="utf-8")
     assert "&lt;script&gt;alert" in text and "\x00" not in text
@@ -133,16 +133,16 @@ def test_constant_scores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "note"),
     [
         (None, "no run.json names the pairs"),
         ([Record(0, "other", "", {})], "changed since"),
         ([], "2 of the rows are not in the pairs file any more"),
     ],
 )
-def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, told):
+def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, note):
     write_part(tmp_path / "scores.parquet", columns(2), {})
-    assert told in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
+    assert note in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
 
 
 def test_a_table_without_rows_is_refused(tmp_path):

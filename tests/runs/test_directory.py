@@ -25,8 +25,8 @@ def test_a_run_of_0_1_on_the_bundled_model_is_resumed(tmp_path):
 def test_options_of_0_1_that_spell_it_flat_are_understood(tmp_path):
     path = tmp_path / CONFIG
     path.write_text(json.dumps({"verb": "train", "model": "embedded", "probes": "embedded", "loss": "embedded"}))
-    found = read_json(path)
-    assert (found["model"], found["probes"], found["loss"]) == ("bundled", "bundled", "embedded")
+    actual = read_json(path)
+    assert (actual["model"], actual["probes"], actual["loss"]) == ("bundled", "bundled", "embedded")
 
 
 def test_every_difference_is_named_and_without_resume_nothing_goes_on(tmp_path):

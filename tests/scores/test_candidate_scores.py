@@ -95,11 +95,11 @@ def tokens(run):
     """Rows of the token table, by pair among candidates and alone, response and position."""
     table = pq.read_table(run[0] / parts.TOKENS)
     number = {key: k for k, key in enumerate(table_of(run[0]))}
-    found = ({}, {})
+    by_token = ({}, {})
     for key, row in zip(keys(table), table.to_pylist(), strict=True):
         alone, pair = divmod(number[key], len(ALONE))
-        found[alone][pair, row["response"], row["position"]] = row
-    return found
+        by_token[alone][pair, row["response"], row["position"]] = row
+    return by_token
 
 
 def test_every_pair_scores_as_it_does_in_a_row_of_its_own(both, tokens):
@@ -216,8 +216,8 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert main(["doctor", "--model", str(tiny_model), "--pairs", pairs]) == 1
     assert "no_pair" in capsys.readouterr().out
     assert main([*words, "--out", str(out)]) == 2
-    told = capsys.readouterr().err
-    assert "5 of 12 rows are not fit" in told and "row 2 (" in told and ", responses 0 and 1" in told
+    stderr = capsys.readouterr().err
+    assert "5 of 12 rows are not fit" in stderr and "row 2 (" in stderr and ", responses 0 and 1" in stderr
     assert not out.exists()
 
     words += ["--on-bad-row", "drop", "--token-scores", "--quiet"]

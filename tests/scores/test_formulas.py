@@ -98,7 +98,7 @@ def test_random_is_seeded():
 
 
 @pytest.mark.parametrize(
-    ("by", "told"),
+    ("by", "message"),
     [
         ("chess", "this table has ches, random"),
         ("edit_distance", "minus_edit_distance"),
@@ -107,8 +107,8 @@ def test_random_is_seeded():
         ("swapped", "inner, sqnorm_rejected"),
     ],
 )
-def test_a_score_that_is_not_there_says_what_is(by, told):
-    with pytest.raises(RunError, match=told):
+def test_a_score_that_is_not_there_says_what_is(by, message):
+    with pytest.raises(RunError, match=message):
         formulas.score_column(make_table(ches=[1.0]), by)
 
 

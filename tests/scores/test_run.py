@@ -235,8 +235,8 @@ def test_bad_rows_stop_the_run_or_are_dropped_or_kept(tiny_model, tmp_path):
 
     dropped = score(replace(config, out=str(tmp_path / "drop"), on_bad_row="drop"), quiet=True)
     assert columns(dropped)["index"] == [0, 3]
-    told = [json.loads(line) for line in (dropped / "dropped.jsonl").read_text().splitlines()]
-    assert [(t["index"], t["reasons"]) for t in told] == [(1, ["empty_chosen"]), (2, ["prompt_too_long"])]
+    dropped_rows = [json.loads(line) for line in (dropped / "dropped.jsonl").read_text().splitlines()]
+    assert [(t["index"], t["reasons"]) for t in dropped_rows] == [(1, ["empty_chosen"]), (2, ["prompt_too_long"])]
     assert read_json(dropped / "run.json")["counts"] == {"rows": 4, "kept": 2, "dropped": 2}
 
     kept = columns(score(replace(config, out=str(tmp_path / "keep"), on_bad_row="keep"), quiet=True))

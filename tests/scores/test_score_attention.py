@@ -25,8 +25,8 @@ def plain(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("attention", ["dense", *(f"{name}:interpret" for name in KERNELS)])
 def test_every_kernel_gives_the_same_scores(tiny_model, tmp_path, plain, attention):
-    found = scored(tiny_model, tmp_path / "run", attention)
-    assert np.abs((found["ches"] - plain["ches"]) / plain["sqnorm_chosen"]).max() < 1e-5
+    actual = scored(tiny_model, tmp_path / "run", attention)
+    assert np.abs((actual["ches"] - plain["ches"]) / plain["sqnorm_chosen"]).max() < 1e-5
 
 
 @pytest.mark.parametrize("verb", ["score", "train"])

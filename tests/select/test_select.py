@@ -119,7 +119,7 @@ def test_a_row_without_a_score_is_never_kept(rule):
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"),
+    ("rule", "message"),
     [
         ("lowest", "is not a rule; expected one of: lowest:0.05"),
         ("smallest:3", "is not a rule"),
@@ -139,8 +139,8 @@ def test_a_row_without_a_score_is_never_kept(rule):
         ("soft:1", r"must be in \[0, 1\)"),
     ],
 )
-def test_a_bad_rule_says_what_is_wrong(rule, told):
-    with pytest.raises(RunError, match=told):
+def test_a_bad_rule_says_what_is_wrong(rule, message):
+    with pytest.raises(RunError, match=message):
         selection.parse_rule(rule)
 
 
@@ -243,8 +243,8 @@ def test_the_bundled_pairs_are_found_by_their_word(tmp_path):
     ids = [row.row_id for row in open_pairs(str(bundled.pairs_file()))][:N]
     run = tmp_path / "run"
     write_part(run / "scores.parquet", columns(row_id=ids), {})
-    told = {"config": {"pairs": BUNDLED, "limit": N, "columns": {}}}
-    (run / "run.json").write_text(json.dumps(told))
+    record = {"config": {"pairs": BUNDLED, "limit": N, "columns": {}}}
+    (run / "run.json").write_text(json.dumps(record))
     select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
     assert set((tmp_path / "kept" / "kept_ids.txt").read_text().split()) <= set(ids)
 
@@ -296,12 +296,12 @@ def test_rows_dropped_when_scored_are_told_again(tmp_path):
     (run / "dropped.jsonl").write_text(json.dumps(note) + "\n")
     summary = select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
     assert summary["source"]["dropped"]["dropped when scored"] == 1
-    told = lines(tmp_path / "kept" / "dropped.jsonl")
-    assert {"row_id": "r4", "index": 4, "reason": "dropped when scored: empty_chosen, x"} in told
+    dropped = lines(tmp_path / "kept" / "dropped.jsonl")
+    assert {"row_id": "r4", "index": 4, "reason": "dropped when scored: empty_chosen, x"} in dropped
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (source(row_id="other"), "changed since it was scored: row 3 is other, the table has r3"),
         (source(N + 1), "row 20 .* was not in it"),
@@ -309,8 +309,8 @@ def test_rows_dropped_when_scored_are_told_again(tmp_path):
         ([], "20 scored rows are not in it"),
     ],
 )
-def test_other_rows_than_those_scored_are_refused(run, tmp_path, rows, told):
-    with pytest.raises(RunError, match=told):
+def test_other_rows_than_those_scored_are_refused(run, tmp_path, rows, message):
+    with pytest.raises(RunError, match=message):
         select(SelectConfig(scores=run, out=tmp_path / "kept"), rows)
     assert not (tmp_path / "kept").exists()
 

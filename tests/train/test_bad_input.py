@@ -14,16 +14,16 @@ from ches_jax.train.loop import train
 
 
 @pytest.fixture
-def told(capsys, tiny_model):
+def error_of(capsys, tiny_model):
     """From the words of a command that fails to its message."""
 
     def run(out, *words, model=tiny_model):
         options = ["--model", str(model), "--limit", "8", "--batch-size", "4", "--mesh", "data=1", "--quiet"]
         capsys.readouterr()
         assert main(["train", *options, "--out", str(out), *map(str, words)]) == 2
-        found = capsys.readouterr()
-        assert "Traceback" not in found.err and found.err.startswith("ches: ") and not found.out
-        return found.err
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err and output.err.startswith("ches: ") and not output.out
+        return output.err
 
     return run
 
@@ -35,26 +35,26 @@ def short(small, tmp_path_factory):
     return train(small(out, limit=8, holdout=0, save_every=1, export=False), quiet=True)
 
 
-def test_a_reference_cache_of_another_model(told, short, tmp_path):
+def test_a_reference_cache_of_another_model(error_of, short, tmp_path):
 
     (cache,) = short.glob("reference-*.parquet")
-    message = told(tmp_path / "run", "--reference", cache, model=bundled.model_dir())
+    message = error_of(tmp_path / "run", "--reference", cache, model=bundled.model_dir())
     assert "the reference cache of another run" in message and "model_fingerprint: " in message
 
 
-def test_a_loss_that_is_no_number(told, tmp_path):
-    message = told(tmp_path / "run", "--optimizer", "sgd", "--lr", "1e30", "--save-every", "1")
+def test_a_loss_that_is_no_number(error_of, tmp_path):
+    message = error_of(tmp_path / "run", "--optimizer", "sgd", "--lr", "1e30", "--save-every", "1")
     assert message.startswith("ches: update 2: ") and " on rows " in message
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '1'}" in message
 
 
-def test_a_checkpoint_of_another_optimiser(told, short, tmp_path):
+def test_a_checkpoint_of_another_optimiser(error_of, short, tmp_path):
     """The checkpoints of one run in the directory of another: the run's own identity says nothing of it."""
     out, words = tmp_path / "run", ("--optimizer", "sgd", "--lr", "1e30", "--save-every", "1")
-    told(out, *words)
+    error_of(out, *words)
     shutil.rmtree(out / "checkpoints")
     shutil.copytree(short / "checkpoints", out / "checkpoints")
-    message = told(out, *words, "--resume")
+    message = error_of(out, *words, "--resume")
     assert "a checkpoint of another architecture or optimiser" in message and "opt_state" in message
 
 

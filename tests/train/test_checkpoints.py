@@ -83,8 +83,8 @@ def test_a_run_keeps_and_tells_its_best_step(best_run):
     best = min(losses, key=lambda step: losses[step])
     assert best < 6, losses  # or the test shows nothing
     assert saved_steps(best_run) == [best, 6]
-    found = read_json(best_run / "run.json")["best"]
-    assert found == {"metric": "eval_loss", "mode": "min", "step": best, "value": losses[best]}
+    recorded = read_json(best_run / "run.json")["best"]
+    assert recorded == {"metric": "eval_loss", "mode": "min", "step": best, "value": losses[best]}
 
 
 def test_a_resumed_run_keeps_the_best_of_before(best_run, small, tmp_path, monkeypatch):
@@ -103,10 +103,10 @@ def test_checkpoints_become_model_directories(best_run, tmp_path, capsys):
     last = tmp_path / "last"
     assert main(["convert", "--run", str(best_run), "--out", str(last)]) == 0
     assert capsys.readouterr().out == f"{last}\n"
-    exported, found = (named_parameters(load_model(d)) for d in (best_run / "model", last))
-    assert exported.keys() == found.keys()
+    exported, actual = (named_parameters(load_model(d)) for d in (best_run / "model", last))
+    assert exported.keys() == actual.keys()
     for name, value in exported.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
     assert main(["convert", "--run", str(best_run), "--step", "best", "--out", str(tmp_path / "best")]) == 0
     better = named_parameters(load_model(tmp_path / "best"))
     assert not np.array_equal(better["norm.weight"], exported["norm.weight"])
@@ -122,8 +122,8 @@ def test_checkpoints_of_adapters_become_merged_models(small, tiny_model, tmp_pat
     for step, same in (("2", True), ("1", False)):
         assert main(["convert", "--run", str(out), "--step", step, "--out", str(tmp_path / step)]) == 0
         expected = named_parameters(load_merged(tiny_model, out / "adapter"))
-        found = named_parameters(load_model(tmp_path / step))
-        close = [np.allclose(found[n], expected[n], atol=1e-6) for n in expected]
+        actual = named_parameters(load_model(tmp_path / step))
+        close = [np.allclose(actual[n], expected[n], atol=1e-6) for n in expected]
         assert all(close) == same
     assert pq.read_table(out / "displacement.parquet").num_rows
 

@@ -147,8 +147,8 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     total = plain.gradient(policy, examples.pairs, slopes)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(total))
     assert scale > 1e-4
-    for found, want in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
-        np.testing.assert_allclose(found, want, rtol=0, atol=1e-10 * scale)
+    for actual, want in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
+        np.testing.assert_allclose(actual, want, rtol=0, atol=1e-10 * scale)
     assert update_metrics({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
 
 
@@ -195,11 +195,11 @@ def test_every_row_gets_another_prompt_and_no_row_is_used_twice_without_need(pro
         with pytest.raises(ChesError, match="there is only one prompt"):
             other_prompts(keys, seed)
         return
-    found = other_prompts(keys, seed)
-    assert all(keys[i] != keys[j] for i, j in enumerate(found))
+    partners = other_prompts(keys, seed)
+    assert all(keys[i] != keys[j] for i, j in enumerate(partners))
     if 2 * max(map(keys.count, keys)) <= len(keys):
-        assert sorted(found) == list(range(len(keys)))
-    assert found == other_prompts(keys, seed)
+        assert sorted(partners) == list(range(len(keys)))
+    assert partners == other_prompts(keys, seed)
 
 
 def test_single_responses_of_one_prompt_make_pairs():
@@ -341,6 +341,6 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
 )
 def test_bad_input_is_one_message(capsys, tiny_model, tmp_path, words, message):
     assert main(["train", "--model", str(tiny_model), "--limit", "20", "--out", str(tmp_path / "run"), *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "run").exists()

@@ -108,10 +108,10 @@ def test_the_displacement_log_is_the_change_since_step_0(whole_run):
         change = table[f"logp_{side}"] - start[f"logp_{side}"].loc[table.row_id].to_numpy()
         np.testing.assert_allclose(table[f"dlogp_{side}"], change)
     assert np.abs(table[table.step == 6].dlogp_chosen).max() > 0.01
-    found = diagnose(DiagnoseConfig(run_dir=str(whole_run)))
-    assert found.pairs == 8 and "update 6" in found.source
+    diagnosis = diagnose(DiagnoseConfig(run_dir=str(whole_run)))
+    assert diagnosis.pairs == 8 and "update 6" in diagnosis.source
     expected = table[(table.step == 6) & (table["set"] == "held_out")].dlogp_chosen.mean()
-    assert found.chosen.mean == pytest.approx(expected)
+    assert diagnosis.chosen.mean == pytest.approx(expected)
 
 
 def test_the_exported_model_gives_the_last_log_probabilities(whole_run, tiny_model, small, tmp_path):
@@ -125,9 +125,9 @@ def test_the_exported_model_gives_the_last_log_probabilities(whole_run, tiny_mod
         make_mesh("data=1"),
         Layout(standard_row([*pairs.train, *pairs.held_out]), 1, "include"),
     )
-    found = evaluate(named_parameters(load_model(whole_run / "model")), pairs.held_out)
+    actual = evaluate(named_parameters(load_model(whole_run / "model")), pairs.held_out)
     assert last.row_id.tolist() == [p.row_id for p in pairs.held_out]
-    np.testing.assert_allclose(found.chosen, last.logp_chosen, rtol=1e-5)
+    np.testing.assert_allclose(actual.chosen, last.logp_chosen, rtol=1e-5)
 
 
 def same_bytes(a, b):
@@ -283,9 +283,9 @@ def test_the_plan_shows_every_pair_once_an_epoch():
 
 def test_a_loss_that_is_no_number_stops_the_run(small, tmp_path):
     config = small(tmp_path / "run", optimizer="sgd", lr=1e30, save_every=1)
-    with pytest.raises(ChesError) as told:
+    with pytest.raises(ChesError) as stderr:
         train(config, quiet=True)
-    message = str(told.value)
+    message = str(stderr.value)
     assert "update 2: loss is nan on rows " in message or "update 2: grad_norm" in message
     assert "the last good checkpoint is " in message and message.count("(") >= 4
 
@@ -296,9 +296,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
 
     saved = Checkpoints(whole_run, 2)
     like = TrainState({"a.weight": jnp.zeros(3)}, (), {}, jnp.zeros((), jnp.int32))
-    with pytest.raises(RunError, match="a checkpoint of another architecture or optimiser") as told:
+    with pytest.raises(RunError, match="a checkpoint of another architecture or optimiser") as stderr:
         saved.restore(6, like)
-    assert "params.a.weight: not there, the run has float32[3]" in str(told.value)
+    assert "params.a.weight: not there, the run has float32[3]" in str(stderr.value)
     saved.close()
 
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
         (["--loss", "dpoo"], "no loss is named 'dpoo'"),
         (["--loss", "dpo", "--loss-args", "tau=1"], "no hyper-parameter 'tau'"),
         (["--optimizer", "adam"], "no optimiser is named 'adam'; the names are: rmsprop"),
-        (["--mesh", "data=8", "--batch-size", "4"], "dealt out to 8 devices"),
+        (["--mesh", "data=8", "--batch-size", "4"], "sharded over 8 devices"),
         (["--mesh", "fsdp=7"], "--mesh fsdp=7: divides no parameter"),
         (["--reference", "none"], "compares with a reference"),
         (["--reference", "columns"], "--reference columns needs numbers in ref_chosen_logps"),
@@ -319,8 +319,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tiny_model, tmp_path, words, message):
     options = ["--model", str(tiny_model), "--limit", "20", "--out", str(tmp_path / "run")]
     assert main(["train", *options, *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "run").exists()
 
 

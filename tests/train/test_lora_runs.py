@@ -90,9 +90,9 @@ def test_meshes_accumulation_and_remat_give_the_same_adapters(small, tmp_path):
         for name in a:
             if "accuracies" not in name:  # where the policy is the reference, the sign of a margin is rounding
                 assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
-    found, expected = load(other), load(plain)
+    actual, expected = load(other), load(plain)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-12, err_msg=name)
     assert max(np.abs(v).max() for n, v in expected.items() if "lora_B" in n) > 1e-3
 
 
@@ -132,6 +132,6 @@ def test_a_run_goes_on_with_an_adapter(lora_run, small, tmp_path):
 def test_bad_adapters_are_one_message(capsys, tiny_model, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--model", str(tiny_model), "--limit", "4", "--out", "run", *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "run").exists()

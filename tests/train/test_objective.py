@@ -68,7 +68,7 @@ def errors(folder, dtype) -> dict[str, float]:
 
     value, metrics, logps, grads = run(state)
     (chosen, rejected), tokens = logps.responses.T, np.swapaxes(logps.tokens, 0, 1)
-    found = {
+    differences = {
         "dpo": relative(value, truth["loss"]["dpo"]),
         "logp_chosen": relative(chosen, truth["policy"]["logp_chosen"]),
         "logp_rejected": relative(rejected, truth["policy"]["logp_rejected"]),
@@ -77,9 +77,9 @@ def errors(folder, dtype) -> dict[str, float]:
     for side, found_tokens in zip(("chosen", "rejected"), tokens, strict=True):
         for row, exact in zip(np.asarray(found_tokens), truth["policy"][f"token_logps_{side}"], strict=True):
             error = np.abs(row[: len(exact)] - exact) / np.maximum(1.0, np.abs(exact))
-            found["token_logps"] = max(found.get("token_logps", 0.0), float(error.max()))
+            differences["token_logps"] = max(differences.get("token_logps", 0.0), float(error.max()))
     margin = np.asarray(chosen - batch.reference[:, 0] - rejected + batch.reference[:, 1])
-    found["ipo"] = relative(np.mean((margin - 5.0) ** 2), truth["loss"]["ipo"])
+    differences["ipo"] = relative(np.mean((margin - 5.0) ** 2), truth["loss"]["ipo"])
     params = named_parameters(nnx.merge(graph, grads))
     raw = read_config(folder / "policy")
     rules = family_of(raw, str(folder)).name_rules(params, model.config)
@@ -90,27 +90,27 @@ def errors(folder, dtype) -> dict[str, float]:
     }
     expected = truth["loss"]["dpo_grad"]
     whole = np.sqrt(sum(n**2 for n in norms.values()))
-    found["global_norm"] = relative(whole, expected["global_norm"])
+    differences["global_norm"] = relative(whole, expected["global_norm"])
     assert norms.keys() == expected["per_param_norm"].keys()
     for name, norm in norms.items():
         # a norm can be nothing but rounding (biases of keys): measured against the whole gradient then
         error = abs(norm - expected["per_param_norm"][name])
         unit = max(expected["per_param_norm"][name], 1e-3 * expected["global_norm"])
-        found["per_param_norm"] = max(found.get("per_param_norm", 0.0), error / unit)
-    return found
+        differences["per_param_norm"] = max(differences.get("per_param_norm", 0.0), error / unit)
+    return differences
 
 
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_losses_and_gradient_norms_are_exact_in_float64(shared, x64, family):
-    found = errors(shared / "golden" / family, "float64")
-    assert max(found.values()) < 1e-9, found
+    differences = errors(shared / "golden" / family, "float64")
+    assert max(differences.values()) < 1e-9, differences
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradient_norms_are_close_in_float32(shared, family):
-    found = errors(shared / "golden" / family, "float32")
-    assert max(found.values()) < 1e-4, found
+    differences = errors(shared / "golden" / family, "float32")
+    assert max(differences.values()) < 1e-4, differences
 
 
 def test_an_unknown_loss_lists_the_names():

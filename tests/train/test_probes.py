@@ -48,11 +48,11 @@ def test_distributions_are_those_after_each_prompt_alone(tiny_model, prompts, me
     model = load_model(tiny_model)
     on = make_mesh(mesh)
     placed = named_parameters(load_model(tiny_model, sharding=placement(on)))
-    found = Prober(abstract_decoder(model.config), on, probes)(placed)
-    assert found.shape == (5, model.config.vocab_size)
-    asked = load_tokenizer(tiny_model)("<|user|> What colour is snow?<|assistant|>").input_ids
-    assert probes.ids[4] == tuple(asked)
-    for ids, row in zip(probes.ids, found, strict=True):
+    logps = Prober(abstract_decoder(model.config), on, probes)(placed)
+    assert logps.shape == (5, model.config.vocab_size)
+    expected = load_tokenizer(tiny_model)("<|user|> What colour is snow?<|assistant|>").input_ids
+    assert probes.ids[4] == tuple(expected)
+    for ids, row in zip(probes.ids, logps, strict=True):
         logits = model.logits(model.hidden(jnp.asarray([ids], jnp.int32))[0, -1])
         np.testing.assert_allclose(row, jax.nn.log_softmax(logits), atol=2e-5)
 

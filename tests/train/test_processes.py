@@ -48,11 +48,11 @@ def start(model, out, cache, count=2, devices=2, words=(), **options):
 def finish(processes, seconds=400):
     """Exit codes and what was told; nobody is left behind."""
     try:
-        told = [p.communicate(timeout=seconds) for p in processes]
+        errors = [p.communicate(timeout=seconds) for p in processes]
     finally:
         for p in processes:
             p.kill()
-    return [p.returncode for p in processes], [err for _, err in told]
+    return [p.returncode for p in processes], [err for _, err in errors]
 
 
 def lines(out):
@@ -87,8 +87,8 @@ def one_process(small, tmp_path_factory):
 
 def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_path):
     out = tmp_path / "run"
-    codes, told = finish(start(tiny_model, out, cache))
-    assert codes == [0, 0], told
+    codes, errors = finish(start(tiny_model, out, cache))
+    assert codes == [0, 0], errors
     same_to_rounding(out, one_process)
     assert read_json(out / "run.json")["processes"] == 2
 
@@ -104,8 +104,8 @@ def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_p
 )  # fmt: skip
 def test_other_runs_of_two_processes(small, tiny_model, cache, tmp_path, options):
     one = train(small(tmp_path / "one", **{**SHARDED, **options}), quiet=True)
-    codes, told = finish(start(tiny_model, tmp_path / "two", cache, **options))
-    assert codes == [0, 0], told
+    codes, errors = finish(start(tiny_model, tmp_path / "two", cache, **options))
+    assert codes == [0, 0], errors
     same_to_rounding(tmp_path / "two", one)
 
 
@@ -117,10 +117,10 @@ def test_an_error_of_one_process_is_told_by_both(tiny_model, cache, tmp_path):
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [99999]}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [*rows, ids]))
-    codes, told = finish(start(tiny_model, tmp_path / "run", cache, pairs=path, limit=400))
+    codes, errors = finish(start(tiny_model, tmp_path / "run", cache, pairs=path, limit=400))
     assert codes == [2, 2]
-    assert all("token id 99999" in t and "Traceback" not in t for t in told), told
-    assert "process 1 of 2: " in told[0] and not (tmp_path / "run").exists()
+    assert all("token id 99999" in t and "Traceback" not in t for t in errors), errors
+    assert "process 1 of 2: " in errors[0] and not (tmp_path / "run").exists()
 
 
 def wait_for(condition, processes, seconds=300):
@@ -156,9 +156,9 @@ def test_sigterm_to_one_process_stops_all_and_another_number_resumes(small, tiny
     processes = start(tiny_model, out, cache, epochs=60.0, save_every=50)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) > 3, processes)
     processes[1].send_signal(signal.SIGTERM)
-    codes, told = finish(processes)
-    assert codes == [143, 143], told
-    (step,) = {int(t.split("after update ")[1].split()[0]) for t in told}
+    codes, errors = finish(processes)
+    assert codes == [143, 143], errors
+    (step,) = {int(t.split("after update ")[1].split()[0]) for t in errors}
     assert 0 < step < 120
     assert finish(start(tiny_model, out, cache, count=1, devices=4, words=("--resume",), epochs=60.0, save_every=50))[
         0

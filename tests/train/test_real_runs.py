@@ -33,11 +33,11 @@ def lines_of(file):
 def test_an_epoch_over_hh_pairs(shared, tmp_path, loss):
     out = tmp_path / loss
     subprocess.run(command(shared, out, "--loss", loss, "--holdout", 128, "--eval-every", 32), check=True)
-    found = diagnose(DiagnoseConfig(run_dir=str(out)))
-    assert found.pairs == 128
+    diagnosis = diagnose(DiagnoseConfig(run_dir=str(out)))
+    assert diagnosis.pairs == 128
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval_rewards/accuracies"] > 0.5 and last["displacement/margin"] > 0
-    print(f"\n{loss}: {found.text()}")
+    print(f"\n{loss}: {diagnosis.text()}")
 
 
 def test_a_run_killed_ten_times_ends_as_one_that_was_not(shared, tmp_path):

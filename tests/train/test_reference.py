@@ -31,10 +31,10 @@ class Model:
 
     def __init__(self, shift=0.0):
         self.shift = shift
-        self.asked = []
+        self.requested = []
 
     def __call__(self, pairs):
-        self.asked += [p.index for p in pairs]
+        self.requested += [p.index for p in pairs]
         values = np.array([float(p.index) for p in pairs])
         return PairLogps(-values - self.shift, -2 * values - self.shift)
 
@@ -42,10 +42,10 @@ class Model:
 def test_rows_are_computed_once_and_new_ones_added(tmp_path):
     first, second = Model(), Model()
     reference_logps([pair(i) for i in range(5)], first, IDENTITY, tmp_path)
-    assert first.asked == list(range(5))
-    found = reference_logps([pair(i) for i in (6, 2, 6, 4)], second, IDENTITY, tmp_path)
-    assert list(found.rejected) == [-12, -4, -12, -8]
-    assert second.asked.count(6) == 1 and set(second.asked) == {2, 4, 6}  # 2 and 4 to verify
+    assert first.requested == list(range(5))
+    logps = reference_logps([pair(i) for i in (6, 2, 6, 4)], second, IDENTITY, tmp_path)
+    assert list(logps.rejected) == [-12, -4, -12, -8]
+    assert second.requested.count(6) == 1 and set(second.requested) == {2, 4, 6}  # 2 and 4 to verify
     (file,) = tmp_path.glob("*.parquet")
     assert pq.read_table(file).column_names == ["row_id", "ref_chosen_logps", "ref_rejected_logps"]
 
@@ -55,7 +55,7 @@ def test_parts_of_a_killed_run_are_used(tmp_path):
     write_cache(tmp_path / f".reference-{cache_key(IDENTITY)}.parts" / "000000.parquet", known, IDENTITY)
     model = Model()
     reference_logps([pair(i) for i in range(5)], model, IDENTITY, tmp_path)
-    assert [i for i in model.asked if i > 2] == [3, 4]
+    assert [i for i in model.requested if i > 2] == [3, 4]
     assert not list(tmp_path.glob(".*.parts"))
 
 
@@ -105,8 +105,8 @@ def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
     table = pq.read_table(by_directory / "displacement.parquet").to_pylist()
     for row in table:
         if row["step"] == 0:
-            found = known[row["row_id"]]
-            rows[row["index"]] |= {k: found[k] for k in ("ref_chosen_logps", "ref_rejected_logps")}
+            cached = known[row["row_id"]]
+            rows[row["index"]] |= {k: cached[k] for k in ("ref_chosen_logps", "ref_rejected_logps")}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     by_columns = train(small(tmp_path / "e", pairs=str(path), reference="columns", **options), quiet=True)
@@ -117,8 +117,8 @@ def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeyp
     real = setup.reference_logps
 
     def shifted(*args, **options):
-        found = real(*args, **options)
-        return PairLogps(np.asarray(found.chosen) + 1.0, np.asarray(found.rejected))
+        logps = real(*args, **options)
+        return PairLogps(np.asarray(logps.chosen) + 1.0, np.asarray(logps.rejected))
 
     monkeypatch.setattr(setup, "reference_logps", shifted)
     with pytest.raises(Exception, match="before the first update the policy gives the responses"):

@@ -48,14 +48,14 @@ def scalars(folder):
     return shown
 
 
-def told(out):
+def logged(out):
     return [(e["step"], name, value) for e in lines(out) for name, value in e.items() if name != "step"]
 
 
-def require_shown(found, out):
-    expected = told(out)
-    assert len(found) == len(expected) == len({(step, name) for step, name, _ in found})
-    for (step, name, value), (at, key, number) in zip(found, expected, strict=True):
+def require_shown(points, out):
+    expected = logged(out)
+    assert len(points) == len(expected) == len({(step, name) for step, name, _ in points})
+    for (step, name, value), (at, key, number) in zip(points, expected, strict=True):
         assert (step, name) == (at, key) and value == pytest.approx(number, rel=1e-6)  # events hold float32
 
 
@@ -126,7 +126,7 @@ def test_a_resumed_run_sends_every_line_once(small, tmp_path, monkeypatch, servi
     assert first.settings["id"] == second.settings["id"] == json.loads((out / "wandb.json").read_text())["id"]
     assert first.settings["resume"] == "allow" and first.settings["config"]["loss"] == "dpo" and second.done
     sent = [*first.lines, *second.lines] if online else second.lines
-    assert [(step, name, value) for step, values in sent for name, value in values.items()] == told(out)
+    assert [(step, name, value) for step, values in sent for name, value in values.items()] == logged(out)
 
 
 def test_a_package_that_is_not_there_is_one_message(capsys, tmp_path, monkeypatch):

@@ -38,11 +38,11 @@ def main(job_path: str, out_path: str) -> None:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
         def _compute_loss(self, model, inputs, return_outputs):
-            found = super()._compute_loss(model, inputs, return_outputs)
-            loss = found[0] if return_outputs else found
+            result = super()._compute_loss(model, inputs, return_outputs)
+            loss = result[0] if return_outputs else result
             last = {n: self._metrics["train"][n][-1] for n in ("logps/chosen", "logps/rejected", "rewards/margins")}
             steps.append({"loss": loss.item(), **last})
-            return found
+            return result
 
     def load():
         return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)

@@ -99,10 +99,10 @@ def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> L
     counts: Counter[int] = Counter()
     predictions = 0
     for group in groups:
-        found = _arranged(group, layout)
-        if found.length == layout.row_tokens:
-            counts[-(-len(found.rows) // layout.row_multiple) * layout.row_multiple] += 1
-            predictions = max(predictions, most_predictions(group, found, layout))
+        plan = _arranged(group, layout)
+        if plan.length == layout.row_tokens:
+            counts[-(-len(plan.rows) // layout.row_multiple) * layout.row_multiple] += 1
+            predictions = max(predictions, most_predictions(group, plan, layout))
     sizes = fewest(counts, min(most, 1 + counts.total() // 32))
     return layout._replace(row_counts=sizes, predictions=predictions)
 
@@ -111,8 +111,8 @@ def _arranged(items: Sequence[Item], layout: Layout) -> BatchPlan:
     """Rows of one length for all ``items``, as few as hold them."""
     length = max(row_length(item, layout.row_tokens, layout.length_threshold) for item in items)
     # a row for every item is more than enough
-    (found,) = plan_batches(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
-    return found
+    (plan,) = plan_batches(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
+    return plan
 
 
 def fewest(counts: Counter[int], most: int) -> tuple[int, ...]:
@@ -146,9 +146,9 @@ def _predictions(item: Item, layout: Layout) -> int:
     return sum(counts) - (len(counts) - 1) * shared
 
 
-def most_predictions(items: Sequence[Item], found: BatchPlan, layout: Layout) -> int:
+def most_predictions(items: Sequence[Item], plan: BatchPlan, layout: Layout) -> int:
     """Predictions of the row of a plan that has most of them."""
-    return max(sum(_predictions(items[i], layout) for i in row) for row in found.rows)
+    return max(sum(_predictions(items[i], layout) for i in row) for row in plan.rows)
 
 
 def standard_row(items: Sequence[Item], length_threshold: int | None = None, multiple: int = 64) -> int:
@@ -174,20 +174,20 @@ def make_batch(
       extra: what else the objective reads, by field of ``LossInputs``.
       dtype: of all that is no integer.
     """
-    found = _arranged(items, layout)
-    used = len(found.rows)
-    standard = found.length == layout.row_tokens
+    plan = _arranged(items, layout)
+    used = len(plan.rows)
+    standard = plan.length == layout.row_tokens
     fit = [c for c in layout.row_counts if c >= used] if standard else []
     count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
-    found = found._replace(row_count=count)
-    rows = write_batch(items, found, layout.eos, layout.length_threshold, local_rows(count, layout))
+    plan = plan._replace(row_count=count)
+    rows = write_batch(items, plan, layout.eos, layout.length_threshold, local_rows(count, layout))
     rows = without_empty_room(
-        rows, found.length, most_predictions(items, found, layout), layout.predictions if standard else 0
+        rows, plan.length, most_predictions(items, plan, layout), layout.predictions if standard else 0
     )
     row, shared, first = (np.zeros(len(items), np.int32) for _ in range(3))
-    for place in found.placements():
+    for place in plan.placements():
         row[place.item], shared[place.item] = place.row, place.shared
-    for group in found.rows:
+    for group in plan.rows:
         sizes = [_predictions(items[i], layout) for i in group]
         first[group] = np.cumsum([0, *sizes[:-1]])
     return without_rows(items, layout, reference, extra, dtype, first)._replace(rows=rows, row=row, shared=shared)

@@ -54,10 +54,10 @@ class Examples:
         mine = self.pairs[i * self.size : (i + 1) * self.size]
         return Candidates(mine[0].prompt, (*(p.chosen for p in mine), mine[0].rejected), self.size)
 
-    def by_response(self, found: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
+    def by_response(self, logps: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
         """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
-        sides = [[found.chosen[i * self.size + k] for i in which] for k in range(self.size)]
-        return [*sides, [found.rejected[i * self.size] for i in which]]
+        sides = [[logps.chosen[i * self.size + k] for i in which] for k in range(self.size)]
+        return [*sides, [logps.rejected[i * self.size] for i in which]]
 
 
 def make_examples(
@@ -121,17 +121,17 @@ def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:
     order = np.random.default_rng([seed, 4]).permutation(len(groups))
     members = [list(groups.values())[i] for i in order]
     largest = max(members, key=len)
-    found = [0] * len(prompts)
+    partners = [0] * len(prompts)
     if 2 * len(largest) <= len(prompts):
         line = [i for group in members for i in group]
         for at, i in enumerate(line):
-            found[i] = line[(at + len(largest)) % len(line)]
-        return found
+            partners[i] = line[(at + len(largest)) % len(line)]
+        return partners
     rest = [i for group in members if group is not largest for i in group]
     for mine, theirs in ((largest, rest), (rest, largest)):
         for at, i in enumerate(mine):
-            found[i] = theirs[at % len(theirs)]
-    return found
+            partners[i] = theirs[at % len(theirs)]
+    return partners
 
 
 def _beside(pair: TokenPair, own: Response, other: Response, max_length: int, eos: Eos) -> TokenPair:

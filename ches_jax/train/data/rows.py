@@ -40,7 +40,7 @@ COMPLETION = ("completion", "completion_ids")
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
 _CHUNK = 256
-"""Pairs that are tokenised at a time, and dealt out to processes."""
+"""Pairs that are tokenised at a time, and distributed to processes."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def read_pairs(
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
     source, one_response = _open(config, loss, spec, split)
-    asked = _asked_columns(config, loss)
-    if one_response and asked:
-        raise ChesError(f"{asked[0][0]}: {source.name} has rows of one response, of which only the label is read")
+    choices_of = _column_choices(config, loss)
+    if one_response and choices_of:
+        raise ChesError(f"{choices_of[0][0]}: {source.name} has rows of one response, of which only the label is read")
     pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
         pairs = [_single(p) for p in pairs]
@@ -102,7 +102,7 @@ def read_pairs(
         return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows, source.fingerprint())
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
-    return ReadPairs(kept, _numbers(source, asked, kept, limit), dropped, rows, source.fingerprint())
+    return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows, source.fingerprint())
 
 
 def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
@@ -187,18 +187,18 @@ def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPai
     return pairs
 
 
-def _asked_columns(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:
+def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:
     """Options that read numbers from the rows, and for each the columns that would do, by field of ``LossInputs``."""
-    asked: list[tuple[str, list[Mapping[str, str]]]] = []
+    choices_of: list[tuple[str, list[Mapping[str, str]]]] = []
     if config.reference == "columns":
-        asked.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
+        choices_of.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
     if config.weights is not None:
-        asked.append((f"--weights {config.weights}", [{"weights": config.weights}]))
+        choices_of.append((f"--weights {config.weights}", [{"weights": config.weights}]))
     if loss.needs >= REWARDS:
         names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
         option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
-        asked.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
-    return asked
+        choices_of.append((option, [dict(zip(REWARD_FIELDS, two, strict=True)) for two in names]))
+    return choices_of
 
 
 def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, process: Process) -> list[TokenPair]:
@@ -213,9 +213,9 @@ def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, 
             mine += tokenizer(chunk)
     if process.count == 1:
         return mine
-    found = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
+    tokenised = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
     # chunks come back in the order of the processes; the pairs of a row lie in one or two chunks that follow each other
-    return sorted(found, key=lambda p: (p.index, p.candidates or ()))
+    return sorted(tokenised, key=lambda p: (p.index, p.candidates or ()))
 
 
 def _encoded(pair: TokenPair) -> dict[str, Any]:
@@ -250,25 +250,25 @@ def _fit(
 
 def _numbers(
     source: PairSource,
-    asked: Sequence[tuple[str, list[Mapping[str, str]]]],
+    choices_of: Sequence[tuple[str, list[Mapping[str, str]]]],
     pairs: Sequence[TokenPair],
     limit: int | None,
 ) -> dict[str, np.ndarray]:
     """Numbers that the rows themselves bring, for each of ``pairs``."""
-    if not asked:
+    if not choices_of:
         return {}
     by_row: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
         by_row.setdefault(pair.index, []).append(position)
-    found: list[dict[str, float]] = [{} for _ in pairs]
+    values: list[dict[str, float]] = [{} for _ in pairs]
     for index, (where, raw) in enumerate(source.read(0)):
         if limit is not None and index >= limit:
             break
         for position in by_row.get(index, ()):
-            for option, choices in asked:
+            for option, choices in choices_of:
                 subject = f"{source.name}, {where}: {option}"
-                found[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
-    return {field: np.array([numbers[field] for numbers in found]) for field in (found[0] if found else {})}
+                values[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
+    return {field: np.array([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
 
 
 def _row_numbers(

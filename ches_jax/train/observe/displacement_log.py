@@ -40,15 +40,15 @@ SCHEMA = pa.schema(
 masses are means over the tokens of a response."""
 
 
-def present(pairs: Sequence[TokenPair], found: PairLogps) -> PairLogps:
+def present(pairs: Sequence[TokenPair], logps: PairLogps) -> PairLogps:
     """Log-probabilities with NaN for the side that a single response does not have."""
     has = ([bool(p.chosen.targets("include")) for p in pairs], [bool(p.rejected.targets("include")) for p in pairs])
-    return PairLogps(*(np.where(side, values, np.nan) for side, values in zip(has, found, strict=True)))
+    return PairLogps(*(np.where(side, values, np.nan) for side, values in zip(has, logps, strict=True)))
 
 
-def sharpness(found: PairStatistics) -> dict[str, np.ndarray]:
+def sharpness(statistics: PairStatistics) -> dict[str, np.ndarray]:
     """Entropy and arg-max mass of each pair, by name and side."""
-    both = {"entropy": found.entropy, "argmax_mass": found.argmax_mass}
+    both = {"entropy": statistics.entropy, "argmax_mass": statistics.argmax_mass}
     return {f"{name}_{side}": getattr(values, side) for name, values in both.items() for side in PairLogps._fields}
 
 
@@ -57,12 +57,12 @@ def block(
     name: str,
     pairs: Sequence[TokenPair],
     start: PairLogps,
-    found: PairStatistics,
+    statistics: PairStatistics,
     eos: Any,
     tolerance: float,
 ) -> pa.Table:
     """The rows of one set at one evaluation."""
-    now = found.logps
+    now = statistics.logps
     chosen, rejected = now.chosen - start.chosen, now.rejected - start.rejected
     columns: Mapping[str, Any] = {
         "step": [step] * len(pairs),
@@ -77,7 +77,7 @@ def block(
         "regime": regimes(chosen, rejected, tolerance).tolist(),
         "chosen_tokens": [len(p.chosen.targets(eos)) for p in pairs],
         "rejected_tokens": [len(p.rejected.targets(eos)) for p in pairs],
-        **sharpness(found),
+        **sharpness(statistics),
     }
     return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
 
@@ -101,9 +101,11 @@ class DisplacementLog:
         self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairStatistics]
     ) -> dict[str, float]:
         """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
-        now = {name: found._replace(logps=present(sets[name], found.logps)) for name, found in now.items()}
+        now = {
+            name: statistics._replace(logps=present(sets[name], statistics.logps)) for name, statistics in now.items()
+        }
         if step == 0:
-            self.start = {name: found.logps for name, found in now.items()}
+            self.start = {name: statistics.logps for name, statistics in now.items()}
         if not self.start and sets:
             self._read_start(sets)
         blocks, summary = [SCHEMA.empty_table()], {}

@@ -83,41 +83,43 @@ class Evaluator:
 
     def statistics(self, params: Any, pairs: Sequence[TokenPair]) -> PairStatistics:
         """Log-probabilities of ``pairs``, and how sharp the distributions at their tokens are; NaN where none are."""
-        found = np.zeros((2, len(pairs), 3))
+        totals = np.zeros((2, len(pairs), 3))
         for places, sums, _ in self._passes(self._sums, params, pairs):
             for p in places:
                 for side, own in enumerate((p.chosen, p.rejected)):
-                    found[side, p.pair] = sums[p.row, p.shared] + sums[p.row, own]
+                    totals[side, p.pair] = sums[p.row, p.shared] + sums[p.row, own]
         counts = np.array([[len(r.targets(self.layout.eos)) for r in (p.chosen, p.rejected)] for p in pairs], float)
         counts = counts.reshape(len(pairs), 2).T
-        means = [np.divide(found[..., k], counts, out=np.full_like(counts, np.nan), where=counts > 0) for k in (1, 2)]
-        return PairStatistics(PairLogps(*found[..., 0]), PairLogps(*means[0]), PairLogps(*means[1]))
+        means = [np.divide(totals[..., k], counts, out=np.full_like(counts, np.nan), where=counts > 0) for k in (1, 2)]
+        return PairStatistics(PairLogps(*totals[..., 0]), PairLogps(*means[0]), PairLogps(*means[1]))
 
     def tokens(self, params: Any, pairs: Sequence[TokenPair]) -> TokenLogps:
         """Log-probability of each response token of ``pairs`` under ``params``."""
-        found = TokenLogps([np.zeros(0)] * len(pairs), [np.zeros(0)] * len(pairs))
+        token_logps = TokenLogps([np.zeros(0)] * len(pairs), [np.zeros(0)] * len(pairs))
         for places, logps, segments in self._passes(self._tokens, params, pairs):
             for p in places:
                 # a row's predictions stand in the order of its responses' tokens
                 shared, *own = (
                     logps[p.row][segments[p.row] == segment] for segment in (p.shared, p.chosen, p.rejected)
                 )
-                found.chosen[p.pair], found.rejected[p.pair] = (np.concatenate([shared, side]) for side in own)
-        return found
+                token_logps.chosen[p.pair], token_logps.rejected[p.pair] = (
+                    np.concatenate([shared, side]) for side in own
+                )
+        return token_logps
 
     def _passes(
         self, run: Any, params: Any, pairs: Sequence[TokenPair]
     ) -> Iterator[tuple[list[Placement], np.ndarray, np.ndarray]]:
         """The places of pairs, what the pass gives of all rows (float64), and the segments of their predictions."""
         layout = self.layout
-        found = plan_batches(
+        plans = plan_batches(
             pairs,
             length=layout.row_tokens,
             rows_per_batch=min(self.rows, FEW) if len(pairs) <= FEW else self.rows,
             row_multiple=row_shards(self.mesh),
             length_threshold=layout.length_threshold,
         )
-        for plan in found:
+        for plan in plans:
             local = local_rows(plan.row_count, layout)
             rows = write_batch(pairs, plan, layout.eos, layout.length_threshold, local)
             logps, segments = run(params, put_rows(rows, self.mesh))

@@ -91,10 +91,10 @@ def read_probes(
     tokenizer = load_tokenizer(directory)
     ids = encode_prompts(tokenizer, rows, template)
     longest = max_length or decoder.max_positions
-    for row, found in zip(rows, ids, strict=True):
-        if not 0 < len(found) < longest or max(found) >= decoder.vocab_size:
+    for row, prompt in zip(rows, ids, strict=True):
+        if not 0 < len(prompt) < longest or max(prompt) >= decoder.vocab_size:
             raise DataError(
-                f"--probes {source.name}, {row.where}: a prompt of {len(found)} tokens; expected 1 to {longest - 1}, "
+                f"--probes {source.name}, {row.where}: a prompt of {len(prompt)} tokens; expected 1 to {longest - 1}, "
                 f"of ids below {decoder.vocab_size}"
             )
     if not rows:
@@ -125,15 +125,15 @@ class Prober:
 
     def __call__(self, params: Any) -> np.ndarray:
         """[prompts, vocabulary] log-probabilities in nats, float32 (float64 in float64)."""
-        found = []
+        parts = []
         for at in range(0, len(self._probes.ids), self._rows):
             some = self._probes.ids[at : at + self._rows]
             tokens, lengths = np.zeros((self._rows, self._length), np.int32), np.ones(self._rows, np.int32)
             for row, ids in enumerate(some):
                 tokens[row, : len(ids)], lengths[row] = ids, len(ids)
             here = jax.device_put((tokens, lengths), self._whole)
-            found.append(np.asarray(self._run(params, *here))[: len(some)])
-        return np.concatenate(found)
+            parts.append(np.asarray(self._run(params, *here))[: len(some)])
+        return np.concatenate(parts)
 
 
 def entropy(logps: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ class ProbeLog:
         }
         sides = [moved(a, b) for a, b in zip(self._start, now, strict=True)]
         tokens = {"gaining": [s[0] for s in sides], "losing": [s[1] for s in sides]}
-        columns |= {k: [self._changes(i, v, now) for i, v in enumerate(found)] for k, found in tokens.items()}
+        columns |= {k: [self._changes(i, v, now) for i, v in enumerate(watched)] for k, watched in tokens.items()}
         if self.write:
             table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
             write_table(table, part(self.out / PARTS, step))

@@ -45,9 +45,9 @@ def test_kernels_through_the_view_are_those_of_the_unconstrained_features_model(
         )
         sides.append(ufm.Responses(side.tokens[:, 1:], contexts, side.response[:, 1:]))
     k = [ufm.kernel(params, a, b) for a, b in ((sides[0], sides[0]), (sides[0], sides[1]), (sides[1], sides[1]))]
-    for found, expected in zip(grams, k, strict=True):
-        np.testing.assert_allclose(found["unembedding"], jnp.diagonal(expected.head), rtol=1e-11)
-        np.testing.assert_allclose(found["features"], jnp.diagonal(expected.body), rtol=1e-11, atol=1e-12)
+    for actual, expected in zip(grams, k, strict=True):
+        np.testing.assert_allclose(actual["unembedding"], jnp.diagonal(expected.head), rtol=1e-11)
+        np.testing.assert_allclose(actual["features"], jnp.diagonal(expected.body), rtol=1e-11, atol=1e-12)
 
     # all responses with all others
     both, every = lmview.both_sides(chosen, rejected), ufm.stack(*sides)
@@ -74,13 +74,13 @@ def test_batch_rates_of_one_pair_are_its_own_rate(toy):
 
 def test_rates_along_signs_are_those_of_a_sign_step(toy):
     view, params, chosen, rejected = toy
-    found = kernels.sign_rates(view, params, chosen, rejected, loss)
+    actual = kernels.sign_rates(view, params, chosen, rejected, loss)
     one = [jax.tree.map(lambda a: a[1:], side) for side in (chosen, rejected)]
     velocity = jax.tree.map(jnp.sign, kernels.direction(view, params, one[0], one[1], loss))
     step = 1e-6
     after = jax.tree.map(lambda p, v: p + step * v, params, velocity)
     measured = (lmview.log_probs(view, after, one[0]) - lmview.log_probs(view, params, one[0])) / step
-    np.testing.assert_allclose(found[1], measured[0], rtol=1e-4)
+    np.testing.assert_allclose(actual[1], measured[0], rtol=1e-4)
 
 
 def test_layers_are_counted_one_by_one():
@@ -114,7 +114,7 @@ def test_layers_are_counted_one_by_one():
 
 def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
     view, params, chosen, rejected = toy
-    found = kernels.pair_head_scores(view, params, chosen, rejected)
+    actual = kernels.pair_head_scores(view, params, chosen, rejected)
     w = view.unembedding(params)
     for row in range(len(PAIRS)):
         sides = []
@@ -122,8 +122,8 @@ def test_the_head_score_of_the_pipeline_is_that_of_the_coefficients(toy):
             hidden = view.hidden(params, jax.tree.map(lambda a, r=row: a[r : r + 1], side))[0, :-1]
             mask = side.response[row, 1:]
             sides.append(Predicted(side.tokens[row, 1:], jnp.where(mask[:, None], hidden, 0.0), mask))
-        np.testing.assert_allclose(found.score[row], head_score(w, sides[0], sides[1]), rtol=1e-11)
-        np.testing.assert_allclose(found.shares[row][:4].sum(), found.score[row], rtol=1e-11)
+        np.testing.assert_allclose(actual.score[row], head_score(w, sides[0], sides[1]), rtol=1e-11)
+        np.testing.assert_allclose(actual.shares[row][:4].sum(), actual.score[row], rtol=1e-11)
 
 
 def test_frozen_parameters_have_no_share_and_no_velocity(toy):

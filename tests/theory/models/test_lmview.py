@@ -47,10 +47,10 @@ def test_the_decoder_view_is_the_decoder(x64, tiny_model):
     model = load_model(tiny_model, dtype="float64", param_dtype="float64")
     view, params = lmview.decoder_view(model, remat=True)
     chosen, _ = lmview.sequences_of(PAIRS)
-    found = jax.jit(lambda p: lmview.log_probs(view, p, chosen))(params)
+    actual = jax.jit(lambda p: lmview.log_probs(view, p, chosen))(params)
     alone = jax.nn.log_softmax(model.logits(model.hidden(jnp.array([[5, 6, 7, 8]]))))[0]
     expected = alone[1, 7] + alone[2, 8] + alone[3, 2]
-    np.testing.assert_allclose(found[0], expected, rtol=1e-10)
+    np.testing.assert_allclose(actual[0], expected, rtol=1e-10)
     assert view.unembedding(params).shape == (1291, 24)
 
 
@@ -71,8 +71,8 @@ def test_rows_are_dealt_into_batches_and_put_together_again():
         sizes.append(batch["b"].shape)
         return batch["a"][:, None] + batch["b"]
 
-    found = lmview.in_batches(function, rows, 2)
-    assert found[:, 0].tolist() == [1, 2, 3, 4, 5]
+    actual = lmview.in_batches(function, rows, 2)
+    assert actual[:, 0].tolist() == [1, 2, 3, 4, 5]
     assert set(sizes) == {(2, 2)}  # one shape, the last batch filled up
 
 
@@ -91,6 +91,6 @@ def test_the_transform_is_that_of_the_model(cap, x64):
     # E carries the transform's derivative: it is the gradient of a log-probability by h W^T
     sequence = lmview.Sequences(jnp.array([0, 1]), jnp.ones(2, bool), jnp.array([False, True]))
     w, h = jnp.array([[1.0], [2.0], [-1.0]]), jnp.array([[0.7]])
-    found = lmview.errors(view, h, w, sequence)[0] @ w
+    actual = lmview.errors(view, h, w, sequence)[0] @ w
     expected = jax.grad(lambda h: lmview.response_log_prob(view, h, w, sequence))(h)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)

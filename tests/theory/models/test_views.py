@@ -53,8 +53,8 @@ def plain(tiny_model):
         return measured(*lmview.decoder_view(load(tiny_model)))
 
 
-def compare(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+def compare(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), actual, expected)
 
 
 def test_a_linen_module_is_seen_as_the_decoder_is(x64, tiny_model, plain):
@@ -83,9 +83,9 @@ def test_sequences_may_come_dealt_out(x64, tiny_model, plain):
     view, params = lmview.decoder_view(load(tiny_model, sharding=placement(mesh)), mesh=mesh)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     four = jax.tree.map(lambda a: jax.device_put(jnp.concatenate([a, a[:1]]), rows), CHOSEN)
-    found = jax.jit(lambda p, s: lmview.log_probs(view, p, s))(params, four)
-    np.testing.assert_allclose(found[:3], plain["log-probabilities"][0], rtol=1e-12)
-    np.testing.assert_allclose(found[3], found[0], rtol=1e-12)
+    actual = jax.jit(lambda p, s: lmview.log_probs(view, p, s))(params, four)
+    np.testing.assert_allclose(actual[:3], plain["log-probabilities"][0], rtol=1e-12)
+    np.testing.assert_allclose(actual[3], actual[0], rtol=1e-12)
 
 
 def test_nothing_on_the_way_lacks_a_forward_mode(x64, tiny_model):

@@ -44,8 +44,8 @@ def test_rmsprop_is_that_of_torch(x64):
 
 def test_the_sum_along_the_updates_is_exact_for_a_quadratic(x64):
     path = dynamics.optimise(lambda p: (p**2).sum(), jnp.array([1.0, 2.0]), optax.adam(0.3), 5)
-    found = dynamics.cumulative_prediction(lambda p: p**2, path)
-    np.testing.assert_allclose(found, path**2 - path[:1] ** 2, rtol=1e-12, atol=1e-14)
+    actual = dynamics.cumulative_prediction(lambda p: p**2, path)
+    np.testing.assert_allclose(actual, path**2 - path[:1] ** 2, rtol=1e-12, atol=1e-14)
 
 
 def test_the_second_order_step_is_exact_for_a_quadratic(x64):
