@@ -8,9 +8,10 @@ the descent of pair j,
         + a^-_j \langle M G_P, \nabla \ln \pi(y^-_j) \rangle \Big), \qquad
   a^\pm_j = -\frac{\partial \ell_j}{\partial \ln \pi(y^\pm_j)}
 
-are the nats by which training on j *lowers* their mean: exact at first order, and they add up to the forecast of that
-mean. One backward pass over the probes, one over the training pairs for the metric, one forward-mode pass: no gradient of a
-single pair is ever formed. (TracIn's quantity, https://arxiv.org/abs/2002.08484, with displacement as its target.)
+are the nats by which training on j *lowers* their mean: exact at first order, and they add up to the forecast of
+that mean. One backward pass over the probes, one over the training pairs for the metric, one forward-mode pass: no
+gradient of a single pair is ever formed. (TracIn's quantity, https://arxiv.org/abs/2002.08484, with displacement as
+its target.)
 """
 
 from collections.abc import Mapping, Sequence

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ches_jax.models.precision import accumulate
+
 Logps = Callable[[Any], Any]
 """From parameters to log-probabilities in nats, an array of any shape (or a tree of them)."""
 
@@ -55,7 +57,7 @@ def inner(a: Any, b: Any) -> Array:
     """Inner product of two trees of arrays, summed in float32 at least."""
 
     def product(x: Array, y: Array) -> Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulate(x.dtype)
         return jnp.sum(x.astype(wide) * y.astype(wide))
 
-    return sum(map(product, jax.tree.leaves(a), jax.tree.leaves(b)), start=jnp.zeros(()))
+    return sum(jax.tree.leaves(jax.tree.map(product, a, b)))

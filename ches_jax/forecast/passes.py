@@ -16,6 +16,7 @@ from ches_jax.data.packing import BatchPlan, Item, PackedBatch, Placement, plan_
 from ches_jax.distributed.mesh import put_rows, row_shards
 from ches_jax.forecast.linear import pull, push, push_twice
 from ches_jax.forecast.model import Model
+from ches_jax.models.precision import accumulate
 from ches_jax.models.sharding import placement
 from ches_jax.train.data.batches import Layout, local_rows, most_predictions, stepped, without_empty_room
 
@@ -163,7 +164,7 @@ class Measure:
 
 def wide_zeros(params: Tree) -> Tree:
     """Zeros like parameters, in float32 at least, where they lie."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, accumulate(p.dtype)), params)
 
 
 def on_mesh(tree: Mapping[str, Any], mesh: Any) -> Tree:

@@ -25,6 +25,8 @@ import jax
 from ches_jax.forecast.linear import inner
 
 Tree = dict[str, jax.Array]
+NEARLY = 0.1
+"""Share of the larger part below which two parts of opposite sign nearly cancel."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ class Products:
             f"{nats.from_chosen:+.2f} from raising its chosen responses, {nats.from_rejected:+.2f} from lowering its "
             "rejected ones"
         )
-        if cosine is not None and nats.from_rejected < 0:
-            text += f", which {whose} chosen ones resemble (cosine of mean gradients {cosine:+.2f})"
+        if abs(nats.total) < NEARLY * max(abs(nats.from_chosen), abs(nats.from_rejected)):
+            text += "; the two nearly cancel, since its chosen and rejected responses pull alike"
+        elif cosine is not None and nats.from_rejected < 0:
+            text += f", which {whose} chosen ones resemble"
+        if cosine is not None:
+            text += f" (cosine of mean gradients, {whose} chosen and its rejected: {cosine:+.2f})"
         return text
 
 
