@@ -87,14 +87,16 @@ def aligned(changes: Mapping[str, Sequence], ids: Sequence[str], column: str = "
 def _predictor(
     x: np.ndarray, actual: Sequence[np.ndarray], lengths: Sequence[np.ndarray], in_nats: bool
 ) -> dict[str, Any]:
-    """Rank correlations with the change, of every order of the data; intervals by resampling prompts (one pair each)."""
+    """Rank correlations with the change in every order of the data; intervals by resampling prompts, one pair each."""
     y, n = actual[0], len(x)
     low, high = bootstrap(lambda r: spearman(x[r], y[r]), n, draws=DRAWS)
     equal = bootstrap(lambda r: partial_spearman(x[r], y[r], [v[r] for v in lengths]), n, draws=PARTIAL_DRAWS)
     found = {
         "rho": spearman(x, y), "low": float(low), "high": float(high),
         "rho_of_orders": [spearman(x, other) for other in actual],
-        "equal_lengths": {"rho": _number(partial_spearman(x, y, lengths)), "low": _number(equal[0]), "high": _number(equal[1])},
+        "equal_lengths": {
+            "rho": _number(partial_spearman(x, y, lengths)), "low": _number(equal[0]), "high": _number(equal[1]),
+        },
     }  # fmt: skip
     if in_nats:
         found["calibration"] = calibration(x, y)
@@ -128,9 +130,8 @@ def _means(changes: Mapping[str, Sequence]) -> dict[str, Any]:
     columns = np.stack([chosen, rejected, chosen - rejected])
     low, high = bootstrap(lambda rows: columns[:, rows].mean(1), columns.shape[1], draws=DRAWS)
     names = ("chosen", "rejected", "margin")
-    told = {
-        n: {"mean": float(columns[i].mean()), "low": float(low[i]), "high": float(high[i])} for i, n in enumerate(names)
-    }
+    ends = zip(names, columns.mean(1), low, high, strict=True)
+    told = {n: {"mean": float(m), "low": float(a), "high": float(b)} for n, m, a, b in ends}
     return {**told, "chosen_fell": float((chosen < 0).mean()), "pairs": columns.shape[1]}
 
 
