@@ -68,6 +68,13 @@ class RunOutput(Output):
 
     resume: bool = False
     """Go on with the run that --out holds."""
+    other_versions: bool = False
+    """With --resume: go on although packages have other versions than at the start."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of a verb's function beside its config."""
+        return {"resume": self.resume, "quiet": self.quiet, "other_versions": self.other_versions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ class Score(RunOutput, ScoreConfig):
         from ches_jax.scores.run import score
         from ches_jax.scores.table import FILE_NAME, read_table
 
-        out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
             return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
@@ -151,7 +158,7 @@ class Generate(RunOutput, GenerateConfig):
         from ches_jax.generate.run import FILE_NAME, generate
         from ches_jax.runs.directory import RUN, read_json
 
-        out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
+        out = generate(_only(GenerateConfig, self), **self.how)
         record = read_json(out / RUN)
         n = record["counts"]
         return Outcome(
@@ -172,7 +179,7 @@ class Judge(RunOutput, JudgeConfig):
         from ches_jax.judges.run import FILE_NAME, judge, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
+        out = judge(_only(JudgeConfig, self), **self.how)
         record = read_json(out / RUN)
         summary = record["summary"]
         counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
@@ -197,7 +204,7 @@ class Train(RunOutput, TrainConfig):
         from ches_jax.train.loop import Stopped, train
 
         try:
-            out = train(_only(TrainConfig, self), resume=self.resume, quiet=self.quiet)
+            out = train(_only(TrainConfig, self), **self.how)
         except Stopped as stopped:
             return Outcome(headline=str(stopped), code=143)
         record = read_json(out / RUN)
@@ -224,7 +231,7 @@ class Forecast(RunOutput, ForecastConfig):
         from ches_jax.forecast.summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        out = forecast(_only(ForecastConfig, self), resume=self.resume, quiet=self.quiet)
+        out = forecast(_only(ForecastConfig, self), **self.how)
         record = read_json(out / RUN)
         return Outcome(
             headline=f"{headline(record['summary'])} -> {out / FILE_NAME}",
@@ -250,7 +257,7 @@ class Influence(RunOutput, InfluenceConfig):
         from ches_jax.runs.directory import RUN, read_json
         from ches_jax.scores.table import INFLUENCE
 
-        out = influence(_only(InfluenceConfig, self), resume=self.resume, quiet=self.quiet)
+        out = influence(_only(InfluenceConfig, self), **self.how)
         record = read_json(out / RUN)
         found = record["concentration"]
         return Outcome(

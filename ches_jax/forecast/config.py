@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ches_jax.options import ModelOptions, Numbers, PairOptions
+from ches_jax.options import ModelOptions, Numbers, PairOptions, not_identity
 from ches_jax.train.config import ScheduleName, TrainConfig
 from ches_jax.types import OnBadRow, SftUnit
 
@@ -14,7 +14,7 @@ class PassOptions(PairOptions, ModelOptions):
 
     holdout: int = 0
     """Take so many rows of --pairs, drawn by --seed, as probes in place of --probes."""
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Run directory; default: the first free one below runs/."""
 
     loss: str = "dpo"
@@ -70,11 +70,11 @@ class PassOptions(PairOptions, ModelOptions):
     """Dtype of the computation; sums, directions and moments are float32 at least."""
     remat: bool = False
     """Compute layers again in backward passes instead of keeping their activations."""
-    mesh: str | None = None
+    mesh: str | None = not_identity(None)
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
     row_tokens: int | None = None
     """Standard length of a packed row; default: the longest pair."""
-    batch_tokens: int | None = None
+    batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
     chunk_rows: int = 1024
     """Pairs between two points that --resume goes on from."""
@@ -108,10 +108,6 @@ class InfluenceConfig(PassOptions):
 
     probes: str | None = None
     """Pairs whose chosen responses should not fall, read as --pairs is."""
-
-
-NOT_IDENTITY = ("out", "mesh", "batch_tokens")
-"""Options that two forecasts may differ in and be the same run."""
 
 
 def training(config: PassOptions, out: str) -> TrainConfig:

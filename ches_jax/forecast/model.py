@@ -62,15 +62,15 @@ def open_model(run: Run) -> tuple[Model, dict[str, Array]]:
       ChesError: weights that cannot be read; a model without a forward mode.
     """
     config = run.config
-    loaded = load_parameters(run.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
+    loaded = load_parameters(run.model.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
     policy, params = make_policy(
-        loaded, run.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
+        loaded, run.model.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
     )
     plain = policy.abstract
     if run.lora is None:
-        plain = abstract_decoder(run.decoder, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(run.master))
+        plain = abstract_decoder(run.model.decoder, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(run.master))
     model = Model(policy.abstract, plain, policy.frozen, run.mesh, config.remat)
-    require_forward_mode(model, params, str(run.directory))
+    require_forward_mode(model, params, str(run.model.directory))
     return model, params
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ches_jax.errors import ChesError
 from ches_jax.forecast import influence as influences
-from ches_jax.forecast.config import NOT_IDENTITY, ForecastConfig, InfluenceConfig, PassOptions, training
+from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
 from ches_jax.forecast.frozen import Start
 from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.passes import on_mesh
@@ -27,15 +27,14 @@ from ches_jax.forecast.summary import summarise
 from ches_jax.options import require_positive
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
-    CONFIG,
     RUN,
     as_dict,
     device_name,
     new_name,
     open_run,
     read_json,
-    versions,
     write_json,
+    write_summary,
 )
 from ches_jax.runs.files import replacing
 from ches_jax.runs.progress import say
@@ -51,7 +50,9 @@ DIRECTION, START = "direction.safetensors", "direction.json"
 SETS = ("train", "probe")
 
 
-def forecast(config: ForecastConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+def forecast(
+    config: ForecastConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False
+) -> Path:
     """Forecast the change of every pair's log-probabilities in training; returns the run directory.
 
     >>> from tempfile import TemporaryDirectory
@@ -67,11 +68,13 @@ def forecast(config: ForecastConfig, *, resume: bool = False, quiet: bool = Fals
     out = Path(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"):
-        run, done = _open(config, out, "forecast", resume)
+        run, done = _open(config, out, "forecast", resume, other_versions)
         return out if done else _forecast(config, run, resume, quiet)
 
 
-def influence(config: InfluenceConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+def influence(
+    config: InfluenceConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False
+) -> Path:
     """What training on each pair does to the probes' chosen responses; returns the run directory.
 
     >>> from tempfile import TemporaryDirectory
@@ -88,19 +91,19 @@ def influence(config: InfluenceConfig, *, resume: bool = False, quiet: bool = Fa
     if config.probes is None and not config.holdout:
         raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
     with jax.enable_x64(config.dtype == "float64"):
-        run, done = _open(config, out, "influence", resume)
+        run, done = _open(config, out, "influence", resume, other_versions)
         return out if done else _influence(config, run, quiet)
 
 
-def _open(config: PassOptions, out: Path, verb: str, resume: bool) -> tuple[Run, bool]:
+def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_versions: bool) -> tuple[Run, bool]:
     """The run that is forecast, checked; and whether ``out`` holds the finished forecast already."""
     require_positive({"chunk-rows": config.chunk_rows, "batch-tokens": config.batch_tokens})
     run = prepare(training(config, str(out)))
     Metric(config.optimizer, config.optimizer_args, run.schedule)
     if config.accumulate > 1 and "kl_baseline" in run.loss.needs:
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
-    prints = {k: v for k, v in run.identity.items() if k != "config"}
-    open_run(out, verb, {"config": as_dict(config, NOT_IDENTITY), **prints}, resume)
+    identity = {"config": as_dict(config), **run.opener.identity()}
+    open_run(out, verb, identity, resume, other_versions=other_versions)
     done = out / RUN
     return run, done.exists() and read_json(done).get("status") == "done"
 
@@ -108,7 +111,7 @@ def _open(config: PassOptions, out: Path, verb: str, resume: bool) -> tuple[Run,
 def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Path:
     out, clock = run.out, Clock(quiet)
     _write_dropped(run, config)
-    say(f"loading the model ({run.directory})", quiet=quiet)
+    say(f"loading the model ({run.model.directory})", quiet=quiet)
     passes = Passes.of(run, config.batch_tokens)
     sets = {"train": run.pairs.train, "probe": run.pairs.held_out}
 
@@ -158,7 +161,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
 
 def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
     out, clock = run.out, Clock(quiet)
-    say(f"loading the model ({run.directory})", quiet=quiet)
+    say(f"loading the model ({run.model.directory})", quiet=quiet)
     passes = Passes.of(run, config.batch_tokens)
     influences.require_splits(passes)
     _write_dropped(run, config)
@@ -345,14 +348,13 @@ def _prints(run: Run) -> dict[str, Any]:
 
 def _finish(run: Run, config: PassOptions, clock: Clock, told: Mapping[str, Any]) -> None:
     out, pairs = run.out, run.pairs
-    write_json(
-        out / RUN,
+    run.opener.require_unchanged()
+    write_summary(
+        out,
         {
-            **read_json(out / CONFIG),
             "status": "done",
             "loss": repr(run.loss),
             "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
-            "versions": versions(),
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
             "counts": {

@@ -9,7 +9,6 @@ training pairs; what it does to a response, one forward-mode pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +73,7 @@ class Passes:
             {"train": run.train},
             run.identity,
             initial=evaluate.under(every),
-            other=partial(OtherModel, run),
+            other=None if run.reference is None else OtherModel(run, run.reference),
             folder=run.out,
             write=False,
         )

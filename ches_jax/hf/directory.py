@@ -5,7 +5,7 @@ shards it names. Nothing is unpickled and no code of the directory is run.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,18 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def model_files(directory: Path) -> list[Path]:
+    """Every file of the directory that may be read: weights, and what configures model, tokenizer and generation.
+
+    Raises:
+      CheckpointError: as ``weight_files``.
+    """
+    weights = weight_files(directory)
+    others = {p for pattern in HUB_FILES for p in directory.glob(pattern) if p.is_file() and p.suffix != ".safetensors"}
+    templates = (p for p in (directory / "additional_chat_templates").glob("*.jinja") if p.is_file())
+    return [*weights, *sorted(others), *sorted(templates)]
+
+
 def fingerprint(directory: Path) -> str:
     """SHA-256 over the bytes of the config and the weight files (32 hex digits): equal means equal weights."""
     return fingerprint_of([directory / CONFIG, *weight_files(directory)])
@@ -99,11 +111,21 @@ def fingerprint(directory: Path) -> str:
 
 def fingerprint_of(files: Sequence[Path]) -> str:
     """SHA-256 over the bytes of some files (32 hex digits)."""
+    return joined_fingerprint(file_digests(files), files)
+
+
+def joined_fingerprint(digests: Mapping[Path, bytes], files: Sequence[Path]) -> str:
+    """One fingerprint of several files whose digests are known (32 hex digits)."""
+    return hashlib.sha256(b"".join(digests[path] for path in files)).hexdigest()[:32]
+
+
+def file_digests(files: Iterable[Path]) -> dict[Path, bytes]:
+    """SHA-256 of the bytes of each file, several read at a time."""
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").digest()
 
+    files = list(files)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, files))
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+        return dict(zip(files, pool.map(digest, files), strict=True))

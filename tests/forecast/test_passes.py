@@ -42,7 +42,7 @@ def test_push_gives_the_rates_of_the_theorys_kernels(exact):
     found = changes(Push(passes.model, passes.rows)(passes.params, direction, pairs).first)
     from ches_jax.models.checkpoint.load import load_model
 
-    view, state = decoder_view(load_model(passes.run.directory, dtype="float64", param_dtype="float64"))
+    view, state = decoder_view(load_model(passes.run.model.directory, dtype="float64", param_dtype="float64"))
     from flax import nnx
 
     from ches_jax.models.checkpoint.load import with_parameters

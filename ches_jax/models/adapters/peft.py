@@ -65,7 +65,12 @@ def adapter_directory(adapter: str | Path) -> Path:
 
 def adapter_fingerprint(directory: Path) -> str:
     """Of the two files of the adapter."""
-    return fingerprint_of([directory / CONFIG, directory / WEIGHTS])
+    return fingerprint_of(adapter_files(directory))
+
+
+def adapter_files(directory: Path) -> list[Path]:
+    """What is read of an adapter."""
+    return [directory / CONFIG, directory / WEIGHTS]
 
 
 def read_adapter(directory: Path, base: Path) -> Adapter:
