@@ -70,9 +70,9 @@ SCALES: dict[str, ForecastScale] = {
     "small": ForecastScale(
         model=None,
         pairs=None,
-        seeds=(0, 1, 2),
+        seeds=(0, 1),
         hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
-        time="half an hour to two hours",
+        time="five CPU minutes for 260K parameters",
         longest=160,
         train=256,
         tuned_on=320,
@@ -80,8 +80,10 @@ SCALES: dict[str, ForecastScale] = {
         test=300,
         sft_lr=2e-3,
         sft_epochs=10.0,
-        lrs=(1e-5, 3e-5),
+        lrs=(3e-5,),
         pilot=4,
+        filters=("all", "influence", "ln_ches", "rejected_tokens", "random"),
+        orders=(0, 1),
     ),
     "paper": ForecastScale(
         model="allenai/OLMo-1B-hf",

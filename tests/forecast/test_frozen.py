@@ -43,6 +43,7 @@ def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_p
         np.testing.assert_allclose(np.asarray(found[name]), real, atol=1e-4 * size, err_msg=name)
 
 
+@pytest.mark.slow
 def test_clipped_updates_are_as_long_as_the_clip(passes_of, x64):
     passes = passes_of(optimizer="sgd", lr=1.0, clip=1e-3, steps=1)
     moved, start = passes.frozen_updates()
@@ -57,6 +58,7 @@ def test_clipped_updates_are_as_long_as_the_clip(passes_of, x64):
     assert by_rates == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_products_are_rates_of_the_pairs(exact):
     """The three inner products against a push along the descent direction: the same means."""
     passes, _, start = exact

@@ -78,6 +78,7 @@ def test_select_keeps_the_pairs_of_least_influence(influenced, tmp_path, keep, k
         assert (np.diff(weights) <= 1e-12).all() and weights[0] > weights[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypatch):
     from ches_jax.forecast import run as runs
 
@@ -120,6 +121,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_message(tiny_model, tmp_path,
     assert not (out / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_probes_that_are_training_pairs_are_told(small, tmp_path):
     from ches_jax.bundled import pairs_file
 
@@ -147,6 +149,7 @@ def test_concentration_of_pairs_that_only_help():
     assert told["push_down"] == 0 and told["share_of_fall"] == {"10%": None, "25%": None, "50%": None}
 
 
+@pytest.mark.slow
 def test_other_losses_have_a_forecast_too(small, tmp_path):
     """A loss of tokens has no split into responses, and says so by leaving it out."""
     out = forecast(ForecastConfig(**{**small, "steps": 1}, loss="ld_dpo", out=str(tmp_path / "run")), quiet=True)
