@@ -22,11 +22,11 @@ from ches_jax.hf.directory import (
     file_digests,
     joined_fingerprint,
     model_files,
-    read_config,
     resolve,
     weight_files,
 )
 from ches_jax.models.adapters.peft import adapter_directory, adapter_files
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.types import Eos, Pairing, Template, TokenPair
@@ -83,7 +83,7 @@ class Opener:
           CheckpointError: no such directory, files missing, an architecture that is not supported.
         """
         directory = resolve(spec)
-        decoder = decoder_config(read_config(directory), str(directory))
+        decoder = decoder_config(effective_config(directory), str(directory))
         digests = self._register(option, directory, model_files(directory))
         self._prints[f"{option}_fingerprint"] = joined_fingerprint(
             digests, [directory / CONFIG, *weight_files(directory)]

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats"}
+LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats", "notices"}
 PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
     "face": set(),
     "hugepages": set(),
     "types": set(),
+    "notices": set(),
     "stats": set(),
     "options": {"errors", "types", "bundled"},
     "runs": {"errors"},

@@ -294,12 +294,12 @@ class Diagnose(Output, DiagnoseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Output):
-    """One self-contained HTML page and PNG figures from a run directory."""
+    """One self-contained HTML page from a run directory, whatever command the run is of."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
+    """A directory of `ches score`, `train`, `diagnose`, `generate`, `judge`, `select`, or of `ches verify --out`."""
     out: Path | None = None
-    """Where to write report.html and figures/; default: the run directory."""
+    """Where to write report.html; default: the run directory."""
 
     def run(self) -> Outcome:
         """Writes the report."""
@@ -309,11 +309,8 @@ class Report(Output):
         of_claims = (self.run_dir / "claims.json").is_file()
         write = theory("theory.report").report if of_claims else report
         page = write(self.run_dir, self.out)
-        figures = page.parent / "figures"
-        n = sum(1 for _ in figures.glob("*.png"))
-        return Outcome(
-            headline=f"a page and {n} figures -> {page}", path=page, counts={"figures": n}, paths={"figures": figures}
-        )
+        size = page.stat().st_size
+        return Outcome(headline=f"a page of {size / 1e6:.1f} MB -> {page}", path=page, counts={"bytes": size})
 
 
 @dataclass(frozen=True, kw_only=True)

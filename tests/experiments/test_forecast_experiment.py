@@ -52,7 +52,9 @@ def test_filters_train_for_as_many_updates_as_all():
     scale = SCALES["small"]
     assert scale.steps == 16 and {"all", "influence", "random"} <= set(scale.filters)
     names = [s.name for s in stages(scale)]
-    assert [n for n in names if n.startswith("filter/")] == [f"filter/{n}/{s}" for n in scale.filters for s in scale.orders]
+    assert [n for n in names if n.startswith("filter/")] == [
+        f"filter/{n}/{s}" for n in scale.filters for s in scale.orders
+    ]
     assert scale.test >= 300
 
 

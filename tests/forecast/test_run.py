@@ -44,10 +44,6 @@ def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
     assert told["sets"]["probe"]["forecast_chosen"] == pytest.approx(chosen[12:].mean())
     assert np.array_equal(chosen, table["first_chosen"].to_numpy())
     assert table["second_chosen"].null_count == 20
-    # one epoch of three updates is exact, the rest moves the mean gradient: the metric's own sum is close to both
-    assert told["products"]["probes_nats"]["from_chosen"] + told["products"]["probes_nats"]["from_rejected"] == (
-        pytest.approx(chosen[12:].mean(), rel=0.3)
-    )
     assert "at first order this data set" in told["reason"] and told["linear_error"].keys() == {"train", "probe"}
     assert not (whole / "parts").exists()
 
