@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def _run(words: Sequence[str]) -> int:
             print(outcome.path)
     if not options.quiet or outcome.code:
         print(f"ches: {outcome.headline}", file=sys.stderr)
+        if outcome.page_of is not None:
+            print(f"ches: its page: ches report {shlex.quote(str(outcome.page_of))}", file=sys.stderr)
     return outcome.code
 
 

@@ -1,10 +1,10 @@
-"""How fast a page of many pairs opens and answers in a real Chromium; prints a table, writes ``results/report_page.json``.
+"""How fast a page of many pairs opens and answers in a real Chromium; writes ``results/report_page.json``.
 
     python -m experiments.benchmarks.report_page [--pairs 100000] [--chromium /usr/bin/chromium]
 
-The pairs are made: heavy-tailed scores, categories, texts of natural lengths. Each reaction is measured in the page, from
-the event to the frame after it is drawn, by the clock and by the processor time of the page's main thread; the second says
-what the page costs where other programs share the machine.
+The pairs are made: heavy-tailed scores, categories, texts of natural lengths. Each reaction is measured in the page,
+from the event to the frame after it is drawn, by the clock and by the processor time of the page's main thread; the
+second says what the page costs where other programs share the machine.
 """
 
 import argparse
@@ -22,10 +22,7 @@ from ches_jax.report.page import report
 from ches_jax.scores.table import write_part
 from experiments.benchmarks.measure import keep, usage
 
-WORDS = (
-    "the a of to and in that it is was for on are as with they be at one have this from or had by hot but some what there we "
-    "can out other were all your when up use word how said an each she which do their time if will way about many then them"
-).split()
+WORDS = ["the", "hot", "word", "some", "answer", "question", "of", "perhaps", "harm", "recipe", "never", "because"]
 DRAWN = "await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));"
 """Until the frame after next: what was asked for is on the screen by then."""
 REACTIONS = {
@@ -69,8 +66,9 @@ def made_run(folder: Path, pairs: int) -> list[Record]:
 
 
 def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
-    """Milliseconds of one visit, by the clock and of the main thread: until the table is there, then the slowest turn of
-    each reaction.
+    """Milliseconds of one visit, by the clock and of the main thread.
+
+    Until the table is there, then the slowest turn of each reaction.
     """
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     page = context.new_page()
@@ -125,9 +123,18 @@ def main() -> None:
     print(f"{'milliseconds':12} {'clock':>8} {'best':>8} {'thread':>8}")
     for name, (clock, thread) in middle.items():
         print(f"{name:12} {clock:8.0f} {best[name][0]:8.0f} {thread:8.0f}")
-    keep("report_page", {"pairs": args.pairs, "bytes": size, "writing": made, "chromium": version, "visits": args.visits,
-                         "load": os.getloadavg()[0], "unit": "milliseconds [clock, main thread]", "median_visit": middle,
-                         "best_visit": best})  # fmt: skip
+    measured = {
+        "pairs": args.pairs,
+        "bytes": size,
+        "writing": made,
+        "chromium": version,
+        "visits": args.visits,
+        "load": os.getloadavg()[0],
+        "unit": "milliseconds [clock, main thread]",
+        "median_visit": middle,
+        "best_visit": best,
+    }
+    keep("report_page", measured)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,8 @@ def test_every_control_has_a_name_and_every_figure_words(visit):
     unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, select, canvas')].filter((e) =>
         !(e.textContent.trim() || e.getAttribute('aria-label') || e.closest('label'))).map((e) => e.outerHTML)""")
     assert unnamed == []
-    words = page.evaluate("[...document.querySelectorAll('figure svg, figure canvas')].map(e => [e.getAttribute('aria-label') || '', e.getAttribute('aria-hidden')])")  # fmt: skip
+    words = page.evaluate("""() => [...document.querySelectorAll('figure svg, figure canvas')].map((e) =>
+        [e.getAttribute('aria-label') || '', e.getAttribute('aria-hidden')])""")
     assert all(len(label) > 20 or hidden == "true" for label, hidden in words)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"

@@ -476,7 +476,7 @@
 
   // ---- scatter figures: points on a canvas, the frame as SVG ----------------------------------------------------------
   const tip = $("#tip");
-  const W = 460, T = 320, L = 56, R = 12, U = 14, B = 44;
+  const W = 460, T = 320, L = 66, R = 12, U = 14, B = 44;
   const SHAPES = ["circle", "square", "triangle", "cross"];
   function scatter(figure) {
     const plot = $(".plot", figure), canvas = h("canvas", { tabindex: "0", role: "img", "aria-label": figure.dataset.alt + " Arrow keys go from point to point, Enter opens the pair." });
