@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLAGS: dict[str, str] = {
+    "prompt_unclear": "the prompt and the conversations in chosen and rejected contradict each other",
+    "prompt_repeated": "a response begins with the text of the prompt, which may then stand there twice",
+    "prompt_differs": "the chat template writes the prompt one way when it asks and another way when an answer follows",
+    "left_out": "the chat template leaves out a part of the row, so that the model would not see it",
     "prefix_mismatch": "tokens merge across the prompt's end; the prompt was cut before the merge",
     "double_bos": "more than one BOS at the start of the prompt, or a BOS inside a response",
     "double_eos": "an EOS inside a response, or more than one at its end (one is kept)",
+    "end_unclear": "it cannot be told where a response ends",
     "empty_prompt": "the prompt is empty",
     "empty_chosen": "the chosen response is empty",
     "empty_rejected": "the rejected response is empty",
@@ -29,7 +34,9 @@ FLAGS: dict[str, str] = {
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
     "no_pair": "no two of the row's responses make a pair: there are fewer than two, or their scores are equal",
 }
-UNSCORABLE = frozenset({"empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long", "no_pair"})
+UNSCORABLE = frozenset(
+    {"prompt_unclear", "empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long", "no_pair"}
+)
 """Flags of pairs that have no score, whatever the policy."""
 
 _LENGTH_FLAGS = {"truncated_chosen", "truncated_rejected", "prompt_too_long"}

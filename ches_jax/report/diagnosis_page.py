@@ -141,8 +141,16 @@ def _curve(found: Found) -> str:
         steps = np.array(curve["steps"], float)
         held_out, alone = name == "held_out", len(answers.told(found)) == 1
         for side, colour in (("chosen", 0), ("rejected", 1)):
-            series.append(svg.Series(name=f"{side}, {set_name(name)}", x=steps, y=np.array(curve[side], float),
-                                     colour=colour, dashed=colour == 1, **common))  # fmt: skip
+            line = svg.Series(
+                name=f"{side}, {set_name(name)}",
+                x=steps,
+                y=np.array(curve[side], float),
+                colour=colour,
+                dashed=colour == 1,
+                marks=held_out,
+                faint=not held_out and not alone,
+            )
+            series.append(line)
     if not series:
         return ""
     ends = "; ".join(f"{s.name} {nats(float(s.y[-1]))} at step {int(s.x[-1])}" for s in series)
