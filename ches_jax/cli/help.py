@@ -41,6 +41,7 @@ EXAMPLES = {
         "ches diagnose --trl-log checkpoint-500/trainer_state.json --beta 0.1 --fail-if 'lld_rate>0.2'",
     ),
     "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
+    "show": ("ches show runs/score-001 96", "ches show runs/train-001 held_out-96"),
     "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
     "verify": (
         "ches verify --claims T4 T5",
