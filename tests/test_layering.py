@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models": LEAVES | {"hf", "distributed"},
     "inputs": PURE | {"models", "scores"},
     "scores": PURE | {"models", "inputs"},
-    "displacement": LEAVES | {"scores"},
+    "displacement": PURE | {"scores", "inputs", "generate", "judges"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
     "generate": PURE | {"models", "inputs"},

@@ -212,20 +212,25 @@ class Train(RunOutput, TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
-    """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
+    """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
     def run(self) -> Outcome:
         """The verdict; exit code 1 when --fail-if holds."""
-        from ches_jax.displacement.diagnose import diagnose
+        from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
 
-        diagnosis = diagnose(_only(DiagnoseConfig, self))
+        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
         failed = rule_holds(diagnosis, self.fail_if)
+        out = None if self.out is None else Path(self.out)
+        paths = {} if out is None else {"diagnosis": out / RESULT}
+        if out is not None and (out / "pairs.parquet").exists():
+            paths["pairs"] = out / "pairs.parquet"
         return Outcome(
-            headline=f"{diagnosis.verdict}: chosen {diagnosis.chosen.mean:+.3f} nats "
-            f"over {diagnosis.pairs} {diagnosis.unit}" + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            headline=diagnosis.headline + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            path=out,
             text=diagnosis.text(),
             counts={"pairs": diagnosis.pairs, "records": diagnosis.records},
+            paths=paths,
             details=diagnosis.to_json(),
             code=int(failed),
         )

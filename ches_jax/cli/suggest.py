@@ -1,5 +1,6 @@
 """Words of the command line before they are parsed: names of other trainers, and the nearest right one."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ SAME = {
     "data": "pairs prompts", "train-file": "pairs", "eval-dataset": "eval-pairs",
     "dataset-split": "split", "dataset-train-split": "split",
     "max-samples": "limit", "max-train-samples": "limit", "max-seq-length": "max-length", "max-seq-len": "max-length",
-    "output-dir": "out", "output-path": "out", "output": "out", "run-dir": "run",
+    "output-dir": "out", "output-path": "out", "output": "out", "run-dir": "run path",
+    "run": "path run-dir", "trl-log": "path", "log": "path",
     "learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "epochs", "max-steps": "steps",
     "lr-scheduler-type": "schedule", "warmup-steps": "warmup", "max-grad-norm": "clip", "loss-type": "loss",
     "ref-model": "reference", "ref-model-name-or-path": "reference", "optim": "optimizer",
@@ -22,7 +24,8 @@ SAME = {
     "num-samples": "samples", "num-return-sequences": "samples", "max-tokens": "max-new-tokens",
     "max-gen-toks": "max-new-tokens", "stop-sequences": "stop",
 }  # fmt: skip
-"""A name elsewhere -> the option that takes the same value (the first that the verb has)."""
+"""A name elsewhere, or of an older version -> the option, or the place, that takes the same value (the first that the
+verb has)."""
 DIFFERENT = {
     "per-device-train-batch-size": "--batch-size N is the pairs of an update over all devices, and --accumulate K cuts "
     "it into K micro-batches",
@@ -86,6 +89,13 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
                 raise ChesError(f"ches {verb}: {word!r} belongs to no option; ches {verb} --help names all")
             continue
         typed, equals, value = word.partition("=")
+        if (place := _place(typed, flags, places)) is not None:
+            print(f"ches: {typed} PATH is written without a name: ches {verb} PATH", file=sys.stderr)
+            out += [value] if equals else []
+            if equals:
+                seen.add(places.pop(places.index(place)).field)
+            takes = 0
+            continue
         flag = _flag(verb, typed, flags)
         option = flags[flag]
         seen.add(option.field)
@@ -104,6 +114,15 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
 
 def _is_option(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not word[1].isdigit() and word[1] != "."
+
+
+def _place(typed: str, flags: Mapping[str, Option], places: Sequence[Option]) -> Option | None:
+    """The place whose value an older name still gives; None for a name that is an option."""
+    name = typed.lstrip("-").replace("_", "-")
+    if f"--{name}" in flags:
+        return None
+    fields = SAME.get(name, "").split()
+    return next((p for p in places if p.name in fields and not any(f"--{f}" in flags for f in fields)), None)
 
 
 def _flag(verb: str, typed: str, options: Mapping[str, Option]) -> str:

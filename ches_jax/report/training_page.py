@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES
-from ches_jax.displacement.readers import read_run
+from ches_jax.displacement.readers.training_run import read_run
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report.figures import BLUE, INK, ORANGE, PALETTE, panels, png
