@@ -58,26 +58,26 @@ def doctor(config: DoctorConfig) -> Findings:
       ChesError: the directory or the pairs cannot be read at all.
     """
     from ches_jax.data.audit import Audit, visible
-    from ches_jax.hf.directory import fingerprint
-    from ches_jax.inputs import prepare
+    from ches_jax.inputs import Opener, open_model_and_pairs
     from ches_jax.models.checkpoint.load import open_checkpoint
     from ches_jax.models.decoder import parameter_count
     from ches_jax.scores.config import ScoreConfig
 
     options = {k: getattr(config, k) for k in DoctorConfig.__dataclass_fields__ if k != "show"}
-    inputs = prepare(ScoreConfig(**options))
-    checkpoint = open_checkpoint(inputs.directory)
+    opener = Opener()
+    inputs = open_model_and_pairs(ScoreConfig(**options), opener)
+    checkpoint = open_checkpoint(inputs.model.directory)
     c = checkpoint.config
     dtypes = Counter(t.dtype for t in checkpoint.tensors.values())
     tokenizer = inputs.tokenizer.tokenizer
     model = {
-        "model": str(inputs.directory),
+        "model": str(inputs.model.directory),
         "family": c.family,
         "parameters": f"{parameter_count(c):,}",
         "stored as": ", ".join(f"{d} ({n} tensors)" for d, n in dtypes.items()),
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",
-        "fingerprint": fingerprint(inputs.directory),
+        "fingerprint": opener.identity()["model_fingerprint"],
         "pairs": inputs.source.describe(),
     }
     audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]

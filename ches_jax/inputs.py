@@ -1,33 +1,186 @@
-"""What a run reads, opened and checked before anything is computed or written; rows as chunks of token pairs."""
+"""The one place where a run opens what it reads; rows as chunks of token pairs.
+
+Whatever is opened is fingerprinted as it is opened, so that the identity of a run is by construction all that it read:
+``--resume`` refuses a run one of whose files is another now, and names the file.
+"""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.data.audit import Audit
-from ches_jax.data.sources import PairSource, open_pairs
-from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
-from ches_jax.errors import ChesError
-from ches_jax.hf.directory import read_config, resolve
+from ches_jax.data.sources import Kind, PairSource, open_pairs, open_prompts, open_rows
+from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
+from ches_jax.errors import ChesError, RunError, many
+from ches_jax.hf.directory import (
+    CONFIG,
+    file_digests,
+    joined_fingerprint,
+    model_files,
+    resolve,
+    weight_files,
+)
+from ches_jax.models.adapters.peft import adapter_directory, adapter_files
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
-from ches_jax.scores.config import ScoreConfig
-from ches_jax.types import Eos, Template, TokenPair
+from ches_jax.types import Eos, Pairing, Template, TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ches_jax.scores.config import ScoreConfig
+
+DATA = {"pairs": "data", "prompts": "data", "responses": "data", "eval_pairs": "eval"}
+"""Option -> the name its fingerprint has in ``config.json``, where that is not the option's own."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model directory that was opened and checked; weights are loaded by who needs them."""
+
+    directory: Path
+    decoder: DecoderConfig
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The directory's tokenizer."""
+        return load_tokenizer(self.directory)
+
+    def pair_tokenizer(self, *, max_length: int | None, eos: Eos, template: Template) -> PairTokenizer:
+        """Records to token pairs as this model reads them; as ``pair_tokenizer``."""
+        return pair_tokenizer(self.tokenizer, self.decoder, max_length=max_length, eos=eos, template=template)
+
+
+class Opener:
+    """Opens what a run reads, and keeps the fingerprint of each thing as it is opened.
+
+    >>> opener = Opener()
+    >>> opener.model("bundled").decoder.vocab_size, sorted(opener.identity())
+    (1280, ['model_fingerprint', 'opened'])
+    """
+
+    def __init__(self) -> None:
+        """Nothing is open yet."""
+        self._opened: dict[str, dict[str, str]] = {}
+        self._prints: dict[str, str] = {}
+        self._sources: dict[str, PairSource] = {}
+        self._stats: dict[Path, tuple[int, int]] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What was opened: ``opened`` (option -> file -> SHA-256), and one fingerprint for each thing by its name."""
+        return {**self._prints, "opened": {option: dict(files) for option, files in self._opened.items()}}
+
+    def model(self, spec: str | Path, option: str = "model") -> ModelFiles:
+        """A model directory or hub name.
+
+        Raises:
+          CheckpointError: no such directory, files missing, an architecture that is not supported.
+        """
+        directory = resolve(spec)
+        decoder = decoder_config(effective_config(directory), str(directory))
+        digests = self._register(option, directory, model_files(directory))
+        self._prints[f"{option}_fingerprint"] = joined_fingerprint(
+            digests, [directory / CONFIG, *weight_files(directory)]
+        )
+        return ModelFiles(directory, decoder)
+
+    def tokenizer(self, model: ModelFiles) -> "PreTrainedTokenizerBase":
+        """The tokenizer of an opened model; ``tokenizer_fingerprint`` tells equal ones in other files too."""
+        self._prints["tokenizer_fingerprint"] = tokenizer_fingerprint(model.tokenizer)
+        return model.tokenizer
+
+    def adapter(self, spec: str | Path, option: str = "adapter") -> Path:
+        """A PEFT adapter's directory.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        directory = adapter_directory(spec)
+        files = adapter_files(directory)
+        self._prints[f"{option}_fingerprint"] = joined_fingerprint(self._register(option, directory, files), files)
+        return directory
+
+    def file(self, path: Path, option: str) -> Path:
+        """Any other file that decides results.
+
+        Raises:
+          ChesError: it cannot be read.
+        """
+        if not path.is_file():
+            raise ChesError(f"--{option.replace('_', '-')} {path}: no such file")
+        self._prints[f"{option}_fingerprint"] = self._register(option, path.parent, [path])[path].hex()
+        return path
+
+    def pairs(
+        self,
+        spec: str,
+        split: str | None,
+        columns: Mapping[str, str],
+        candidates: Pairing | None = None,
+        option: str = "pairs",
+    ) -> PairSource:
+        """Preference pairs; ``bundled`` for those of the package."""
+        return self._data(option, open_pairs(bundled.located(spec, bundled.pairs_file), split, columns, candidates))
+
+    def prompts(
+        self, spec: str, split: str | None = None, columns: Mapping[str, str] | None = None, option: str = "prompts"
+    ) -> PairSource:
+        """Prompts; ``bundled`` for those of the package."""
+        return self._data(option, open_prompts(bundled.located(spec, bundled.prompts_file), split, columns))
+
+    def rows(self, spec: str, split: str | None, columns: Mapping[str, str], kind: Kind, option: str) -> PairSource:
+        """Rows of another kind."""
+        return self._data(option, open_rows(spec, split, columns, kind))
+
+    def require_unchanged(self) -> None:
+        """Compare everything opened with what lies there now: a run reads its data again and again.
+
+        Raises:
+          RunError: names what changed while the run was under way.
+        """
+        changed = [
+            f"--{option.replace('_', '-')} {source.name}"
+            for option, source in self._sources.items()
+            if source.fingerprint() not in self._opened[option].values()
+        ]
+        changed += [str(path) for path, stat in self._stats.items() if _stat(path) != stat]
+        if changed:
+            raise RunError(many("changed while the run read it; start again with a new --out", changed))
+
+    def _data(self, option: str, source: PairSource) -> PairSource:
+        digest = source.fingerprint()
+        self._opened[option] = {Path(source.name).name: digest}
+        self._prints[f"{DATA.get(option, option)}_fingerprint"] = digest
+        self._sources[option] = source
+        return source
+
+    def _register(self, option: str, folder: Path, files: list[Path]) -> dict[Path, bytes]:
+        self._stats |= {path: _stat(path) for path in files}
+        digests = file_digests(files)
+        self._opened[option] = {path.relative_to(folder).as_posix(): digests[path].hex() for path in files}
+        return digests
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Size and time of the last change; (-1, -1) where nothing is."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A model directory, a source of rows and the tokenizer between them."""
 
-    directory: Path
-    decoder: DecoderConfig
+    model: ModelFiles
     source: PairSource
     tokenizer: PairTokenizer
     chunk_rows: int
@@ -63,16 +216,17 @@ class Inputs:
                 yield numbered
 
 
-def prepare(config: ScoreConfig) -> Inputs:
-    """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written."""
-    directory = resolve(config.model)
-    decoder = decoder_config(read_config(directory), str(directory))
-    pairs = bundled.located(config.pairs, bundled.pairs_file)
-    source = open_pairs(pairs, config.split, config.columns, config.candidates)
-    tokenizer = pair_tokenizer(
-        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
-    )
-    return Inputs(directory, decoder, source, tokenizer, config.chunk_rows, config.limit)
+def open_model_and_pairs(config: "ScoreConfig", opener: Opener) -> Inputs:
+    """Open and check the model directory, the tokenizer and the pairs; nothing is computed or written.
+
+    Raises:
+      ChesError: any of them is not fit.
+    """
+    model = opener.model(config.model)
+    opener.tokenizer(model)
+    source = opener.pairs(config.pairs, config.split, config.columns, config.candidates)
+    tokenizer = model.pair_tokenizer(max_length=config.max_length, eos=config.eos, template=config.template)
+    return Inputs(model, source, tokenizer, config.chunk_rows, config.limit)
 
 
 def pair_tokenizer(

@@ -12,6 +12,20 @@ from ches_jax.bundled import BUNDLED
 from ches_jax.errors import ChesError, did_you_mean
 from ches_jax.types import Eos, Pairing, Template
 
+
+def not_identity(default: Any) -> Any:
+    """A field that says where and by whom: two runs may differ in it and be the same run (``runs.directory.as_dict``).
+
+    >>> @dataclass
+    ... class Config:
+    ...     limit: int = 4
+    ...     mesh: str | None = not_identity(None)
+    >>> Config().mesh is None
+    True
+    """
+    return field(default=default, metadata={"identity": False})
+
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

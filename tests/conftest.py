@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from ches_jax import bundled
+from tests.timings import Timings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -13,7 +14,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--timings", nargs="?", const="-", metavar="FILE", help="CPU seconds by file, and by test in FILE")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("timings"):
+        config.pluginmanager.register(Timings(config, str(path)))
     # a program half written by another worker is compiled again
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
     for module in ("torch", "transformers", "huggingface_hub"):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from ches_jax.cli import main
 from ches_jax.scores.table import read_table
+from tests.report.test_page import page_data
 
 GOOD = {"prompt": "Do you agree?", "chosen": " Yes", "rejected": " No"}
 
@@ -46,8 +47,9 @@ def test_score_select_report_and_doctor_work_in_a_row(capsys, tiny_model, pairs,
     assert len(kept) == 1 and kept[0]["prompt"] == GOOD["prompt"]
 
     code, out, _ = run(capsys, "report", tmp_path / "run")
-    assert code == 0 and (tmp_path / "run" / "report.html").read_text().count("Do you agree?") >= 1
-    assert list((tmp_path / "run" / "figures").glob("*.png"))
+    assert code == 0 and any(
+        "Do you agree?" in text for text in page_data(tmp_path / "run" / "report.html")[2]["prompt"]
+    )
 
     code, out, _ = run(capsys, "doctor", "--model", tiny_model, "--pairs", pairs)
     assert code == 0 and "2 rows, 0 flagged" in out and "Do you agree?" in out

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats"}
+LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats", "notices"}
 PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
     "face": set(),
     "hugepages": set(),
     "types": set(),
+    "notices": set(),
     "stats": set(),
     "options": {"errors", "types", "bundled"},
     "runs": {"errors"},
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
     "generate": PURE | {"models", "inputs"},
-    "judges": PURE | {"models", "generate"},
+    "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},
     "doctor": PURE | {"models", "scores", "inputs"},
     "convert": PURE | {"models", "train"},
@@ -64,3 +65,14 @@ def test_a_stage_imports_only_earlier_stages(path):
 def test_the_mathematics_reads_no_files_and_no_data(name):
     used = {n.split(".")[0] for n in imported(ROOT / "ches_jax" / name)}
     assert used <= {"jax", "jaxtyping", "typing", "collections", "functools", "numpy", "math", "ches_jax"}
+
+
+OPENING = {"open_pairs", "open_prompts", "open_rows", "load_tokenizer", "resolve", "read_config", "adapter_directory"}
+
+
+@pytest.mark.parametrize("stage", ["scores", "train", "generate", "judges"])
+def test_what_a_run_reads_is_opened_in_one_place(stage):
+    """``inputs.Opener`` fingerprints what it opens, so a verb that opened something itself could forget to."""
+    for path in (p for p in (ROOT / "ches_jax" / stage).rglob("*.py") if p.name != "__init__.py"):
+        used = {name.rpartition(".")[2] for name in imported(path)} & OPENING
+        assert not used, f"{path.name} opens with {sorted(used)}"

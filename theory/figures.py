@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ches_jax.report.figures import BLUE, INK, ORANGE, PALETTE, drawable, panels, png
+from theory.drawing import BLUE, INK, ORANGE, PALETTE, drawable, panels, vector
 
 Data = dict[str, Any]
 SCORE_AXIS = "Spearman's correlation with the fall of ln pi(y+)"
@@ -18,7 +18,7 @@ class Picture(NamedTuple):
     """A figure."""
 
     name: str
-    png: bytes
+    svg: bytes
     alt: str
     caption: str
 
@@ -53,7 +53,7 @@ def regimes(data: Data) -> Iterator[Picture]:
     _legend_in(every, len(runs))
     yield Picture(
         "toy_log_probabilities",
-        png(figure),
+        vector(figure),
         f"Changes over time under gradient flow: {words}.",
         "1. Log-probabilities and margin under gradient flow of DPO, with the rate that Theorem 4 gives",
     )
@@ -69,7 +69,7 @@ def regimes(data: Data) -> Iterator[Picture]:
     _legend_in(every, len(runs))
     yield Picture(
         "toy_masses",
-        png(figure),
+        vector(figure),
         f"Probability of each group of tokens over time: {words}.",
         "2. Where the probability goes: y+, tokens of the same meaning, of the opposite one, others",
     )
@@ -93,7 +93,7 @@ def regimes(data: Data) -> Iterator[Picture]:
     _blank_after(every, len(runs))
     yield Picture(
         "toy_terms",
-        png(figure),
+        vector(figure),
         "Terms of Theorem 4 at the start, added up to the rate of ln pi(y+).",
         "4. Theorem 4 at the start, term by term; blue lifts y+, orange lowers it, black is the rate",
     )
@@ -115,7 +115,7 @@ def regimes(data: Data) -> Iterator[Picture]:
     _legend_in(every, len(runs))
     yield Picture(
         "toy_tokens",
-        png(figure),
+        vector(figure),
         "Gain of every token over the run against its product with W_+ - W_-.",
         "9. Which tokens gain: Theorem 5's direction at the start against the change at the end",
     )
@@ -133,7 +133,7 @@ def regimes(data: Data) -> Iterator[Picture]:
     _legend_in(every, len(runs))
     yield Picture(
         "toy_band",
-        png(figure),
+        vector(figure),
         "The disentanglement band over training, and the ratio of incentives of DPO.",
         "8. The disentanglement band along the flow (cut at +-4): y+ rises while the line is above its lower end, "
         "y- falls while it is below its upper end",
@@ -175,7 +175,7 @@ def optimisers(data: Data) -> Iterator[Picture]:
     every[0].legend(frameon=False, fontsize=8)
     yield Picture(
         "toy_optimisers",
-        png(figure),
+        vector(figure),
         "Log-probabilities of the pair No > Never under four optimisers.",
         "1b. The same pair (No > Never, s = 12) under discrete optimisers",
     )
@@ -192,7 +192,7 @@ def phases(data: Data) -> Iterator[Picture]:
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     yield Picture(
         "toy_phases",
-        png(figure),
+        vector(figure),
         f"{int(displaced.sum())} of {len(x)} random pairs are displaced, all left of the line.",
         "3. Random pairs of single tokens: none is displaced right of the line (claim D2)",
     )
@@ -221,7 +221,7 @@ def _errors(name: str, x: Any, lines: dict[str, Any], xlabel: str, caption: str)
         axes.loglog(numbers(x), numbers(y), color=colour, marker=marker, markersize=4, label=label)
     axes.set(xlabel=xlabel, ylabel="error of ln pi(y+), nats")
     axes.legend(frameon=False, fontsize=8)
-    return Picture(name, png(figure), f"{caption}: {', '.join(lines)}.", caption)
+    return Picture(name, vector(figure), f"{caption}: {', '.join(lines)}.", caption)
 
 
 def one_step(data: Data) -> Iterator[Picture]:
@@ -237,7 +237,7 @@ def one_step(data: Data) -> Iterator[Picture]:
         axes.legend(frameon=False, fontsize=8)
     yield Picture(
         "model_one_step",
-        png(figure),
+        vector(figure),
         "Predicted against measured change of ln pi(y+) after one step, each pair a point.",
         "6a. One step on the whole batch: predicted and measured",
     )
@@ -263,7 +263,7 @@ def forest(table: Data, name: str, caption: str) -> Picture:
     axes.set_yticks(range(len(rows)), [score for score, _ in rows], fontsize=8)
     axes.set(xlabel=SCORE_AXIS + ", 95% interval", xlim=(-1.03, 1.03))
     values_in_words = ", ".join(f"{score} {seen['rho']:.2f}" for score, seen in reversed(rows))
-    return Picture(name, png(figure), f"{caption}: {values_in_words}.", caption)
+    return Picture(name, vector(figure), f"{caption}: {values_in_words}.", caption)
 
 
 def against_rates(data: Data) -> Iterator[Picture]:
@@ -281,7 +281,7 @@ def against_rates(data: Data) -> Iterator[Picture]:
     every[0].set_ylabel("own-pair rate, nats per time")
     yield Picture(
         "model_scatter",
-        png(figure),
+        vector(figure),
         "Each pair's true rate against its scores.",
         "6b. The true own-pair rate of ln pi(y+) against other predictions; in brackets Spearman's correlation with "
         "its fall",
@@ -308,7 +308,7 @@ def against_training(data: Data) -> Iterator[Picture]:
         axes.set_ylabel("mean change of ln pi(y+), nats")
     yield Picture(
         "model_percentiles",
-        png(figure),
+        vector(figure),
         "Mean change of ln pi(y+) in each fifth of the pairs, by score.",
         "7. Fifths of the pairs by score, and what training did to y+ (bars: one standard error)",
     )
@@ -326,7 +326,7 @@ def coefficients(data: Data) -> Iterator[Picture]:
     figure.colorbar(drawn, ax=axes, label="alpha")
     yield Picture(
         "model_alpha",
-        png(figure),
+        vector(figure),
         f"Coefficients between {len(words[0])} and {len(words[1])} tokens, {alpha.min():.2f} to {alpha.max():.2f}.",
         "5. The coefficients alpha^- of Theorem 6 for one pair; CHES puts 1 everywhere",
     )
@@ -348,7 +348,7 @@ def gaining_tokens(data: Data) -> Iterator[Picture]:
     pair = " > ".join(repr(drawable(w)) for w in data["pair"])
     yield Picture(
         "model_tokens",
-        png(figure),
+        vector(figure),
         "The 15 tokens that Theorem 5 ranks first, with their true rates.",
         f"9b. First tokens by <W_z, W_+ - W_-> where one pair begins to differ ({pair}), and their true rates",
     )
@@ -375,7 +375,7 @@ def shares(data: Data) -> Iterator[Picture]:
     values_in_words = ", ".join(f"{name} {values.sum():.2f}" for name, values in parts.items())
     yield Picture(
         "model_shares",
-        png(figure),
+        vector(figure),
         f"Share of each module: {values_in_words}.",
         "10. Where the gradient of ln pi(y+) lies: mean share of K++ by module and layer",
     )
@@ -394,7 +394,7 @@ def influence(data: Data) -> Iterator[Picture]:
     figure.colorbar(drawn, ax=axes, label="rate of ln pi(y+), nats per time")
     yield Picture(
         "model_influence",
-        png(figure),
+        vector(figure),
         "Rates of each chosen response under each pair's own loss.",
         "12. Influence of every pair on every chosen response; the diagonal is the own-pair rate",
     )

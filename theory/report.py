@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError
-from ches_jax.report.html import data_table, gallery, page, paragraphs, picture
-from ches_jax.report.sections import flat
+from ches_jax.report.document import Page, Section
+from ches_jax.report.elements import subtitle
+from ches_jax.report.html import data_table, gallery, paragraphs, picture
+from ches_jax.report.page import write_page
+from ches_jax.report.provenance import flat, provenance
 from ches_jax.runs.files import read_object, replacing
 from theory.figures import pictures
 
@@ -21,7 +24,7 @@ READING = (
 
 
 def report(run_dir: Path | str, out: Path | str | None = None) -> Path:
-    """Writes ``report.html`` and ``figures/*.png`` from what ``ches verify --out`` wrote.
+    """Writes ``report.html`` and ``figures/*.svg`` from what ``ches verify --out`` wrote.
 
     Args:
       run_dir: a directory with ``claims.json`` and, for figures, ``figures.json``.
@@ -40,43 +43,67 @@ def report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     data = read_object(run_dir / FIGURES, RunError, "a directory of ches verify --out") if there else {}
     drawn = []
     for claim, figure in pictures(data):
-        with replacing(out / "figures" / f"{figure.name}.png") as temporary:
-            temporary.write_bytes(figure.png)
-        drawn.append((figure.name, picture(figure.png, figure.alt, f"{figure.caption} [{claim}]")))
-    body = [
-        ("reading", "How to read this", paragraphs(*READING)),
-        *((s.replace(" ", "-"), s.capitalize(), _table([c for c in claims if c["status"] == s])) for s in STATUSES),
-        ("toy", "Toy models", gallery([html for name, html in drawn if name.startswith("toy")])),
-        ("model", "The model and its pairs", gallery([html for name, html in drawn if name.startswith("model")])),
-        ("detail", "What each claim saw", _details(claims)),
-        ("provenance", "Provenance", data_table(["what", "value"], _provenance(results), text_columns=2)),
-    ]
+        with replacing(out / "figures" / f"{figure.name}.svg") as temporary:
+            temporary.write_bytes(figure.svg)
+        drawn.append((figure.name, picture(figure.svg, figure.alt, f"{figure.caption} [{claim}]", name=figure.name)))
     failed = [c["id"] for c in claims if not c["passed"]]
-    lead = f"{len(claims) - len(failed)} of {len(claims)} claims hold" + (
-        f"; not: {', '.join(failed)}" if failed else ""
+    held = f"{len(claims) - len(failed)} of {len(claims)} claims hold"
+    body = [
+        *(
+            Section(
+                anchor=s.replace(" ", "-"), heading=s.capitalize(), body=_table([c for c in claims if c["status"] == s])
+            )
+            for s in STATUSES
+        ),
+        Section(
+            anchor="toy", heading="Toy models", body=gallery([html for name, html in drawn if name.startswith("toy")])
+        ),
+        Section(
+            anchor="model",
+            heading="The model and its pairs",
+            body=gallery([html for name, html in drawn if name.startswith("model")]),
+        ),
+        Section(anchor="reading", heading="How to read this", body=paragraphs(*READING), folded=True),
+        Section(anchor="detail", heading="What each claim saw", body=_details(claims), folded=True),
+        provenance({name: value for name, value in results.items() if name != "claims"}),
+    ]
+    counts = ", ".join(
+        f"{sum(c['status'] == s for c in claims)} {s}" for s in STATUSES if any(c["status"] == s for c in claims)
     )
-    text = page("Claims of the theory", paragraphs(lead + "."), [part for part in body if part[2]])
-    with replacing(out / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    return out / "report.html"
+    page = Page(
+        kind="ches verify",
+        title=held,
+        headline=held + (f"; not: {', '.join(failed)}" if failed else ""),
+        subtitle=subtitle(counts, str(run_dir)),
+        answers=[
+            ("Does the theory hold?", f"{held}." if not failed else f"{held}; those that do not are marked FAILS.")
+        ],
+        tone="bad" if failed else "good",
+        sections=[s for s in body if s.body],
+    )
+    return write_page(page, out)
 
 
 def _table(claims: Sequence[dict[str, Any]]) -> str:
     if not claims:
         return ""
     rows = [
-        [c["id"], c["statement"], c["source"], "holds" if c["passed"] else "FAILS", f"{c['value']:.2e}",
-         f"{c['tolerance']:.0e}", c["n"], f"{c['seconds']:.1f}"]
+        [
+            c["id"],
+            c["statement"],
+            c["source"],
+            "holds" if c["passed"] else "FAILS",
+            f"{c['value']:.2e}",
+            f"{c['tolerance']:.0e}",
+            c["n"],
+            f"{c['seconds']:.1f}",
+        ]
         for c in claims
-    ]  # fmt: skip
-    header = ["id", "statement", "source", "", "value", "tolerance", "n", "s"]
+    ]
+    header = ["id", "statement", "source", "verdict", "value", "tolerance", "n", "s"]
     return data_table(header, rows, text_columns=4)
 
 
 def _details(claims: Sequence[dict[str, Any]]) -> str:
     rows = [[c["id"], *row] for c in claims for row in flat(c["detail"])]
     return data_table(["claim", "what", "value"], rows, text_columns=3) if rows else ""
-
-
-def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
-    return flat({name: value for name, value in results.items() if name != "claims"})

@@ -67,6 +67,13 @@ class RunOutput(Output):
 
     resume: bool = False
     """Go on with the run that --out holds."""
+    other_versions: bool = False
+    """With --resume: go on although packages have other versions than at the start."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of a verb's function beside its config."""
+        return {"resume": self.resume, "quiet": self.quiet, "other_versions": self.other_versions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,7 @@ class Score(RunOutput, ScoreConfig):
         from ches_jax.scores.run import score
         from ches_jax.scores.table import FILE_NAME, read_table
 
-        out = score(_only(ScoreConfig, self), resume=self.resume, quiet=self.quiet)
+        out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
             return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
@@ -150,7 +157,7 @@ class Generate(RunOutput, GenerateConfig):
         from ches_jax.generate.run import FILE_NAME, generate
         from ches_jax.runs.directory import RUN, read_json
 
-        out = generate(_only(GenerateConfig, self), resume=self.resume, quiet=self.quiet)
+        out = generate(_only(GenerateConfig, self), **self.how)
         record = read_json(out / RUN)
         n = record["counts"]
         return Outcome(
@@ -171,7 +178,7 @@ class Judge(RunOutput, JudgeConfig):
         from ches_jax.judges.run import FILE_NAME, judge, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        out = judge(_only(JudgeConfig, self), resume=self.resume, quiet=self.quiet)
+        out = judge(_only(JudgeConfig, self), **self.how)
         record = read_json(out / RUN)
         summary = record["summary"]
         counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
@@ -196,7 +203,7 @@ class Train(RunOutput, TrainConfig):
         from ches_jax.train.loop import Stopped, train
 
         try:
-            out = train(_only(TrainConfig, self), resume=self.resume, quiet=self.quiet)
+            out = train(_only(TrainConfig, self), **self.how)
         except Stopped as stopped:
             return Outcome(headline=str(stopped), code=143)
         record = read_json(out / RUN)
@@ -238,12 +245,12 @@ class Diagnose(Output, DiagnoseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Output):
-    """One self-contained HTML page and PNG figures from a run directory."""
+    """One self-contained HTML page from a run directory, whatever command the run is of."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory of `ches score` or `ches train`, or of `ches verify --out`."""
+    """A directory of `ches score`, `train`, `diagnose`, `generate`, `judge`, `select`, or of `ches verify --out`."""
     out: Path | None = None
-    """Where to write report.html and figures/; default: the run directory."""
+    """Where to write report.html; default: the run directory."""
 
     def run(self) -> Outcome:
         """Writes the report."""
@@ -253,11 +260,8 @@ class Report(Output):
         of_claims = (self.run_dir / "claims.json").is_file()
         write = theory("theory.report").report if of_claims else report
         page = write(self.run_dir, self.out)
-        figures = page.parent / "figures"
-        n = sum(1 for _ in figures.glob("*.png"))
-        return Outcome(
-            headline=f"a page and {n} figures -> {page}", path=page, counts={"figures": n}, paths={"figures": figures}
-        )
+        size = page.stat().st_size
+        return Outcome(headline=f"a page of {size / 1e6:.1f} MB -> {page}", path=page, counts={"bytes": size})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ GROUPS = {
     "responses_after judgments diagnose.generate labels label_columns on_missing weights train.rewards probes",
     "where it runs": "mesh distributed attention compilation_cache batch_tokens chunk_rows row_tokens remat "
     "generate.batch_size judge.batch_size",
-    "output": "out resume quiet json tracker save_every train.keep keep_best export show list shard_gb convert.dtype",
+    "output": "out resume other_versions quiet json tracker save_every train.keep keep_best export show list shard_gb "
+    "convert.dtype",
 }
 """Group -> its options (of all verbs, or of the named one); the rest say what is computed."""
 POSITIONAL = get_args(tyro.conf.Positional[int])[1]

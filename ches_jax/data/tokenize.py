@@ -10,6 +10,7 @@ a BOS or a leading space of its own.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         raise DataError(f"{path}: no such directory; expected a model directory or a hub name")
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        _require_sentencepiece(folder)
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
     except Exception as error:
@@ -68,6 +71,19 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             + (f"not there: {', '.join(missing)}; " if missing and local else "")
             + "give a directory with tokenizer.json and tokenizer_config.json"
         ) from error
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    """The package that reads ``tokenizer.model`` is there.
+
+    Raises:
+      DataError: it is not; transformers would ask for another one.
+    """
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise DataError(
+            f"{folder}: the tokenizer is tokenizer.model alone, which the package sentencepiece reads; install it with "
+            "pip install 'ches-jax[sentencepiece]', or save the tokenizer with its tokenizer.json"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

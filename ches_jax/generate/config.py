@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ches_jax.bundled import BUNDLED
 from ches_jax.errors import ChesError
-from ches_jax.options import ModelOptions, RowOptions, require_dtype, require_positive
+from ches_jax.options import ModelOptions, RowOptions, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
 
@@ -24,7 +24,7 @@ class GenerateConfig(RowOptions, ModelOptions):
 
     prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Run directory; default: the first free runs/generate-NNN."""
     samples: int = 1
     """Texts per prompt."""
@@ -53,7 +53,7 @@ class GenerateConfig(RowOptions, ModelOptions):
     """Texts made together."""
     chunk_rows: int = 256
     """Prompts per part file: what a killed run loses at most."""
-    mesh: str | None = None
+    mesh: str | None = not_identity(None)
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
 
     @property
@@ -62,10 +62,6 @@ class GenerateConfig(RowOptions, ModelOptions):
         from ches_jax.generate.sampling import Sampling
 
         return Sampling(self.temperature, self.top_k, self.top_p)
-
-
-NOT_IDENTITY = ("out", "mesh")
-"""Options that two runs may differ in and be the same run."""
 
 
 def checked(config: GenerateConfig) -> GenerateConfig:

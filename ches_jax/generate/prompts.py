@@ -4,18 +4,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax import bundled
-from ches_jax.data.sources import PairSource, Record, open_prompts
-from ches_jax.data.tokenize import encode_prompts, load_tokenizer
+from ches_jax.data.sources import PairSource, Record
+from ches_jax.data.tokenize import encode_prompts
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
-from ches_jax.hf.directory import read_config, resolve
-from ches_jax.inputs import sequence_length
-from ches_jax.models.config import DecoderConfig
-from ches_jax.models.families.registry import decoder_config
+from ches_jax.inputs import ModelFiles, Opener, sequence_length
 from ches_jax.types import OnBadRow, Template
 
 if TYPE_CHECKING:
@@ -52,8 +47,7 @@ class Prompt:
 class Encoder:
     """A model directory and its tokenizer: rows to prompts."""
 
-    directory: Path
-    decoder: DecoderConfig
+    model: ModelFiles
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
     template: Template
@@ -86,10 +80,10 @@ class Encoder:
             flags.append("double_bos")
         if len(ids) >= self.max_length:
             flags.append("prompt_too_long")
-        if max(ids, default=0) >= self.decoder.vocab_size:
+        if max(ids, default=0) >= self.model.decoder.vocab_size:
             raise DataError(
-                f"{where}: token id {max(ids)}, but the model's vocabulary has {self.decoder.vocab_size}; use the "
-                "tokenizer that belongs to the model"
+                f"{where}: token id {max(ids)}, but the model's vocabulary has {self.model.decoder.vocab_size}; "
+                "use the tokenizer that belongs to the model"
             )
         return Prompt(row.row_id, row.index, ids or (bos or 0,), row.content, row.category, row.extra, tuple(flags))
 
@@ -150,18 +144,19 @@ class Inputs:
         return rows
 
 
-def prepare(config: GenerateConfig) -> Inputs:
+def open_model_and_prompts(config: GenerateConfig, opener: Opener) -> Inputs:
     """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
-    encoder = open_encoder(config.model, config.max_length, config.template)
-    source = open_prompts(bundled.located(config.prompts, bundled.prompts_file), config.split, config.columns)
+    encoder = open_encoder(opener, config.model, config.max_length, config.template)
+    source = opener.prompts(config.prompts, config.split, config.columns)
     return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
 
 
-def open_encoder(model: str, max_length: int | None, template: Template) -> Encoder:
+def open_encoder(
+    opener: Opener, spec: str, max_length: int | None, template: Template, option: str = "model"
+) -> Encoder:
     """Open and check a model directory and its tokenizer."""
-    directory = resolve(model)
-    decoder = decoder_config(read_config(directory), str(directory))
+    model = opener.model(spec, option)
     if max_length is not None and max_length < 2:
         raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
-    length = sequence_length(decoder, max_length)
-    return Encoder(directory, decoder, load_tokenizer(directory), length, template)
+    length = sequence_length(model.decoder, max_length)
+    return Encoder(model, opener.tokenizer(model), length, template)

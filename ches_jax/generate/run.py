@@ -14,32 +14,30 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ches_jax.data.tokenize import tokenizer_fingerprint
 from ches_jax.distributed.mesh import make_mesh, row_shards
 from ches_jax.errors import ChesError
-from ches_jax.generate.config import NOT_IDENTITY, GenerateConfig, checked
+from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
-from ches_jax.generate.prompts import Encoder, Inputs, Prompt, prepare
+from ches_jax.generate.prompts import Encoder, Inputs, Prompt, open_model_and_prompts
 from ches_jax.generate.sampling import key_data
 from ches_jax.generate.stops import Finisher, stop_ids
-from ches_jax.hf.directory import fingerprint
+from ches_jax.inputs import Opener
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
-    CONFIG,
     RUN,
     as_dict,
     device_name,
     open_run,
-    read_json,
-    versions,
-    write_json,
+    write_summary,
 )
 from ches_jax.runs.progress import say
 
 FILE_NAME = "responses.jsonl"
 
 
-def generate(config: GenerateConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+def generate(
+    config: GenerateConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False
+) -> Path:
     """Continue every prompt; returns the run directory.
 
     >>> from tempfile import TemporaryDirectory
@@ -55,27 +53,23 @@ def generate(config: GenerateConfig, *, resume: bool = False, quiet: bool = Fals
 
     config = checked(config)
     with jax.enable_x64(config.dtype == "float64"):
-        return _generate(config, resume, quiet)
+        return _generate(config, resume, quiet, other_versions)
 
 
-def _generate(config: GenerateConfig, resume: bool, quiet: bool) -> Path:
+def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions: bool) -> Path:
     assert config.out is not None
     out = Path(config.out)
     mesh = make_mesh(config.mesh)
-    inputs = prepare(config)
+    opener = Opener()
+    inputs = open_model_and_prompts(config, opener)
     encoder = inputs.encoder
-    ends = stop_ids(encoder.directory, encoder.tokenizer, config.stop_tokens)
+    ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
     total = inputs.require_clean() if config.on_bad_row == "error" else None
-    identity = {
-        "config": as_dict(config, NOT_IDENTITY),
-        "model_fingerprint": fingerprint(encoder.directory),
-        "tokenizer_fingerprint": tokenizer_fingerprint(encoder.tokenizer),
-        "data_fingerprint": inputs.source.fingerprint(),
-    }
-    open_run(out, "generate", identity, resume)
+    identity = {"config": as_dict(config), **opener.identity()}
+    open_run(out, "generate", identity, resume, other_versions=other_versions)
     facts: dict[str, Any] = {}
     if not (out / FILE_NAME).exists():
-        say(f"loading the model ({encoder.directory})", quiet=quiet)
+        say(f"loading the model ({encoder.model.directory})", quiet=quiet)
         facts = _generate_chunks(out, config, inputs, Generator(config, encoder, ends, mesh), total, quiet)
         facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
     chunks.clear(out)
@@ -122,7 +116,7 @@ class Generator:
         self.finish = Finisher(encoder.tokenizer, ends, config.stop)
         self.shards = row_shards(mesh)
         model = load_model(
-            encoder.directory,
+            encoder.model.directory,
             dtype=config.dtype,
             param_dtype=config.param_dtype or config.dtype,
             sharding=placement(mesh),
@@ -200,13 +194,4 @@ def _finish(out: Path, facts: dict[str, Any]) -> None:
         raise ChesError(f"{out}: no prompt was continued; dropped.jsonl says why")
     dropped = sum(1 for _ in chunks.read_lines(out / chunks.DROPPED)) if (out / chunks.DROPPED).exists() else 0
     counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": dropped}
-    write_json(
-        out / RUN,
-        {
-            **read_json(out / CONFIG),
-            "versions": versions(),
-            "counts": counts,
-            "finish_reasons": dict(sorted(reasons.items())),
-            **facts,
-        },
-    )
+    write_summary(out, {"counts": counts, "finish_reasons": dict(sorted(reasons.items())), **facts})

@@ -1,17 +1,19 @@
 """Find and check the files of a model directory; every problem names its file.
 
 A directory holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with the
-shards it names. Nothing is unpickled and no code of the directory is run.
+shards it names; where both are there the single file counts, as in transformers. Nothing is unpickled and no code of
+the directory is run.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ches_jax.bundled import located, model_dir
 from ches_jax.errors import CheckpointError, many
+from ches_jax.notices import notice
 from ches_jax.runs.files import read_object
 
 CONFIG = "config.json"
@@ -62,23 +64,24 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of the directory, in the index's order of first mention.
+    """The safetensors files of the directory: the single one, or those of the index in order of first mention.
 
     Raises:
       CheckpointError: none there, an index that names a missing file or one outside the directory.
     """
-    index = directory / INDEX
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        if index.exists() and set(_named_by(index)) != {SINGLE}:
+            notice(
+                f"{directory}: {SINGLE} is read, as transformers does; {INDEX} beside it and the files it names are "
+                "not (an older save? remove one of the two)"
+            )
+        return [single]
     if not index.exists():
-        single = directory / SINGLE
-        if single.is_file():
-            return [single]
         other = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"})
         hint = f" (found {', '.join(other)}: convert to safetensors first)" if other else ""
         raise CheckpointError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a non-empty 'weight_map' object")
-    names = list(dict.fromkeys(str(v) for v in weight_map.values()))
+    names = list(dict.fromkeys(weight_map(directory).values()))
     problems, files = [], []
     for name in names:
         if Path(name).name != name or name in {"", ".", ".."}:
@@ -92,6 +95,42 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name -> name of its file, as the index has it; empty where the single file counts.
+
+    Raises:
+      CheckpointError: an index that is none.
+    """
+    if (directory / SINGLE).is_file():
+        return {}
+    index = directory / INDEX
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: expected a non-empty 'weight_map' object")
+    return {name: str(file) for name, file in names.items()}
+
+
+def _named_by(index: Path) -> list[str]:
+    """The files that an index names which is not read itself: none where it is damaged."""
+    try:
+        names = read_json(index).get("weight_map")
+    except CheckpointError:
+        return []
+    return [str(file) for file in names.values()] if isinstance(names, dict) else []
+
+
+def model_files(directory: Path) -> list[Path]:
+    """Every file of the directory that may be read: weights, and what configures model, tokenizer and generation.
+
+    Raises:
+      CheckpointError: as ``weight_files``.
+    """
+    weights = weight_files(directory)
+    others = {p for pattern in HUB_FILES for p in directory.glob(pattern) if p.is_file() and p.suffix != ".safetensors"}
+    templates = (p for p in (directory / "additional_chat_templates").glob("*.jinja") if p.is_file())
+    return [*weights, *sorted(others), *sorted(templates)]
+
+
 def fingerprint(directory: Path) -> str:
     """SHA-256 over the bytes of the config and the weight files (32 hex digits): equal means equal weights."""
     return fingerprint_of([directory / CONFIG, *weight_files(directory)])
@@ -99,11 +138,21 @@ def fingerprint(directory: Path) -> str:
 
 def fingerprint_of(files: Sequence[Path]) -> str:
     """SHA-256 over the bytes of some files (32 hex digits)."""
+    return joined_fingerprint(file_digests(files), files)
+
+
+def joined_fingerprint(digests: Mapping[Path, bytes], files: Sequence[Path]) -> str:
+    """One fingerprint of several files whose digests are known (32 hex digits)."""
+    return hashlib.sha256(b"".join(digests[path] for path in files)).hexdigest()[:32]
+
+
+def file_digests(files: Iterable[Path]) -> dict[Path, bytes]:
+    """SHA-256 of the bytes of each file, several read at a time."""
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").digest()
 
+    files = list(files)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, files))
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+        return dict(zip(files, pool.map(digest, files), strict=True))

@@ -7,7 +7,7 @@ between and without mapping the file, so that loading needs the memory of the mo
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ches_jax.errors import CheckpointError, many
-from ches_jax.hf.directory import weight_files
+from ches_jax.hf.directory import weight_files, weight_map
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INFINITY = {"float64": 0x7FF0 << 48, "float32": 0x7F80 << 16, "float16": 0x7C00, "bfloat16": 0x7F80}
 """The bits of +infinity: the magnitude bits of a finite number are below."""
 CHUNK = 1 << 18
+BUFFERS = (
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias",
+    ".attention.bias", ".attention.masked_bias", ".crossattention.bias", ".crossattention.masked_bias", "position_ids",
+)  # fmt: skip
+"""Ends of the names of masks and rotary tables that old checkpoints carry, as bytes, truth values or floats: recomputed
+from the config, never read."""
 Index = tuple[slice, ...]
 
 
@@ -82,20 +88,28 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the directory's weight files by name; no weight is read yet.
+    """Every tensor of the directory's weight files by name, buffers apart; no weight is read yet.
 
     Raises:
       CheckpointError: as ``open_files``.
     """
-    return open_files(directory, weight_files(directory))
+    return open_files(directory, weight_files(directory), weight_map(directory), BUFFERS)
 
 
-def open_files(directory: Path, files: Iterable[Path]) -> dict[str, Tensor]:
+def open_files(
+    directory: Path, files: Iterable[Path], assigned: Mapping[str, str] | None = None, skip: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """Every tensor of some safetensors files of ``directory``.
 
+    Args:
+      directory: for messages.
+      files: in it.
+      assigned: tensor name -> name of its file, where an index tells.
+      skip: ends of names that are passed over.
+
     Raises:
-      CheckpointError: a file that is no safetensors file or is cut short, a name stored twice, a dtype that is no
-        float. All problems in one message.
+      CheckpointError: a file that is no safetensors file or is cut short, a name stored twice with different values, a
+        dtype that is no float. All problems in one message.
     """
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -108,18 +122,51 @@ def open_files(directory: Path, files: Iterable[Path]) -> dict[str, Tensor]:
             continue
         for name, entry in header.items():
             dtype = DTYPES.get(entry["dtype"])
-            if name in tensors:
-                problems.append(f"tensor {name!r} is stored in {tensors[name].file.name} and again in {path.name}")
-            elif dtype is None:
+            if name.endswith(skip):
+                continue
+            if dtype is None:
                 problems.append(
                     f"tensor {name!r} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)} "
                     "(quantised checkpoints are not supported: give the unquantised weights)"
                 )
+                continue
+            tensor = Tensor(name, tuple(entry["shape"]), dtype, path, start + entry["data_offsets"][0])
+            if name in tensors:
+                one, problem = _one_of(tensors[name], tensor, (assigned or {}).get(name))
+                tensors[name] = one
+                problems += [problem] if problem else []
             else:
-                tensors[name] = Tensor(name, tuple(entry["shape"]), dtype, path, start + entry["data_offsets"][0])
+                tensors[name] = tensor
     if problems:
         raise CheckpointError(many(str(directory), problems))
     return tensors
+
+
+def _one_of(a: Tensor, b: Tensor, assigned: str | None) -> tuple[Tensor, str | None]:
+    """Which of two tensors of one name counts: the index says, and transformers reads the last file by name.
+
+    Where both mean the same tensor, or the values are the same, that is it; else there are two readings.
+    """
+    last = max(a, b, key=lambda t: t.file.name)
+    if assigned == last.file.name or same_values(a, b):
+        return last, None
+    says = f"the index assigns it to {assigned}" if assigned else "the index does not say which counts"
+    return last, (
+        f"tensor {a.name!r} is stored in {a.file.name} and, with other values, in {b.file.name}: {says}, and "
+        f"transformers reads {last.file.name}; remove one of the two"
+    )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two stored tensors hold the same numbers, whatever their dtypes; read a block of rows at a time."""
+    if a.shape != b.shape:
+        return False
+    if not a.shape:
+        return bool(a.read() == b.read())
+    rows = max(1, CHUNK // max(1, math.prod(a.shape[1:])))
+    rest = tuple(slice(None) for _ in a.shape[1:])
+    blocks = ((slice(i, i + rows), *rest) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read(block).astype(np.float64), b.read(block).astype(np.float64)) for block in blocks)
 
 
 def _header(path: Path) -> tuple[dict[str, dict], int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ches_jax.errors import ChesError
-from ches_jax.options import Columns, RowOptions, require_dtype, require_positive
+from ches_jax.options import Columns, RowOptions, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 
 
@@ -21,7 +21,7 @@ class JudgeConfig(RowOptions):
     """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""
     by: Literal["rules", "model", "labels"] = "rules"
     """rules: phrases of a list; model: a language model is asked; labels: taken from a file."""
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Run directory; default: the first free runs/judge-NNN."""
 
     rules: str | None = None
@@ -40,7 +40,7 @@ class JudgeConfig(RowOptions):
     """Dtype of the judge's computation: float32, bfloat16, float16 or float64."""
     batch_size: int = 16
     """Responses judged together."""
-    mesh: str | None = None
+    mesh: str | None = not_identity(None)
     """Devices for the judge, such as data=4 or fsdp=8."""
 
     labels: str | None = None
@@ -54,8 +54,6 @@ class JudgeConfig(RowOptions):
     """Responses per part file: what a killed run loses at most."""
 
 
-NOT_IDENTITY = ("out", "mesh")
-"""Options that two runs may differ in and be the same run."""
 NEEDS = {"rules": "rules", "judge": "model", "judge_template": "model", "labels": "labels"}
 """Option -> the way of judging it belongs to."""
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.data.prompts import canonical_prompt, lookup
-from ches_jax.data.sources import Kind, PairSource, Record, open_rows, row_id
+from ches_jax.data.sources import Kind, PairSource, Record, row_id
 from ches_jax.errors import DataError, many
 from ches_jax.generate.run import FILE_NAME
+from ches_jax.inputs import Opener
 
 Key = tuple[str, int]
 WORDS = {
@@ -93,7 +94,7 @@ LABELS = Kind(
 )
 
 
-def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource:
+def open_responses(opener: Opener, spec: str, split: str | None, columns: Mapping[str, str]) -> PairSource:
     """Responses from a file, or from the directory of ``ches generate``.
 
     Raises:
@@ -104,7 +105,7 @@ def open_responses(spec: str, split: str | None, columns: Mapping[str, str]) -> 
         spec = str(folder / FILE_NAME)
     elif (folder / "config.json").is_file() and not (folder / "state.json").is_file():
         raise DataError(f"{spec}: no {FILE_NAME}; if this is a run of ches generate, finish it with --resume")
-    return open_rows(spec, split, columns, RESPONSES)
+    return opener.rows(spec, split, columns, RESPONSES, "responses")
 
 
 def key(row: Record) -> Key:
@@ -112,14 +113,14 @@ def key(row: Record) -> Key:
     return row.content["row_id"], row.content["sample"]
 
 
-def read_labels(spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
+def read_labels(opener: Opener, spec: str, columns: Mapping[str, str]) -> dict[Key, bool]:
     """Whether each response refused.
 
     Raises:
       DataError: a row without a label, or two labels for one response that differ.
     """
     refusals: dict[Key, bool] = {}
-    source = open_rows(spec, None, columns, LABELS)
+    source = opener.rows(spec, None, columns, LABELS, "labels")
     for row in source:
         refused = row.content["refusal"]
         if refusals.setdefault(key(row), refused) != refused:

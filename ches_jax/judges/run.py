@@ -3,7 +3,6 @@
 Responses are judged and written a chunk at a time, so a killed run goes on where it was and ends in the same bytes.
 """
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,26 +12,23 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ches_jax.data.sources import PairSource, Record
-from ches_jax.errors import ChesError, DataError
+from ches_jax.errors import DataError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
 from ches_jax.generate.run import Generator
 from ches_jax.generate.stops import stop_ids
-from ches_jax.hf.directory import fingerprint
-from ches_jax.judges.config import NOT_IDENTITY, JudgeConfig, checked
+from ches_jax.inputs import Opener
+from ches_jax.judges.config import JudgeConfig, checked
 from ches_jax.judges.judge_prompt import default_question, fill_question, load_question, parse_answer
 from ches_jax.judges.phrases import default_rules, load_rules, refusal
 from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
-    CONFIG,
     RUN,
     as_dict,
     device_name,
     open_run,
-    read_json,
-    versions,
-    write_json,
+    write_summary,
 )
 
 FILE_NAME = "judgments.jsonl"
@@ -41,14 +37,13 @@ Verdict = tuple[bool | None, str | None]
 
 
 class Method(NamedTuple):
-    """How to judge: what identifies it, a check of all responses, and the judge of a chunk (made when it is needed)."""
+    """How to judge: a check of all responses, and the judge of a chunk (made when it is needed)."""
 
-    identity: dict[str, str]
     check: Callable[[PairSource], None]
     start: Callable[[], Callable[[list[Record]], list[Verdict]]]
 
 
-def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Judge every response; returns the run directory.
 
     >>> import json
@@ -67,31 +62,23 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False) -> 
 
     config = checked(config)
     with jax.enable_x64(config.by == "model" and config.dtype == "float64"):
-        return _judge(config, resume, quiet)
+        return _judge(config, resume, quiet, other_versions)
 
 
-def _judge(config: JudgeConfig, resume: bool, quiet: bool) -> Path:
+def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool) -> Path:
     assert config.out is not None
     out = Path(config.out)
-    source = open_responses(config.responses, config.split, config.columns)
-    method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config)
+    opener = Opener()
+    source = open_responses(opener, config.responses, config.split, config.columns)
+    method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
     method.check(source)
-    identity = {
-        "config": as_dict(config, NOT_IDENTITY),
-        "data_fingerprint": source.fingerprint(),
-        **method.identity,
-    }
-    open_run(out, "judge", identity, resume)
+    identity = {"config": as_dict(config), **opener.identity()}
+    open_run(out, "judge", identity, resume, other_versions=other_versions)
     if not (out / FILE_NAME).exists():
         _judge_chunks(out, config, source, method, quiet)
     chunks.clear(out)
     if not (out / RUN).exists():
-        facts = {
-            "versions": versions(),
-            "device": device_name(),
-            "summary": summary(chunks.read_lines(out / FILE_NAME)),
-        }
-        write_json(out / RUN, {**read_json(out / CONFIG), **facts})
+        write_summary(out, {"device": device_name(), "summary": summary(chunks.read_lines(out / FILE_NAME))})
     return out
 
 
@@ -119,20 +106,19 @@ def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_rules(config: JudgeConfig) -> Method:
-    path = Path(config.rules) if config.rules else default_rules()
-    rules = load_rules(path)
+def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
+    rules = load_rules(opener.file(Path(config.rules) if config.rules else default_rules(), "rules"))
 
     def verdict(chunk: list[Record]) -> list[Verdict]:
         phrases = [refusal(rules, row.content["text"]) for row in chunk]
         return [(phrase is not None, phrase) for phrase in phrases]
 
-    return Method({"rules_fingerprint": _digest(path)}, lambda source: None, lambda: verdict)
+    return Method(lambda source: None, lambda: verdict)
 
 
-def _by_labels(config: JudgeConfig) -> Method:
+def _by_labels(config: JudgeConfig, opener: Opener) -> Method:
     assert config.labels is not None
-    labels = read_labels(config.labels, config.label_columns)
+    labels = read_labels(opener, config.labels, config.label_columns)
 
     def check(source: PairSource) -> None:
         if config.on_missing == "error":
@@ -141,14 +127,14 @@ def _by_labels(config: JudgeConfig) -> Method:
     def verdict(chunk: list[Record]) -> list[Verdict]:
         return [(labels.get(key(row)), None) for row in chunk]
 
-    return Method({"labels_fingerprint": _digest(Path(config.labels))}, check, lambda: verdict)
+    return Method(check, lambda: verdict)
 
 
-def _by_model(config: JudgeConfig) -> Method:
+def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     assert config.judge is not None
     path = Path(config.judge_template) if config.judge_template else default_question()
-    question = load_question(path)
-    encoder = open_encoder(config.judge, None, "auto")
+    question = load_question(opener.file(path, "judge_template"))
+    encoder = open_encoder(opener, config.judge, None, "auto", option="judge")
     wrap = config.wrap
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
@@ -180,8 +166,7 @@ def _by_model(config: JudgeConfig) -> Method:
 
         return verdict
 
-    identity = {"judge_fingerprint": fingerprint(encoder.directory), "template_fingerprint": _digest(path)}
-    return Method(identity, check, start)
+    return Method(check, start)
 
 
 def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
@@ -192,14 +177,7 @@ def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
         temperature=0.0, max_new_tokens=config.max_new_tokens, dtype=config.dtype, batch_size=config.batch_size,
         chunk_rows=config.chunk_rows,
     )  # fmt: skip
-    return Generator(how, encoder, stop_ids(encoder.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as e:
-        raise ChesError(f"{path}: cannot be read ({e.strerror})") from None
+    return Generator(how, encoder, stop_ids(encoder.model.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

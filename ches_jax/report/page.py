@@ -1,15 +1,19 @@
-"""``ches report``: one self-contained page from a run directory, with its figures as files."""
+"""``ches report``: one self-contained page from a run directory, whatever command the run is of."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from ches_jax.report.score_page import score_report
-from ches_jax.report.training_page import is_training_run, training_report
+from ches_jax.errors import RunError
+from ches_jax.report.document import Page
+from ches_jax.report.render import render
+from ches_jax.runs.files import replacing
 from ches_jax.select.scored_rows import SourceRow
+
+FILE_NAME = "report.html"
 
 
 def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[SourceRow] | None = None) -> Path:
-    """Writes ``report.html`` and ``figures/*.png`` from the directory of a run of ``ches score`` or ``ches train``.
+    """Writes ``report.html`` from the directory of a run, whatever command it is of.
 
     >>> from tempfile import TemporaryDirectory
     >>> from ches_jax import ScoreConfig, score
@@ -19,15 +23,64 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
 
     Args:
       run_dir: the directory; a training run may be unfinished.
-      out: where to write; the run directory itself when not given. Reports are written over.
+      out: where to write; the run directory itself when not given. A report that is there is written over.
       rows: of a score run, the rows that were scored, for their texts; opened from the run when not given.
 
     Returns:
       The path of the page.
 
     Raises:
-      RunError: the directory of neither, or without a row to report.
+      RunError: nothing in the directory can be drawn; the message names what is there.
     """
-    if is_training_run(Path(run_dir)):
-        return training_report(Path(run_dir), None if out is None else Path(out))
-    return score_report(run_dir, out, rows)
+    folder = Path(run_dir)
+    folder = folder.parent if folder.is_file() else folder
+    return write_page(page_of(folder, rows), folder if out is None else Path(out))
+
+
+def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
+    """The page of a run directory, by what it holds."""
+    has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "scores.parquet" in has:
+        from ches_jax.report.score_page import score_page
+
+        return score_page(folder, rows)
+    if has & {"displacement.parquet", "displacement"}:
+        from ches_jax.report.training_page import training_page
+
+        return training_page(folder)
+    if has & {"responses.jsonl", "judgments.jsonl"}:
+        from ches_jax.report.response_page import response_page
+
+        return response_page(folder)
+    if "selection.json" in has:
+        from ches_jax.report.selection_page import selection_page
+
+        return selection_page(folder)
+    raise RunError(f"{folder}: {_what_is_there(folder, has)}")
+
+
+def write_page(page: Page, out: Path) -> Path:
+    """Writes a page whole or not at all."""
+    path = out / FILE_NAME
+    with replacing(path) as temporary:
+        temporary.write_text(render(page), encoding="utf-8", newline="\n")
+    return path
+
+
+def _what_is_there(folder: Path, has: set[str]) -> str:
+    expected = (
+        "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (pairs.parquet), "
+        "generate (responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
+    )
+    if not folder.exists():
+        return f"does not exist; {expected}"
+    if not has:
+        return f"is empty; {expected}"
+    if "parts" in has and "config.json" in has:
+        return "this run is not finished (parts, no table); finish it with --resume, or with `ches merge`"
+    if has & {"trainer_state.json", "adapter_model.safetensors"} or any(
+        n.startswith("events.out.tfevents") for n in has
+    ):
+        return f"is a directory of another trainer; `ches diagnose {folder}` reads its log"
+    shown = ", ".join(sorted(n for n in has if not n.startswith("."))[:8])
+    return f"nothing in it can be drawn: it has {shown}; {expected}"

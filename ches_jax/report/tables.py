@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.scores.formulas import available, numbers, score_column
+from ches_jax.scores.leading import leading_score
 from ches_jax.stats import auc, mean, partial_spearman, quantiles, spearman
 
 LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "shared_prefix_tokens")
@@ -52,8 +53,9 @@ def flag_counts(table: pa.Table) -> list[tuple[str, int, str]]:
 
 
 def separating_score(table: pa.Table) -> str | None:
-    """The score that separates categories: length-normalised CHES where there is one."""
-    return next((name for name in ("ln_ches", "ches") if name in table.schema.names), None)
+    """The score that separates categories: the one that leads (``scores.leading``)."""
+    found = leading_score(shown_scores(table))
+    return None if found is None else found.name
 
 
 def category_rows(table: pa.Table) -> list[CategoryRow]:
@@ -65,12 +67,12 @@ def category_rows(table: pa.Table) -> list[CategoryRow]:
     if not any(names):
         return []
     columns = {n: score_column(table, n) for n in ("ches", "ln_ches") if n in table.schema.names}
-    nothing = np.full(len(table), np.nan)
+    nothing, values = np.full(len(table), np.nan), score_column(table, by)
     rows = []
     for name in sorted(set(names)):
         inside = names == name
         ches, ln_ches = (mean(columns.get(n, nothing)[inside]) for n in ("ches", "ln_ches"))
-        rows.append(CategoryRow(name, int(inside.sum()), ches, ln_ches, auc(columns[by], inside)))
+        rows.append(CategoryRow(name, int(inside.sum()), ches, ln_ches, auc(values, inside)))
     return sorted(rows, key=lambda row: -np.nan_to_num(row.auc, nan=-1.0))
 
 

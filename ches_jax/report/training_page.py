@@ -1,93 +1,96 @@
-"""The page of a training run: how far its pairs moved, which way, and the verdict."""
+"""The page of a training run: did chosen fall, how it went over the updates, where the mass went, all watched pairs."""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES
-from ches_jax.displacement.readers.training_run import read_run
+from ches_jax import bundled
+from ches_jax.data.sources import open_pairs
+from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
+from ches_jax.displacement.intervals import FEWEST, Interval
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
-from ches_jax.report.figures import BLUE, INK, ORANGE, PALETTE, panels, png
-from ches_jax.report.html import data_table, gallery, page, paragraphs, picture
-from ches_jax.report.sections import flat
-from ches_jax.report.summary import number
-from ches_jax.runs.files import replacing
-from ches_jax.scores.table import FILE_NAME as SCORES
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-SHOWN = 20
-"""Pairs whose chosen responses fell most."""
-SETS = {"held_out": "held-out pairs", "train": "training pairs"}
-READING = (
-    "A run of preference optimisation is displaced when the log-probabilities of its chosen responses fall while the "
-    "loss falls: the mass goes to responses that nobody chose. The changes below are since update 0, summed over the "
-    "tokens of a response, in nats.",
-    "Regimes of a pair: wanted (chosen up, rejected down), both_up and both_down_margin_up (both moved the same way "
-    "and the margin grew), inverted (the margin fell), flat (neither moved by more than the tolerance).",
-)
-LIMITS = (
-    "That chosen responses fell is not yet harm: whether the mass went to unwanted responses takes generated texts or "
-    "probe responses, and whether quality fell takes a judge. Training pairs move more than held-out ones.",
-)
+from ches_jax.report import change_sections as parts
+from ches_jax.report import elements, essays, svg
+from ches_jax.report.axes import nats, percent, readable
+from ches_jax.report.change_sections import Course, Moved, set_name
+from ches_jax.report.document import Page, Section, Tone
+from ches_jax.report.html import escape, figure, gallery, paragraphs
+from ches_jax.report.probe_section import probe_section
+from ches_jax.report.provenance import model_name, provenance, read_record, short_path
+from ches_jax.report.texts import texts_by_id
+from ches_jax.select.scored_rows import SourceRow
 
 
-def is_training_run(folder: Path) -> bool:
-    """Whether a directory holds a displacement log (and no score table)."""
-    return not (folder / SCORES).exists() and ((folder / FILE_NAME).exists() or (folder / PARTS).is_dir())
-
-
-def training_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes ``report.html`` and ``figures/*.png`` for a run of ``ches train``, finished or not.
+def training_page(run_dir: Path) -> Page:
+    """The page of a run of ``ches train``, finished or not.
 
     Raises:
-      RunError: the displacement log has no pairs.
+      RunError: the displacement log has no pairs, or cannot be read.
     """
     table = _read_log(run_dir)
     if not len(table):
         raise RunError(f"{run_dir}: the displacement log has no pairs; there is nothing to report")
-    out = run_dir if out is None else out
-    folder = out / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = {name: table[name].to_numpy() for name in ("step", "dlogp_chosen", "dlogp_rejected", "margin", "index")}
-    log |= {name: np.array(table[name].to_pylist()) for name in ("set", "regime", "row_id")}
-    sets = [name for name in SETS if (log["set"] == name).any()]
-    figures = {
-        "changes": (_changes_figure(log, sets), _changes_in_words(log, sets),
-                    "mean change of ln pi(chosen) and ln pi(rejected); shaded: the middle half of the pairs"),
-        "regimes": (_regimes_figure(log, sets), _regimes_in_words(log, sets), "share of pairs in each regime"),
-    }  # fmt: skip
-    if losses := _losses(run_dir):
-        words = ", ".join(f"{name} from {number(v[0][1])} to {number(v[-1][1])}" for name, v in losses.items())
-        figures["loss"] = (_loss_figure(losses), f"The loss over the updates: {words}.", "loss")
-    pictures = []
-    for name, (image, alt, caption) in figures.items():
-        (folder / f"{name}.png").write_bytes(image)
-        pictures.append(picture(image, alt, caption, wide=name != "loss"))
-    lead, verdict = _verdict_section(run_dir)
+    record = read_record(run_dir)
+    config = record.get("config") or {}
+    moved, note = _last(run_dir, table, config)
+    courses = _courses(table)
+    pairs = parts.pair_table(moved, f"{run_dir.name}_pairs", f"ches show {elements.quoted(run_dir)}")
+    found = {name: _diagnosis(run_dir, moved, name) for name in moved.present}
+    first_step = int(max(table["step"].to_numpy()))
+    change, absolute = parts.course_figures(courses)
+    counts = record.get("counts") or {}
+    dropped = {"dropped before training": int(counts.get("dropped", 0))}
+    margins = [parts.margin_figure(c) for c in courses if np.isfinite(c.rejected).all()]
     body = [
-        ("reading", "How to read this", paragraphs(*READING)),
-        ("verdict", "Verdict", verdict),
-        ("course", "Over the updates", gallery(pictures)),
-        ("pairs", "Chosen responses that fell most", _fallen_section(table, log, sets[0])),
-        ("limits", "What this does not show", paragraphs(*LIMITS)),
-        ("provenance", "Provenance", _provenance_section(run_dir)),
+        Section(anchor="course", heading="Over the updates", body=gallery([change, parts.pair_scatter(moved, pairs)])),
+        Section(anchor="pairs", heading="All watched pairs", body=elements.table_body()),
+        Section(
+            anchor="margin",
+            heading="The margin and the regimes",
+            body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(run_dir)]),
+        ),
+        Section(anchor="mass", heading="Where the mass went", body=probe_section(run_dir)),
+        Section(
+            anchor="against",
+            heading="What was known before, against what happened",
+            body=parts.score_section(moved, pairs),
+        ),
+        Section(anchor="health", heading="Data health", body=parts.health_section(moved, dropped)),
+        Section(anchor="reading", heading="How to read this", body=paragraphs(*essays.CHANGE_READING), folded=True),
+        Section(
+            anchor="limits", heading="What this does not show", body=paragraphs(*essays.CHANGE_LIMITS), folded=True
+        ),
+        provenance(record),
     ]
-    text = page("Displacement in a training run", paragraphs(lead), [part for part in body if part[2]])
-    with replacing(out / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    return out / "report.html"
+    headline, tone = _headline(found, first_step)
+    return Page(
+        kind="ches train",
+        title=f"{headline}: {run_dir.name}",
+        headline=headline,
+        subtitle=elements.subtitle(
+            model_name(record),
+            str(record.get("loss") or config.get("loss") or ""),
+            f"{first_step} updates",
+            short_path(config.get("pairs")),
+            ", ".join(f"{int((moved.sets == s).sum()):,} {set_name(s)} pairs watched" for s in moved.present),
+            str(run_dir),
+        ),
+        answers=_answers(run_dir, found, moved, record, _losses(run_dir), pairs),
+        tone=tone,
+        notes=[note] if note else [],
+        sections=[s for s in body if s.body],
+        pairs=pairs,
+    )
 
 
-def _read_log(run_dir: Path) -> "pa.Table":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _read_log(run_dir: Path) -> pa.Table:
     whole = run_dir / FILE_NAME
     paths = [whole] if whole.exists() else sorted((run_dir / PARTS).glob("step-*.parquet"))
     if not paths:
@@ -98,99 +101,218 @@ def _read_log(run_dir: Path) -> "pa.Table":
         raise RunError(f"{run_dir}: its displacement log cannot be read ({error})") from None
 
 
-def _verdict_section(run_dir: Path) -> tuple[str, str]:
-    """The line under the title, and the intervals behind it."""
+def _last(run_dir: Path, table: pa.Table, config: Mapping[str, Any]) -> tuple[Moved, str]:
+    """The pairs of each set at their last evaluation, and a note where their texts cannot be had."""
+    step, sets = table["step"].to_numpy(), np.array(table["set"].to_pylist())
+    last = np.zeros(len(table), dtype=bool)
+    for name in np.unique(sets):
+        last |= (sets == name) & (step == step[sets == name].max())
+    rows = table.take(np.flatnonzero(last))
+    ids = rows["row_id"].to_pylist()
+    texts, categories, note = _texts(config, ids)
+    names = ("chosen_tokens", "rejected_tokens", "logp_chosen", "logp_rejected")
+    numbers = {n: rows[n].to_numpy().astype(np.float64) for n in names if n in rows.column_names}
+    numbers |= elements.joined(run_dir, ids)
+    return Moved(
+        sets=sets[last],
+        row_ids=ids,
+        index=rows["index"].to_numpy(),
+        chosen=rows["dlogp_chosen"].to_numpy(),
+        rejected=rows["dlogp_rejected"].to_numpy(),
+        numbers=numbers,
+        words={"category": categories},
+        texts=texts,
+        tolerance=float(config.get("tolerance") or 0.05),
+    ), note
+
+
+def _texts(config: Mapping[str, Any], ids: Sequence[str]) -> tuple[dict[str, list[str]], list[str], str]:
     try:
-        diagnosis = diagnose_changes(read_run(run_dir))
-    except ChesError as error:
-        return "No verdict.", paragraphs(str(error))
-    rows = [[name, *_interval(diagnosis, name)] for name in diagnosis.directions]
-    header = ["mean change, nats", "", "mean", "95% from", "to"]
-    lead = f"Verdict: {diagnosis.verdict}, from {diagnosis.pairs} {diagnosis.unit} of {diagnosis.source}."
-    return lead, data_table(header, rows, text_columns=2) + paragraphs(
-        *(f"{question.capitalize()} {answer}." for question, answer in diagnosis.questions.items()),
-        *(f"Note: {caveat}." for caveat in diagnosis.caveats),
+        texts, categories = texts_by_id(_source(config), ids)
+    except (ChesError, OSError) as error:
+        return {}, [], f"Texts are not shown: {error}"
+    if not any(texts["chosen"]) and not any(texts["rejected"]):
+        return {}, [], "Texts are not shown: the watched rows are not in the pairs file any more."
+    return texts, categories, ""
+
+
+def _source(config: Mapping[str, Any]) -> Iterator[SourceRow]:
+    """The training rows, then the held-out ones where they are a file of their own."""
+    if not config.get("pairs"):
+        raise RunError("no run.json names the pairs that were trained on")
+    for name in ("pairs", "eval_pairs"):
+        if config.get(name):
+            spec = bundled.located(config[name], bundled.pairs_file)
+            source = open_pairs(spec, config.get("split"), config.get("columns") or {}, config.get("candidates"))
+            limit = config.get("limit") if name == "pairs" else None
+            yield from itertools.chain.from_iterable(itertools.islice(source.rows_from(0), limit))
+
+
+def _courses(table: pa.Table) -> list[Course]:
+    """Means at each evaluation of each set, held-out pairs first."""
+    step, sets = table["step"].to_numpy(), np.array(table["set"].to_pylist())
+    names = ("dlogp_chosen", "dlogp_rejected", "logp_chosen", "logp_rejected")
+    log = {n: table[n].to_numpy() if n in table.column_names else np.full(len(table), np.nan) for n in names}
+    regime = np.array(table["regime"].to_pylist())
+    courses = []
+    for name in [*(s for s in parts.SETS if (sets == s).any()), *sorted(set(sets.tolist()) - set(parts.SETS))]:
+        steps = np.unique(step[sets == name])
+        at = [(sets == name) & (step == s) for s in steps]
+        mean = {n: np.array([_mean(values[rows]) for rows in at]) for n, values in log.items()}
+        middle = {side: _quartiles([log[f"dlogp_{side}"][rows] for rows in at]) for side in ("chosen", "rejected")}
+        shares = [parts.regime_shares(regime[rows]) for rows in at]
+        courses.append(
+            Course(
+                set=name,
+                steps=steps,
+                chosen=mean["dlogp_chosen"],
+                rejected=mean["dlogp_rejected"],
+                logp_chosen=mean["logp_chosen"],
+                logp_rejected=mean["logp_rejected"],
+                middle={side: ends for side, ends in middle.items() if np.isfinite(ends).all()},
+                shares={r: np.array([s[r] for s in shares]) for r in REGIMES} if (regime != "").any() else {},
+            )
+        )
+    return courses
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+def _quartiles(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    finite = [g[np.isfinite(g)] for g in groups]
+    low, high = ([float(np.quantile(g, q)) if g.size else float("nan") for g in finite] for q in (0.25, 0.75))
+    return np.array(low), np.array(high)
+
+
+def _diagnosis(run_dir: Path, moved: Moved, name: str) -> Diagnosis | str:
+    """The verdict on one set, or why there is none."""
+    inside = (moved.sets == name) & np.isfinite(moved.chosen) & np.isfinite(moved.rejected)
+    if not inside.any():
+        return "single responses, of which no two make a pair"
+    if not moved.chosen[inside].any() and not moved.rejected[inside].any():
+        return "holds step 0 only; there is no change to judge yet"
+    changes = Changes(
+        moved.chosen[inside], moved.rejected[inside], f"{run_dir}, {set_name(name)}", (), moved.index[inside]
     )
+    try:
+        return diagnose_changes(changes, moved.tolerance)
+    except ChesError as error:
+        return str(error)
 
 
-def _interval(diagnosis: Diagnosis, name: str) -> list[str]:
-    interval = getattr(diagnosis, name)
-    return [diagnosis.directions[name], *(f"{v:+.3f}" for v in (interval.mean, interval.low, interval.high))]
+def _headline(found: Mapping[str, Diagnosis | str], step: int) -> tuple[str, Tone]:
+    """The answer in one sentence, and how it sounds."""
+    told = {name: d for name, d in found.items() if not isinstance(d, str)}
+    if not told:
+        return "No verdict on this training run yet", "plain"
+    name, d = next(iter(told.items()))
+    where = f"on {set_name(name)} pairs" if name != "held_out" else "on held-out pairs"
+    words, tone = VERDICT_WORDS[d.verdict]
+    text = f"{words} {where}: {nats(d.chosen.mean)} nats after {step} updates"
+    other = [(n, o) for n, o in told.items() if n != name]
+    if other and other[0][1].verdict != d.verdict:
+        text += f"; on {set_name(other[0][0])} pairs {nats(other[0][1].chosen.mean)}"
+    return text, tone
 
 
-def _steps(log: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    return np.unique(log["step"][log["set"] == name])
+VERDICT_WORDS: dict[str, tuple[str, Tone]] = {
+    "displaced": ("The chosen responses fell", "bad"),
+    "chosen_down": ("The chosen responses fell, and the margin did not clearly rise", "bad"),
+    "not_displaced": ("The chosen responses did not fall", "good"),
+    "undecided": ("Whether the chosen responses fell is undecided", "unsure"),
+}
+"""How a verdict begins the page, and its tone."""
 
 
-def _at(log: Mapping[str, np.ndarray], name: str, step: int, column: str) -> np.ndarray:
-    """The finite numbers of a column in one set at one evaluation."""
-    values = log[column][(log["set"] == name) & (log["step"] == step)]
-    return values[np.isfinite(values)]
-
-
-def _changes_figure(log: Mapping[str, np.ndarray], sets: Sequence[str]) -> bytes:
-    figure, axes = panels(1, len(sets), (3.6, 2.8), sharey=True)
-    for ax, name in zip(axes, sets, strict=True):
-        ax.axhline(0, color=INK, linewidth=0.6)
-        for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
-            by_step = [(s, _at(log, name, s, f"dlogp_{side}")) for s in _steps(log, name)]
-            by_step = [(s, values) for s, values in by_step if values.size]
-            if by_step:
-                steps = [s for s, _ in by_step]
-                low, high = zip(*(np.quantile(values, [0.25, 0.75]) for _, values in by_step), strict=True)
-                ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-                ax.plot(steps, [v.mean() for _, v in by_step], color=colour, marker="o", markersize=3, label=side)
-        ax.set(xlabel="update", ylabel="change, nats")
-        ax.set_title(SETS[name], fontsize=9)
-        ax.legend(frameon=False, fontsize=8)
-    return png(figure)
-
-
-def _changes_in_words(log: Mapping[str, np.ndarray], sets: Sequence[str]) -> str:
-    parts = []
-    for name in sets:
-        last = int(_steps(log, name)[-1])
-        means = [
-            f"{side} {values.mean():+.3f}"
-            for side in ("chosen", "rejected")
-            if (values := _at(log, name, last, f"dlogp_{side}")).size
-        ]
-        parts.append(f"{SETS[name]} at update {last}: {', '.join(means)} nats")
-    return f"Mean change of log-probabilities over the updates; {'; '.join(parts)}."
-
-
-def _shares(log: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Share of each regime at each evaluation, [evaluations, regimes]; zeros where no pair has one."""
-    rows = []
-    for step in _steps(log, name):
-        regimes = log["regime"][(log["set"] == name) & (log["step"] == step)]
-        counts = np.array([(regimes == regime).sum() for regime in REGIMES], float)
-        rows.append(counts / max(counts.sum(), 1))
-    return np.array(rows)
-
-
-def _regimes_figure(log: Mapping[str, np.ndarray], sets: Sequence[str]) -> bytes:
-    figure, axes = panels(1, len(sets), (3.6, 2.8), sharey=True)
-    for ax, name in zip(axes, sets, strict=True):
-        steps, shares = _steps(log, name), _shares(log, name)
-        bottom = np.zeros(len(steps))
-        for k, regime in enumerate(REGIMES):
-            ax.bar(range(len(steps)), shares[:, k], bottom=bottom, color=PALETTE[k], width=0.9, label=regime)
-            bottom += shares[:, k]
-        shown = range(0, len(steps), max(1, len(steps) // 6))
-        ax.set_xticks([*shown], [str(steps[i]) for i in shown])
-        ax.set(xlabel="update", ylabel="share of pairs", ylim=(0, 1))
-        ax.set_title(SETS[name], fontsize=9)
-    axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return png(figure)
-
-
-def _regimes_in_words(log: Mapping[str, np.ndarray], sets: Sequence[str]) -> str:
-    parts = [
-        f"{SETS[name]}: {', '.join(f'{r} {s:.0%}' for r, s in zip(REGIMES, _shares(log, name)[-1], strict=True))}"
-        for name in sets
+def _answers(
+    run_dir: Path,
+    found: Mapping[str, Diagnosis | str],
+    moved: Moved,
+    record: Mapping[str, Any],
+    losses: Mapping[str, Sequence[tuple[int, float]]],
+    pairs: Any,
+) -> list[tuple[str, str]]:
+    fell = []
+    for name, d in found.items():
+        title = f"{set_name(name)[0].upper()}{set_name(name)[1:]}"
+        if isinstance(d, str):
+            fell.append(f"{title}: no verdict ({escape(d)}).")
+            continue
+        word = d.questions["did the chosen responses fall?"]
+        share = percent(float(d.summary["displacement/lld_rate"]))
+        few = f", {d.records} rows are few" if d.records < FEWEST else ""
+        fell.append(
+            f'{escape(title)}: <span class="tones">{word}</span>, {_interval(d.chosen)} nats, '
+            f"{share} of {d.pairs:,} pairs{few}; margin {_interval(d.margin)}."
+        )
+    config = record.get("config") or {}
+    export = run_dir / "model"
+    model = export if export.is_dir() else "MODEL"
+    harm = (
+        "Not measured by log-probabilities. Generate with both models and judge: "
+        f"<code>ches generate --model {elements.shown(model)} --prompts PROMPTS --out g &amp;&amp; "
+        "ches judge --responses g/responses.jsonl --out j</code>"
+    )
+    return [
+        ("Did chosen fall?", " ".join(fell)),
+        ("A bug?", _bug_words(losses, str(config.get("loss", "")), record)),
+        ("Harm?", harm),
+        ("What to do?", _advice(found, moved, pairs)),
     ]
-    return f"Share of pairs in each regime over the updates; at the last, {'; '.join(parts)}."
+
+
+def _interval(found: Interval) -> str:
+    if not found.known:
+        return nats(found.mean)
+    return f"{nats(found.mean)} <small>[{nats(found.low)}, {nats(found.high)}]</small>"
+
+
+def _bug_words(losses: Mapping[str, Sequence[tuple[int, float]]], loss: str, record: Mapping[str, Any]) -> str:
+    """What the log says of the run itself."""
+    values = losses.get("loss") or []
+    told = []
+    if values:
+        step, first = values[0]
+        begins = f"The loss begins at {readable(first, 3)}"
+        if loss == "dpo" and step <= 1:
+            near = abs(first - np.log(2)) < 0.02
+            begins += " (ln 2, as it must)" if near else " and not at ln 2: policy and reference differ at the start"
+        told = [begins, f"ends at {readable(values[-1][1], 3)}"]
+        if not np.isfinite([value for _, value in values]).all():
+            told.append("is not finite on the way")
+    status = record.get("status")
+    tail = f" The run is {escape(str(status))}." if status and status != "done" else ""
+    return (escape(", ".join(told)) + "." if told else "No log of the loss.") + tail
+
+
+def _advice(found: Mapping[str, Diagnosis | str], moved: Moved, pairs: Any) -> str:
+    """What follows from the verdict, and from what it follows."""
+    told = {name: d for name, d in found.items() if not isinstance(d, str)}
+    if not told:
+        return "Go on until there is an evaluation after update 0."
+    name, d = next(iter(told.items()))
+    inside = np.flatnonzero((moved.sets == name) & (moved.chosen < 0))
+    order = inside[np.argsort(moved.chosen[inside], kind="stable")][:3]
+    links = ", ".join(elements.row_link(pairs, int(p)) for p in order)
+    worst = f" Look first at {links}." if links else ""
+    if d.verdict == "not_displaced":
+        return f"Nothing for the chosen responses' sake.{worst}"
+    if d.verdict == "undecided":
+        return f"The interval holds falls and rises: hold out more pairs or train longer before a change.{worst}"
+    trained = told.get("train")
+    if trained is not None and name == "held_out" and trained.verdict == "not_displaced":
+        return (
+            "The training pairs did not fall, the held-out ones did: the margin was memorised. Fewer updates or more "
+            f"pairs come before any filtering of pairs.{worst}"
+        )
+    return (
+        "Measure harm before anything is changed. Then, in the order of their price: a likelihood term on the chosen "
+        f"response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their scores "
+        f"(<code>ches select</code>).{worst}"
+    )
 
 
 def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -210,42 +332,23 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return losses
 
 
-def _loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    figure, (axes,) = panels(1, 1, (3.6, 2.8))
-    names = {"loss": ("training", BLUE), "eval_loss": ("held-out", ORANGE)}
-    for name, values in losses.items():
-        label, colour = names[name]
-        axes.plot(*zip(*values, strict=True), color=colour, label=label, linewidth=1.2)
-    axes.set(xlabel="update", ylabel="loss")
-    axes.legend(frameon=False, fontsize=8)
-    return png(figure)
-
-
-def _fallen_section(table: "pa.Table", log: Mapping[str, np.ndarray], name: str) -> str:
-    last = _steps(log, name)[-1]
-    positions = np.flatnonzero((log["set"] == name) & (log["step"] == last) & (log["dlogp_chosen"] < 0))
-    positions = positions[np.argsort(log["dlogp_chosen"][positions], kind="stable")][:SHOWN]
-    if not positions.size:
-        return paragraphs(f"None of the {SETS[name]} lost probability of its chosen response at update {last}.")
-    columns = ("dlogp_chosen", "dlogp_rejected", "margin")
-    rows = [
-        [row["regime"], row["row_id"][:12], row["index"], *(_signed(row[c]) for c in columns), row["chosen_tokens"],
-         row["rejected_tokens"]]
-        for row in table.take(positions).to_pylist()
-    ]  # fmt: skip
-    header = ["regime", "row_id", "row", "chosen, nats", "rejected", "margin", "chosen tokens", "rejected tokens"]
-    words = f"Of the {SETS[name]} at update {last}, the largest falls first."
-    return paragraphs(words) + data_table(header, rows, text_columns=2)
-
-
-def _signed(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:+.3f}"
-
-
-def _provenance_section(run_dir: Path) -> str:
-    path = run_dir / "run.json"
-    try:
-        run: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _loss_figure(run_dir: Path) -> str:
+    losses = _losses(run_dir)
+    if not losses:
         return ""
-    return data_table(["what", "value"], flat(run)[:200], text_columns=2)
+    names = {"loss": "training", "eval_loss": "held out"}
+    series = [
+        svg.Series(
+            name=names[n],
+            x=np.array([s for s, _ in v]),
+            y=np.array([x for _, x in v]),
+            colour=k,
+            dashed=k == 1,
+            marks=n == "eval_loss",
+        )
+        for k, (n, v) in enumerate(losses.items())
+    ]
+    words = ", ".join(f"{names[n]} from {readable(v[0][1], 3)} to {readable(v[-1][1], 3)}" for n, v in losses.items())
+    return figure(
+        "loss", "Loss", svg.lines(series, x="update", y="loss"), f"The loss over the updates: {words}.", f"{words}."
+    )

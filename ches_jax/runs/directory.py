@@ -6,7 +6,7 @@ A directory is made new, or resumed when asked and when it holds the same run; i
 import dataclasses
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,24 @@ def new_name(parent: Path, verb: str) -> Path:
     return path
 
 
-def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> None:
-    """Make ``out`` a run directory, or check that it holds this very run.
+def open_run(
+    out: Path, verb: str, identity: dict[str, Any], resume: bool, *, other_versions: bool = False
+) -> dict[str, Any]:
+    """Make ``out`` a run directory, or check that it holds this very run; returns what its ``config.json`` holds.
 
     Args:
       out: the directory.
       verb: the command the run belongs to.
-      identity: everything that decides the results (options and fingerprints); written to ``config.json``.
+      identity: everything that decides the results (options and fingerprints); written to ``config.json`` with the
+        versions of the packages.
       resume: go on with a run that is there; without it a directory with content is refused.
+      other_versions: go on although packages have other versions than at the start.
 
     Raises:
-      RunError: the directory holds something else, or a run with other options or inputs (each difference named).
+      RunError: the directory holds something else, or a run with other options, inputs or versions (each difference
+        named).
     """
-    identity = {"verb": verb, **json.loads(json.dumps(identity))}
+    identity = {"verb": verb, **json.loads(json.dumps(identity)), "versions": versions()}
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: is a file; --out names a directory")
     # a process beside this one may be writing its temporary file
@@ -85,26 +90,75 @@ def open_run(out: Path, verb: str, identity: dict[str, Any], resume: bool) -> No
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
         there = read_json(out / CONFIG)
-        if different := differences(there, identity):
+        if different := differences(_of_content(there), _of_content(identity)):
             raise RunError(many(f"{out} holds another run; give a new directory with --out", different))
         if not resume:
             raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
-        return
+        _require_versions(out, there, identity, other_versions)
+        return there
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, identity)
+    return identity
+
+
+def _of_content(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "versions"}
+
+
+def _require_versions(out: Path, there: Mapping[str, Any], now: Mapping[str, Any], other_versions: bool) -> None:
+    """Before any work: a run goes on with the versions it began with, unless other ones are accepted."""
+    began = there.get("versions")
+    if other_versions or not isinstance(began, dict) or (out / RUN).exists():  # up to 0.2 they were not kept
+        return
+    if different := differences(began, now["versions"]):
+        raise RunError(
+            many(f"{out}: was begun with other versions", different)
+            + "\nwhat to do: install those, or add --other-versions to go on with these (rounding may differ)"
+        )
+
+
+def write_summary(out: Path, facts: Mapping[str, Any]) -> None:
+    """``run.json``: what ``config.json`` holds, the versions, and ``facts``. A run that has it is finished."""
+    began = read_json(out / CONFIG)
+    now = versions()
+    at_start = {} if began.get("versions") in (None, now) else {"versions_at_start": began["versions"]}
+    write_json(out / RUN, {**began, "versions": now, **at_start, **facts})
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities (JSON values) differ in, in words.
+    """What two identities (JSON values) differ in, in words: each option, each file.
 
-    >>> differences({"eos": "include", "limit": 4}, {"eos": "exclude", "limit": 4})
+    Where both tell every file that was opened, the fingerprints that follow from these are passed over.
+
+    >>> differences({"config": {"eos": "include", "limit": 4}}, {"config": {"eos": "exclude", "limit": 4}})
     ["eos: 'include' there, 'exclude' now"]
+    >>> differences({"opened": {"model": {"a.json": "1f"}}}, {"opened": {"model": {"a.json": "2e"}}})
+    ['--model, a.json: sha256 1f there, sha256 2e now']
     """
+    both = "opened" in there and "opened" in now
+    one, other = ({k: v for k, v in some.items() if _compared(k, both)} for some in (there, now))
+    lines = _lines(one.pop("config", {}), other.pop("config", {}))
+    files_there, files_now = one.pop("opened", {}), other.pop("opened", {})
+    for option in sorted({*files_there, *files_now}):
+        files = [some.get(option, {}) for some in (files_there, files_now)]
+        for name in sorted({*files[0], *files[1]}):
+            before, after = (f"sha256 {some[name][:12]}" if name in some else "no such file" for some in files)
+            if before != after:
+                lines.append(f"--{option.replace('_', '-')}, {name}: {before} there, {after} now")
+    return [*lines, *_lines(one, other)]
+
+
+def _compared(name: str, files_are_told: bool) -> bool:
+    return not name.endswith("_fingerprint") if files_are_told else name != "opened"
+
+
+def _lines(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     keys = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     return [f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 
 
-def as_dict(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
-    """A config dataclass as plain JSON values, ``without`` the options that do not decide the run."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values, without the fields that do not decide the run (``not_identity``)."""
+    decides = {f.name for f in dataclasses.fields(config) if f.metadata.get("identity", True)}
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k in decides}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -62,7 +62,10 @@ def read_object(path: Path, error: type[ChesError], expected: str) -> dict[str, 
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent}: no {path.name}; expected {expected}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # bytes that are no UTF-8, no JSON, a number of too many digits, a deep nest
         raise error(f"{path}: not valid JSON ({e})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ches_jax.options import ModelOptions, PairOptions, require_dtype, require_positive
+from ches_jax.options import ModelOptions, PairOptions, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
 
@@ -22,7 +22,7 @@ class ScoreConfig(PairOptions, ModelOptions):
 
     adapter: str | None = None
     """PEFT adapter (directory or hub name) to score the model with."""
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Run directory; default: the first free runs/score-NNN."""
     by: Literal["ches", "head_score"] = "ches"
     """head_score: the exact alpha-weighted score beside CHES (walks the vocabulary: a few times the work)."""
@@ -41,19 +41,15 @@ class ScoreConfig(PairOptions, ModelOptions):
     """Tokens per device and step; default: 2048 on a CPU, 16384 on an accelerator; auto: what the memory holds."""
     chunk_rows: int = 1024
     """Rows per part file: what a killed run loses at most."""
-    mesh: str | None = None
+    mesh: str | None = not_identity(None)
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
-    attention: str = "auto"
+    attention: str = not_identity("auto")
     """How attention is computed: pallas-tpu, pallas-gpu, blocks or dense; auto: the best that runs here and agrees with
     dense, which is checked."""
-    distributed: str = "off"
+    distributed: str = not_identity("off")
     """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge."""
-    compilation_cache: str | None = None
+    compilation_cache: str | None = not_identity(None)
     """Directory that keeps compiled programs between runs."""
-
-
-NOT_IDENTITY = ("out", "mesh", "attention", "distributed", "compilation_cache")
-"""Options that say where and by whom, which does not change a score beyond rounding."""
 
 
 def with_defaults(config: ScoreConfig) -> ScoreConfig:

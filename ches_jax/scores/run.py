@@ -14,33 +14,30 @@ from typing import Any
 from tqdm import tqdm
 
 from ches_jax.data.audit import require_clean
-from ches_jax.data.tokenize import tokenizer_fingerprint
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.distributed.processes import Process, start_processes
 from ches_jax.errors import ChesError
-from ches_jax.hf.directory import fingerprint
-from ches_jax.inputs import Inputs, audit, prepare
+from ches_jax.inputs import Inputs, Opener, audit, open_model_and_pairs
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
-    RUN,
     as_dict,
     device_name,
     open_run,
     read_json,
     versions,
-    write_json,
+    write_summary,
 )
 from ches_jax.runs.progress import say
 from ches_jax.scores import parts
-from ches_jax.scores.config import NOT_IDENTITY, ScoreConfig, with_defaults
+from ches_jax.scores.config import ScoreConfig, with_defaults
 from ches_jax.scores.forward import Outputs
 from ches_jax.scores.in_memory import pair_scorer, score_chunk
 from ches_jax.scores.scorer import PairScorer
 from ches_jax.scores.table import FILE_NAME
 
 
-def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> Path:
+def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Score every pair of a data set; returns the run directory.
 
     >>> from tempfile import TemporaryDirectory
@@ -62,10 +59,10 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False) -> 
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with jax.enable_x64(config.dtype == "float64"):
-        return _score(config, process, resume, quiet)
+        return _score(config, process, resume, quiet, other_versions)
 
 
-def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> Path:
+def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, other_versions: bool) -> Path:
     from ches_jax.models.adapters import peft
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
@@ -74,7 +71,9 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     assert config.out is not None
     out = Path(config.out)
     mesh = make_mesh(config.mesh)
-    inputs = prepare(config)
+    opener = Opener()
+    inputs = open_model_and_pairs(config, opener)
+    adapter = None if config.adapter is None else opener.adapter(config.adapter)
     total = None
     if config.on_bad_row == "error":
         say(f"checking {inputs.source.name}", quiet=quiet)
@@ -82,21 +81,18 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
         audited = audit(inputs)
         require_clean(audited, inputs.source.name)
         total = audited.rows
-    attention = choose_attention(config.attention, inputs.decoder, config.dtype)
+    attention = choose_attention(config.attention, inputs.model.decoder, config.dtype)
     for fault in attention.rejected:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
-    adapter = None if config.adapter is None else peft.adapter_directory(config.adapter)
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
-    say(f"loading the model ({inputs.directory})", quiet=quiet)
-    model = load(inputs.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
-    identity = _identity(config, inputs)
-    if adapter is not None:
-        identity["adapter_fingerprint"] = peft.adapter_fingerprint(adapter)
+    say(f"loading the model ({inputs.model.directory})", quiet=quiet)
+    model = load(inputs.model.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
+    identity = {"config": as_dict(config), **opener.identity()}
     # the other processes join the directory that the first one makes
-    open_run(out, "score", identity, resume or process.count > 1)
+    began = open_run(out, "score", identity, resume or process.count > 1, other_versions=other_versions)
     if (out / FILE_NAME).exists():
         return out
-    metadata = _metadata(identity, model.config.family)
+    metadata = _metadata(identity, model.config.family, began.get("versions") or versions())
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
@@ -105,6 +101,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool) -> 
     started = time.perf_counter()
     scored = _score_chunks(out, inputs, config, scorer, metadata, process, total, quiet or process.id > 0)
     seconds = time.perf_counter() - started
+    opener.require_unchanged()
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
@@ -172,20 +169,10 @@ def _finish(out: Path, facts: dict[str, Any]) -> None:
     counts = parts.merge(out)
     if not counts["rows"]:
         raise ChesError(f"{out}: the pairs have no rows")
-    write_json(out / RUN, {**read_json(out / CONFIG), "versions": versions(), "counts": counts, **facts})
+    write_summary(out, {"counts": counts, **facts})
 
 
-def _identity(config: ScoreConfig, inputs: Inputs) -> dict[str, Any]:
-    """What makes two runs the same run: options that decide results, and what the inputs hold."""
-    return {
-        "config": as_dict(config, NOT_IDENTITY),
-        "model_fingerprint": fingerprint(inputs.directory),
-        "tokenizer_fingerprint": tokenizer_fingerprint(inputs.tokenizer.tokenizer),
-        "data_fingerprint": inputs.source.fingerprint(),
-    }
-
-
-def _metadata(identity: dict[str, Any], family: str) -> dict[str, Any]:
+def _metadata(identity: dict[str, Any], family: str, at_start: dict[str, str]) -> dict[str, Any]:
     """Provenance of the table; without times, so that equal runs give equal bytes."""
     config = identity["config"]
     shown = {k: v for k, v in config.items() if v not in (None, {}, False)}
@@ -204,6 +191,6 @@ def _metadata(identity: dict[str, Any], family: str) -> dict[str, Any]:
         "dtype": config["dtype"],
         "param_dtype": config["param_dtype"] or "stored",
         "accumulation": "float64" if config["dtype"] == "float64" else "float32",
-        "versions": versions(),
+        "versions": at_start,
         "command": " ".join(["ches score", *words]),
     }

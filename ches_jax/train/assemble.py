@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,9 +57,9 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
     config = run.config
     if run.process.first:
         write_dropped(run.out / DROPPED, run.pairs.dropped)
-    loaded = load_parameters(run.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
+    loaded = load_parameters(run.model.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
     policy, params = make_policy(
-        loaded, run.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
+        loaded, run.model.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
     )
     evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
     initial = policy.parameters(params)
@@ -70,7 +69,7 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
         {"train": run.train, "held_out": run.held_out},
         run.identity,
         initial=evaluate.under(initial, per_token=reads_reference_tokens(run.loss)),
-        other=partial(OtherModel, run),
+        other=None if run.reference is None else OtherModel(run, run.reference),
         folder=Path(config.reference_cache) if config.reference_cache else run.out,
         write=run.process.first,
     )

@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from ches_jax.displacement.changes import TOLERANCE
-from ches_jax.options import ModelOptions, Numbers, PairOptions
+from ches_jax.options import ModelOptions, Numbers, PairOptions, not_identity
 from ches_jax.types import OnBadRow, SftUnit
 
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -21,7 +21,7 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PairOptions, ModelOptions):
-    """A training run. All fields but those of ``NOT_IDENTITY`` decide it.
+    """A training run. All fields but those of ``not_identity`` decide it.
 
     >>> TrainConfig(loss="simpo", lora_rank=8).model
     'bundled'
@@ -31,7 +31,7 @@ class TrainConfig(PairOptions, ModelOptions):
     """Held-out pairs, read as --pairs is."""
     holdout: int = 0
     """Hold out so many rows of --pairs, drawn by --seed."""
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Run directory; default: the first free runs/train-NNN."""
 
     loss: str = "dpo"
@@ -50,7 +50,7 @@ class TrainConfig(PairOptions, ModelOptions):
     reference: str = "initial"
     """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
     or a cache file written before."""
-    reference_cache: str | None = None
+    reference_cache: str | None = not_identity(None)
     """Folder that keeps reference log-probabilities between runs; default: the run directory."""
 
     lora_rank: int | None = None
@@ -92,11 +92,11 @@ class TrainConfig(PairOptions, ModelOptions):
     """Dtype of the computation: float32, bfloat16, float16 or float64. Master weights are float32 at least."""
     remat: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
-    attention: str = "auto"
+    attention: str = not_identity("auto")
     """How attention is computed where no gradient is taken, as in `ches score`."""
-    mesh: str | None = None
+    mesh: str | None = not_identity(None)
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
-    distributed: str = "off"
+    distributed: str = not_identity("off")
     """Join other processes: off, auto (the cluster knows), or coordinator:port,n,id. All see the same --out directory;
     the first one writes."""
     row_tokens: int | None = None
@@ -113,20 +113,13 @@ class TrainConfig(PairOptions, ModelOptions):
     """Updates between evaluations of the displacement; default: at the start and at the end."""
     tolerance: float = TOLERANCE
     """Changes up to so many nats count as none."""
-    tracker: tyro.conf.UseAppendAction[tuple[TrackerName, ...]] = ()
+    tracker: tyro.conf.UseAppendAction[tuple[TrackerName, ...]] = not_identity(())
     """Show the numbers there too (repeatable): tensorboard (OUT/tensorboard), wandb (its WANDB_* variables hold)."""
-    save_every: int | None = None
+    save_every: int | None = not_identity(None)
     """Updates between checkpoints; default: at the end, and when told to stop."""
-    keep: int = 2
+    keep: int = not_identity(2)
     """How many checkpoints are kept: the last ones."""
-    keep_best: str | None = None
+    keep_best: str | None = not_identity(None)
     """Keep the best one too: METRIC[:min|max] of the evaluations, such as eval_loss:min; each evaluation is saved."""
-    export: bool = True
+    export: bool = not_identity(True)
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
-
-
-NOT_IDENTITY = (
-    "out", "mesh", "distributed", "attention", "tracker", "save_every", "keep", "keep_best", "reference_cache",
-    "export",
-)  # fmt: skip
-"""Options that two runs may differ in and be the same run."""

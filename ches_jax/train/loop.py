@@ -42,6 +42,7 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
+    other_versions: bool = False,
     observers: Sequence[Observer | Watch] = (),
 ) -> Path:
     """Train, and return the run directory.
@@ -56,6 +57,7 @@ def train(
       config: what to train on what.
       resume: go on with the run that ``config.out`` holds.
       quiet: no progress.
+      other_versions: go on although packages have other versions than at the start.
       observers: the caller's own, whose numbers join ``metrics.jsonl``: objects of the protocol
         ``observe.observer.Observer``, each with its own schedule, or functions of the number of updates done and the
         model there, called before the first update and after each.
@@ -76,7 +78,7 @@ def train(
             identity = {**run.identity["config"], **prints}
             process.agree(identity)
             if process.first:
-                open_run(run.out, "train", identity, resume)
+                open_run(run.out, "train", identity, resume, other_versions=other_versions)
         with process.sharing_errors():
             if not (run.out / CONFIG).exists():
                 raise RunError(
@@ -173,10 +175,12 @@ def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
     """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
     prints = {}
     if policy.spec:
-        name = run.config.model if run.config.model != BUNDLED else str(run.directory)
-        prints["trained_adapter_fingerprint"] = export_adapter(policy, params, run.out / ADAPTER, run.directory, name)
+        name = run.config.model if run.config.model != BUNDLED else str(run.model.directory)
+        prints["trained_adapter_fingerprint"] = export_adapter(
+            policy, params, run.out / ADAPTER, run.model.directory, name
+        )
     if run.config.export:
-        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.directory)
+        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.model.directory)
     return prints
 
 
@@ -185,6 +189,7 @@ def _write_summary(
     seconds: float, steps: int,
 ) -> None:  # fmt: skip
     config, pairs = run.config, run.pairs
+    parameters = parameter_count(run.model.decoder) + (trained if run.lora else 0)
     write_json(
         run.out / RUN,
         {
@@ -197,7 +202,7 @@ def _write_summary(
             **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
             "trained_fingerprint": None,
             **exported,
-            "parameters": {"trained": trained, "all": parameter_count(run.decoder) + (trained if run.lora else 0)},
+            "parameters": {"trained": trained, "all": parameters},
             **({"lora": {name: one._asdict() for name, one in run.lora.spec.items()}} if run.lora else {}),
             "versions": versions(),
             "device": device_name(),

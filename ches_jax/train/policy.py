@@ -14,6 +14,7 @@ from flax import nnx
 
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import fingerprint
+from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.adapters.lora import (
     ALL_LINEAR,
     Spec,
@@ -25,7 +26,6 @@ from ches_jax.models.adapters.lora import (
 )
 from ches_jax.models.adapters.peft import (
     Adapter,
-    adapter_directory,
     adapter_fingerprint,
     read_adapter,
     write_adapter,
@@ -49,8 +49,6 @@ class Lora:
     spec: Spec
     start: Adapter | None = None
     """Where they start, if not from B = 0."""
-    fingerprint: str | None = None
-    """Of the directory they start from."""
 
 
 def require_lora_options(config: TrainConfig) -> None:
@@ -67,21 +65,20 @@ def require_lora_options(config: TrainConfig) -> None:
             raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
 
 
-def open_lora(config: TrainConfig, directory: Path, decoder: DecoderConfig) -> Lora | None:
+def open_lora(config: TrainConfig, model: ModelFiles, opener: Opener) -> Lora | None:
     """What the config says about adapters; None in full training.
 
     Raises:
       ChesError: targets that the model does not have, an adapter that does not fit.
     """
     if config.adapter is not None:
-        start = adapter_directory(config.adapter)
-        loaded = read_adapter(start, directory)
-        return Lora(loaded.spec, loaded, adapter_fingerprint(start))
+        start = read_adapter(opener.adapter(config.adapter), model.directory)
+        return Lora(start.spec, start)
     if config.lora_rank is None:
         return None
     alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     return Lora(
-        make_spec(config.lora_rank, alpha, config.lora_targets or ALL_LINEAR, decoder, rslora=config.lora_rslora)
+        make_spec(config.lora_rank, alpha, config.lora_targets or ALL_LINEAR, model.decoder, rslora=config.lora_rslora)
     )
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from ches_jax.errors import RunError
-from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.inputs import Opener
 from ches_jax.models.adapters.lora import merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
-from ches_jax.models.families.registry import decoder_config
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
 from ches_jax.train.config import TrainConfig
@@ -44,12 +43,12 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     options = read_json(out / CONFIG)
     if options.get("verb") != "train":
         raise RunError(f"{out}: a run of `ches {options.get('verb')}`; only those of `ches train` have checkpoints")
-    directory = resolve(options["model"])
-    if fingerprint(directory) != options["model_fingerprint"]:
-        raise RunError(f"{directory}: not the weights that the run {out} started from")
-    decoder = decoder_config(read_config(directory), str(directory))
+    opener = Opener()
+    model = opener.model(options["model"])
+    if opener.identity()["model_fingerprint"] != options["model_fingerprint"]:
+        raise RunError(f"{model.directory}: not the weights that the run {out} started from")
     params = read_trained(out, step)
-    lora = open_lora(TrainConfig(**{name: options.get(name) for name in LORA_OPTIONS}), directory, decoder)  # type: ignore[arg-type]
+    lora = open_lora(TrainConfig(**{name: options.get(name) for name in LORA_OPTIONS}), model, opener)  # type: ignore[arg-type]
     if lora is not None:
-        params = merged({**named_parameters(load_model(directory)), **params}, lora.spec)
-    return with_parameters(abstract_decoder(decoder), params), directory
+        params = merged({**named_parameters(load_model(model.directory)), **params}, lora.spec)
+    return with_parameters(abstract_decoder(model.decoder), params), model.directory

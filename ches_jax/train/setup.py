@@ -1,6 +1,6 @@
 """Everything a run needs, opened and checked before the first number is computed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +15,16 @@ from ches_jax.data.packing import Item, responses_of
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
-from ches_jax.hf.directory import fingerprint, read_config, resolve
+from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
-from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
-from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.config import NOT_IDENTITY, TrainConfig
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
 from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
@@ -63,8 +61,10 @@ class Run:
     config: TrainConfig
     process: Process
     out: Path
-    directory: Path
-    decoder: DecoderConfig
+    model: ModelFiles
+    opener: Opener
+    reference: ModelFiles | None
+    """The model of ``--reference DIR``."""
     attention: Choice
     mesh: Mesh
     pairs: RunPairs
@@ -76,7 +76,11 @@ class Run:
     schedule: Schedule
     probes: Probes | None
     lora: Lora | None
-    identity: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the run: its options, and everything it opened."""
+        return {"config": as_dict(self.config), **self.opener.identity()}
 
     @property
     def master(self) -> str:
@@ -133,9 +137,10 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
     )
     require_reward_columns(config, loss)
-    directory = resolve(config.model)
-    decoder = decoder_config(read_config(directory), str(directory))
-    lora = open_lora(config, directory, decoder)
+    opener = Opener()
+    model = opener.model(config.model)
+    decoder = model.decoder
+    lora = open_lora(config, model, opener)
     mesh = make_mesh(config.mesh, everywhere=True)
     if needs_reference(loss) and config.reference == "none":
         raise ChesError(
@@ -146,7 +151,8 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
-    pairs = read_run_pairs(config, loss, directory, decoder, process)
+    reference = open_reference(config, loss, model, opener)
+    pairs = read_run_pairs(config, loss, model, opener, process)
     train, held_out = (
         make_examples(
             loss, some, extra, seed=config.seed, max_length=config.max_length or decoder.max_positions, eos=config.eos
@@ -162,19 +168,14 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     prompts = config.probes or (BUNDLED if config.model == BUNDLED else NO_PROBES)
     probes = None
     if prompts != NO_PROBES:
-        probes = read_probes(prompts, directory, decoder, template=config.template, max_length=config.max_length)
-    options = as_dict(config, NOT_IDENTITY)
-    identity = {"config": options, "model_fingerprint": fingerprint(directory), **pairs.fingerprints}
-    if probes is not None:
-        identity["probes_fingerprint"] = probes.fingerprint
-    if lora is not None and lora.fingerprint is not None:
-        identity["adapter_fingerprint"] = lora.fingerprint
+        probes = read_probes(prompts, model, opener, template=config.template, max_length=config.max_length)
     return Run(
         config=config,
         process=process,
         out=Path(config.out),
-        directory=directory,
-        decoder=decoder,
+        model=model,
+        opener=opener,
+        reference=reference,
         attention=choose_attention(config.attention, decoder, config.dtype),
         mesh=mesh,
         pairs=pairs,
@@ -193,8 +194,27 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
         probes=probes,
         lora=lora,
-        identity=identity,
     )
+
+
+def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: Opener) -> ModelFiles | None:
+    """The model of ``--reference DIR``; None where the reference is another.
+
+    Raises:
+      ChesError: it cannot be read, or has another vocabulary.
+    """
+    if not needs_reference(loss) or config.reference in ("initial", "none", "columns"):
+        return None
+    if config.reference.endswith(".parquet"):
+        opener.file(Path(config.reference), "reference")
+        return None
+    reference = opener.model(config.reference, "reference")
+    if reference.decoder.vocab_size != model.decoder.vocab_size:
+        raise ChesError(
+            f"--reference {reference.directory}: its vocabulary has {reference.decoder.vocab_size} tokens, the model's "
+            f"{model.decoder.vocab_size}; policy and reference share one tokenizer"
+        )
+    return reference
 
 
 def load_parameters(directory: Path, dtype: str, master: str | None, mesh: Mesh) -> dict[str, jax.Array]:
@@ -210,7 +230,7 @@ def references(
     identity: Mapping[str, Any],
     *,
     initial: Evaluate,
-    other: Callable[[Path], Evaluate],
+    other: Evaluate | None,
     folder: Path,
     write: bool = True,
 ) -> dict[str, Logps]:
@@ -222,7 +242,7 @@ def references(
       examples: by the name of their set.
       identity: of the run: fingerprints of model, tokenizer and adapter are read.
       initial: log-probabilities under the policy before the first update.
-      other: the same under a model directory.
+      other: the same under the model of ``--reference DIR``.
       folder: where the cache lies.
       write: whether this process writes it.
 
@@ -236,15 +256,16 @@ def references(
         return {name: PairLogps(*(columns[f] for f in REFERENCE_FIELDS)) for name, columns in extra.items()}
     pairs = [pair for some in examples.values() for pair in some.pairs]
     identity = reference_identity(config, loss, identity)
+    of_reference = identity.pop("reference_fingerprint", None)
     if config.reference.endswith(".parquet"):
         logps = from_file(Path(config.reference), pairs, identity, initial)
     elif config.reference == "initial":
         logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:
-        directory = resolve(config.reference)
-        identity["model_fingerprint"] = fingerprint(directory)
+        assert other is not None
+        identity["model_fingerprint"] = of_reference
         identity.pop("adapter_fingerprint", None)
-        logps = reference_logps(pairs, other(directory), identity, folder, write=write)
+        logps = reference_logps(pairs, other, identity, folder, write=write)
     parts, start = {}, 0
     for name, some in examples.items():
         part = slice(start, start := start + len(some.pairs))
@@ -254,7 +275,7 @@ def references(
 
 def reference_identity(config: TrainConfig, loss: Loss, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the reference's log-probabilities, and so names their cache."""
-    prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint")
+    prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint", "reference_fingerprint")
     decides = {name: identity[name] for name in prints if name in identity}
     decides["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
     decides["dtype"] = config.dtype
@@ -268,24 +289,16 @@ class OtherModel:
     """Log-probabilities under a reference directory, whose weights are loaded when they are first needed."""
 
     run: Run
-    directory: Path
-
-    def __post_init__(self) -> None:
-        self._decoder = decoder_config(read_config(self.directory), str(self.directory))
-        if self._decoder.vocab_size != self.run.decoder.vocab_size:
-            raise ChesError(
-                f"--reference {self.directory}: its vocabulary has {self._decoder.vocab_size} tokens, the model's "
-                f"{self.run.decoder.vocab_size}; policy and reference share one tokenizer"
-            )
+    model: ModelFiles
 
     @cached_property
     def _evaluate(self) -> Evaluate:
-        run, decoder, dtype = self.run, self._decoder, self.run.config.dtype
+        run, decoder, dtype = self.run, self.model.decoder, self.run.config.dtype
         threshold = decoder.rope.length_threshold if decoder.rope else None
         layout = run.layout._replace(length_threshold=threshold)
         attend = choose_attention(run.config.attention, decoder, dtype).attend
         evaluator = Evaluator(abstract_decoder(decoder, dtype=jnp.dtype(dtype)), run.mesh, layout, attend)
-        params = load_parameters(self.directory, dtype, run.master, run.mesh)
+        params = load_parameters(self.model.directory, dtype, run.master, run.mesh)
         return evaluator.under(params, per_token=reads_reference_tokens(run.loss))
 
     def __call__(self, pairs: Sequence[TokenPair]) -> Logps:

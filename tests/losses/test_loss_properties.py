@@ -52,27 +52,42 @@ def test_bco_boundary_carries_no_gradient(batch64):
     np.testing.assert_allclose(d.chosen, 0.5 * jax.nn.sigmoid(state.mean - chosen), rtol=1e-12)
 
 
+FAR = np.array([
+    (chosen, rejected, reference)
+    for chosen, rejected in ((0.0, -1000.0), (-1000.0, 0.0), (-1000.0, -1000.0), (0.0, 0.0))
+    for reference in (0.0, -1000.0)
+])  # fmt: skip
+"""Log-probabilities of chosen and rejected response under the policy, and of both under the reference."""
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", loss_names())
 def test_a_thousand_nats_either_way_leave_all_finite(name, dtype, x64):
     loss = get_loss(name)
     batch = plain(make_batch(dtype=dtype), loss)
-    for chosen, rejected in ((0.0, -1000.0), (-1000.0, 0.0), (-1000.0, -1000.0), (0.0, 0.0)):
-        names = policy_fields(loss)
-        ends = {n: rejected if n in READ_BY_REJECTED else chosen for n in names}
-        if not loss.needs.isdisjoint(("chosen_tokens", "rejected_tokens")):
-            batch = batch._replace(chosen_tokens=jnp.ones(4, jnp.int32), rejected_tokens=jnp.ones(4, jnp.int32))
-        for reference in (0.0, -1000.0):
-            refs = {n: jnp.full_like(getattr(batch, n), reference) for n in loss.needs if n.startswith("ref_")}
-            far = batch._replace(**{n: jnp.full_like(getattr(batch, n), v) for n, v in ends.items()}, **refs)
-            value, at = of_policy(loss, far)
-            out = value(*at)
-            slopes = jax.grad(lambda *a: jnp.sum(value(*a)), argnums=tuple(range(len(at))))(*at)  # noqa: B023
-            for array in (out, *slopes):
-                assert array.dtype == dtype
-                assert bool(jnp.all(jnp.isfinite(array))), (chosen, rejected, reference)
-                # squares of gradients are summed for the norm, which must not overflow either
-                assert bool(jnp.all(jnp.isfinite(jnp.square(array)))), (chosen, rejected, reference)
+    if not loss.needs.isdisjoint(("chosen_tokens", "rejected_tokens")):
+        batch = batch._replace(chosen_tokens=jnp.ones(4, jnp.int32), rejected_tokens=jnp.ones(4, jnp.int32))
+
+    def far(field):
+        which = 2 if field.startswith("ref_") else int(field in READ_BY_REJECTED)
+        like = getattr(batch, field)
+        return jnp.stack([jnp.full_like(like, value) for value in FAR[:, which]])
+
+    def evaluate(policy, reference):
+        def total(policy):
+            value, _ = loss(batch._replace(**policy, **reference))
+            return jnp.sum(value), value
+
+        return jax.grad(total, has_aux=True)(policy)
+
+    reference = {n: far(n) for n in loss.needs if n.startswith("ref_")}
+    slopes, out = jax.vmap(evaluate)({n: far(n) for n in policy_fields(loss)}, reference)
+    for array in (out, *slopes.values()):
+        assert array.dtype == dtype
+        # squares of gradients are summed for the norm, which must not overflow either
+        for values in (array, jnp.square(array)):
+            finite = np.isfinite(values).reshape(len(FAR), -1).all(1)
+            assert finite.all(), FAR[~finite]
 
 
 @pytest.mark.parametrize("name", loss_names())

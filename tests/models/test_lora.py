@@ -188,6 +188,42 @@ def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
     assert not a[0, 2:].any() and not b[0, :, 2:].any()
 
 
+def test_each_layer_has_its_own_scale_as_peft_computes_it(base, tmp_path):
+    """W + alpha_l / r_l B_l A_l (rsLoRA: alpha_l / sqrt(r_l)), with the first pattern that the name's end matches."""
+    rng = np.random.default_rng(3)
+    name = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    sizes = {"self_attn.q_proj": (24, 24), "mlp.down_proj": (20, 24)}
+    ranks = {(0, "self_attn.q_proj"): 2, (1, "self_attn.q_proj"): 4, (0, "mlp.down_proj"): 4, (1, "mlp.down_proj"): 4}
+    tensors = {}
+    for (layer, module), rank in ranks.items():
+        inputs, outputs = sizes[module]
+        tensors[name.format(layer, module, "A")] = rng.normal(size=(rank, inputs))
+        tensors[name.format(layer, module, "B")] = rng.normal(size=(outputs, rank))
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {r"layers\.0\.self_attn\..*": 2},
+        # 'proj' alone ends no name at a dot, 'q_proj' stands behind the pattern that already matches in layer 1
+        "alpha_pattern": {"proj": 99, "layers.1.(self_attn|mlp).[a-z]+_proj": 12, "q_proj": 10},
+    }  # fmt: skip
+    alphas = {
+        (0, "self_attn.q_proj"): 10,
+        (1, "self_attn.q_proj"): 12,
+        (0, "mlp.down_proj"): 8,
+        (1, "mlp.down_proj"): 12,
+    }
+    for rslora in (False, True):
+        write_files(tmp_path / f"a{rslora}", config | {"use_rslora": rslora}, tensors)
+        adapter = read_adapter(tmp_path / f"a{rslora}", base("llama"))
+        for (layer, module), rank in ranks.items():
+            scale = alphas[layer, module] / (rank**0.5 if rslora else rank)
+            a, b = (tensors[name.format(layer, module, part)].astype(np.float32).astype(np.float64) for part in "AB")
+            key = f"layers.{module}"
+            ours = [adapter.arrays[f"{key}.lora_{part}"][layer].astype(np.float64) for part in "ab"]
+            expected = scale * b @ a
+            np.testing.assert_allclose(
+                adapter.spec[key].scale * ours[1] @ ours[0], expected, atol=1e-6 * np.abs(expected).max()
+            )
+
+
 def write_files(directory: Path, config, tensors) -> None:
     directory.mkdir()
     (directory / CONFIG).write_text(json.dumps(config))
@@ -206,6 +242,21 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
         ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
         ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
+        ({**GOOD, "use_newdora": True}, {}, "'use_newdora' = True is not known; expected it to be off"),
+        ({**GOOD, "modules_to_save": ["lm_head"]}, {}, r"'modules_to_save' = \['lm_head'\] is not supported"),
+        (
+            {**GOOD, "rank_pattern": {"q_proj": "x"}},
+            {},
+            "'rank_pattern' of 'q_proj' is 'x'; expected a positive number",
+        ),
+        ({**GOOD, "rank_pattern": {"q_proj": 0}}, {}, "'rank_pattern' of 'q_proj' is 0"),
+        ({**GOOD, "rank_pattern": {"q_proj": 1.5}}, {}, "'rank_pattern' of 'q_proj' is 1.5"),
+        ({**GOOD, "rank_pattern": {"q_proj": 10**9}}, {}, "at most 65536"),
+        ({**GOOD, "rank_pattern": ["q_proj"]}, {}, "'rank_pattern' is .* expected an object"),
+        ({**GOOD, "alpha_pattern": {"q_proj": True}}, {}, "'alpha_pattern' of 'q_proj' is True"),
+        ({**GOOD, "alpha_pattern": {"q_proj": float("nan")}}, {}, "'alpha_pattern' of 'q_proj' is nan"),
+        ({**GOOD, "r": True}, {}, "'r' is True; expected a positive number"),
+        ({**GOOD, "rank_pattern": {"(": 2}}, {}, "'rank_pattern' has '\\(', which is no regular expression"),
         (GOOD, {}, "holds no adapter"),
         (GOOD, {f"{MODULE}.lora_A.weight": (2, 24)}, "has lora_A alone"),
         (GOOD, {f"{MODULE}.lora_A.weight": (2, 20), f"{MODULE}.lora_B.weight": (20, 2)}, r"expected \(2, 24\)"),
@@ -217,6 +268,15 @@ def test_what_is_no_plain_lora_is_refused_by_name(base, tmp_path, config, tensor
     write_files(tmp_path / "a", config, {name: np.ones(shape) for name, shape in tensors.items()})
     with pytest.raises(ChesError, match=message):
         read_adapter(tmp_path / "a", base("llama"))
+
+
+def test_a_pattern_that_would_take_for_ever_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("ches_jax.models.adapters.peft.PATTERN_SECONDS", 0.1)
+    tensors = {f"{MODULE}.lora_A.weight": np.ones((2, 24)), f"{MODULE}.lora_B.weight": np.ones((20, 2))}
+    for i, pattern in enumerate(("(?:a|a|.|..|...)*[A-Z]", "(?:.|..|...|.?.?.?)*[A-Z]")):
+        write_files(tmp_path / f"a{i}", {**GOOD, "alpha_pattern": {pattern: 2}}, tensors)
+        with pytest.raises(ChesError, match=r"'alpha_pattern' takes longer than 0\.1 seconds to match module names"):
+            read_adapter(tmp_path / f"a{i}", base("llama"))
 
 
 def test_targets_are_checked(base):

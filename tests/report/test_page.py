@@ -1,5 +1,7 @@
-"""The page: complete without network and scripts, and safe whatever the data says."""
+"""The page: complete without network, safe whatever the data says, and its numbers are those of the table."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -10,12 +12,15 @@ import pytest
 from ches_jax.data.sources import Record
 from ches_jax.errors import RunError
 from ches_jax.report import report
-from ches_jax.report.html import escape, text_block
-from ches_jax.report.pairs import plain_text
+from ches_jax.report.html import clean, escape
+from ches_jax.report.pair_table import Column, PairTable, unpacked
+from ches_jax.report.render import json_for_script
+from ches_jax.report.texts import plain_text
 from ches_jax.scores.table import write_part
 
-EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)>\x00\ud800"
-VOID = {"meta", "img", "br"}
+EVIL = "</div></details></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00\ud800\u202e\x1b[31m"
+VOID = {"meta", "img", "br", "input"}
+KINDS = {"f4": np.float32, "i4": np.int32, "u1": np.uint8, "u2": np.uint16}
 
 
 class Tags(HTMLParser):
@@ -25,21 +30,51 @@ class Tags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.seen: list[tuple[str, dict[str, str]]] = []
+        self.scripts: list[str] = []
 
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, {name: value or "" for name, value in attrs}))
         if tag not in VOID:
             self.open.append(tag)
+        if tag in ("script", "style"):
+            self.scripts.append("")
+
+    def handle_startendtag(self, tag, attrs):  # SVG
+        self.seen.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            self.scripts[-1] += data
 
-def tags(path):
+
+def parsed(path):
     parser = Tags()
     parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
     assert parser.open == []
-    return parser.seen
+    return parser
+
+
+def tags(path):
+    return parsed(path).seen
+
+
+def page_data(path):
+    """What describes the table, its columns as arrays, its texts and its tokens."""
+    parser = parsed(path)
+    blocks = [a for t, a in parser.seen if t in ("script", "style")]
+    by_id = {a.get("id"): text for a, text in zip(blocks, parser.scripts, strict=True)}
+    meta = json.loads(by_id["page-data"])
+    numbers = unpacked(by_id["block-numbers"])
+    columns = {}
+    for c in meta["columns"]:
+        values = np.frombuffer(numbers, KINDS[c["type"]], meta["rows"], c["offset"])
+        columns[c["name"]] = np.array(c["values"])[values.astype(int)] if c["kind"] == "word" else values
+    tokens = json.loads(unpacked(by_id["block-tokens"])) if "block-tokens" in by_id else None
+    return meta, columns, json.loads(unpacked(by_id["block-texts"])), tokens
 
 
 def columns(n, **more):
@@ -74,36 +109,66 @@ def page(tmp_path_factory):
 
 
 def test_markup_in_the_data_stays_text(page):
-    used = {tag for tag, _ in tags(page)}
-    assert "script" not in used
-    assert not any(name.startswith("on") for _, attributes in tags(page) for name in attributes)
+    found = tags(page)
+    assert [a.get("type") for t, a in found if t == "script"] == [
+        "application/json",
+        *["application/octet-stream"] * 2,
+        None,
+    ]
+    assert not any(name.startswith("on") for _, attributes in found for name in attributes)
     text = page.read_text(encoding="utf-8")
-    assert "&lt;script&gt;alert" in text and "\x00" not in text
+    assert "<script>alert" not in text and "onerror=alert(1)>" not in text
+    assert not any(c in text for c in "\x00\x1b")
+
+
+def test_the_content_policy_allows_the_pages_own_script_and_style_and_nothing_else(page):
+    parser = parsed(page)
+    (policy,) = (a["content"] for t, a in parser.seen if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
+    style, script = parser.scripts[0], parser.scripts[-1]
+    for rule, text in (("style-src", style), ("script-src", script)):
+        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert not any("style" in attributes for _, attributes in parser.seen)
 
 
 def test_nothing_is_loaded_from_outside_the_page(page):
     for tag, attributes in tags(page):
         assert tag not in {"link", "iframe", "object", "form", "base"}
-        if tag == "img":
-            assert attributes["src"].startswith("data:image/png;base64,")
-            assert len(attributes["alt"]) > 20
+        assert "src" not in attributes
         if tag == "a":
             assert attributes["href"].startswith("#")
-    assert not re.search(r"url\(|@import", page.read_text(encoding="utf-8"))
+        if tag == "svg":
+            assert len(attributes["aria-label"]) > 20
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)", text)
 
 
 def test_the_page_tells_what_a_reader_needs(page):
     text = page.read_text(encoding="utf-8")
-    for words in ("What CHES is", "debated", "sha256:12", "was cut to --max-length", "AUC of ln_ches"):
-        assert words in text
+    for words in (
+        "What stands out?",
+        "Which score orders?",
+        "debated",
+        "sha256:12",
+        "was cut to --max-length",
+        "AUC of|AUC:",
+    ):
+        assert re.search(words, text)
     assert 'name="viewport"' in text and '<html lang="en">' in text
+    assert text.index("What stands out?") < text.index("<figure") < text.index("Provenance</h2>")
 
 
-def test_figures_are_files_too(page):
-    figures = sorted((page.parent / "figures").iterdir())
-    assert {"histogram_ches.png", "ches_length_difference.png"} <= {f.name for f in figures}
-    assert all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
-    assert len([1 for tag, _ in tags(page) if tag == "img"]) == len(figures)
+def test_the_numbers_of_the_page_are_those_of_the_table(page):
+    meta, found, texts, _ = page_data(page)
+    wanted = columns(30)
+    for name in ("ches", "ln_ches"):
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2**-23)
+    np.testing.assert_array_equal(found["index"], np.arange(30))
+    np.testing.assert_array_equal(found["rejected_minus_chosen"], wanted["rejected_tokens"] - wanted["chosen_tokens"])
+    assert found["category"].tolist() == [clean(n) for n in ["$x_{", "日本", EVIL[:60]] * 10]
+    assert texts["chosen"] == [clean(EVIL)] * 30 and texts["id"] == [f"r{i}" for i in range(30)]
+    assert meta["sort"] == ["ches", -1] and meta["show"].startswith("ches show ")
 
 
 def test_a_report_is_the_same_twice(page, tmp_path):
@@ -133,16 +198,16 @@ def test_constant_scores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "note"),
+    ("rows", "told"),
     [
         (None, "no run.json names the pairs"),
         ([Record(0, "other", "", {})], "changed since"),
         ([], "2 of the rows are not in the pairs file any more"),
     ],
 )
-def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, note):
+def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, told):
     write_part(tmp_path / "scores.parquet", columns(2), {})
-    assert note in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
+    assert told in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
 
 
 def test_a_table_without_rows_is_refused(tmp_path):
@@ -151,11 +216,58 @@ def test_a_table_without_rows_is_refused(tmp_path):
         report(tmp_path)
 
 
-def test_long_texts_fold_and_very_long_ones_are_cut():
-    assert "<details>" not in text_block("chosen", "a" * 400)
-    assert "<details>" in text_block("chosen", "a" * 600)
-    assert "5000 more characters" in text_block("chosen", "a" * 25_000)
-    assert "(empty)" in text_block("chosen", "")
+def test_what_cannot_be_drawn_is_refused_with_what_is_there(tmp_path):
+    with pytest.raises(RunError, match="does not exist"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="is empty"):
+        report(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(RunError, match=r"nothing in it can be drawn: it has notes\.txt"):
+        report(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(RunError, match="ches diagnose"):
+        report(tmp_path)
+
+
+def test_a_forecast_goes_before_the_scores_of_pairs_alone(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_part(tmp_path / "scores.parquet", columns(3, head_score=[1.0, 2.0, 3.0]), {})
+    assert page_data(report(tmp_path, rows=source(3)))[0]["sort"] == ["head_score", -1]
+    forecast = {
+        "row_id": ["r2", "r0"],
+        "set": ["train"] * 2,
+        "forecast_chosen": [-3.0, 0.5],
+        "forecast_rejected": [-1.0, 0.0],
+    }
+    pq.write_table(pa.table(forecast), tmp_path / "forecast.parquet")
+    meta, found, *_ = page_data(report(tmp_path, rows=source(3)))
+    assert meta["sort"] == ["forecast_chosen", 1]
+    np.testing.assert_array_equal(found["forecast_chosen"], np.array([0.5, np.nan, -3.0], np.float32))
+
+
+def test_many_pairs_keep_short_texts_and_the_ends_of_the_order_keep_theirs_whole():
+    n, long = 5000, "word " * 500
+    scores = np.arange(n, dtype=float)
+    table = PairTable(
+        name="x", rows=n, columns=[Column(name="score", label="score", values=scores)], key=["score"],
+        sort=("score", -1), texts={"chosen": [long] * n, "rejected": [long] * n},
+    )  # fmt: skip
+    meta, blocks = table.encoded()
+    texts = json.loads(unpacked(blocks["texts"]))
+    assert texts["chosen"][-1] == long and texts["chosen"][0] == long
+    assert len(texts["chosen"][2500]) < 410
+    cut = next(c for c in meta["columns"] if c["name"] == "_cut")
+    assert cut["offset"] % 4 == 0
+    flags = np.frombuffer(unpacked(blocks["numbers"]), np.int32, n, cut["offset"])
+    assert flags[2500] == 1 and flags[-1] == 0
+    assert sum(map(len, texts["chosen"])) + sum(map(len, texts["rejected"])) < 7_000_000
+
+
+def test_json_for_a_script_and_escaped_text():
+    assert json.loads(json_for_script({"a": EVIL})) == {"a": EVIL}
+    assert "<" not in json_for_script({"a": EVIL})
     assert escape("\x00\ud800<\u2028") == "\N{REPLACEMENT CHARACTER}?&lt;\u2028"
 
 
@@ -164,10 +276,3 @@ def test_conversations_and_token_ids_become_text():
     assert plain_text(talk) == "[user] hi\n[assistant] "
     assert plain_text([1, 2]) == plain_text(np.array([1, 2])) == "token ids 1 2"
     assert plain_text({"a": 1}) == '{"a": 1}'
-
-
-def test_many_points_become_hexagons():
-    from ches_jax.report.figures import scatter
-
-    x = np.random.default_rng(0).normal(size=(2, 4001))
-    assert scatter(x[0], x[1], "x", "y").startswith(b"\x89PNG")

@@ -1,10 +1,10 @@
-"""Token scores become coloured tokens beside the texts; hostile tokens stay text."""
+"""Token scores go with the texts of the page; bytes become characters, hostile tokens stay text."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from ches_jax.report.html import token_map
-from ches_jax.report.pairs import read_tokens, token_maps
+from ches_jax.report.texts import read_tokens, readable_tokens, token_table
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
 
 
@@ -39,13 +39,31 @@ def test_a_run_without_token_scores_has_none(tmp_path):
     assert read_tokens(tmp_path, [(1, None)]) == ({}, "")
 
 
-def test_both_responses_share_one_scale_and_texts_are_escaped():
-    html = token_maps({"chosen": [(" Yes", 2.0)], "rejected": [("<script>", -1.0)]}, "ches")
-    assert "<script>" not in html and "&lt;script&gt;" in html
-    assert "rgba(215,48,39,0.75);text-decoration:underline" in html
-    assert "rgba(69,117,180,0.38)" in html
+def test_the_shared_beginning_stands_before_the_rejected_tokens_without_a_number(tmp_path):
+    write(tmp_path, [0.5, 0.25, 0.0])
+    table = pa.table({"row_id": ["a", "b"], "index": [4, 5], "shared_prefix_tokens": [1, 0]})
+    found = token_table(tmp_path, table, [0, 1], {})
+    assert found is not None and found.name == "head_score"
+    assert found.of[0]["rejected"] == [[" Yes", None], ["<script>", 0.25]]
+    assert found.of[1] == {"chosen": [["x", 0.0]], "rejected": []}
 
 
-def test_all_zero_and_no_tokens_are_no_division_by_zero():
-    assert "0.00" in token_map("chosen", [("a", 0.0)], 0.0)
-    assert token_maps({}, "ches")
+BAD = "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "shown"),
+    [
+        ([" 안", BAD, BAD, " hi"], "안녕 hi", [" 안", "녕", " hi"]),
+        ([BAD, BAD, BAD], "\U0001f600", ["\U0001f600"]),
+        (["ok ", BAD, BAD], "ok \U0001f600", ["ok ", "\U0001f600"]),
+        (["a", BAD, "b", BAD, "c"], "aéböc", ["a", "é", "b", "ö", "c"]),
+        (["a", BAD, "b"], "something else", ["a", BAD, "b"]),
+        (["x", "y"], "xy", ["x", "y"]),
+        ([], "", []),
+    ],
+)
+def test_bytes_of_one_character_are_joined(tokens, text, shown):
+    found = readable_tokens([(t, 1.0) for t in tokens], text)
+    assert [t for t, _ in found] == shown
+    assert sum(v or 0 for _, v in found) == len(tokens)

@@ -1,6 +1,7 @@
 """The page of a training run: its curves, its verdict, and runs that are not whole."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from ches_jax.errors import RunError
 from ches_jax.report import report
-from tests.report.test_page import EVIL, tags
+from tests.report.test_page import EVIL, page_data, tags
 
 STEPS = (0, 5, 10)
 
@@ -39,21 +40,48 @@ def run(tmp_path):
 def test_a_training_run_has_a_page(run):
     page = report(run)
     text = page.read_text(encoding="utf-8")
-    assert "Verdict: displaced, from 40 pairs" in text and "held-out pairs, update 10 against 0" in text
-    assert "both_down_margin_up 100%" in text and "Did the chosen responses fall? yes." in text
-    assert "loss from 0.7 to 0.5" in text
-    images = [attributes for tag, attributes in tags(page) if tag == "img"]
-    assert len(images) == 3 and all(len(a["alt"]) > 20 for a in images)
-    assert {f.name for f in (run / "figures").iterdir()} == {"changes.png", "regimes.png", "loss.png"}
-    assert "<script>" not in text and "&lt;script&gt;" in text
+    (headline,) = re.findall("<h1>(.*)</h1>", text)
+    mean = log_of(10)["dlogp_chosen"].to_numpy().mean()
+    assert headline == f"The chosen responses fell on held-out pairs: {mean:+.2f} nats after 10 updates"
+    assert "both down, margin up 100 %" in text and "training from 0.700 to 0.500" in text
+    drawn = [attributes for tag, attributes in tags(page) if tag == "svg"]
+    assert len(drawn) == 8 and all(len(a["aria-label"]) > 20 for a in drawn)
+    assert "<script>alert" not in text
+
+
+def test_the_table_has_the_last_evaluation_of_every_set(run):
+    meta, found, texts, _ = page_data(report(run))
+    wanted = {name: log_of(10, name=name) for name in ("train", "held_out")}
+    assert meta["rows"] == 80 and meta["key"] == ["set", "index"] and meta["sort"] == ["chosen_change", 1]
+    for name, word in (("train", "training"), ("held_out", "held out")):
+        inside = found["set"] == word
+        for column, of in (
+            ("chosen_change", "dlogp_chosen"),
+            ("rejected_change", "dlogp_rejected"),
+            ("margin_change", "margin"),
+        ):
+            np.testing.assert_allclose(found[column][inside], wanted[name][of].to_numpy(), rtol=2**-23)
+    np.testing.assert_allclose(found["chosen_per_token"], found["chosen_change"] / 4, rtol=1e-6)
+    assert set(found["regime"]) == {"both down, margin up"}
+    assert texts.keys() == {"id"}
+
+
+def test_points_beyond_the_frame_are_on_the_axis_of_the_others(tmp_path):
+    table = log_of(10)
+    far = table["dlogp_chosen"].to_numpy().copy()
+    far[0] = -500.0
+    position = table.column_names.index("dlogp_chosen")
+    pq.write_table(table.set_column(position, "dlogp_chosen", pa.array(far)), tmp_path / "displacement.parquet")
+    meta, *_ = page_data(report(tmp_path))
+    axis = next(c for c in meta["columns"] if c["name"] == "chosen_change")["axis"]
+    assert axis["range"][0] > -10 and axis["range"][1] >= 0
 
 
 def test_a_run_that_goes_on_has_a_page(tmp_path):
     (tmp_path / "displacement").mkdir()
     pq.write_table(log_of(0, name="train"), tmp_path / "displacement/step-00000000.parquet")
     text = report(tmp_path, tmp_path / "out").read_text(encoding="utf-8")
-    assert "No verdict." in text and "holds step 0 only" in text
-    assert "None of the training pairs lost probability" in text
+    assert "No verdict" in text and "holds step 0 only" in text
 
 
 def test_single_responses_have_a_page_without_a_verdict(tmp_path):
@@ -64,8 +92,11 @@ def test_single_responses_have_a_page_without_a_verdict(tmp_path):
     regimes = pa.array([""] * len(table))
     pq.write_table(table.set_column(table.column_names.index("regime"), "regime", regimes),
                    tmp_path / "displacement.parquet")  # fmt: skip
-    text = report(tmp_path).read_text(encoding="utf-8")
-    assert "No verdict." in text and "single responses" in text
+    page = report(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "No verdict" in text and "single responses" in text
+    _, found, *_ = page_data(page)
+    assert np.isnan(found["margin_change"]).all() and set(found["regime"]) == {"single response"}
 
 
 def test_a_log_without_pairs_is_refused(tmp_path):

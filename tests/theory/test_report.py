@@ -38,23 +38,23 @@ def run(tmp_path_factory):
 def test_the_command_makes_a_page_with_every_figure(run, capsys):
     assert ches(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip().endswith("report.html")
-    drawn = sorted(p.stem for p in (run / "figures").glob("*.png"))
+    drawn = sorted(p.stem for p in (run / "figures").glob("*.svg"))
     assert drawn == sorted(
         ["toy_band", "toy_log_probabilities", "toy_masses", "toy_optimisers", "toy_phases", "toy_terms", "toy_tokens"]
     )
     text = (run / "report.html").read_text()
-    assert text.count("data:image/png") == len(drawn)
-    assert "4 of 4 claims hold." in text and "Lemma 1" in text and "<script" not in text
+    assert text.count('src="data:image/svg+xml') == len(drawn)
+    assert "<h1>4 of 4 claims hold</h1>" in text and "Lemma 1" in text and text.count("<script") == 2
 
 
 def test_figures_of_a_model_are_drawn_from_the_files(run, tmp_path):
     (tmp_path / "claims.json").write_bytes((run / "claims.json").read_bytes())
     (tmp_path / "figures.json").write_text(json.dumps(MODEL))
     text = report(tmp_path).read_text()
-    assert text.count("data:image/png") == 10
+    assert text.count('src="data:image/svg+xml') == 10
     assert "<b>" not in text and "<i>" not in text
-    again = {name: picture.png for _, picture in pictures(MODEL) for name in [picture.name]}
-    assert all((tmp_path / "figures" / f"{n}.png").read_bytes() == png for n, png in again.items())
+    again = {name: picture.svg for _, picture in pictures(MODEL) for name in [picture.name]}
+    assert all((tmp_path / "figures" / f"{n}.svg").read_bytes() == svg for n, svg in again.items())
 
 
 def test_every_figure_belongs_to_a_claim():

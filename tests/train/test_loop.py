@@ -20,6 +20,7 @@ from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError, RunError
 from ches_jax.hf.directory import read_config
 from ches_jax.hf.tensors import open_tensors
+from ches_jax.inputs import Opener
 from ches_jax.losses import get_loss
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
@@ -116,8 +117,8 @@ def test_the_displacement_log_is_the_change_since_step_0(whole_run):
 
 def test_the_exported_model_gives_the_last_log_probabilities(whole_run, tiny_model, small, tmp_path):
     config = small(tmp_path)
-    decoder = decoder_config(read_config(tiny_model))
-    pairs = read_run_pairs(config, get_loss("dpo"), tiny_model, decoder)
+    decoder, opener = decoder_config(read_config(tiny_model)), Opener()
+    pairs = read_run_pairs(config, get_loss("dpo"), opener.model(tiny_model), opener)
     table = pq.read_table(whole_run / "displacement.parquet").to_pandas()
     last = table[(table.step == 6) & (table["set"] == "held_out")]
     evaluate = Evaluator(

@@ -13,11 +13,10 @@ from ches_jax import bundled
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import DataError
-from ches_jax.hf.directory import read_config
+from ches_jax.inputs import Opener
 from ches_jax.losses import get_loss
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
-from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.sharding import placement
 from ches_jax.train import loop
 from ches_jax.train.data.split import read_run_pairs
@@ -38,8 +37,8 @@ def prompts(tmp_path_factory):
 
 
 def read(path, directory, **options):
-    decoder = decoder_config(read_config(directory))
-    return read_probes(str(path), directory, decoder, template="auto", **{"max_length": None, **options})
+    opener = Opener()
+    return read_probes(str(path), opener.model(directory), opener, template="auto", **{"max_length": None, **options})
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2"])
@@ -123,7 +122,9 @@ def test_entropy_and_largest_probability_are_those_at_response_tokens(small, tin
     out = train(config, quiet=True)
     rows = pq.read_table(out / "displacement.parquet").to_pylist()
     model = load_model(tiny_model)
-    pairs = {p.row_id: p for p in read_run_pairs(config, get_loss("dpo"), tiny_model, model.config).held_out}
+    opener = Opener()
+    read = read_run_pairs(config, get_loss("dpo"), opener.model(tiny_model), opener)
+    pairs = {p.row_id: p for p in read.held_out}
     for row in [r for r in rows if r["step"] == 0 and r["set"] == "held_out"][:3]:
         pair = pairs[row["row_id"]]
         for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ches_jax.hf.directory import read_config
+from ches_jax.inputs import Opener
 from ches_jax.losses import get_loss
-from ches_jax.models.families.registry import decoder_config
 from ches_jax.train.data.split import make_plan, read_run_pairs
 from ches_jax.train.loop import train
 
@@ -28,7 +27,8 @@ def test_fifty_steps_agree_with_trl(small, tiny_model, tmp_path, optimizer):
     optim, lr = OPTIMIZERS[optimizer]
     options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr}
     config = small(tmp_path / "ours", export=False, **options)
-    pairs = read_run_pairs(config, get_loss("dpo"), tiny_model, decoder_config(read_config(tiny_model))).train
+    opener = Opener()
+    pairs = read_run_pairs(config, get_loss("dpo"), opener.model(tiny_model), opener).train
     plan = make_plan(config, len(pairs))
     assert plan.total == STEPS
     ordered = [pairs[i] for step in range(STEPS) for i in np.concatenate(plan.update(step))]

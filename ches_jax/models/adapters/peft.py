@@ -4,10 +4,15 @@ A stored module is adapted as one map, ``base_model.model.<module>.lora_A.weight
 [out, r]. Where a family keeps several of our matrices in one module (GPT-2, GPT-NeoX, Phi-3), their adapters are
 written as one of the summed rank: the A's on top of each other, each B in the rows of its matrix. Read back, every
 matrix of the module gets the whole A and its rows of B. Both are the same function, exactly.
+
+Where the scale differs by layer (``rank_pattern``, ``alpha_pattern``), the stack has the scale of the first layer and
+each B its own, relative to that: the same function, rounded once to float32.
 """
 
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +20,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import regex
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from ches_jax.errors import CheckpointError, many
-from ches_jax.hf.directory import fingerprint_of, read_config, read_json, resolve
+from ches_jax.hf.directory import fingerprint_of, read_json, resolve
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
 from ches_jax.models.adapters.lora import TARGETS, LowRank, Spec, adapted, merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
@@ -40,8 +47,13 @@ OFF = (
     "monteclora_config",
 )  # fmt: skip
 """Settings that would change the function of the adapter; every one must be absent or off."""
+KNOWN = frozenset({"use_rslora"})
+"""Settings that are read although their name has the form of a variant's switch."""
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weights."""
+PATTERN_SECONDS = 5.0
+"""For all patterns of an adapter together: they are regular expressions of whoever wrote the file."""
+LARGEST_RANK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,12 @@ def adapter_directory(adapter: str | Path) -> Path:
 
 def adapter_fingerprint(directory: Path) -> str:
     """Of the two files of the adapter."""
-    return fingerprint_of([directory / CONFIG, directory / WEIGHTS])
+    return fingerprint_of(adapter_files(directory))
+
+
+def adapter_files(directory: Path) -> list[Path]:
+    """What is read of an adapter."""
+    return [directory / CONFIG, directory / WEIGHTS]
 
 
 def read_adapter(directory: Path, base: Path) -> Adapter:
@@ -83,6 +100,7 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     tensors = open_files(directory, [directory / WEIGHTS])
     sites = _sites(base)
     owners = {rule.tensor_name(n).removesuffix(".weight"): rule for rule in sites.rules for n in range(sites.layers)}
+    strength = _Strengths(raw, directory)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
@@ -94,10 +112,10 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
         else:
-            problems += _misfits(module, two, _strength(raw, module).rank, *sites.size(owners[module]))
+            problems += _misfits(module, two, strength(module).rank, *sites.size(owners[module]))
     if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
-    return _stacked(directory, raw, modules, sites)
+    return _stacked(strength, modules, sites)
 
 
 def load_adapted(
@@ -162,26 +180,85 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
             f"{CONFIG}: 'init_lora_weights' = {start!r} changes the base weights too; save the adapter with "
             "path_initial_model_for_weight_conversion, which makes it one for the plain base"
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(raw.get(key), int | float) or not raw[key] > 0:
-            yield f"{CONFIG}: {key!r} is {raw.get(key)!r}; expected a positive number"
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, dict):
-            yield f"{CONFIG}: {key!r} is {raw[key]!r}; expected an object"
+    for key in raw.keys() - KNOWN - set(OFF):
+        if key.startswith("use_") and raw[key]:
+            yield f"{CONFIG}: {key!r} = {raw[key]!r} is not known; expected it to be off"
+    for key, pattern, expected, good in (
+        ("r", "rank_pattern", "a positive number (whole, at most 65536)", _rank),
+        ("lora_alpha", "alpha_pattern", "a positive number", _positive),
+    ):
+        if not good(raw.get(key)):
+            yield f"{CONFIG}: {key!r} is {raw.get(key)!r:.60}; expected {expected}"
+        values = raw.get(pattern) or {}
+        if not isinstance(values, dict):
+            yield f"{CONFIG}: {pattern!r} is {values!r:.60}; expected an object"
+            continue
+        for name, value in values.items():
+            if not good(value):
+                yield f"{CONFIG}: {pattern!r} of {name!r:.60} is {value!r:.60}; expected {expected}"
 
 
-def _by_pattern(raw: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
-    """The value for a module: of the first pattern that its name ends with, else the common one."""
-    for key, value in (raw.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return raw[default]
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _strength(raw: Mapping[str, Any], module: str) -> LowRank:
-    rank = int(_by_pattern(raw, "rank_pattern", "r", module))
-    alpha = _by_pattern(raw, "alpha_pattern", "lora_alpha", module)
-    return LowRank(rank, float(alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank))
+def _rank(value: Any) -> bool:
+    return _positive(value) and value <= LARGEST_RANK and value == int(value)
+
+
+class _Strengths:
+    """Rank and scale of each adapted module, by PEFT's rule: the first pattern that the end of its name matches.
+
+    Raises:
+      CheckpointError: a pattern that is no regular expression, or one that takes for ever.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], directory: Path):
+        self._raw, self._directory = raw, directory
+        self._left = PATTERN_SECONDS
+        self._patterns = {
+            name: [(self._compiled(name, key), value) for key, value in (raw.get(name) or {}).items()]
+            for name in ("rank_pattern", "alpha_pattern")
+        }
+        self._known: dict[str, LowRank] = {}
+
+    def __call__(self, module: str) -> LowRank:
+        """Of ``module``, by its stored name."""
+        if module not in self._known:
+            rank = int(self._of("rank_pattern", "r", module))
+            alpha = self._of("alpha_pattern", "lora_alpha", module)
+            self._known[module] = LowRank(
+                rank, alpha / math.sqrt(rank) if self._raw.get("use_rslora") else alpha / rank
+            )
+        return self._known[module]
+
+    def _of(self, name: str, default: str, module: str) -> float:
+        for pattern, value in self._patterns[name]:
+            if self._matches(name, pattern, module):
+                return value
+        return self._raw[default]
+
+    def _compiled(self, name: str, key: str) -> Any:
+        try:
+            re.compile(key)  # what PEFT would refuse; the other dialect is wider
+            return regex.compile(rf"(.*\.)?({key})$")
+        except (re.error, regex.error, RecursionError, OverflowError) as e:
+            raise CheckpointError(
+                f"{self._directory}: {CONFIG}: {name!r} has {key!r:.80}, which is no regular expression ({e})"
+            ) from None
+
+    def _matches(self, name: str, pattern: Any, module: str) -> bool:
+        """Whether a pattern matches, within the time that is left."""
+        start = time.monotonic()
+        try:
+            return pattern.match(module, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError:
+            raise CheckpointError(
+                f"{self._directory}: {CONFIG}: {name!r} takes longer than {PATTERN_SECONDS:g} seconds to match module "
+                f"names ({pattern.pattern!r:.80}); write plain names of modules"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - start
 
 
 def _misfits(module: str, two: Mapping[str, Tensor], rank: int, inputs: int, outputs: int) -> Iterator[str]:
@@ -193,30 +270,26 @@ def _misfits(module: str, two: Mapping[str, Tensor], rank: int, inputs: int, out
             yield f"{module}: lora_{part} holds NaN or infinite values"
 
 
-def _stacked(
-    directory: Path, raw: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]], sites: "_Sites"
-) -> Adapter:
+def _stacked(strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str, Tensor]], sites: "_Sites") -> Adapter:
     """The modules' A and B as stacks over layers; a layer of lower rank, or without an adapter, ends in zeros."""
     spec: dict[str, LowRank] = {}
     arrays: dict[str, np.ndarray] = {}
     for rule in sites.rules:
         modules = {n: rule.tensor_name(n).removesuffix(".weight") for n in range(sites.layers)}
-        strengths = {n: _strength(raw, module) for n, module in modules.items() if module in parts}
+        strengths = {n: strength(module) for n, module in modules.items() if module in parts}
         if not strengths:
             continue
-        scales = {s.scale for s in strengths.values()}
-        if len(scales) > 1:
-            raise CheckpointError(f"{directory}: {rule.tensor} has another scale in every layer: not supported")
+        common = next(iter(strengths.values())).scale
         outputs, inputs = sites.shapes[rule.param][1:]
         rank = max(s.rank for s in strengths.values())
         a = np.zeros((sites.layers, rank, inputs), np.float32)
         b = np.zeros((sites.layers, outputs, rank), np.float32)
         rows, _ = rule.view.outputs(outputs)
-        for n, (r, _) in strengths.items():
+        for n, (r, scale) in strengths.items():
             a[n, :r] = parts[modules[n]]["A"].read().astype(np.float32)
-            b[n, :, :r] = parts[modules[n]]["B"].read().astype(np.float32)[rows]
+            b[n, :, :r] = parts[modules[n]]["B"].read()[rows].astype(np.float64) * (scale / common)
         name = rule.param.removesuffix(".weight")
-        spec[name] = LowRank(rank, scales.pop())
+        spec[name] = LowRank(rank, common)
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     return Adapter(spec, arrays)
 
@@ -337,7 +410,7 @@ class _Sites:
 
 
 def _sites(base: Path) -> _Sites:
-    raw = read_config(base)
+    raw = effective_config(base)
     config = decoder_config(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
     adaptable = {f"{path}.weight" for path in TARGETS.values()}

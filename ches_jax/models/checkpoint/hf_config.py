@@ -1,10 +1,12 @@
 """Read a Hugging Face ``config.json`` so that no key goes unseen.
 
 Every key is *handled* (read by the family), *ignored* by name (cannot change a number), or at the value that means
-"off". Anything else is a problem, since a key that is silently dropped is a model that is silently wrong.
+"off". Of the others, those whose name speaks of arithmetic are a problem, since such a key silently dropped is a model
+that is silently wrong; the rest are keys that no code of the model reads, that of transformers neither, and are named.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -40,8 +42,34 @@ OFF: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "use_bidirectional_attention": (False,),
+    "transformers_weights": ("model.safetensors",),
 }
 """Keys of any family that are supported only where they change nothing."""
+NUMBER_WORDS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_words("scale scales scaling scaled multiplier factor ratio"), (1,)),
+    **dict.fromkeys(
+        _words(
+            "bias window sliding softcap softcapping cap clip alibi chunk residual quantization parallel moe expert "
+            "experts router lora adapter sparse sparsity pruned skip"
+        ),
+        (False, 0),
+    ),
+    **dict.fromkeys(
+        _words(
+            "logit logits attention attn rotary rope rotate theta position positions positional norm layernorm rms eps "
+            "epsilon qk qkv kv mask causal activation act gate gated tie tied embed embedding embeddings layer layers "
+            "alpha beta gamma temperature weights"
+        ),
+        (),
+    ),
+}
+"""Words in the name of a key that changes numbers -> the values at which it does not."""
+NO_NUMBER_WORDS = _words("implementation flash dropout init initializer initialization loss kernel")
+"""Words that make a key harmless in spite of the others: which kernel computes, or what training draws."""
+LARGEST = 2**31 - 1
+"""The largest size: positions and rows are indexed by 32 bits."""
+MOST_LAYERS = 4096
+"""Several times the deepest published decoder; a file that asks for more asks for memory, not for a model."""
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu",
@@ -91,21 +119,31 @@ class ConfigReader:
             return default
         if value is default:
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and kind is float:
+        if isinstance(value, int) and not isinstance(value, bool) and kind is float and abs(value) <= LARGEST**2:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             name = kind.__name__ if isinstance(kind, type) else "/".join(k.__name__ for k in kind)
-            self.problems.append(f"config.json: {key!r} = {value!r} should be of type {name}")
+            self.problems.append(f"config.json: {key!r} = {_short(value)} should be of type {name}")
+            return default if default is not MISSING else _placeholder(kind)
+        if isinstance(value, float) and not math.isfinite(value):
+            self.problems.append(f"config.json: {key!r} = {value!r} should be a finite number")
             return default if default is not MISSING else _placeholder(kind)
         return value
 
-    def size(self, key: str, default: Any = MISSING) -> Any:
-        """A positive integer, or the default where that is None."""
+    def size(self, key: str, default: Any = MISSING, most: int = LARGEST) -> Any:
+        """A positive integer up to ``most``, or the default where that is None."""
         value = self.get(key, int, default)
         if value is not None and value < 1:
-            self.problems.append(f"config.json: {key!r} = {value!r} should be positive")
+            self.problems.append(f"config.json: {key!r} = {_short(value)} should be positive")
+            return 1
+        if value is not None and value > most:
+            self.problems.append(f"config.json: {key!r} = {_short(value)} should be at most {most}")
             return 1
         return value
+
+    def layers(self, key: str) -> int:
+        """The number of layers."""
+        return self.size(key, most=MOST_LAYERS)
 
     def nullable(self, key: str, kind: type, absent: Any) -> Any:
         """The value of ``key`` where null means "off": ``absent`` stands in only where the key is not written."""
@@ -124,7 +162,7 @@ class ConfigReader:
             vocab_size=self.size("vocab_size", vocab_size),
             width=self.size("hidden_size"),
             mlp_width=self.size("intermediate_size"),
-            num_layers=self.size("num_hidden_layers"),
+            num_layers=self.layers("num_hidden_layers"),
             num_heads=self.size("num_attention_heads", num_heads),
         )
 
@@ -266,9 +304,10 @@ class ConfigReader:
     def _check_rotary_dim(self, kind: str, rotary_dim: int, settings: Mapping[str, Any], name: str) -> None:
         """Pairs of channels rotate, and lists of factors have one number for each pair."""
         least = 4 if kind == "dynamic" else 2
-        if rotary_dim % 2 or rotary_dim < least:
+        if rotary_dim % 2 or rotary_dim < least or settings.get("partial_rotary_factor", 1.0) > 1:
             self.problems.append(
-                f"config.json: {rotary_dim} rotating channels of a head; expected an even number from {least} on"
+                f"config.json: {rotary_dim} rotating channels of a head; expected an even number from {least} on, and "
+                "not more than it has"
             )
         for key in ("short_factor", "long_factor"):
             if kind == "longrope" and len(settings[key]) != rotary_dim // 2:
@@ -296,19 +335,50 @@ class ConfigReader:
         """All problems, unknown keys included."""
         for key, allowed in OFF.items():
             self.must_be(key, *allowed)
-        unknown = sorted(k for k, v in self.raw.items() if k not in self._seen and v is not None)
-        if unknown:
-            shown = ", ".join(f"{k!r} = {self.raw[k]!r}"[:80] for k in unknown)
+        if changing := [k for k in self._unknown() if _changes_numbers(k, self.raw[k])]:
             self.problems.append(
-                f"config.json: not handled for this family: {shown}; remove a key only if it cannot change the numbers"
+                f"config.json: not handled for this family: {self._shown(changing)}; remove a key only if it cannot "
+                "change the numbers"
             )
         return self.problems
+
+    def unread(self) -> str:
+        """The keys that no code of the model reads, with their values; empty where there is none."""
+        return self._shown([k for k in self._unknown() if not _changes_numbers(k, self.raw[k])])
+
+    def _unknown(self) -> list[str]:
+        return sorted(k for k, v in self.raw.items() if k not in self._seen and v is not None)
+
+    def _shown(self, keys: Sequence[str]) -> str:
+        return ", ".join(f"{k!r} = {self.raw[k]!r}"[:80] for k in keys)
+
+
+def _changes_numbers(key: str, value: Any) -> bool:
+    """Whether a key that nobody knows speaks of arithmetic, by the words of its name, and is not off.
+
+    >>> [_changes_numbers(*kv) for kv in (("max_sequence_length", 2048), ("logit_scale", 0.5), ("logit_scale", 1))]
+    [False, True, False]
+    """
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
+    told = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
+    if not told or NO_NUMBER_WORDS & set(words):
+        return False
+    if value in ("", [], {}):
+        return False
+    # a truth value is no number: True is not a scale of 1
+    return not any(value == off and isinstance(value, bool) == isinstance(off, bool) for offs in told for off in offs)
 
 
 def _placeholder(kind: Any) -> Any:
     """A valid value in place of a missing or wrong one, so that later problems are reported too."""
     kind = kind if isinstance(kind, type) else kind[0]
     return 1 if kind in (int, float) else kind()
+
+
+def _short(value: Any) -> str:
+    """A value for a message; a number of many digits loses its middle."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of over 40 digits"
+    return text if len(text) <= 80 else f"{text[:60]} ..."
 
 
 def _number_or(value: Any, default: float) -> float:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,19 @@ from jax.typing import DTypeLike
 
 from ches_jax.distributed.mesh import LogicalMesh, make_mesh
 from ches_jax.errors import CheckpointError, ChesError, many
-from ches_jax.hf.directory import read_config, resolve
+from ches_jax.hf.directory import resolve
 from ches_jax.hf.tensors import DTYPES, Tensor, all_finite, open_tensors
-from ches_jax.models.checkpoint.tensor_map import Rule, as_stored, resolved
+from ches_jax.models.checkpoint.stored_names import as_expected, effective_config, foreign_prefix, table_ends
+from ches_jax.models.checkpoint.tensor_map import Rule, resolved
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.models.sharding import placement
 
-STORED_BUT_NOT_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
-                             ".attention.masked_bias", ".attention.rotary_emb.inv_freq")  # fmt: skip
-"""Buffers that old checkpoints carry: recomputed from the config, never read."""
+NOT_TIED = (
+    ": {other!r} is stored alone, and config.json does not tie the two (tie_word_embeddings). Read as tied, they would "
+    "be one matrix; as untied, transformers starts the missing one at random. Say which in config.json, or store both"
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
       CheckpointError: anything that does not fit, all problems in one message.
     """
-    raw = read_config(directory)
+    raw = effective_config(directory)
     config = decoder_config(raw, str(directory))
-    tensors = {n: t for n, t in open_tensors(directory).items() if not n.endswith(STORED_BUT_NOT_PARAMETERS)}
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, tensors)
+    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, open_tensors(directory))
     return Checkpoint(directory, config, tensors, table)
 
 
@@ -145,11 +146,23 @@ def _checked_table(
     family: Family,
     config: DecoderConfig,
     shapes: dict[str, tuple[int, ...]],
-    tensors: dict[str, Tensor],
-) -> dict[str, Rule]:
-    """The family's rules by parameter, after every tensor and parameter has been accounted for."""
-    table = {rule.param: rule for rule in as_stored(family.name_rules(shapes, config), tensors)}
-    problems: list[str] = []
+    stored: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Rule]]:
+    """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
+    table = {rule.param: rule for rule in family.name_rules(shapes, config)}
+    embedding, head = table_ends(family, config)
+    layers = range(config.num_layers)
+    names = [r.tensor_name(layer) for r in table.values() for layer in (layers if r.stacked else (0,))]
+    tensors, problems = as_expected(stored, embedding, head, names)
+    if config.tie_embeddings and embedding not in tensors and head in tensors:
+        # tied both ways: the one that is stored serves as both
+        table["embed_tokens.weight"] = replace(table["embed_tokens.weight"], tensor=head)
+    missing = [name for name in dict.fromkeys(names) if name not in tensors]
+    if prefix := foreign_prefix(stored, missing):
+        raise CheckpointError(
+            f"{directory}: all tensor names begin with {prefix!r}, which transformers does not take off either; save "
+            "the module inside, not its wrapper"
+        )
     used: Counter[str] = Counter()
     for param, shape in shapes.items():
         rule = table[param]
@@ -158,22 +171,26 @@ def _checked_table(
             name = rule.tensor_name(layer)
             used[name] += 1
             if name not in tensors:
-                problems.append(f"tensor {name!r} is missing (for parameter {param})")
+                alone = {"lm_head.weight": embedding, "embed_tokens.weight": head}.get(param)
+                problems.append(
+                    f"tensor {name!r} is missing (for parameter {param})"
+                    + (f"{NOT_TIED.format(other=alone)}" if alone in tensors and not config.tie_embeddings else "")
+                )
             elif tensors[name].shape != rule.view.tensor_shape(per_layer):
                 problems.append(
                     f"tensor {name!r} has shape {tensors[name].shape}; config.json asks for "
                     f"{rule.view.tensor_shape(per_layer)}"
                 )
     # a tied head may be stored beside the embedding it repeats
-    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
+    tied = {head} if config.tie_embeddings else set()
     problems += [
-        f"tensor {n!r} matches no parameter of a {config.family} model"
-        for n in tensors
+        f"tensor {t.name!r} matches no parameter of a {config.family} model"
+        for n, t in tensors.items()
         if n not in used and n not in tied
     ]
     if problems:
         raise CheckpointError(many(str(directory), problems))
-    return table
+    return tensors, table
 
 
 def _read(

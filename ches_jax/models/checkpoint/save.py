@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.errors import CheckpointError
-from ches_jax.hf.directory import fingerprint, read_config
+from ches_jax.hf.directory import fingerprint
 from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, write_config, write_weights
-from ches_jax.hf.tensors import open_tensors
+from ches_jax.models.checkpoint.load import open_checkpoint
+from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
@@ -42,12 +43,12 @@ def save_pretrained(
       The fingerprint of the written directory.
     """
     source = Path(like) if like is not None else None
-    raw = dict(config) if config is not None else read_config(source) if source else None
+    raw = dict(config) if config is not None else effective_config(source) if source else None
     if raw is None:
         raise ValueError("save_pretrained needs like=DIR or config=dict")
     if decoder_config(raw, "config of the model to save") != model.config:
         raise ValueError("the config does not describe this model")
-    stored = {} if source is None or dtype else {n: t.dtype for n, t in open_tensors(source).items()}
+    stored = {} if source is None or dtype else {n: t.dtype for n, t in open_checkpoint(source).tensors.items()}
     params = named_parameters(model)
     rules = family_of(raw, str(out)).name_rules(params, model.config)
     with new_directory(Path(out), CheckpointError) as directory:

@@ -4,8 +4,8 @@ A rule names a parameter (``layers.self_attn.q_proj.weight``, without the layer 
 (``model.layers.{layer}.self_attn.q_proj.weight``) and a *view*: the part of the tensor, in the parameter's orientation.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -178,18 +178,6 @@ def rules(
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
         table.append(Rule(param, tensor, (views or {}).get(f"{inner}.{leaf}", WHOLE)))
     return table
-
-
-def as_stored(table: Sequence[Rule], names: Container[str]) -> Sequence[Rule]:
-    """``table`` for a file with ``names``, which may come from the model without its head and lack the common prefix.
-
-    The hub's ``gpt2`` says ``wte.weight`` where the model with its head says ``transformer.wte.weight``.
-    """
-    embedding = next(rule.tensor for rule in table if rule.param == "embed_tokens.weight")
-    prefix, _, bare = embedding.partition(".")
-    if embedding in names or bare not in names:
-        return table
-    return [replace(rule, tensor=rule.tensor.removeprefix(f"{prefix}.")) for rule in table]
 
 
 def resolved(index: Index, shape: tuple[int, ...]) -> Index:

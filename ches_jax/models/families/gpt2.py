@@ -33,7 +33,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     r.must_be("scale_attn_by_inverse_layer_idx", False)
     width = r.size("n_embd")
     heads = r.size("n_head")
-    layers = r.size("n_layer")
+    layers = r.layers("n_layer")
     if width % heads:
         r.problems.append(f"config.json: 'n_embd' = {width} is not a multiple of 'n_head' = {heads}")
     return DecoderConfig(

@@ -24,6 +24,7 @@ from ches_jax.models.families import (
     starcoder2,
 )
 from ches_jax.models.families.unsupported import unsupported_reason
+from ches_jax.notices import notice
 
 
 @runtime_checkable
@@ -72,6 +73,8 @@ def decoder_config(raw: dict[str, Any], where: str = "config.json") -> DecoderCo
         problems = list(_misfits(config))
     if problems:
         raise CheckpointError(many(where, problems))
+    if unread := reader.unread():
+        notice(f"{where}: no code of a {family.MODEL_TYPE} model reads these keys of the config: {unread}")
     return config
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
-from ches_jax.data.sources import Kind, PairSource, open_pairs, open_rows
+from ches_jax.data.sources import Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
+from ches_jax.inputs import Opener
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.train.config import TrainConfig
@@ -53,7 +54,6 @@ class ReadPairs:
     """Numbers that the rows bring, by field of ``LossInputs``."""
     dropped: list[dict[str, Any]]
     rows: int
-    fingerprint: str
 
 
 def require_reward_columns(config: TrainConfig, loss: Loss) -> None:
@@ -79,13 +79,15 @@ def read_pairs(
     split: str | None,
     limit: int | None,
     process: Process,
+    opener: Opener,
+    option: str,
 ) -> ReadPairs:
     """Read a source for a run; of several processes each tokenises its part, and all get the same.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    source, one_response = _open(config, loss, spec, split)
+    source, one_response = _open(config, loss, spec, split, opener, option)
     choices_of = _column_choices(config, loss)
     if one_response and choices_of:
         raise ChesError(f"{choices_of[0][0]}: {source.name} has rows of one response, of which only the label is read")
@@ -95,27 +97,29 @@ def read_pairs(
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
     if one_response and is_supervised(loss):  # every response is a good one
-        return ReadPairs(kept, {}, dropped, rows, source.fingerprint())
+        return ReadPairs(kept, {}, dropped, rows)
     if one_response:
         name = config.columns.get(LABEL, LABEL)
         labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
-        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows, source.fingerprint())
+        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
-    return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows, source.fingerprint())
+    return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows)
 
 
-def _open(config: TrainConfig, loss: Loss, spec: str, split: str | None) -> tuple[PairSource, bool]:
+def _open(
+    config: TrainConfig, loss: Loss, spec: str, split: str | None, opener: Opener, option: str
+) -> tuple[PairSource, bool]:
     """The source, and whether its rows are of one response."""
     if is_unpaired(loss) or is_supervised(loss):
         try:
-            return open_rows(spec, split, config.columns, ONE_RESPONSE), True
+            return opener.rows(spec, split, config.columns, ONE_RESPONSE, option), True
         except DataError:
             if {*COMPLETION, LABEL} & config.columns.keys():
                 raise
     if reads_samples(loss):
-        return open_rows(spec, split, config.columns, SAMPLES), False
-    return open_pairs(spec, split, config.columns, config.candidates), False
+        return opener.rows(spec, split, config.columns, SAMPLES, option), False
+    return opener.pairs(spec, split, config.columns, config.candidates, option), False
 
 
 def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:

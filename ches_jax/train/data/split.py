@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax import bundled
-from ches_jax.data.tokenize import load_tokenizer, tokenizer_fingerprint
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
-from ches_jax.inputs import pair_tokenizer
+from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.losses import Loss
-from ches_jax.models.config import DecoderConfig
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.rows import read_pairs
 from ches_jax.types import TokenPair
@@ -35,41 +32,35 @@ class RunPairs:
     dropped: list[dict[str, Any]]
     rows: int
     """Rows of the source."""
-    fingerprints: dict[str, str]
     extra: dict[str, np.ndarray]
     """Numbers that the rows of ``train`` bring, by field of ``LossInputs``."""
     held_out_extra: dict[str, np.ndarray]
 
 
 def read_run_pairs(
-    config: TrainConfig, loss: Loss, directory: Path, decoder: DecoderConfig, process: Process | None = None
+    config: TrainConfig, loss: Loss, model: ModelFiles, opener: Opener, process: Process | None = None
 ) -> RunPairs:
     """Read everything a run needs of its data.
 
     Args:
       config: which data, and how they are read.
       loss: the objective, which decides what a row must hold.
-      directory: of the model, whose tokenizer is used.
-      decoder: its architecture: vocabulary and number of positions.
+      model: whose tokenizer, vocabulary and number of positions count.
+      opener: opens the data.
       process: which of several processes this is.
 
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    tokenizer = pair_tokenizer(
-        load_tokenizer(directory), decoder, max_length=config.max_length, eos=config.eos, template=config.template
-    )
-    prints = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer.tokenizer)}
+    opener.tokenizer(model)
+    tokenizer = model.pair_tokenizer(max_length=config.max_length, eos=config.eos, template=config.template)
     process = process or Process()
-    spec = bundled.located(config.pairs, bundled.pairs_file)
-    main = read_pairs(config, loss, tokenizer, spec, config.split, config.limit, process)
-    prints["data_fingerprint"] = main.fingerprint
+    main = read_pairs(config, loss, tokenizer, config.pairs, config.split, config.limit, process, opener, "pairs")
     kept, extra, dropped = main.pairs, main.extra, main.dropped
     held_out: list[TokenPair] = []
     held_out_extra: dict[str, np.ndarray] = {}
     if config.eval_pairs is not None:
-        other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process)
-        prints["eval_fingerprint"] = other.fingerprint
+        other = read_pairs(config, loss, tokenizer, config.eval_pairs, None, None, process, opener, "eval_pairs")
         held_out, held_out_extra, dropped = other.pairs, other.extra, dropped + other.dropped
     elif config.holdout:
         out, stay = _drawn(kept, config.holdout, config.seed)
@@ -77,9 +68,7 @@ def read_run_pairs(
         held_out_extra = {k: v[out] for k, v in extra.items()}
         extra = {k: v[stay] for k, v in extra.items()}
     chosen = np.random.default_rng([config.seed, 2]).permutation(len(kept))[: config.watch]
-    return RunPairs(
-        kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, prints, extra, held_out_extra
-    )
+    return RunPairs(kept, [kept[i] for i in sorted(chosen)], held_out, dropped, main.rows, extra, held_out_extra)
 
 
 def _drawn(pairs: Sequence[TokenPair], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,15 +18,13 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax import bundled
-from ches_jax.data.sources import open_prompts
-from ches_jax.data.tokenize import encode_prompts, load_tokenizer
+from ches_jax.data.tokenize import encode_prompts
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.errors import DataError
+from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
-from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
@@ -71,35 +69,31 @@ class Probes:
     tokenizer: "PreTrainedTokenizerBase"
     ids: list[tuple[int, ...]]
     row_ids: list[str]
-    fingerprint: str
 
     def text(self, ids: Sequence[int]) -> str:
         """What the tokens say."""
         return str(self.tokenizer.decode(list(ids)))
 
 
-def read_probes(
-    spec: str, directory: Path, decoder: DecoderConfig, *, template: Template, max_length: int | None
-) -> Probes:
+def read_probes(spec: str, model: ModelFiles, opener: Opener, *, template: Template, max_length: int | None) -> Probes:
     """The prompts of a file or data set; ``bundled`` for those of the package.
 
     Raises:
       DataError: prompts that cannot be read, are empty, or too long for the model.
     """
-    source = open_prompts(bundled.located(spec, bundled.prompts_file))
+    source = opener.prompts(spec, option="probes")
     rows = list(source)
-    tokenizer = load_tokenizer(directory)
-    ids = encode_prompts(tokenizer, rows, template)
-    longest = max_length or decoder.max_positions
+    ids = encode_prompts(model.tokenizer, rows, template)
+    longest = max_length or model.decoder.max_positions
     for row, prompt in zip(rows, ids, strict=True):
-        if not 0 < len(prompt) < longest or max(prompt) >= decoder.vocab_size:
+        if not 0 < len(prompt) < longest or max(prompt) >= model.decoder.vocab_size:
             raise DataError(
                 f"--probes {source.name}, {row.where}: a prompt of {len(prompt)} tokens; expected 1 to {longest - 1}, "
-                f"of ids below {decoder.vocab_size}"
+                f"of ids below {model.decoder.vocab_size}"
             )
     if not rows:
         raise DataError(f"--probes {source.name}: has no prompts")
-    return Probes(tokenizer, ids, [row.row_id for row in rows], source.fingerprint())
+    return Probes(model.tokenizer, ids, [row.row_id for row in rows])
 
 
 class Prober:

@@ -1,0 +1,93 @@
+"""What a directory's tensor names say beyond its config: the prefix they were saved with, and whether the head is tied.
+
+Both as transformers reads them: each name may have or lack the name of the model below its head (``model.``,
+``transformer.``), and a head that is stored beside the embedding with other values is a head of its own, whatever
+``config.json`` says.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ches_jax.hf.directory import read_config
+from ches_jax.hf.tensors import Tensor, open_tensors, same_values
+from ches_jax.models.config import DecoderConfig
+from ches_jax.models.families.registry import Family, decoder_config, family_of
+from ches_jax.notices import notice
+
+TIED = "tie_word_embeddings"
+HEADS = {"lm_head.weight": "embed_out.weight"}
+"""The head's name in transformers 5 -> the one that GPT-NeoX files had and have."""
+
+
+def effective_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a model directory, its head untied where the weights have another one.
+
+    Raises:
+      CheckpointError: a config or weight files that cannot be read.
+    """
+    raw = read_config(directory)
+    config = decoder_config(raw, str(directory))
+    if not config.tie_embeddings:
+        return raw
+    family = family_of(raw, str(directory))
+    embedding, head = table_ends(family, config)
+    stored, _ = as_expected(open_tensors(directory), embedding, head)
+    if embedding not in stored or head not in stored or _same(stored[embedding], stored[head]):
+        return raw
+    notice(
+        f"{directory}: config.json ties the head to the embedding ({TIED}), but {stored[head].name!r} and "
+        f"{stored[embedding].name!r} are both stored and differ: they are not tied, as in transformers"
+    )
+    return raw | {TIED: False}
+
+
+def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:
+    """The stored names of the embedding and of the head."""
+    embedding, head = family.name_rules(["embed_tokens.weight", "lm_head.weight"], config)
+    return embedding.tensor, head.tensor
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return _same_unchanged(a, b, *(t.file.stat().st_mtime_ns for t in (a, b)))
+
+
+@lru_cache(maxsize=8)
+def _same_unchanged(a: Tensor, b: Tensor, *times: int) -> bool:
+    """Values are compared once for as long as the files stay."""
+    return same_values(a, b)
+
+
+def as_expected(
+    tensors: Mapping[str, Tensor], embedding: str, head: str, others: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under the names that a family expects, and what is wrong with that.
+
+    A stored name that is not expected may have the prefix of the model below its head too much or too little; what is
+    none of the expected ones keeps its name.
+    """
+    names = {embedding, head, *others}
+    prefix = embedding.partition(".")[0] + "."
+    out: dict[str, Tensor] = {}
+    problems = []
+    for stored, tensor in tensors.items():
+        bare = stored.removeprefix(prefix)
+        candidates = (bare, prefix + stored, HEADS.get(bare))
+        name = stored if stored in names else next((c for c in candidates if c in names), stored)
+        if name in out:
+            problems.append(f"tensors {out[name].name!r} and {stored!r} are the same parameter; remove one of the two")
+        out[name] = tensor
+    return out, problems
+
+
+def foreign_prefix(stored: Iterable[str], missing: Iterable[str]) -> str | None:
+    """What stands before all missing names in a file of a wrapped module, such as ``_orig_mod.``; None where not so.
+
+    >>> foreign_prefix(["_orig_mod.model.norm.weight"], ["model.norm.weight"])
+    '_orig_mod.'
+    """
+    stored, missing = list(stored), list(missing)
+    prefixes = {name.removesuffix(missing[0]) for name in stored if missing and name.endswith(f".{missing[0]}")}
+    known = set(stored)
+    return next((p for p in sorted(prefixes) if all(p + name in known for name in missing)), None)

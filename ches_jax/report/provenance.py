@@ -1,0 +1,66 @@
+"""How the numbers of a page came to be."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ches_jax.report.document import Section
+from ches_jax.report.html import data_table
+from ches_jax.runs.directory import CONFIG, RUN
+
+_WHERE = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command", "device")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a directory with its ``config``, as far as it can be read; empty without one."""
+    record = _object(folder / RUN)
+    if not record.get("config"):
+        record |= {"config": _object(folder / CONFIG).get("config", {})}
+    return record
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested JSON as dotted names with values.
+
+    >>> flat({"a": {"b": 1, "c": None}})
+    [('a.b', '1')]
+    """
+    if value is None or value == {} or value == []:
+        return []
+    if isinstance(value, Mapping):
+        return [row for k, v in value.items() for row in flat(v, f"{name}.{k}" if name else str(k))]
+    text = value if isinstance(value, str) else str(value)
+    return [(name, text if len(text) <= 300 else text[:297] + "...")]
+
+
+def provenance(*records: Mapping[str, Any]) -> Section:
+    """A folded table of everything that records tell, each name once."""
+    rows: dict[str, str] = {}
+    for record in records:
+        for name, text in flat(record):
+            rows.setdefault(name, text)
+    body = data_table(["what", "value"], [*rows.items()][:300], text_columns=2)
+    return Section(anchor="provenance", heading="Provenance", body=body, folded=True)
+
+
+def model_name(record: Mapping[str, Any]) -> str:
+    """The model of a run in few words: the last parts of its path."""
+    return short_path((record.get("config") or {}).get("model"))
+
+
+def short_path(spec: Any) -> str:
+    """The last two parts of a path or a hub name.
+
+    >>> short_path("/a/b/hh-tiny/fp32"), short_path("bundled"), short_path(None)
+    ('hh-tiny/fp32', 'bundled', '')
+    """
+    return "/".join(Path(str(spec)).parts[-2:]) if spec else ""

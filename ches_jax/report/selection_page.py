@@ -1,0 +1,140 @@
+"""The page of a selection: what was kept of what, how it differs from all pairs, and each pair kept or dropped."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ches_jax.errors import RunError
+from ches_jax.report import elements
+from ches_jax.report.axes import digits_of, percent, readable
+from ches_jax.report.document import Page, Section
+from ches_jax.report.html import data_table, escape, gallery
+from ches_jax.report.pair_table import Column, PairTable
+from ches_jax.report.provenance import provenance, short_path
+from ches_jax.report.response_page import read_lines
+from ches_jax.report.score_page import label
+from ches_jax.report.texts import SIDES, side_text
+from ches_jax.runs.files import read_object
+
+
+def selection_page(run_dir: Path) -> Page:
+    """The page of a directory of ``ches select``.
+
+    Raises:
+      RunError: its files cannot be read.
+    """
+    chosen = read_object(run_dir / "selection.json", RunError, "a directory of ches select")
+    kept = read_lines(run_dir / "pairs.jsonl")
+    dropped = read_lines(run_dir / "dropped.jsonl") if (run_dir / "dropped.jsonl").is_file() else []
+    rule, counts = chosen.get("rule") or {}, chosen.get("counts") or {}
+    by = str(rule.get("by", ""))
+    table = _table(run_dir, kept, by)
+    of = int(counts.get("table", len(kept)))
+    lengths = chosen.get("mean_lengths") or {}
+    control = str(rule.get("control", "none"))
+    answers = [
+        (
+            "What was kept?",
+            f"{len(kept):,} of {of:,} pairs ({percent(len(kept) / max(1, of))}): "
+            f"<code>{escape(rule.get('keep', ''))}</code> of "
+            f"{escape(label(by))}{escape('' if control == 'none' else f', as a {control} control')}.",
+        ),
+        ("Did the lengths change?", _length_words(lengths)),
+        (
+            "What next?",
+            "Train on it and on a control of equal size: "
+            f"<code>ches train --pairs {elements.shown(run_dir / 'pairs.jsonl')}</code>, "
+            "and <code>ches select ... --control random</code>.",
+        ),
+    ]
+    reasons = Counter(str(row.get("reason", "")) for row in dropped)
+    parts = [
+        _lengths_table(lengths),
+        data_table(["dropped because of", "pairs"], [[k, f"{n:,}"] for k, n in reasons.most_common(20)])
+        if reasons
+        else "",
+        _categories(chosen.get("categories") or {}),
+    ]
+    sections = [
+        Section(
+            anchor="kept", heading="Kept and dropped, in numbers", body=gallery([f"<div>{p}</div>" for p in parts if p])
+        ),
+        Section(anchor="pairs", heading="All kept pairs", body=elements.table_body()),
+        provenance(chosen),
+    ]
+    headline = f"{len(kept):,} of {of:,} pairs kept, {rule.get('keep', '')} of {label(by)}"
+    source = (chosen.get("source") or {}).get("pairs")
+    return Page(
+        kind="ches select",
+        title=f"{headline}: {run_dir.name}",
+        headline=headline,
+        subtitle=elements.subtitle(short_path(source), f"{len(dropped):,} dropped", str(run_dir)),
+        answers=answers,
+        sections=[s for s in sections if s.body],
+        pairs=table,
+    )
+
+
+def _length_words(lengths: Mapping[str, Any]) -> str:
+    """Mean lengths of what was kept against all."""
+    kept, every = lengths.get("kept") or {}, lengths.get("all") or {}
+    told = []
+    for name in ("chosen_tokens", "rejected_tokens"):
+        if name in kept and name in every:
+            told.append(f"{label(name)} {readable(every[name], 0)} → {readable(kept[name], 0)}")
+    changed = [abs(kept[n] / every[n] - 1) for n in ("chosen_tokens", "rejected_tokens") if every.get(n)]
+    word = '<span class="tones">Yes</span>: ' if changed and max(changed) > 0.1 else "Hardly: "
+    return f"{word}{escape(', '.join(told))} on average." if told else "Not recorded."
+
+
+def _lengths_table(lengths: Mapping[str, Any]) -> str:
+    kept, every = lengths.get("kept") or {}, lengths.get("all") or {}
+    rows = [[label(n), readable(every[n], 1), readable(kept[n], 1)] for n in every if n in kept]
+    return data_table(["mean", "of all", "of the kept"], rows) if rows else ""
+
+
+def _categories(found: Mapping[str, Mapping[str, int]]) -> str:
+    rows = [
+        [name or "(none)", f"{c['scored']:,}", f"{c['kept']:,}", percent(c["kept"] / max(1, c["scored"]))]
+        for name, c in found.items()
+    ]
+    return data_table(["category", "pairs", "kept", "share"], rows) if rows else ""
+
+
+def _table(run_dir: Path, kept: Sequence[Mapping[str, Any]], by: str) -> PairTable | None:
+    if not kept:
+        return None
+    ids = [str(row.get("row_id", "")) for row in kept]
+    columns = [
+        Column(
+            name="line", label="line", values=np.arange(len(kept)), down=False, meaning="line of pairs.jsonl, from 0"
+        )
+    ]
+    for name in (by, "weight"):
+        if name and all(isinstance(row.get(name), int | float) for row in kept):
+            values = np.array([float(row[name]) for row in kept])
+            columns.append(Column(name=name, label=label(name), values=values, meaning=f"{digits_of(values)} decimals"))
+    if any(row.get("category") for row in kept):
+        columns.append(
+            Column(
+                name="category",
+                label="category",
+                values=[str(r.get("category") or "") for r in kept],
+                kind="word",
+                minor=True,
+            )
+        )
+    texts = {side: [side_text(row, side) for row in kept] for side in SIDES}
+    sort = (by, -1) if any(c.name == by for c in columns) else ("line", 1)
+    return PairTable(
+        name=f"{run_dir.name}_pairs",
+        rows=len(kept),
+        columns=columns,
+        key=["line"],
+        sort=sort,
+        texts=texts,
+        row_ids=ids,
+    )

@@ -1,0 +1,181 @@
+"""The texts and the tokens of pairs in a report, read from the source that was scored."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.errors import ChesError
+from ches_jax.report.pair_table import Tokens
+from ches_jax.scores.parts import TOKENS
+from ches_jax.select.config import SelectConfig
+from ches_jax.select.scored_rows import Key, SourceRow, key_of, keys, source_rows
+
+SIDES = ("prompt", "chosen", "rejected")
+MOST_TOKENS = 600
+"""Of one response."""
+Texts = dict[str, list[str]]
+"""By side: the text of each row."""
+
+
+def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None) -> tuple[Texts, str]:
+    """The texts of every row of a score table, and a note where they cannot be had.
+
+    A report is worth having without texts: that the source is gone, or is not the one that was scored,
+    is a note on the page and no error.
+    """
+    position_of = {key: i for i, key in enumerate(keys(table))}
+    ids = table["row_id"].to_pylist()
+    texts: Texts = {side: [""] * len(table) for side in SIDES}
+    found = 0
+    try:
+        for row in source_rows(SelectConfig(scores=run, out=run)) if rows is None else rows:
+            if (position := position_of.get(key_of(row))) is not None:
+                if row.row_id != ids[position]:
+                    return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
+                found += 1
+                for side in SIDES:
+                    texts[side][position] = side_text(row.content, side)
+            if found == len(position_of):
+                return texts, ""
+    except (ChesError, OSError) as error:
+        return {}, f"Texts are not shown: {error}"
+    missing = len(position_of) - found
+    return texts, f"{missing} of the rows are not in the pairs file any more; they have no texts here."
+
+
+def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[Texts, list[str]]:
+    """The texts of rows named by ``row_id``, and their categories; empty where a row is not in the source."""
+    wanted: dict[str, list[int]] = {}
+    for i, row_id in enumerate(ids):
+        wanted.setdefault(row_id, []).append(i)
+    texts: Texts = {side: [""] * len(ids) for side in SIDES}
+    categories = [""] * len(ids)
+    for row in rows:
+        for i in wanted.get(row.row_id, ()):
+            categories[i] = row.category or ""
+            for side in SIDES:
+                texts[side][i] = side_text(row.content, side)
+    return texts, categories
+
+
+def side_text(content: Mapping[str, Any], side: str) -> str:
+    """The prompt or a response of a row, as text."""
+    return plain_text(content.get(side, content.get(f"{side}_ids", "")))
+
+
+def plain_text(value: Any) -> str:
+    """A text, or a conversation, or token ids, as text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple, np.ndarray)):
+        if all(isinstance(m, Mapping) for m in value):
+            return "\n".join(f"[{m.get('role', '?')}] {plain_text(m.get('content') or '')}" for m in value)
+        return "token ids " + " ".join(str(v) for v in value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+TokenScores = dict[Key, dict[str, list[tuple[str, float | None]]]]
+"""By pair and response: the text of each token and what it adds to the score."""
+
+
+def read_tokens(run: Path, pairs: Sequence[Key]) -> tuple[TokenScores, str]:
+    """Token scores of some pairs, where the run has them, and the score they belong to."""
+    path = run / TOKENS
+    if not path.is_file():
+        return {}, ""
+    rows = pq.read_table(path, filters=[("index", "in", [index for index, _ in pairs])])
+    by = "ches" if rows["head_score"].null_count else "head_score"
+    by_pair: TokenScores = {key: {} for key in pairs}
+    for key, row in zip(keys(rows), rows.select(["response", "text", by]).to_pylist(), strict=True):
+        if key in by_pair:
+            by_pair[key].setdefault(row["response"], []).append((row["text"], row[by]))
+    return {key: texts for key, texts in by_pair.items() if texts}, by
+
+
+def token_table(run: Path, table: pa.Table, positions: Sequence[int], texts: Texts) -> Tokens | None:
+    """The token scores of the pairs at ``positions``, as the page shows them; None where the run has none."""
+    table_keys = keys(table)
+    found, by = read_tokens(run, [table_keys[p] for p in positions])
+    if not found:
+        return None
+    shared = (
+        table["shared_prefix_tokens"].to_pylist() if "shared_prefix_tokens" in table.schema.names else [0] * len(table)
+    )
+    of: dict[int, dict[str, Any]] = {}
+    for p in positions:
+        if (mine := found.get(table_keys[p])) is None:
+            continue
+        sides = dict(mine)
+        prefix = [(text, None) for text, _ in sides.get("chosen", [])[: shared[p] or 0]]
+        sides["rejected"] = [*prefix, *sides.get("rejected", [])]
+        of[p] = {}
+        for side, tokens in sides.items():
+            whole = readable_tokens(tokens, texts[side][p] if texts else "")
+            of[p][side] = [
+                [text, None if value is None else float(f"{value:.5g}")] for text, value in whole[:MOST_TOKENS]
+            ]
+            if len(whole) > MOST_TOKENS:
+                of[p][f"{side}_more"] = len(whole) - MOST_TOKENS
+    label, inside = ("Head score", "head score") if by == "head_score" else ("CHES", "CHES")
+    return Tokens(
+        name=by,
+        label=label,
+        up="raises the risk",
+        down="lowers it",
+        sides={
+            "chosen": f"what each token adds to the {inside} of the pair",
+            "rejected": "how each token pulls on the chosen response",
+        },
+        of=of,
+    )
+
+
+def readable_tokens(tokens: Sequence[tuple[str, float | None]], text: str) -> list[tuple[str, float | None]]:
+    """Tokens that are parts of one character joined until they are text, their numbers added up.
+
+    A tokenizer that falls back to bytes cuts a character into tokens that are no text by themselves (they decode to
+    the replacement character). What a run of them says is what stands in the response between its readable
+    neighbours.
+
+    >>> readable_tokens([("a", 1.0), ("\ufffd", 2.0), ("\ufffd", 3.0), ("b", 4.0)], "aéb")
+    [('a', 1.0), ('é', 5.0), ('b', 4.0)]
+    """
+    out: list[tuple[str, float | None]] = []
+    at, i = 0, 0
+    while i < len(tokens):
+        token, value = tokens[i]
+        if "\ufffd" not in token:
+            here, end = _place(text, token, at)
+            if here >= 0 and here - at <= len(token) + 4:
+                at = end
+            out.append((token, value))
+            i += 1
+            continue
+        values, first = [], i
+        while i < len(tokens) and "\ufffd" in tokens[i][0]:
+            values.append(tokens[i][1])
+            i += 1
+        following = next((t for t, _ in tokens[i:] if t.strip() and "\ufffd" not in t), "")
+        end = _place(text, following, at)[0] if following else len(text)
+        close = at < end <= at + 4 * (i - first)  # what stands further on is something else
+        told = text[at:end] if close else "".join(t for t, _ in tokens[first:i])
+        at = end if close else at
+        numbers = [v for v in values if v is not None]
+        out.append((told, sum(numbers) if numbers else None))
+    return out
+
+
+def _place(text: str, token: str, at: int) -> tuple[int, int]:
+    """Where a token stands in a text from ``at`` on, and its end; -1 where it does not.
+
+    Some tokenizers decode a single token without the space before it, so the text is asked for both.
+    """
+    for part in (token, token.strip()):
+        if part and (here := text.find(part, at)) >= 0:
+            return here, here + len(part)
+    return -1, at

@@ -1,0 +1,292 @@
+"""What a directory says in two ways is read as transformers reads it, or refused with both readings named."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ches_jax.errors import CheckpointError
+from ches_jax.hf.directory import weight_files
+from ches_jax.hf.tensors import BUFFERS, open_tensors, same_values
+from ches_jax.models.checkpoint.load import load_model, open_checkpoint
+from ches_jax.models.checkpoint.save import save_pretrained
+from ches_jax.models.checkpoint.stored_names import effective_config
+from ches_jax.models.families.registry import decoder_config
+from tests.models.test_strict import TINY, family, message, weights
+
+TOKENS = np.array([[1, 5, 9, 2, 7, 3]])
+LLAMA = TINY | {"num_key_value_heads": 3, "head_dim": 4}
+
+
+def random_weights(raw: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0.3 if "norm" in n or "ln_" in n else 0, 0.5, v.shape).astype(np.float32)
+            for n, v in weights(raw).items()}  # fmt: skip
+
+
+def write(directory: Path, raw: dict[str, Any], files: dict[str, dict[str, np.ndarray]], index: Any = None) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    for name, tensors in files.items():
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+    if index is not None:
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (directory / "model.safetensors.index.json").write_text(text)
+    return directory
+
+
+def single(directory: Path, raw: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    return write(directory, raw, {"model.safetensors": tensors})
+
+
+def assert_same_logits(directory: Path) -> None:
+    """Ours are those of transformers, whose values are float32 sums in another order."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    actual = np.asarray(load_model(directory)(TOKENS))
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def tied_other_head(d: Path) -> Path:
+    return single(d, LLAMA | {"tie_word_embeddings": True}, random_weights(LLAMA))
+
+
+def tied_head_alone(d: Path) -> Path:
+    tensors = random_weights(LLAMA)
+    del tensors["model.embed_tokens.weight"]
+    return single(d, LLAMA | {"tie_word_embeddings": True}, tensors)
+
+
+def gpt2_other_head(d: Path) -> Path:
+    """Tied by the family's default, not by a key."""
+    raw = family("gpt2", n_positions=16)
+    return single(d, raw, random_weights(raw | {"tie_word_embeddings": False}))
+
+
+def neox_other_head(d: Path) -> Path:
+    raw = family("gpt_neox")
+    return single(d, raw | {"tie_word_embeddings": True}, random_weights(raw))
+
+
+def neox_head_under_its_new_name(d: Path) -> Path:
+    raw = family("gpt_neox")
+    tensors = random_weights(raw)
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    return single(d, raw, tensors)
+
+
+def prefix_too_little(d: Path) -> Path:
+    return single(d, LLAMA, {n.removeprefix("model."): v for n, v in random_weights(LLAMA).items()})
+
+
+def prefix_too_much(d: Path) -> Path:
+    """The head below the name of the model; some tensors with the prefix and some without."""
+    tensors = random_weights(LLAMA)
+    tensors["model.lm_head.weight"] = tensors.pop("lm_head.weight")
+    tensors["norm.weight"] = tensors.pop("model.norm.weight")
+    return single(d, LLAMA, tensors)
+
+
+def single_and_old_index(d: Path) -> Path:
+    old = random_weights(LLAMA, seed=1)
+    write(d, LLAMA, {"model-00001-of-00001.safetensors": old}, dict.fromkeys(old, "model-00001-of-00001.safetensors"))
+    return single(d, LLAMA, random_weights(LLAMA))
+
+
+def single_and_damaged_index(d: Path) -> Path:
+    single(d, LLAMA, random_weights(LLAMA))
+    (d / "model.safetensors.index.json").write_text("{")
+    return d
+
+
+def left_over_shard(d: Path) -> Path:
+    """A file that the index does not name holds the same names."""
+    tensors = random_weights(LLAMA)
+    files = {"model-00001-of-00002.safetensors": tensors, "zz.safetensors": random_weights(LLAMA, seed=2)}
+    return write(d, LLAMA, files, dict.fromkeys(tensors, "model-00001-of-00002.safetensors"))
+
+
+def stored_in_an_earlier_shard_too(d: Path) -> Path:
+    tensors = random_weights(LLAMA)
+    name, stale = "model.norm.weight", np.full_like(tensors["model.norm.weight"], 7)
+    rest = {n: v for n, v in tensors.items() if n != name}
+    files = {"a.safetensors": rest | {name: stale}, "b.safetensors": {name: tensors[name]}}
+    return write(d, LLAMA, files, dict.fromkeys(rest, "a.safetensors") | {name: "b.safetensors"})
+
+
+def buffers(d: Path) -> Path:
+    raw = family("gpt_neox")
+    more: dict[str, np.ndarray] = {
+        "gpt_neox.layers.0.attention.bias": np.tril(np.ones((1, 1, 16, 16), np.uint8)),
+        "gpt_neox.layers.1.attention.bias": np.tril(np.ones((1, 1, 16, 16), np.bool_)),
+        "gpt_neox.layers.0.attention.masked_bias": np.array(-1e9, np.float32),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": np.ones(1, np.float16),
+        "gpt_neox.rotary_emb.inv_freq": np.ones(1, np.float64),
+    }
+    return single(d, raw, random_weights(raw) | more)
+
+
+def gpt2_buffers(d: Path) -> Path:
+    raw = family("gpt2", n_positions=16)
+    bare = {n.removeprefix("transformer."): v for n, v in random_weights(raw).items()}
+    more = {"h.0.attn.bias": np.ones((1, 1, 16, 16), np.bool_), "h.1.attn.masked_bias": np.array(0, np.int8)}
+    return single(d, raw, bare | more)
+
+
+def llama_buffers(d: Path) -> Path:
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.full(2, 3, np.float32)}
+    return single(d, LLAMA, random_weights(LLAMA) | more)
+
+
+READ_ALIKE = (
+    tied_other_head, tied_head_alone, gpt2_other_head, neox_other_head, neox_head_under_its_new_name, prefix_too_little,
+    prefix_too_much, single_and_old_index, single_and_damaged_index, left_over_shard, stored_in_an_earlier_shard_too,
+    buffers, gpt2_buffers, llama_buffers,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", READ_ALIKE, ids=lambda f: f.__name__)
+def test_it_is_read_as_transformers_reads_it(make: Any, tmp_path: Path):
+    assert_same_logits(make(tmp_path / "model"))
+
+
+def test_a_head_that_differs_is_told_and_stays_apart(tmp_path: Path, caplog: Any):
+    directory = tied_other_head(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        model = load_model(directory)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"ches: {directory}: config.json ties the head to the embedding (tie_word_embeddings), but 'lm_head.weight' "
+        "and 'model.embed_tokens.weight' are both stored and differ: they are not tied, as in transformers"
+    ]
+    # what is written of it says so
+    save_pretrained(model, tmp_path / "again", like=directory)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    stored, again = open_tensors(directory), open_tensors(tmp_path / "again")
+    assert stored.keys() == again.keys() and all(same_values(stored[n], again[n]) for n in stored)
+
+
+def test_an_equal_head_in_another_dtype_stays_tied(tmp_path: Path):
+    raw = LLAMA | {"tie_word_embeddings": True}
+    tensors = random_weights(LLAMA)
+    tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"].astype(np.float16).astype(np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].astype(np.float16)
+    assert effective_config(single(tmp_path / "m", raw, tensors)) == raw
+    tensors["lm_head.weight"][-1, -1] += 1  # the last of all values
+    assert effective_config(single(tmp_path / "n", raw, tensors))["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("gone", "left"), [
+    ("lm_head.weight", "model.embed_tokens.weight"), ("model.embed_tokens.weight", "lm_head.weight"),
+])  # fmt: skip
+def test_one_of_two_that_are_not_tied_is_refused_with_both_readings(gone: str, left: str, tmp_path: Path):
+    tensors = random_weights(LLAMA)
+    del tensors[gone]
+    with pytest.raises(CheckpointError) as e:
+        open_checkpoint(single(tmp_path / "model", LLAMA, tensors))
+    text = str(e.value)
+    assert f"tensor '{gone}' is missing" in text and f"'{left}' is stored alone" in text
+    assert "as tied" in text and "at random" in text
+
+
+def test_the_old_index_beside_a_single_file_is_told(tmp_path: Path, caplog: Any):
+    directory = single_and_old_index(tmp_path / "model")
+    assert weight_files(directory) == [directory / "model.safetensors"]
+    assert "model.safetensors is read, as transformers does; model.safetensors.index.json beside it" in caplog.text
+    # an index of the single file says nothing else
+    caplog.clear()
+    other = single(tmp_path / "other", LLAMA, random_weights(LLAMA))
+    write(other, LLAMA, {}, {"model.norm.weight": "model.safetensors"})
+    weight_files(other)
+    assert not caplog.text
+
+
+def test_a_tensor_of_two_shards_that_differ_is_refused_where_index_and_transformers_differ(tmp_path: Path):
+    tensors = random_weights(LLAMA)
+    name, stale = "model.norm.weight", np.full(12, 7, np.float32)
+    index = dict.fromkeys(tensors, "a.safetensors")
+    files = {"a.safetensors": tensors, "b.safetensors": {name: stale, "lm_head.weight": tensors["lm_head.weight"]}}
+    index["lm_head.weight"] = "b.safetensors"
+    with pytest.raises(CheckpointError) as e:
+        open_tensors(write(tmp_path / "model", LLAMA, files, index))
+    assert str(e.value) == (
+        f"{tmp_path / 'model'}: tensor 'model.norm.weight' is stored in a.safetensors and, with other values, in "
+        "b.safetensors: the index assigns it to a.safetensors, and transformers reads b.safetensors; remove one of the "
+        "two"
+    )
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model.", "module."])
+def test_a_wrapper_is_told_by_its_prefix(prefix: str, tmp_path: Path):
+    tensors = {prefix + n: v for n, v in random_weights(LLAMA).items()}
+    with pytest.raises(CheckpointError, match=f"all tensor names begin with '{prefix}'.*save the module inside"):
+        open_checkpoint(single(tmp_path / "model", LLAMA, tensors))
+
+
+def test_two_names_of_one_parameter_are_refused(tmp_path: Path):
+    tensors = random_weights(LLAMA)
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' and 'norm.weight' are the same parameter"):
+        open_checkpoint(single(tmp_path / "model", LLAMA, tensors))
+
+
+def test_an_integer_that_is_no_buffer_is_still_refused(tmp_path: Path):
+    tensors = random_weights(LLAMA)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = np.ones((12, 12), np.int8)
+    with pytest.raises(CheckpointError, match=r"stored as I8.*quantised"):
+        open_checkpoint(single(tmp_path / "model", LLAMA, tensors))
+    assert not "transformer.h.0.attn.c_attn.bias".endswith(BUFFERS)
+
+
+UNREAD = {"max_sequence_length": 2048, "model_max_length": 4096, "seq_length": 2048, "use_flash_attn": True,
+          "tokenizer_padding_side": "left", "sequence_parallel": False, "attention_chunk_size": None,
+          "unknown_scaling": {}, "logit_scale": 1.0, "own_bias": False}  # fmt: skip
+
+
+def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any):
+    for _ in range(2):
+        assert decoder_config(LLAMA | UNREAD, "models/unread") == decoder_config(LLAMA)
+    assert len(caplog.records) == 1
+    text = caplog.text
+    assert all(f"'{key}'" in text for key, value in UNREAD.items() if value is not None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logit_scale", 0.5), ("logits_scaling", 8.0), ("residual_multiplier", 0.2), ("own_bias", True),
+        ("sliding_window", 128), ("attention_chunk_size", 64), ("rotary_dim", 2), ("position_embedding_type", "alibi"),
+        ("attnTemperatureTuning", True), ("embedding_scale", True), ("num_experts", 4), ("final_norm", False),
+        ("transformers_weights", "other.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_key_that_speaks_of_arithmetic_is_refused(key: str, value: Any):
+    assert f"'{key}' = {value!r}" in message(LLAMA | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 10**7, "should be at most 4096"),
+        ("num_hidden_layers", 10**30, "should be at most 4096"),
+        ("hidden_size", 2**31, "should be at most 2147483647"),
+        ("vocab_size", 10**60, "a number of over 40 digits should be at most"),
+        ("rms_norm_eps", float("nan"), "should be a finite number"),
+        ("rms_norm_eps", 10**400, "should be of type float"),
+        ("max_position_embeddings", -(10**50), "should be positive"),
+    ],
+)
+def test_sizes_beyond_all_models_are_refused_at_once(key: str, value: Any, words: str):
+    assert words in message(LLAMA | {key: value})
+
+
+def test_gpt2_names_its_layers_otherwise_and_has_the_same_bound():
+    assert "'n_layer' = 10000000 should be at most 4096" in message(family("gpt2", n_layer=10**7))
+    assert "not more than it has" in message(family("gpt_neox", rotary_pct=2.0))
