@@ -14,8 +14,7 @@ SAME = {
     "data": "pairs prompts", "train-file": "pairs", "eval-dataset": "eval-pairs",
     "dataset-split": "split", "dataset-train-split": "split",
     "max-samples": "limit", "max-train-samples": "limit", "max-seq-length": "max-length", "max-seq-len": "max-length",
-    "output-dir": "out", "output-path": "out", "output": "out", "run-dir": "run path",
-    "run": "path run-dir", "trl-log": "path", "log": "path",
+    "output-dir": "out", "output-path": "out", "output": "out", "run-dir": "run",
     "learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "epochs", "max-steps": "steps",
     "lr-scheduler-type": "schedule", "warmup-steps": "warmup", "max-grad-norm": "clip", "loss-type": "loss",
     "ref-model": "reference", "ref-model-name-or-path": "reference", "optim": "optimizer",
@@ -24,8 +23,9 @@ SAME = {
     "num-samples": "samples", "num-return-sequences": "samples", "max-tokens": "max-new-tokens",
     "max-gen-toks": "max-new-tokens", "stop-sequences": "stop",
 }  # fmt: skip
-"""A name elsewhere, or of an older version -> the option, or the place, that takes the same value (the first that the
-verb has)."""
+"""A name elsewhere -> the option that takes the same value (the first that the verb has)."""
+WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir", "trl-log": "path", "log": "path"}
+"""A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
 DIFFERENT = {
     "per-device-train-batch-size": "--batch-size N is the pairs of an update over all devices, and --accumulate K cuts "
     "it into K micro-batches",
@@ -121,8 +121,8 @@ def _place(typed: str, flags: Mapping[str, Option], places: Sequence[Option]) ->
     name = typed.lstrip("-").replace("_", "-")
     if f"--{name}" in flags:
         return None
-    fields = SAME.get(name, "").split()
-    return next((p for p in places if p.name in fields and not any(f"--{f}" in flags for f in fields)), None)
+    fields = WITHOUT_NAME.get(name, "").split()
+    return next((place for place in places if place.field in fields), None)
 
 
 def _flag(verb: str, typed: str, options: Mapping[str, Option]) -> str:

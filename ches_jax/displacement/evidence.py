@@ -135,7 +135,7 @@ def judged_criterion(judgments: Sequence[Path], want: str | None) -> Criterion:
         return Criterion(name, "not measured", "--judgments BEFORE AFTER of ches judge, with --want", True)
     if len(judgments) != 2:
         raise ChesError(f"--judgments takes two, of the first and of the second model; got {len(judgments)}")
-    both = [item for item in _paired(*judgments, "judgments.jsonl", "refusal") if None not in item[1:]]
+    both = [item for item in _paired(judgments[0], judgments[1], "judgments.jsonl", "refusal") if None not in item[1:]]
     if not both:
         raise ChesError(f"{judgments[0]} and {judgments[1]}: no response is decided in both")
     clusters = np.array([key[0] for key, *_ in both])

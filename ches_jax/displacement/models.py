@@ -3,10 +3,14 @@
 import dataclasses
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.errors import ChesError, RunError
+
+if TYPE_CHECKING:
+    from ches_jax.inputs import Inputs
 
 ADAPTER = "adapter_config.json"
 OPTIONS = (
@@ -27,7 +31,7 @@ def changes_between_models(config: DiagnoseConfig, work: Path, *, quiet: bool = 
       ChesError: what scoring refuses; a pair whose tokens are not the same for both models.
     """
     from ches_jax.displacement.readers.logp_tables import read_score_tables
-    from ches_jax.inputs import prepare
+    from ches_jax.inputs import Opener, open_model_and_pairs
     from ches_jax.scores.config import ScoreConfig
     from ches_jax.scores.run import score
 
@@ -36,25 +40,26 @@ def changes_between_models(config: DiagnoseConfig, work: Path, *, quiet: bool = 
         raise ChesError("--before MODEL --after MODEL needs --pairs FILE: the pairs that both models score")
     options = {name: getattr(config, name) for name in OPTIONS}
     adapted = (Path(config.after) / ADAPTER).is_file()
-    second = {"model": config.before, "adapter": config.after} if adapted else {"model": config.after}
-    models = {
-        "before": ScoreConfig(model=config.before, logps=True, out=str(work / "before"), **options),
-        "after": ScoreConfig(logps=True, out=str(work / "after"), **options, **second),
-    }
-    inputs = [prepare(dataclasses.replace(models[name])) for name in models]
-    _require_same_tokens(*inputs)
-    tables = [score(model, quiet=quiet) for model in models.values()]
+    first = ScoreConfig(model=config.before, logps=True, out=str(work / "before"), **options)
+    second = dataclasses.replace(
+        first,
+        model=config.before if adapted else config.after,
+        adapter=config.after if adapted else None,
+        out=str(work / "after"),
+    )
+    _require_same_tokens(*(open_model_and_pairs(run, Opener()) for run in (first, second)))
+    tables = [score(run, quiet=quiet) for run in (first, second)]
     return read_score_tables(tables[0], tables[1], same_tokens=True)
 
 
-def _require_same_tokens(first, second) -> None:
+def _require_same_tokens(first: "Inputs", second: "Inputs") -> None:
     """Refuses models whose tokenizers read a pair differently."""
     one, other = (chain.from_iterable(pairs for _, pairs in inputs.chunks()) for inputs in (first, second))
     for a, b in zip_longest(one, other):
         sides = ("prompt", "chosen", "rejected")
         differ = [s for s in sides if a is None or b is None or getattr(a, s) != getattr(b, s)]
         if differ:
-            row = (a or b).index
+            row = a.index if a is not None else b.index if b is not None else 0
             raise RunError(
                 f"row {row}: the two models read its {' and '.join(differ)} as other tokens (tokenizer, template or "
                 "context differ), so their log-probabilities are of different events; give both the tokenizer of the "

@@ -12,9 +12,9 @@ SIDES = ("chosen", "rejected")
 NOTHING = RunSettings()
 
 
-def training(steps=40, chosen=-0.02, rejected=-0.05, **extra):
+def training(steps=40, chosen=-0.02, rejected=-0.05, extra=None):
     return [
-        {"step": 5 * (i + 1), "rewards/chosen": chosen * i, "rewards/rejected": rejected * i, **extra}
+        {"step": 5 * (i + 1), "rewards/chosen": chosen * i, "rewards/rejected": rejected * i, **(extra or {})}
         for i in range(steps)
     ]
 
@@ -90,7 +90,7 @@ def reference_free(first=-0.12, last=-0.10, count=40, logps=True):
     [
         (reference_free(), NOTHING, "its rewards are 0.1 times its logps"),
         (reference_free(logps=False), NOTHING, r"first rewards are -0.12 and -0.15.*without a reference"),
-        (training(log_odds_ratio=-0.6), NOTHING, "the odds ratio of ORPO"),
+        (training(extra={"log_odds_ratio": -0.6}), NOTHING, "the odds ratio of ORPO"),
         (training(), RunSettings(loss="simpo"), "trained with SIMPO, which has no reference"),
         (reference_free(-30.0, -12.0), NOTHING, "its rewards are 0.1 times its logps"),
     ],
@@ -120,11 +120,11 @@ def test_rewards_of_a_policy_that_starts_at_its_reference_are_changes(late):
 
 def test_means_over_tokens_are_no_nats_of_responses():
     assert changes(training(), RunSettings(0.1, "args.json", "ipo")).scale == "per token"
-    short = training(**{"logps/chosen": -1.5, "logps/rejected": -2.0})
+    short = training(extra={"logps/chosen": -1.5, "logps/rejected": -2.0})
     found = changes(short, beta=0.1)
     assert found.scale == "per token" and any("means over tokens, or responses of a few" in n for n in found.caveats)
     assert changes(short, beta=0.1, rewards="changes").scale == "nats"
-    sums = training(**{"logps/chosen": -80.0, "logps/rejected": -90.0})
+    sums = training(extra={"logps/chosen": -80.0, "logps/rejected": -90.0})
     assert changes(sums, RunSettings(0.1, "args.json", "ipo")).scale == "nats"
 
 

@@ -67,7 +67,8 @@ def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.
     if single := int(((sets == name) & (step == last) & ~pairs).sum()):
         caveats = (*caveats, f"{single} single responses are not counted")
     steps = np.unique(step[pairs])
-    curve = Curve(steps, *(np.array([numbers[n][pairs & (step == s)].mean() for s in steps]) for n in numbers))
+    chosen, rejected = (np.array([v[pairs & (step == s)].mean() for s in steps]) for v in numbers.values())
+    curve = Curve(steps, chosen, rejected)
     return Changes(
         numbers["dlogp_chosen"][take],
         numbers["dlogp_rejected"][take],
