@@ -42,6 +42,18 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return rankdata(values)
 
 
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, at ``LEVEL`` (E. B. Wilson 1927).
+
+    >>> [round(x, 3) for x in wilson(8, 10)]
+    [0.49, 0.943]
+    """
+    from scipy.stats import binomtest
+
+    bounds = binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation over the rows where both are finite; NaN when it is undefined.
 

@@ -18,6 +18,7 @@ from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
+from ches_jax.runs.lock import RunLock
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
 from ches_jax.train.config import TrainConfig
@@ -70,14 +71,17 @@ def train(
     if process.count > 1 and config.out is None:
         raise ChesError("--distributed: give the run directory with --out; all processes must see it")
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
-    with jax.enable_x64(config.dtype == "float64"):
+    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
         with process.sharing_errors():
+            if process.first:
+                lock.require_free()
             run = prepare(config, process)
             # flat, so that a difference is reported by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
             identity = {**run.identity["config"], **prints}
             process.agree(identity)
             if process.first:
+                lock.take()
                 open_run(run.out, "train", identity, resume, other_versions=other_versions)
         with process.sharing_errors():
             if not (run.out / CONFIG).exists():
