@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "displacement": PURE | {"scores", "inputs", "generate", "judges"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
+    "forecast": PURE | {"models", "scores", "displacement", "train"},
     "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},

@@ -14,6 +14,7 @@ import tyro
 from ches_jax.convert import ConvertConfig
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.doctor import DoctorConfig
+from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.scores.config import ScoreConfig
@@ -222,6 +223,59 @@ class Train(RunOutput, TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast(RunOutput, ForecastConfig):
+    """Before training: how much will chosen and rejected responses change, of these and of held-out pairs, and why?
+
+    Options are those of `ches train`: the run that is forecast. Costs about eight forward passes of the pairs.
+    """
+
+    def run(self) -> Outcome:
+        """Forecasts; the changes in nats, and their reason in a sentence."""
+        from ches_jax.forecast.run import FILE_NAME, forecast
+        from ches_jax.forecast.summary import headline, summary_text
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = forecast(_only(ForecastConfig, self), **self.how)
+        record = read_json(out / RUN)
+        return Outcome(
+            headline=f"{headline(record['summary'])} -> {out / FILE_NAME}",
+            path=out,
+            text="" if self.quiet else summary_text(record["summary"]),
+            counts=record["counts"],
+            paths={"table": out / FILE_NAME, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(RunOutput, InfluenceConfig):
+    """Before training: which pairs will lower the chosen responses of held-out pairs, and by how much?
+
+    The table goes to `ches select --by influence`. Options are those of `ches train`.
+    """
+
+    def run(self) -> Outcome:
+        """Computes influences; how concentrated they are."""
+        from ches_jax.forecast.influence import summary_text
+        from ches_jax.forecast.run import influence
+        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.scores.table import INFLUENCE
+
+        out = influence(_only(InfluenceConfig, self), **self.how)
+        record = read_json(out / RUN)
+        found = record["concentration"]
+        return Outcome(
+            headline=f"{found['push_down']:.0%} of {found['pairs']} pairs push chosen responses down "
+            f"-> {out / INFLUENCE}",
+            path=out,
+            text="" if self.quiet else summary_text(record),
+            counts=record["counts"],
+            paths={"table": out / INFLUENCE, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
     """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
@@ -367,6 +421,8 @@ COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "judge": Judge,
     "train": Train,
+    "forecast": Forecast,
+    "influence": Influence,
     "diagnose": Diagnose,
     "report": Report,
     "merge": Merge,
