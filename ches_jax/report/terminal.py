@@ -71,7 +71,9 @@ def _tokens(run_dir: Path, pairs: PairTable, position: int) -> Tokens | None:
     from ches_jax.report.texts import token_table
     from ches_jax.scores.table import read_table
 
-    return token_table(run_dir, read_table(run_dir)[0], [position], dict(pairs.texts))
+    return token_table(
+        run_dir, read_table(run_dir)[0], [position], {side: list(texts) for side, texts in pairs.texts.items()}
+    )
 
 
 def _shown(pairs: PairTable, position: int, tokens: Tokens | None, colour: bool) -> str:
@@ -104,7 +106,8 @@ def _cell(column: Column, position: int) -> str:
 def _coloured(tokens: Sequence[Sequence], largest: float) -> str:
     parts = []
     for text, value in tokens:
-        strong = value is not None and abs(value) > STRONG * largest
+        value = value or 0.0
+        strong = abs(value) > STRONG * largest
         shown = printable(text)
         parts.append(f"{RED if value > 0 else BLUE}{shown}{PLAIN}" if strong else shown)
     return "".join(parts)
