@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -136,6 +137,9 @@ def _run(words: Sequence[str]) -> int:
             print(outcome.path)
     if not options.quiet or outcome.code:
         print(f"ches: {printable(outcome.headline)}", file=sys.stderr)
+        if outcome.page_of is not None:
+            page = shlex.quote(str(outcome.page_of))
+            print(f"ches: its page: ches report {printable(page)}", file=sys.stderr)
     return outcome.code
 
 

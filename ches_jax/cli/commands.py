@@ -37,6 +37,8 @@ class Outcome:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the record of ``--json`` holds besides."""
     code: int = 0
+    page_of: Path | None = None
+    """A run directory that has a page; the command that makes it is told."""
 
     def record(self, verb: str) -> dict[str, Any]:
         """The one JSON value that ``--json`` prints."""
@@ -102,6 +104,7 @@ class Score(RunOutput, ScoreConfig):
             counts=record["counts"],
             paths={"table": table, "run": out / RUN},
             details=record,
+            page_of=out,
         )
 
 
@@ -214,6 +217,7 @@ class Train(RunOutput, TrainConfig):
             counts=n,
             paths={"run": out / RUN, **({"model": out / "model"} if self.export else {})},
             details=record,
+            page_of=out,
         )
 
 

@@ -104,7 +104,7 @@ class ChatTemplate:
           DataError: the template refuses the conversation, or writes today's date.
         """
         text = self._written(messages, row, ask=ask, go_on=go_on)
-        if self._once("clock", messages, row, lambda: self._reads_clock(messages, row)):
+        if self.reads_clock(messages, row):
             raise DataError(self._clock_message(row))
         return text
 
@@ -117,7 +117,7 @@ class ChatTemplate:
         if continues(messages):
             return self.write(messages, row, go_on=True)
         asked = self.write(messages, row, ask=True)
-        return asked + self._once("header", messages, row, lambda: self._header(messages, row, asked))
+        return asked + self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
 
     def end(self, messages: Sequence[Message], row: Row = _NO_ROW) -> End:
         """How the last message of a conversation ends.
@@ -139,6 +139,15 @@ class ChatTemplate:
           DataError: as ``write``.
         """
         return self._once("opening", messages, row, lambda: self._learn_opening(messages, row))
+
+    def header(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
+        """What stands before an answer and is not written when one is asked for; nothing in most templates.
+
+        Raises:
+          DataError: as ``write``.
+        """
+        asked = self.write(messages, row, ask=True)
+        return self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
 
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
@@ -201,8 +210,7 @@ class ChatTemplate:
         equal = common_prefix(asked, written)
         return asked[equal:], written[equal : max(written.rfind(MARK), equal)]
 
-    def _header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
-        """What stands before an answer and is not written when one is asked for: nothing, in most templates."""
+    def _learn_header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
         if asked != self.write(messages, row):
             return ""
         try:
@@ -217,7 +225,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], row: Row, *, ask: bool = False, go_on: bool = False, **more: Any
     ) -> str:
         source = self.source(row)
-        if self._learned_parts(source):
+        if self.wants_parts(source):
             messages = [as_parts(m) for m in messages]
         return self._apply(source, messages, row.get("tools"), self._arguments(source, row) | more, ask, go_on)
 
@@ -244,7 +252,7 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _learned_parts(self, source: Source) -> bool:
+    def wants_parts(self, source: Source) -> bool:
         """Whether the template writes the text of a message only where its content is a list of parts."""
         key = f"parts {source.text}"
         if key not in self._learned:
@@ -280,8 +288,12 @@ class ChatTemplate:
             found[PINNED] = {form: pinned.strftime(form) for form in source.dates}
         return found
 
-    def _reads_clock(self, messages: Sequence[Message], row: Row) -> bool:
-        """Whether writing asks for the time: a template that does fails when the clock is taken away."""
+    def reads_clock(self, messages: Sequence[Message], row: Row = _NO_ROW) -> bool:
+        """Whether the text of such a conversation depends on the time of day."""
+        return self._once("clock", messages, row, lambda: self._asks_the_time(messages, row))
+
+    def _asks_the_time(self, messages: Sequence[Message], row: Row) -> bool:
+        """A template that asks for the time fails when the clock is taken away."""
         source = self.source(row)
         if not source.reads_clock or CLOCK in self.arguments:
             return False
