@@ -9,6 +9,7 @@ from ches_jax.options import ModelOptions, PairOptions
 
 if TYPE_CHECKING:
     from ches_jax.data.audit import Audit
+    from ches_jax.data.template import ChatTemplate
 
 make_callable(__name__)
 
@@ -78,6 +79,7 @@ def doctor(config: DoctorConfig) -> Findings:
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",
         "fingerprint": opener.identity()["model_fingerprint"],
+        "chat template": _chat_template(inputs.tokenizer.writer.chat),
         "pairs": inputs.source.describe(),
     }
     audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -89,3 +91,15 @@ def doctor(config: DoctorConfig) -> Findings:
             if len(kept) < config.show:
                 kept.append(visible(tokenizer, pair))
     return Findings(model, audit, (flagged + clean)[: config.show])
+
+
+def _chat_template(template: "ChatTemplate") -> str:
+    from ches_jax.data.habits import describe
+    from ches_jax.errors import DataError
+
+    if not template.exists:
+        return "none"
+    try:
+        return describe(template)
+    except DataError as error:
+        return f"cannot be used: {error}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ches_jax import bundled
 from ches_jax.data.audit import Audit
 from ches_jax.data.sources import Kind, PairSource, open_pairs, open_prompts, open_rows
+from ches_jax.data.template import with_template
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.hf.directory import (
@@ -52,9 +53,13 @@ class ModelFiles:
         """The directory's tokenizer."""
         return load_tokenizer(self.directory)
 
-    def pair_tokenizer(self, *, max_length: int | None, eos: Eos, template: Template) -> PairTokenizer:
+    def pair_tokenizer(
+        self, *, max_length: int | None, eos: Eos, template: Template, template_args: Mapping[str, Any]
+    ) -> PairTokenizer:
         """Records to token pairs as this model reads them; as ``pair_tokenizer``."""
-        return pair_tokenizer(self.tokenizer, self.decoder, max_length=max_length, eos=eos, template=template)
+        return pair_tokenizer(
+            self.tokenizer, self.decoder, max_length=max_length, eos=eos, template=template, template_args=template_args
+        )
 
 
 class Opener:
@@ -90,9 +95,16 @@ class Opener:
         )
         return ModelFiles(directory, decoder)
 
-    def tokenizer(self, model: ModelFiles) -> "PreTrainedTokenizerBase":
-        """The tokenizer of an opened model; ``tokenizer_fingerprint`` tells equal ones in other files too."""
-        self._prints["tokenizer_fingerprint"] = tokenizer_fingerprint(model.tokenizer)
+    def tokenizer(self, model: ModelFiles, template: Template = "auto") -> "PreTrainedTokenizerBase":
+        """The tokenizer of an opened model; ``tokenizer_fingerprint`` tells equal ones in other files too.
+
+        Raises:
+          DataError: it has no such template.
+        """
+        chosen = with_template(model.tokenizer, template)
+        if chosen is not model.tokenizer and Path(template).is_file():
+            self.file(Path(template), "template")
+        self._prints["tokenizer_fingerprint"] = tokenizer_fingerprint(chosen)
         return model.tokenizer
 
     def adapter(self, spec: str | Path, option: str = "adapter") -> Path:
@@ -187,10 +199,14 @@ class Inputs:
     limit: int | None
 
     def chunks(
-        self, first: int = 0, mine: Callable[[int], bool] = lambda number: True
+        self,
+        first: int = 0,
+        mine: Callable[[int], bool] = lambda number: True,
+        at_end: Callable[[int], None] = lambda number: None,
     ) -> Iterator[tuple[int, list[TokenPair]]]:
         """Numbered chunks of tokenised pairs, from chunk ``first`` on; those that are not ``mine`` are passed over.
 
+        ``at_end`` is told the number of all chunks when the data have come to their end.
         A chunk holds all pairs of ``chunk_rows`` rows of the data.
         The next chunk is read and tokenised in a thread while the caller works on this one.
         """
@@ -204,6 +220,7 @@ class Inputs:
             for number in numbers:
                 chunk = list(itertools.chain.from_iterable(itertools.islice(rows, self.chunk_rows)))
                 if not chunk:
+                    at_end(number)
                     return None
                 if mine(number):
                     return number, self.tokenizer(chunk)
@@ -223,9 +240,11 @@ def open_model_and_pairs(config: "ScoreConfig", opener: Opener) -> Inputs:
       ChesError: any of them is not fit.
     """
     model = opener.model(config.model)
-    opener.tokenizer(model)
+    opener.tokenizer(model, config.template)
     source = opener.pairs(config.pairs, config.split, config.columns, config.candidates)
-    tokenizer = model.pair_tokenizer(max_length=config.max_length, eos=config.eos, template=config.template)
+    tokenizer = model.pair_tokenizer(
+        max_length=config.max_length, eos=config.eos, template=config.template, template_args=config.template_args
+    )
     return Inputs(model, source, tokenizer, config.chunk_rows, config.limit)
 
 
@@ -236,6 +255,7 @@ def pair_tokenizer(
     max_length: int | None,
     eos: Eos,
     template: Template,
+    template_args: Mapping[str, Any] | None = None,
 ) -> PairTokenizer:
     """Records to token pairs as a model reads them: within its context and its vocabulary.
 
@@ -248,7 +268,16 @@ def pair_tokenizer(
         eos=eos,
         vocab_size=decoder.vocab_size,
         template=template,
+        template_args=template_args or {},
     )
+
+
+def convention(
+    eos: Eos, max_length: int | None, template: Template, template_args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """By which rules responses are counted and written: what two tables must share to be compared."""
+    rules = {"eos": eos, "max_length": max_length, "template": template}
+    return rules | ({"template_args": dict(template_args)} if template_args else {})
 
 
 def sequence_length(decoder: DecoderConfig, max_length: int | None) -> int:

@@ -3,6 +3,7 @@
 Plain data: importing this module loads no jax.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -71,6 +72,19 @@ def _numbers(words: list[str]) -> dict[str, float]:
     return values
 
 
+def _values(words: list[str]) -> dict[str, Any]:
+    values = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise ChesError(f"--template-args {word!r}: expected name=value, such as enable_thinking=false")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
 def _mapping(metavar: str, read: Any) -> PrimitiveConstructorSpec[Any]:
     """Words ``name=value`` as a dict."""
     return PrimitiveConstructorSpec(
@@ -84,6 +98,8 @@ def _mapping(metavar: str, read: Any) -> PrimitiveConstructorSpec[Any]:
 
 Columns = Annotated[dict[str, str], _mapping("OURS=THEIRS", _renamed)]
 """Other names of columns: ``--columns prompt=instruction chosen=answer_1``."""
+TemplateArgs = Annotated[dict[str, Any], _mapping("NAME=VALUE", _values)]
+"""Variables by name, their values JSON or text: ``--template-args enable_thinking=false``."""
 Numbers = Annotated[dict[str, float], _mapping("NAME=NUMBER", _numbers)]
 """Hyper-parameters by name: ``--loss-args beta=0.1``."""
 
@@ -95,7 +111,9 @@ class ModelOptions:
     model: str = BUNDLED
     """Hugging Face model directory or hub name; default: the bundled model."""
     template: Template = "auto"
-    """Chat template: auto (conversations only), always, or none."""
+    """Chat template: auto (conversations only), always, none; or the name of one of several, or a Jinja file."""
+    template_args: TemplateArgs = field(default_factory=dict)
+    """Variables of the chat template: enable_thinking=false; now=2024-07-26 stops its clock."""
     max_length: int | None = None
     """Most tokens of prompt and response together; default: the model's context."""
 

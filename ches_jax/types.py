@@ -31,13 +31,14 @@ Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content toke
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Eos = Literal["include", "exclude"]
 OnBadRow = Literal["error", "drop", "keep"]
-Template = Literal["auto", "none", "always"]
+Template = str
 """auto: conversations go through the chat template, text stays text; always: text becomes one user
-turn; none: no template, so only single-turn conversations can be read (as the text they hold)."""
+turn; none: no template, so only single-turn conversations can be read (as the text they hold). Any other word: as auto,
+with the template of this name (of a tokenizer that has several) or of this file."""
 Pairing = Literal["chosen-against-all", "all-pairs"]
 """Which pairs of a row's candidates: the best one against every worse one, or every one against every worse one."""
 Control = Literal["none", "random", "length"]
@@ -86,8 +87,8 @@ class TokenPair:
     """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of leading tokens that two sequences have in common.
+def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Number of leading tokens (or letters) that two sequences have in common.
 
     >>> common_prefix([5, 6, 7], [5, 6, 8, 9])
     2

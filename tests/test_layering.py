@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats", "notices"}
+LEAVES = {"errors", "face", "types", "options", "runs", "bundled", "stats", "notices", "languages"}
 PURE = LEAVES | {"hf", "data", "losses", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "hugepages": set(),
     "types": set(),
     "notices": set(),
+    "languages": set(),
     "stats": set(),
     "options": {"errors", "types", "bundled"},
     "runs": {"errors"},
@@ -25,9 +26,10 @@ MAY_IMPORT = {
     "models": LEAVES | {"hf", "distributed"},
     "inputs": PURE | {"models", "scores"},
     "scores": PURE | {"models", "inputs"},
-    "displacement": LEAVES | {"scores"},
+    "displacement": PURE | {"scores", "inputs", "generate", "judges"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
+    "forecast": PURE | {"models", "scores", "displacement", "train"},
     "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},

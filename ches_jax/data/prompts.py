@@ -1,13 +1,14 @@
-"""What is the prompt of a row, and what text does the model see.
+"""What is the prompt of a row, and what are its responses.
 
-Pure steps. ``canonical_content`` brings every accepted row shape to one: explicit text, an explicit
-conversation, or token ids. ``render`` turns that into the texts that are tokenised.
+``canonical_content`` brings every accepted row shape to one: explicit text, an explicit conversation, or token ids.
+``render`` writes it as the text that a model sees.
 
     accepted                                              canonical
     prompt, chosen, rejected: str                         the same
     chosen, rejected: whole "Human: / Assistant:" texts   prompt up to the last common "Assistant:"
     prompt, chosen, rejected: messages                    the same
     chosen, rejected: whole conversations                 prompt = their common leading messages
+    prompt, and responses that repeat it                  the prompt once (``repeats``)
     prompt_ids, chosen_ids, rejected_ids                  the same; they win over text beside them
     a prompt alone: prompt (str or messages), prompt_ids  the same (``canonical_prompt``)
 
@@ -28,20 +29,20 @@ UltraFeedback), lists by rank, and indices of the better one. A dot reaches into
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
+from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
 from ches_jax.errors import DataError
-from ches_jax.types import Pairing, Template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ches_jax.types import Pairing
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CANDIDATE_COLUMNS = ("responses", "scores")
+MOST_PAIRS = 100_000
+"""Of one row: a chunk of them is held in memory."""
 PAIR_COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
 COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 
@@ -51,32 +52,7 @@ PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "cate
 Numbers = tuple[int, int] | tuple[()] | None
 """Chosen and rejected among a row's candidates; () where they make no pair, None where the row is one pair."""
 
-_NO_TEMPLATE = (
-    "the row is a conversation and the tokenizer has no chat template: use a tokenizer "
-    "with one (chat_template.jinja beside tokenizer.json), give prompt, chosen and "
-    "rejected as text, or, for single turns, --template none"
-)
-_NOT_ONE_TEXT = (
-    "the row is a conversation of several messages, which --template none cannot write as text: use --template auto"
-)
-
 _ASSISTANT = "\n\nAssistant:"
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """The texts of one pair; each response text begins with the prompt's (templates permitting)."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    templated: bool
-    """The text comes from a chat template, which writes BOS and end-of-turn tokens itself."""
-    empty: tuple[str, ...]
-    """Parts (prompt, chosen, rejected) without any text of their own."""
-    turns: Mapping[str, int]
-    """Messages in each response: all but the last rightly hold an end-of-turn token."""
 
 
 def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -116,19 +92,19 @@ def pair_contents(
     if "responses" not in values or (rejected and "responses" not in columns):
         return [(None, _content(values, row, columns))]
     responses = values["responses"]
-    if not isinstance(responses, list) or not all(isinstance(r, str | list) or _is_message(r) for r in responses):
+    if not isinstance(responses, list) or not all(isinstance(r, str | list) or is_message(r) for r in responses):
         raise DataError(
-            f"'responses' is {_kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
+            f"'responses' is {kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
             "reaches into objects: --columns responses=completions.response"
         )
     if not (pairs := _preferences(values, len(responses), pairing)):
         prompt = values.get("prompt_ids", values.get("prompt"))
-        return [((), _without_nulls({"prompt": prompt, "responses": responses}))]
+        return [((), without_nulls({"prompt": prompt, "responses": responses}))]
     shared = {n: values[n] for n in ("prompt", "prompt_ids", "tools", "chat_template_kwargs") if n in values}
     sides = ID_COLUMNS[1:] if _are_ids(responses, values) else TEXT_COLUMNS[1:]
     numbered: list[tuple[Numbers, dict[str, Any]]] = []
     for chosen, rejected in pairs:
-        both = {side: _listed(responses[i]) for side, i in zip(sides, (chosen, rejected), strict=True)}
+        both = {side: responses[i] for side, i in zip(sides, (chosen, rejected), strict=True)}
         try:
             numbered.append(((chosen, rejected), _content(shared | both, row, columns)))
         except DataError as error:
@@ -165,7 +141,8 @@ def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[
 
 def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if all(name in values for name in ID_COLUMNS):
-        return {name: _token_ids(name, values[name]) for name in ID_COLUMNS}
+        ids = ids_without_prompt(*(_token_ids(name, values[name]) for name in ID_COLUMNS))
+        return dict(zip(ID_COLUMNS, ids, strict=True))
     required: list[str] = ["chosen", "rejected"]
     if any(name in values for name in ID_COLUMNS) and not any(n in values for n in required):
         required = list(ID_COLUMNS)
@@ -182,6 +159,11 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
 def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> list[tuple[int, int]]:
     """(chosen, rejected) of the pairs among ``count`` candidates, rising."""
     chosen, scores = values.get("chosen"), values.get("scores")
+    if pairing == "all-pairs" and (most := count * (count - 1) // 2) > MOST_PAIRS:
+        raise DataError(
+            f"{count} responses make {most} pairs; a row may make {MOST_PAIRS}: give fewer responses, or --candidates "
+            "chosen-against-all"
+        )
     if chosen is not None and scores is not None:
         raise DataError(
             "'chosen' and 'scores' both say which response is preferred: hide one with --columns chosen= or "
@@ -191,7 +173,7 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
     if scores is not None:
         if not isinstance(scores, list) or len(scores) != count or not all(map(_is_number, scores)):
             raise DataError(
-                f"'scores' is {_kind(scores)}; expected a list of {count} finite numbers, one for each response "
+                f"'scores' is {kind(scores)}; expected a list of {count} finite numbers, one for each response "
                 "(--columns scores= hides the column)"
             )
         best = [i for i in numbers if scores[i] == max(scores)][:1] if pairing == "chosen-against-all" else numbers
@@ -199,7 +181,7 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
     if chosen is not None:
         if type(chosen) is not int or not 0 <= chosen < max(count, 1):
             raise DataError(
-                f"'chosen' is {_kind(chosen)}; beside 'responses' it is the number of the preferred one, from 0 to "
+                f"'chosen' is {kind(chosen)}; beside 'responses' it is the number of the preferred one, from 0 to "
                 f"{max(count - 1, 0)} (--columns chosen= hides the column)"
             )
         if pairing == "all-pairs":
@@ -211,64 +193,14 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
     return [(i, j) for i in (numbers if pairing == "all-pairs" else numbers[:1]) for j in range(i + 1, count)]
 
 
-def _listed(response: Any) -> Any:
-    """A single message as the conversation it is."""
-    return [response] if isinstance(response, Mapping) else response
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # math.isfinite fails at 4,000 digits
 
 
 def _are_ids(responses: Sequence[Any], values: Mapping[str, Any]) -> bool:
     """Whether the responses are token ids: lists without messages, one of them not empty or after ``prompt_ids``."""
     plain = all(isinstance(r, list) and not any(isinstance(part, Mapping) for part in r) for r in responses)
     return plain and ("prompt_ids" in values or any(responses))
-
-
-def render(
-    content: Mapping[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
-    written: dict[str, str] | None = None,
-) -> Rendered:
-    """The texts of a canonical row (not of token ids).
-
-    Args:
-      content: of ``canonical_content``.
-      tokenizer: has the chat template.
-      template: whether to use it.
-      written: texts that the template gave for other rows, by what it was given; grows.
-
-    Raises:
-      DataError: a conversation and no chat template to write it with, or the template refuses it.
-    """
-    texts = _plain_texts(content, template)
-    if texts is not None and template != "always":
-        prompt, chosen, rejected = texts
-        return Rendered(
-            prompt=prompt,
-            chosen=prompt + chosen,
-            rejected=prompt + rejected,
-            templated=False,
-            empty=tuple(n for n, t in zip(TEXT_COLUMNS, texts, strict=True) if not t),
-            turns={"chosen": 1, "rejected": 1},
-        )
-    prompt, chosen, rejected = (_as_messages(n, content[n]) for n in TEXT_COLUMNS)
-    if tokenizer.chat_template is None:
-        raise DataError(_NO_TEMPLATE)
-    return Rendered(
-        prompt=_apply(tokenizer, prompt, content, written, generation_prompt=True) if prompt else "",
-        chosen=_apply(tokenizer, prompt + chosen, content, written),
-        rejected=_apply(tokenizer, prompt + rejected, content, written),
-        templated=True,
-        empty=tuple(
-            n
-            for n, messages in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True)
-            if not any(m.get("content") or m.get("tool_calls") for m in messages)
-        ),
-        turns={"chosen": len(chosen), "rejected": len(rejected)},
-    )
 
 
 def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -300,28 +232,6 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
     return content
 
 
-def render_prompt(
-    content: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> tuple[str, bool]:
-    """The text of a canonical prompt up to where the response starts, and whether a chat template wrote it.
-
-    The same text that ``render`` puts before a response.
-
-    Raises:
-      DataError: a conversation and no chat template to write it with, or the template refuses it.
-    """
-    prompt = content["prompt"]
-    if isinstance(prompt, list) and template == "none":
-        if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
-            raise DataError(_NOT_ONE_TEXT)
-        prompt = prompt[0]["content"]
-    if isinstance(prompt, str) and template != "always":
-        return prompt, False
-    if tokenizer.chat_template is None:
-        raise DataError(_NO_TEMPLATE)
-    return _apply(tokenizer, _as_messages("prompt", prompt), content, generation_prompt=True), True
-
-
 def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     chosen = _text_or_messages("chosen", values["chosen"])
     rejected = _text_or_messages("rejected", values["rejected"])
@@ -329,43 +239,18 @@ def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mappin
     if prompt is not None:
         prompt = _text_or_messages("prompt", prompt)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        parts = _split_conversation(prompt, chosen, rejected)
+        parts = split_conversations(prompt, chosen, rejected)
     elif isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
-            parts = (prompt, _as_messages("chosen", chosen), _as_messages("rejected", rejected))
+            parts = split_conversations(prompt, as_messages("chosen", chosen), as_messages("rejected", rejected))
         elif prompt is None:
             parts = _split_dialogue(chosen, rejected)
             _require([] if parts else ["prompt"], row, columns)
         else:
-            parts = (prompt, chosen, rejected)
+            parts = without_prompt(prompt, chosen, rejected)
     else:
         raise DataError("one of 'chosen' and 'rejected' is text and the other a conversation: give both alike")
     return dict(zip(TEXT_COLUMNS, parts or (), strict=True))
-
-
-def _split_conversation(
-    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Finds the prompt that responses may repeat.
-
-    A response cannot open with a user or system turn, so messages that do are whole conversations,
-    and a text prompt beside them (UltraFeedback's habit) must not be put in front a second time.
-    """
-    whole = all(m and m[0]["role"] in ("system", "developer", "user") for m in (chosen, rejected))
-    if isinstance(prompt, list):
-        n = len(prompt)
-        if chosen[:n] == prompt == rejected[:n]:
-            return prompt, chosen[n:], rejected[n:]
-        return prompt, chosen, rejected
-    if prompt is not None and not whole:
-        return [{"role": "user", "content": prompt}], chosen, rejected
-    common = 0
-    # The last message is always the response, also where both are the same.
-    for left, right in zip(chosen[:-1], rejected[:-1], strict=False):
-        if left != right:
-            break
-        common += 1
-    return chosen[:common], chosen[common:], rejected[common:]
 
 
 def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
@@ -396,103 +281,22 @@ def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[st
 
 
 def _text_or_messages(name: str, value: Any) -> str | list[Message]:
-    return value if isinstance(value, str) else _as_messages(name, value)
-
-
-def _as_messages(name: str, value: Any) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
-    if isinstance(value, Mapping) and isinstance(value.get("role"), list):
-        # datasets hands out its older Sequence feature as one mapping of lists
-        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not all(_is_message(m) for m in value):
-        raise DataError(
-            f"'{name}' is {_kind(value)}; expected text or a list of messages with 'role' and 'content' (several "
-            "responses go into a column 'responses', the preferred one first)"
-        )
-    return [_without_nulls(m) for m in value]
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("role"), str)
-        and (isinstance(value.get("content"), str | list) or bool(value.get("tool_calls")))
-    )
+    return value if isinstance(value, str) else as_messages(name, value)
 
 
 def _token_ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
-        raise DataError(f"'{name}' is {_kind(value)}; expected a list of token ids (integers from 0)")
+        raise DataError(f"'{name}' is {kind(value)}; expected a list of token ids (integers from 0)")
     return value
 
 
 def _template_argument(name: str, value: Any) -> Any:
-    kind, expected = (list, "a list") if name == "tools" else (Mapping, "an object")
+    wanted, expected = (list, "a list") if name == "tools" else (Mapping, "an object")
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
             raise DataError(f"'{name}' is text that is not JSON; expected {expected}") from None
-    if not isinstance(value, kind):
-        raise DataError(f"'{name}' is {_kind(value)}; expected {expected}")
-    return _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow fills the fields a message does not have with nulls; JSON leaves them out."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
-    return value
-
-
-def _kind(value: Any) -> str:
-    """A few words for messages: the type and the beginning of a value."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def _plain_texts(content: Mapping[str, Any], template: Template) -> tuple[str, str, str] | None:
-    parts = tuple(content[n] for n in TEXT_COLUMNS)
-    if isinstance(parts[0], str):
-        return parts
-    if template != "none":
-        return None
-    if all(len(p) == 1 and isinstance(p[0].get("content"), str) for p in parts):
-        prompt, chosen, rejected = (p[0]["content"] for p in parts)
-        return prompt, chosen, rejected
-    raise DataError(_NOT_ONE_TEXT)
-
-
-def _apply(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[Message],
-    content: Mapping[str, Any],
-    written: dict[str, str] | None = None,
-    generation_prompt: bool = False,
-) -> str:
-    import jinja2
-
-    given = [messages, content.get("tools"), content.get("chat_template_kwargs"), generation_prompt]
-    key = "" if written is None else json.dumps(given, sort_keys=True)
-    if written is not None and key in written:
-        return written[key]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=content.get("tools"),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            **content.get("chat_template_kwargs", {}),
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"the tokenizer's chat template refuses the row: {error}; its roles are "
-            f"{', '.join(m['role'] for m in messages)}"
-        ) from error
-    assert isinstance(text, str)
-    if written is not None:
-        written[key] = text
-    return text
+    if not isinstance(value, wanted):
+        raise DataError(f"'{name}' is {kind(value)}; expected {expected}")
+    return without_nulls(value)

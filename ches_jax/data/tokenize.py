@@ -12,14 +12,17 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.data.audit import FLAGS
-from ches_jax.data.prompts import ID_COLUMNS, Rendered, render, render_prompt
+from ches_jax.data.prompts import ID_COLUMNS
+from ches_jax.data.render import Rendered, Writer
+from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
 from ches_jax.errors import DataError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
@@ -31,6 +34,11 @@ Ids = tuple[int, ...]
 Triple = tuple[Ids, Ids, Ids]
 """Of the prompt, chosen and rejected."""
 
+_NO_EOS = (
+    "the tokenizer has no EOS token, so no response can be complete: use "
+    "--eos exclude, or set eos_token in tokenizer_config.json"
+)
+_EXCHANGE = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -107,6 +115,7 @@ class PairTokenizer:
       eos: whether the terminator counts in a response's length.
       vocab_size: rows of the model's embedding; ids beyond are an error. None: not checked.
       template: see ``types.Template``.
+      template_args: variables of the chat template, for every row.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -114,21 +123,20 @@ class PairTokenizer:
     eos: Eos = "include"
     vocab_size: int | None = None
     template: Template = "auto"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    writer: Writer = field(init=False, repr=False, compare=False)
+    """Rows as text; ``tokenizer`` is the one with the template that was chosen."""
     _suffix: Ids = field(init=False, repr=False)
     """What the tokenizer itself puts after a text."""
-    _ends: frozenset[int] = field(init=False, repr=False)
-    """Ids that can end a turn: all special tokens but BOS, padding and the unknown token."""
 
     def __post_init__(self):
         if self.max_length < 2:
             raise DataError(f"--max-length {self.max_length}: expected room for a prompt and a response, at least 2")
-        if self.eos == "include" and self._eos_id is None:
-            raise DataError(
-                "the tokenizer has no EOS token, so no response can be complete: use "
-                "--eos exclude, or set eos_token in tokenizer_config.json"
-            )
+        object.__setattr__(self, "writer", Writer.of(self.tokenizer, self.template, self.template_args))
+        object.__setattr__(self, "tokenizer", self.writer.chat.tokenizer)
+        if self.eos == "include" and self._eos_id is None and not self.writer.chat.exists:
+            raise DataError(_NO_EOS)
         object.__setattr__(self, "_suffix", added_suffix(self.tokenizer))
-        object.__setattr__(self, "_ends", _end_ids(self.tokenizer))
 
     def __call__(self, rows: Sequence[Record]) -> list[TokenPair]:
         """Tokenises and audits rows.
@@ -151,7 +159,7 @@ class PairTokenizer:
             return None
         try:
             # the pairs of one row have their texts in common: each is written once
-            return render(row.content, self.tokenizer, self.template, written if row.candidates else None)
+            return self.writer.pair(row.content, written if row.candidates else None)
         except DataError as error:
             raise DataError(f"{_name(row)}: {error}") from error.__cause__
 
@@ -176,22 +184,22 @@ class PairTokenizer:
     def _pair(self, row: Record, text: Rendered | None, ids: Triple | None) -> TokenPair:
         if row.candidates == ():
             return _no_pair(row)
-        details: dict[str, str] = {}
+        details = doubts(row.content)
         if text is None or ids is None:
             prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
-            empty, turns = (), {}
+            empty: tuple[str, ...] = ()
         else:
+            details |= text.found
             prompt, chosen, rejected = _cut(*ids, details)
-            empty, turns = text.empty, text.turns
-        self._check_vocabulary(row, (prompt, chosen, rejected))
+            empty = text.empty
         bos = _single(self.tokenizer.bos_token_id)
         if bos is not None and prompt[:2] == (bos, bos):
             details["double_bos"] = "prompt"
-        marked = text is None or text.templated
         complete = {
-            name: self._complete(name, ids_, marked, turns.get(name, 1), details)
+            name: self._complete(row, name, ids_, text, len(prompt), details)
             for name, ids_ in (("chosen", chosen), ("rejected", rejected))
         }
+        self._check_vocabulary(row, (prompt, *(r.targets(self.eos) for r in complete.values())))
         if not prompt or "prompt" in empty:
             details["empty_prompt"] = ""
         for name, response in complete.items():
@@ -215,17 +223,31 @@ class PairTokenizer:
             candidates=row.candidates or None,
         )
 
-    def _complete(self, name: str, ids: Ids, marked: bool, turns: int, details: dict[str, str]) -> Response:
-        """Splits a response into content and terminator.
+    def _complete(
+        self, row: Record, name: str, ids: Ids, text: Rendered | None, prompt_tokens: int, details: dict[str, str]
+    ) -> Response:
+        """Splits a response into its content and what ends it, which is where the chat template or EOS says.
 
-        A terminator that is there is taken off: EOS for plain text, any end-of-turn token
-        (``marked``) for templates and given ids. Without one, the response ends with EOS.
+        A response that nothing ends gets EOS.
         """
         eos, bos = self._eos_id, _single(self.tokenizer.bos_token_id)
-        content, run = self._split_end(ids, marked)
+        turns = 1
+        if text is None:
+            content, run = self._split_given(row, name, ids, details)
+        elif not text.templated or not text.ends[name].ids:
+            content, run = _without_run(ids, frozenset({eos} - {None}))
+            turns = text.turns[name]
+        else:
+            content, run = self._split_written(name, ids, text, prompt_tokens, details)
+            turns = text.turns[name]
         terminator = run[0] if run else eos
+        if terminator is None and self.eos == "include":
+            raise DataError(f"{_name(row)}: {_NO_EOS}")
         extra = len(run) - len(set(run))
         inside = max(sum(content.count(i) for i in {eos, terminator} - {None}) - (turns - 1), 0)
+        if text is not None and text.templated and inside:
+            before = len(content) - len(_without_run(content, frozenset({terminator}))[0])
+            extra, inside = min(before, inside), inside - min(before, inside)
         if extra:
             _note(details, "double_eos", f"{name} ends with {extra + 1}")
         if inside:
@@ -234,17 +256,37 @@ class PairTokenizer:
             _note(details, "double_bos", f"{content.count(bos)} inside {name}")
         return Response(content, terminator)
 
-    def _split_end(self, ids: Ids, marked: bool) -> tuple[Ids, Ids]:
-        """The content, and the run of end tokens after it (without the white space between)."""
-        ends = self._ends if marked else frozenset({self._eos_id})
-        run: list[int] = []
-        stop = position = len(ids)
-        while position and (ids[position - 1] in ends or (marked and self._blank(ids[position - 1]))):
-            position -= 1
-            if ids[position] in ends:
-                run.insert(0, ids[position])
-                stop = position
-        return ids[:stop], tuple(run)
+    def _split_written(
+        self, name: str, ids: Ids, text: Rendered, prompt_tokens: int, details: dict[str, str]
+    ) -> tuple[Ids, Ids]:
+        """The content of a response that a template wrote, and the token that ends it: never one of its own."""
+        end = text.ends[name]
+        stop = len(ids) - len(end.ids)
+        if ids[stop:] == end.ids:
+            return ids[:stop], end.ids[:1]
+        body = getattr(text, name).removesuffix(end.text)
+        stop = min(common_prefix(self._ids([body], True)[0][prompt_tokens:], ids), len(ids) - 1)
+        merged = str(self.tokenizer.decode([ids[stop]]))
+        details["end_unclear"] = f"the last letters of {name} and what ends it are one token, {merged!r}"
+        return ids[:stop], ids[stop : stop + 1]
+
+    def _split_given(self, row: Record, name: str, ids: Ids, details: dict[str, str]) -> tuple[Ids, Ids]:
+        """The content of given token ids, and what ends them: what ends an answer of the template, or EOS."""
+        content, run = _without_run(ids, self._known_ends, self._blank)
+        last = next((i for i in reversed(ids) if not self._blank(i)), None)
+        if not run and last in self.tokenizer.added_tokens_decoder and last != _single(self.tokenizer.unk_token_id):
+            token = self.tokenizer.decode([last])  # type: ignore[list-item]
+            _note(details, "end_unclear", f"{name} ends with {token!r}, which is not known to end a response")
+        return content, run
+
+    @cached_property
+    def _known_ends(self) -> frozenset[int]:
+        """Ids that end a response: EOS, and what the chat template ends an answer with."""
+        ends = {self._eos_id} - {None}
+        if self.writer.chat.exists:
+            with contextlib.suppress(DataError):
+                ends |= set(self.writer.chat.end(_EXCHANGE).ids[:1])
+        return frozenset(ends)  # type: ignore[arg-type]
 
     def _blank(self, token_id: int) -> bool:
         return not str(self.tokenizer.decode([token_id])).strip()
@@ -259,8 +301,6 @@ class PairTokenizer:
 
     def _check_vocabulary(self, row: Record, parts: Sequence[Ids]) -> None:
         largest = max((i for ids in parts for i in ids), default=0)
-        if self.eos == "include":
-            largest = max(largest, self._eos_id or 0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise DataError(
                 f"{_name(row)}: token id {largest}, but the model's "
@@ -290,12 +330,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     return [by_text[text] for text in texts]
 
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Record], template: Template) -> list[Ids]:
+def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids]:
     """Ids of prompts (rows of ``sources.open_prompts``): the tokens that scoring puts before a response.
 
     Raises:
       DataError: a row cannot be written with the chat template.
     """
+    tokenizer = writer.chat.tokenizer
     suffix = added_suffix(tokenizer)
     texts: dict[bool, list[str]] = {False: [], True: []}
     order: list[bool | None] = []
@@ -304,11 +345,11 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Record],
             order.append(None)
             continue
         try:
-            text, templated = render_prompt(row.content, tokenizer, template)
+            prompt = writer.prompt(row.content)
         except DataError as error:
             raise DataError(f"{_name(row)}: {error}") from error.__cause__
-        texts[templated].append(text)
-        order.append(templated)
+        texts[prompt.templated].append(prompt.text)
+        order.append(prompt.templated)
     ids = {templated: iter(encode(tokenizer, some, templated, suffix)) for templated, some in texts.items()}
     return [
         tuple(row.content["prompt_ids"]) if kind is None else next(ids[kind])
@@ -334,7 +375,7 @@ def _no_pair(row: Record) -> TokenPair:
 def _cut(prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str]) -> Triple:
     """Cuts both joints after the prompt, at the same place."""
     cut = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    if cut < len(prompt):
+    if cut < len(prompt) and "prompt_differs" not in details:
         details["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
     return prompt[:cut], chosen[cut:], rejected[cut:]
 
@@ -353,13 +394,16 @@ def _without_suffix(ids: Ids, suffix: Ids) -> Ids:
     return ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
 
 
-def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    others = (tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
-    special -= {_single(token_id) for token_id in others}
-    eos = _single(tokenizer.eos_token_id)
-    return frozenset(special | ({eos} if eos is not None else set()))
+def _without_run(ids: Ids, ends: frozenset[Any], blank: Callable[[int], bool] = lambda i: False) -> tuple[Ids, Ids]:
+    """Ids without the end tokens that they close with, and these (without the white space between and after)."""
+    run: list[int] = []
+    stop = position = len(ids)
+    while position and (ids[position - 1] in ends or blank(ids[position - 1])):
+        position -= 1
+        if ids[position] in ends:
+            run.insert(0, ids[position])
+            stop = position
+    return ids[:stop], tuple(run)
 
 
 def _single(token_id: Any) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.data.render import Writer
 from ches_jax.data.sources import PairSource, Record
 from ches_jax.data.tokenize import encode_prompts
 from ches_jax.errors import ChesError, DataError, many
@@ -48,9 +49,13 @@ class Encoder:
     """A model directory and its tokenizer: rows to prompts."""
 
     model: ModelFiles
-    tokenizer: "PreTrainedTokenizerBase"
+    writer: Writer
     max_length: int
-    template: Template
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, with the chat template that was chosen."""
+        return self.writer.chat.tokenizer
 
     def __call__(self, rows: Sequence[Record], name: str) -> list[Prompt]:
         """Tokenised and checked.
@@ -63,7 +68,7 @@ class Encoder:
           DataError: a row that cannot be written with the chat template, or holds an id that the model does not have.
         """
         try:
-            encoded = encode_prompts(self.tokenizer, rows, self.template)
+            encoded = encode_prompts(self.writer, rows)
         except DataError as e:
             raise DataError(f"{name}, {e}") from e.__cause__
         return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
@@ -146,17 +151,22 @@ class Inputs:
 
 def open_model_and_prompts(config: GenerateConfig, opener: Opener) -> Inputs:
     """Open and check the model directory, the tokenizer and the prompts; nothing is computed or written."""
-    encoder = open_encoder(opener, config.model, config.max_length, config.template)
+    encoder = open_encoder(opener, config.model, config.max_length, config.template, config.template_args)
     source = opener.prompts(config.prompts, config.split, config.columns)
     return Inputs(encoder, source, config.chunk_rows, config.limit, config.on_bad_row)
 
 
 def open_encoder(
-    opener: Opener, spec: str, max_length: int | None, template: Template, option: str = "model"
+    opener: Opener,
+    spec: str,
+    max_length: int | None,
+    template: Template,
+    template_args: Mapping[str, Any],
+    option: str = "model",
 ) -> Encoder:
     """Open and check a model directory and its tokenizer."""
     model = opener.model(spec, option)
     if max_length is not None and max_length < 2:
         raise ChesError(f"--max-length {max_length}: expected room for a prompt and a text, at least 2")
     length = sequence_length(model.decoder, max_length)
-    return Encoder(model, opener.tokenizer(model), length, template)
+    return Encoder(model, Writer.of(opener.tokenizer(model, template), template, template_args), length)

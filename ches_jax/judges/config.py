@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ches_jax.errors import ChesError
-from ches_jax.options import Columns, RowOptions, not_identity, require_dtype, require_positive
+from ches_jax.options import Columns, RowOptions, TemplateArgs, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 
 
@@ -20,12 +20,12 @@ class JudgeConfig(RowOptions):
     responses: str
     """Directory of `ches generate`, or a file with columns text and prompt or row_id (and sample)."""
     by: Literal["rules", "model", "labels"] = "rules"
-    """rules: phrases of a list; model: a language model is asked; labels: taken from a file."""
+    """rules: sentences that decline (en, de, fr, es); model: a language model is asked; labels: taken from a file."""
     out: str | None = not_identity(None)
     """Run directory; default: the first free runs/judge-NNN."""
 
     rules: str | None = None
-    """List of phrases; default: the one of the package."""
+    """Phrases or patterns of your own; default: those of the package."""
 
     judge: str | None = None
     """The judge: Hugging Face model directory or hub name."""
@@ -34,6 +34,8 @@ class JudgeConfig(RowOptions):
     wrap: Literal["auto", "chat", "inst", "none"] = "auto"
     """Around the question: the judge's chat template, [INST] ... [/INST], or nothing. auto: the chat template where
     there is one, else [INST]."""
+    template_args: TemplateArgs = field(default_factory=dict)
+    """Variables of the judge's chat template: enable_thinking=false; now=2024-07-26 stops its clock."""
     max_new_tokens: int = 50
     """Most tokens of the judge's answer."""
     dtype: str = "float32"
@@ -54,7 +56,7 @@ class JudgeConfig(RowOptions):
     """Responses per part file: what a killed run loses at most."""
 
 
-NEEDS = {"rules": "rules", "judge": "model", "judge_template": "model", "labels": "labels"}
+NEEDS = {"rules": "rules", "judge": "model", "judge_template": "model", "template_args": "model", "labels": "labels"}
 """Option -> the way of judging it belongs to."""
 
 
@@ -65,7 +67,7 @@ def checked(config: JudgeConfig) -> JudgeConfig:
       ChesError: the first option that no run can have.
     """
     for option, by in NEEDS.items():
-        if getattr(config, option) is not None and config.by != by:
+        if getattr(config, option) not in (None, {}) and config.by != by:
             raise ChesError(f"--{option.replace('_', '-')} is for --by {by}, and this is --by {config.by}")
     if config.by == "model" and config.judge is None:
         raise ChesError("--by model: name the judge with --judge (a model directory or a hub name)")

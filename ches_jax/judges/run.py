@@ -20,7 +20,7 @@ from ches_jax.generate.stops import stop_ids
 from ches_jax.inputs import Opener
 from ches_jax.judges.config import JudgeConfig, checked
 from ches_jax.judges.judge_prompt import default_question, fill_question, load_question, parse_answer
-from ches_jax.judges.phrases import default_rules, load_rules, refusal
+from ches_jax.judges.phrases import default_rules, load_rules, measured_rates, refused
 from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
@@ -30,6 +30,8 @@ from ches_jax.runs.directory import (
     open_run,
     write_summary,
 )
+from ches_jax.runs.lock import RunLock
+from ches_jax.stats import wilson
 
 FILE_NAME = "judgments.jsonl"
 Verdict = tuple[bool | None, str | None]
@@ -37,10 +39,11 @@ Verdict = tuple[bool | None, str | None]
 
 
 class Method(NamedTuple):
-    """How to judge: a check of all responses, and the judge of a chunk (made when it is needed)."""
+    """How to judge: a check of all responses, the judge of a chunk (made when it is needed), how well it does."""
 
     check: Callable[[PairSource], None]
     start: Callable[[], Callable[[list[Record]], list[Verdict]]]
+    rates: Mapping[str, Any] | None = None
 
 
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
@@ -61,30 +64,36 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     import jax
 
     config = checked(config)
-    with jax.enable_x64(config.by == "model" and config.dtype == "float64"):
-        return _judge(config, resume, quiet, other_versions)
+    with jax.enable_x64(config.by == "model" and config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+        return _judge(config, resume, quiet, other_versions, lock)
 
 
-def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool) -> Path:
+def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
     assert config.out is not None
     out = Path(config.out)
+    lock.require_free()
     opener = Opener()
     source = open_responses(opener, config.responses, config.split, config.columns)
     method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
     method.check(source)
     identity = {"config": as_dict(config), **opener.identity()}
+    lock.take()
     open_run(out, "judge", identity, resume, other_versions=other_versions)
     if not (out / FILE_NAME).exists():
-        _judge_chunks(out, config, source, method, quiet)
+        _judge_chunks(out, config, source, opener, method, quiet)
     chunks.clear(out)
     if not (out / RUN).exists():
-        write_summary(out, {"device": device_name(), "summary": summary(chunks.read_lines(out / FILE_NAME))})
+        counts = summary(chunks.read_lines(out / FILE_NAME))
+        measured = {} if method.rates is None else {"rules_measured": dict(method.rates)}
+        write_summary(out, {"device": device_name(), "summary": counts | measured})
     return out
 
 
-def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Method, quiet: bool) -> None:
+def _judge_chunks(
+    out: Path, config: JudgeConfig, source: PairSource, opener: Opener, method: Method, quiet: bool
+) -> None:
     (out / chunks.FOLDER).mkdir(exist_ok=True)
-    number = chunks.finished(out)
+    first = number = chunks.finished(out)
     start = number * config.chunk_rows
     rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
     verdict = None
@@ -94,7 +103,8 @@ def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Me
             chunks.write(out, number, map(_record, chunk, verdict(chunk)))
             bar.update(len(chunk))
             number += 1
-    chunks.join(out, FILE_NAME, number)
+    chunks.end_of_data(out, number, range(first, number), opener.require_unchanged)
+    chunks.join(out, FILE_NAME)
 
 
 def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
@@ -109,11 +119,10 @@ def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
 def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
     rules = load_rules(opener.file(Path(config.rules) if config.rules else default_rules(), "rules"))
 
-    def verdict(chunk: list[Record]) -> list[Verdict]:
-        phrases = [refusal(rules, row.content["text"]) for row in chunk]
-        return [(phrase is not None, phrase) for phrase in phrases]
+    def verdicts(chunk: list[Record]) -> list[Verdict]:
+        return [refused(rules, row.content["text"]) for row in chunk]
 
-    return Method(lambda source: None, lambda: verdict)
+    return Method(lambda source: None, lambda: verdicts, None if config.rules else measured_rates())
 
 
 def _by_labels(config: JudgeConfig, opener: Opener) -> Method:
@@ -134,7 +143,7 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     assert config.judge is not None
     path = Path(config.judge_template) if config.judge_template else default_question()
     question = load_question(opener.file(path, "judge_template"))
-    encoder = open_encoder(opener, config.judge, None, "auto", option="judge")
+    encoder = open_encoder(opener, config.judge, None, "auto", config.template_args, option="judge")
     wrap = config.wrap
     if wrap == "auto":
         wrap = "inst" if encoder.tokenizer.chat_template is None else "chat"
@@ -198,20 +207,8 @@ def _rates(counts: Counter[bool | None]) -> dict[str, Any]:
         "refusals": counts[True],
         "undecided": counts[None],
         "refusal_rate": rate,
-        "interval": None if rate is None else interval(counts[True], decided),
+        "interval": None if rate is None else list(wilson(counts[True], decided)),
     }
-
-
-def interval(successes: int, n: int) -> list[float]:
-    """Wilson's 95 % score interval of a proportion (E. B. Wilson 1927).
-
-    >>> [round(x, 3) for x in interval(8, 10)]
-    [0.49, 0.943]
-    """
-    from scipy.stats import binomtest  # part of every installation of jax
-
-    bounds = binomtest(successes, n).proportion_ci(method="wilson")
-    return [float(bounds.low), float(bounds.high)]
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -224,4 +221,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             rate = f"refusal rate {s['refusal_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
         undecided = f", {s['undecided']} undecided" if s["undecided"] else ""
         lines.append(f"{name}: {s['responses']} responses, {s['refusals']} refusals{undecided}; {rate}")
+    if rates := summary.get("rules_measured"):
+        words = (f"{k} {v:.0%} [{low:.0%}, {high:.0%}]" for k in ("precision", "recall") for v, low, high in [rates[k]])
+        lines.append(
+            f"the rules, on {rates['answers']} labelled answers: {', '.join(words)} (95 % intervals); they read "
+            f"{', '.join(rates['languages'])} and leave other languages undecided"
+        )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from ches_jax.data.audit import Audit, dropped_record, require_clean
 from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.inputs import pair_tokenizer
+from ches_jax.inputs import convention, pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.decoder import Decoder
@@ -94,6 +94,7 @@ def score_pairs(
     eos: Eos = "include",
     max_length: int | None = None,
     template: Template = "auto",
+    template_args: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
     candidates: Pairing | None = None,
     on_bad_row: OnBadRow = "error",
@@ -113,7 +114,8 @@ def score_pairs(
       logps: log-probabilities of both responses too, in nats.
       eos: whether the terminator of a complete response counts in its length.
       max_length: most tokens of prompt and response together; default: the model's context.
-      template: when the chat template is used: auto (conversations only), always, or none.
+      template: when the chat template is used: auto (conversations only), always, none; or which: a name or a file.
+      template_args: variables of the chat template, for every row; ``now`` stops its clock at a date.
       columns: other names of columns, ``{"prompt": "instruction"}``.
       candidates: which pairs of rows with several responses are meant.
       on_bad_row: flagged rows: ``error``; ``drop`` (listed in the table's metadata under ``dropped``); ``keep`` (scored
@@ -140,12 +142,15 @@ def score_pairs(
     dtype = str(model.dtype)
     options = with_defaults(
         ScoreConfig(
-            by=by, logps=logps, eos=eos, max_length=max_length, template=template, on_bad_row=on_bad_row,
+            by=by, logps=logps, eos=eos, max_length=max_length, template=template,
+            template_args=dict(template_args or {}), on_bad_row=on_bad_row,
             batch_tokens=batch_tokens, attention=attention, chunk_rows=chunk_rows, dtype=dtype, out="in memory",
         )
     )  # fmt: skip
     source = rows_in_memory(rows, columns, candidates)
-    tokenize = pair_tokenizer(tokenizer, model.config, max_length=max_length, eos=eos, template=template)
+    tokenize = pair_tokenizer(
+        tokenizer, model.config, max_length=max_length, eos=eos, template=template, template_args=template_args
+    )
     chunks = [
         tokenize(list(itertools.chain.from_iterable(group)))
         for group in _batched(source.rows_from(0), options.chunk_rows)
@@ -168,7 +173,7 @@ def score_pairs(
     metadata = {
         "verb": "score_pairs",
         "family": model.config.family,
-        "convention": {"eos": eos, "max_length": max_length, "template": template},
+        "convention": convention(eos, max_length, template, template_args or {}),
         "dtype": dtype,
         "versions": versions(),
         "dropped": [dropped_record(p) for s in scored for p in s.dropped],

@@ -15,7 +15,7 @@ from ches_jax.data.packing import Item, responses_of
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
-from ches_jax.inputs import ModelFiles, Opener
+from ches_jax.inputs import ModelFiles, Opener, convention
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
@@ -168,7 +168,10 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     prompts = config.probes or (BUNDLED if config.model == BUNDLED else NO_PROBES)
     probes = None
     if prompts != NO_PROBES:
-        probes = read_probes(prompts, model, opener, template=config.template, max_length=config.max_length)
+        probes = read_probes(
+            prompts, model, opener, template=config.template, template_args=config.template_args,
+            max_length=config.max_length,
+        )  # fmt: skip
     return Run(
         config=config,
         process=process,
@@ -277,7 +280,7 @@ def reference_identity(config: TrainConfig, loss: Loss, identity: Mapping[str, A
     """What decides the reference's log-probabilities, and so names their cache."""
     prints = ("model_fingerprint", "tokenizer_fingerprint", "adapter_fingerprint", "reference_fingerprint")
     decides = {name: identity[name] for name in prints if name in identity}
-    decides["convention"] = {"eos": config.eos, "max_length": config.max_length, "template": config.template}
+    decides["convention"] = convention(config.eos, config.max_length, config.template, config.template_args)
     decides["dtype"] = config.dtype
     if reads_reference_tokens(loss):
         decides["per"] = "token"

@@ -71,7 +71,7 @@ def fitting(config: SorryScale, requests: Sequence[Mapping[str, Any]]) -> list[d
     from ches_jax.inputs import Opener
 
     assert config.model is not None
-    encoder = open_encoder(Opener(), config.model, None, "auto")
+    encoder = open_encoder(Opener(), config.model, None, "auto", {})
     prompted = [{**r, "prompt": as_prompt(r["prompt"], config.dialogue)} for r in requests]
     rows = [Record(i, r["key"], f"request {i}", {"prompt": r["prompt"]}) for i, r in enumerate(prompted)]
     lengths = [len(p.ids) for p in encoder(rows, str(config.pairs))]

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ches_jax.data.prompts import canonical_content, render
+from ches_jax.data.prompts import canonical_content
+from ches_jax.data.render import Writer
 from ches_jax.errors import DataError
 
 CHATML = (
@@ -117,14 +118,14 @@ def test_token_ids_win_over_text_and_an_empty_name_hides_a_column():
 
 def test_tools_and_template_arguments_reach_the_template(tokenizer):
     row = {**EXPLICIT, "tools": '[{"name": "f"}]', "chat_template_kwargs": {"think": True}}
-    text = render(canonical_content(row, {}), tokenizer, "auto")
+    text = Writer.of(tokenizer).pair(canonical_content(row, {}))
     want = "<tools>1</tools><|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert text.prompt == want + "<think>"
     assert text.chosen == want + "c<|im_end|>\n"
 
 
 def test_a_conversation_is_written_with_the_template(tokenizer):
-    text = render(EXPLICIT, tokenizer, "auto")
+    text = Writer.of(tokenizer).pair(EXPLICIT)
     assert text.prompt == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert (text.chosen, text.rejected) == (
         text.prompt + "c<|im_end|>\n",
@@ -138,31 +139,31 @@ PLAIN = {"prompt": "q", "chosen": "c", "rejected": "r"}
 
 def test_plain_text_stays_plain_unless_asked(tokenizer):
     for template in ("auto", "none"):
-        text = render(PLAIN, tokenizer, template)
+        text = Writer.of(tokenizer, template).pair(PLAIN)
         assert (text.prompt, text.chosen, text.rejected, text.templated) == ("q", "qc", "qr", False)
-    assert render(PLAIN, tokenizer, "always") == render(EXPLICIT, tokenizer, "auto")
+    assert Writer.of(tokenizer, "always").pair(PLAIN) == Writer.of(tokenizer).pair(EXPLICIT)
 
 
 def test_no_template_reads_single_turns_as_text(tokenizer, bare):
-    assert render(EXPLICIT, bare, "none") == render(PLAIN, tokenizer, "auto")
+    assert Writer.of(bare, "none").pair(EXPLICIT) == Writer.of(tokenizer).pair(PLAIN)
     longer = {**EXPLICIT, "prompt": [user("a"), assistant("b"), user("q")]}
     with pytest.raises(DataError, match="several messages, which --template none cannot"):
-        render(longer, bare, "none")
+        Writer.of(bare, "none").pair(longer)
 
 
 def test_a_conversation_needs_a_template(bare):
     with pytest.raises(DataError, match="the tokenizer has no chat template: use a tokenizer with"):
-        render(EXPLICIT, bare, "auto")
+        Writer.of(bare, "auto").pair(EXPLICIT)
 
 
 def test_what_the_template_says_is_told(tokenizer, monkeypatch):
     refuses = "{{ raise_exception('roles must alternate') }}"
     monkeypatch.setattr(tokenizer, "chat_template", refuses)
     with pytest.raises(DataError, match="refuses the row: roles must alternate; its roles are user"):
-        render(EXPLICIT, tokenizer, "auto")
+        Writer.of(tokenizer).pair(EXPLICIT)
 
 
 def test_empty_parts_are_named(tokenizer):
-    assert render({**PLAIN, "prompt": ""}, tokenizer, "auto").empty == ("prompt",)
+    assert Writer.of(tokenizer).pair({**PLAIN, "prompt": ""}).empty == ("prompt",)
     empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
-    assert render(empty, tokenizer, "auto").empty == ("prompt", "chosen")
+    assert Writer.of(tokenizer).pair(empty).empty == ("prompt", "chosen")

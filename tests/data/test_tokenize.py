@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ches_jax.data.audit import FLAGS
+from ches_jax.data.render import Writer
 from ches_jax.data.sources import Record, open_pairs, row_id
 from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import DataError
@@ -232,7 +233,8 @@ def test_a_template_that_changes_the_prompt_is_recut(words, monkeypatch):
     template += "{% if add_generation_prompt %} d{% endif %}"
     monkeypatch.setattr(words, "chat_template", template)
     pair = one(words, [{"role": "user", "content": "a"}], chat("b"), chat("c"))
-    assert (pair.prompt, pair.chosen.content, pair.flags) == ((A,), (B,), ("prefix_mismatch",))
+    assert (pair.prompt, pair.chosen.content, pair.flags) == ((A,), (B,), ("prompt_differs",))
+    assert pair.detail == {"prompt_differs": "an answer is asked for with 'd' and written with ''"}
 
 
 def test_plain_text_can_be_wrapped_as_a_user_turn(bytes_bpe):
@@ -252,8 +254,17 @@ def test_token_ids_are_taken_as_they_are_and_audited_alike(words):
     assert one(words, [BOS, BOS, A], [B], [C]).flags == ("double_bos",)
     assert one(words, [A], [B, EOS, EOS], [C]).flags == ("double_eos",)
     assert one(words, [], [B], [EOS]).flags == ("empty_prompt", "empty_rejected")
-    assert one(words, [A], [B, EOT, NEWLINE], [UNK]).chosen == Response((B,), EOT)
     assert one(words, [A], [B], [UNK]).rejected == Response((UNK,), EOS)
+
+
+def test_given_ids_end_with_what_the_template_ends_an_answer_with(words, monkeypatch):
+    """A special token that neither the tokenizer nor the template ends a text with may be content: it is told."""
+    unknown = one(words, [A], [B, EOT, NEWLINE], [UNK])
+    assert (unknown.chosen, unknown.flags) == (Response((B, EOT, NEWLINE), EOS), ("end_unclear",))
+    assert unknown.detail == {"end_unclear": "chosen ends with '<eot>', which is not known to end a response"}
+    monkeypatch.setattr(words, "chat_template", "{% for m in messages %}{{ m.content }} <eot> {% endfor %}")
+    known = one(words, [A], [B, EOT, NEWLINE], [UNK])
+    assert (known.chosen, known.rejected, known.flags) == (Response((B,), EOT), Response((UNK,), EOS), ())
 
 
 def test_given_ids_of_a_pair_give_the_pair_again(bytes_bpe):
@@ -348,7 +359,7 @@ def test_a_prompt_alone_has_the_tokens_it_has_before_a_response(bytes_bpe, words
         alone = [
             Record(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in mine
         ]
-        assert encode_prompts(tokenizer, alone, template) == [p.prompt for p in pairs]
+        assert encode_prompts(Writer.of(tokenizer, template), alone) == [p.prompt for p in pairs]
 
 
 TEXTS = st.text(alphabet="anoy  HZé\n", max_size=12)

@@ -37,7 +37,9 @@ def prompts(tmp_path_factory):
 
 def read(path, directory, **options):
     opener = Opener()
-    return read_probes(str(path), opener.model(directory), opener, template="auto", **{"max_length": None, **options})
+    return read_probes(
+        str(path), opener.model(directory), opener, template="auto", template_args={}, **{"max_length": None, **options}
+    )
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2"])

@@ -52,8 +52,10 @@ def read_run_pairs(
     Raises:
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
-    opener.tokenizer(model)
-    tokenizer = model.pair_tokenizer(max_length=config.max_length, eos=config.eos, template=config.template)
+    opener.tokenizer(model, config.template)
+    tokenizer = model.pair_tokenizer(
+        max_length=config.max_length, eos=config.eos, template=config.template, template_args=config.template_args
+    )
     process = process or Process()
     main = read_pairs(config, loss, tokenizer, config.pairs, config.split, config.limit, process, opener, "pairs")
     kept, extra, dropped = main.pairs, main.extra, main.dropped

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ches_jax.data.render import Writer
 from ches_jax.data.tokenize import encode_prompts
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.errors import DataError
@@ -75,7 +76,15 @@ class Probes:
         return str(self.tokenizer.decode(list(ids)))
 
 
-def read_probes(spec: str, model: ModelFiles, opener: Opener, *, template: Template, max_length: int | None) -> Probes:
+def read_probes(
+    spec: str,
+    model: ModelFiles,
+    opener: Opener,
+    *,
+    template: Template,
+    template_args: Mapping[str, Any],
+    max_length: int | None,
+) -> Probes:
     """The prompts of a file or data set; ``bundled`` for those of the package.
 
     Raises:
@@ -83,7 +92,7 @@ def read_probes(spec: str, model: ModelFiles, opener: Opener, *, template: Templ
     """
     source = opener.prompts(spec, option="probes")
     rows = list(source)
-    ids = encode_prompts(model.tokenizer, rows, template)
+    ids = encode_prompts(Writer.of(model.tokenizer, template, template_args), rows)
     longest = max_length or model.decoder.max_positions
     for row, prompt in zip(rows, ids, strict=True):
         if not 0 < len(prompt) < longest or max(prompt) >= model.decoder.vocab_size:

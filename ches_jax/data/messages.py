@@ -1,0 +1,125 @@
+"""Messages of a conversation: an object with a role and a text, whatever shape a data set gives them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ches_jax.errors import DataError
+
+Message = dict[str, Any]
+
+NOT_AN_ANSWER = frozenset({"system", "developer", "user"})
+"""Roles of messages that no response begins with."""
+SYSTEM = frozenset({"system", "developer"})
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+"""Types of a part that is text, as chat templates and the APIs of model providers write them."""
+
+
+def as_messages(name: str, value: Any) -> list[Message]:
+    """A conversation with contents as text.
+
+    >>> as_messages("prompt", [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}])
+    [{'role': 'user', 'content': '1+1?'}]
+
+    Args:
+      name: of the column; a text in ``prompt`` is the user's, any other the assistant's.
+      value: text, one message, messages, or one object of lists (an older feature of ``datasets``).
+
+    Raises:
+      DataError: something else, or a message that holds more than text.
+    """
+    if isinstance(value, str):
+        return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
+    if isinstance(value, Mapping) and isinstance(value.get("role"), list):
+        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
+    elif is_message(value):
+        value = [value]
+    if not isinstance(value, list) or not all(is_message(m) for m in value):
+        raise DataError(
+            f"'{name}' is {kind(value)}; expected text or a list of messages with 'role' and 'content' (several "
+            "responses go into a column 'responses', the preferred one first)"
+        )
+    return [_with_text(name, number, without_nulls(m)) for number, m in enumerate(value)]
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is an object with a role, and with a content or calls of tools."""
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and (isinstance(value.get("content"), str | list) or bool(value.get("tool_calls")))
+    )
+
+
+def text_of(message: Message) -> str:
+    """The text of a message; empty where it only calls tools."""
+    return str(message.get("content") or "")
+
+
+def as_parts(message: Message) -> Message:
+    """The message with its content as a list of one part, as some templates want it."""
+    return {**message, "content": [{"type": "text", "text": text_of(message)}]} if "content" in message else message
+
+
+def same(left: Message, right: Message) -> bool:
+    r"""Whether two messages say the same: role and text; line ends, outer white space and other keys do not count.
+
+    >>> same({"role": "user", "content": "a\r\nb "}, {"role": "user", "content": "a\nb", "id": 7})
+    True
+    """
+    return left["role"] == right["role"] and plain(left) == plain(right) and _calls(left) == _calls(right)
+
+
+def plain(message: Message) -> str:
+    """The text of a message for comparison."""
+    return plain_text(text_of(message))
+
+
+def plain_text(text: str) -> str:
+    r"""A text for comparison: line ends as \\n, no white space at ends of lines and text."""
+    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")).strip()
+
+
+def common(left: Sequence[Message], right: Sequence[Message]) -> int:
+    """Number of leading messages that say the same."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if not same(a, b)), min(len(left), len(right)))
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow fills the fields a message does not have with nulls; JSON leaves them out."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(v) for v in value]
+    return value
+
+
+def kind(value: Any) -> str:
+    """A few words for messages: the type and the beginning of a value."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _calls(message: Message) -> Any:
+    return message.get("tool_calls") or []
+
+
+def _with_text(name: str, number: int, message: Message) -> Message:
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    return {**message, "content": "".join(_part_text(f"'{name}', message {number}", part) for part in parts)}
+
+
+def _part_text(where: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise DataError(f"{where}: its content holds {kind(part)}; expected text, or a list of parts of type 'text'")
+    named = part.get("type", "text" if "text" in part else "unknown")
+    if named in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return part["text"]
+    raise DataError(
+        f"{where}: its content has a part of type '{named}', and only text can be read (no model here sees images or "
+        "hears sound): leave the row out, or the part"
+    )

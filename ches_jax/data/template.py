@@ -1,0 +1,403 @@
+r"""A chat template: the text that it writes, and what is learned from it by letting it write a probe.
+
+Where an answer ends is not guessed from the names of tokens. A conversation is written with an unmistakable text, *,
+in the place of its last answer:
+
+    <|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n*<|im_end|>\n
+                                                               ^^^^^^^^^^^^   what stands behind it is the tail,
+                                                               ^^^^^^^^^^     and its first token ends an answer
+
+White space at the beginning of a tail belongs to the answer where a token follows that ends a turn in the middle of a
+conversation too (Llama 2 writes "* </s>"). What was learned holds for all conversations with the same roles.
+"""
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ches_jax.data.messages import Message, as_parts, text_of
+from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
+from ches_jax.data.time_limit import TooLong, time_limit
+from ches_jax.errors import DataError, did_you_mean
+from ches_jax.types import common_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+Row = Mapping[str, Any]
+"""What a row brings beside its messages: ``tools`` and ``chat_template_kwargs``."""
+
+MODES = ("auto", "none", "always")
+"""Values of ``--template`` that say which rows a template writes, and not which one."""
+MARK = "zqxMarkxqz"
+"""The unmistakable text: letters only, so that no template strips, splits or escapes it."""
+SECONDS = 20.0
+"""How long a template may take for one conversation."""
+LETTERS = 16_000_000
+"""How much it may write."""
+_NEXT = {"role": "user", "content": MARK[::-1]}
+_NO_ROW: Row = {}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a template ends an answer."""
+
+    text: str
+    """What it writes behind the answer's text; empty: nothing."""
+    ids: Ids
+    """Its tokens, from the one that ends the answer on; (): nothing is written there."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments.
+
+    >>> from ches_jax.data.tokenize import load_tokenizer
+    >>> template = ChatTemplate(load_tokenizer("bundled"))
+    >>> asked = [{"role": "user", "content": "1+1?"}]
+    >>> template.prompt(asked)
+    '<bos><|user|> 1+1?<|assistant|>'
+    >>> template.end([*asked, {"role": "assistant", "content": "2"}])
+    End(text='<eos>', ids=(2,))
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any] | None = None):
+        """``arguments``: variables of the template for every row; ``now`` pins the clock.
+
+        Raises:
+          DataError: an argument that the template does not read, or a ``now`` that is no date.
+        """
+        self.tokenizer = tokenizer
+        self.arguments = dict(arguments or {})
+        self._learned: dict[str, Any] = {}
+        if self.arguments:
+            self._check_arguments()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the tokenizer has a template at all."""
+        return bool(self.tokenizer.chat_template)
+
+    def source(self, row: Row = _NO_ROW) -> Source:
+        """The template that is used for a row: of several, ``tool_use`` for one with tools, else ``default``.
+
+        Raises:
+          DataError: there are several and none is the default one, or it cannot be parsed.
+        """
+        try:
+            return read_source(self.tokenizer.get_chat_template(None, row.get("tools")))
+        except ValueError:
+            names = ", ".join(self.tokenizer.chat_template or ())
+            raise DataError(f"the tokenizer has several chat templates: choose one with --template ({names})") from None
+
+    def write(self, messages: Sequence[Message], row: Row = _NO_ROW, *, ask: bool = False, go_on: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+          messages: the conversation, contents as text.
+          row: the row that it belongs to.
+          ask: with the beginning of an answer behind it.
+          go_on: without what ends its last message, which is to be continued.
+
+        Raises:
+          DataError: the template refuses the conversation, or writes today's date.
+        """
+        text = self._written(messages, row, ask=ask, go_on=go_on)
+        if self.reads_clock(messages, row):
+            raise DataError(self._clock_message(row))
+        return text
+
+    def prompt(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
+        """The text up to where an answer begins; or up to where it goes on, if the last message is its beginning.
+
+        Raises:
+          DataError: as ``write``.
+        """
+        if continues(messages):
+            return self.write(messages, row, go_on=True)
+        asked = self.write(messages, row, ask=True)
+        return asked + self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
+
+    def end(self, messages: Sequence[Message], row: Row = _NO_ROW) -> End:
+        """How the last message of a conversation ends.
+
+        Raises:
+          DataError: as ``write``; or the end cannot be told from the text.
+        """
+        learned = self._once("end", messages, row, lambda: self._learn_end(messages, row))
+        if messages[-1].get("tool_calls"):
+            return self._end_of_call(self.write(messages, row), learned)
+        return learned
+
+    def opening(self, messages: Sequence[Message], row: Row = _NO_ROW) -> tuple[str, str] | None:
+        """How an answer begins when it is asked for, and how when it is written, where these differ.
+
+        Templates of reasoning models open a thought when they ask, and leave it out of an answer that has none.
+
+        Raises:
+          DataError: as ``write``.
+        """
+        return self._once("opening", messages, row, lambda: self._learn_opening(messages, row))
+
+    def header(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
+        """What stands before an answer and is not written when one is asked for; nothing in most templates.
+
+        Raises:
+          DataError: as ``write``.
+        """
+        asked = self.write(messages, row, ask=True)
+        return self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
+
+    def encode(self, text: str) -> Ids:
+        """Tokens of a text that the template wrote; it writes the special ones itself."""
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tuple(found)  # type: ignore[arg-type]
+
+    def _once(self, what: str, messages: Sequence[Message], row: Row, learn: Callable[[], Any]) -> Any:
+        """What was learned from a conversation with the same roles, or is learned now."""
+        roles = [m["role"] + "+calls" * bool(m.get("tool_calls")) for m in messages]
+        key = json.dumps([what, roles, bool(row.get("tools")), row.get("chat_template_kwargs")], sort_keys=True)
+        if key not in self._learned:
+            self._learned[key] = learn()
+        return self._learned[key]
+
+    def _learn_end(self, messages: Sequence[Message], row: Row) -> End:
+        probe = [*messages[:-1], {"role": messages[-1]["role"], "content": MARK}]
+        text = self.write(probe, row)
+        if MARK not in text:
+            raise DataError("the chat template does not write the text of an answer")
+        behind = self._behind_mark(text)
+        try:
+            middle = self._behind_mark(self.write([*probe, _NEXT], row))
+        except DataError:
+            middle = behind  # no conversation goes on here
+        first = next((i for i in range(common_prefix(behind, middle)) if not self._blank(behind[i])), 0)
+        return End(text[text.rfind(MARK) + len(MARK) :], behind[first:])
+
+    def _behind_mark(self, text: str) -> Ids:
+        """Tokens of what follows the mark."""
+        at = text.rfind(MARK) + len(MARK)
+        whole, head = self.encode(text), self.encode(text[:at])
+        if whole[: len(head)] != head:
+            raise DataError(
+                "the tokenizer makes one token of the last letter of an answer and of what the chat template writes "
+                f"behind it ({text[at:][:20]!r}), so that the end of an answer cannot be told"
+            )
+        return whole[len(head) :]
+
+    def _end_of_call(self, text: str, learned: End) -> End:
+        """A message that calls a tool may end with a token of its own (``<|call|>``): the last one that was added."""
+        if text.endswith(learned.text):
+            return learned
+        ids = self.encode(text)
+        added = self.tokenizer.added_tokens_decoder
+        last = next((i for i in reversed(range(len(ids))) if ids[i] in added), None)
+        if last is None or not all(map(self._blank, ids[last + 1 :])):
+            raise DataError("the chat template ends a call of a tool otherwise than a text, and how cannot be told")
+        return End(str(self.tokenizer.decode(list(ids[last:]))), ids[last:])
+
+    def _blank(self, token_id: int) -> bool:
+        return not str(self.tokenizer.decode([token_id])).strip()
+
+    def _learn_opening(self, messages: Sequence[Message], row: Row) -> tuple[str, str] | None:
+        if continues(messages):
+            return None
+        written = self.write([*messages, {"role": "assistant", "content": MARK}], row)
+        asked = self.prompt(messages, row)
+        if written.startswith(asked):
+            return None
+        equal = common_prefix(asked, written)
+        return asked[equal:], written[equal : max(written.rfind(MARK), equal)]
+
+    def _learn_header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
+        if asked != self.write(messages, row):
+            return ""
+        try:
+            written = self.write([*messages, {"role": "assistant", "content": MARK}], row)
+        except DataError:
+            return ""
+        header = written[len(asked) : written.rfind(MARK)] if written.startswith(asked) else ""
+        # white space alone begins the text of the answer: Mistral and Llama 2 write "[/INST] text"
+        return header.rstrip(" ") if header.strip() else ""
+
+    def _written(
+        self, messages: Sequence[Message], row: Row, *, ask: bool = False, go_on: bool = False, **more: Any
+    ) -> str:
+        source = self.source(row)
+        if self.wants_parts(source):
+            messages = [as_parts(m) for m in messages]
+        return self._apply(source, messages, row.get("tools"), self._arguments(source, row) | more, ask, go_on)
+
+    def _apply(
+        self, source: Source, messages: Sequence[Message], tools: Any, arguments: Mapping[str, Any], ask: bool,
+        go_on: bool = False,
+    ) -> str:  # fmt: skip
+        try:
+            with time_limit(SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=source.pinned() if PINNED in arguments else source.text,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    continue_final_message=go_on,
+                    **arguments,
+                )
+        except TooLong:
+            raise DataError(
+                f"the tokenizer's chat template has not come to an end within {SECONDS:g} seconds"
+            ) from None
+        except Exception as error:  # a template is a program: it may fail in any way
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise DataError(
+                f"the tokenizer's chat template refuses the row: {reason}; its roles are "
+                f"{', '.join(m['role'] for m in messages)}"
+            ) from error
+        assert isinstance(text, str)
+        if len(text) > LETTERS:
+            raise DataError(f"the tokenizer's chat template writes {len(text)} letters; expected at most {LETTERS}")
+        return text
+
+    def wants_parts(self, source: Source) -> bool:
+        """Whether the template writes the text of a message only where its content is a list of parts."""
+        key = f"parts {source.text}"
+        if key not in self._learned:
+            user = {"role": "user", "content": MARK}
+            arguments = self._arguments(source, _NO_ROW)
+            found = []
+            for message in (user, as_parts(user)):
+                try:
+                    found.append(MARK in self._apply(source, [message], None, arguments, ask=True))
+                except DataError:
+                    found.append(False)
+            # a list that is printed as one holds the mark too, in quotes
+            self._learned[key] = not found[0] and found[1]
+        return self._learned[key]
+
+    def _arguments(self, source: Source, row: Row) -> dict[str, Any]:
+        """Values for those variables that the template reads: of the row, and for all rows."""
+        own = row.get("chat_template_kwargs") or {}
+        if ours := sorted(set(own) & _reserved()):
+            raise DataError(
+                f"'chat_template_kwargs' sets {ours[0]!r}, which is not the row's to say: it may set variables of the "
+                "chat template, and this tool decides what is written with which template"
+            )
+        for name in sorted(set(own) & set(self.arguments)):
+            if own[name] != self.arguments[name]:
+                raise DataError(
+                    f"{name!r} is {own[name]!r} in the row's 'chat_template_kwargs' and {self.arguments[name]!r} in "
+                    "--template-args: leave one of them out"
+                )
+        found = {name: value for name, value in {**self.arguments, **own}.items() if name in source.variables}
+        if CLOCK in self.arguments and source.reads_clock:
+            pinned = day(self.arguments[CLOCK])
+            found[PINNED] = {form: pinned.strftime(form) for form in source.dates}
+        return found
+
+    def reads_clock(self, messages: Sequence[Message], row: Row = _NO_ROW) -> bool:
+        """Whether the text of such a conversation depends on the time of day."""
+        return self._once("clock", messages, row, lambda: self._asks_the_time(messages, row))
+
+    def _asks_the_time(self, messages: Sequence[Message], row: Row) -> bool:
+        """A template that asks for the time fails when the clock is taken away."""
+        source = self.source(row)
+        if not source.reads_clock or CLOCK in self.arguments:
+            return False
+        try:
+            self._written(messages, row, ask=True, strftime_now=0)
+        except DataError:
+            return True
+        return False
+
+    def _clock_message(self, row: Row) -> str:
+        source, example = self.source(row), day("2024-07-26")
+        names = sorted(name for name in source.variables if "date" in name.lower())
+        ways = [f"{CLOCK}={example:%Y-%m-%d}"]
+        ways += [f'{name}="{example.strftime(form)}"' for name in names for form in sorted(source.dates)[:1]]
+        return (
+            "the chat template writes today's date into every prompt, so that the same run would give other numbers on "
+            f"another day: say which day it shall be with --template-args {' or '.join(ways)}"
+        )
+
+    def _check_arguments(self) -> None:
+        texts = self.tokenizer.chat_template
+        texts = list(texts.values()) if isinstance(texts, dict) else [texts] if texts else []
+        if not texts:
+            raise DataError("--template-args: the tokenizer has no chat template, so that nothing reads them")
+        known = sorted(frozenset().union(*(read_source(text).variables for text in texts)) - _reserved())
+        for name, value in self.arguments.items():
+            if name == CLOCK:
+                day(value)
+            elif name not in known:
+                raise DataError(
+                    f"--template-args {name}: the chat template reads nothing of this name"
+                    f"{did_you_mean(name, known) or '; it reads ' + (', '.join(known) or 'nothing')}"
+                )
+
+
+def continues(messages: Sequence[Message]) -> bool:
+    """Whether a prompt ends with the beginning of an answer, which is to be continued."""
+    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+
+
+def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Message]:
+    """The conversation of a prompt and a response, which goes on with an answer that the prompt begins.
+
+    >>> joined([{"role": "assistant", "content": "An ap"}], [{"role": "assistant", "content": "ple."}])
+    [{'role': 'assistant', 'content': 'An apple.'}]
+    """
+    if not continues(prompt) or not response or response[0]["role"] != "assistant":
+        return [*prompt, *response]
+    begun, rest = prompt[-1], response[0]
+    return [*prompt[:-1], {**begun, **rest, "content": text_of(begun) + text_of(rest)}, *response[1:]]
+
+
+def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer with the chat template that ``template`` names or whose file it is; itself for one of ``MODES``.
+
+    Raises:
+      DataError: neither a name of its templates nor a file.
+    """
+    if template in MODES:
+        return tokenizer
+    own = tokenizer.chat_template
+    names = list(own) if isinstance(own, dict) else ["default"] if own else []
+    path = Path(template)
+    if template in names and path.is_file() and template != "default":
+        raise DataError(f"--template {template}: a template of the tokenizer and a file here; write ./{template}")
+    if template in names:
+        text = own[template] if isinstance(own, dict) else own
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
+    else:
+        words = [*MODES, *names]
+        raise DataError(
+            f"--template {template}: no such file, and no template of the tokenizer; expected {', '.join(words)} or a "
+            f"file{did_you_mean(template, words)}"
+        )
+    read_source(str(text))
+    chosen = copy.copy(tokenizer)
+    chosen.chat_template = text
+    return chosen
+
+
+@lru_cache(maxsize=1)
+def _reserved() -> frozenset[str]:
+    """Names that neither a row nor an option sets: what rendering takes, and what this tool or the tokenizer sets."""
+    from transformers import PreTrainedTokenizerBase
+
+    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    special = {f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
+    functions = {"strftime_now", "raise_exception", "namespace", "range", "dict"}
+    return frozenset(
+        taken | special | functions | {"messages", "add_generation_prompt", "continue_final_message", PINNED}
+    )

@@ -1,0 +1,394 @@
+"""What is learned from a chat template: how an answer ends and begins; what a row may say to it, and what not."""
+
+import json
+
+import pytest
+
+from ches_jax.data.render import Writer
+from ches_jax.data.sources import Record, row_id
+from ches_jax.data.template import ChatTemplate
+from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer, tokenizer_fingerprint
+from ches_jax.errors import DataError
+
+ADDED = ["<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<|hdr|>", "<tool>", "</tool>", "<|call|>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+Q = {"role": "user", "content": "Name a fruit."}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Bytes and a few added tokens; which of these is called what is up to each test."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)} | {".Ċ": len(letters)}, [(".", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(t, special=t != "<tool>") for t in ADDED])
+
+    def make(template=CHATML, **names):
+        options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", **names}
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in options.items() if v})
+        made.chat_template = template
+        return made
+
+    return make
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def one(tokenizer, prompt, chosen, rejected, row=None, **options):
+    content = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **(row or {})}
+    record = Record(0, row_id(content), "line 1", content)
+    (pair,) = PairTokenizer(tokenizer, 512, **options)([record])
+    return pair
+
+
+def said(tokenizer, response):
+    """Content as text, and the token that ends it."""
+    return tokenizer.decode(response.content), tokenizer.convert_ids_to_tokens(response.terminator)
+
+
+NAMES = {
+    "end of text": {"eos_token": "<|im_end|>"},
+    "padding": {"pad_token": "<|im_end|>"},
+    "unknown": {"unk_token": "<|im_end|>"},
+    "nothing special": {"eos_token": "</s>"},
+    "beside no end of text": {"eos_token": None},
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_an_answer_ends_with_what_the_template_writes_behind_it_whatever_it_is_called(plain, names):
+    tokenizer = plain(**names)
+    pair = one(tokenizer, [Q], [assistant("An apple.")], [assistant("No.")])
+    assert said(tokenizer, pair.chosen) == ("An apple.", "<|im_end|>")
+    assert said(tokenizer, pair.rejected) == ("No.", "<|im_end|>")
+    assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
+    assert pair.flags == ()
+
+
+def test_an_added_token_that_is_not_special_ends_an_answer_too(plain):
+    tokenizer = plain(CHATML.replace("<|im_end|>", "<tool>"))
+    pair = one(tokenizer, [Q], [assistant("a")], [assistant("b")])
+    assert (said(tokenizer, pair.chosen), pair.flags) == (("a", "<tool>"), ())
+
+
+@pytest.mark.parametrize("closing", ["</tool>", "</s>", "<pad>", "\n", " ", ".\n\n"])
+def test_nothing_in_an_answer_is_taken_for_its_end(plain, closing):
+    tokenizer = plain()
+    pair = one(tokenizer, [Q], [assistant("<tool>w()" + closing)], [assistant("No")])
+    assert said(tokenizer, pair.chosen) == ("<tool>w()" + closing, "<|im_end|>")
+    assert pair.flags == (("double_eos",) if closing == "</s>" else ())
+
+
+def test_an_end_of_turn_in_the_text_is_content_and_told(plain):
+    tokenizer = plain()
+    pair = one(tokenizer, [Q], [assistant("a<|im_end|>")], [assistant("b<|im_end|>c")])
+    assert said(tokenizer, pair.chosen) == ("a<|im_end|>", "<|im_end|>")
+    assert said(tokenizer, pair.rejected) == ("b<|im_end|>c", "<|im_end|>")
+    assert pair.detail == {"double_eos": "chosen ends with 2, 1 inside rejected"}
+
+
+ENDS = {
+    "always another header": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|hdr|>' + m.content|trim + '<|im_end|>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant<|hdr|>' }}",
+        ("a", "<|im_end|>"),
+    ),
+    "white space before it": (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }} </s>{% endif %}"
+        "{% endfor %}",
+        (" a ", "</s>"),
+    ),
+    "a line end": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        (" a", "Ċ"),
+    ),
+    "a line end before another header": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:",
+        (" a", "Ċ"),
+    ),
+    "a line end, and an end of text once": (
+        "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% else %}</s>{% endif %}",
+        ("a", "Ċ"),
+    ),
+    "nothing": (
+        "{% for m in messages %}{{ '|' + m.role + '|' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}|assistant|{% endif %}",
+        ("a", "</s>"),
+    ),
+    "another token in the middle of a conversation": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content }}"
+        "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+        ("a", "</s>"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "want"), ENDS.values(), ids=ENDS)
+def test_templates_end_an_answer_in_their_own_ways(plain, template, want):
+    tokenizer = plain(template)
+    pair = one(tokenizer, [Q], [assistant("a")], [assistant("b")])
+    assert (said(tokenizer, pair.chosen), pair.flags) == (want, ())
+    earlier = one(tokenizer, [Q, assistant("z"), Q], [assistant("a")], [assistant("b")])
+    assert (said(tokenizer, earlier.chosen), earlier.flags) == (want, ())
+
+
+def test_an_end_that_is_one_token_with_the_text_before_it_is_told(plain):
+    tokenizer = plain("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}assistant:")
+    pair = one(tokenizer, [Q], [assistant("a.")], [assistant("b")])
+    assert said(tokenizer, pair.chosen) == ("a", ".Ċ")
+    assert said(tokenizer, pair.rejected) == ("b", "Ċ")
+    assert pair.detail == {"end_unclear": "the last letters of chosen and what ends it are one token, '.\\n'"}
+
+
+def test_a_header_that_is_never_asked_for_belongs_to_the_prompt(plain):
+    template = CHATML.partition("{% if add")[0]
+    tokenizer = plain(template)
+    pair = one(tokenizer, [Q], [assistant("a")], [assistant("b")])
+    assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n")
+    assert said(tokenizer, pair.chosen) == ("a", "<|im_end|>")
+    record = Record(0, "r", "line 1", {"prompt": [Q]})
+    assert encode_prompts(Writer.of(tokenizer), [record]) == [pair.prompt]
+
+
+THINKING = (
+    "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+    "{{ '<|im_start|>' + m.role + c + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<think>{% endif %}"
+)
+
+
+def test_a_thought_that_is_opened_when_asking_and_left_out_of_the_answer_is_told_by_its_name(plain):
+    tokenizer = plain(THINKING)
+    pair = one(tokenizer, [Q], [assistant("<think>Hm.</think>a")], [assistant("b")])
+    assert pair.detail == {
+        "prompt_differs": "an answer is asked for with '<think>' and written with ''",
+        "left_out": "the thought of chosen",
+    }
+    assert tokenizer.decode(pair.prompt) == "<|im_start|>userName a fruit.<|im_end|><|im_start|>assistant"
+    assert said(tokenizer, pair.chosen) == ("a", "<|im_end|>")
+
+
+def test_thoughts_of_earlier_answers_are_not_missed(plain):
+    tokenizer = plain(THINKING.replace("<think>{%", "{%"))
+    prompt = [Q, assistant("<think>Hm.</think>z"), Q]
+    assert one(tokenizer, prompt, [assistant("a")], [assistant("b")]).flags == ()
+
+
+LEFT_OUT = {
+    "system": ([{"role": "system", "content": "Be brief."}, Q], {}, "the text of the system"),
+    "tools": ([Q], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "the tools"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "row", "told"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_a_template_leaves_out_is_told(plain, prompt, row, told):
+    deaf = CHATML.replace("messages %}", "messages if m.role in ('user', 'assistant') %}")
+    pair = one(plain(deaf), prompt, [assistant("a")], [assistant("b")], row)
+    assert pair.detail == {"left_out": told}
+    heard = CHATML + "{% if tools %}{% endif %}"
+    assert one(plain(heard), prompt, [assistant("a")], [assistant("b")], row).flags == ()
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}<tool>{{ c.function | tojson }}</tool>{% endfor %}END"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "find_fig", "arguments": {"x": 1}}}]}
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|call|>"])
+def test_calls_of_tools_pass_and_may_end_with_a_token_of_their_own(plain, end):
+    tokenizer = plain(CALLS.replace("END", end))
+    prompt = [Q, CALL, {"role": "tool", "content": '{"found": "fig"}'}]
+    tools = {"tools": [{"function": {"name": "f"}}]}
+    pair = one(tokenizer, prompt, [CALL], [assistant("b")], tools)
+    assert said(tokenizer, pair.chosen) == ('<tool>{"name": "find_fig", "arguments": {"x": 1}}</tool>', end)
+    assert said(tokenizer, pair.rejected) == ("b", "<|im_end|>")
+    assert pair.flags == ()
+    ignorant = one(plain(), [Q], [{**CALL, "content": ""}], [assistant("b")])
+    assert ignorant.detail["left_out"] == "the calls of tools of chosen"
+
+
+def test_an_answer_that_the_prompt_begins_goes_on(plain):
+    tokenizer = plain()
+    prompt = [Q, assistant("An ap")]
+    pair = one(tokenizer, prompt, [assistant("ple.")], [assistant("ricot.")])
+    head = "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\nAn ap"
+    assert tokenizer.decode(pair.prompt) == head
+    assert said(tokenizer, pair.chosen) == ("ple.", "<|im_end|>")
+    assert pair.flags == ()
+    record = Record(0, "r", "line 1", {"prompt": prompt})
+    assert encode_prompts(Writer.of(tokenizer), [record]) == [pair.prompt]
+    # a template that trims closes the gap in front of what follows, and only there
+    trimming = plain(CHATML.replace("m.content", "(m.content | trim)"))
+    pair = one(trimming, [Q, assistant("An ")], [assistant("apple.")], [assistant("egg. ")])
+    assert trimming.decode(pair.prompt).endswith("assistant\nAn")
+    assert (said(trimming, pair.chosen)[0], said(trimming, pair.rejected)[0]) == (" apple.", " egg.")
+
+
+def test_a_template_that_wants_parts_gets_them(plain):
+    parts = "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}"
+    wants = CHATML.replace(
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+        f"<|im_start|>{{{{ m.role }}}}\n{parts}<|im_end|>",
+    )
+    tokenizer = plain(wants)
+    pair = one(tokenizer, [Q], [assistant("a")], [assistant("b")])
+    assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nName a fruit.<|im_end|><|im_start|>assistant\n"
+    prints = one(plain(), [Q], [assistant("a")], [assistant("b")])
+    assert said(plain(), prints.chosen) == ("a", "<|im_end|>")
+
+
+CLOCK = (
+    "{% set d = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
+    "{{ '<|im_start|>' + d + '<|im_end|>' }}" + CHATML
+)
+
+
+def test_a_clock_is_refused_until_it_is_pinned(plain):
+    row = ([Q], [assistant("a")], [assistant("b")])
+    with pytest.raises(
+        DataError, match=r"writes today's date .* --template-args now=2024-07-26 or date_string=\"26 Jul"
+    ):
+        one(plain(CLOCK), *row)
+    with pytest.raises(DataError, match="today's date"):
+        encode_prompts(Writer.of(plain(CLOCK)), [Record(0, "r", "line 1", {"prompt": [Q]})])
+    by_name = one(plain(CLOCK), *row, template_args={"date_string": "26 Jul 2024"})
+    assert plain().decode(by_name.prompt).startswith("<|im_start|>26 Jul 2024<|im_end|>")
+    assert one(plain(CLOCK), *row, template_args={"now": "2024-07-26"}) == by_name
+    own = one(plain(CLOCK), *row, {"chat_template_kwargs": {"date_string": "26 Jul 2024"}})
+    assert (own.prompt, own.chosen) == (by_name.prompt, by_name.chosen)
+    assert one(plain(CLOCK), "a", " b", " c").flags == ()  # plain text meets no template
+    guarded = "{% if strftime_now is defined %}" + CLOCK + "{% endif %}"
+    assert one(plain(guarded), *row, template_args={"now": "2024-07-26"}).prompt == by_name.prompt
+
+
+@pytest.mark.parametrize("blank", ["", "\n", "  ", "\n\n  "])
+def test_a_stopped_clock_changes_nothing_but_the_date(plain, blank):
+    """What stands before the template may not change what its first line means to Jinja."""
+    dated = plain(blank + CLOCK)
+    today = ChatTemplate(dated, {"date_string": "26 Jul 2024"}).write([Q])
+    assert ChatTemplate(dated, {"now": "2024-07-26"}).write([Q]) == today
+
+
+def test_a_template_that_draws_at_random_is_refused(plain):
+    with pytest.raises(DataError, match="draws at random"):
+        one(plain(CHATML + "{{ ['a', 'b'] | random }}"), [Q], [assistant("a")], [assistant("b")])
+
+
+ROW_SAYS = {
+    "a template": ({"chat_template": "{{ 'hacked' }}"}, "sets 'chat_template', which is not the row's to say"),
+    "how it is rendered": ({"continue_final_message": True}, "sets 'continue_final_message'"),
+    "documents": ({"documents": []}, "sets 'documents'"),
+    "tokens": ({"tokenize": True}, "sets 'tokenize'"),
+    "a special token": ({"bos_token": "x"}, "sets 'bos_token'"),
+    "messages": ({"messages": []}, "sets 'messages'"),
+    "what the command says otherwise": (
+        {"mood": "bad"},
+        "'mood' is 'bad' in the row's .* and 'good' in --template-args",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "told"), ROW_SAYS.values(), ids=ROW_SAYS)
+def test_a_row_sets_variables_of_the_template_and_nothing_else(plain, row, told):
+    tokenizer = plain("{{ mood }}" + CHATML)
+    with pytest.raises(DataError, match=told):
+        one(
+            tokenizer,
+            [Q],
+            [assistant("a")],
+            [assistant("b")],
+            {"chat_template_kwargs": row},
+            template_args={"mood": "good"},
+        )
+
+
+def test_variables_reach_the_template_and_those_it_does_not_read_do_nothing(plain):
+    tokenizer = plain("{{ mood }}" + CHATML)
+    row = {"chat_template_kwargs": {"mood": "bad", "weather": "fine"}}
+    assert tokenizer.decode(one(tokenizer, [Q], [assistant("a")], [assistant("b")], row).prompt).startswith("bad<|im")
+    of_all = one(tokenizer, [Q], [assistant("a")], [assistant("b")], template_args={"mood": "good"})
+    assert tokenizer.decode(of_all.prompt).startswith("good<|im")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"moood": "x"}, "--template-args moood: the chat template reads nothing of this name; did you mean mood"),
+        ({"now": "Tuesday"}, "--template-args now=Tuesday: expected a date such as 2024-07-26"),
+        ({"chat_template": "x"}, "reads nothing of this name"),
+    ],
+)
+def test_arguments_that_nothing_reads_are_refused(plain, arguments, told):
+    with pytest.raises(DataError, match=told):
+        PairTokenizer(plain("{{ mood }}" + CHATML), 64, template_args=arguments)
+
+
+def test_a_named_template_or_a_file_can_be_chosen(plain, tmp_path):
+    other = CHATML.replace("<|im_end|>", "</s>")
+    tokenizer = plain({"default": CHATML, "other": other, "tool_use": "{{ tools | length }}" + CHATML})
+    row = ([Q], [assistant("a")], [assistant("b")])
+    assert said(tokenizer, one(tokenizer, *row).chosen) == ("a", "<|im_end|>")
+    chosen = PairTokenizer(tokenizer, 64, template="other")
+    assert said(tokenizer, one(tokenizer, *row, template="other").chosen) == ("a", "</s>")
+    assert tokenizer_fingerprint(chosen.tokenizer) != tokenizer_fingerprint(tokenizer)
+    tools = {"tools": [{"function": {"name": "f"}}]}
+    assert tokenizer.decode(one(tokenizer, *row, tools).prompt).startswith("1<|im_start|>")
+    (tmp_path / "mine.jinja").write_text(other)
+    assert (
+        one(plain(), *row, template=str(tmp_path / "mine.jinja")).chosen
+        == one(tokenizer, *row, template="other").chosen
+    )
+    with pytest.raises(DataError, match=r"--template othr: no such file, and no template .* did you mean other"):
+        one(tokenizer, *row, template="othr")
+    with pytest.raises(DataError, match=r"several chat templates: choose one with --template \(a, b\)"):
+        one(plain({"a": CHATML, "b": CHATML}), *row)
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    with pytest.raises(DataError, match="the chat template is not Jinja"):
+        one(plain(), *row, template=str(tmp_path / "bad.jinja"))
+
+
+def test_templates_beside_a_tokenizer_are_found_by_name(plain, tmp_path):
+    plain({"default": CHATML, "short": "{{ messages[-1].content }}</s>"}).save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates/short.jinja").exists()
+    loaded = load_tokenizer(tmp_path)
+    row = ([Q], [assistant("a")], [assistant("b")])
+    assert said(loaded, one(loaded, *row).chosen) == ("a", "<|im_end|>")
+    assert loaded.decode(one(loaded, *row, template="short").prompt) == "Name a fruit.</s>"
+
+
+def test_a_template_that_fails_refuses_the_row_in_words(plain):
+    for body in ("{{ 1 / 0 }}", "{{ raise_exception('system comes first') }}", "{{ 'a' * 10 ** 12 }}"):
+        with pytest.raises(DataError, match=r"line 1 .* chat template refuses the row: .*; its roles are user"):
+            one(plain(body), [Q], [assistant("a")], [assistant("b")])
+
+
+def test_what_is_learned_is_learned_once(plain, monkeypatch):
+    tokenizer = plain()
+    calls, apply = [], tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda m, **k: calls.append(json.dumps(m)) or apply(m, **k))
+    tokenise = PairTokenizer(tokenizer, 512)
+
+    def rows(n):
+        content = [{"prompt": [Q], "chosen": [assistant(f"a{i}")], "rejected": [assistant(f"b{i}")]} for i in range(n)]
+        return [Record(i, row_id(c), f"line {i + 1}", c) for i, c in enumerate(content)]
+
+    tokenise(rows(1))
+    learned = len(calls)
+    tokenise(rows(9))
+    assert len(calls) - learned == 9 * 3
