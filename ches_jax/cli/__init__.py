@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -131,11 +132,17 @@ def _run(words: Sequence[str]) -> int:
         print(json.dumps(outcome.record(verb)))
     else:
         if outcome.text:
-            print(printable(outcome.text), file=sys.stdout if outcome.path is None else sys.stderr)
+            print(
+                outcome.text if outcome.coloured else printable(outcome.text),
+                file=sys.stdout if outcome.path is None else sys.stderr,
+            )
         if outcome.path is not None:
             print(outcome.path)
     if not options.quiet or outcome.code:
         print(f"ches: {printable(outcome.headline)}", file=sys.stderr)
+        if outcome.page_of is not None:
+            page = shlex.quote(str(outcome.page_of))
+            print(f"ches: its page: ches report {printable(page)}", file=sys.stderr)
     return outcome.code
 
 
