@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ches_jax import bundled
 from ches_jax.data.audit import FLAGS
@@ -344,40 +344,43 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     return [by_text[text] for text in texts]
 
 
-def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids | str]:
-    """Ids of prompts, the tokens that scoring puts before a response; or why a row has none.
+class EncodedPrompt(NamedTuple):
+    """A prompt as token ids, and the flags that show in its text with what was found."""
+
+    ids: Ids
+    found: Mapping[str, str]
+
+
+def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[EncodedPrompt]:
+    """Prompts (rows of ``sources.open_prompts``) as the tokens that scoring puts before a response.
+
+    One that cannot be read, or written with the chat template, is flagged so and has no tokens.
 
     Raises:
       TemplateError: the chat template cannot be used, whatever the row.
     """
     tokenizer = writer.chat.tokenizer
-    prompts = [_written_prompt(writer, row) for row in rows]
     suffix = added_suffix(tokenizer)
-    ids = {
-        templated: iter(
-            encode(
-                tokenizer,
-                [p.text for p in prompts if isinstance(p, RenderedPrompt) and p.templated is templated],
-                templated,
-                suffix,
-            )
-        )
-        for templated in (False, True)
-    }
-    return [next(ids[p.templated]) if isinstance(p, RenderedPrompt) else p for p in prompts]
+    prompts = [_written_prompt(writer, row) for row in rows]
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for prompt in prompts:
+        if isinstance(prompt, RenderedPrompt):
+            texts[prompt.templated].append(prompt.text)
+    ids = {templated: iter(encode(tokenizer, some, templated, suffix)) for templated, some in texts.items()}
+    return [p if isinstance(p, EncodedPrompt) else EncodedPrompt(next(ids[p.templated]), p.found) for p in prompts]
 
 
-def _written_prompt(writer: Writer, row: Record) -> RenderedPrompt | Ids | str:
+def _written_prompt(writer: Writer, row: Record) -> RenderedPrompt | EncodedPrompt:
     if row.fault:
-        return row.fault
+        return EncodedPrompt((), {"unreadable": row.fault})
     if "prompt_ids" in row.content:
-        return tuple(row.content["prompt_ids"])
+        return EncodedPrompt(tuple(row.content["prompt_ids"]), {})
     try:
         return writer.prompt(row.content)
     except TemplateError as error:
         raise TemplateError(f"{_name(row)}: {error}") from error.__cause__
     except DataError as error:
-        return str(error)
+        return EncodedPrompt((), {"template_refuses": str(error)})
 
 
 def _unfit(row: Record, flag: str, detail: str) -> TokenPair:

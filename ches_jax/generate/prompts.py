@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.audit import FLAGS as AUDIT_FLAGS
+from ches_jax.data import audit
 from ches_jax.data.render import Writer
 from ches_jax.data.sources import PairSource, Record
-from ches_jax.data.tokenize import encode_prompts
+from ches_jax.data.tokenize import EncodedPrompt, encode_prompts
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.inputs import ModelFiles, Opener, sequence_length
@@ -18,12 +18,9 @@ from ches_jax.types import OnBadRow, Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNREAD = {
-    "unreadable": AUDIT_FLAGS["unreadable"],
-    "template_refuses": AUDIT_FLAGS["template_refuses"],
-    "unknown_token": AUDIT_FLAGS["unknown_token"],
-}
+UNREAD = {name: audit.FLAGS[name] for name in ("unreadable", "template_refuses", "unknown_token")}
 FLAGS = UNREAD | {
+    "left_out": audit.FLAGS["left_out"],
     "empty_prompt": "the prompt is empty",
     "double_bos": "more than one BOS at the start of the prompt",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
@@ -85,12 +82,12 @@ class Encoder:
             encoded = encode_prompts(self.writer, rows)
         except DataError as e:
             raise DataError(f"{name}, {e}") from e.__cause__
-        return [self._checked(row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        return [self._checked(row, prompt) for row, prompt in zip(rows, encoded, strict=True)]
 
-    def _checked(self, row: Record, ids: tuple[int, ...] | str) -> Prompt:
-        if isinstance(ids, str):
-            return _unread(row, "unreadable" if row.fault else "template_refuses", ids)
-        flags = []
+    def _checked(self, row: Record, prompt: EncodedPrompt) -> Prompt:
+        ids, flags = prompt.ids, list(prompt.found)
+        if unread := next((flag for flag in flags if flag in UNREAD), None):
+            return _unread(row, unread, prompt.found[unread])
         bos = self.tokenizer.bos_token_id
         assert bos is None or isinstance(bos, int)
         if not ids and bos is None:

@@ -92,11 +92,11 @@ def read_probes(
     """
     source = opener.prompts(spec, option="probes")
     rows = list(source)
-    ids = encode_prompts(Writer.of(model.tokenizer, template, template_args), rows)
+    encoded = encode_prompts(Writer.of(model.tokenizer, template, template_args), rows)
     longest = max_length or model.decoder.max_positions
-    for row, prompt in zip(rows, ids, strict=True):
-        if isinstance(prompt, str):
-            raise DataError(f"--probes {source.name}, {row.where}: {prompt}")
+    for row, (prompt, found) in zip(rows, encoded, strict=True):
+        if why := found.get("unreadable", found.get("template_refuses")):
+            raise DataError(f"--probes {source.name}, {row.where}: {why}")
         if not 0 < len(prompt) < longest or max(prompt) >= model.decoder.vocab_size:
             raise DataError(
                 f"--probes {source.name}, {row.where}: a prompt of {len(prompt)} tokens; expected 1 to {longest - 1}, "
@@ -104,7 +104,7 @@ def read_probes(
             )
     if not rows:
         raise DataError(f"--probes {source.name}: has no prompts")
-    return Probes(model.tokenizer, [p for p in ids if not isinstance(p, str)], [row.row_id for row in rows])
+    return Probes(model.tokenizer, [prompt.ids for prompt in encoded], [row.row_id for row in rows])
 
 
 class Prober:
