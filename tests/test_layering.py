@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": LEAVES | {"hf", "distributed"},
     "inputs": PURE | {"models", "scores"},
     "scores": PURE | {"models", "inputs"},
-    "displacement": LEAVES | {"scores"},
+    "displacement": PURE | {"scores", "inputs", "generate", "judges"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
     "forecast": PURE | {"models", "scores", "displacement", "train"},

@@ -32,6 +32,8 @@ class Outcome:
     """Where the result is, on standard output; without one, ``text`` goes there."""
     text: str = ""
     """For a person."""
+    coloured: bool = False
+    """Whether ``text`` bears colours of ours; what is of others in it is printable already."""
     counts: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Beside ``path``, by what they hold."""
@@ -277,20 +279,25 @@ class Influence(RunOutput, InfluenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
-    """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
+    """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
     def run(self) -> Outcome:
         """The verdict; exit code 1 when --fail-if holds."""
-        from ches_jax.displacement.diagnose import diagnose
+        from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
 
-        diagnosis = diagnose(_only(DiagnoseConfig, self))
+        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
         failed = rule_holds(diagnosis, self.fail_if)
+        out = None if self.out is None else Path(self.out)
+        paths = {} if out is None else {"diagnosis": out / RESULT}
+        if out is not None and (out / "pairs.parquet").exists():
+            paths["pairs"] = out / "pairs.parquet"
         return Outcome(
-            headline=f"{diagnosis.verdict}: chosen {diagnosis.chosen.mean:+.3f} nats "
-            f"over {diagnosis.pairs} {diagnosis.unit}" + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            headline=diagnosis.headline + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            path=out,
             text=diagnosis.text(),
             counts={"pairs": diagnosis.pairs, "records": diagnosis.records},
+            paths=paths,
             details=diagnosis.to_json(),
             code=int(failed),
         )
@@ -315,6 +322,27 @@ class Report(Output):
         page = write(self.run_dir, self.out)
         size = page.stat().st_size
         return Outcome(headline=f"a page of {size / 1e6:.1f} MB -> {page}", path=page, counts={"bytes": size})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Output):
+    """One pair of a run in the terminal: its numbers, its texts, its tokens in colour where it has token scores."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score`, `train`, `diagnose --out`, `generate`, `judge` or `select`."""
+    row: tyro.conf.Positional[str]
+    """The pair as the page calls it (96, held_out-96), its row of the data, or the beginning of its row_id."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        import os
+        import sys
+
+        from ches_jax.report.terminal import pair_text
+
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        text = pair_text(self.run_dir, self.row, colour=colour)
+        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +448,7 @@ COMMANDS: dict[str, type[Any]] = {
     "influence": Influence,
     "diagnose": Diagnose,
     "report": Report,
+    "show": Show,
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,

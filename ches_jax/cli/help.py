@@ -44,11 +44,12 @@ EXAMPLES = {
         "ches influence --holdout 64 --loss ipo_sum --optimizer adamw",
     ),
     "diagnose": (
-        "ches diagnose --run runs/train-001",
-        "ches diagnose --before runs/score-001 --after runs/score-002",
-        "ches diagnose --trl-log checkpoint-500/trainer_state.json --beta 0.1 --fail-if 'lld_rate>0.2'",
+        "ches diagnose trl-output",
+        "ches diagnose --before my-model --after trained --pairs held-out.jsonl --out diagnosis",
+        "ches diagnose runs/train-001 --fail-if 'lld_rate>0.2'",
     ),
     "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
+    "show": ("ches show runs/score-001 96", "ches show runs/train-001 held_out-96"),
     "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
     "verify": (
         "ches verify --claims T4 T5",

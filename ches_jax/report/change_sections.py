@@ -22,6 +22,7 @@ REGIME_WORDS = {
     "both_up": "both up, margin up",
     "both_down_margin_up": "both down, margin up",
     "inverted": "inverted: margin down",
+    "together": "together: both moved, margin did not",
     "flat": "flat: neither moved",
     "": "single response",
 }

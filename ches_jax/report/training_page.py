@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from ches_jax import bundled
 from ches_jax.data.sources import open_pairs
-from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES
-from ches_jax.displacement.verdict import Changes, diagnose_changes
+from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
+from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report import answers, elements, essays, svg
 from ches_jax.report import change_sections as parts
