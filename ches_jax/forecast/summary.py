@@ -11,8 +11,8 @@ from ches_jax.forecast.setup import LINEAR
 
 CALIBRATION = (
     "calibration, measured once (experiments/forecast: 0.26M parameters after SFT, 16 updates at 3e-5): on held-out "
-    "pairs the change of chosen responses was 0.48 times the first-order forecast less 3.3 nats, R2 0.83, Spearman 0.90; on "
-    "training pairs R2 0.30. Ranks hold better than sizes"
+    "pairs the change of chosen responses was 0.48 times the first-order forecast less 3.3 nats, R2 0.83, Spearman "
+    "0.90; on training pairs R2 0.30. Ranks hold better than sizes"
 )
 
 
