@@ -25,6 +25,8 @@ EXAMPLES = {
         "ches select --scores runs/score-001 --out kept",
         "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
         "ches select --scores runs/score-001 --keep soft:0.5 --out weighted",
+        "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
+        "--dedup near --out clear",
     ),
     "generate": (
         "ches generate --limit 8 --max-new-tokens 32",

@@ -1,7 +1,8 @@
 r"""What can be wrong with preference pairs whatever the model: each check is a function of all rows.
 
 A check says what it measured, in how many rows, and whether that is a *finding*: beyond its threshold, which stands
-here and in ``docs/data_health.md``. Differences between the sides are findings only where their 95 % interval excludes zero.
+here and in ``docs/data_health.md``. Differences between the sides are findings only where their 95 % interval excludes
+zero.
 """
 
 import re
