@@ -24,7 +24,6 @@ EXAMPLES = {
     "select": (
         "ches select --scores runs/score-001 --out kept",
         "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
-        "ches select --scores runs/score-001 --keep soft:0.5 --out weighted",
         "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
         "--dedup near --out clear",
     ),

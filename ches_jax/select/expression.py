@@ -120,7 +120,7 @@ def _value(node: ast.AST, columns: Mapping[str, np.ndarray]) -> Any:
             values = [_value(part, columns) for part in args]
             return _ONE[name](values[0]) if name in _ONE else reduce(_SEVERAL[name], values)
         case ast.Constant(value=value):
-            return np.float64(value)
+            return np.float64(value)  # type: ignore[arg-type]  # checked to be a number
     raise AssertionError(f"not checked before: {ast.dump(node)}")
 
 

@@ -105,7 +105,7 @@ def test_rows_that_repeat_earlier_ones_go_before_the_rule(run, tmp_path, how, go
     words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     texts = [f"text {i} of many" for i in range(20)]
     texts[2], texts[4], texts[6] = words, f"  {words.upper()}! ", words + " more"
-    rows = [
+    rows: list[Any] = [
         SimpleNamespace(
             index=i, row_id=f"r{i}", content={"prompt": t, "chosen": t + " yes", "rejected": t + " no"}, category=None,
             extra={}, candidates=None,
