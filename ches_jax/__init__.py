@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ches_jax.doctor import DoctorConfig as DoctorConfig
     from ches_jax.doctor import doctor as doctor
     from ches_jax.errors import ChesError as ChesError
+    from ches_jax.forecast.config import ForecastConfig as ForecastConfig
+    from ches_jax.forecast.config import InfluenceConfig as InfluenceConfig
+    from ches_jax.forecast.run import forecast as forecast
+    from ches_jax.forecast.run import influence as influence
     from ches_jax.generate.config import GenerateConfig as GenerateConfig
     from ches_jax.generate.run import generate as generate
     from ches_jax.judges.config import JudgeConfig as JudgeConfig
@@ -67,6 +71,10 @@ _HOMES = {
     "SelectConfig": "ches_jax.select.config",
     "train": "ches_jax.train",
     "TrainConfig": "ches_jax.train.config",
+    "forecast": "ches_jax.forecast",
+    "ForecastConfig": "ches_jax.forecast.config",
+    "influence": "ches_jax.forecast.run",
+    "InfluenceConfig": "ches_jax.forecast.config",
     "diagnose": "ches_jax.displacement.diagnose",
     "DiagnoseConfig": "ches_jax.displacement.config",
     "generate": "ches_jax.generate",

@@ -14,6 +14,7 @@ from ches_jax.options import ModelOptions, PairOptions
 
 if TYPE_CHECKING:
     from ches_jax.data.audit import Audit
+    from ches_jax.data.template import ChatTemplate
     from ches_jax.health.examine import Health
 
 make_callable(__name__)
@@ -104,6 +105,7 @@ def doctor(config: DoctorConfig) -> "Findings | Health":
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",
         "fingerprint": opener.identity()["model_fingerprint"],
+        "chat template": _chat_template(inputs.tokenizer.writer.chat),
         "pairs": inputs.source.describe(),
     }
     audit = Audit(tokenizer.bos_token_id, tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -123,3 +125,15 @@ def _without_a_model(config: DoctorConfig) -> "Health":
 
     source = open_pairs(config.pairs, config.split, config.columns, config.candidates)
     return examine(source, limit=config.limit, against=config.against, show=config.show)
+
+
+def _chat_template(template: "ChatTemplate") -> str:
+    from ches_jax.data.habits import describe
+    from ches_jax.errors import DataError
+
+    if not template.exists:
+        return "none"
+    try:
+        return describe(template)
+    except DataError as error:
+        return f"cannot be used: {error}"

@@ -31,6 +31,19 @@ class RunError(ChesError):
     """A run directory cannot be used as asked."""
 
 
+_KEPT = "\n\t\u200c\u200d"
+"""Not printable, and harmless: lines, tabs, and the joiners of some scripts."""
+
+
+def printable(text: str) -> str:
+    r"""Text from files of others for a terminal: control characters, directional overrides, half surrogates escaped.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() or c in _KEPT else repr(c)[1:-1] for c in text)
+
+
 def many(subject: str, problems: Sequence[str], limit: int = 20) -> str:
     """One message for all problems of one subject.
 

@@ -11,6 +11,10 @@ import sys
 
 VARIABLE = "GLIBC_TUNABLES"
 SETTING = "glibc.malloc.hugetlb"
+MARKER = "CHES_RESTARTED"
+"""Holds the id of the process that has started again: never twice, whatever becomes of the setting on the way."""
+
+_AT_SECURE = 23
 
 
 def with_large_pages() -> None:
@@ -20,7 +24,23 @@ def with_large_pages() -> None:
     streams; where there is no such library, nothing happens.
     """
     tunables = os.environ.get(VARIABLE, "")
-    if sys.platform != "linux" or SETTING in tunables:
+    begun = os.environ.pop(MARKER, None) == str(os.getpid())
+    if begun:  # what this process starts is not told
+        others = [word for word in tunables.split(":") if word and word != f"{SETTING}=1"]
+        os.environ[VARIABLE] = ":".join(others)
+    if sys.platform != "linux" or begun or SETTING in tunables or not _may_restart():
         return
+    os.environ[MARKER] = str(os.getpid())
     os.environ[VARIABLE] = ":".join(filter(None, (tunables, f"{SETTING}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _may_restart() -> bool:
+    """Not where the C library drops the setting (more rights than the user has), nor a script from a pipe."""
+    try:
+        with open("/proc/self/auxv", "rb") as file:
+            numbers = memoryview(file.read()).cast("L").tolist()
+    except (OSError, TypeError, ValueError):
+        return False
+    secure = dict(zip(numbers[::2], numbers[1::2], strict=False)).get(_AT_SECURE, 1)
+    return not secure and "-" not in sys.orig_argv[1:2]

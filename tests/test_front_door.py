@@ -202,6 +202,12 @@ def test_names_of_other_trainers_work():
     assert corrected("generate", COMMANDS["generate"], ["--dataset-name", "d"]) == ["--prompts", "d"]
 
 
+@pytest.mark.parametrize("words", [["--trl-log", "x"], ["--run", "x"], ["--run=x"]])
+def test_a_name_that_is_gone_is_answered_with_the_new_spelling(words, capsys):
+    assert corrected("diagnose", COMMANDS["diagnose"], [*words, "--beta", "0.1"]) == ["x", "--beta", "0.1"]
+    assert "ches diagnose PATH" in capsys.readouterr().err
+
+
 def test_every_name_of_other_trainers_leads_to_an_option():
     every = [o for verb, command in COMMANDS.items() for o in options_of(verb, command)]
     names = {option.name for option in every if not option.positional}

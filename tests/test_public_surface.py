@@ -7,7 +7,20 @@ import pytest
 
 import ches_jax as cj
 
-VERBS = ["score", "select", "train", "diagnose", "generate", "judge", "report", "doctor", "convert", "verify"]
+VERBS = [
+    "score",
+    "select",
+    "train",
+    "forecast",
+    "influence",
+    "diagnose",
+    "generate",
+    "judge",
+    "report",
+    "doctor",
+    "convert",
+    "verify",
+]
 CONFIGS = [f"{verb.capitalize()}Config" for verb in VERBS if verb not in ("report", "verify")]
 MATHEMATICS = ["pair_statistics", "ches", "ln_ches", "head_score", "displacement_summary", "get_loss", "incentives"]
 OTHERS = ["load_model", "load_tokenizer", "score_pairs", "bundled", "ChesError", "__version__"]

@@ -1,6 +1,9 @@
 """The rendezvous of processes, as threads of one: an index that is missing, doubled or wrong is reported to all."""
 
+import contextlib
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,6 +65,68 @@ def test_no_process_at_the_address_and_a_port_in_use():
         port = taken.getsockname()[1]
         with pytest.raises(ChesError, match=f"cannot listen at port {port}"):
             rendezvous("words", "127.0.0.1", port, 2, 0, 0.5)
+
+
+def drip(client, ended):
+    while not ended.is_set():
+        client.sendall(b"x")
+        ended.wait(0.1)
+
+
+STRANGERS = {
+    "speaks HTTP": lambda client, ended: client.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"),
+    "drips bytes": drip,
+    "nests deeply": lambda client, ended: client.sendall(b"[" * 100_000 + b"\n"),
+    "has an infinite number": lambda client, ended: client.sendall(b'{"number": Infinity, "count": 2}\n'),
+    "never ends its line": lambda client, ended: client.sendall(b"x" * 2**22),
+    "is no UTF-8": lambda client, ended: client.sendall(b"\xff\xfe\n"),
+}
+
+
+@pytest.mark.parametrize("does", STRANGERS)
+def test_a_stranger_at_the_port_changes_nothing(does, monkeypatch):
+    monkeypatch.setattr("ches_jax.distributed.rendezvous.HELLO_SECONDS", 0.3)
+    port, ended, errors = free_port(), threading.Event(), []
+
+    def process(index):
+        try:
+            rendezvous("words", "127.0.0.1", port, 2, index, 10.0)
+        except BaseException as error:
+            errors.append(error)
+
+    first = threading.Thread(target=process, args=(0,))
+    first.start()
+    with connected(port) as client, ThreadPoolExecutor(1) as pool, contextlib.suppress(OSError):
+        stranger = pool.submit(STRANGERS[does], client, ended)
+        process(1)
+        first.join(10)
+        ended.set()
+        client.close()
+        stranger.result()
+    assert not errors and not first.is_alive()
+
+
+def connected(port):
+    for _ in range(100):
+        with contextlib.suppress(ConnectionError):
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        time.sleep(0.02)
+    raise AssertionError("nobody listens")
+
+
+@pytest.mark.parametrize("does", ["drips bytes", "never ends its line"])
+def test_a_stranger_does_not_hold_process_0_beyond_its_deadline(does):
+    port, ended = free_port(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        started = time.monotonic()
+        waiting = pool.submit(rendezvous, "words", "127.0.0.1", port, 2, 0, 1.0)
+        with connected(port) as client:
+            stranger = pool.submit(STRANGERS[does], client, ended)
+            with pytest.raises(ChesError, match="process 1 of 2 did not come within 1 s"):
+                waiting.result(10)
+            assert time.monotonic() - started < 5
+            ended.set()
+        assert stranger.exception() is None or isinstance(stranger.exception(), OSError)
 
 
 @pytest.mark.parametrize(

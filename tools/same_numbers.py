@@ -35,7 +35,7 @@ COMMANDS = {
     "ipo": f"{TRAIN} --loss ipo_mean",
     "lora": f"{TRAIN} --loss dpo --lora-rank 4",
     "texts": "generate --temperature 0 --limit 16 --max-new-tokens 24 --on-bad-row drop",
-    "diagnosis": "diagnose --run {out}/dpo --json",
+    "diagnosis": "diagnose {out}/dpo --json",
     "claims": "verify --instances 100",
 }
 TABLES = ["scores.parquet", "token_scores.parquet", "displacement.parquet", "reference.parquet"]

@@ -1,7 +1,8 @@
 """The ``ches`` command: parse, call one function, say where the result is.
 
 Progress, summaries and the line of results go to standard error, the result's path (or one JSON record with ``--json``)
-to standard output. Exit codes: 0 done, 1 a check failed, 2 bad input (one message, no traceback).
+to standard output. Exit codes: 0 done, 1 a check failed, 2 bad input (one message, no traceback), 70 a mistake of ours
+(two lines, and the traceback in a file).
 
 Help, usage errors and the verbs without a model load no jax.
 """
@@ -11,56 +12,105 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from ches_jax import __version__
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, printable
 
 HELP = ("--help", "-h", "help")
+
+
+INTERNAL_ERROR = 70
+"""Exit code of an error that is ours: a traceback is kept in a file (``EX_SOFTWARE`` of sysexits.h)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = _main(words)
-    except Exception:
-        if (processes := _joined_processes()) is not None:
-            traceback.print_exc()
-            processes.exit_process(1)
-        raise
+    code = _main(words)
     if code and (processes := _joined_processes()) is not None:
         processes.exit_process(code)
     return code
 
 
 def _main(words: Sequence[str]) -> int:
+    """The one door for errors: whatever happens ends in a message and an exit code."""
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except ChesError as error:
-        print(f"ches: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error), 2)
     except KeyboardInterrupt:
-        print("ches: stopped", file=sys.stderr)
-        return 130
+        return _say("stopped", 130)
     except BrokenPipeError:  # whoever read the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.filename is None:  # standard output, if it was that, cannot take the rest either
+            _discard_output()
+        return _say(os_error_text(error), 2)
     except Exception as error:
         processes = _joined_processes()
-        if processes is None or (reason := processes.peer_failure(error)) is None:
-            raise
-        print(f"ches: {reason}", file=sys.stderr)
-        return 1
+        if processes is not None and (reason := processes.peer_failure(error)) is not None:
+            return _say(reason, 1)
+        if (reason := _known(error)) is not None:
+            return _say(reason, 2)
+        return _say(f"internal error: {type(error).__name__}: {str(error)[:300]}\n{_keep_traceback()}", INTERNAL_ERROR)
+
+
+def _say(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"ches: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def os_error_text(error: OSError) -> str:
+    """An error of the system in words.
+
+    >>> os_error_text(OSError(28, "No space left on device", "runs/s/config.json"))
+    'runs/s/config.json: No space left on device'
+    """
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
+def _known(error: Exception) -> str | None:
+    """Errors of the system that libraries raise under types of their own, in words."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory ({text or type(error).__name__}); take smaller batches, a smaller dtype or more devices"
+    return text if "(os error " in text else None  # safetensors writes files in Rust
+
+
+def _keep_traceback() -> str:
+    """Write the traceback of the error at hand to a file; says where."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="ches-error-", suffix=".txt", delete=False, encoding="utf-8") as f:
+            f.write(f"{version_text()}\n{sys.argv}\n\n{traceback.format_exc()}")
+    except OSError:
+        traceback.print_exc()
+        return "this is a mistake of ches, not yours: please report it with the lines above"
+    return f"this is a mistake of ches, not yours: please report it with the traceback in {f.name}"
+
+
+def _discard_output() -> None:
+    """Nothing more can be written: Python would fail again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: Sequence[str]) -> int:
     if words and words[0] in ("--version", "-V", "version"):
         print(version_text())
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
     from ches_jax.cli.commands import COMMANDS
     from ches_jax.cli.help import command_help, verb_help
     from ches_jax.cli.suggest import corrected, the_verb
@@ -79,14 +129,20 @@ def _run(words: Sequence[str]) -> int:
     quiet_libraries()
     outcome = options.run()
     if options.json:
-        print(json.dumps(outcome.record(verb), ensure_ascii=False))
+        print(json.dumps(outcome.record(verb)))
     else:
         if outcome.text:
-            print(outcome.text, file=sys.stdout if outcome.path is None else sys.stderr)
+            print(
+                outcome.text if outcome.coloured else printable(outcome.text),
+                file=sys.stdout if outcome.path is None else sys.stderr,
+            )
         if outcome.path is not None:
             print(outcome.path)
     if not options.quiet or outcome.code:
-        print(f"ches: {outcome.headline}", file=sys.stderr)
+        print(f"ches: {printable(outcome.headline)}", file=sys.stderr)
+        if outcome.page_of is not None:
+            page = shlex.quote(str(outcome.page_of))
+            print(f"ches: its page: ches report {printable(page)}", file=sys.stderr)
     return outcome.code
 
 

@@ -14,6 +14,7 @@ import tyro
 from ches_jax.convert import ConvertConfig
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.doctor import DoctorConfig
+from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.scores.config import ScoreConfig
@@ -31,12 +32,16 @@ class Outcome:
     """Where the result is, on standard output; without one, ``text`` goes there."""
     text: str = ""
     """For a person."""
+    coloured: bool = False
+    """Whether ``text`` bears colours of ours; what is of others in it is printable already."""
     counts: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Beside ``path``, by what they hold."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the record of ``--json`` holds besides."""
     code: int = 0
+    page_of: Path | None = None
+    """A run directory that has a page; the command that makes it is told."""
 
     def record(self, verb: str) -> dict[str, Any]:
         """The one JSON value that ``--json`` prints."""
@@ -102,6 +107,7 @@ class Score(RunOutput, ScoreConfig):
             counts=record["counts"],
             paths={"table": table, "run": out / RUN},
             details=record,
+            page_of=out,
         )
 
 
@@ -216,25 +222,84 @@ class Train(RunOutput, TrainConfig):
             counts=n,
             paths={"run": out / RUN, **({"model": out / "model"} if self.export else {})},
             details=record,
+            page_of=out,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast(RunOutput, ForecastConfig):
+    """Before training: how much will chosen and rejected responses change, of these and of held-out pairs, and why?
+
+    Options are those of `ches train`: the run that is forecast. Costs about eight forward passes of the pairs.
+    """
+
+    def run(self) -> Outcome:
+        """Forecasts; the changes in nats, and their reason in a sentence."""
+        from ches_jax.forecast.run import FILE_NAME, forecast
+        from ches_jax.forecast.summary import headline, summary_text
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = forecast(_only(ForecastConfig, self), **self.how)
+        record = read_json(out / RUN)
+        return Outcome(
+            headline=f"{headline(record['summary'])} -> {out / FILE_NAME}",
+            path=out,
+            text="" if self.quiet else summary_text(record["summary"]),
+            counts=record["counts"],
+            paths={"table": out / FILE_NAME, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(RunOutput, InfluenceConfig):
+    """Before training: which pairs will lower the chosen responses of held-out pairs, and by how much?
+
+    The table goes to `ches select --by influence`. Options are those of `ches train`.
+    """
+
+    def run(self) -> Outcome:
+        """Computes influences; how concentrated they are."""
+        from ches_jax.forecast.influence import summary_text
+        from ches_jax.forecast.run import influence
+        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.scores.table import INFLUENCE
+
+        out = influence(_only(InfluenceConfig, self), **self.how)
+        record = read_json(out / RUN)
+        found = record["concentration"]
+        return Outcome(
+            headline=f"{found['push_down']:.0%} of {found['pairs']} pairs push chosen responses down "
+            f"-> {out / INFLUENCE}",
+            path=out,
+            text="" if self.quiet else summary_text(record),
+            counts=record["counts"],
+            paths={"table": out / INFLUENCE, "run": out / RUN},
+            details=record,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
-    """Did likelihood displacement happen? From a run, two score tables, log-probabilities or a TRL log."""
+    """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
     def run(self) -> Outcome:
         """The verdict; exit code 1 when --fail-if holds."""
-        from ches_jax.displacement.diagnose import diagnose
+        from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
 
-        diagnosis = diagnose(_only(DiagnoseConfig, self))
+        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
         failed = rule_holds(diagnosis, self.fail_if)
+        out = None if self.out is None else Path(self.out)
+        paths = {} if out is None else {"diagnosis": out / RESULT}
+        if out is not None and (out / "pairs.parquet").exists():
+            paths["pairs"] = out / "pairs.parquet"
         return Outcome(
-            headline=f"{diagnosis.verdict}: chosen {diagnosis.chosen.mean:+.3f} nats "
-            f"over {diagnosis.pairs} {diagnosis.unit}" + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            headline=diagnosis.headline + (f"; --fail-if {self.fail_if} holds" if failed else ""),
+            path=out,
             text=diagnosis.text(),
             counts={"pairs": diagnosis.pairs, "records": diagnosis.records},
+            paths=paths,
             details=diagnosis.to_json(),
             code=int(failed),
         )
@@ -259,6 +324,27 @@ class Report(Output):
         page = write(self.run_dir, self.out)
         size = page.stat().st_size
         return Outcome(headline=f"a page of {size / 1e6:.1f} MB -> {page}", path=page, counts={"bytes": size})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Output):
+    """One pair of a run in the terminal: its numbers, its texts, its tokens in colour where it has token scores."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score`, `train`, `diagnose --out`, `generate`, `judge` or `select`."""
+    row: tyro.conf.Positional[str]
+    """The pair as the page calls it (96, held_out-96), its row of the data, or the beginning of its row_id."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        import os
+        import sys
+
+        from ches_jax.report.terminal import pair_text
+
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        text = pair_text(self.run_dir, self.row, colour=colour)
+        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,8 +446,11 @@ COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "judge": Judge,
     "train": Train,
+    "forecast": Forecast,
+    "influence": Influence,
     "diagnose": Diagnose,
     "report": Report,
+    "show": Show,
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,

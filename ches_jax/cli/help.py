@@ -41,11 +41,12 @@ EXAMPLES = {
         "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",
     ),
     "diagnose": (
-        "ches diagnose --run runs/train-001",
-        "ches diagnose --before runs/score-001 --after runs/score-002",
-        "ches diagnose --trl-log checkpoint-500/trainer_state.json --beta 0.1 --fail-if 'lld_rate>0.2'",
+        "ches diagnose trl-output",
+        "ches diagnose --before my-model --after trained --pairs held-out.jsonl --out diagnosis",
+        "ches diagnose runs/train-001 --fail-if 'lld_rate>0.2'",
     ),
     "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
+    "show": ("ches show runs/score-001 96", "ches show runs/train-001 held_out-96"),
     "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
     "verify": (
         "ches verify --claims T4 T5",

@@ -1,5 +1,6 @@
 """Words of the command line before they are parsed: names of other trainers, and the nearest right one."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ SAME = {
     "max-gen-toks": "max-new-tokens", "stop-sequences": "stop",
 }  # fmt: skip
 """A name elsewhere -> the option that takes the same value (the first that the verb has)."""
+WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir", "trl-log": "path", "log": "path"}
+"""A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
 DIFFERENT = {
     "per-device-train-batch-size": "--batch-size N is the pairs of an update over all devices, and --accumulate K cuts "
     "it into K micro-batches",
@@ -86,6 +89,13 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
                 raise ChesError(f"ches {verb}: {word!r} belongs to no option; ches {verb} --help names all")
             continue
         typed, equals, value = word.partition("=")
+        if (place := _place(typed, flags, places)) is not None:
+            print(f"ches: {typed} PATH is written without a name: ches {verb} PATH", file=sys.stderr)
+            out += [value] if equals else []
+            if equals:
+                seen.add(places.pop(places.index(place)).field)
+            takes = 0
+            continue
         flag = _flag(verb, typed, flags)
         option = flags[flag]
         seen.add(option.field)
@@ -104,6 +114,15 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
 
 def _is_option(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not word[1].isdigit() and word[1] != "."
+
+
+def _place(typed: str, flags: Mapping[str, Option], places: Sequence[Option]) -> Option | None:
+    """The place whose value an older name still gives; None for a name that is an option."""
+    name = typed.lstrip("-").replace("_", "-")
+    if f"--{name}" in flags:
+        return None
+    fields = WITHOUT_NAME.get(name, "").split()
+    return next((place for place in places if place.field in fields), None)
 
 
 def _flag(verb: str, typed: str, options: Mapping[str, Option]) -> str:

@@ -17,23 +17,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLAGS: dict[str, str] = {
-    "prompt_unclear": "the prompt and the conversations in chosen and rejected contradict each other",
-    "prompt_repeated": "a response begins with the text of the prompt, which may then stand there twice",
-    "prompt_differs": "the chat template writes the prompt one way when it asks and another way when an answer follows",
+    "prompt_unclear": "the conversations in chosen and rejected do not continue the prompt: another system message or "
+    "another question stands there",
+    "prompt_repeated": "a response begins with the prompt, which the model would then read twice",
+    "prompt_differs": "the chat template writes the prompt in one way when it asks for an answer and in another when "
+    "one follows; the prompt was cut where the two part",
     "left_out": "the chat template leaves out a part of the row, so that the model would not see it",
-    "prefix_mismatch": "tokens merge across the prompt's end; the prompt was cut before the merge",
-    "double_bos": "more than one BOS at the start of the prompt, or a BOS inside a response",
-    "double_eos": "an EOS inside a response, or more than one at its end (one is kept)",
+    "prefix_mismatch": "the last letters of the prompt and the first of a response are one token (a piece of text that "
+    "the model reads at once); the prompt was cut before it",
+    "double_bos": "the mark of the beginning of a text (BOS) stands twice before the prompt, or inside a response",
+    "double_eos": "the mark of the end (EOS) stands inside a response, or more than once at its end",
     "end_unclear": "it cannot be told where a response ends",
-    "empty_prompt": "the prompt is empty",
+    "empty_prompt": "there is no prompt (for whole conversations: chosen and rejected do not begin alike)",
     "empty_chosen": "the chosen response is empty",
     "empty_rejected": "the rejected response is empty",
-    "identical": "chosen and rejected are the same tokens",
-    "truncated_chosen": "the chosen response was cut to --max-length (it has no EOS)",
-    "truncated_rejected": "the rejected response was cut to --max-length (it has no EOS)",
+    "identical": "chosen and rejected are the same",
+    "truncated_chosen": "the chosen response was cut to --max-length, so that its end is missing",
+    "truncated_rejected": "the rejected response was cut to --max-length, so that its end is missing",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
     "no_pair": "no two of the row's responses make a pair: there are fewer than two, or their scores are equal",
 }
+"""What can be wrong with a row, in words; ``docs/audit.md`` says of each what to do."""
 UNSCORABLE = frozenset(
     {"prompt_unclear", "empty_prompt", "empty_chosen", "empty_rejected", "prompt_too_long", "no_pair"}
 )

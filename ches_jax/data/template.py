@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.messages import Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
+from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.types import common_prefix
 
@@ -36,6 +37,10 @@ MODES = ("auto", "none", "always")
 """Values of ``--template`` that say which rows a template writes, and not which one."""
 MARK = "zqxMarkxqz"
 """The unmistakable text: letters only, so that no template strips, splits or escapes it."""
+SECONDS = 20.0
+"""How long a template may take for one conversation."""
+LETTERS = 16_000_000
+"""How much it may write."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
 _NO_ROW: Row = {}
 
@@ -104,7 +109,7 @@ class ChatTemplate:
           DataError: the template refuses the conversation, or writes today's date.
         """
         text = self._written(messages, row, ask=ask, go_on=go_on)
-        if self._once("clock", messages, row, lambda: self._reads_clock(messages, row)):
+        if self.reads_clock(messages, row):
             raise DataError(self._clock_message(row))
         return text
 
@@ -117,7 +122,7 @@ class ChatTemplate:
         if continues(messages):
             return self.write(messages, row, go_on=True)
         asked = self.write(messages, row, ask=True)
-        return asked + self._once("header", messages, row, lambda: self._header(messages, row, asked))
+        return asked + self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
 
     def end(self, messages: Sequence[Message], row: Row = _NO_ROW) -> End:
         """How the last message of a conversation ends.
@@ -139,6 +144,15 @@ class ChatTemplate:
           DataError: as ``write``.
         """
         return self._once("opening", messages, row, lambda: self._learn_opening(messages, row))
+
+    def header(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
+        """What stands before an answer and is not written when one is asked for; nothing in most templates.
+
+        Raises:
+          DataError: as ``write``.
+        """
+        asked = self.write(messages, row, ask=True)
+        return self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
 
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
@@ -201,8 +215,7 @@ class ChatTemplate:
         equal = common_prefix(asked, written)
         return asked[equal:], written[equal : max(written.rfind(MARK), equal)]
 
-    def _header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
-        """What stands before an answer and is not written when one is asked for: nothing, in most templates."""
+    def _learn_header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
         if asked != self.write(messages, row):
             return ""
         try:
@@ -217,7 +230,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], row: Row, *, ask: bool = False, go_on: bool = False, **more: Any
     ) -> str:
         source = self.source(row)
-        if self._learned_parts(source):
+        if self.wants_parts(source):
             messages = [as_parts(m) for m in messages]
         return self._apply(source, messages, row.get("tools"), self._arguments(source, row) | more, ask, go_on)
 
@@ -226,15 +239,20 @@ class ChatTemplate:
         go_on: bool = False,
     ) -> str:  # fmt: skip
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=source.pinned() if PINNED in arguments else source.text,
-                tokenize=False,
-                add_generation_prompt=ask,
-                continue_final_message=go_on,
-                **arguments,
-            )
+            with time_limit(SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=source.pinned() if PINNED in arguments else source.text,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    continue_final_message=go_on,
+                    **arguments,
+                )
+        except TooLong:
+            raise DataError(
+                f"the tokenizer's chat template has not come to an end within {SECONDS:g} seconds"
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise DataError(
@@ -242,9 +260,11 @@ class ChatTemplate:
                 f"{', '.join(m['role'] for m in messages)}"
             ) from error
         assert isinstance(text, str)
+        if len(text) > LETTERS:
+            raise DataError(f"the tokenizer's chat template writes {len(text)} letters; expected at most {LETTERS}")
         return text
 
-    def _learned_parts(self, source: Source) -> bool:
+    def wants_parts(self, source: Source) -> bool:
         """Whether the template writes the text of a message only where its content is a list of parts."""
         key = f"parts {source.text}"
         if key not in self._learned:
@@ -280,8 +300,12 @@ class ChatTemplate:
             found[PINNED] = {form: pinned.strftime(form) for form in source.dates}
         return found
 
-    def _reads_clock(self, messages: Sequence[Message], row: Row) -> bool:
-        """Whether writing asks for the time: a template that does fails when the clock is taken away."""
+    def reads_clock(self, messages: Sequence[Message], row: Row = _NO_ROW) -> bool:
+        """Whether the text of such a conversation depends on the time of day."""
+        return self._once("clock", messages, row, lambda: self._asks_the_time(messages, row))
+
+    def _asks_the_time(self, messages: Sequence[Message], row: Row) -> bool:
+        """A template that asks for the time fails when the clock is taken away."""
         source = self.source(row)
         if not source.reads_clock or CLOCK in self.arguments:
             return False

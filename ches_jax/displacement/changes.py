@@ -1,11 +1,12 @@
-r"""How far each pair's log-probabilities have moved since step 0, and which of five ways it went.
+r"""How far each pair's log-probabilities have moved since step 0, and which of six ways it went.
 
 .. math:: \Delta_\pm = \ln \pi_t(y_\pm|x) - \ln \pi_0(y_\pm|x), \qquad \Delta m = \Delta_+ - \Delta_-
 
-in nats, summed over response tokens. Regimes, with a tolerance eps:
+in nats, summed over response tokens. Regimes, with a tolerance eps for both changes and for the margin:
 
     flat                  neither moved by more than eps
     inverted              the margin fell
+    together              both moved, the margin did not
     wanted                chosen up, rejected down
     both_up               both up, margin up
     both_down_margin_up   both down, margin up: likelihood displacement
@@ -13,11 +14,13 @@ in nats, summed over response tokens. Regimes, with a tolerance eps:
 Of single responses (a pair with one side) the other side's numbers are NaN, and they have no regime.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "flat")
+REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "together", "flat")
 TOLERANCE = 0.05
 """Default eps in nats: above the rounding of float32 sums, below what changes a text."""
 FILE_NAME = "displacement.parquet"
@@ -30,6 +33,49 @@ SUMMARY = (
 )  # fmt: skip
 """Names of the numbers of :func:`displacement_summary`, without ``displacement/``."""
 Direction = Literal["up", "down", "level", "undecided"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean changes of one set of pairs over the steps of a run."""
+
+    steps: np.ndarray
+    """[n]"""
+    chosen: np.ndarray
+    """[n]: nats, or what the scale of its changes says."""
+    rejected: np.ndarray
+    accuracy: float | None = None
+    """Share of pairs whose chosen response has the larger reward, at the end."""
+    loss: tuple[float, float] | None = None
+    """First and last loss."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes of log-probabilities since the first model."""
+
+    chosen: np.ndarray
+    """Of each chosen response, [units], in nats where ``scale`` says so."""
+    rejected: np.ndarray
+    source: str
+    """Where they come from, for the reader."""
+    caveats: tuple[str, ...] = ()
+    records: np.ndarray | None = None
+    """The record of the data that each pair comes from, [pairs]: pairs of one record share responses, so they are
+    resampled together. Default: each pair has its own."""
+    unit: Literal["pairs", "steps", "evaluations"] = "pairs"
+    """What is counted: pairs; logged steps, which are means of training batches; evaluations of the same held-out
+    pairs."""
+    scale: Literal["nats", "sign", "per token"] = "nats"
+    """``sign``: in an unknown unit, so that only directions can be told; ``per token``: means over tokens."""
+    held_out: bool = False
+    """Whether the pairs were watched and not trained on."""
+    curve: Curve | None = None
+    """The course over steps, where it is known."""
+    rows: Mapping[str, Any] | None = None
+    """Columns about the pairs, [pairs]: ``row_id``, ``index``, ``chosen_tokens``, ``rejected_tokens``, ``category``."""
+    beside: "Changes | None" = None
+    """The training pairs beside the held-out ones."""
 
 
 def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:
@@ -50,15 +96,15 @@ def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Directio
 def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
     """The regime of each pair, [pairs] of names from ``REGIMES``, from its two changes in nats, [pairs].
 
-    A record with one response (the other change is NaN) has the regime ``""``. Only ``flat`` has a tolerance: a pair
-    that moved is ``inverted`` however little its margin fell.
+    A record with one response (the other change is NaN) has the regime ``""``. Above the tolerance, signs decide.
 
-    >>> regimes(np.array([1.0, 2.0, -1.0, -2.0, 0.0]), np.array([-1.0, 1.0, -3.0, -1.0, 0.01])).tolist()
-    ['wanted', 'both_up', 'both_down_margin_up', 'inverted', 'flat']
+    >>> regimes(np.array([1.0, 2.0, -1.0, -2.0, 0.0, -3.0]), np.array([-1.0, 1.0, -3.0, -1.0, 0.01, -2.999])).tolist()
+    ['wanted', 'both_up', 'both_down_margin_up', 'inverted', 'flat', 'together']
     """
+    margin = chosen - rejected
     flat = (np.abs(chosen) <= tolerance) & (np.abs(rejected) <= tolerance)
-    cases = [flat, chosen < rejected, (chosen >= 0) & (rejected <= 0), chosen > 0]
-    names = ["flat", "inverted", "wanted", "both_up"]
+    cases = [flat, margin < -tolerance, margin <= tolerance, (chosen >= 0) & (rejected <= 0), chosen > 0]
+    names = ["flat", "inverted", "together", "wanted", "both_up"]
     single = np.isnan(chosen) | np.isnan(rejected)
     return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
@@ -78,8 +124,8 @@ def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: fl
       - ``dlogp_chosen``, ``dlogp_chosen_median`` and the same of rejected: mean and median change, nats;
       - ``margin``: mean change of the margin, nats;
       - ``lld_rate``: share of pairs whose chosen response fell by more than eps (likelihood displacement);
-      - ``wanted_rate``, ``both_up_rate``, ``both_down_margin_up_rate``, ``inverted_rate``, ``flat_rate``: shares of
-        the regimes (:func:`regimes`);
+      - ``wanted_rate``, ``both_up_rate``, ``both_down_margin_up_rate``, ``inverted_rate``, ``together_rate``,
+        ``flat_rate``: shares of the regimes (:func:`regimes`);
       - ``chosen_share``, ``rejected_share``: how much of the mean margin change each response brought. They sum to 1,
         a negative share worked against the margin, and they are left out where the margin moved by at most eps.
 

@@ -1,34 +1,70 @@
 """The options of ``ches diagnose``: plain data, read by the command line without loading what does the work."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
 import tyro
 
 from ches_jax.displacement.changes import TOLERANCE
+from ches_jax.options import RowOptions
+from ches_jax.types import Eos, OnBadRow, Pairing, Template
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseConfig:
-    """Where the log-probabilities are: exactly one of --run, --before with --after, --logps, --trl-log.
+class DiagnoseConfig(RowOptions):
+    """What is diagnosed: one of PATH, --before with --after, --logps.
 
-    >>> DiagnoseConfig(run_dir="runs/t").run_dir
+    >>> DiagnoseConfig(path="runs/t").path
     'runs/t'
     """
 
-    run_dir: Annotated[str | None, tyro.conf.arg(name="run")] = None
-    """Directory of `ches train`: its last evaluation, held-out pairs where there are any."""
+    path: tyro.conf.Positional[str | None] = None
+    """Log or directory of a run: TRL and other trainers, TensorBoard, exports of W&B and trackio, `ches train`."""
     before: str | None = None
-    """Directory of `ches score --logps` with the first model; goes with --after."""
+    """The first model, or a directory of `ches score --logps` with it; goes with --after."""
     after: str | None = None
-    """The same pairs with the second model, scored with the same options."""
+    """The second model, an adapter of the first, or the same pairs scored with the same options."""
     logps: str | None = None
     """Parquet file with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected (after)."""
-    trl_log: str | None = None
-    """trainer_state.json of TRL's DPOTrainer, or the folder with it: means of batches only."""
-    beta: float = 0.1
-    """The beta of that run, which turns its rewards into nats."""
+    pairs: str | None = None
+    """Pairs that --before and --after score, best held-out ones; otherwise where the texts of a run's pairs are."""
+
+    beta: float | None = None
+    """The beta of the run, which turns its rewards into nats; default: from the log or what lies beside it."""
+    rewards: Literal["auto", "changes"] = "auto"
+    """changes: the rewards of the log are beta times changes since a reference, though they look otherwise."""
+    held_out: str | None = None
+    """Name of the evaluation set that counts, where the log has several."""
     tolerance: float = TOLERANCE
     """eps, nats: smaller changes count as none."""
+
+    candidates: Pairing | None = None
+    """Pairs of rows with several responses: chosen-against-all or all-pairs."""
+    eos: Eos = "include"
+    """Whether the terminator of a complete response counts in |y|, when models are scored."""
+    template: Template = "auto"
+    """Chat template, when models are scored: auto (conversations only), always, or none."""
+    max_length: int | None = None
+    """Most tokens of prompt and response together, when models are scored."""
+    dtype: str = "float32"
+    """Dtype of the computation, when models are scored."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of flagged rows, when models are scored: error, drop or keep."""
+
+    scores: tuple[str, ...] = ()
+    """Runs of `ches score` on the first model, and tables of forecasts or influences, to join with the pairs."""
+    responses_before: str | None = None
+    """Responses of the first model: directory of `ches generate` or JSON lines; goes with --responses-after."""
+    responses_after: str | None = None
+    """Responses of the second model to the same prompts."""
+    judgments: tuple[str, ...] = ()
+    """Two directories of `ches judge`, of the first and of the second model's responses."""
+    want: Literal["refusal", "answer"] | None = None
+    """What a good response to those prompts is."""
+    generate: str | None = None
+    """Prompts that both models answer and that are judged by rules; with --before and --after as models."""
+
+    out: str | None = None
+    """Directory for pairs.parquet (every pair with its numbers and texts), diagnosis.json and score runs."""
     fail_if: str | None = None
-    """Exit with 1 when a number is beyond a bound (lld_rate>0.2, margin<=1e-3), or on a verdict (displaced)."""
+    """Exit with 1 when a number is beyond a bound (lld_rate>0.2, margin<=1e-3), or on a word (displaced, harmful)."""

@@ -1,42 +1,196 @@
-"""``ches diagnose``: did likelihood displacement happen, and how sure is that?"""
+"""``ches diagnose``: did likelihood displacement happen, was it harm, which pairs, and what to do?"""
 
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from ches_jax.displacement.advice import advice
+from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
-from ches_jax.displacement.readers import read_logps, read_run, read_score_tables, read_trl_log
-from ches_jax.displacement.verdict import Changes, Diagnosis, diagnose_changes
+from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
+from ches_jax.displacement.log_changes import log_changes
+from ches_jax.displacement.readers.find import read_log
+from ches_jax.displacement.readers.run_settings import find_settings
+from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError
 from ches_jax.face import make_callable
 
 make_callable(__name__)
+RESULT = "diagnosis.json"
+SOURCES = "PATH (a log or the directory of a run), --before with --after (models or score tables), --logps FILE"
 
 
-def diagnose(config: DiagnoseConfig) -> Diagnosis:
-    """The verdict on a training run, two score tables, a table of log-probabilities or a TRL log.
+def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
+    """The verdict on a training log, a run, two models, two score tables or a table of log-probabilities.
 
     >>> from tempfile import TemporaryDirectory
     >>> from ches_jax import TrainConfig, train
     >>> with TemporaryDirectory() as folder:
     ...     small = {"limit": 8, "holdout": 0, "batch_size": 4, "steps": 1, "mesh": "data=1", "export": False}
     ...     run = train(TrainConfig(**small, lr=1e-9, out=f"{folder}/run"), quiet=True)
-    ...     diagnose(DiagnoseConfig(run_dir=str(run))).to_json()["verdict"]
+    ...     diagnose(DiagnoseConfig(path=str(run))).to_json()["verdict"]
     'not_displaced'
 
     Raises:
       ChesError: no source or several; a source without the numbers that are needed.
     """
-    return diagnose_changes(read_changes(config), config.tolerance)
+    if (config.responses_before is None) != (config.responses_after is None):
+        raise ChesError("--responses-before and --responses-after go together")
+    with _work(config) as work:
+        changes = read_changes(config, work, quiet=quiet)
+        if config.generate is not None:
+            config = _with_texts(config, work, quiet)
+        texts: Mapping[str, Any] = {}
+        if changes.unit == "pairs" and changes.rows is not None and "row_id" in changes.rows:
+            texts = _texts(config)
+            changes = _by_prompt(changes, texts)
+        found = diagnose_changes(changes, config.tolerance)
+        found = replace(found, harm=_harm(config, found))
+        if changes.unit == "pairs":
+            found = _with_pairs(config, changes, found, texts)
+        found = replace(found, advice=advice(found))
+    if config.out is not None:
+        from ches_jax.runs.directory import write_json
+
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.out) / RESULT, found.to_json())
+    return found
 
 
-def read_changes(config: DiagnoseConfig) -> Changes:
-    """The changes of log-probabilities in the one source that the options name."""
-    named = [n for n in ("run_dir", "before", "logps", "trl_log") if getattr(config, n) is not None]
+def read_changes(config: DiagnoseConfig, work: Path, *, quiet: bool = True) -> Changes:
+    """The changes of log-probabilities in the one source that the options name; models are scored below ``work``."""
+    named = [n for n in ("path", "before", "logps") if getattr(config, n) is not None]
     if len(named) != 1 or (config.before is None) != (config.after is None):
-        raise ChesError("give one of --run DIR, --before DIR --after DIR, --logps FILE, --trl-log FILE")
-    if config.run_dir is not None:
-        return read_run(Path(config.run_dir))
-    if config.before is not None:
-        return read_score_tables(Path(config.before), Path(str(config.after)))
+        raise ChesError(f"give one of {SOURCES}")
+    if config.before is not None and config.after is not None:
+        tables = [_is_table(Path(p)) for p in (config.before, config.after)]
+        if tables == [False, False]:
+            from ches_jax.displacement.models import changes_between_models
+
+            return changes_between_models(config, work, quiet=quiet)
+        if not all(tables):
+            model = (config.before, config.after)[tables.index(False)]
+            raise ChesError(f"--before and --after: {model} is no score table; give two models, or two score tables")
+        from ches_jax.displacement.readers.logp_tables import read_score_tables
+
+        return read_score_tables(Path(config.before), Path(config.after))
     if config.logps is not None:
+        from ches_jax.displacement.readers.logp_tables import read_logps
+
         return read_logps(Path(config.logps))
-    return read_trl_log(Path(str(config.trl_log)), config.beta)
+    return _of_path(config, Path(str(config.path)))
+
+
+def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
+    from ches_jax.displacement.readers import training_run
+
+    if training_run.is_run(path):
+        return training_run.read_run(path)
+    if _is_table(path):
+        if path.is_file() and path.name != "scores.parquet":
+            return _of_parquet(path)
+        raise ChesError(
+            f"{path}: scores of one model; changes take two: ches diagnose --before {path} --after THE_SAME_PAIRS_AFTER"
+        )
+    log = read_log(path, config.held_out)
+    folder = path if path.is_dir() else path.parent
+    file = Path(log.source.rsplit(" (", 1)[0])
+    folders = dict.fromkeys([file.parent if file.is_file() else file, file.parent.parent, folder])
+    settings = find_settings([f for f in folders if f.is_dir()], log.settings)
+    return log_changes(log, settings, config.beta, config.rewards)
+
+
+def _of_parquet(path: Path) -> Changes:
+    """A table of its own: the displacement log of a callback, or log-probabilities before and after."""
+    import pyarrow.parquet as pq
+
+    from ches_jax.displacement.readers import logp_tables, training_run
+
+    if "dlogp_chosen" in pq.read_schema(path).names:
+        return training_run.changes_of_table(pq.read_table(path), str(path))
+    return logp_tables.read_logps(path)
+
+
+def _is_table(path: Path) -> bool:
+    if path.is_file():
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+    return (path / "scores.parquet").is_file()
+
+
+@contextmanager
+def _work(config: DiagnoseConfig) -> Iterator[Path]:
+    """Where runs go that the diagnosis makes: --out, or a directory that is gone afterwards."""
+    if config.out is not None:
+        yield Path(config.out)
+        return
+    with tempfile.TemporaryDirectory(prefix="ches-diagnose-") as folder:
+        yield Path(folder)
+
+
+def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> DiagnoseConfig:
+    """Generates and judges with both models."""
+    from ches_jax.displacement.models import generated_and_judged
+
+    responses, judgments = generated_and_judged(config, work, quiet=quiet)
+    return replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
+
+
+def _texts(config: DiagnoseConfig) -> Mapping[str, Any]:
+    from ches_jax.displacement.pair_table import read_texts, source_of
+
+    source: dict[str, Any] = {}
+    for place in (config.path, config.before):
+        if place is not None and Path(place).is_dir():
+            source = dict(source_of(Path(place)))
+            break
+    if config.pairs is not None:
+        names = ("pairs", "split", "columns", "candidates", "limit")
+        source |= {name: getattr(config, name) for name in names}
+    held_out = read_texts({**source, "pairs": source["eval_pairs"], "limit": None}) if source.get("eval_pairs") else {}
+    return {**read_texts(source), **held_out}
+
+
+def _by_prompt(changes: Changes, texts: Mapping[str, Any]) -> Changes:
+    """Pairs of one prompt are resampled together, where the prompts are known; otherwise pairs of one row."""
+    rows = changes.rows or {}
+    ids = [str(i) for i in rows.get("row_id", ())]
+    if texts and all(i in texts for i in ids):
+        prompts = np.unique([texts[i]["prompt"] for i in ids], return_inverse=True)[1]
+        changes = replace(changes, records=prompts)
+    return replace(changes, beside=None if changes.beside is None else _by_prompt(changes.beside, texts))
+
+
+def _harm(config: DiagnoseConfig, found: Diagnosis) -> Harm:
+    before, after = (None if p is None else Path(p) for p in (config.responses_before, config.responses_after))
+    held_out = found.held_out or config.path is None
+    return Harm(
+        (
+            margin_criterion(found.directions["margin"], str(found.margin), held_out),
+            *text_criteria(before, after),
+            judged_criterion([Path(p) for p in config.judgments], config.want),
+        )
+    )
+
+
+def _with_pairs(config: DiagnoseConfig, changes: Changes, found: Diagnosis, texts: Mapping[str, Any]) -> Diagnosis:
+    """The worst pairs, joined with what is known of them; all of them in a file below --out."""
+    from ches_jax.displacement.pair_table import found_tables, pair_table, worst_rows, write_pairs
+
+    tables = [Path(p) for p in config.scores]
+    for place in (config.path, config.before, config.out):
+        if place is not None and Path(place).is_dir():
+            tables += [t for t in found_tables(Path(place)) if t not in tables]
+            if place == config.before and _is_table(Path(place)):
+                tables.append(Path(place))
+    if tables and (changes.rows is None or "row_id" not in changes.rows):
+        raise ChesError("--scores joins by row_id, which these changes do not have")
+    table = pair_table(changes, config.tolerance, tables, texts)
+    if config.out is not None:
+        write_pairs(table, Path(config.out))
+    return replace(found, worst=worst_rows(table))

@@ -1,22 +1,22 @@
-r"""The verdict on a run: did its chosen responses fall, and how sure is that?
+r"""The verdict on a run: did its chosen responses fall while its loss fell, and how sure is that?
 
-A pair has a regime (:mod:`ches_jax.displacement.changes`); a run has a verdict. The verdict follows from the mean
-changes over pairs, each with a bootstrap interval [low, high], and a tolerance eps:
+A pair has a regime (:mod:`ches_jax.displacement.changes`); a run has a verdict. It follows from the mean changes, each
+with an interval [low, high] (:mod:`ches_jax.displacement.intervals`), and a tolerance eps:
 
     up            low > eps
     down          high < -eps
     level         -eps <= low, high <= eps
-    undecided     the interval does not tell
+    undecided     the interval does not tell, or there are too few units for one
 
-    displaced       the chosen responses are down: likelihood displacement
-    not_displaced   they are not: low >= -eps
-    undecided       the interval holds falls beyond -eps and others; or there are too few records for an interval
+    displaced       chosen down, margin up: likelihood displacement
+    chosen_down     chosen down, margin not up, or not surely: the loss did not fall; another trouble first
+    not_displaced   chosen not down: low >= -eps
+    undecided       the interval of chosen holds falls beyond -eps and others
 
-What the rejected responses and the margin did is said beside the verdict, in the same four words: displacement is
-defined under a falling loss, so a run that is displaced while its margin fell too has another trouble first.
+Displacement is defined under a falling loss (Razin et al., Definition 1). A margin that rises is that condition as far
+as pairs can tell it: -ln sigmoid is convex, so a DPO loss below ln 2 has a margin above 0 in the mean.
 
 Three questions are kept apart: did the chosen responses fall, did the mass go to unwanted ones, did quality fall.
-Log-probabilities of pairs answer the first; only all three together are harm.
 """
 
 import re
@@ -27,56 +27,25 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Direction, direction, displacement_summary
+from ches_jax.displacement import intervals
+from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Changes, Curve, Direction, displacement_summary
+from ches_jax.displacement.evidence import HARM, UNMEASURED, Harm
+from ches_jax.displacement.intervals import FEWEST, Interval
 from ches_jax.errors import ChesError
-from ches_jax.stats import LEVEL, bootstrap
+from ches_jax.stats import LEVEL
 
-VERDICTS = ("displaced", "not_displaced", "undecided")
-RESAMPLES = 2000
-FEWEST = 8
-"""Records below which a bootstrap interval says little (at 8 it covers 89 % where it says 95 %): no verdict."""
+VERDICTS = ("displaced", "chosen_down", "not_displaced", "undecided")
 FEW = 30
 """Pairs below which the intervals are called rough."""
+NAMES = ("chosen", "rejected", "margin")
 FORMER = {"both_down_margin_up": "displaced", "wanted": "not_displaced", "both_up": "not_displaced",
           "flat": "not_displaced", "inverted": "margin<0"}  # fmt: skip
 """Verdicts on a run until 0.1, and what says the same now."""
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Changes of log-probabilities since the first model, in nats."""
-
-    chosen: np.ndarray
-    """Of each chosen response, [pairs]."""
-    rejected: np.ndarray
-    source: str
-    """Where they come from, for the reader."""
-    caveats: tuple[str, ...] = ()
-    records: np.ndarray | None = None
-    """The record of the data that each pair comes from, [pairs]: pairs of one record share responses, so they are
-    resampled together. Default: each pair has its own."""
-    unit: str = "pairs"
-    """What is counted: ``logged steps`` for a training log, which has means of batches."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over pairs and its bootstrap interval, nats."""
-
-    mean: float
-    low: float
-    high: float
-
-    def direction(self, tolerance: float) -> Direction:
-        """``up``, ``down``, ``level`` or ``undecided``.
-
-        >>> Interval(-0.35, -1.06, 0.41).direction(0.05)
-        'undecided'
-        """
-        return direction(self.low, self.high, tolerance)
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+METHODS = {
+    "pairs": "bootstrap-t over records",
+    "steps": "blocks of the last steps",
+    "evaluations": "noise from evaluation to evaluation",
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +55,7 @@ class Diagnosis:
     verdict: str
     """One of ``VERDICTS``."""
     pairs: int
+    """Units: pairs, or steps or evaluations of a log."""
     records: int
     """Of the data, from which the pairs come: fewer than pairs where one record has several responses."""
     unit: str
@@ -97,74 +67,141 @@ class Diagnosis:
     """:func:`ches_jax.displacement.changes.displacement_summary` of the pairs."""
     tolerance: float
     caveats: tuple[str, ...]
+    scale: str = "nats"
+    held_out: bool = False
+    curve: Curve | None = None
+    beside: "Diagnosis | None" = None
+    """The training pairs beside the held-out ones."""
+    harm: Harm = UNMEASURED
+    advice: tuple[tuple[str, str, str], ...] = ()
+    """What to do, from what it follows, and its price."""
+    worst: tuple[Mapping[str, Any], ...] = ()
+    """The pairs whose chosen responses fell most."""
 
     @property
     def directions(self) -> dict[str, Direction]:
-        """What chosen, rejected and margin did; all ``undecided`` where there are too few records."""
-        intervals = {"chosen": self.chosen, "rejected": self.rejected, "margin": self.margin}
-        if self.records < FEWEST:
-            return dict.fromkeys(intervals, "undecided")
-        return {name: interval.direction(self.tolerance) for name, interval in intervals.items()}
+        """What chosen, rejected and margin did; all ``undecided`` where there are too few units."""
+        return {name: getattr(self, name).direction(self.tolerance) for name in NAMES}
+
+    @property
+    def headline(self) -> str:
+        """The answer in one line."""
+        unit = self.unit if self.pairs != 1 else self.unit.removesuffix("s")
+        where = f"{'held out' if self.held_out else 'training'}, {self.pairs} {unit}"
+        if self.scale != "nats":
+            return f"{self.verdict}: chosen {self.directions['chosen']} ({where}; {_SCALES[self.scale]})"
+        return f"{self.verdict}: chosen {self.chosen} nats ({where})"
 
     @property
     def questions(self) -> dict[str, str]:
         """The three questions and what is known."""
+        fell = {"displaced": "yes", "chosen_down": "yes", "not_displaced": "no"}.get(self.verdict, "unclear")
         return {
-            "did the chosen responses fall?": {"displaced": "yes", "not_displaced": "no"}.get(self.verdict, "unclear"),
-            "did the mass go to unwanted responses?": "not measured (needs generated text or probe responses)",
-            "did held-out quality fall?": "not measured (needs a judge)",
+            "did the chosen responses fall?": fell,
+            "did the mass go to unwanted responses?": self.harm.where_the_mass_went,
+            "did held-out quality fall?": self.harm.quality,
         }
 
     def text(self) -> str:
         """For a person: the verdict first, with its criterion."""
-        s = {k.removeprefix("displacement/"): v for k, v in self.summary.items()}
-        did = self.directions
+        unit = "" if self.scale == "nats" else f", {_SCALES[self.scale]}"
+        lines = [
+            f"verdict: {self.verdict} (mean changes, {LEVEL:.0%} intervals from {METHODS[self.unit]}, "
+            f"eps {self.tolerance:g} nats{unit})",
+            f"  {self.source}",
+        ]
+        for part in (self, self.beside):
+            if part is not None:
+                lines += part.lines(counts=part is self and self.beside is not None)
+        lines += [f"  {question} {answer}" for question, answer in self.questions.items()]
+        if any(c.outcome != "not measured" for c in self.harm.criteria):
+            lines += [f"  {line}" for line in self.harm.lines()]
+        lines += [f"  worst: row {row['index']} {row['chosen']:+.2f} nats {row['text']}" for row in self.worst[:3]]
+        for what, why, price in self.advice:
+            lines += [f"  do: {what}", f"      because {why}; costs {price}"]
+        notes = (*self.caveats, *(n for n in (self.beside.caveats if self.beside else ()) if n not in self.caveats))
+        lines += [f"  note: {caveat}" for caveat in notes]
+        return "\n".join(lines)
+
+    def lines(self, counts: bool) -> list[str]:
+        """One set of pairs; ``counts``: it is the one that the verdict rests on."""
         count = f"{self.pairs} {self.unit}"
         if self.records < self.pairs:
             count += f" of {self.records} records"
-        rates = {"chosen fell": s["lld_rate"]} | {
-            k.removesuffix("_rate"): v for k, v in s.items() if k.endswith("_rate") and k != "lld_rate"
-        }
-        lines = [
-            f"verdict: {self.verdict} (mean changes with {LEVEL:.0%} bootstrap intervals, eps {self.tolerance:g} nats)",
-            f"  {self.source}: {count}",
-            f"  chosen    {self.chosen} nats: {did['chosen']}; median {s['dlogp_chosen_median']:+.3f}",
-            f"  rejected  {self.rejected} nats: {did['rejected']}; median {s['dlogp_rejected_median']:+.3f}",
-            f"  margin    {self.margin} nats: {did['margin']}",
-            f"  {self.unit}: " + ", ".join(f"{k} {v:.0%}" for k, v in rates.items()),
-        ]
-        if "chosen_share" in s and not self.margin.low <= 0 <= self.margin.high:
-            shares = f"{s['chosen_share']:+.0%} from chosen, {s['rejected_share']:+.0%} from rejected"
-            lines.append(f"  margin change: {shares}")
-        lines += [f"  {question} {answer}" for question, answer in self.questions.items()]
-        lines += [f"  note: {caveat}" for caveat in self.caveats]
-        return "\n".join(lines)
+        lines = [f"  {'held out' if self.held_out else 'training'}, {count}" + ("   <- what counts" if counts else "")]
+        medians = _short(self.summary)
+        for name in NAMES:
+            interval, did = getattr(self, name), self.directions[name]
+            median = medians.get(f"dlogp_{name}_median")
+            tail = "" if median is None or self.unit != "pairs" else f"; median {median:+.3f}"
+            value = f"{interval} nats: {did}" if self.scale == "nats" else f"{did} (rewards {interval})"
+            lines.append(f"    {name:8}  {value}{_sign(interval, did)}{tail}")
+        if self.unit == "pairs" and "lld_rate" in medians:
+            rates = {"chosen fell": medians["lld_rate"]} | {
+                k.removesuffix("_rate"): v for k, v in medians.items() if k.endswith("_rate") and k != "lld_rate"
+            }
+            lines.append("    pairs: " + ", ".join(f"{k} {v:.0%}" for k, v in rates.items()))
+        if "chosen_share" in medians and self.margin.known and not self.margin.low <= 0 <= self.margin.high:
+            shares = f"{medians['chosen_share']:+.0%} from chosen, {medians['rejected_share']:+.0%} from rejected"
+            lines.append(f"    margin change: {shares}")
+        if self.curve is not None and len(self.curve.steps) > 2:
+            lines.append(f"    course: chosen {_course(self.curve)}")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
-        """For a script."""
-        did = self.directions
-        return {
+        """For a script. Means and intervals are in nats, and null where they are not known in nats."""
+        did, own = self.directions, self.scale == "nats"
+        numbers = {name: getattr(self, name).to_json() for name in NAMES}
+        unknown = dict.fromkeys(("mean", "low", "high"))
+        out = {
             "verdict": self.verdict,
             "pairs": self.pairs,
             "records": self.records,
             "unit": self.unit,
+            "set": "held_out" if self.held_out else "train",
             "source": self.source,
-            "criterion": {"tolerance": self.tolerance, "level": LEVEL, "resamples": RESAMPLES},
-            **{name: {**vars(getattr(self, name)), "direction": did[name]} for name in did},
+            "scale": self.scale,
+            "criterion": {"tolerance": self.tolerance, "level": LEVEL, "method": METHODS[self.unit], "fewest": FEWEST},
+            **{name: {**(numbers[name] if own else unknown), "direction": did[name]} for name in NAMES},
+            **({} if own else {"rewards": numbers}),
             **self.summary,
             "questions": self.questions,
+            "harm": self.harm.to_json(),
+            "advice": [dict(zip(("do", "because", "price"), line, strict=True)) for line in self.advice],
+            "worst": [dict(row) for row in self.worst],
             "caveats": list(self.caveats),
         }
+        if self.curve is not None:
+            out["curve"] = {n: getattr(self.curve, n).tolist() for n in ("steps", "chosen", "rejected")}
+        if self.beside is not None:
+            out["beside"] = self.beside.to_json()
+        return out
 
 
-def verdict(chosen: Interval, tolerance: float = TOLERANCE) -> str:
-    """The verdict that the interval of the chosen responses gives.
+_SCALES = {"sign": "directions only", "per token": "per token: directions only"}
 
-    >>> verdict(Interval(-0.99, -1.01, -0.97)), verdict(Interval(0.1, -0.01, 0.3)), verdict(Interval(0.0, -1.0, 1.0))
-    ('displaced', 'not_displaced', 'undecided')
+
+def _sign(interval: Interval, did: Direction) -> str:
+    """What an interval tells that reaches over a bound and not over zero."""
+    if did == "undecided" and interval.known and not interval.low <= 0 <= interval.high:
+        return f" (surely {'below' if interval.high < 0 else 'above'} 0, perhaps by less than eps)"
+    return ""
+
+
+def _course(curve: Curve) -> str:
+    at = {"first": 0, "lowest": int(curve.chosen.argmin()), "highest": int(curve.chosen.argmax()), "last": -1}
+    return ", ".join(f"{word} {curve.chosen[i]:+.3f} at step {curve.steps[i]}" for word, i in at.items())
+
+
+def verdict(chosen: Interval, margin: Interval, tolerance: float = TOLERANCE) -> str:
+    """The verdict that the intervals of the chosen responses and of the margin give.
+
+    >>> up, down = Interval(2.0, 1.9, 2.1), Interval(-0.99, -1.01, -0.97)
+    >>> verdict(down, up), verdict(down, down), verdict(up, down), verdict(Interval(0.0, -1.0, 1.0), up)
+    ('displaced', 'chosen_down', 'not_displaced', 'undecided')
     """
     if chosen.direction(tolerance) == "down":
-        return "displaced"
+        return "displaced" if margin.direction(tolerance) == "up" else "chosen_down"
     return "not_displaced" if chosen.low >= -tolerance else "undecided"
 
 
@@ -179,56 +216,57 @@ def diagnose_changes(changes: Changes, tolerance: float = TOLERANCE) -> Diagnosi
     >>> found.verdict, found.directions
     ('displaced', {'chosen': 'down', 'rejected': 'down', 'margin': 'up'})
     """
-    pairs = len(changes.chosen)
-    if not pairs:
+    count = len(changes.chosen)
+    if not count:
         raise ChesError(f"{changes.source}: no pairs")
     bad = ~(np.isfinite(changes.chosen) & np.isfinite(changes.rejected))
     if bad.any():
         raise ChesError(
-            f"{changes.source}: {bad.sum()} of {pairs} pairs have log-probabilities that are NaN or infinite; "
-            "leave those pairs out"
+            f"{changes.source}: {bad.sum()} of {count} {changes.unit} have log-probabilities that are NaN or infinite; "
+            "leave those out"
         )
-    chosen, rejected, margin = mean_intervals(
-        np.stack([changes.chosen, changes.rejected, changes.chosen - changes.rejected]), changes.records
-    )
-    records = pairs if changes.records is None else len(np.unique(changes.records))
-    word = verdict(chosen, tolerance) if records >= FEWEST else "undecided"
+    values = np.stack([changes.chosen, changes.rejected, changes.chosen - changes.rejected])
+    records = count
+    if changes.unit == "pairs":
+        found = intervals.of_pairs(values, changes.records)
+        records = count if changes.records is None else len(np.unique(changes.records))
+    else:
+        found = (intervals.of_steps if changes.unit == "steps" else intervals.of_evaluations)(values)
+    counted = values if changes.unit == "pairs" else values[:, -intervals.end(count) :]
+    tolerance = tolerance if changes.scale == "nats" else 0.0
     caveats = changes.caveats
     if records < FEWEST:
         what = changes.unit if changes.records is None else "records"
         caveats = (*caveats, f"{records} {what} are too few for an interval (at least {FEWEST}): no verdict")
-    elif records < FEW:
+    elif records < FEW and changes.unit == "pairs":
         caveats = (*caveats, f"{records} {changes.unit} are few: intervals are rough")
-    if word == "displaced" and margin.low <= tolerance:
+    word = verdict(found[0], found[2], tolerance)
+    if word == "chosen_down":
         caveats = (*caveats, "the margin did not clearly rise: displacement is defined while the loss falls")
     return Diagnosis(
         verdict=word,
-        pairs=pairs,
+        pairs=count,
         records=records,
         unit=changes.unit,
         source=changes.source,
-        chosen=chosen,
-        rejected=rejected,
-        margin=margin,
-        summary=displacement_summary(changes.chosen, changes.rejected, tolerance),
+        chosen=found[0],
+        rejected=found[1],
+        margin=found[2],
+        summary=displacement_summary(counted[0], counted[1], tolerance) if changes.scale == "nats" else {},
         tolerance=tolerance,
         caveats=caveats,
+        scale=changes.scale,
+        held_out=changes.held_out,
+        curve=changes.curve,
+        beside=None if changes.beside is None else diagnose_changes(changes.beside, tolerance),
     )
-
-
-def mean_intervals(values: np.ndarray, records: np.ndarray | None = None, seed: int = 0) -> list[Interval]:
-    """Mean of each row of [quantities, pairs] with its percentile interval; pairs of one record are drawn together."""
-    low, high = bootstrap(
-        lambda pairs: values[:, pairs].mean(1), values.shape[1], draws=RESAMPLES, seed=seed, clusters=records
-    )
-    return [Interval(float(v.mean()), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
 
 
 def rule_holds(diagnosis: Diagnosis, rule: str | None) -> bool:
-    """Whether a rule of ``--fail-if`` holds: ``lld_rate>0.2``, ``margin<=1e-3``, or a verdict such as ``displaced``.
+    """Whether a rule of ``--fail-if`` holds: ``lld_rate>0.2``, ``margin<=1e-3``, or a word such as ``displaced``.
 
-    A number that is not defined (a share of a margin that did not move) counts as beyond its bound, so that a gate
-    does not open on it.
+    A number that is not defined (a share of a margin that did not move, nats of a log without beta) counts as beyond
+    its bound, so that a gate does not open on it.
 
     Raises:
       ChesError: a rule that cannot be read, or a name that no diagnosis has.
@@ -238,6 +276,8 @@ def rule_holds(diagnosis: Diagnosis, rule: str | None) -> bool:
     text = rule.strip()
     if text in VERDICTS:
         return diagnosis.verdict == text
+    if text in HARM:
+        return diagnosis.harm.answer == text
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
     parts = re.fullmatch(rf"(\w+)\s*([<>]=?)\s*({number})", text)
     name = parts[1] if parts else text
@@ -254,12 +294,13 @@ def _short(summary: Mapping[str, float]) -> dict[str, float]:
 
 
 def _not_a_rule(rule: str, name: str) -> str:
+    words = (*VERDICTS, *HARM)
     message = (
         f"--fail-if {rule!r}: expected NAME>NUMBER (or >=, <, <=) with one of {', '.join(SUMMARY)}; "
-        f"or a verdict: {', '.join(VERDICTS)}"
+        f"or a verdict: {', '.join(words)}"
     )
     if name in FORMER:
         rate = f", {name}_rate>0.5 asks for more than half of the pairs"
         return f"{message}. {name!r} is no verdict on a run any more: {FORMER[name]} is the nearest{rate}"
-    near = get_close_matches(name, [*SUMMARY, *VERDICTS], n=1)
+    near = get_close_matches(name, [*SUMMARY, *words], n=1)
     return f"{message}. Did you mean {near[0]}?" if near and near[0] != name else message

@@ -7,11 +7,16 @@ all others have sent their index; then the port is free again for jax.
 import json
 import socket
 import time
+from typing import Any
 
 from ches_jax.errors import ChesError
 
 PAUSE = 0.2
 """Seconds between two attempts to connect."""
+HELLO_SECONDS = 5.0
+"""How long a client may take to say who it is."""
+LINE_BYTES = 4096
+"""Longest line that is read from a client, who may be anyone."""
 
 
 def rendezvous(option: str, host: str, port: int, count: int, index: int, timeout: float) -> None:
@@ -50,16 +55,19 @@ def _listen(option: str, port: int, count: int, deadline: float, timeout: float)
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     peer, _ = server.accept()
-                    peer.settimeout(max(0.01, min(5.0, deadline - time.monotonic())))
-                    hello = json.loads(peer.makefile().readline())
-                    number, expected = int(hello["number"]), int(hello["count"])
                 except TimeoutError:
-                    if time.monotonic() < deadline:
-                        continue  # a client that sends nothing
                     missing = ", ".join(str(i) for i in range(1, count) if i not in peers)
                     problem = f"process {missing} of {count} did not come within {timeout:g} s"
                     raise _failure(peers, f"--distributed {option!r}: {problem}") from None
-                except (ValueError, KeyError, TypeError, OSError):
+                except OSError:
+                    continue
+                try:
+                    hello = _read_line(peer, min(deadline, time.monotonic() + HELLO_SECONDS))
+                except OSError:
+                    hello = {}
+                number, expected = (hello.get(name) for name in ("number", "count"))
+                if not (type(number) is int and type(expected) is int):
+                    peer.close()
                     continue  # a client of something else
                 problem = None
                 if expected != count:
@@ -74,6 +82,31 @@ def _listen(option: str, port: int, count: int, deadline: float, timeout: float)
         finally:
             for peer in peers.values():
                 peer.close()
+
+
+def _read_line(peer: socket.socket, deadline: float) -> dict[str, Any]:
+    """The JSON object that the other side sends as one line; empty where it is anything else, or too long.
+
+    Raises:
+      TimeoutError: it is not whole by the deadline, however slowly it drips.
+      ConnectionError: the other side closed the connection.
+    """
+    data = b""
+    while not data.endswith(b"\n"):
+        if time.monotonic() > deadline:
+            raise TimeoutError("no answer")
+        peer.settimeout(max(0.01, deadline - time.monotonic()))
+        some = peer.recv(LINE_BYTES)
+        if not some:
+            raise ConnectionError("it closed the connection")
+        data += some
+        if len(data) > LINE_BYTES:
+            return {}
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _answer(peers: dict[int, socket.socket], problem: str) -> None:
@@ -100,19 +133,13 @@ def _connect(option: str, host: str, port: int, count: int, index: int, deadline
             with socket.create_connection((host.strip("[]"), port), timeout=5.0) as peer:
                 peer.sendall((json.dumps({"number": index, "count": count}) + "\n").encode())
                 # as long as process 0 waits for the others, and a little for its answer to arrive
-                peer.settimeout(max(0.01, deadline - time.monotonic()) + 5.0)
-                answer = peer.makefile().readline()
+                answer = _read_line(peer, deadline + HELLO_SECONDS)
         except OSError as error:
             last = error.strerror or str(error)
             time.sleep(PAUSE)
             continue
-        if not answer:
-            last = "it closed the connection"
-            time.sleep(PAUSE)
-            continue
-        try:
-            problem = json.loads(answer)["problem"]
-        except (ValueError, KeyError, TypeError):
+        problem = answer.get("problem")
+        if not isinstance(problem, str):
             raise ChesError(
                 f"--distributed {option!r}: what listens at {host}:{port} is not process 0 of a run"
             ) from None

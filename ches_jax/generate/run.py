@@ -30,6 +30,7 @@ from ches_jax.runs.directory import (
     open_run,
     write_summary,
 )
+from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 
 FILE_NAME = "responses.jsonl"
@@ -52,13 +53,14 @@ def generate(
     import jax
 
     config = checked(config)
-    with jax.enable_x64(config.dtype == "float64"):
-        return _generate(config, resume, quiet, other_versions)
+    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+        return _generate(config, resume, quiet, other_versions, lock)
 
 
-def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions: bool) -> Path:
+def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
     assert config.out is not None
     out = Path(config.out)
+    lock.require_free()
     mesh = make_mesh(config.mesh)
     opener = Opener()
     inputs = open_model_and_prompts(config, opener)
@@ -66,11 +68,13 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions:
     ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
     total = inputs.require_clean() if config.on_bad_row == "error" else None
     identity = {"config": as_dict(config), **opener.identity()}
+    lock.take()
     open_run(out, "generate", identity, resume, other_versions=other_versions)
     facts: dict[str, Any] = {}
     if not (out / FILE_NAME).exists():
         say(f"loading the model ({encoder.model.directory})", quiet=quiet)
-        facts = _generate_chunks(out, config, inputs, Generator(config, encoder, ends, mesh), total, quiet)
+        generator = Generator(config, encoder, ends, mesh)
+        facts = _generate_chunks(out, config, inputs, opener, generator, total, quiet)
         facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
     chunks.clear(out)
     _finish(out, facts)
@@ -78,8 +82,9 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions:
 
 
 def _generate_chunks(
-    out: Path, config: GenerateConfig, inputs: Inputs, generator: "Generator", total: int | None, quiet: bool
-) -> dict[str, Any]:
+    out: Path, config: GenerateConfig, inputs: Inputs, opener: Opener, generator: "Generator", total: int | None,
+    quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     first = count = chunks.finished(out)
@@ -96,7 +101,8 @@ def _generate_chunks(
             tokens += sum(len(r["token_ids"]) for r in rows)
             count = number + 1
     seconds = time.perf_counter() - started
-    chunks.join(out, FILE_NAME, count)
+    chunks.end_of_data(out, count, range(first, count), opener.require_unchanged)
+    chunks.join(out, FILE_NAME)
     return {
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
@@ -192,6 +198,5 @@ def _finish(out: Path, facts: dict[str, Any]) -> None:
         prompts.add(row["index"])
     if not texts:
         raise ChesError(f"{out}: no prompt was continued; dropped.jsonl says why")
-    dropped = sum(1 for _ in chunks.read_lines(out / chunks.DROPPED)) if (out / chunks.DROPPED).exists() else 0
-    counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": dropped}
+    counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": chunks.count_dropped(out)}
     write_summary(out, {"counts": counts, "finish_reasons": dict(sorted(reasons.items())), **facts})

@@ -30,6 +30,7 @@ from ches_jax.runs.directory import (
     open_run,
     write_summary,
 )
+from ches_jax.runs.lock import RunLock
 from ches_jax.stats import wilson
 
 FILE_NAME = "judgments.jsonl"
@@ -63,21 +64,23 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     import jax
 
     config = checked(config)
-    with jax.enable_x64(config.by == "model" and config.dtype == "float64"):
-        return _judge(config, resume, quiet, other_versions)
+    with jax.enable_x64(config.by == "model" and config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+        return _judge(config, resume, quiet, other_versions, lock)
 
 
-def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool) -> Path:
+def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
     assert config.out is not None
     out = Path(config.out)
+    lock.require_free()
     opener = Opener()
     source = open_responses(opener, config.responses, config.split, config.columns)
     method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
     method.check(source)
     identity = {"config": as_dict(config), **opener.identity()}
+    lock.take()
     open_run(out, "judge", identity, resume, other_versions=other_versions)
     if not (out / FILE_NAME).exists():
-        _judge_chunks(out, config, source, method, quiet)
+        _judge_chunks(out, config, source, opener, method, quiet)
     chunks.clear(out)
     if not (out / RUN).exists():
         counts = summary(chunks.read_lines(out / FILE_NAME))
@@ -86,9 +89,11 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool)
     return out
 
 
-def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Method, quiet: bool) -> None:
+def _judge_chunks(
+    out: Path, config: JudgeConfig, source: PairSource, opener: Opener, method: Method, quiet: bool
+) -> None:
     (out / chunks.FOLDER).mkdir(exist_ok=True)
-    number = chunks.finished(out)
+    first = number = chunks.finished(out)
     start = number * config.chunk_rows
     rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
     verdict = None
@@ -98,7 +103,8 @@ def _judge_chunks(out: Path, config: JudgeConfig, source: PairSource, method: Me
             chunks.write(out, number, map(_record, chunk, verdict(chunk)))
             bar.update(len(chunk))
             number += 1
-    chunks.join(out, FILE_NAME, number)
+    chunks.end_of_data(out, number, range(first, number), opener.require_unchanged)
+    chunks.join(out, FILE_NAME)
 
 
 def _record(row: Record, verdict: Verdict) -> dict[str, Any]:

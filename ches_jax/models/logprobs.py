@@ -14,7 +14,6 @@ chunks as a fixed amount of memory holds, never of all; the backward computes th
 [[-1.3860000371932983, -1.3860000371932983, -1.3860000371932983]]
 """
 
-from functools import partial
 from typing import NamedTuple, cast
 
 import jax
@@ -120,11 +119,20 @@ def token_logps(
     return cast(Array, _token_logps(hidden, weight, target, head))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logps(hidden: Array, weight: Array, target: Array, head: Head) -> Array:
+def forward_token_logps(
+    hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
+) -> Float[Array, "B M"]:
+    """``token_logps`` in forward mode: ``jax.jvp`` passes it, to any order, with a chunk of logits at a time.
+
+    A function with a backward pass of its own, as ``token_logps`` has, is closed to forward mode; here a backward pass
+    would keep the logits of all chunks.
+    """
     chunk, rounded = _chunk(hidden, weight, head), weight.astype(hidden.dtype)
     logps = lax.map(lambda part: _of_chunk(part, rounded, head)[1], (_split(hidden, chunk), _split(target, chunk)))
     return _joined(logps, hidden.shape[1])
+
+
+_token_logps = jax.custom_vjp(forward_token_logps, nondiff_argnums=(3,))
 
 
 def _chunk(hidden: Array, weight: Array, head: Head) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ches_jax.displacement.changes import REGIMES, regimes
 from ches_jax.report import elements, svg
+from ches_jax.report.answers import SETS, set_name
 from ches_jax.report.axes import nats, percent, readable
 from ches_jax.report.html import data_table, figure, gallery, paragraphs
 from ches_jax.report.pair_table import Column, PairTable
@@ -16,13 +17,12 @@ from ches_jax.report.texts import Texts
 from ches_jax.scores.leading import leading_score
 from ches_jax.stats import spearman
 
-SETS = {"held_out": "held out", "train": "training"}
-"""Sets of pairs, what counts first, and what the page calls them."""
 REGIME_WORDS = {
     "wanted": "wanted: chosen up, rejected down",
     "both_up": "both up, margin up",
     "both_down_margin_up": "both down, margin up",
     "inverted": "inverted: margin down",
+    "together": "together: both moved, margin did not",
     "flat": "flat: neither moved",
     "": "single response",
 }
@@ -71,15 +71,6 @@ class Course:
     """By side: lower and upper quartile of the change."""
     shares: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By regime: the share of pairs."""
-
-
-def set_name(name: str) -> str:
-    """What the page calls a set.
-
-    >>> set_name("held_out"), set_name("valid")
-    ('held out', 'valid')
-    """
-    return SETS.get(name, name)
 
 
 def pair_table(moved: Moved, name: str, show: str = "") -> PairTable:
@@ -219,19 +210,36 @@ def margin_figure(course: Course, first: str = "update") -> str:
     """What the change of the margin is made of: what the chosen and what the rejected response brought."""
     parts = {"from chosen (Δ chosen)": course.chosen, "from rejected (− Δ rejected)": -course.rejected}
     later = course.steps > 0 if (course.steps > 0).any() else course.steps >= 0
-    parts = {name: values[later] for name, values in parts.items()}
-    chosen, rejected = float(course.chosen[-1]), float(-course.rejected[-1])
+    drawn = svg.stacked({n: v[later] for n, v in parts.items()}, course.steps[later].astype(int), x=first, y="nats")
+    at = f"at {first} {int(course.steps[-1])} "
+    return _margin(course.set, drawn, at, float(course.chosen[-1]), float(course.rejected[-1]))
+
+
+def margin_bar(name: str, chosen: float, rejected: float) -> str:
+    """The same at the end alone, from the two mean changes of a set."""
+    parts = {"from chosen (Δ chosen)": np.array([chosen]), "from rejected (− Δ rejected)": np.array([-rejected])}
+    return _margin(name, svg.stacked(parts, np.array(["end"]), x="", y="nats"), "", chosen, rejected)
+
+
+def _margin(name: str, drawn: str, at: str, chosen: float, rejected: float) -> str:
     words = (
-        f"at {first} {int(course.steps[-1])} the margin changed by {nats(chosen + rejected)} nats: "
-        f"{nats(chosen)} from chosen, {nats(rejected)} from rejected"
+        f"{at}the margin changed by {nats(chosen - rejected)} nats: {nats(chosen)} from chosen, "
+        f"{nats(-rejected)} from rejected"
     )
     return figure(
-        f"margin_{course.set}",
-        f"What the margin is made of, {set_name(course.set)}",
-        svg.stacked(parts, course.steps[later].astype(int), x=first, y="nats"),
-        f"Change of the margin in its two parts over the run; {words}.",
+        f"margin_{name}",
+        f"What the margin is made of, {set_name(name)}",
+        drawn,
+        f"Change of the margin in its two parts; {words}.",
         f"{words[0].upper()}{words[1:]}. A bar below zero works against the margin.",
     )
+
+
+def worst_links(moved: Moved, pairs: PairTable, count: int = 3) -> list[str]:
+    """Links to the pairs whose chosen response fell most, of the set that counts."""
+    inside = np.flatnonzero((moved.sets == moved.present[0]) & (moved.chosen < 0))
+    order = inside[np.argsort(moved.chosen[inside], kind="stable")][:count]
+    return [elements.row_link(pairs, int(p)) for p in order]
 
 
 def regime_figure(course: Course, first: str = "update") -> str:

@@ -137,6 +137,11 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
+def show_command(run_dir: Path) -> str:
+    """The command that prints one pair of a run, without the pair."""
+    return f"ches show {quoted(run_dir)}"
+
+
 def shown(path: Path | str) -> str:
     """A path for a command line, as HTML."""
     return escape(quoted(path))

@@ -32,7 +32,7 @@ CHANGE_READING = (
     "loss falls: the mass goes to responses that nobody chose. The changes are since the first model, summed over the "
     "tokens of a response, in nats (natural logarithms).",
     "Regimes of a pair: wanted (chosen up, rejected down), both up and both down, margin up (both moved the same way "
-    "and the margin grew), inverted (the margin fell), flat (neither moved by more than the tolerance).",
+    "and the margin grew), inverted (the margin fell), together (both moved, the margin did not), flat (neither did).",
 )
 CHANGE_LIMITS = (
     "That chosen responses fell is not yet harm: whether the mass went to unwanted responses takes generated texts or "

@@ -40,6 +40,10 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
 def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
     """The page of a run directory, by what it holds."""
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "diagnosis.json" in has:
+        from ches_jax.report.diagnosis_page import diagnosis_page
+
+        return diagnosis_page(folder)
     if "scores.parquet" in has:
         from ches_jax.report.score_page import score_page
 
@@ -69,7 +73,7 @@ def write_page(page: Page, out: Path) -> Path:
 
 def _what_is_there(folder: Path, has: set[str]) -> str:
     expected = (
-        "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (pairs.parquet), "
+        "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (diagnosis.json), "
         "generate (responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
     )
     if not folder.exists():

@@ -205,10 +205,8 @@ def _threshold_figure(name: str, values: np.ndarray, command: str) -> str:
     alt = f"Histogram of {label(name)}: from {low} to {high}, median {median}, middle half {q25} to {q75}."
     drawn = svg.histogram(values, x=label(name))
     below, above = axis(values).outside(values[np.isfinite(values)])
-    beyond = (
-        f"The first bar holds {below:,} pairs that lie below the frame, the last {above:,} above it. "
-        if below or above
-        else ""
+    beyond = "".join(
+        f"The {bar} bar holds {n:,} that lie beyond the frame. " for bar, n in (("first", below), ("last", above)) if n
     )
     caption = f"{beyond}Set the line with the slider or by a click."
     body = figure(f"histogram_{name}", f"Distribution of {label(name)}", drawn, alt, caption)
@@ -293,7 +291,7 @@ def _pair_table(
         sort=(leading, 1 if leading in joined else -1),
         texts=texts,
         row_ids=table["row_id"].to_pylist(),
-        show=f"ches show {elements.quoted(run_dir)}",
+        show=elements.show_command(run_dir),
         show_key="index",
     )
     tokens = token_table(run_dir, table, pairs.leading_rows()[:TOKENS_OF].tolist(), dict(texts))

@@ -4,6 +4,7 @@ import math
 
 import pyarrow as pa
 
+from ches_jax.errors import printable
 from ches_jax.report.tables import category_rows, flag_counts, quantile_rows, scored_rows, separating_score
 from ches_jax.stats import QUANTILES
 
@@ -26,10 +27,9 @@ def correlation(value: float) -> str:
     return "-" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
-def printable(text: str, width: int) -> str:
-    """Text from the data on one line of a terminal: no control characters, cut to ``width``."""
-    clean = "".join(c if c.isprintable() else " " for c in text)
-    clean = clean.encode("utf-8", "replace").decode()
+def one_line(text: str, width: int) -> str:
+    """Text from the data on one line of a terminal, cut to ``width``."""
+    clean = printable(text.translate({ord("\n"): " ", ord("\t"): " "}))
     return clean if len(clean) <= width else clean[: width - 3] + "..."
 
 
@@ -62,7 +62,7 @@ def _flags(table: pa.Table) -> list[str]:
     counts = flag_counts(table)
     if not counts:
         return []
-    return ["flags", *(printable(f"  {flag:<20}{n:>9}  {meaning}", WIDTH) for flag, n, meaning in counts)]
+    return ["flags", *(one_line(f"  {flag:<20}{n:>9}  {meaning}", WIDTH) for flag, n, meaning in counts)]
 
 
 def _categories(table: pa.Table) -> list[str]:
@@ -71,7 +71,7 @@ def _categories(table: pa.Table) -> list[str]:
         return []
     lines = [f"{'category':<40}{'pairs':>9}{'mean ches':>15}{'mean ln_ches':>15}{'AUC':>8}"]
     for row in rows[:_CATEGORIES]:
-        name = printable(row.name or "(none)", 38)
+        name = one_line(row.name or "(none)", 38)
         means = f"{number(row.ches):>15}{number(row.ln_ches):>15}"
         lines.append(f"{name:<40}{row.rows:>9}{means}{correlation(row.auc):>8}")
     if len(rows) > _CATEGORIES:

@@ -12,7 +12,7 @@ from ches_jax.report.axes import Axis, axis, readable
 from ches_jax.report.html import escape
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 22, 40
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 22, 40
 MARKS = ("circle", "square", "triangle")
 
 

@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 
 from ches_jax import bundled
 from ches_jax.data.sources import open_pairs
-from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES
-from ches_jax.displacement.verdict import FEWEST, Changes, Diagnosis, Interval, diagnose_changes
+from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
+from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
+from ches_jax.report import answers, elements, essays, svg
 from ches_jax.report import change_sections as parts
-from ches_jax.report import elements, essays, svg
-from ches_jax.report.axes import nats, percent, readable
-from ches_jax.report.change_sections import Course, Moved, set_name
-from ches_jax.report.document import Page, Section, Tone
-from ches_jax.report.html import escape, figure, gallery, paragraphs
+from ches_jax.report.answers import SETS, Found, set_name
+from ches_jax.report.axes import readable
+from ches_jax.report.change_sections import Course, Moved
+from ches_jax.report.document import Page, Section
+from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.probe_section import probe_section
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.texts import texts_by_id
@@ -40,8 +41,10 @@ def training_page(run_dir: Path) -> Page:
     config = record.get("config") or {}
     moved, note = _last(run_dir, table, config)
     courses = _courses(table)
-    pairs = parts.pair_table(moved, f"{run_dir.name}_pairs", f"ches show {elements.quoted(run_dir)}")
-    found = {name: _diagnosis(run_dir, moved, name) for name in moved.present}
+    pairs = parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
+    found: Found = {name: _diagnosis(run_dir, moved, name) for name in moved.present}
+    losses = _losses(run_dir)
+    model = run_dir / "model"
     first_step = int(max(table["step"].to_numpy()))
     change, absolute = parts.course_figures(courses)
     counts = record.get("counts") or {}
@@ -53,7 +56,7 @@ def training_page(run_dir: Path) -> Page:
         Section(
             anchor="margin",
             heading="The margin and the regimes",
-            body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(run_dir)]),
+            body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(losses)]),
         ),
         Section(anchor="mass", heading="Where the mass went", body=probe_section(run_dir)),
         Section(
@@ -68,7 +71,7 @@ def training_page(run_dir: Path) -> Page:
         ),
         provenance(record),
     ]
-    headline, tone = _headline(found, first_step)
+    headline, tone = answers.headline(found, f"after {first_step} updates")
     return Page(
         kind="ches train",
         title=f"{headline}: {run_dir.name}",
@@ -81,7 +84,12 @@ def training_page(run_dir: Path) -> Page:
             ", ".join(f"{int((moved.sets == s).sum()):,} {set_name(s)} pairs watched" for s in moved.present),
             str(run_dir),
         ),
-        answers=_answers(run_dir, found, moved, record, _losses(run_dir), pairs),
+        answers=[
+            ("Did chosen fall?", answers.did_chosen_fall(found)),
+            ("A bug?", answers.run_health(losses, str(config.get("loss", "")), str(record.get("status", "")))),
+            ("Harm?", answers.harm(found, answers.commands(str(model) if model.is_dir() else "MODEL"))),
+            ("What to do?", answers.advice(found, parts.worst_links(moved, pairs))),
+        ],
         tone=tone,
         notes=[note] if note else [],
         sections=[s for s in body if s.body],
@@ -154,7 +162,7 @@ def _courses(table: pa.Table) -> list[Course]:
     log = {n: table[n].to_numpy() if n in table.column_names else np.full(len(table), np.nan) for n in names}
     regime = np.array(table["regime"].to_pylist())
     courses = []
-    for name in [*(s for s in parts.SETS if (sets == s).any()), *sorted(set(sets.tolist()) - set(parts.SETS))]:
+    for name in [*(s for s in SETS if (sets == s).any()), *sorted(set(sets.tolist()) - set(SETS))]:
         steps = np.unique(step[sets == name])
         at = [(sets == name) & (step == s) for s in steps]
         mean = {n: np.array([_mean(values[rows]) for rows in at]) for n, values in log.items()}
@@ -186,7 +194,7 @@ def _quartiles(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(low), np.array(high)
 
 
-def _diagnosis(run_dir: Path, moved: Moved, name: str) -> Diagnosis | str:
+def _diagnosis(run_dir: Path, moved: Moved, name: str) -> Mapping[str, Any] | str:
     """The verdict on one set, or why there is none."""
     inside = (moved.sets == name) & np.isfinite(moved.chosen) & np.isfinite(moved.rejected)
     if not inside.any():
@@ -194,121 +202,15 @@ def _diagnosis(run_dir: Path, moved: Moved, name: str) -> Diagnosis | str:
     if not moved.chosen[inside].any() and not moved.rejected[inside].any():
         return "holds step 0 only; there is no change to judge yet"
     changes = Changes(
-        moved.chosen[inside], moved.rejected[inside], f"{run_dir}, {set_name(name)}", (), moved.index[inside]
+        chosen=moved.chosen[inside],
+        rejected=moved.rejected[inside],
+        source=f"{run_dir}, {set_name(name)}",
+        records=moved.index[inside],
     )
     try:
-        return diagnose_changes(changes, moved.tolerance)
+        return diagnose_changes(changes, moved.tolerance).to_json()
     except ChesError as error:
         return str(error)
-
-
-def _headline(found: Mapping[str, Diagnosis | str], step: int) -> tuple[str, Tone]:
-    """The answer in one sentence, and how it sounds."""
-    told = {name: d for name, d in found.items() if not isinstance(d, str)}
-    if not told:
-        return "No verdict on this training run yet", "plain"
-    name, d = next(iter(told.items()))
-    where = f"on {set_name(name)} pairs" if name != "held_out" else "on held-out pairs"
-    words, tone = VERDICT_WORDS[d.verdict]
-    text = f"{words} {where}: {nats(d.chosen.mean)} nats after {step} updates"
-    other = [(n, o) for n, o in told.items() if n != name]
-    if other and other[0][1].verdict != d.verdict:
-        text += f"; on {set_name(other[0][0])} pairs {nats(other[0][1].chosen.mean)}"
-    return text, tone
-
-
-VERDICT_WORDS: dict[str, tuple[str, Tone]] = {
-    "displaced": ("The chosen responses fell", "bad"),
-    "not_displaced": ("The chosen responses did not fall", "good"),
-    "undecided": ("Whether the chosen responses fell is undecided", "unsure"),
-}
-"""How a verdict begins the page, and its tone."""
-
-
-def _answers(
-    run_dir: Path,
-    found: Mapping[str, Diagnosis | str],
-    moved: Moved,
-    record: Mapping[str, Any],
-    losses: Mapping[str, Sequence[tuple[int, float]]],
-    pairs: Any,
-) -> list[tuple[str, str]]:
-    fell = []
-    for name, d in found.items():
-        title = f"{set_name(name)[0].upper()}{set_name(name)[1:]}"
-        if isinstance(d, str):
-            fell.append(f"{title}: no verdict ({escape(d)}).")
-            continue
-        word = {"displaced": "yes", "not_displaced": "no", "undecided": "unclear"}[d.verdict]
-        share = percent(float(d.summary["displacement/lld_rate"]))
-        few = f", {d.records} rows are few" if d.records < FEWEST else ""
-        fell.append(
-            f'{escape(title)}: <span class="tones">{word}</span>, {_interval(d.chosen)} nats, '
-            f"{share} of {d.pairs:,} pairs{few}; margin {_interval(d.margin)}."
-        )
-    config = record.get("config") or {}
-    export = run_dir / "model"
-    model = export if export.is_dir() else "MODEL"
-    harm = (
-        "Not measured by log-probabilities. Generate with both models and judge: "
-        f"<code>ches generate --model {elements.shown(model)} --prompts PROMPTS --out g &amp;&amp; "
-        "ches judge --responses g/responses.jsonl --out j</code>"
-    )
-    return [
-        ("Did chosen fall?", " ".join(fell)),
-        ("A bug?", _bug_words(losses, str(config.get("loss", "")), record)),
-        ("Harm?", harm),
-        ("What to do?", _advice(found, moved, pairs)),
-    ]
-
-
-def _interval(found: Interval) -> str:
-    return f"{nats(found.mean)} <small>[{nats(found.low)}, {nats(found.high)}]</small>"
-
-
-def _bug_words(losses: Mapping[str, Sequence[tuple[int, float]]], loss: str, record: Mapping[str, Any]) -> str:
-    """What the log says of the run itself."""
-    values = losses.get("loss") or []
-    told = []
-    if values:
-        step, first = values[0]
-        begins = f"The loss begins at {readable(first, 3)}"
-        if loss == "dpo" and step <= 1:
-            near = abs(first - np.log(2)) < 0.02
-            begins += " (ln 2, as it must)" if near else " and not at ln 2: policy and reference differ at the start"
-        told = [begins, f"ends at {readable(values[-1][1], 3)}"]
-        if not np.isfinite([value for _, value in values]).all():
-            told.append("is not finite on the way")
-    status = record.get("status")
-    tail = f" The run is {escape(str(status))}." if status and status != "done" else ""
-    return (escape(", ".join(told)) + "." if told else "No log of the loss.") + tail
-
-
-def _advice(found: Mapping[str, Diagnosis | str], moved: Moved, pairs: Any) -> str:
-    """What follows from the verdict, and from what it follows."""
-    told = {name: d for name, d in found.items() if not isinstance(d, str)}
-    if not told:
-        return "Go on until there is an evaluation after update 0."
-    name, d = next(iter(told.items()))
-    inside = np.flatnonzero((moved.sets == name) & (moved.chosen < 0))
-    order = inside[np.argsort(moved.chosen[inside], kind="stable")][:3]
-    links = ", ".join(elements.row_link(pairs, int(p)) for p in order)
-    worst = f" Look first at {links}." if links else ""
-    if d.verdict == "not_displaced":
-        return f"Nothing for the chosen responses' sake.{worst}"
-    if d.verdict == "undecided":
-        return f"The interval holds falls and rises: hold out more pairs or train longer before a change.{worst}"
-    trained = told.get("train")
-    if trained is not None and name == "held_out" and trained.verdict == "not_displaced":
-        return (
-            "The training pairs did not fall, the held-out ones did: the margin was memorised. Fewer updates or more "
-            f"pairs come before any filtering of pairs.{worst}"
-        )
-    return (
-        "Measure harm before anything is changed. Then, in the order of their price: a likelihood term on the chosen "
-        f"response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their scores "
-        f"(<code>ches select</code>).{worst}"
-    )
 
 
 def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -328,8 +230,7 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return losses
 
 
-def _loss_figure(run_dir: Path) -> str:
-    losses = _losses(run_dir)
+def _loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     if not losses:
         return ""
     names = {"loss": "training", "eval_loss": "held out"}

@@ -1,25 +1,31 @@
 """Chunks of a run: each is written whole or not at all, those that are there are not computed again, all are joined.
 
-parts/part-000007.EXT         the chunk's rows (``.jsonl`` or ``.parquet``); its presence marks the chunk as done
-parts/NAME-000007.EXT         what belongs beside them, such as ``dropped``; written before the part
+parts/part-000007.EXT         the chunk's rows (``.jsonl`` or ``.parquet``)
+parts/NAME-000007.EXT         what belongs beside them, such as ``dropped``
+parts/done-000007.json        the chunk's number of rows, and the sha256 of its files: written last, marks it as done
+parts/end.json                how many chunks there are: written when the data have come to their end
 
 ``ches score``, ``ches generate`` and ``ches judge`` work so: a killed run loses one chunk at most, and ends in the same
-bytes as a run that nothing disturbed, because a chunk's content follows from its rows alone.
+bytes as a run that nothing disturbed, because a chunk's content follows from its rows alone. A part that is damaged is
+computed again; a run is joined when every chunk up to the end is there as it was written, and it is finished when its
+``run.json`` is there: until then everything before that is repeated.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ches_jax.errors import RunError
-from ches_jax.runs.files import replacing
+from ches_jax.errors import RunError, many
+from ches_jax.runs.files import read_object, replacing, sha256
 
 FOLDER = "parts"
 DROPPED = "dropped.jsonl"
 """Rows that the run left out, each with its reason."""
 LINES = ".jsonl"
+END = "end.json"
 
 
 def path(out: Path, number: int, suffix: str = LINES, name: str = "part") -> Path:
@@ -32,61 +38,178 @@ def files(out: Path, name: str, suffix: str = LINES) -> list[Path]:
     return sorted((out / FOLDER).glob(f"{name}-*{suffix}"))
 
 
-def finished(out: Path, suffix: str = LINES) -> int:
+def commit(out: Path, number: int, rows: int, files: Sequence[Path]) -> None:
+    """Mark a chunk of ``rows`` rows, whose ``files`` are written, as done."""
+    record = {"rows": rows, "sha256": {p.name: sha256(p) for p in files}}
+    with replacing(path(out, number, ".json", "done")) as temporary:
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def rows_done(out: Path, number: int) -> int | None:
+    """The number of rows of a chunk that is done; None where it is not, or where a file is not as it was written."""
+    return None if _problem(out, number) else _record(out, number)["rows"]
+
+
+def _record(out: Path, number: int) -> dict[str, Any]:
+    record = read_object(path(out, number, ".json", "done"), RunError, "the record of a chunk")
+    rows, prints = record.get("rows"), record.get("sha256")
+    if type(rows) is not int or not isinstance(prints, dict) or not prints:
+        raise RunError(f"{path(out, number, '.json', 'done')}: not the record of a chunk")
+    return record
+
+
+def _problem(out: Path, number: int) -> str | None:
+    """What is wrong with a chunk, if anything."""
+    if not path(out, number, ".json", "done").is_file():
+        return f"chunk {number} is missing"
+    try:
+        prints = _record(out, number)["sha256"]
+    except RunError as error:
+        return str(error)
+    for name, digest in prints.items():
+        file = out / FOLDER / Path(name).name
+        if not file.is_file():
+            return f"{name} is missing"
+        if sha256(file) != digest:
+            return f"{name} is not as it was written"
+    return None
+
+
+def finished(out: Path) -> int:
     """How many chunks from the first on are done without a gap."""
     number = 0
-    while path(out, number, suffix).exists():
+    while rows_done(out, number) is not None:
         number += 1
     return number
 
 
-def require_whole(out: Path, suffix: str = LINES) -> int:
-    """The number of chunks.
+def end(out: Path, chunks: int) -> None:
+    """The data have come to their end, after so many chunks."""
+    with replacing(out / FOLDER / END) as temporary:
+        temporary.write_text(json.dumps({"chunks": chunks}) + "\n", encoding="utf-8")
+
+
+def end_of_data(out: Path, chunks: int, computed: Iterable[int], check: Callable[[], None]) -> None:
+    """Mark the end, if the data are still what they were; chunks computed from others are not done.
+
+    Args:
+      out: the run directory.
+      chunks: how many there are in all.
+      computed: numbers of those that were computed since the data were opened.
+      check: raises where what was opened has changed.
 
     Raises:
-      RunError: there are none, or one before the last is missing.
+      RunError: what ``check`` raises.
     """
-    numbers = {int(p.stem.rpartition("-")[2]) for p in files(out, "part", suffix)}
-    if not numbers:
-        raise RunError(f"{out}: no parts to merge; was anything scored?")
-    missing = sorted(set(range(max(numbers) + 1)) - numbers)
-    if missing:
-        shown = ", ".join(map(str, missing[:10]))
-        raise RunError(f"{out}: {len(missing)} parts are missing ({shown}): start the run again with --resume")
-    return len(numbers)
+    try:
+        check()
+    except RunError:
+        for number in computed:
+            path(out, number, ".json", "done").unlink(missing_ok=True)
+        raise
+    end(out, chunks)
+
+
+def require_whole(out: Path) -> int:
+    """The number of chunks, every one of which is there as it was written.
+
+    Raises:
+      RunError: the data have not come to their end, a chunk is missing or damaged, or there is one too many.
+    """
+    folder = out / FOLDER
+    numbers = {int(p.stem.rpartition("-")[2]) for p in files(out, "done", ".json")}
+    if not numbers and not (folder / END).is_file():
+        raise RunError(f"{out}: no parts to merge; was anything computed?")
+    if missing := sorted(set(range(max(numbers, default=-1) + 1)) - numbers):
+        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
+    if not (folder / END).is_file():
+        raise RunError(
+            f"{out}: the run has not come to the end of its data ({len(numbers)} chunks are done): start it again with "
+            "--resume"
+        )
+    count = read_object(folder / END, RunError, "the parts of a run").get("chunks")
+    if type(count) is not int or count < 0:
+        raise RunError(f"{folder / END}: expected the number of chunks")
+    if missing := sorted(set(range(count)) - numbers):
+        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
+    problems = [problem for number in range(count) if (problem := _problem(out, number))]
+    problems += [f"part {number} is behind the end of the data" for number in sorted(numbers) if number >= count]
+    if problems:
+        raise RunError(many(f"{out}: start the run again with --resume", problems, 10))
+    return count
+
+
+def _missing(numbers: Sequence[int]) -> str:
+    return f"{len(numbers)} parts are missing ({', '.join(map(str, numbers[:10]))})"
 
 
 def write(out: Path, number: int, rows: Iterable[Mapping[str, Any]], dropped: Iterable[Mapping[str, Any]] = ()) -> None:
-    """One chunk of JSON lines; its part last."""
-    write_dropped(out, number, dropped)
-    write_lines(path(out, number), rows)
+    """One chunk of JSON lines."""
+    kept = list(rows)
+    beside = write_dropped(out, number, dropped)
+    write_lines(path(out, number), kept)
+    commit(out, number, len(kept), [*beside, path(out, number)])
 
 
-def write_dropped(out: Path, number: int, dropped: Iterable[Mapping[str, Any]]) -> None:
-    """The rows that a chunk left out, where there are any."""
-    records = list(dropped)
-    if records:
-        write_lines(path(out, number, name="dropped"), records)
+def write_dropped(out: Path, number: int, dropped: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """The rows that a chunk left out, where there are any; returns the file."""
+    records, target = list(dropped), path(out, number, name="dropped")
+    target.unlink(missing_ok=True)
+    if not records:
+        return []
+    write_lines(target, records)
+    return [target]
 
 
 def write_lines(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(json_line(row) for row in rows)
 
 
-def join(out: Path, name: str, chunks: int) -> None:
-    """The parts of JSON lines as one file ``name``, and the lists of dropped rows as one."""
-    join_dropped(out)
-    _concatenate([path(out, n) for n in range(chunks)], out / name)
+def json_line(row: Mapping[str, Any]) -> str:
+    r"""A row as one line of JSON, whatever its columns hold: dates and bytes as text, NaN as null.
+
+    >>> json_line({"x": float("nan"), "y": "\ud800"})
+    '{"x": null, "y": "\\ud800"}\n'
+    """
+    text = json.dumps(_plain(row), ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate, which JSON can hold and UTF-8 cannot
+        text = json.dumps(_plain(row), default=str)
+    return text + "\n"
 
 
-def join_dropped(out: Path) -> int:
-    """The lists of dropped rows as ``dropped.jsonl``, where there are any; returns the number of rows."""
-    lists = files(out, "dropped")
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def join(out: Path, name: str) -> None:
+    """The parts of JSON lines as one file ``name``, and the lists of dropped rows as one.
+
+    Raises:
+      RunError: as ``require_whole``.
+    """
+    count = require_whole(out)
+    join_dropped(out, count)
+    _concatenate([path(out, n) for n in range(count)], out / name)
+
+
+def join_dropped(out: Path, count: int) -> None:
+    """The lists of dropped rows as ``dropped.jsonl``, where there are any."""
+    lists = [p for n in range(count) if (p := path(out, n, name="dropped")).is_file()]
     if lists:
         _concatenate(lists, out / DROPPED)
-    return sum(p.read_bytes().count(b"\n") for p in lists)
+
+
+def count_dropped(out: Path) -> int:
+    """How many rows a joined run left out."""
+    return (out / DROPPED).read_bytes().count(b"\n") if (out / DROPPED).exists() else 0
 
 
 def _concatenate(paths: list[Path], target: Path) -> None:
@@ -101,7 +224,17 @@ def clear(out: Path) -> None:
 
 
 def read_lines(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """The rows of a file of JSON lines.
+
+    Raises:
+      RunError: a line that is no JSON object.
+    """
     with source.open(encoding="utf-8") as f:
-        for line in f:
-            yield json.loads(line)
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise RunError(f"{source}, line {number}: not a JSON object; the file is damaged")
+            yield row

@@ -1,19 +1,73 @@
-"""Files that are there whole or not at all, and JSON objects whose faults are told by name."""
+"""Files that are there whole or not at all, and readers whose faults are told by name.
 
+Everything that is read as JSON or Parquet from a directory of a model or a run comes through here: regular files only,
+of bounded size, and any damage is one message.
+"""
+
+import contextlib
+import errno
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ches_jax.errors import ChesError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JSON_BYTES = 64 * 2**20
+"""Largest JSON file that is read whole; configs and indexes of the largest models are a few megabytes."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)\.(?:(?P<host>[0-9a-f]{8})-)?(?P<pid>\d+)(?:-[0-9a-f]{8})?\.tmp")
+
+
+def _host() -> str:
+    """Where a process id has its meaning: the machine, and the namespace of process ids (a container) on it."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
 
 def _temporary(path: Path) -> Path:
-    """A hidden name beside ``path`` that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A hidden name beside ``path`` that no other process on any host uses."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether whoever made this temporary file has ended; a process of another host counts as alive."""
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None or match["host"] not in (None, _host()):
+        return False
+    try:
+        os.kill(int(match["pid"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half written in ``folder``: of the target ``name``, or of all."""
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is not None and name in (None, match["name"]) and _abandoned(path):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -40,33 +94,93 @@ def new_directory(out: Path, error: type[ChesError]) -> Iterator[Path]:
     Raises:
       error: ``out`` is there already and is not an empty directory.
     """
+    refused = f"{out}: exists and is not an empty directory; choose another --out"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise error(f"{out}: exists and is not an empty directory; choose another --out")
+        raise error(refused)
+    remove_leftovers(out.parent, out.name)
     temporary = _temporary(out)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.replace(temporary, out)  # replaces an empty directory too
+        try:
+            os.replace(temporary, out)  # replaces an empty directory too
+        except OSError as e:
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # another process was faster
+                raise error(refused) from None
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
+    """The JSON value in ``path``.
+
+    Raises:
+      error: it is missing (then ``expected`` says what its directory should be), is no regular file, is larger than
+        ``JSON_BYTES``, is nested too deeply, or is not JSON.
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise error(f"{path}: not a regular file; expected JSON")
+            if about.st_size > JSON_BYTES:
+                raise error(f"{path}: {about.st_size} bytes; expected at most {JSON_BYTES} of JSON")
+            return json.loads(file.read(JSON_BYTES + 1).decode("utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent}: no {path.name}; expected {expected}") from None
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror or e})") from None
+    except RecursionError:
+        raise error(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as e:  # bytes that are no UTF-8, words that are no JSON, numbers of thousands of digits
+        raise error(f"{path}: not valid JSON ({str(e).partition(';')[0]})") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
 
 
 def read_object(path: Path, error: type[ChesError], expected: str) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-      error: it is missing (then ``expected`` says what its directory should be), is not JSON, or is no object.
+      error: as ``read_json``, or it is no object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path.parent}: no {path.name}; expected {expected}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # bytes that are no UTF-8, no JSON, a number of too many digits, a deep nest
-        raise error(f"{path}: not valid JSON ({e})") from None
+    value = read_json(path, error, expected)
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_parquet(path: Path, error: type[ChesError], expected: str, **options: Any) -> "pa.Table":
+    """A Parquet table, read whole and validated before anything is made of it.
+
+    Args:
+      path: the file.
+      error: what is raised.
+      expected: what the file should be, for messages.
+      options: of ``pyarrow.parquet.read_table``.
+
+    Raises:
+      error: there is no such file, it is damaged, or it is no Parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise error(f"{path}: no such file; expected {expected}")
+    try:
+        table = pq.read_table(path, **options)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError, SystemError) as e:
+        raise error(
+            f"{path}: cannot be read as Parquet ({str(e).partition(chr(10))[0]}); expected {expected}"
+        ) from None
+    return table

@@ -2,8 +2,10 @@
 
 import sys
 
+from ches_jax.errors import printable
+
 
 def say(step: str, *, quiet: bool = False) -> None:
     """Print one step, unless ``quiet``: ``ches: loading the model (DIR)``."""
     if not quiet:
-        print(f"ches: {step}", file=sys.stderr, flush=True)
+        print(f"ches: {printable(step)}", file=sys.stderr, flush=True)

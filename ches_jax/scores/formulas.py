@@ -128,6 +128,12 @@ SCORES: dict[str, Score] = {
         "log-probability of chosen less rejected, nats",
         similarity=False,
     ),
+    "influence": Score(
+        ("influence",),
+        _same,
+        "nats by which training on the pair lowers the probes' chosen responses",
+        similarity=False,
+    ),
     "chosen_tokens": Score(("chosen_tokens",), _same, "length of the chosen response, tokens", similarity=False),
     "random": Score((), _same, "seeded uniform numbers", similarity=False),
 }
@@ -168,6 +174,7 @@ def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
     if missing:
         flags = sorted({_FLAG_OF[name] for name in missing if name in _FLAG_OF})
         how = f"score again with {' '.join(flags)}" if flags else "it lacks the sums it is made of"
+        how = "run `ches influence` and name its directory with --scores" if by == "influence" else how
         raise RunError(
             f"score {by!r} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {how}. "
             f"This table has {', '.join(available(table))}"

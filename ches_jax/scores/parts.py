@@ -1,6 +1,6 @@
 """The chunks of a score run (``runs.chunks``): a part of the table each, dropped rows and token scores beside it.
 
-parts/part-000007.parquet     the chunk's rows of the table; its presence marks the chunk as done
+parts/part-000007.parquet     the chunk's rows of the table
 parts/dropped-000007.jsonl    rows it dropped
 parts/tokens-000007.parquet   its token scores
 """
@@ -64,13 +64,6 @@ def part(out: Path, number: int) -> Path:
     return chunks.path(out, number, SUFFIX)
 
 
-def rows_in(out: Path, count: int) -> int:
-    """How many pairs the first ``count`` chunks hold, those that were dropped included."""
-    dropped = [chunks.path(out, n, name="dropped") for n in range(count)]
-    lines = sum(path.read_bytes().count(b"\n") for path in dropped if path.exists())
-    return lines + sum(pq.read_metadata(part(out, n)).num_rows for n in range(count))
-
-
 def write(
     out: Path,
     number: int,
@@ -79,32 +72,35 @@ def write(
     tokens: dict[str, list] | None,
     metadata: dict[str, Any],
 ) -> None:
-    """One chunk: what goes beside the table first, the part last."""
-    chunks.write_dropped(out, number, map(dropped_record, dropped))
+    """One chunk."""
+    files = chunks.write_dropped(out, number, map(dropped_record, dropped))
     if tokens is not None:
-        with replacing(chunks.path(out, number, SUFFIX, "tokens")) as temporary:
+        files.append(chunks.path(out, number, SUFFIX, "tokens"))
+        with replacing(files[-1]) as temporary:
             pq.write_table(pa.table(tokens, schema=_without(() if CANDIDATES[0] in tokens else CANDIDATES)), temporary)
     write_part(part(out, number), columns, metadata)
+    chunks.commit(out, number, len(columns["row_id"]) + len(dropped), [*files, part(out, number)])
 
 
-def merge(out: Path) -> dict[str, int]:
-    """Join all parts of a run into the table, the list of dropped rows and the token table; the parts then go.
-
-    Returns:
-      Counts of rows: in all, kept, dropped.
+def merge(out: Path) -> None:
+    """Join all parts of a run into the table, the list of dropped rows and the token table; the table last.
 
     Raises:
-      RunError: no parts, a missing part, a row twice.
+      RunError: a part that is missing, damaged or of another run, a row twice.
     """
-    count = chunks.require_whole(out, SUFFIX)
-    dropped = chunks.join_dropped(out)
-    tokens = chunks.files(out, "tokens", SUFFIX)
+    count = chunks.require_whole(out)
+    chunks.join_dropped(out, count)
+    tokens = [p for n in range(count) if (p := chunks.path(out, n, SUFFIX, "tokens")).is_file()]
     if tokens:
         names = {name for path in tokens for name in pq.read_schema(path).names}
         schema = _without(set(TOKEN_SCHEMA.names) - names)
         with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for path in tokens:
                 writer.write_table(with_columns(pq.read_table(path), schema))
-    kept = merge_parts([part(out, n) for n in range(count)], out / FILE_NAME)
-    chunks.clear(out)
+    merge_parts([part(out, n) for n in range(count)], out / FILE_NAME)
+
+
+def counts(out: Path) -> dict[str, int]:
+    """Rows of a joined run: in all, kept, dropped."""
+    kept, dropped = pq.read_metadata(out / FILE_NAME).num_rows, chunks.count_dropped(out)
     return {"rows": kept + dropped, "kept": kept, "dropped": dropped}

@@ -21,6 +21,7 @@ from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pa
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     CONFIG,
+    RUN,
     as_dict,
     device_name,
     open_run,
@@ -28,6 +29,7 @@ from ches_jax.runs.directory import (
     versions,
     write_summary,
 )
+from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.scores import parts
 from ches_jax.scores.config import ScoreConfig, with_defaults
@@ -58,11 +60,13 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with jax.enable_x64(config.dtype == "float64"):
-        return _score(config, process, resume, quiet, other_versions)
+    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out)), shared=process.count > 1) as lock:
+        return _score(config, process, resume, quiet, other_versions, lock)
 
 
-def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, other_versions: bool) -> Path:
+def _score(
+    config: ScoreConfig, process: Process, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
+) -> Path:
     from ches_jax.models.adapters import peft
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
@@ -70,6 +74,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, oth
 
     assert config.out is not None
     out = Path(config.out)
+    lock.require_free()
     mesh = make_mesh(config.mesh)
     opener = Opener()
     inputs = open_model_and_pairs(config, opener)
@@ -89,8 +94,12 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, oth
     model = load(inputs.model.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
     identity = {"config": as_dict(config), **opener.identity()}
     # the other processes join the directory that the first one makes
+    lock.take()
     began = open_run(out, "score", identity, resume or process.count > 1, other_versions=other_versions)
-    if (out / FILE_NAME).exists():
+    if (out / RUN).exists():
+        return out
+    if (out / FILE_NAME).exists():  # killed between its table and its summary
+        _finish(out, {"device": device_name(), "processes": process.count})
         return out
     metadata = _metadata(identity, model.config.family, began.get("versions") or versions())
     (out / chunks.FOLDER).mkdir(exist_ok=True)
@@ -99,9 +108,8 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, oth
     say("compiling", quiet=quiet)
     scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
     started = time.perf_counter()
-    scored = _score_chunks(out, inputs, config, scorer, metadata, process, total, quiet or process.id > 0)
+    scored = _score_chunks(out, inputs, opener, config, scorer, metadata, process, total, quiet or process.id > 0)
     seconds = time.perf_counter() - started
-    opener.require_unchanged()
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
@@ -122,6 +130,7 @@ def _score(config: ScoreConfig, process: Process, resume: bool, quiet: bool, oth
 def _score_chunks(
     out: Path,
     inputs: Inputs,
+    opener: Opener,
     config: ScoreConfig,
     scorer: PairScorer,
     metadata: dict[str, Any],
@@ -130,13 +139,13 @@ def _score_chunks(
     quiet: bool,
 ) -> int:
     """Score this process's missing chunks; returns the number of pairs scored."""
-    first = chunks.finished(out, parts.SUFFIX)
-    scored = 0
+    first = chunks.finished(out)
+    scored, computed, ends = 0, [], []
 
     def mine(number: int) -> bool:
-        return number % process.count == process.id and not parts.part(out, number).exists()
+        return number % process.count == process.id and chunks.rows_done(out, number) is None
 
-    begun = parts.rows_in(out, first)
+    begun = sum(chunks.rows_done(out, number) or 0 for number in range(first))
     with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
 
         def advance(pairs: int) -> None:
@@ -144,29 +153,39 @@ def _score_chunks(
             bar.update(pairs)
 
         scorer.on_batch = advance
-        for number, chunk in inputs.chunks(first, mine):
+        for number, chunk in inputs.chunks(first, mine, ends.append):
             before = bar.n
             columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
             if tokens is not None:
                 tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
             parts.write(out, number, columns, dropped, tokens, metadata)
+            computed.append(number)
             scored += len(chunk) - len(dropped)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
+    chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return scored
 
 
 def merge(out: Path) -> Path:
-    """``ches merge``: the parts of several processes become one run; every row must be there once."""
-    if (out / FILE_NAME).exists():
-        return out
+    """``ches merge``: the parts of several processes become one run; every row must be there once.
+
+    Raises:
+      RunError: no run, a run at work, a part that is missing, damaged or of another run.
+    """
     read_json(out / CONFIG)
-    _finish(out, {"merged": True})
+    if not (out / RUN).exists():
+        with RunLock(out) as lock:
+            lock.take()
+            _finish(out, {"merged": True})
     return out
 
 
 def _finish(out: Path, facts: dict[str, Any]) -> None:
-    """Join the parts and write ``run.json``."""
-    counts = parts.merge(out)
+    """Join the parts, and write ``run.json`` last."""
+    if not (out / FILE_NAME).exists():
+        parts.merge(out)
+    counts = parts.counts(out)
+    chunks.clear(out)
     if not counts["rows"]:
         raise ChesError(f"{out}: the pairs have no rows")
     write_summary(out, {"counts": counts, **facts})

@@ -41,11 +41,15 @@ COLUMNS: dict[str, pa.DataType] = {
     "shared_prefix_tokens": pa.int32(),
     "logp_chosen": pa.float64(),
     "logp_rejected": pa.float64(),
+    "influence": pa.float64(),
+    "from_chosen": pa.float64(),
+    "from_rejected": pa.float64(),
     "flags": pa.list_(pa.string()),
     "category": pa.string(),
 }
 """Every column a table can have. ``head_score`` and ``logp_*`` are there when asked, the ``*_candidate`` columns when
-some row of the data has candidates; the scores of a row that could not be scored (kept with a flag) are null."""
+some row of the data has candidates, ``influence`` and its parts in tables of ``ches influence``; the scores of a row
+that could not be scored (kept with a flag) are null."""
 
 CANDIDATES = ("chosen_candidate", "rejected_candidate")
 """Which of the ``responses`` of row ``index`` of the data, from 0; null where that row is one pair."""
@@ -54,6 +58,8 @@ Place = tuple[int, int, int]
 """``index`` and ``CANDIDATES`` (-1 for null) of a row: they rise from row to row."""
 
 FILE_NAME = "scores.parquet"
+INFLUENCE = "influence.parquet"
+"""The table of `ches influence`: the same rows, with what training on each does to others."""
 METADATA_KEY = b"ches_jax"
 ROW_GROUP = 65_536
 """Rows of a row group: about 10 MB of numbers, so that writing and merging stay small in memory."""
@@ -268,15 +274,16 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def table_path(run: Path | str) -> Path:
-    """Where the table of a run is: the file itself, or ``scores.parquet`` in its directory."""
+    """Where the table of a run is: the file itself, or ``scores.parquet`` or ``influence.parquet`` in its directory."""
     path = Path(run)
     if not path.exists():
         raise RunError(f"{path}: no such file or directory; expected a directory of `ches score`")
     if path.is_file():
         return path
-    if not (path / FILE_NAME).is_file():
-        raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
-    return path / FILE_NAME
+    for name in (FILE_NAME, INFLUENCE):
+        if (path / name).is_file():
+            return path / name
+    raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
 
 
 def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:

@@ -18,6 +18,8 @@ from ches_jax.distributed.processes import start_processes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
+from ches_jax.runs.lock import RunLock
+from ches_jax.runs.progress import say
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
 from ches_jax.train.config import TrainConfig
@@ -70,14 +72,17 @@ def train(
     if process.count > 1 and config.out is None:
         raise ChesError("--distributed: give the run directory with --out; all processes must see it")
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
-    with jax.enable_x64(config.dtype == "float64"):
+    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
         with process.sharing_errors():
+            if process.first:
+                lock.require_free()
             run = prepare(config, process)
             # flat, so that a difference is reported by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
             identity = {**run.identity["config"], **prints}
             process.agree(identity)
             if process.first:
+                lock.take()
                 open_run(run.out, "train", identity, resume, other_versions=other_versions)
         with process.sharing_errors():
             if not (run.out / CONFIG).exists():
@@ -88,7 +93,11 @@ def train(
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
-        return _train(run, assemble(run, observers), quiet or not process.first)
+        quiet = quiet or not process.first
+        say(f"loading the model ({run.model.directory})", quiet=quiet)
+        parts = assemble(run, observers)
+        say("compiling, then training", quiet=quiet)
+        return _train(run, parts, quiet)
 
 
 def _train(run: Run, parts: Parts, quiet: bool) -> Path:
@@ -124,8 +133,8 @@ def _train(run: Run, parts: Parts, quiet: bool) -> Path:
             if evaluated:
                 summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
-            stopping = run.process.any(stop.requested)
-            if step == total or stopping or saved.due(step, evaluated):
+            stopping, overdue = run.process.any_of(stop.requested, saved.overdue())
+            if step == total or stopping or overdue or saved.due(step, evaluated):
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
                 saved.wait()

@@ -1,7 +1,9 @@
 """Counting findings, the message that tells them, and the record of what is left out."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from ches_jax.data.audit import (
     require_clean,
     visible,
 )
+from ches_jax.data.habits import HABITS
 from ches_jax.errors import DataError
 from ches_jax.types import Response, TokenPair, shared_prefix
 
@@ -98,6 +101,15 @@ def test_a_dropped_row_is_recorded_with_its_reasons():
         "reasons": ["identical", "double_eos"],
         "detail": {"double_eos": "2"},
     }
+
+
+def test_every_flag_and_habit_has_its_entry_on_the_page_that_says_what_to_do():
+    page = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^(`\w+`(?:, `\w+`)*)((?: \(\*no score\*\))?)\n: (.*?)\n\n", page, re.S | re.M)
+    told = {name: (bool(no_score), text) for names, no_score, text in entries for name in re.findall(r"\w+", names)}
+    assert set(told) == {*FLAGS, *HABITS}
+    assert {name for name, (no_score, _) in told.items() if no_score} == UNSCORABLE
+    assert [name for name in FLAGS if "**Do:**" not in told[name][1]] == []
 
 
 def test_unscorable_flags_are_flags():

@@ -18,13 +18,14 @@ def test_every_pair_has_exactly_one_regime():
     for c, r, name in zip(chosen, rejected, names, strict=True):
         assert (name == "flat") == (abs(c) <= 0.05 and abs(r) <= 0.05)
         if name == "wanted":
-            assert c >= 0 >= r
+            assert c >= 0 >= r and c - r > 0.05
         if name == "both_up":
-            assert c >= r > 0
+            assert c - r > 0.05 and r > 0
         if name == "both_down_margin_up":
-            assert r <= c < 0
-        if name == "inverted":
-            assert c < r
+            assert c - r > 0.05 and c < 0
+        assert name in ("inverted", "flat") or c - r >= -0.05
+        if name == "together":
+            assert abs(c - r) <= 0.05 and max(abs(c), abs(r)) > 0.05
 
 
 def test_single_responses_are_counted_on_their_side_only():

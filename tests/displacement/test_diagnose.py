@@ -7,7 +7,7 @@ from ches_jax.displacement.diagnose import diagnose
 from ches_jax.errors import ChesError
 
 
-@pytest.mark.parametrize("options", [{}, {"before": "a"}, {"after": "a"}, {"logps": "a", "trl_log": "b"}])
+@pytest.mark.parametrize("options", [{}, {"before": "a"}, {"after": "a"}, {"logps": "a", "path": "b"}])
 def test_one_source_is_required(options):
     with pytest.raises(ChesError, match="give one of"):
         diagnose(DiagnoseConfig(**options))

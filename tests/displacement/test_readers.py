@@ -1,7 +1,4 @@
-"""Each input that a diagnosis reads: what is taken from it, and what is refused."""
-
-import json
-import re
+"""Runs of ours and tables of log-probabilities: what is taken from them, and what is refused."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +7,8 @@ import pytest
 
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
-from ches_jax.displacement.readers import read_logps, read_run, read_score_tables, read_trl_log
+from ches_jax.displacement.readers.logp_tables import read_logps, read_score_tables
+from ches_jax.displacement.readers.training_run import read_run
 from ches_jax.errors import ChesError, RunError
 from ches_jax.scores.table import write_part
 
@@ -25,7 +23,10 @@ def test_the_last_evaluation_of_the_held_out_pairs_is_read(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
     changes = read_run(tmp_path)
     assert changes.chosen.tolist() == [-4] and changes.rejected.tolist() == [-8] and changes.records is not None
-    assert "held-out pairs, update 4 against 0" in changes.source and not changes.caveats
+    assert "held-out pairs, update 4 against 0" in changes.source and not changes.caveats and changes.held_out
+    assert changes.beside is not None and changes.beside.chosen.tolist() == [-3] and not changes.beside.held_out
+    assert changes.curve is not None and changes.curve.steps.tolist() == [0, 2, 4]
+    assert changes.curve.chosen.tolist() == [0, -2, -4] and changes.curve.rejected.tolist() == [0, -6, -8]
     (tmp_path / "displacement").mkdir()
     (tmp_path / "displacement.parquet").rename(tmp_path / "displacement/step-00000004.parquet")
     assert read_run(tmp_path).chosen.tolist() == [-4]
@@ -38,7 +39,7 @@ def test_single_responses_of_a_run_are_left_out(tmp_path):
         "dlogp_rejected": [-2.0, -2.0, np.nan], "chosen_tokens": [4] * n, "rejected_tokens": [4, 4, 0],
     }  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
-    diagnosis = diagnose(DiagnoseConfig(run_dir=str(tmp_path)))
+    diagnosis = diagnose(DiagnoseConfig(path=str(tmp_path)))
     assert (
         diagnosis.pairs == 2
         and diagnosis.chosen.mean == -1
@@ -85,6 +86,14 @@ def test_copies_of_a_row_are_matched_in_order(tmp_path):
     assert changes.chosen.tolist() == [-2] and changes.caveats == ("1 rows are in one table only",)
 
 
+def test_pairs_that_were_kept_and_not_scored_are_left_out(tmp_path):
+    before = score_table(tmp_path / "a", ["x", "y"], [-10.0, None], [-11.0, None])
+    after = score_table(tmp_path / "b", ["x", "y"], [-11.0, None], [-14.0, None])
+    changes = read_score_tables(before, after)
+    assert changes.chosen.tolist() == [-1] and "1 pairs were not scored" in changes.caveats[0]
+    assert changes.rows is not None and changes.rows["row_id"].tolist() == ["x"]
+
+
 @pytest.mark.parametrize(
     "changed", [{"eos": "exclude"}, {"max_length": 64}, {"template": "none"}, {"dtype": "bfloat16"}]
 )
@@ -103,10 +112,12 @@ def test_tables_that_count_other_tokens_are_refused(tmp_path):
         read_score_tables(before, after)
 
 
-def test_tokenizers_that_count_alike_are_told(tmp_path):
+def test_tables_of_two_tokenizers_are_refused_unless_their_tokens_were_compared(tmp_path):
     before = score_table(tmp_path / "a", ["x"], [-10.0], [-11.0])
     after = score_table(tmp_path / "b", ["x"], [-10.0], [-11.0], tokenizer_fingerprint="u")
-    assert any("tokenizers differ" in caveat for caveat in read_score_tables(before, after).caveats)
+    with pytest.raises(RunError, match="the tokenizers differ"):
+        read_score_tables(before, after)
+    assert read_score_tables(before, after, same_tokens=True).chosen.tolist() == [0]
 
 
 def test_tables_without_log_probabilities_or_a_common_pair_are_refused(tmp_path):
@@ -133,57 +144,3 @@ def test_a_table_of_log_probabilities(tmp_path):
     pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
     with pytest.raises(ChesError, match="no column logp_chosen"):
         read_logps(tmp_path / "less.parquet")
-
-
-def trl_log(path, history):
-    path.write_text(json.dumps({"log_history": history}))
-    return path
-
-
-def test_a_trl_log(tmp_path):
-    history = [{"step": i, "rewards/chosen": -0.02 * i, "rewards/rejected": -0.05 * i} for i in range(100)]
-    path = trl_log(tmp_path / "trainer_state.json", [*history, {"train_loss": 0.1}])
-    diagnosis = diagnose(DiagnoseConfig(trl_log=str(path), beta=0.1))
-    assert diagnosis.verdict == "displaced" and diagnosis.pairs == 10 and diagnosis.unit == "logged steps"
-    assert list(diagnosis.directions.values()) == ["down", "down", "up"]
-    assert diagnosis.chosen.mean == pytest.approx(-0.2 * 94.5)
-    assert any("means of training batches" in c for c in diagnosis.caveats)
-    assert any("the spread of steps" in c for c in diagnosis.caveats)
-    path.write_text("[]")
-    with pytest.raises(ChesError, match="not a trainer_state"):
-        diagnose(DiagnoseConfig(trl_log=str(path)))
-
-
-def test_held_out_rewards_of_a_trl_log_come_first(tmp_path):
-    history = [{"step": i, "rewards/chosen": 0.02 * i, "rewards/rejected": -0.05 * i} for i in range(100)]
-    history += [{"step": i, "eval_rewards/chosen": -0.6, "eval_rewards/rejected": -1.0} for i in (50, 100)]
-    path = trl_log(tmp_path / "trainer_state.json", history)
-    changes = read_trl_log(path, 0.1)
-    assert changes.chosen.tolist() == pytest.approx([-6]) and changes.rejected.tolist() == pytest.approx([-10])
-    assert changes.unit == "logged evaluations" and "held-out batches" in changes.caveats[0]
-    assert read_trl_log(tmp_path, 0.1).source == changes.source
-    alone = trl_log(tmp_path / "eval.json", history[100:])
-    assert read_trl_log(alone, 0.1).chosen.tolist() == pytest.approx([-6])
-
-
-@pytest.mark.parametrize(
-    ("extra", "reason"),
-    [({"log_odds_ratio": -0.6}, "it logs log_odds_ratio"), ({}, "its rewards are 0.1 times its logps")],
-)
-def test_rewards_without_a_reference_are_refused(tmp_path, extra, reason):
-    logps = [{"logps/chosen": -120 + i, "logps/rejected": -150 - i} for i in range(20)]
-    history = [
-        {**e, **extra, **{f"rewards/{side}": round(0.1 * e[f"logps/{side}"], 4) for side in ("chosen", "rejected")}}
-        for e in logps
-    ]
-    path = trl_log(tmp_path / "trainer_state.json", history)
-    with pytest.raises(ChesError, match=re.escape(f"{reason}, so its rewards are log-probabilities without a ref")):
-        read_trl_log(path, 0.1)
-
-
-def test_rewards_of_a_dpo_log_are_no_multiple_of_its_logps(tmp_path):
-    history = [
-        {"logps/chosen": -120 - i, "logps/rejected": -150 - i, "rewards/chosen": -0.1 * i, "rewards/rejected": -0.1 * i}
-        for i in range(20)
-    ]
-    assert read_trl_log(trl_log(tmp_path / "trainer_state.json", history), 0.1).chosen.tolist() == [-18, -19]

@@ -1,19 +1,20 @@
 """The verdict on a run: what the intervals say, and when they say nothing."""
 
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
 
+from ches_jax.displacement.changes import Changes
+from ches_jax.displacement.evidence import Criterion, Harm
+from ches_jax.displacement.intervals import Interval
 from ches_jax.displacement.verdict import (
     FEWEST,
     VERDICTS,
-    Changes,
     Diagnosis,
-    Interval,
     diagnose_changes,
-    mean_intervals,
     rule_holds,
     verdict,
 )  # fmt: skip
@@ -31,7 +32,7 @@ def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
     chosen, rejected = -1 + 0.1 * rng.normal(size=60), -0.65 + 2.9 * rng.normal(size=60)
     diagnosed = diagnose_changes(Changes(chosen, rejected, "test"))
     assert diagnosed.margin.mean < -0.3 and diagnosed.summary["displacement/inverted_rate"] > 0.5
-    assert diagnosed.verdict == "displaced"
+    assert diagnosed.verdict == "chosen_down"
     assert diagnosed.directions == {"chosen": "down", "rejected": "undecided", "margin": "undecided"}
     assert any("margin did not clearly rise" in caveat for caveat in diagnosed.caveats)
     assert "margin change:" not in diagnosed.text()  # shares of a margin whose sign is unknown
@@ -40,8 +41,8 @@ def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "word", "directions"),
     [
-        (-3, -9, "displaced", ("down", "down", "up")), (-4, -1, "displaced", ("down", "down", "down")),
-        (-3, 1, "displaced", ("down", "up", "down")), (-3, -3, "displaced", ("down", "down", "level")),
+        (-3, -9, "displaced", ("down", "down", "up")), (-4, -1, "chosen_down", ("down", "down", "down")),
+        (-3, 1, "chosen_down", ("down", "up", "down")), (-3, -3, "chosen_down", ("down", "down", "level")),
         (2, -2, "not_displaced", ("up", "down", "up")), (5, 2, "not_displaced", ("up", "up", "up")),
         (1, 3, "not_displaced", ("up", "up", "down")), (0, -4, "not_displaced", ("level", "down", "up")),
         (0, 0, "not_displaced", ("level", "level", "level")), (0, 3, "not_displaced", ("level", "up", "down")),
@@ -57,7 +58,7 @@ def test_the_verdict_follows_the_chosen_responses_and_tells_the_others(chosen, r
         assert interval.low <= interval.mean <= interval.high
         assert diagnosed.to_json()[name] == {**vars(interval), "direction": direction}
     assert any("displacement is defined while the loss falls" in c for c in diagnosed.caveats) == (
-        word == "displaced" and directions[2] != "up"
+        word == "chosen_down"
     )
     json.dumps(diagnosed.to_json())
 
@@ -65,7 +66,7 @@ def test_the_verdict_follows_the_chosen_responses_and_tells_the_others(chosen, r
 def diagnosis(chosen: str, rejected: str, margin: str) -> Diagnosis:
     c, r, m = (INTERVALS[word] for word in (chosen, rejected, margin))
     return Diagnosis(
-        verdict=verdict(c, 0.05), pairs=50, records=50, unit="pairs", source="test", chosen=c, rejected=r, margin=m,
+        verdict=verdict(c, m, 0.05), pairs=50, records=50, unit="pairs", source="test", chosen=c, rejected=r, margin=m,
         summary={}, tolerance=0.05, caveats=(),
     )  # fmt: skip
 
@@ -74,15 +75,18 @@ def diagnosis(chosen: str, rejected: str, margin: str) -> Diagnosis:
 def test_every_combination_of_directions_has_the_verdict_that_its_words_mean(chosen, rejected, margin):
     result = diagnosis(chosen, rejected, margin)
     assert result.directions == {"chosen": chosen, "rejected": rejected, "margin": margin}
-    expected = {"down": "displaced", "up": "not_displaced", "level": "not_displaced", "undecided": "undecided"}
+    expected = {
+        "down": "displaced" if margin == "up" else "chosen_down", "up": "not_displaced", "level": "not_displaced",
+        "undecided": "undecided",
+    }  # fmt: skip
     assert result.verdict == expected[chosen] and result.verdict in VERDICTS
-    fell = {"displaced": "yes", "not_displaced": "no", "undecided": "unclear"}[result.verdict]
+    fell = {"down": "yes", "up": "no", "level": "no", "undecided": "unclear"}[chosen]
     assert result.questions["did the chosen responses fall?"] == fell
 
 
 @pytest.mark.parametrize(("low", "high", "word"), [(-0.04, 3.0, "not_displaced"), (-3.0, 0.04, "undecided")])
 def test_an_interval_that_excludes_a_fall_is_enough(low, high, word):
-    assert verdict(Interval(0.0, low, high), 0.05) == word
+    assert verdict(Interval(0.0, low, high), INTERVALS["up"], 0.05) == word
 
 
 def test_noise_around_zero_is_undecided():
@@ -95,6 +99,7 @@ def test_few_pairs_have_no_verdict(pairs):
     diagnosed = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
     assert diagnosed.verdict == "undecided" and set(diagnosed.directions.values()) == {"undecided"}
     assert diagnosed.chosen.mean == -3 and any(f"{pairs} pairs are too few" in c for c in diagnosed.caveats)
+    assert diagnosed.to_json()["chosen"] == {"mean": -3, "low": None, "high": None, "direction": "undecided"}
     enough = diagnose_changes(Changes(np.full(FEWEST, -3.0), np.full(FEWEST, -5.0), "test"))
     assert enough.verdict == "displaced" and any("intervals are rough" in c for c in enough.caveats)
 
@@ -103,25 +108,6 @@ def test_few_pairs_have_no_verdict(pairs):
 def test_fewer_than_thirty_pairs_are_called_few(pairs, rough):
     diagnosed = diagnose_changes(Changes(np.full(pairs, -3.0), np.full(pairs, -5.0), "test"))
     assert any("are few" in c for c in diagnosed.caveats) == rough
-
-
-def test_the_interval_covers_the_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    hits = 0
-    for _ in range(60):
-        mean = diagnose_changes(Changes(rng.normal(size=80), rng.normal(size=80), "test")).chosen
-        hits += mean.low <= 0 <= mean.high
-    assert hits >= 51  # 57 expected; 50 or fewer has probability below 0.5%
-
-
-def test_intervals_are_the_percentiles_of_resampled_means():
-    values = np.random.default_rng(3).normal(size=(3, 37))
-    rng = np.random.default_rng(0)
-    means = np.stack([values[:, rng.integers(0, 37, 37)].mean(1) for _ in range(2000)], 1)
-    for interval, mean, low, high in zip(
-        mean_intervals(values), values.mean(1), *np.quantile(means, [0.025, 0.975], axis=1), strict=True
-    ):
-        assert (interval.mean, interval.low, interval.high) == pytest.approx((mean, low, high))
 
 
 def test_sides_are_resampled_together():
@@ -158,7 +144,7 @@ def fallen():
     [
         (None, False), ("lld_rate>0.5", True), ("lld_rate<0.5", False), ("lld_rate >= 1", True), ("lld_rate<=1", True),
         ("lld_rate>1", False), ("margin<1e-3", False), ("dlogp_chosen<-1e0", True), ("margin > .5", True),
-        ("displaced", True), ("undecided", False),
+        ("displaced", True), ("undecided", False), ("harmful", False), ("chosen_down", False),
     ],
 )  # fmt: skip
 def test_a_rule_compares_a_number_or_a_verdict(fallen, rule, holds):
@@ -168,6 +154,12 @@ def test_a_rule_compares_a_number_or_a_verdict(fallen, rule, holds):
 def test_a_rule_on_a_number_that_is_not_defined_holds():
     still = diagnose_changes(Changes(np.zeros(50), np.zeros(50), "test"))
     assert rule_holds(still, "chosen_share<-5") and not rule_holds(still, "margin<-5")
+
+
+def test_a_rule_asks_for_harm(fallen):
+    harm = Harm((Criterion("the held-out margin fell", "met", "margin -1"),))
+    assert rule_holds(dataclasses.replace(fallen, harm=harm), "harmful")
+    assert rule_holds(dataclasses.replace(fallen, summary={}), "margin<-5")  # nats are not known: the gate stays shut
 
 
 @pytest.mark.parametrize(

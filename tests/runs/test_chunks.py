@@ -1,6 +1,7 @@
 """Chunks of a run: whole or not there, in order, apart from what a killed run left."""
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -20,7 +21,8 @@ def test_a_run_goes_on_after_the_first_gap(tmp_path):
 def test_parts_are_joined_in_order_with_what_was_dropped(tmp_path):
     chunks.write(tmp_path, 1, [{"n": 2}], [{"row": 5}])
     chunks.write(tmp_path, 0, [{"n": 0}, {"n": 1}], [{"row": 3}, {"row": 4}])
-    chunks.join(tmp_path, "rows.jsonl", chunks.require_whole(tmp_path))
+    chunks.end(tmp_path, 2)
+    chunks.join(tmp_path, "rows.jsonl")
     chunks.clear(tmp_path)
     assert [r["n"] for r in chunks.read_lines(tmp_path / "rows.jsonl")] == [0, 1, 2]
     assert [r["row"] for r in chunks.read_lines(tmp_path / chunks.DROPPED)] == [3, 4, 5]
@@ -38,17 +40,92 @@ def test_a_chunk_that_died_while_it_was_written_is_not_there(tmp_path):
 
 
 def test_the_part_is_written_last(tmp_path, monkeypatch):
-    """A kill between the two files must not leave a chunk that counts as done and lacks its dropped rows."""
+    """A kill between two files must not leave a chunk that counts as done and lacks its dropped rows."""
     order = []
-    real = chunks.write_lines
-    monkeypatch.setattr(chunks, "write_lines", lambda path, rows: (order.append(path.name), real(path, rows)))
+    real = chunks.replacing
+    monkeypatch.setattr(chunks, "replacing", lambda path: (order.append(path.name), real(path))[1])
     chunks.write(tmp_path, 7, [{"n": 0}], [{"row": 0}])
-    assert order == ["dropped-000007.jsonl", "part-000007.jsonl"]
+    assert order == ["dropped-000007.jsonl", "part-000007.jsonl", "done-000007.json"]
+
+
+def whole(out):
+    for number in range(3):
+        chunks.write(out, number, [{"n": number}], [{"row": number}])
+    chunks.end(out, 3)
+    assert chunks.require_whole(out) == 3
+    return out / chunks.FOLDER
+
+
+def test_a_run_that_lost_its_tail_is_not_joined(tmp_path):
+    parts = whole(tmp_path)
+    (parts / "done-000002.json").unlink()
+    with pytest.raises(RunError, match=r"1 parts are missing \(2\)"):
+        chunks.join(tmp_path, "rows.jsonl")
+    (parts / "end.json").unlink()
+    with pytest.raises(RunError, match=r"not come to the end of its data \(2 chunks are done\)"):
+        chunks.join(tmp_path, "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists() and parts.is_dir()
+
+
+@pytest.mark.parametrize("name", ["part-000001.jsonl", "dropped-000001.jsonl"])
+@pytest.mark.parametrize("fault", ["a flipped bit", "no bytes", "gone"])
+def test_a_chunk_that_is_not_as_it_was_written_is_told_and_computed_again(tmp_path, name, fault):
+    path = whole(tmp_path) / name
+    before = path.read_bytes()
+    path.write_bytes(bytes([before[0] ^ 1]) + before[1:] if fault == "a flipped bit" else b"")
+    if fault == "gone":
+        path.unlink()
+    with pytest.raises(RunError, match=rf"(?s)--resume: {name} is (not as it was written|missing)"):
+        chunks.require_whole(tmp_path)
+    assert chunks.finished(tmp_path) == 1
+    chunks.write(tmp_path, 1, [{"n": 1}], [{"row": 1}])
+    assert chunks.require_whole(tmp_path) == 3 and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 1}', "[" * 10_000, '{"rows": "1", "sha256": {"a": "b"}}'])
+def test_a_damaged_record_of_a_chunk_is_a_chunk_that_is_not_done(tmp_path, text):
+    (whole(tmp_path) / "done-000001.json").write_text(text)
+    assert chunks.finished(tmp_path) == 1
+    with pytest.raises(RunError, match="done-000001"):
+        chunks.require_whole(tmp_path)
+
+
+def test_a_part_of_another_run_is_named(tmp_path):
+    whole(tmp_path)
+    chunks.write(tmp_path, 3, [{"n": 3}])
+    with pytest.raises(RunError, match="part 3 is behind the end of the data"):
+        chunks.require_whole(tmp_path)
+
+
+def test_chunks_computed_from_data_that_changed_are_not_done(tmp_path):
+    chunks.write(tmp_path, 0, [{"n": 0}])
+    chunks.write(tmp_path, 1, [{"n": 1}])
+
+    def changed():
+        raise RunError("changed")
+
+    with pytest.raises(RunError, match="changed"):
+        chunks.end_of_data(tmp_path, 2, [1], changed)
+    assert chunks.finished(tmp_path) == 1 and not (tmp_path / chunks.FOLDER / chunks.END).exists()
+
+
+def test_a_chunk_that_drops_nothing_the_second_time_leaves_no_list_of_the_first(tmp_path):
+    chunks.write(tmp_path, 0, [{"n": 0}], [{"row": 0}])
+    chunks.write(tmp_path, 0, [{"n": 0}])
+    chunks.end(tmp_path, 1)
+    chunks.join(tmp_path, "rows.jsonl")
+    assert not (tmp_path / chunks.DROPPED).exists()
+
+
+def test_whatever_a_row_holds_is_a_line_of_json():
+    row = {"when": datetime(2020, 1, 2), "bytes": b"x", "x": float("inf"), "text": "\ud800", "list": [float("nan")]}
+    back = json.loads(chunks.json_line(row).encode("utf-8"))
+    assert back == {"when": "2020-01-02 00:00:00", "bytes": "b'x'", "x": None, "text": "\ud800", "list": [None]}
 
 
 def test_no_chunk_at_all_is_an_error(tmp_path):
     with pytest.raises(RunError, match="no parts to merge"):
-        chunks.require_whole(tmp_path, ".parquet")
+        chunks.require_whole(tmp_path)
 
 
 def test_lines_are_plain_json(tmp_path):

@@ -109,7 +109,7 @@ def test_the_displacement_log_is_the_change_since_step_0(whole_run):
         change = table[f"logp_{side}"] - start[f"logp_{side}"].loc[table.row_id].to_numpy()
         np.testing.assert_allclose(table[f"dlogp_{side}"], change)
     assert np.abs(table[table.step == 6].dlogp_chosen).max() > 0.01
-    diagnosis = diagnose(DiagnoseConfig(run_dir=str(whole_run)))
+    diagnosis = diagnose(DiagnoseConfig(path=str(whole_run)))
     assert diagnosis.pairs == 8 and "update 6" in diagnosis.source
     expected = table[(table.step == 6) & (table["set"] == "held_out")].dlogp_chosen.mean()
     assert diagnosis.chosen.mean == pytest.approx(expected)
@@ -330,7 +330,7 @@ def test_the_command_line_trains_and_diagnoses(capsys, tiny_model, tmp_path):
     words = ["--model", str(tiny_model), "--limit", "12", "--batch-size", "4", "--lr", "1e-4", "--mesh", "data=1"]
     assert main(["train", *words, "--loss", "ipo_sum", "--loss-args", "tau=0.05", "--out", out, "--quiet"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
-    assert main(["diagnose", "--run", out, "--fail-if", "lld_rate>1"]) == 0
+    assert main(["diagnose", out, "--fail-if", "lld_rate>1"]) == 0
     assert capsys.readouterr().out.startswith("verdict: ")
 
 

@@ -33,7 +33,7 @@ def lines_of(file):
 def test_an_epoch_over_hh_pairs(shared, tmp_path, loss):
     out = tmp_path / loss
     subprocess.run(command(shared, out, "--loss", loss, "--holdout", 128, "--eval-every", 32), check=True)
-    diagnosis = diagnose(DiagnoseConfig(run_dir=str(out)))
+    diagnosis = diagnose(DiagnoseConfig(path=str(out)))
     assert diagnosis.pairs == 128
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval_rewards/accuracies"] > 0.5 and last["displacement/margin"] > 0

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ches_jax.forecast.linear import pull, push
 from ches_jax.scores.unembedding_gradients import PairContributions, head_products, pair_contributions, token_gram
 from theory.models.lmview import LMView, Sequences, errors, log_probs, pair_log_probs, path_name, states
 from theory.toy.dynamics import moving
@@ -58,7 +59,7 @@ def direction(view: LMView, params: Any, chosen: Sequences, rejected: Sequences,
 
 def rates_along(view: LMView, params: Any, probes: Sequences, velocity: Any) -> Float[Array, " N"]:
     """d/dt ln pi of every probe along any direction: a gradient, or an optimiser's actual update."""
-    return jax.jvp(lambda p: log_probs(view, p, probes), (params,), (velocity,))[1]
+    return push(lambda p: log_probs(view, p, probes), params, velocity)[1]
 
 
 def batch_rates(
@@ -83,7 +84,7 @@ def gram(view: LMView, params: Any, sequences: Sequences) -> Float[Array, "N N"]
     """K between all the responses: each column one backward and one forward-mode pass, no gradient kept."""
 
     def column(sequence: Sequences) -> Array:
-        gradient = jax.grad(lambda p: log_probs(view, p, one_of(sequence))[0])(params)
+        gradient = pull(lambda p: log_probs(view, p, one_of(sequence))[0], params, jnp.ones(()))[1]
         return rates_along(view, params, sequences, moving(gradient, view.trainable(params)))
 
     return jax.lax.map(column, sequences)

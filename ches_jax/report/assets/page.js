@@ -16,11 +16,17 @@
   const s = (tag, properties, ...children) => fill(document.createElementNS(SVG, tag), properties, children);
   const say = (button, words) => { const old = button.textContent; button.textContent = words; setTimeout(() => (button.textContent = old), 1200); };
 
+  function bytes(base64) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+    const text = atob(base64), out = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
+    return out;
+  }
   async function unpacked(name) {
     const node = document.getElementById("block-" + name);
     if (!node) return null;
-    const text = atob(node.textContent.trim()), packed = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
+    const packed = bytes(node.textContent);
+    node.remove();
     return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip")));
   }
   function saved(name, type, content) {
@@ -68,7 +74,7 @@
   $$("figure:not(.points)").forEach((figure) => {
     const svg = $("svg", figure), image = $("img", figure);
     if (svg) saveButton(figure, () => standalone(svg));
-    else if (image && image.src.startsWith("data:image/svg+xml;base64,")) saveButton(figure, () => Uint8Array.from(atob(image.src.slice(26)), (c) => c.charCodeAt(0)));
+    else if (image && image.src.startsWith("data:image/svg+xml;base64,")) saveButton(figure, () => bytes(image.src.slice(26)));
   });
 
   // ---- printing: everything unfolded ---------------------------------------------------------------------------------
@@ -80,13 +86,13 @@
   // ---- the pairs -----------------------------------------------------------------------------------------------------
   const meta = JSON.parse($("#page-data").textContent);
   if (!meta.columns) { document.documentElement.dataset.ready = "1"; return; }
-  const numbers = await (await unpacked("numbers")).arrayBuffer();
-  const texts = await (await unpacked("texts")).json();
+  const [numbers, texts] = await Promise.all([unpacked("numbers").then((r) => r.arrayBuffer()), unpacked("texts").then((r) => r.json())]);
   const N = meta.rows, columns = {}, KINDS = { f4: Float32Array, i4: Int32Array, u1: Uint8Array, u2: Uint16Array };
   for (const column of meta.columns) {
     column.data = new KINDS[column.type](numbers, column.offset, N);
     const options = column.digits === null ? {} : { minimumFractionDigits: column.digits, maximumFractionDigits: column.digits };
-    column.format = new Intl.NumberFormat("en", { ...options, signDisplay: column.signed ? "exceptZero" : "auto" });
+    let format = null; // made when it is needed
+    Object.defineProperty(column, "format", { get: () => (format ||= new Intl.NumberFormat("en", { ...options, signDisplay: column.signed ? "exceptZero" : "auto" })) });
     columns[column.name] = column;
   }
   const missing = (column, row) => (column.type === "f4" ? Number.isNaN(column.data[row]) : false);
@@ -108,58 +114,82 @@
 
   const state = { sort: meta.sort[0], down: meta.sort[1] < 0, filters: {}, bounds: {}, query: "", open: new Set() };
   let view = new Uint32Array(0);
-  const orders = {};
+  const orders = {}, ROWS = 2 ** 21;
   function order(name) {
+    // Positions in rising order. A key and its position share one double, so that the browser's native sort does the work.
     if (orders[name]) return orders[name];
-    const rows = new Uint32Array(N).map((_, i) => i), column = columns[name];
+    const column = columns[name], keys = new Float64Array(N), rows = new Uint32Array(N);
     if (!column) {
-      const words = texts[name].map((text) => text.trimStart().slice(0, 60).toLowerCase());
-      rows.sort((a, b) => (words[a] < words[b] ? -1 : words[a] > words[b] ? 1 : a - b));
-    } else if (column.kind === "word") {
-      const rank = new Int32Array(column.values.length);
-      [...column.values.keys()].sort((a, b) => (column.values[a] < column.values[b] ? -1 : 1)).forEach((code, i) => (rank[code] = i));
-      rows.sort((a, b) => rank[column.data[a]] - rank[column.data[b]] || a - b);
-    } else {
-      const data = column.data;
-      rows.sort((a, b) => data[a] - data[b] || a - b);
+      const words = texts[name].map((text) => text.trimStart().slice(0, 60).toLowerCase()), at = rows.map((_, i) => i);
+      return (orders[name] = at.sort((a, b) => (words[a] < words[b] ? -1 : words[a] > words[b] ? 1 : a - b)));
     }
+    if (column.kind === "word") {
+      const rank = new Float64Array(column.values.length);
+      [...column.values.keys()].sort((a, b) => (column.values[a] < column.values[b] ? -1 : 1)).forEach((code, i) => (rank[code] = i));
+      for (let row = 0; row < N; row++) keys[row] = rank[column.data[row]] * ROWS + row;
+    } else if (column.type === "f4") {
+      const bits = new Uint32Array(column.data.buffer, column.data.byteOffset, N);
+      for (let row = 0; row < N; row++) {
+        const b = column.data[row] === 0 ? 0 : bits[row]; // -0 is 0
+        keys[row] = (Number.isNaN(column.data[row]) ? 4294967295 : b >= 2147483648 ? 4294967295 - b : b + 2147483648) * ROWS + row;
+      }
+    } else for (let row = 0; row < N; row++) keys[row] = (column.data[row] + 2147483648) * ROWS + row;
+    keys.sort();
+    for (let i = 0; i < N; i++) rows[i] = keys[i] % ROWS;
     return (orders[name] = rows);
   }
-  function sorted() {
-    const rows = order(state.sort), column = columns[state.sort], there = [], without = [];
-    for (const row of rows) (column && column.kind === "number" && missing(column, row) ? without : there).push(row);
-    if (state.down) there.reverse();
-    return there.concat(without); // rows without a number come last either way
+  function selected(test) {
+    // rows in the order of the table; those without a number come last either way
+    const rows = order(state.sort), column = columns[state.sort], out = new Uint32Array(N);
+    let there = N, count = 0;
+    if (column && column.type === "f4") while (there > 0 && missing(column, rows[there - 1])) there--;
+    for (let i = 0; i < N; i++) {
+      const row = rows[i < there && state.down ? there - 1 - i : i];
+      if (test(row)) out[count++] = row;
+    }
+    return out.slice(0, count);
   }
   let corpus = null;
   function searched() {
+    // all texts as one string, rows apart by a character that no text has
     if (!corpus) {
-      corpus = new Array(N);
-      for (let row = 0; row < N; row++) {
-        let text = keyOf(row);
-        for (const name of shownSides) text += "\n" + texts[name][row];
-        if (texts.id) text += "\n" + texts.id[row];
-        corpus[row] = text.toLowerCase();
-      }
+      const rows = new Array(N);
+      for (let row = 0; row < N; row++) rows[row] = [keyOf(row), ...shownSides.map((name) => texts[name][row]), texts.id ? texts.id[row] : ""].join("\n");
+      const whole = rows.join("\u0001").toLowerCase() + "\u0001", ends = new Uint32Array(N);
+      for (let row = 0, at = -1; row < N; row++) ends[row] = at = whole.indexOf("\u0001", at + 1);
+      corpus = { whole, ends };
     }
     return corpus;
+  }
+  function found(words) {
+    // 1 for each row that holds every word
+    const { whole, ends } = searched(), hits = new Uint8Array(N);
+    words.forEach((word, k) => {
+      for (let row = 0, at = whole.indexOf(word); at >= 0; at = whole.indexOf(word, ends[row])) {
+        let low = row, high = N - 1; // the row that holds this place
+        while (low < high) { const middle = (low + high) >> 1; if (ends[middle] < at) low = middle + 1; else high = middle; }
+        row = low;
+        if (hits[row] === k) hits[row] = k + 1;
+      }
+    });
+    return hits;
   }
   function keep() {
     const tests = [];
     for (const [name, word] of Object.entries(state.filters)) {
-      const column = columns[name], code = column.values.indexOf(word);
-      tests.push((row) => column.data[row] === code);
+      const data = columns[name].data, code = columns[name].values.indexOf(word);
+      tests.push((row) => data[row] === code);
     }
     for (const [name, [low, high]] of Object.entries(state.bounds)) {
       const data = columns[name].data;
       tests.push((row) => data[row] >= low && data[row] <= high);
     }
-    const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = state.query.toLowerCase().split(/\s+/).filter(Boolean).slice(0, 255);
     if (words.length) {
-      const where = searched();
-      tests.push((row) => words.every((word) => where[row].includes(word)));
+      const hits = found(words);
+      tests.push((row) => hits[row] === words.length);
     }
-    return (row) => tests.every((test) => test(row));
+    return tests.length === 1 ? tests[0] : (row) => tests.every((test) => test(row));
   }
 
   // ---- the table: only the rows in sight are elements -----------------------------------------------------------------
@@ -298,7 +328,7 @@
   }
   function apply() {
     const test = keep();
-    view = Uint32Array.from(sorted().filter(test));
+    view = selected(test);
     place();
     box.scrollTop = 0;
     $("table", box).setAttribute("aria-rowcount", view.length + 1);
@@ -401,7 +431,7 @@
     for (const row of view) lines.push([keyOf(row), ...names.map((column) => (column.kind === "word" ? column.values[column.data[row]] : missing(column, row) ? "" : column.data[row])), ...(texts.id ? [texts.id[row]] : [])].map((value) => quoted(String(value))).join(","));
     saved(meta.name + ".csv", "text/csv", lines.join("\n") + "\n");
   }
-  let current = null, writing = false;
+  let current = null, writing = true; // not before the address was read
   function address() {
     const parts = [];
     if (current !== null) parts.push("row-" + encodeURIComponent(keyOf(current)));
@@ -446,7 +476,7 @@
 
   // ---- scatter figures: points on a canvas, the frame as SVG ----------------------------------------------------------
   const tip = $("#tip");
-  const W = 460, T = 320, L = 56, R = 12, U = 14, B = 44;
+  const W = 460, T = 320, L = 66, R = 12, U = 14, B = 44;
   const SHAPES = ["circle", "square", "triangle", "cross"];
   function scatter(figure) {
     const plot = $(".plot", figure), canvas = h("canvas", { tabindex: "0", role: "img", "aria-label": figure.dataset.alt + " Arrow keys go from point to point, Enter opens the pair." });
@@ -480,9 +510,8 @@
     function positions() {
       const x = columns[spec.x], y = columns[spec.y], sx = scale(x, L, W - R), sy = scale(y, T - B, U);
       rows = view.filter((row) => !missing(x, row) && !missing(y, row));
-      px = new Float32Array(rows.length);
-      py = new Float32Array(rows.length);
-      rows.forEach((row, i) => { px[i] = sx(x.data[row]); py[i] = sy(y.data[row]); });
+      px = Float32Array.from(rows, (row) => sx(x.data[row]));
+      py = Float32Array.from(rows, (row) => sy(y.data[row]));
     }
     const style = (code) => (spec.by ? ["--fourth", "--sixth", "--third", "--fifth"] : ["--chosen"])[code % (spec.by ? 4 : 1)];
     const group = (row) => (spec.by && columns[spec.by] ? columns[spec.by].data[row] : 0);
@@ -551,7 +580,7 @@
     let byX = null;
     canvas.onkeydown = (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-      if (event.key === "Enter" && at >= 0) { const row = rows[at]; tell(-1); show(row); return; }
+      if (event.key === "Enter" && at >= 0) { const row = rows[at]; event.preventDefault(); tell(-1); show(row); return; }
       if (event.key === "Escape") tell(-1);
       if (!step || !rows.length) return;
       event.preventDefault();
@@ -585,7 +614,8 @@
     const [x0, x1] = svg.dataset.span.split(",").map(Number), [low, high] = column.axis.range;
     const line = s("line", { class: "axis", y1: 8, y2: svg.viewBox.baseVal.height - 40, "stroke-width": 2 });
     svg.append(line);
-    const scored = [...column.data].filter((value) => !Number.isNaN(value)).length;
+    let scored = 0;
+    for (let row = 0; row < N; row++) if (!missing(column, row)) scored++;
     function move() {
       const value = low + (high - low) * (slider.value / 1000), short = Number(value.toPrecision(4));
       line.setAttribute("x1", x0 + (x1 - x0) * (slider.value / 1000));
@@ -611,7 +641,7 @@
   const line = $("tr.pair", body);
   if (line) { H = line.getBoundingClientRect().height || H; render(); }
   $$("figure.points").forEach(scatter);
-  readHash();
+  if (!readHash()) writing = false;
   document.documentElement.dataset.ready = "1";
   performance.mark("ready");
   (globalThis.requestIdleCallback || setTimeout)(searched);

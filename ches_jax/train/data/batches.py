@@ -102,7 +102,7 @@ def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> L
         plan = _arranged(group, layout)
         if plan.length == layout.row_tokens:
             counts[-(-len(plan.rows) // layout.row_multiple) * layout.row_multiple] += 1
-            predictions = max(predictions, _most_predictions(group, plan, layout))
+            predictions = max(predictions, most_predictions(group, plan, layout))
     sizes = fewest(counts, min(most, 1 + counts.total() // 32))
     return layout._replace(row_counts=sizes, predictions=predictions)
 
@@ -146,7 +146,8 @@ def _predictions(item: Item, layout: Layout) -> int:
     return sum(counts) - (len(counts) - 1) * shared
 
 
-def _most_predictions(items: Sequence[Item], plan: BatchPlan, layout: Layout) -> int:
+def most_predictions(items: Sequence[Item], plan: BatchPlan, layout: Layout) -> int:
+    """Predictions of the row of a plan that has most of them."""
     return max(sum(_predictions(items[i], layout) for i in row) for row in plan.rows)
 
 
@@ -180,8 +181,8 @@ def make_batch(
     count = fit[0] if fit else stepped(-(-used // layout.row_multiple)) * layout.row_multiple
     plan = plan._replace(row_count=count)
     rows = write_batch(items, plan, layout.eos, layout.length_threshold, local_rows(count, layout))
-    rows = _without_empty_room(
-        rows, plan.length, _most_predictions(items, plan, layout), layout.predictions if standard else 0
+    rows = without_empty_room(
+        rows, plan.length, most_predictions(items, plan, layout), layout.predictions if standard else 0
     )
     row, shared, first = (np.zeros(len(items), np.int32) for _ in range(3))
     for place in plan.placements():
@@ -257,7 +258,7 @@ def _token_places(items: Sequence[Item], first: np.ndarray, layout: Layout, refe
     return TokenPlaces(stacked(sides, np.int32), stacked(masks, np.int32), stacked(refs, dtype))
 
 
-def _without_empty_room(rows: PackedBatch, length: int, used: int, room: int) -> PackedBatch:
+def without_empty_room(rows: PackedBatch, length: int, used: int, room: int) -> PackedBatch:
     """The batch with room for the predictions it has (``room``, or eighths of the row): each costs a product with W."""
     part = max(1, length // 8)
     keep = min(room if room >= used else -(-used // part) * part, rows.segment.shape[1])

@@ -1,0 +1,299 @@
+r"""What the rewards of a training log say about log-probabilities.
+
+The reward of DPO and its relatives is :math:`r_\pm = \beta (\ln \pi(y_\pm|x) - \ln \pi_{ref}(y_\pm|x))`: over beta it
+is the change since the reference, in nats. Other rewards are no changes, and none is made of them:
+
+- without a reference (ORPO, CPO, SimPO): beta times the log-probability itself;
+- of a reward model or a function (RLHF, PPO, GRPO, training of a reward model).
+
+A change per token (IPO of TRL, DPO with averaged log-probabilities) tells a direction and no nats of responses; so does
+a log whose beta is not known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from ches_jax.displacement.changes import Changes, Curve
+from ches_jax.displacement.readers.log import Log, Series
+from ches_jax.displacement.readers.run_settings import RunSettings
+from ches_jax.errors import ChesError
+
+SIDES = ("chosen", "rejected")
+Scale = Literal["nats", "sign", "per token"]
+WITHOUT_REFERENCE = ("orpo", "simpo", "cpo", "cpo_simpo", "alphapo", "sft")
+"""Losses whose rewards are log-probabilities and no changes."""
+PER_TOKEN = ("ipo", "ipo_mean")
+"""Losses for which trainers average log-probabilities over tokens."""
+UNPAIRED = ("kto", "kto_pair", "apo_zero_unpaired", "bco")
+"""Losses of single responses: their chosen and rejected ones belong to other prompts."""
+SHORT = 8.0
+"""Nats: log-probabilities of whole responses are below minus this, those of a token above it."""
+EARLY = 0.05
+"""The first entry is of the start where its step is within this share of the run."""
+BETA_ERROR = 0.02
+"""Relative error up to which a recovered beta is taken, and two betas are called the same."""
+HOW_TO_LOG = (
+    "trainers of the DPO family log rewards/chosen and rewards/rejected by themselves (TRL: logging_steps=10, and "
+    'eval_strategy="steps" with an eval_dataset for the held-out ones); from two models the changes are computed by '
+    "ches diagnose --before MODEL --after MODEL --pairs FILE"
+)
+
+
+def log_changes(log: Log, settings: RunSettings, beta: float | None = None, rewards: str = "auto") -> Changes:
+    """The changes of log-probabilities that a log tells: held-out ones where there are any, training ones beside.
+
+    Args:
+      log: as it was read.
+      settings: of the run, where files tell.
+      beta: of the run, as its user says.
+      rewards: ``changes`` says that the rewards are changes since a reference, where the log looks otherwise.
+
+    Raises:
+      ChesError: no rewards of both responses; rewards that are no changes; NaN; betas that contradict each other.
+    """
+    if beta is not None and not beta > 0:
+        raise ChesError(f"--beta {beta}: expected a positive number")
+    prefix = "dlogp_" if _has(log, "dlogp_") else ""
+    if not prefix:
+        _require_rewards(log)
+    _require_finite(log, prefix)
+    scale, divisor, notes = ("nats", 1.0, []) if prefix else _scale(log, settings, beta, rewards)
+    sets = [
+        _changes(log, name, _curve(log, name, prefix, divisor), scale, (*log.notes, *notes))
+        for name in _has(log, prefix)
+    ]
+    return sets[0] if len(sets) == 1 else replace(sets[0], beside=sets[1])
+
+
+def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) -> tuple[Scale, float, list[str]]:
+    """The unit of rewards over a divisor, and notes on it."""
+    if rewards == "auto" and (why := _no_changes(log, settings)) is not None:
+        raise ChesError(
+            f"{log.source}: {why}, so its rewards are no changes since a reference. {_logps_in_words(log)}Compare the "
+            "models instead: ches diagnose --before MODEL --after MODEL --pairs FILE. If the run did have a reference, "
+            "say so with --rewards changes"
+        )
+    notes = []
+    if settings.loss in UNPAIRED:
+        notes.append(
+            f"{settings.loss}: chosen and rejected responses are of other prompts; their margin is one of means"
+        )
+    if rewards == "auto" and (why := _per_token(log, settings)) is not None:
+        return "per token", 1.0, [*notes, why]
+    known, whence = _beta(log, settings, beta)
+    if known is None:
+        return "sign", 1.0, [*notes, "beta is not known, so only directions are told; --beta NUMBER gives nats"]
+    return "nats", known, [*notes, f"beta {known:g} ({whence}) turns rewards into nats"]
+
+
+def _changes(log: Log, name: str, curve: Curve, scale: Scale, notes: tuple[str, ...]) -> Changes:
+    held_out = name == "held_out"
+    what = "held-out" if held_out else "training"
+    notes = (*notes, f"means of {what} batches: what single pairs did is hidden")
+    if held_out:
+        notes = (
+            *notes,
+            "intervals hold the noise from evaluation to evaluation of these pairs, not the choice of pairs",
+        )
+    else:
+        notes = (
+            *notes,
+            "intervals are over blocks of steps, each on other pairs; training pairs tell less than held-out",
+        )
+    return Changes(
+        curve.chosen, curve.rejected, log.source, notes, unit="evaluations" if held_out else "steps", scale=scale,
+        held_out=held_out, curve=curve,
+    )  # fmt: skip
+
+
+def _has(log: Log, prefix: str) -> list[str]:
+    """The sets that have both sides of a quantity."""
+    return [name for name in ("held_out", "train") if all(log.get(name, f"{prefix}{side}") for side in SIDES)]
+
+
+def _require_rewards(log: Log) -> None:
+    if _has(log, ""):
+        if found := log.of_a_reward_model:
+            raise ChesError(
+                f"{log.source}: it logs {', '.join(found[:2])}, as the training of a reward model does: its rewards "
+                f"are outputs of that model and no log-probabilities; {HOW_TO_LOG}"
+            )
+        return
+    one = [side for side in SIDES for name in ("held_out", "train") if log.get(name, side)]
+    found = ", ".join(log.names[:8]) + (", ..." if len(log.names) > 8 else "")
+    if one:
+        missing = SIDES[1 - SIDES.index(one[0])]
+        raise ChesError(f"{log.source}: has rewards of {one[0]} responses and none of {missing} ones; {HOW_TO_LOG}")
+    if reinforcement := log.of_reinforcement:
+        raise ChesError(
+            f"{log.source}: a log of reinforcement learning ({', '.join(reinforcement[:3])}): its rewards come from a "
+            f"reward model or a function and say nothing about chosen and rejected responses; {HOW_TO_LOG}"
+        )
+    beside = ""
+    if "current_steps" in log.names:
+        beside = "; a trainer_log.jsonl of LLaMA-Factory leaves them out, trainer_state.json beside it has them"
+    raise ChesError(f"{log.source}: has no rewards/chosen and rewards/rejected (it has {found}){beside}; {HOW_TO_LOG}")
+
+
+def _require_finite(log: Log, prefix: str) -> None:
+    for name in _has(log, prefix):
+        for side in SIDES:
+            series = log.get(name, f"{prefix}{side}")
+            assert series is not None
+            bad = ~np.isfinite(series.values)
+            if bad.any():
+                raise ChesError(
+                    f"{log.source}: {'eval_' if name == 'held_out' else ''}rewards/{side} is NaN or infinite at "
+                    f"{bad.sum()} of {bad.size} entries, first at step {series.steps[bad.argmax()]}: the run diverged "
+                    "there, or its batches held an empty response; diagnose a log that ends before, or mend the run"
+                )
+
+
+def _both(log: Log, name: str, prefix: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps at which both sides were logged, and the sides."""
+    chosen, rejected = log.get(name, f"{prefix}chosen"), log.get(name, f"{prefix}rejected")
+    assert chosen is not None and rejected is not None
+    steps, i, j = np.intersect1d(chosen.steps, rejected.steps, return_indices=True)
+    return steps, chosen.values[i], rejected.values[j]
+
+
+def _curve(log: Log, name: str, prefix: str, divisor: float) -> Curve:
+    steps, chosen, rejected = _both(log, name, prefix)
+    accuracy, loss = log.get(name, "accuracy"), log.get(name, "loss")
+    last = float(accuracy.values[-1]) if accuracy is not None and np.isfinite(accuracy.values[-1]) else None
+    ends = None
+    if loss is not None and len(loss.values) > 1 and np.isfinite(loss.values[[0, -1]]).all():
+        ends = (float(loss.values[0]), float(loss.values[-1]))
+    return Curve(steps, chosen / divisor, rejected / divisor, last, ends)
+
+
+def _no_changes(log: Log, settings: RunSettings) -> str | None:
+    """Why rewards are no changes since a reference; None where nothing says so."""
+    if settings.loss in WITHOUT_REFERENCE:
+        return f"it was trained with {settings.loss.upper()}, which has no reference"
+    for name in ("train", "held_out"):
+        if log.get(name, "odds_ratio") is not None:
+            return "it logs the odds ratio of ORPO, which has no reference"
+    for name in _has(log, ""):
+        if (factor := _factor_of_logps(log, name)) is not None:
+            return f"its rewards are {factor:.3g} times its logps (ORPO, CPO, SimPO: without a reference)"
+    if (start := _start(log)) is not None:
+        chosen, rejected = start
+        return (
+            f"its first rewards are {chosen:+.3g} and {rejected:+.3g}, where those of a policy that starts at its "
+            "reference are 0: without a reference (ORPO, CPO, SimPO), or of a reward model"
+        )
+    return None
+
+
+def _factor_of_logps(log: Log, name: str) -> float | None:
+    """The factor between rewards and log-probabilities, where one fits every entry."""
+    steps, *rewards = _both(log, name)
+    series = [log.get(name, f"logp_{side}") for side in SIDES]
+    if any(s is None for s in series):
+        return None
+    pairs = [
+        (r[np.isin(steps, s.steps)], s.values[np.isin(s.steps, steps)])
+        for r, s in zip(rewards, series, strict=True)
+        if s
+    ]
+    reward, logps = (np.concatenate([pair[k] for pair in pairs]) for k in (0, 1))
+    if not reward.size or not (logps @ logps) > 0:
+        return None
+    factor = float(reward @ logps / (logps @ logps))
+    return factor if factor > 0 and np.allclose(reward, factor * logps, rtol=0.02, atol=1e-4) else None
+
+
+def _start(log: Log) -> tuple[float, float] | None:
+    """The first training rewards, where they are of the start and as large as the later ones."""
+    if "train" not in _has(log, ""):
+        return None
+    steps, *sides = _both(log, "train")
+    if len(steps) < 10 or steps[0] > EARLY * max(log.last_step, 1):
+        return None
+    first = [float(side[0]) for side in sides]
+    if all(abs(f) > 0.5 * np.median(np.abs(side[1:])) and abs(f) > 0.02 for f, side in zip(first, sides, strict=True)):
+        return first[0], first[1]
+    return None
+
+
+def _per_token(log: Log, settings: RunSettings) -> str | None:
+    """Why rewards are means over tokens; None where nothing says so, or the logps are seen to be sums."""
+    logps = [s.values for n in ("held_out", "train") for side in SIDES if (s := log.get(n, f"logp_{side}")) is not None]
+    if logps:
+        if np.concatenate(logps).min() <= -SHORT:
+            return None
+        return (
+            f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are told. If "
+            "they are sums over whole responses, say so with --rewards changes"
+        )
+    if settings.loss in PER_TOKEN:
+        return f"{settings.loss} averages log-probabilities over tokens: directions are told, and no nats of responses"
+    return None
+
+
+def _beta(log: Log, settings: RunSettings, given: float | None) -> tuple[float | None, str]:
+    """Beta and where it is from. What several places tell must agree."""
+    known = [(given, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
+    known.append((settings.beta, settings.beta_from))
+    told = [(value, where) for value, where in known if value is not None]
+    for value, where in told[1:]:
+        if abs(value - told[0][0]) > BETA_ERROR * value:
+            raise ChesError(
+                f"{log.source}: beta is {told[0][0]:g} ({told[0][1]}) and {value:g} ({where}); which one made these "
+                "rewards? Give it as --beta, and move away what says otherwise"
+            )
+    return told[0] if told else (None, "")
+
+
+def recovered_beta(log: Log) -> float | None:
+    r"""Beta as the slope of held-out rewards against held-out log-probabilities; None where the log cannot tell it.
+
+    Held-out pairs are the same at every evaluation, so :math:`r = \beta (\ln\pi - \ln\pi_{ref})` is a line in
+    :math:`\ln\pi`. It is taken where both sides fit one slope to ``BETA_ERROR`` (rounding of what was logged included).
+    """
+    if "held_out" not in _has(log, ""):
+        return None
+    x, y, rounding = [], [], 0.0
+    steps, *rewards = _both(log, "held_out")
+    for side, reward in zip(SIDES, rewards, strict=True):
+        series = log.get("held_out", f"logp_{side}")
+        if series is None:
+            return None
+        common, i, j = np.intersect1d(steps, series.steps, return_indices=True)
+        if len(common) < 2:
+            return None
+        x.append(series.values[j] - series.values[j].mean())
+        y.append(reward[i] - reward[i].mean())
+        rounding = max(rounding, float(np.finfo(np.float32).eps * np.abs(series.values).max()))
+    slopes = _slope(np.concatenate(x), np.concatenate(y), rounding)
+    return None if slopes is None else _round(slopes)
+
+
+def _slope(x: np.ndarray, y: np.ndarray, rounding: float) -> float | None:
+    spread = float(np.sqrt(x @ x))
+    if not spread > 0:
+        return None
+    slope = float(x @ y) / spread**2
+    residual = float(np.sqrt(((y - slope * x) ** 2).sum()))
+    error = residual / spread + abs(slope) * rounding * np.sqrt(len(x)) / spread
+    return slope if slope > 0 and error < BETA_ERROR * slope else None
+
+
+def _round(value: float) -> float:
+    """The nearest number of two digits where the value is within ``BETA_ERROR / 2`` of it."""
+    short = float(f"{value:.1e}")
+    return short if abs(short - value) <= BETA_ERROR / 2 * value else value
+
+
+def _logps_in_words(log: Log) -> str:
+    """What the log-probabilities themselves did, where they were logged."""
+    for name, label in (("held_out", "held-out"), ("train", "training")):
+        series: Sequence[Series | None] = [log.get(name, f"logp_{side}") for side in SIDES]
+        words = [f"{side} {s.values[0]:.3g} to {s.values[-1]:.3g}" for side, s in zip(SIDES, series, strict=True) if s]
+        if words:
+            return f"Its {label} logps went: {', '.join(words)}, as logged. "
+    return ""

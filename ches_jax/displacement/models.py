@@ -1,0 +1,95 @@
+"""The changes between two models: both score the same pairs, as the same tokens."""
+
+import dataclasses
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ches_jax.displacement.changes import Changes
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.errors import ChesError, RunError
+
+if TYPE_CHECKING:
+    from ches_jax.inputs import Inputs
+
+ADAPTER = "adapter_config.json"
+OPTIONS = (
+    "pairs", "split", "columns", "candidates", "limit", "eos", "template", "max_length", "dtype", "on_bad_row"
+)  # fmt: skip
+"""Of a diagnosis, which decide how models score."""
+
+
+def changes_between_models(config: DiagnoseConfig, work: Path, *, quiet: bool = False) -> Changes:
+    """Scores --pairs with both models, in two runs below ``work``, and compares.
+
+    Args:
+      config: ``before`` and ``after`` are model directories or hub names; ``after`` may be an adapter for ``before``.
+      work: directory for the two score runs.
+      quiet: no progress.
+
+    Raises:
+      ChesError: what scoring refuses; a pair whose tokens are not the same for both models.
+    """
+    from ches_jax.displacement.readers.logp_tables import read_score_tables
+    from ches_jax.inputs import Opener, open_model_and_pairs
+    from ches_jax.scores.config import ScoreConfig
+    from ches_jax.scores.run import score
+
+    assert config.before is not None and config.after is not None
+    if config.pairs is None:
+        raise ChesError("--before MODEL --after MODEL needs --pairs FILE: the pairs that both models score")
+    options = {name: getattr(config, name) for name in OPTIONS}
+    adapted = (Path(config.after) / ADAPTER).is_file()
+    first = ScoreConfig(model=config.before, logps=True, out=str(work / "before"), **options)
+    second = dataclasses.replace(
+        first,
+        model=config.before if adapted else config.after,
+        adapter=config.after if adapted else None,
+        out=str(work / "after"),
+    )
+    _require_same_tokens(*(open_model_and_pairs(run, Opener()) for run in (first, second)))
+    tables = [score(run, quiet=quiet) for run in (first, second)]
+    return read_score_tables(tables[0], tables[1], same_tokens=True)
+
+
+def _require_same_tokens(first: "Inputs", second: "Inputs") -> None:
+    """Refuses models whose tokenizers read a pair differently."""
+    one, other = (chain.from_iterable(pairs for _, pairs in inputs.chunks()) for inputs in (first, second))
+    for a, b in zip_longest(one, other):
+        sides = ("prompt", "chosen", "rejected")
+        differ = [s for s in sides if a is None or b is None or getattr(a, s) != getattr(b, s)]
+        if differ:
+            row = a.index if a is not None else b.index if b is not None else 0
+            raise RunError(
+                f"row {row}: the two models read its {' and '.join(differ)} as other tokens (tokenizer, template or "
+                "context differ), so their log-probabilities are of different events; give both the tokenizer of the "
+                "first, and --max-length of the shorter context"
+            )
+
+
+def generated_and_judged(
+    config: DiagnoseConfig, work: Path, *, quiet: bool = False
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Both models answer --generate, and rules judge whether they refused; directories of responses and judgments.
+
+    Raises:
+      ChesError: --before and --after are no models; what generating refuses.
+    """
+    from ches_jax.generate.config import GenerateConfig
+    from ches_jax.generate.run import generate
+    from ches_jax.judges.config import JudgeConfig
+    from ches_jax.judges.run import judge
+
+    if config.before is None or config.after is None or (Path(config.after) / ADAPTER).is_file():
+        raise ChesError("--generate needs --before MODEL and --after MODEL (an adapter is merged by ches convert)")
+    out = []
+    for name, model in (("before", config.before), ("after", config.after)):
+        responses = generate(
+            GenerateConfig(model=model, prompts=str(config.generate), template=config.template, dtype=config.dtype,
+                           temperature=0.0, out=str(work / f"responses-{name}")),
+            quiet=quiet,
+        )  # fmt: skip
+        judged = judge(JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=quiet)
+        out.append((str(responses), str(judged)))
+    (first, one), (second, other) = out
+    return (first, second), (one, other)

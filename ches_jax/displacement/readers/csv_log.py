@@ -1,0 +1,57 @@
+"""Logs in CSV: exports of Weights & Biases and trackio, and metrics of other trainers."""
+
+import csv
+import io
+from pathlib import Path
+
+from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.metric_names import STEPS, metric
+from ches_jax.errors import ChesError
+
+SPREAD = ("__MIN", "__MAX")
+"""Columns beside each metric in an export of Weights & Biases."""
+
+
+def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
+    """A table with a column for each metric and one for the step.
+
+    Columns of a chart exported from Weights & Biases are called ``run name - metric``.
+
+    Raises:
+      ChesError: no header, or columns of several runs.
+    """
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if not rows or not rows[0]:
+        raise ChesError(f"{path}: a CSV file without rows")
+    runs: dict[str, None] = {}
+    renamed: dict[str, str] = {}
+    for column in rows[0]:
+        if column is None or column.endswith(SPREAD):
+            continue
+        run, dash, name = column.rpartition(" - ")
+        renamed[column] = name if dash else column
+        if dash and metric(name) is not None:
+            runs[run] = None
+    named = [c for c in rows[0] if c in ("run", "run_name", "run_id") or c == "Name"]
+    for column in named[:1]:
+        runs |= dict.fromkeys(row[column] for row in rows if row[column])
+    if len(runs) > 1:
+        raise ChesError(f"{path}: holds {len(runs)} runs ({', '.join(runs)}); export one of them")
+    cut = rows[-1] if None in rows[-1].values() else None
+    notes = ("its last row is cut off and was left out",) if cut is not None else ()
+    entries = [
+        {renamed[c]: v for c, v in row.items() if c in renamed and v not in ("", None)}
+        for row in (rows if cut is None else rows[:-1])
+    ]
+    return log_of(f"{path} (CSV)", entries, held_out=held_out, notes=notes)
+
+
+def looks_like_csv(text: str) -> bool:
+    r"""Whether the first line is a header with a metric or a step among its columns.
+
+    >>> looks_like_csv("Step,run - eval/rewards/chosen\n1,0.5"), looks_like_csv("{'loss': 0.5, 'step': 1}")
+    (True, False)
+    """
+    head = next(csv.reader(text.splitlines()[:1]), [])
+    names = [column.rpartition(" - ")[2] for column in head]
+    return len(head) > 1 and any(n.lower() in STEPS or metric(n) is not None for n in names)

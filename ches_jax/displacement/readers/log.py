@@ -1,0 +1,165 @@
+"""A training log as it is read, whatever file it comes from: entries of metrics over steps."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ches_jax.displacement.readers.metric_names import REINFORCEMENT, REWARD_MODEL, STEPS, metric
+from ches_jax.errors import ChesError
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity over the steps at which it was logged."""
+
+    steps: np.ndarray
+    """[n], rising."""
+    values: np.ndarray
+    """[n]."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """The metrics of one run over its steps."""
+
+    source: str
+    """The file, and its kind."""
+    series: Mapping[tuple[str, str], Series]
+    """(``held_out`` or ``train``, quantity) -> what was logged."""
+    names: tuple[str, ...] = ()
+    """All metrics of the file as they are called there."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters that the log itself tells."""
+    notes: tuple[str, ...] = ()
+
+    def get(self, name: str, quantity: str) -> Series | None:
+        """A quantity of a set, where it was logged."""
+        return self.series.get((name, quantity))
+
+    @property
+    def last_step(self) -> int:
+        """The largest step of all."""
+        return int(max((s.steps[-1] for s in self.series.values()), default=0))
+
+    def matching(self, pattern: str) -> list[str]:
+        """Metrics whose names match."""
+        return [name for name in self.names if re.search(pattern, name, re.IGNORECASE)]
+
+    @property
+    def of_reinforcement(self) -> list[str]:
+        """Metrics that only reinforcement learning logs."""
+        return self.matching(REINFORCEMENT)
+
+    @property
+    def of_a_reward_model(self) -> list[str]:
+        """Metrics that only the training of a reward model logs."""
+        return self.matching(REWARD_MODEL)
+
+
+def log_of(
+    source: str,
+    entries: Iterable[Mapping[str, Any]],
+    *,
+    held_out: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Log:
+    """The log of entries ``{metric: number, step: number}`` in the order in which they were written.
+
+    Where a run was resumed, steps go back: what was written later counts. Nested objects are read as ``outer/inner``.
+
+    Args:
+      source: for messages.
+      entries: of the file.
+      held_out: the name of the evaluation set, where there are several.
+      settings: hyper-parameters that the file holds.
+      notes: for the reader of the result.
+
+    Raises:
+      ChesError: entries of two runs, or several evaluation sets and none is named.
+    """
+    values: dict[tuple[str, str, str], dict[int, float]] = {}
+    latest: dict[tuple[str, str, str], int] = {}
+    names: dict[str, None] = {}
+    resumed: set[int] = set()
+    for count, raw in enumerate(entries, 1):
+        entry = _flat(raw)
+        step = _step(entry)
+        step = count if step is None else step
+        for name, value in entry.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            names[name] = None
+            if (meaning := metric(name)) is None:
+                continue
+            key = ("held_out" if meaning.held_out else "train", meaning.quantity, meaning.evaluation_set)
+            there = values.setdefault(key, {})
+            if step < latest.get(key, step):
+                if step <= min(there):
+                    raise ChesError(
+                        f"{source}: after step {latest[key]} {name} begins again at step {step}: two runs in one file; "
+                        "cut it so that one is left"
+                    )
+                resumed.add(step)
+                for later in [s for s in there if s >= step]:
+                    del there[later]
+            there[step], latest[key] = float(value), step
+    chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in _SIDES}, held_out)
+    series = {
+        (name, quantity): Series(np.array(sorted(kept)), np.array([kept[s] for s in sorted(kept)]))
+        for (name, quantity, which), kept in values.items()
+        if kept and (name == "train" or which == chosen_set)
+    }
+    if resumed:
+        notes = (*notes, f"resumed at step {min(resumed)}: of a step that was logged twice, the later entry counts")
+    return Log(source, series, tuple(names), settings or {}, notes)
+
+
+_SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
+
+
+def _evaluation_set(source: str, present: set[str], wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted.lower() not in present:
+            raise ChesError(f"{source}: --held-out {wanted}: its evaluation sets are {', '.join(sorted(present))}")
+        return wanted.lower()
+    if len(present) > 1:
+        named = ", ".join(name or "(without a name)" for name in sorted(present))
+        raise ChesError(f"{source}: has several evaluation sets ({named}); say which counts with --held-out NAME")
+    return next(iter(present), "")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            out |= _flat(inner, f"{prefix}{name}/")
+        else:
+            out[f"{prefix}{name}"] = _number(inner)
+    return out
+
+
+def _number(value: Any) -> Any:
+    """Numbers that a writer put into quotes, as ms-swift and CSV do."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _step(entry: Mapping[str, Any]) -> int | None:
+    """The step of an entry; ``"120/600"`` is step 120."""
+    lower = {name.lower(): value for name, value in entry.items()}
+    for name in STEPS:
+        value = lower.get(name)
+        if isinstance(value, str) and re.fullmatch(r"\d+/\d+", value):
+            return int(value.split("/")[0])
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return int(value)
+    return None

@@ -1,0 +1,115 @@
+"""Hyper-parameters of a run: its beta and its loss, from what lies beside the log."""
+
+import json
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty")
+LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type")
+FILES = (
+    "config.json", "args.json", "training_args.json", "train_args.json", "hparams.json", "wandb-metadata.json",
+    "config.yaml", "config.yml", "training_args.yaml", "train.yaml", "hparams.yaml", "axolotl.yaml", "README.md",
+    "training_args.bin",
+)  # fmt: skip
+"""Where trainers keep their arguments. A model's config.json has none of the names, and so tells nothing."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is known of a run besides its metrics."""
+
+    beta: float | None = None
+    beta_from: str = ""
+    loss: str | None = None
+
+
+def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings:
+    """The settings in the log itself, or else in the files of FILES in the first folder that has them.
+
+    Two files of one folder that tell different values tell nothing.
+    """
+    for found in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
+        betas = {v: where for where, settings in found if (v := _number(settings, BETA)) is not None}
+        losses = {v: where for where, settings in found if (v := _word(settings, LOSS)) is not None}
+        if len(betas) == 1 or losses:
+            beta, where = next(iter(betas.items())) if len(betas) == 1 else (None, "")
+            return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None)
+    return RunSettings()
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            try:
+                yield name, flat(_read(path))
+            except (OSError, ValueError, zipfile.BadZipFile):
+                continue
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".bin":
+        return _of_training_args(path)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    import yaml
+
+    if path.suffix == ".md":
+        parts = text.split("---")
+        text = parts[1] if len(parts) > 2 and not parts[0].strip() else ""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _of_training_args(path: Path) -> dict[str, Any]:
+    """Beta and the loss in the pickle of transformers' training arguments, whose opcodes are read and never run."""
+    with zipfile.ZipFile(path) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+        opcodes = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
+    out: dict[str, Any] = {}
+    wanted = {*BETA, *LOSS}
+    words = [(op, value) for op, value in opcodes if not op.startswith(("BINPUT", "LONG_BINPUT", "MEMOIZE"))]
+    for i, (_, value) in enumerate(words[:-1]):
+        if isinstance(value, str) and value in wanted:
+            for op, after in words[i + 1 : i + 5]:  # a list of losses begins with its brackets
+                if op in ("BINFLOAT", "FLOAT") or (op in ("BINUNICODE", "SHORT_BINUNICODE") and value in LOSS):
+                    out[value] = after
+                    break
+                if op not in ("EMPTY_LIST", "MARK"):
+                    break
+    return out
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """The innermost name of each setting; ``{"value": ...}`` of Weights & Biases is the value."""
+    out: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if isinstance(inner, Mapping) and "value" in inner and not isinstance(inner["value"], Mapping):
+                inner = inner["value"]
+            if isinstance(inner, Mapping):
+                out = {**flat(inner), **out}
+            else:
+                out[str(name)] = inner
+    return out
+
+
+def _number(settings: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
+    values = {float(settings[n]) for n in names if isinstance(settings.get(n), (int, float)) and settings[n] > 0}
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _word(settings: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        value = settings.get(name)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, str):
+            return value.lower()
+    return None

@@ -1,0 +1,81 @@
+"""The displacement log of `ches train`, and of the trainer callbacks that write the same table."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.displacement.changes import FILE_NAME, PARTS, Changes, Curve
+from ches_jax.errors import RunError
+
+SETS = {"held_out": "held-out", "train": "training"}
+ABOUT = ("row_id", "index", "chosen_tokens", "rejected_tokens")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory holds a displacement log, finished or not."""
+    return path.is_dir() and ((path / FILE_NAME).exists() or any((path / PARTS).glob("step-*.parquet")))
+
+
+def read_run(folder: Path) -> Changes:
+    """The last evaluation of a training run, finished or not: held-out pairs where there are any, training ones beside.
+
+    Raises:
+      RunError: no displacement log, only step 0 in it, or single responses of which no two make a pair.
+    """
+    path = folder / FILE_NAME
+    paths = [path] if path.exists() else sorted((folder / PARTS).glob("step-*.parquet"))
+    if not paths:
+        raise RunError(f"{folder}: no {FILE_NAME}; expected a directory of `ches train`")
+    try:
+        table = pa.concat_tables([pq.read_table(p) for p in paths])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{folder}: its displacement log cannot be read ({error})") from None
+    return changes_of_table(table, str(folder))
+
+
+def changes_of_table(table: pa.Table, source: str) -> Changes:
+    """The last evaluation in a displacement table.
+
+    Raises:
+      RunError: as ``read_run``.
+    """
+    step, sets = np.array(table["step"]), np.array(table["set"].to_pylist())
+    last = int(step.max()) if len(step) else 0
+    if last == 0:
+        raise RunError(f"{source}: holds step 0 only; there is no change to judge yet")
+    present = [name for name in SETS if ((step == last) & (sets == name)).any()]
+    found = [_of_set(table, source, name, step, sets, last) for name in present]
+    found = [changes for changes in found if changes is not None]
+    if not found:
+        raise RunError(
+            f"{source}: trained on single responses, of which no two make a pair; displacement/* in metrics.jsonl has "
+            "the changes of good and of bad ones"
+        )
+    first, *others = found
+    return Changes(**{**vars(first), "beside": others[0] if others else None})
+
+
+def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.ndarray, last: int) -> Changes | None:
+    numbers = {n: np.array(table[n], float) for n in ("dlogp_chosen", "dlogp_rejected")}
+    pairs = (np.array(table["chosen_tokens"]) > 0) & (np.array(table["rejected_tokens"]) > 0) & (sets == name)
+    take = pairs & (step == last)
+    if not take.any():
+        return None
+    caveats = () if name == "held_out" else ("training pairs: a run with --holdout or --eval-pairs tells more",)
+    if single := int(((sets == name) & (step == last) & ~pairs).sum()):
+        caveats = (*caveats, f"{single} single responses are not counted")
+    steps = np.unique(step[pairs])
+    chosen, rejected = (np.array([v[pairs & (step == s)].mean() for s in steps]) for v in numbers.values())
+    curve = Curve(steps, chosen, rejected)
+    return Changes(
+        numbers["dlogp_chosen"][take],
+        numbers["dlogp_rejected"][take],
+        f"{source}, {SETS[name]} pairs, update {last} against 0",
+        caveats,
+        np.array(table["index"])[take] if "index" in table.column_names else None,
+        held_out=name == "held_out",
+        curve=curve,
+        rows={n: np.array(table[n].to_pylist())[take] for n in ABOUT if n in table.column_names},
+    )

@@ -1,0 +1,93 @@
+"""A model as the two passes see it: which parameters move, and log-probabilities of packed rows in both modes.
+
+``backward`` is what training takes its gradients of. Three of its parts have a backward pass of their own and so no
+forward mode: the log-probabilities in chunks, the matrix products of trained weights, attention in blocks. ``forward``
+puts a part with a forward mode in the place of each; both compute the same numbers to rounding.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ches_jax.data.packing import PackedBatch, empty_batch
+from ches_jax.errors import ChesError
+from ches_jax.models.attention.choose import with_gradient
+from ches_jax.models.attention.dense import query_chunked
+from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder
+from ches_jax.models.logprobs import forward_token_logps
+from ches_jax.train.forward import segment_logps
+from ches_jax.train.policy import make_policy
+from ches_jax.train.setup import Run, load_parameters
+
+
+@dataclass(frozen=True)
+class Model:
+    """Log-probabilities of the segments of packed rows, [B, S] in nats, as functions of what is trained."""
+
+    trained: Decoder
+    """Without arrays; for gradients."""
+    plain: Decoder
+    """Without arrays; for forward mode."""
+    frozen: dict[str, Array]
+    """Parameters that no update changes, by dotted name."""
+    mesh: Mesh
+    remat: bool = False
+
+    @property
+    def on(self) -> Mesh | None:
+        """The mesh, where there is more than one device."""
+        return self.mesh if self.mesh.size > 1 else None
+
+    def backward(self, params: Any, frozen: Any, rows: PackedBatch) -> Array:
+        """For ``pull``."""
+        model = with_parameters(self.trained, {**frozen, **params})
+        return segment_logps(model, rows, attend=with_gradient(), remat=self.remat, mesh=self.on)
+
+    def forward(self, params: Any, frozen: Any, rows: PackedBatch) -> Array:
+        """For ``push``."""
+        model = with_parameters(self.plain, {**frozen, **params})
+        return segment_logps(model, rows, per_token=forward_token_logps, attend=query_chunked, mesh=self.on)
+
+
+def open_model(run: Run) -> tuple[Model, dict[str, Array]]:
+    """The model of a run, and the parameters that it would train, as they start.
+
+    Raises:
+      ChesError: weights that cannot be read; a model without a forward mode.
+    """
+    config = run.config
+    loaded = load_parameters(run.model.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
+    policy, params = make_policy(
+        loaded, run.model.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
+    )
+    plain = policy.abstract
+    if run.lora is None:
+        plain = abstract_decoder(run.model.decoder, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(run.master))
+    model = Model(policy.abstract, plain, policy.frozen, run.mesh, config.remat)
+    require_forward_mode(model, params, str(run.model.directory))
+    return model, params
+
+
+def require_forward_mode(model: Model, params: dict[str, Array], name: str) -> None:
+    """Refuse a model that forward mode cannot pass; nothing is computed.
+
+    Raises:
+      ChesError: names the model and what stops it.
+    """
+    rows = jax.tree.map(jnp.asarray, empty_batch(model.mesh.size, 64))
+    logps = partial(model.forward, frozen=model.frozen, rows=rows)
+    try:
+        jax.eval_shape(lambda p, u: jax.jvp(lambda q: logps(q), (p,), (u,)), params, params)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ChesError(
+            f"{name}: this model has no forward mode, which a forecast needs ({str(error).splitlines()[0]}); "
+            "a pilot (`ches train --steps N`) measures what it would forecast"
+        ) from None

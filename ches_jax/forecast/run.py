@@ -1,0 +1,369 @@
+"""``ches forecast`` and ``ches influence``: a model and pairs to a run directory with the table of forecasts.
+
+The direction (frozen updates, or M G_P) is computed once and kept; then the pairs pass in chunks, one part each, so
+that a killed run goes on where it was. Parts and direction go when all is joined.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ches_jax.errors import ChesError
+from ches_jax.forecast import influence as influences
+from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
+from ches_jax.forecast.frozen import Start
+from ches_jax.forecast.metric import Metric, Tree
+from ches_jax.forecast.passes import on_mesh
+from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
+from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
+from ches_jax.forecast.summary import summarise
+from ches_jax.options import require_positive
+from ches_jax.runs import chunks
+from ches_jax.runs.directory import (
+    RUN,
+    as_dict,
+    device_name,
+    new_name,
+    open_run,
+    read_json,
+    write_json,
+    write_summary,
+)
+from ches_jax.runs.files import replacing
+from ches_jax.runs.progress import say
+from ches_jax.scores.table import CANDIDATES, INFLUENCE, merge_parts, write_part
+from ches_jax.train.optimizer import optimizer_hyper
+from ches_jax.train.setup import Run, prepare
+from ches_jax.types import TokenPair
+
+FILE_NAME = "forecast.parquet"
+SUFFIX = ".parquet"
+PILOT = "pilot"
+DIRECTION, START = "direction.safetensors", "direction.json"
+SETS = ("train", "probe")
+
+
+def forecast(
+    config: ForecastConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False
+) -> Path:
+    """Forecast the change of every pair's log-probabilities in training; returns the run directory.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     small = {"limit": 8, "holdout": 4, "batch_size": 2, "steps": 2, "mesh": "data=1"}
+    ...     out = forecast(ForecastConfig(**small, out=f"{folder}/run"), quiet=True)
+    ...     pq.read_table(out / "forecast.parquet").num_rows
+    8
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
+    """
+    out = Path(config.out or new_name(Path("runs"), "forecast"))
+    require_pilot(training(config, str(out)), config.pilot)
+    with jax.enable_x64(config.dtype == "float64"):
+        run, done = _open(config, out, "forecast", resume, other_versions)
+        return out if done else _forecast(config, run, resume, quiet)
+
+
+def influence(
+    config: InfluenceConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False
+) -> Path:
+    """What training on each pair does to the probes' chosen responses; returns the run directory.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     small = {"limit": 8, "holdout": 4, "batch_size": 2, "steps": 2, "mesh": "data=1"}
+    ...     out = influence(InfluenceConfig(**small, out=f"{folder}/run"), quiet=True)
+    ...     pq.read_table(out / "influence.parquet").num_rows
+    4
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
+    """
+    out = Path(config.out or new_name(Path("runs"), "influence"))
+    if config.probes is None and not config.holdout:
+        raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
+    with jax.enable_x64(config.dtype == "float64"):
+        run, done = _open(config, out, "influence", resume, other_versions)
+        return out if done else _influence(config, run, quiet)
+
+
+def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_versions: bool) -> tuple[Run, bool]:
+    """The run that is forecast, checked; and whether ``out`` holds the finished forecast already."""
+    require_positive({"chunk-rows": config.chunk_rows, "batch-tokens": config.batch_tokens})
+    run = prepare(training(config, str(out)))
+    Metric(config.optimizer, config.optimizer_args, run.schedule)
+    if config.accumulate > 1 and "kl_baseline" in run.loss.needs:
+        raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
+    identity = {"config": as_dict(config), **run.opener.identity()}
+    open_run(out, verb, identity, resume, other_versions=other_versions)
+    done = out / RUN
+    return run, done.exists() and read_json(done).get("status") == "done"
+
+
+def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Path:
+    out, clock = run.out, Clock(quiet)
+    _write_dropped(run, config)
+    say(f"loading the model ({run.model.directory})", quiet=quiet)
+    passes = Passes.of(run, config.batch_tokens)
+    sets = {"train": run.pairs.train, "probe": run.pairs.held_out}
+
+    def compute() -> tuple[Tree, dict[str, Any]]:
+        with clock.stage("frozen updates", run.plan.total) as bar:
+            moved, start = passes.frozen_updates(on_update=lambda t: bar.update(1))
+        with clock.stage("inner products"):
+            found = passes.products(start, run.pairs.held_out)
+        return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}
+
+    direction, told = _kept(out, passes, compute)
+    push = passes.push(direction, config.order)
+
+    def columns(which: str, pairs: Sequence[TokenPair]) -> dict[str, Any]:
+        found = push(pairs)
+        logps, first, both = (changes(part) for part in (found.logps, found.first, taken(found)))
+        _require_finite(pairs, *both)
+        second = changes(found.second) if found.second is not None else (None, None)
+        halves = [[None] * len(pairs) if s is None else s / 2 for s in second]
+        return {
+            **_identity_columns(pairs, config),
+            "set": [which] * len(pairs),
+            "forecast_chosen": both[0], "forecast_rejected": both[1],
+            "first_chosen": first[0], "first_rejected": first[1],
+            "second_chosen": halves[0], "second_rejected": halves[1],
+            "logp_chosen": logps[0], "logp_rejected": logps[1],
+        }  # fmt: skip
+
+    work = [(which, part) for which, pairs in sets.items() for part in _chunks(pairs, config.chunk_rows)]
+    with clock.stage("forecasting", sum(map(len, sets.values()))) as bar:
+        for number, (which, pairs) in enumerate(work):
+            if not chunks.path(out, number, SUFFIX).exists():
+                _write(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
+            bar.update(len(pairs))
+    table = pa.concat_tables([pq.read_table(chunks.path(out, n, SUFFIX)) for n in range(len(work))])
+    with clock.stage("linear range"):
+        errors = _linear_errors(passes, direction, sets, table)
+    if config.pilot:
+        with clock.stage("pilot"):
+            run_pilot(run.config, config.pilot, out / PILOT, resume=resume, quiet=quiet)
+        table = _with_pilot(table, out / PILOT, sets)
+    _write(out / FILE_NAME, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
+    summary = summarise(table, told, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
+    _finish(run, config, clock, {"summary": summary})
+    return out
+
+
+def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
+    out, clock = run.out, Clock(quiet)
+    say(f"loading the model ({run.model.directory})", quiet=quiet)
+    passes = Passes.of(run, config.batch_tokens)
+    influences.require_splits(passes)
+    _write_dropped(run, config)
+    pairs, probes = run.pairs.train, run.pairs.held_out
+
+    def compute() -> tuple[Tree, dict[str, Any]]:
+        with clock.stage("gradients at the start", run.plan.steps_per_epoch) as bar:
+            start: Start = passes.frozen_updates(whole_epoch=True, on_update=lambda t: bar.update(1))[1]
+        with clock.stage("gradient of the probes"):
+            return influences.influence_direction(passes, start, probes), {"slopes": start.slopes.tolist()}
+
+    direction, told = _kept(out, passes, compute)
+    push, slopes = passes.push(direction), np.array(told["slopes"])
+    metadata = {"verb": "influence", "model": config.model, "pairs": config.pairs, **_prints(run)}
+    parts = _chunks(pairs, config.chunk_rows)
+    with clock.stage("influences", len(pairs)) as bar:
+        for number, some in enumerate(parts):
+            path, at = chunks.path(out, number, SUFFIX), number * config.chunk_rows
+            if not path.exists():
+                found = influences.influence_of(push(some).first, slopes[at : at + len(some)], len(pairs))
+                influences.finite(found, some)
+                columns = {
+                    **_identity_columns(some, config),
+                    "influence": found.total, "from_chosen": found.from_chosen, "from_rejected": found.from_rejected,
+                    "flags": [list(p.flags) for p in some], "category": [p.category for p in some],
+                }  # fmt: skip
+                write_part(path, columns, metadata)
+            bar.update(len(some))
+    merge_parts([chunks.path(out, n, SUFFIX) for n in range(len(parts))], out / INFLUENCE)
+    values = pq.read_table(out / INFLUENCE)["influence"].to_numpy()
+    warnings = _overlap_warning(_overlap(run), len(probes))
+    _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})
+    return out
+
+
+SCHEMA = pa.schema(
+    {
+        "row_id": pa.string(),
+        "index": pa.int64(),
+        "chosen_candidate": pa.int32(),
+        "rejected_candidate": pa.int32(),
+        "chosen_tokens": pa.int32(),
+        "rejected_tokens": pa.int32(),
+        "set": pa.string(),
+        "forecast_chosen": pa.float64(),
+        "forecast_rejected": pa.float64(),
+        "first_chosen": pa.float64(),
+        "first_rejected": pa.float64(),
+        "second_chosen": pa.float64(),
+        "second_rejected": pa.float64(),
+        "logp_chosen": pa.float64(),
+        "logp_rejected": pa.float64(),
+    }
+)
+"""Columns of ``forecast.parquet``. ``forecast_*``: nats, the sum of ``first_*`` and (with --order 2) ``second_*``;
+``logp_*``: nats at the start; with --pilot ``pilot_*`` besides: nats, measured."""
+
+
+class Clock:
+    """Seconds and CPU seconds of the stages, and a bar for each."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.seconds: dict[str, dict[str, float]] = {}
+
+    def stage(self, name: str, total: int | None = None) -> "_Stage":
+        """A block whose time is noted under ``name``."""
+        return _Stage(self, name, total)
+
+
+class _Stage:
+    def __init__(self, clock: Clock, name: str, total: int | None):
+        self.clock, self.name, self.total = clock, name, total
+
+    def __enter__(self) -> tqdm:
+        if self.total is None:
+            say(self.name, quiet=self.clock.quiet)
+        self.started = time.perf_counter(), time.process_time()
+        self.bar = tqdm(total=self.total, desc=self.name, disable=self.clock.quiet or self.total is None)
+        return self.bar
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        self.clock.seconds[self.name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
+
+
+def _chunks(pairs: Sequence[TokenPair], size: int) -> list[Sequence[TokenPair]]:
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def _kept(out: Path, passes: Passes, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
+    """A direction and what is known of it: computed, or as a run that was stopped left them."""
+    from safetensors.numpy import load_file, save_file
+
+    arrays, told = (out / chunks.FOLDER / name for name in (DIRECTION, START))
+    if not told.exists():
+        direction, found = compute()
+        with replacing(arrays) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
+        write_json(told, found)
+    return on_mesh(load_file(arrays), passes.run.mesh), read_json(told)
+
+
+def _identity_columns(pairs: Sequence[TokenPair], config: PassOptions) -> dict[str, Any]:
+    candidates = [[None if p.candidates is None else p.candidates[k] for p in pairs] for k in range(2)]
+    return {
+        "row_id": [p.row_id for p in pairs],
+        "index": [p.index for p in pairs],
+        **dict(zip(CANDIDATES, candidates, strict=True)),
+        "chosen_tokens": [len(p.chosen.targets(config.eos)) for p in pairs],
+        "rejected_tokens": [len(p.rejected.targets(config.eos)) for p in pairs],
+    }
+
+
+def _require_finite(pairs: Sequence[TokenPair], *sides: np.ndarray) -> None:
+    for values in sides:
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise ChesError(f"row {pairs[bad[0]].index}: its forecast is not finite; try --dtype float32")
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _linear_errors(
+    passes: Passes, direction: Tree, sets: Mapping[str, Sequence[TokenPair]], table: pa.Table
+) -> dict[str, float]:
+    """By set, ``linear_error`` over a sample of its responses."""
+    at_once, errors, start = passes.at_once(direction), {}, 0
+    columns = {n: table[n].to_numpy() for n in ("first_chosen", "first_rejected", "logp_chosen", "logp_rejected")}
+    for which, pairs in sets.items():
+        some = np.random.default_rng(0).permutation(len(pairs))[:CHECKED]
+        if some.size:
+            after = np.concatenate(changes(at_once([pairs[i] for i in some])))
+            first, before = (
+                np.concatenate([columns[f"{kind}_{side}"][start + some] for side in ("chosen", "rejected")])
+                for kind in ("first", "logp")
+            )
+            errors[which] = linear_error(first, after - before)
+        start += len(pairs)
+    return errors
+
+
+def _with_pilot(table: pa.Table, pilot: Path, sets: Mapping[str, Sequence[TokenPair]]) -> pa.Table:
+    found = [
+        pilot_changes(pilot, pairs, "train" if which == "train" else "held_out")
+        for which, pairs in sets.items()
+        if pairs
+    ]
+    for k, side in enumerate(("chosen", "rejected")):
+        table = table.append_column(f"pilot_{side}", pa.array(np.concatenate([one[k] for one in found])))
+    return table
+
+
+def _overlap(run: Run) -> int:
+    """Probes that are training pairs."""
+    train = {p.row_id for p in run.pairs.train}
+    return sum(p.row_id in train for p in run.pairs.held_out)
+
+
+def _overlap_warning(overlap: int, probes: int) -> list[str]:
+    if not overlap:
+        return []
+    return [f"{overlap} of {probes} probes are training pairs: their numbers are those of pairs that are trained on"]
+
+
+def _write_dropped(run: Run, config: PassOptions) -> None:
+    """Rows left out; of ``--holdout`` the probes too, which a selection then leaves out as they were here."""
+    probes = [
+        {"row_id": p.row_id, "index": p.index, "candidates": p.candidates, "reasons": ["held out as a probe"]}
+        for p in (run.pairs.held_out if config.holdout else ())
+    ]
+    dropped = [*run.pairs.dropped, *probes]
+    if dropped:
+        chunks.write_lines(run.out / chunks.DROPPED, dropped)
+
+
+def _prints(run: Run) -> dict[str, Any]:
+    return {k: v for k, v in run.identity.items() if k.endswith("fingerprint")}
+
+
+def _finish(run: Run, config: PassOptions, clock: Clock, told: Mapping[str, Any]) -> None:
+    out, pairs = run.out, run.pairs
+    run.opener.require_unchanged()
+    write_summary(
+        out,
+        {
+            "status": "done",
+            "loss": repr(run.loss),
+            "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
+            "device": device_name(),
+            "mesh": dict(run.mesh.shape),
+            "counts": {
+                "rows": pairs.rows, "train": len(pairs.train), "probes": len(pairs.held_out),
+                "dropped": len(pairs.dropped), "updates": run.plan.total,
+            },
+            "row_tokens": run.layout.row_tokens,
+            **told,
+            "times": clock.seconds,
+        },
+    )  # fmt: skip
+    chunks.clear(out)

@@ -1,0 +1,167 @@
+"""The page of a diagnosis: the answer, its course, the pairs, and whether it was harm."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ches_jax.errors import RunError
+from ches_jax.report import answers, elements, essays, svg
+from ches_jax.report import change_sections as parts
+from ches_jax.report.answers import Found, set_name
+from ches_jax.report.axes import nats
+from ches_jax.report.change_sections import Moved
+from ches_jax.report.document import Page, Section
+from ches_jax.report.html import escape, figure, gallery, paragraphs
+from ches_jax.report.provenance import provenance, read_record
+from ches_jax.report.texts import SIDES
+from ches_jax.runs.files import read_object
+
+ANSWER, PAIRS = "diagnosis.json", "pairs.parquet"
+_KNOWN = {"row_id", "index", "set", "regime", "dlogp_chosen", "dlogp_rejected", "dmargin", *SIDES, "flags", "category"}
+
+
+def diagnosis_page(run_dir: Path) -> Page:
+    """The page of what ``ches diagnose --out`` wrote.
+
+    Raises:
+      RunError: its files cannot be read.
+    """
+    answer = read_object(run_dir / ANSWER, RunError, "a directory of ches diagnose --out")
+    try:
+        found: Found = {answer.get("set", "held_out"): answer}
+        if answer.get("beside"):
+            found = {**found, answer["beside"].get("set", "train"): answer["beside"]}
+        moved = _pairs(run_dir / PAIRS, float((answer.get("criterion") or {}).get("tolerance") or 0.05))
+        return _page(run_dir, answer, found, moved)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{run_dir / ANSWER}: is damaged ({error!r})") from None
+
+
+def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved | None) -> Page:
+    record = read_record(run_dir)
+    pairs = None if moved is None else parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
+    links = [] if moved is None or pairs is None else parts.worst_links(moved, pairs)
+    figures = [_curve(found), *(_margin(name, a) for name, a in answers.told(found))]
+    if moved is not None and pairs is not None:
+        figures.insert(1, parts.pair_scatter(moved, pairs))
+    body = [Section(anchor="course", heading="What moved", body=gallery(figures))]
+    if moved is not None and pairs is not None:
+        body.append(Section(anchor="pairs", heading="All pairs", body=elements.table_body()))
+    body.append(
+        Section(anchor="harm", heading="Where the mass went, and was it harm", body=answers.harm_section(found))
+    )
+    if moved is not None and pairs is not None:
+        against = "What was known before, against what happened"
+        body.append(Section(anchor="against", heading=against, body=parts.score_section(moved, pairs)))
+        body.append(Section(anchor="health", heading="Data health", body=parts.health_section(moved, {})))
+    shown = {k: v for k, v in answer.items() if k not in ("worst", "curve", "beside", "advice")}
+    limits = paragraphs(*essays.CHANGE_LIMITS)
+    body += [
+        Section(anchor="reading", heading="How to read this", body=paragraphs(*essays.CHANGE_READING), folded=True),
+        Section(anchor="limits", heading="What this does not show", body=limits, folded=True),
+        provenance(record, shown),
+    ]
+    caveats = [str(c) for c in answer.get("caveats") or ()]
+    text, tone = answers.headline(found)
+    return Page(
+        kind="ches diagnose",
+        title=f"{text}: {run_dir.name}",
+        headline=text,
+        subtitle=elements.subtitle(str(answer.get("source") or ""), str(run_dir)),
+        answers=[
+            ("Did chosen fall?", answers.did_chosen_fall(found)),
+            ("A bug?", escape("; ".join(caveats)) + "." if caveats else "No sign of one in these numbers."),
+            ("Harm?", answers.harm(found, answers.commands("MODEL"))),
+            ("What to do?", answers.advice(found, links)),
+        ],
+        tone=tone,
+        sections=[s for s in body if s.body],
+        pairs=pairs,
+    )  # fmt: skip
+
+
+def _pairs(path: Path, tolerance: float) -> Moved | None:
+    """The pairs of the diagnosis; None for one of a log, which has means of batches."""
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from None
+    if not len(table):
+        return None
+    names = table.column_names
+    numbers = {
+        n: _numbers(table, n)
+        for n in names
+        if n not in _KNOWN and (pa.types.is_floating(table[n].type) or pa.types.is_integer(table[n].type))
+    }
+    texts = {s: [text or "" for text in table[s].to_pylist()] for s in SIDES if s in names}
+    words = {
+        n: [", ".join(v) if isinstance(v, list) else v or "" for v in table[n].to_pylist()]
+        for n in ("category", "flags")
+        if n in names
+    }
+    return Moved(
+        sets=np.array([s or "train" for s in table["set"].to_pylist()])
+        if "set" in names
+        else np.array(["train"] * len(table)),
+        row_ids=[i or "" for i in table["row_id"].to_pylist()] if "row_id" in names else [""] * len(table),
+        index=_index(table),
+        chosen=_numbers(table, "dlogp_chosen"),
+        rejected=_numbers(table, "dlogp_rejected"),
+        numbers=numbers,
+        words=words,
+        texts=texts if len(texts) == len(SIDES) else {},
+        tolerance=tolerance,
+    )
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].cast(pa.float64()).to_numpy()
+
+
+def _index(table: pa.Table) -> np.ndarray:
+    if "index" not in table.column_names or table["index"].null_count:
+        return np.arange(len(table))
+    return table["index"].to_numpy().astype(np.int64)
+
+
+def _curve(found: Found) -> str:
+    """The course of a log or a run, where the answer has one."""
+    series = []
+    for name, answer in answers.told(found):
+        curve = answer.get("curve")
+        if not curve or len(curve["steps"]) < 2:
+            continue
+        steps = np.array(curve["steps"], float)
+        held_out, alone = name == "held_out", len(answers.told(found)) == 1
+        for side, colour in (("chosen", 0), ("rejected", 1)):
+            line = svg.Series(
+                name=f"{side}, {set_name(name)}",
+                x=steps,
+                y=np.array(curve[side], float),
+                colour=colour,
+                dashed=colour == 1,
+                marks=held_out,
+                faint=not held_out and not alone,
+            )
+            series.append(line)
+    if not series:
+        return ""
+    ends = "; ".join(f"{s.name} {nats(float(s.y[-1]))} at step {int(s.x[-1])}" for s in series)
+    return figure("course_of_changes", "Change of ln π over the run, nats",
+                  svg.lines(series, x="step", y="change, nats", zero=True),
+                  f"Mean change of log-probabilities over the steps, in nats; {ends}.", f"{ends}.")  # fmt: skip
+
+
+def _margin(name: str, answer: Mapping[str, Any]) -> str:
+    """What the change of the margin is made of, at the end."""
+    chosen, rejected = answer["chosen"].get("mean"), answer["rejected"].get("mean")
+    if chosen is None or rejected is None:
+        return ""
+    return parts.margin_bar(name, chosen, rejected)

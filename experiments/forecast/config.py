@@ -1,0 +1,105 @@
+"""The scales of the experiment on forecasts."""
+
+from dataclasses import dataclass
+
+from experiments.framework.item import Scale
+
+FILTERS = (
+    "all", "influence", "ln_ches", "ches", "head_score", "rejected_tokens", "random", "least_influence",
+    "soft_influence", "with_sft",
+)  # fmt: skip
+"""What a run leaves out: nothing, the highest of a score, the longest rejected, random pairs, the lowest influence;
+``soft_influence`` weights all pairs, ``with_sft`` keeps all and adds an SFT term."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastScale(Scale):
+    """One scale. ``pairs`` is a file or hub data set of preference pairs."""
+
+    longest: int
+    """Tokens of prompt and both responses; longer pairs are left out."""
+    ending: str = "\n"
+    """Joined to a prompt that ends without white space or a colon."""
+    train: int
+    """Pairs that DPO trains on."""
+    tuned_on: int
+    """Pairs whose chosen responses SFT trains on; DPO's are among them."""
+    probes: int
+    """Held-out pairs whose gradient the influences are taken along; the other held-out pairs test the filters."""
+    test: int
+    sft_lr: float
+    sft_epochs: float
+    lrs: tuple[float, ...]
+    """Learning rates of DPO; the last is the filters'."""
+    batch_size: int = 32
+    epochs: float = 2.0
+    pilot: int
+    """Updates of the pilot."""
+    dropped: float = 0.5
+    """Share of the pairs that a filter leaves out."""
+    filters: tuple[str, ...] = FILTERS
+    orders: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the filters' runs: orders of the data."""
+
+    @property
+    def steps(self) -> int:
+        """Updates of DPO, the same for filtered data."""
+        return round(self.epochs * self.train / self.batch_size)
+
+
+SCALES: dict[str, ForecastScale] = {
+    "tiny": ForecastScale(
+        model="bundled",
+        pairs="bundled",
+        seeds=(0,),
+        hardware="two CPU cores",
+        time="10 minutes",
+        longest=256,
+        train=64,
+        tuned_on=64,
+        probes=16,
+        test=32,
+        sft_lr=1e-3,
+        sft_epochs=4.0,
+        lrs=(3e-5,),
+        batch_size=16,
+        pilot=2,
+        filters=("all", "influence", "random"),
+        orders=(0,),
+    ),
+    "small": ForecastScale(
+        model=None,
+        pairs=None,
+        seeds=(0, 1),
+        hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
+        time="five CPU minutes for 260K parameters",
+        longest=160,
+        train=256,
+        tuned_on=320,
+        probes=96,
+        test=300,
+        sft_lr=2e-3,
+        sft_epochs=10.0,
+        lrs=(3e-5,),
+        pilot=4,
+        filters=("all", "influence", "ln_ches", "rejected_tokens", "random"),
+        orders=(0, 1),
+    ),
+    "paper": ForecastScale(
+        model="allenai/OLMo-1B-hf",
+        pairs="HuggingFaceH4/ultrafeedback_binarized",
+        seeds=(0, 1, 2),
+        hardware="one GPU of 80 GB",
+        time="not run",
+        longest=1024,
+        ending="",
+        train=4096,
+        tuned_on=8192,
+        probes=256,
+        test=1024,
+        sft_lr=1e-5,
+        sft_epochs=1.0,
+        lrs=(1e-7, 5e-7),
+        pilot=64,
+    ),
+}

@@ -1,0 +1,171 @@
+"""The lines of the report, the table and the figure, from a committed result alone."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.framework.intervals import interval
+from experiments.framework.item import ReportLine, ran_on, run_command
+
+NAMES = {
+    "first order": "forecast, first order", "second order": "forecast, second order", "pilot": "pilot, measured",
+    "head_score": "head score, own pair", "ches": "CHES", "ln_ches": "length-normalised CHES",
+    "edit_distance": "edit distance", "chosen_tokens": "length of the chosen (shorter rises)",
+    "logp_chosen": "ln pi(chosen) at the start",
+}  # fmt: skip
+FILTERS = {
+    "all": "nothing left out", "influence": "highest influence", "ln_ches": "highest length-normalised CHES",
+    "ches": "highest CHES", "head_score": "highest head score", "rejected_tokens": "longest rejected",
+    "random": "random pairs", "least_influence": "lowest influence (the wrong way round)",
+    "soft_influence": "nothing; weights by influence", "with_sft": "nothing; an SFT term",
+}  # fmt: skip
+GOAL = {"forecast": 8, "influence": 7}
+"""Forward passes of the training pairs that each may cost."""
+
+
+def rows(result: dict[str, Any]) -> list[ReportLine]:
+    """Displacement before and after SFT, forecasts, own-pair scores, costs, filters."""
+    command, hardware, values = run_command(result), ran_on(result), result["result"]
+
+    def line(item: str, ours: str, verdict: str) -> ReportLine:
+        return ReportLine(f"beyond the paper: {item}", command, hardware, "none", ours, verdict)
+
+    lines = []
+    rates = list(values["lrs"])
+    for rate in rates:
+        of = values["lrs"][rate]
+        held, train = of["sets"]["held_out"], of["sets"]["train"]
+        lines.append(
+            line(
+                f"DPO at {rate} after SFT",
+                f"nats: held-out chosen {_mean(held['chosen'])}, margin {_mean(held['margin'])}; training chosen "
+                f"{_mean(train['chosen'])}",
+                f"{held['chosen_fell']:.0%} of held-out chosen responses fell",
+            )
+        )
+        for which, name in (("held_out", "held-out"), ("train", "training")):
+            found = of["sets"][which]["predictors"]
+            best = found["first order"]
+            cal = best["calibration"]
+            ours = "; ".join(f"{NAMES[n]} {_rho(found[n])}" for n in ("first order", "second order", "pilot"))
+            ours += "; at equal lengths " + ", ".join(
+                _rho(found[n]["equal_lengths"]) for n in ("first order", "second order", "pilot")
+            )
+            lines.append(
+                line(
+                    f"forecast at {rate}, {name} pairs, Spearman",
+                    f"{ours}; first order: slope {cal['slope']:.2f}, R2 {cal['r2']:.2f}",
+                    _verdict(best, found["pilot"]) if which == "held_out" else "",
+                )
+            )
+            own = "; ".join(f"{NAMES[n]} {_rho(found[n])}" for n in ("head_score", "ches", "ln_ches"))
+            lines.append(line(f"own-pair scores at {rate}, {name} pairs, Spearman", own, _own_verdict(found)))
+    untuned = values["untuned"]
+    lines.append(
+        line(
+            f"the same DPO at {rates[-1]} without SFT",
+            f"nats: held-out chosen {_mean(untuned['held_out']['chosen'])}, training chosen "
+            f"{_mean(untuned['train']['chosen'])}",
+            f"{untuned['held_out']['chosen_fell']:.0%} of held-out chosen responses fell",
+        )
+    )
+    costs = values["costs"]
+    lines.append(
+        line(
+            "costs in forward passes of the training pairs, CPU time",
+            ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in costs.items() if name != "forward"),
+            "; ".join(f"{n} {'within' if costs[n] <= most else 'above'} {most}" for n, most in GOAL.items()),
+        )
+    )
+    for name, one in values["filters"].items():
+        lines.append(
+            line(
+                f"filter, {FILTERS[name]}",
+                f"nats: test chosen {interval(one['chosen'])}, margin {interval(one['margin'])}; against all "
+                f"{_mean(one['gain'])}",
+                "the start" if name == "all" else _filter_verdict(one["gain"]),
+            )
+        )
+    return lines
+
+
+def _mean(one: dict[str, float]) -> str:
+    return f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+
+
+def _rho(one: dict[str, Any]) -> str:
+    if one["rho"] is None:
+        return "undefined"
+    return f"{one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+
+
+def _verdict(forecast: dict[str, Any], pilot: dict[str, Any]) -> str:
+    met = forecast["rho"] >= 0.9 and forecast["equal_lengths"]["rho"] >= 0.85
+    text = f"goal of 0.90 and 0.85 at equal lengths {'met' if met else 'not met'}"
+    if forecast["low"] > pilot["high"]:
+        return f"{text}; better than the pilot"
+    if forecast["high"] < pilot["low"]:
+        return f"{text}; the pilot is better"
+    return f"{text}; pilot not told apart"
+
+
+def _own_verdict(found: dict[str, Any]) -> str:
+    words = []
+    for name in ("head_score", "ches", "ln_ches"):
+        one = found[name]
+        sign = "right sign" if one["low"] > 0 else "wrong sign" if one["high"] < 0 else "not told from 0"
+        words.append(f"{NAMES[name]}: {sign}")
+    return "; ".join(words)
+
+
+def _filter_verdict(gain: dict[str, float]) -> str:
+    if gain["low"] > 0:
+        return "held-out chosen fall less"
+    return "held-out chosen fall more" if gain["high"] < 0 else "not told from all pairs"
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Every predictor at every rate, and every filter."""
+    parts = [f"# Forecasts: {result['scale']}\n"]
+    for rate, of in result["result"]["lrs"].items():
+        for which, found in of["sets"].items():
+            parts.append(f"## DPO at {rate}, {which.replace('_', '-')} pairs ({found['pairs']})\n")
+            parts.append(f"{of['reason']}.\n")
+            parts.append("| predictor | Spearman | at equal lengths | slope, R2 |\n| --- | --- | --- | --- |")
+            for name, one in found["predictors"].items():
+                cal = one.get("calibration")
+                fit = "" if cal is None else f"{cal['slope']:.2f}, {cal['r2']:.2f}"
+                parts.append(f"| {NAMES[name]} | {_rho(one)} | {_rho(one['equal_lengths'])} | {fit} |")
+            parts.append("")
+    if result["result"]["filters"]:
+        parts.append("## Filters, test pairs\n")
+        parts.append("| left out | chosen | margin | accuracy | against all | over orders |\n" + "| --- " * 6 + "|")
+        for name, one in result["result"]["filters"].items():
+            parts.append(
+                f"| {FILTERS[name]} | {interval(one['chosen'])} | {interval(one['margin'])} | {one['accuracy']:.3f} | "
+                f"{_mean(one['gain'])} | {interval(one['gain_over_orders'])} |"
+            )
+    return "\n".join(parts) + "\n"
+
+
+def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """Rank correlations of all predictors on held-out and training pairs."""
+    import numpy as np
+
+    from experiments.framework.figures import axes_row, save
+
+    rates = result["result"]["lrs"]
+    figure, axes = axes_row(len(rates), width=3.4, height=3.2)
+    for ax, (rate, of) in zip(axes, rates.items(), strict=True):
+        for k, which in enumerate(("held_out", "train")):
+            found = of["sets"][which]["predictors"]
+            y = np.arange(len(found)) + 0.2 * (2 * k - 1)
+            rho = np.array([one["rho"] for one in found.values()])
+            ends = np.array([[one["rho"] - one["low"], one["high"] - one["rho"]] for one in found.values()]).T
+            ax.errorbar(rho, y, xerr=np.clip(ends, 0, None), fmt="o", ms=4, label=which.replace("_", "-"))
+        ax.set_yticks(np.arange(len(NAMES)), list(NAMES.values()))
+        ax.set_ylim(len(NAMES) - 0.5, -0.5)
+        ax.axvline(0, lw=0.8, color="0.5")
+        ax.set_title(f"DPO at {rate} after SFT")
+        ax.set_xlabel("Spearman with the change of ln pi(chosen)")
+    axes[0].legend(fontsize=8)
+    return [save(figure, folder / f"{name}-predictors.png")]

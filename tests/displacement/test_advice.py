@@ -1,0 +1,52 @@
+"""Advice follows from numbers: what is said, and what is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ches_jax.displacement.advice import advice
+from ches_jax.displacement.changes import Changes, Curve
+from ches_jax.displacement.evidence import Criterion, Harm
+from ches_jax.displacement.verdict import diagnose_changes
+
+NOISE = np.random.default_rng(0).normal(size=(2, 100)) * 0.1
+
+
+def found(chosen, rejected, **more):
+    return diagnose_changes(Changes(chosen + NOISE[0], rejected + NOISE[1], "test", **more))
+
+
+def said(diagnosis):
+    return [line[0] for line in advice(diagnosis)]
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "words", "silent"),
+    [
+        (found(-3, -9), ["add a likelihood term", "filter: "], ["nothing", "learning rate", "memorised"]),
+        (found(3, -9), ["nothing"], ["likelihood", "filter"]),
+        (found(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
+        (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["filter"]),
+        (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
+         ["ches diagnose --before MODEL --after MODEL"], ["filter"]),
+        (found(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
+        (found(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
+         ["take the checkpoint near step 1"], ["fewer epochs"]),
+        (dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
+        (dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
+         ["find out where the mass went"], ["do not ship"]),
+    ],
+)  # fmt: skip
+def test_advice_follows_from_what_was_measured(diagnosis, words, silent):
+    lines = " | ".join(said(diagnosis))
+    assert all(word in lines for word in words) and not any(word in lines for word in silent)
+    assert all(all(part for part in line) for line in advice(diagnosis))
+
+
+def test_what_a_pair_caused_comes_before_a_score():
+    worst = ({"index": 4, "influence": -2.0}, {"index": 7, "influence": -5.0})
+    lines = advice(dataclasses.replace(found(-3, -9), worst=worst))
+    assert any("influence names row 7" in because for _, because, _ in lines)
+    scored = advice(dataclasses.replace(found(-3, -9), worst=({"index": 4, "head_score": 12.0},)))
+    assert any("head score of the worst pair is 12" in because for _, because, _ in scored)

@@ -1,0 +1,166 @@
+"""Which file of a directory is the log, what the settings beside it tell, and what is refused."""
+
+import json
+import pickle
+import zipfile
+
+import pytest
+
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.readers.find import read_log
+from ches_jax.displacement.readers.run_settings import find_settings
+from ches_jax.errors import ChesError
+
+
+def state(folder, steps, slope=-0.02, loss=0.6):
+    folder.mkdir(parents=True, exist_ok=True)
+    history = [
+        {"step": i, "loss": loss, "rewards/chosen": slope * i, "rewards/rejected": 3 * slope * i}
+        for i in range(1, steps + 1)
+    ]
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": steps, "log_history": history}))
+    return path
+
+
+def test_the_newest_state_of_a_run_is_read(tmp_path):
+    state(tmp_path / "checkpoint-9", 9)
+    state(tmp_path / "checkpoint-20", 20)
+    assert read_log(tmp_path).last_step == 20
+    state(tmp_path, 30)
+    assert read_log(tmp_path).last_step == 30
+    assert read_log(tmp_path / "checkpoint-9").last_step == 9
+
+
+def test_two_runs_in_one_directory_are_refused_and_listed(tmp_path):
+    state(tmp_path / "a/checkpoint-9", 9)
+    state(tmp_path / "b", 9)
+    with pytest.raises(ChesError, match=r"holds 2 runs; give one of them:\n.*/a\n.*/b"):
+        read_log(tmp_path)
+
+
+def test_checkpoints_of_an_older_run_are_refused(tmp_path):
+    state(tmp_path / "checkpoint-40", 40, loss=0.5)
+    state(tmp_path, 20)
+    with pytest.raises(ChesError, match="two runs in one directory"):
+        read_log(tmp_path)
+
+
+def test_two_logs_are_refused_and_one_is_taken(tmp_path):
+    line = json.dumps({"step": 1, "rewards/chosen": 0.1, "rewards/rejected": 0.1}) + "\n"
+    (tmp_path / "one.jsonl").write_text(line)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    assert read_log(tmp_path).source.endswith("one.jsonl (one entry)")
+    (tmp_path / "two.jsonl").write_text(line)
+    with pytest.raises(ChesError, match="holds 2 runs"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "trainer_state.json",
+            '{"global_step": 3, "log_history": [{"step": 1, "loss": 0.',
+            "cut off after 57 characters",
+        ),
+        ("x.json", "", "is empty"),
+        ("x.json", "nothing", "neither JSON, nor CSV, nor printed entries"),
+        ("x.jsonl", '{"step": 1}\n{"step"\n{"step": 3}\n{"step": 4}', "entry 2 of 4 is no JSON object"),
+        ("x.json", '[{"step": 1}, 3]', "1 items are no objects"),
+        ("x.csv", "Step,a - rewards/chosen,b - rewards/chosen\n1,2,3\n", r"holds 2 runs \(a, b\)"),
+        ("x.jsonl", '{"step": 5, "loss": 1}\n{"step": 9, "loss": 1}\n{"step": 1, "loss": 1}\n', "two runs in one file"),
+        ("x.bin", b"\xff\xfe\x00\x01", "not a text file"),
+    ],
+)
+def test_a_file_that_is_no_whole_log_is_told(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ChesError, match=message):
+        read_log(path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ChesError, match="no such file or directory"):
+        read_log(tmp_path / "x")
+    with pytest.raises(ChesError, match="no log with rewards of chosen and rejected responses"):
+        read_log(tmp_path)
+
+
+def test_the_last_line_of_a_run_that_was_killed_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "rewards/chosen": 0.1, "rewards/rejected": 0.1}\n{"step": 2, "rewar')
+    assert "its last line is cut off" in read_log(path).notes[0]
+
+
+def test_a_resumed_run_counts_what_was_logged_later(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.5), (3, 0.6)]
+    path.write_text("\n".join(json.dumps({"step": s, "rewards/chosen": v, "rewards/rejected": v}) for s, v in rows))
+    series = read_log(path).get("train", "chosen")
+    assert series is not None and series.values.tolist() == [0.1, 0.5, 0.6]
+
+
+def test_evaluations_may_stand_behind_all_training_entries(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [{"step": s, "rewards/chosen": 0.1, "rewards/rejected": 0.1} for s in (1, 2, 3, 4)]
+    rows += [{"step": s, "eval_rewards/chosen": 0.1, "eval_rewards/rejected": 0.1} for s in (2, 4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    log = read_log(path)
+    assert {name: s.steps.tolist() for (name, q), s in log.series.items() if q == "chosen"} == {
+        "train": [1, 2, 3, 4], "held_out": [2, 4]
+    }  # fmt: skip
+
+
+def test_several_evaluation_sets_are_asked_about(tmp_path):
+    path = tmp_path / "log.jsonl"
+    names = [f"eval_{n}_rewards/{s}" for n in ("help", "harm") for s in ("chosen", "rejected")]
+    path.write_text(json.dumps({"step": 1, **{n: i for i, n in enumerate(names)}}))
+    with pytest.raises(ChesError, match=r"several evaluation sets \(harm, help\)"):
+        read_log(path)
+    series = read_log(path, "harm").get("held_out", "chosen")
+    assert series is not None and series.values.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("args.json", '{"beta": 0.3, "loss_type": ["sigmoid"]}'),
+        ("config.yaml", "beta:\n  value: 0.3\nloss_type:\n  value: sigmoid\n"),
+        ("train.yaml", "pref_beta: 0.3\npref_loss: sigmoid\n"),
+        ("config.json", '{"config": {"loss": "sigmoid", "loss_args": {"beta": 0.3}}}'),
+        ("README.md", "---\nbeta: 0.3\nloss_type: sigmoid\n---\nA model.\n"),
+    ],
+)
+def test_settings_are_found_beside_the_log(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    found = find_settings([tmp_path], {})
+    assert (found.beta, found.beta_from, found.loss) == (0.3, name, "sigmoid")
+
+
+class Arguments:
+    """Stands for TRL's configuration, whose pickle must not be run."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit", {"beta": 0.3, "loss_type": ["ipo"], "lr": 1e-5})
+
+
+def test_a_pickle_of_arguments_is_read_and_not_run(tmp_path):
+    with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
+        archive.writestr("training_args/data.pkl", pickle.dumps(Arguments(), protocol=2))
+    found = find_settings([tmp_path], {})
+    assert found.beta == 0.3 and found.loss == "ipo"
+
+
+def test_files_that_contradict_each_other_tell_nothing(tmp_path):
+    (tmp_path / "args.json").write_text('{"beta": 0.3}')
+    (tmp_path / "hparams.json").write_text('{"beta": 0.1}')
+    assert find_settings([tmp_path], {}).beta is None
+
+
+def test_a_directory_is_diagnosed_without_an_option(tmp_path):
+    state(tmp_path / "checkpoint-200", 200)
+    (tmp_path / "args.json").write_text('{"beta": 0.1}')
+    found = diagnose(DiagnoseConfig(path=str(tmp_path)))
+    assert found.verdict == "displaced" and found.pairs == 200 and found.chosen.mean == pytest.approx(-0.2 * 190.5)

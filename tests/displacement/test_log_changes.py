@@ -1,0 +1,161 @@
+"""What rewards of a log mean: changes in nats, directions only, or no changes at all."""
+
+import numpy as np
+import pytest
+
+from ches_jax.displacement.log_changes import log_changes, recovered_beta
+from ches_jax.displacement.readers.log import log_of
+from ches_jax.displacement.readers.run_settings import RunSettings
+from ches_jax.errors import ChesError
+
+SIDES = ("chosen", "rejected")
+NOTHING = RunSettings()
+
+
+def training(steps=40, chosen=-0.02, rejected=-0.05, extra=None):
+    return [
+        {"step": 5 * (i + 1), "rewards/chosen": chosen * i, "rewards/rejected": rejected * i, **(extra or {})}
+        for i in range(steps)
+    ]
+
+
+def evaluations(beta=0.1, count=4, **shift):
+    """An evaluation of the same pairs each time: rewards are beta times the change of their logps."""
+    out = []
+    for i in range(count):
+        logps = {"chosen": -120 - 2.0 * i, "rejected": -150 - 3.0 * i}
+        rewards = {f"eval_rewards/{s}": beta * (v - {"chosen": -120, "rejected": -150}[s]) for s, v in logps.items()}
+        out.append({"step": 50 * (i + 1), **rewards, **{f"eval_logps/{s}": v for s, v in logps.items()}, **shift})
+    return out
+
+
+def changes(entries, settings=NOTHING, beta=None, rewards="auto"):
+    return log_changes(log_of("log", entries), settings, beta, rewards)
+
+
+def test_held_out_rewards_count_and_training_ones_stand_beside():
+    found = changes([*training(), *evaluations()])
+    assert found.held_out and found.unit == "evaluations" and found.chosen.tolist() == pytest.approx([0, -2, -4, -6])
+    assert found.beside is not None and found.beside.unit == "steps" and not found.beside.held_out
+    assert found.beside.chosen[-1] == pytest.approx(-0.02 * 39 / 0.1)
+    assert changes(evaluations()).beside is None and changes(training(), beta=0.1).unit == "steps"
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 2.5])
+def test_beta_is_the_slope_of_held_out_rewards(beta):
+    assert recovered_beta(log_of("log", evaluations(beta))) == pytest.approx(beta)
+    found = changes(evaluations(beta))
+    assert found.scale == "nats" and found.chosen[-1] == pytest.approx(-6)
+    assert any(f"beta {beta:g} (slope of eval rewards" in note for note in found.caveats)
+
+
+def test_a_slope_that_the_log_does_not_tell_is_not_taken():
+    entries = evaluations()
+    for i, e in enumerate(entries):
+        e["eval_rewards/chosen"] += 0.3 * (-1) ** i
+    assert recovered_beta(log_of("log", entries)) is None
+    still = [{**e, "eval_logps/chosen": -120.0, "eval_logps/rejected": -150.0} for e in evaluations()]
+    assert recovered_beta(log_of("log", still)) is None
+    assert recovered_beta(log_of("log", evaluations(count=1))) is None
+
+
+def test_without_beta_only_directions_are_told():
+    found = changes(training())
+    assert found.scale == "sign" and any("--beta NUMBER" in note for note in found.caveats)
+    assert changes(training(), RunSettings(0.5, "args.json")).chosen[-1] == pytest.approx(-0.02 * 39 / 0.5)
+    assert changes(training(), beta=0.25).chosen[-1] == pytest.approx(-0.02 * 39 / 0.25)
+
+
+def test_betas_that_contradict_each_other_are_refused():
+    with pytest.raises(ChesError, match=r"beta is 0.5 \(--beta\) and 0.1 \(slope"):
+        changes(evaluations(), beta=0.5)
+    with pytest.raises(ChesError, match=r"beta is 0.1 \(slope.* and 0.3 \(args.json\)"):
+        changes(evaluations(), RunSettings(0.3, "args.json"))
+    with pytest.raises(ChesError, match="--beta -1: expected a positive number"):
+        changes(evaluations(), beta=-1)
+
+
+def reference_free(first=-0.12, last=-0.10, count=40, logps=True):
+    out = []
+    for i, value in enumerate(np.linspace(first, last, count)):
+        entry = {"step": 5 * (i + 1), "rewards/chosen": value, "rewards/rejected": value - 0.03 - 0.001 * i}
+        if logps:
+            entry |= {f"logps/{s}": entry[f"rewards/{s}"] / 0.1 for s in SIDES}
+        out.append(entry)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("entries", "settings", "reason"),
+    [
+        (reference_free(), NOTHING, "its rewards are 0.1 times its logps"),
+        (reference_free(logps=False), NOTHING, r"first rewards are -0.12 and -0.15.*without a reference"),
+        (training(extra={"log_odds_ratio": -0.6}), NOTHING, "the odds ratio of ORPO"),
+        (training(), RunSettings(loss="simpo"), "trained with SIMPO, which has no reference"),
+        (reference_free(-30.0, -12.0), NOTHING, "its rewards are 0.1 times its logps"),
+    ],
+)
+def test_rewards_without_a_reference_are_no_changes(entries, settings, reason):
+    with pytest.raises(ChesError, match=reason):
+        changes(entries, settings)
+
+
+def test_who_knows_better_can_say_that_rewards_are_changes():
+    found = changes(reference_free(logps=False), beta=0.1, rewards="changes")
+    assert found.scale == "nats" and found.chosen[-1] == pytest.approx(-1.0)
+
+
+def test_the_message_tells_what_the_logps_did():
+    with pytest.raises(ChesError, match=r"Its training logps went: chosen -1.2 to -1, rejected -1.5 to"):
+        changes(reference_free())
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_rewards_of_a_policy_that_starts_at_its_reference_are_changes(late):
+    """Also where the log begins late: large first rewards of a late step say nothing."""
+    entries = training()
+    entries = entries[20 * late :]
+    assert changes(entries, beta=0.1).scale == "nats"
+
+
+def test_means_over_tokens_are_no_nats_of_responses():
+    assert changes(training(), RunSettings(0.1, "args.json", "ipo")).scale == "per token"
+    short = training(extra={"logps/chosen": -1.5, "logps/rejected": -2.0})
+    found = changes(short, beta=0.1)
+    assert found.scale == "per token" and any("means over tokens, or responses of a few" in n for n in found.caveats)
+    assert changes(short, beta=0.1, rewards="changes").scale == "nats"
+    sums = training(extra={"logps/chosen": -80.0, "logps/rejected": -90.0})
+    assert changes(sums, RunSettings(0.1, "args.json", "ipo")).scale == "nats"
+
+
+def test_changes_in_nats_need_no_beta():
+    entries = [{"step": i, "displacement/dlogp_chosen": -i, "displacement/dlogp_rejected": -2 * i} for i in range(9)]
+    found = changes(entries)
+    assert found.scale == "nats" and found.chosen[-1] == -8 and found.rejected[-1] == -16
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"loss": 0.5, "learning_rate": 1e-5}], "has no rewards/chosen and rewards/rejected .it has loss"),
+        ([{"reward": 0.5, "rewards/format/mean": 1.0, "kl": 0.1}], "a log of reinforcement learning"),
+        ([{"critic/rewards/mean": 0.5, "actor/pg_loss": 0.1}], "a log of reinforcement learning"),
+        ([{"rewards/chosen": 0.5}], "has rewards of chosen responses and none of rejected"),
+        ([{"chosen_reward": 0.5, "reject_reward": 0.1, "reward_mean": 0.3}], "as the training of a reward model does"),
+        ([{"current_steps": 5, "loss": 0.5}], "a trainer_log.jsonl of LLaMA-Factory leaves them out"),
+    ],
+)
+def test_a_log_of_something_else_is_refused(entries, message):
+    with pytest.raises(ChesError, match=message):
+        changes([dict(e) for e in entries])
+
+
+def test_nan_is_told_with_its_first_step():
+    entries = training()
+    entries[7]["rewards/chosen"] = float("nan")
+    with pytest.raises(ChesError, match=r"rewards/chosen is NaN or infinite at 1 of 40 entries, first at step 40"):
+        changes(entries, beta=0.1)
+
+
+def test_unpaired_losses_are_told():
+    assert any("kto: chosen and rejected" in note for note in changes(training(), RunSettings(0.1, "x", "kto")).caveats)

@@ -1,0 +1,68 @@
+"""The experiment on forecasts: its arithmetic, its plan, and (slow) a whole run of the tiny scale."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.forecast import SCALES, figures, rows, stages, tables
+from experiments.forecast.report import _filter_verdict, _verdict
+from experiments.forecast.summary import _filter, _predictor, calibration
+from experiments.framework.item import configure, execute
+
+
+def test_a_predictor_that_is_the_change_is_perfect_and_noise_is_not():
+    rng = np.random.default_rng(0)
+    x, lengths = rng.normal(size=80), [rng.normal(size=80), rng.normal(size=80)]
+    perfect = _predictor(x, [2 * x - 1, x], lengths, True)
+    assert perfect["rho"] == pytest.approx(1) and perfect["equal_lengths"]["rho"] == pytest.approx(1)
+    assert perfect["calibration"]["slope"] == pytest.approx(2) and perfect["calibration"]["r2"] == pytest.approx(1)
+    # a change that follows length alone is nothing at equal lengths
+    length = _predictor(lengths[0] + 1e-3 * x, [lengths[0] + 1e-3 * rng.normal(size=80)], lengths, False)
+    assert length["rho"] > 0.99 and abs(length["equal_lengths"]["rho"]) < 0.4
+    noise = _predictor(rng.normal(size=80), [x], lengths, False)
+    assert noise["low"] < 0 < noise["high"] and "calibration" not in noise
+
+
+def test_calibration_tells_overstated_sizes():
+    found = calibration(np.array([-4.0, -8.0, -12.0]), np.array([-3.0, -5.0, -7.0]))
+    assert (found["slope"], found["intercept"], found["r2"]) == pytest.approx((0.5, -1.0, 1.0))
+
+
+def test_a_filter_is_paired_with_all_over_pairs_and_orders():
+    rng = np.random.default_rng(0)
+    everything = rng.normal(-9, 5, (3, 50))
+    chosen = {"all": everything, "good": everything + 1.0, "none": everything + rng.normal(0, 0.1, (3, 50))}
+    rejected = {name: values - 2.0 for name, values in chosen.items()}
+    good, none = (_filter(chosen, rejected, name) for name in ("good", "none"))
+    assert good["gain"]["mean"] == pytest.approx(1.0) and _filter_verdict(good["gain"]) == "held-out chosen fall less"
+    assert good["accuracy"] == 1.0 and good["less_fall"] == pytest.approx(-1 / everything.mean())
+    assert abs(none["gain"]["mean"]) < 0.1
+
+
+def test_the_verdict_compares_with_goal_and_pilot():
+    def one(rho, low, high, equal):
+        return {"rho": rho, "low": low, "high": high, "equal_lengths": {"rho": equal}}
+
+    assert _verdict(one(0.92, 0.9, 0.95, 0.86), one(0.8, 0.7, 0.89, 0.8)).endswith("met; better than the pilot")
+    assert "not met; the pilot is better" in _verdict(one(0.8, 0.75, 0.84, 0.86), one(0.9, 0.85, 0.95, 0.8))
+
+
+def test_filters_train_for_as_many_updates_as_all():
+    scale = SCALES["small"]
+    assert scale.steps == 16 and {"all", "influence", "random"} <= set(scale.filters)
+    names = [s.name for s in stages(scale)]
+    assert [n for n in names if n.startswith("filter/")] == [
+        f"filter/{n}/{s}" for n in scale.filters for s in scale.orders
+    ]
+    assert scale.test >= 300
+
+
+@pytest.mark.slow
+def test_a_tiny_run_ends_in_a_report(tmp_path):
+    config = configure("forecast", "tiny", {"mesh": "data=1"})
+    result = json.loads(execute("forecast", "tiny", config, tmp_path / "run", resume=False, quiet=True).read_text())
+    found = result["result"]["lrs"]["3e-05"]["sets"]["held_out"]["predictors"]
+    assert {"first order", "second order", "pilot", "ches"} <= found.keys()
+    assert len(rows(result)) == 11 and "at equal lengths" in tables(result)
+    assert all(path.exists() for path in figures(result, "tiny", tmp_path))

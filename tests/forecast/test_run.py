@@ -1,0 +1,160 @@
+"""``ches forecast`` and ``ches influence``: what they write, what they refuse, what a killed run does."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.cli import main
+from ches_jax.errors import ChesError
+from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
+from ches_jax.forecast.influence import concentration, influence_of
+from ches_jax.forecast.run import forecast, influence
+from ches_jax.runs.directory import read_json
+from ches_jax.select.config import SelectConfig
+from ches_jax.select.run import select
+
+
+@pytest.fixture(scope="session")
+def small(tiny_model):
+    return {
+        "model": str(tiny_model), "limit": 20, "holdout": 8, "batch_size": 4, "lr": 1e-5, "steps": 6, "mesh": "data=1",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """A forecast that nothing disturbed."""
+    out = tmp_path_factory.mktemp("forecast") / "whole"
+    return forecast(ForecastConfig(**small, chunk_rows=5, out=str(out)), quiet=True)
+
+
+@pytest.fixture(scope="session")
+def influenced(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("forecast") / "influence"
+    return influence(InfluenceConfig(**small, chunk_rows=5, out=str(out)), quiet=True)
+
+
+def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
+    table, told = pq.read_table(whole / "forecast.parquet"), read_json(whole / "run.json")["summary"]
+    assert table["set"].to_pylist() == ["train"] * 12 + ["probe"] * 8
+    chosen = table["forecast_chosen"].to_numpy()
+    assert told["sets"]["probe"]["forecast_chosen"] == pytest.approx(chosen[12:].mean())
+    assert np.array_equal(chosen, table["first_chosen"].to_numpy())
+    assert table["second_chosen"].null_count == 20
+    assert "at first order this data set" in told["reason"] and told["linear_error"].keys() == {"train", "probe"}
+    assert not (whole / "parts").exists()
+
+
+def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influenced):
+    table = pq.read_table(influenced / "influence.parquet")
+    nats = read_json(whole / "run.json")["summary"]["products"]["probes_nats"]
+    # the forecast's metric is that of the same twelve pairs: the same sums, chosen by chosen
+    for name in ("from_chosen", "from_rejected"):
+        assert -table[name].to_numpy().sum() == pytest.approx(nats[name], rel=1e-3)
+    assert table["influence"].to_numpy() == pytest.approx(
+        table["from_chosen"].to_numpy() + table["from_rejected"].to_numpy()
+    )
+    dropped = [json.loads(line) for line in (influenced / "dropped.jsonl").read_text().splitlines()]
+    assert [d["reasons"] for d in dropped] == [["held out as a probe"]] * 8
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("lowest:0.5", 6), ("soft:0.5", 12)])
+def test_select_keeps_the_pairs_of_least_influence(influenced, tmp_path, keep, kept):
+    summary = select(SelectConfig(scores=influenced, by="influence", keep=keep, out=tmp_path / "kept"))
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "pairs.jsonl").read_text().splitlines()]
+    values = np.sort(pq.read_table(influenced / "influence.parquet")["influence"].to_numpy())
+    assert summary["counts"]["kept"] == kept
+    assert sorted(r["influence"] for r in rows) == pytest.approx(values[:kept].tolist())
+    if keep.startswith("soft"):
+        order = np.argsort([r["influence"] for r in rows])
+        weights = np.array([r["weight"] for r in rows])[order]
+        assert (np.diff(weights) <= 1e-12).all() and weights[0] > weights[-1]
+
+
+@pytest.mark.slow
+def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypatch):
+    from ches_jax.forecast import run as runs
+
+    out, write, config = tmp_path / "run", runs._write, {**small, "chunk_rows": 5}
+
+    def stop_at_the_third(path, table):
+        if path.name == "part-000002.parquet":
+            raise KeyboardInterrupt
+        write(path, table)
+
+    monkeypatch.setattr(runs, "_write", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        forecast(ForecastConfig(**config, out=str(out)), quiet=True)
+    monkeypatch.setattr(runs, "_write", write)
+    # what is there is not computed again
+    monkeypatch.setattr("ches_jax.forecast.setup.frozen_updates", None)
+    forecast(ForecastConfig(**config, out=str(out)), resume=True, quiet=True)
+    assert pq.read_table(out / "forecast.parquet").equals(pq.read_table(whole / "forecast.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["influence"], "whose chosen responses should not fall"),
+        (["influence", "--holdout", "4", "--loss", "kto"], "its gradient is not made of whole responses of pairs"),
+        (["forecast", "--optimizer", "adafactor"], "its metric is not known"),
+        (["forecast", "--pilot", "2", "--schedule", "cosine", "--steps", "9"], "use --schedule constant"),
+        (["forecast", "--pilot", "-1"], "expected the number of updates"),
+        (["forecast", "--order", "3"], "order"),
+        (["forecast", "--chunk-rows", "0"], "--chunk-rows 0"),
+        (["forecast", "--probes", "p.jsonl", "--holdout", "2"], "give one of them"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused_in_one_message(tiny_model, tmp_path, capsys, words, message):
+    out = tmp_path / "run"
+    rest = ["--model", str(tiny_model), "--limit", "12", "--mesh", "data=1", "--quiet", "--out", str(out)]
+    assert main([*words, *rest]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (out / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_probes_that_are_training_pairs_are_told(small, tmp_path):
+    from ches_jax.bundled import pairs_file
+
+    lines = pairs_file().read_text(encoding="utf-8").splitlines()[:12]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines[4:]) + "\n", encoding="utf-8")
+    options = {**small, "limit": 8, "holdout": 0, "steps": 1, "probes": str(tmp_path / "some.jsonl")}
+    out = forecast(ForecastConfig(**options, out=str(tmp_path / "run")), quiet=True)
+    told = read_json(out / "run.json")["summary"]
+    assert told["probes_that_are_training_pairs"] == 4
+    assert any("4 of 8 probes are training pairs" in w for w in told["warnings"])
+    # a violent rate is said to leave the linear range
+    shutil.rmtree(out)
+    out = forecast(ForecastConfig(**{**options, "lr": 0.1}, out=str(tmp_path / "run")), quiet=True)
+    assert any("leaves the linear range" in w for w in read_json(out / "run.json")["summary"]["warnings"])
+
+
+def test_influence_is_slope_times_rate_over_the_pairs():
+    found = influence_of([np.array([2.0, 3.0])], np.array([[-0.5, 0.25]]), 10)
+    assert found.from_chosen == pytest.approx([-0.1]) and found.from_rejected == pytest.approx([0.075])
+    assert found.total == pytest.approx([-0.025])
+
+
+def test_concentration_of_pairs_that_only_help():
+    told = concentration(np.array([-1.0, -2.0]))
+    assert told["push_down"] == 0 and told["share_of_fall"] == {"10%": None, "25%": None, "50%": None}
+
+
+@pytest.mark.slow
+def test_other_losses_have_a_forecast_too(small, tmp_path):
+    """A loss of tokens has no split into responses, and says so by leaving it out."""
+    out = forecast(ForecastConfig(**{**small, "steps": 1}, loss="ld_dpo", out=str(tmp_path / "run")), quiet=True)
+    told = read_json(out / "run.json")["summary"]
+    assert told["products"] is None and np.isfinite(told["sets"]["train"]["forecast_chosen"])
+
+
+def test_settings_that_no_forecast_reads_are_no_options():
+    with pytest.raises(TypeError):
+        ForecastConfig(eval_every=1)  # type: ignore[call-arg]
+    with pytest.raises(ChesError):
+        influence(InfluenceConfig(), quiet=True)

@@ -1,0 +1,61 @@
+"""Readers of JSON and Parquet: whatever is wrong with a file is one message that names it."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.errors import RunError
+from ches_jax.runs import files
+from ches_jax.runs.files import read_object, read_parquet
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[]", "expected a JSON object, found list"),
+    ],
+)
+def test_json_that_is_none(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=rf"config.json: .*{message}"):
+        read_object(path, RunError, "a run")
+
+
+def test_no_regular_file_is_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    for name in ("pipe", "folder", "device", "loop"):
+        with pytest.raises(RunError, match=f"{name}.json: (not a regular file|cannot be read)"):
+            read_object(tmp_path / f"{name}.json", RunError, "a run")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_object(tmp_path / ("x" * 300), RunError, "a run")
+
+
+def test_json_of_any_size_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "JSON_BYTES", 10)
+    (tmp_path / "a.json").write_text('{"abcdefghijkl": 1}')
+    with pytest.raises(RunError, match="19 bytes; expected at most 10 of JSON"):
+        read_object(tmp_path / "a.json", RunError, "a run")
+
+
+def test_damaged_parquet_is_one_message(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "x": [1.0, 2.0]}), path)
+    whole = path.read_bytes()
+    assert read_parquet(path, RunError, "a table").num_rows == 2
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], whole[:4] + b"\xff" * 20 + whole[24:], b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"t.parquet: cannot be read as Parquet .*; expected a table"):
+            read_parquet(path, RunError, "a table")
+    with pytest.raises(RunError, match=r"none.parquet: no such file"):
+        read_parquet(tmp_path / "none.parquet", RunError, "a table")
