@@ -137,7 +137,7 @@ def read_texts(source: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         return {}
     try:
         spec = bundled.located(source["pairs"], bundled.pairs_file)
-        pairs = open_pairs(spec, source.get("split"), source.get("columns") or {}, source.get("candidates"))
+        pairs = open_pairs(spec, source.get("split"), source.get("columns") or {}, source.get("candidates")).tolerant()
         rows = itertools.chain.from_iterable(itertools.islice(pairs.rows_from(0), source.get("limit")))
         return {
             row.row_id: {side: spoken(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES}

@@ -259,7 +259,7 @@ def _are_responses(rows: Rows, name: str, several: bool = False) -> bool:
     values = [v for row in rows if (v := turns(decoded(row.get(name)))) is not None]
     return bool(values) and all(
         isinstance(v, str) or are_turns(v) or _texts(v) or (several and isinstance(v, list)) for v in values
-    ) and not all(isinstance(v, str) and _numeric(v) for v in values)  # fmt: skip
+    ) and not (several and all(isinstance(v, str) and _numeric(v) for v in values))  # fmt: skip
 
 
 def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
