@@ -60,7 +60,9 @@ def training_page(run_dir: Path) -> Page:
             heading="The margin and the regimes",
             body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(losses)]),
         ),
-        Section(anchor="mass", heading="Where the mass went", body=probe_section(run_dir)),
+        Section(
+            anchor="harm", heading="Where the mass went", body=answers.harm_section(found) + probe_section(run_dir)
+        ),
         Section(
             anchor="against",
             heading="What was known before, against what happened",
