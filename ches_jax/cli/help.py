@@ -16,11 +16,16 @@ EXAMPLES = {
         "ches score --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --out runs/llama",
         "ches score --pairs pairs.jsonl --logps --dtype bfloat16 --json --quiet",
     ),
-    "doctor": ("ches doctor", "ches doctor --model my-model --pairs pairs.jsonl --show 5"),
+    "doctor": (
+        "ches doctor",
+        "ches doctor --model my-model --pairs pairs.jsonl --show 5",
+        "ches doctor --pairs train.jsonl --against test.jsonl --json",
+    ),
     "select": (
         "ches select --scores runs/score-001 --out kept",
         "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
-        "ches select --scores runs/score-001 --keep soft:0.5 --out weighted",
+        "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
+        "--dedup near --out clear",
     ),
     "generate": (
         "ches generate --limit 8 --max-new-tokens 32",
