@@ -40,6 +40,14 @@ EXAMPLES = {
         "ches train --model my-model --pairs pairs.jsonl --loss dpo --loss-args beta=0.1 --holdout 200 --out runs/dpo",
         "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",
     ),
+    "forecast": (
+        "ches forecast --holdout 64 --lr 1e-5 --steps 16",
+        "ches forecast --model my-sft-model --pairs pairs.jsonl --probes held.jsonl --lr 3e-5 --steps 16 --pilot 4",
+    ),
+    "influence": (
+        "ches influence --model my-sft-model --pairs pairs.jsonl --probes held.jsonl --lr 3e-5 --out runs/influence",
+        "ches influence --holdout 64 --loss ipo_sum --optimizer adamw",
+    ),
     "diagnose": (
         "ches diagnose trl-output",
         "ches diagnose --before my-model --after trained --pairs held-out.jsonl --out diagnosis",
