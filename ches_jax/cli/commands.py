@@ -32,6 +32,8 @@ class Outcome:
     """Where the result is, on standard output; without one, ``text`` goes there."""
     text: str = ""
     """For a person."""
+    coloured: bool = False
+    """Whether ``text`` bears colours of ours; what is of others in it is printable already."""
     counts: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Beside ``path``, by what they hold."""
@@ -111,18 +113,20 @@ class Score(RunOutput, ScoreConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Output, DoctorConfig):
-    """Audit a model directory and preference pairs; no forward pass. Exit code 1 when a row is flagged."""
+    """Audit a model directory and preference pairs, or the pairs alone as data; no forward pass.
+
+    Exit codes: 0 healthy; 1 a row is flagged, or without --model a check is beyond its threshold; 2 bad input.
+    """
 
     def run(self) -> Outcome:
         """Examines."""
         from ches_jax.doctor import doctor
 
         findings = doctor(_only(DoctorConfig, self))
-        audit = findings.audit
         return Outcome(
-            headline=f"{audit.rows} rows, {audit.flagged} flagged",
+            headline=findings.headline,
             text=findings.text(),
-            counts={"rows": audit.rows, "flagged": audit.flagged},
+            counts=findings.counts,
             details=findings.to_json(),
             code=0 if findings.healthy else 1,
         )
@@ -323,6 +327,27 @@ class Report(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Show(Output):
+    """One pair of a run in the terminal: its numbers, its texts, its tokens in colour where it has token scores."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score`, `train`, `diagnose --out`, `generate`, `judge` or `select`."""
+    row: tyro.conf.Positional[str]
+    """The pair as the page calls it (96, held_out-96), its row of the data, or the beginning of its row_id."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        import os
+        import sys
+
+        from ches_jax.report.terminal import pair_text
+
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        text = pair_text(self.run_dir, self.row, colour=colour)
+        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge(Output):
     """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
 
@@ -425,6 +450,7 @@ COMMANDS: dict[str, type[Any]] = {
     "influence": Influence,
     "diagnose": Diagnose,
     "report": Report,
+    "show": Show,
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,
