@@ -302,6 +302,7 @@ class Diagnose(Output, DiagnoseConfig):
             paths=paths,
             details=diagnosis.to_json(),
             code=int(failed),
+            page_of=out,
         )
 
 
