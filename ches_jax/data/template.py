@@ -11,8 +11,10 @@ White space at the beginning of a tail belongs to the answer where a token follo
 conversation too (Llama 2 writes "* </s>"). What was learned holds for all conversations with the same roles.
 """
 
+import contextlib
 import copy
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.messages import Message, as_parts, text_of
+from ches_jax.data.messages import SYSTEM, Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, TemplateError, did_you_mean
@@ -110,7 +112,10 @@ class ChatTemplate:
         Raises:
           DataError: the template refuses the conversation, or writes today's date.
         """
-        text = self._written(messages, row, ask=ask, go_on=go_on)
+        try:
+            text = self._written(messages, row, ask=ask, go_on=go_on)
+        except DataError as error:
+            raise DataError(f"{error}{self._why_refused(messages, row)}") from error.__cause__
         if self.reads_clock(messages, row):
             raise TemplateError(self._clock_message(row))
         return text
@@ -168,6 +173,17 @@ class ChatTemplate:
         if key not in self._learned:
             self._learned[key] = learn()
         return self._learned[key]
+
+    def _why_refused(self, messages: Sequence[Message], row: Row) -> str:
+        """What about a conversation a template may not take, as the end of a message; empty: not known."""
+        others = [m for m in messages if m["role"] not in SYSTEM]
+        if others and len(others) < len(messages):
+            with contextlib.suppress(DataError):
+                self._written(others, row)
+                return "; it takes no system message: put its text in front of the first message of the user"
+        if any(a["role"] == b["role"] for a, b in itertools.pairwise(others)):
+            return "; two messages of one role follow each other, and it may want user and assistant to take turns"
+        return ""
 
     def _learn_end(self, messages: Sequence[Message], row: Row) -> End:
         probe = [*messages[:-1], {"role": messages[-1]["role"], "content": MARK}]

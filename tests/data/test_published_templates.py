@@ -119,6 +119,21 @@ def test_prompt_chosen_and_rejected_have_the_tokens_of_transformers(name, tokeni
     compare()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        (
+            [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+            "takes no system message: put its text",
+        ),
+        ([{"role": "user", "content": "a"}] * 2, "two messages of one role follow each other"),
+    ],
+)
+def test_why_a_published_template_refuses_a_conversation_is_told(prompt, why, tokenizers):
+    with pytest.raises(DataError, match=f"line 1 .*refuses the row: .*{why}"):
+        encode_prompts(Writer.of(tokenizers["gemma"]), [Record(0, "r", "line 1", {"prompt": prompt})])
+
+
 @pytest.mark.parametrize("name", [n for n in END if "strftime_now" in text_of(n)])
 def test_a_published_template_with_a_clock_says_so(name, tokenizers):
     content = {"prompt": [{"role": "user", "content": "a"}]}

@@ -60,7 +60,7 @@ def test_what_is_told_of_a_distribution(tmp_path, tiny_model):
     before = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]]))
     with np.errstate(divide="ignore"):
         now = np.log(np.array([[0.25, 0.625, 0.125, 0.0], [0.25, 0.25, 0.25, 0.25]]))
-    probes = Probes(load_tokenizer(tiny_model), [(5, 6), (7,)], ["a", "b"], "print")
+    probes = Probes(load_tokenizer(tiny_model), [(5, 6), (7,)], ["a", "b"])
     log = ProbeLog(tmp_path, probes, before)
     assert log.record(0, before)["displacement/probe_total_variation"] == 0
     means = log.record(4, now)
