@@ -302,6 +302,27 @@ class Diagnose(Output, DiagnoseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Show(Output):
+    """One pair of a run in the terminal: its numbers, its texts, and its tokens coloured where they were scored."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches diagnose --out`, `ches score` or `ches train`."""
+    row: tyro.conf.Positional[str]
+    """Index of the row of the data, or the beginning of its row_id."""
+
+    def run(self) -> Outcome:
+        """Shows the pair."""
+        import os
+        import sys
+
+        from ches_jax.displacement.show import show
+
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not self.json
+        text, details = show(self.run_dir, self.row, colour=colour)
+        return Outcome(headline=f"row {self.row} of {self.run_dir}", text=text, details=details)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Output):
     """One self-contained HTML page from a run directory, whatever command the run is of."""
 
@@ -424,6 +445,7 @@ COMMANDS: dict[str, type[Any]] = {
     "forecast": Forecast,
     "influence": Influence,
     "diagnose": Diagnose,
+    "show": Show,
     "report": Report,
     "merge": Merge,
     "verify": Verify,

@@ -40,6 +40,7 @@ EXAMPLES = {
         "ches diagnose --before my-model --after trained --pairs held-out.jsonl --out diagnosis",
         "ches diagnose runs/train-001 --fail-if 'lld_rate>0.2'",
     ),
+    "show": ("ches show diagnosis 23", "ches show runs/score-001 23"),
     "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
     "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
     "verify": (

@@ -19,7 +19,7 @@ GROUPS = {
     "model": "model template template_args max_length adapter dtype param_dtype judge judge_template wrap reference "
     "reference_cache lora_rank lora_alpha lora_targets lora_rslora convert.run_dir step",
     "data": "pairs prompts responses scores run_dir split columns candidates limit eval_pairs holdout eos on_bad_row "
-    "path before after diagnose.logps diagnose.scores responses_before "
+    "path show.run_dir row before after diagnose.logps diagnose.scores responses_before "
     "responses_after judgments diagnose.generate labels label_columns on_missing weights train.rewards probes",
     "where it runs": "mesh distributed attention compilation_cache batch_tokens chunk_rows row_tokens remat "
     "generate.batch_size judge.batch_size",
