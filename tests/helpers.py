@@ -1,8 +1,31 @@
 """What tests of several folders share."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
+
+from ches_jax.models.decoder import Decoder
+
+LENGTH = 512
+"""Sequences are padded to this on the right, so that a model compiles once for all."""
+
+
+@nnx.jit
+def _hidden_and_log_probs(model: Decoder, tokens: Any, mask: Any) -> tuple[Any, Any]:
+    hidden = model.hidden(tokens, mask=mask)[0]
+    return hidden, jax.nn.log_softmax(model.logits(hidden), axis=-1)
+
+
+def one_sequence(model: Decoder, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states of a sequence alone, and the log-probabilities of the next token at each position, in float64."""
+    tokens, mask = np.zeros((1, LENGTH), np.int32), np.zeros((1, LENGTH), bool)
+    tokens[0, : len(ids)], mask[0, : len(ids)] = ids, True
+    hidden, table = _hidden_and_log_probs(model, tokens, mask)
+    return np.asarray(hidden[: len(ids)], np.float64), np.asarray(table[: len(ids)], np.float64)
 
 
 def rounding_of_the_first_loss(logged: dict[str, float], beta: float = 0.1) -> float:

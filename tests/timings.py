@@ -37,7 +37,7 @@ class Timings:
         self.imports: dict[str, float] = {}
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _count(self, event: str, seconds: float, **_: Any) -> None:
+    def _count(self, event: str, duration_secs: float, **_: Any) -> None:
         self.asked += event == PROGRAM
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -132,7 +132,10 @@ def _run(words: Sequence[str]) -> int:
         print(json.dumps(outcome.record(verb)))
     else:
         if outcome.text:
-            print(printable(outcome.text), file=sys.stdout if outcome.path is None else sys.stderr)
+            print(
+                outcome.text if outcome.coloured else printable(outcome.text),
+                file=sys.stdout if outcome.path is None else sys.stderr,
+            )
         if outcome.path is not None:
             print(outcome.path)
     if not options.quiet or outcome.code:

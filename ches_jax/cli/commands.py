@@ -32,6 +32,8 @@ class Outcome:
     """Where the result is, on standard output; without one, ``text`` goes there."""
     text: str = ""
     """For a person."""
+    coloured: bool = False
+    """Whether ``text`` bears colours of ours; what is of others in it is printable already."""
     counts: Mapping[str, Any] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Beside ``path``, by what they hold."""
@@ -344,6 +346,27 @@ class Report(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Show(Output):
+    """One pair of a run in the terminal: its numbers, its texts, its tokens in colour where it has token scores."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory of `ches score`, `train`, `diagnose --out`, `generate`, `judge` or `select`."""
+    row: tyro.conf.Positional[str]
+    """The pair as the page calls it (96, held_out-96), its row of the data, or the beginning of its row_id."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        import os
+        import sys
+
+        from ches_jax.report.terminal import pair_text
+
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        text = pair_text(self.run_dir, self.row, colour=colour)
+        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge(Output):
     """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
 
@@ -447,6 +470,7 @@ COMMANDS: dict[str, type[Any]] = {
     "diagnose": Diagnose,
     "show": Show,
     "report": Report,
+    "show": Show,
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,

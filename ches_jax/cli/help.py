@@ -42,6 +42,7 @@ EXAMPLES = {
     ),
     "show": ("ches show diagnosis 23", "ches show runs/score-001 23"),
     "report": ("ches report runs/score-001", "ches report runs/score-001 --out page"),
+    "show": ("ches show runs/score-001 96", "ches show runs/train-001 held_out-96"),
     "merge": ("ches merge runs/score-001", "ches merge runs/score-001 --json"),
     "verify": (
         "ches verify --claims T4 T5",

@@ -29,7 +29,7 @@ UltraFeedback), lists by rank, and indices of the better one. A dot reaches into
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +41,8 @@ from ches_jax.types import Pairing
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CANDIDATE_COLUMNS = ("responses", "scores")
+MOST_PAIRS = 100_000
+"""Of one row: a chunk of them is held in memory."""
 PAIR_COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
 COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 
@@ -157,6 +159,11 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
 def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> list[tuple[int, int]]:
     """(chosen, rejected) of the pairs among ``count`` candidates, rising."""
     chosen, scores = values.get("chosen"), values.get("scores")
+    if pairing == "all-pairs" and (most := count * (count - 1) // 2) > MOST_PAIRS:
+        raise DataError(
+            f"{count} responses make {most} pairs; a row may make {MOST_PAIRS}: give fewer responses, or --candidates "
+            "chosen-against-all"
+        )
     if chosen is not None and scores is not None:
         raise DataError(
             "'chosen' and 'scores' both say which response is preferred: hide one with --columns chosen= or "
@@ -187,7 +194,7 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # math.isfinite fails at 4,000 digits
 
 
 def _are_ids(responses: Sequence[Any], values: Mapping[str, Any]) -> bool:

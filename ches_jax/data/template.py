@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.messages import Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
+from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.types import common_prefix
 
@@ -36,6 +37,10 @@ MODES = ("auto", "none", "always")
 """Values of ``--template`` that say which rows a template writes, and not which one."""
 MARK = "zqxMarkxqz"
 """The unmistakable text: letters only, so that no template strips, splits or escapes it."""
+SECONDS = 20.0
+"""How long a template may take for one conversation."""
+LETTERS = 16_000_000
+"""How much it may write."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
 _NO_ROW: Row = {}
 
@@ -234,15 +239,20 @@ class ChatTemplate:
         go_on: bool = False,
     ) -> str:  # fmt: skip
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=source.pinned() if PINNED in arguments else source.text,
-                tokenize=False,
-                add_generation_prompt=ask,
-                continue_final_message=go_on,
-                **arguments,
-            )
+            with time_limit(SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=source.pinned() if PINNED in arguments else source.text,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    continue_final_message=go_on,
+                    **arguments,
+                )
+        except TooLong:
+            raise DataError(
+                f"the tokenizer's chat template has not come to an end within {SECONDS:g} seconds"
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise DataError(
@@ -250,6 +260,8 @@ class ChatTemplate:
                 f"{', '.join(m['role'] for m in messages)}"
             ) from error
         assert isinstance(text, str)
+        if len(text) > LETTERS:
+            raise DataError(f"the tokenizer's chat template writes {len(text)} letters; expected at most {LETTERS}")
         return text
 
     def wants_parts(self, source: Source) -> bool:

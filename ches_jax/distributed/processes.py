@@ -65,9 +65,9 @@ class Process:
             raise OtherProcessError(f"process {failed[0][0]} of {self.count}: {failed[0][1]}")
         return [f["value"] for f in messages]
 
-    def any(self, value: bool) -> bool:
-        """Whether ``value`` is true in at least one process."""
-        return any(self.exchange(value))
+    def any_of(self, *values: bool) -> tuple[bool, ...]:
+        """For each value whether it is true in at least one process."""
+        return tuple(any(some) for some in zip(*self.exchange(values), strict=True))
 
     def agree(self, value: dict[str, Any]) -> None:
         """Check that all processes have the same JSON value.

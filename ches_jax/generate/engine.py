@@ -7,6 +7,7 @@ own rows, without a collective; with ``fsdp`` or ``tensor`` the compiler places 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -179,6 +180,15 @@ def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Ca
     )
 
 
+@lru_cache(maxsize=16)
+def _programs(decoding: _Decoding, mesh: Mesh) -> tuple[Any, Any]:
+    """Prefill and decode as functions of arrays alone: engines that differ in weights only share what jax compiles."""
+    prefill, decode = decoding.prefill, decoding.decode
+    if decoding.mesh is None:
+        prefill, decode = _on_each_device(prefill, decode, mesh)
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=2)
+
+
 class Engine:
     """``engine(requests)`` makes texts of any number of prompts, batch by batch.
 
@@ -217,11 +227,7 @@ class Engine:
         decoding = _Decoding(
             graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)
         )
-        prefill, decode = decoding.prefill, decoding.decode
-        if whole:
-            prefill, decode = _on_each_device(prefill, decode, mesh)
-        self._prefill = jax.jit(prefill)
-        self._decode = jax.jit(decode, donate_argnums=2)
+        self._prefill, self._decode = _programs(decoding, mesh)
 
     def batches(self, requests: Sequence[Request], rows: int) -> Iterator[list[int]]:
         """Numbers of the requests that go together: of one bucket, at most ``rows``, short prompts first."""

@@ -7,6 +7,8 @@ On a data-only mesh each device takes its rows through the whole model, without 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,20 @@ def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Arra
     return compute
 
 
+@lru_cache(maxsize=16)
+def _program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Attend) -> Any:
+    """The pass as a function of arrays alone: models of one architecture share it, and what jax compiles of it."""
+    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+
+    def run(state, rows: PackedBatch) -> SegmentStatistics:
+        return _statistics(nnx.merge(graph, state), rows, outputs, None if whole else mesh, attend)
+
+    if whole:
+        # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
+        run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
+    return jax.jit(run)
+
+
 class ForwardPass:
     """``pass_(rows)`` gives the statistics of a batch; compiles at the first batch of each shape.
 
@@ -86,13 +102,7 @@ class ForwardPass:
         whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
-        def run(state, rows: PackedBatch) -> SegmentStatistics:
-            return _statistics(nnx.merge(graph, state), rows, outputs, None if whole else mesh, attend)
-
-        if whole:
-            # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
-            run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
-        self._jitted = jax.jit(run)
+        self._jitted = _program(graph, mesh, outputs, attend)
 
     def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
         """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.

@@ -9,7 +9,9 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +23,14 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.files import read_object
+from ches_jax.runs.progress import say
 from ches_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
+UNREADABLE = "unreadable-"
+"""Before the step, in the name of a checkpoint that could not be read and was put aside."""
+SECONDS = 600.0
+"""Without ``save_every``: how long after a checkpoint the next one is due, so that no death costs more than that."""
 
 
 def flat(state: Any) -> dict[str, Any]:
@@ -100,12 +107,14 @@ class Checkpoints:
           out: the run directory.
           keep: how many of the last ones stay.
           best: what makes a checkpoint the best; each evaluation is then saved.
-          every: updates between two checkpoints; None: none is due but after evaluations for ``best``.
+          every: updates between two checkpoints; None: one is due every ``SECONDS``, and after evaluations for
+            ``best``.
         """
         _log_failures_once()
         self.folder = (out / FOLDER).absolute()
         self._best = best
         self._every = every
+        self._last = time.monotonic()
         if best is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         else:
@@ -143,6 +152,10 @@ class Checkpoints:
         """Whether a checkpoint is due after ``step`` updates, which were evaluated or not."""
         return bool((evaluated and self._best is not None) or (self._every and step % self._every == 0))
 
+    def overdue(self) -> bool:
+        """Whether the last checkpoint is so old that another is due by the clock."""
+        return self._every is None and time.monotonic() - self._last > SECONDS
+
     def save(
         self, step: int, state: TrainState, position: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -157,6 +170,7 @@ class Checkpoints:
         Raises:
           RunError: nothing could be written; earlier checkpoints are intact.
         """
+        self._last = time.monotonic()
         if step in self._manager.all_steps():
             return
         leaves = flat(state)
@@ -218,17 +232,43 @@ class Checkpoints:
           position_of: where the data of this run stand after so many updates.
 
         Raises:
-          RunError: the checkpoint is of other data, another architecture or optimiser.
+          RunError: the checkpoint is of other data, another architecture or optimiser; none can be read.
         """
-        step = self.latest()
+        unreadable = None
+        while (step := self.latest()) is not None:
+            try:
+                state, position = self.restore(step, initial)
+                break
+            except RunError:
+                raise
+            except Exception as error:  # orbax, tensorstore, JSON and zstd each have types of their own
+                unreadable = self._put_aside(step, error)
         if step is None:
+            if unreadable is not None:
+                raise RunError(f"{unreadable}; there is no other: start again with a new --out")
             return initial, 0
-        state, position = self.restore(step, initial)
         if position != position_of(step):
             raise RunError(
                 f"{self.folder / str(step)}: its data position is {position}, this run's {position_of(step)}"
             )
         return state, step
+
+    def _put_aside(self, step: int, error: Exception) -> str:
+        """A checkpoint that cannot be read gets another name, so that the one before it is the last; says so.
+
+        Raises:
+          RunError: several processes are at work, whose last checkpoints must not differ.
+        """
+        reason = str(error).partition("\n")[0][:200]
+        what = f"{self.folder / str(step)}: the checkpoint cannot be read ({type(error).__name__}: {reason})"
+        if jax.process_count() > 1:
+            raise RunError(f"{what}; move it away and --resume from the one before it") from None
+        aside = self.folder / f"{UNREADABLE}{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        say(f"{what}; it is {aside.name} now, and the run goes on from the one before it")
+        return what
 
     def close(self) -> None:
         """Release threads."""

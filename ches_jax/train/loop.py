@@ -19,6 +19,7 @@ from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
+from ches_jax.runs.progress import say
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
 from ches_jax.train.config import TrainConfig
@@ -92,7 +93,11 @@ def train(
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
-        return _train(run, assemble(run, observers), quiet or not process.first)
+        quiet = quiet or not process.first
+        say(f"loading the model ({run.model.directory})", quiet=quiet)
+        parts = assemble(run, observers)
+        say("compiling, then training", quiet=quiet)
+        return _train(run, parts, quiet)
 
 
 def _train(run: Run, parts: Parts, quiet: bool) -> Path:
@@ -128,8 +133,8 @@ def _train(run: Run, parts: Parts, quiet: bool) -> Path:
             if evaluated:
                 summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
-            stopping = run.process.any(stop.requested)
-            if step == total or stopping or saved.due(step, evaluated):
+            stopping, overdue = run.process.any_of(stop.requested, saved.overdue())
+            if step == total or stopping or overdue or saved.due(step, evaluated):
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
                 saved.wait()

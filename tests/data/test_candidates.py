@@ -106,6 +106,8 @@ def test_a_pair_beside_a_column_called_responses_stays_a_pair(tmp_path):
 @pytest.mark.parametrize(
     ("row", "pairing", "message"),
     [
+        ({"responses": ["a"] * 3000}, ALL, "3000 responses make 4498500 pairs; a row may make 100000"),
+        ({"responses": ["a", "b"], "scores": [1, 10**4000]}, ALL, "finite numbers"),
         ({"responses": "a"}, AGAINST, "'responses' is str 'a'; expected a list of texts"),
         ({"responses": [{"text": "a"}]}, AGAINST, "--columns responses=completions.response"),
         ({"responses": [None, "a"]}, AGAINST, "'responses' is list"),

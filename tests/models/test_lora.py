@@ -100,7 +100,7 @@ def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
             model = with_parameters(abstract, params)
             return jnp.sum(weights * model.logits(model.hidden(tokens)))
 
-        return jax.grad(value)
+        return jax.jit(jax.grad(value))
 
     full = loss(plain)(merged(params, spec))
     actual = loss(both)(params)

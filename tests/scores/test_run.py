@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.run import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.types import Eos, Response, TokenPair
+from tests.helpers import one_sequence
 
 ROWS = 24
 
@@ -47,23 +47,12 @@ def token_pairs(model, limit=ROWS, max_length=512, eos: Eos = "include"):
     return PairTokenizer(load_tokenizer(model), max_length, eos)(rows[::step][:limit])
 
 
-@cache
-def one_sequence_pass():
-    def run(model, tokens, mask):
-        hidden = model.hidden(tokens, mask=mask)[0]
-        return hidden, jax.nn.log_softmax(model.logits(hidden), axis=-1)
-
-    return jax.jit(run)
-
-
 def reference(model, pair, eos):
-    """The definition, written out: one sequence at a time, right padding to one shape."""
+    """The definition, written out: one sequence at a time."""
     sums, last, logps = [], [], []
     for response in (pair.chosen, pair.rejected):
-        ids = np.array([*pair.prompt, *response.content])
-        tokens, mask = np.zeros((1, 512), np.int32), np.zeros((1, 512), bool)
-        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, True
-        hidden, table = (np.asarray(a, np.float64) for a in one_sequence_pass()(model, tokens, mask))
+        ids = [*pair.prompt, *response.content]
+        hidden, table = one_sequence(model, ids)
         targets = response.targets(eos)
         predicting = np.arange(len(pair.prompt) - 1, len(pair.prompt) - 1 + len(targets))
         sums.append(hidden[predicting].sum(0))
@@ -274,16 +263,17 @@ def gradients_of_the_unembedding(model, pair, eos="include"):
     """d/dW of the log-probability of each response, by autodiff, one sequence at a time."""
     out = []
     for response in (pair.chosen, pair.rejected):
-        ids = jnp.array([[*pair.prompt, *response.content]])
         targets = jnp.array(response.targets(eos))
         start = len(pair.prompt) - 1
-        hidden = model.hidden(ids)[0, start : start + len(targets)]
+        hidden = jnp.asarray(one_sequence(model, [*pair.prompt, *response.content])[0][start : start + len(targets)])
 
-        def logp(w, hidden=hidden, targets=targets):
+        @jax.jit
+        @jax.grad
+        def gradient(w, hidden=hidden, targets=targets):
             table = jax.nn.log_softmax(model.logit_transform(hidden @ w.T), axis=-1)
             return jnp.take_along_axis(table, targets[:, None], 1).sum()
 
-        out.append(np.asarray(jax.grad(logp)(model.unembedding.astype(hidden.dtype))))
+        out.append(np.asarray(gradient(model.unembedding.astype(hidden.dtype))))
     return out
 
 

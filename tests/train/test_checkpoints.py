@@ -140,3 +140,62 @@ def test_bad_metrics_are_one_message(capsys, tiny_model, tmp_path, words, messag
     options = ["--model", str(tiny_model), "--limit", "12", "--mesh", "data=1", "--batch-size", "4", "--quiet"]
     assert main(["train", *options, "--out", str(tmp_path / "run"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def damaged(folder, how):
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    for path in files:
+        if how == "empty" or (how == "no record" and "metadata" in path.name.lower()):
+            path.write_bytes(b"")
+        elif how == "cut" and path.stat().st_size > 1:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["empty", "no record", "cut"])
+def test_a_checkpoint_that_cannot_be_read_is_skipped_for_the_one_before_it_with_a_word(tmp_path, capsys, how):
+    saved = Checkpoints(tmp_path, 3)
+    for step in (1, 2):
+        saved.save(step, state(step), {"at": step})
+    saved.wait()
+    saved.close()
+    damaged(tmp_path / "checkpoints" / "2", how)
+    again = Checkpoints(tmp_path, 3)
+    restored, step = again.resume(state(0), lambda step: {"at": step})
+    assert step == 1 and float(restored.params["a.weight"][0]) == 1
+    assert "2: the checkpoint cannot be read (" in capsys.readouterr().err
+    again.save(2, state(2), {"at": 2})  # the run comes by again
+    again.wait()
+    again.close()
+    assert saved_steps(tmp_path) == [1, 2] and (tmp_path / "checkpoints" / "unreadable-2").is_dir()
+    last = Checkpoints(tmp_path, 3)
+    assert last.resume(state(0), lambda step: {"at": step})[1] == 2
+    last.close()
+
+
+def test_where_no_checkpoint_can_be_read_the_run_does_not_begin_again_in_silence(tmp_path):
+    saved = Checkpoints(tmp_path, 3)
+    saved.save(1, state(1), {})
+    saved.wait()
+    saved.close()
+    damaged(tmp_path / "checkpoints" / "1", "empty")
+    again = Checkpoints(tmp_path, 3)
+    with pytest.raises(RunError, match=r"cannot be read .*there is no other: start again with a new --out"):
+        again.resume(state(0), lambda step: {})
+    again.close()
+
+
+def test_a_checkpoint_is_due_by_the_clock_unless_its_updates_are_counted(tmp_path, monkeypatch):
+    from ches_jax.train import checkpoints
+
+    clock = [0.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    by_clock, counted = Checkpoints(tmp_path / "a", 1), Checkpoints(tmp_path / "b", 1, every=5)
+    clock[0] = checkpoints.SECONDS
+    assert not by_clock.overdue()
+    clock[0] += 1
+    assert by_clock.overdue() and not counted.overdue() and counted.due(5, False)
+    by_clock.save(1, state(1), {})
+    by_clock.wait()
+    assert not by_clock.overdue()
+    by_clock.close()
+    counted.close()

@@ -3,8 +3,6 @@
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +20,7 @@ from ches_jax.train import loop
 from ches_jax.train.data.split import read_run_pairs
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.observe.probes import ProbeLog, Prober, Probes, entropy, moved, read_probes
+from tests.helpers import one_sequence
 
 from .test_loop import lines, stopping_at
 
@@ -54,8 +53,7 @@ def test_distributions_are_those_after_each_prompt_alone(tiny_model, prompts, me
     expected = load_tokenizer(tiny_model)("<|user|> What colour is snow?<|assistant|>").input_ids
     assert probes.ids[4] == tuple(expected)
     for ids, row in zip(probes.ids, logps, strict=True):
-        logits = model.logits(model.hidden(jnp.asarray([ids], jnp.int32))[0, -1])
-        np.testing.assert_allclose(row, jax.nn.log_softmax(logits), atol=2e-5)
+        np.testing.assert_allclose(row, one_sequence(model, ids)[1][-1], atol=2e-5)
 
 
 def test_what_is_told_of_a_distribution(tmp_path, tiny_model):
@@ -130,9 +128,8 @@ def test_entropy_and_largest_probability_are_those_at_response_tokens(small, tin
     for row in [r for r in rows if r["step"] == 0 and r["set"] == "held_out"][:3]:
         pair = pairs[row["row_id"]]
         for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            ids = jnp.asarray([[*pair.prompt, *response.content]], jnp.int32)
             at = np.arange(len(response.targets("include"))) + len(pair.prompt) - 1
-            table = np.asarray(jax.nn.log_softmax(model.logits(model.hidden(ids)[0, at])), np.float64)
+            table = one_sequence(model, [*pair.prompt, *response.content])[1][at]
             assert row[f"entropy_{side}"] == pytest.approx(-(np.exp(table) * table).sum(-1).mean(), rel=1e-4)
             assert row[f"argmax_mass_{side}"] == pytest.approx(np.exp(table.max(-1)).mean(), rel=1e-4)
     first = lines(out)[0]

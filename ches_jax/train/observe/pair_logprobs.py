@@ -1,11 +1,13 @@
 """Log-probabilities of many pairs under given weights: a forward pass over packed rows of one shape."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import PackedBatch, Placement, plan_batches, write_batch
@@ -53,6 +55,32 @@ class PairStatistics(NamedTuple):
     """Mean over the tokens of the largest probability of that distribution."""
 
 
+@dataclass(frozen=True)
+class _Architecture:
+    """A decoder without arrays; equal to another of the same graph, which holds every setting of the computation."""
+
+    graph: nnx.GraphDef
+    decoder: Decoder = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _programs(architecture: _Architecture, mesh: Mesh, attend: Attend) -> tuple[Any, Any]:
+    """Statistics of segments and log-probabilities of tokens as functions of arrays alone.
+
+    Runs of one architecture in one process share them, and what jax compiles of them.
+    """
+    on = mesh if mesh.size > 1 else None
+
+    def pass_of(logps: Any) -> Any:
+        def run(params: Any, rows: PackedBatch) -> Any:
+            model = with_parameters(architecture.decoder, params)
+            return logps(model, rows, attend=attend, mesh=on), rows.segment
+
+        return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    return pass_of(partial(segment_logps, per_token=token_statistics)), pass_of(prediction_logps)
+
+
 class Evaluator:
     """``evaluate(params, pairs)`` gives the log-probabilities of every pair; compiles once per row length."""
 
@@ -60,18 +88,9 @@ class Evaluator:
         """Takes the decoder without arrays; parameters come with each call."""
         self.mesh = mesh
         self.layout = layout
-        on = mesh if mesh.size > 1 else None
         platform = jax.default_backend()
         self.rows = max(1, BATCH_TOKENS.get(platform, MANY_BATCH_TOKENS) // layout.row_tokens) * row_shards(mesh)
-
-        def pass_of(logps: Any) -> Any:
-            def run(params: Any, rows: PackedBatch) -> Any:
-                return logps(with_parameters(abstract, params), rows, attend=attend, mesh=on), rows.segment
-
-            return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-        self._sums = pass_of(partial(segment_logps, per_token=token_statistics))
-        self._tokens = pass_of(prediction_logps)
+        self._sums, self._tokens = _programs(_Architecture(nnx.split(abstract)[0], abstract), mesh, attend)
 
     def __call__(self, params: Any, pairs: Sequence[TokenPair]) -> PairLogps:
         """Log-probabilities of ``pairs`` under ``params``."""
