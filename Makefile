@@ -11,7 +11,11 @@ PARALLEL := -n auto --dist loadfile
 # Each worker is one thread; what it compiles is kept in .pytest_cache/xla.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo check test slow lint types pure hooks clean
+# The Python files that differ from the main branch.
+MAIN := $$(git merge-base HEAD origin/main 2>/dev/null || git merge-base HEAD main 2>/dev/null || echo HEAD)
+TOUCHED = { git diff --name-only --diff-filter=d $(MAIN) -- '*.py'; git ls-files --others --exclude-standard -- '*.py'; }
+
+.PHONY: demo check test timings slow lint types touched pure hooks clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
@@ -38,16 +42,24 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(BIN)/pyright
 
+# The types of what differs from main alone: reading every file takes longer than all of the pure tests.
+touched: $(VENV)/installed-test
+	$(TOUCHED) | sort -u | xargs -r $(BIN)/pyright
+
 pure: $(VENV)/installed-test
 	$(PYTEST) -m "not slow" -q $(PURE)
 
-# Lint, types and the pure tests, side by side.
+# Lint, types of what differs from main, and the pure tests, side by side.
 check: $(VENV)/installed-test
-	$(MAKE) --jobs 3 --output-sync=target lint types pure
+	$(MAKE) --jobs 3 --output-sync=target lint touched pure
 
 # All but the heavy checks.
 test: lint types
 	$(PYTEST) -m "not slow" $(PARALLEL)
+
+# What each file of tests costs: CPU seconds and programs compiled. A fast test owes its seconds (see CONTRIBUTING.md).
+timings: $(VENV)/installed-test
+	$(PYTEST) -m "not slow" $(PARALLEL) --timings
 
 # The heavy checks; they may use ../shared and take long.
 slow: $(VENV)/installed-test

@@ -1,15 +1,21 @@
-"""``ches doctor``: is this model directory whole, and are these pairs fit to be scored with it? No forward pass."""
+"""``ches doctor``: is this model directory whole, and are these pairs fit to be scored with it? No forward pass.
+
+Pairs without a model are examined as data (``ches_jax.health``): what can be wrong with them whatever the model.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.bundled import BUNDLED
+from ches_jax.errors import ChesError
 from ches_jax.face import make_callable
 from ches_jax.options import ModelOptions, PairOptions
 
 if TYPE_CHECKING:
     from ches_jax.data.audit import Audit
     from ches_jax.data.template import ChatTemplate
+    from ches_jax.health.examine import Health
 
 make_callable(__name__)
 
@@ -22,8 +28,13 @@ class DoctorConfig(PairOptions, ModelOptions):
     2
     """
 
+    model: str | None = None  # type: ignore[assignment]
+    """Model directory or hub name. Without one, --pairs are examined as data: lengths, refusals, duplicates,
+    contradictions, scores, languages. Without both: the bundled ones."""
     show: int = 2
-    """Rows to print as the model sees them; flagged rows are shown first."""
+    """Rows to print as the model sees them, flagged rows first; without a model, examples of each check."""
+    against: str | None = None
+    """Other data (a test set): prompts that stand there too are leaks. For --pairs without a model."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,16 @@ class Findings:
         """Whether no row is flagged."""
         return not self.audit.flagged
 
+    @property
+    def headline(self) -> str:
+        """One line."""
+        return f"{self.audit.rows} rows, {self.audit.flagged} flagged"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the record of ``--json``."""
+        return {"rows": self.audit.rows, "flagged": self.audit.flagged}
+
     def text(self) -> str:
         """For a person."""
         model = "\n".join(f"{name:<16}{value}" for name, value in self.model.items())
@@ -49,8 +70,8 @@ class Findings:
         return {"model": self.model, "pairs": self.audit.to_json(), "healthy": self.healthy}
 
 
-def doctor(config: DoctorConfig) -> Findings:
-    """Check the directory's names and shapes and audit every pair.
+def doctor(config: DoctorConfig) -> "Findings | Health":
+    """Check the directory's names and shapes and audit every pair; without a model, examine the pairs as data.
 
     >>> doctor(DoctorConfig(limit=4)).healthy
     True
@@ -58,13 +79,18 @@ def doctor(config: DoctorConfig) -> Findings:
     Raises:
       ChesError: the directory or the pairs cannot be read at all.
     """
+    if config.model is None and config.pairs != BUNDLED:
+        return _without_a_model(config)
+    if config.against is not None:
+        raise ChesError("--against compares texts, without a model: leave out --model, and name the data with --pairs")
     from ches_jax.data.audit import Audit, visible
     from ches_jax.inputs import Opener, open_model_and_pairs
     from ches_jax.models.checkpoint.load import open_checkpoint
     from ches_jax.models.decoder import parameter_count
     from ches_jax.scores.config import ScoreConfig
 
-    options = {k: getattr(config, k) for k in DoctorConfig.__dataclass_fields__ if k != "show"}
+    options = {k: getattr(config, k) for k in DoctorConfig.__dataclass_fields__ if k not in ("show", "against")}
+    options["model"] = config.model or BUNDLED
     opener = Opener()
     inputs = open_model_and_pairs(ScoreConfig(**options), opener)
     checkpoint = open_checkpoint(inputs.model.directory)
@@ -91,6 +117,14 @@ def doctor(config: DoctorConfig) -> Findings:
             if len(kept) < config.show:
                 kept.append(visible(tokenizer, pair))
     return Findings(model, audit, (flagged + clean)[: config.show])
+
+
+def _without_a_model(config: DoctorConfig) -> "Health":
+    from ches_jax.data.sources import open_pairs
+    from ches_jax.health.examine import examine
+
+    source = open_pairs(config.pairs, config.split, config.columns, config.candidates)
+    return examine(source, limit=config.limit, against=config.against, show=config.show)
 
 
 def _chat_template(template: "ChatTemplate") -> str:

@@ -35,6 +35,8 @@ WORDS = {
     "sv": "och att det som en på är av för med den till inte jag om har de ett men vi kan du så här",
 }  # fmt: skip
 _FUNCTION_WORDS = {language: frozenset(words.split()) for language, words in WORDS.items()}
+LAST_LATIN = "\u024f"
+"""Of the common Latin letters: those up to it need no look-up."""
 LEAST_WORDS = 2
 """Different function words that a text must have to be of a language."""
 
@@ -45,11 +47,11 @@ def language(text: str, sample: int = 600) -> str:
     >>> [language(t) for t in ("I will not do it.", "Ich kann das nicht tun.", "не могу", "x = 1")]
     ['en', 'de', 'ru', 'und']
     """
-    text = text[:sample]
-    scripts = Counter(SCRIPTS.get(_script(c)) for c in text if c.isalpha())
+    text = text[:sample].replace("\u2019", "'")
+    letters = sum(c.isalpha() for c in text)
+    scripts = Counter(SCRIPTS.get(_script(c)) for c in text if c > LAST_LATIN and c.isalpha())
     if scripts["ja"] * 10 > scripts["zh"] and scripts["ja"]:  # kanji are Chinese characters too
         return "ja"
-    letters = scripts.total()
     foreign = [(n, code) for code, n in scripts.items() if code]
     if foreign and max(foreign)[0] * 2 > letters:
         return max(foreign)[1]

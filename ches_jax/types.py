@@ -14,9 +14,10 @@ Words (used in code, files and messages alike):
   score       a number of one pair, computed on one model
   displacement  the change of a response's log-probability since step 0, in nats
 
-Axis letters: B rows of a batch, T positions, D width, V vocabulary, N query heads, K key/value heads, H head width,
-F mlp width, L layers, M predictions of a row, S segments of a row. A letter with another meaning is explained where it
-is used.
+Axis letters, one meaning each: B rows of a batch, T positions, U positions of the rejected response, Q positions that
+ask (queries), D width, V vocabulary, C vocabulary rows of a chunk, N query heads, K key/value heads, G query heads of
+one key/value head, H head width, R rotated dimensions, F mlp width, L layers, M predictions of a row, S segments of a
+row, I and O inputs and outputs of a matrix. Any other axis is named by a word: ``keys``, ``blocks``, ``candidates``.
 
 Alignment, drawn once for the whole project (P = 3 prompt tokens, 2 content tokens and a terminator):
 

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},
-    "doctor": PURE | {"models", "scores", "inputs"},
+    "health": LEAVES | {"data", "judges"},
+    "doctor": PURE | {"models", "scores", "inputs", "health"},
     "convert": PURE | {"models", "train"},
 }
 PURE_MATHEMATICS = ["scores/hidden_sums.py", "models/attention/mask.py", "models/attention/dense.py", "models/rope.py"]

@@ -113,18 +113,20 @@ class Score(RunOutput, ScoreConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Output, DoctorConfig):
-    """Audit a model directory and preference pairs; no forward pass. Exit code 1 when a row is flagged."""
+    """Audit a model directory and preference pairs, or the pairs alone as data; no forward pass.
+
+    Exit codes: 0 healthy; 1 a row is flagged, or without --model a check is beyond its threshold; 2 bad input.
+    """
 
     def run(self) -> Outcome:
         """Examines."""
         from ches_jax.doctor import doctor
 
         findings = doctor(_only(DoctorConfig, self))
-        audit = findings.audit
         return Outcome(
-            headline=f"{audit.rows} rows, {audit.flagged} flagged",
+            headline=findings.headline,
             text=findings.text(),
-            counts={"rows": audit.rows, "flagged": audit.flagged},
+            counts=findings.counts,
             details=findings.to_json(),
             code=0 if findings.healthy else 1,
         )
@@ -300,6 +302,7 @@ class Diagnose(Output, DiagnoseConfig):
             paths=paths,
             details=diagnosis.to_json(),
             code=int(failed),
+            page_of=out,
         )
 
 

@@ -16,11 +16,16 @@ EXAMPLES = {
         "ches score --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --out runs/llama",
         "ches score --pairs pairs.jsonl --logps --dtype bfloat16 --json --quiet",
     ),
-    "doctor": ("ches doctor", "ches doctor --model my-model --pairs pairs.jsonl --show 5"),
+    "doctor": (
+        "ches doctor",
+        "ches doctor --model my-model --pairs pairs.jsonl --show 5",
+        "ches doctor --pairs train.jsonl --against test.jsonl --json",
+    ),
     "select": (
         "ches select --scores runs/score-001 --out kept",
         "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
-        "ches select --scores runs/score-001 --keep soft:0.5 --out weighted",
+        "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
+        "--dedup near --out clear",
     ),
     "generate": (
         "ches generate --limit 8 --max-new-tokens 32",
@@ -34,6 +39,14 @@ EXAMPLES = {
         "ches train --steps 20 --batch-size 8 --lr 1e-5",
         "ches train --model my-model --pairs pairs.jsonl --loss dpo --loss-args beta=0.1 --holdout 200 --out runs/dpo",
         "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",
+    ),
+    "forecast": (
+        "ches forecast --holdout 64 --lr 1e-5 --steps 16",
+        "ches forecast --model my-sft-model --pairs pairs.jsonl --probes held.jsonl --lr 3e-5 --steps 16 --pilot 4",
+    ),
+    "influence": (
+        "ches influence --model my-sft-model --pairs pairs.jsonl --probes held.jsonl --lr 3e-5 --out runs/influence",
+        "ches influence --holdout 64 --loss ipo_sum --optimizer adamw",
     ),
     "diagnose": (
         "ches diagnose trl-output",

@@ -216,7 +216,9 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
     values = _values(row, columns, PROMPT_COLUMNS)
     if "prompt_ids" in values:
         return {"prompt_ids": _token_ids("prompt_ids", values["prompt_ids"])}
-    if "prompt" in values:
+    if (asked := _prompt_of_pair(row, columns)) is not None:
+        content = {"prompt": asked}
+    elif "prompt" in values:
         content = {"prompt": _text_or_messages("prompt", values["prompt"])}
     elif not columns.get("prompt") and row.get("chosen") is not None and row.get("rejected") is not None:
         content = {"prompt": canonical_content(row, {})["prompt"]}
@@ -230,6 +232,18 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
         if name in values:
             content[name] = _template_argument(name, values[name])
     return content
+
+
+def _prompt_of_pair(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | list[Message] | None:
+    """The prompt that scoring puts before the responses of a pair with a ``prompt``; None: the row is no such pair."""
+    if any(row.get(name) is None for name in (columns.get("prompt", "prompt"), "chosen", "rejected")):
+        return None
+    try:
+        return (
+            canonical_content(row, {"prompt": columns["prompt"]} if "prompt" in columns else {}).get("prompt") or None
+        )
+    except DataError:
+        return None  # chosen and rejected are something else there
 
 
 def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ches_jax import bundled
 from ches_jax.data.audit import FLAGS
 from ches_jax.data.prompts import ID_COLUMNS
-from ches_jax.data.render import Rendered, Writer
+from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
 from ches_jax.errors import DataError
@@ -330,8 +330,15 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     return [by_text[text] for text in texts]
 
 
-def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids]:
-    """Ids of prompts (rows of ``sources.open_prompts``): the tokens that scoring puts before a response.
+class EncodedPrompt(NamedTuple):
+    """A prompt as token ids, and the flags that show in its text with what was found."""
+
+    ids: Ids
+    found: Mapping[str, str]
+
+
+def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[EncodedPrompt]:
+    """Prompts (rows of ``sources.open_prompts``) as the tokens that scoring puts before a response.
 
     Raises:
       DataError: a row cannot be written with the chat template.
@@ -339,21 +346,23 @@ def encode_prompts(writer: Writer, rows: Sequence[Record]) -> list[Ids]:
     tokenizer = writer.chat.tokenizer
     suffix = added_suffix(tokenizer)
     texts: dict[bool, list[str]] = {False: [], True: []}
-    order: list[bool | None] = []
+    prompts: list[RenderedPrompt | None] = []
     for row in rows:
         if "prompt_ids" in row.content:
-            order.append(None)
+            prompts.append(None)
             continue
         try:
             prompt = writer.prompt(row.content)
         except DataError as error:
             raise DataError(f"{_name(row)}: {error}") from error.__cause__
         texts[prompt.templated].append(prompt.text)
-        order.append(prompt.templated)
+        prompts.append(prompt)
     ids = {templated: iter(encode(tokenizer, some, templated, suffix)) for templated, some in texts.items()}
     return [
-        tuple(row.content["prompt_ids"]) if kind is None else next(ids[kind])
-        for row, kind in zip(rows, order, strict=True)
+        EncodedPrompt(tuple(row.content["prompt_ids"]), {})
+        if p is None
+        else EncodedPrompt(next(ids[p.templated]), p.found)
+        for row, p in zip(rows, prompts, strict=True)
     ]
 
 

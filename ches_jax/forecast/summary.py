@@ -10,8 +10,9 @@ from ches_jax.forecast.config import ForecastConfig
 from ches_jax.forecast.setup import LINEAR
 
 CALIBRATION = (
-    "calibration, measured on held-out pairs (experiments/forecast): at first order an actual change is 0.5 to 0.9 "
-    "times the forecast, R2 0.8 to 0.95; ranks hold better than sizes, and at high learning rates sizes are overstated"
+    "calibration, measured once (experiments/forecast: 0.26M parameters after SFT, 16 updates at 3e-5): on held-out "
+    "pairs the change of chosen responses was 0.48 times the first-order forecast less 3.3 nats, R2 0.83, Spearman "
+    "0.90; on training pairs R2 0.30. Ranks hold better than sizes"
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.data import audit
 from ches_jax.data.render import Writer
 from ches_jax.data.sources import PairSource, Record
 from ches_jax.data.tokenize import encode_prompts
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLAGS = {
+    "left_out": audit.FLAGS["left_out"],
     "empty_prompt": "the prompt is empty",
     "double_bos": "more than one BOS at the start of the prompt",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
@@ -71,10 +73,12 @@ class Encoder:
             encoded = encode_prompts(self.writer, rows)
         except DataError as e:
             raise DataError(f"{name}, {e}") from e.__cause__
-        return [self._checked(row, ids, f"{name}, {row.where}") for row, ids in zip(rows, encoded, strict=True)]
+        return [
+            self._checked(row, prompt.ids, f"{name}, {row.where}", list(prompt.found))
+            for row, prompt in zip(rows, encoded, strict=True)
+        ]
 
-    def _checked(self, row: Record, ids: tuple[int, ...], where: str) -> Prompt:
-        flags = []
+    def _checked(self, row: Record, ids: tuple[int, ...], where: str, flags: list[str]) -> Prompt:
         bos = self.tokenizer.bos_token_id
         assert bos is None or isinstance(bos, int)
         if not ids and bos is None:

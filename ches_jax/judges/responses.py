@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ches_jax.data.messages import text_of
 from ches_jax.data.prompts import canonical_prompt, lookup
 from ches_jax.data.sources import Kind, PairSource, Record, row_id
+from ches_jax.data.template import continues
 from ches_jax.errors import DataError, many
 from ches_jax.generate.run import FILE_NAME
 from ches_jax.inputs import Opener
@@ -106,6 +108,14 @@ def open_responses(opener: Opener, spec: str, split: str | None, columns: Mappin
     elif (folder / "config.json").is_file() and not (folder / "state.json").is_file():
         raise DataError(f"{spec}: no {FILE_NAME}; if this is a run of ches generate, finish it with --resume")
     return opener.rows(spec, split, columns, RESPONSES, "responses")
+
+
+def asked_and_answered(row: Record) -> tuple[Any, str]:
+    """What was asked (None: unknown), and the whole answer: with its beginning, where the prompt ends with that."""
+    prompt, text = row.content.get("prompt"), row.content["text"]
+    if isinstance(prompt, list) and continues(prompt):
+        return prompt[:-1], text_of(prompt[-1]) + text
+    return prompt, text
 
 
 def key(row: Record) -> Key:

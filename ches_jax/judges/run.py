@@ -21,7 +21,7 @@ from ches_jax.inputs import Opener
 from ches_jax.judges.config import JudgeConfig, checked
 from ches_jax.judges.judge_prompt import default_question, fill_question, load_question, parse_answer
 from ches_jax.judges.phrases import default_rules, load_rules, measured_rates, refused
-from ches_jax.judges.responses import key, open_responses, read_labels, require_labels
+from ches_jax.judges.responses import asked_and_answered, key, open_responses, read_labels, require_labels
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
     RUN,
@@ -120,7 +120,7 @@ def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
     rules = load_rules(opener.file(Path(config.rules) if config.rules else default_rules(), "rules"))
 
     def verdicts(chunk: list[Record]) -> list[Verdict]:
-        return [refused(rules, row.content["text"]) for row in chunk]
+        return [refused(rules, asked_and_answered(row)[1]) for row in chunk]
 
     return Method(lambda source: None, lambda: verdicts, None if config.rules else measured_rates())
 
@@ -151,7 +151,7 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     def prompt(row: Record) -> Record:
         if row.content.get("prompt") is None:
             raise DataError(f"{config.responses}, {row.where}: no prompt, which the judge has to see")
-        text: Any = fill_question(question, row.content["prompt"], row.content["text"])
+        text: Any = fill_question(question, *asked_and_answered(row))
         text = {"chat": [{"role": "user", "content": text}], "inst": f"[INST] {text} [/INST]", "none": text}[wrap]
         return Record(row.index, f"{key(row)[0]}/{key(row)[1]}", row.where, {"prompt": text})
 

@@ -38,7 +38,7 @@ class RunningMean(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """Arrays of one batch: B pairs (rows, for an unpaired objective), K candidates, T token positions."""
+    """Arrays of one batch: B pairs (rows, for an unpaired objective), T token positions."""
 
     logp_chosen: Float[ArrayLike, "*B"] | None = None
     logp_rejected: Float[ArrayLike, "*B"] | None = None
@@ -63,9 +63,9 @@ class LossInputs(NamedTuple):
     """Unpaired: whether the row's response is a good one."""
     kl_baseline: Float[ArrayLike, ""] | None = None
     """KTO's reference point in nats, see ``kto_baseline``."""
-    logp_candidates: Float[ArrayLike, "*B K"] | None = None
+    logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
     """D2O: log-probabilities of the policy's own samples."""
-    ref_logp_candidates: Float[ArrayLike, "*B K"] | None = None
+    ref_logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
     token_logps_chosen: Float[ArrayLike, "*B T"] | None = None
     token_logps_rejected: Float[ArrayLike, "*B U"] | None = None
     ref_token_logps_chosen: Float[ArrayLike, "*B T"] | None = None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 FENCE = 4.0
-"""Values further from the middle half than so many times its width are drawn on the frame and counted."""
+"""Values further from the middle half than so many times its width, and outside the middle nine tenths, are drawn on
+the frame and counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ def axis(values: np.ndarray, *, zero: bool = False, count: int = 5, whole: bool 
     q25, q75 = (float(q) for q in np.quantile(finite, [0.25, 0.75]))
     width = q75 - q25
     if not whole and width > 0:
-        low, high = max(low, q25 - FENCE * width), min(high, q75 + FENCE * width)
+        q05, q95 = (float(np.quantile(finite, q, method=how)) for q, how in ((0.05, "higher"), (0.95, "lower")))
+        low, high = max(low, min(q05, q25 - FENCE * width)), min(high, max(q95, q75 + FENCE * width))
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if not high - low > 1e-9 * max(abs(low), abs(high)):

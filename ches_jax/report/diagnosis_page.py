@@ -15,7 +15,7 @@ from ches_jax.report.answers import Found, set_name
 from ches_jax.report.axes import nats
 from ches_jax.report.change_sections import Moved
 from ches_jax.report.document import Page, Section
-from ches_jax.report.html import escape, figure, gallery, paragraphs
+from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.provenance import provenance, read_record
 from ches_jax.report.texts import SIDES
 from ches_jax.runs.files import read_object
@@ -74,14 +74,21 @@ def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved |
         subtitle=elements.subtitle(str(answer.get("source") or ""), str(run_dir)),
         answers=[
             ("Did chosen fall?", answers.did_chosen_fall(found)),
-            ("A bug?", escape("; ".join(caveats)) + "." if caveats else "No sign of one in these numbers."),
+            ("A bug?", _bug_words(answer)),
             ("Harm?", answers.harm(found, answers.commands("MODEL"))),
             ("What to do?", answers.advice(found, links)),
         ],
         tone=tone,
+        notes=[caveat[:1].upper() + caveat[1:] + "." for caveat in caveats],
         sections=[s for s in body if s.body],
         pairs=pairs,
     )  # fmt: skip
+
+
+def _bug_words(answer: Mapping[str, Any]) -> str:
+    if answer["verdict"] == "chosen_down":
+        return "Perhaps: the margin did not rise, so the loss did not fall. Look at the data: <code>ches doctor</code>."
+    return "No sign of one in these numbers; the data are examined by <code>ches doctor</code>."
 
 
 def _pairs(path: Path, tolerance: float) -> Moved | None:

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from ches_jax import bundled
 from ches_jax.data.sources import open_pairs
 from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
 from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report import answers, elements, essays, svg
@@ -42,7 +44,7 @@ def training_page(run_dir: Path) -> Page:
     moved, note = _last(run_dir, table, config)
     courses = _courses(table)
     pairs = parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
-    found: Found = {name: _diagnosis(run_dir, moved, name) for name in moved.present}
+    found = _answers(run_dir, moved)
     losses = _losses(run_dir)
     model = run_dir / "model"
     first_step = int(max(table["step"].to_numpy()))
@@ -58,7 +60,9 @@ def training_page(run_dir: Path) -> Page:
             heading="The margin and the regimes",
             body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(losses)]),
         ),
-        Section(anchor="mass", heading="Where the mass went", body=probe_section(run_dir)),
+        Section(
+            anchor="harm", heading="Where the mass went", body=answers.harm_section(found) + probe_section(run_dir)
+        ),
         Section(
             anchor="against",
             heading="What was known before, against what happened",
@@ -192,6 +196,16 @@ def _quartiles(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     finite = [g[np.isfinite(g)] for g in groups]
     low, high = ([float(np.quantile(g, q)) if g.size else float("nan") for g in finite] for q in (0.25, 0.75))
     return np.array(low), np.array(high)
+
+
+def _answers(run_dir: Path, moved: Moved) -> Found:
+    """What ``ches diagnose`` says of the run, by set; where it says nothing, why, for each set."""
+    try:
+        answer = diagnose(DiagnoseConfig(path=str(run_dir), tolerance=moved.tolerance)).to_json()
+    except ChesError:
+        return {name: _diagnosis(run_dir, moved, name) for name in moved.present}
+    beside = answer.get("beside")
+    return {part["set"]: part for part in ([answer, beside] if beside else [answer])}
 
 
 def _diagnosis(run_dir: Path, moved: Moved, name: str) -> Mapping[str, Any] | str:

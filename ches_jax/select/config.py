@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ches_jax.options import Columns
 from ches_jax.types import Control
@@ -22,10 +23,14 @@ class SelectConfig:
     by: str = "ln_ches"
     """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
     logp_margin, influence (of a directory of `ches influence`), chosen_tokens or random; the more similar or harmful a
-    pair, the higher."""
+    pair, the higher. Or column:EXPRESSION over numbers of the table and of the data, with + - * / comparisons abs log
+    min max: column:chosen_score-rejected_score."""
     keep: str = "lowest:0.05"
     """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
     quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""
+    dedup: Literal["none", "exact", "near"] = "none"
+    """Rows that repeat an earlier one are left out before the rule: exactly (but for case, punctuation and white
+    space), or nearly (word triples of prompt and of both responses with a Jaccard similarity from 0.8)."""
     control: Control = "none"
     """To compare with: as many rows, by chance (random) or by response length alone (length)."""
     seed: int = 0

@@ -40,7 +40,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "# A selection of preference pairs",
         "",
         f"{counts['kept']} of {counts['scored']} scored rows ({share:.2%}), by `{rule['keep']}` of "
-        f"`{rule['by']}`; control: {rule['control']}; seed {rule['seed']}.",
+        f"`{rule['by']}`; control: {rule['control']}; duplicates left out: {rule['dedup']}; seed {rule['seed']}.",
         "",
         f"- {rule['by']} of the kept rows: {kept_range[0]:.6g} to {kept_range[1]:.6g} "
         f"(all: {all_range[0]:.6g} to {all_range[1]:.6g})",

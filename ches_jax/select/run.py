@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from ches_jax.errors import RunError
 from ches_jax.runs.files import new_directory
-from ches_jax.scores.formulas import numbers, score_column
+from ches_jax.scores.formulas import numbers
 from ches_jax.scores.table import CANDIDATES, read_table
+from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
 from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
@@ -32,16 +33,28 @@ class Decision:
     """True where the row is kept."""
     weights: np.ndarray | None
     soft: dict[str, float] | None
+    repeats: Mapping[int, str] = field(default_factory=dict)
+    """Positions of the rows that repeat an earlier one, and how."""
 
 
-def decide(table: pa.Table, config: SelectConfig) -> Decision:
+def decide(table: pa.Table, config: SelectConfig, rows: Iterable[SourceRow] = ()) -> Decision:
     """Applies the rule, and the control when there is one.
+
+    Args:
+      table: the scores.
+      config: what to select.
+      rows: the data, read once where ``--by`` names a column of them or ``--dedup`` compares them.
 
     Raises:
       RunError: unknown score or rule, no row has the score, or the rule keeps none.
     """
     rule = parse_rule(config.keep)
-    values = score_column(table, config.by, config.seed)
+    columns, repeated = data_columns(table, config), {}
+    data, texts = read_columns(table, rows, columns, config) if needs_data(table, config) else ({}, [])
+    values = selection_values(table, config, data)
+    if config.dedup != "none":
+        repeated = repeats(texts, values, config.dedup)
+        values[list(repeated)] = np.nan
     scored = values[np.isfinite(values)]
     if scored.size == 0:
         raise RunError(f"{config.scores}: none of its {len(table)} rows has the score {config.by!r}")
@@ -56,7 +69,7 @@ def decide(table: pa.Table, config: SelectConfig) -> Decision:
     kept = np.zeros(len(table), dtype=bool)
     kept[places[chosen]] = True
     if rule.kind != "soft":
-        return Decision(values, kept, None, None)
+        return Decision(values, kept, None, None, repeated)
     plain, slope = soft_weights(values, float(rule.numbers[0]))
     weights = np.full(len(table), np.nan)
     weights[places[chosen]] = plain[chosen]
@@ -68,7 +81,12 @@ def decide(table: pa.Table, config: SelectConfig) -> Decision:
         "spearman_weight_length_difference": spearman(weights, longer),
         "spearman_weight_total_length": spearman(weights, total),
     }
-    return Decision(values, kept, weights, soft)
+    return Decision(values, kept, weights, soft, repeated)
+
+
+def needs_data(table: pa.Table, config: SelectConfig) -> bool:
+    """Whether the decision needs more than the score table."""
+    return bool(config.dedup != "none" or data_columns(table, config))
 
 
 def describe(table: pa.Table, decision: Decision, config: SelectConfig) -> dict[str, Any]:
@@ -137,13 +155,17 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
       RunError: bad rule, score or directory, or the pairs are not those that were scored.
     """
     table, metadata = read_table(config.scores)
-    decision = decide(table, config)
+    if needs_data(table, config):
+        rows = None if rows is None else list(rows)  # read twice
+        decision = decide(table, config, source_rows(config) if rows is None else rows)
+    else:
+        decision = decide(table, config)
     with new_directory(Path(config.out), RunError) as folder:
         rows = source_rows(config) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
         scored_with = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {
-            "rule": {k: getattr(config, k) for k in ("by", "keep", "control", "seed")},
+            "rule": {k: getattr(config, k) for k in ("by", "keep", "dedup", "control", "seed")},
             **describe(table, decision, config),
             "source": {"pairs": config.pairs or scored_with.get("pairs"), **source},
             "scores": metadata,
@@ -225,6 +247,8 @@ def _candidates(row: SourceRow) -> dict[str, int]:
 def _reason(position: int | None, when_scored: str | None, decision: Decision, config: SelectConfig) -> str:
     if position is None:
         return f"dropped when scored: {when_scored}"
+    if position in decision.repeats:
+        return decision.repeats[position]
     if np.isnan(decision.values[position]):
         return "unscored"
     control = "" if config.control == "none" else f" ({config.control} control)"

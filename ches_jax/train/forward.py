@@ -55,10 +55,10 @@ def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Ar
 
 
 class ResponseLogps(NamedTuple):
-    """What the policy gives the responses of P items, in nats; of a pair the chosen one comes first."""
+    """What the policy gives the responses of some items, in nats; of a pair the chosen one comes first."""
 
-    responses: Float[Array, "P R"]
-    tokens: Float[Array, "P R T"] | None = None
+    responses: Float[Array, "items responses"]
+    tokens: Float[Array, "items responses T"] | None = None
     """For objectives of tokens; padding holds anything finite."""
 
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ches_jax.errors import RunError
+from ches_jax.runs.files import replacing
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -37,22 +40,37 @@ class NullTracker:
         """Nothing to end."""
 
 
+def _step(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
 class JsonLines:
     """The tracker every run has."""
 
     def __init__(self, path: Path, resume_step: int | None = None):
-        """Begin a file, or cut the one that is there behind the lines of ``resume_step``."""
+        """Begin a file, or cut the one that is there behind the lines of ``resume_step``.
+
+        Raises:
+          RunError: a line of it is damaged; only the last one may be cut short, as a killed run leaves it.
+        """
         self.path = path
         kept = b""
         if resume_step is not None and path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
-                    break  # half a line: what a killed run leaves
+            lines = path.read_bytes().splitlines(keepends=True)
+            for number, line in enumerate(lines, 1):
+                step = _step(line)
+                if step is None and number == len(lines):
+                    break
+                if step is None:
+                    raise RunError(f"{path}, line {number}: damaged; start again with a new --out")
                 if step <= resume_step:
                     kept += line
-        path.write_bytes(kept)
+        with replacing(path) as temporary:
+            temporary.write_bytes(kept)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.directory import differences
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import read_parquet, replacing
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import TokenPair
 
@@ -135,10 +135,7 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
     Raises:
       RunError: not a cache, or of another identity; every difference is named.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{path}: not a readable reference cache ({error})") from None
+    table = read_parquet(path, RunError, "a reference cache")
     raw = (table.schema.metadata or {}).get(METADATA_KEY)
     names = _columns(identity)
     if raw is None or not any({"row_id", *some} <= set(table.column_names) for some in (COLUMNS, TOKEN_COLUMNS)):

@@ -90,12 +90,14 @@ def _predictor(
     """Rank correlations with the change in every order of the data; intervals by resampling prompts, one pair each."""
     y, n = actual[0], len(x)
     low, high = bootstrap(lambda r: spearman(x[r], y[r]), n, draws=DRAWS)
-    equal = bootstrap(lambda r: partial_spearman(x[r], y[r], [v[r] for v in lengths]), n, draws=PARTIAL_DRAWS)
+    at_equal, equal = partial_spearman(x, y, lengths), np.full(2, np.nan)
+    if np.isfinite(at_equal):  # a length is nothing at equal lengths
+        equal = bootstrap(lambda r: partial_spearman(x[r], y[r], [v[r] for v in lengths]), n, draws=PARTIAL_DRAWS)
     found = {
         "rho": spearman(x, y), "low": float(low), "high": float(high),
         "rho_of_orders": [spearman(x, other) for other in actual],
         "equal_lengths": {
-            "rho": _number(partial_spearman(x, y, lengths)), "low": _number(equal[0]), "high": _number(equal[1]),
+            "rho": _number(at_equal), "low": _number(equal[0]), "high": _number(equal[1]),
         },
     }  # fmt: skip
     if in_nats:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ches_jax.data.prompts import canonical_content
+from ches_jax.data.prompts import canonical_content, canonical_prompt
 from ches_jax.data.render import Writer
 from ches_jax.errors import DataError
 
@@ -67,6 +67,11 @@ SAME = {
 @pytest.mark.parametrize("row", SAME.values(), ids=SAME)
 def test_all_shapes_of_a_conversation_mean_the_same_pair(row):
     assert canonical_content(row, {}) == EXPLICIT
+
+
+@pytest.mark.parametrize("row", SAME.values(), ids=SAME)
+def test_the_prompt_of_a_pair_is_asked_as_it_is_scored(row):
+    assert canonical_prompt(row, {}) == {"prompt": EXPLICIT["prompt"]}
 
 
 def test_several_leading_messages_are_the_prompt():

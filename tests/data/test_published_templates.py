@@ -114,7 +114,7 @@ def test_prompt_chosen_and_rejected_have_the_tokens_of_transformers(name, tokeni
             )
         alone = Record(0, "r", "line 1", {"prompt": prompt})
         if "prefix_mismatch" not in pair.flags:
-            assert encode_prompts(Writer.of(tokenizer, "auto", dated), [alone]) == [pair.prompt]
+            assert encode_prompts(Writer.of(tokenizer, "auto", dated), [alone]) == [(pair.prompt, {})]
 
     compare()
 

@@ -159,7 +159,7 @@ def test_a_header_that_is_never_asked_for_belongs_to_the_prompt(plain):
     assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n")
     assert said(tokenizer, pair.chosen) == ("a", "<|im_end|>")
     record = Record(0, "r", "line 1", {"prompt": [Q]})
-    assert encode_prompts(Writer.of(tokenizer), [record]) == [pair.prompt]
+    assert encode_prompts(Writer.of(tokenizer), [record]) == [(pair.prompt, {})]
 
 
 THINKING = (
@@ -197,6 +197,9 @@ def test_what_a_template_leaves_out_is_told(plain, prompt, row, told):
     deaf = CHATML.replace("messages %}", "messages if m.role in ('user', 'assistant') %}")
     pair = one(plain(deaf), prompt, [assistant("a")], [assistant("b")], row)
     assert pair.detail == {"left_out": told}
+    if "tools" not in row:
+        record = Record(0, "r", "line 1", {"prompt": prompt})
+        assert encode_prompts(Writer.of(plain(deaf)), [record])[0].found == {"left_out": told}
     heard = CHATML + "{% if tools %}{% endif %}"
     assert one(plain(heard), prompt, [assistant("a")], [assistant("b")], row).flags == ()
 
@@ -232,7 +235,7 @@ def test_an_answer_that_the_prompt_begins_goes_on(plain):
     assert said(tokenizer, pair.chosen) == ("ple.", "<|im_end|>")
     assert pair.flags == ()
     record = Record(0, "r", "line 1", {"prompt": prompt})
-    assert encode_prompts(Writer.of(tokenizer), [record]) == [pair.prompt]
+    assert encode_prompts(Writer.of(tokenizer), [record]) == [(pair.prompt, {})]
     # a template that trims closes the gap in front of what follows, and only there
     trimming = plain(CHATML.replace("m.content", "(m.content | trim)"))
     pair = one(trimming, [Q, assistant("An ")], [assistant("apple.")], [assistant("egg. ")])
@@ -364,12 +367,14 @@ def test_a_named_template_or_a_file_can_be_chosen(plain, tmp_path):
 
 
 def test_templates_beside_a_tokenizer_are_found_by_name(plain, tmp_path):
-    plain({"default": CHATML, "short": "{{ messages[-1].content }}</s>"}).save_pretrained(tmp_path)
+    plain({"default": CHATML, "short": "{% for m in messages %}{{ m.content }}</s>{% endfor %}"}).save_pretrained(
+        tmp_path
+    )
     assert (tmp_path / "additional_chat_templates/short.jinja").exists()
     loaded = load_tokenizer(tmp_path)
     row = ([Q], [assistant("a")], [assistant("b")])
     assert said(loaded, one(loaded, *row).chosen) == ("a", "<|im_end|>")
-    assert loaded.decode(one(loaded, *row, template="short").prompt) == "Name a fruit.</s>"
+    assert loaded.decode(list(one(loaded, *row, template="short").prompt)) == "Name a fruit.</s>"
 
 
 def test_a_template_that_fails_refuses_the_row_in_words(plain):

@@ -36,7 +36,7 @@ def test_prompt_and_responses_have_the_expected_tokens(cases, name):
 def test_a_prefilled_answer_is_continued(cases):
     case = cases / "generate_prefilled_answer"
     tokenizer = PairTokenizer(load_tokenizer(case / "model"), 512)
-    (ids,) = encode_prompts(tokenizer.writer, list(open_prompts(str(case / "prompts.jsonl"))))
+    ((ids, _),) = encode_prompts(tokenizer.writer, list(open_prompts(str(case / "prompts.jsonl"))))
     assert list(ids) == json.loads((case / "expected.json").read_text())["prompt_ids"]
 
 
@@ -50,4 +50,4 @@ def test_a_template_that_reads_the_clock_is_pinned_first(cases):
         for a in ({"date_string": "26 Jul 2024"}, {"now": "2024-07-26"})
     )
     assert by_name == by_clock
-    assert "Today: 26 Jul 2024" in tokenizer.decode(by_name[0].prompt)
+    assert "Today: 26 Jul 2024" in tokenizer.decode(list(by_name[0].prompt))

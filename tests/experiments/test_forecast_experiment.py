@@ -18,8 +18,9 @@ def test_a_predictor_that_is_the_change_is_perfect_and_noise_is_not():
     assert perfect["rho"] == pytest.approx(1) and perfect["equal_lengths"]["rho"] == pytest.approx(1)
     assert perfect["calibration"]["slope"] == pytest.approx(2) and perfect["calibration"]["r2"] == pytest.approx(1)
     # a change that follows length alone is nothing at equal lengths
-    length = _predictor(lengths[0] + 1e-3 * x, [lengths[0] + 1e-3 * rng.normal(size=80)], lengths, False)
-    assert length["rho"] > 0.99 and abs(length["equal_lengths"]["rho"]) < 0.4
+    length = _predictor(lengths[0] + 0.05 * x, [lengths[0] + 0.05 * rng.normal(size=80)], lengths, False)
+    assert length["rho"] > 0.95 and abs(length["equal_lengths"]["rho"]) < 0.4
+    assert _predictor(lengths[0], [x], lengths, False)["equal_lengths"] == {"rho": None, "low": None, "high": None}
     noise = _predictor(rng.normal(size=80), [x], lengths, False)
     assert noise["low"] < 0 < noise["high"] and "calibration" not in noise
 

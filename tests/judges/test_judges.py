@@ -15,8 +15,10 @@ from ches_jax.cli import main
 from ches_jax.data.sources import row_id
 from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.errors import ChesError, DataError, RunError
+from ches_jax.inputs import Opener
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.judges.judge_prompt import fill_question, load_question, parse_answer
+from ches_jax.judges.responses import asked_and_answered, open_responses
 from ches_jax.judges.run import FILE_NAME, judge, summary, summary_text
 from ches_jax.runs import chunks
 
@@ -229,6 +231,21 @@ def test_the_command_line(capsys, tmp_path, responses):
         stderr = capsys.readouterr().err
         assert message in stderr and "Traceback" not in stderr
         assert not (tmp_path / "bad").exists()
+
+
+def test_an_answer_that_the_prompt_begins_is_judged_whole(tmp_path):
+    asked = [{"role": "user", "content": "q"}]
+    rows = [
+        {"prompt": [*asked, {"role": "assistant", "content": "I'm sorry, but I"}], "text": " cannot help with that."},
+        {"prompt": [*asked, {"role": "assistant", "content": "Sure: "}], "text": "cannot help with that."},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = list(open_responses(Opener(), str(tmp_path / "r.jsonl"), None, {}))
+    assert [asked_and_answered(r) for r in records] == [
+        (asked, "I'm sorry, but I cannot help with that."), (asked, "Sure: cannot help with that."),
+    ]  # fmt: skip
+    out = judge(JudgeConfig(responses=str(tmp_path / "r.jsonl"), out=str(tmp_path / "j")), quiet=True)
+    assert [r["refusal"] for r in chunks.read_lines(out / FILE_NAME)] == [True, False]
 
 
 def test_rows_that_say_too_little_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
 from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, saved_steps
 from ches_jax.train.loop import Stopped, train
+from ches_jax.train.metrics import JsonLines
 from ches_jax.train.state import TrainState
 
 from .test_loop import lines, stopping_at
@@ -199,3 +200,16 @@ def test_a_checkpoint_is_due_by_the_clock_unless_its_updates_are_counted(tmp_pat
     assert not by_clock.overdue()
     by_clock.close()
     counted.close()
+
+
+def test_a_log_is_cut_behind_its_checkpoint_and_a_damaged_line_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    JsonLines(path, 1)
+    assert path.read_text() == '{"step": 0, "a": 1}\n{"step": 1}\n'
+    for line in ("{", "[1]", '{"step": "1"}', "[" * 100_000):
+        path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(RunError, match=r"metrics.jsonl, line 2: damaged"):
+            JsonLines(path, 1)
+    JsonLines(path)
+    assert path.read_bytes() == b"" and len(list(tmp_path.iterdir())) == 1

@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax.runs.files import replacing
+from ches_jax.errors import RunError
+from ches_jax.runs.files import read_parquet, replacing
 
 
 def part(folder: Path, step: int) -> Path:
@@ -21,5 +22,6 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 def join(folder: Path, path: Path) -> Path:
     """All parts of a folder as one table, in the order of steps."""
-    write_table(pa.concat_tables([pq.read_table(p) for p in sorted(folder.glob("step-*.parquet"))]), path)
+    parts = sorted(folder.glob("step-*.parquet"))
+    write_table(pa.concat_tables([read_parquet(p, RunError, "an evaluation of this run") for p in parts]), path)
     return path

@@ -92,7 +92,7 @@ def read_probes(
     """
     source = opener.prompts(spec, option="probes")
     rows = list(source)
-    ids = encode_prompts(Writer.of(model.tokenizer, template, template_args), rows)
+    ids = [p.ids for p in encode_prompts(Writer.of(model.tokenizer, template, template_args), rows)]
     longest = max_length or model.decoder.max_positions
     for row, prompt in zip(rows, ids, strict=True):
         if not 0 < len(prompt) < longest or max(prompt) >= model.decoder.vocab_size:

@@ -1,0 +1,285 @@
+r"""What can be wrong with preference pairs whatever the model: each check is a function of all rows.
+
+A check says what it measured, in how many rows, and whether that is a *finding*: beyond its threshold, which stands
+here and in ``docs/data_health.md``. Differences between the sides are findings only where their 95 % interval excludes
+zero.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ches_jax.data.duplicates import NEAR, NearDuplicates, normalised, pair_texts
+from ches_jax.data.sources import Record
+from ches_jax.judges.phrases import load_rules, refused
+from ches_jax.languages import UNDETERMINED, language
+from ches_jax.stats import bootstrap, wilson
+
+EFFECT = 0.5
+"""Cohen's d of a length difference from which it is a finding: a medium effect (Cohen 1988)."""
+REFUSALS = 0.1
+"""Difference of the shares of refusals from which it is a finding."""
+SHARE = 0.01
+"""Share of rows from which duplicates, scores against labels and languages that differ are a finding."""
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair as texts."""
+
+    name: str
+    """For messages."""
+    prompt: str
+    chosen: str
+    rejected: str
+    extra: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: Record) -> "Row":
+        """Of a row as read."""
+        return cls(record.where, *pair_texts(record.content), record.extra)
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Both responses, normalised."""
+        return normalised(self.chosen), normalised(self.rejected)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    finding: bool
+    text: str
+    """For a person: one line."""
+    rows: int = 0
+    """How many rows it is about."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    examples: Sequence[str] = ()
+    """Names of the first of these rows."""
+
+
+def cohens_d(a: np.ndarray, b: np.ndarray) -> float:
+    r"""Cohen's d, ``(mean(a) - mean(b)) / s`` with the pooled standard deviation ``s``; NaN where all values are one.
+
+    .. math:: d = \frac{\bar a - \bar b}{\sqrt{(s_a^2 + s_b^2) / 2}}
+
+    >>> cohens_d(np.array([2.0, 4.0]), np.array([1.0, 3.0])).__round__(4)
+    0.7071
+    """
+    spread = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2) if len(a) > 1 else 0.0
+    return float((a.mean() - b.mean()) / spread) if spread > 0 else float("nan")
+
+
+def length(rows: Sequence[Row]) -> Check:
+    """Is the chosen response the longer one? In characters; intervals by bootstrap over prompts."""
+    chosen, rejected = (np.array([len(getattr(r, side)) for r in rows], float) for side in ("chosen", "rejected"))
+    d = cohens_d(chosen, rejected)
+    low, high = _interval(rows, lambda i: cohens_d(chosen[i], rejected[i]))
+    longer = int((chosen > rejected).sum())
+    share = wilson(longer, len(rows))
+    return Check(
+        "length",
+        abs(d) >= EFFECT and (low > 0 or high < 0),
+        f"chosen - rejected {chosen.mean() - rejected.mean():+.1f} characters, Cohen's d {d:+.2f} [{low:+.2f}, "
+        f"{high:+.2f}]; chosen is longer in {longer / len(rows):.1%} [{share[0]:.1%}, {share[1]:.1%}]",
+        longer,
+        {
+            "cohens_d": d, "interval": [low, high], "mean_chosen": float(chosen.mean()),
+            "mean_rejected": float(rejected.mean()), "share_chosen_longer": longer / len(rows),
+        },
+    )  # fmt: skip
+
+
+def refusals(rows: Sequence[Row]) -> Check:
+    """How many responses of each side refuse, by the rules of ``ches judge``."""
+    rules = load_rules()
+    said = {side: [refused(rules, getattr(r, side))[0] for r in rows] for side in ("chosen", "rejected")}
+    yes = {side: np.array([v is True for v in values], float) for side, values in said.items()}
+    shares = {side: float(values.mean()) for side, values in yes.items()}
+    undecided = sum(v is None for values in said.values() for v in values)
+    difference = shares["chosen"] - shares["rejected"]
+    low, high = _interval(rows, lambda i: float(yes["chosen"][i].mean() - yes["rejected"][i].mean()))
+    one_sided = [
+        r.name for r, c, x in zip(rows, said["chosen"], said["rejected"], strict=True) if (c is True) != (x is True)
+    ]
+    return Check(
+        "refusals",
+        abs(difference) >= REFUSALS and (low > 0 or high < 0),
+        f"{shares['chosen']:.1%} of chosen and {shares['rejected']:.1%} of rejected refuse, difference "
+        f"{difference:+.1%} [{low:+.1%}, {high:+.1%}]" + (f"; {undecided} responses undecided" if undecided else ""),
+        len(one_sided),
+        {"chosen": shares["chosen"], "rejected": shares["rejected"], "interval": [low, high], "undecided": undecided},
+        one_sided,
+    )
+
+
+def identical(rows: Sequence[Row]) -> Check:
+    """Pairs whose sides say the same."""
+    same = [r.name for r in rows if r.chosen.strip() == r.rejected.strip()]
+    return Check("identical sides", bool(same), f"{len(same)} pairs with two equal responses", len(same), {}, same)
+
+
+def empty(rows: Sequence[Row]) -> Check:
+    """Pairs with a side, or a prompt, without a letter."""
+    bare = {r.name: [s for s in ("prompt", "chosen", "rejected") if not getattr(r, s).strip()] for r in rows}
+    found = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
+    return Check("empty texts", bool(found), f"{len(found)} rows with an empty text", len(found), {}, found)
+
+
+def contradictions(rows: Sequence[Row]) -> Check:
+    """The same prompt and responses with the labels both ways round."""
+    known: dict[tuple[str, str, str], str] = {}
+    found = []
+    for r in rows:
+        prompt, (chosen, rejected) = normalised(r.prompt), r.sides
+        if chosen != rejected and (other := known.get((prompt, rejected, chosen))) is not None:
+            found.append(f"{r.name} against {other}")
+        known.setdefault((prompt, chosen, rejected), r.name)
+    return Check(
+        "contradictions", bool(found), f"{len(found)} rows prefer what another row rejects", len(found), {}, found
+    )
+
+
+def duplicates(rows: Sequence[Row]) -> Check:
+    """Rows that repeat an earlier one, exactly (but for case and punctuation) or nearly."""
+    known: dict[tuple[str, str, str], str] = {}
+    near = NearDuplicates()
+    exact, similar = [], []
+    for r in rows:
+        key = (normalised(r.prompt), *r.sides)
+        if key in known:
+            exact.append(f"{r.name} repeats {known[key]}")
+            continue
+        known[key] = r.name
+        if (other := near.first_like(r.name, r.prompt, r.chosen, r.rejected)) is not None:
+            similar.append(f"{r.name} is nearly {other}")
+    n = len(exact) + len(similar)
+    return Check(
+        "duplicates",
+        n >= SHARE * len(rows) and n > 0,
+        f"{len(exact)} rows repeat an earlier one exactly, {len(similar)} nearly (Jaccard similarity of word "
+        f"triples from {NEAR})",
+        n,
+        {"exact": len(exact), "near": len(similar)},
+        exact + similar,
+    )
+
+
+def scores(rows: Sequence[Row]) -> Check:
+    """Columns with a number for each side (``score_chosen`` and ``score_rejected``) that disagree with the label."""
+    columns = [(n, m) for n in dict.fromkeys(k for r in rows for k in r.extra) if (m := _other_side(n)) is not None]
+    numbers: dict[str, Any] = {}
+    found: list[str] = []
+    compared = 0
+    for ours, theirs in columns:
+        pairs = [(r.name, _number(r.extra.get(ours)), _number(r.extra.get(theirs))) for r in rows]
+        both = [(name, a, b) for name, a, b in pairs if a is not None and b is not None]
+        if not both:
+            continue
+        # of ranks the smaller one is the better
+        sign = -1 if "rank" in ours.lower() else 1
+        against = [f"{name} ({ours} {a:g}, {theirs} {b:g})" for name, a, b in both if sign * (a - b) < 0]
+        equal = sum(a == b for _, a, b in both)
+        numbers[ours] = {"other": theirs, "rows": len(both), "against": len(against), "equal": equal}
+        compared += len(both)
+        found += against
+    text = "no columns with a number for each side"
+    if numbers:
+        text = "; ".join(
+            f"{ours} against {n['other']}: {n['against']} of {n['rows']} rows disagree with the label, "
+            f"{n['equal']} are equal"
+            for ours, n in numbers.items()
+        )
+    return Check("scores", bool(found) and len(found) >= SHARE * compared, text, len(found), numbers, found)
+
+
+def languages(rows: Sequence[Row]) -> Check:
+    """The mix of languages, and pairs whose sides are in two."""
+    of = [(r.name, *(language(t) for t in (r.prompt, r.chosen, r.rejected))) for r in rows]
+    mix = Counter(chosen for _, _, chosen, _ in of)
+    apart = [
+        f"{name} (chosen {chosen}, rejected {rejected})"
+        for name, _, chosen, rejected in of
+        if UNDETERMINED not in (chosen, rejected) and chosen != rejected
+    ]
+    shown = ", ".join(f"{code} {n / len(rows):.1%}" for code, n in mix.most_common(8))
+    return Check(
+        "languages",
+        bool(apart) and len(apart) >= SHARE * len(rows),
+        f"chosen responses: {shown}; {len(apart)} pairs have sides in two languages",
+        len(apart),
+        {"chosen": dict(mix.most_common()), "two_languages": len(apart)},
+        apart,
+    )
+
+
+def leaks(rows: Sequence[Row], against: Iterable[str], name: str) -> Check:
+    """Prompts that stand in other data too (a test set): equal, or nearly."""
+    near = NearDuplicates()
+    exact: dict[str, str] = {}
+    for i, prompt in enumerate(against):
+        key = normalised(prompt)
+        if key and key not in exact:
+            exact[key] = f"row {i}"
+            near.first_like(f"row {i}", prompt)
+    equal, similar = [], []
+    for r in rows:
+        if (other := exact.get(normalised(r.prompt))) is not None:
+            equal.append(f"{r.name} is {other} of {name}")
+        elif (other := near.like(r.prompt)) is not None:
+            similar.append(f"{r.name} is nearly {other} of {name}")
+    n = len(equal) + len(similar)
+    return Check(
+        "leaked prompts",
+        n > 0,
+        f"{len(equal)} prompts stand in {name} too, {len(similar)} nearly",
+        n,
+        {"exact": len(equal), "near": len(similar)},
+        equal + similar,
+    )
+
+
+CHECKS: tuple[Callable[[Sequence[Row]], Check], ...] = (
+    length, refusals, identical, empty, contradictions, duplicates, scores, languages,
+)  # fmt: skip
+
+
+def _interval(rows: Sequence[Row], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """Bootstrap over prompts, whose pairs are not independent; (NaN, NaN) of a single row."""
+    if len(rows) < 2:
+        return float("nan"), float("nan")
+    numbers: dict[str, int] = defaultdict(lambda: len(numbers))
+    clusters = np.array([numbers[r.prompt] for r in rows])
+    with np.errstate(invalid="ignore"):
+        values = bootstrap(statistic, len(rows), draws=DRAWS, clusters=clusters)
+    return float(values[0]), float(values[1])
+
+
+def _other_side(column: str) -> str | None:
+    """``score_rejected`` for ``score_chosen``; None for a column of no side.
+
+    >>> _other_side("Chosen_Score"), _other_side("score")
+    ('Rejected_Score', None)
+    """
+    if re.search("chosen", column, re.IGNORECASE) is None:
+        return None
+    return re.sub(
+        "chosen", lambda m: "Rejected" if m[0][0].isupper() else "rejected", column, count=1, flags=re.IGNORECASE
+    )
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None

@@ -1,0 +1,89 @@
+"""All checks of one data set, as text and as JSON."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ches_jax.data.duplicates import text_of
+from ches_jax.data.sources import PairSource, open_prompts
+from ches_jax.errors import DataError
+from ches_jax.health.checks import CHECKS, Check, Row, leaks
+
+
+@dataclass(frozen=True)
+class Health:
+    """The result of an examination of pairs without a model."""
+
+    source: str
+    rows: int
+    checks: list[Check]
+    show: int = 2
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check went beyond its threshold."""
+        return not any(c.finding for c in self.checks)
+
+    @property
+    def headline(self) -> str:
+        """One line."""
+        found = [c.name for c in self.checks if c.finding]
+        return f"{self.rows} rows, {len(found)} findings" + (f": {', '.join(found)}" if found else "")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the record of ``--json``."""
+        return {"rows": self.rows, "findings": sum(c.finding for c in self.checks)}
+
+    def text(self) -> str:
+        """For a person."""
+        lines = [self.source, ""]
+        for check in self.checks:
+            lines.append(f"{'FINDING' if check.finding else 'ok':<9}{check.name:<16}{check.text}")
+            lines += [f"{'':<25}{example}" for example in check.examples[: self.show]]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a script."""
+        return {
+            "pairs": self.source,
+            "rows": self.rows,
+            "healthy": self.healthy,
+            "checks": {
+                c.name: _plain(
+                    {"finding": c.finding, "rows": c.rows, "text": c.text, "examples": list(c.examples[: self.show])}
+                    | {"numbers": dict(c.numbers)}
+                )
+                for c in self.checks
+            },
+        }
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; what is not finite is null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def examine(source: PairSource, *, limit: int | None = None, against: str | None = None, show: int = 2) -> Health:
+    """Every check of the pairs, and of prompts that stand in ``against`` (a file of prompts or pairs) too.
+
+    Raises:
+      DataError: rows that cannot be read, or none that make a pair.
+    """
+    rows = [Row.of(record) for record in itertools.islice(source, limit) if record.candidates != ()]
+    if not rows:
+        raise DataError(f"{source.name}: no pairs to examine")
+    checks = [check(rows) for check in CHECKS]
+    if against is not None:
+        checks.append(leaks(rows, _prompts(against), against))
+    return Health(source.describe(), len(rows), checks, show)
+
+
+def _prompts(spec: str) -> Iterator[str]:
+    return (text_of(r.content.get("prompt", r.content.get("prompt_ids"))) for r in open_prompts(spec))
