@@ -5,6 +5,7 @@ they are left out, and a statistic that is undefined is NaN. Ranks are scipy's, 
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -194,10 +195,16 @@ def studentized_means(values: np.ndarray, *, clusters: np.ndarray | None = None,
     return np.stack([means - high * error, means - low * error])
 
 
+@lru_cache(maxsize=2)
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """How often each of ``count`` clusters is in each resample, [RESAMPLES, count]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+
+
 def _resampled_t(residuals: np.ndarray, sizes: np.ndarray, error: np.ndarray, seed: int) -> np.ndarray:
     """Quantiles of t* over resamples of clusters, [2, quantities]."""
     count = sizes.size
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+    weights = _resamples(count, seed)
     total = weights @ sizes  # [draws]
     shift = residuals @ weights.T / total  # [quantities, draws]
     squares = (

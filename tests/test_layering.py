@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "inputs": PURE | {"models", "scores"},
     "scores": PURE | {"models", "inputs"},
     "displacement": PURE | {"scores", "inputs", "generate", "judges"},
+    "integrations": LEAVES | {"displacement"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
     "forecast": PURE | {"models", "scores", "displacement", "train"},

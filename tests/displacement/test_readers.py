@@ -144,3 +144,18 @@ def test_a_table_of_log_probabilities(tmp_path):
     pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
     with pytest.raises(ChesError, match="no column logp_chosen"):
         read_logps(tmp_path / "less.parquet")
+
+
+def test_a_displacement_log_holds_each_sides_change_since_its_own_start(tmp_path):
+    from ches_jax.train.observe.displacement_log import block
+    from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics
+    from ches_jax.types import Response, TokenPair
+
+    pair = TokenPair(row_id="x", index=4, prompt=(1,), chosen=Response((5, 6), 2), rejected=Response((7,), 2))
+    start = PairLogps(np.array([-10.0]), np.array([-30.0]))
+    now = PairLogps(np.array([-11.0]), np.array([-37.0]))
+    still = PairLogps(np.array([0.5]), np.array([0.25]))
+    (row,) = block(6, "held_out", [pair], start, PairStatistics(now, still, still), "include", 0.05).to_pylist()
+    assert (row["dlogp_chosen"], row["dlogp_rejected"], row["margin"]) == (-1, -7, 6)
+    assert (row["logp_chosen"], row["regime"], row["step"]) == (-11, "both_down_margin_up", 6)
+    assert (row["chosen_tokens"], row["rejected_tokens"], row["entropy_rejected"]) == (3, 2, 0.25)
