@@ -161,8 +161,8 @@ class Opener:
         return self._data(option, open_prompts(path, split, columns, schema))
 
     def rows(self, spec: str, split: str | None, columns: Mapping[str, str], kind: Kind, option: str) -> PairSource:
-        """Rows of another kind."""
-        return self._data(option, open_rows(spec, split, columns, kind))
+        """Rows of another kind; ``bundled`` for the pairs of the package."""
+        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind))
 
     def require_unchanged(self) -> None:
         """Compare everything opened with what lies there now: a run reads its data again and again.
