@@ -52,16 +52,20 @@ def files(tmp_path, monkeypatch):
 
 def run(verb, folder, **options):
     model, data, out = str(folder / "model"), str(folder / "data.jsonl"), str(folder / "out")
-    judged = {"responses": data, "out": out}
     verbs = {
         "score": lambda: score(ScoreConfig(model=model, pairs=data, out=out), **options),
         "generate": lambda: generate(GenerateConfig(model=model, prompts=data, out=out), **options),
         "judge": lambda: judge(
-            JudgeConfig(by="model", judge=model, judge_template=str(folder / "question.txt"), **judged), **options
+            JudgeConfig(
+                by="model", judge=model, judge_template=str(folder / "question.txt"), responses=data, out=out
+            ),
+            **options,
         ),
-        "judge by rules": lambda: judge(JudgeConfig(rules=str(folder / "rules.txt"), **judged), **options),
+        "judge by rules": lambda: judge(
+            JudgeConfig(rules=str(folder / "rules.txt"), responses=data, out=out), **options
+        ),
         "judge by labels": lambda: judge(
-            JudgeConfig(by="labels", labels=str(folder / "labels.jsonl"), **judged), **options
+            JudgeConfig(by="labels", labels=str(folder / "labels.jsonl"), responses=data, out=out), **options
         ),
         "train": lambda: train(
             TrainConfig(

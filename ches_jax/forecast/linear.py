@@ -60,4 +60,4 @@ def inner(a: Any, b: Any) -> Array:
         wide = accumulate(x.dtype)
         return jnp.sum(x.astype(wide) * y.astype(wide))
 
-    return sum(jax.tree.leaves(jax.tree.map(product, a, b)))
+    return jax.tree.reduce(jnp.add, jax.tree.map(product, a, b))

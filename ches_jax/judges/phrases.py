@@ -87,9 +87,8 @@ def load_rules(path: Path | None = None) -> Rules:
             patterns[section].append(_compiled(_filled(line, words), f"{path}, line {number}"))
     if not phrases["opening"] and not phrases["anywhere"] and not patterns["refusing"]:
         raise DataError(f"{path}: no phrases; expected one a line")
-    return Rules(
-        *(tuple(phrases[name]) for name in PHRASES), tuple(languages), {k: tuple(v) for k, v in patterns.items()}
-    )
+    lead_in, opening, anywhere = (tuple(phrases[name]) for name in PHRASES)
+    return Rules(lead_in, opening, anywhere, tuple(languages), {k: tuple(v) for k, v in patterns.items()})
 
 
 def measured_rates() -> dict[str, Any]:

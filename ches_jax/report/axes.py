@@ -46,7 +46,8 @@ def axis(values: np.ndarray, *, zero: bool = False, count: int = 5, whole: bool 
     q25, q75 = (float(q) for q in np.quantile(finite, [0.25, 0.75]))
     width = q75 - q25
     if not whole and width > 0:
-        q05, q95 = (float(np.quantile(finite, q, method=how)) for q, how in ((0.05, "higher"), (0.95, "lower")))
+        q05 = float(np.quantile(finite, 0.05, method="higher"))
+        q95 = float(np.quantile(finite, 0.95, method="lower"))
         low, high = max(low, min(q05, q25 - FENCE * width)), min(high, max(q95, q75 + FENCE * width))
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -238,20 +238,19 @@ class Checkpoints:
         while (step := self.latest()) is not None:
             try:
                 state, position = self.restore(step, initial)
-                break
             except RunError:
                 raise
             except Exception as error:  # orbax, tensorstore, JSON and zstd each have types of their own
                 unreadable = self._put_aside(step, error)
-        if step is None:
-            if unreadable is not None:
-                raise RunError(f"{unreadable}; there is no other: start again with a new --out")
-            return initial, 0
-        if position != position_of(step):
-            raise RunError(
-                f"{self.folder / str(step)}: its data position is {position}, this run's {position_of(step)}"
-            )
-        return state, step
+                continue
+            if position != position_of(step):
+                raise RunError(
+                    f"{self.folder / str(step)}: its data position is {position}, this run's {position_of(step)}"
+                )
+            return state, step
+        if unreadable is not None:
+            raise RunError(f"{unreadable}; there is no other: start again with a new --out")
+        return initial, 0
 
     def _put_aside(self, step: int, error: Exception) -> str:
         """A checkpoint that cannot be read gets another name, so that the one before it is the last; says so.

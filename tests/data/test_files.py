@@ -143,8 +143,7 @@ def test_feather_is_read(tmp_path, want):
 def test_addresses_are_copied_and_unknown_ones_refused(want):
     import fsspec
 
-    with fsspec.open("memory://sets/a.jsonl.gz", "wb") as file:
-        file.write(gzip.compress(lines()))
+    fsspec.filesystem("memory").pipe("/sets/a.jsonl.gz", gzip.compress(lines()))
     assert ids("memory://sets/a.jsonl.gz") == ids("memory://sets/*.gz") == want
     with pytest.raises(DataError, match="no data can be read from 'ftp://'; expected https"):
         ids("ftp://host/a.jsonl")

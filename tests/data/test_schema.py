@@ -55,8 +55,9 @@ def test_the_page_names_every_preset_and_its_declaration_runs(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"post": "p", "answer_a": "a", "answer_b": "b", "label": "B"}\n')
     (words,) = re.findall(r"`--columns (prompt=post .*?)`", page)
     columns = dict(word.split("=") for word in words.split())
-    for how in ({"schema": str(tmp_path / "post.toml")}, {"columns": columns}):
-        (row,) = open_pairs(str(tmp_path / "a.jsonl"), **how)
+    path = str(tmp_path / "a.jsonl")
+    for source in (open_pairs(path, schema=str(tmp_path / "post.toml")), open_pairs(path, columns=columns)):
+        (row,) = source
         assert row.content == {"prompt": "p", "chosen": "b", "rejected": "a"}
 
 

@@ -1,5 +1,7 @@
 """The arithmetic of optimisers with squares apart: the optimiser itself where the squares are the gradient's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,10 @@ def test_its_steps_are_those_of_the_optimiser(name, hyper):
     for t in range(4):
         g = gradients(t)
         expected, state = optimizer.update(g, state, PARAMS)
+        steps: Any = expected
         added, moments = metric.step(moments, g, jax.tree.map(jnp.square, g), jnp.int32(t), PARAMS)
         for k in PARAMS:
-            np.testing.assert_allclose(added[k], expected[k], rtol=2e-6)
+            np.testing.assert_allclose(added[k], steps[k], rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw", "sgd"])

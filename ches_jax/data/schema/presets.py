@@ -3,7 +3,6 @@
 A preset fits rows that have all its columns, with values that its declaration understands. To add one, add a row.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,12 @@ class Preset:
 
 
 def _preset(name: str, sets: str, also: tuple[str, ...] = (), **words: Any) -> Preset:
-    schema = from_words(words, name)
+    """``words`` without sides and responses: chosen and rejected."""
+    sides = {} if "responses" in words else {"chosen": "chosen", "rejected": "rejected"}
+    schema = from_words({**words, **sides}, name)
     aside = {schema.category, schema.tools, schema.chat_template_kwargs}
     return Preset(schema, sets, tuple(dict.fromkeys([*(n for n in schema.reads if n not in aside), *also])))
 
-
-_BOTH: Mapping[str, str] = {"chosen": "chosen", "rejected": "rejected"}
 
 PRESETS: dict[str, Preset] = {
     preset.schema.name: preset
@@ -41,13 +40,13 @@ PRESETS: dict[str, Preset] = {
             "princeton-nlp/llama3-ultrafeedback-armorm, Magpie-Align DPO sets, TRL's own",
             ("chosen", "rejected"),
         ),
-        _preset("orca-dpo", "Intel/orca_dpo_pairs", system="system", prompt="question", **_BOTH),
+        _preset("orca-dpo", "Intel/orca_dpo_pairs", system="system", prompt="question"),
         _preset(
-            "distilabel-orca", "argilla/distilabel-intel-orca-dpo-pairs", system="system", prompt="input", **_BOTH
+            "distilabel-orca", "argilla/distilabel-intel-orca-dpo-pairs", system="system", prompt="input"
         ),
-        _preset("alpaca", "LLaMA-Factory's alpaca format", prompt="instruction", input="input", **_BOTH),
-        _preset("sharegpt", "LLaMA-Factory's sharegpt format", prompt="conversations", **_BOTH),
-        _preset("messages", "axolotl's chat_template format", prompt="messages", **_BOTH),
+        _preset("alpaca", "LLaMA-Factory's alpaca format", prompt="instruction", input="input"),
+        _preset("sharegpt", "LLaMA-Factory's sharegpt format", prompt="conversations"),
+        _preset("messages", "axolotl's chat_template format", prompt="messages"),
         _preset(
             "ultrafeedback", "openbmb/UltraFeedback",
             prompt="instruction", responses="completions.response", scores="completions.overall_score",

@@ -356,8 +356,7 @@ def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[s
 
 def _one_preference(found: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
     if len(found) > 1:
-        one, two = (Schema(**{k: tuple(v) if isinstance(v, list) else (v,) if k in ("scores", "ranks") else v
-                              for k, v in f.items()}).describe() for f in found[:2])  # fmt: skip
+        one, two = (_described(f) for f in found[:2])
         raise _two_readings(f"{one} says which response is better", f"{two} does", f"--columns {one} ... or {two} ...")
     if not found:
         raise DataError(
@@ -365,6 +364,13 @@ def _one_preference(found: list[dict[str, Any]], responses: str, columns: Sequen
             "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=... (docs/data.md)"
         )
     return found[0]
+
+
+def _described(words: Mapping[str, Any]) -> str:
+    """Words of a declaration as a user writes them."""
+    tuples = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in words.items() if k != "winner"}
+    fields: dict[str, Any] = {**words, **tuples}
+    return Schema(**fields).describe()
 
 
 def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
@@ -424,14 +430,15 @@ def _start(rows: Rows, name: str, listed: str) -> str:
     )
 
 
-def _score_or_rank(rows: Rows, *names: str) -> str:
+def _score_or_rank(rows: Rows, first: str, *more: str) -> str:
     """Whether numbers say how good (scores) or which place (ranks); by their name, and ranks by their values too."""
-    parts = {*_parts(names[0].split(".")[-1])}
-    cells = [[lookup(r, n) for n in names] if len(names) > 1 else decoded(lookup(r, names[0])) for r in rows]
+    names = (first, *more)
+    parts = {*_parts(first.split(".")[-1])}
+    cells = [[lookup(r, n) for n in names] if len(names) > 1 else decoded(lookup(r, first)) for r in rows]
     values = [v for cell in cells for v in (cell if isinstance(cell, list) else [cell]) if v is not None]
     places = all(_numeric(v) and float(v).is_integer() and float(v) >= 0 for v in values)
     if parts & RANK and (parts & SCORE or not places):
-        raise _two_readings(f"'{names[0]}' is a rank (the lower, the better)", "it is a score (the higher, the better)",
+        raise _two_readings(f"'{first}' is a rank (the lower, the better)", "it is a score (the higher, the better)",
                             f"--columns ranks={','.join(names)} ... or scores={','.join(names)} ...")  # fmt: skip
     return "ranks" if parts & RANK else "scores"
 
