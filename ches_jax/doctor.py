@@ -123,7 +123,7 @@ def _without_a_model(config: DoctorConfig) -> "Health":
     from ches_jax.data.sources import open_pairs
     from ches_jax.health.examine import examine
 
-    source = open_pairs(config.pairs, config.split, config.columns, config.candidates)
+    source = open_pairs(config.pairs, config.split, config.columns, config.candidates, config.schema)
     return examine(source, limit=config.limit, against=config.against, show=config.show)
 
 

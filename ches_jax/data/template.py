@@ -114,6 +114,8 @@ class ChatTemplate:
         """
         try:
             text = self._written(messages, row, ask=ask, go_on=go_on)
+        except TemplateError:
+            raise
         except DataError as error:
             raise DataError(f"{error}{self._why_refused(messages, row)}") from error.__cause__
         if self.reads_clock(messages, row):

@@ -25,6 +25,8 @@ REFUSALS = 0.1
 """Difference of the shares of refusals from which it is a finding."""
 SHARE = 0.01
 """Share of rows from which duplicates, scores against labels and languages that differ are a finding."""
+LONGEST = 100_000
+"""Characters of prompt and longer response from which a row is a finding: some 30,000 tokens of English."""
 DRAWS = 1000
 
 
@@ -131,6 +133,20 @@ def empty(rows: Sequence[Row]) -> Check:
     bare = {r.name: [s for s in ("prompt", "chosen", "rejected") if not getattr(r, s).strip()] for r in rows}
     found = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
     return Check("empty texts", bool(found), f"{len(found)} rows with an empty text", len(found), {}, found)
+
+
+def too_long(rows: Sequence[Row]) -> Check:
+    """Prompts, alone or with their longer response, beyond the context that most models have; prompts are never cut."""
+    longest = {r.name: len(r.prompt) + max(len(r.chosen), len(r.rejected)) for r in rows}
+    found = [f"{name} ({size:,} characters)" for name, size in longest.items() if size > LONGEST]
+    words = f"{len(found)} rows of more than {LONGEST:,} characters, the longest of {max(longest.values()):,}"
+    return Check("prompt_too_long", bool(found), words, len(found), {"longest": max(longest.values())}, found)
+
+
+def unreadable(records: Sequence[Record]) -> Check:
+    """Rows that cannot be read: nulls, numbers for texts, damaged lines."""
+    found = [f"{r.where}: {r.fault}" for r in records]
+    return Check("unreadable", bool(found), f"{len(found)} rows cannot be read", len(found), {}, found)
 
 
 def contradictions(rows: Sequence[Row]) -> Check:
@@ -247,7 +263,7 @@ def leaks(rows: Sequence[Row], against: Iterable[str], name: str) -> Check:
 
 
 CHECKS: tuple[Callable[[Sequence[Row]], Check], ...] = (
-    length, refusals, identical, empty, contradictions, duplicates, scores, languages,
+    length, refusals, identical, empty, too_long, contradictions, duplicates, scores, languages,
 )  # fmt: skip
 
 

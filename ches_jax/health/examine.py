@@ -9,7 +9,7 @@ from typing import Any
 from ches_jax.data.duplicates import text_of
 from ches_jax.data.sources import PairSource, open_prompts
 from ches_jax.errors import DataError
-from ches_jax.health.checks import CHECKS, Check, Row, leaks
+from ches_jax.health.checks import CHECKS, Check, Row, leaks, unreadable
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def examine(source: PairSource, *, limit: int | None = None, against: str | None
     """Every check of the pairs, and of prompts that stand in ``against`` (a file of prompts or pairs) too.
 
     Raises:
-      DataError: rows that cannot be read, or none that make a pair.
+      DataError: none of the rows makes a pair.
     """
-    rows = [
-        Row.of(record) for record in itertools.islice(source, limit) if record.candidates != () and not record.fault
-    ]
+    records = list(itertools.islice(source.tolerant(), limit))
+    rows = [Row.of(record) for record in records if record.candidates != () and not record.fault]
     if not rows:
         raise DataError(f"{source.name}: no pairs to examine")
-    checks = [check(rows) for check in CHECKS]
+    checks = [unreadable([record for record in records if record.fault])]
+    checks += [check(rows) for check in CHECKS]
     if against is not None:
         checks.append(leaks(rows, _prompts(against), against))
     return Health(source.describe(), len(rows), checks, show)

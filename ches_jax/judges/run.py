@@ -63,7 +63,7 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     ...     responses = Path(folder) / "responses.jsonl"
     ...     _ = responses.write_text(json.dumps({"prompt": "How?", "text": "I cannot help."}))
     ...     out = judge(JudgeConfig(responses=str(responses), out=f"{folder}/run"), quiet=True)
-    ...     read_json(out / RUN)["summary"]["refusals"]
+    ...     json.loads((out / "run.json").read_text())["summary"]["refusals"]
     1
 
     Raises:

@@ -11,8 +11,10 @@ import pytest
 
 from ches_jax.cli import main
 from ches_jax.data.duplicates import NEAR, NearDuplicates, jaccard, normalised, shingles
+from ches_jax.data.sources import open_pairs
 from ches_jax.health import checks
 from ches_jax.health.checks import Row
+from ches_jax.health.examine import examine
 from ches_jax.languages import language
 
 WORDS = [
@@ -201,3 +203,15 @@ def test_no_model_means_no_jax_and_no_transformers(tmp_path: Path):
     code = f"from ches_jax.doctor import *; doctor(DoctorConfig(pairs={good!r})); import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "transformers", "torch"} & set(loaded)
+
+
+def test_rows_beyond_every_context_and_rows_that_cannot_be_read_are_counted(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    good = {"prompt": "p", "chosen": "yes", "rejected": "no"}
+    rows = [good, {**good, "prompt": "x" * 99_997}, {**good, "prompt": "x" * 99_998}, {**good, "rejected": None}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    health = examine(open_pairs(str(path))).to_json()
+    assert health["checks"]["prompt_too_long"]["examples"] == ["line 3 (100,001 characters)"]
+    assert health["checks"]["unreadable"]["rows"] == 1
+    assert "line 4" in health["checks"]["unreadable"]["examples"][0]
+    assert not health["healthy"]

@@ -204,7 +204,7 @@ BAD = [
 KEPT = [(0, (0, 1)), (0, (0, 2)), (0, (0, 3)), (1, None), (5, (1, 0)), (5, (1, 2)), (6, (0, 1))]
 
 
-class Killed(Exception):
+class Killed(BaseException):  # as a signal is: no handler of errors stops it
     pass
 
 

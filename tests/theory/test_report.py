@@ -73,4 +73,4 @@ def test_a_directory_without_claims_is_told(tmp_path):
 
 def test_results_without_figures_are_a_page_too(run, tmp_path):
     (tmp_path / "claims.json").write_bytes((run / "claims.json").read_bytes())
-    assert "data:image" not in report(tmp_path).read_text()
+    assert 'src="data:image' not in report(tmp_path).read_text()

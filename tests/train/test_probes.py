@@ -112,7 +112,7 @@ def test_a_run_follows_its_probes_and_resumes_to_the_same_bytes(small, prompts, 
 def test_bad_probes_are_one_message(tiny_model, prompts, tmp_path):
     with pytest.raises(DataError, match=r"line 1: a prompt of \d+ tokens; expected 1 to 7, of ids below 1291"):
         read(prompts, tiny_model, max_length=8)
-    (tmp_path / "other.jsonl").write_text('{"question": "why?"}\n')
+    (tmp_path / "other.jsonl").write_text('{"wording": "why?"}\n')
     with pytest.raises(DataError, match="no column 'prompt'"):
         read(tmp_path / "other.jsonl", tiny_model)
 

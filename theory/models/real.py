@@ -181,7 +181,7 @@ class RealModel:
 
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
-        """Every score of the library's list, one number per pair, and two that the theory adds.
+        """Every score of the library's list that a pair has by itself, and two that the theory adds.
 
         ``ufm_score`` is K+- - K++ of the unconstrained-features model, the head score with the features' part;
         ``length_difference`` is |y-| - |y+|.
@@ -190,7 +190,7 @@ class RealModel:
         of_library = {
             name: np.asarray(score.compute(*(columns[c] for c in score.columns)), np.float64)
             for name, score in formulas.SCORES.items()
-            if score.columns
+            if score.columns and columns.keys() >= set(score.columns)
         }
         own, cross = self.features
         difference = columns["rejected_tokens"] - columns["chosen_tokens"]
