@@ -145,7 +145,9 @@ def bootstrap(
     else:
         drawn = rng.integers(0, len(members), (draws, len(members)))
         samples = (np.concatenate([members[c] for c in chosen]) for chosen in drawn)
-    values = np.array([statistic(sample) for sample in samples])
+    values = np.array([statistic(sample) for sample in samples], float)
+    if np.isnan(values).all():  # no draw has the statistic: an effect size of equal values
+        return np.full((2, *values.shape[1:]), np.nan)
     return np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -267,8 +268,11 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     capsys.readouterr()
     assert main(["report", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "responses 0 and 3" in page
-    assert "chosen, each token&#x27;s share of ches" in page or "chosen, each token's share of ches" in page
+    assert '"key":["index","chosen_candidate","rejected_candidate"]' in page
+    assert "what each token adds to the CHES of the pair" in page
+    assert main(["show", str(out), "0-0-3", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", told)
 
 
 def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model, tmp_path):
