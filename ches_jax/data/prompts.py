@@ -284,6 +284,11 @@ def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
 def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     if not missing:
         return
+    if "rejected" in missing and {"completion", "label"} <= row.keys():
+        raise DataError(
+            "one response with a label (an unpaired row): a pair needs a chosen and a rejected response; "
+            "ches train --loss kto reads rows like this"
+        )
     named = [f"'{columns.get(n) or n}'" for n in missing]
     null = [n for n in missing if (columns.get(n) or n) in row]
     remedy = " ".join(f"{n}=NAME" for n in missing)

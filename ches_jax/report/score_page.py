@@ -18,8 +18,8 @@ from ches_jax.report.provenance import model_name, provenance, read_record, shor
 from ches_jax.report.summary import correlation
 from ches_jax.report.texts import read_texts, token_table
 from ches_jax.scores.formulas import SCORES, numbers, score_column
-from ches_jax.scores.leading import leading_score
-from ches_jax.scores.table import read_table, table_path
+from ches_jax.scores.leading import LOW_IS_WORSE, leading_score
+from ches_jax.scores.table import INFLUENCE, read_table, table_path
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, read_run
 from ches_jax.stats import QUANTILES, spearman
 
@@ -86,23 +86,25 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
             f"{run_dir}: the score table has no score this page knows; it has {', '.join(table.column_names)}"
         )
     values = joined[leading.name] if leading.name in joined else scores[leading.name]
-    risky = -values if leading.name in joined else values
+    low_is_worse = leading.name in LOW_IS_WORSE
+    risky = -values if low_is_worse else values
     cut, standing = stands_out(risky)
     texts, note = read_texts(run_dir, table, rows)
     dropped = dropped_when_scored(run_dir)
     record = read_record(run_dir)
     config = read_run(run_dir).get("config") or {}
-    command = f"ches select --scores {elements.quoted(run_dir)} --by {leading.name} --keep below:VALUE --out kept"
+    scored = run_dir / INFLUENCE if leading.name in joined else run_dir
+    command = f"ches select --scores {elements.quoted(scored)} --by {leading.name} --keep below:VALUE --out kept"
     pairs = _pair_table(run_dir, table, scores, joined, leading.name, texts)
     name = label(leading.name)
     order = np.argsort(np.where(np.isnan(risky), np.inf, -risky), kind="stable")
     top = [int(p) for p in order[:3] if np.isfinite(risky[p])]
     links = ", ".join(elements.row_link(pairs, p) for p in top)
-    worst = f"Highest: {links}." if leading.name not in joined else f"Most at risk: {links}."
+    worst = f"Most at risk: {links}." if leading.name in joined else f"Highest: {links}."
     longer, total = tables.differences(table)
     by_length = {"rejected minus chosen tokens": spearman(risky, longer), "the total length": spearman(risky, total)}
     kept = _standing_words(len(standing), len(table), name)
-    bound = readable(cut if leading.name not in joined else -cut, digits_of(values))
+    bound = readable(-cut if low_is_worse else cut, digits_of(values))
     answers = [
         (
             "What stands out?",
@@ -272,7 +274,7 @@ def _pair_table(
                 signed=name in SIGNED,
                 minor=name != leading,
                 shown=shown,
-                down=name not in ("forecast_chosen", "influence"),
+                down=name not in LOW_IS_WORSE,
             )
         )
     for name in ("category", "flags"):
@@ -288,7 +290,7 @@ def _pair_table(
         rows=len(table),
         columns=columns,
         key=key,
-        sort=(leading, 1 if leading in joined else -1),
+        sort=(leading, 1 if leading in LOW_IS_WORSE else -1),
         texts=texts,
         row_ids=table["row_id"].to_pylist(),
         show=elements.show_command(run_dir),

@@ -18,6 +18,10 @@ MEASURED = {
 of 24 pairs (claim F3 of ``theory/README.md``), the highest mean first."""
 
 
+LOW_IS_WORSE = frozenset({"forecast_chosen", "forecast_rejected"})
+"""Numbers that are a change of ln pi; of all scores, and of an influence, the high ones are the bad ones."""
+
+
 class Leading(NamedTuple):
     """A score, and why it is the one."""
 

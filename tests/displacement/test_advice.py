@@ -24,12 +24,12 @@ def said(diagnosis):
 @pytest.mark.parametrize(
     ("diagnosis", "words", "silent"),
     [
-        (found(-3, -9), ["add a likelihood term", "filter: "], ["nothing", "learning rate", "memorised"]),
-        (found(3, -9), ["nothing"], ["likelihood", "filter"]),
+        (found(-3, -9), ["add a likelihood term", "cause it: ches influence"], ["nothing", "learning rate", "memorised"]),
+        (found(3, -9), ["nothing"], ["likelihood", "influence"]),
         (found(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
-        (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["filter"]),
+        (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["influence"]),
         (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
-         ["ches diagnose --before MODEL --after MODEL"], ["filter"]),
+         ["ches diagnose --before MODEL --after MODEL"], ["influence"]),
         (found(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
         (found(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
          ["take the checkpoint near step 1"], ["fewer epochs"]),
@@ -45,8 +45,10 @@ def test_advice_follows_from_what_was_measured(diagnosis, words, silent):
 
 
 def test_what_a_pair_caused_comes_before_a_score():
-    worst = ({"index": 4, "influence": -2.0}, {"index": 7, "influence": -5.0})
+    worst = ({"index": 4, "influence": 2.0}, {"index": 7, "influence": 5.0}, {"index": 9, "influence": -6.0})
     lines = advice(dataclasses.replace(found(-3, -9), worst=worst))
-    assert any("influence names row 7" in because for _, because, _ in lines)
+    # influence counts the nats that a pair takes from the probes, so the highest is to go
+    assert any("row 7 moves the probes' chosen by -5 nats" in because for _, because, _ in lines)
+    assert any("the highest influence" in what for what, _, _ in lines)
     scored = advice(dataclasses.replace(found(-3, -9), worst=({"index": 4, "head_score": 12.0},)))
-    assert any("head score of the worst pair is 12" in because for _, because, _ in scored)
+    assert any(what.startswith("find the pairs that cause it: ches influence") for what, _, _ in scored)
