@@ -24,7 +24,7 @@ def said(diagnosis):
 @pytest.mark.parametrize(
     ("diagnosis", "words", "silent"),
     [
-        (found(-3, -9), ["add a likelihood term", "cause it: ches influence"], ["nothing", "learning rate", "memorised"]),
+        (found(-3, -9), ["add a likelihood term", "it: ches influence"], ["nothing", "learning rate", "memorised"]),
         (found(3, -9), ["nothing"], ["likelihood", "influence"]),
         (found(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
         (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["influence"]),
