@@ -20,15 +20,13 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(PairOptions, ModelOptions):
-    """A training run. All fields but those of ``not_identity`` decide it.
+class UpdateOptions(PairOptions, ModelOptions):
+    """What decides the updates of a run, for the verbs that make them and those that forecast them.
 
-    >>> TrainConfig(loss="simpo", lora_rank=8).model
-    'bundled'
+    >>> UpdateOptions(loss="simpo", lora_rank=8).optimizer
+    'rmsprop'
     """
 
-    eval_pairs: str | None = None
-    """Held-out pairs, read as --pairs is."""
     holdout: int = 0
     """Hold out so many rows of --pairs, drawn by --seed."""
     out: str | None = not_identity(None)
@@ -50,8 +48,6 @@ class TrainConfig(PairOptions, ModelOptions):
     reference: str = "initial"
     """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
     or a cache file written before."""
-    reference_cache: str | None = not_identity(None)
-    """Folder that keeps reference log-probabilities between runs; default: the run directory."""
 
     lora_rank: int | None = None
     """Train adapters of this rank beside the layers' matrices (LoRA) instead of the weights."""
@@ -92,17 +88,33 @@ class TrainConfig(PairOptions, ModelOptions):
     """Dtype of the computation: float32, bfloat16, float16 or float64. Master weights are float32 at least."""
     remat: bool = False
     """Compute layers again in the backward pass instead of keeping their activations."""
-    attention: str = not_identity("auto")
-    """How attention is computed where no gradient is taken, as in `ches score`."""
     mesh: str | None = not_identity(None)
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
-    distributed: str = not_identity("off")
-    """Join other processes: off, auto (the cluster knows), or coordinator:port,n,id. All see the same --out directory;
-    the first one writes."""
     row_tokens: int | None = None
     """Standard length of a packed row; default: the longest pair."""
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows: error, drop (listed in dropped.jsonl) or keep (trained on where possible)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(UpdateOptions):
+    """A training run. All fields but those of ``not_identity`` decide it.
+
+    >>> TrainConfig(loss="simpo", lora_rank=8).model
+    'bundled'
+    """
+
+    eval_pairs: str | None = None
+    """Held-out pairs, read as --pairs is."""
+
+    reference_cache: str | None = not_identity(None)
+    """Folder that keeps reference log-probabilities between runs; default: the run directory."""
+
+    attention: str = not_identity("auto")
+    """How attention is computed where no gradient is taken, as in `ches score`."""
+    distributed: str = not_identity("off")
+    """Join other processes: off, auto (the cluster knows), or coordinator:port,n,id. All see the same --out directory;
+    the first one writes."""
 
     watch: int = 256
     """Training pairs whose log-probabilities are followed, drawn by --seed; held-out pairs all are."""
