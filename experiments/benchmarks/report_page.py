@@ -8,6 +8,7 @@ second says what the page costs where other programs share the machine.
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import tempfile
@@ -98,8 +99,7 @@ def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Measure."""
-    from playwright.sync_api import sync_playwright
-
+    playwright: Any = importlib.import_module("playwright.sync_api")  # optional: pip install 'ches-jax[browser]'
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
@@ -112,7 +112,7 @@ def main() -> None:
         page_file = report(folder, rows=rows)
         made = {"seconds": round(time.perf_counter() - began, 2), "cpu_seconds": round(usage()["cpu_seconds"] - cpu, 2)}
         size = page_file.stat().st_size
-        with sync_playwright() as driver:
+        with playwright.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
             version = browser.version
             visits = [opened(browser, page_file) for _ in range(args.visits)]
