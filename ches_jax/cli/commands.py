@@ -235,18 +235,19 @@ class Forecast(RunOutput, ForecastConfig):
 
     def run(self) -> Outcome:
         """Forecasts; the changes in nats, and their reason in a sentence."""
-        from ches_jax.forecast.run import FILE_NAME, forecast
+        from ches_jax.forecast.run import forecast
         from ches_jax.forecast.summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.scores.table import FORECAST
 
         out = forecast(_only(ForecastConfig, self), **self.how)
         record = read_json(out / RUN)
         return Outcome(
-            headline=f"{headline(record['summary'])} -> {out / FILE_NAME}",
+            headline=f"{headline(record['summary'])} -> {out / FORECAST}",
             path=out,
             text="" if self.quiet else summary_text(record["summary"]),
             counts=record["counts"],
-            paths={"table": out / FILE_NAME, "run": out / RUN},
+            paths={"table": out / FORECAST, "run": out / RUN},
             details=record,
         )
 

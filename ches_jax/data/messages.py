@@ -1,6 +1,7 @@
 """Messages of a conversation: an object with a role and a text, whatever shape a data set gives them."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ches_jax.errors import DataError
@@ -83,6 +84,22 @@ def common(left: Sequence[Message], right: Sequence[Message]) -> int:
     """Number of leading messages that say the same."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if not same(a, b)), min(len(left), len(right)))
+
+
+def as_text(value: Any) -> str:
+    """A prompt or response of any shape as text for a person: turns with their roles, token ids as numbers.
+
+    >>> as_text([{"role": "user", "content": "Hello"}]), as_text((1, 2))
+    ('[user] Hello', 'token ids 1 2')
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    parts = list(value)
+    if all(isinstance(m, Mapping) for m in parts):
+        return "\n".join(f"[{m.get('role', '?')}] {as_text(m.get('content'))}" for m in parts)
+    return "token ids " + " ".join(map(str, parts))
 
 
 def without_nulls(value: Any) -> Any:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from ches_jax import bundled
 from ches_jax.data import files
 from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
@@ -191,6 +192,21 @@ def open_pairs(
 ) -> PairSource:
     """Opens preference pairs; see ``open_rows``. ``pairing``: of rows with candidates; default: chosen-against-all."""
     return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"], schema)
+
+
+def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
+    """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
+
+    Args:
+      options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
+
+    Raises:
+      DataError: as ``open_rows``.
+    """
+    spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
+    schema = options.get("schema") or "auto"
+    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema)
+    return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 
 def open_prompts(

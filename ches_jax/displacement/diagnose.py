@@ -17,8 +17,9 @@ from ches_jax.displacement.log_changes import log_changes
 from ches_jax.displacement.readers.find import read_log
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
+from ches_jax.runs.files import read_parquet
 
 make_callable(__name__)
 RESULT = "diagnosis.json"
@@ -107,12 +108,11 @@ def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
 
 def _of_parquet(path: Path) -> Changes:
     """A table of its own: the displacement log of a callback, or log-probabilities before and after."""
-    import pyarrow.parquet as pq
-
     from ches_jax.displacement.readers import logp_tables, training_run
 
-    if "dlogp_chosen" in pq.read_schema(path).names:
-        return training_run.changes_of_table(pq.read_table(path), str(path))
+    table = read_parquet(path, RunError, "a displacement log, or log-probabilities before and after")
+    if "dlogp_chosen" in table.column_names:
+        return training_run.changes_of_table(table, str(path))
     return logp_tables.read_logps(path)
 
 

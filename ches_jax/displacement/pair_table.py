@@ -9,20 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax import bundled
-from ches_jax.data.sources import open_pairs
+from ches_jax.data.messages import as_text
+from ches_jax.data.sources import pairs_of_run
 from ches_jax.displacement.changes import Changes, regimes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.runs.directory import CONFIG, read_json
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import read_parquet, replacing
+from ches_jax.scores.table import JOINED
 
 FILE_NAME = "pairs.parquet"
 SCORES = ("head_score", "ches", "ln_ches", "last_hidden_inner", "cosine", "edit_distance")
-JOINED = {
-    "forecast.parquet": ("forecast_chosen", "forecast_rejected"),
-    "influence.parquet": ("influence", "from_chosen", "from_rejected"),
-}
-"""Tables of other verbs, and which of their columns are joined by ``row_id``."""
 WORST = 10
 TEXT = 80
 """Characters of a text in a line of the terminal."""
@@ -90,10 +86,7 @@ def _joined_table(path: Path) -> tuple[pa.Table, Sequence[str]]:
         file = next((path / name for name in names if (path / name).is_file()), path)
         if file == path:
             raise ChesError(f"{path}: none of {', '.join(names)} in it")
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ChesError(f"{file}: cannot be read as Parquet ({error})") from None
+    table = read_parquet(file, ChesError, "scores, forecasts or influences")
     wanted = names.get(file.name, [*SCORES, *itertools.chain(*JOINED.values())])
     if not set(wanted) & set(table.column_names):
         raise ChesError(f"{file}: has none of the columns {', '.join(wanted)}")
@@ -136,11 +129,9 @@ def read_texts(source: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     if not source.get("pairs"):
         return {}
     try:
-        spec = bundled.located(source["pairs"], bundled.pairs_file)
-        pairs = open_pairs(spec, source.get("split"), source.get("columns") or {}, source.get("candidates")).tolerant()
-        rows = itertools.chain.from_iterable(itertools.islice(pairs.rows_from(0), source.get("limit")))
+        rows = itertools.chain.from_iterable(pairs_of_run(source))
         return {
-            row.row_id: {side: spoken(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES}
+            row.row_id: {side: as_text(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES}
             for row in rows
         }
     except (ChesError, OSError):
@@ -148,19 +139,6 @@ def read_texts(source: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 SIDES = ("prompt", "chosen", "rejected")
-
-
-def spoken(value: Any) -> str:
-    """A text, or the turns of a conversation, as text.
-
-    >>> spoken([{"role": "user", "content": "Hello"}])
-    '[user] Hello'
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)) and all(isinstance(turn, Mapping) for turn in value):
-        return "\n".join(f"[{turn.get('role', '?')}] {turn.get('content') or ''}" for turn in value)
-    return "" if value is None else f"token ids {' '.join(map(str, value))}"
 
 
 def source_of(folder: Path) -> Mapping[str, Any]:

@@ -38,12 +38,11 @@ from ches_jax.runs.directory import (
 )
 from ches_jax.runs.files import replacing
 from ches_jax.runs.progress import say
-from ches_jax.scores.table import CANDIDATES, INFLUENCE, merge_parts, write_part
+from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
 from ches_jax.types import TokenPair
 
-FILE_NAME = "forecast.parquet"
 SUFFIX = ".parquet"
 PILOT = "pilot"
 DIRECTION, START = "direction.safetensors", "direction.json"
@@ -153,7 +152,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
         with clock.stage("pilot"):
             run_pilot(run.config, config.pilot, out / PILOT, resume=resume, quiet=quiet)
         table = _with_pilot(table, out / PILOT, sets)
-    _write(out / FILE_NAME, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
+    _write(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
     summary = summarise(table, told, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
     _finish(run, config, clock, {"summary": summary})
     return out

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
 from ches_jax.report import answers, elements, essays, svg
@@ -18,7 +17,7 @@ from ches_jax.report.document import Page, Section
 from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.provenance import provenance, read_record
 from ches_jax.report.texts import SIDES
-from ches_jax.runs.files import read_object
+from ches_jax.runs.files import read_object, read_parquet
 
 ANSWER, PAIRS = "diagnosis.json", "pairs.parquet"
 _KNOWN = {"row_id", "index", "set", "regime", "dlogp_chosen", "dlogp_rejected", "dmargin", *SIDES, "flags", "category"}
@@ -95,10 +94,7 @@ def _pairs(path: Path, tolerance: float) -> Moved | None:
     """The pairs of the diagnosis; None for one of a log, which has means of batches."""
     if not path.is_file():
         return None
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from None
+    table = read_parquet(path, RunError, "the pairs of `ches diagnose --out`")
     if not len(table):
         return None
     names = table.column_names

@@ -8,14 +8,11 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ches_jax.errors import RunError
 from ches_jax.report.html import escape
 from ches_jax.report.pair_table import Column, PairTable, Tokens
-
-JOINED = {
-    "forecast.parquet": ("forecast_chosen", "forecast_rejected"),
-    "influence.parquet": ("influence", "from_chosen", "from_rejected"),
-}
-"""Files of a run directory with more numbers for its rows, named by ``row_id``."""
+from ches_jax.runs.files import read_parquet
+from ches_jax.scores.table import JOINED
 
 
 def table_body(caption: str = "Every pair, one row each; a click or Enter on the arrow unfolds it.") -> str:
@@ -111,13 +108,11 @@ def with_tokens(pairs: PairTable, tokens: Tokens | None) -> PairTable:
 
 def joined(folder: Path, row_ids: Sequence[str]) -> dict[str, np.ndarray]:
     """Columns of ``JOINED`` for rows by their id, [rows] each, NaN where a file does not have a row."""
-    import pyarrow.parquet as pq
-
     out: dict[str, np.ndarray] = {}
     for file, names in JOINED.items():
         if not (folder / file).is_file():
             continue
-        table = pq.read_table(folder / file)
+        table = read_parquet(folder / file, RunError, "a table of another verb")
         place = {row_id: i for i, row_id in enumerate(table["row_id"].to_pylist())}
         at = np.array([place.get(row_id, -1) for row_id in row_ids])
         for name in names:

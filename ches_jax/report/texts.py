@@ -1,14 +1,13 @@
 """The texts and the tokens of pairs in a report, read from the source that was scored."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ches_jax.data.messages import as_text
 from ches_jax.errors import ChesError
 from ches_jax.report.pair_table import Tokens
 from ches_jax.scores.parts import TOKENS
@@ -65,18 +64,7 @@ def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[Texts, l
 
 def side_text(content: Mapping[str, Any], side: str) -> str:
     """The prompt or a response of a row, as text."""
-    return plain_text(content.get(side, content.get(f"{side}_ids", "")))
-
-
-def plain_text(value: Any) -> str:
-    """A text, or a conversation, or token ids, as text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple, np.ndarray)):
-        if all(isinstance(m, Mapping) for m in value):
-            return "\n".join(f"[{m.get('role', '?')}] {plain_text(m.get('content') or '')}" for m in value)
-        return "token ids " + " ".join(str(v) for v in value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return as_text(content.get(side, content.get(f"{side}_ids", "")))
 
 
 TokenScores = dict[Key, dict[str, list[tuple[str, float | None]]]]

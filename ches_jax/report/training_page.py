@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax import bundled
-from ches_jax.data.sources import open_pairs
+from ches_jax.data.sources import pairs_of_run
 from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
@@ -153,11 +152,8 @@ def _source(config: Mapping[str, Any]) -> Iterator[SourceRow]:
         raise RunError("no run.json names the pairs that were trained on")
     for name in ("pairs", "eval_pairs"):
         if config.get(name):
-            spec = bundled.located(config[name], bundled.pairs_file)
-            how = (config.get("split"), config.get("columns") or {}, config.get("candidates"))
-            source = open_pairs(spec, *how, config.get("schema", "auto")).tolerant()
             limit = config.get("limit") if name == "pairs" else None
-            yield from itertools.chain.from_iterable(itertools.islice(source.rows_from(0), limit))
+            yield from itertools.chain.from_iterable(pairs_of_run({**config, "pairs": config[name], "limit": limit}))
 
 
 def _courses(table: pa.Table) -> list[Course]:

@@ -60,6 +60,13 @@ Place = tuple[int, int, int]
 FILE_NAME = "scores.parquet"
 INFLUENCE = "influence.parquet"
 """The table of `ches influence`: the same rows, with what training on each does to others."""
+FORECAST = "forecast.parquet"
+"""The table of `ches forecast`."""
+JOINED = {
+    FORECAST: ("forecast_chosen", "forecast_rejected"),
+    INFLUENCE: ("influence", "from_chosen", "from_rejected"),
+}
+"""Tables that may lie beside a run, and which of their columns are joined to its rows by ``row_id``."""
 METADATA_KEY = b"ches_jax"
 ROW_GROUP = 65_536
 """Rows of a row group: about 10 MB of numbers, so that writing and merging stay small in memory."""

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from ches_jax import bundled
-from ches_jax.data.sources import open_pairs
+from ches_jax.data.sources import pairs_of_run
 from ches_jax.errors import RunError
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.scores.table import CANDIDATES, table_path
@@ -95,7 +94,7 @@ def source_rows(config: Where) -> Iterator[SourceRow]:
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
         raise RunError(f"{config.scores}: no run.json names the pairs that were scored; pass --pairs")
-    split, columns = config.split or scored.get("split"), config.columns or scored.get("columns")
-    spec, schema = bundled.located(pairs, bundled.pairs_file), "auto" if columns else scored.get("schema", "auto")
-    source = open_pairs(spec, split, columns, scored.get("candidates"), schema).tolerant()
-    return itertools.chain.from_iterable(itertools.islice(source.rows_from(0), scored.get("limit")))
+    columns = config.columns or scored.get("columns")
+    how = {"pairs": pairs, "split": config.split or scored.get("split"), "columns": columns}
+    # the schema of the run is not that of columns with other names
+    return itertools.chain.from_iterable(pairs_of_run({**scored, **how, **({"schema": "auto"} if columns else {})}))

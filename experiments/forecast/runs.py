@@ -85,15 +85,16 @@ def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from ches_jax.forecast.config import ForecastConfig
-    from ches_jax.forecast.run import FILE_NAME, forecast
+    from ches_jax.forecast.run import forecast
     from ches_jax.runs.directory import RUN, read_json
+    from ches_jax.scores.table import FORECAST
 
     out = work.folder(f"forecast-{lr:g}")
     shutil.rmtree(out, ignore_errors=True)
     probes = str(pairs_file(work, "held"))
     options = {"order": 2, "pilot": work.config.pilot, "probes": probes, "out": str(out), **recipe(work, lr)}
     forecast(ForecastConfig(model=str(tuned_model(work)), **options), quiet=work.quiet)
-    table = pq.read_table(out / FILE_NAME)
+    table = pq.read_table(out / FORECAST)
     names = ("row_id", "set", "first_chosen", "forecast_chosen", "pilot_chosen")
     return {"columns": {n: table[n].to_pylist() for n in names}, "summary": read_json(out / RUN)["summary"]}
 

@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from ches_jax.data.messages import as_text
 from ches_jax.data.sources import Record
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean, escape
 from ches_jax.report.pair_table import Column, PairTable, unpacked
 from ches_jax.report.render import json_for_script
-from ches_jax.report.texts import plain_text
 from ches_jax.scores.table import write_part
 
 EVIL = "</div></details></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00\ud800\u202e\x1b[31m"
@@ -273,6 +273,6 @@ def test_json_for_a_script_and_escaped_text():
 
 def test_conversations_and_token_ids_become_text():
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]
-    assert plain_text(talk) == "[user] hi\n[assistant] "
-    assert plain_text([1, 2]) == plain_text(np.array([1, 2])) == "token ids 1 2"
-    assert plain_text({"a": 1}) == '{"a": 1}'
+    assert as_text(talk) == "[user] hi\n[assistant] "
+    assert as_text([1, 2]) == as_text(np.array([1, 2])) == "token ids 1 2"
+    assert as_text({"a": 1}) == '{"a": 1}'

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.displacement.changes import Changes
 from ches_jax.errors import RunError
+from ches_jax.runs.files import read_parquet
 
 SIDES = ("chosen", "rejected")
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -93,10 +93,7 @@ def read_logps(path: Path) -> Changes:
       RunError: not readable, or without the columns.
     """
     file = path / "scores.parquet" if path.is_dir() else path
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{file}: not a readable Parquet file ({error})") from None
+    table = read_parquet(file, RunError, "log-probabilities before and after")
     _require(file, table.column_names, [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")])
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}

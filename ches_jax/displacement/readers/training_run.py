@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.displacement.changes import FILE_NAME, PARTS, Changes, Curve
 from ches_jax.errors import RunError
+from ches_jax.runs.files import read_parquet
 
 SETS = {"held_out": "held-out", "train": "training"}
 ABOUT = ("row_id", "index", "chosen_tokens", "rejected_tokens")
@@ -28,11 +28,8 @@ def read_run(folder: Path) -> Changes:
     paths = [path] if path.exists() else sorted((folder / PARTS).glob("step-*.parquet"))
     if not paths:
         raise RunError(f"{folder}: no {FILE_NAME}; expected a directory of `ches train`")
-    try:
-        table = pa.concat_tables([pq.read_table(p) for p in paths])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{folder}: its displacement log cannot be read ({error})") from None
-    return changes_of_table(table, str(folder))
+    parts = [read_parquet(p, RunError, "the displacement log of a run of `ches train`") for p in paths]
+    return changes_of_table(pa.concat_tables(parts), str(folder))
 
 
 def changes_of_table(table: pa.Table, source: str) -> Changes:
