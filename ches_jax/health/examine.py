@@ -1,7 +1,6 @@
 """All checks of one data set, as text and as JSON."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from ches_jax.data.duplicates import text_of
 from ches_jax.data.sources import PairSource, open_prompts
 from ches_jax.errors import DataError
 from ches_jax.health.checks import CHECKS, Check, Row, leaks, unreadable
+from ches_jax.runs.chunks import json_value
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,13 @@ class Health:
             "rows": self.rows,
             "healthy": self.healthy,
             "checks": {
-                c.name: _plain(
+                c.name: json_value(
                     {"finding": c.finding, "rows": c.rows, "text": c.text, "examples": list(c.examples[: self.show])}
                     | {"numbers": dict(c.numbers)}
                 )
                 for c in self.checks
             },
         }
-
-
-def _plain(value: Any) -> Any:
-    """JSON values; what is not finite is null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def examine(source: PairSource, *, limit: int | None = None, against: str | None = None, show: int = 2) -> Health:

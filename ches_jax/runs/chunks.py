@@ -173,20 +173,30 @@ def json_line(row: Mapping[str, Any]) -> str:
     >>> json_line({"x": float("nan"), "y": "\ud800"})
     '{"x": null, "y": "\\ud800"}\n'
     """
-    text = json.dumps(_plain(row), ensure_ascii=False, default=str)
+    value = json_value(row)
+    text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate, which JSON can hold and UTF-8 cannot
-        text = json.dumps(_plain(row), default=str)
+        text = json.dumps(value)
     return text + "\n"
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """A value with only what JSON knows: numpy opened, dates as text, what is not finite as null.
+
+    >>> json_value({1: (float("inf"), 2.5)})
+    {'1': [None, 2.5]}
+    """
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [json_value(v) for v in value]
+    if isinstance(value, float):  # numpy's float64 too
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def join(out: Path, name: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.formulas import numbers
 from ches_jax.scores.table import CANDIDATES, read_table
@@ -170,7 +171,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
             "source": {"pairs": config.pairs or scored_with.get("pairs"), **source},
             "scores": metadata,
         }
-        summary = _plain(summary)
+        summary = json_value(summary)
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "selection.json").write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(summary), encoding="utf-8")
@@ -211,13 +212,13 @@ def _write_rows(
                 added = _added_columns(row, position, decision, config)
                 theirs = dict(row.extra) | dict(row.content)
                 replaced |= added.keys() & theirs.keys()
-                pairs.write(_json_line(theirs | added, row.index))
+                pairs.write(json_line(theirs | added).encode())
                 kept_ids.write(f"{row.row_id}\n")
                 continue
             reason = _reason(position, not_scored.get(key_of(row)), decision, config)
             reasons[reason.split(":", 1)[0] if position is None else reason] += 1
             record = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
-            dropped.write(_json_line(record, row.index))
+            dropped.write(json_line(record).encode())
     if not seen.all():
         missing = int(np.flatnonzero(~seen)[0])
         raise RunError(
@@ -253,26 +254,3 @@ def _reason(position: int | None, when_scored: str | None, decision: Decision, c
         return "unscored"
     control = "" if config.control == "none" else f" ({config.control} control)"
     return f"not in {config.keep} of {config.by}{control}"
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with only what JSON knows: numpy scalars opened, dates as text, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _json_line(content: Mapping[str, Any], index: int) -> bytes:
-    plain = _plain(content)
-    try:
-        return (json.dumps(plain, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8 for it, but JSON can escape it
-        return (json.dumps(plain) + "\n").encode()
