@@ -105,8 +105,8 @@ def doubts(content: Mapping[str, Any]) -> dict[str, str]:
 
 def repeated(prompt: str, response: str) -> int | None:
     """How much of a response repeats the prompt that it begins with, in letters; None: it does not."""
-    said, told = prompt.strip(), response.lstrip()
-    if not said or told[:4] != said[:4]:
+    said, answered = prompt.strip(), response.lstrip()
+    if not said or answered[:4] != said[:4]:
         return None
     lines = [re.escape(line.strip(" \t")) for line in re.split(r"\r\n|\r|\n", said)]
     match = re.match(r"\s*" + r"[ \t]*(?:\r\n|\r|\n)[ \t]*".join(lines), response)
@@ -158,8 +158,8 @@ def _continued(prompt: list[Message], chosen: list[Message], rejected: list[Mess
 
 def _told_in(prompt: str, head: Sequence[Message]) -> bool:
     """Whether a text is what one of the messages says, a part of it, or a rendering of them all."""
-    said, told = plain_text(prompt), [plain(m) for m in head]
-    return not said or any(said in text for text in told) or (bool(told) and all(text in said for text in told))
+    said, texts = plain_text(prompt), [plain(m) for m in head]
+    return not said or any(said in text for text in texts) or (bool(texts) and all(text in said for text in texts))
 
 
 def _repeating(prompt: list[Message], chosen: list[Message], rejected: list[Message], split: Parts) -> Parts | None:
@@ -175,8 +175,8 @@ def _repeating(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     if all(len(side) > n and common(side, asked) == n for side in sides):
         return [*(given[0] if given else []), *asked], sides[0][n:], sides[1][n:]
     head, *_ = split
-    told = _system_apart(head)[1]
-    if n and len(told) >= n and all(map(same, told[-n:], asked)):
+    leading = _system_apart(head)[1]
+    if n and len(leading) >= n and all(map(same, leading[-n:], asked)):
         return split  # the prompt holds the last turn only
     for n in range(min(len(asked), *(len(side) - 1 for side in sides)), 0, -1):
         if all(common(side, asked[-n:]) == n and side[n]["role"] not in NOT_AN_ANSWER for side in sides):

@@ -160,7 +160,7 @@ class PairSource:
         how = f"; columns {renamed}" if renamed else f"; schema {self.schema.name}" if self.schema else ""
         return f"{self.name} ({self.kind}{how})"
 
-    def told(self) -> list[str]:
+    def messages(self) -> list[str]:
         """Lines for a person: which schema was taken, unless the columns are canonical, and what it leaves unread."""
         taken = self.schema is not None and self.schema != PLAIN
         says = [f"{self.name}: schema {self.schema.name} ({self.schema.describe()})"] if taken and self.schema else []
@@ -301,7 +301,7 @@ def _source(
         source = replace(source, read=partial(_grouped, source.schema, read))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
         next(iter(source))  # tells the first
-    for line in source.told():
+    for line in source.messages():
         notice(line)
     return source
 

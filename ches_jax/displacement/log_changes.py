@@ -239,14 +239,14 @@ def _beta(log: Log, settings: RunSettings, given: float | None) -> tuple[float |
     """Beta and where it is from. What several places tell must agree."""
     known = [(given, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
     known.append((settings.beta, settings.beta_from))
-    told = [(value, where) for value, where in known if value is not None]
-    for value, where in told[1:]:
-        if abs(value - told[0][0]) > BETA_ERROR * value:
+    betas = [(value, where) for value, where in known if value is not None]
+    for value, where in betas[1:]:
+        if abs(value - betas[0][0]) > BETA_ERROR * value:
             raise ChesError(
-                f"{log.source}: beta is {told[0][0]:g} ({told[0][1]}) and {value:g} ({where}); which one made these "
+                f"{log.source}: beta is {betas[0][0]:g} ({betas[0][1]}) and {value:g} ({where}); which one made these "
                 "rewards? Give it as --beta, and move away what says otherwise"
             )
-    return told[0] if told else (None, "")
+    return betas[0] if betas else (None, "")
 
 
 def recovered_beta(log: Log) -> float | None:

@@ -94,12 +94,12 @@ def concentration(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def summary_text(told: Mapping[str, Any]) -> str:
+def summary_text(record: Mapping[str, Any]) -> str:
     """What ``concentration`` found, in words."""
-    found = told["concentration"]
+    found = record["concentration"]
     shares = found["share_of_fall"]
     lines = [
-        f"training on {found['pairs']} pairs moves the mean ln pi(chosen) of {told['counts']['probes']} probes by "
+        f"training on {found['pairs']} pairs moves the mean ln pi(chosen) of {record['counts']['probes']} probes by "
         f"{-found['sum']:+.2f} nats at first order",
         f"{found['push_down']:.0%} of the pairs push it down",
     ]
@@ -109,7 +109,7 @@ def summary_text(told: Mapping[str, Any]) -> str:
             + ", ".join(f"{k} hold {v:.0%}" for k, v in shares.items())
             + "; a filter gets less than that, since the others' updates grow to the same length"
         )
-    lines += told["warnings"]
+    lines += record["warnings"]
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             found = passes.products(start, run.pairs.held_out)
         return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}
 
-    direction, told = _kept(out, passes, compute)
+    direction, record = _kept(out, passes, compute)
     push = passes.push(direction, config.order)
 
     def columns(which: str, pairs: Sequence[TokenPair]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             run_pilot(run.config, config.pilot, out / PILOT, resume=resume, quiet=quiet)
         table = _with_pilot(table, out / PILOT, sets)
     _write(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
-    summary = summarise(table, told, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
+    summary = summarise(table, record, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
     _finish(run, config, clock, {"summary": summary})
     return out
 
@@ -172,8 +172,8 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
         with clock.stage("gradient of the probes"):
             return influences.influence_direction(passes, start, probes), {"slopes": start.slopes.tolist()}
 
-    direction, told = _kept(out, passes, compute)
-    push, slopes = passes.push(direction), np.array(told["slopes"])
+    direction, record = _kept(out, passes, compute)
+    push, slopes = passes.push(direction), np.array(record["slopes"])
     metadata = {"verb": "influence", "model": config.model, "pairs": config.pairs, **_prints(run)}
     parts = _chunks(pairs, config.chunk_rows)
     with clock.stage("influences", len(pairs)) as bar:
@@ -256,13 +256,13 @@ def _kept(out: Path, passes: Passes, compute: Callable[[], tuple[Tree, dict[str,
     """A direction and what is known of it: computed, or as a run that was stopped left them."""
     from safetensors.numpy import load_file, save_file
 
-    arrays, told = (out / chunks.FOLDER / name for name in (DIRECTION, START))
-    if not told.exists():
+    arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
+    if not record.exists():
         direction, found = compute()
         with replacing(arrays) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
-        write_json(told, found)
-    return on_mesh(load_file(arrays), passes.run.mesh), read_json(told)
+        write_json(record, found)
+    return on_mesh(load_file(arrays), passes.run.mesh), read_json(record)
 
 
 def _identity_columns(pairs: Sequence[TokenPair], config: PassOptions) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def _prints(run: Run) -> dict[str, Any]:
     return {k: v for k, v in run.identity.items() if k.endswith("fingerprint")}
 
 
-def _finish(run: Run, config: PassOptions, clock: Clock, told: Mapping[str, Any]) -> None:
+def _finish(run: Run, config: PassOptions, clock: Clock, results: Mapping[str, Any]) -> None:
     out, pairs = run.out, run.pairs
     run.opener.require_unchanged()
     write_summary(
@@ -361,7 +361,7 @@ def _finish(run: Run, config: PassOptions, clock: Clock, told: Mapping[str, Any]
                 "dropped": len(pairs.dropped), "updates": run.plan.total,
             },
             "row_tokens": run.layout.row_tokens,
-            **told,
+            **results,
             "times": clock.seconds,
         },
     )  # fmt: skip

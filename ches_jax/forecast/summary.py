@@ -18,7 +18,7 @@ CALIBRATION = (
 
 def summarise(
     table: pa.Table,
-    told: Mapping[str, Any],
+    products: Mapping[str, Any],
     errors: Mapping[str, float],
     *,
     overlap: int,
@@ -29,7 +29,7 @@ def summarise(
 
     Args:
       table: ``forecast.parquet``.
-      told: the inner products and their sentence.
+      products: the inner products and their sentence.
       errors: by set, how far first order is from the same updates taken at once.
       overlap: probes that are training pairs.
       config: what was asked.
@@ -43,7 +43,7 @@ def summarise(
         "updates": updates,
         "order": config.order,
         "sets": sets,
-        **told,
+        **products,
         "linear_error": dict(errors),
         "probes_that_are_training_pairs": overlap,
         "warnings": _warnings(sets, errors, overlap, config),

@@ -110,9 +110,9 @@ def _judge_chunks(
     with tqdm(unit=" responses", initial=start, disable=quiet, desc=f"judging by {config.by}") as bar:
         while chunk := list(itertools.islice(rows, config.chunk_rows)):
             verdict = verdict or method.start()
-            told = iter(verdict([row for row in chunk if not row.fault]))
+            verdicts = iter(verdict([row for row in chunk if not row.fault]))
             unread = [row for row in chunk if row.fault]
-            judged = [_record(row, (None, row.fault) if row.fault else next(told)) for row in chunk
+            judged = [_record(row, (None, row.fault) if row.fault else next(verdicts)) for row in chunk
                       if not row.fault or config.on_bad_row == "keep"]  # fmt: skip
             dropped = unread if config.on_bad_row == "drop" else []
             chunks.write(out, number, judged, [dropped_row(row) for row in dropped])

@@ -37,7 +37,7 @@ def set_name(name: str) -> str:
     return SETS.get(name, name)
 
 
-def told(found: Found) -> list[tuple[str, Answer]]:
+def answers_of(found: Found) -> list[tuple[str, Answer]]:
     """The sets that have an answer."""
     return [(name, answer) for name, answer in found.items() if not isinstance(answer, str)]
 
@@ -49,7 +49,7 @@ def headline(found: Found, when: str = "") -> tuple[str, Tone]:
     >>> headline({"held_out": fell}, "after 10 updates")[0]
     'The chosen responses fell on held-out pairs: -0.50 nats after 10 updates'
     """
-    known = told(found)
+    known = answers_of(found)
     if not known:
         return "No verdict on this run yet", "plain"
     name, answer = known[0]
@@ -108,7 +108,7 @@ def interval(found: Mapping[str, Any]) -> str:
 
 def harm(found: Found, commands: str) -> str:
     """The third question; ``commands`` (HTML) say how it is measured where it was not."""
-    known = told(found)
+    known = answers_of(found)
     answer = (known[0][1].get("harm") or {}) if known else {}
     measured = [c for c in answer.get("criteria", ()) if c["outcome"] != "not measured"]
     if not measured:
@@ -121,7 +121,7 @@ def harm(found: Found, commands: str) -> str:
 
 def advice(found: Found, links: Sequence[str]) -> str:
     """What to do, from what it follows, at what price; ``links`` (HTML) lead to the pairs to look at first."""
-    known = told(found)
+    known = answers_of(found)
     worst = f" Look first at {', '.join(links)}." if links else ""
     if not known:
         return "Go on until there is an evaluation after the first."
@@ -151,7 +151,7 @@ def harm_section(found: Found) -> str:
     """All criteria of harm, measured or not; empty where the answer has none."""
     from ches_jax.report.html import data_table, paragraphs
 
-    known = told(found)
+    known = answers_of(found)
     answer = (known[0][1].get("harm") or {}) if known else {}
     if not answer.get("criteria"):
         return ""

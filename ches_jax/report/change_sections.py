@@ -270,11 +270,11 @@ def score_section(moved: Moved, pairs: PairTable) -> str:
     counted = moved.sets == moved.present[0]
     rows = []
     for n in numeric:
-        told = [
+        cells = [
             correlation(spearman(moved.numbers[n][moved.sets == s], moved.chosen[moved.sets == s]))
             for s in moved.present
         ]
-        rows.append([label(n), *told])
+        rows.append([label(n), *cells])
     leading = leading_score([n for n in numeric if np.isfinite(moved.numbers[n][counted]).any()])
     x = leading.name if leading is not None else "chosen_tokens" if "chosen_tokens" in numeric else numeric[0]
     drawn = elements.scatter(

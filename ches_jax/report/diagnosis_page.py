@@ -44,7 +44,7 @@ def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved |
     record = read_record(run_dir)
     pairs = None if moved is None else parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
     links = [] if moved is None or pairs is None else parts.worst_links(moved, pairs)
-    figures = [_curve(found), *(_margin(name, a) for name, a in answers.told(found))]
+    figures = [_curve(found), *(_margin(name, a) for name, a in answers.answers_of(found))]
     if moved is not None and pairs is not None:
         figures.insert(1, parts.pair_scatter(moved, pairs))
     body = [Section(anchor="course", heading="What moved", body=gallery(figures))]
@@ -137,12 +137,12 @@ def _index(table: pa.Table) -> np.ndarray:
 def _curve(found: Found) -> str:
     """The course of a log or a run, where the answer has one."""
     series = []
-    for name, answer in answers.told(found):
+    for name, answer in answers.answers_of(found):
         curve = answer.get("curve")
         if not curve or len(curve["steps"]) < 2:
             continue
         steps = np.array(curve["steps"], float)
-        held_out, alone = name == "held_out", len(answers.told(found)) == 1
+        held_out, alone = name == "held_out", len(answers.answers_of(found)) == 1
         for side, colour in (("chosen", 0), ("rejected", 1)):
             line = svg.Series(
                 name=f"{side}, {set_name(name)}",

@@ -188,10 +188,10 @@ def _length_words(name: str, found: Mapping[str, float]) -> str:
     if not known:
         return "The lengths of the responses, or the scores, do not vary."
     strongest = max(abs(rho) for rho in known.values())
-    told = "To a large part." if strongest > 0.6 else "In part." if strongest > 0.3 else "Hardly."
+    answer = "To a large part." if strongest > 0.6 else "In part." if strongest > 0.3 else "Hardly."
     numbers_told = ", ".join(f"{correlation(rho)} with {words}" for words, rho in known.items())
     advice = " Compare with <code>--control length</code>." if strongest > 0.3 else ""
-    return f'<span class="tones">{told}</span> Rank correlation of {escape(name)}: {numbers_told}.{advice}'
+    return f'<span class="tones">{answer}</span> Rank correlation of {escape(name)}: {numbers_told}.{advice}'
 
 
 def _data_words(table: pa.Table, dropped: Mapping[Any, str]) -> str:

@@ -81,13 +81,13 @@ def selection_page(run_dir: Path) -> Page:
 def _length_words(lengths: Mapping[str, Any]) -> str:
     """Mean lengths of what was kept against all."""
     kept, every = lengths.get("kept") or {}, lengths.get("all") or {}
-    told = []
+    changes = []
     for name in ("chosen_tokens", "rejected_tokens"):
         if name in kept and name in every:
-            told.append(f"{label(name)} {readable(every[name], 0)} → {readable(kept[name], 0)}")
+            changes.append(f"{label(name)} {readable(every[name], 0)} → {readable(kept[name], 0)}")
     changed = [abs(kept[n] / every[n] - 1) for n in ("chosen_tokens", "rejected_tokens") if every.get(n)]
     word = '<span class="tones">Yes</span>: ' if changed and max(changed) > 0.1 else "Hardly: "
-    return f"{word}{escape(', '.join(told))} on average." if told else "Not recorded."
+    return f"{word}{escape(', '.join(changes))} on average." if changes else "Not recorded."
 
 
 def _lengths_table(lengths: Mapping[str, Any]) -> str:

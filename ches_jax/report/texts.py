@@ -151,10 +151,10 @@ def readable_tokens(tokens: Sequence[tuple[str, float | None]], text: str) -> li
         following = next((t for t, _ in tokens[i:] if t.strip() and "\ufffd" not in t), "")
         end = _place(text, following, at)[0] if following else len(text)
         close = at < end <= at + 4 * (i - first)  # what stands further on is something else
-        told = text[at:end] if close else "".join(t for t, _ in tokens[first:i])
+        piece = text[at:end] if close else "".join(t for t, _ in tokens[first:i])
         at = end if close else at
         numbers = [v for v in values if v is not None]
-        out.append((told, sum(numbers) if numbers else None))
+        out.append((piece, sum(numbers) if numbers else None))
     return out
 
 

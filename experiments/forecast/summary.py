@@ -36,14 +36,14 @@ def summarise(work: Work) -> dict[str, Any]:
 
 
 def _of_rate(work: Work, lr: float) -> dict[str, Any]:
-    told = work.value(f"forecast/{lr:g}")
+    forecast = work.value(f"forecast/{lr:g}")
     runs = [work.value(run_name("tuned", lr, seed)) for seed in work.config.seeds]
     return {
-        "products": told["summary"]["products"],
-        "reason": told["summary"]["reason"],
-        "linear_error": told["summary"]["linear_error"],
+        "products": forecast["summary"]["products"],
+        "reason": forecast["summary"]["reason"],
+        "linear_error": forecast["summary"]["linear_error"],
         "sets": {
-            which: _of_set(work, told["columns"], runs, name, which) for name, which in SETS.items()
+            which: _of_set(work, forecast["columns"], runs, name, which) for name, which in SETS.items()
         },
     }  # fmt: skip
 
@@ -133,8 +133,8 @@ def _means(changes: Mapping[str, Sequence]) -> dict[str, Any]:
     low, high = bootstrap(lambda rows: columns[:, rows].mean(1), columns.shape[1], draws=DRAWS)
     names = ("chosen", "rejected", "margin")
     ends = zip(names, columns.mean(1), low, high, strict=True)
-    told = {n: {"mean": float(m), "low": float(a), "high": float(b)} for n, m, a, b in ends}
-    return {**told, "chosen_fell": float((chosen < 0).mean()), "pairs": columns.shape[1]}
+    means = {n: {"mean": float(m), "low": float(a), "high": float(b)} for n, m, a, b in ends}
+    return {**means, "chosen_fell": float((chosen < 0).mean()), "pairs": columns.shape[1]}
 
 
 def _filters(work: Work) -> dict[str, Any]:

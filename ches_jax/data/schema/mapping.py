@@ -78,8 +78,8 @@ class Schema:
     def to_words(self) -> dict[str, str]:
         """The words of ``--columns`` that say the same."""
         default = Schema()
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
-        return {w: v if isinstance(v, str) else ",".join(v) for w, v in told.items() if v and v != getattr(default, w)}
+        words = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {w: v if isinstance(v, str) else ",".join(v) for w, v in words.items() if v and v != getattr(default, w)}
 
 
 PLAIN = Schema(name="chosen-rejected", prompt="prompt", chosen="chosen", rejected="rejected")
@@ -141,20 +141,20 @@ def from_file(path: str) -> Schema:
 
 
 def _check(schema: Schema) -> None:
-    told = [w for w in ("winner", "winners", "scores", "ranks") if getattr(schema, w)]
+    ways = [w for w in ("winner", "winners", "scores", "ranks") if getattr(schema, w)]
     both = bool(schema.chosen) and bool(schema.rejected)
     many = len(schema.responses)
     fault = ""
     if bool(schema.chosen) != bool(schema.rejected):
         fault = "one of chosen and rejected is named; expected both, or responses"
-    elif both and (many or told):
-        fault = f"chosen and rejected say which response is better, and so does {told[0] if told else 'responses'}"
-    elif many and len(told) != 1:
+    elif both and (many or ways):
+        fault = f"chosen and rejected say which response is better, and so does {ways[0] if ways else 'responses'}"
+    elif many and len(ways) != 1:
         fault = "responses need one of winner, winners, scores, ranks to say which is better, " + (
-            f"not {' and '.join(told)}" if told else "and none is named"
+            f"not {' and '.join(ways)}" if ways else "and none is named"
         )
-    elif told and not many:
-        fault = f"{told[0]} without responses; name the columns of the responses"
+    elif ways and not many:
+        fault = f"{ways[0]} without responses; name the columns of the responses"
     elif schema.winner and not schema.order:
         fault = (
             "winner needs order: its word for each response (order=model_a,model_b), 'from 0' or 'from 1' for a "
@@ -167,7 +167,7 @@ def _check(schema: Schema) -> None:
     elif many > 1 and any(
         len(getattr(schema, w)) != many for w in ("winners", "scores", "ranks") if getattr(schema, w)
     ):
-        fault = f"{told[0]}: expected a column for each of the {many} responses"
+        fault = f"{ways[0]}: expected a column for each of the {many} responses"
     elif not schema.prompt and schema.input:
         fault = "input goes under a prompt, and none is named"
     if fault:
@@ -331,12 +331,12 @@ def _whole(schema: Schema, row: Mapping[str, Any], canonical: dict[str, Any]) ->
         values = [v[0] if isinstance(v, list) and len(v) == 1 and isinstance(v[0], str) else v for v in values]
     if prompt is None and schema.system and (system := lookup(row, schema.system)):
         values = [_with_system(schema, {schema.system: system}, v) if are_turns(v) else v for v in values]
-    told = {k: v for k, v in canonical.items() if k != "prompt"} | ({} if prompt is None else {"prompt": prompt})
+    rest = {k: v for k, v in canonical.items() if k != "prompt"} | ({} if prompt is None else {"prompt": prompt})
     for value in values:
         if not isinstance(value, str | list) and not is_message(value):
             raise DataError(f"a response is {kind(value)}; expected text or messages")
     sides = {"responses": values} if texts else dict(zip(("chosen", "rejected"), values, strict=False))
-    whole = told | sides
+    whole = rest | sides
     return {k: whole[k] for k in ("prompt", *(k for k in whole if k != "prompt")) if k in whole}
 
 

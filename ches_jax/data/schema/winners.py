@@ -71,8 +71,8 @@ def of_winners(names: Sequence[str], values: Sequence[Any], tie: Any) -> list[fl
     flags = [_flag(name, value) for name, value in zip(names, values, strict=True)]
     tied = tie is not None and _flag("tie", tie)
     if sum(flags) > 1 or (sum(flags) == 1) == tied:
-        told = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
-        raise DataError(f"{told}: expected that one response wins, or a tie")
+        cells = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
+        raise DataError(f"{cells}: expected that one response wins, or a tie")
     return [float(flag) for flag in flags]
 
 

@@ -360,13 +360,13 @@ def _changes_numbers(key: str, value: Any) -> bool:
     [False, True, False]
     """
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    told = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
-    if not told or NO_NUMBER_WORDS & set(words):
+    values = [NUMBER_WORDS[word] for word in words if word in NUMBER_WORDS]
+    if not values or NO_NUMBER_WORDS & set(words):
         return False
     if value in ("", [], {}):
         return False
     # a truth value is no number: True is not a scale of 1
-    return not any(value == off and isinstance(value, bool) == isinstance(off, bool) for offs in told for off in offs)
+    return not any(value == off and isinstance(value, bool) == isinstance(off, bool) for offs in values for off in offs)
 
 
 def _placeholder(kind: Any) -> Any:

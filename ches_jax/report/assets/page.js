@@ -372,7 +372,7 @@
     const mine = tokens[row];
     if (!mine) return;
     const largest = Math.max(1e-30, ...Object.values(mine).flat().map(([, value]) => Math.abs(value ?? 0)));
-    const by = meta.tokens, told = h("output", { class: "soft", "aria-live": "polite" }, "Tap a token, or go from token to token with the arrow keys, for its number.");
+    const by = meta.tokens, readout = h("output", { class: "soft", "aria-live": "polite" }, "Tap a token, or go from token to token with the arrow keys, for its number.");
     both.replaceChildren();
     for (const name of tableSides) {
       const group = h("div", { class: "text tokens", dir: "auto", role: "group", "aria-label": `${name}, token by token` });
@@ -381,7 +381,7 @@
         const words = value === null ? `“${text}”: shared with the other response, told there` : `“${text}”: ${value > 0 ? "+" : ""}${Number(value.toPrecision(4))} (${by.name}), ${value > 0 ? by.up : value < 0 ? by.down : "neither"}`;
         const span = h("span", { tabindex: i ? "-1" : "0", title: words, class: share > 0.5 ? (red ? "up" : "down") : "" }, text);
         span.style.backgroundColor = `rgba(${red ? "215,48,39" : "69,117,180"},${(0.75 * share).toFixed(3)})`;
-        const pick = () => (told.textContent = words);
+        const pick = () => (readout.textContent = words);
         span.onclick = pick;
         span.onfocus = pick;
         return span;
@@ -395,7 +395,7 @@
       if (rest) group.append(` … ${rest} more tokens`);
       both.append(h("div", {}, h("p", { class: "label " + name }, `${name}: ${by[name]}`), group));
     }
-    both.before(h("p", { class: "soft" }, `${by.label} of each token: `, h("span", { class: "key red" }, `red, underlined: ${by.up}`), " ", h("span", { class: "key blue" }, `blue, dotted: ${by.down}`), `. The strongest colour in this pair is ±${Number(largest.toPrecision(3))}; a line marks tokens above half of it.`), told);
+    both.before(h("p", { class: "soft" }, `${by.label} of each token: `, h("span", { class: "key red" }, `red, underlined: ${by.up}`), " ", h("span", { class: "key blue" }, `blue, dotted: ${by.down}`), `. The strongest colour in this pair is ±${Number(largest.toPrecision(3))}; a line marks tokens above half of it.`), readout);
     soon();
   }
 
@@ -610,7 +610,7 @@
 
   // ---- a threshold on the histogram of the leading score --------------------------------------------------------------
   $$("figure[data-threshold]").forEach((figure) => {
-    const column = columns[figure.dataset.threshold], svg = $("svg", figure), slider = $("input[type=range]", figure), told = $("output", figure), code = $("code", figure);
+    const column = columns[figure.dataset.threshold], svg = $("svg", figure), slider = $("input[type=range]", figure), readout = $("output", figure), code = $("code", figure);
     const [x0, x1] = svg.dataset.span.split(",").map(Number), [low, high] = column.axis.range;
     const line = s("line", { class: "axis", y1: 8, y2: svg.viewBox.baseVal.height - 40, "stroke-width": 2 });
     svg.append(line);
@@ -623,7 +623,7 @@
       let over = 0;
       for (const v of column.data) if (v >= short) over++;
       const words = `${column.label} from ${numberText(column, short)} on: ${over.toLocaleString("en")} of ${scored.toLocaleString("en")} pairs (${((100 * over) / Math.max(1, scored)).toFixed(1)} %)`;
-      told.textContent = words;
+      readout.textContent = words;
       slider.setAttribute("aria-valuetext", words);
       code.textContent = figure.dataset.command.replace("VALUE", short);
       return short;
