@@ -113,10 +113,8 @@ def harm(found: Found, commands: str) -> str:
     measured = [c for c in answer.get("criteria", ()) if c["outcome"] != "not measured"]
     if not measured:
         return f"Not measured. {commands}"
-    told_criteria = "; ".join(f"{c['name']}: {c['outcome']} ({c['evidence']})" for c in measured)
-    return (
-        f'<span class="tones">{escape(answer["answer"])}</span>: {escape(told_criteria)}. <a href="#harm">Criteria</a>.'
-    )
+    criteria = "; ".join(f"{c['name']}: {c['outcome']} ({c['evidence']})" for c in measured)
+    return f'<span class="tones">{escape(answer["answer"])}</span>: {escape(criteria)}. <a href="#harm">Criteria</a>.'
 
 
 def advice(found: Found, links: Sequence[str]) -> str:
@@ -127,8 +125,10 @@ def advice(found: Found, links: Sequence[str]) -> str:
         return "Go on until there is an evaluation after the first."
     lines = known[0][1].get("advice") or ()
     if lines:
-        told_lines = "; ".join(f"{line['do']} ({line['because']}; costs {line['price']})" for line in lines[:3])
-        return f"{escape(told_lines[:1].upper() + told_lines[1:])}.{worst}"
+        text = "; ".join(f"{line['do']} ({line['because']}; costs {line['price']})" for line in lines[:3])
+        if not text.startswith("ches "):  # a command is typed as it stands
+            text = text[:1].upper() + text[1:]
+        return f"{escape(text)}.{worst}"
     verdict = known[0][1]["verdict"]
     if verdict == "not_displaced":
         return f"Nothing for the chosen responses' sake.{worst}"

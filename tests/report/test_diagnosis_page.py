@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.errors import RunError
-from ches_jax.report import report
+from ches_jax.report import answers, report
 from tests.report.test_page import EVIL, page_data, tags
 
 TEXT = EVIL.replace("\ud800", "")
@@ -99,3 +99,12 @@ def test_pairs_that_cannot_be_read_are_told(run):
     (run / "pairs.parquet").write_bytes(b"no")
     with pytest.raises(RunError, match=r"pairs\.parquet: cannot be read"):
         report(run)
+
+
+def test_advice_begins_as_a_sentence_and_a_command_as_it_is_typed():
+    def first(do):
+        lines = [{"do": do, "because": "b", "price": "p"}]
+        return answers.advice({"held_out": {"verdict": "undecided", "advice": lines}}, [])
+
+    assert first("add a term").startswith("Add a term (b; costs p)")
+    assert first("ches diagnose PATH").startswith("ches diagnose PATH (")
