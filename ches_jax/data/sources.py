@@ -44,6 +44,7 @@ from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prom
 from ches_jax.data.schema.values import turns
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
+from ches_jax.runs.store import is_address
 from ches_jax.types import Pairing
 
 _FORMATS = (
@@ -223,7 +224,7 @@ def open_rows(
 
     Args:
       spec: a file of one of ``formats.READERS``, compressed or not; several with commas, or a glob; a folder of them or
-        of ``save_to_disk``; an address (``files.SCHEMES``); or ``owner/name`` of the hub.
+        of ``save_to_disk``; an address (``runs.store.READ``); or ``owner/name`` of the hub.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
         hides a column, a dot reaches into objects (``prompts.lookup``); or the words of a declaration
@@ -404,7 +405,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
-    if not files.is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
+    if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)
     if len(paths) > 1:

@@ -1,10 +1,9 @@
 """The options of ``ches select``. Plain data: importing this module loads no jax."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from ches_jax.options import Columns
+from ches_jax.options import Columns, Place
 from ches_jax.types import Control
 
 
@@ -16,9 +15,9 @@ class SelectConfig:
     'lowest:0.05'
     """
 
-    scores: Path
+    scores: Place
     """A directory of ``ches score`` or ``ches influence``, or the table in it."""
-    out: Path
+    out: Place
     """The directory to write; must not exist, or be empty."""
     by: str = "ln_ches"
     """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,

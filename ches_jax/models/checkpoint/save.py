@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.errors import CheckpointError
-from ches_jax.hf.directory import fingerprint
+from ches_jax.hf.directory import CONFIG, fingerprint
 from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, write_config, write_weights
 from ches_jax.models.checkpoint.load import open_checkpoint
 from ches_jax.models.checkpoint.stored_names import effective_config
@@ -18,6 +18,7 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.store import output_place
 
 
 def save_pretrained(
@@ -51,7 +52,7 @@ def save_pretrained(
     stored = {} if source is None or dtype else {n: t.dtype for n, t in open_checkpoint(source).tensors.items()}
     params = named_parameters(model)
     rules = family_of(raw, str(out)).name_rules(params, model.config)
-    with new_directory(Path(out), CheckpointError) as directory:
+    with new_directory(output_place(out, CheckpointError), CheckpointError, CONFIG) as directory:
         write_weights(directory, stored_tensors(rules, params, model.config, stored, dtype), shard_bytes)
         kept = {str(v.dtype) for v in params.values()}
         if dtype or source is None:
@@ -60,7 +61,7 @@ def save_pretrained(
         write_config(directory, raw)
         if source is not None:
             copy_tokenizer(source, directory)
-    return fingerprint(Path(out))
+        return fingerprint(directory)
 
 
 def stored_tensors(
