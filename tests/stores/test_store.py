@@ -45,12 +45,16 @@ def test_an_extra_that_is_not_installed_is_named(monkeypatch):
         raise ImportError(scheme)
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ChesError, match=r"'gs://' needs gcsfs, which is not installed: pip install 'ches-jax\[remote\]"):
+    with pytest.raises(
+        ChesError, match=r"'gs://' needs gcsfs, which is not installed: pip install 'ches-jax\[remote\]"
+    ):
         store.place("gs://bucket/run")
 
 
 def test_what_is_only_read_is_no_output_and_a_lost_slash_is_told():
-    with pytest.raises(ChesError, match=r"--out https://h/run: 'https://' is only read; give a path, or gs:// or s3://"):
+    with pytest.raises(
+        ChesError, match=r"--out https://h/run: 'https://' is only read; give a path, or gs:// or s3://"
+    ):
         store.output_place("https://h/run")
     with pytest.raises(ChesError, match=r"two slashes behind its scheme \(gs://bucket/run\)"):
         store.place("gs:/bucket/run")
@@ -79,7 +83,10 @@ def test_a_folder_gets_its_marker_last(bucket, monkeypatch):
         for name in ("b.json", "a.txt", "c.txt"):
             (folder / name).write_text(name)
     assert order == ["a.txt", "c.txt", "b.json"]
-    with pytest.raises(RunError, match="exists and is not an empty directory"), new_directory(bucket / "kept", RunError):
+    with (
+        pytest.raises(RunError, match="exists and is not an empty directory"),
+        new_directory(bucket / "kept", RunError),
+    ):
         pass
 
 
@@ -166,7 +173,7 @@ def test_only_the_rows_that_are_asked_for_are_read(model_in_store, tiny_model, m
     fs = type(model_in_store.fs)
     ask = fs.cat_file
 
-    def counted(self, path, start=None, end=None, **more):
+    def counted(self, path, start, end, **more):
         asked.append(end - start)
         return ask(self, path, start=start, end=end, **more)
 
@@ -223,10 +230,16 @@ def test_a_folder_without_a_model_says_so(bucket):
         store.fetched(bucket / "nothing", DataError)
 
 
+class Web(http.server.ThreadingHTTPServer):
+    """What it is told to do, and how many bytes of ranges it has sent."""
+
+    ranges, busy, sent = True, 0, 0
+
+
 class Ranged(http.server.SimpleHTTPRequestHandler):
     """Files of a folder, with byte ranges; 503 for the first ``busy`` requests."""
 
-    ranges, busy = True, 0
+    server: Web
 
     def do_GET(self):
         if self.server.busy > 0:
@@ -248,7 +261,7 @@ class Ranged(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(part)
         self.server.sent += len(part)
 
-    def log_message(self, *words):
+    def log_message(self, format, *args):
         pass
 
 
@@ -256,10 +269,7 @@ class Ranged(http.server.SimpleHTTPRequestHandler):
 def web(tiny_model, tmp_path):
     """A server on loopback with the tiny model in ``model``."""
     shutil.copytree(tiny_model, tmp_path / "model")
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *words: Ranged(*words, directory=str(tmp_path))
-    )
-    server.ranges, server.busy, server.sent = True, 0, 0
+    server = Web(("127.0.0.1", 0), lambda *words: Ranged(*words, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server, f"http://127.0.0.1:{server.server_port}"
