@@ -11,6 +11,7 @@ from ches_jax.errors import CheckpointError
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import FAMILIES, decoder_config
+from ches_jax.models.stacks import layers_of
 
 TINY: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 11, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,
@@ -162,10 +163,8 @@ def weights(raw: dict[str, Any]) -> dict[str, np.ndarray]:
     out = {}
     for rule in FAMILIES[raw["model_type"]].name_rules(shapes, config):
         shape = shapes[rule.param].shape
-        for layer in range(config.num_layers if rule.stacked else 1):
-            out[rule.tensor_name(layer)] = np.zeros(
-                rule.view.tensor_shape(shape[1:] if rule.stacked else shape), np.float32
-            )
+        for name in rule.names(shape, layers_of(config, rule.param)).values():
+            out[name] = np.zeros(rule.view.tensor_shape(shape[rule.lead :]), np.float32)
     return out
 
 

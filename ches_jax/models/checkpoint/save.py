@@ -17,6 +17,7 @@ from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
+from ches_jax.models.stacks import layers_of
 from ches_jax.runs.files import new_directory
 
 
@@ -71,13 +72,14 @@ def stored_tensors(
     dtype: str | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, assembled from the parameters that share it, layer by layer."""
-    by_tensor: dict[str, list[Rule]] = {}
+    by_tensor: dict[tuple[str, tuple[int, ...]], list[Rule]] = {}
     for rule in rules:
-        by_tensor.setdefault(rule.tensor, []).append(rule)
+        by_tensor.setdefault((rule.tensor, layers_of(config, rule.param)), []).append(rule)
     for group in by_tensor.values():
-        for layer in range(config.num_layers if group[0].stacked else 1):
-            name = group[0].tensor_name(layer)
-            parts = [np.asarray(params[r.param][layer] if r.stacked else params[r.param]) for r in group]
+        first = group[0]
+        names = first.names(params[first.param].shape, layers_of(config, first.param))
+        for index, name in names.items():
+            parts = [np.asarray(params[rule.param][index]) for rule in group]
             out = np.empty(group[0].view.tensor_shape(parts[0].shape), parts[0].dtype)
             for rule, part in zip(group, parts, strict=True):
                 rule.view.write(out, part)
