@@ -65,9 +65,7 @@ def run(options: Run) -> str:
         return "\n".join(stage.name for stage in load(options.item).stages(config))
     if options.out is None:
         raise ChesError("give the folder to work in with --out")
-    result = execute(
-        options.item, options.scale, config, options.out, resume=options.resume, quiet=options.quiet
-    )  # fmt: skip
+    result = execute(options.item, options.scale, config, options.out, resume=options.resume, quiet=options.quiet)
     if options.record is not None:
         kept = result_file(options.item, options.record)
         kept.parent.mkdir(exist_ok=True)

@@ -68,9 +68,12 @@ def record(checkout: Path, out: Path, options: list[str]) -> None:
         print(f"{name}: ches {' '.join([*words, *given])}", file=sys.stderr, flush=True)
         environment = {**os.environ, "PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
-            [sys.executable, "-m", "ches_jax", *words, *given], capture_output=True, text=True, cwd=checkout,
+            [sys.executable, "-m", "ches_jax", *words, *given],
+            capture_output=True,
+            text=True,
+            cwd=checkout,
             env=environment,
-        )  # fmt: skip
+        )
         if run.returncode not in (0, 1):
             raise SystemExit(f"{name} failed:\n{run.stderr}")
         if words[0] == "diagnose":
@@ -119,8 +122,12 @@ def difference(old: Any, new: Any) -> float:
 
 def compare(old: Path, new: Path) -> int:
     """Print a line for each file of results."""
-    wanted = [p for pattern in ("*.parquet", "*.jsonl", "*.safetensors", "diagnosis.json", "claims.json")
-              for p in old.rglob(pattern) if "checkpoints" not in p.parts and "parts" not in p.parts]  # fmt: skip
+    wanted = [
+        p
+        for pattern in ("*.parquet", "*.jsonl", "*.safetensors", "diagnosis.json", "claims.json")
+        for p in old.rglob(pattern)
+        if "checkpoints" not in p.parts and "parts" not in p.parts
+    ]
     bad = 0
     for path in sorted(wanted):
         name = path.relative_to(old)

@@ -35,8 +35,11 @@ def _open_zstd(path: Path) -> BinaryIO:
 
 
 _OPENERS: Mapping[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstd,
-}  # fmt: skip
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+}
 
 
 def is_address(spec: str) -> bool:

@@ -252,9 +252,11 @@ def _keys_of_rows(document: Mapping[str, Any]) -> list[str]:
     return [
         k
         for k, v in document.items()
-        if isinstance(v, list) and v and all(isinstance(r, Mapping) and not {"role", "from"} & r.keys() for r in v)
+        if isinstance(v, list)
+        and v
+        and all(isinstance(r, Mapping) and not {"role", "from"} & r.keys() for r in v)
         and k not in ("features", "completions", "answers")
-    ]  # fmt: skip
+    ]
 
 
 def _columns(document: Mapping[str, Any]) -> Mapping[str, list[Any]]:

@@ -291,9 +291,10 @@ def _source(
     if rows.recognise is not None and objects:
         try:
             found = (
-                rows.recognise(objects) if declared is None and not columns else
-                told_of_columns(declared, columns, objects)
-            )  # fmt: skip
+                rows.recognise(objects)
+                if declared is None and not columns
+                else told_of_columns(declared, columns, objects)
+            )
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from None
         source = replace(source, schema=declared if columns else found.schema, notes=found.notes)

@@ -255,9 +255,14 @@ class ChatTemplate:
         return self._apply(source, messages, row.get("tools"), self._arguments(source, row) | more, ask, go_on)
 
     def _apply(
-        self, source: Source, messages: Sequence[Message], tools: Any, arguments: Mapping[str, Any], ask: bool,
+        self,
+        source: Source,
+        messages: Sequence[Message],
+        tools: Any,
+        arguments: Mapping[str, Any],
+        ask: bool,
         go_on: bool = False,
-    ) -> str:  # fmt: skip
+    ) -> str:
         try:
             with time_limit(SECONDS):
                 text = self.tokenizer.apply_chat_template(

@@ -19,8 +19,16 @@ MEASURED = "on 2,083 human pairs held-out chosen changed by -0.05 nats with DPO 
 def advice(found: Diagnosis) -> tuple[Line, ...]:
     """Lines of advice, the first thing to do first."""
     rules: tuple[Callable[[Diagnosis], Line | None], ...] = (
-        _undecided, _nothing, _loss_does_not_fall, _memorised, _early_stop, _sft_term, _filter, _harm, _texts
-    )  # fmt: skip
+        _undecided,
+        _nothing,
+        _loss_does_not_fall,
+        _memorised,
+        _early_stop,
+        _sft_term,
+        _filter,
+        _harm,
+        _texts,
+    )
     return tuple(line for rule in rules if (line := rule(found)) is not None)
 
 

@@ -28,9 +28,16 @@ FILE_NAME = "displacement.parquet"
 PARTS = "displacement"
 """Folder with one file for each evaluation of a run that is not finished."""
 SUMMARY = (
-    "dlogp_chosen", "dlogp_chosen_median", "dlogp_rejected", "dlogp_rejected_median", "margin", "lld_rate",
-    *(f"{regime}_rate" for regime in REGIMES), "chosen_share", "rejected_share",
-)  # fmt: skip
+    "dlogp_chosen",
+    "dlogp_chosen_median",
+    "dlogp_rejected",
+    "dlogp_rejected_median",
+    "margin",
+    "lld_rate",
+    *(f"{regime}_rate" for regime in REGIMES),
+    "chosen_share",
+    "rejected_share",
+)
 """Names of the numbers of :func:`displacement_summary`, without ``displacement/``."""
 Direction = Literal["up", "down", "level", "undecided"]
 

@@ -104,9 +104,15 @@ def _changes(log: Log, name: str, curve: Curve, scale: Scale, notes: tuple[str, 
             "intervals are over blocks of steps, each on other pairs; training pairs tell less than held-out",
         )
     return Changes(
-        curve.chosen, curve.rejected, log.source, notes, unit="evaluations" if held_out else "steps", scale=scale,
-        held_out=held_out, curve=curve,
-    )  # fmt: skip
+        curve.chosen,
+        curve.rejected,
+        log.source,
+        notes,
+        unit="evaluations" if held_out else "steps",
+        scale=scale,
+        held_out=held_out,
+        curve=curve,
+    )
 
 
 def _has(log: Log, prefix: str) -> list[str]:

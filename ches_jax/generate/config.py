@@ -75,9 +75,12 @@ def checked(config: GenerateConfig) -> GenerateConfig:
     require_dtype("dtype", config.dtype)
     require_dtype("param-dtype", config.param_dtype)
     numbers = {
-        "samples": config.samples, "max-new-tokens": config.max_new_tokens, "limit": config.limit,
-        "batch-size": config.batch_size, "chunk-rows": config.chunk_rows,
-    }  # fmt: skip
+        "samples": config.samples,
+        "max-new-tokens": config.max_new_tokens,
+        "limit": config.limit,
+        "batch-size": config.batch_size,
+        "chunk-rows": config.chunk_rows,
+    }
     require_positive(numbers)
     if "" in config.stop:
         raise ChesError("--stop '': an empty string would end every text before it begins")

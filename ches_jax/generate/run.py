@@ -82,18 +82,27 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions:
 
 
 def _generate_chunks(
-    out: Path, config: GenerateConfig, inputs: Inputs, opener: Opener, generator: "Generator", total: int | None,
+    out: Path,
+    config: GenerateConfig,
+    inputs: Inputs,
+    opener: Opener,
+    generator: "Generator",
+    total: int | None,
     quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     first = count = chunks.finished(out)
     started = time.perf_counter()
     tokens = 0
     with tqdm(
-        unit=" texts", total=total and total * config.samples, initial=first * config.chunk_rows * config.samples,
-        disable=quiet, desc="generating", smoothing=0.1,
-    ) as bar:  # fmt: skip
+        unit=" texts",
+        total=total and total * config.samples,
+        initial=first * config.chunk_rows * config.samples,
+        disable=quiet,
+        desc="generating",
+        smoothing=0.1,
+    ) as bar:
         say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first):
             rows = generator(kept, bar.update)

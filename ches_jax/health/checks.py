@@ -93,10 +93,13 @@ def length(rows: Sequence[Row]) -> Check:
         f"{high:+.2f}]; chosen is longer in {longer / len(rows):.1%} [{share[0]:.1%}, {share[1]:.1%}]",
         longer,
         {
-            "cohens_d": d, "interval": [low, high], "mean_chosen": float(chosen.mean()),
-            "mean_rejected": float(rejected.mean()), "share_chosen_longer": longer / len(rows),
+            "cohens_d": d,
+            "interval": [low, high],
+            "mean_chosen": float(chosen.mean()),
+            "mean_rejected": float(rejected.mean()),
+            "share_chosen_longer": longer / len(rows),
         },
-    )  # fmt: skip
+    )
 
 
 def refusals(rows: Sequence[Row]) -> Check:
@@ -263,8 +266,16 @@ def leaks(rows: Sequence[Row], against: Iterable[str], name: str) -> Check:
 
 
 CHECKS: tuple[Callable[[Sequence[Row]], Check], ...] = (
-    length, refusals, identical, empty, too_long, contradictions, duplicates, scores, languages,
-)  # fmt: skip
+    length,
+    refusals,
+    identical,
+    empty,
+    too_long,
+    contradictions,
+    duplicates,
+    scores,
+    languages,
+)
 
 
 def _interval(rows: Sequence[Row], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:

@@ -81,7 +81,7 @@ def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved |
         notes=[caveat[:1].upper() + caveat[1:] + "." for caveat in caveats],
         sections=[s for s in body if s.body],
         pairs=pairs,
-    )  # fmt: skip
+    )
 
 
 def _bug_words(answer: Mapping[str, Any]) -> str:
@@ -157,9 +157,13 @@ def _curve(found: Found) -> str:
     if not series:
         return ""
     ends = "; ".join(f"{s.name} {nats(float(s.y[-1]))} at step {int(s.x[-1])}" for s in series)
-    return figure("course_of_changes", "Change of ln π over the run, nats",
-                  svg.lines(series, x="step", y="change, nats", zero=True),
-                  f"Mean change of log-probabilities over the steps, in nats; {ends}.", f"{ends}.")  # fmt: skip
+    return figure(
+        "course_of_changes",
+        "Change of ln π over the run, nats",
+        svg.lines(series, x="step", y="change, nats", zero=True),
+        f"Mean change of log-probabilities over the steps, in nats; {ends}.",
+        f"{ends}.",
+    )
 
 
 def _margin(name: str, answer: Mapping[str, Any]) -> str:

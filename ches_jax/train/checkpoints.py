@@ -118,9 +118,7 @@ class Checkpoints:
         if best is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         else:
-            policies = [
-                LatestN(keep), BestN(get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False)
-            ]  # fmt: skip
+            policies = [LatestN(keep), BestN(get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False)]
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies), best_fn=best.value, cleanup_tmp_directories=True
             )

@@ -24,8 +24,11 @@ from ches_jax.displacement.intervals import FEWEST, end
 from ches_jax.displacement.verdict import diagnose_changes
 
 TRUTHS = {
-    "displaced": (-4.0, -12.0), "chosen_down": (-4.0, -4.0), "not_displaced": (4.0, -4.0), "nothing": (0.0, 0.0),
-}  # fmt: skip
+    "displaced": (-4.0, -12.0),
+    "chosen_down": (-4.0, -4.0),
+    "not_displaced": (4.0, -4.0),
+    "nothing": (0.0, 0.0),
+}
 """True verdict -> mean change of chosen and of rejected, nats; a single pair has the standard deviation 1."""
 PAIRS = (20, 200, 5000)
 STEPS = (10, 50, 500)

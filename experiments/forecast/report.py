@@ -7,17 +7,28 @@ from experiments.framework.intervals import interval
 from experiments.framework.item import ReportLine, ran_on, run_command
 
 NAMES = {
-    "first order": "forecast, first order", "second order": "forecast, second order", "pilot": "pilot, measured",
-    "head_score": "head score, own pair", "ches": "CHES", "ln_ches": "length-normalised CHES",
-    "edit_distance": "edit distance", "chosen_tokens": "length of the chosen (shorter rises)",
+    "first order": "forecast, first order",
+    "second order": "forecast, second order",
+    "pilot": "pilot, measured",
+    "head_score": "head score, own pair",
+    "ches": "CHES",
+    "ln_ches": "length-normalised CHES",
+    "edit_distance": "edit distance",
+    "chosen_tokens": "length of the chosen (shorter rises)",
     "logp_chosen": "ln pi(chosen) at the start",
-}  # fmt: skip
+}
 FILTERS = {
-    "all": "nothing left out", "influence": "highest influence", "ln_ches": "highest length-normalised CHES",
-    "ches": "highest CHES", "head_score": "highest head score", "rejected_tokens": "longest rejected",
-    "random": "random pairs", "least_influence": "lowest influence (the wrong way round)",
-    "soft_influence": "nothing; weights by influence", "with_sft": "nothing; an SFT term",
-}  # fmt: skip
+    "all": "nothing left out",
+    "influence": "highest influence",
+    "ln_ches": "highest length-normalised CHES",
+    "ches": "highest CHES",
+    "head_score": "highest head score",
+    "rejected_tokens": "longest rejected",
+    "random": "random pairs",
+    "least_influence": "lowest influence (the wrong way round)",
+    "soft_influence": "nothing; weights by influence",
+    "with_sft": "nothing; an SFT term",
+}
 GOAL = {"forecast": 8, "influence": 7}
 """Forward passes of the training pairs that each may cost."""
 

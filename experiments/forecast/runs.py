@@ -15,8 +15,15 @@ from experiments.framework.item import Work
 from experiments.framework.training import run_training
 
 SCORES = (
-    "index", "ches", "ln_ches", "head_score", "edit_distance", "chosen_tokens", "rejected_tokens", "logp_chosen",
-)  # fmt: skip
+    "index",
+    "ches",
+    "ln_ches",
+    "head_score",
+    "edit_distance",
+    "chosen_tokens",
+    "rejected_tokens",
+    "logp_chosen",
+)
 Columns = dict[str, list[Any]]
 
 
@@ -37,12 +44,22 @@ def tune(work: Work) -> dict[str, Any]:
     config: ForecastScale = work.config
     found = run_training(
         TrainConfig(
-            model=str(config.model), pairs=str(pairs_file(work, "sft")), eval_pairs=str(pairs_file(work, "held")),
-            loss="sft", optimizer="adamw", lr=config.sft_lr, schedule="cosine", warmup=8, epochs=config.sft_epochs,
-            batch_size=config.batch_size, on_bad_row="drop", mesh=config.mesh, out=str(work.folder("sft")),
+            model=str(config.model),
+            pairs=str(pairs_file(work, "sft")),
+            eval_pairs=str(pairs_file(work, "held")),
+            loss="sft",
+            optimizer="adamw",
+            lr=config.sft_lr,
+            schedule="cosine",
+            warmup=8,
+            epochs=config.sft_epochs,
+            batch_size=config.batch_size,
+            on_bad_row="drop",
+            mesh=config.mesh,
+            out=str(work.folder("sft")),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     per_token = {}
     for which in ("train", "held_out"):
         for when, step in (("before", 0), ("after", None)):
@@ -75,9 +92,16 @@ def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
     """The options of DPO that forecast, influence and training share."""
     config: ForecastScale = work.config
     return {
-        "pairs": str(pairs_file(work, "train")), "loss": "dpo", "optimizer": "rmsprop", "lr": lr, "seed": seed,
-        "batch_size": config.batch_size, "steps": config.steps, "on_bad_row": "drop", "mesh": config.mesh,
-    }  # fmt: skip
+        "pairs": str(pairs_file(work, "train")),
+        "loss": "dpo",
+        "optimizer": "rmsprop",
+        "lr": lr,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "on_bad_row": "drop",
+        "mesh": config.mesh,
+    }
 
 
 def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
@@ -151,11 +175,15 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
     model = str(tuned_model(work)) if tuned else str(work.config.model)
     found = run_training(
         TrainConfig(
-            model=model, eval_pairs=str(pairs_file(work, "held")), watch=work.config.train, export=False,
-            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))), **recipe(work, lr, seed),
+            model=model,
+            eval_pairs=str(pairs_file(work, "held")),
+            watch=work.config.train,
+            export=False,
+            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))),
+            **recipe(work, lr, seed),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     return {which: _changes(found.of(which)) for which in ("train", "held_out")}
 
 
@@ -181,11 +209,15 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
     out = str(work.folder(f"filter-{name}-{seed}"))
     found = run_training(
         TrainConfig(
-            model=str(tuned_model(work)), eval_pairs=str(pairs_file(work, "test")), watch=1, export=False, out=out,
+            model=str(tuned_model(work)),
+            eval_pairs=str(pairs_file(work, "test")),
+            watch=1,
+            export=False,
+            out=out,
             **options,
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     return _changes(found.of("held_out"))
 
 

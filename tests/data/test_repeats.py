@@ -90,15 +90,21 @@ MEANS = {
     "other keys": ([Q], [user("q", id=1), C], [user("q", tokens=3), R], ([Q], [C], [R])),
     "line ends": ([user("a\nb ")], [user("a\r\nb"), C], [user("a\nb"), R], ([user("a\nb ")], [C], [R])),
     "the last turn is in the prompt": (
-        [user("2")], [Q, C, user("2"), C], [Q, C, user("2"), R], ([Q, C, user("2")], [C], [R]),
+        [user("2")],
+        [Q, C, user("2"), C],
+        [Q, C, user("2"), R],
+        ([Q, C, user("2")], [C], [R]),
     ),
     "the last turn is in the responses": (
-        [Q, C, user("2")], [user("2"), C], [user("2"), R], ([Q, C, user("2")], [C], [R]),
+        [Q, C, user("2")],
+        [user("2"), C],
+        [user("2"), R],
+        ([Q, C, user("2")], [C], [R]),
     ),
     "the prompt as a text": ("q", [BRIEF, Q, C], [BRIEF, Q, R], ([BRIEF, Q], [C], [R])),
     "other keys and no prompt": (None, [user("q", id=1), C], [user("q", id=2), R], ([user("q", id=1)], [C], [R])),
     "one object each": ([Q], C, R, ([Q], [C], [R])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("prompt", "chosen", "rejected", "want"), MEANS.values(), ids=MEANS)

@@ -133,7 +133,7 @@ ENDS = {
         "{% if add_generation_prompt %}<|im_start|>{% endif %}",
         ("a", "</s>"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("template", "want"), ENDS.values(), ids=ENDS)

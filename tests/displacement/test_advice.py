@@ -28,16 +28,25 @@ def said(diagnosis):
         (found(3, -9), ["nothing"], ["likelihood", "influence"]),
         (found(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
         (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["influence"]),
-        (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
-         ["ches diagnose --before MODEL --after MODEL"], ["influence"]),
+        (
+            diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
+            ["ches diagnose --before MODEL --after MODEL"],
+            ["influence"],
+        ),
         (found(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
-        (found(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
-         ["take the checkpoint near step 1"], ["fewer epochs"]),
+        (
+            found(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
+            ["take the checkpoint near step 1"],
+            ["fewer epochs"],
+        ),
         (dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
-        (dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
-         ["find out where the mass went"], ["do not ship"]),
+        (
+            dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
+            ["find out where the mass went"],
+            ["do not ship"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_advice_follows_from_what_was_measured(diagnosis, words, silent):
     lines = " | ".join(said(diagnosis))
     assert all(word in lines for word in words) and not any(word in lines for word in silent)

@@ -20,8 +20,14 @@ from ches_jax.select.run import select
 @pytest.fixture(scope="session")
 def small(tiny_model):
     return {
-        "model": str(tiny_model), "limit": 20, "holdout": 8, "batch_size": 4, "lr": 1e-5, "steps": 6, "mesh": "data=1",
-    }  # fmt: skip
+        "model": str(tiny_model),
+        "limit": 20,
+        "holdout": 8,
+        "batch_size": 4,
+        "lr": 1e-5,
+        "steps": 6,
+        "mesh": "data=1",
+    }
 
 
 @pytest.fixture(scope="session")

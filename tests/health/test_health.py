@@ -129,8 +129,12 @@ def test_near_duplicates_are_those_of_a_full_comparison_away_from_the_threshold(
 
 
 def test_scores_against_the_label_with_ranks_the_other_way():
-    extra = [{"score_chosen": 5, "score_rejected": 3}, {"score_chosen": "2", "score_rejected": "4.5"},
-             {"score_chosen": 1, "score_rejected": 1}, {"score_chosen": None, "score_rejected": 1}]  # fmt: skip
+    extra = [
+        {"score_chosen": 5, "score_rejected": 3},
+        {"score_chosen": "2", "score_rejected": "4.5"},
+        {"score_chosen": 1, "score_rejected": 1},
+        {"score_chosen": None, "score_rejected": 1},
+    ]
     found = checks.scores([row(f"r{i}", extra=e) for i, e in enumerate(extra)])
     assert found.finding and found.examples == ["r1 (score_chosen 2, score_rejected 4.5)"]
     assert found.numbers["score_chosen"] == {"other": "score_rejected", "rows": 3, "against": 1, "equal": 1}
@@ -160,22 +164,31 @@ def test_languages_that_differ_between_the_sides():
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        ("It is the same as the one that you have.", "en"), ("C'est la même chose que dans le livre.", "fr"),
-        ("Es la misma cosa que en el libro.", "es"), ("È la stessa cosa che è nel libro.", "it"),
-        ("Não é a mesma coisa que você tem.", "pt"), ("Dat is niet het boek dat ik heb.", "nl"),
-        ("To nie jest to samo co na stole.", "pl"), ("これは本です。", "ja"), ("这是一本书。", "zh"),
+        ("It is the same as the one that you have.", "en"),
+        ("C'est la même chose que dans le livre.", "fr"),
+        ("Es la misma cosa que en el libro.", "es"),
+        ("È la stessa cosa che è nel libro.", "it"),
+        ("Não é a mesma coisa que você tem.", "pt"),
+        ("Dat is niet het boek dat ik heb.", "nl"),
+        ("To nie jest to samo co na stole.", "pl"),
+        ("これは本です。", "ja"),
+        ("这是一本书。", "zh"),
         ("이것은 책입니다.", "ko"),
-        ("Это книга.", "ru"), ("هذا كتاب", "ar"), ("यह एक किताब है", "hi"), ("x = f(y) + 3", "und"), ("", "und"),
+        ("Это книга.", "ru"),
+        ("هذا كتاب", "ar"),
+        ("यह एक किताब है", "hi"),
+        ("x = f(y) + 3", "und"),
+        ("", "und"),
     ],
-)  # fmt: skip
+)
 def test_a_language_is_told_by_letters_and_function_words(words: str, code: str):
     assert language(words) == code
 
 
 def write(path: Path, data: list[Row]) -> str:
-    path.write_text("".join(
-        json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) + "\n" for r in data
-    ))  # fmt: skip
+    path.write_text(
+        "".join(json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) + "\n" for r in data)
+    )
     return str(path)
 
 

@@ -25,8 +25,10 @@ transformers = pytest.importorskip("transformers")
 
 IDS = np.random.default_rng(0).integers(0, 101, (1, TOKENS))
 FAST = {("llama", name) for name in ("dynamic", "llama3", "yarn_mscale")} | {
-    ("phi3", "long"), ("gpt_neox", "sequential"), ("olmo", "clipped"),
-}  # fmt: skip
+    ("phi3", "long"),
+    ("gpt_neox", "sequential"),
+    ("olmo", "clipped"),
+}
 SMALL_BLOCKS = partial(blocks, block=8)
 BASES = [pytest.param(row, {}, id=row.family) for row in ROWS]
 VARIANTS = [

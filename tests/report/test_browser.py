@@ -33,10 +33,18 @@ def run(tmp_path_factory):
     }
     write_part(folder / "scores.parquet", columns(PAIRS, **more), {})
     tokens = {
-        "row_id": ["r499"] * 3, "index": [499] * 3, "response": ["chosen", "chosen", "rejected"], "position": [0, 1, 0],
-        "token": [1, 2, 3], "text": ["fine", "<b>", "no"], "ches": [1.0, 0.0, -2.0], "head_score": [5.0, 0.0, -10.0],
-        "nthr": [0.0] * 3, "chosen_candidate": [None] * 3, "rejected_candidate": [None] * 3,
-    }  # fmt: skip
+        "row_id": ["r499"] * 3,
+        "index": [499] * 3,
+        "response": ["chosen", "chosen", "rejected"],
+        "position": [0, 1, 0],
+        "token": [1, 2, 3],
+        "text": ["fine", "<b>", "no"],
+        "ches": [1.0, 0.0, -2.0],
+        "head_score": [5.0, 0.0, -10.0],
+        "nthr": [0.0] * 3,
+        "chosen_candidate": [None] * 3,
+        "rejected_candidate": [None] * 3,
+    }
     pq.write_table(pa.table(tokens, schema=TOKEN_SCHEMA), folder / TOKENS)
     texts = [
         EVIL if i == 7 else "\u202eabc" * 300 if i == 8 else "w" * 900 if i == 9 else f"text {i}" for i in range(PAIRS)

@@ -251,9 +251,13 @@ def test_many_pairs_keep_short_texts_and_the_ends_of_the_order_keep_theirs_whole
     n, long = 5000, "word " * 500
     scores = np.arange(n, dtype=float)
     table = PairTable(
-        name="x", rows=n, columns=[Column(name="score", label="score", values=scores)], key=["score"],
-        sort=("score", -1), texts={"chosen": [long] * n, "rejected": [long] * n},
-    )  # fmt: skip
+        name="x",
+        rows=n,
+        columns=[Column(name="score", label="score", values=scores)],
+        key=["score"],
+        sort=("score", -1),
+        texts={"chosen": [long] * n, "rejected": [long] * n},
+    )
     meta, blocks = table.encoded()
     texts = json.loads(unpacked(blocks["texts"]))
     assert texts["chosen"][-1] == long and texts["chosen"][0] == long

@@ -43,8 +43,13 @@ def test_a_run_explains_itself(whole_run):
     run = read_json(whole_run / "run.json")
     assert run["status"] == "done" and run["loss"] == "dpo(beta=0.1)"
     assert run["counts"] == {
-        "rows": 20, "train": 12, "held_out": 8, "watched": 12, "dropped": 0, "updates": 6,
-    }  # fmt: skip
+        "rows": 20,
+        "train": 12,
+        "held_out": 8,
+        "watched": 12,
+        "dropped": 0,
+        "updates": 6,
+    }
     logged = lines(whole_run)
     assert [e["step"] for e in logged] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     first = logged[1]

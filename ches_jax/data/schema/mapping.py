@@ -107,8 +107,9 @@ def from_words(words: Mapping[str, Any], name: str = "columns") -> Schema:
     values: dict[str, Any] = {}
     for word, value in words.items():
         if word not in WORDS:
-            raise DataError(f"{name}: '{word}' is not a word of a schema{did_you_mean(word, WORDS)} "
-                            f"(the words: {', '.join(WORDS)})")  # fmt: skip
+            raise DataError(
+                f"{name}: '{word}' is not a word of a schema{did_you_mean(word, WORDS)} (the words: {', '.join(WORDS)})"
+            )
         if word in _LISTS:
             listed = value.split(",") if isinstance(value, str) else value
             if not isinstance(listed, list) or not all(isinstance(v, str | int) for v in listed):
@@ -133,8 +134,9 @@ def from_file(path: str) -> Schema:
         text = Path(path).read_text(encoding="utf-8-sig")
         words = tomllib.loads(text) if path.lower().endswith(".toml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--schema {path}: cannot be read ({error}); expected JSON or TOML with words such as "
-                        'prompt = "question"') from None  # fmt: skip
+        raise DataError(
+            f'--schema {path}: cannot be read ({error}); expected JSON or TOML with words such as prompt = "question"'
+        ) from None
     if not isinstance(words, dict):
         raise DataError(f"--schema {path}: {kind(words)}; expected an object with words such as prompt, responses")
     return from_words(words, str(path))

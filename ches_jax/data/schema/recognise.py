@@ -20,24 +20,82 @@ from ches_jax.errors import DataError
 Rows = Sequence[Mapping[str, Any]]
 
 PROMPT = frozenset(
-    {"prompt", "prompts", "instruction", "question", "query", "context", "history", "input", "user", "post", "problem",
-     "messages", "conversations", "conversation", "dialogue", "dialog"}
-)  # fmt: skip
+    {
+        "prompt",
+        "prompts",
+        "instruction",
+        "question",
+        "query",
+        "context",
+        "history",
+        "input",
+        "user",
+        "post",
+        "problem",
+        "messages",
+        "conversations",
+        "conversation",
+        "dialogue",
+        "dialog",
+    }
+)
 SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "sys"})
 _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")
 """Keys of the text of a prompt that is an object."""
-SIDES = (("chosen", "rejected"), ("preferred", "dispreferred"), ("preferred", "rejected"), ("accepted", "rejected"),
-         ("winner", "loser"), ("better", "worse"), ("positive", "negative"), ("good", "bad"), ("win", "lose"),
-         ("pos", "neg"), ("j", "k"), ("w", "l"))  # fmt: skip
+SIDES = (
+    ("chosen", "rejected"),
+    ("preferred", "dispreferred"),
+    ("preferred", "rejected"),
+    ("accepted", "rejected"),
+    ("winner", "loser"),
+    ("better", "worse"),
+    ("positive", "negative"),
+    ("good", "bad"),
+    ("win", "lose"),
+    ("pos", "neg"),
+    ("j", "k"),
+    ("w", "l"),
+)
 """Words of the better and of the worse response, as columns are named."""
 PLACES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"), ("first", "second"))
 """How two columns of responses are told apart."""
-_RESPONSE = frozenset({"response", "answer", "completion", "conversation", "output", "reply", "generation", "candidate",
-                       "summary", "text", "ref", "message", "option", "continuation", "choice"})  # fmt: skip
+_RESPONSE = frozenset(
+    {
+        "response",
+        "answer",
+        "completion",
+        "conversation",
+        "output",
+        "reply",
+        "generation",
+        "candidate",
+        "summary",
+        "text",
+        "ref",
+        "message",
+        "option",
+        "continuation",
+        "choice",
+    }
+)
 STEM = _RESPONSE | {f"{w}s" for w in _RESPONSE} | {"replies", "summaries"}
 """Words in the name of a column of responses."""
-WINNER = frozenset({"winner", "winners", "choice", "choices", "better", "best", "preferred", "preference", "pref",
-                    "label", "labels", "verdict"})  # fmt: skip
+WINNER = frozenset(
+    {
+        "winner",
+        "winners",
+        "choice",
+        "choices",
+        "better",
+        "best",
+        "preferred",
+        "preference",
+        "pref",
+        "label",
+        "labels",
+        "verdict",
+    }
+)
 SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
 RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
@@ -174,8 +232,11 @@ def _prompt_words(rows: Rows, columns: Sequence[str], taken: Sequence[str], opti
         return {"prompt": "instruction", "input": "input"}
     different = [p for p in found if any(lookup(r, p) != lookup(r, found[0]) for r in rows)]
     if different:
-        raise _two_readings(f"the prompt is in '{found[0]}'", f"it is in '{different[0]}'",
-                            f"--columns prompt={found[0]} ... or --columns prompt={different[0]} ...")  # fmt: skip
+        raise _two_readings(
+            f"the prompt is in '{found[0]}'",
+            f"it is in '{different[0]}'",
+            f"--columns prompt={found[0]} ... or --columns prompt={different[0]} ...",
+        )
     return {"prompt": found[0]}
 
 
@@ -203,8 +264,11 @@ def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
     found = [n for n in found if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
     found = [n for n in found if not all(_in_prompt(schema, r, r.get(n)) for r in rows)]
     if len(found) > 1:
-        raise _two_readings(f"the system text is in '{found[0]}'", f"it is in '{found[1]}'",
-                            f"--columns system={found[0]} ... or --columns system={found[1]} ...")  # fmt: skip
+        raise _two_readings(
+            f"the system text is in '{found[0]}'",
+            f"it is in '{found[1]}'",
+            f"--columns system={found[0]} ... or --columns system={found[1]} ...",
+        )
     if not found:
         return schema
     prompt = schema.prompt if schema != PLAIN or _has(rows, "prompt") else ""
@@ -219,9 +283,10 @@ def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
         (one, two)
         for words in SIDES
         for one, two in _families(columns, words)
-        if _are_responses(rows, one, several=True) and _are_responses(rows, two, several=True)
+        if _are_responses(rows, one, several=True)
+        and _are_responses(rows, two, several=True)
         and (len(words[0]) > 1 or STEM & {*_parts(one)})
-    ]  # fmt: skip
+    ]
     exact = [pair for pair in found if pair in SIDES]
     return _only(exact or found)
 
@@ -231,9 +296,11 @@ def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
         (one, two)
         for words in PLACES
         for one, two in _families(columns, words)
-        if STEM & {*_parts(one)} and not {"model", "id", "source"} & {*_parts(one)}
-        and _are_responses(rows, one) and _are_responses(rows, two)
-    ]  # fmt: skip
+        if STEM & {*_parts(one)}
+        and not {"model", "id", "source"} & {*_parts(one)}
+        and _are_responses(rows, one)
+        and _are_responses(rows, two)
+    ]
     return _only(found)
 
 
@@ -250,16 +317,21 @@ def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[
 def _only(found: list[tuple[str, str]]) -> tuple[str, str] | None:
     if len(found) > 1:
         (a, b), (c, d) = found[:2]
-        raise _two_readings(f"the responses are in {a} and {b}", f"they are in {c} and {d}",
-                            f"--columns responses={a},{b} ... or --columns responses={c},{d} ...")  # fmt: skip
+        raise _two_readings(
+            f"the responses are in {a} and {b}",
+            f"they are in {c} and {d}",
+            f"--columns responses={a},{b} ... or --columns responses={c},{d} ...",
+        )
     return found[0] if found else None
 
 
 def _are_responses(rows: Rows, name: str, several: bool = False) -> bool:
     values = [v for row in rows if (v := turns(decoded(row.get(name)))) is not None]
-    return bool(values) and all(
-        isinstance(v, str) or are_turns(v) or _texts(v) or (several and isinstance(v, list)) for v in values
-    ) and not (several and all(isinstance(v, str) and _numeric(v) for v in values))  # fmt: skip
+    return (
+        bool(values)
+        and all(isinstance(v, str) or are_turns(v) or _texts(v) or (several and isinstance(v, list)) for v in values)
+        and not (several and all(isinstance(v, str) and _numeric(v) for v in values))
+    )
 
 
 def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
@@ -276,8 +348,11 @@ def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
             keys = [k for k in _TEXT_OF if all(isinstance(m.get(k), str) for m in members)]
             found += [f"{name}.{k}" for k in keys[:1]]
     if len(found) > 1:
-        raise _two_readings(f"the responses are in '{found[0]}'", f"they are in '{found[1]}'",
-                            f"--columns responses={found[0]} ... or --columns responses={found[1]} ...")  # fmt: skip
+        raise _two_readings(
+            f"the responses are in '{found[0]}'",
+            f"they are in '{found[1]}'",
+            f"--columns responses={found[0]} ... or --columns responses={found[1]} ...",
+        )
     return found[0] if found else None
 
 
@@ -313,9 +388,10 @@ def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str])
     found = [
         {"winners": list(pair), **({"tie": tie[0]} if (tie := [n for n in rest if _parts(n)[-1:] == ["tie"]]) else {})}
         for pair in _placed(rest, sides)
-        if (WINNER | {"is", "wins"}) & {*_parts(pair[0])} and not RANK & {*_parts(pair[0])}
+        if (WINNER | {"is", "wins"}) & {*_parts(pair[0])}
+        and not RANK & {*_parts(pair[0])}
         and all(_flags(rows, n) for n in pair)
-    ]  # fmt: skip
+    ]
     if not found:
         labels = [n for n in rest if WINNER & {*_parts(n)} and _one_cell(rows, n)]
         labels = [n for n in labels if not (SCORE | RANK) & {*_parts(n)}]
@@ -438,8 +514,11 @@ def _score_or_rank(rows: Rows, first: str, *more: str) -> str:
     values = [v for cell in cells for v in (cell if isinstance(cell, list) else [cell]) if v is not None]
     places = all(_numeric(v) and float(v).is_integer() and float(v) >= 0 for v in values)
     if parts & RANK and (parts & SCORE or not places):
-        raise _two_readings(f"'{first}' is a rank (the lower, the better)", "it is a score (the higher, the better)",
-                            f"--columns ranks={','.join(names)} ... or scores={','.join(names)} ...")  # fmt: skip
+        raise _two_readings(
+            f"'{first}' is a rank (the lower, the better)",
+            "it is a score (the higher, the better)",
+            f"--columns ranks={','.join(names)} ... or scores={','.join(names)} ...",
+        )
     return "ranks" if parts & RANK else "scores"
 
 

@@ -14,9 +14,15 @@ from ches_jax.data.messages import kind
 from ches_jax.errors import DataError
 
 ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant",
-}  # fmt: skip
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 """Words for the speaker of a turn that other tools write -> the role."""
 
 

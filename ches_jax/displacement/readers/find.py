@@ -15,11 +15,24 @@ DEPTH = 4
 """Folders below the one that is named in which logs are looked for."""
 SUFFIXES = {".json", ".jsonl", ".csv", ".log", ".txt", ".out"}
 SKIPPED = {
-    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-    "adapter_config.json", "vocab.json", "model.safetensors.index.json", "added_tokens.json", "train_results.json",
-    "eval_results.json", "all_results.json", "run.json", "dropped.jsonl", "args.json", "training_args.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "adapter_config.json",
+    "vocab.json",
+    "model.safetensors.index.json",
+    "added_tokens.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "run.json",
+    "dropped.jsonl",
+    "args.json",
+    "training_args.json",
     "wandb-metadata.json",
-}  # fmt: skip
+}
 """Files of a run's directory that are no logs."""
 LARGEST = 200_000_000
 """Bytes; a log is never larger, a data set may be."""

@@ -11,10 +11,21 @@ from typing import Any
 BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty")
 LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type")
 FILES = (
-    "config.json", "args.json", "training_args.json", "train_args.json", "hparams.json", "wandb-metadata.json",
-    "config.yaml", "config.yml", "training_args.yaml", "train.yaml", "hparams.yaml", "axolotl.yaml", "README.md",
+    "config.json",
+    "args.json",
+    "training_args.json",
+    "train_args.json",
+    "hparams.json",
+    "wandb-metadata.json",
+    "config.yaml",
+    "config.yml",
+    "training_args.yaml",
+    "train.yaml",
+    "hparams.yaml",
+    "axolotl.yaml",
+    "README.md",
     "training_args.bin",
-)  # fmt: skip
+)
 """Where trainers keep their arguments. A model's config.json has none of the names, and so tells nothing."""
 
 
