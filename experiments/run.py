@@ -28,7 +28,7 @@ class Run:
     scale: str = "tiny"
     """tiny: the bundled model and world, minutes on a CPU. small: by --model and --pairs. paper: the paper's own."""
     out: Path | None = None
-    """The folder to work in; a killed run goes on in it with --resume."""
+    """The folder to work in; a killed run continues in it with --resume."""
     model: str | None = None
     """Model directory or hub name, instead of the scale's own."""
     pairs: str | None = None

@@ -50,7 +50,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor; only the bytes of the slice asked for are read."""
+    """One stored tensor; only the bytes of the slice are read."""
 
     name: str
     shape: tuple[int, ...]

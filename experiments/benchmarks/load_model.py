@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.load_model [--dir DIR] [--dtype bfloat16] [--repeats 5]
 
 The checkpoint is written once to DIR (default: a folder of the temporary directory) and read from the page cache after
-the first, uncounted, run. Two times are told: ``seconds`` of the load call alone, where transformers only maps the file
-into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of the
-program to its end, imports included. The memory is the process's peak.
+the first, uncounted, run. Two times are reported: ``seconds`` of the load call alone, where transformers only maps the
+file into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of
+the program to its end, imports included. The memory is the process's peak.
 """
 
 import argparse

@@ -42,7 +42,7 @@ def tune(work: Work) -> dict[str, Any]:
     from ches_jax.train.config import TrainConfig
 
     config: ForecastScale = work.config
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=str(config.model),
             pairs=str(pairs_file(work, "sft")),
@@ -63,9 +63,9 @@ def tune(work: Work) -> dict[str, Any]:
     per_token = {}
     for which in ("train", "held_out"):
         for when, step in (("before", 0), ("after", None)):
-            rows = found.of(which, step)
+            rows = trained.of(which, step)
             per_token[f"{which}_{when}"] = float((rows["logp_chosen"] / rows["chosen_tokens"]).mean())
-    return {"updates": int(found.log["step"].max()), "nats_per_token": per_token}
+    return {"updates": int(trained.log["step"].max()), "nats_per_token": per_token}
 
 
 def score_pairs(work: Work) -> dict[str, Columns]:
@@ -74,7 +74,7 @@ def score_pairs(work: Work) -> dict[str, Columns]:
     from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
-    found = {}
+    tables = {}
     for part in ("train", "held"):
         out = work.folder(f"scores-{part}")
         shutil.rmtree(out, ignore_errors=True)
@@ -84,8 +84,8 @@ def score_pairs(work: Work) -> dict[str, Columns]:
             quiet=work.quiet,
         )
         table = read_table(out)[0]
-        found[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
-    return found
+        tables[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
+    return tables
 
 
 def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
     from ches_jax.train.config import TrainConfig
 
     model = str(tuned_model(work)) if tuned else str(work.config.model)
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=model,
             eval_pairs=str(pairs_file(work, "held")),
@@ -184,7 +184,7 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
         ),
         quiet=work.quiet,
     )
-    return {which: _changes(found.of(which)) for which in ("train", "held_out")}
+    return {which: _changes(trained.of(which)) for which in ("train", "held_out")}
 
 
 def _changes(rows: dict[str, np.ndarray]) -> Columns:
@@ -207,7 +207,7 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
     elif name == "rejected_tokens":
         options["pairs"] = str(_short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=str(tuned_model(work)),
             eval_pairs=str(pairs_file(work, "test")),
@@ -218,7 +218,7 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
         ),
         quiet=work.quiet,
     )
-    return _changes(found.of("held_out"))
+    return _changes(trained.of("held_out"))
 
 
 def influence_table(work: Work, lr: float) -> Path:

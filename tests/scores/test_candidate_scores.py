@@ -76,7 +76,7 @@ ALONE = [pair for row in ROWS for _, pair in pairs_of(row)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """All pairs in float64 with everything asked for: of the rows with candidates, then each as a row of its own."""
+    """All pairs in float64 with every output: of the rows with candidates, then each as a row of its own."""
     folder = tmp_path_factory.mktemp("candidates")
     config = ScoreConfig(
         model=str(tiny_model),
@@ -296,8 +296,8 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert '"key":["index","chosen_candidate","rejected_candidate"]' in page
     assert "what each token adds to the CHES of the pair" in page
     assert main(["show", str(out), "0-0-3", "--quiet"]) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", printed)
 
 
 def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model, tmp_path):
