@@ -1,4 +1,4 @@
-"""Which score of a run orders its pairs: the one that told best, by our own measurements, what training does."""
+"""Which score of a run orders its pairs: the one that predicted best, by our own measurements, what training does."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -47,13 +47,15 @@ def leading_score(names: Collection[str]) -> Leading | None:
         )
     if "influence" in names:
         return Leading("influence", "it is what each pair does to the chosen responses of the others")
-    found = next((name for name in MEASURED if name in names), None)
-    if found is None:
+    leader = next((name for name in MEASURED if name in names), None)
+    if leader is None:
         return None
-    first, second = MEASURED[found]
-    others = [f"{n} {a:+.2f} and {b:+.2f}" for n, (a, b) in MEASURED.items() if n in ("ches", "ln_ches") and n != found]
+    first, second = MEASURED[leader]
+    others = [
+        f"{n} {a:+.2f} and {b:+.2f}" for n, (a, b) in MEASURED.items() if n in ("ches", "ln_ches") and n != leader
+    ]
     return Leading(
-        found,
+        leader,
         f"of the scores here its ranks went best with the fall of chosen responses in this project's measurements "
         f"({first:+.2f} and {second:+.2f} on two sets of pairs, each pair trained alone; {', '.join(others)})",
     )

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import fingerprint_of, read_json, resolve
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
+from ches_jax.hf.text_part import INSIDE, OTHER, Parts
 from ches_jax.models.adapters.lora import LowRank, Spec, adaptable, adapted, merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.checkpoint.stored_names import effective_config
@@ -37,6 +38,7 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_paramete
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.models.sharding import placement
 from ches_jax.models.stacks import layers_of
+from ches_jax.notices import notice
 from ches_jax.runs.files import new_directory
 
 CONFIG = "adapter_config.json"
@@ -44,10 +46,20 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NAME = re.compile(rf"^(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 OFF = (
-    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-    "target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
     "monteclora_config",
-)  # fmt: skip
+)
 """Settings that would change the function of the adapter; every one must be absent or off."""
 KNOWN = frozenset({"use_rslora"})
 """Settings that are read although their name has the form of a variant's switch."""
@@ -101,15 +113,22 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         raise CheckpointError(many(str(directory), problems))
     tensors = open_files(directory, [directory / WEIGHTS])
     sites = _sites(base)
+    left_out: dict[str, str] = {}
     owners = {module: rule for rule in sites.rules for module in sites.stored(rule).values()}
     strength = _Strengths(raw, directory)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
-        if match is None or match["module"] not in owners:
+        # an adapter of a multimodal model may reach its towers too, which text never passes
+        if match and (other := OTHER.match(match["module"])):
+            left_out[name] = other["part"]
+            continue
+        # one that was made over a multimodal model names the text model inside it
+        module = match and next((m for m in _below_wrapper(match["module"]) if m in owners), None)
+        if match is None or module is None:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
-            modules.setdefault(match["module"], {})[match["part"]] = tensor
+            modules.setdefault(module, {})[match["part"]] = tensor
     for module, two in modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
@@ -117,7 +136,19 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
             problems += _misfits(module, two, strength(module).rank, *sites.size(owners[module]))
     if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
+    if said := Parts({}, left_out).left_out():
+        notice(f"{directory}: {said}")
     return _stacked(strength, modules, sites)
+
+
+def _below_wrapper(module: str) -> tuple[str, str]:
+    """Names that a module of a multimodal model may have in the text model alone.
+
+    >>> _below_wrapper("model.language_model.layers.0.mlp.up_proj")
+    ('layers.0.mlp.up_proj', 'model.layers.0.mlp.up_proj')
+    """
+    inner = INSIDE.sub("", module)
+    return inner, f"model.{inner}"
 
 
 def load_adapted(

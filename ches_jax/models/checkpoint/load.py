@@ -23,8 +23,14 @@ from jax.typing import DTypeLike
 from ches_jax.distributed.mesh import LogicalMesh, make_mesh
 from ches_jax.errors import CheckpointError, ChesError, many
 from ches_jax.hf.directory import resolve
-from ches_jax.hf.tensors import DTYPES, Tensor, all_finite, open_tensors
-from ches_jax.models.checkpoint.stored_names import as_expected, effective_config, foreign_prefix, table_ends
+from ches_jax.hf.tensors import DTYPES, Tensor, all_finite
+from ches_jax.models.checkpoint.stored_names import (
+    as_expected,
+    effective_config,
+    foreign_prefix,
+    model_tensors,
+    table_ends,
+)
 from ches_jax.models.checkpoint.tensor_map import Rule, resolved
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
@@ -57,7 +63,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     raw = effective_config(directory)
     config = decoder_config(raw, str(directory))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, open_tensors(directory))
+    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, model_tensors(directory))
     return Checkpoint(directory, config, tensors, table)
 
 
@@ -175,6 +181,11 @@ def _checked_table(
                 problems.append(
                     f"tensor {name!r} is missing (for parameter {param})"
                     + (f"{NOT_TIED.format(other=alone)}" if alone in tensors and not config.tie_embeddings else "")
+                )
+            elif tensors[name].dtype not in DTYPES.values():
+                problems.append(
+                    f"tensor {name!r} is stored as {tensors[name].dtype}, and config.json has no 'quantization_config' "
+                    f"that says what it means; expected one of {', '.join(DTYPES.values())}"
                 )
             elif tensors[name].shape != rule.view.tensor_shape(part):
                 problems.append(
