@@ -309,7 +309,7 @@ def with_label_smoothing(loss: Loss, label_smoothing: float = 0.1) -> Loss:
 
 @wrapper("unbiased", source="Chowdhury et al. 2024, arXiv:2403.00409", label_smoothing=0.1)
 def with_unbiased_labels(loss: Loss, label_smoothing: float = 0.1) -> Loss:
-    r"""An unbiased estimate of the loss of clean labels when a share e of them is flipped; of DPO this makes ``robust``.
+    r"""An unbiased estimate of the loss of clean labels when a share e is flipped; of DPO this makes ``robust``.
 
     .. math:: \frac{(1 - e) L(y_+, y_-) - e\, L(y_-, y_+)}{1 - 2e}
 

@@ -36,7 +36,10 @@ def test_a_weighted_sum_of_a_wrapper_and_a_loss_is_its_arithmetic(batch64):
         ("0.5*(dpo + sft) + 0*kto", "0.5*(dpo(beta=0.1) + sft)"),
         ("smooth(ipo_mean, 0.2)", "smooth(ipo_mean(tau=0.1), label_smoothing=0.2)"),
         ("rc(gate(dpo))", "rc(gate(dpo(beta=0.1), alpha=10, threshold=0.1), decay=0.98)"),
-        ("weighted(dpo + sft_sum) + lcpo(simpo)", "weighted(dpo(beta=0.1) + sft_sum) + lcpo(simpo(beta=2, gamma=1), prior=0.9, decay=0.9)"),
+        (
+            "weighted(dpo + sft_sum) + lcpo(simpo)",
+            "weighted(dpo(beta=0.1) + sft_sum) + lcpo(simpo(beta=2, gamma=1), prior=0.9, decay=0.9)",
+        ),
         ('["sigmoid", "ipo", "sft"]', "sigmoid(beta=0.1) + ipo_mean(tau=0.1) + sft"),
         ("2*dpo", "2*dpo(beta=0.1)"),
         ("+".join(["dpo"] * 30), " + ".join(["dpo(beta=0.1)"] * 30)),
@@ -98,15 +101,14 @@ def test_lists_of_trl_take_its_weights_and_its_beta():
         from_trl(["sigmoid", "sft"], [1.0])
 
 
-OF_COLUMNS = {"weighted", "soft"}
-"""Wrappers of a column that an option names."""
+NOT_YET = {"sparsepo"}
 WITH_OPTIONS = {"with_sft": "--sft", "with_tokens": "the rules of tokens"}
 
 
 def test_every_loss_wrapper_and_rule_is_reached_by_a_command():
     """``ches train --loss`` takes each by its name; functions that are no wrapper have an option of their own."""
-    for name in loss_names():
-        assert get_objective(name, {}).name == name or name == "sparsepo"
+    for name in {*loss_names()} - NOT_YET:
+        assert get_objective(name, {}).name == name
     for name, one in WRAPPERS.items():
         reached = get_objective(f"{name}(dpo)", {}, weighted=name == "weighted", soft_labels=name == "soft")
         assert repr(reached).startswith(f"{name}(dpo(beta=0.1)")

@@ -76,7 +76,8 @@ def require_columns(config: TrainConfig, loss: Loss) -> None:
                 raise ChesError(f"{option} {given}: loss {config.loss!r} reads no {what}")
     if config.token_weights is None and loss.needs >= TOKEN_WEIGHTS:
         raise ChesError(
-            f"loss {loss!r} reads a weight for each token; say in which columns they are: --token-weights CHOSEN,REJECTED"
+            f"loss {loss!r} reads a weight for each token; say in which columns they are: "
+            "--token-weights CHOSEN,REJECTED"
         )
 
 
