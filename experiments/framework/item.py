@@ -35,7 +35,7 @@ from ches_jax.runs.files import read_object, replacing
 from experiments.framework.training import compiled_once
 
 ROOT = Path(__file__).parents[2]
-ITEMS = ("persona", "similarity", "sorrybench", "forecast")
+ITEMS = ("persona", "similarity", "sorrybench", "forecast", "story")
 STAGES = "stages"
 RESULT = "results.json"
 
