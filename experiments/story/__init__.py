@@ -1,4 +1,4 @@
-"""A run whose chosen responses fall by many nats: what it is, which pairs cause it, and what helps. Beyond the paper."""
+"""A run whose chosen responses fall by many nats: why, because of which pairs, and what helps. Beyond the paper."""
 
 from functools import partial
 
@@ -6,11 +6,12 @@ from experiments.forecast.runs import score_pairs, tune
 from experiments.framework.item import Stage
 from experiments.story import data, runs
 from experiments.story.config import SCALES, StoryScale
+from experiments.story.report import figures, page, rows, tables
 from experiments.story.summary import summarise
 
 TITLE = "Beyond the paper: the story of a run whose chosen responses fall, and what helps"
 
-__all__ = ["SCALES", "TITLE", "stages", "summarise"]
+__all__ = ["SCALES", "TITLE", "figures", "page", "rows", "stages", "summarise", "tables"]
 
 
 def stages(config: StoryScale) -> list[Stage]:

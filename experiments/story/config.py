@@ -75,4 +75,5 @@ SCALES: dict[str, StoryScale] = {
         text_tokens=16,
     ),
     "small": _scale(RECIPES["small"], time="20 CPU minutes for 260K parameters", orders=(0, 1)),
+    "paper": _scale(RECIPES["paper"], orders=(0, 1, 2), text_tokens=256),
 }

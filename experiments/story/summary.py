@@ -28,7 +28,7 @@ def summarise(work: Work) -> dict[str, Any]:
         "sets": {which: _means(found["end"]) for which, found in dpo["sets"].items()},
         "diagnosis": work.value("diagnosis"),
         "causes": work.value("causes"),
-        "arms": _arms(work),
+        **_arms(work),
     }
 
 
@@ -47,14 +47,18 @@ def _named(names: Sequence[str], columns: np.ndarray) -> dict[str, dict[str, flo
 
 
 def _arms(work: Work) -> dict[str, Any]:
-    """Every arm, over orders of the data and test pairs."""
+    """Every arm, over orders of the data and test pairs; and the mean course of plain DPO."""
     config: StoryScale = work.config
     runs = {name: [work.value(f"arm/{name}/{seed}") for seed in config.orders] for name in config.arms}
     ids = runs["dpo"][0]["row_id"]
     courses = np.stack([_course(run, ids) for run in runs["dpo"]])
     ends = {n: np.stack([[aligned(run, ids, f"dlogp_{s}") for s in SIDES] for run in some]) for n, some in runs.items()}
     trained = {name: float(np.mean([run["train_chosen"] for run in some])) for name, some in runs.items()}
-    return {name: {**arm(ends[name], courses), "train_chosen": trained[name]} for name in ends}
+    chosen, rejected = courses.mean((0, 3))
+    return {
+        "plain": {"chosen": chosen.tolist(), "margin": (chosen - rejected).tolist()},
+        "arms": {name: {**arm(ends[name], courses), "train_chosen": trained[name]} for name in ends},
+    }
 
 
 def _course(run: Mapping[str, Any], ids: Sequence[str]) -> np.ndarray:
@@ -71,9 +75,9 @@ def arm(ends: np.ndarray, courses: np.ndarray) -> dict[str, Any]:
       courses: [orders, sides, evaluations, pairs] changes of plain DPO after every update.
 
     Returns:
-      Means over the orders, and with intervals over pairs: ``gain`` and ``margin_gain``, chosen and margin less those of
-      plain DPO at its end; ``at_equal_margin``, chosen less that of plain DPO when its margin was the arm's, null where
-      it never was.
+      Means over the orders, and with intervals over pairs: ``gain`` and ``margin_gain``, chosen and margin less those
+      of plain DPO at its end; ``at_equal_margin``, chosen less that of plain DPO when its margin was the arm's, null
+      where it never was.
     """
     chosen, rejected = ends.mean(0)
     course = courses.mean(0)
