@@ -73,7 +73,5 @@ def convert(config: ConvertConfig) -> Path:
                 if config.adapter
                 else load_model(directory)
             )
-        save_pretrained(
-            model, config.out, like=directory, dtype=config.dtype, shard_bytes=int(config.shard_gb * 2**30)
-        )  # fmt: skip
+        save_pretrained(model, config.out, like=directory, dtype=config.dtype, shard_bytes=int(config.shard_gb * 2**30))
     return config.out

@@ -28,7 +28,7 @@ class Run:
     scale: str = "tiny"
     """tiny: the bundled model and world, minutes on a CPU. small: by --model and --pairs. paper: the paper's own."""
     out: Path | None = None
-    """The folder to work in; a killed run goes on in it with --resume."""
+    """The folder to work in; a killed run continues in it with --resume."""
     model: str | None = None
     """Model directory or hub name, instead of the scale's own."""
     pairs: str | None = None
@@ -65,9 +65,7 @@ def run(options: Run) -> str:
         return "\n".join(stage.name for stage in load(options.item).stages(config))
     if options.out is None:
         raise ChesError("give the folder to work in with --out")
-    result = execute(
-        options.item, options.scale, config, options.out, resume=options.resume, quiet=options.quiet
-    )  # fmt: skip
+    result = execute(options.item, options.scale, config, options.out, resume=options.resume, quiet=options.quiet)
     if options.record is not None:
         kept = result_file(options.item, options.record)
         kept.parent.mkdir(exist_ok=True)

@@ -126,9 +126,13 @@ def _sentences(command: type[Any]) -> list[str]:
 def _wrapped(text: str, first: str = "") -> list[str]:
     width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
     wrapped = textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=" " * len(first),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return wrapped or [first.rstrip()]
 
 

@@ -277,7 +277,7 @@ class Engine:
                 stopped |= self._stopped(state, requests)
                 if (stopped | np.asarray(state.ended) | (np.asarray(state.count) >= prompts.limit)).all():
                     break
-                # ended rows make nothing more; whether a stop token ended them is told apart below
+                # ended rows make nothing more; whether a stop token ended them is decided below
                 ended = jax.device_put(np.asarray(state.ended) | stopped, row_sharding(self.mesh))
                 state = state._replace(ended=ended)
         tokens, logps, count, ended = (np.asarray(a) for a in state[1:])

@@ -23,9 +23,17 @@ INFINITY = {"float64": 0x7FF0 << 48, "float32": 0x7F80 << 16, "float16": 0x7C00,
 """The bits of +infinity: the magnitude bits of a finite number are below."""
 CHUNK = 1 << 18
 BUFFERS = (
-    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias",
-    ".attention.bias", ".attention.masked_bias", ".crossattention.bias", ".crossattention.masked_bias", "position_ids",
-)  # fmt: skip
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".crossattention.bias",
+    ".crossattention.masked_bias",
+    "position_ids",
+)
 """Ends of the names of masks and rotary tables that old checkpoints carry, as bytes, truth values or floats: recomputed
 from the config, never read."""
 Index = tuple[slice, ...]
@@ -33,7 +41,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor; only the bytes of the slice asked for are read."""
+    """One stored tensor; only the bytes of the slice are read."""
 
     name: str
     shape: tuple[int, ...]

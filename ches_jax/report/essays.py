@@ -1,4 +1,4 @@
-"""Texts that explain a page, folded away until asked for."""
+"""Texts that explain a page, folded away until opened."""
 
 SCORE_READING = (
     "When a model is trained on preference pairs with DPO or a relative of it, the chosen response can lose "

@@ -1,4 +1,4 @@
-"""Which score of a run orders its pairs: the one that told best, by our own measurements, what training does."""
+"""Which score of a run orders its pairs: the one that predicted best, by our own measurements, what training does."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -56,16 +56,16 @@ def leading_score(names: Collection[str]) -> Leading | None:
         )
     if "influence" in names:
         return Leading("influence", "it is what each pair does to the chosen responses of the others")
-    found = next((name for name in ALONE if name in names), None)
-    if found is None:
+    leader = next((name for name in ALONE if name in names), None)
+    if leader is None:
         return None
-    first, second = ALONE[found]
-    others = [f"{n} {a:+.2f} and {b:+.2f}" for n, (a, b) in ALONE.items() if n in ("ches", "ln_ches") and n != found]
+    first, second = ALONE[leader]
+    others = [f"{n} {a:+.2f} and {b:+.2f}" for n, (a, b) in ALONE.items() if n in ("ches", "ln_ches") and n != leader]
     return Leading(
-        found,
+        leader,
         f"of the scores here its ranks went best with the fall of chosen responses where each pair was trained alone "
         f"({'; '.join([f'{first:+.2f} and {second:+.2f} on two sets of pairs', *others])}). In a run on many pairs "
-        f"after SFT no score of a pair alone told which fall ({_together()}); ches forecast did",
+        f"after SFT no score of a pair alone said which fall ({_together()}); ches forecast did",
     )
 
 
@@ -75,7 +75,7 @@ def _together() -> str:
 
 
 def why_no_other_default() -> str:
-    """Why `ches select` takes influences where it is not told otherwise, and nothing in their place.
+    """Why `ches select` takes influences where no score is named, and nothing in their place.
 
     >>> why_no_other_default()[:39]
     'of the filters that were measured after'

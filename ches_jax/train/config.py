@@ -128,7 +128,7 @@ class TrainConfig(UpdateOptions):
     tracker: tyro.conf.UseAppendAction[tuple[TrackerName, ...]] = not_identity(())
     """Show the numbers there too (repeatable): tensorboard (OUT/tensorboard), wandb (its WANDB_* variables hold)."""
     save_every: int | None = not_identity(None)
-    """Updates between checkpoints; default: one every ten minutes, at the end, and when told to stop."""
+    """Updates between checkpoints; default: one every ten minutes, at the end, and on SIGTERM."""
     keep: int = not_identity(2)
     """How many checkpoints are kept: the last ones."""
     keep_best: str | None = not_identity(None)

@@ -22,10 +22,15 @@ from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
 from ches_jax.types import SftUnit
 
 SUPPLIED = (
-    REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE
+    REFERENCE
+    | LENGTHS
+    | REWARDS
+    | TOKEN_LOGPS
+    | TOKEN_MASKS
+    | TOKEN_REFERENCE
     | {"weights", "reward_mean", "logp", "ref_logp", "desirable", "kl_baseline"}
     | {"logp_candidates", "ref_logp_candidates"}
-)  # fmt: skip
+)
 """Fields of ``LossInputs`` that training can fill."""
 WHY_NOT = (
     "divergences over the whole vocabulary at each position need the reference model beside the policy, and a run "

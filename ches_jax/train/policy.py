@@ -101,9 +101,15 @@ class Policy:
 
 
 def make_policy(
-    loaded: dict[str, jax.Array], decoder: DecoderConfig, lora: Lora | None, *, dtype: str, master: str, seed: int,
+    loaded: dict[str, jax.Array],
+    decoder: DecoderConfig,
+    lora: Lora | None,
+    *,
+    dtype: str,
+    master: str,
+    seed: int,
     mesh: Any,
-) -> tuple[Policy, dict[str, jax.Array]]:  # fmt: skip
+) -> tuple[Policy, dict[str, jax.Array]]:
     """The policy and the parameters it trains, as they start.
 
     Args:

@@ -48,9 +48,20 @@ from ches_jax.types import TokenPair
 
 NO_PROBES = "none"
 POSITIVE = (
-    "lr", "batch_size", "accumulate", "epochs", "steps", "limit", "clip", "eval_every", "save_every", "keep",
-    "row_tokens", "lora_rank", "lora_alpha",
-)  # fmt: skip
+    "lr",
+    "batch_size",
+    "accumulate",
+    "epochs",
+    "steps",
+    "limit",
+    "clip",
+    "eval_every",
+    "save_every",
+    "keep",
+    "row_tokens",
+    "lora_rank",
+    "lora_alpha",
+)
 """Options that must be more than zero."""
 
 
@@ -169,9 +180,13 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     probes = None
     if prompts != NO_PROBES:
         probes = read_probes(
-            prompts, model, opener, template=config.template, template_args=config.template_args,
+            prompts,
+            model,
+            opener,
+            template=config.template,
+            template_args=config.template_args,
             max_length=config.max_length,
-        )  # fmt: skip
+        )
     return Run(
         config=config,
         process=process,

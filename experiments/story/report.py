@@ -75,9 +75,14 @@ def tables(result: dict[str, Any]) -> str:
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        interval(one["chosen"]), interval(one["margin"]), f"{one['accuracy']:.3f}", _mean(one["gain"]),
-        _mean(one["margin_gain"]), _equal(one), f"{one['train_chosen']:+.2f}",
-    )  # fmt: skip
+        interval(one["chosen"]),
+        interval(one["margin"]),
+        f"{one['accuracy']:.3f}",
+        _mean(one["gain"]),
+        _mean(one["margin_gain"]),
+        _equal(one),
+        f"{one['train_chosen']:+.2f}",
+    )
 
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
@@ -172,11 +177,20 @@ def page(result: dict[str, Any]) -> "Page":
         subtitle=f"{result['config']['model']} · {result['config']['pairs']} · {result['scale']}",
         tone="bad" if found["harm"]["answer"] == "harmful" else "unsure",
         answers=[
-            ("Did chosen fall?", _escaped(f"{found['verdict']}: {_mean(found['chosen'])} nats held out, margin "
-                                          f"{_mean(found['margin'])}.")),
+            (
+                "Did chosen fall?",
+                _escaped(
+                    f"{found['verdict']}: {_mean(found['chosen'])} nats held out, margin {_mean(found['margin'])}."
+                ),
+            ),
             ("Was it harmful?", _escaped(f"{found['harm']['answer']}. " + "; ".join(_criteria(found)) + ".")),
-            ("Which pairs?", _escaped(f"{values['causes']['push_down']:.0%} of the training pairs push held-out chosen "
-                                      f"responses down; {_concentration(values['causes'])}. It is collective.")),
+            (
+                "Which pairs?",
+                _escaped(
+                    f"{values['causes']['push_down']:.0%} of the training pairs push held-out chosen "
+                    f"responses down; {_concentration(values['causes'])}. It is collective."
+                ),
+            ),
             ("What helps?", _escaped(_said(values, better) or "Nothing that was tried.")),
             ("What does not?", _escaped(_said(values, other) or "All that was tried helps.")),
         ],
@@ -186,7 +200,7 @@ def page(result: dict[str, Any]) -> "Page":
             "Intervals are over test pairs, for the orders of the data that were run: one small model, one data set.",
         ),
         sections=[*_sections(values), provenance({k: v for k, v in result.items() if k != "result"})],
-    )  # fmt: skip
+    )
 
 
 def _escaped(text: str) -> str:
@@ -213,15 +227,22 @@ def _sections(values: dict[str, Any]) -> "Iterator[Section]":
 
     course = values["course"]
     curves = [
-        svg.Series(name=f"{side}, {words}", x=np.array(course["steps"]), y=np.array(course[which][side]), colour=k,
-                   dashed=which == "train")
+        svg.Series(
+            name=f"{side}, {words}",
+            x=np.array(course["steps"]),
+            y=np.array(course[which][side]),
+            colour=k,
+            dashed=which == "train",
+        )
         for which, words in (("held_out", "held out"), ("train", "training"))
         for k, side in enumerate(("chosen", "rejected"))
-    ]  # fmt: skip
+    ]
     drawn = figure(
-        "course", "Change of the log-probabilities", svg.lines(curves, x="updates", y="nats", zero=True),
+        "course",
+        "Change of the log-probabilities",
+        svg.lines(curves, x="updates", y="nats", zero=True),
         "Mean change of chosen and rejected responses over the updates, held out and in training.",
-    )  # fmt: skip
+    )
     plain = values["plain"]
     points = [svg.Series(name="DPO, update by update", x=np.array(plain["margin"]), y=np.array(plain["chosen"]))]
     for k, group in enumerate(("pairs", "remedies", "objectives"), 1):
@@ -229,23 +250,40 @@ def _sections(values: dict[str, Any]) -> "Iterator[Section]":
         x, y = (np.array([one[side]["mean"] for one in here]) for side in ("margin", "chosen"))
         points.append(svg.Series(name=GROUPS[group], x=x, y=y, colour=k, line=False))
     plane = figure(
-        "plane", "Held-out chosen against margin", svg.lines(points, x="margin, nats", y="chosen, nats", zero=True),
+        "plane",
+        "Held-out chosen against margin",
+        svg.lines(points, x="margin, nats", y="chosen, nats", zero=True),
         "Mean held-out chosen against margin: plain DPO after each update as a line, each arm at its end as a point.",
         "A point above the line keeps more of the chosen responses at the same margin than DPO that is stopped early.",
-    )  # fmt: skip
+    )
     yield Section(anchor="course", heading="The fall", body=gallery([drawn, plane]))
     causes = [
-        [f"{one['influence']:+.3f}", f"{one['from_chosen']:+.3f}", f"{one['from_rejected']:+.3f}", one["prompt"],
-         one["chosen"], one["rejected"]]
+        [
+            f"{one['influence']:+.3f}",
+            f"{one['from_chosen']:+.3f}",
+            f"{one['from_rejected']:+.3f}",
+            one["prompt"],
+            one["chosen"],
+            one["rejected"],
+        ]
         for one in values["causes"]["worst"]
-    ]  # fmt: skip
+    ]
     head = ["influence, nats", "by its chosen", "by its rejected", "prompt", "chosen", "rejected"]
     words = paragraphs(
         "Influence: nats by which training on the pair lowers the mean chosen of the probes, first order."
     )
     yield Section(anchor="causes", heading="The pairs that cause it", body=words + data_table(head, causes, 6))
-    head = ["arm", "chosen", "margin", "accuracy", "chosen less DPO", "margin less DPO", "at equal margin",
-            "training chosen", "verdict"]  # fmt: skip
+    head = [
+        "arm",
+        "chosen",
+        "margin",
+        "accuracy",
+        "chosen less DPO",
+        "margin less DPO",
+        "at equal margin",
+        "training chosen",
+        "verdict",
+    ]
     for group, title in (("pairs", "Pairs left out"), ("remedies", "Remedies"), ("objectives", "Objectives")):
         arms = {n: one for n, one in values["arms"].items() if ARMS[n].group in (group, "start")}
         cells = [[label(n), *_cells(one), "the start" if n == "dpo" else verdict(one)] for n, one in arms.items()]

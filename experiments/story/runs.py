@@ -37,11 +37,15 @@ def train_dpo(work: Work) -> dict[str, Any]:
     config: StoryScale = work.config
     found = run_training(
         TrainConfig(
-            model=str(tuned_model(work)), eval_pairs=str(pairs_file(work, "held")), watch=config.train,
-            eval_every=max(1, config.steps // 8), out=str(dpo_run(work)), **recipe(work, rate(work)),
+            model=str(tuned_model(work)),
+            eval_pairs=str(pairs_file(work, "held")),
+            watch=config.train,
+            eval_every=max(1, config.steps // 8),
+            out=str(dpo_run(work)),
+            **recipe(work, rate(work)),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     steps = np.unique(found.log["step"]).tolist()
     sets = {}
     for which in ("train", "held_out"):
@@ -95,11 +99,13 @@ def diagnose_run(work: Work) -> dict[str, Any]:
 
     found = diagnose(
         DiagnoseConfig(
-            path=str(dpo_run(work)), responses_before=str(work.folder("texts-before")),
-            responses_after=str(work.folder("texts-after")), scores=(str(influence_table(work, rate(work))),),
+            path=str(dpo_run(work)),
+            responses_before=str(work.folder("texts-before")),
+            responses_after=str(work.folder("texts-after")),
+            scores=(str(influence_table(work, rate(work))),),
             out=str(work.folder("diagnosis")),
         )
-    ).to_json()  # fmt: skip
+    ).to_json()
     return {name: found[name] for name in SHOWN if name in found}
 
 
@@ -115,11 +121,16 @@ def train_arm(work: Work, name: str, seed: int) -> dict[str, Any]:
     plain = name == "dpo"
     found = run_training(
         TrainConfig(
-            model=str(tuned_model(work)), eval_pairs=str(pairs_file(work, "test")), watch=work.config.watched,
-            eval_every=1 if plain else None, export=False, out=str(work.folder(f"arm-{name}-{seed}")), **options,
+            model=str(tuned_model(work)),
+            eval_pairs=str(pairs_file(work, "test")),
+            watch=work.config.watched,
+            eval_every=1 if plain else None,
+            export=False,
+            out=str(work.folder(f"arm-{name}-{seed}")),
+            **options,
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     course = {side: found.course("held_out", f"dlogp_{side}").tolist() for side in ("chosen", "rejected")}
     trained = float(found.of("train")["dlogp_chosen"].mean())
     return {**changes_by_row(found.of("held_out")), "train_chosen": trained, **({"course": course} if plain else {})}

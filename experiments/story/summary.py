@@ -127,11 +127,11 @@ def verdict(one: Mapping[str, Any]) -> str:
     if gain["high"] < 0:
         return "chosen falls more"
     if gain["low"] <= 0:
-        return "not told from DPO"
+        return "not distinguished from DPO"
     if margin["low"] > 0:
         return "chosen falls less, with more margin"
     if margin["high"] >= 0:
-        return "chosen falls less, margin not told apart"
+        return "chosen falls less, margin not distinguished"
     if equal is None:
         return "chosen falls less, paid in margin"
     if equal["low"] > 0:

@@ -42,9 +42,9 @@ def test_the_chosen_at_a_margin_is_that_of_the_first_crossing():
     ("chosen", "margin", "expected"),
     [
         (-7.0, 2.0, "chosen falls more"),
-        (-6.0, 2.0, "not told from DPO"),
+        (-6.0, 2.0, "not distinguished from DPO"),
         (-3.0, 3.0, "chosen falls less, with more margin"),
-        (-3.0, 2.0, "chosen falls less, margin not told apart"),
+        (-3.0, 2.0, "chosen falls less, margin not distinguished"),
         (-3.0, 1.0, "chosen falls less, at less margin; better than stopping DPO there"),
         (-4.0, 1.0, "chosen falls less, at less margin; stopping DPO there does as much"),
         (-5.0, 1.0, "chosen falls less, at less margin; stopping DPO earlier does more"),
@@ -74,17 +74,28 @@ def made_up():
     }
     criterion = {"name": "the held-out margin fell", "outcome": "not met", "evidence": "margin +2", "of_texts": False}
     return {
-        "item": "story", "scale": "small", "config": {"model": "m", "pairs": "p"}, "seconds": 1.0, "cpu_seconds": 1.0,
-        "device": "1 x cpu (cpu)", "machine": "a machine", "seeds": [0],
+        "item": "story",
+        "scale": "small",
+        "config": {"model": "m", "pairs": "p"},
+        "seconds": 1.0,
+        "cpu_seconds": 1.0,
+        "device": "1 x cpu (cpu)",
+        "machine": "a machine",
+        "seeds": [0],
         "result": {
             "course": {"steps": [0, 16], "held_out": course, "train": course},
             "sets": {"held_out": sets, "train": sets},
-            "diagnosis": {"verdict": "displaced", "chosen": mean, "margin": mean,
-                          "harm": {"answer": "undecided", "criteria": [criterion]}},
+            "diagnosis": {
+                "verdict": "displaced",
+                "chosen": mean,
+                "margin": mean,
+                "harm": {"answer": "undecided", "criteria": [criterion]},
+            },
             "causes": {"push_down": 0.9, "concentration": {"share_of_fall": {"10%": 0.3}}, "worst": [worst]},
-            "plain": {"chosen": [0.0, -4.0, -6.0], "margin": [0.0, 1.0, 2.0]}, "arms": arms,
+            "plain": {"chosen": [0.0, -4.0, -6.0], "margin": [0.0, 1.0, 2.0]},
+            "arms": arms,
         },
-    }  # fmt: skip
+    }
 
 
 def test_report_and_page_say_every_arm_and_escape_texts(tmp_path):

@@ -13,9 +13,14 @@ from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import FAMILIES, decoder_config
 
 TINY: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 11, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,
-    "num_attention_heads": 3, "max_position_embeddings": 16,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 12,
+    "intermediate_size": 10,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 16,
+}
 
 
 def family(kind: str, **extra: Any) -> dict[str, Any]:
@@ -23,9 +28,16 @@ def family(kind: str, **extra: Any) -> dict[str, Any]:
     if kind == "gpt2":
         return {"model_type": kind, "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3, **extra}
     kv = {} if kind == "gpt_neox" else {"num_key_value_heads": 3}
-    return {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra} if kind != "gpt_neox" else TINY | {
-        "model_type": kind, "hidden_size": 24, **extra,
-    }  # fmt: skip
+    return (
+        {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra}
+        if kind != "gpt_neox"
+        else TINY
+        | {
+            "model_type": kind,
+            "hidden_size": 24,
+            **extra,
+        }
+    )
 
 
 def message(raw: dict[str, Any]) -> str:

@@ -119,7 +119,5 @@ def merged(params: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """The parameters of a plain decoder with ``W + s B A`` in place of W, in W's dtype."""
     out = {name: value for name, value in params.items() if not is_adapter(name)}
     for name, (_, scale) in spec.items():
-        out[f"{name}.weight"] = _merge(
-            out[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"], scale
-        )  # fmt: skip
+        out[f"{name}.weight"] = _merge(out[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"], scale)
     return out

@@ -42,10 +42,20 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NAME = re.compile(rf"^(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 OFF = (
-    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-    "target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
     "monteclora_config",
-)  # fmt: skip
+)
 """Settings that would change the function of the adapter; every one must be absent or off."""
 KNOWN = frozenset({"use_rslora"})
 """Settings that are read although their name has the form of a variant's switch."""
