@@ -17,12 +17,38 @@ from ches_jax.cli.suggest import DIFFERENT, SAME, corrected
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "datasets", "pyarrow", "matplotlib", "torch"}
 PUBLIC = {
-    "load_model", "load_tokenizer", "bundled", "score_pairs", "pair_statistics", "ches", "ln_ches", "head_score",
-    "displacement_summary", "get_loss", "incentives",
-    "score", "ScoreConfig", "select", "SelectConfig", "train", "TrainConfig", "diagnose", "DiagnoseConfig",
-    "generate", "GenerateConfig", "judge", "JudgeConfig", "report", "doctor", "DoctorConfig", "convert",
-    "ConvertConfig", "verify", "ChesError", "__version__",
-}  # fmt: skip
+    "load_model",
+    "load_tokenizer",
+    "bundled",
+    "score_pairs",
+    "pair_statistics",
+    "ches",
+    "ln_ches",
+    "head_score",
+    "displacement_summary",
+    "get_loss",
+    "incentives",
+    "score",
+    "ScoreConfig",
+    "select",
+    "SelectConfig",
+    "train",
+    "TrainConfig",
+    "diagnose",
+    "DiagnoseConfig",
+    "generate",
+    "GenerateConfig",
+    "judge",
+    "JudgeConfig",
+    "report",
+    "doctor",
+    "DoctorConfig",
+    "convert",
+    "ConvertConfig",
+    "verify",
+    "ChesError",
+    "__version__",
+}
 VERBS = ("score", "select", "train", "diagnose", "generate", "judge", "report", "doctor", "convert", "verify")
 
 

@@ -30,11 +30,22 @@ LONGEST = 1000
 DEEPEST = 16
 """Brackets within brackets."""
 FROM_TRL = {
-    "ipo": "ipo_mean", "nca_pair": "nca", "bco_pair": "bco_pair_unshifted", "sigmoid": "sigmoid", "hinge": "hinge",
-    "exo_pair": "exo_pair", "robust": "robust", "sppo_hard": "sppo_hard", "aot": "aot", "aot_unpaired": "aot_unpaired",
-    "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sigmoid_norm": "sigmoid_norm",
+    "ipo": "ipo_mean",
+    "nca_pair": "nca",
+    "bco_pair": "bco_pair_unshifted",
+    "sigmoid": "sigmoid",
+    "hinge": "hinge",
+    "exo_pair": "exo_pair",
+    "robust": "robust",
+    "sppo_hard": "sppo_hard",
+    "aot": "aot",
+    "aot_unpaired": "aot_unpaired",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "discopop": "discopop",
+    "sigmoid_norm": "sigmoid_norm",
     "sft": "sft",
-}  # fmt: skip
+}
 """Names of TRL 1.16's ``loss_type`` and ours; its one ``beta`` is ours of each loss (``tau`` of IPO)."""
 TRL_BETA = 0.1
 

@@ -24,8 +24,12 @@ from ches_jax.losses.registry import at_least_zero, positive, register
 from ches_jax.losses.stable import neg_log_sigmoid
 
 
-@register("dpo_sft_sum", source="Razin et al., arXiv:2410.08847, official code", beta=positive(0.1),
-          sft_coeff=at_least_zero(1.0))  # fmt: skip
+@register(
+    "dpo_sft_sum",
+    source="Razin et al., arXiv:2410.08847, official code",
+    beta=positive(0.1),
+    sft_coeff=at_least_zero(1.0),
+)
 def dpo_sft_sum(batch: LossInputs, *, beta: float, sft_coeff: float) -> Array:
     r"""DPO with a likelihood term on the summed log-probability, as in the displacement paper.
 
@@ -40,8 +44,12 @@ def dpo_sft_sum(batch: LossInputs, *, beta: float, sft_coeff: float) -> Array:
     return neg_log_sigmoid(beta * margin(batch)) - sft_coeff * jnp.asarray(batch.logp_chosen)
 
 
-@register("ipo_sft_sum", source="Razin et al., arXiv:2410.08847, official code", tau=positive(0.01),
-          sft_coeff=at_least_zero(1000.0))  # fmt: skip
+@register(
+    "ipo_sft_sum",
+    source="Razin et al., arXiv:2410.08847, official code",
+    tau=positive(0.01),
+    sft_coeff=at_least_zero(1000.0),
+)
 def ipo_sft_sum(batch: LossInputs, *, tau: float, sft_coeff: float) -> Array:
     r"""IPO with a likelihood term on the summed log-probability, as in the displacement paper.
 
@@ -56,8 +64,13 @@ def ipo_sft_sum(batch: LossInputs, *, tau: float, sft_coeff: float) -> Array:
     return jnp.square(margin(batch) - 1.0 / (2.0 * tau)) - sft_coeff * jnp.asarray(batch.logp_chosen)
 
 
-@register("rpo", source="Pang et al. 2024, arXiv:2404.19733; TRL sigmoid + sft", needs=REFERENCE | LENGTHS,
-          beta=positive(0.1), alpha=at_least_zero(1.0))  # fmt: skip
+@register(
+    "rpo",
+    source="Pang et al. 2024, arXiv:2404.19733; TRL sigmoid + sft",
+    needs=REFERENCE | LENGTHS,
+    beta=positive(0.1),
+    alpha=at_least_zero(1.0),
+)
 def rpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     r"""RPO: DPO with a likelihood term per token.
 
@@ -75,8 +88,14 @@ def rpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     return neg_log_sigmoid(beta * margin(batch)) - alpha * mean_logps(batch)[0]
 
 
-@register("cpo", source="Xu et al. 2024, arXiv:2401.08417", needs=LOGPS, rewards=logp_rewards, beta=positive(0.1),
-          lam=at_least_zero(1.0))  # fmt: skip
+@register(
+    "cpo",
+    source="Xu et al. 2024, arXiv:2401.08417",
+    needs=LOGPS,
+    rewards=logp_rewards,
+    beta=positive(0.1),
+    lam=at_least_zero(1.0),
+)
 def cpo(batch: LossInputs, *, beta: float, lam: float) -> Array:
     r"""CPO: DPO with a uniform reference, and the summed likelihood of the chosen response.
 
@@ -93,8 +112,14 @@ def cpo(batch: LossInputs, *, beta: float, lam: float) -> Array:
     return neg_log_sigmoid(beta * (chosen - rejected)) - lam * chosen
 
 
-@register("slic", source="Zhao et al. 2023, arXiv:2305.10425", needs=LOGPS, rewards=logp_rewards, delta=positive(1.0),
-          lam=at_least_zero(0.0))  # fmt: skip
+@register(
+    "slic",
+    source="Zhao et al. 2023, arXiv:2305.10425",
+    needs=LOGPS,
+    rewards=logp_rewards,
+    delta=positive(1.0),
+    lam=at_least_zero(0.0),
+)
 def slic(batch: LossInputs, *, delta: float, lam: float) -> Array:
     r"""SLiC: a hinge on summed log-probabilities without reference, and a likelihood term.
 
@@ -118,8 +143,12 @@ def _chosen_only(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Arr
     return logged
 
 
-@register("sft_sum", source="cross-entropy; Razin et al., arXiv:2410.08847, official code",
-          needs=frozenset({"logp_chosen"}), rewards=_chosen_only)  # fmt: skip
+@register(
+    "sft_sum",
+    source="cross-entropy; Razin et al., arXiv:2410.08847, official code",
+    needs=frozenset({"logp_chosen"}),
+    rewards=_chosen_only,
+)
 def sft_sum(batch: LossInputs) -> Array:
     r"""Cross-entropy on the chosen response, summed over its tokens: a long response counts for more.
 
@@ -134,8 +163,12 @@ def sft_sum(batch: LossInputs) -> Array:
     return -jnp.asarray(batch.logp_chosen)
 
 
-@register("sft_token", source="cross-entropy; Pang et al. 2024, arXiv:2404.19733",
-          needs=frozenset({"logp_chosen", "chosen_tokens"}), rewards=_chosen_only)  # fmt: skip
+@register(
+    "sft_token",
+    source="cross-entropy; Pang et al. 2024, arXiv:2404.19733",
+    needs=frozenset({"logp_chosen", "chosen_tokens"}),
+    rewards=_chosen_only,
+)
 def sft_token(batch: LossInputs) -> Array:
     r"""Cross-entropy on the chosen response per token: each response counts the same.
 
@@ -151,8 +184,13 @@ def sft_token(batch: LossInputs) -> Array:
     return -logp / jnp.maximum(jnp.asarray(batch.chosen_tokens).astype(logp.dtype), 1)
 
 
-@register("sft", source="cross-entropy; TRL sft", needs=frozenset({"logp_chosen", "chosen_tokens"}),
-          rewards=_chosen_only, optional=frozenset({"pairs_per_token"}))  # fmt: skip
+@register(
+    "sft",
+    source="cross-entropy; TRL sft",
+    needs=frozenset({"logp_chosen", "chosen_tokens"}),
+    rewards=_chosen_only,
+    optional=frozenset({"pairs_per_token"}),
+)
 def sft(batch: LossInputs) -> Array:
     r"""Cross-entropy on the chosen responses, whose mean over the pairs is the mean over the tokens of all of them.
 
@@ -188,9 +226,14 @@ def _candidate_rewards(batch, hyper):
 _D2O_REWARDS: Rewards = _candidate_rewards
 
 
-@register("d2o", source="Duan et al. 2024, arXiv:2403.03419", rewards=_D2O_REWARDS,
-          needs=frozenset({"logp_candidates", "ref_logp_candidates", "logp_rejected", "ref_logp_rejected"}),
-          beta=positive(0.1), alpha=at_least_zero(0.1))  # fmt: skip
+@register(
+    "d2o",
+    source="Duan et al. 2024, arXiv:2403.03419",
+    rewards=_D2O_REWARDS,
+    needs=frozenset({"logp_candidates", "ref_logp_candidates", "logp_rejected", "ref_logp_rejected"}),
+    beta=positive(0.1),
+    alpha=at_least_zero(0.1),
+)
 def d2o(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     r"""Distributional dispreference optimisation: K samples of the policy stand where the chosen response stood.
 

@@ -263,8 +263,13 @@ def discopop(batch: LossInputs, *, beta: float, tau: float) -> Array:
     return jax.nn.sigmoid(-z / tau) * neg_log_sigmoid(z) + exponential
 
 
-@register("aot", source="Melnyk et al. 2024, arXiv:2406.05882", couples_rows=True, beta=positive(0.1),
-          label_smoothing=fraction(0.0))  # fmt: skip
+@register(
+    "aot",
+    source="Melnyk et al. 2024, arXiv:2406.05882",
+    couples_rows=True,
+    beta=positive(0.1),
+    label_smoothing=fraction(0.0),
+)
 def aot(batch: LossInputs, *, beta: float, label_smoothing: float) -> Array:
     r"""Alignment by optimal transport, paired: the policy's margins dominate the reference's, quantile by quantile.
 
@@ -284,8 +289,13 @@ def aot(batch: LossInputs, *, beta: float, label_smoothing: float) -> Array:
     return _smoothed(beta * (jnp.sort(u) - jnp.sort(u_ref)), label_smoothing)
 
 
-@register("aot_unpaired", source="Melnyk et al. 2024, arXiv:2406.05882", couples_rows=True, beta=positive(0.1),
-          label_smoothing=fraction(0.0))  # fmt: skip
+@register(
+    "aot_unpaired",
+    source="Melnyk et al. 2024, arXiv:2406.05882",
+    couples_rows=True,
+    beta=positive(0.1),
+    label_smoothing=fraction(0.0),
+)
 def aot_unpaired(batch: LossInputs, *, beta: float, label_smoothing: float) -> Array:
     r"""Alignment by optimal transport, unpaired: log-ratios of chosen responses dominate those of rejected ones.
 

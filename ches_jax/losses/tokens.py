@@ -146,9 +146,13 @@ SPAN_MASKS = frozenset({"span_mask_chosen", "span_mask_rejected"})
 
 
 def with_tokens(
-    loss: Loss, rule: Rule = every_token, *, name: str = "every_token", extra: frozenset[str] = frozenset(),
+    loss: Loss,
+    rule: Rule = every_token,
+    *,
+    name: str = "every_token",
+    extra: frozenset[str] = frozenset(),
     **options: float,
-) -> Loss:  # fmt: skip
+) -> Loss:
     """The same loss, of a batch of token log-probabilities.
 
     Args:

@@ -35,7 +35,7 @@ from ches_jax.types import SftUnit
 
 @dataclasses.dataclass(frozen=True)
 class WrappedLoss(Loss):
-    """A loss whose name already tells what it is made of."""
+    """A loss whose name already says what it is made of."""
 
     def __repr__(self) -> str:
         return self.name
@@ -67,9 +67,13 @@ def wrapper(name: str, *, source: str, **defaults: float) -> Callable[[Callable[
 
 
 def wrapped(
-    name: str, loss: Loss, compute: Callable[[LossInputs], tuple[Array, Aux]], needs: frozenset[str] | None = None,
-    initial: Mapping[str, Any] | None = None, **options: float,
-) -> Loss:  # fmt: skip
+    name: str,
+    loss: Loss,
+    compute: Callable[[LossInputs], tuple[Array, Aux]],
+    needs: frozenset[str] | None = None,
+    initial: Mapping[str, Any] | None = None,
+    **options: float,
+) -> Loss:
     """What a wrapper of ``WRAPPERS`` gives.
 
     Args:

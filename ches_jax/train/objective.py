@@ -21,11 +21,18 @@ from ches_jax.losses.wrappers import kind_of
 from ches_jax.types import SftUnit
 
 SUPPLIED = (
-    REFERENCE | LENGTHS | REWARDS | TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_WEIGHTS | SPAN_MASKS
+    REFERENCE
+    | LENGTHS
+    | REWARDS
+    | TOKEN_LOGPS
+    | TOKEN_MASKS
+    | TOKEN_REFERENCE
+    | TOKEN_WEIGHTS
+    | SPAN_MASKS
     | {"weights", "label_probability", "logp", "ref_logp", "desirable", "kl_baseline"}
     | {"logp_candidates", "ref_logp_candidates"}
     | {"reward_mean", "label_prior", "log_delta", "head_norm_chosen", "head_norm_rejected"}
-)  # fmt: skip
+)
 """Fields of ``LossInputs`` that training can fill."""
 WHY_NOT = (
     "divergences over the whole vocabulary at each position need the reference model beside the policy, and a run "

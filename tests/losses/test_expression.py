@@ -44,7 +44,7 @@ def test_a_weighted_sum_of_a_wrapper_and_a_loss_is_its_arithmetic(batch64):
         ("2*dpo", "2*dpo(beta=0.1)"),
         ("+".join(["dpo"] * 30), " + ".join(["dpo(beta=0.1)"] * 30)),
     ],
-)  # fmt: skip
+)
 def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
     assert repr(parse_loss(text)) == resolved
     assert repr(parse_loss(resolved)) == resolved

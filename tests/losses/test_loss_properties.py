@@ -52,11 +52,13 @@ def test_bco_boundary_carries_no_gradient(batch64):
     np.testing.assert_allclose(d.chosen, 0.5 * jax.nn.sigmoid(state.mean - chosen), rtol=1e-12)
 
 
-FAR = np.array([
-    (chosen, rejected, reference)
-    for chosen, rejected in ((0.0, -1000.0), (-1000.0, 0.0), (-1000.0, -1000.0), (0.0, 0.0))
-    for reference in (0.0, -1000.0)
-])  # fmt: skip
+FAR = np.array(
+    [
+        (chosen, rejected, reference)
+        for chosen, rejected in ((0.0, -1000.0), (-1000.0, 0.0), (-1000.0, -1000.0), (0.0, 0.0))
+        for reference in (0.0, -1000.0)
+    ]
+)
 """Log-probabilities of chosen and rejected response under the policy, and of both under the reference."""
 
 

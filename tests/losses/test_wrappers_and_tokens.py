@@ -63,8 +63,13 @@ def test_weights_multiply_each_pair(batch64):
 
 def test_policy_weights_carry_no_gradient_and_scale_the_sft_term_inside(batch64):
     b = batch64
-    weight = jnp.minimum(1, jnp.exp(b.logp_chosen / b.chosen_tokens.astype(jnp.float64)
-                                    + b.logp_rejected / b.rejected_tokens.astype(jnp.float64)))  # fmt: skip
+    weight = jnp.minimum(
+        1,
+        jnp.exp(
+            b.logp_chosen / b.chosen_tokens.astype(jnp.float64)
+            + b.logp_rejected / b.rejected_tokens.astype(jnp.float64)
+        ),
+    )
     got = incentives(with_policy_weights(DPO))(b)
     np.testing.assert_allclose(got.chosen, weight * incentives(DPO)(b).chosen, rtol=1e-12)
     inside = incentives(with_policy_weights(with_sft(DPO, 1.0, per="sum")))(b).chosen - got.chosen
@@ -173,8 +178,10 @@ def tokens_of_one_pair(**more) -> Any:
     return LossInputs(
         token_logps_chosen=jnp.log(jnp.array([[0.5, 0.1, 0.9, 1.0]])),
         token_logps_rejected=jnp.log(jnp.array([[0.2, 0.8]])),
-        token_mask_chosen=jnp.array([[1, 1, 1, 0]]), token_mask_rejected=jnp.array([[1, 1]]), **more,
-    )  # fmt: skip
+        token_mask_chosen=jnp.array([[1, 1, 1, 0]]),
+        token_mask_rejected=jnp.array([[1, 1]]),
+        **more,
+    )
 
 
 def test_confpo_keeps_the_tokens_below_the_mean_probability(x64):
@@ -220,10 +227,13 @@ def test_sparsepo_weighs_rewards_and_divergences(x64):
     batch = tokens_of_one_pair(
         ref_token_logps_chosen=jnp.log(jnp.array([[0.25, 0.1, 0.9, 1.0]])),
         ref_token_logps_rejected=jnp.log(jnp.array([[0.2, 0.4]])),
-        token_weights_chosen=jnp.array([[0.5, 1.0, 1.0, 1.0]]), token_weights_rejected=jnp.array([[1.0, 0.25]]),
-        token_kl_chosen=jnp.array([[1.0, 2.0, 0.0, 9.0]]), token_kl_rejected=jnp.array([[3.0, 1.0]]),
-        token_kl_weights_chosen=jnp.array([[1.0, 0.5, 1.0, 1.0]]), token_kl_weights_rejected=jnp.array([[0.0, 1.0]]),
-    )  # fmt: skip
+        token_weights_chosen=jnp.array([[0.5, 1.0, 1.0, 1.0]]),
+        token_weights_rejected=jnp.array([[1.0, 0.25]]),
+        token_kl_chosen=jnp.array([[1.0, 2.0, 0.0, 9.0]]),
+        token_kl_rejected=jnp.array([[3.0, 1.0]]),
+        token_kl_weights_chosen=jnp.array([[1.0, 0.5, 1.0, 1.0]]),
+        token_kl_weights_rejected=jnp.array([[0.0, 1.0]]),
+    )
     value, _ = get_loss("sparsepo", beta=0.5)(batch)
     u, d = 0.5 * (0.5 * log(2) - 0.25 * log(2)), 0.5 * (1.0 - (1.0 + 1.0))
     np.testing.assert_allclose(value, [log(1 + exp(-(u - d)))], rtol=1e-12)
