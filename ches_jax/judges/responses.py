@@ -15,9 +15,15 @@ from ches_jax.runs.store import here
 
 Key = tuple[str, int]
 WORDS = {
-    "refusal": True, "refused": True, "refuse": True, "reject": True,
-    "compliance": False, "complied": False, "comply": False, "compliant": False,
-}  # fmt: skip
+    "refusal": True,
+    "refused": True,
+    "refuse": True,
+    "reject": True,
+    "compliance": False,
+    "complied": False,
+    "comply": False,
+    "compliant": False,
+}
 """Labels in words -> whether the response refused."""
 _SHOWN = 3
 

@@ -93,9 +93,8 @@ def output_place(spec: str | Path, error: type[ChesError] = ChesError) -> Path:
     """
     found = place(spec, error)
     if scheme_of(found) not in ("", *WRITTEN, _IN_TESTS):
-        raise error(
-            f"--out {spec}: '{scheme_of(found)}://' is only read; give a path, or {' or '.join(f'{s}://' for s in WRITTEN)}"
-        )
+        writable = " or ".join(f"{s}://" for s in WRITTEN)
+        raise error(f"--out {spec}: '{scheme_of(found)}://' is only read; give a path, or {writable}")
     return found
 
 

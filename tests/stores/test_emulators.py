@@ -176,8 +176,8 @@ def gs() -> Iterator[dict[str, str]]:
 
 
 TRAIN = (
-    "train", "--limit", "8", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--mesh", "data=1", "--lora-rank",
-    "2", "--eval-every", "2",
+    "train", "--limit", "8", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--mesh", "data=1",
+    "--lora-rank", "2", "--eval-every", "2",
 )  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def _damaged(data: bytes, kind: str) -> bytes:
 def test_a_damaged_file_in_a_store_is_told(model_in_store, tiny_model, kind):
     file = tiny_model / "model.safetensors"
     (model_in_store / "model.safetensors").write_bytes(_damaged(file.read_bytes(), kind))
-    with pytest.raises(CheckpointError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
         open_tensors(resolve(str(model_in_store)))
 
 
@@ -239,7 +239,7 @@ class Web(http.server.ThreadingHTTPServer):
 class Ranged(http.server.SimpleHTTPRequestHandler):
     """Files of a folder, with byte ranges; 503 for the first ``busy`` requests."""
 
-    server: Web
+    server: Web  # type: ignore[assignment]
 
     def do_GET(self):
         if self.server.busy > 0:

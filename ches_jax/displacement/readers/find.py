@@ -15,11 +15,24 @@ DEPTH = 4
 """Folders below the one that is named in which logs are looked for."""
 SUFFIXES = {".json", ".jsonl", ".csv", ".log", ".txt", ".out"}
 SKIPPED = {
-    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-    "adapter_config.json", "vocab.json", "model.safetensors.index.json", "added_tokens.json", "train_results.json",
-    "eval_results.json", "all_results.json", "run.json", "dropped.jsonl", "args.json", "training_args.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "adapter_config.json",
+    "vocab.json",
+    "model.safetensors.index.json",
+    "added_tokens.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+    "run.json",
+    "dropped.jsonl",
+    "args.json",
+    "training_args.json",
     "wandb-metadata.json",
-}  # fmt: skip
+}
 """Files of a run's directory that are no logs."""
 LARGEST = 200_000_000
 """Bytes; a log is never larger, a data set may be."""
@@ -56,7 +69,7 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     if logs:
         return logs[0][1]
     if len(others) == 1:
-        return others[0]  # what it lacks is told where its metrics are read
+        return others[0]  # what it lacks is reported where its metrics are read
     looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files"
     more = "".join(f"\n  {problem}" for problem in problems[:5])
     raise ChesError(f"{path}: no log with rewards of chosen and rejected responses in it (looked for {looked}){more}")

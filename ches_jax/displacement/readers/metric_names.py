@@ -29,9 +29,17 @@ QUANTITIES = {
 original DPO code, OpenRLHF, NeMo-RL, tunix, EasyDeL, MaxText, levanter and marin, and in our own runs. ``chosen`` and
 ``rejected`` are rewards; ``dlogp_*`` changes in nats."""
 STEPS = (
-    "step", "train/global_step", "global_step", "current_steps", "training_step", "global_step/max_steps",
-    "trainer/global_step", "iteration", "update", "_step",
-)  # fmt: skip
+    "step",
+    "train/global_step",
+    "global_step",
+    "current_steps",
+    "training_step",
+    "global_step/max_steps",
+    "trainer/global_step",
+    "iteration",
+    "update",
+    "_step",
+)
 """Names of the step, the most telling first: ``_step`` of Weights & Biases counts calls and not updates."""
 HELD_OUT = {"eval", "validation", "val", "valid", "test", "dev", "heldout", "held_out"}
 TRAINING = {"train", "training", "learning", "metrics", "data", "actor"}
