@@ -44,22 +44,60 @@ def harness(make: Harness) -> Harness:
 TALK = [{"role": "user", "content": "How are you?"}]
 ROWS: list[list[dict[str, Any]]] = [
     [{"prompt": f"Q{i}", "chosen": f" yes {i}", "rejected": " no", "category": "c", "score": i} for i in range(4)],
-    [{"prompt": TALK, "chosen": [{"role": "assistant", "content": f"Fine {i}."}],
-      "rejected": [{"role": "assistant", "content": "No."}], "tools": [{"type": "function"}]} for i in range(3)],
+    [
+        {
+            "prompt": TALK,
+            "chosen": [{"role": "assistant", "content": f"Fine {i}."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "tools": [{"type": "function"}],
+        }
+        for i in range(3)
+    ],
     [{"chosen": f"\n\nHuman: a{i}\n\nAssistant: b", "rejected": f"\n\nHuman: a{i}\n\nAssistant: c"} for i in range(3)],
     [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [0.1, 2, -1], "chosen": 1} for _ in range(2)],
     [{"instruction": "p", "response_a": "x", "response_b": f"y{i}", "winner": "model_a"} for i in range(3)],
     [{"question": "p", "answers": [{"text": "x", "score": 4}, {"text": "y", "score": 1}]}] * 2,
-    [{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"},
-      "rejected": {"from": "gpt", "value": "c"}}] * 2,
+    [
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        }
+    ]
+    * 2,
     [{"prompt": "p", "completion": f"c{i}", "label": bool(i % 2)} for i in range(4)],
     [{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 2]}] * 2,
-]  # fmt: skip
+]
 WORDS = (
-    "prompt", "chosen", "rejected", "responses", "scores", "winner", "label", "messages", "role", "content", "category",
-    "tools", "chat_template_kwargs", "prompt_ids", "text", "instruction", "response_a", "response_b", "model_a", "rank",
-    "system", "input", "conversations", "from", "value", "completion", "score_chosen", "score_rejected",
-)  # fmt: skip
+    "prompt",
+    "chosen",
+    "rejected",
+    "responses",
+    "scores",
+    "winner",
+    "label",
+    "messages",
+    "role",
+    "content",
+    "category",
+    "tools",
+    "chat_template_kwargs",
+    "prompt_ids",
+    "text",
+    "instruction",
+    "response_a",
+    "response_b",
+    "model_a",
+    "rank",
+    "system",
+    "input",
+    "conversations",
+    "from",
+    "value",
+    "completion",
+    "score_chosen",
+    "score_rejected",
+)
 LINES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 TABLES = (".parquet", ".arrow", ".feather")
 
@@ -79,8 +117,9 @@ def text_file(rng: Random, rows: list[Any], suffix: str) -> bytes:
         return "\n".join(map(str, rows)).encode("utf-8", "surrogatepass")
     objects = [row for row in rows if isinstance(row, dict)] or [{}]
     out = io.StringIO()
-    writer = csv.DictWriter(out, [str(k) for k in objects[0]], extrasaction="ignore",
-                            delimiter="\t" if suffix == ".tsv" else ",")  # fmt: skip
+    writer = csv.DictWriter(
+        out, [str(k) for k in objects[0]], extrasaction="ignore", delimiter="\t" if suffix == ".tsv" else ","
+    )
     writer.writeheader()
     writer.writerows(objects)
     return out.getvalue().encode("utf-8", "surrogatepass")
@@ -158,8 +197,12 @@ def compressed(rng: Random, folder: Path) -> Read:
     data = table_file(table_of(rng), inner, path, rng) if inner == ".parquet" else text_file(rng, rows_of(rng), inner)
     path.unlink(missing_ok=True)
     outer = rng.choice([".gz", ".bz2", ".xz", ".zst"])
-    squeeze = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-               ".zst": lambda d: pa.compress(d, codec="zstd", asbytes=True)}[outer]  # fmt: skip
+    squeeze = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda d: pa.compress(d, codec="zstd", asbytes=True),
+    }[outer]
     data = squeeze(data)
     path = folder / f"a{inner}{outer}"
     path.write_bytes(in_bytes(rng, data) if rng.random() < 0.7 else data)
@@ -206,8 +249,9 @@ def tokenised(rng: Random, folder: Path) -> Read:
 
     def read() -> None:
         source = rows_in_memory(rows, pairing=rng.choice([None, "all-pairs"])).tolerant()
-        tokenizer = PairTokenizer(bundled_tokenizer(), max_length=64, eos="include", vocab_size=1280, template=template,
-                                  template_args={})  # fmt: skip
+        tokenizer = PairTokenizer(
+            bundled_tokenizer(), max_length=64, eos="include", vocab_size=1280, template=template, template_args={}
+        )
         audit = Audit(1, 2)
         audit.extend(tokenizer(list(source)))
         audit.to_json()
@@ -241,9 +285,11 @@ def schemas(rng: Random, folder: Path) -> Read:
         return lambda: list(open_pairs(str(path), columns=words))
     kind = rng.choice(["json", "toml"])
     declaration = folder / f"s.{kind}"
-    text = as_json(rng, in_value(rng, words)) if kind == "json" else "\n".join(
-        f"{k} = {json.dumps(v)}" for k, v in words.items()
-    ).encode()  # fmt: skip
+    text = (
+        as_json(rng, in_value(rng, words))
+        if kind == "json"
+        else "\n".join(f"{k} = {json.dumps(v)}" for k, v in words.items()).encode()
+    )
     declaration.write_bytes(in_bytes(rng, text) if text and rng.random() < 0.3 else text)
     return lambda: list(open_pairs(str(path), schema=str(declaration)))
 
@@ -254,14 +300,36 @@ def schemas(rng: Random, folder: Path) -> Read:
 @cache
 def configs() -> list[dict[str, Any]]:
     published = Path(__file__).parents[1] / "models" / "published"
-    return [json.loads(path.read_text()) for path in sorted(published.rglob("*.json")) if "model_type" in path.read_text()]
+    return [
+        json.loads(path.read_text()) for path in sorted(published.rglob("*.json")) if "model_type" in path.read_text()
+    ]
 
 
 CONFIG_WORDS = (
-    "rope_scaling", "rope_parameters", "rope_theta", "type", "factor", "yarn", "llama3", "longrope", "linear", "dynamic",
-    "layer_types", "sliding_window", "sliding_attention", "full_attention", "head_dim", "hidden_act", "torch_dtype",
-    "tie_word_embeddings", "quantization_config", "num_hidden_layers", "vocab_size", "model_type", "rms_norm_eps",
-)  # fmt: skip
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "type",
+    "factor",
+    "yarn",
+    "llama3",
+    "longrope",
+    "linear",
+    "dynamic",
+    "layer_types",
+    "sliding_window",
+    "sliding_attention",
+    "full_attention",
+    "head_dim",
+    "hidden_act",
+    "torch_dtype",
+    "tie_word_embeddings",
+    "quantization_config",
+    "num_hidden_layers",
+    "vocab_size",
+    "model_type",
+    "rms_norm_eps",
+)
 
 
 @harness
@@ -293,10 +361,28 @@ def tokenizers(rng: Random, folder: Path) -> Read:
         if rng.random() < 0.5:
             (folder / name).write_bytes(as_json(rng, in_value(rng, value)))
     path = folder / rng.choice(["tokenizer.json", "tokenizer_config.json", "tokenizer_config.json", "config.json"])
-    words = ("model", "type", "BPE", "WordPiece", "Unigram", "merges", "vocab", "added_tokens", "content", "chat_template",
-             "normalizer", "pre_tokenizer", "ByteLevel", "decoder", "model_max_length", "tokenizer_class")  # fmt: skip
+    words = (
+        "model",
+        "type",
+        "BPE",
+        "WordPiece",
+        "Unigram",
+        "merges",
+        "vocab",
+        "added_tokens",
+        "content",
+        "chat_template",
+        "normalizer",
+        "pre_tokenizer",
+        "ByteLevel",
+        "decoder",
+        "model_max_length",
+        "tokenizer_class",
+    )
     text = path.read_bytes()
-    path.write_bytes(in_bytes(rng, text) if rng.random() < 0.3 else as_json(rng, in_value(rng, json.loads(text), words)))
+    path.write_bytes(
+        in_bytes(rng, text) if rng.random() < 0.3 else as_json(rng, in_value(rng, json.loads(text), words))
+    )
 
     def read() -> None:
         tokenizer = load_tokenizer(folder)
@@ -313,7 +399,9 @@ def tokenizers(rng: Random, folder: Path) -> Read:
 def weights() -> bytes:
     from safetensors.numpy import save
 
-    return save({"a.weight": np.ones((3, 4), np.float32), "b.weight": np.zeros(5, np.float16), "c": np.ones((), np.float64)})
+    return save(
+        {"a.weight": np.ones((3, 4), np.float32), "b.weight": np.zeros(5, np.float16), "c": np.ones((), np.float64)}
+    )
 
 
 @harness
@@ -355,20 +443,40 @@ def adapters(rng: Random, folder: Path) -> Read:
 
     from ches_jax.models.adapters.peft import adapter_fingerprint, read_adapter
 
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2},
-              "alpha_pattern": {"layers.0.*": 3.0}, "use_rslora": False, "bias": "none"}  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"layers.0.*": 3.0},
+        "use_rslora": False,
+        "bias": "none",
+    }
     arrays = {
         f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{p}.weight": np.ones(
             (2, 128) if p == "A" else (128, 2), np.float32
         )
-        for layer in range(5) for p in "AB"
-    }  # fmt: skip
+        for layer in range(5)
+        for p in "AB"
+    }
     if rng.random() < 0.4:
         name = rng.choice(list(arrays))
         values = arrays.pop(name)
         if rng.random() < 0.7:
             arrays[in_text(rng, name, ["layers", "7", "-1", "lm_head", "A", "."])] = values[: rng.choice([0, 1, 2])]
-    words = ("q_proj", ".*", "(", "layers.0", "rank_pattern", "use_dora", "modules_to_save", "r", "lora_alpha", "(a+)+$")
+    words = (
+        "q_proj",
+        ".*",
+        "(",
+        "layers.0",
+        "rank_pattern",
+        "use_dora",
+        "modules_to_save",
+        "r",
+        "lora_alpha",
+        "(a+)+$",
+    )
     if rng.random() < 0.8:
         config = in_value(rng, config, words)
     data = save(arrays) if arrays else weights()
@@ -385,13 +493,64 @@ def adapters(rng: Random, folder: Path) -> Read:
 # words of the command line
 
 NUMBERS = ("0", "1", "-1", "0.5", "1e-3", "1e400", "9" * 400, "nan", "inf", ".5", "5.", "", "1_0", "٣", "½", "0x1")
-PIECES = (*NUMBERS, "a", "b.c", "x", "+", "-", "*", "/", "**", "<", ">=", "==", "(", ")", "((((", ",", "abs(", "log(",
-          "min(", "max(", ":", "=", "%", " ", "__class__", ".", "lambda: 0", "True", "None", "'a'", "[0]", "not ", "if")  # fmt: skip
+PIECES = (
+    *NUMBERS,
+    "a",
+    "b.c",
+    "x",
+    "+",
+    "-",
+    "*",
+    "/",
+    "**",
+    "<",
+    ">=",
+    "==",
+    "(",
+    ")",
+    "((((",
+    ",",
+    "abs(",
+    "log(",
+    "min(",
+    "max(",
+    ":",
+    "=",
+    "%",
+    " ",
+    "__class__",
+    ".",
+    "lambda: 0",
+    "True",
+    "None",
+    "'a'",
+    "[0]",
+    "not ",
+    "if",
+)
 SAID = (
-    "lowest:0.05", "lowest:19", "window:0.5,512", "quantile:0,0.25", "below:-10", "soft:0.5", "highest:5%", "data=2,tensor=4",
-    "127.0.0.1:80,2,1", "lld_rate>0.2", "margin<=1e-3", "displaced", "eval_loss:min", "displacement/margin:max", "beta=0.1",
-    "a - 2 * abs(b.c)", "max(a, 2) > 2 * b.c", "log(a) / a", "now=2024-07-26", "enable_thinking=false", "prompt=a",
-)  # fmt: skip
+    "lowest:0.05",
+    "lowest:19",
+    "window:0.5,512",
+    "quantile:0,0.25",
+    "below:-10",
+    "soft:0.5",
+    "highest:5%",
+    "data=2,tensor=4",
+    "127.0.0.1:80,2,1",
+    "lld_rate>0.2",
+    "margin<=1e-3",
+    "displaced",
+    "eval_loss:min",
+    "displacement/margin:max",
+    "beta=0.1",
+    "a - 2 * abs(b.c)",
+    "max(a, 2) > 2 * b.c",
+    "log(a) / a",
+    "now=2024-07-26",
+    "enable_thinking=false",
+    "prompt=a",
+)
 
 
 @harness
@@ -412,8 +571,10 @@ def words(rng: Random, folder: Path) -> Read:
     if rng.random() < 0.7:
         text = in_text(rng, rng.choice(SAID), list(PIECES))
     columns = {"a": np.array([0.0, 1.0, np.nan]), "b.c": np.array([1e308, -1.0, 2.0]), "x": np.zeros(3)}
-    values = {rng.choice(["beta", "alpha", "gamma", "b1", "eps", "x"]): rng.choice([0, -1, 0.5, 1e308, float("nan"), True])
-              for _ in range(rng.randrange(3))}  # fmt: skip
+    values = {
+        rng.choice(["beta", "alpha", "gamma", "b1", "eps", "x"]): rng.choice([0, -1, 0.5, 1e308, float("nan"), True])
+        for _ in range(rng.randrange(3))
+    }
 
     def expression() -> None:
         tree = parsed(text)
@@ -425,7 +586,9 @@ def words(rng: Random, folder: Path) -> Read:
         get_objective(name, values, sft=rng.choice([0.0, 0.1, -1.0, float("nan")]), weighted=rng.random() < 0.3)
 
     def optimiser() -> None:
-        make_optimizer(rng.choice([*OPTIMIZERS, text]), make_schedule(rng.choice(["cosine", "linear", text]), 1.0, 4), **values)
+        make_optimizer(
+            rng.choice([*OPTIMIZERS, text]), make_schedule(rng.choice(["cosine", "linear", text]), 1.0, 4), **values
+        )
 
     ways: dict[str, Read] = {
         "keep": lambda: keep_indices(columns["a"], parse_rule(text)),
@@ -464,7 +627,9 @@ def command_lines(rng: Random, folder: Path) -> Read:
     flags = [name for option in options_of(verb, COMMANDS[verb]) for name in option.flags] if verb in COMMANDS else []
     said = []
     for _ in range(rng.randrange(4)):
-        said.append(in_text(rng, rng.choice(flags), ["-", "=", "x"]) if flags and rng.random() < 0.8 else rng.choice(PIECES))
+        said.append(
+            in_text(rng, rng.choice(flags), ["-", "=", "x"]) if flags and rng.random() < 0.8 else rng.choice(PIECES)
+        )
         said += rng.choices([*PIECES, *SAID], k=rng.choice([0, 1, 1, 2]))
 
     def read() -> None:
@@ -493,8 +658,29 @@ def runs() -> dict[str, dict[str, bytes]]:
         }
 
 
-RUN_WORDS = ("config", "pairs", "counts", "rows", "verb", "step", "index", "row_id", "reasons", "categories", "summary",
-             "bundled", "score", "train", "displacement", "dropped", "source", "rule", "chunks", "sha256", "limit")  # fmt: skip
+RUN_WORDS = (
+    "config",
+    "pairs",
+    "counts",
+    "rows",
+    "verb",
+    "step",
+    "index",
+    "row_id",
+    "reasons",
+    "categories",
+    "summary",
+    "bundled",
+    "score",
+    "train",
+    "displacement",
+    "dropped",
+    "source",
+    "rule",
+    "chunks",
+    "sha256",
+    "limit",
+)
 
 
 def damaged_json(rng: Random, data: bytes, name: str) -> bytes:
@@ -547,20 +733,32 @@ def run_directories(rng: Random, folder: Path) -> Read:
         "diagnose": lambda: diagnose(DiagnoseConfig(path=str(run))).to_json(),
         "before": lambda: diagnose(DiagnoseConfig(before=str(run), after=str(run))).to_json(),
         "logps": lambda: diagnose(DiagnoseConfig(logps=str(run / "scores.parquet"))).to_json(),
-        "texts": lambda: diagnose(DiagnoseConfig(path=str(run), responses_before=str(run), responses_after=str(run),
-                                                 judgments=(str(run), str(run)), want="refusal")).to_json(),
+        "texts": lambda: diagnose(
+            DiagnoseConfig(
+                path=str(run),
+                responses_before=str(run),
+                responses_after=str(run),
+                judgments=(str(run), str(run)),
+                want="refusal",
+            )
+        ).to_json(),
         "select": lambda: select(SelectConfig(scores=run, out=folder / "kept", **score)),  # type: ignore[arg-type]
         "table": lambda: read_table(run),
         "resume": lambda: open_run(run, "score", {"config": {"model": "bundled"}}, resume=True),
         "merge": lambda: merge(run),
         "chunks": lambda: (chunks.finished(run), chunks.require_whole(run)),
         "metrics": lambda: JsonLines(run / "metrics.jsonl", 3).last(),
-    }  # fmt: skip
+    }
     fit = {
-        "score": ["report", "select", "select", "table", "before", "logps", "resume"], "parts": ["merge", "chunks", "resume"],
-        "train": ["report", "diagnose", "metrics", "resume"], "responses": ["report", "texts"],
-        "judgments": ["report", "texts"], "selection": ["report"], "diagnosis": ["report"], "training": ["report", "diagnose"],
-    }  # fmt: skip
+        "score": ["report", "select", "select", "table", "before", "logps", "resume"],
+        "parts": ["merge", "chunks", "resume"],
+        "train": ["report", "diagnose", "metrics", "resume"],
+        "responses": ["report", "texts"],
+        "judgments": ["report", "texts"],
+        "selection": ["report"],
+        "diagnosis": ["report"],
+        "training": ["report", "diagnose"],
+    }
     return ways[rng.choice(fit.get(kind, ["report"]))]
 
 
@@ -575,14 +773,25 @@ def training_logs(rng: Random, folder: Path) -> Read:
         (folder / name).write_bytes(data)
     name = rng.choice(list(files))
     path, data = folder / name, files[name]
-    words = ("rewards/chosen", "rewards/rejected", "step", "loss", "log_history", "eval_rewards/margins", "beta", "logps")
+    words = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "step",
+        "loss",
+        "log_history",
+        "eval_rewards/margins",
+        "beta",
+        "logps",
+    )
     if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         try:
             path.write_bytes(damaged_json(rng, data, name))
         except ValueError:
             path.write_bytes(in_bytes(rng, data))
     elif b"\0" not in data and rng.random() < 0.6:
-        path.write_bytes(in_text(rng, data.decode("utf-8", "replace"), [*words, *NUMBERS, ",", "\n", "'", "{"]).encode())
+        path.write_bytes(
+            in_text(rng, data.decode("utf-8", "replace"), [*words, *NUMBERS, ",", "\n", "'", "{"]).encode()
+        )
     else:
         path.write_bytes(in_bytes(rng, data))
     beta = rng.choice([None, None, 0.1])
@@ -601,14 +810,47 @@ def logs() -> list[dict[str, bytes]]:
 # programs and rules of strangers
 
 JINJA = (
-    "{{ bos_token }}", "{% for m in messages %}", "{% endfor %}", "{{ m.role }}", "{{ m['content'] }}", "{{ messages }}",
-    "{% if add_generation_prompt %}", "{% else %}", "{% endif %}", "<|assistant|>", "{{ 1 // 0 }}", "{{ 'a' * 10**12 }}",
-    "{% for i in range(10**9) %}", "{% macro f(n) %}", "{% endmacro %}", "{{ f(1) }}", "{{ raise_exception('no') }}",
-    "{% set x = messages[0] %}", "{{ m.content | trim | upper }}", "{{ strftime_now('%Y') }}", "{{ x.y.z }}", "{{ tools | tojson }}",
-    "{% generation %}", "{% endgeneration %}", "{{ ''.__class__ }}", "{% include 'x' %}", "{{ m.content.split('a')[9] }}",
-    "{{ '%999999d' % 1 }}", "{{ messages | batch(0) | list }}", "{{ namespace(a=1).a }}", "{% break %}", "{{", "%}", "{#",
-    "{{ [1] | sum(start='a') }}", "{{ '\ud800' }}", "{{ 10 ** 400 / 3.0 }}", "{{ lipsum() }}", "{{ self }}", "{{ loop.index }}",
-)  # fmt: skip
+    "{{ bos_token }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{{ m.role }}",
+    "{{ m['content'] }}",
+    "{{ messages }}",
+    "{% if add_generation_prompt %}",
+    "{% else %}",
+    "{% endif %}",
+    "<|assistant|>",
+    "{{ 1 // 0 }}",
+    "{{ 'a' * 10**12 }}",
+    "{% for i in range(10**9) %}",
+    "{% macro f(n) %}",
+    "{% endmacro %}",
+    "{{ f(1) }}",
+    "{{ raise_exception('no') }}",
+    "{% set x = messages[0] %}",
+    "{{ m.content | trim | upper }}",
+    "{{ strftime_now('%Y') }}",
+    "{{ x.y.z }}",
+    "{{ tools | tojson }}",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{{ ''.__class__ }}",
+    "{% include 'x' %}",
+    "{{ m.content.split('a')[9] }}",
+    "{{ '%999999d' % 1 }}",
+    "{{ messages | batch(0) | list }}",
+    "{{ namespace(a=1).a }}",
+    "{% break %}",
+    "{{",
+    "%}",
+    "{#",
+    "{{ [1] | sum(start='a') }}",
+    "{{ '\ud800' }}",
+    "{{ 10 ** 400 / 3.0 }}",
+    "{{ lipsum() }}",
+    "{{ self }}",
+    "{{ loop.index }}",
+)
 
 
 @harness
@@ -618,15 +860,18 @@ def templates(rng: Random, folder: Path) -> Read:
     from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 
     plain = (bundled.model_dir() / "chat_template.jinja").read_text()
-    text = in_text(rng, plain, list(JINJA)) if rng.random() < 0.6 else "".join(rng.choices(JINJA, k=rng.randrange(1, 9)))
+    text = (
+        in_text(rng, plain, list(JINJA)) if rng.random() < 0.6 else "".join(rng.choices(JINJA, k=rng.randrange(1, 9)))
+    )
     module.SECONDS = 1.0
     args = rng.choice([{}, {"now": "2024-07-26"}, {"x": odd(rng)}])
 
     def read() -> None:
         tokenizer = load_tokenizer("bundled")
         tokenizer.chat_template = text
-        pairs = PairTokenizer(tokenizer, max_length=64, eos="include", vocab_size=1280, template="always",
-                              template_args=args)  # fmt: skip
+        pairs = PairTokenizer(
+            tokenizer, max_length=64, eos="include", vocab_size=1280, template="always", template_args=args
+        )
         pairs(list(rows_in_memory(ROWS[rng.randrange(2)]).tolerant()))
 
     return read
@@ -641,9 +886,13 @@ def judges(rng: Random, folder: Path) -> Read:
     if rng.random() < 0.7:
         plain = default_rules().read_text().splitlines()
         at = rng.randrange(len(plain))
-        text = "\n".join(plain[:at] + [in_text(rng, plain[at], ["[anywhere]", "[x]", "(", "{A}", "\\", "*", " = "])] + plain[at + 1 :])
+        text = "\n".join(
+            [*plain[:at], in_text(rng, plain[at], ["[anywhere]", "[x]", "(", "{A}", "\\", "*", " = "]), *plain[at + 1:]]
+        )
         path.write_bytes(in_bytes(rng, text.encode()) if rng.random() < 0.3 else text.encode())
-        said = in_text(rng, "I'm sorry, but I can't help with that.", ["\n", "“", "<think>", "</think>", "a" * 3000, "\ud800"])
+        said = in_text(
+            rng, "I'm sorry, but I can't help with that.", ["\n", "“", "<think>", "</think>", "a" * 3000, "\ud800"]
+        )
         return lambda: refused(load_rules(path), said)
     path.write_bytes(in_bytes(rng, default_question().read_bytes()))
     return lambda: fill_question(load_question(path), TALK, "x")

@@ -8,12 +8,56 @@ from typing import Any
 import pyarrow as pa
 
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 7, 2**31, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
-    "", " ", "a", "0", "1.5", "nan", "model_a", "tie", "\x1b[2J", "\u202e", "\x00", "\ud800", "日本", "a" * 5000, "../../x",
-    "/dev/zero", "[", "{}", '{"a": 1}', '[{"role": "user", "content": "x"}]', [], {}, [None], [[]], [1, "a", None],
-    {"": 0}, {"a": {"a": {}}}, {"role": "user"}, [{"role": "user", "content": None}], ["a"] * 50,
-    {"role": "assistant", "content": [{"type": "text", "text": "x"}]}, {"role": ["user"], "content": {}},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    7,
+    2**31,
+    -(2**63),
+    10**30,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "a",
+    "0",
+    "1.5",
+    "nan",
+    "model_a",
+    "tie",
+    "\x1b[2J",
+    "\u202e",
+    "\x00",
+    "\ud800",
+    "日本",
+    "a" * 5000,
+    "../../x",
+    "/dev/zero",
+    "[",
+    "{}",
+    '{"a": 1}',
+    '[{"role": "user", "content": "x"}]',
+    [],
+    {},
+    [None],
+    [[]],
+    [1, "a", None],
+    {"": 0},
+    {"a": {"a": {}}},
+    {"role": "user"},
+    [{"role": "user", "content": None}],
+    ["a"] * 50,
+    {"role": "assistant", "content": [{"type": "text", "text": "x"}]},
+    {"role": ["user"], "content": {}},
+]
 
 
 def odd(rng: Random) -> Any:
@@ -119,8 +163,12 @@ def in_table(rng: Random, table: pa.Table) -> pa.Table:
             case 0:
                 table = table.remove_column(at)
             case 1:
-                table = table.rename_columns([n if i != at else rng.choice(["x", "", *table.column_names])
-                                              for i, n in enumerate(table.column_names)])  # fmt: skip
+                table = table.rename_columns(
+                    [
+                        n if i != at else rng.choice(["x", "", *table.column_names])
+                        for i, n in enumerate(table.column_names)
+                    ]
+                )
             case 2:
                 table = table.slice(0, rng.choice([0, 1, 2]))
             case 3:

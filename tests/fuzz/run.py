@@ -40,7 +40,9 @@ def attempt(name: str, number: int, folder: Path) -> str | None:
         where = traceback.extract_tb(error.__traceback__)
         inside = [f for f in where if "ches_jax" in f.filename and "tests" not in f.filename] or where
         frame = inside[-1]
-        return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno} ({frame.name}): {str(error)[:150]!r}"
+        return (
+            f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno} ({frame.name}): {str(error)[:150]!r}"
+        )
     finally:
         os.chdir(before)
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,8 +57,11 @@ def findings(name: str, first: int, count: int, most: int = 200) -> list[tuple[i
         with tempfile.TemporaryFile() as errors:
             done = subprocess.run(
                 [sys.executable, "-m", "tests.fuzz.run", name, str(number), str(end - number)],
-                stdout=subprocess.PIPE, stderr=errors, cwd=Path(__file__).parents[2], check=False,
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=Path(__file__).parents[2],
+                check=False,
+            )
             errors.seek(0)
             said = errors.read().decode("utf-8", "replace")[-2000:]
         lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
