@@ -887,7 +887,11 @@ def judges(rng: Random, folder: Path) -> Read:
         plain = default_rules().read_text().splitlines()
         at = rng.randrange(len(plain))
         text = "\n".join(
-            [*plain[:at], in_text(rng, plain[at], ["[anywhere]", "[x]", "(", "{A}", "\\", "*", " = "]), *plain[at + 1:]]
+            [
+                *plain[:at],
+                in_text(rng, plain[at], ["[anywhere]", "[x]", "(", "{A}", "\\", "*", " = "]),
+                *plain[at + 1 :],
+            ]
         )
         path.write_bytes(in_bytes(rng, text.encode()) if rng.random() < 0.3 else text.encode())
         said = in_text(

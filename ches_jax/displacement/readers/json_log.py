@@ -10,7 +10,7 @@ from typing import Any
 from ches_jax.displacement.readers.log import Log, log_of
 from ches_jax.errors import ChesError
 
-PRINTED = re.compile(r"\{['\"][^{}]*['\"]: [^{}]*\}")
+PRINTED = re.compile(r"\{['\"][^{}]*\}")
 """An entry as transformers prints it to the console, among progress bars and other lines."""
 
 
@@ -69,13 +69,13 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
 def _whole(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _printed(text: str) -> Mapping[str, Any] | None:
     try:
         value = ast.literal_eval(re.sub(r"\b(nan|inf)\b", "None", text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
     return value if isinstance(value, dict) else None
