@@ -15,8 +15,15 @@ from experiments.framework.item import Work
 from experiments.framework.training import run_training
 
 SCORES = (
-    "index", "ches", "ln_ches", "head_score", "edit_distance", "chosen_tokens", "rejected_tokens", "logp_chosen",
-)  # fmt: skip
+    "index",
+    "ches",
+    "ln_ches",
+    "head_score",
+    "edit_distance",
+    "chosen_tokens",
+    "rejected_tokens",
+    "logp_chosen",
+)
 Columns = dict[str, list[Any]]
 
 
@@ -35,20 +42,30 @@ def tune(work: Work) -> dict[str, Any]:
     from ches_jax.train.config import TrainConfig
 
     config: ForecastScale = work.config
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=str(config.model), pairs=str(pairs_file(work, "sft")), eval_pairs=str(pairs_file(work, "held")),
-            loss="sft", optimizer="adamw", lr=config.sft_lr, schedule="cosine", warmup=8, epochs=config.sft_epochs,
-            batch_size=config.batch_size, on_bad_row="drop", mesh=config.mesh, out=str(work.folder("sft")),
+            model=str(config.model),
+            pairs=str(pairs_file(work, "sft")),
+            eval_pairs=str(pairs_file(work, "held")),
+            loss="sft",
+            optimizer="adamw",
+            lr=config.sft_lr,
+            schedule="cosine",
+            warmup=8,
+            epochs=config.sft_epochs,
+            batch_size=config.batch_size,
+            on_bad_row="drop",
+            mesh=config.mesh,
+            out=str(work.folder("sft")),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     per_token = {}
     for which in ("train", "held_out"):
         for when, step in (("before", 0), ("after", None)):
-            rows = found.of(which, step)
+            rows = trained.of(which, step)
             per_token[f"{which}_{when}"] = float((rows["logp_chosen"] / rows["chosen_tokens"]).mean())
-    return {"updates": int(found.log["step"].max()), "nats_per_token": per_token}
+    return {"updates": int(trained.log["step"].max()), "nats_per_token": per_token}
 
 
 def score_pairs(work: Work) -> dict[str, Columns]:
@@ -57,7 +74,7 @@ def score_pairs(work: Work) -> dict[str, Columns]:
     from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
-    found = {}
+    tables = {}
     for part in ("train", "held"):
         out = work.folder(f"scores-{part}")
         shutil.rmtree(out, ignore_errors=True)
@@ -67,17 +84,24 @@ def score_pairs(work: Work) -> dict[str, Columns]:
             quiet=work.quiet,
         )
         table = read_table(out)[0]
-        found[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
-    return found
+        tables[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
+    return tables
 
 
 def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
     """The options of DPO that forecast, influence and training share."""
     config: ForecastScale = work.config
     return {
-        "pairs": str(pairs_file(work, "train")), "loss": "dpo", "optimizer": "rmsprop", "lr": lr, "seed": seed,
-        "batch_size": config.batch_size, "steps": config.steps, "on_bad_row": "drop", "mesh": config.mesh,
-    }  # fmt: skip
+        "pairs": str(pairs_file(work, "train")),
+        "loss": "dpo",
+        "optimizer": "rmsprop",
+        "lr": lr,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "on_bad_row": "drop",
+        "mesh": config.mesh,
+    }
 
 
 def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
@@ -149,17 +173,21 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
     from ches_jax.train.config import TrainConfig
 
     model = str(tuned_model(work)) if tuned else str(work.config.model)
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=model, eval_pairs=str(pairs_file(work, "held")), watch=work.config.train, export=False,
-            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))), **recipe(work, lr, seed),
+            model=model,
+            eval_pairs=str(pairs_file(work, "held")),
+            watch=work.config.train,
+            export=False,
+            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))),
+            **recipe(work, lr, seed),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
-    return {which: _changes(found.of(which)) for which in ("train", "held_out")}
+    )
+    return {which: changes_by_row(trained.of(which)) for which in ("train", "held_out")}
 
 
-def _changes(rows: dict[str, np.ndarray]) -> Columns:
+def changes_by_row(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
@@ -169,24 +197,28 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
 
     options = recipe(work, lr, seed)
     if name == "soft_influence":
-        options |= {"pairs": str(_selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
+        options |= {"pairs": str(selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
     elif name not in ("all", "rejected_tokens"):
         kept = 1 - work.config.dropped
         by, keep = ("influence", "highest") if name == "least_influence" else (name, "lowest")
-        options["pairs"] = str(_selected(work, lr, by, f"{keep}:{kept:g}", seed))
+        options["pairs"] = str(selected(work, lr, by, f"{keep}:{kept:g}", seed))
     elif name == "rejected_tokens":
-        options["pairs"] = str(_short_rejected(work))
+        options["pairs"] = str(short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=str(tuned_model(work)), eval_pairs=str(pairs_file(work, "test")), watch=1, export=False, out=out,
+            model=str(tuned_model(work)),
+            eval_pairs=str(pairs_file(work, "test")),
+            watch=1,
+            export=False,
+            out=out,
             **options,
         ),
         quiet=work.quiet,
-    )  # fmt: skip
-    return _changes(found.of("held_out"))
+    )
+    return changes_by_row(trained.of("held_out"))
 
 
 def influence_table(work: Work, lr: float) -> Path:
@@ -203,7 +235,7 @@ def influence_table(work: Work, lr: float) -> Path:
     return out
 
 
-def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
+def selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     """``ches select`` on the table that has the score."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
@@ -215,7 +247,7 @@ def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     return out / "pairs.jsonl"
 
 
-def _short_rejected(work: Work) -> Path:
+def short_rejected(work: Work) -> Path:
     """The pairs with the shortest rejected responses: the control of length."""
     from experiments.framework.training import write_rows
 

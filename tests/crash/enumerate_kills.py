@@ -100,7 +100,10 @@ def verbs(model: str) -> dict[str, dict[str, Any]]:
         "score": {"words": score, "again": ["--resume"]},
         "generate": {"words": [*generate, "--out", "out"], "again": ["--resume"]},
         "judge": {"before": [[*generate, "--out", "texts"]], "words": judge, "again": ["--resume"]},
-        "select": {"before": [made], "words": ["select", "--scores", "scores", "--keep", "lowest:0.5", "--out", "out"]},
+        "select": {
+            "before": [made],
+            "words": ["select", "--scores", "scores", "--by", "ches", "--keep", "lowest:0.5", "--out", "out"],
+        },
         "report": {"before": [made], "words": ["report", "scores"]},
         "convert": {"words": ["convert", "--model", model, "--shard-gb", "0.00002", "--out", "out"]},
         "convert a checkpoint": {

@@ -91,7 +91,9 @@ def write_runs(folder: Path) -> None:
     chunks.end(parts, 2)
 
     kept = select(
-        SelectConfig(scores=score, keep="lowest:0.5", out=folder / "selection", pairs=str(score / "pairs.jsonl"))
+        SelectConfig(
+            scores=score, by="ches", keep="lowest:0.5", out=folder / "selection", pairs=str(score / "pairs.jsonl")
+        )
     )
     assert kept["counts"]["kept"] == PAIRS // 2
 

@@ -21,7 +21,7 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
       ChesError: no header, or columns of several runs.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(text)))
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=_delimiter(text)))
     except csv.Error as error:
         raise ChesError(f"{path}: not a readable CSV file ({error})") from None
     if not rows or not rows[0]:
@@ -35,9 +35,6 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
         renamed[column] = name if dash else column
         if dash and metric(name) is not None:
             runs[run] = None
-    named = [c for c in rows[0] if c in ("run", "run_name", "run_id") or c == "Name"]
-    for column in named[:1]:
-        runs |= dict.fromkeys(row[column] for row in rows if row[column])
     if len(runs) > 1:
         raise ChesError(f"{path}: holds {len(runs)} runs ({', '.join(runs)}); export one of them")
     cut = rows[-1] if None in rows[-1].values() else None
@@ -56,8 +53,14 @@ def looks_like_csv(text: str) -> bool:
     (True, False)
     """
     try:
-        head = next(csv.reader(text.splitlines()[:1]), [])
+        head = next(csv.reader(text.splitlines()[:1], delimiter=_delimiter(text)), [])
     except csv.Error:
         return False
     names = [column.rpartition(" - ")[2] for column in head]
     return len(head) > 1 and any(n.lower() in STEPS or metric(n) is not None for n in names)
+
+
+def _delimiter(text: str) -> str:
+    """What separates the columns of the header: a comma, a semicolon or a tab."""
+    head = text.partition("\n")[0]
+    return max(",;\t", key=head.count)
