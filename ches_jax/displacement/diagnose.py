@@ -137,7 +137,7 @@ def _of_parquet(path: Path) -> Changes:
 
     table = read_parquet(path, RunError, "a displacement log, or log-probabilities before and after")
     if "dlogp_chosen" in table.column_names:
-        return training_run.changes_of_table(table, str(path))
+        return training_run.changes_of_table(training_run.read_log_table(path), str(path))
     return logp_tables.read_logps(path)
 
 

@@ -107,6 +107,10 @@ def resolve(model: str | Path) -> Path:
         ) from e
 
 
+LONGEST_NAME = 255
+"""Bytes of the name of a file, on every common file system; asking for a longer one is an error of the system."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from ``path``, or a CheckpointError that names the file and what is wrong."""
     return read_object(path, CheckpointError, "a Hugging Face model directory")
@@ -141,7 +145,7 @@ def weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or name in {"", ".", ".."}:
             problems.append(f"{name!r} is a path outside the directory; the index may only name files beside it")
-        elif not is_there(folder / name):
+        elif len(name.encode("utf-8", "replace")) > LONGEST_NAME or not is_there(folder / name):
             problems.append(f"shard {name!r} is missing")
         else:
             files.append(folder / name)

@@ -196,17 +196,26 @@ def read_object(path: Path, error: type[ChesError], expected: str) -> dict[str, 
     return value
 
 
-def read_parquet(path: Path, error: type[ChesError], expected: str, **options: Any) -> "pa.Table":
+def read_parquet(
+    path: Path,
+    error: type[ChesError],
+    expected: str,
+    columns: "pa.Schema | None" = None,
+    optional: "pa.Schema | None" = None,
+    **options: Any,
+) -> "pa.Table":
     """A Parquet table, read whole and validated before anything is made of it.
 
     Args:
       path: the file.
       error: what is raised.
       expected: what the file should be, for messages.
+      columns: those that it must have; they come with these types, and without nulls where they are not nullable.
+      optional: those that come with these types where it has them.
       options: of ``pyarrow.parquet.read_table``.
 
     Raises:
-      error: there is no such file, it is damaged, or it is no Parquet.
+      error: there is no such file, it is damaged, it is no Parquet, or a column is missing or of another type.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -220,6 +229,36 @@ def read_parquet(path: Path, error: type[ChesError], expected: str, **options: A
         raise error(
             f"{path}: cannot be read as Parquet ({str(e).partition(chr(10))[0]}); expected {expected}"
         ) from None
+    return _typed(path, table, columns, optional, error, expected)
+
+
+def _typed(
+    path: Path,
+    table: "pa.Table",
+    columns: "pa.Schema | None",
+    optional: "pa.Schema | None",
+    error: type[ChesError],
+    expected: str,
+) -> "pa.Table":
+    """The table with the columns that are asked for, in their types."""
+    import pyarrow as pa
+
+    names = table.column_names
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise error(f"{path}: two columns {', '.join(sorted(twice))}; expected {expected}")
+    if missing := [name for name in (columns.names if columns is not None else ()) if name not in names]:
+        raise error(f"{path}: no column {', '.join(missing)}; expected {expected}")
+    for field in (*(columns or ()), *(optional or ())):
+        if field.name not in names:
+            continue
+        at, column = table.schema.get_field_index(field.name), table[field.name]
+        try:
+            column = column.cast(field.type)
+        except (pa.ArrowException, ValueError):
+            raise error(f"{path}: column {field.name} is {column.type}; expected {field.type}") from None
+        if column.null_count and not field.nullable:
+            raise error(f"{path}: column {field.name} lacks {column.null_count} of {len(table)} values")
+        table = table.set_column(at, field, column)
     return table
 
 
