@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "report": PURE | {"scores", "select", "displacement"},
     "health": LEAVES | {"data", "judges"},
     "doctor": PURE | {"models", "scores", "inputs", "health"},
+    "plan": PURE | {"models", "scores", "train", "generate"},
     "convert": PURE | {"models", "train"},
 }
 PURE_MATHEMATICS = ["scores/hidden_sums.py", "models/attention/mask.py", "models/attention/dense.py", "models/rope.py"]

@@ -18,6 +18,7 @@ from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.options import Place
+from ches_jax.plan.config import PlanConfig
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.select.config import SelectConfig
 from ches_jax.train.config import TrainConfig
@@ -445,9 +446,35 @@ class Convert(Output, ConvertConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan(Output, PlanConfig):
+    """Before a run: does it fit on those devices, what moves between them, how long would it take at best?
+
+    Compiled for the named devices on this machine, which needs none of them (extra tpu), from a config alone; for GPUs
+    by arithmetic. Exit code 1 when nothing fits.
+    """
+
+    def run(self) -> Outcome:
+        """Plans."""
+        from ches_jax.plan.run import plan, table
+        from ches_jax.runs.store import place
+
+        found = plan(_only(PlanConfig, self), quiet=self.quiet)
+        fits = "fits" if found["fits"] else "does not fit"
+        return Outcome(
+            headline=f"{fits} with --mesh {found['mesh']} ({found['counted']})",
+            path=None if self.out is None else place(self.out),
+            text=table(found),
+            counts={"devices": found["devices"], "parameters": found["parameters"]},
+            details=found,
+            code=0 if found["fits"] else 1,
+        )
+
+
 COMMANDS: dict[str, type[Any]] = {
     "score": Score,
     "doctor": Doctor,
+    "plan": Plan,
     "select": Select,
     "generate": Generate,
     "judge": Judge,

@@ -16,6 +16,10 @@ EXAMPLES = {
         "ches score --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --out runs/llama",
         "ches score --pairs pairs.jsonl --logps --dtype bfloat16 --json --quiet",
     ),
+    "plan": (
+        "ches plan score --model config.json --topology v5e:4x4",
+        "ches plan train --model my-model --topology v6e:16x16 --slices 2 --lora-rank 16 --json",
+    ),
     "doctor": (
         "ches doctor",
         "ches doctor --model my-model --pairs pairs.jsonl --show 5",

@@ -20,8 +20,10 @@ GROUPS = {
     "reference_cache lora_rank lora_alpha lora_targets lora_rslora convert.run_dir step",
     "data": "pairs prompts responses scores run_dir split columns schema candidates limit eval_pairs holdout eos "
     "on_bad_row path before after diagnose.logps diagnose.scores responses_before "
-    "responses_after judgments diagnose.generate labels label_columns on_missing weights train.rewards probes against",
-    "where it runs": "mesh distributed attention compilation_cache batch_tokens chunk_rows row_tokens remat "
+    "responses_after judgments diagnose.generate labels label_columns on_missing weights train.rewards probes against"
+    " plan.pairs pair_tokens",
+    "where it runs": "topology slices rows arithmetic "
+    "mesh distributed attention compilation_cache batch_tokens chunk_rows row_tokens remat "
     "generate.batch_size judge.batch_size",
     "output": "out resume other_versions quiet json tracker save_every train.keep keep_best export show list shard_gb "
     "convert.dtype",

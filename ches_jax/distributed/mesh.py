@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.errors import ChesError, many
@@ -39,6 +40,40 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def spelled(sizes: Mapping[str, int]) -> str:
+    """Axis sizes as ``parse_mesh`` reads them.
+
+    >>> spelled({"data": 2, "fsdp": 8, "tensor": 1})
+    'data=2,fsdp=8'
+    """
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "data=1"
+
+
+def mesh_of(devices: np.ndarray, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh whose neighbours are neighbours on the network of the chips.
+
+    Of several slices, which only a slow network joins, the slow part is the outermost one of the ``data`` axis: each
+    slice is a replica, and weights are sharded within it.
+
+    Raises:
+      ChesError: a ``data`` axis that the slices do not divide.
+    """
+    shape = [sizes[axis] for axis in AXES]
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices.flat})
+    if devices.flat[0].platform != "tpu":
+        grid = devices.reshape(shape)
+    elif slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices.tolist(), allow_split_physical_axes=True)
+    elif sizes["data"] % slices:
+        raise ChesError(f"--mesh {spelled(sizes)}: there are {slices} slices; data must be a multiple of them")
+    else:
+        inside = [sizes["data"] // slices, *shape[1:]]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices.tolist(), allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
     """The mesh of ``text``; by default all devices on the data axis.
 
@@ -59,8 +94,7 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
             f"--mesh {text!r} takes {needed} devices; the {jax.process_count()} processes have {len(devices)}, and all "
             "must be taken"
         )
-    grid = np.array(devices[:needed]).reshape([sizes[a] for a in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return mesh_of(np.array(devices[:needed]), sizes)
 
 
 @dataclass(frozen=True)

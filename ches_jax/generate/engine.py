@@ -101,7 +101,7 @@ def _depends_on_length(model: Decoder) -> bool:
 
 
 @dataclass(frozen=True)
-class _Decoding:
+class Decoding:
     """The two compiled functions of an engine: the prompts with their first tokens, and the loop over further ones."""
 
     graph: nnx.GraphDef
@@ -181,7 +181,7 @@ def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Ca
 
 
 @lru_cache(maxsize=16)
-def _programs(decoding: _Decoding, mesh: Mesh) -> tuple[Any, Any]:
+def decoding_programs(decoding: Decoding, mesh: Mesh) -> tuple[Any, Any]:
     """Prefill and decode as functions of arrays alone: engines that differ in weights only share what jax compiles."""
     prefill, decode = decoding.prefill, decoding.decode
     if decoding.mesh is None:
@@ -224,10 +224,10 @@ class Engine:
         graph, state = nnx.split(model)
         whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
-        decoding = _Decoding(
+        decoding = Decoding(
             graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)
         )
-        self._prefill, self._decode = _programs(decoding, mesh)
+        self._prefill, self._decode = decoding_programs(decoding, mesh)
 
     def batches(self, requests: Sequence[Request], rows: int) -> Iterator[list[int]]:
         """Numbers of the requests that go together: of one bucket, at most ``rows``, short prompts first."""

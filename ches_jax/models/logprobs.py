@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum, matmul_precision
 
 LOGITS_PER_CHUNK = {"cpu": 2**22}
@@ -52,14 +53,14 @@ def chunk_size(rows: int, count: int, vocabulary: int) -> int:
     >>> chunk_size(1, 1000, 2**27)
     1
     """
-    budget = LOGITS_PER_CHUNK.get(jax.default_backend(), LOGITS_ON_ACCELERATOR)
+    budget = LOGITS_PER_CHUNK.get(platform(), LOGITS_ON_ACCELERATOR)
     most = max(1, budget // (rows * vocabulary))
     return -(-count // -(-count // most))
 
 
 def chunks_kept(rows: int, chunk: int, count: int, vocabulary: int) -> int:
     """Chunks whose logits are kept for the backward pass: within the platform's number of logits, and never all."""
-    most = LOGITS_KEPT.get(jax.default_backend(), 0) // (rows * chunk * vocabulary)
+    most = LOGITS_KEPT.get(platform(), 0) // (rows * chunk * vocabulary)
     return min(most, -(-count // chunk) - 1)
 
 

@@ -1,11 +1,12 @@
 """Which dtype sums accumulate in, and how precisely matrices are multiplied, by the dtype of the computation."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from ches_jax.models.platform import platform
 
 
 def accumulate(dtype: DTypeLike) -> np.dtype:
@@ -25,7 +26,7 @@ def einsum(subscripts: str, a: Array, b: Array) -> Array:
     dtype('float32')
     """
     acc, precision = accumulate(a.dtype), matmul_precision(a.dtype)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # XLA's CPU backend has no 16-bit matmul with 32-bit sums for a matrix of one row; the result is the same
         a, b = a.astype(acc), b.astype(acc)
     return jnp.einsum(subscripts, a, b, preferred_element_type=acc, precision=precision)

@@ -70,7 +70,7 @@ def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Arra
 
 
 @lru_cache(maxsize=16)
-def _program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Attend) -> Any:
+def pass_program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Attend) -> Any:
     """The pass as a function of arrays alone: models of one architecture share it, and what jax compiles of it."""
     whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
 
@@ -102,7 +102,7 @@ class ForwardPass:
         whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
-        self._jitted = _program(graph, mesh, outputs, attend)
+        self._jitted = pass_program(graph, mesh, outputs, attend)
 
     def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
         """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.

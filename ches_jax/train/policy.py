@@ -100,6 +100,14 @@ class Policy:
         return with_parameters(self.abstract, parameters)
 
 
+def trained_everywhere(abstract: Decoder) -> Decoder:
+    """The decoder with every matrix marked as one that is trained."""
+    for _, module in nnx.iter_modules(abstract):
+        if isinstance(module, Linear):
+            module.trained = True
+    return abstract
+
+
 def make_policy(
     loaded: dict[str, jax.Array],
     decoder: DecoderConfig,
@@ -123,10 +131,7 @@ def make_policy(
     """
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
     if lora is None:
-        for _, module in nnx.iter_modules(abstract):
-            if isinstance(module, Linear):
-                module.trained = True
-        return Policy(abstract), loaded
+        return Policy(trained_everywhere(abstract)), loaded
     abstract = adapted(abstract, lora.spec, master)
     shapes = adapter_shapes(abstract)
     arrays = initial_adapters(shapes, [seed, 4]) if lora.start is None else lora.start.arrays

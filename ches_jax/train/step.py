@@ -104,6 +104,10 @@ class Step:
         # the gradient has no successor to give its memory to
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(places, whole_array))
 
+    def lower(self, state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> Any:
+        """The program of an update of one micro-batch, for shapes with shardings."""
+        return self._whole.lower(state, dict(frozen), batch)
+
     def _with_baseline(self, params: Any, batches: Sequence[Batch]) -> list[Batch]:
         """KTO's reference point of the whole update (``losses.kto_baseline``) in each of its micro-batches."""
         assert self._excess is not None

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
 from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
@@ -57,7 +58,7 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       block: queries and keys of a block; default: by the platform.
     """
     q, k, v, ranges = inputs
-    block = block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
+    block = block or BLOCK.get(platform(), ACCELERATOR_BLOCK)
     whole_blocks = (*(to_multiple(a, block) for a in (q, k, v)), padded(ranges, block))
     return cast(Array, _attend(*whole_blocks, Static(block, params)))[:, : q.shape[1]]
 

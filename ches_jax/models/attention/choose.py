@@ -23,6 +23,7 @@ from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, Visibility, key_ranges, within
 from ches_jax.models.config import DecoderConfig
+from ches_jax.models.platform import platform
 
 AUTO, INTERPRET = "auto", ":interpret"
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -150,7 +151,7 @@ def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choi
 
 def with_gradient() -> Attend:
     """Attention for training: ``blocks`` on a CPU; elsewhere ``query_chunked``, whose control flow is static."""
-    return blocks if jax.default_backend() == "cpu" else dense.query_chunked
+    return blocks if platform() == "cpu" else dense.query_chunked
 
 
 def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:

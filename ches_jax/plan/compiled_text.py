@@ -1,0 +1,119 @@
+"""What a compiled program moves between devices, read from its text: collectives by kind, with their bytes.
+
+A collective inside a loop counts as often as the loop runs (its condition compares a counter from 0 with a constant),
+so that the layers of a scanned model are all counted. Rings of ``collective-permute`` that feed a product piece by
+piece are the compiler's way to gather a sharded weight while it multiplies.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
+_ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)")
+_BOUND = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* constant\((?P<value>\d+)\)")
+_COMPARED = re.compile(r"ROOT .* compare\(.*%(?P<name>[\w.\-]+)\), direction=LT")
+_CONDITION = re.compile(r"condition=%(?P<name>[\w.\-]+)")
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program."""
+
+    kind: str
+    bytes: int
+    """Of what one device has afterwards."""
+    times: int
+    """How often it runs; of a loop of unknown length once."""
+    source: str
+    """Where in the program it comes from, as jax names it."""
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of a compiled program.
+
+    >>> text = '''
+    ... ENTRY %main (a: f32[4]) -> f32[16] {
+    ...   %a = f32[4]{0} parameter(0)
+    ...   ROOT %g = f32[16]{0} all-gather(%a), dimensions={0}, metadata={op_name="gather"}
+    ... }
+    ... '''
+    >>> collectives(text)
+    [Collective(kind='all-gather', bytes=64, times=1, source='gather')]
+    """
+    bodies = dict(_computations(text))
+    entry = next((name for name in bodies if re.search(rf"^ENTRY %?{re.escape(name)} ", text, re.MULTILINE)), None)
+    found: list[Collective] = []
+
+    def walk(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            match = _INSTRUCTION.match(line)
+            if match is None:
+                continue
+            op = match["op"].removesuffix("-start")
+            if op in KINDS:
+                source = re.search(r'op_name="([^"]*)"', line)
+                size = _result_bytes(match["type"], match["op"].endswith("-start"))
+                found.append(Collective(op, size, times, source[1] if source else ""))
+            inside = times * (_trips(bodies, line) if op == "while" else 1)
+            for called in _CALLED.finditer(match["rest"]):
+                for inner in re.findall(r"%([\w.\-]+)", called["names"]):
+                    walk(inner, inside)
+
+    if entry is not None:
+        walk(entry, 1)
+    return found
+
+
+def _trips(bodies: dict[str, list[str]], line: str) -> int:
+    """How often a loop runs, from its condition; 1 where that is another than a counter below a constant."""
+    condition = _CONDITION.search(line)
+    lines = bodies.get(condition["name"], []) if condition else []
+    bounds = {m["name"]: int(m["value"]) for one in lines if (m := _BOUND.search(one))}
+    compared = next((m["name"] for one in lines if (m := _COMPARED.search(one))), "")
+    return bounds.get(compared, 1)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = None, []
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header and not line.startswith(" "):
+            name, lines = header["name"], []
+        elif line.startswith("}") and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def _result_bytes(kind: str, starts: bool) -> int:
+    """Bytes of the result: of an operation that starts it is the second array, behind its operand."""
+    sizes = [
+        int(BYTES.get(m["dtype"], 0) * math.prod(int(n) for n in m["shape"].split(",") if n))
+        for m in _ARRAY.finditer(kind)
+    ]
+    if starts and len(sizes) > 1:
+        return max(sizes[0], sizes[1])
+    return sum(sizes)
+
+
+def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """By kind: how many run, and their bytes on a device.
+
+    >>> totals([Collective("all-reduce", 8, 3, "")])
+    {'all-reduce': {'runs': 3, 'bytes': 24}}
+    """
+    by_kind: dict[str, dict[str, int]] = {}
+    for one in found:
+        kind = by_kind.setdefault(one.kind, {"runs": 0, "bytes": 0})
+        kind["runs"] += one.times
+        kind["bytes"] += one.times * one.bytes
+    return by_kind

@@ -1,0 +1,163 @@
+"""What a run would need: collectives from the compiled text, bytes and FLOPs by arithmetic, and the compiler's word."""
+
+import json
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ches_jax.cli import main
+from ches_jax.errors import ChesError
+from ches_jax.models.decoder import abstract_parameters
+from ches_jax.models.families.registry import decoder_config
+from ches_jax.plan import arithmetic
+from ches_jax.plan.compiled_text import Collective, collectives, totals
+from ches_jax.plan.config import PlanConfig
+from ches_jax.plan.run import plan, table
+from ches_jax.plan.topologies import parse_topology
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+TEXT = """\
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_condition (p: (u32[], bf16[8,64])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %p = (u32[], bf16[8,64]) parameter(0)
+  %n = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%n, %eight), direction=LT
+}
+
+%inner (p: (u32[], bf16[8,64])) -> (u32[], bf16[8,64]) {
+  %p = (u32[], bf16[8,64]) parameter(0)
+  %w = bf16[8,64]{1,0} get-tuple-element(%p), index=1
+  %ring = (bf16[8,64]{1,0}, bf16[8,64]{1,0}, u32[], u32[]) collective-permute-start(%w), metadata={op_name="ring"}
+  %done = bf16[8,64]{1,0} collective-permute-done(%ring)
+  ROOT %t = (u32[], bf16[8,64]) tuple(%p, %done)
+}
+
+%condition (p: (s32[], bf16[8,64])) -> pred[] {
+  %layers = s32[] constant(32)
+  %p = (s32[], bf16[8,64]) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%n, %layers), direction=LT
+}
+
+%body (p: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %p = (s32[], bf16[8,64]) parameter(0)
+  %loop = (u32[], bf16[8,64]) while(%p), condition=%inner_condition, body=%inner
+  ROOT %t = (s32[], bf16[8,64]) tuple(%p, %loop)
+}
+
+ENTRY %main (x: bf16[8,64]) -> f32[16] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %loop = (s32[], bf16[8,64]) while(%x), condition=%condition, body=%body
+  %reduced = f32[16]{0} all-reduce(%loop), to_apply=%add, metadata={op_name="sum"}
+  ROOT %out = f32[16]{0} copy(%reduced)
+}
+"""
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    """Each layer of a scan, each piece of a ring; the result of what starts and is done later counts once."""
+    assert collectives(TEXT) == [
+        Collective("collective-permute", 8 * 64 * 2, 32 * 8, "ring"), Collective("all-reduce", 64, 1, "sum"),
+    ]  # fmt: skip
+    assert totals(collectives(TEXT))["collective-permute"] == {"runs": 256, "bytes": 256 * 1024}
+
+
+def test_the_text_of_this_machine_s_compiler_is_read():
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs two devices, as the CPU backend of the tests has them with XLA_FLAGS")
+    mesh = Mesh(np.array(devices[:2]), ("x",))
+    whole, parts = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), ("x",)))
+    run = jax.jit(lambda a: a * 2, in_shardings=parts, out_shardings=whole)
+    found = collectives(run.lower(jax.ShapeDtypeStruct((8, 4), jnp.float32)).compile().as_text())
+    assert [(c.kind, c.bytes) for c in found] == [("all-gather", 8 * 4 * 4)]
+
+
+def test_bytes_are_those_of_the_partition_table():
+    decoder = decoder_config(LLAMA_8B)
+    count = sum(int(np.prod(p.shape)) for p in abstract_parameters(decoder).values())
+    score = PlanConfig(what="score", topology="v5e:4x4")
+    one, sixteen = ({"data": 16 // n, "fsdp": n, "tensor": 1} for n in (1, 16))
+    assert arithmetic.bytes_of(decoder, score, one).weights == 2 * count
+    assert arithmetic.bytes_of(decoder, score, sixteen).weights == 2 * count / 16
+    train = PlanConfig(what="train", topology="v5e:4x4")
+    assert arithmetic.bytes_of(decoder, train, sixteen)[:2] == (4 * count / 16, 8 * count / 16)
+    lora = PlanConfig(what="train", topology="v5e:4x4", lora_rank=8)
+    assert arithmetic.bytes_of(decoder, lora, sixteen)[:2] == (2 * count / 16, 0)
+
+
+def test_flops_are_two_for_each_weight_and_attention():
+    decoder = decoder_config(LLAMA_8B)
+    layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert arithmetic.flops_of_token(decoder, 1, logits=True) == 2 * (32 * layer + 4096 * 128256) + 4 * 4096 * 32
+    double = arithmetic.flops_of_token(decoder, 2001, logits=False) - arithmetic.flops_of_token(
+        decoder, 1, logits=False
+    )
+    assert double == 2 * 4096 * 2000 * 32
+
+
+def test_auto_takes_the_mesh_that_moves_least_of_those_that_fit():
+    found = plan(PlanConfig(what="score", topology="h100:8"), quiet=True)
+    assert found["mesh"] == "data=8" and found["estimate"]["says"].startswith("a roofline")
+    assert "DOES NOT FIT" not in table(found)
+
+
+def test_a_config_alone_is_enough_and_what_does_not_fit_is_told(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_8B))
+    words = ["plan", "train", "--model", str(path), "--topology", "h100:1", "--json", "--quiet"]
+    assert main(words) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert not record["fits"] and record["mesh"] == "data=1" and record["counted"] == "by arithmetic"
+    assert main([*words[:-2], "--lora-rank", "8", "--json", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v9:4x4", "expected a chip"),
+        ("v5e:4", "has 2 dimensions"),
+        ("v5p:4x4", "such as v5p:2x2x4"),
+        ("v5e", "its grid"),
+    ],
+)
+def test_a_topology_that_is_none_is_told(topology, said):
+    with pytest.raises(ChesError, match=said):
+        parse_topology(topology)
+
+
+def test_a_mesh_that_does_not_take_all_devices_is_told():
+    with pytest.raises(ChesError, match="has 4 devices, h100:8 has 8"):
+        plan(PlanConfig(what="score", topology="h100:8", mesh="fsdp=4"), quiet=True)
+
+
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_without_the_tpu_s_compiler_one_message_names_the_extra():
+    with pytest.raises(ChesError, match=r"pip install 'ches-jax\[tpu\]'; --arithmetic counts without it"):
+        plan(PlanConfig(what="score", topology="v5e:4x4"), quiet=True)
+    found = plan(PlanConfig(what="score", topology="v5e:4x4", arithmetic=True), quiet=True)
+    assert found["counted"] == "by arithmetic" and found["devices"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ches-jax[tpu]'")
+def test_a_pass_compiled_for_a_slice_gathers_no_weight_of_a_layer_whole():
+    found = plan(PlanConfig(what="score", topology="v5e:2x2", mesh="fsdp=4"), quiet=True)
+    assert found["fits"] and found["counted"] == "by the compiler"
+    assert found["bytes"]["weights"] < found["parameters"] * 2
