@@ -76,7 +76,7 @@ VECTORS = ("bias", "sinks", "correction", "layer_scalar")
 
 
 def decays(params: Params) -> dict[str, bool]:
-    """Where weight decay applies: matrices, not norm weights, biases, and what a layer has one number of for each part."""
+    """Where weight decay applies: matrices, not norm weights, biases and the other vectors."""
     return {name: "norm" not in name and not name.endswith(VECTORS) for name in params}
 
 
