@@ -56,6 +56,9 @@ def frequencies(rope: RopeConfig) -> np.ndarray:
             return _yarn(rope, base)
         case "llama3":
             return _llama3(rope, base)
+        case "proportional":
+            rotating = np.arange(rope.rotary_dim // 2) < rope.rotating_pairs
+            return np.where(rotating, base, 0.0) / rope.factor
         case "longrope":
             return base / np.asarray(rope.short_factor, np.float64)
         case _:
