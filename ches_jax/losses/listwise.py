@@ -170,7 +170,8 @@ def pro(batch: LossInputs, *, sft_coeff: float) -> Array:
 
     .. math::
       -\sum_{k=1}^{K-1} \ln \frac{e^{r_k / T_k^k}}{e^{r_k / T_k^k} + \sum_{i > k} e^{r_i / T_k^i}}
-      - \lambda (K-1)^2 r_1, \qquad r = \frac{\ln \pi(y|x)}{|y|}, \quad T_k^i = \frac{1}{\psi_k - \psi_i}, \quad T_k^k = \min_{i > k} T_k^i
+      - \lambda (K-1)^2 r_1, \\
+      r = \frac{\ln \pi(y|x)}{|y|}, \quad T_k^i = \frac{1}{\psi_k - \psi_i}, \quad T_k^k = \min_{i > k} T_k^i
 
     Without a reference; the last term is the likelihood of the best response. A response is not set against one of the
     same score.
