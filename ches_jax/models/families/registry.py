@@ -5,23 +5,36 @@ from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
 from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.text_part import text_config
 from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families import (
+    cohere2,
+    deepseek_v3,
     gemma,
     gemma2,
     gemma3,
+    glm4,
     gpt2,
     gpt_neox,
+    gpt_oss,
+    granite,
     llama,
+    llama4,
+    ministral3,
     mistral,
+    mixtral,
     olmo,
     olmo2,
+    olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
+    smollm3,
     starcoder2,
 )
 from ches_jax.models.families.unsupported import unsupported_reason
@@ -48,7 +61,33 @@ def _by_type(*modules: ModuleType) -> dict[str, Family]:
     return {m.MODEL_TYPE: cast(Family, m) for m in modules}
 
 
-FAMILIES = _by_type(gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo, olmo2, phi3, qwen2, qwen3, starcoder2)
+FAMILIES = _by_type(
+    cohere2,
+    deepseek_v3,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    llama4,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    olmo3,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    starcoder2,
+)
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -67,7 +106,9 @@ def decoder_config(raw: dict[str, Any], where: str = "config.json") -> DecoderCo
         in one message.
     """
     family = family_of(raw, where)
-    reader = ConfigReader(text_config(raw, where))
+    text = text_config(raw, where)
+    scheme_of(text, where)
+    reader = ConfigReader(text)
     config = family.read_config(reader)
     problems = reader.finish()
     if not problems:
@@ -83,6 +124,9 @@ def _misfits(config: DecoderConfig) -> Iterator[str]:
     """Values that are fine by themselves and not together, or that divide by zero."""
     if config.num_heads % config.num_kv_heads:
         yield f"config.json: {config.num_heads} heads are not a multiple of {config.num_kv_heads} kv heads"
+    e = config.experts
+    if e is not None and e.per_token > e.count:
+        yield f"config.json: {e.per_token} experts for a token of {e.count}; expected no more than there are"
     bounds = {
         "soft cap of attention": config.attention_softcap,
         "soft cap of the logits": config.logit_softcap,
