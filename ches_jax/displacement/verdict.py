@@ -47,7 +47,7 @@ FORMER = {
 }
 """Verdicts on a run until 0.1, and what says the same now."""
 METHODS = {
-    "pairs": "bootstrap-t over records",
+    "pairs": "bootstrap-t or Student's t, the wider, over records",
     "steps": "blocks of the last steps",
     "evaluations": "noise from evaluation to evaluation",
 }
