@@ -101,7 +101,7 @@ def test_two_responses_are_a_pair(lists):
     pair = LossInputs(
         logp_chosen=jnp.array([-6.0]), logp_rejected=jnp.array([-7.0]),
         ref_logp_chosen=jnp.array([-7.5]), ref_logp_rejected=jnp.array([-6.0]),
-    )  # fmt: skip
+    )
     dpo = get_loss("dpo", beta=BETA)(pair)[0]
     np.testing.assert_allclose(get_loss("list_mle", beta=BETA)(lists)[0][1], dpo[0], rtol=1e-12)
     push = incentives(get_loss("list_mle", beta=BETA))(lists).chosen
