@@ -99,8 +99,10 @@ def test_incentives_are_differences_of_the_loss_and_padding_has_none(name, lists
 def test_two_responses_are_a_pair(lists):
     """Plackett-Luce of two is DPO's Bradley-Terry; a falling row pushes the best up and the worst down."""
     pair = LossInputs(
-        logp_chosen=jnp.array([-6.0]), logp_rejected=jnp.array([-7.0]),
-        ref_logp_chosen=jnp.array([-7.5]), ref_logp_rejected=jnp.array([-6.0]),
+        logp_chosen=jnp.array([-6.0]),
+        logp_rejected=jnp.array([-7.0]),
+        ref_logp_chosen=jnp.array([-7.5]),
+        ref_logp_rejected=jnp.array([-6.0]),
     )
     dpo = get_loss("dpo", beta=BETA)(pair)[0]
     np.testing.assert_allclose(get_loss("list_mle", beta=BETA)(lists)[0][1], dpo[0], rtol=1e-12)
