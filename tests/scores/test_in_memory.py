@@ -56,6 +56,38 @@ def test_flagged_rows_are_refused_dropped_or_kept(model, tokenizer):
     assert kept["flags"].to_pylist() == [[], ["identical"]]
 
 
+LABELS = {"responses": ["answer_a", "answer_b"], "winner": "label", "order": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("question", "chosen", "rejected"), {"columns": {"prompt": "question"}}),
+        (("question", "answer_b", "answer_a"), {"columns": {"prompt": "question", **LABELS}}),
+        (("question", "answer_b", "answer_a"), {"schema": "own.toml"}),
+        (("question", "answer_b", "answer_a"), {}),  # recognised
+        (("history", "human_ref_A", "human_ref_B"), {"schema": "shp"}),
+    ],
+)
+def test_other_columns_are_read_as_the_command_reads_them(
+    model, tokenizer, table, tmp_path, monkeypatch, names, options
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text(
+        'prompt = "question"\nresponses = ["answer_a", "answer_b"]\nwinner = "label"\norder = ["A", "B"]\n'
+    )
+    own = [dict(zip(names, (r["prompt"], r["chosen"], r["rejected"]), strict=True)) for r in ROWS]
+    own = [{**r, "label": "B", "labels": 1} for r in own]
+    scored = score_pairs(model, tokenizer, own, mesh="data=1", **options)
+    assert scored["row_id"].equals(table["row_id"]) and scored["ches"].equals(table["ches"])
+    assert json.loads(scored.schema.metadata[METADATA_KEY])["schema"]["words"]["prompt"] == names[0]
+
+
+def test_two_sayings_of_what_columns_mean_are_refused(model, tokenizer):
+    with pytest.raises(DataError, match="--schema shp and --columns both say"):
+        score_pairs(model, tokenizer, ROWS, schema="shp", columns={"prompt": "prompt"})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"), [([], "no rows"), (3, "a int; expected a list"), ([{"prompt": "x"}], "row 0")]
 )
