@@ -24,7 +24,7 @@ class Run:
     """Which item, at which scale, into which folder."""
 
     item: tyro.conf.Positional[str | None] = None
-    """persona, similarity or sorrybench."""
+    """persona, similarity, sorrybench, forecast or story."""
     scale: str = "tiny"
     """tiny: the bundled model and world, minutes on a CPU. small: by --model and --pairs. paper: the paper's own."""
     out: Path | None = None

@@ -22,7 +22,6 @@ from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
-from ches_jax.models.cache import Cache
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.precision import accumulate
 
@@ -47,7 +46,8 @@ class Prompts(NamedTuple):
 class State(NamedTuple):
     """What a batch has made so far."""
 
-    cache: Cache
+    cache: Any
+    """``models.cache.Cache``."""
     tokens: Any
     """int32 [B, N], 0 where nothing was made."""
     logps: Any
@@ -59,7 +59,7 @@ class State(NamedTuple):
 
 
 _CACHE_SPEC: Any = PartitionSpec(None, *ROWS)
-STATE_SPEC = State(Cache(_CACHE_SPEC, _CACHE_SPEC), ROWS, ROWS, ROWS, ROWS)
+STATE_SPEC = State(_CACHE_SPEC, ROWS, ROWS, ROWS, ROWS)
 """How a state lies on a data-only mesh."""
 
 

@@ -142,8 +142,8 @@ def advice(diagnoses: Diagnoses, links: Sequence[str]) -> str:
         )
     return (
         "Measure harm before anything is changed. Then, in the order of their price: a likelihood term on the chosen "
-        "response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their scores "
-        f"(<code>ches select</code>).{worst}"
+        "response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their influence "
+        f"(<code>ches influence</code>, <code>ches select</code>).{worst}"
     )
 
 

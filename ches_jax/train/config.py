@@ -135,3 +135,5 @@ class TrainConfig(UpdateOptions):
     """Keep the best one too: METRIC[:min|max] of the evaluations, such as eval_loss:min; each evaluation is saved."""
     export: bool = not_identity(True)
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
+    export_whole: bool = not_identity(False)
+    """Of a multimodal model, write all of it to OUT/model, the trained text model inside; default: that alone."""

@@ -189,7 +189,9 @@ def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
             policy, params, run.out / ADAPTER, run.model.directory, name
         )
     if run.config.export:
-        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.model.directory)
+        prints["trained_fingerprint"] = export_model(
+            policy, params, run.out / MODEL, run.model.directory, whole=run.config.export_whole
+        )
     return prints
 
 

@@ -184,10 +184,10 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
         ),
         quiet=work.quiet,
     )
-    return {which: _changes(trained.of(which)) for which in ("train", "held_out")}
+    return {which: changes_by_row(trained.of(which)) for which in ("train", "held_out")}
 
 
-def _changes(rows: dict[str, np.ndarray]) -> Columns:
+def changes_by_row(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
@@ -197,15 +197,15 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
 
     options = recipe(work, lr, seed)
     if name == "soft_influence":
-        options |= {"pairs": str(_selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
+        options |= {"pairs": str(selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
     elif name not in ("all", "rejected_tokens"):
         kept = 1 - work.config.dropped
         by, keep = ("influence", "highest") if name == "least_influence" else (name, "lowest")
-        options["pairs"] = str(_selected(work, lr, by, f"{keep}:{kept:g}", seed))
+        options["pairs"] = str(selected(work, lr, by, f"{keep}:{kept:g}", seed))
     elif name == "rejected_tokens":
-        options["pairs"] = str(_short_rejected(work))
+        options["pairs"] = str(short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
     trained = run_training(
         TrainConfig(
@@ -218,7 +218,7 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
         ),
         quiet=work.quiet,
     )
-    return _changes(trained.of("held_out"))
+    return changes_by_row(trained.of("held_out"))
 
 
 def influence_table(work: Work, lr: float) -> Path:
@@ -235,7 +235,7 @@ def influence_table(work: Work, lr: float) -> Path:
     return out
 
 
-def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
+def selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     """``ches select`` on the table that has the score."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
@@ -247,7 +247,7 @@ def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     return out / "pairs.jsonl"
 
 
-def _short_rejected(work: Work) -> Path:
+def short_rejected(work: Work) -> Path:
     """The pairs with the shortest rejected responses: the control of length."""
     from experiments.framework.training import write_rows
 

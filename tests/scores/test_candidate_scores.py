@@ -278,7 +278,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert read_json(out / "run.json")["counts"] == {"rows": 12, "kept": 7, "dropped": 5}
 
     kept = tmp_path / "kept"
-    assert main(["select", "--scores", str(out), "--out", str(kept), "--keep", "lowest:4"]) == 0
+    assert main(["select", "--scores", str(out), "--by", "ches", "--out", str(kept), "--keep", "lowest:4"]) == 0
     chosen = [json.loads(line) for line in (kept / "pairs.jsonl").read_text().splitlines()]
     for row in chosen:
         numbers = (row["chosen_candidate"], row["rejected_candidate"]) if "chosen_candidate" in row else None
@@ -312,6 +312,6 @@ def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model
     table = table_of(score(config, quiet=True))
     assert (table[3, None]["flags"], table[3, None]["ches"]) == (["no_pair"], None)
     assert table[2, (0, 2)]["ches"] == 0  # the same response twice is computed once
-    assert select(SelectConfig(scores=out, out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
+    assert select(SelectConfig(scores=out, by="ches", out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "dropped.jsonl").read_text().splitlines()]
     assert reasons.count("unscored") == 2
