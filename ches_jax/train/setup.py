@@ -24,11 +24,12 @@ from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
+from ches_jax.runs.store import here, output_place
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -91,8 +92,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the run: its options, and everything it opened."""
-        return {"config": as_dict(self.config), **self.opener.identity()}
+        """What decides the run: its options, the loss that they make, and everything it opened."""
+        return {"config": as_dict(self.config), "objective": repr(self.loss), **self.opener.identity()}
 
     @property
     def master(self) -> str:
@@ -136,6 +137,22 @@ def require_options(config: TrainConfig) -> None:
         raise ChesError("--holdout and --eval-pairs: give one of them")
 
 
+def objective_of(config: UpdateOptions) -> Loss:
+    """The loss that the options of a run make.
+
+    Raises:
+      ChesError: an expression that is none, or one that asks for more than the run supplies.
+    """
+    return get_objective(
+        config.loss,
+        config.loss_args,
+        sft=config.sft,
+        sft_per=config.sft_per,
+        weighted=config.weights is not None,
+        soft_labels=config.label_probabilities is not None,
+    )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -145,10 +162,8 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     process = process or Process()
     assert config.out is not None
     require_options(config)
-    loss = get_objective(
-        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
-    )
-    require_reward_columns(config, loss)
+    loss = objective_of(config)
+    require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)
     decoder = model.decoder
@@ -193,7 +208,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     return Run(
         config=config,
         process=process,
-        out=Path(config.out),
+        out=output_place(config.out),
         model=model,
         opener=opener,
         reference=reference,
@@ -227,7 +242,7 @@ def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: O
     if not needs_reference(loss) or config.reference in ("initial", "none", "columns"):
         return None
     if config.reference.endswith(".parquet"):
-        opener.file(Path(config.reference), "reference")
+        opener.file(Path(here(config.reference)), "reference")
         return None
     reference = opener.model(config.reference, "reference")
     if reference.decoder.vocab_size != model.decoder.vocab_size:
@@ -279,7 +294,7 @@ def references(
     identity = reference_identity(config, loss, identity)
     of_reference = identity.pop("reference_fingerprint", None)
     if config.reference.endswith(".parquet"):
-        logps = from_file(Path(config.reference), pairs, identity, initial)
+        logps = from_file(Path(here(config.reference)), pairs, identity, initial)
     elif config.reference == "initial":
         logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:
