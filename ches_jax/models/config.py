@@ -213,6 +213,9 @@ class DecoderConfig:
     layer_scalar: bool = False
     """What a layer gives is multiplied by a stored number."""
 
+    prediction_layers: int = 0
+    """Layers that checkpoints may hold beyond these, for predicting several tokens at once; they are not read."""
+
     embedding_scale: float | None = None
     tie_embeddings: bool = False
     logit_scale: float | None = None

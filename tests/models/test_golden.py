@@ -45,6 +45,7 @@ NEWER = (
     "gpt_oss",
     "deepseek_v3",
     "llama4",
+    "gemma4",
 )
 """Compared on all pairs only, when the slow tests run; a row in ``rows.py`` compares each with transformers."""
 SPELLINGS = ("config.v4.json", "config.min.json")

@@ -493,10 +493,10 @@ def _rope_value(key: str, value: Any) -> bool:
 
 
 def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
-    """The Llama 3.1 rule blends between two bounds, which must not meet."""
+    """The Llama 3.1 rule blends between two bounds, which must be in order."""
     low, high = (_number_or(settings.get(k), 1.0) for k in ("low_freq_factor", "high_freq_factor"))
-    if kind == "llama3" and high <= low:
-        return [f"has low_freq_factor {low!r}, which should be below high_freq_factor {high!r}"]
+    if kind == "llama3" and high < low:
+        return [f"has low_freq_factor {low!r}, which should not be above high_freq_factor {high!r}"]
     return []
 
 
