@@ -106,4 +106,4 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 
 def test_meshes_in_words():
-    assert parse_mesh("data=2, tensor=4") == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert parse_mesh("data=2, tensor=4") == {"data": 2, "fsdp": 1, "tensor": 4, "expert": 1}
