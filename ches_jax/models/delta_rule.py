@@ -1,4 +1,4 @@
-r"""The gated delta rule (arXiv:2412.06464): a layer whose memory is one matrix a head, in rows that hold several sequences.
+r"""The gated delta rule (arXiv:2412.06464): a layer with a matrix of memory, in rows that hold several sequences.
 
 .. math::
    \tilde S_t = e^{g_t} S_{t-1}, \quad u_t = \beta_t (v_t - \tilde S_t^\top k_t), \quad
@@ -28,7 +28,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models.attention.mask import KeyRanges, visible_from
+from ches_jax.models.attention.mask import KeyRanges, visible
 from ches_jax.models.cache import Memory
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import Context, LayerData, Linear, Norm
@@ -94,10 +94,9 @@ def gated_delta_rule(
 def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[Array, "B T N V"]]:
     """One chunk: the states after it, and its outputs."""
     dtype, precision = x.v.dtype, matmul_precision(x.v.dtype)
-    index = r.own_end - 1
-    first = index[:, :1]
-    size = index.shape[1]
-    sees = visible_from(r, index)
+    index = r.own_end[0] - 1  # the same tokens of every row
+    first, size = index[0], len(index)
+    sees = visible(r, index)
     related = sees.astype(dtype)
     diagonal = jnp.eye(size, dtype=dtype)[None]
 
@@ -110,7 +109,7 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
     from_start = jnp.exp(decay)[..., None]
     # which of the two carried states a token goes on from
     has_context = r.context_end > r.context_start
-    from_last = visible_from(r, first - 1)[:, :, 0]
+    from_last = visible(r, first[None] - 1)[:, :, 0]
     from_fork = ~from_last & has_context & (r.own_start >= first) & (r.context_end < first)
     which = [a.astype(dtype)[..., None, None] for a in (from_last, from_fork)]
 
@@ -131,11 +130,12 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
             return jnp.take_along_axis(a, place.reshape(shape), axis=axis)
 
         carried = sum(s * at(w)[:, 0][..., None] for s, w in zip(states, which, strict=True))
-        written = product("bnj,bjnkv->bnkv", at(gamma, 2)[:, :, 0], x.k[..., None] * u.swapaxes(1, 2)[..., None, :])
+        left = x.k * at(gamma, 2)[:, :, 0].swapaxes(1, 2)[..., None]
+        written = product("bjnk,bnjv->bnkv", left, u)
         return at(from_start)[:, 0, :, :, None] * carried + written
 
     end = r.context_end[:, -1]
-    place = end - 1 - first[:, 0]
+    place = end - 1 - first
     in_chunk = (has_context[:, -1] & (place >= 0))[:, None, None, None]
     before_chunk = (place == -1)[:, None, None, None]
     fork = jnp.where(in_chunk, state_after(jnp.maximum(place, 0)), jnp.where(before_chunk, states.last, states.fork))

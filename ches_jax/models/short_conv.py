@@ -6,6 +6,7 @@ x_{t-j} is the token j places before t *in its own sequence*: a response that fo
 back to the prompt's last tokens, whatever stands between, and nothing reaches beyond the first token.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -23,7 +24,9 @@ class Taps(nnx.Module):
 
     def __init__(self, channels: int, kernel: int, *, bias: bool, rngs: nnx.Rngs, dtype: DTypeLike):
         """Draws from N(0, 0.02^2); the bias is zero."""
-        self.weight = nnx.Param(rngs.params.normal((channels, kernel), jnp.float32).astype(dtype) * 0.02)
+        self.weight = nnx.Param(
+            (jax.random.normal(rngs.params(), (channels, kernel), jnp.float32) * 0.02).astype(dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((channels,), dtype)) if bias else None
 
     def __call__(
