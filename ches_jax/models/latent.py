@@ -16,7 +16,7 @@ from ches_jax.models.layers import Context, LayerData, Linear, Norm, rotation, v
 
 
 class LatentAttention(nnx.Module):
-    """Attention whose keys and values pass through a vector of low rank. ``head_dim`` is that of queries and keys."""
+    """Attention whose keys and values pass through a vector of low rank; what is shorter than a head is padded."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Makes the projections down to the low ranks and up again."""
@@ -26,14 +26,15 @@ class LatentAttention(nnx.Module):
         down = {"bias": c.qkv_bias, "rngs": rngs, "dtype": dtype}
         up = {"bias": False, "rngs": rngs, "dtype": dtype}
         heads = c.num_heads
+        queries = heads * (m.plain_dim + m.rotary_dim)
         if m.query_rank is None:
-            self.q_proj = Linear(c.width, heads * c.head_dim, **up)
+            self.q_proj = Linear(c.width, queries, **up)
             self.q_a_proj = self.q_a_norm = self.q_b_proj = None
         else:
             self.q_proj = None
             self.q_a_proj = Linear(c.width, m.query_rank, **down)
             self.q_a_norm = Norm(m.query_rank, c, dtype=dtype, eps=m.norm_eps)
-            self.q_b_proj = Linear(m.query_rank, heads * c.head_dim, **up)
+            self.q_b_proj = Linear(m.query_rank, queries, **up)
         self.kv_a_proj = Linear(c.width, m.kv_rank + m.rotary_dim, **down)
         self.kv_a_norm = Norm(m.kv_rank, c, dtype=dtype, eps=m.norm_eps)
         self.kv_b_proj = Linear(m.kv_rank, heads * (m.plain_dim + m.value_dim), **up)
@@ -62,15 +63,17 @@ class LatentAttention(nnx.Module):
         def rotated(a):
             return rope.rotate(a, cos, sin, neighbours=c.rope.neighbours)
 
-        q = self._queries(x).reshape(*lead, heads, c.head_dim)
+        def padded(a):
+            """As long as ``head_dim``: every way to compute attention takes queries, keys and values of one length."""
+            return jnp.pad(a, [(0, 0)] * 3 + [(0, c.head_dim - a.shape[-1])])
+
+        q = self._queries(x).reshape(*lead, heads, -1)
         q = jnp.concatenate([q[..., : m.plain_dim], rotated(q[..., m.plain_dim :])], axis=-1)
         low = self.kv_a_proj(x)
         shared = rotated(low[..., None, m.kv_rank :])
         kv = self.kv_b_proj(self.kv_a_norm(low[..., : m.kv_rank])).reshape(*lead, heads, m.plain_dim + m.value_dim)
         k = jnp.concatenate([kv[..., : m.plain_dim], jnp.broadcast_to(shared, (*lead, heads, m.rotary_dim))], axis=-1)
-        # values as long as keys, which is what every way to compute attention takes
-        v = jnp.pad(kv[..., m.plain_dim :], [(0, 0)] * 3 + [(0, c.head_dim - m.value_dim)])
-        k, v = memory.extended(k, v)
-        inputs = AttentionInputs(q[:, :, :, None], k, v, visible_to(c, context, data))
+        k, v = memory.extended(padded(k), padded(kv[..., m.plain_dim :]))
+        inputs = AttentionInputs(padded(q)[:, :, :, None], k, v, visible_to(c, context, data))
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
         return self.o_proj(out[:, :, :, 0, : m.value_dim].reshape(*lead, heads * m.value_dim))

@@ -41,10 +41,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         value_dim=r.size("v_head_dim", 128),
         norm_eps=1e-6,
     )
-    head_dim = latent.plain_dim + latent.rotary_dim
-    if latent.value_dim > head_dim:
-        r.problems.append(f"config.json: 'v_head_dim' = {latent.value_dim}; expected at most {head_dim}")
-    r.must_be("qk_head_dim", head_dim)
+    query_dim = latent.plain_dim + latent.rotary_dim
+    r.must_be("qk_head_dim", query_dim)
     r.must_be("head_dim", latent.rotary_dim)
     r.must_be("num_key_value_heads", heads)
     r.must_be("topk_method", "noaux_tc")
@@ -59,14 +57,14 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         family=MODEL_TYPE,
         **sizes,
         num_kv_heads=heads,
-        head_dim=head_dim,
+        head_dim=max(query_dim, latent.value_dim),
         max_positions=positions,
         norm_eps=r.get("rms_norm_eps", float, 1e-6),
         rope=rope,
         qkv_bias=bias,
         out_bias=bias,
         latent=latent,
-        attention_scale=head_dim**-0.5 * _score_factor(r, rope) ** 2,
+        attention_scale=query_dim**-0.5 * _score_factor(r, rope) ** 2,
         windows=(None,) * layers,
         layer_kinds=tuple(LayerKind(mixer="latent", mlp="dense" if i < dense else "routed") for i in range(layers)),
         activation=r.activation("hidden_act", "silu"),

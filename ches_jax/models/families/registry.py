@@ -128,6 +128,9 @@ def _misfits(config: DecoderConfig) -> Iterator[str]:
     """Values that are fine by themselves and not together, or that divide by zero."""
     if config.num_heads % config.num_kv_heads:
         yield f"config.json: {config.num_heads} heads are not a multiple of {config.num_kv_heads} kv heads"
+    e = config.experts
+    if e is not None and e.per_token > e.count:
+        yield f"config.json: {e.per_token} experts for a token of {e.count}; expected no more than there are"
     bounds = {
         "soft cap of attention": config.attention_softcap,
         "soft cap of the logits": config.logit_softcap,
