@@ -1,6 +1,5 @@
 """The stages after the pairs: each is a command of the product, and what it measured by ``row_id``."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.forecast.config import ForecastScale
-from experiments.forecast.data import pairs_file
+from experiments.forecast.data import pairs_file, write_pool
 from experiments.framework.item import Work
 from experiments.framework.training import run_training
 
@@ -163,21 +162,50 @@ def _changes(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
+def open_pool(work: Work, lr: float, seed: int) -> dict[str, Any]:
+    """Draw the pool of a seed; its own-pair scores and its influences, which its filters read."""
+    from ches_jax.forecast.config import InfluenceConfig
+    from ches_jax.forecast.run import influence
+    from ches_jax.runs.directory import RUN, read_json
+    from ches_jax.scores.config import ScoreConfig
+    from ches_jax.scores.run import score
+
+    pool = write_pool(work, seed)
+    scores, influences = _tables(work, seed)
+    for out in (scores, influences):
+        shutil.rmtree(out, ignore_errors=True)
+    model, options = str(tuned_model(work)), recipe(work, lr, seed) | {"pairs": str(pool)}
+    shared = {n: options[n] for n in ("pairs", "on_bad_row", "mesh")}
+    score(ScoreConfig(model=model, by="head_score", out=str(scores), **shared), quiet=work.quiet)
+    probes = str(pairs_file(work, "probes"))
+    influence(InfluenceConfig(model=model, probes=probes, out=str(influences), **options), quiet=work.quiet)
+    return {"concentration": read_json(influences / RUN)["concentration"]}
+
+
+def _tables(work: Work, seed: int) -> tuple[Path, Path]:
+    return work.folder(f"scores-pool-{seed}"), work.folder(f"influence-pool-{seed}")
+
+
+FILTER_RULES = {
+    "influence": ("influence", "lowest"), "ln_ches": ("ln_ches", "lowest"), "ches": ("ches", "lowest"),
+    "head_score": ("head_score", "lowest"), "rejected_tokens": ("column:rejected_tokens", "lowest"),
+    "random": ("random", "lowest"), "least_influence": ("influence", "highest"),
+}  # fmt: skip
+"""Filters that leave pairs out: the score, and which end of it is kept."""
+
+
 def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any]:
-    """DPO on what a filter keeps, as many updates as on all; the changes of the test pairs."""
+    """DPO on what a filter keeps of a seed's pool, as many updates as on all; the changes of the test pairs."""
     from ches_jax.train.config import TrainConfig
 
-    options = recipe(work, lr, seed)
-    if name == "soft_influence":
-        options |= {"pairs": str(_selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
+    options = recipe(work, lr, seed) | {"pairs": str(pairs_file(work, f"pool-{seed}"))}
+    if name in FILTER_RULES:
+        by, end = FILTER_RULES[name]
+        options |= {"pairs": _selected(work, by, f"{end}:{1 - work.config.dropped:g}", seed)}
+    elif name == "soft_influence":
+        options |= {"pairs": _selected(work, "influence", "soft:0.5", seed), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
-    elif name not in ("all", "rejected_tokens"):
-        kept = 1 - work.config.dropped
-        by, keep = ("influence", "highest") if name == "least_influence" else (name, "lowest")
-        options["pairs"] = str(_selected(work, lr, by, f"{keep}:{kept:g}", seed))
-    elif name == "rejected_tokens":
-        options["pairs"] = str(_short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
     found = run_training(
         TrainConfig(
@@ -189,38 +217,13 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
     return _changes(found.of("held_out"))
 
 
-def influence_table(work: Work, lr: float) -> Path:
-    """The directory of ``ches influence`` of the probes, made once."""
-    from ches_jax.forecast.config import InfluenceConfig
-    from ches_jax.forecast.run import influence
-    from ches_jax.runs.directory import RUN
-
-    out = work.folder("influence")
-    if not (out / RUN).exists():
-        shutil.rmtree(out, ignore_errors=True)
-        options = {"probes": str(pairs_file(work, "probes")), "out": str(out), **recipe(work, lr)}
-        influence(InfluenceConfig(model=str(tuned_model(work)), **options), quiet=work.quiet)
-    return out
-
-
-def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
-    """``ches select`` on the table that has the score."""
+def _selected(work: Work, by: str, keep: str, seed: int) -> str:
+    """The pairs that ``ches select`` keeps of a seed's pool."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
 
-    table = influence_table(work, lr) if by == "influence" else work.folder("scores-train")
-    out = work.folder(f"selected-{by}-{keep.replace(':', '-')}-{seed}")
+    scores, influences = _tables(work, seed)
+    out = work.folder(f"selected-{by}-{keep}-{seed}".replace(":", "-"))
     shutil.rmtree(out, ignore_errors=True)
-    select(SelectConfig(scores=table, by=by, keep=keep, seed=seed, out=out))
-    return out / "pairs.jsonl"
-
-
-def _short_rejected(work: Work) -> Path:
-    """The pairs with the shortest rejected responses: the control of length."""
-    from experiments.framework.training import write_rows
-
-    scores = work.value("scores")["train"]
-    kept = round((1 - work.config.dropped) * len(scores["row_id"]))
-    order = np.argsort(np.array(scores["rejected_tokens"]), kind="stable")[:kept]
-    rows = [json.loads(line) for line in pairs_file(work, "train").read_text(encoding="utf-8").splitlines()]
-    return write_rows(work.folder("short-rejected.jsonl"), [rows[i] for i in sorted(scores["index"][k] for k in order)])
+    select(SelectConfig(scores=influences if by == "influence" else scores, by=by, keep=keep, seed=seed, out=out))
+    return str(out / "pairs.jsonl")

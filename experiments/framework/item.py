@@ -266,7 +266,7 @@ def run_command(result: dict[str, Any]) -> str:
     """The command that made a result."""
     config = result["config"]
     words = [f"python -m experiments.run {result['item']} --scale {result['scale']}"]
-    if result["scale"] == "small":
+    if result["scale"].startswith("small"):
         words += [f"--{name} {config[name]}" for name in ("model", "pairs")]
     return " ".join(words)
 
