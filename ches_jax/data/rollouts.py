@@ -151,7 +151,7 @@ def _cell(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Any:
             raise DataError(f"no column {columns[name]!r}; found: {', '.join(map(str, row)) or 'none'}")
         return value
     there = [n for n in NAMES[name] if row.get(n) is not None]
-    different = [n for n in there if row[n] != row[there[0]]]
+    different = [n for n in there[1:] if row[n] != row[there[0]]]
     if different:
         raise DataError(
             f"{name} may be column {there[0]!r} or column {different[0]!r}: choose with --columns {name}={there[0]} or "
