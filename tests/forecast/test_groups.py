@@ -122,16 +122,23 @@ def test_every_response_has_a_row_and_the_summary_counts_them(finished):
     assert not (out / "parts").exists()
 
 
+def two(first, second, **more):
+    """Two responses to one prompt, with rewards."""
+    rewards = {"reward": 1} if more.get("equal") else {}
+    rows = [{"prompt": "p? ", "response": r, **rewards} for r in (first, second)]
+    return rows if more.get("equal") or more.get("bare") else [{**r, "reward": n} for n, r in enumerate(rows)]
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"prompt": "p? ", "response": " a"}, {"prompt": "p? ", "response": " b"}], [], "not known which responses won"),
-        ([{"prompt": "p? ", "response": f" {r}", "reward": 1} for r in "ab"], [], "rewards are equal within each of its 1"),
-        ([{"prompt": "p? ", "response": r, "reward": len(r)} for r in ("a", "")], [], "the chosen response is empty"),
-        ([{"prompt": "p? ", "response": f" {r}", "reward": ord(r)} for r in "ab"], ["--optimizer", "adafactor"], "metric is"),
-        ([{"prompt": "p? ", "response": f" {r}", "reward": ord(r)} for r in "ab"], ["--lr", "0"], "--lr 0.0: expected a pos"),
+        (two(" a", " b", bare=True), [], "not known which responses won"),
+        (two(" a", " b", equal=True), [], "rewards are equal within each of its 1"),
+        (two(" a", ""), [], "the chosen response is empty"),
+        (two(" a", " b"), ["--optimizer", "adafactor"], "its metric is not known"),
+        (two(" a", " b"), ["--lr", "0"], "--lr 0.0: expected a positive number"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_anything_is_written(tiny_model, tmp_path, capsys, rows, options, message):
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -146,3 +153,26 @@ def test_a_finished_run_is_taken_as_it_is_and_another_one_is_refused(finished):
     assert groups(config, resume=True, quiet=True) == out and (out / GROUPS).read_bytes() == before
     with pytest.raises(ChesError):
         groups(GroupsConfig(**{**vars(config), "objective": "rloo"}), resume=True, quiet=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    from ches_jax.forecast import group_run
+
+    out, config = finished
+    write = group_run.write_table
+    monkeypatch.setattr(group_run, "CHUNK", 1)
+
+    def stop_at_the_third(path, table):
+        if path.name == "part-000002.parquet":
+            raise KeyboardInterrupt
+        write(path, table)
+
+    again = GroupsConfig(**{**vars(config), "out": str(tmp_path / "run")})
+    monkeypatch.setattr(group_run, "write_table", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        groups(again, quiet=True)
+    monkeypatch.setattr(group_run, "write_table", write)
+    monkeypatch.setattr(group_run, "group_updates", None)  # what is there is not computed again
+    groups(again, resume=True, quiet=True)
+    assert pq.read_table(tmp_path / "run" / GROUPS).equals(pq.read_table(out / GROUPS))
