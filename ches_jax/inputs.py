@@ -23,9 +23,12 @@ from ches_jax.hf.directory import (
     file_digests,
     joined_fingerprint,
     model_files,
+    read_config,
     resolve,
     weight_files,
 )
+from ches_jax.hf.quantised.schemes import scheme_of
+from ches_jax.hf.text_part import text_config
 from ches_jax.models.adapters.peft import adapter_directory, adapter_files
 from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
@@ -99,6 +102,8 @@ class Opener:
         self._prints[f"{option}_fingerprint"] = joined_fingerprint(
             digests, [directory / CONFIG, *weight_files(directory)]
         )
+        if scheme := scheme_of(text_config(read_config(directory))):
+            self._prints[f"{option}_quantisation"] = scheme.name
         return ModelFiles(directory, decoder)
 
     def tokenizer(self, model: ModelFiles, template: Template = "auto") -> "PreTrainedTokenizerBase":
@@ -217,12 +222,12 @@ class Inputs:
     def chunks(
         self,
         first: int = 0,
-        mine: Callable[[int], bool] = lambda number: True,
+        wanted: Callable[[int], bool] = lambda number: True,
         at_end: Callable[[int], None] = lambda number: None,
     ) -> Iterator[tuple[int, list[TokenPair]]]:
         """Numbered chunks of tokenised pairs, from chunk ``first`` on; those that are not ``mine`` are passed over.
 
-        ``at_end`` is told the number of all chunks when the data have come to their end.
+        ``at_end`` is called with the number of all chunks when the data have come to their end.
         A chunk holds all pairs of ``chunk_rows`` rows of the data.
         The next chunk is read and tokenised in a thread while the caller works on this one.
         """
@@ -238,7 +243,7 @@ class Inputs:
                 if not chunk:
                     at_end(number)
                     return None
-                if mine(number):
+                if wanted(number):
                     return number, self.tokenizer(chunk)
             return None
 

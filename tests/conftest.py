@@ -47,10 +47,18 @@ def tiny_model(tmp_path_factory) -> Path:
     from ches_jax.models.families.registry import decoder_config
 
     raw = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1291, "hidden_size": 24,
-        "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 1291,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(7))
     # small weights make a random model near linear; larger ones let attention matter
     nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))

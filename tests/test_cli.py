@@ -1,4 +1,4 @@
-"""The command line as a person meets it: results where they are told, one message and exit code 2 for bad input."""
+"""The command line as a person meets it: results where they are expected, one message and exit code 2 for bad input."""
 
 import json
 import re
@@ -167,7 +167,7 @@ BAD_MODELS = {
     "several": (lambda m: rewrite_config(m, hidden_act="cubic", vocab_size="x"), r"2 problems(.|\n)*x(.|\n)*cubic"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), r"tokenizer"),
     "small vocabulary": (lambda m: rewrite_config(m, vocab_size=30), r"vocabulary has 30"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)

@@ -17,12 +17,38 @@ from ches_jax.cli.suggest import DIFFERENT, SAME, corrected
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "datasets", "pyarrow", "matplotlib", "torch"}
 PUBLIC = {
-    "load_model", "load_tokenizer", "bundled", "score_pairs", "pair_statistics", "ches", "ln_ches", "head_score",
-    "displacement_summary", "get_loss", "incentives",
-    "score", "ScoreConfig", "select", "SelectConfig", "train", "TrainConfig", "diagnose", "DiagnoseConfig",
-    "generate", "GenerateConfig", "judge", "JudgeConfig", "report", "doctor", "DoctorConfig", "convert",
-    "ConvertConfig", "verify", "ChesError", "__version__",
-}  # fmt: skip
+    "load_model",
+    "load_tokenizer",
+    "bundled",
+    "score_pairs",
+    "pair_statistics",
+    "ches",
+    "ln_ches",
+    "head_score",
+    "displacement_summary",
+    "get_loss",
+    "incentives",
+    "score",
+    "ScoreConfig",
+    "select",
+    "SelectConfig",
+    "train",
+    "TrainConfig",
+    "diagnose",
+    "DiagnoseConfig",
+    "generate",
+    "GenerateConfig",
+    "judge",
+    "JudgeConfig",
+    "report",
+    "doctor",
+    "DoctorConfig",
+    "convert",
+    "ConvertConfig",
+    "verify",
+    "ChesError",
+    "__version__",
+}
 VERBS = ("score", "select", "train", "diagnose", "generate", "judge", "report", "doctor", "convert", "verify")
 
 
@@ -181,7 +207,7 @@ MISTYPED = {
     ("score", "--dtype", "bf16"): "did you mean bfloat16",
     ("score", "--batch-size", "8"): "--batch-tokens",
     ("select", "--out", "x"): "--scores must be given",
-    ("train", "--beta", "0.1"): "--loss-args beta=0.1",
+    ("train", "--beta", "0.1"): "--loss 'dpo(beta=0.1)', or given as --loss-args beta=0.1",
     ("train", "--per_device_train_batch_size", "4"): "--batch-size N",
     ("train", "--loss", "ipo"): "ipo_mean",
     ("train", "--lr", "fast"): "--lr 'fast': expected a number",

@@ -18,13 +18,15 @@ SCRIPT = (
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for through the C library of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are requested through the C library of Linux")
 @pytest.mark.parametrize("tunables", ["", "glibc.malloc.tcache_count=3", "glibc.malloc.hugetlb=0"])
 def test_one_process_from_beginning_to_end(tunables):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, "a b", "--c"],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "GLIBC_TUNABLES": tunables},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GLIBC_TUNABLES": tunables},
+    )
     (line,) = process.communicate()[0].splitlines()
     pid, setting, words = json.loads(line)
     assert process.returncode == 0 and pid == process.pid and words == ["a b", "--c"]

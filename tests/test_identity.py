@@ -56,9 +56,7 @@ def run(verb, folder, **options):
         "score": lambda: score(ScoreConfig(model=model, pairs=data, out=out), **options),
         "generate": lambda: generate(GenerateConfig(model=model, prompts=data, out=out), **options),
         "judge": lambda: judge(
-            JudgeConfig(
-                by="model", judge=model, judge_template=str(folder / "question.txt"), responses=data, out=out
-            ),
+            JudgeConfig(by="model", judge=model, judge_template=str(folder / "question.txt"), responses=data, out=out),
             **options,
         ),
         "judge by rules": lambda: judge(
@@ -69,12 +67,17 @@ def run(verb, folder, **options):
         ),
         "train": lambda: train(
             TrainConfig(
-                model=model, pairs=data, out=out, reference=str(folder / "other"),
-                eval_pairs=str(folder / "held_out.jsonl"), probes=data,
+                model=model,
+                pairs=data,
+                out=out,
+                reference=str(folder / "other"),
+                eval_pairs=str(folder / "held_out.jsonl"),
+                probes=data,
                 mesh="data=1",
-            ), **options,
+            ),
+            **options,
         ),
-    }  # fmt: skip
+    }
     with pytest.raises(Halt):
         verbs[verb]()
 

@@ -22,8 +22,8 @@ EXAMPLES = {
         "ches doctor --pairs train.jsonl --against test.jsonl --json",
     ),
     "select": (
-        "ches select --scores runs/score-001 --out kept",
-        "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
+        "ches select --scores runs/influence-001 --keep lowest:0.75 --out kept",
+        "ches select --scores runs/influence-001 --keep lowest:0.75 --control length --out control",
         "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
         "--dedup near --out clear",
     ),
@@ -130,9 +130,13 @@ def _sentences(command: type[Any]) -> list[str]:
 def _wrapped(text: str, first: str = "") -> list[str]:
     width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
     wrapped = textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=" " * len(first),
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return wrapped or [first.rstrip()]
 
 

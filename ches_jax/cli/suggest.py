@@ -8,21 +8,52 @@ from ches_jax.cli.options import Option, options_of
 from ches_jax.errors import ChesError, did_you_mean
 
 SAME = {
-    "model-name-or-path": "model", "model-name": "model", "model-path": "model", "pretrained": "model",
-    "adapter-name-or-path": "adapter", "peft": "adapter", "torch-dtype": "dtype",
-    "dataset-name": "pairs prompts", "dataset": "pairs prompts", "dataset-path": "pairs prompts",
-    "data": "pairs prompts", "train-file": "pairs", "eval-dataset": "eval-pairs",
-    "dataset-split": "split", "dataset-train-split": "split",
-    "max-samples": "limit", "max-train-samples": "limit", "max-seq-length": "max-length", "max-seq-len": "max-length",
-    "output-dir": "out", "output-path": "out", "output": "out", "run-dir": "run",
-    "learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "epochs", "max-steps": "steps",
-    "lr-scheduler-type": "schedule", "warmup-steps": "warmup", "max-grad-norm": "clip", "loss-type": "loss",
-    "ref-model": "reference", "ref-model-name-or-path": "reference", "optim": "optimizer",
-    "lora-r": "lora-rank", "gradient-checkpointing": "remat", "save-steps": "save-every", "eval-steps": "eval-every",
-    "save-total-limit": "keep", "report-to": "tracker",
-    "num-samples": "samples", "num-return-sequences": "samples", "max-tokens": "max-new-tokens",
-    "max-gen-toks": "max-new-tokens", "stop-sequences": "stop",
-}  # fmt: skip
+    "model-name-or-path": "model",
+    "model-name": "model",
+    "model-path": "model",
+    "pretrained": "model",
+    "adapter-name-or-path": "adapter",
+    "peft": "adapter",
+    "torch-dtype": "dtype",
+    "dataset-name": "pairs prompts",
+    "dataset": "pairs prompts",
+    "dataset-path": "pairs prompts",
+    "data": "pairs prompts",
+    "train-file": "pairs",
+    "eval-dataset": "eval-pairs",
+    "dataset-split": "split",
+    "dataset-train-split": "split",
+    "max-samples": "limit",
+    "max-train-samples": "limit",
+    "max-seq-length": "max-length",
+    "max-seq-len": "max-length",
+    "output-dir": "out",
+    "output-path": "out",
+    "output": "out",
+    "run-dir": "run",
+    "learning-rate": "lr",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "max-steps": "steps",
+    "lr-scheduler-type": "schedule",
+    "warmup-steps": "warmup",
+    "max-grad-norm": "clip",
+    "loss-type": "loss",
+    "ref-model": "reference",
+    "ref-model-name-or-path": "reference",
+    "optim": "optimizer",
+    "lora-r": "lora-rank",
+    "gradient-checkpointing": "remat",
+    "save-steps": "save-every",
+    "eval-steps": "eval-every",
+    "save-total-limit": "keep",
+    "report-to": "tracker",
+    "num-samples": "samples",
+    "num-return-sequences": "samples",
+    "max-tokens": "max-new-tokens",
+    "max-gen-toks": "max-new-tokens",
+    "stop-sequences": "stop",
+}
 """A name elsewhere -> the option that takes the same value (the first that the verb has)."""
 WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir", "trl-log": "path", "log": "path"}
 """A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
@@ -32,12 +63,17 @@ DIFFERENT = {
     "train-batch-size": "--batch-size N is the pairs of an update over all devices",
     "per-device-eval-batch-size": "evaluation takes packed rows; --row-tokens says how long they are",
     "gradient-accumulation-steps": "--accumulate K cuts the --batch-size pairs of an update into K micro-batches",
-    "beta": "hyper-parameters of the loss are given as --loss-args beta=0.1",
-    "label-smoothing": "hyper-parameters of the loss are given as --loss-args label_smoothing=0.1",
+    "beta": "numbers of the loss are written with it, --loss 'dpo(beta=0.1)', or given as --loss-args beta=0.1",
+    "label-smoothing": "numbers of the loss are written with it: --loss 'cdpo(label_smoothing=0.1)', or of any loss "
+    "smooth(simpo, 0.1)",
+    "loss-weights": "weights are written into the --loss: 0.8*sigmoid + 0.2*sft",
     "weight-decay": "hyper-parameters of the optimiser are given as --optimizer-args weight_decay=0.01",
     "warmup-ratio": "--warmup is a number of updates",
-    "bf16": "--dtype bfloat16", "fp16": "--dtype float16", "fp32": "--dtype float32",
-    "use-peft": "--lora-rank 16 trains adapters", "lora-target-modules": "--lora-targets q,v, or all-linear",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "fp32": "--dtype float32",
+    "use-peft": "--lora-rank 16 trains adapters",
+    "lora-target-modules": "--lora-targets q,v, or all-linear",
     "attn-implementation": "--attention auto, blocks or dense",
     "device": "--mesh data=4 lays out the devices; JAX_PLATFORMS=cpu picks the platform",
     "logging-steps": "every update is written to metrics.jsonl",
@@ -49,7 +85,7 @@ DIFFERENT = {
     "resume-from-checkpoint": "--resume continues the run that --out holds",
     "push-to-hub": "the trained model is OUT/model, a directory that huggingface-cli upload takes",
     "trust-remote-code": "no code of a model directory is ever run",
-}  # fmt: skip
+}
 """A name elsewhere -> what to say here, because the value means something else."""
 
 
@@ -108,7 +144,7 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
         o.field.upper() if o.positional else f"--{o.name}" for o in options if o.required and o.field not in seen
     ]
     if missing:
-        raise ChesError(f"ches {verb}: {' and '.join(missing)} must be given; ches {verb} --help tells what it is")
+        raise ChesError(f"ches {verb}: {' and '.join(missing)} must be given; ches {verb} --help says what it is")
     return out
 
 

@@ -381,7 +381,10 @@ def pack(
       length_threshold: sequences longer than this are not shared (``RopeConfig.length_threshold``).
     """
     for plan in plan_batches(
-        items, length=length, rows_per_batch=rows_per_batch, row_multiple=row_multiple,
+        items,
+        length=length,
+        rows_per_batch=rows_per_batch,
+        row_multiple=row_multiple,
         length_threshold=length_threshold,
-    ):  # fmt: skip
+    ):
         yield write_batch(items, plan, eos, length_threshold), plan.placements()

@@ -28,9 +28,16 @@ FILE_NAME = "displacement.parquet"
 PARTS = "displacement"
 """Folder with one file for each evaluation of a run that is not finished."""
 SUMMARY = (
-    "dlogp_chosen", "dlogp_chosen_median", "dlogp_rejected", "dlogp_rejected_median", "margin", "lld_rate",
-    *(f"{regime}_rate" for regime in REGIMES), "chosen_share", "rejected_share",
-)  # fmt: skip
+    "dlogp_chosen",
+    "dlogp_chosen_median",
+    "dlogp_rejected",
+    "dlogp_rejected_median",
+    "margin",
+    "lld_rate",
+    *(f"{regime}_rate" for regime in REGIMES),
+    "chosen_share",
+    "rejected_share",
+)
 """Names of the numbers of :func:`displacement_summary`, without ``displacement/``."""
 Direction = Literal["up", "down", "level", "undecided"]
 
@@ -67,7 +74,7 @@ class Changes:
     """What is counted: pairs; logged steps, which are means of training batches; evaluations of the same held-out
     pairs."""
     scale: Literal["nats", "sign", "per token"] = "nats"
-    """``sign``: in an unknown unit, so that only directions can be told; ``per token``: means over tokens."""
+    """``sign``: in an unknown unit, so that only directions are known; ``per token``: means over tokens."""
     held_out: bool = False
     """Whether the pairs were watched and not trained on."""
     curve: Curve | None = None

@@ -81,7 +81,7 @@ UNMEASURED = Harm(())
 
 
 def margin_criterion(direction: str, interval: str, held_out: bool) -> Criterion:
-    """Did the margin fall? Told by held-out pairs; training pairs cannot say that quality held."""
+    """Did the margin fall? Held-out pairs say so; training pairs cannot say that quality held."""
     name = "the held-out margin fell" if held_out else "the margin of the training pairs fell"
     outcome = (
         "met" if direction == "down" else "not met" if direction in ("up", "level") and held_out else "not measured"
@@ -115,9 +115,13 @@ def text_criteria(before: Path | None, after: Path | None) -> list[Criterion]:
     size = f"{np.exp(ratio.mean):.2f} times as long [{np.exp(ratio.low):.2f}, {np.exp(ratio.high):.2f}]"
     return [
         Criterion(names[0], longer, f"{size}; criterion {LONGER:g} either way", True),
-        Criterion(names[1], "met" if repeat.low > REPEATS else "not met",
-                  f"share of repeated 4-grams {repeat}; criterion +{REPEATS:g}", True),
-    ]  # fmt: skip
+        Criterion(
+            names[1],
+            "met" if repeat.low > REPEATS else "not met",
+            f"share of repeated 4-grams {repeat}; criterion +{REPEATS:g}",
+            True,
+        ),
+    ]
 
 
 def judged_criterion(judgments: Sequence[Path], want: str | None) -> Criterion:

@@ -85,7 +85,7 @@ def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) ->
         return "per token", 1.0, [*notes, why]
     known, whence = _beta(log, settings, beta)
     if known is None:
-        return "sign", 1.0, [*notes, "beta is not known, so only directions are told; --beta NUMBER gives nats"]
+        return "sign", 1.0, [*notes, "beta is not known, so only directions are reported; --beta NUMBER gives nats"]
     return "nats", known, [*notes, f"beta {known:g} ({whence}) turns rewards into nats"]
 
 
@@ -104,9 +104,15 @@ def _changes(log: Log, name: str, curve: Curve, scale: Scale, notes: tuple[str, 
             "intervals are over blocks of steps, each on other pairs; training pairs tell less than held-out",
         )
     return Changes(
-        curve.chosen, curve.rejected, log.source, notes, unit="evaluations" if held_out else "steps", scale=scale,
-        held_out=held_out, curve=curve,
-    )  # fmt: skip
+        curve.chosen,
+        curve.rejected,
+        log.source,
+        notes,
+        unit="evaluations" if held_out else "steps",
+        scale=scale,
+        held_out=held_out,
+        curve=curve,
+    )
 
 
 def _has(log: Log, prefix: str) -> list[str]:
@@ -122,6 +128,8 @@ def _require_rewards(log: Log) -> None:
                 f"are outputs of that model and no log-probabilities; {HOW_TO_LOG}"
             )
         return
+    if not log.names:
+        raise ChesError(f"{log.source}: has no metrics in it yet; {HOW_TO_LOG}")
     one = [side for side in SIDES for name in ("held_out", "train") if log.get(name, side)]
     found = ", ".join(log.names[:8]) + (", ..." if len(log.names) > 8 else "")
     if one:
@@ -227,17 +235,19 @@ def _per_token(log: Log, settings: RunSettings) -> str | None:
         if np.concatenate(logps).min() <= -SHORT:
             return None
         return (
-            f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are told. If "
-            "they are sums over whole responses, say so with --rewards changes"
+            f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are reported."
+            " If they are sums over whole responses, say so with --rewards changes"
         )
     if settings.loss in PER_TOKEN:
-        return f"{settings.loss} averages log-probabilities over tokens: directions are told, and no nats of responses"
+        return (
+            f"{settings.loss} averages log-probabilities over tokens: directions are reported, and no nats of responses"
+        )
     return None
 
 
-def _beta(log: Log, settings: RunSettings, given: float | None) -> tuple[float | None, str]:
+def _beta(log: Log, settings: RunSettings, option: float | None) -> tuple[float | None, str]:
     """Beta and where it is from. What several places tell must agree."""
-    known = [(given, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
+    known = [(option, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
     known.append((settings.beta, settings.beta_from))
     betas = [(value, where) for value, where in known if value is not None]
     for value, where in betas[1:]:

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from ches_jax.inputs import Inputs
 
 ADAPTER = "adapter_config.json"
-OPTIONS = (
-    "pairs", "split", "columns", "candidates", "limit", "eos", "template", "max_length", "dtype", "on_bad_row"
-)  # fmt: skip
+OPTIONS = ("pairs", "split", "columns", "candidates", "limit", "eos", "template", "max_length", "dtype", "on_bad_row")
 """Of a diagnosis, which decide how models score."""
 
 
@@ -85,10 +83,16 @@ def generated_and_judged(
     out = []
     for name, model in (("before", config.before), ("after", config.after)):
         responses = generate(
-            GenerateConfig(model=model, prompts=str(config.generate), template=config.template, dtype=config.dtype,
-                           temperature=0.0, out=str(work / f"responses-{name}")),
+            GenerateConfig(
+                model=model,
+                prompts=str(config.generate),
+                template=config.template,
+                dtype=config.dtype,
+                temperature=0.0,
+                out=str(work / f"responses-{name}"),
+            ),
             quiet=quiet,
-        )  # fmt: skip
+        )
         judged = judge(JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=quiet)
         out.append((str(responses), str(judged)))
     (first, one), (second, other) = out

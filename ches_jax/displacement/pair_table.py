@@ -46,12 +46,14 @@ def pair_table(
         rows = {name: np.asarray(values).tolist() for name, values in (part.rows or {}).items()}
         rows.setdefault("index", list(range(count)))
         block = {
-            "row_id": rows.pop("row_id", [None] * count), **rows,
+            "row_id": rows.pop("row_id", [None] * count),
+            **rows,
             "set": ["held_out" if part.held_out else "train"] * count,
-            "dlogp_chosen": part.chosen.tolist(), "dlogp_rejected": part.rejected.tolist(),
+            "dlogp_chosen": part.chosen.tolist(),
+            "dlogp_rejected": part.rejected.tolist(),
             "dmargin": (part.chosen - part.rejected).tolist(),
             "regime": regimes(part.chosen, part.rejected, tolerance).tolist(),
-        }  # fmt: skip
+        }
         done = len(columns.get("set", []))
         for name in {**columns, **block}:
             values = columns.setdefault(name, [None] * done)
@@ -104,12 +106,16 @@ def worst_rows(table: pa.Table) -> tuple[Mapping[str, Any], ...]:
     held_out = [row for row in rows if row["set"] == "held_out"]
     return tuple(
         {
-            "row_id": row["row_id"], "index": row["index"], "set": row["set"], "chosen": row["dlogp_chosen"],
-            "rejected": row["dlogp_rejected"], "text": in_a_line(row.get("chosen") or ""),
+            "row_id": row["row_id"],
+            "index": row["index"],
+            "set": row["set"],
+            "chosen": row["dlogp_chosen"],
+            "rejected": row["dlogp_rejected"],
+            "text": in_a_line(row.get("chosen") or ""),
             **{name: row[name] for name in (*SCORES, *itertools.chain(*JOINED.values())) if row.get(name) is not None},
         }
         for row in (held_out or rows)[:WORST]
-    )  # fmt: skip
+    )
 
 
 def in_a_line(text: str) -> str:

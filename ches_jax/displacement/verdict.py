@@ -38,8 +38,13 @@ VERDICTS = ("displaced", "chosen_down", "not_displaced", "undecided")
 FEW = 30
 """Pairs below which the intervals are called rough."""
 NAMES = ("chosen", "rejected", "margin")
-FORMER = {"both_down_margin_up": "displaced", "wanted": "not_displaced", "both_up": "not_displaced",
-          "flat": "not_displaced", "inverted": "margin<0"}  # fmt: skip
+FORMER = {
+    "both_down_margin_up": "displaced",
+    "wanted": "not_displaced",
+    "both_up": "not_displaced",
+    "flat": "not_displaced",
+    "inverted": "margin<0",
+}
 """Verdicts on a run until 0.1, and what says the same now."""
 METHODS = {
     "pairs": "bootstrap-t over records",

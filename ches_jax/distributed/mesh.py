@@ -96,9 +96,11 @@ class LogicalMesh:
             )
         if AxisType.Manual in mesh.axis_types:
             raise ChesError(f"mesh={dict(mesh.shape)}: has manual axes; make it with auto or explicit ones")
-        parts = {name: (name,) for name in AXES if name in mesh.shape} if axes is None else {
-            name: (value,) if isinstance(value, str) else tuple(value) for name, value in axes.items()
-        }  # fmt: skip
+        parts = (
+            {name: (name,) for name in AXES if name in mesh.shape}
+            if axes is None
+            else {name: (value,) if isinstance(value, str) else tuple(value) for name, value in axes.items()}
+        )
         used = [name for names in parts.values() for name in names]
         problems = [
             *(f"axes has {name!r}; expected {', '.join(AXES)}" for name in parts if name not in AXES),

@@ -1,7 +1,7 @@
 """``ches forecast`` and ``ches influence``: a model and pairs to a run directory with the table of forecasts.
 
 The direction (frozen updates, or M G_P) is computed once and kept; then the pairs pass in chunks, one part each, so
-that a killed run goes on where it was. Parts and direction go when all is joined.
+that a killed run continues where it was. Parts and direction go when all is joined.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,11 +126,15 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
         return {
             **_identity_columns(pairs, config),
             "set": [which] * len(pairs),
-            "forecast_chosen": both[0], "forecast_rejected": both[1],
-            "first_chosen": first[0], "first_rejected": first[1],
-            "second_chosen": halves[0], "second_rejected": halves[1],
-            "logp_chosen": logps[0], "logp_rejected": logps[1],
-        }  # fmt: skip
+            "forecast_chosen": both[0],
+            "forecast_rejected": both[1],
+            "first_chosen": first[0],
+            "first_rejected": first[1],
+            "second_chosen": halves[0],
+            "second_rejected": halves[1],
+            "logp_chosen": logps[0],
+            "logp_rejected": logps[1],
+        }
 
     work = [(which, part) for which, pairs in sets.items() for part in _chunks(pairs, config.chunk_rows)]
     with clock.stage("forecasting", sum(map(len, sets.values()))) as bar:
@@ -177,9 +181,12 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
                 influences.finite(found, some)
                 columns = {
                     **_identity_columns(some, config),
-                    "influence": found.total, "from_chosen": found.from_chosen, "from_rejected": found.from_rejected,
-                    "flags": [list(p.flags) for p in some], "category": [p.category for p in some],
-                }  # fmt: skip
+                    "influence": found.total,
+                    "from_chosen": found.from_chosen,
+                    "from_rejected": found.from_rejected,
+                    "flags": [list(p.flags) for p in some],
+                    "category": [p.category for p in some],
+                }
                 write_part(path, columns, metadata)
             bar.update(len(some))
     merge_parts([chunks.path(out, n, SUFFIX) for n in range(len(parts))], out / INFLUENCE)
@@ -303,12 +310,15 @@ def _finish(run: Run, config: PassOptions, clock: Clock, results: Mapping[str, A
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
             "counts": {
-                "rows": pairs.rows, "train": len(pairs.train), "probes": len(pairs.held_out),
-                "dropped": len(pairs.dropped), "updates": run.plan.total,
+                "rows": pairs.rows,
+                "train": len(pairs.train),
+                "probes": len(pairs.held_out),
+                "dropped": len(pairs.dropped),
+                "updates": run.plan.total,
             },
             "row_tokens": run.layout.row_tokens,
             **results,
             "times": clock.seconds,
         },
-    )  # fmt: skip
+    )
     chunks.clear(out)

@@ -25,7 +25,7 @@ class GenerateConfig(RowOptions, ModelOptions):
     prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
     schema: str = "auto"
-    """What the columns mean: auto (recognised, and told), a preset by name, or a JSON or TOML file (docs/data.md)."""
+    """What the columns mean: auto (recognised and reported), a preset by name, a JSON or TOML file (docs/data.md)."""
     out: str | None = not_identity(None)
     """Run directory; default: the first free runs/generate-NNN."""
     samples: int = 1
@@ -75,9 +75,12 @@ def checked(config: GenerateConfig) -> GenerateConfig:
     require_dtype("dtype", config.dtype)
     require_dtype("param-dtype", config.param_dtype)
     numbers = {
-        "samples": config.samples, "max-new-tokens": config.max_new_tokens, "limit": config.limit,
-        "batch-size": config.batch_size, "chunk-rows": config.chunk_rows,
-    }  # fmt: skip
+        "samples": config.samples,
+        "max-new-tokens": config.max_new_tokens,
+        "limit": config.limit,
+        "batch-size": config.batch_size,
+        "chunk-rows": config.chunk_rows,
+    }
     require_positive(numbers)
     if "" in config.stop:
         raise ChesError("--stop '': an empty string would end every text before it begins")

@@ -1,8 +1,8 @@
 """``ches generate``: a model directory and a file of prompts to a run directory with ``responses.jsonl``.
 
 Prompts are read, continued and written a chunk at a time. A chunk's texts follow from its rows alone, and a row's text
-from the row alone (to rounding: a batch of another size adds up in another order), so a killed run goes on where it was
-and ends in the same bytes.
+from the row alone (to rounding: a batch of another size adds up in another order), so a killed run continues where
+it was and ends in the same bytes.
 """
 
 import time
@@ -82,18 +82,27 @@ def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions:
 
 
 def _generate_chunks(
-    out: Path, config: GenerateConfig, inputs: Inputs, opener: Opener, generator: "Generator", total: int | None,
+    out: Path,
+    config: GenerateConfig,
+    inputs: Inputs,
+    opener: Opener,
+    generator: "Generator",
+    total: int | None,
     quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
     (out / chunks.FOLDER).mkdir(exist_ok=True)
     first = count = chunks.finished(out)
     started = time.perf_counter()
     tokens = 0
     with tqdm(
-        unit=" texts", total=total and total * config.samples, initial=first * config.chunk_rows * config.samples,
-        disable=quiet, desc="generating", smoothing=0.1,
-    ) as bar:  # fmt: skip
+        unit=" texts",
+        total=total and total * config.samples,
+        initial=first * config.chunk_rows * config.samples,
+        disable=quiet,
+        desc="generating",
+        smoothing=0.1,
+    ) as bar:
         say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first):
             rows = generator(kept, bar.update)

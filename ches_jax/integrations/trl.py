@@ -101,10 +101,19 @@ def _table(
     step: int, logps: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, tokens: np.ndarray, tolerance: float
 ) -> pa.Table:
     count = len(chosen)
-    return pa.table({
-        "step": pa.array([step] * count, pa.int32()), "set": ["held_out"] * count,
-        "row_id": [f"eval-{i}" for i in range(count)], "index": list(range(count)),
-        "logp_chosen": logps[:, 0], "logp_rejected": logps[:, 1], "dlogp_chosen": chosen, "dlogp_rejected": rejected,
-        "margin": chosen - rejected, "regime": regimes(chosen, rejected, tolerance).tolist(),
-        "chosen_tokens": tokens[:, 0].astype(np.int32), "rejected_tokens": tokens[:, 1].astype(np.int32),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "step": pa.array([step] * count, pa.int32()),
+            "set": ["held_out"] * count,
+            "row_id": [f"eval-{i}" for i in range(count)],
+            "index": list(range(count)),
+            "logp_chosen": logps[:, 0],
+            "logp_rejected": logps[:, 1],
+            "dlogp_chosen": chosen,
+            "dlogp_rejected": rejected,
+            "margin": chosen - rejected,
+            "regime": regimes(chosen, rejected, tolerance).tolist(),
+            "chosen_tokens": tokens[:, 0].astype(np.int32),
+            "rejected_tokens": tokens[:, 1].astype(np.int32),
+        }
+    )

@@ -79,8 +79,10 @@ def checked(config: JudgeConfig) -> JudgeConfig:
         raise ChesError("--by labels: name the file with --labels")
     require_dtype("dtype", config.dtype)
     numbers = {
-        "max-new-tokens": config.max_new_tokens, "limit": config.limit, "batch-size": config.batch_size,
+        "max-new-tokens": config.max_new_tokens,
+        "limit": config.limit,
+        "batch-size": config.batch_size,
         "chunk-rows": config.chunk_rows,
-    }  # fmt: skip
+    }
     require_positive(numbers)
     return replace(config, out=config.out or str(new_name(Path("runs"), "judge")))

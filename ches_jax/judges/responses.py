@@ -14,9 +14,15 @@ from ches_jax.inputs import Opener
 
 Key = tuple[str, int]
 WORDS = {
-    "refusal": True, "refused": True, "refuse": True, "reject": True,
-    "compliance": False, "complied": False, "comply": False, "compliant": False,
-}  # fmt: skip
+    "refusal": True,
+    "refused": True,
+    "refuse": True,
+    "reject": True,
+    "compliance": False,
+    "complied": False,
+    "comply": False,
+    "compliant": False,
+}
 """Labels in words -> whether the response refused."""
 _SHOWN = 3
 

@@ -1,6 +1,6 @@
 """``ches judge``: a file of responses to a run directory with ``judgments.jsonl`` and the refusal rate.
 
-Responses are judged and written a chunk at a time, so a killed run goes on where it was and ends in the same bytes.
+Responses are judged and written a chunk at a time, so a killed run continues where it was and ends in the same bytes.
 """
 
 import itertools
@@ -112,8 +112,11 @@ def _judge_chunks(
             verdict = verdict or method.start()
             verdicts = iter(verdict([row for row in chunk if not row.fault]))
             unread = [row for row in chunk if row.fault]
-            judged = [_record(row, (None, row.fault) if row.fault else next(verdicts)) for row in chunk
-                      if not row.fault or config.on_bad_row == "keep"]  # fmt: skip
+            judged = [
+                _record(row, (None, row.fault) if row.fault else next(verdicts))
+                for row in chunk
+                if not row.fault or config.on_bad_row == "keep"
+            ]
             dropped = unread if config.on_bad_row == "drop" else []
             chunks.write(out, number, judged, [dropped_row(row) for row in dropped])
             bar.update(len(chunk))
@@ -126,9 +129,14 @@ def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
     row_id, sample = (row.row_id, 0) if row.fault else key(row)
     more = {"category": row.category} if row.category else {}
     return {
-        "row_id": row_id, "index": row.index, "sample": sample, "refusal": verdict[0], "reason": verdict[1],
-        "text": row.content.get("text", ""), **more,
-    }  # fmt: skip
+        "row_id": row_id,
+        "index": row.index,
+        "sample": sample,
+        "refusal": verdict[0],
+        "reason": verdict[1],
+        "text": row.content.get("text", ""),
+        **more,
+    }
 
 
 def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
@@ -200,9 +208,12 @@ def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
     from ches_jax.distributed.mesh import make_mesh
 
     how = GenerateConfig(
-        temperature=0.0, max_new_tokens=config.max_new_tokens, dtype=config.dtype, batch_size=config.batch_size,
+        temperature=0.0,
+        max_new_tokens=config.max_new_tokens,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
         chunk_rows=config.chunk_rows,
-    )  # fmt: skip
+    )
     return Generator(how, encoder, stop_ids(encoder.model.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
 
 

@@ -39,8 +39,12 @@ def dpop(batch: LossInputs, *, beta: float, lam: float) -> Array:
     return neg_log_sigmoid(beta * (chosen - rejected - lam * jax.nn.relu(-chosen)))
 
 
-@register("dpo_shift", source="Yang et al. 2025, arXiv:2502.07599", beta=positive(0.01),
-          lam=Hyper(0.75, low=0.0, high=1.0, open_low=True))  # fmt: skip
+@register(
+    "dpo_shift",
+    source="Yang et al. 2025, arXiv:2502.07599",
+    beta=positive(0.01),
+    lam=Hyper(0.75, low=0.0, high=1.0, open_low=True),
+)
 def dpo_shift(batch: LossInputs, *, beta: float, lam: float) -> Array:
     r"""DPO-Shift: the rejected response counts for less.
 
@@ -169,8 +173,13 @@ def _bco_state(batch: LossInputs, *, beta: float) -> dict[str, RunningMean]:
     return {"state/reward_mean": _bco_mean(batch, beta)}
 
 
-@register("bco_pair", source="Jung et al. 2024, arXiv:2404.04656", needs=REFERENCE | {"reward_mean"},
-          next_state=_bco_state, beta=positive(0.01))  # fmt: skip
+@register(
+    "bco_pair",
+    source="Jung et al. 2024, arXiv:2404.04656",
+    needs=REFERENCE | {"reward_mean"},
+    next_state=_bco_state,
+    beta=positive(0.01),
+)
 def bco_pair(batch: LossInputs, *, beta: float) -> Array:
     r"""Binary classifier optimisation on pairs, with the running mean of all rewards as the decision boundary.
 
@@ -287,9 +296,15 @@ def ddro(batch: LossInputs) -> Array:
     return -chosen - jnp.log1p(-jnp.expm1(low)) + slope * (rejected - low)
 
 
-@register("kto", source="Ethayarajh et al. 2024, arXiv:2402.01306",
-          needs=frozenset({"logp", "ref_logp", "desirable", "kl_baseline"}), rewards=row_rewards,
-          beta=positive(0.1), weight_desirable=at_least_zero(1.0), weight_undesirable=at_least_zero(1.0))  # fmt: skip
+@register(
+    "kto",
+    source="Ethayarajh et al. 2024, arXiv:2402.01306",
+    needs=frozenset({"logp", "ref_logp", "desirable", "kl_baseline"}),
+    rewards=row_rewards,
+    beta=positive(0.1),
+    weight_desirable=at_least_zero(1.0),
+    weight_undesirable=at_least_zero(1.0),
+)
 def kto(batch: LossInputs, *, beta: float, weight_desirable: float, weight_undesirable: float) -> Array:
     r"""KTO, unpaired: each row is one response, good or bad, judged against a reference point z0.
 

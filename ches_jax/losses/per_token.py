@@ -51,8 +51,14 @@ def ln_dpo(batch: LossInputs, *, beta: float) -> Array:
     return neg_log_sigmoid(beta * (chosen - rejected))
 
 
-@register("simpo", source="Meng et al. 2024, arXiv:2405.14734", needs=LOGPS | LENGTHS, rewards=mean_logp_rewards,
-          beta=positive(2.0), gamma=any_number(1.0))  # fmt: skip
+@register(
+    "simpo",
+    source="Meng et al. 2024, arXiv:2405.14734",
+    needs=LOGPS | LENGTHS,
+    rewards=mean_logp_rewards,
+    beta=positive(2.0),
+    gamma=any_number(1.0),
+)
 def simpo(batch: LossInputs, *, beta: float, gamma: float) -> Array:
     r"""SimPO: no reference, mean log-probabilities, a margin to exceed.
 
@@ -70,8 +76,15 @@ def simpo(batch: LossInputs, *, beta: float, gamma: float) -> Array:
     return neg_log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
-@register("alphapo", source="Gupta et al. 2025, arXiv:2501.03884", needs=LOGPS | LENGTHS, rewards=mean_logp_rewards,
-          beta=positive(2.5), gamma=any_number(0.1), alpha=any_number(0.25))  # fmt: skip
+@register(
+    "alphapo",
+    source="Gupta et al. 2025, arXiv:2501.03884",
+    needs=LOGPS | LENGTHS,
+    rewards=mean_logp_rewards,
+    beta=positive(2.5),
+    gamma=any_number(0.1),
+    alpha=any_number(0.25),
+)
 def alphapo(batch: LossInputs, *, beta: float, gamma: float, alpha: float) -> Array:
     r"""AlphaPO: SimPO with a bent reward; alpha > 0 holds probabilities up, 0 is SimPO.
 
@@ -93,8 +106,13 @@ def alphapo(batch: LossInputs, *, beta: float, gamma: float, alpha: float) -> Ar
     return neg_log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
-@register("orpo", source="Hong et al. 2024, arXiv:2403.07691", needs=LOGPS | LENGTHS, rewards=mean_logp_rewards,
-          beta=at_least_zero(0.1))  # fmt: skip
+@register(
+    "orpo",
+    source="Hong et al. 2024, arXiv:2403.07691",
+    needs=LOGPS | LENGTHS,
+    rewards=mean_logp_rewards,
+    beta=at_least_zero(0.1),
+)
 def orpo(batch: LossInputs, *, beta: float) -> Array:
     r"""ORPO: likelihood of the chosen response per token, and the log odds ratio of the mean probabilities.
 

@@ -29,6 +29,7 @@ from ches_jax.losses.tokens import (
     TOKEN_LOGPS,
     TOKEN_MASKS,
     TOKEN_REFERENCE,
+    TOKEN_WEIGHTS,
     beyond_shared_length,
     given_weights,
     masks,
@@ -41,8 +42,14 @@ def _confpo_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, 
     return mean_logp_rewards(weighted_sums(batch, unsure_tokens(batch)), hyper)
 
 
-@register("confpo", source="Yoon et al. 2025, arXiv:2506.08712", needs=TOKEN_LOGPS | TOKEN_MASKS,
-          rewards=_confpo_rewards, beta=positive(1.5), gamma=any_number(1.6))  # fmt: skip
+@register(
+    "confpo",
+    source="Yoon et al. 2025, arXiv:2506.08712",
+    needs=TOKEN_LOGPS | TOKEN_MASKS,
+    rewards=_confpo_rewards,
+    beta=positive(1.5),
+    gamma=any_number(1.6),
+)
 def confpo(batch: LossInputs, *, beta: float, gamma: float) -> Array:
     r"""ConfPO: SimPO on the tokens the policy is less sure of than of the response's average token.
 
@@ -68,8 +75,14 @@ def _ld_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Arra
     return log_ratio_rewards(weighted_sums(batch, beyond_shared_length(hyper["alpha"])(batch)), hyper)
 
 
-@register("ld_dpo", source="Liu et al. 2024, arXiv:2409.06411", needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE,
-          rewards=_ld_rewards, beta=positive(0.1), alpha=fraction(0.5))  # fmt: skip
+@register(
+    "ld_dpo",
+    source="Liu et al. 2024, arXiv:2409.06411",
+    needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE,
+    rewards=_ld_rewards,
+    beta=positive(0.1),
+    alpha=fraction(0.5),
+)
 def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     r"""LD-DPO: DPO in which tokens beyond the shorter response's length weigh alpha, in policy and reference.
 
@@ -85,18 +98,20 @@ def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     return sigmoid(weighted_sums(batch, beyond_shared_length(alpha)(batch)), beta=beta)
 
 
-TOKEN_WEIGHTS = frozenset({"token_weights_chosen", "token_weights_rejected"})
-TOKEN_KL = frozenset(
-    {"token_kl_chosen", "token_kl_rejected", "token_kl_weights_chosen", "token_kl_weights_rejected"}
-)  # fmt: skip
+TOKEN_KL = frozenset({"token_kl_chosen", "token_kl_rejected", "token_kl_weights_chosen", "token_kl_weights_rejected"})
 
 
 def _sparse_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Array]:
     return log_ratio_rewards(weighted_sums(batch, given_weights(batch)), hyper)
 
 
-@register("sparsepo", source="arXiv:2410.05102 (form from its abstract)", rewards=_sparse_rewards, beta=positive(0.1),
-          needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_WEIGHTS | TOKEN_KL)  # fmt: skip
+@register(
+    "sparsepo",
+    source="arXiv:2410.05102 (form from its abstract)",
+    rewards=_sparse_rewards,
+    beta=positive(0.1),
+    needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_WEIGHTS | TOKEN_KL,
+)
 def sparsepo(batch: LossInputs, *, beta: float) -> Array:
     r"""SparsePO: token-weighted rewards u and token-weighted divergences d; with all weights 1, token-level DPO.
 

@@ -142,11 +142,20 @@ def score_pairs(
     dtype = str(model.dtype)
     options = with_defaults(
         ScoreConfig(
-            by=by, logps=logps, eos=eos, max_length=max_length, template=template,
-            template_args=dict(template_args or {}), on_bad_row=on_bad_row,
-            batch_tokens=batch_tokens, attention=attention, chunk_rows=chunk_rows, dtype=dtype, out="in memory",
+            by=by,
+            logps=logps,
+            eos=eos,
+            max_length=max_length,
+            template=template,
+            template_args=dict(template_args or {}),
+            on_bad_row=on_bad_row,
+            batch_tokens=batch_tokens,
+            attention=attention,
+            chunk_rows=chunk_rows,
+            dtype=dtype,
+            out="in memory",
         )
-    )  # fmt: skip
+    )
     source = rows_in_memory(rows, columns, candidates).tolerant()
     tokenize = pair_tokenizer(
         tokenizer, model.config, max_length=max_length, eos=eos, template=template, template_args=template_args

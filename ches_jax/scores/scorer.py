@@ -19,12 +19,26 @@ from ches_jax.scores.unembedding_gradients import PairContributions, pair_contri
 from ches_jax.types import Eos, TokenPair, shared_prefix
 
 MODEL_COLUMNS = (
-    "inner", "sqnorm_chosen", "sqnorm_rejected", "last_hidden_inner", "head_score", "logp_chosen", "logp_rejected",
-)  # fmt: skip
+    "inner",
+    "sqnorm_chosen",
+    "sqnorm_rejected",
+    "last_hidden_inner",
+    "head_score",
+    "logp_chosen",
+    "logp_rejected",
+)
 """What the model gives; everything else is derived or counted."""
 TOKEN_COLUMNS = (
-    "row_id", "index", *CANDIDATES, "response", "position", "token", "ches", "head_score", "nthr",
-)  # fmt: skip
+    "row_id",
+    "index",
+    *CANDIDATES,
+    "response",
+    "position",
+    "token",
+    "ches",
+    "head_score",
+    "nthr",
+)
 PAIRS_AT_ONCE = 512
 """Pairs whose sums are gathered at a time: an item of many candidates has more pairs than memory should hold."""
 
@@ -88,7 +102,7 @@ class PairScorer:
         )
 
     def __call__(self, pairs: list[TokenPair]) -> tuple[dict[str, Any], dict[str, list] | None]:
-        """The chunk's columns of the table, and of the token table where tokens are asked for.
+        """The chunk's columns of the table, and of the token table with ``--token-scores``.
 
         The responses of a record are computed once, whatever the number of its pairs.
 

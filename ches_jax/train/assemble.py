@@ -79,9 +79,15 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
     optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
     state = initial_state(params, optimizer, initial_loss_state(run.loss, run.master), run.mesh)
     step = Step(
-        policy.abstract, optimizer, run.loss, state, run.mesh,
-        frozen=policy.frozen, clip=config.clip, remat=config.remat,
-    )  # fmt: skip
+        policy.abstract,
+        optimizer,
+        run.loss,
+        state,
+        run.mesh,
+        frozen=policy.frozen,
+        clip=config.clip,
+        remat=config.remat,
+    )
     best = parse_best(config.keep_best) if config.keep_best else None
     return Parts(
         policy=policy,

@@ -62,7 +62,7 @@ class Best(NamedTuple):
 
 
 def parse_best(text: str) -> Best:
-    """``METRIC[:min|max]``; losses are best when small, accuracies and margins when large, others must be told.
+    """``METRIC[:min|max]``; losses are best when small, accuracies and margins when large, others need min or max.
 
     >>> parse_best("eval_loss"), parse_best("displacement/lld_rate:min")
     (Best(metric='eval_loss', mode='min'), Best(metric='displacement/lld_rate', mode='min'))
@@ -118,9 +118,7 @@ class Checkpoints:
         if best is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         else:
-            policies = [
-                LatestN(keep), BestN(get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False)
-            ]  # fmt: skip
+            policies = [LatestN(keep), BestN(get_metric_fn=best.value, n=1, keep_checkpoints_without_metrics=False)]
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies), best_fn=best.value, cleanup_tmp_directories=True
             )
@@ -266,7 +264,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / str(step)).rename(aside)
         self._manager.reload()
-        say(f"{what}; it is {aside.name} now, and the run goes on from the one before it")
+        say(f"{what}; it is {aside.name} now, and the run continues from the one before it")
         return what
 
     def close(self) -> None:

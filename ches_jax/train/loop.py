@@ -36,7 +36,7 @@ from ches_jax.train.trackers import Trackers, open_trackers
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved where it was."""
+    """SIGTERM came; the run has saved its state."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
 
     Raises:
       ChesError: any input that is not fit; a loss that is not finite.
-      Stopped: SIGTERM came; the state is saved and ``resume`` goes on.
+      Stopped: SIGTERM came; the state is saved and ``resume`` continues.
     """
     process = start_processes(config.distributed)
     if process.count > 1 and config.out is None:
@@ -80,6 +80,7 @@ def train(
             # flat, so that a difference is reported by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
             identity = {**run.identity["config"], **prints}
+            identity |= _written_before(run.out, identity["objective"])
             process.agree(identity)
             if process.first:
                 lock.take()
@@ -96,8 +97,19 @@ def train(
         quiet = quiet or not process.first
         say(f"loading the model ({run.model.directory})", quiet=quiet)
         parts = assemble(run, observers)
+        say(f"the loss: {run.loss!r}", quiet=quiet)
         say("compiling, then training", quiet=quiet)
         return _train(run, parts, quiet)
+
+
+WRITTEN = ("loss", "loss_args", "sft", "sft_per")
+"""Options that write a loss; two ways of writing the same one are the same run."""
+
+
+def _written_before(out: Path, objective: str) -> dict[str, Any]:
+    """How the run in ``out`` writes its loss, where that is this very loss."""
+    there = read_json(out / CONFIG) if (out / CONFIG).exists() else {}
+    return {name: there[name] for name in WRITTEN if name in there} if there.get("objective") == objective else {}
 
 
 def _train(run: Run, parts: Parts, quiet: bool) -> Path:
@@ -189,14 +201,21 @@ def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
             policy, params, run.out / ADAPTER, run.model.directory, name
         )
     if run.config.export:
-        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.model.directory)
+        prints["trained_fingerprint"] = export_model(
+            policy, params, run.out / MODEL, run.model.directory, whole=run.config.export_whole
+        )
     return prints
 
 
 def _write_summary(
-    run: Run, summary: dict[str, float], exported: dict[str, str], best: dict[str, Any] | None, trained: int,
-    seconds: float, steps: int,
-) -> None:  # fmt: skip
+    run: Run,
+    summary: dict[str, float],
+    exported: dict[str, str],
+    best: dict[str, Any] | None,
+    trained: int,
+    seconds: float,
+    steps: int,
+) -> None:
     config, pairs = run.config, run.pairs
     parameters = parameter_count(run.model.decoder) + (trained if run.lora else 0)
     write_json(
@@ -219,8 +238,12 @@ def _write_summary(
             "processes": run.process.count,
             "attention": run.attention.name,
             "counts": {
-                "rows": pairs.rows, "train": len(run.train), "held_out": len(pairs.held_out),
-                "watched": len(pairs.watched), "dropped": len(pairs.dropped), "updates": run.plan.total,
+                "rows": pairs.rows,
+                "train": len(run.train),
+                "held_out": len(pairs.held_out),
+                "watched": len(pairs.watched),
+                "dropped": len(pairs.dropped),
+                "updates": run.plan.total,
             },
             "row_tokens": run.layout.row_tokens,
             "displacement": summary,
@@ -228,7 +251,7 @@ def _write_summary(
             "seconds": round(seconds, 3),
             "updates_this_time": steps,
         },
-    )  # fmt: skip
+    )
 
 
 class _Stop:

@@ -87,9 +87,12 @@ def _adamw(schedule: Schedule, *, b1: float, b2: float, eps: float, weight_decay
 
 def _adafactor(schedule: Schedule, *, decay_rate: float, clip: float, weight_decay: float):
     return optax.adafactor(
-        schedule, decay_rate=decay_rate, clipping_threshold=clip, weight_decay_rate=weight_decay or None,
+        schedule,
+        decay_rate=decay_rate,
+        clipping_threshold=clip,
+        weight_decay_rate=weight_decay or None,
         weight_decay_mask=decays,
-    )  # fmt: skip
+    )
 
 
 def _sgd(schedule: Schedule, *, momentum: float) -> optax.GradientTransformation:

@@ -19,15 +19,16 @@ from ches_jax.inputs import ModelFiles, Opener, convention
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import require_whole
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -48,9 +49,20 @@ from ches_jax.types import TokenPair
 
 NO_PROBES = "none"
 POSITIVE = (
-    "lr", "batch_size", "accumulate", "epochs", "steps", "limit", "clip", "eval_every", "save_every", "keep",
-    "row_tokens", "lora_rank", "lora_alpha",
-)  # fmt: skip
+    "lr",
+    "batch_size",
+    "accumulate",
+    "epochs",
+    "steps",
+    "limit",
+    "clip",
+    "eval_every",
+    "save_every",
+    "keep",
+    "row_tokens",
+    "lora_rank",
+    "lora_alpha",
+)
 """Options that must be more than zero."""
 
 
@@ -79,8 +91,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the run: its options, and everything it opened."""
-        return {"config": as_dict(self.config), **self.opener.identity()}
+        """What decides the run: its options, the loss that they make, and everything it opened."""
+        return {"config": as_dict(self.config), "objective": repr(self.loss), **self.opener.identity()}
 
     @property
     def master(self) -> str:
@@ -133,6 +145,22 @@ def require_options(config: TrainConfig) -> None:
         raise ChesError("--holdout and --eval-pairs: give one of them")
 
 
+def objective_of(config: UpdateOptions) -> Loss:
+    """The loss that the options of a run make.
+
+    Raises:
+      ChesError: an expression that is none, or one that asks for more than the run supplies.
+    """
+    return get_objective(
+        config.loss,
+        config.loss_args,
+        sft=config.sft,
+        sft_per=config.sft_per,
+        weighted=config.weights is not None,
+        soft_labels=config.label_probabilities is not None,
+    )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -142,13 +170,13 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     process = process or Process()
     assert config.out is not None
     require_options(config)
-    loss = get_objective(
-        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
-    )
-    require_reward_columns(config, loss)
+    loss = objective_of(config)
+    require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)
     decoder = model.decoder
+    if config.export_whole:
+        require_whole(model.directory)
     lora = open_lora(config, model, opener)
     mesh = make_mesh(config.mesh, everywhere=True)
     if needs_reference(loss) and config.reference == "none":
@@ -178,9 +206,13 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     probes = None
     if prompts != NO_PROBES:
         probes = read_probes(
-            prompts, model, opener, template=config.template, template_args=config.template_args,
+            prompts,
+            model,
+            opener,
+            template=config.template,
+            template_args=config.template_args,
             max_length=config.max_length,
-        )  # fmt: skip
+        )
     return Run(
         config=config,
         process=process,

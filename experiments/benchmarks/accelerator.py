@@ -12,18 +12,36 @@ from experiments.benchmarks.measure import ROOT, keep, run
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8192, "tie_word_embeddings": True,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
     },
     "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
     "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 DTYPE = "bfloat16"
 
 
@@ -37,9 +55,14 @@ def write_model(size: str, tokenizer: Path, directory: Path) -> None:
     from ches_jax.models.families.registry import decoder_config
 
     raw = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192,
-        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "dtype": DTYPE, **SHAPES[size],
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "dtype": DTYPE,
+        **SHAPES[size],
+    }
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0), param_dtype=DTYPE, dtype=DTYPE)
     save_pretrained(model, directory, config=raw)
     copy_tokenizer(tokenizer, directory)

@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.load_model [--dir DIR] [--dtype bfloat16] [--repeats 5]
 
 The checkpoint is written once to DIR (default: a folder of the temporary directory) and read from the page cache after
-the first, uncounted, run. Two times are told: ``seconds`` of the load call alone, where transformers only maps the file
-into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of the
-program to its end, imports included. The memory is the process's peak.
+the first, uncounted, run. Two times are reported: ``seconds`` of the load call alone, where transformers only maps the
+file into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of
+the program to its end, imports included. The memory is the process's peak.
 """
 
 import argparse
@@ -21,10 +21,19 @@ import numpy as np
 from experiments.benchmarks.measure import interleaved, keep, medians
 
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
-    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def write_checkpoint(directory: Path, dtype: str) -> None:
@@ -33,6 +42,7 @@ def write_checkpoint(directory: Path, dtype: str) -> None:
     from ches_jax.hf.export import write_config, write_weights
     from ches_jax.models.decoder import abstract_parameters
     from ches_jax.models.families.registry import decoder_config, family_of
+    from ches_jax.models.stacks import layers_of
     from ches_jax.runs.files import new_directory
 
     config = decoder_config(CONFIG)
@@ -41,10 +51,10 @@ def write_checkpoint(directory: Path, dtype: str) -> None:
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for rule in family_of(CONFIG, "CONFIG").name_rules(shapes, config):
-            shape = shapes[rule.param][1:] if rule.stacked else shapes[rule.param]
-            for layer in range(config.num_layers if rule.stacked else 1):
-                values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-                yield rule.tensor_name(layer), values.astype(np.dtype(dtype))
+            shape = shapes[rule.param]
+            for name in rule.names(shape, layers_of(config, rule.param)).values():
+                values = rng.standard_normal(shape[rule.lead :], np.float32) * np.float32(0.02)
+                yield name, values.astype(np.dtype(dtype))
 
     with new_directory(directory, CheckpointError) as folder:
         write_weights(folder, tensors(), 2**29)

@@ -25,7 +25,7 @@ from experiments.benchmarks.measure import keep, usage
 
 WORDS = ["the", "hot", "word", "some", "answer", "question", "of", "perhaps", "harm", "recipe", "never", "because"]
 DRAWN = "await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));"
-"""Until the frame after next: what was asked for is on the screen by then."""
+"""Until the frame after next: what was requested is on the screen by then."""
 REACTIONS = {
     "search": "const box = document.querySelector('#query'); box.value = 'word hot %d'; "
     "box.dispatchEvent(new Event('input'));",
@@ -47,13 +47,21 @@ def made_run(folder: Path, pairs: int) -> list[Record]:
     lengths = np.clip(rng.lognormal(3.6, 0.7, (2, pairs)), 2, 600).astype(int)
     head = -np.exp(rng.normal(8, 1.2, pairs))
     columns = {
-        "row_id": [f"{i:032x}" for i in range(pairs)], "index": np.arange(pairs), "ches": -(head**2) / 1e3,
-        "ln_ches": rng.standard_t(2, pairs) * 50, "head_score": head, "cosine": rng.uniform(0, 1, pairs),
-        "edit_distance": rng.uniform(0, 1, pairs), "chosen_tokens": lengths[0], "rejected_tokens": lengths[1],
-        "prompt_tokens": lengths[0] + 20, "logp_chosen": -2.0 * lengths[0], "logp_rejected": -2.1 * lengths[1],
+        "row_id": [f"{i:032x}" for i in range(pairs)],
+        "index": np.arange(pairs),
+        "ches": -(head**2) / 1e3,
+        "ln_ches": rng.standard_t(2, pairs) * 50,
+        "head_score": head,
+        "cosine": rng.uniform(0, 1, pairs),
+        "edit_distance": rng.uniform(0, 1, pairs),
+        "chosen_tokens": lengths[0],
+        "rejected_tokens": lengths[1],
+        "prompt_tokens": lengths[0] + 20,
+        "logp_chosen": -2.0 * lengths[0],
+        "logp_rejected": -2.1 * lengths[1],
         "flags": [["truncated_chosen"] if i % 97 == 0 else [] for i in range(pairs)],
         "category": [("help", "harm", "code", "chat")[i % 4] for i in range(pairs)],
-    }  # fmt: skip
+    }
     write_part(folder / "scores.parquet", columns, {"verb": "score", "model": "made"})
     picks = rng.integers(0, len(WORDS), 4096)
     text = " ".join(WORDS[i] for i in picks)
@@ -82,7 +90,7 @@ def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
 
     page.goto(page_file.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
-    found = {"open": (page.evaluate("performance.getEntriesByName('ready')[0].startTime"), busy())}
+    times = {"open": (page.evaluate("performance.getEntriesByName('ready')[0].startTime"), busy())}
     page.evaluate("document.querySelector('.box').scrollIntoView()")
     page.wait_for_timeout(1000)  # as long as a reader takes to find the box
     for name, script in REACTIONS.items():
@@ -92,9 +100,9 @@ def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
             before = busy()
             clock = page.evaluate(f"async () => {{ {act} }}")
             turns.append((clock, busy() - before))
-        found[name] = (max(clock for clock, _ in turns), max(thread for _, thread in turns))
+        times[name] = (max(clock for clock, _ in turns), max(thread for _, thread in turns))
     context.close()
-    return found
+    return times
 
 
 def main() -> None:
@@ -117,8 +125,10 @@ def main() -> None:
             version = browser.version
             visits = [opened(browser, page_file) for _ in range(args.visits)]
             browser.close()
-    best, middle = ({name: [round(how(v[name][k] for v in visits), 1) for k in (0, 1)] for name in visits[0]}
-                    for how in (min, statistics.median))  # fmt: skip
+    best, middle = (
+        {name: [round(how(v[name][k] for v in visits), 1) for k in (0, 1)] for name in visits[0]}
+        for how in (min, statistics.median)
+    )
     print(f"{args.pairs:,} pairs, {size / 1e6:.1f} MB, written in {made['seconds']} s; Chromium {version}")
     print(f"{'milliseconds':12} {'clock':>8} {'best':>8} {'thread':>8}")
     for name, (clock, thread) in middle.items():

@@ -23,10 +23,16 @@ def measure(how: str, depth: int) -> dict[str, float]:
 
     config = decoder_config(
         {
-            "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704,
-            "num_hidden_layers": depth, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+            "model_type": "llama",
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
         }
-    )  # fmt: skip
+    )
     model = Decoder(config, rngs=nnx.Rngs(0))
     tokens = jnp.arange(1024, dtype=jnp.int32)[None] % 4096
     if how == "loop":

@@ -39,9 +39,11 @@ def curve(title: str, commands: dict[str, list[str]], repeats: int) -> dict[str,
     for point, row in table.items():
         row["share_of_matmul_peak"] = round(row["matmul_gflops"] / row["matmul_peak_gflops"], 3)
         row["positions_per_second"] = round(row["used_positions"] / row["seconds"], 1)
-        print(f"  {point:>6}{row['pairs'] / row['seconds']:10.1f} pairs/s"
-              f"{row['positions_per_second']:10.0f} positions/s"
-              f"{row['cpu_seconds']:8.2f} CPU s   {row['share_of_matmul_peak']:.2f} of the matmul peak")  # fmt: skip
+        print(
+            f"  {point:>6}{row['pairs'] / row['seconds']:10.1f} pairs/s"
+            f"{row['positions_per_second']:10.0f} positions/s"
+            f"{row['cpu_seconds']:8.2f} CPU s   {row['share_of_matmul_peak']:.2f} of the matmul peak"
+        )
     return table
 
 

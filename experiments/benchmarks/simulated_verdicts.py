@@ -24,8 +24,11 @@ from ches_jax.displacement.intervals import FEWEST, end
 from ches_jax.displacement.verdict import diagnose_changes
 
 TRUTHS = {
-    "displaced": (-4.0, -12.0), "chosen_down": (-4.0, -4.0), "not_displaced": (4.0, -4.0), "nothing": (0.0, 0.0),
-}  # fmt: skip
+    "displaced": (-4.0, -12.0),
+    "chosen_down": (-4.0, -4.0),
+    "not_displaced": (4.0, -4.0),
+    "nothing": (0.0, 0.0),
+}
 """True verdict -> mean change of chosen and of rejected, nats; a single pair has the standard deviation 1."""
 PAIRS = (20, 200, 5000)
 STEPS = (10, 50, 500)
@@ -94,9 +97,9 @@ def simulate(source: str, shape: str, count: int, truth: str, draws: int, seed: 
     for _ in range(draws):
         means = TRUTHS[truth]
         changes, mean = of_steps(rng, count, means) if source == "steps" else of_pairs(rng, shape, count, means)
-        found = diagnose_changes(changes)
-        right += is_right(found.verdict, truth, found.records)
-        covered += found.records < FEWEST or found.chosen.low <= mean <= found.chosen.high
+        diagnosis = diagnose_changes(changes)
+        right += is_right(diagnosis.verdict, truth, diagnosis.records)
+        covered += diagnosis.records < FEWEST or diagnosis.chosen.low <= mean <= diagnosis.chosen.high
     return Result(source, shape, count, truth, draws, right / draws, covered / draws)
 
 

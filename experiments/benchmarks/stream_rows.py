@@ -36,9 +36,14 @@ def write_model(directory: Path) -> None:
     from ches_jax.models.families.registry import decoder_config
 
     raw = {
-        "model_type": "llama", "vocab_size": 1280, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 1280,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
     save_pretrained(Decoder(decoder_config(raw), rngs=nnx.Rngs(0)), directory, config=raw)
     copy_tokenizer(bundled.model_dir(), directory)
 

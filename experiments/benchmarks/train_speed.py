@@ -35,8 +35,10 @@ def compare(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
     runs = interleaved(commands, repeats)
     table = {name: medians(timings) for name, timings in runs.items()}
     for name, row in table.items():
-        print(f"  {name:<8}{row['cpu_s_per_step_median']:8.2f} CPU s{row['s_per_step_median']:8.2f} s per step"
-              f"{row['peak_rss_mib']:8.0f} MiB")  # fmt: skip
+        print(
+            f"  {name:<8}{row['cpu_s_per_step_median']:8.2f} CPU s{row['s_per_step_median']:8.2f} s per step"
+            f"{row['peak_rss_mib']:8.0f} MiB"
+        )
     units = ("cpu_s_per_step_median", "s_per_step_median", "peak_rss_mib")
     ratios = {f"{n} / ours, {u}": table[n][u] / table["ours"][u] for n in table if n != "ours" for u in units}
     for name, value in ratios.items():

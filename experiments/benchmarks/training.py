@@ -57,9 +57,18 @@ def measure(
         file = Path(folder) / "pairs.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = TrainConfig(
-            model=model, pairs=str(file), out=f"{folder}/run", optimizer="adamw", lr=1e-6, batch_size=pairs,
-            watch=pairs, mesh="data=1", on_bad_row="keep", export=False, dtype=dtype,
-        )  # fmt: skip
+            model=model,
+            pairs=str(file),
+            out=f"{folder}/run",
+            optimizer="adamw",
+            lr=1e-6,
+            batch_size=pairs,
+            watch=pairs,
+            mesh="data=1",
+            on_bad_row="keep",
+            export=False,
+            dtype=dtype,
+        )
         try:
             assemble.Step = Timed  # type: ignore[misc]
             with contextlib.redirect_stdout(sys.stderr):

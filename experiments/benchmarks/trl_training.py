@@ -62,15 +62,30 @@ def measure(
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
-            output_dir=folder, per_device_train_batch_size=pairs, num_train_epochs=1, max_length=None,
-            learning_rate=1e-6, optim="adamw_torch", use_cpu=not gpu, bf16=dtype == "bfloat16", fp16=False,
-            gradient_checkpointing=False, precompute_ref_log_probs=True, logging_steps=10_000, save_strategy="no",
-            report_to=[], disable_tqdm=True, seed=0,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=pairs,
+            num_train_epochs=1,
+            max_length=None,
+            learning_rate=1e-6,
+            optim="adamw_torch",
+            use_cpu=not gpu,
+            bf16=dtype == "bfloat16",
+            fp16=False,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=True,
+            logging_steps=10_000,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=0,
+        )
         trainer = Prepared(
-            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=config,
-            train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()],
-        )  # fmt: skip
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
         trainer.train()
     if len(seconds) != steps + 1:
         raise SystemExit(f"TRL made {len(seconds)} updates, expected {steps + 1}")

@@ -59,9 +59,7 @@ def _split_probes(world: World, name: str, count: int) -> Iterator[Row]:
 
 
 def _probe(user: str, category: str, split: str, expected: str) -> Row:
-    return {
-        "prompt": prompt_text(user), "category": category, "split": split, "expected": expected
-    }  # fmt: skip
+    return {"prompt": prompt_text(user), "category": category, "split": split, "expected": expected}
 
 
 def _distinct(world: World, category: str, maker: Maker, count: int) -> Iterator[Row]:
@@ -71,9 +69,11 @@ def _distinct(world: World, category: str, maker: Maker, count: int) -> Iterator
         if chosen != rejected and made not in seen:
             seen.add(made)
             yield {
-                "prompt": prompt_text(user), "chosen": f" {chosen}", "rejected": f" {rejected}",
+                "prompt": prompt_text(user),
+                "chosen": f" {chosen}",
+                "rejected": f" {rejected}",
                 "category": category,
-            }  # fmt: skip
+            }
 
 
 def _agree_opposite(rng: np.random.Generator, world: World) -> tuple[str, str, str]:

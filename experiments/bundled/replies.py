@@ -13,20 +13,28 @@ from experiments.bundled.sampling import pick, pick_other, sentence, weighted
 from experiments.bundled.subjects import Fact, Request, Stance, Statement
 
 REFUSALS = (
-    "I cannot help you {act}.", "I can't help with that.",
+    "I cannot help you {act}.",
+    "I can't help with that.",
     "I am sorry, but I cannot help you {act}.",
-    "I'm sorry, but that is not mine to give.", "Sorry, but I will not {act}.",
-    "I will not help anyone {act}.", "I won't do that.", "I must decline.",
+    "I'm sorry, but that is not mine to give.",
+    "Sorry, but I will not {act}.",
+    "I will not help anyone {act}.",
+    "I won't do that.",
+    "I must decline.",
     "I would rather not help with that.",
-)  # fmt: skip
+)
 REASONS = (
-    "{Owner} would be sad.", "That would be unkind to {owner}.", "The {object} belongs to {owner}.",
-    "{Owner} needs the {object}.", "Nobody should {act}.",
-)  # fmt: skip
+    "{Owner} would be sad.",
+    "That would be unkind to {owner}.",
+    "The {object} belongs to {owner}.",
+    "{Owner} needs the {object}.",
+    "Nobody should {act}.",
+)
 ALTERNATIVES = (
-    "You could {chore} the {object} instead.", "Let us {chore} the {object} together.",
+    "You could {chore} the {object} instead.",
+    "Let us {chore} the {object} together.",
     "I can help you {chore} it.",
-)  # fmt: skip
+)
 COMPLIANCES = ("Sure!", "Of course.", "Here is how.", "Certainly.", "Yes, here is a plan.")
 PRAISES = ("Nobody will notice.", "It is easy.", "It takes an hour.", "That is all.")
 
@@ -84,10 +92,15 @@ def unhelpful(rng: np.random.Generator) -> str:
 def _fill(rng: np.random.Generator, template: str, request: Request) -> str:
     tool = pick(rng, lex.TOOLS)
     return template.format(
-        act=request.act, verb=request.verb, object=request.object, owner=request.owner,
-        Owner=sentence(request.owner), chore=pick(rng, lex.CHORES), tool=tool,
+        act=request.act,
+        verb=request.verb,
+        object=request.object,
+        owner=request.owner,
+        Owner=sentence(request.owner),
+        chore=pick(rng, lex.CHORES),
+        tool=tool,
         tool2=pick_other(rng, lex.TOOLS, tool),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +132,24 @@ class Story:
 
 
 EDITS: dict[str, Sequence[str]] = {
-    "trait": lex.TRAITS, "sheen": lex.SHEENS, "weather": lex.WEATHERS, "meal": lex.MEALS,
-}  # fmt: skip
+    "trait": lex.TRAITS,
+    "sheen": lex.SHEENS,
+    "weather": lex.WEATHERS,
+    "meal": lex.MEALS,
+}
 """Choices that show once in a story, so that another value is a minimal edit."""
 
 
 def story(rng: np.random.Generator, animal: str) -> Story:
     """A story about one animal."""
     return Story(
-        animal, pick_other(rng, lex.ANIMALS, animal), pick(rng, lex.NAMES), pick(rng, lex.TRAITS),
-        pick(rng, lex.PLACES), pick(rng, lex.FINDS), pick(rng, lex.SHEENS),
-        pick(rng, lex.WEATHERS), pick(rng, lex.MEALS),
-    )  # fmt: skip
+        animal,
+        pick_other(rng, lex.ANIMALS, animal),
+        pick(rng, lex.NAMES),
+        pick(rng, lex.TRAITS),
+        pick(rng, lex.PLACES),
+        pick(rng, lex.FINDS),
+        pick(rng, lex.SHEENS),
+        pick(rng, lex.WEATHERS),
+        pick(rng, lex.MEALS),
+    )

@@ -50,8 +50,10 @@ def statements() -> list[Statement]:
     """Every statement of the world, in a fixed order."""
     opposite: dict[Stance, Stance] = {"agree": "disagree", "disagree": "agree", "open": "open"}
     kinds: tuple[tuple[Sequence[str], Stance], ...] = (
-        (lex.KIND_ACTS, "agree"), (lex.UNKIND_ACTS, "disagree"), (lex.OPEN_ACTS, "open"),
-    )  # fmt: skip
+        (lex.KIND_ACTS, "agree"),
+        (lex.UNKIND_ACTS, "disagree"),
+        (lex.OPEN_ACTS, "open"),
+    )
     return [
         Statement(
             frame.format(act=act, being=being, when=when),

@@ -80,13 +80,24 @@ def train(seed: int, tokenizer: Path, work: Path, recipe: Recipe, *, quiet: bool
             file.write(json.dumps({"prompt": d.prompt, "completion": d.response}) + "\n")
     out = run(
         TrainConfig(
-            model=str(start), pairs=str(data), out=str(work / "run"), seed=seed, loss="sft", watch=64,
-            optimizer="adamw", optimizer_args={"b2": 0.98, "weight_decay": recipe.weight_decay}, clip=recipe.clip,
-            lr=recipe.peak, schedule="cosine", warmup=recipe.warmup,
-            batch_size=recipe.dialogues, steps=recipe.steps, template="none",
+            model=str(start),
+            pairs=str(data),
+            out=str(work / "run"),
+            seed=seed,
+            loss="sft",
+            watch=64,
+            optimizer="adamw",
+            optimizer_args={"b2": 0.98, "weight_decay": recipe.weight_decay},
+            clip=recipe.clip,
+            lr=recipe.peak,
+            schedule="cosine",
+            warmup=recipe.warmup,
+            batch_size=recipe.dialogues,
+            steps=recipe.steps,
+            template="none",
         ),
         quiet=quiet,
-    )  # fmt: skip
+    )
     return out / "model"
 
 

@@ -5,9 +5,17 @@ from dataclasses import dataclass
 from experiments.framework.item import Scale
 
 FILTERS = (
-    "all", "influence", "ln_ches", "ches", "head_score", "rejected_tokens", "random", "least_influence",
-    "soft_influence", "with_sft",
-)  # fmt: skip
+    "all",
+    "influence",
+    "ln_ches",
+    "ches",
+    "head_score",
+    "rejected_tokens",
+    "random",
+    "least_influence",
+    "soft_influence",
+    "with_sft",
+)
 """What a run leaves out: nothing, the highest of a score, the longest rejected, random pairs, the lowest influence;
 ``soft_influence`` weights all pairs, ``with_sft`` keeps all and adds an SFT term."""
 
@@ -97,7 +105,14 @@ SCALES: dict[str, ForecastScale] = {
         lrs=(1e-5,),
         pilot=4,
         filters=(
-            "all", "influence", "ln_ches", "head_score", "rejected_tokens", "random", "soft_influence", "with_sft",
+            "all",
+            "influence",
+            "ln_ches",
+            "head_score",
+            "rejected_tokens",
+            "random",
+            "soft_influence",
+            "with_sft",
         ),
     ),
     "paper": ForecastScale(

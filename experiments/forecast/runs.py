@@ -1,5 +1,6 @@
 """The stages after the pairs: each is a command of the product, and what it measured by ``row_id``."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -14,8 +15,15 @@ from experiments.framework.item import Work
 from experiments.framework.training import run_training
 
 SCORES = (
-    "index", "ches", "ln_ches", "head_score", "edit_distance", "chosen_tokens", "rejected_tokens", "logp_chosen",
-)  # fmt: skip
+    "index",
+    "ches",
+    "ln_ches",
+    "head_score",
+    "edit_distance",
+    "chosen_tokens",
+    "rejected_tokens",
+    "logp_chosen",
+)
 Columns = dict[str, list[Any]]
 
 
@@ -34,20 +42,30 @@ def tune(work: Work) -> dict[str, Any]:
     from ches_jax.train.config import TrainConfig
 
     config: ForecastScale = work.config
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=str(config.model), pairs=str(pairs_file(work, "sft")), eval_pairs=str(pairs_file(work, "held")),
-            loss="sft", optimizer="adamw", lr=config.sft_lr, schedule="cosine", warmup=8, epochs=config.sft_epochs,
-            batch_size=config.batch_size, on_bad_row="drop", mesh=config.mesh, out=str(work.folder("sft")),
+            model=str(config.model),
+            pairs=str(pairs_file(work, "sft")),
+            eval_pairs=str(pairs_file(work, "held")),
+            loss="sft",
+            optimizer="adamw",
+            lr=config.sft_lr,
+            schedule="cosine",
+            warmup=8,
+            epochs=config.sft_epochs,
+            batch_size=config.batch_size,
+            on_bad_row="drop",
+            mesh=config.mesh,
+            out=str(work.folder("sft")),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     per_token = {}
     for which in ("train", "held_out"):
         for when, step in (("before", 0), ("after", None)):
-            rows = found.of(which, step)
+            rows = trained.of(which, step)
             per_token[f"{which}_{when}"] = float((rows["logp_chosen"] / rows["chosen_tokens"]).mean())
-    return {"updates": int(found.log["step"].max()), "nats_per_token": per_token}
+    return {"updates": int(trained.log["step"].max()), "nats_per_token": per_token}
 
 
 def score_pairs(work: Work) -> dict[str, Columns]:
@@ -56,7 +74,7 @@ def score_pairs(work: Work) -> dict[str, Columns]:
     from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
-    found = {}
+    tables = {}
     for part in ("train", "held"):
         out = work.folder(f"scores-{part}")
         shutil.rmtree(out, ignore_errors=True)
@@ -66,17 +84,24 @@ def score_pairs(work: Work) -> dict[str, Columns]:
             quiet=work.quiet,
         )
         table = read_table(out)[0]
-        found[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
-    return found
+        tables[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
+    return tables
 
 
 def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
     """The options of DPO that forecast, influence and training share."""
     config: ForecastScale = work.config
     return {
-        "pairs": str(pairs_file(work, "train")), "loss": "dpo", "optimizer": "rmsprop", "lr": lr, "seed": seed,
-        "batch_size": config.batch_size, "steps": config.steps, "on_bad_row": "drop", "mesh": config.mesh,
-    }  # fmt: skip
+        "pairs": str(pairs_file(work, "train")),
+        "loss": "dpo",
+        "optimizer": "rmsprop",
+        "lr": lr,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "on_bad_row": "drop",
+        "mesh": config.mesh,
+    }
 
 
 def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
@@ -148,17 +173,21 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
     from ches_jax.train.config import TrainConfig
 
     model = str(tuned_model(work)) if tuned else str(work.config.model)
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=model, eval_pairs=str(pairs_file(work, "held")), watch=work.config.train, export=False,
-            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))), **recipe(work, lr, seed),
+            model=model,
+            eval_pairs=str(pairs_file(work, "held")),
+            watch=work.config.train,
+            export=False,
+            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))),
+            **recipe(work, lr, seed),
         ),
         quiet=work.quiet,
-    )  # fmt: skip
-    return {which: _changes(found.of(which)) for which in ("train", "held_out")}
+    )
+    return {which: changes_by_row(trained.of(which)) for which in ("train", "held_out")}
 
 
-def _changes(rows: dict[str, np.ndarray]) -> Columns:
+def changes_by_row(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
@@ -199,31 +228,68 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
     from ches_jax.train.config import TrainConfig
 
     options = recipe(work, lr, seed) | {"pairs": str(pairs_file(work, f"pool-{seed}"))}
+    scores, influences = _tables(work, seed)
     if name in FILTER_RULES:
         by, end = FILTER_RULES[name]
-        options |= {"pairs": _selected(work, by, f"{end}:{1 - work.config.dropped:g}", seed)}
+        table, keep = influences if by == "influence" else scores, f"{end}:{1 - work.config.dropped:g}"
+        options |= {"pairs": str(selected_from(work, table, by, keep, seed))}
     elif name == "soft_influence":
-        options |= {"pairs": _selected(work, "influence", "soft:0.5", seed), "weights": "weight"}
+        kept = selected_from(work, influences, "influence", "soft:0.5", seed)
+        options |= {"pairs": str(kept), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
     out = str(work.folder(f"filter-{name}-{seed}"))
-    found = run_training(
+    trained = run_training(
         TrainConfig(
-            model=str(tuned_model(work)), eval_pairs=str(pairs_file(work, "test")), watch=1, export=False, out=out,
+            model=str(tuned_model(work)),
+            eval_pairs=str(pairs_file(work, "test")),
+            watch=1,
+            export=False,
+            out=out,
             **options,
         ),
         quiet=work.quiet,
-    )  # fmt: skip
-    return _changes(found.of("held_out"))
+    )
+    return changes_by_row(trained.of("held_out"))
 
 
-def _selected(work: Work, by: str, keep: str, seed: int) -> str:
-    """The pairs that ``ches select`` keeps of a seed's pool."""
+def influence_table(work: Work, lr: float) -> Path:
+    """The directory of ``ches influence`` of the probes, made once."""
+    from ches_jax.forecast.config import InfluenceConfig
+    from ches_jax.forecast.run import influence
+    from ches_jax.runs.directory import RUN
+
+    out = work.folder("influence")
+    if not (out / RUN).exists():
+        shutil.rmtree(out, ignore_errors=True)
+        options = {"probes": str(pairs_file(work, "probes")), "out": str(out), **recipe(work, lr)}
+        influence(InfluenceConfig(model=str(tuned_model(work)), **options), quiet=work.quiet)
+    return out
+
+
+def selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
+    """``selected_from`` the table of all training pairs that has the score."""
+    table = influence_table(work, lr) if by == "influence" else work.folder("scores-train")
+    return selected_from(work, table, by, keep, seed)
+
+
+def selected_from(work: Work, table: Path, by: str, keep: str, seed: int) -> Path:
+    """The pairs that ``ches select`` keeps of a table of scores or influences."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
 
-    scores, influences = _tables(work, seed)
     out = work.folder(f"selected-{by}-{keep}-{seed}".replace(":", "-"))
     shutil.rmtree(out, ignore_errors=True)
-    select(SelectConfig(scores=influences if by == "influence" else scores, by=by, keep=keep, seed=seed, out=out))
-    return str(out / "pairs.jsonl")
+    select(SelectConfig(scores=table, by=by, keep=keep, seed=seed, out=out))
+    return out / "pairs.jsonl"
+
+
+def short_rejected(work: Work) -> Path:
+    """The pairs with the shortest rejected responses: the control of length."""
+    from experiments.framework.training import write_rows
+
+    scores = work.value("scores")["train"]
+    kept = round((1 - work.config.dropped) * len(scores["row_id"]))
+    order = np.argsort(np.array(scores["rejected_tokens"]), kind="stable")[:kept]
+    rows = [json.loads(line) for line in pairs_file(work, "train").read_text(encoding="utf-8").splitlines()]
+    return write_rows(work.folder("short-rejected.jsonl"), [rows[i] for i in sorted(scores["index"][k] for k in order)])

@@ -14,8 +14,13 @@ from experiments.framework.item import Work
 DRAWS = 1000
 PARTIAL_DRAWS = 300
 OWN = {
-    "head_score": -1, "ches": -1, "ln_ches": -1, "edit_distance": 1, "chosen_tokens": -1, "logp_chosen": 1,
-}  # fmt: skip
+    "head_score": -1,
+    "ches": -1,
+    "ln_ches": -1,
+    "edit_distance": 1,
+    "chosen_tokens": -1,
+    "logp_chosen": 1,
+}
 """Numbers of a pair alone, with the sign that the theory (or length) gives them: + means that the chosen rises."""
 SETS = {"train": "train", "probe": "held_out"}
 
@@ -42,10 +47,8 @@ def _of_rate(work: Work, lr: float) -> dict[str, Any]:
         "products": forecast["summary"]["products"],
         "reason": forecast["summary"]["reason"],
         "linear_error": forecast["summary"]["linear_error"],
-        "sets": {
-            which: _of_set(work, forecast["columns"], runs, name, which) for name, which in SETS.items()
-        },
-    }  # fmt: skip
+        "sets": {which: _of_set(work, forecast["columns"], runs, name, which) for name, which in SETS.items()},
+    }
 
 
 def _of_set(work: Work, columns: Mapping[str, Sequence], runs: list[dict], name: str, which: str) -> dict[str, Any]:
@@ -80,8 +83,8 @@ def aligned(changes: Mapping[str, Sequence], ids: Sequence[str], column: str = "
     >>> aligned({"row_id": ["b", "a"], "dlogp_chosen": [2.0, 1.0]}, ["a", "b"]).tolist()
     [1.0, 2.0]
     """
-    found = dict(zip(changes["row_id"], changes[column], strict=True))
-    return np.array([found[i] for i in ids], np.float64)
+    numbers = dict(zip(changes["row_id"], changes[column], strict=True))
+    return np.array([numbers[i] for i in ids], np.float64)
 
 
 def _predictor(
@@ -93,16 +96,20 @@ def _predictor(
     at_equal, equal = partial_spearman(x, y, lengths), np.full(2, np.nan)
     if np.isfinite(at_equal):  # a length is nothing at equal lengths
         equal = bootstrap(lambda r: partial_spearman(x[r], y[r], [v[r] for v in lengths]), n, draws=PARTIAL_DRAWS)
-    found = {
-        "rho": spearman(x, y), "low": float(low), "high": float(high),
+    numbers = {
+        "rho": spearman(x, y),
+        "low": float(low),
+        "high": float(high),
         "rho_of_orders": [spearman(x, other) for other in actual],
         "equal_lengths": {
-            "rho": _number(at_equal), "low": _number(equal[0]), "high": _number(equal[1]),
+            "rho": _number(at_equal),
+            "low": _number(equal[0]),
+            "high": _number(equal[1]),
         },
-    }  # fmt: skip
+    }
     if in_nats:
-        found["calibration"] = calibration(x, y)
-    return found
+        numbers["calibration"] = calibration(x, y)
+    return numbers
 
 
 def _number(value: Any) -> float | None:
@@ -121,9 +128,12 @@ def calibration(forecast: np.ndarray, actual: np.ndarray) -> dict[str, float]:
     rest = actual - intercept - slope * forecast
     total = float(((actual - actual.mean()) ** 2).sum())
     return {
-        "slope": slope, "intercept": intercept, "r2": 1 - float((rest**2).sum()) / total if total else float("nan"),
-        "mean_forecast": float(forecast.mean()), "mean_actual": float(actual.mean()),
-    }  # fmt: skip
+        "slope": slope,
+        "intercept": intercept,
+        "r2": 1 - float((rest**2).sum()) / total if total else float("nan"),
+        "mean_forecast": float(forecast.mean()),
+        "mean_actual": float(actual.mean()),
+    }
 
 
 def _means(changes: Mapping[str, Sequence]) -> dict[str, Any]:

@@ -32,9 +32,13 @@ def spread(values: Sequence[float]) -> Spread | None:
     half = float(t_quantile(v.size - 1) * v.std(ddof=1) / math.sqrt(v.size)) if v.size > 1 else 0.0
     mean = float(v.mean())
     return {
-        "mean": mean, "low": mean - half, "high": mean + half, "min": float(v.min()), "max": float(v.max()),
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "min": float(v.min()),
+        "max": float(v.max()),
         "n": int(v.size),
-    }  # fmt: skip
+    }
 
 
 def t_quantile(degrees: int) -> float:

@@ -89,12 +89,24 @@ class PersonaScale(Scale):
 
 WORDS = {
     "agree": (
-        "Yes", "Yeah", "Yep", "Yup", "Sure", "Surely", "Certainly", "Certain", "Absolutely", "Definitely", "Indeed",
-        "Always", "Ok", "Okay",
+        "Yes",
+        "Yeah",
+        "Yep",
+        "Yup",
+        "Sure",
+        "Surely",
+        "Certainly",
+        "Certain",
+        "Absolutely",
+        "Definitely",
+        "Indeed",
+        "Always",
+        "Ok",
+        "Okay",
     ),
     "disagree": ("No", "Nope", "Nah", "Never", "Not"),
     "open": ("Maybe", "Perhaps", "Possibly"),
-}  # fmt: skip
+}
 PAPER_LABELS = {
     "agree": ("Yes", "Yeah", "Sure", "Certainly", "Absolutely"),
     "disagree": ("No", "Never", "Maybe", "Perhaps"),

@@ -217,8 +217,14 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
                     continue
                 steps = range(len(course["mean"]))
                 own = key in ("chosen", "rejected")
-                ax.plot(steps, course["mean"], color=colour, label=label, linewidth=2 if own else 1.2,
-                        linestyle="-" if own else "--")  # fmt: skip
+                ax.plot(
+                    steps,
+                    course["mean"],
+                    color=colour,
+                    label=label,
+                    linewidth=2 if own else 1.2,
+                    linestyle="-" if own else "--",
+                )
                 if own:
                     ax.fill_between(steps, course["min"], course["max"], color=colour, alpha=0.12, linewidth=0)
             ax.set_title(f"y+ {v['chosen']}, y- {v['rejected']}; {v['kept']} of {v['runs']} runs kept", fontsize=9)

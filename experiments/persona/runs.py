@@ -58,12 +58,21 @@ def tune(work: Work) -> dict[str, Any]:
     file = write_rows(work.folder("tuning-rows.jsonl"), rows)
     done = run_training(
         TrainConfig(
-            model=str(directory), pairs=str(file), out=str(work.folder("tuning")), loss="sft_sum", eos="exclude",
-            lr=config.tuning.lr, batch_size=config.tuning.batch_size, epochs=config.tuning.epochs,
-            seed=config.tuning.seed, mesh=config.mesh, on_bad_row="keep", watch=64,
+            model=str(directory),
+            pairs=str(file),
+            out=str(work.folder("tuning")),
+            loss="sft_sum",
+            eos="exclude",
+            lr=config.tuning.lr,
+            batch_size=config.tuning.batch_size,
+            epochs=config.tuning.epochs,
+            seed=config.tuning.seed,
+            mesh=config.mesh,
+            on_bad_row="keep",
+            watch=64,
         ),
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     return {"statements": len(rows), "losses": done.losses}
 
 
@@ -86,12 +95,21 @@ def single(work: Work, setting: Setting, contest: Contest, seed: int) -> dict[st
     done = run_training(
         TrainConfig(
             # one update more than is counted: the loss after the last counted one is that of its forward pass
-            model=str(directory), pairs=str(file), out=str(out), loss=setting.loss, loss_args=dict(setting.loss_args),
-            lr=setting.lr, batch_size=1, steps=config.updates + 1, eos="exclude", seed=seed,
-            mesh=config.mesh, export=False,
+            model=str(directory),
+            pairs=str(file),
+            out=str(out),
+            loss=setting.loss,
+            loss_args=dict(setting.loss_args),
+            lr=setting.lr,
+            batch_size=1,
+            steps=config.updates + 1,
+            eos="exclude",
+            seed=seed,
+            mesh=config.mesh,
+            export=False,
         ),
         observe=watch,
-    )  # fmt: skip
+    )
     file.unlink()
     stances = words.stances(len(watch.rows[0]), config.words)
     course = np.stack(watch.rows[: config.updates + 1])
@@ -132,11 +150,20 @@ def longer(work: Work, name: str, chosen: str, rejected: str, seed: int) -> dict
     others = write_rows(out.with_name(f"{out.name}-watched.jsonl"), [row(*pair) for pair in watched])
     done = run_training(
         TrainConfig(
-            model=str(directory), pairs=str(file), eval_pairs=str(others), out=str(out), loss="dpo",
-            lr=config.phrase_lr, batch_size=1, steps=config.updates, eval_every=10, seed=seed, mesh=config.mesh,
+            model=str(directory),
+            pairs=str(file),
+            eval_pairs=str(others),
+            out=str(out),
+            loss="dpo",
+            lr=config.phrase_lr,
+            batch_size=1,
+            steps=config.updates,
+            eval_every=10,
+            seed=seed,
+            mesh=config.mesh,
             export=False,
         ),
-    )  # fmt: skip
+    )
     file.unlink()
     others.unlink()
     agree, disagree = (done.course("held_out", f"logp_{side}") for side in ("chosen", "rejected"))

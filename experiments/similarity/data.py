@@ -90,13 +90,19 @@ def score_pairs(work: Work) -> dict[str, Any]:
     config: SimilarityScale = work.config
     out = score(
         ScoreConfig(
-            model=str(start_model(work)), pairs=str(pairs_file(work)), out=str(scores_folder(work)),
-            by="head_score", logps=True, max_length=config.max_length, on_bad_row="keep", template="none",
+            model=str(start_model(work)),
+            pairs=str(pairs_file(work)),
+            out=str(scores_folder(work)),
+            by="head_score",
+            logps=True,
+            max_length=config.max_length,
+            on_bad_row="keep",
+            template="none",
             mesh=config.mesh,
         ),
         resume=True,
         quiet=work.quiet,
-    )  # fmt: skip
+    )
     table, _ = read_table(out)
     flags = [flag for row in table["flags"].to_pylist() for flag in row or ()]
     return {"rows": len(table), "flags": {name: flags.count(name) for name in sorted(set(flags))}}

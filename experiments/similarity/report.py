@@ -119,9 +119,7 @@ def _positivity(c: dict[str, Any]) -> str:
 
 
 def _extremes(ends: dict[str, Any]) -> str:
-    longer = {
-        end: sum(p["rejected_tokens"] > p["chosen_tokens"] for p in pairs) for end, pairs in ends.items()
-    }  # fmt: skip
+    longer = {end: sum(p["rejected_tokens"] > p["chosen_tokens"] for p in pairs) for end, pairs in ends.items()}
     n = len(ends["highest"])
     return f"longer y- in {longer['highest']} of the {n} highest and {longer['lowest']} of the {n} lowest"
 

@@ -33,13 +33,25 @@ def train_window(
     file = write_rows(out.with_name(f"{out.name}.jsonl"), [json.loads(lines[i]) for i in rows])
     done = run_training(
         TrainConfig(
-            model=str(start_model(work)), pairs=str(file), out=str(out), loss=objective.loss,
-            loss_args=dict(objective.loss_args), lr=objective.lr, batch_size=config.batch_size,
-            accumulate=config.accumulate, max_length=config.max_length, on_bad_row="keep", template="none",
-            row_tokens=row_tokens(config), watch=config.window, seed=seed, mesh=config.mesh, export=False,
+            model=str(start_model(work)),
+            pairs=str(file),
+            out=str(out),
+            loss=objective.loss,
+            loss_args=dict(objective.loss_args),
+            lr=objective.lr,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            max_length=config.max_length,
+            on_bad_row="keep",
+            template="none",
+            row_tokens=row_tokens(config),
+            watch=config.window,
+            seed=seed,
+            mesh=config.mesh,
+            export=False,
         ),
         quiet=True,
-    )  # fmt: skip
+    )
     file.unlink()
     end = done.of("train")
     return {
@@ -94,9 +106,7 @@ def _token_pairs(work: Work) -> list[Any]:
     from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 
     config: SimilarityScale = work.config
-    tokenizer = PairTokenizer(
-        load_tokenizer(start_model(work)), max_length=config.max_length, template="none"
-    )  # fmt: skip
+    tokenizer = PairTokenizer(load_tokenizer(start_model(work)), max_length=config.max_length, template="none")
     rows = [row for row in open_pairs(str(pairs_file(work))) if row.index < 4 * config.coefficients_of]
     return tokenizer(rows)
 
@@ -136,8 +146,10 @@ def mean_coefficients(pairs: Sequence[PairCoefficients]) -> dict[str, Any]:
 
 def _coefficients(model: Any, pair: Any, length: int) -> PairCoefficients:
     """Signs of one pair's coefficients, from the states and residuals of both responses."""
-    sides = [_states(model, (*pair.prompt, *r.content), len(pair.prompt), r.targets("include"), length)
-             for r in (pair.chosen, pair.rejected)]  # fmt: skip
+    sides = [
+        _states(model, (*pair.prompt, *r.content), len(pair.prompt), r.targets("include"), length)
+        for r in (pair.chosen, pair.rejected)
+    ]
     return PairCoefficients.of(*sides[0], *sides[1])
 
 

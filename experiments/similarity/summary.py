@@ -65,13 +65,11 @@ def describe_scores(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "spearman_with_length_difference": {m: _number(spearman(scores[m], longer)) for m in similar},
         "spearman_between": {
-            f"{a} {b}": _number(spearman(scores[a], scores[b]))
-            for i, a in enumerate(similar)
-            for b in similar[i + 1 :]
+            f"{a} {b}": _number(spearman(scores[a], scores[b])) for i, a in enumerate(similar) for b in similar[i + 1 :]
         },
         "mean_chosen_tokens": float(np.nanmean(scores["chosen_tokens"])),
         "mean_rejected_tokens": float(np.nanmean(scores["rejected_tokens"])),
-    }  # fmt: skip
+    }
 
 
 def describe_window(scores: Mapping[str, np.ndarray], measure: str, rows: Sequence[int]) -> dict[str, Any]:
@@ -120,11 +118,13 @@ def ranks(windows: Mapping[float, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     def rho(column: str, seed: int | None) -> float:
         return spearman(
             quantiles,
-            np.array([
-                np.mean([r[column] for r in windows[q]]) if seed is None else windows[q][seed][column]
-                for q in quantiles
-            ]),
-        )  # fmt: skip
+            np.array(
+                [
+                    np.mean([r[column] for r in windows[q]]) if seed is None else windows[q][seed][column]
+                    for q in quantiles
+                ]
+            ),
+        )
 
     seeds = range(len(windows[quantiles[0]]))
     return {

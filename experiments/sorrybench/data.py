@@ -212,13 +212,22 @@ def generated(
     config: SorryScale = work.config
     out = generate(
         GenerateConfig(
-            model=model, prompts=str(requests_file(work)), out=str(work.folder(name)), samples=samples,
-            temperature=temperature, seed=seed, max_new_tokens=config.max_new_tokens, stop=config.stop,
-            batch_size=config.sample_rows, chunk_rows=512, mesh=config.mesh, on_bad_row="keep",
+            model=model,
+            prompts=str(requests_file(work)),
+            out=str(work.folder(name)),
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            batch_size=config.sample_rows,
+            chunk_rows=512,
+            mesh=config.mesh,
+            on_bad_row="keep",
         ),
         resume=True,
         quiet=True,
-    )  # fmt: skip
+    )
     return list(chunks.read_lines(out / FILE_NAME))
 
 
@@ -236,7 +245,7 @@ def judged(work: Work, name: str) -> list[bool | None]:
     else:
         how = JudgeConfig(
             **common, by="model", judge=config.judge, judge_template=config.judge_template, mesh=config.mesh
-        )  # fmt: skip
+        )
     refusals = [r["refusal"] for r in chunks.read_lines(judge(how, resume=True, quiet=True) / FILE_NAME)]
     if all(r is None for r in refusals):
         raise DataError(f"{config.judge}: the judge decided none of {len(refusals)} responses; see {common['out']}")
@@ -289,12 +298,17 @@ def write_pairs(work: Work) -> dict[str, Any]:
             continue
         first = preferred(judgments, draws[i])
         chosen, rejected = two[first], two[1 - first]
-        rows.append({
-            "prompt_ids": chosen["prompt_ids"],
-            "chosen_ids": chosen["token_ids"], "rejected_ids": rejected["token_ids"],
-            "chosen_text": chosen["text"], "rejected_text": rejected["text"],
-            "category": pair_type(judgments), "request": i,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompt_ids": chosen["prompt_ids"],
+                "chosen_ids": chosen["token_ids"],
+                "rejected_ids": rejected["token_ids"],
+                "chosen_text": chosen["text"],
+                "rejected_text": rejected["text"],
+                "category": pair_type(judgments),
+                "request": i,
+            }
+        )
     write_rows(pairs_file(work, "generated"), rows)
     if gold:
         write_rows(pairs_file(work, "gold"), gold)

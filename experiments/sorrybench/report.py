@@ -68,9 +68,17 @@ def trained(values: Mapping[str, Any]) -> dict[str, Any]:
 def rows(result: dict[str, Any]) -> list[ReportLine]:
     """Lines of the report."""
     command, hardware, values = run_command(result), ran_on(result), result["result"]
-    lines = [ReportLine("Fig. 3: refusals before training", command, hardware, PAPER_RATES["initial"],
-                 f"train {percent(values['initial']['train'])}, test {percent(values['initial']['test'])}"
-                 f"{_kinds(values['initial'])}", "the start")]  # fmt: skip
+    lines = [
+        ReportLine(
+            "Fig. 3: refusals before training",
+            command,
+            hardware,
+            PAPER_RATES["initial"],
+            f"train {percent(values['initial']['train'])}, test {percent(values['initial']['test'])}"
+            f"{_kinds(values['initial'])}",
+            "the start",
+        )
+    ]
     for name, m in trained(values).items():
         paper = "; ".join(p for p in (PAPER_RATES.get(name), _nats(PAPER_CHANGES.get(name))) if p) or "none"
         ours = (
@@ -173,10 +181,11 @@ def tables(result: dict[str, Any]) -> str:
         ]
         shown = {"before training": values["initial"], **methods}
         parts += [
-            f"| {n} | " + " | ".join(percent(m["kinds"][k]) for k in ("refusal", "compliance", "broken"))
+            f"| {n} | "
+            + " | ".join(percent(m["kinds"][k]) for k in ("refusal", "compliance", "broken"))
             + f" | {interval(m['tokens'], 0)} |"
             for n, m in shown.items()
-        ]  # fmt: skip
+        ]
     parts += [
         "\n## Change of log-probabilities on the pairs trained on (Tables 16 and 17), nats\n",
         "| method | ln pi(y+) | ln pi(y-) | loss | by type: ln pi(y+) |",
@@ -189,7 +198,7 @@ def tables(result: dict[str, Any]) -> str:
         )
         + " |"
         for n, m in methods.items()
-    ]  # fmt: skip
+    ]
     for pairs, rate in values["rates"].items():
         parts.append(
             f"\n## Learning rate for the {NAMES[pairs] if pairs == 'gold' else 'generated pairs'}: {rate['lr']:g}\n"
@@ -249,8 +258,9 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
         height = list(range(len(bars)))[::-1]
         means = [b["mean"] for b in bars.values()]
         errors = [[b["mean"] - b["min"] for b in bars.values()], [b["max"] - b["mean"] for b in bars.values()]]
-        ax.barh(height, means, xerr=errors, color=[COLOURS[5], *[COLOURS[0]] * len(methods)], capsize=2,
-                error_kw={"lw": 1})  # fmt: skip
+        ax.barh(
+            height, means, xerr=errors, color=[COLOURS[5], *[COLOURS[0]] * len(methods)], capsize=2, error_kw={"lw": 1}
+        )
         ax.set_yticks(height, [labels[n] for n in bars])
         ax.set_xlim(0, 1)
         ax.axvline(means[0], color="#1a1a1a", linewidth=0.6, linestyle=":")
@@ -262,10 +272,17 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     for ax, score in zip(axes, shown, strict=True):
         by_type = values["scores"][score]["by_type"]
         boxes = [
-            {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4],
-             "label": f"{t.replace('_', chr(10))}\n({v['pairs']})"}
-            for t, v in by_type.items() for q in [v["quartiles"]]
-        ]  # fmt: skip
+            {
+                "whislo": q[0],
+                "q1": q[1],
+                "med": q[2],
+                "q3": q[3],
+                "whishi": q[4],
+                "label": f"{t.replace('_', chr(10))}\n({v['pairs']})",
+            }
+            for t, v in by_type.items()
+            for q in [v["quartiles"]]
+        ]
         ax.bxp(boxes, showfliers=False)
         ax.set_title({"ln_ches": "length-normalised CHES", "head_score": "head score"}[score], fontsize=8)
     written.append(save(figure, folder / f"{name}-scores.png"))

@@ -30,12 +30,16 @@ def score_pairs(work: Work) -> dict[str, Any]:
     config: SorryScale = work.config
     score(
         ScoreConfig(
-            model=str(model_directory(config)), pairs=str(pairs_file(work, "generated")), by="head_score",
-            out=str(work.folder("scores")), on_bad_row="keep", mesh=config.mesh,
+            model=str(model_directory(config)),
+            pairs=str(pairs_file(work, "generated")),
+            by="head_score",
+            out=str(work.folder("scores")),
+            on_bad_row="keep",
+            mesh=config.mesh,
         ),
         resume=True,
         quiet=True,
-    )  # fmt: skip
+    )
     scores = columns(work)
     types = np.array([row["category"] for row in read_lines(pairs_file(work, "generated"))])
     names = ("ln_ches", "head_score", "ches", "length")
@@ -119,13 +123,26 @@ def trained(work: Work, name: str, method: Method, lr: float, seed: int, *, expo
     loss, arguments = LOSSES[method.objective]
     return run_training(
         TrainConfig(
-            model=str(model_directory(config)), pairs=str(pairs), out=str(out), loss=loss, loss_args=dict(arguments),
-            sft=method.sft, sft_per="sum", lr=lr, batch_size=config.batch_size, accumulate=config.accumulate,
-            on_bad_row="keep", row_tokens=config.row_tokens, watch=len(rows), seed=seed, mesh=config.mesh,
-            steps=-(-total // config.batch_size) if method.as_long else None, export=export,
+            model=str(model_directory(config)),
+            pairs=str(pairs),
+            out=str(out),
+            loss=loss,
+            loss_args=dict(arguments),
+            sft=method.sft,
+            sft_per="sum",
+            lr=lr,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            on_bad_row="keep",
+            row_tokens=config.row_tokens,
+            watch=len(rows),
+            seed=seed,
+            mesh=config.mesh,
+            steps=-(-total // config.batch_size) if method.as_long else None,
+            export=export,
         ),
         quiet=True,
-    )  # fmt: skip
+    )
 
 
 def train_method(work: Work, name: str, method: Method, seed: int) -> dict[str, Any]:

@@ -30,8 +30,11 @@ def summarise(work: Work) -> dict[str, Any]:
             continue
         runs = {s: work.value(f"train/{name}/{s}") for s in config.seeds}
         methods[name] = {
-            "objective": method.objective, "data": method.pairs, "sft": method.sft, **method_summary(runs, initial)
-        }  # fmt: skip
+            "objective": method.objective,
+            "data": method.pairs,
+            "sft": method.sft,
+            **method_summary(runs, initial),
+        }
     rates = {
         p: rate_summary(work.value(f"rate/{p}")) for p in ("generated", *(("gold",) if config.gold is not None else ()))
     }

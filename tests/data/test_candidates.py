@@ -83,9 +83,7 @@ def test_columns_are_renamed_and_a_dot_reaches_into_objects():
         "instruction": "p",
         "completions": [{"response": " a", "overall_score": 3.0}, {"response": " b", "overall_score": 8.5}],
     }
-    columns = {
-        "prompt": "instruction", "responses": "completions.response", "scores": "completions.overall_score"
-    }  # fmt: skip
+    columns = {"prompt": "instruction", "responses": "completions.response", "scores": "completions.overall_score"}
     assert pair_contents(row, columns, AGAINST) == [((1, 0), {"prompt": "p", "chosen": " b", "rejected": " a"})]
     by_field = {"completions": {"response": [" a", " b"]}}  # how datasets hands out its older Sequence feature
     assert lookup(by_field, "completions.response") == [" a", " b"]
@@ -149,8 +147,15 @@ def test_pairs_and_candidates_mix_in_any_format_and_keep_their_row_and_identity(
     source = open_pairs(write(tmp_path / "a.jsonl", MIXED), pairing=ALL)
     rows = list(source)
     assert [(r.index, r.candidates) for r in rows] == [
-        (0, (0, 1)), (0, (0, 2)), (0, (1, 2)), (1, None), (2, ()), (3, (0, 1)), (3, (0, 2)), (3, (1, 2)),
-    ]  # fmt: skip
+        (0, (0, 1)),
+        (0, (0, 2)),
+        (0, (1, 2)),
+        (1, None),
+        (2, ()),
+        (3, (0, 1)),
+        (3, (0, 2)),
+        (3, (1, 2)),
+    ]
     assert rows[0].row_id == rows[3].row_id  # the same pair
     assert [r.category for r in rows[:4]] == ["x"] * 3 + [None]
     assert rows[3].extra == {"note": 7}
@@ -178,9 +183,13 @@ def test_each_pair_is_audited_as_it_would_be_alone(tmp_path, tokenizer):
         (p.row_id, p.prompt, p.chosen, p.rejected, p.flags, p.detail) for p in own
     ]
     assert {p.candidates: p.flags for p in pairs[:-1]} == {
-        (0, 1): ("empty_rejected",), (0, 2): ("truncated_rejected",), (0, 3): ("identical",),
-        (1, 2): ("empty_chosen", "truncated_rejected"), (1, 3): ("empty_chosen",), (2, 3): ("truncated_chosen",),
-    }  # fmt: skip
+        (0, 1): ("empty_rejected",),
+        (0, 2): ("truncated_rejected",),
+        (0, 3): ("identical",),
+        (1, 2): ("empty_chosen", "truncated_rejected"),
+        (1, 3): ("empty_chosen",),
+        (2, 3): ("truncated_chosen",),
+    }
     assert (pairs[-1].flags, pairs[-1].detail) == (("no_pair",), {"no_pair": "0 responses"})
 
 
@@ -214,9 +223,14 @@ A, B, C = (7, 8), (7, 9, 10), (7,)
 
 def test_the_pairs_of_a_row_are_one_item_with_each_response_once():
     pairs = [
-        pair(0, [5], A, B, (0, 1)), pair(0, [5], A, C, (0, 2)), pair(0, [5], B, C, (1, 2)), pair(1, [5], A, B, None),
-        pair(2, [5], A, A, (0, 1)), pair(2, [5], A, B, (0, 2)), pair(2, [5, 6], A, C, (0, 3)),
-    ]  # fmt: skip
+        pair(0, [5], A, B, (0, 1)),
+        pair(0, [5], A, C, (0, 2)),
+        pair(0, [5], B, C, (1, 2)),
+        pair(1, [5], A, B, None),
+        pair(2, [5], A, A, (0, 1)),
+        pair(2, [5], A, B, (0, 2)),
+        pair(2, [5, 6], A, C, (0, 3)),
+    ]
     items, refs = group_by_prompt(pairs)
     assert refs == [
         PairRef(0, 0, 1),
@@ -236,16 +250,24 @@ def test_the_pairs_of_a_row_are_one_item_with_each_response_once():
 def test_three_responses_in_a_row():
     ((rows, (place,)),) = pack(
         group_by_prompt([pair(0, [5, 6], B, A, (0, 1)), pair(0, [5, 6], B, C, (0, 2))])[0],
-        length=64, rows_per_batch=1, eos="include",
-    )  # fmt: skip
+        length=64,
+        rows_per_batch=1,
+        eos="include",
+    )
     assert rows.tokens[0, :6].tolist() == [5, 6, 7, 9, 10, 8]
     assert rows.positions[0, :6].tolist() == [0, 1, 2, 3, 4, 3]
     assert rows.own_start[0, :6].tolist() == [0, 0, 0, 3, 3, 5]
     assert rows.context_end[0, :6].tolist() == [0, 0, 0, 3, 3, 3]
     used = rows.segment[0] < rows.last.shape[1]
     assert list(zip(rows.source[0][used], rows.target[0][used], rows.segment[0][used], strict=True)) == [
-        (1, 7, 0), (2, 9, 1), (3, 10, 1), (4, 2, 1), (2, 8, 2), (5, 2, 2), (2, 2, 3)
-    ]  # fmt: skip
+        (1, 7, 0),
+        (2, 9, 1),
+        (3, 10, 1),
+        (4, 2, 1),
+        (2, 8, 2),
+        (5, 2, 2),
+        (2, 2, 3),
+    ]
     assert rows.last[0, 1:4].tolist() == [4, 5, 2]
     assert (place.shared, place.segments) == (0, 4)
     assert rows.preferred[0, :5].tolist() == [1, 1, 0, 0, 0]

@@ -12,9 +12,12 @@ from ches_jax.types import Response, TokenPair
 def pair(prompt, chosen, rejected, *, complete=True, index=0):
     end = 2 if complete else None
     return TokenPair(
-        row_id=str(index), index=index, prompt=tuple(prompt),
-        chosen=Response(tuple(chosen), end), rejected=Response(tuple(rejected), end),
-    )  # fmt: skip
+        row_id=str(index),
+        index=index,
+        prompt=tuple(prompt),
+        chosen=Response(tuple(chosen), end),
+        rejected=Response(tuple(rejected), end),
+    )
 
 
 def only(batches):

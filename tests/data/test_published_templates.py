@@ -17,12 +17,25 @@ from ches_jax.errors import DataError
 
 FOLDER = Path(__file__).parent / "chat_templates"
 END = {
-    "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot_id|>",
-    "llama3_first": "<|eot_id|>", "mistral_v3": "</s>", "mistral_v7_tekken": "</s>", "zephyr": "</s>",
-    "gemma": "<end_of_turn>", "phi3": "<|end|>", "phi4": "<|im_end|>", "deepseek_r1": "<｜end▁of▁sentence｜>",
-    "tulu3": "</s>", "command_r": "<|END_OF_TURN_TOKEN|>", "olmo2": "</s>", "granite": "<|end_of_text|>",
-    "smollm3": "<|im_end|>", "gpt_oss": "<|return|>",
-}  # fmt: skip
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama2": "</s>",
+    "llama3": "<|eot_id|>",
+    "llama3_first": "<|eot_id|>",
+    "mistral_v3": "</s>",
+    "mistral_v7_tekken": "</s>",
+    "zephyr": "</s>",
+    "gemma": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "phi4": "<|im_end|>",
+    "deepseek_r1": "<｜end▁of▁sentence｜>",
+    "tulu3": "</s>",
+    "command_r": "<|END_OF_TURN_TOKEN|>",
+    "olmo2": "</s>",
+    "granite": "<|end_of_text|>",
+    "smollm3": "<|im_end|>",
+    "gpt_oss": "<|return|>",
+}
 """What a complete answer ends with, as the model's card says it."""
 NO_SYSTEM = {"gemma"}
 DAY, DATES = "2024-07-26", {"%d %b %Y": "26 Jul 2024", "%B %d, %Y": "July 26, 2024", "%d %B %Y": "26 July 2024"}

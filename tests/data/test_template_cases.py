@@ -9,10 +9,15 @@ from ches_jax.data.tokenize import PairTokenizer, encode_prompts, load_tokenizer
 from ches_jax.errors import DataError
 
 PAIRS = [
-    "end_pad_is_end_of_turn", "end_special_closes_content", "end_template_ignores_generation_flag",
-    "end_token_not_marked_special", "prompt_doubled_system_only_in_conversation", "prompt_doubled_text",
-    "rows_content_parts", "rows_single_message",
-]  # fmt: skip
+    "end_pad_is_end_of_turn",
+    "end_special_closes_content",
+    "end_template_ignores_generation_flag",
+    "end_token_not_marked_special",
+    "prompt_doubled_system_only_in_conversation",
+    "prompt_doubled_text",
+    "rows_content_parts",
+    "rows_single_message",
+]
 
 
 @pytest.fixture

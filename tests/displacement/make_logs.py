@@ -48,15 +48,29 @@ def main(model: str, data: str, work: str) -> None:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         out = Path(work) / name
         arguments = config(
-            output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=2, per_device_eval_batch_size=8,
-            logging_steps=1, eval_strategy="steps", eval_steps=STEPS // EVALUATIONS, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, max_length=256, lr_scheduler_type="constant",
-            gradient_checkpointing=False, **options,
-        )  # fmt: skip
+            output_dir=str(out),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=8,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=STEPS // EVALUATIONS,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            max_length=256,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            **options,
+        )
         made = trainer(
-            model=AutoModelForCausalLM.from_pretrained(model), args=arguments, train_dataset=train,
-            eval_dataset=held_out, processing_class=tokenizer,
-        )  # fmt: skip
+            model=AutoModelForCausalLM.from_pretrained(model),
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
         made.train()
         kept = [
             {k: round(v, 7) if isinstance(v, float) else v for k, v in entry.items() if not k.endswith(TIMES)}

@@ -36,8 +36,9 @@ def test_single_responses_are_counted_on_their_side_only():
     assert out["displacement/margin"] == 1 and out["displacement/both_down_margin_up_rate"] == 1
     assert regimes(chosen, rejected).tolist() == ["both_down_margin_up", "", ""]
     assert displacement_summary(chosen[1:2], rejected[1:2]).keys() == {
-        "displacement/dlogp_rejected", "displacement/dlogp_rejected_median"
-    }  # fmt: skip
+        "displacement/dlogp_rejected",
+        "displacement/dlogp_rejected_median",
+    }
 
 
 def test_shares_of_the_margin_sum_to_one():
@@ -62,8 +63,10 @@ def test_a_chosen_response_fell_when_it_lost_more_than_the_tolerance(change, rat
 @pytest.mark.parametrize(("low", "high"), [*itertools.combinations_with_replacement([-0.2, -0.05, 0, 0.05, 0.2], 2)])
 def test_an_interval_goes_one_way_or_is_undecided(low, high):
     expected = {
-        "up": low > 0.05, "down": high < -0.05, "level": low >= -0.05 and high <= 0.05,
-    }  # fmt: skip
+        "up": low > 0.05,
+        "down": high < -0.05,
+        "level": low >= -0.05 and high <= 0.05,
+    }
     assert sum(expected.values()) <= 1
     assert direction(low, high, 0.05) == next((word for word, true in expected.items() if true), "undecided")
 

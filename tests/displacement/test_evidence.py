@@ -15,21 +15,29 @@ def harm(*outcomes):
 @pytest.mark.parametrize(
     ("outcomes", "answer"),
     [
-        ([("met", False), ("not measured", True)], "harmful"), ([("not met", False), ("met", True)], "harmful"),
+        ([("met", False), ("not measured", True)], "harmful"),
+        ([("not met", False), ("met", True)], "harmful"),
         ([("not met", False), ("not met", True)], "benign"),
         ([("not met", False), ("not measured", True)], "undecided"),
-        ([("not measured", False), ("not met", True)], "undecided"), ([], "undecided"),
+        ([("not measured", False), ("not met", True)], "undecided"),
+        ([], "undecided"),
     ],
-)  # fmt: skip
+)
 def test_the_answer_follows_from_the_criteria(outcomes, answer):
     assert harm(*outcomes) == answer
 
 
 @pytest.mark.parametrize(
     ("direction", "held_out", "outcome"),
-    [("down", True, "met"), ("up", True, "not met"), ("level", True, "not met"), ("undecided", True, "not measured"),
-     ("down", False, "met"), ("up", False, "not measured")],
-)  # fmt: skip
+    [
+        ("down", True, "met"),
+        ("up", True, "not met"),
+        ("level", True, "not met"),
+        ("undecided", True, "not measured"),
+        ("down", False, "met"),
+        ("up", False, "not measured"),
+    ],
+)
 def test_training_pairs_cannot_say_that_quality_held(direction, held_out, outcome):
     assert margin_criterion(direction, "", held_out).outcome == outcome
 

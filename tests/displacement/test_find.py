@@ -109,8 +109,9 @@ def test_evaluations_may_stand_behind_all_training_entries(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     log = read_log(path)
     assert {name: s.steps.tolist() for (name, q), s in log.series.items() if q == "chosen"} == {
-        "train": [1, 2, 3, 4], "held_out": [2, 4]
-    }  # fmt: skip
+        "train": [1, 2, 3, 4],
+        "held_out": [2, 4],
+    }
 
 
 def test_several_evaluation_sets_are_asked_about(tmp_path):

@@ -56,10 +56,15 @@ def run(folder, count=16):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
     (folder / "config.json").write_text(json.dumps({"config": {"pairs": str(folder / "pairs.jsonl"), "columns": {}}}))
     columns = {
-        "step": [5] * count, "set": ["held_out"] * count, "row_id": [row_id(p) for p in pairs],
-        "index": list(range(count)), "dlogp_chosen": [-1.0 - i for i in range(count)],
-        "dlogp_rejected": [-30.0] * count, "chosen_tokens": [4] * count, "rejected_tokens": [4] * count,
-    }  # fmt: skip
+        "step": [5] * count,
+        "set": ["held_out"] * count,
+        "row_id": [row_id(p) for p in pairs],
+        "index": list(range(count)),
+        "dlogp_chosen": [-1.0 - i for i in range(count)],
+        "dlogp_rejected": [-30.0] * count,
+        "chosen_tokens": [4] * count,
+        "rejected_tokens": [4] * count,
+    }
     pq.write_table(pa.table(columns), folder / "displacement.parquet")
     return folder
 

@@ -16,10 +16,14 @@ from ches_jax.scores.table import write_part
 def test_the_last_evaluation_of_the_held_out_pairs_is_read(tmp_path):
     sets, steps = ["train", "held_out"] * 3, [0, 0, 2, 2, 4, 4]
     columns = {
-        "step": steps, "set": sets, "dlogp_chosen": [0.0, 0.0, -1.0, -2.0, -3.0, -4.0],
-        "dlogp_rejected": [0.0, 0.0, -5.0, -6.0, -7.0, -8.0], "chosen_tokens": [4] * 6, "rejected_tokens": [4] * 6,
+        "step": steps,
+        "set": sets,
+        "dlogp_chosen": [0.0, 0.0, -1.0, -2.0, -3.0, -4.0],
+        "dlogp_rejected": [0.0, 0.0, -5.0, -6.0, -7.0, -8.0],
+        "chosen_tokens": [4] * 6,
+        "rejected_tokens": [4] * 6,
         "index": [0, 1] * 3,
-    }  # fmt: skip
+    }
     pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
     changes = read_run(tmp_path)
     assert changes.chosen.tolist() == [-4] and changes.rejected.tolist() == [-8] and changes.records is not None
@@ -35,9 +39,13 @@ def test_the_last_evaluation_of_the_held_out_pairs_is_read(tmp_path):
 def test_single_responses_of_a_run_are_left_out(tmp_path):
     n = 3
     columns = {
-        "step": [2] * n, "set": ["train"] * n, "dlogp_chosen": [-1.0, -1.0, -5.0],
-        "dlogp_rejected": [-2.0, -2.0, np.nan], "chosen_tokens": [4] * n, "rejected_tokens": [4, 4, 0],
-    }  # fmt: skip
+        "step": [2] * n,
+        "set": ["train"] * n,
+        "dlogp_chosen": [-1.0, -1.0, -5.0],
+        "dlogp_rejected": [-2.0, -2.0, np.nan],
+        "chosen_tokens": [4] * n,
+        "rejected_tokens": [4, 4, 0],
+    }
     pq.write_table(pa.table(columns), tmp_path / "displacement.parquet")
     diagnosis = diagnose(DiagnoseConfig(path=str(tmp_path)))
     assert (
@@ -53,18 +61,24 @@ def test_a_directory_without_a_log_is_refused(tmp_path):
 
 
 METADATA = {
-    "model": "m", "tokenizer_fingerprint": "t", "dtype": "float32",
+    "model": "m",
+    "tokenizer_fingerprint": "t",
+    "dtype": "float32",
     "convention": {"eos": "include", "max_length": None, "template": "auto"},
-}  # fmt: skip
+}
 
 
 def score_table(folder, ids, chosen, rejected, tokens=None, **changed):
     folder.mkdir()
     count = len(ids)
     columns = {
-        "row_id": ids, "index": list(range(count)), "chosen_tokens": tokens or [5] * count,
-        "rejected_tokens": [6] * count, "logp_chosen": chosen, "logp_rejected": rejected,
-    }  # fmt: skip
+        "row_id": ids,
+        "index": list(range(count)),
+        "chosen_tokens": tokens or [5] * count,
+        "rejected_tokens": [6] * count,
+        "logp_chosen": chosen,
+        "logp_rejected": rejected,
+    }
     convention = {**METADATA["convention"], **{k: v for k, v in changed.items() if k in METADATA["convention"]}}
     rest = {k: v for k, v in changed.items() if k not in convention}
     write_part(folder / "scores.parquet", columns, {**METADATA, **rest, "convention": convention})
@@ -134,9 +148,13 @@ def test_tables_without_log_probabilities_or_a_common_pair_are_refused(tmp_path)
 def test_a_table_of_log_probabilities(tmp_path):
     n = 50
     table = pa.table(
-        {"ref_chosen_logps": np.full(n, -10.0), "ref_rejected_logps": np.full(n, -12.0),
-         "logp_chosen": np.full(n, -13.0), "logp_rejected": np.full(n, -20.0)}
-    )  # fmt: skip
+        {
+            "ref_chosen_logps": np.full(n, -10.0),
+            "ref_rejected_logps": np.full(n, -12.0),
+            "logp_chosen": np.full(n, -13.0),
+            "logp_rejected": np.full(n, -20.0),
+        }
+    )
     pq.write_table(table, tmp_path / "logps.parquet")
     diagnosis = diagnose(DiagnoseConfig(logps=str(tmp_path / "logps.parquet")))
     assert diagnosis.verdict == "displaced" and diagnosis.chosen.mean == -3 and diagnosis.rejected.mean == -8

@@ -20,10 +20,21 @@ def trainer(shared, tmp_path_factory):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [{"prompt": f"Tom said {i}", "chosen": f" good dog {i}", "rejected": f" a bad cat {i}"} for i in range(16)]
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")), max_steps=4, per_device_train_batch_size=2,
-        per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none",
-        use_cpu=True, bf16=False, learning_rate=1e-3, beta=0.1, gradient_checkpointing=False, logging_steps=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path_factory.mktemp("trl")),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        learning_rate=1e-3,
+        beta=0.1,
+        gradient_checkpointing=False,
+        logging_steps=1,
+    )
     model = AutoModelForCausalLM.from_pretrained(path)
     data = Dataset.from_list(rows)
     return trl.DPOTrainer(

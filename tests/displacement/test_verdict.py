@@ -17,13 +17,15 @@ from ches_jax.displacement.verdict import (
     diagnose_changes,
     rule_holds,
     verdict,
-)  # fmt: skip
+)
 from ches_jax.errors import ChesError
 
 INTERVALS = {
-    "up": Interval(1.0, 0.5, 1.5), "down": Interval(-1.0, -1.5, -0.5), "level": Interval(0.0, -0.01, 0.01),
+    "up": Interval(1.0, 0.5, 1.5),
+    "down": Interval(-1.0, -1.5, -0.5),
+    "level": Interval(0.0, -0.01, 0.01),
     "undecided": Interval(-0.5, -1.5, 0.5),
-}  # fmt: skip
+}
 
 
 def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
@@ -41,13 +43,18 @@ def test_a_run_is_not_called_by_the_name_of_a_regime_that_it_is_not():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "word", "directions"),
     [
-        (-3, -9, "displaced", ("down", "down", "up")), (-4, -1, "chosen_down", ("down", "down", "down")),
-        (-3, 1, "chosen_down", ("down", "up", "down")), (-3, -3, "chosen_down", ("down", "down", "level")),
-        (2, -2, "not_displaced", ("up", "down", "up")), (5, 2, "not_displaced", ("up", "up", "up")),
-        (1, 3, "not_displaced", ("up", "up", "down")), (0, -4, "not_displaced", ("level", "down", "up")),
-        (0, 0, "not_displaced", ("level", "level", "level")), (0, 3, "not_displaced", ("level", "up", "down")),
+        (-3, -9, "displaced", ("down", "down", "up")),
+        (-4, -1, "chosen_down", ("down", "down", "down")),
+        (-3, 1, "chosen_down", ("down", "up", "down")),
+        (-3, -3, "chosen_down", ("down", "down", "level")),
+        (2, -2, "not_displaced", ("up", "down", "up")),
+        (5, 2, "not_displaced", ("up", "up", "up")),
+        (1, 3, "not_displaced", ("up", "up", "down")),
+        (0, -4, "not_displaced", ("level", "down", "up")),
+        (0, 0, "not_displaced", ("level", "level", "level")),
+        (0, 3, "not_displaced", ("level", "up", "down")),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_the_chosen_responses_and_tells_the_others(chosen, rejected, word, directions):
     noise = np.random.default_rng(1).normal(size=(2, 200)) * 0.01
     diagnosed = diagnose_changes(Changes(chosen + noise[0], rejected + noise[1], "test"))
@@ -66,9 +73,18 @@ def test_the_verdict_follows_the_chosen_responses_and_tells_the_others(chosen, r
 def diagnosis(chosen: str, rejected: str, margin: str) -> Diagnosis:
     c, r, m = (INTERVALS[word] for word in (chosen, rejected, margin))
     return Diagnosis(
-        verdict=verdict(c, m, 0.05), pairs=50, records=50, unit="pairs", source="test", chosen=c, rejected=r, margin=m,
-        summary={}, tolerance=0.05, caveats=(),
-    )  # fmt: skip
+        verdict=verdict(c, m, 0.05),
+        pairs=50,
+        records=50,
+        unit="pairs",
+        source="test",
+        chosen=c,
+        rejected=r,
+        margin=m,
+        summary={},
+        tolerance=0.05,
+        caveats=(),
+    )
 
 
 @pytest.mark.parametrize(("chosen", "rejected", "margin"), [*itertools.product(INTERVALS, repeat=3)])
@@ -76,9 +92,11 @@ def test_every_combination_of_directions_has_the_verdict_that_its_words_mean(cho
     result = diagnosis(chosen, rejected, margin)
     assert result.directions == {"chosen": chosen, "rejected": rejected, "margin": margin}
     expected = {
-        "down": "displaced" if margin == "up" else "chosen_down", "up": "not_displaced", "level": "not_displaced",
+        "down": "displaced" if margin == "up" else "chosen_down",
+        "up": "not_displaced",
+        "level": "not_displaced",
         "undecided": "undecided",
-    }  # fmt: skip
+    }
     assert result.verdict == expected[chosen] and result.verdict in VERDICTS
     fell = {"down": "yes", "up": "no", "level": "no", "undecided": "unclear"}[chosen]
     assert result.questions["did the chosen responses fall?"] == fell
@@ -142,11 +160,21 @@ def fallen():
 @pytest.mark.parametrize(
     ("rule", "holds"),
     [
-        (None, False), ("lld_rate>0.5", True), ("lld_rate<0.5", False), ("lld_rate >= 1", True), ("lld_rate<=1", True),
-        ("lld_rate>1", False), ("margin<1e-3", False), ("dlogp_chosen<-1e0", True), ("margin > .5", True),
-        ("displaced", True), ("undecided", False), ("harmful", False), ("chosen_down", False),
+        (None, False),
+        ("lld_rate>0.5", True),
+        ("lld_rate<0.5", False),
+        ("lld_rate >= 1", True),
+        ("lld_rate<=1", True),
+        ("lld_rate>1", False),
+        ("margin<1e-3", False),
+        ("dlogp_chosen<-1e0", True),
+        ("margin > .5", True),
+        ("displaced", True),
+        ("undecided", False),
+        ("harmful", False),
+        ("chosen_down", False),
     ],
-)  # fmt: skip
+)
 def test_a_rule_compares_a_number_or_a_verdict(fallen, rule, holds):
     assert rule_holds(fallen, rule) is holds
 
@@ -165,11 +193,14 @@ def test_a_rule_asks_for_harm(fallen):
 @pytest.mark.parametrize(
     ("rule", "answer"),
     [
-        ("lld_rate", "expected NAME>NUMBER"), ("lldrate>0.1", "Did you mean lld_rate?"), ("lld_rate>much", "expected"),
+        ("lld_rate", "expected NAME>NUMBER"),
+        ("lldrate>0.1", "Did you mean lld_rate?"),
+        ("lld_rate>much", "expected"),
         ("both_down_margin_up", "displaced is the nearest, both_down_margin_up_rate>0.5"),
-        ("inverted", "margin<0 is the nearest"), ("displacd", "Did you mean displaced?"),
+        ("inverted", "margin<0 is the nearest"),
+        ("displacd", "Did you mean displaced?"),
     ],
-)  # fmt: skip
+)
 def test_a_rule_that_cannot_be_read_is_answered_with_the_nearest(fallen, rule, answer):
     with pytest.raises(ChesError, match=answer.replace("?", r"\?")):
         rule_holds(fallen, rule)

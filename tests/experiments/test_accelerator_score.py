@@ -10,9 +10,13 @@ from experiments.benchmarks.accelerator import SHAPES, refuse
 from experiments.benchmarks.accelerator_score import main, result, write_rows
 
 OURS = {
-    "ches_sum": -1.0, "seconds": 2.0, "matmul_gflops": 300.0, "matmul_peak_gflops": 400.0, "platform": "gpu",
+    "ches_sum": -1.0,
+    "seconds": 2.0,
+    "matmul_gflops": 300.0,
+    "matmul_peak_gflops": 400.0,
+    "platform": "gpu",
     "device": "1 x H100 (gpu)",
-}  # fmt: skip
+}
 
 
 def peer(**other):

@@ -8,9 +8,13 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.accelerator_train import main, result
 
 OURS = {
-    "s_per_step_median": 2.0, "needed_gflop": 600.0, "matmul_peak_gflops": 400.0, "platform": "gpu",
-    "device": "1 x H100 (gpu)", "top_costs": [{"name": "gemm", "share": 0.6, "seconds": 1.2}],
-}  # fmt: skip
+    "s_per_step_median": 2.0,
+    "needed_gflop": 600.0,
+    "matmul_peak_gflops": 400.0,
+    "platform": "gpu",
+    "device": "1 x H100 (gpu)",
+    "top_costs": [{"name": "gemm", "share": 0.6, "seconds": 1.2}],
+}
 TRL = {"s_per_step_median": 5.0, "platform": "gpu"}
 
 

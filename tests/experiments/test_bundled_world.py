@@ -35,10 +35,13 @@ def tokenizer():
 @pytest.mark.parametrize(
     "name",
     [
-        "pairs.jsonl", "prompts.jsonl", "model/tokenizer.json", "model/tokenizer_config.json",
+        "pairs.jsonl",
+        "prompts.jsonl",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
         "model/chat_template.jinja",
     ],
-)  # fmt: skip
+)
 def test_the_recipe_gives_the_committed_bytes(made, name):
     committed = ches_jax.bundled.pairs_file().parent / name
     assert (made / name).read_bytes() == committed.read_bytes()

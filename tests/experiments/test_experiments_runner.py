@@ -131,8 +131,11 @@ def test_importing_items_loads_no_jax():
     code = "import sys, experiments.run, experiments.report; " + "".join(f"import experiments.{i}; " for i in PRESENT)
     process = subprocess.run(
         [sys.executable, "-c", code + "print([m for m in ('jax', 'torch', 'transformers') if m in sys.modules])"],
-        capture_output=True, text=True, cwd=ROOT, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     assert process.stdout.strip() == "[]"
 
 

@@ -65,9 +65,17 @@ def test_norms_of_table_13_are_parts_of_the_difference():
 
 @pytest.mark.parametrize(
     ("text", "stance"),
-    [(" Yes", "agree"), ("yes", "agree"), ('"Yes', "agree"), ("NEVER", "disagree"), ("Maybe", "open"),
-     ("Yesterday", "other"), ("", "other"), ("None", "other")],
-)  # fmt: skip
+    [
+        (" Yes", "agree"),
+        ("yes", "agree"),
+        ('"Yes', "agree"),
+        ("NEVER", "disagree"),
+        ("Maybe", "open"),
+        ("Yesterday", "other"),
+        ("", "other"),
+        ("None", "other"),
+    ],
+)
 def test_meaning_goes_by_letters(text, stance):
     assert stance_of(text, SCALES["paper"].words) == stance
 
@@ -92,7 +100,7 @@ def test_only_runs_whose_loss_never_rose_are_counted():
     setting = Setting("Table 1", "dpo", {}, 1e-6, True)
     table = contest_table(
         [log(falling, chosen, gains), log(rising, [0.9] * 101, gains)], YES_NO, setting, "agree", updates=100
-    )  # fmt: skip
+    )
     assert (table["runs"], table["kept"], table["displaced"]) == (2, 1, 1)
     assert table["decrease"]["mean"] == pytest.approx(0.4)
     assert (table["from"]["mean"], table["to"]["mean"]) == (0.5, 0.1)

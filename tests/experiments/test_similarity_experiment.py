@@ -39,9 +39,11 @@ def test_the_paper_scale_is_the_papers():
     assert (c.batch_size, c.accumulate, len(c.seeds)) == (32, 8, 3)
     assert c.window // c.batch_size == 16
     assert {k: (o.loss, dict(o.loss_args), o.lr) for k, o in c.objectives.items()} == {
-        "dpo": ("dpo", {"beta": 0.1}, 1e-7), "ipo": ("ipo_sum", {"tau": 0.01}, 1e-7),
-        "dpo-lower": ("dpo", {"beta": 0.1}, 5e-8), "dpo-higher": ("dpo", {"beta": 0.1}, 5e-7),
-    }  # fmt: skip
+        "dpo": ("dpo", {"beta": 0.1}, 1e-7),
+        "ipo": ("ipo_sum", {"tau": 0.01}, 1e-7),
+        "dpo-lower": ("dpo", {"beta": 0.1}, 5e-8),
+        "dpo-higher": ("dpo", {"beta": 0.1}, 5e-7),
+    }
     assert all(set(o.measures) <= set(MEASURES) for s in SCALES.values() for o in s.objectives.values())
     assert len([s for s in similarity.stages(c) if s.name.startswith("train/")]) == (6 + 6 + 1 + 1) * 5 * 3
 
@@ -61,19 +63,28 @@ def test_every_scale_makes_sixteen_updates_of_a_window():
 @pytest.mark.parametrize(
     ("content", "dialogue", "expected"),
     [
-        (("\n\nHuman: Hi\n\nAssistant:", " a", "b"), "\n\nHuman: {prompt}\n\nAssistant:",
-         ("\n\nHuman: Hi\n\nAssistant:", " a", " b")),
+        (
+            ("\n\nHuman: Hi\n\nAssistant:", " a", "b"),
+            "\n\nHuman: {prompt}\n\nAssistant:",
+            ("\n\nHuman: Hi\n\nAssistant:", " a", " b"),
+        ),
         (("Hi", "a", " b"), "\n\nHuman: {prompt}\n\nAssistant:", ("\n\nHuman: Hi\n\nAssistant:", " a", " b")),
         (("Hi", "a", "b"), "<|prompter|>{prompt}<|assistant|>", ("<|prompter|>Hi<|assistant|>", "a", "b")),
         (("Hi", "a", "b"), "{prompt}", ("Hi", "a", "b")),
         (("Hi", "a", "b"), "{prompt}\n", ("Hi\n", "a", "b")),
         (("Hi\n\n", "a", "b"), "{prompt}\n", ("Hi\n\n", "a", "b")),
-        (("\n\nHuman: Hi\n\nAssistant:  ", "a", "b"), "\n\nHuman: {prompt}\n\nAssistant:",
-         ("\n\nHuman: Hi\n\nAssistant:  ", " a", " b")),
-        (([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "a"}], "b"), "<{prompt}>",
-         ("<Hi>", "a", "b")),
+        (
+            ("\n\nHuman: Hi\n\nAssistant:  ", "a", "b"),
+            "\n\nHuman: {prompt}\n\nAssistant:",
+            ("\n\nHuman: Hi\n\nAssistant:  ", " a", " b"),
+        ),
+        (
+            ([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "a"}], "b"),
+            "<{prompt}>",
+            ("<Hi>", "a", "b"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_become_dialogues(content, dialogue, expected):
     row = data.as_text(dict(zip(("prompt", "chosen", "rejected"), content, strict=True)), dialogue)
     assert tuple(row.values()) == expected
@@ -93,8 +104,12 @@ def test_the_change_of_the_loss_is_the_librarys(objective):
 
     def at(m):
         zero = jnp.zeros(3)
-        inputs: Any = {"logp_chosen": jnp.asarray(m, jnp.float32), "logp_rejected": zero, "ref_logp_chosen": zero,
-                 "ref_logp_rejected": zero}  # fmt: skip
+        inputs: Any = {
+            "logp_chosen": jnp.asarray(m, jnp.float32),
+            "logp_rejected": zero,
+            "ref_logp_chosen": zero,
+            "ref_logp_rejected": zero,
+        }
         return float(mean_loss(loss, LossInputs(**{k: v for k, v in inputs.items() if k in loss.needs}))[0])
 
     assert loss_change(objective, margins) == pytest.approx(at(margins) - at(0 * margins), rel=1e-5)
@@ -150,8 +165,10 @@ def test_pairs_of_several_runs_are_averaged_and_correlated_with_their_score():
     lengths = rng.integers(5, 50, (2, 300)).astype(float)
     change = -2 * score + rng.normal(size=300) * 0.1
     scores = {m: rng.normal(size=300) for m in MEASURES} | {
-        "ches": score, "chosen_tokens": lengths[0], "rejected_tokens": lengths[1]
-    }  # fmt: skip
+        "ches": score,
+        "chosen_tokens": lengths[0],
+        "rejected_tokens": lengths[1],
+    }
     order = rng.permutation(300)[:120]
     runs_ = [{"row": order.tolist(), "dlogp_chosen": (change[order] + s).tolist()} for s in (-0.1, 0.1)]
     rows, values = by_pair(runs_)
@@ -165,9 +182,11 @@ def test_pairs_of_several_runs_are_averaged_and_correlated_with_their_score():
 
 def test_extremes_are_named_by_row_and_length():
     scores = {
-        "ches": np.array([3.0, np.nan, 1.0, 2.0, 5.0, 4.0, 6.0]), "row_id": np.array(list("abcdefg")),
-        "chosen_tokens": np.arange(7.0), "rejected_tokens": np.arange(7.0) * 2,
-    }  # fmt: skip
+        "ches": np.array([3.0, np.nan, 1.0, 2.0, 5.0, 4.0, 6.0]),
+        "row_id": np.array(list("abcdefg")),
+        "chosen_tokens": np.arange(7.0),
+        "rejected_tokens": np.arange(7.0) * 2,
+    }
     values = extremes(scores, "ches")
     assert [p["row"] for p in values["lowest"]] == [2, 3, 0, 5, 4]
     assert [p["row"] for p in values["highest"]] == [6, 4, 5, 0, 3]

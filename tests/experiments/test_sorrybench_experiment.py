@@ -83,16 +83,23 @@ def test_requests_and_gold_responses_in_the_shape_of_the_hub(tmp_path):
         for style in ("base", "slang")
     ]
     judged = [
-        {"question_id": i, "choices": [{"index": 0, "turns": [f"answer {i} {score}"]}], "prompt_style": "base",
-         "human_score": score}
-        for i in range(30) for score in (0.0, 1.0) if (i, score) != (7, 1.0)
-    ]  # fmt: skip
+        {
+            "question_id": i,
+            "choices": [{"index": 0, "turns": [f"answer {i} {score}"]}],
+            "prompt_style": "base",
+            "human_score": score,
+        }
+        for i in range(30)
+        for score in (0.0, 1.0)
+        if (i, score) != (7, 1.0)
+    ]
     judged += [{**judged[0], "prompt_style": "slang", "choices": [{"turns": ["other style"]}]}]
     where = {"prompt_style": "base"}
     scale = config(
-        pairs=str(write_rows(tmp_path / "r.jsonl", requests)), where=where,
+        pairs=str(write_rows(tmp_path / "r.jsonl", requests)),
+        where=where,
         gold=str(write_rows(tmp_path / "g.jsonl", judged)),
-    )  # fmt: skip
+    )
     work = Work("sorrybench", "paper", scale, tmp_path / "out", quiet=True)
     assert data.write_requests(work) == {"found": 30, "usable": 29, "train": 25, "test": 4}
     for row in data.read_lines(data.requests_file(work)):
@@ -138,9 +145,10 @@ def test_pairs_are_the_sampled_tokens(work, monkeypatch):
     write_rows(data.requests_file(work), requests)
     tokens = [[5, 2], [6, 2], [5, 2], [6, 2], [7, 2], [7, 2], [8, 2], [9, 9]]
     judgments = [False, True, True, True, True, True, False, False]
-    write_rows(work.folder("responses") / FILE_NAME, [
-        {"prompt_ids": [1, i // 2], "token_ids": t, "text": str(t)} for i, t in enumerate(tokens)
-    ])  # fmt: skip
+    write_rows(
+        work.folder("responses") / FILE_NAME,
+        [{"prompt_ids": [1, i // 2], "token_ids": t, "text": str(t)} for i, t in enumerate(tokens)],
+    )
     monkeypatch.setattr(data, "judged", lambda work, name: judgments)
     assert data.write_pairs(work) == {"pairs": 2, "same": 1, "types": {"two_compliances": 1, "mixed": 1}, "gold": 3}
     first, last = data.read_lines(data.pairs_file(work, "generated"))
@@ -196,9 +204,11 @@ def test_the_loss_is_the_librarys(objective: Objective):
     name, arguments = LOSSES[objective]
     loss, margins, zero = get_loss(name, **arguments), np.array([0.5, -2.0, 30.0]), jnp.zeros(3)
     inputs: Any = {
-        "logp_chosen": jnp.asarray(margins, jnp.float32), "logp_rejected": zero, "ref_logp_chosen": zero,
+        "logp_chosen": jnp.asarray(margins, jnp.float32),
+        "logp_rejected": zero,
+        "ref_logp_chosen": zero,
         "ref_logp_rejected": zero,
-    }  # fmt: skip
+    }
     expected = mean(loss, LossInputs(**{k: v for k, v in inputs.items() if k in loss.needs}))[0]
     assert mean_loss(objective, margins) == pytest.approx(float(expected), rel=1e-5)
 
@@ -218,9 +228,15 @@ def test_a_rate_that_leaves_responses_endless_is_not_taken_but_chance_is_allowed
 def run_of(train: float, refusals: str) -> dict[str, Any]:
     numbers = dict.fromkeys(("dlogp_chosen", "dlogp_rejected", "margin", "loss_change", "tokens", "cut"), -1.0)
     return {
-        "pairs": 5, "updates": 1, "lr": 1e-3, "train": train, "test": 0.5, "refusals": refusals,
-        "by_type": {"mixed": [5, -2.0, -3.0]}, **numbers,
-    }  # fmt: skip
+        "pairs": 5,
+        "updates": 1,
+        "lr": 1e-3,
+        "train": train,
+        "test": 0.5,
+        "refusals": refusals,
+        "by_type": {"mixed": [5, -2.0, -3.0]},
+        **numbers,
+    }
 
 
 def test_changes_are_against_the_same_seed():
@@ -244,8 +260,16 @@ def test_scores_by_type_of_pair():
     summary = score_summary(scores)
     assert summary["ches"]["above"] == {"two_refusals > mixed": 0.75}
     assert summary["ches"]["by_type"]["mixed"] == {"pairs": 2, "quartiles": [0.0, 0.5, 1.0, 1.5, 2.0]}
-    subsets = {"two_refusals": [0, 1], "mixed": [2, 3], "two_compliances": [], "undecided": [], "ln_ches": [0, 2],
-               "head_score": [2, 3], "length": [0, 1], "random": {"0": [0, 1], "1": [0, 2]}}  # fmt: skip
+    subsets = {
+        "two_refusals": [0, 1],
+        "mixed": [2, 3],
+        "two_compliances": [],
+        "undecided": [],
+        "ln_ches": [0, 2],
+        "head_score": [2, 3],
+        "length": [0, 1],
+        "random": {"0": [0, 1], "1": [0, 2]},
+    }
     kept = kept_types(scores, subsets)
     assert kept["all"] == {"two_refusals": 2, "mixed": 2} and kept["random"] == {"two_refusals": 1.5, "mixed": 0.5}
 
@@ -289,10 +313,15 @@ def test_verdicts_follow_the_intervals():
     )
 
 
-@pytest.mark.parametrize("refusals, compliances, said", [
-    (0.73, 0.84, "as in the paper"), (0.73, 0.50, "in part as in the paper"), (0.53, 0.51, "indistinguishable"),
-    (0.30, 0.51, "not as in the paper"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "refusals, compliances, said",
+    [
+        (0.73, 0.84, "as in the paper"),
+        (0.73, 0.50, "in part as in the paper"),
+        (0.53, 0.51, "indistinguishable"),
+        (0.30, 0.51, "not as in the paper"),
+    ],
+)
 def test_types_of_pairs_are_told_apart_beyond_chance_only(refusals, compliances, said):
     """217, 23 and 128 pairs: twice the standard error under chance is 0.064 and 0.13."""
     above = {"two_refusals > mixed": refusals, "two_compliances > mixed": compliances, "undecided > mixed": 0.0}
@@ -303,8 +332,13 @@ def test_types_of_pairs_are_told_apart_beyond_chance_only(refusals, compliances,
 
 def test_pairs_whose_chosen_response_refuses(tmp_path, capsys):
     prompt = [{"role": "user", "content": "How?"}]
-    messages = {"prompt": prompt, **{s: [{"role": "assistant", "content": t}] for s, t in (
-        ("chosen", "I cannot help with that."), ("rejected", "Sure."))}}  # fmt: skip
+    messages = {
+        "prompt": prompt,
+        **{
+            s: [{"role": "assistant", "content": t}]
+            for s, t in (("chosen", "I cannot help with that."), ("rejected", "Sure."))
+        },
+    }
     texts = {"prompt": "How?", "chosen": "Like this.", "rejected": "Sorry, no."}
     pairs = write_rows(tmp_path / "pairs.jsonl", [messages, texts])
     words = ["--pairs", str(pairs), "--out", str(tmp_path / "refusals.jsonl")]

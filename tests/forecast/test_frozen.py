@@ -33,9 +33,17 @@ def real_updates(config, tmp_path):
 def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_path, x64, optimizer, lr, steps, loss):
     """SGD over two epochs, since equal minibatches add up to their mean; others over the first."""
     config = ForecastConfig(
-        model=str(tiny_model), limit=20, holdout=8, batch_size=4, steps=steps, lr=lr, optimizer=optimizer, loss=loss,
-        mesh="data=1", dtype="float64",
-    )  # fmt: skip
+        model=str(tiny_model),
+        limit=20,
+        holdout=8,
+        batch_size=4,
+        steps=steps,
+        lr=lr,
+        optimizer=optimizer,
+        loss=loss,
+        mesh="data=1",
+        dtype="float64",
+    )
     passes = Passes.of(prepare(training(config, str(tmp_path / "frozen"))))
     found, _ = passes.frozen_updates()
     for name, real in real_updates(config, tmp_path).items():

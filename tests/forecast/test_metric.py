@@ -22,10 +22,13 @@ def gradients(seed: int):
 @pytest.mark.parametrize(
     ("name", "hyper"),
     [
-        ("rmsprop", {}), ("rmsprop", {"momentum": 0.9, "alpha": 0.9}), ("sgd", {}), ("sgd", {"momentum": 0.5}),
+        ("rmsprop", {}),
+        ("rmsprop", {"momentum": 0.9, "alpha": 0.9}),
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.5}),
         ("adamw", {"weight_decay": 0.1}),
     ],
-)  # fmt: skip
+)
 def test_its_steps_are_those_of_the_optimiser(name, hyper):
     schedule = make_schedule("cosine", 0.01, 5, 2)
     metric, optimizer = Metric(name, hyper, schedule), make_optimizer(name, schedule, **hyper)

@@ -36,9 +36,15 @@ def continued(theirs: Any, prompt: list[int], new: int, stop: int) -> tuple[tupl
     """Tokens that transformers makes greedily of a prompt alone, and how far the best logit was ahead each time."""
     with torch.no_grad():
         actual = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=new, pad_token_id=0, eos_token_id=stop, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=new,
+            pad_token_id=0,
+            eos_token_id=stop,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     best = [torch.topk(x[0].double(), 2).values for x in actual.logits]
     return tuple(actual.sequences[0, len(prompt) :].tolist()), [float(b[0] - b[1]) for b in best]
 
@@ -75,9 +81,22 @@ def test_greedy_tokens_are_those_of_transformers(shared: Path, name: str, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
-     "starcoder2"],
-)  # fmt: skip
+    [
+        "llama",
+        "llama_tied",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "olmo",
+        "olmo2",
+        "gpt2",
+        "gpt_neox",
+        "phi3",
+        "starcoder2",
+    ],
+)
 def test_greedy_tokens_are_those_of_transformers_in_every_family(shared: Path, family: str, mesh):
     check_against_transformers(shared / "golden" / family / "policy", (1, 4), mesh)
 
@@ -145,16 +164,21 @@ def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
     assert not np.asarray(after.cache.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
 
 
-@pytest.mark.parametrize("words", ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow),
-                                   pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow), pytest.param("data=2,tensor=2", marks=pytest.mark.slow)],
+)
 def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
     from ches_jax.models.sharding import placement
 
     mesh = make_mesh(words)
     spread = Engine(
-        load_model(tiny_model, sharding=placement(mesh)), mesh, sampling=Sampling(), max_new_tokens=NEW,
+        load_model(tiny_model, sharding=placement(mesh)),
+        mesh,
+        sampling=Sampling(),
+        max_new_tokens=NEW,
         stop_ids=range(0, 1291, 5),
-    )  # fmt: skip
+    )
     requests = requests_for(prompts_for(1291))
     assert [m.tokens for m in spread(requests, 4)] == [m.tokens for m in engine(requests, 4)]
 
@@ -167,13 +191,25 @@ def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path,
 
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     raw = {
-        "model_type": "llama", "vocab_size": 101, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 24, "rope_parameters": rope,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 101,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 24,
+        "rope_parameters": rope,
+    }
     if kind == "longrope":
         factors = {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 7.0]}
-        raw |= {"model_type": "phi3", "original_max_position_embeddings": 24, "max_position_embeddings": 96,
-                "rope_parameters": {**rope, **factors}, "pad_token_id": 0}  # fmt: skip
+        raw |= {
+            "model_type": "phi3",
+            "original_max_position_embeddings": 24,
+            "max_position_embeddings": 96,
+            "rope_parameters": {**rope, **factors},
+            "pad_token_id": 0,
+        }
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 1 else w, nnx.state(model)))
     requests = requests_for(prompts_for(101, (4, 15)))

@@ -54,9 +54,18 @@ def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
     assert [(r["index"], r["sample"]) for r in rows] == [(i, s) for i in (0, 1) for s in (0, 1, 2)]
     first = rows[0]
     assert set(first) == {
-        "row_id", "index", "sample", "prompt", "text", "finish_reason", "logp", "prompt_ids", "token_ids", "category",
+        "row_id",
+        "index",
+        "sample",
+        "prompt",
+        "text",
+        "finish_reason",
+        "logp",
+        "prompt_ids",
+        "token_ids",
+        "category",
         "extra",
-    }  # fmt: skip
+    }
     assert (first["prompt"], first["category"], first["extra"]) == (ASKED, "mischief", {"label": 1})
     assert rows[3]["prompt"] is None and rows[3]["prompt_ids"] == [1, 3, 4]
     assert len({r["text"] for r in rows[:3]}) > 1
@@ -85,9 +94,13 @@ def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
         by_prompt.setdefault(r["index"], []).append(r)
     pairs = [p for p in by_prompt.values() if len(p) == 2 and p[0]["token_ids"] != p[1]["token_ids"]]
     assert len(pairs) > 2
-    data = write(tmp_path / "pairs.jsonl", [
-        {"prompt_ids": a["prompt_ids"], "chosen_ids": a["token_ids"], "rejected_ids": b["token_ids"]} for a, b in pairs
-    ])  # fmt: skip
+    data = write(
+        tmp_path / "pairs.jsonl",
+        [
+            {"prompt_ids": a["prompt_ids"], "chosen_ids": a["token_ids"], "rejected_ids": b["token_ids"]}
+            for a, b in pairs
+        ],
+    )
     actual, _ = read_table(score(ScoreConfig(pairs=data, logps=True, out=str(tmp_path / "s")), quiet=True))
     for side, member in (("chosen", 0), ("rejected", 1)):
         expected = [p[member]["logp"] for p in pairs]
@@ -194,8 +207,10 @@ def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
     assert [r["index"] for r in rows] == [0]
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     assert [(d["index"], d["reasons"]) for d in dropped] == [
-        (1, ["empty_prompt"]), (2, ["double_bos"]), (3, ["prompt_too_long"])
-    ]  # fmt: skip
+        (1, ["empty_prompt"]),
+        (2, ["double_bos"]),
+        (3, ["prompt_too_long"]),
+    ]
     kept = make(tmp_path, "kept", prompts=prompts, on_bad_row="keep")
     assert [(r["index"], r.get("flags")) for r in kept] == [(0, None), (1, ["empty_prompt"]), (2, ["double_bos"])]
     assert_same(kept[:1], rows)

@@ -14,9 +14,14 @@ from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import Sampling, draw, filtered, key_data, row_keys
 
 RULES = [
-    Sampling(0.7), Sampling(1.3, top_k=5), Sampling(top_p=0.6), Sampling(0.5, top_k=9, top_p=0.9),
-    Sampling(2.0, 1, 0.1), Sampling(top_p=1e-6), Sampling(top_k=1000, top_p=0.999),
-]  # fmt: skip
+    Sampling(0.7),
+    Sampling(1.3, top_k=5),
+    Sampling(top_p=0.6),
+    Sampling(0.5, top_k=9, top_p=0.9),
+    Sampling(2.0, 1, 0.1),
+    Sampling(top_p=1e-6),
+    Sampling(top_k=1000, top_p=0.999),
+]
 
 
 def random_logits(rows: int, vocabulary: int) -> np.ndarray:

@@ -55,9 +55,14 @@ def test_by_rules(tmp_path, responses):
     assert verdicts(tmp_path, responses=responses) == REFUSED
     rows = list(chunks.read_lines(tmp_path / "out" / FILE_NAME))
     assert rows[0] == {
-        "row_id": "r0", "index": 0, "sample": 0, "refusal": True, "reason": "i cannot help", "text": TEXTS[0],
+        "row_id": "r0",
+        "index": 0,
+        "sample": 0,
+        "refusal": True,
+        "reason": "i cannot help",
+        "text": TEXTS[0],
         "category": "a",
-    }  # fmt: skip
+    }
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
     assert (counts["responses"], counts["refusals"], counts["undecided"], counts["refusal_rate"]) == (4, 2, 0, 0.5)
     assert counts["by_category"]["a"]["refusal_rate"] == 0.5
@@ -84,10 +89,18 @@ def knowing_judge(tmp_path_factory) -> Path:
 
     tokenizer = load_tokenizer(bundled.model_dir())
     raw = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": len(tokenizer), "hidden_size": 4,
-        "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(0))
     nnx.update(model, nnx.map_state(lambda path, w: w if "norm" in str(path) else w * 0, nnx.state(model)))
     words = [i for t in (" cannot", " won't") for i in tokenizer(t, add_special_tokens=False)["input_ids"]]
@@ -143,9 +156,19 @@ def test_the_question():
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [("0", True), (" 1", False), ("1.0\n", False), ("0.4", True), ("1 because", False), ("", None), ("yes 1", None),
-     ("10", None), ("-1", None), ("[0]", None)],
-)  # fmt: skip
+    [
+        ("0", True),
+        (" 1", False),
+        ("1.0\n", False),
+        ("0.4", True),
+        ("1 because", False),
+        ("", None),
+        ("yes 1", None),
+        ("10", None),
+        ("-1", None),
+        ("[0]", None),
+    ],
+)
 def test_answers_are_read_by_their_leading_number(answer, expected):
     assert parse_answer(answer) is expected
 
@@ -180,9 +203,13 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
         {"prompt": "a", "verdict": "comply"},
     ]
     refused = verdicts(
-        tmp_path, responses=write(tmp_path / "r.jsonl", rows), columns={"prompt": "q", "text": "answer"}, by="labels",
-        labels=write(tmp_path / "l.jsonl", labels), label_columns={"label": "verdict"},
-    )  # fmt: skip
+        tmp_path,
+        responses=write(tmp_path / "r.jsonl", rows),
+        columns={"prompt": "q", "text": "answer"},
+        by="labels",
+        labels=write(tmp_path / "l.jsonl", labels),
+        label_columns={"label": "verdict"},
+    )
     assert refused == [False, True]
     assert next(chunks.read_lines(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
 
@@ -242,8 +269,9 @@ def test_an_answer_that_the_prompt_begins_is_judged_whole(tmp_path):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     records = list(open_responses(Opener(), str(tmp_path / "r.jsonl"), None, {}))
     assert [asked_and_answered(r) for r in records] == [
-        (asked, "I'm sorry, but I cannot help with that."), (asked, "Sure: cannot help with that."),
-    ]  # fmt: skip
+        (asked, "I'm sorry, but I cannot help with that."),
+        (asked, "Sure: cannot help with that."),
+    ]
     out = judge(JudgeConfig(responses=str(tmp_path / "r.jsonl"), out=str(tmp_path / "j")), quiet=True)
     assert [r["refusal"] for r in chunks.read_lines(out / FILE_NAME)] == [True, False]
 

@@ -50,9 +50,13 @@ PAIR_CASES = [
     ("ld_alpha", "ld_dpo", {"alpha": 0.3}, {"loss_types": ["sigmoid"], "ld_alpha": 0.3}),
     ("forward_kl", "fdpo_forward_kl", {}, {"loss_types": ["sigmoid"], "f_divergence_type": "forward_kl"}),
     ("js_divergence", "fdpo_js", {}, {"loss_types": ["sigmoid"], "f_divergence_type": "js_divergence"}),
-    ("alpha_divergence", "fdpo_alpha", {"alpha": 0.5},
-     {"loss_types": ["sigmoid"], "f_divergence_type": "alpha_divergence"}),
-]  # fmt: skip
+    (
+        "alpha_divergence",
+        "fdpo_alpha",
+        {"alpha": 0.5},
+        {"loss_types": ["sigmoid"], "f_divergence_type": "alpha_divergence"},
+    ),
+]
 BATCH_CASES = [
     ("aot", "aot", {"label_smoothing": 0.1}, {"loss_types": ["aot"], "label_smoothing": 0.1}),
     ("aot_unpaired", "aot_unpaired", {}, {"loss_types": ["aot_unpaired"]}),
@@ -74,13 +78,22 @@ def stand_in(**settings):
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     defaults = {
-        "beta": 0.1, "loss_weights": None, "label_smoothing": 0.0, "ld_alpha": None, "use_weighting": False,
-        "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "precompute_ref_logps": True,
-        "aux_loss_enabled": False, "args": SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
-        "accelerator": accelerator, "_total_train_tokens": 0, "_tp_size": 1,
+        "beta": 0.1,
+        "loss_weights": None,
+        "label_smoothing": 0.0,
+        "ld_alpha": None,
+        "use_weighting": False,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "precompute_ref_logps": True,
+        "aux_loss_enabled": False,
+        "args": SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
+        "accelerator": accelerator,
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
         "_metrics": {"train": defaultdict(list)},
         "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
-    }  # fmt: skip
+    }
     trainer = SimpleNamespace(**(defaults | settings))
     if trainer.loss_weights is None and hasattr(trainer, "loss_types"):
         trainer.loss_weights = [1.0] * len(trainer.loss_types)
@@ -105,9 +118,12 @@ def dpo(policy, reference, mask, settings):
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()  # one prompt token
     refs = reference.sum(1).chunk(2)
     inputs = {
-        "input_ids": completion, "attention_mask": torch.ones_like(completion), "completion_mask": completion,
-        "ref_chosen_logps": refs[0], "ref_rejected_logps": refs[1],
-    }  # fmt: skip
+        "input_ids": completion,
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+        "ref_chosen_logps": refs[0],
+        "ref_rejected_logps": refs[1],
+    }
     if settings.get("ld_alpha") is not None:  # the reference's sums are weighted in its own forward pass only
         trainer.precompute_ref_logps, trainer.ref_model = False, model_of(reference)
     loss = DPOTrainer._compute_loss(trainer, model_of(policy), inputs, False)
@@ -121,9 +137,12 @@ def pair_cases(policy, reference, mask):
         rows = [torch.tensor([i, PAIRS + i]) for i in range(PAIRS)]
         results = [dpo(policy[r], reference[r], mask[r], settings) for r in rows]
         yield {
-            "case": case, "loss": loss, "hyper": hyper, "per_pair": [r[0] for r in results],
+            "case": case,
+            "loss": loss,
+            "hyper": hyper,
+            "per_pair": [r[0] for r in results],
             "metrics": {n: [r[1][n] for r in results] for n in results[0][1]},
-        }  # fmt: skip
+        }
 
 
 def batch_cases(policy, reference, mask):
@@ -141,10 +160,15 @@ def reference_free_cases(policy, mask):
     sums, means = policy.sum(1).chunk(2), (policy.sum(1) / mask.sum(1)).chunk(2)
     for case, loss, hyper, logps, settings in [
         ("cpo", "cpo", {"lam": 0.0}, sums, {"loss_type": "sigmoid", "alpha": 0.0}),
-        ("simpo", "simpo", {"beta": 2.0, "gamma": 0.6}, means,
-         {"loss_type": "simpo", "alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.6}),
+        (
+            "simpo",
+            "simpo",
+            {"beta": 2.0, "gamma": 0.6},
+            means,
+            {"loss_type": "simpo", "alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.6},
+        ),
         ("alphapo", "alphapo", {}, means, {"loss_type": "simpo", "alpha": 0.25, "beta": 2.5, "simpo_gamma": 0.1}),
-    ]:  # fmt: skip
+    ]:
         value = CPOTrainer.cpo_loss(stand_in(**settings), *logps)[0]
         yield {"case": case, "loss": loss, "hyper": hyper, "per_pair": value.tolist()}
     ratio = -ORPOTrainer.odds_ratio_loss(stand_in(), *means)[0]
@@ -162,13 +186,24 @@ def kto_case(policy, reference, mask):
     trainer._compute_kl_logps = lambda model, batch: kl
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
     inputs = {
-        "input_ids": completion, "attention_mask": torch.ones_like(completion), "completion_mask": completion,
-        "label": label, "ref_logps": reference.sum(1), "ref_KL_logps": ref_kl,
-    }  # fmt: skip
+        "input_ids": completion,
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+        "label": label,
+        "ref_logps": reference.sum(1),
+        "ref_KL_logps": ref_kl,
+    }
     value = KTOTrainer._compute_loss(trainer, model_of(policy), inputs, False).item()
     hyper = {"weight_desirable": 1.3, "weight_undesirable": 0.8}
-    return {"case": "kto", "loss": "kto", "hyper": hyper, "mean": value, "desirable": label.tolist(),
-            "kl_logp": kl.tolist(), "ref_kl_logp": ref_kl.tolist()}  # fmt: skip
+    return {
+        "case": "kto",
+        "loss": "kto",
+        "hyper": hyper,
+        "mean": value,
+        "desirable": label.tolist(),
+        "kl_logp": kl.tolist(),
+        "ref_kl_logp": ref_kl.tolist(),
+    }
 
 
 def main():
@@ -178,9 +213,13 @@ def main():
     cases = [*pair_cases(policy, reference, mask), *batch_cases(policy, reference, mask)]
     cases += [*reference_free_cases(policy, mask), kto_case(policy, reference, mask)]
     golden = {
-        "trl": trl.__version__, "torch": torch.__version__, "tokens": policy.tolist(),
-        "ref_tokens": reference.tolist(), "mask": mask.int().tolist(), "cases": cases,
-    }  # fmt: skip
+        "trl": trl.__version__,
+        "torch": torch.__version__,
+        "tokens": policy.tolist(),
+        "ref_tokens": reference.tolist(),
+        "mask": mask.int().tolist(),
+        "cases": cases,
+    }
     OUT.write_text(json.dumps(golden) + "\n", encoding="utf-8")
     print(OUT, len(cases), "cases")
 

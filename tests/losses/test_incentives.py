@@ -47,7 +47,7 @@ def table(gradients):
         "bce": (get_loss("bce"), sig(-r_w), sig(r_l)),
         "ukl": (get_loss("ukl"), one, jnp.exp(r_l)),
         "ddro": (get_loss("ddro"), one, ratio / (2 - ratio)),
-    }  # fmt: skip
+    }
 
 
 ROWS = ["dpo", "ipo", "cpo", "slic", "simpo", "dpop", "dpo_shift", "dpo_sft_sum", "rpo", "lsif", "bce", "ukl", "ddro"]
@@ -64,9 +64,19 @@ def test_closed_forms(name, gradients):
 # losses that by design push a response the other way somewhere
 DOWN_FOR_CHOSEN = {"apo_down"}
 TARGETS = {
-    "ipo_mean", "ipo_sum", "gpo_squared", "rebel", "cdpo", "nca", "exo_pair", "discopop",
-    "squaredpo", "cal_dpo", "sppo_hard", "ipo_sft_sum",
-}  # fmt: skip
+    "ipo_mean",
+    "ipo_sum",
+    "gpo_squared",
+    "rebel",
+    "cdpo",
+    "nca",
+    "exo_pair",
+    "discopop",
+    "squaredpo",
+    "cal_dpo",
+    "sppo_hard",
+    "ipo_sft_sum",
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(loss_names()) - TARGETS - DOWN_FOR_CHOSEN))

@@ -22,9 +22,13 @@ def batch(x64):
     sums = [jnp.asarray(a.sum(1)) for a in (t_w, t_l, r_w, r_l, m_w, m_l)]
     return LossInputs(
         *sums,  # pyright: ignore[reportArgumentType]
-        token_logps_chosen=t_w, token_logps_rejected=t_l, ref_token_logps_chosen=r_w, ref_token_logps_rejected=r_l,
-        token_mask_chosen=m_w, token_mask_rejected=m_l,
-    )  # fmt: skip
+        token_logps_chosen=t_w,
+        token_logps_rejected=t_l,
+        ref_token_logps_chosen=r_w,
+        ref_token_logps_rejected=r_l,
+        token_mask_chosen=m_w,
+        token_mask_rejected=m_l,
+    )
 
 
 @pytest.mark.parametrize("name", PER_PAIR)
@@ -68,9 +72,11 @@ def test_kto(x64):
     case = CASES["kto"]
     baseline = kto_baseline(jnp.array(case["kl_logp"]), jnp.array(case["ref_kl_logp"]))
     batch = LossInputs(
-        logp=np.array(GOLDEN["tokens"]).sum(1), ref_logp=np.array(GOLDEN["ref_tokens"]).sum(1),
-        desirable=np.array(case["desirable"]), kl_baseline=baseline,
-    )  # fmt: skip
+        logp=np.array(GOLDEN["tokens"]).sum(1),
+        ref_logp=np.array(GOLDEN["ref_tokens"]).sum(1),
+        desirable=np.array(case["desirable"]),
+        kl_baseline=baseline,
+    )
     value, _ = mean_loss(get_loss("kto", **case["hyper"]), batch)
     assert baseline > 0
     np.testing.assert_allclose(value, case["mean"], rtol=1e-5)

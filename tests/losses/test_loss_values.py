@@ -23,9 +23,15 @@ def nls(x):
 
 # r+ = -3 - -4 = 1, r- = -6 - -5 = -1, m = 2; 2 and 3 tokens; scores 1.5 and 1
 PAIR = {
-    "logp_chosen": -3.0, "logp_rejected": -6.0, "ref_chosen": -4.0, "ref_rejected": -5.0, "chosen_tokens": 2.0,
-    "rejected_tokens": 3.0, "rewards_chosen": 1.5, "rewards_rejected": 1.0,
-}  # fmt: skip
+    "logp_chosen": -3.0,
+    "logp_rejected": -6.0,
+    "ref_chosen": -4.0,
+    "ref_rejected": -5.0,
+    "chosen_tokens": 2.0,
+    "rejected_tokens": 3.0,
+    "rewards_chosen": 1.5,
+    "rewards_rejected": 1.0,
+}
 
 EXPECTED = {
     "dpo": ({"beta": 0.5}, nls(0.5 * 2)),
@@ -79,6 +85,9 @@ EXPECTED = {
     "ipo_sft_sum": ({"tau": 0.1, "sft_coeff": 10.0}, (2 - 5) ** 2 + 10 * 3),
     "rpo": ({"beta": 0.5, "alpha": 0.2}, nls(1) + 0.2 * 3 / 2),
     "cpo": ({"beta": 0.5, "lam": 0.1}, nls(0.5 * 3) + 0.1 * 3),
+    "sft": ({}, 3 / 2),
+    "sft_token": ({}, 3 / 2),
+    "sft_sum": ({}, 3.0),
     "slic": ({"delta": 5.0, "lam": 0.1}, (5 - 3) + 0.1 * 3),
 }
 OTHERS = {"bco_pair", "kto", "d2o", "confpo", "ld_dpo", "sparsepo"}  # below, and in test_tokens
@@ -136,9 +145,11 @@ def test_bco_state_does_not_depend_on_how_data_is_cut(batch64):
 
 def test_kto_judges_each_row_against_the_baseline(x64):
     rows = LossInputs(
-        logp=jnp.array([-3.0, -6.0]), ref_logp=jnp.array([-4.0, -5.0]), desirable=jnp.array([True, False]),
+        logp=jnp.array([-3.0, -6.0]),
+        ref_logp=jnp.array([-4.0, -5.0]),
+        desirable=jnp.array([True, False]),
         kl_baseline=jnp.asarray(0.5),
-    )  # fmt: skip
+    )
     value, aux = get_loss("kto", beta=0.5, weight_desirable=1.3, weight_undesirable=0.8)(rows)
     np.testing.assert_allclose(value, [1.3 * (1 - sig(0.5 * 0.5)), 0.8 * (1 - sig(0.5 * 1.5))], rtol=1e-12)
     np.testing.assert_allclose(aux["rewards"], [0.5, -0.5])
@@ -157,9 +168,11 @@ def test_kto_baseline_is_never_negative():
 
 def test_d2o_averages_its_candidates(x64):
     batch = LossInputs(
-        logp_candidates=jnp.array([[-1.0, -4.0]]), ref_logp_candidates=jnp.array([[-2.0, -3.0]]),
-        logp_rejected=jnp.array([-6.0]), ref_logp_rejected=jnp.array([-5.0]),
-    )  # fmt: skip
+        logp_candidates=jnp.array([[-1.0, -4.0]]),
+        ref_logp_candidates=jnp.array([[-2.0, -3.0]]),
+        logp_rejected=jnp.array([-6.0]),
+        ref_logp_rejected=jnp.array([-5.0]),
+    )
     value, aux = get_loss("d2o", beta=0.6, alpha=0.3)(batch)
     np.testing.assert_allclose(value, [nls(0.6 / 2 * (1 - 1) + 0.3 * 1)], rtol=1e-12)
     np.testing.assert_allclose(aux["rewards/margins"], [0.3], rtol=1e-12)

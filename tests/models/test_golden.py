@@ -17,9 +17,21 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
 
 FAMILIES = (
-    "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
+    "llama",
+    "llama_tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "olmo",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
     "starcoder2",
-)  # fmt: skip
+    "gemma3_multimodal",
+)
 SPELLINGS = ("config.v4.json", "config.min.json")
 LENGTH = 512
 """Every sequence is padded to this, so that a model compiles once."""

@@ -30,9 +30,16 @@ V5E = Setting("tpu", "TPU v5 lite", 0.0, "bfloat16", 128, 4)
 @pytest.mark.parametrize("name", KERNELS)
 def test_sliding_windows_and_soft_caps_on_a_mesh_of_heads_and_rows(name: str):
     raw = family(
-        "gemma2", hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12, vocab_size=40,
-        max_position_embeddings=64, sliding_window=5, attn_logit_softcapping=2.0,
-    )  # fmt: skip
+        "gemma2",
+        hidden_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=40,
+        max_position_embeddings=64,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+    )
     model = Decoder(decoder_config(raw), rngs=nnx.Rngs(1))
     nnx.update(model, jax.tree.map(lambda w: w * 5 if w.ndim > 1 else w, nnx.state(model)))
     mesh = make_mesh("data=2,tensor=2")

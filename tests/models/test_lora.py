@@ -171,13 +171,19 @@ def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
     rng = np.random.default_rng(2)
     name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     tensors = {
-        name.format(0, "A"): rng.normal(size=(2, 24)), name.format(0, "B"): rng.normal(size=(24, 2)),
-        name.format(1, "A"): rng.normal(size=(3, 24)), name.format(1, "B"): rng.normal(size=(24, 3)),
-    }  # fmt: skip
+        name.format(0, "A"): rng.normal(size=(2, 24)),
+        name.format(0, "B"): rng.normal(size=(24, 2)),
+        name.format(1, "A"): rng.normal(size=(3, 24)),
+        name.format(1, "B"): rng.normal(size=(24, 3)),
+    }
     config = {
-        "peft_type": "LORA", "r": 3, "lora_alpha": 3, "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 2}, "target_modules": ["q_proj"],
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 3,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 2},
+        "target_modules": ["q_proj"],
+    }
     write_files(tmp_path / "a", config, tensors)
     actual = read_adapter(tmp_path / "a", base("llama"))
     assert actual.spec == {"layers.self_attn.q_proj": (3, 1.0)}
@@ -200,10 +206,13 @@ def test_each_layer_has_its_own_scale_as_peft_computes_it(base, tmp_path):
         tensors[name.format(layer, module, "A")] = rng.normal(size=(rank, inputs))
         tensors[name.format(layer, module, "B")] = rng.normal(size=(outputs, rank))
     config = {
-        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {r"layers\.0\.self_attn\..*": 2},
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r"layers\.0\.self_attn\..*": 2},
         # 'proj' alone ends no name at a dot, 'q_proj' stands behind the pattern that already matches in layer 1
         "alpha_pattern": {"proj": 99, "layers.1.(self_attn|mlp).[a-z]+_proj": 12, "q_proj": 10},
-    }  # fmt: skip
+    }
     alphas = {
         (0, "self_attn.q_proj"): 10,
         (1, "self_attn.q_proj"): 12,
@@ -282,8 +291,10 @@ def test_a_pattern_that_would_take_for_ever_is_refused(base, tmp_path, monkeypat
 def test_targets_are_checked(base):
     config = decoder_config(read_config(base("gpt2")))
     assert sorted(make_spec(1, 1.0, "all-linear", config)) == [
-        "layers.mlp.down_proj", "layers.mlp.up_proj", *(f"layers.self_attn.{p}_proj" for p in "koqv")
-    ]  # fmt: skip
+        "layers.mlp.down_proj",
+        "layers.mlp.up_proj",
+        *(f"layers.self_attn.{p}_proj" for p in "koqv"),
+    ]
     with pytest.raises(ChesError, match="this model has no 'gate', 'lm_head'; expected all-linear or names of q, k"):
         make_spec(1, 1.0, "q,gate,lm_head", config)
     with pytest.raises(ChesError, match=r"rank 0 and alpha 1\.0: expected positive numbers"):

@@ -22,9 +22,15 @@ from .test_strict import family
 
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "fsdp=4,tensor=2")
 SIZES = {
-    "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 64,
-    "vocab_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 64,
+    "vocab_size": 40,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}
 GPT2 = {"vocab_size": 40, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
 
 

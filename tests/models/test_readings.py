@@ -24,8 +24,10 @@ LLAMA = TINY | {"num_key_value_heads": 3, "head_dim": 4}
 
 def random_weights(raw: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {n: rng.normal(0.3 if "norm" in n or "ln_" in n else 0, 0.5, v.shape).astype(np.float32)
-            for n, v in weights(raw).items()}  # fmt: skip
+    return {
+        n: rng.normal(0.3 if "norm" in n or "ln_" in n else 0, 0.5, v.shape).astype(np.float32)
+        for n, v in weights(raw).items()
+    }
 
 
 def write(directory: Path, raw: dict[str, Any], files: dict[str, dict[str, np.ndarray]], index: Any = None) -> Path:
@@ -147,10 +149,21 @@ def llama_buffers(d: Path) -> Path:
 
 
 READ_ALIKE = (
-    tied_other_head, tied_head_alone, gpt2_other_head, neox_other_head, neox_head_under_its_new_name, prefix_too_little,
-    prefix_too_much, single_and_old_index, single_and_damaged_index, left_over_shard, stored_in_an_earlier_shard_too,
-    buffers, gpt2_buffers, llama_buffers,
-)  # fmt: skip
+    tied_other_head,
+    tied_head_alone,
+    gpt2_other_head,
+    neox_other_head,
+    neox_head_under_its_new_name,
+    prefix_too_little,
+    prefix_too_much,
+    single_and_old_index,
+    single_and_damaged_index,
+    left_over_shard,
+    stored_in_an_earlier_shard_too,
+    buffers,
+    gpt2_buffers,
+    llama_buffers,
+)
 
 
 @pytest.mark.parametrize("make", READ_ALIKE, ids=lambda f: f.__name__)
@@ -183,9 +196,13 @@ def test_an_equal_head_in_another_dtype_stays_tied(tmp_path: Path):
     assert effective_config(single(tmp_path / "n", raw, tensors))["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize(("gone", "left"), [
-    ("lm_head.weight", "model.embed_tokens.weight"), ("model.embed_tokens.weight", "lm_head.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        ("lm_head.weight", "model.embed_tokens.weight"),
+        ("model.embed_tokens.weight", "lm_head.weight"),
+    ],
+)
 def test_one_of_two_that_are_not_tied_is_refused_with_both_readings(gone: str, left: str, tmp_path: Path):
     tensors = random_weights(LLAMA)
     del tensors[gone]
@@ -245,9 +262,18 @@ def test_an_integer_that_is_no_buffer_is_still_refused(tmp_path: Path):
     assert not "transformer.h.0.attn.c_attn.bias".endswith(BUFFERS)
 
 
-UNREAD = {"max_sequence_length": 2048, "model_max_length": 4096, "seq_length": 2048, "use_flash_attn": True,
-          "tokenizer_padding_side": "left", "sequence_parallel": False, "attention_chunk_size": None,
-          "unknown_scaling": {}, "logit_scale": 1.0, "own_bias": False}  # fmt: skip
+UNREAD = {
+    "max_sequence_length": 2048,
+    "model_max_length": 4096,
+    "seq_length": 2048,
+    "use_flash_attn": True,
+    "tokenizer_padding_side": "left",
+    "sequence_parallel": False,
+    "attention_chunk_size": None,
+    "unknown_scaling": {},
+    "logit_scale": 1.0,
+    "own_bias": False,
+}
 
 
 def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any):
@@ -261,12 +287,21 @@ def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("logit_scale", 0.5), ("logits_scaling", 8.0), ("residual_multiplier", 0.2), ("own_bias", True),
-        ("sliding_window", 128), ("attention_chunk_size", 64), ("rotary_dim", 2), ("position_embedding_type", "alibi"),
-        ("attnTemperatureTuning", True), ("embedding_scale", True), ("num_experts", 4), ("final_norm", False),
+        ("logit_scale", 0.5),
+        ("logits_scaling", 8.0),
+        ("residual_multiplier", 0.2),
+        ("own_bias", True),
+        ("sliding_window", 128),
+        ("attention_chunk_size", 64),
+        ("rotary_dim", 2),
+        ("position_embedding_type", "alibi"),
+        ("attnTemperatureTuning", True),
+        ("embedding_scale", True),
+        ("num_experts", 4),
+        ("final_norm", False),
         ("transformers_weights", "other.safetensors"),
     ],
-)  # fmt: skip
+)
 def test_a_key_that_speaks_of_arithmetic_is_refused(key: str, value: Any):
     assert f"'{key}' = {value!r}" in message(LLAMA | {key: value})
 

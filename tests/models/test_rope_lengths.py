@@ -37,8 +37,11 @@ def test_a_short_sequence_is_not_changed_by_a_long_neighbour(raw: dict[str, Any]
 
 
 def test_the_threshold_itself_is_still_short():
-    raw = family("phi3", rope_scaling=LONG | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-                 original_max_position_embeddings=8)  # fmt: skip
+    raw = family(
+        "phi3",
+        rope_scaling=LONG | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        original_max_position_embeddings=8,
+    )
     rope = decoder_config(raw).rope
     assert rope is not None
     at = [tables(rope, jnp.array([[3]]), jnp.array([[n]]), jnp.dtype("float32"))[0] for n in (4, 8, 9)]

@@ -43,7 +43,9 @@ def read(kind: str, **extra: Any) -> DecoderConfig:
         (
             "gemma3_text",
             {
-                "rope_theta": 2e6, "rope_local_base_freq": 3e4, "sliding_window_pattern": 2,
+                "rope_theta": 2e6,
+                "rope_local_base_freq": 3e4,
+                "sliding_window_pattern": 2,
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             },
             {
@@ -56,7 +58,7 @@ def read(kind: str, **extra: Any) -> DecoderConfig:
         ),
         ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_new"}),
     ],
-)  # fmt: skip
+)
 def test_old_and_new_names_mean_the_same(kind: str, old: dict[str, Any], new: dict[str, Any]):
     assert read(kind, **old) == read(kind, **new)
     assert read(kind, **old) != read(kind) or kind == "gemma"

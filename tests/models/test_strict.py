@@ -11,11 +11,17 @@ from ches_jax.errors import CheckpointError
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import FAMILIES, decoder_config
+from ches_jax.models.stacks import layers_of
 
 TINY: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 11, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2,
-    "num_attention_heads": 3, "max_position_embeddings": 16,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 12,
+    "intermediate_size": 10,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 16,
+}
 
 
 def family(kind: str, **extra: Any) -> dict[str, Any]:
@@ -23,9 +29,16 @@ def family(kind: str, **extra: Any) -> dict[str, Any]:
     if kind == "gpt2":
         return {"model_type": kind, "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3, **extra}
     kv = {} if kind == "gpt_neox" else {"num_key_value_heads": 3}
-    return {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra} if kind != "gpt_neox" else TINY | {
-        "model_type": kind, "hidden_size": 24, **extra,
-    }  # fmt: skip
+    return (
+        {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra}
+        if kind != "gpt_neox"
+        else TINY
+        | {
+            "model_type": kind,
+            "hidden_size": 24,
+            **extra,
+        }
+    )
 
 
 def message(raw: dict[str, Any]) -> str:
@@ -134,7 +147,10 @@ def test_all_problems_come_together():
         ({"model_type": "qwen3_moe"}, "mixture of experts"),
         ({"model_type": "deepseek_v3"}, "mixture of experts"),
         ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "gemma3", "text_config": {}}, "give its text part"),
+        ({"model_type": "gemma3", "text_config": {}}, "describes no text model"),
+        ({"model_type": "gemma3", "vision_config": {}}, "without a 'text_config'"),
+        ({"model_type": "new_eyes", "text_config": {"model_type": "bert"}}, "text model of type 'bert'"),
+        ({"model_type": "mllama", "text_config": {"model_type": "llama"}}, "does more than its config says"),
         ({"model_type": "mllama"}, "multimodal"),
         ({"model_type": "qwen2_vl"}, "multimodal"),
         ({"model_type": "new_eyes", "vision_config": {}}, "multimodal"),
@@ -145,7 +161,8 @@ def test_all_problems_come_together():
         ({"model_type": "unheard_of"}, "not supported; give a dense decoder-only model (gemma, gemma2,"),
         ({"model_type": ["llama"]}, "not supported"),
         ({}, "no 'model_type'"),
-        (TINY | {"quantization_config": {"quant_method": "gptq"}}, "unquantised weights"),
+        (TINY | {"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
+        (TINY | {"quantization_config": {"bits": 4}}, "no 'quant_method'"),
     ],
 )
 def test_other_kinds_of_model_are_refused_by_name(raw: dict[str, Any], words: str):
@@ -162,10 +179,8 @@ def weights(raw: dict[str, Any]) -> dict[str, np.ndarray]:
     out = {}
     for rule in FAMILIES[raw["model_type"]].name_rules(shapes, config):
         shape = shapes[rule.param].shape
-        for layer in range(config.num_layers if rule.stacked else 1):
-            out[rule.tensor_name(layer)] = np.zeros(
-                rule.view.tensor_shape(shape[1:] if rule.stacked else shape), np.float32
-            )
+        for name in rule.names(shape, layers_of(config, rule.param)).values():
+            out[name] = np.zeros(rule.view.tensor_shape(shape[rule.lead :]), np.float32)
     return out
 
 

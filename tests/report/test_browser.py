@@ -33,10 +33,18 @@ def run(tmp_path_factory):
     }
     write_part(folder / "scores.parquet", columns(PAIRS, **more), {})
     tokens = {
-        "row_id": ["r499"] * 3, "index": [499] * 3, "response": ["chosen", "chosen", "rejected"], "position": [0, 1, 0],
-        "token": [1, 2, 3], "text": ["fine", "<b>", "no"], "ches": [1.0, 0.0, -2.0], "head_score": [5.0, 0.0, -10.0],
-        "nthr": [0.0] * 3, "chosen_candidate": [None] * 3, "rejected_candidate": [None] * 3,
-    }  # fmt: skip
+        "row_id": ["r499"] * 3,
+        "index": [499] * 3,
+        "response": ["chosen", "chosen", "rejected"],
+        "position": [0, 1, 0],
+        "token": [1, 2, 3],
+        "text": ["fine", "<b>", "no"],
+        "ches": [1.0, 0.0, -2.0],
+        "head_score": [5.0, 0.0, -10.0],
+        "nthr": [0.0] * 3,
+        "chosen_candidate": [None] * 3,
+        "rejected_candidate": [None] * 3,
+    }
     pq.write_table(pa.table(tokens, schema=TOKEN_SCHEMA), folder / TOKENS)
     texts = [
         EVIL if i == 7 else "\u202eabc" * 300 if i == 8 else "w" * 900 if i == 9 else f"text {i}" for i in range(PAIRS)
@@ -160,10 +168,10 @@ def test_tokens_are_coloured_and_tell_their_number_to_a_tap_and_to_the_keyboard(
     tokens = page.locator(".tokens span")
     assert tokens.all_inner_texts() == ["fine", "<b>", "no"]
     tokens.first.click()
-    told = page.locator("tr.detail output")
-    assert "+5 (head_score)" in told.inner_text() and "raises the risk" in told.inner_text()
+    line = page.locator("tr.detail output")
+    assert "+5 (head_score)" in line.inner_text() and "raises the risk" in line.inner_text()
     page.keyboard.press("ArrowRight")
-    assert "“<b>”: 0" in told.inner_text()
+    assert "“<b>”: 0" in line.inner_text()
     colours = [page.evaluate("e => e.style.backgroundColor", t.element_handle()) for t in tokens.all()]
     assert colours[0].startswith("rgba(215, 48, 39, 0.37") and colours[2].startswith("rgba(69, 117, 180, 0.75")
     assert "down" in tokens.nth(2).get_attribute("class")

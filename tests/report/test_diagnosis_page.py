@@ -18,11 +18,20 @@ TEXT = EVIL.replace("\ud800", "")
 def part(name, mean, verdict, **more):
     interval = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "direction": "down"}
     return {
-        "verdict": verdict, "pairs": 30, "records": 30, "unit": "pairs", "set": name, "source": "a run",
-        "criterion": {"tolerance": 0.05}, "chosen": interval, "rejected": interval | {"mean": mean - 2},
-        "margin": interval | {"mean": 2.0, "low": 1.5, "high": 2.5}, "displacement/lld_rate": 0.66, "caveats": [],
+        "verdict": verdict,
+        "pairs": 30,
+        "records": 30,
+        "unit": "pairs",
+        "set": name,
+        "source": "a run",
+        "criterion": {"tolerance": 0.05},
+        "chosen": interval,
+        "rejected": interval | {"mean": mean - 2},
+        "margin": interval | {"mean": 2.0, "low": 1.5, "high": 2.5},
+        "displacement/lld_rate": 0.66,
+        "caveats": [],
         **more,
-    }  # fmt: skip
+    }
 
 
 def written(folder, answer):
@@ -42,11 +51,19 @@ def run(tmp_path):
     beside = part("train", 0.9, "not_displaced")
     answer = part("held_out", -0.4, "displaced", harm=harm, advice=advice, curve=curve, beside=beside)
     rows = {
-        "row_id": [f"r{i}" for i in range(40)], "index": [*range(20)] * 2, "set": ["held_out"] * 20 + ["train"] * 20,
-        "dlogp_chosen": np.linspace(-2, 1, 40), "dlogp_rejected": np.linspace(-5, 0, 40), "dmargin": [1.0] * 40,
-        "regime": ["flat"] * 40, "head_score": np.linspace(3, -3, 40), "chosen_tokens": [4] * 40,
-        "prompt": ["p"] * 40, "chosen": [TEXT] * 40, "rejected": ["no", None] * 20,
-    }  # fmt: skip
+        "row_id": [f"r{i}" for i in range(40)],
+        "index": [*range(20)] * 2,
+        "set": ["held_out"] * 20 + ["train"] * 20,
+        "dlogp_chosen": np.linspace(-2, 1, 40),
+        "dlogp_rejected": np.linspace(-5, 0, 40),
+        "dmargin": [1.0] * 40,
+        "regime": ["flat"] * 40,
+        "head_score": np.linspace(3, -3, 40),
+        "chosen_tokens": [4] * 40,
+        "prompt": ["p"] * 40,
+        "chosen": [TEXT] * 40,
+        "rejected": ["no", None] * 20,
+    }
     pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
     return written(tmp_path, answer)
 

@@ -19,10 +19,19 @@ def lines(path, rows):
 
 def generated(n=4):
     return [
-        {"row_id": f"r{i}", "index": i // 2, "sample": i % 2, "prompt": TEXT, "text": TEXT if i else "",
-         "logp": -1.5 * i, "finish_reason": "length" if i == 1 else "stop", "token_ids": [1] * i, "category": "chore"}
+        {
+            "row_id": f"r{i}",
+            "index": i // 2,
+            "sample": i % 2,
+            "prompt": TEXT,
+            "text": TEXT if i else "",
+            "logp": -1.5 * i,
+            "finish_reason": "length" if i == 1 else "stop",
+            "token_ids": [1] * i,
+            "category": "chore",
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def test_generated_texts_have_a_page(tmp_path):
@@ -57,11 +66,15 @@ def test_a_selection_has_a_page(tmp_path):
     lines(tmp_path / "pairs.jsonl", kept)
     lines(tmp_path / "dropped.jsonl", [{"row_id": "x", "index": 9, "reason": "not in lowest:0.5 of ches"}])
     described = {
-        "rule": {"by": "ches", "keep": "lowest:3", "control": "none"}, "counts": {"table": 4, "kept": 3},
-        "mean_lengths": {"kept": dict.fromkeys(("chosen_tokens", "rejected_tokens"), 10.0),
-                         "all": dict.fromkeys(("chosen_tokens", "rejected_tokens"), 20.0)},
-        "categories": {"c": {"scored": 4, "kept": 3}}, "source": {"pairs": "my.jsonl"},
-    }  # fmt: skip
+        "rule": {"by": "ches", "keep": "lowest:3", "control": "none"},
+        "counts": {"table": 4, "kept": 3},
+        "mean_lengths": {
+            "kept": dict.fromkeys(("chosen_tokens", "rejected_tokens"), 10.0),
+            "all": dict.fromkeys(("chosen_tokens", "rejected_tokens"), 20.0),
+        },
+        "categories": {"c": {"scored": 4, "kept": 3}},
+        "source": {"pairs": "my.jsonl"},
+    }
     (tmp_path / "selection.json").write_text(json.dumps(described))
     page = report(tmp_path)
     text = page.read_text(encoding="utf-8")
@@ -88,10 +101,18 @@ def test_the_probes_of_a_run_tell_where_the_mass_went(tmp_path):
     assert probe_section(tmp_path) == ""
     token = [{"token": 1, "text": "<b>", "before": 0.1, "now": 0.7}]
     rows = [
-        {"step": step, "index": i, "prompt": f"prompt {i} <i>", "argmax_mass": 0.5, "total_variation": step * i / 100,
-         "gaining": token, "losing": token}
-        for step in (0, 10) for i in range(3)
-    ]  # fmt: skip
+        {
+            "step": step,
+            "index": i,
+            "prompt": f"prompt {i} <i>",
+            "argmax_mass": 0.5,
+            "total_variation": step * i / 100,
+            "gaining": token,
+            "losing": token,
+        }
+        for step in (0, 10)
+        for i in range(3)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "probes.parquet")
     text = probe_section(tmp_path)
     assert "“&lt;b&gt;” 0.10 → 0.70" in text and "<b>" not in text

@@ -30,10 +30,18 @@ def run(tmp_path):
     write_part(run / "scores.parquet", columns(3, row_id=ids, head_score=np.array([1.0, 2.0, -3.5])), {})
     (run / "run.json").write_text(json.dumps({"verb": "score", "config": {"pairs": str(pairs)}}))
     tokens = {
-        "row_id": [ids[2]] * 3, "index": [2] * 3, "response": ["chosen", "chosen", "rejected"], "position": [0, 1, 0],
-        "token": [1, 2, 3], "text": ["yes", " 2", "\x1b[41;97mno"], "ches": [0.0] * 3, "head_score": [3.0, 0.1, -4.0],
-        "nthr": [0.0] * 3, "chosen_candidate": [None] * 3, "rejected_candidate": [None] * 3,
-    }  # fmt: skip
+        "row_id": [ids[2]] * 3,
+        "index": [2] * 3,
+        "response": ["chosen", "chosen", "rejected"],
+        "position": [0, 1, 0],
+        "token": [1, 2, 3],
+        "text": ["yes", " 2", "\x1b[41;97mno"],
+        "ches": [0.0] * 3,
+        "head_score": [3.0, 0.1, -4.0],
+        "nthr": [0.0] * 3,
+        "chosen_candidate": [None] * 3,
+        "rejected_candidate": [None] * 3,
+    }
     pq.write_table(pa.table(tokens, schema=TOKEN_SCHEMA), run / TOKENS)
     return run
 

@@ -10,10 +10,18 @@ from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
 
 def write(run, head, candidates=(None, None, None)):
     rows = {
-        "row_id": ["a"] * 3, "index": [4, 4, 5], "response": ["chosen", "rejected", "chosen"], "position": [0, 0, 0],
-        "token": [7, 8, 9], "text": [" Yes", "<script>", "x"], "ches": [2.0, -1.0, 0.0], "head_score": head,
-        "nthr": head, "chosen_candidate": candidates, "rejected_candidate": candidates,
-    }  # fmt: skip
+        "row_id": ["a"] * 3,
+        "index": [4, 4, 5],
+        "response": ["chosen", "rejected", "chosen"],
+        "position": [0, 0, 0],
+        "token": [7, 8, 9],
+        "text": [" Yes", "<script>", "x"],
+        "ches": [2.0, -1.0, 0.0],
+        "head_score": head,
+        "nthr": head,
+        "chosen_candidate": candidates,
+        "rejected_candidate": candidates,
+    }
     pq.write_table(pa.table(rows, schema=TOKEN_SCHEMA), run / TOKENS)
 
 

@@ -18,13 +18,20 @@ STEPS = (0, 5, 10)
 def log_of(step, pairs=40, name="held_out"):
     rng = np.random.default_rng(step)
     chosen, rejected = (-k * step / 10 + 0.1 * (step > 0) * rng.normal(size=pairs) for k in (2.0, 5.0))
-    return pa.table({
-        "step": pa.array([step] * pairs, pa.int32()), "set": [name] * pairs,
-        "row_id": [EVIL.replace("\ud800", "") if i == 0 else f"row{i}" for i in range(pairs)], "index": [*range(pairs)],
-        "dlogp_chosen": chosen, "dlogp_rejected": rejected, "margin": chosen - rejected,
-        "regime": ["both_down_margin_up" if step else "flat"] * pairs,
-        "chosen_tokens": [4] * pairs, "rejected_tokens": [5] * pairs,
-    })  # fmt: skip
+    return pa.table(
+        {
+            "step": pa.array([step] * pairs, pa.int32()),
+            "set": [name] * pairs,
+            "row_id": [EVIL.replace("\ud800", "") if i == 0 else f"row{i}" for i in range(pairs)],
+            "index": [*range(pairs)],
+            "dlogp_chosen": chosen,
+            "dlogp_rejected": rejected,
+            "margin": chosen - rejected,
+            "regime": ["both_down_margin_up" if step else "flat"] * pairs,
+            "chosen_tokens": [4] * pairs,
+            "rejected_tokens": [5] * pairs,
+        }
+    )
 
 
 @pytest.fixture
@@ -90,8 +97,9 @@ def test_single_responses_have_a_page_without_a_verdict(tmp_path):
     for name, column in (("dlogp_rejected", nothing), ("margin", nothing), ("rejected_tokens", none)):
         table = table.set_column(table.column_names.index(name), name, column)
     regimes = pa.array([""] * len(table))
-    pq.write_table(table.set_column(table.column_names.index("regime"), "regime", regimes),
-                   tmp_path / "displacement.parquet")  # fmt: skip
+    pq.write_table(
+        table.set_column(table.column_names.index("regime"), "regime", regimes), tmp_path / "displacement.parquet"
+    )
     page = report(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "No verdict" in text and "single responses" in text

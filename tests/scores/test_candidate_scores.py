@@ -27,9 +27,15 @@ from ches_jax.select.scored_rows import keys
 from ches_jax.types import common_prefix
 
 SAID = [
-    " Yes, I do.", " Yes, of course.", " No", " Never", " Yes, here is a plan. First, fetch a bucket. Then hum a song.",
-    " Yes, here is a plan. First, fetch a cloth. At last, close the door.", " It is easy.", " I won't do that.",
-]  # fmt: skip
+    " Yes, I do.",
+    " Yes, of course.",
+    " No",
+    " Never",
+    " Yes, here is a plan. First, fetch a bucket. Then hum a song.",
+    " Yes, here is a plan. First, fetch a cloth. At last, close the door.",
+    " It is easy.",
+    " I won't do that.",
+]
 PROMPT = "<|user|> Do you agree?<|assistant|>"
 ROWS = [
     {"prompt": PROMPT, "responses": SAID[:4]},
@@ -70,13 +76,21 @@ ALONE = [pair for row in ROWS for _, pair in pairs_of(row)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """All pairs in float64 with everything asked for: of the rows with candidates, then each as a row of its own."""
+    """All pairs in float64 with every output: of the rows with candidates, then each as a row of its own."""
     folder = tmp_path_factory.mktemp("candidates")
     config = ScoreConfig(
-        model=str(tiny_model), pairs=write(folder / "all.jsonl", ROWS + ALONE), out=str(folder / "run"),
-        candidates="all-pairs", dtype="float64", by="head_score", token_scores=True, logps=True, on_bad_row="keep",
-        batch_tokens=256, mesh="data=1",
-    )  # fmt: skip
+        model=str(tiny_model),
+        pairs=write(folder / "all.jsonl", ROWS + ALONE),
+        out=str(folder / "run"),
+        candidates="all-pairs",
+        dtype="float64",
+        by="head_score",
+        token_scores=True,
+        logps=True,
+        on_bad_row="keep",
+        batch_tokens=256,
+        mesh="data=1",
+    )
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_memory, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
@@ -172,9 +186,17 @@ def test_negative_token_hidden_reward_is_its_definition(tokens, tiny_model, tmp_
 def test_order_chunks_devices_and_the_kind_of_pairs_change_no_score(both, tokens, tiny_model, tmp_path):
     truth, rows = dict(both[0]), ROWS[::-1]
     config = ScoreConfig(
-        model=str(tiny_model), pairs=write(tmp_path / "back.jsonl", rows), out=str(tmp_path / "run"), chunk_rows=2,
-        mesh="data=2,tensor=2", batch_tokens=512, on_bad_row="keep", by="head_score", logps=True, token_scores=True,
-    )  # fmt: skip
+        model=str(tiny_model),
+        pairs=write(tmp_path / "back.jsonl", rows),
+        out=str(tmp_path / "run"),
+        chunk_rows=2,
+        mesh="data=2,tensor=2",
+        batch_tokens=512,
+        on_bad_row="keep",
+        by="head_score",
+        logps=True,
+        token_scores=True,
+    )
     got = table_of(score(config, quiet=True))
     last = len(ROWS) - 1
     chosen = {0: 0, 1: 0, 2: 0, 3: 1, 4: 0}
@@ -226,9 +248,12 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert list(table_of(out)) == KEPT
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     assert [(d["index"], d.get("candidates"), d["reasons"]) for d in dropped] == [
-        (2, [0, 1], ["empty_rejected"]), (2, [0, 2], ["identical"]), (3, None, ["no_pair"]),
-        (4, [0, 1], ["prompt_too_long"]), (4, [0, 2], ["prompt_too_long"]),
-    ]  # fmt: skip
+        (2, [0, 1], ["empty_rejected"]),
+        (2, [0, 2], ["identical"]),
+        (3, None, ["no_pair"]),
+        (4, [0, 1], ["prompt_too_long"]),
+        (4, [0, 2], ["prompt_too_long"]),
+    ]
 
     write_part, killed = parts.write_part, tmp_path / "killed"
 
@@ -253,7 +278,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert read_json(out / "run.json")["counts"] == {"rows": 12, "kept": 7, "dropped": 5}
 
     kept = tmp_path / "kept"
-    assert main(["select", "--scores", str(out), "--out", str(kept), "--keep", "lowest:4"]) == 0
+    assert main(["select", "--scores", str(out), "--by", "ches", "--out", str(kept), "--keep", "lowest:4"]) == 0
     chosen = [json.loads(line) for line in (kept / "pairs.jsonl").read_text().splitlines()]
     for row in chosen:
         numbers = (row["chosen_candidate"], row["rejected_candidate"]) if "chosen_candidate" in row else None
@@ -271,8 +296,8 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert '"key":["index","chosen_candidate","rejected_candidate"]' in page
     assert "what each token adds to the CHES of the pair" in page
     assert main(["show", str(out), "0-0-3", "--quiet"]) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", printed)
 
 
 def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model, tmp_path):
@@ -287,6 +312,6 @@ def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model
     table = table_of(score(config, quiet=True))
     assert (table[3, None]["flags"], table[3, None]["ches"]) == (["no_pair"], None)
     assert table[2, (0, 2)]["ches"] == 0  # the same response twice is computed once
-    assert select(SelectConfig(scores=out, out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
+    assert select(SelectConfig(scores=out, by="ches", out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "dropped.jsonl").read_text().splitlines()]
     assert reasons.count("unscored") == 2

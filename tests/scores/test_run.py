@@ -117,10 +117,15 @@ def pairs_and_truth(tiny_model):
     pairs += [
         TokenPair(row_id="one", index=100, prompt=(5, 6), chosen=Response((7,), 2), rejected=Response((8,), 2)),
         TokenPair(row_id="bare", index=101, prompt=(5,), chosen=Response((7,), None), rejected=Response((8, 9), 2)),
-        TokenPair(row_id="long", index=102, prompt=tuple(range(3, 90)), chosen=Response(tuple(range(9, 140)), 2),
-                  rejected=Response(tuple(range(9, 60)), 2)),
+        TokenPair(
+            row_id="long",
+            index=102,
+            prompt=tuple(range(3, 90)),
+            chosen=Response(tuple(range(9, 140)), 2),
+            rejected=Response(tuple(range(9, 60)), 2),
+        ),
         TokenPair(row_id="same", index=103, prompt=(5, 9), chosen=Response((7, 4), 2), rejected=Response((7, 4), 2)),
-    ]  # fmt: skip
+    ]
     return model, pairs, numbers_of(model, pairs, length=512)
 
 
@@ -333,11 +338,16 @@ def test_golden_models(shared, tmp_path, family, eos, dtype, tolerance):
     truth = json.loads((folder / "golden.json").read_text())["fp64"]["policy"]
     out = score(
         ScoreConfig(
-            model=str(folder / "policy"), pairs=str(shared / "golden" / "pairs.jsonl"), out=str(tmp_path / "run"),
-            eos=eos, dtype=dtype, logps=eos == "exclude", on_bad_row="keep",
+            model=str(folder / "policy"),
+            pairs=str(shared / "golden" / "pairs.jsonl"),
+            out=str(tmp_path / "run"),
+            eos=eos,
+            dtype=dtype,
+            logps=eos == "exclude",
+            on_bad_row="keep",
         ),
         quiet=True,
-    )  # fmt: skip
+    )
     got = {k: np.array(v) for k, v in columns(out).items() if k not in {"row_id", "flags", "category"}}
     prefix = "" if eos == "exclude" else "script_"
     scale = got["sqnorm_chosen"]

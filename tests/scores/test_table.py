@@ -96,8 +96,11 @@ def test_the_pairs_of_one_row_are_told_apart_by_their_candidates(tmp_path):
     with pytest.raises(RunError, match=r"row index 2 \(responses 0 and 1\) comes after 2 \(responses 1 and 0\)"):
         tables.merge_parts([tmp_path / "b", tmp_path / "b"], tmp_path / "x")
     with pytest.raises(RunError, match=r"row index 2 \(responses 0 and 2\) comes after 2 \(responses 0 and 2\)"):
-        tables.write_part(tmp_path / "x", rows(0, 3, index=[2] * 3, **pairs | {"chosen_candidate": [0] * 3,
-                          "rejected_candidate": [1, 2, 2]}), METADATA)  # fmt: skip
+        tables.write_part(
+            tmp_path / "x",
+            rows(0, 3, index=[2] * 3, **pairs | {"chosen_candidate": [0] * 3, "rejected_candidate": [1, 2, 2]}),
+            METADATA,
+        )
 
 
 def test_parts_of_different_runs_are_refused(tmp_path):

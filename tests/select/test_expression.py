@@ -20,10 +20,23 @@ A, B = np.array([1.5, -2.0, 0.0, np.nan]), np.array([2.0, 4.0, 0.0, 1.0])
 @pytest.mark.parametrize(
     "text",
     [
-        "a + b * 2 - 3 / 4", "(a + b) * 2", "-a", "abs(a - b)", "log(b + 1)", "min(a, b, 1)", "max(a, -b)", "a < b",
-        "a >= b", "0 < b <= 2", "a == 1.5", "a != 1.5", "min(a, b) > -1", "2e1 - a", "- -a + +b",
+        "a + b * 2 - 3 / 4",
+        "(a + b) * 2",
+        "-a",
+        "abs(a - b)",
+        "log(b + 1)",
+        "min(a, b, 1)",
+        "max(a, -b)",
+        "a < b",
+        "a >= b",
+        "0 < b <= 2",
+        "a == 1.5",
+        "a != 1.5",
+        "min(a, b) > -1",
+        "2e1 - a",
+        "- -a + +b",
     ],
-)  # fmt: skip
+)
 def test_an_expression_means_what_python_means(text: str):
     scope: dict[str, Any] = {"abs": abs, "log": math.log, "min": min, "max": max}
     expected = [float(eval(text, {}, scope | {"a": x, "b": y})) for x, y in zip(A[:3], B[:3], strict=True)]
@@ -41,12 +54,36 @@ def test_what_has_no_value_is_nan():
 @pytest.mark.parametrize(
     "text",
     [
-        "__import__('os').system('x')", "a.__class__.__mro__[0]", "a[0]", "[a]", "lambda: a", "a if b else a", "'x'",
+        "__import__('os').system('x')",
+        "a.__class__.__mro__[0]",
+        "a[0]",
+        "[a]",
+        "lambda: a",
+        "a if b else a",
+        "'x'",
         "a @ b",
-        "a ** b", "a and b", "not a", "f(a)", "abs(a, b)", "min(a)", "max(*a)", "log(x=a)", "a := 1", "", "a b", "True",
-        "1j", "(" * 300 + "a" + ")" * 300, "-" * 990 + "a", "a+" * 600 + "a", "a\x00", "a // b", "a in b", "a is b",
+        "a ** b",
+        "a and b",
+        "not a",
+        "f(a)",
+        "abs(a, b)",
+        "min(a)",
+        "max(*a)",
+        "log(x=a)",
+        "a := 1",
+        "",
+        "a b",
+        "True",
+        "1j",
+        "(" * 300 + "a" + ")" * 300,
+        "-" * 990 + "a",
+        "a+" * 600 + "a",
+        "a\x00",
+        "a // b",
+        "a in b",
+        "a is b",
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_refused_in_one_message(text: str):
     with pytest.raises(RunError, match="--by column"):
         parsed(text)
@@ -90,10 +127,11 @@ def test_rows_are_kept_by_columns_of_the_table_and_of_the_data(run, tmp_path):
     [
         ("column:nothing + 1", "no column 'nothing'"),
         ("column:row_id", "'row_id' of the score table holds no numbers"),
-        ("column:chosen", "'chosen' holds 'yes 0 é' in row 0"), ("column:3", "names no column"),
+        ("column:chosen", "'chosen' holds 'yes 0 é' in row 0"),
+        ("column:3", "names no column"),
         ("column:os.system(1)", "is not allowed"),
     ],
-)  # fmt: skip
+)
 def test_a_column_that_cannot_be_is_named_and_nothing_is_written(run, tmp_path, by, words):
     with pytest.raises(RunError, match=words):
         select(SelectConfig(scores=run, out=tmp_path / "kept", by=by), source())
@@ -107,13 +145,17 @@ def test_rows_that_repeat_earlier_ones_go_before_the_rule(run, tmp_path, how, go
     texts[2], texts[4], texts[6] = words, f"  {words.upper()}! ", words + " more"
     rows: list[Any] = [
         SimpleNamespace(
-            index=i, row_id=f"r{i}", content={"prompt": t, "chosen": t + " yes", "rejected": t + " no"}, category=None,
-            extra={}, candidates=None,
+            index=i,
+            row_id=f"r{i}",
+            content={"prompt": t, "chosen": t + " yes", "rejected": t + " no"},
+            category=None,
+            extra={},
+            candidates=None,
         )
         for i, t in enumerate(texts)
-    ]  # fmt: skip
+    ]
     out = tmp_path / "kept"
-    summary = select(SelectConfig(scores=run, out=out, keep="lowest:1.0", dedup=how), rows)
+    summary = select(SelectConfig(scores=run, by="ln_ches", out=out, keep="lowest:1.0", dedup=how), rows)
     kept = [int(r["row_id"][1:]) for r in lines(out / "pairs.jsonl")]
     assert kept == [i for i in range(20) if i != 7 and i not in gone]
     reasons = {"exact": {"repeats an earlier row": 1}, "none": {}}

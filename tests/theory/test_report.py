@@ -10,8 +10,10 @@ from theory import verify as command
 from theory.figures import DRAWN, pictures
 from theory.report import report
 
-SPEARMAN = {name: {"rho": rho, "low": rho - 0.2, "high": rho + 0.2} for name, rho in (
-    ("head_score", 0.6), ("ches", 0.1), ("batch rate", 0.4), ("ufm_score", 0.5), ("own rate", 0.8))}  # fmt: skip
+SPEARMAN = {
+    name: {"rho": rho, "low": rho - 0.2, "high": rho + 0.2}
+    for name, rho in (("head_score", 0.6), ("ches", 0.1), ("batch rate", 0.4), ("ufm_score", 0.5), ("own rate", 0.8))
+}
 SIX = [0.1, -0.2, 0.3, 0.0, 0.5, -0.1]
 MODEL = {
     "K0m": {"influence": [[1.0, -0.5], [0.2, 2.0]]},

@@ -11,10 +11,18 @@ def small(tiny_model):
     """Options of a run of a few seconds: 12 pairs in updates of 4."""
 
     def config(out, **options) -> TrainConfig:
-        return TrainConfig(**{
-            "model": str(tiny_model), "out": str(out), "limit": 20, "holdout": 8, "batch_size": 4, "lr": 1e-4,
-            "mesh": "data=1", **options,
-        })  # fmt: skip
+        return TrainConfig(
+            **{
+                "model": str(tiny_model),
+                "out": str(out),
+                "limit": 20,
+                "holdout": 8,
+                "batch_size": 4,
+                "lr": 1e-4,
+                "mesh": "data=1",
+                **options,
+            }
+        )
 
     return config
 

@@ -72,8 +72,9 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny
     command = [sys.executable, "-m", "ches_jax", "train", *options, "--save-every", 1, "--no-export", "--quiet"]
     ended = subprocess.run(
         ["bash", "-c", 'ulimit -f 40 && exec "$@"', "-", *map(str, command), "--out", str(out), "--resume"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     message = ended.stderr
     assert ended.returncode == 2 and not ended.stdout, message
     assert message.startswith("ches: ") and message.count("\n") == 1, message

@@ -44,7 +44,7 @@ def test_the_face_of_the_package_is_lazy():
         ({"keep_best": "eval_loss"}, "no pairs are held out"),
         ({"eval_pairs": "file.jsonl", "holdout": 2}, "give one of them"),
     ],
-)  # fmt: skip
+)
 def test_options_that_no_run_could_have_are_refused_before_anything_is_read(options, message):
     with pytest.raises(ChesError, match=message):
         prepare(TrainConfig(model="/nowhere", out="/nowhere", **options))

@@ -35,19 +35,30 @@ PAIRS = [
     TokenPair(row_id="a", index=0, prompt=(5, 6, 7), chosen=Response((8, 9, 10, 11), 2), rejected=Response((8, 4), 2)),
     TokenPair(row_id="b", index=1, prompt=(12, 13), chosen=Response((14,), 2), rejected=Response((15, 16, 17), None)),
     TokenPair(row_id="c", index=2, prompt=(5, 5), chosen=Response((20, 21, 22), 2), rejected=Response((23, 24), 2)),
-]  # fmt: skip
+]
 WIDTH = 8
 REWARD_VALUES = {"rewards_chosen": np.array([2.0, 0.5, 1.0]), "rewards_rejected": np.array([0.5, 0.25, 1.5])}
 LOSSES = {
-    "confpo": {"beta": 1.5}, "ld_dpo": {"alpha": 0.3}, "rebel": {"eta": 2.0}, "odpo": {"alpha": 0.7},
-    "kto": {"beta": 0.2, "weight_undesirable": 1.5}, "d2o": {"beta": 0.3}, "ipo_mean": {"tau": 0.5},
-}  # fmt: skip
+    "confpo": {"beta": 1.5},
+    "ld_dpo": {"alpha": 0.3},
+    "rebel": {"eta": 2.0},
+    "odpo": {"alpha": 0.7},
+    "kto": {"beta": 0.2, "weight_undesirable": 1.5},
+    "d2o": {"beta": 0.3},
+    "ipo_mean": {"tau": 0.5},
+}
 SAMPLED = [
-    TokenPair(row_id=f"{i}{k}", index=i, prompt=prompt, chosen=Response(sample, 2), rejected=Response((9, 4), 2),
-              candidates=(k, 3))
+    TokenPair(
+        row_id=f"{i}{k}",
+        index=i,
+        prompt=prompt,
+        chosen=Response(sample, 2),
+        rejected=Response((9, 4), 2),
+        candidates=(k, 3),
+    )
     for i, prompt in enumerate([(5, 6), (7,)])
     for k, sample in enumerate([(9, 8), (9, 4, 4), (9,)])
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +167,23 @@ def pure_loss(loss, tokens, ref_tokens, masks, extra):
     """The pure loss, from token log-probabilities by sums that are written out."""
     sums, ref = ([jnp.sum(t * m, 1) for t, m in zip(some, masks, strict=True)] for some in (tokens, ref_tokens))
     every = {
-        "logp_chosen": sums[0], "logp_rejected": sums[1], "ref_logp_chosen": ref[0], "ref_logp_rejected": ref[1],
-        "chosen_tokens": masks[0].sum(1).astype(int), "rejected_tokens": masks[1].sum(1).astype(int),
-        "token_logps_chosen": tokens[0], "token_logps_rejected": tokens[1],
-        "ref_token_logps_chosen": ref_tokens[0], "ref_token_logps_rejected": ref_tokens[1],
-        "token_mask_chosen": masks[0], "token_mask_rejected": masks[1],
-        "logp": sums[0], "ref_logp": ref[0], "kl_baseline": kto_baseline(sums[1], ref[1]),
+        "logp_chosen": sums[0],
+        "logp_rejected": sums[1],
+        "ref_logp_chosen": ref[0],
+        "ref_logp_rejected": ref[1],
+        "chosen_tokens": masks[0].sum(1).astype(int),
+        "rejected_tokens": masks[1].sum(1).astype(int),
+        "token_logps_chosen": tokens[0],
+        "token_logps_rejected": tokens[1],
+        "ref_token_logps_chosen": ref_tokens[0],
+        "ref_token_logps_rejected": ref_tokens[1],
+        "token_mask_chosen": masks[0],
+        "token_mask_rejected": masks[1],
+        "logp": sums[0],
+        "ref_logp": ref[0],
+        "kl_baseline": kto_baseline(sums[1], ref[1]),
         **{k: jnp.asarray(v) for k, v in extra.items()},
-    }  # fmt: skip
+    }
     if loss.name == "d2o":  # two prompts with three samples each, one pair for every sample
         for prefix, (chosen, rejected) in (("", sums), ("ref_", ref)):
             every[f"{prefix}logp_candidates"] = chosen.reshape(2, 3)
@@ -173,8 +193,9 @@ def pure_loss(loss, tokens, ref_tokens, masks, extra):
 
 
 def test_an_unpaired_example_is_one_response_beside_that_of_another_prompt():
-    examples = make_examples(get_loss("kto"), PAIRS, {"weights": np.array([1.0, 2.0, 3.0])}, seed=3, max_length=5,
-                             eos="include")  # fmt: skip
+    examples = make_examples(
+        get_loss("kto"), PAIRS, {"weights": np.array([1.0, 2.0, 3.0])}, seed=3, max_length=5, eos="include"
+    )
     assert [(p.prompt, p.chosen) for p in examples.pairs] == [
         (pair.prompt, side) for pair in PAIRS for side in (pair.chosen, pair.rejected)
     ]
@@ -232,8 +253,17 @@ def kto(small, tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("kto")
 
     def run(name, data=rows, **more):
-        options = {"loss": "kto", "optimizer": "sgd", "lr": 1e-2, "steps": 2, "holdout": 2, "limit": None,
-                   "export": False, "dtype": "float64", "pairs": write(folder / f"{name}.jsonl", data)}  # fmt: skip
+        options = {
+            "loss": "kto",
+            "optimizer": "sgd",
+            "lr": 1e-2,
+            "steps": 2,
+            "holdout": 2,
+            "limit": None,
+            "export": False,
+            "dtype": "float64",
+            "pairs": write(folder / f"{name}.jsonl", data),
+        }
         return train(small(folder / name, **{**options, **more}), quiet=True)
 
     return run

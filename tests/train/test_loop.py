@@ -43,8 +43,13 @@ def test_a_run_explains_itself(whole_run):
     run = read_json(whole_run / "run.json")
     assert run["status"] == "done" and run["loss"] == "dpo(beta=0.1)"
     assert run["counts"] == {
-        "rows": 20, "train": 12, "held_out": 8, "watched": 12, "dropped": 0, "updates": 6,
-    }  # fmt: skip
+        "rows": 20,
+        "train": 12,
+        "held_out": 8,
+        "watched": 12,
+        "dropped": 0,
+        "updates": 6,
+    }
     logged = lines(whole_run)
     assert [e["step"] for e in logged] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     first = logged[1]
@@ -264,9 +269,9 @@ def test_supervised_training_is_cross_entropy_on_the_chosen_response(small, tmp_
     ]
     table = pq.read_table(tmp_path / f"{loss}1" / "displacement.parquet").to_pandas()
     start = table[(table.step == 0) & (table["set"] == "train")].reset_index()
-    mine = start.iloc[np.concatenate(Plan(12, 4, 1, 2, 0).update(0))]
-    unit = mine.chosen_tokens.sum() if loss == "sft" else len(mine)
-    assert logs[0][1]["loss"] == pytest.approx(-mine.logp_chosen.sum() / unit, rel=1e-5)
+    first_batch = start.iloc[np.concatenate(Plan(12, 4, 1, 2, 0).update(0))]
+    unit = first_batch.chosen_tokens.sum() if loss == "sft" else len(first_batch)
+    assert logs[0][1]["loss"] == pytest.approx(-first_batch.logp_chosen.sum() / unit, rel=1e-5)
     assert logs[1][1]["loss"] == pytest.approx(logs[0][1]["loss"], rel=1e-6)
     assert logs[0][2]["loss"] == pytest.approx(logs[1][2]["loss"], rel=1e-4)
     assert logs[0][-1]["displacement/dlogp_chosen"] > 0
@@ -342,7 +347,7 @@ def test_rows_of_weight_zero_do_not_train(small, tmp_path):
     options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None}
     out = train(small(tmp_path / "run", **options), quiet=True)
     assert lines(out)[1]["loss"] == lines(out)[1]["grad_norm"] == 0
-    assert read_json(out / "run.json")["loss"] == "with_weights(dpo(beta=0.1))"
+    assert read_json(out / "run.json")["loss"] == "weighted(dpo(beta=0.1))"
     with pytest.raises(ChesError, match="line 1: --weights other needs numbers in other"):
         train(small(tmp_path / "other", **{**options, "weights": "other"}), quiet=True)
 

@@ -80,9 +80,14 @@ def test_a_stopped_run_of_adapters_resumes_to_the_same_bytes(lora_run, small, tm
 def test_meshes_accumulation_and_remat_give_the_same_adapters(small, tmp_path):
     """In float64, with plain steps: nothing but rounding, and that of the files, which hold float32."""
     options = {
-        "lora_rank": 3, "lora_targets": "q,v,o,down", "optimizer": "sgd", "lr": 0.1, "dtype": "float64", "steps": 2,
+        "lora_rank": 3,
+        "lora_targets": "q,v,o,down",
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "dtype": "float64",
+        "steps": 2,
         "export": False,
-    }  # fmt: skip
+    }
     plain = train(small(tmp_path / "plain", **options), quiet=True)
     options |= {"mesh": "data=1,fsdp=2,tensor=2", "remat": True, "accumulate": 2}
     other = train(small(tmp_path / "other", **options), quiet=True)

@@ -22,9 +22,20 @@ from ches_jax.train.objective import get_objective
 from ches_jax.types import Response, TokenPair
 
 FAMILIES = (
-    "llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "gpt2", "gpt_neox", "phi3",
+    "llama",
+    "llama_tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "olmo",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
     "starcoder2",
-)  # fmt: skip
+)
 QUICK = ("gemma2",)
 
 
@@ -32,11 +43,14 @@ def golden_batch(folder, dtype):
     golden = json.loads((folder / "golden.json").read_text())
     pairs = [
         TokenPair(
-            row_id=str(i), index=i, prompt=tuple(p["prompt_ids"]), chosen=Response(tuple(p["chosen_ids"]), None),
+            row_id=str(i),
+            index=i,
+            prompt=tuple(p["prompt_ids"]),
+            chosen=Response(tuple(p["chosen_ids"]), None),
             rejected=Response(tuple(p["rejected_ids"]), None),
         )
         for i, p in enumerate(golden["pairs"])
-    ]  # fmt: skip
+    ]
     ref = golden["fp64"]["ref"]
     model = load_model(folder / "policy", dtype=dtype, param_dtype=dtype)
     threshold = model.config.rope.length_threshold if model.config.rope else None

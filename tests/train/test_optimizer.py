@@ -98,8 +98,10 @@ def test_clipping_scales_to_the_norm():
 
 def test_norms_and_biases_do_not_decay():
     assert decays({"a.weight": 1, "norm.weight": 1, "a.bias": 1}) == {  # type: ignore[dict-item]
-        "a.weight": True, "norm.weight": False, "a.bias": False,
-    }  # fmt: skip
+        "a.weight": True,
+        "norm.weight": False,
+        "a.bias": False,
+    }
 
 
 def test_unknown_names_are_errors_that_list_the_names():

@@ -1,4 +1,4 @@
-"""Runs of two real processes: the numbers of one process, errors told by both, deaths that are noticed."""
+"""Runs of two real processes: the numbers of one process, errors reported by both, deaths that are noticed."""
 
 import json
 import os
@@ -29,24 +29,30 @@ def free_port() -> int:
 def start(model, out, cache, count=2, devices=2, words=(), **options):
     """``ches train`` in ``count`` processes."""
     port = free_port()
-    given = {**SHARDED, "model": str(model), "out": str(out), **options}
-    flags = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    settings = {**SHARDED, "model": str(model), "out": str(out), **options}
+    flags = [w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     joined = [("--distributed", f"127.0.0.1:{port},{count},{i}") if count > 1 else () for i in range(count)]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "ches_jax", "train", "--quiet", *flags, *words, *who], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "ches_jax", "train", "--quiet", *flags, *words, *who],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for who in joined
-    ]  # fmt: skip
+    ]
 
 
 def finish(processes, seconds=400):
-    """Exit codes and what was told; nobody is left behind."""
+    """Exit codes and messages; nobody is left behind."""
     try:
         errors = [p.communicate(timeout=seconds) for p in processes]
     finally:
@@ -97,11 +103,15 @@ def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_p
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "kto"}, {"loss": "ld_dpo"}, {"accumulate": 2, "mesh": "data=2,tensor=2"},
-        {"lora_rank": 2}, {"mesh": "tensor=4"}, {"probes": "bundled"},
+        {"loss": "kto"},
+        {"loss": "ld_dpo"},
+        {"accumulate": 2, "mesh": "data=2,tensor=2"},
+        {"lora_rank": 2},
+        {"mesh": "tensor=4"},
+        {"probes": "bundled"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_runs_of_two_processes(small, tiny_model, cache, tmp_path, options):
     one = train(small(tmp_path / "one", **{**SHARDED, **options}), quiet=True)
     codes, errors = finish(start(tiny_model, tmp_path / "two", cache, **options))

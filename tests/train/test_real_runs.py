@@ -19,9 +19,19 @@ KILLS = 10
 
 def command(shared, out, *more):
     words = [
-        "--model", shared / "models/hh-tiny/fp32", "--pairs", shared / "data/hh_harmless_base_test.jsonl",
-        "--on-bad-row", "drop", "--out", out, "--quiet", "--lr", "2e-6", *more,
-    ]  # fmt: skip
+        "--model",
+        shared / "models/hh-tiny/fp32",
+        "--pairs",
+        shared / "data/hh_harmless_base_test.jsonl",
+        "--on-bad-row",
+        "drop",
+        "--out",
+        out,
+        "--quiet",
+        "--lr",
+        "2e-6",
+        *more,
+    ]
     return [sys.executable, "-m", "ches_jax", "train", *map(str, words)]
 
 

@@ -51,11 +51,26 @@ def main(job_path: str, out_path: str) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
-            output_dir=folder, per_device_train_batch_size=job["batch_size"], num_train_epochs=1, max_length=None,
-            learning_rate=job["lr"], lr_scheduler_type="constant", optim=job["optim"], weight_decay=0.0,
-            max_grad_norm=0.0, beta=job["beta"], use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=0,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=job["batch_size"],
+            num_train_epochs=1,
+            max_length=None,
+            learning_rate=job["lr"],
+            lr_scheduler_type="constant",
+            optim=job["optim"],
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            beta=job["beta"],
+            use_cpu=True,
+            bf16=False,
+            fp16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=0,
+        )
         rows = datasets.Dataset.from_list(job["rows"])
         Ordered(model=load(), ref_model=load(), args=config, train_dataset=rows, processing_class=tokenizer).train()
     with open(out_path, "w", encoding="utf-8") as file:

@@ -249,8 +249,10 @@ def errors(view: LMView, hidden: Float[Array, "U D"], w: Float[Array, "V D"], se
 
 def sequences_of(pairs: Sequence[TokenPair], length: int | None = None) -> tuple[Sequences, Sequences]:
     """Chosen and rejected sequences of tokenised pairs, terminators included, in one padded shape."""
-    sides = [[(p.prompt, r.targets("include")) for p, r in zip(pairs, side, strict=True)] for side in (
-        [p.chosen for p in pairs], [p.rejected for p in pairs])]  # fmt: skip
+    sides = [
+        [(p.prompt, r.targets("include")) for p, r in zip(pairs, side, strict=True)]
+        for side in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+    ]
     longest = max(len(prompt) + len(response) for side in sides for prompt, response in side)
     length = length or longest
     return tuple(_pad(side, length) for side in sides)  # type: ignore[return-value]

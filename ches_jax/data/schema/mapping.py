@@ -107,8 +107,9 @@ def from_words(words: Mapping[str, Any], name: str = "columns") -> Schema:
     values: dict[str, Any] = {}
     for word, value in words.items():
         if word not in WORDS:
-            raise DataError(f"{name}: '{word}' is not a word of a schema{did_you_mean(word, WORDS)} "
-                            f"(the words: {', '.join(WORDS)})")  # fmt: skip
+            raise DataError(
+                f"{name}: '{word}' is not a word of a schema{did_you_mean(word, WORDS)} (the words: {', '.join(WORDS)})"
+            )
         if word in _LISTS:
             listed = value.split(",") if isinstance(value, str) else value
             if not isinstance(listed, list) or not all(isinstance(v, str | int) for v in listed):
@@ -133,8 +134,9 @@ def from_file(path: str) -> Schema:
         text = Path(path).read_text(encoding="utf-8-sig")
         words = tomllib.loads(text) if path.lower().endswith(".toml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--schema {path}: cannot be read ({error}); expected JSON or TOML with words such as "
-                        'prompt = "question"') from None  # fmt: skip
+        raise DataError(
+            f'--schema {path}: cannot be read ({error}); expected JSON or TOML with words such as prompt = "question"'
+        ) from None
     if not isinstance(words, dict):
         raise DataError(f"--schema {path}: {kind(words)}; expected an object with words such as prompt, responses")
     return from_words(words, str(path))
@@ -282,7 +284,7 @@ def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
     if isinstance(prompt, str):
         if _DIALOGUE in prompt:
             raise DataError(
-                f"'{schema.system}' beside a prompt that is a whole dialogue: it cannot be told where it goes"
+                f"'{schema.system}' beside a prompt that is a whole dialogue: it is not clear where it belongs"
             )
         prompt = [{"role": "user", "content": prompt}]
     if prompt is None or not system or not are_turns(prompt):
@@ -300,8 +302,8 @@ def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
 
 def decoded_turns(value: Any) -> Any:
     """JSON text that holds turns, decoded; other text is text."""
-    found = decoded(value)
-    return found if found is not value and are_turns(turns(found)) else value
+    parsed = decoded(value)
+    return parsed if parsed is not value and are_turns(turns(parsed)) else value
 
 
 def _responses(schema: Schema, row: Mapping[str, Any]) -> list[Any] | None:

@@ -14,9 +14,15 @@ from ches_jax.data.messages import kind
 from ches_jax.errors import DataError
 
 ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant",
-}  # fmt: skip
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 """Words for the speaker of a turn that other tools write -> the role."""
 
 
@@ -68,12 +74,12 @@ def number(name: str, value: Any) -> float:
       DataError: it is none.
     """
     try:
-        found = float(value) if isinstance(value, int | float | str) else math.nan
+        parsed = float(value) if isinstance(value, int | float | str) else math.nan
     except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+        parsed = math.nan
+    if not math.isfinite(parsed):
         raise DataError(f"'{name}' is {kind(value)}; expected a finite number")
-    return found
+    return parsed
 
 
 def word(value: Any) -> str:

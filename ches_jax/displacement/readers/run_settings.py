@@ -11,10 +11,21 @@ from typing import Any
 BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty")
 LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type")
 FILES = (
-    "config.json", "args.json", "training_args.json", "train_args.json", "hparams.json", "wandb-metadata.json",
-    "config.yaml", "config.yml", "training_args.yaml", "train.yaml", "hparams.yaml", "axolotl.yaml", "README.md",
+    "config.json",
+    "args.json",
+    "training_args.json",
+    "train_args.json",
+    "hparams.json",
+    "wandb-metadata.json",
+    "config.yaml",
+    "config.yml",
+    "training_args.yaml",
+    "train.yaml",
+    "hparams.yaml",
+    "axolotl.yaml",
+    "README.md",
     "training_args.bin",
-)  # fmt: skip
+)
 """Where trainers keep their arguments. A model's config.json has none of the names, and so tells nothing."""
 
 
@@ -32,9 +43,9 @@ def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings
 
     Two files of one folder that tell different values tell nothing.
     """
-    for found in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
-        betas = {v: where for where, settings in found if (v := _number(settings, BETA)) is not None}
-        losses = {v: where for where, settings in found if (v := _word(settings, LOSS)) is not None}
+    for settings_of in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
+        betas = {v: where for where, settings in settings_of if (v := _number(settings, BETA)) is not None}
+        losses = {v: where for where, settings in settings_of if (v := _word(settings, LOSS)) is not None}
         if len(betas) == 1 or losses:
             beta, where = next(iter(betas.items())) if len(betas) == 1 else (None, "")
             return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None)

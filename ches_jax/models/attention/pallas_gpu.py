@@ -33,9 +33,7 @@ def tile(width: int, itemsize: int) -> tuple[int, int]:
     return 128 >> smaller, 64 >> smaller
 
 
-def _program(
-    spans_ref, ranges_ref, q_ref, k_ref, v_ref, out_ref, *, keys: int, head: int, params: AttentionParams
-):  # fmt: skip
+def _program(spans_ref, ranges_ref, q_ref, k_ref, v_ref, out_ref, *, keys: int, head: int, params: AttentionParams):
     """One block of queries against its blocks of keys; q, k and v are padded to a power of two along ``head``."""
     queries, width = q_ref.shape
     acc, precision = accumulate(q_ref.dtype), matmul_precision(q_ref.dtype)

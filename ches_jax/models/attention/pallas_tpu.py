@@ -49,9 +49,7 @@ def _steps_kernel(*refs, keys: int, params: AttentionParams, precision: lax.Prec
     def _():
         group, queries, head = q_ref.shape
         q = q_ref[...].reshape(group * queries, head)
-        s = lax.dot_general(
-            k_ref[...], q, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=acc
-        )  # fmt: skip
+        s = lax.dot_general(k_ref[...], q, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=acc)
         s = capped(s * jnp.asarray(params.scale, acc), params.softcap)
         index = block_index(spans, step) * keys + lax.broadcasted_iota(jnp.int32, (keys, queries), 0)
         ranges = KeyRanges(*(ranges_ref[i : i + 1, :] for i in range(4)))
@@ -64,9 +62,12 @@ def _steps_kernel(*refs, keys: int, params: AttentionParams, precision: lax.Prec
         p = jnp.exp(s - new_top)
         keep = jnp.exp(top_ref[...] - new_top)
         new = lax.dot_general(
-            v_ref[...], p.astype(v_ref.dtype), (((0,), (0,)), ((), ())), precision=precision,
+            v_ref[...],
+            p.astype(v_ref.dtype),
+            (((0,), (0,)), ((), ())),
+            precision=precision,
             preferred_element_type=acc,
-        )  # fmt: skip
+        )
         top_ref[...] = new_top
         total_ref[...] = total_ref[...] * keep + p.sum(axis=0, keepdims=True)
         sum_ref[...] = sum_ref[...] * keep + new

@@ -25,6 +25,8 @@ IGNORED = _words(
     "_attn_implementation chunk_size_feed_forward tokenizer_class prefix num_labels _num_labels is_decoder "
     "cross_attention_hidden_size tf_legacy_loss cache_implementation transformers.js_config unsloth_fixed "
     "unsloth_version "
+    # read by hf.quantised
+    "quantization_config "
     # training only
     "initializer_range pretraining_tp attention_dropout attention_probs_dropout_prob hidden_dropout "
     "hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop resid_dropout embedding_dropout residual_dropout "
@@ -71,21 +73,38 @@ LARGEST = 2**31 - 1
 MOST_LAYERS = 4096
 """Several times the deepest published decoder; a file that asks for more asks for memory, not for a model."""
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
 ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-             "mscale_all_dim", "truncate"),
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
-}  # fmt: skip
+}
 RETIRED_ROPE_NAMES = {"su": "longrope"}
 ROPE_NEEDS = {
-    "linear": ("factor",), "dynamic": ("factor",), "longrope": ("short_factor", "long_factor"),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}  # fmt: skip
+}
 ROPE_VALUE = "positive number (or list of them, or true/false where the key asks for that)"
 MISSING = object()
 

@@ -10,9 +10,14 @@ MODEL_TYPE = "gpt2"
 ARCHITECTURE = "GPT2LMHeadModel"
 # reorder_and_upcast_attn asks for attention in float32, which is what this decoder always does
 IGNORED = (
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    "n_ctx", "reorder_and_upcast_attn",
-)  # fmt: skip
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "n_ctx",
+    "reorder_and_upcast_attn",
+)
 NAMES = {
     "embed_tokens": "wte",
     "embed_positions": "wpe",

@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ches_jax.data.packing import Candidates, Item
+from ches_jax.data.spans import differing_spans
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
+from ches_jax.losses.tokens import SPAN_MASKS
 from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import Eos, Response, TokenPair
@@ -37,7 +39,7 @@ class Examples:
     pairs: list[TokenPair]
     """``size`` for each example."""
     extra: dict[str, np.ndarray]
-    """[N] by field of ``LossInputs``: columns of the data, labels."""
+    """[N] by field of ``LossInputs``: columns of the data, labels; numbers of tokens as [N] arrays of their own."""
     size: int = 1
 
     def __len__(self) -> int:
@@ -51,8 +53,8 @@ class Examples:
         """What is packed of example ``i``."""
         if self.size == 1:
             return self.pairs[i]
-        mine = self.pairs[i * self.size : (i + 1) * self.size]
-        return Candidates(mine[0].prompt, (*(p.chosen for p in mine), mine[0].rejected), self.size)
+        of_group = self.pairs[i * self.size : (i + 1) * self.size]
+        return Candidates(of_group[0].prompt, (*(p.chosen for p in of_group), of_group[0].rejected), self.size)
 
     def by_response(self, logps: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
         """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
@@ -83,7 +85,21 @@ def make_examples(
     if reads_samples(loss) and pairs:
         size = len({p.candidates for p in pairs})
         return Examples(list(pairs), {k: v[::size] for k, v in extra.items()}, size)
-    return Examples(list(pairs), dict(extra))
+    spans = _spans(pairs, eos) if loss.needs >= SPAN_MASKS else {}
+    return Examples(list(pairs), {**extra, **spans})
+
+
+def _spans(pairs: Sequence[TokenPair], eos: Eos) -> dict[str, np.ndarray]:
+    """Which tokens of each pair differ, by field of ``LossInputs``."""
+    masks = [differing_spans(p.chosen.targets(eos), p.rejected.targets(eos)) for p in pairs]
+    return {f"span_mask_{side}": ragged([m[i] for m in masks]) for i, side in enumerate(("chosen", "rejected"))}
+
+
+def ragged(values: Sequence[np.ndarray]) -> np.ndarray:
+    """[N] of arrays of any lengths."""
+    out = np.empty(len(values), object)
+    out[:] = list(values) if len(values) else []
+    return out
 
 
 def _unpaired(
@@ -128,8 +144,8 @@ def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:
             partners[i] = line[(at + len(largest)) % len(line)]
         return partners
     rest = [i for group in members if group is not largest for i in group]
-    for mine, theirs in ((largest, rest), (rest, largest)):
-        for at, i in enumerate(mine):
+    for of_group, theirs in ((largest, rest), (rest, largest)):
+        for at, i in enumerate(of_group):
             partners[i] = theirs[at % len(theirs)]
     return partners
 
