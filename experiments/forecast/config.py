@@ -88,6 +88,7 @@ SCALES: dict[str, ForecastScale] = {
         sft_epochs=10.0,
         lrs=(3e-5,),
         pilot=4,
+        filters=("all", "influence", "random", "ln_ches", "rejected_tokens", "with_sft"),
     ),
     "small-dialogues": ForecastScale(
         model=None,
