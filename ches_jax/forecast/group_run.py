@@ -34,7 +34,9 @@ from ches_jax.models.decoder import abstract_parameters
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import RUN, as_dict, device_name, new_name, open_run, read_json, write_summary
+from ches_jax.runs.files import parquet_source
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan
 from ches_jax.train.optimizer import make_schedule, optimizer_hyper
@@ -108,7 +110,9 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
         }
     )
     with jax.enable_x64(config.dtype == "float64"):
-        return _groups(config, Path(config.out or new_name(Path("runs"), "groups")), resume, quiet, other_versions)
+        return _groups(
+            config, output_place(config.out or new_name(Path("runs"), "groups")), resume, quiet, other_versions
+        )
 
 
 def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_versions: bool) -> Path:
@@ -154,7 +158,7 @@ def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_ve
             if not chunks.path(out, number, SUFFIX).exists():
                 write_table(chunks.path(out, number, SUFFIX), table(members))
             bar.update(len(members))
-    whole = pa.concat_tables([pq.read_table(chunks.path(out, n, SUFFIX)) for n in range(len(parts))])
+    whole = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(parts))])
     write_table(out / GROUPS, whole.replace_schema_metadata({b"ches_jax": b"groups"}))
     opener.require_unchanged()
     write_summary(

@@ -33,7 +33,9 @@ from ches_jax.runs.directory import (
     read_json,
     write_summary,
 )
+from ches_jax.runs.files import parquet_source
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
@@ -57,7 +59,7 @@ def forecast(
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
     """
-    out = Path(config.out or new_name(Path("runs"), "forecast"))
+    out = output_place(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"):
         run, done = _open(config, out, "forecast", resume, other_versions)
@@ -79,7 +81,7 @@ def influence(
     Raises:
       ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
     """
-    out = Path(config.out or new_name(Path("runs"), "influence"))
+    out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
         raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
     with jax.enable_x64(config.dtype == "float64"):
@@ -142,7 +144,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             if not chunks.path(out, number, SUFFIX).exists():
                 write_table(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
             bar.update(len(pairs))
-    table = pa.concat_tables([pq.read_table(chunks.path(out, n, SUFFIX)) for n in range(len(work))])
+    table = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(work))])
     with clock.stage("linear range"):
         errors = _linear_errors(passes, direction, sets, table)
     if config.pilot:
@@ -190,7 +192,7 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
                 write_part(path, columns, metadata)
             bar.update(len(some))
     merge_parts([chunks.path(out, n, SUFFIX) for n in range(len(parts))], out / INFLUENCE)
-    values = pq.read_table(out / INFLUENCE)["influence"].to_numpy()
+    values = pq.read_table(parquet_source(out / INFLUENCE))["influence"].to_numpy()
     warnings = _overlap_warning(_overlap(run), len(probes))
     _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})
     return out

@@ -54,7 +54,7 @@ class _Stage:
 
 def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
     """A direction and what is known of it: computed, or as a run that was stopped left them."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load, save_file
 
     arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
     if not record.exists():
@@ -62,7 +62,7 @@ def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]
         with replacing(arrays) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
         write_json(record, found)
-    return on_mesh(load_file(arrays), mesh), read_json(record)
+    return on_mesh(load(arrays.read_bytes()), mesh), read_json(record)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

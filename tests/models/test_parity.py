@@ -81,13 +81,16 @@ def make(row: Row, extra: dict[str, Any], directory: Path) -> Outputs:
             # away from the initial ones and zeros, which a norm or a bias in the wrong place would share
             noise = torch.randn(p.shape, generator=generator)
             p.add_(0.3 * noise) if p.ndim == 1 else p.copy_(noise * p.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("correction_bias", "layer_scalar")):  # stored, though not trained
+                buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(directory)
     return torch_outputs(model)
 
 
 def torch_outputs(model: Any) -> Outputs:
     with torch.no_grad():
-        hidden = model.base_model(torch.tensor(IDS)).last_hidden_state
+        hidden = getattr(model, "model", model.base_model)(torch.tensor(IDS)).last_hidden_state
         return Outputs(hidden.numpy(), model(torch.tensor(IDS)).logits.numpy())
 
 
@@ -139,6 +142,6 @@ def test_configs_left_at_their_defaults_mean_what_they_mean_to_transformers(row:
     sizes |= {"n_embd", "n_head", "n_layer"}
     raw = {"model_type": row.family, **{k: v for k, v in row.base.items() if k in sizes}}
     if row.family not in {"gpt2", "gpt_neox"}:
-        raw |= {"num_attention_heads": 64, "hidden_size": 128}  # a multiple of every default of num_key_value_heads
+        raw |= {"num_attention_heads": 128, "hidden_size": 256}  # a multiple of every default of num_key_value_heads
     full = json.loads(getattr(transformers, row.config)(**raw).to_json_string(use_diff=False))
     assert decoder_config(raw) == decoder_config({**full, "model_type": row.family})
