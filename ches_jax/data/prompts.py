@@ -288,7 +288,7 @@ def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[st
     if "rejected" in missing and {"completion", "label"} <= row.keys():
         raise DataError(
             "one response with a label (an unpaired row): a pair needs a chosen and a rejected response; "
-            "ches train --loss kto reads rows like this"
+            "ches train --loss kto reads rows like this, and ches doctor --pairs FILE without a model examines them"
         )
     named = [f"'{columns.get(n) or n}'" for n in missing]
     null = [n for n in missing if (columns.get(n) or n) in row]

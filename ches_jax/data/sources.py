@@ -34,6 +34,7 @@ from ches_jax.data.schema.mapping import (
     WORDS,
     Schema,
     canonical_rows,
+    decoded_turns,
     from_file,
     from_words,
     grouped,
@@ -371,7 +372,7 @@ def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numb
     """Contents of a row's pairs with their numbers, by the schema where there is one."""
     if source.schema is None:
         theirs = {source.columns.get(n, n) for n in ("prompt", "chosen", "rejected", "responses")}
-        turned = {n: turns(raw[n]) for n in theirs if isinstance(raw.get(n), list | Mapping)}
+        turned = {n: turns(decoded_turns(raw[n])) for n in theirs if n in raw}
         yield from source.rows.contents({**raw, **turned}, source.columns)
         return
     for numbers, canonical in canonical_rows(source.schema, raw):

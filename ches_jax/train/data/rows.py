@@ -13,6 +13,7 @@ from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
 from ches_jax.data.sources import Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
+from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
@@ -39,9 +40,6 @@ REWARD_COLUMNS = (
 """Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
 SCORES = ("scores", "scores")
 """And where they keep those of several responses."""
-COMPLETION = ("completion", "completion_ids")
-LABEL = "label"
-"""Columns of a row with one response: the response, and whether it is a good one."""
 _CHUNK = 256
 """Pairs that are tokenised at a time, and distributed to processes."""
 
@@ -168,14 +166,6 @@ def _token_weights(
     return dict(numbers)
 
 
-def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
-    """A row of one response, as two equal ones."""
-    text, ids = (columns.get(name, name) for name in COMPLETION)
-    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
-    names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
-    return [(None, canonical_content(row, names))]
-
-
 def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
     """A row with a rejected response and samples, as the pairs of each sample with it."""
     name = columns.get("responses", "responses")
@@ -191,7 +181,6 @@ def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[N
     return [((k, len(samples)), canonical_content({**row, side: sample}, names)) for k, sample in enumerate(samples)]
 
 
-ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), _one_response)
 SAMPLES = Kind("rejected responses with samples", (*PAIR_COLUMNS, "responses"), _samples)
 
 
