@@ -19,6 +19,7 @@ from ches_jax import bundled
 from ches_jax.data import files
 from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
+    BEST_FIRST,
     CANDIDATE_COLUMNS,
     COLUMNS,
     PROMPT_COLUMNS,
@@ -86,6 +87,7 @@ PAIRS: dict[Pairing, Kind] = {
     for pairing in get_args(Pairing)
 }
 """By which pairs of a row's candidates are meant."""
+LISTS = Kind("lists of responses with scores", COLUMNS, partial(pair_contents, pairing=BEST_FIRST), recognise)
 PROMPTS = Kind("prompts", PROMPT_COLUMNS, _prompt_contents, recognise_prompt)
 
 

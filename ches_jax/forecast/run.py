@@ -37,6 +37,7 @@ from ches_jax.runs.files import parquet_source
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
+from ches_jax.train.objective import reads_lists
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
 from ches_jax.types import TokenPair
@@ -96,7 +97,12 @@ def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_version
     Metric(config.optimizer, config.optimizer_args, run.schedule)
     if config.accumulate > 1 and "kl_baseline" in run.loss.needs:
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
-    identity = {"config": as_dict(config), **run.opener.identity()}
+    if reads_lists(run.loss) or "head_norm_chosen" in run.loss.needs:
+        what = "lists of responses" if reads_lists(run.loss) else "a calibration that follows the run (rc)"
+        raise ChesError(
+            f"--loss {config.loss}: a forecast of {what} is not known; forecast its pairs with another loss"
+        )
+    identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
     open_run(out, verb, identity, resume, other_versions=other_versions)
     done = out / RUN
     return run, done.exists() and read_json(done).get("status") == "done"

@@ -35,6 +35,7 @@ from ches_jax.train.objective import (
     get_objective,
     is_unpaired,
     needs_reference,
+    reads_lists,
     reads_reference_tokens,
     reads_samples,
     reads_tokens,
@@ -184,7 +185,9 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
         )
-    if config.reference == "columns" and (is_unpaired(loss) or reads_samples(loss) or reads_reference_tokens(loss)):
+    if config.reference == "columns" and (
+        is_unpaired(loss) or reads_samples(loss) or reads_lists(loss) or reads_reference_tokens(loss)
+    ):
         raise ChesError(
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
@@ -232,6 +235,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             row_shards(mesh),
             config.eos,
             threshold,
+            responses=max(some.most_responses for some in (train, held_out)) if reads_lists(loss) else 0,
             response_tokens=longest if reads_tokens(loss) else 0,
             local_shards=local_shards(mesh) if process.count > 1 else None,
         ),
