@@ -29,12 +29,16 @@ from ches_jax.models.stacks import below_stack
 ALL_LINEAR = "all-linear"
 EXPERT = "expert_"
 TARGETS = {
-    **{name: (f"self_attn.{name}_proj",) for name in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")},
-    **{name: (f"mlp.{name}_proj", f"mlp.dense.{name}_proj") for name in ("gate", "up", "down")},
-    **{f"shared_{name}": (f"mlp.shared.{name}_proj",) for name in ("gate", "up", "down")},
-    **{f"{EXPERT}{name}": (f"mlp.experts.{name}_proj",) for name in ("gate", "up", "down")},
+    **{f"self_attn.{name}_proj": name for name in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")},
+    "self_attn.gate_proj": "q",  # the gate of attention is stored with the queries
+    "self_attn.in_proj": "in",
+    "self_attn.out_proj": "out",
+    **{f"self_attn.{name}": name for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")},
+    **{f"{module}.{name}_proj": name for module in ("mlp", "mlp.dense") for name in ("gate", "up", "down")},
+    **{f"mlp.shared.{name}_proj": f"shared_{name}" for name in ("gate", "up", "down")},
+    **{f"mlp.experts.{name}_proj": f"{EXPERT}{name}" for name in ("gate", "up", "down")},
 }
-"""The matrices of a layer that can be adapted, by their short names; those of experts are one for each."""
+"""The matrices of a layer that can be adapted -> their short names; those of experts are one for each."""
 
 
 class LowRank(NamedTuple):
@@ -81,8 +85,8 @@ def adaptable(config: DecoderConfig) -> dict[str, list[str]]:
 
     Of experts only where each has a tensor of its own in the file: PEFT's format names modules.
     """
-    shorts = {f"{path}.weight": short for short, paths in TARGETS.items() for path in paths}
-    found: dict[str, list[str]] = {short: [] for short in TARGETS}
+    shorts = {f"{path}.weight": short for path, short in TARGETS.items()}
+    found: dict[str, list[str]] = {short: [] for short in TARGETS.values()}
     for rule in FAMILIES[config.family].name_rules(abstract_parameters(config), config):
         short = shorts.get(below_stack(rule.param) or "")
         if short is not None and (rule.by_expert or not short.startswith(EXPERT)):
