@@ -24,15 +24,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ches_jax.distributed.mesh import LogicalMesh
-from ches_jax.models.attention.block_sparse import bucket_sizes
 from ches_jax.models.attention.dense import KEPT
 from ches_jax.models.config import DecoderConfig, ExpertsConfig
 from ches_jax.models.layers import ACTIVATIONS, Context, Mlp, Norm, unit_rms
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import expert_axes
 
-ROWS_AT_LEAST = 16
-"""Rows that a product on a CPU is rounded up to."""
 ROWS_BY_COLUMNS = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
@@ -74,7 +71,8 @@ def _one_group_at_a_time(x: Array, weight: Array, sizes: Array) -> Array:
     XLA on a CPU multiplies every row by the matrix of every group and throws most of that away.
     """
     rows = x.shape[0]
-    lengths = sorted({min(rows, ROWS_AT_LEAST * n) for n in bucket_sizes(-(-rows // ROWS_AT_LEAST))})
+    # halves of halves, down to half of an even share
+    lengths = sorted({-(-rows >> n) for n in range(len(weight).bit_length() + 1)})
     ends = jnp.cumsum(sizes)
 
     @partial(jax.checkpoint, prevent_cse=False)

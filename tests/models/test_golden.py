@@ -52,7 +52,7 @@ NEWER = (
 )
 """Compared on all pairs only, when the slow tests run; a row in ``rows.py`` compares each with transformers."""
 FLOAT32 = {"qwen3_5": 1e-4, "qwen3_5_multimodal": 1e-4, "gemma4": 1e-4}
-"""Families whose float32 in transformers is further from float64 than that of the others (1.4e-5 and 6e-6 of |S+|^2)."""
+"""Families whose float32 in transformers is further from float64 than that of the others."""
 SPELLINGS = ("config.v4.json", "config.min.json")
 LENGTH = 512
 """Every sequence is padded to this, so that a model compiles once."""
