@@ -99,7 +99,7 @@ class Run:
     @property
     def master(self) -> str:
         """Dtype of trained parameters."""
-        return "float64" if self.config.dtype == "float64" else "float32"
+        return master_dtype(self.config.dtype)
 
     @property
     def starts_at_the_reference(self) -> bool:
@@ -111,6 +111,15 @@ class Run:
         """The pairs that are watched, by the name of their set."""
         every = {"train": self.pairs.watched, "held_out": self.pairs.held_out}
         return {name: pairs for name, pairs in every.items() if pairs}
+
+
+def master_dtype(dtype: str) -> str:
+    """Dtype in which parameters are trained that compute in ``dtype``.
+
+    >>> master_dtype("bfloat16")
+    'float32'
+    """
+    return "float64" if dtype == "float64" else "float32"
 
 
 def require_options(config: TrainConfig) -> None:
