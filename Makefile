@@ -31,9 +31,9 @@ $(VENV)/installed-test: $(VENV)/installed
 # The main job on what ships with the package: score, report, and the pairs least at risk as a data set.
 demo: $(VENV)/installed
 	rm -rf runs/demo
-	$(BIN)/ches score --out runs/demo/scores
+	$(BIN)/ches score --by head_score --out runs/demo/scores
 	$(BIN)/ches report runs/demo/scores
-	$(BIN)/ches select --scores runs/demo/scores --by ln_ches --keep lowest:0.25 --out runs/demo/selected
+	$(BIN)/ches select --scores runs/demo/scores --by head_score --keep lowest:0.25 --out runs/demo/selected
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

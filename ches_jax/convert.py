@@ -33,6 +33,8 @@ class ConvertConfig:
     """The directory to write; must not exist, or be empty."""
     dtype: str | None = None
     """Store the weights in this dtype; default: each tensor's own."""
+    whole: bool = False
+    """Of a multimodal directory, write all of it with the new text model inside; default: the text model alone."""
     shard_gb: float = 2.0
     """Largest size of a weight file."""
 

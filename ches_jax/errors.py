@@ -1,7 +1,7 @@
 """One family of errors for everything a user can mend; the command line prints them and exits with 2.
 
 A message names the subject, what was found, what was expected and what to do. Problems that are found
-together are told together.
+together are reported together.
 """
 
 import difflib

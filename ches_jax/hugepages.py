@@ -18,14 +18,14 @@ _AT_SECURE = 23
 
 
 def with_large_pages() -> None:
-    """Start this process again with malloc told to ask for large pages, unless it has been told anything about them.
+    """Start this process again with malloc set to use large pages, unless the environment says otherwise.
 
     The C library reads the setting when a process begins, and never after. Same process id, same arguments, same
     streams; where there is no such library, nothing happens.
     """
     tunables = os.environ.get(VARIABLE, "")
     begun = os.environ.pop(MARKER, None) == str(os.getpid())
-    if begun:  # what this process starts is not told
+    if begun:  # what this process starts does not inherit it
         others = [word for word in tunables.split(":") if word and word != f"{SETTING}=1"]
         os.environ[VARIABLE] = ":".join(others)
     if sys.platform != "linux" or begun or SETTING in tunables or not _may_restart():

@@ -217,12 +217,12 @@ class Inputs:
     def chunks(
         self,
         first: int = 0,
-        mine: Callable[[int], bool] = lambda number: True,
+        wanted: Callable[[int], bool] = lambda number: True,
         at_end: Callable[[int], None] = lambda number: None,
     ) -> Iterator[tuple[int, list[TokenPair]]]:
         """Numbered chunks of tokenised pairs, from chunk ``first`` on; those that are not ``mine`` are passed over.
 
-        ``at_end`` is told the number of all chunks when the data have come to their end.
+        ``at_end`` is called with the number of all chunks when the data have come to their end.
         A chunk holds all pairs of ``chunk_rows`` rows of the data.
         The next chunk is read and tokenised in a thread while the caller works on this one.
         """
@@ -238,7 +238,7 @@ class Inputs:
                 if not chunk:
                     at_end(number)
                     return None
-                if mine(number):
+                if wanted(number):
                     return number, self.tokenizer(chunk)
             return None
 

@@ -69,10 +69,12 @@ def language(text: str, sample: int = 600) -> str:
     if foreign and max(foreign)[0] * 2 > letters:
         return max(foreign)[1]
     words = set(re.findall(r"[^\W\d_]{2,}(?:'[^\W\d_]+)?|[^\W\d_]", text.lower()))
-    found = Counter(code for word in words for code, known in _FUNCTION_WORDS.items() if word in known)
+    counts = Counter(code for word in words for code, known in _FUNCTION_WORDS.items() if word in known)
     # a word of two languages counts for both; of equals the first of the table
-    best = max(found.values(), default=0)
-    return next((c for c in _FUNCTION_WORDS if found[c] == best), UNDETERMINED) if best >= LEAST_WORDS else UNDETERMINED
+    best = max(counts.values(), default=0)
+    return (
+        next((c for c in _FUNCTION_WORDS if counts[c] == best), UNDETERMINED) if best >= LEAST_WORDS else UNDETERMINED
+    )
 
 
 def _script(letter: str) -> str:

@@ -1,4 +1,4 @@
-"""What a user should know and that stops nothing: one line each, told once, through the logger ``ches_jax``."""
+"""What a user should know and that stops nothing: one line each, said once, through the logger ``ches_jax``."""
 
 import logging
 from functools import cache

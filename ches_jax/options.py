@@ -139,7 +139,7 @@ class PairOptions(RowOptions):
     """File (JSONL, JSON, Parquet, Arrow, CSV; compressed or not), several with commas or a pattern, folder, address
     (https, hf, s3, gs) or hub name; default: the bundled pairs."""
     schema: str = "auto"
-    """What the columns mean: auto (recognised, and told), a preset by name, or a JSON or TOML file (docs/data.md)."""
+    """What the columns mean: auto (recognised and reported), a preset by name, a JSON or TOML file (docs/data.md)."""
     candidates: Pairing | None = None
     """Pairs of rows with several `responses`: chosen-against-all (the default: the one that `chosen` numbers, with the
     highest of `scores`, or else the first) or all-pairs (every better one against every worse one)."""

@@ -24,11 +24,11 @@ class Run:
     """Which item, at which scale, into which folder."""
 
     item: tyro.conf.Positional[str | None] = None
-    """persona, similarity or sorrybench."""
+    """persona, similarity, sorrybench, forecast or story."""
     scale: str = "tiny"
     """tiny: the bundled model and world, minutes on a CPU. small: by --model and --pairs. paper: the paper's own."""
     out: Path | None = None
-    """The folder to work in; a killed run goes on in it with --resume."""
+    """The folder to work in; a killed run continues in it with --resume."""
     model: str | None = None
     """Model directory or hub name, instead of the scale's own."""
     pairs: str | None = None

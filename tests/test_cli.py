@@ -1,4 +1,4 @@
-"""The command line as a person meets it: results where they are told, one message and exit code 2 for bad input."""
+"""The command line as a person meets it: results where they are expected, one message and exit code 2 for bad input."""
 
 import json
 import re

@@ -18,7 +18,7 @@ SCRIPT = (
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for through the C library of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are requested through the C library of Linux")
 @pytest.mark.parametrize("tunables", ["", "glibc.malloc.tcache_count=3", "glibc.malloc.hugetlb=0"])
 def test_one_process_from_beginning_to_end(tunables):
     process = subprocess.Popen(

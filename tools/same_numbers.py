@@ -58,17 +58,17 @@ def record(checkout: Path, out: Path, options: list[str]) -> None:
         if path.with_suffix(".done").exists():
             continue
         words = command.format(out=out).split()
-        given = [] if words[0] == "diagnose" else ["--out", str(path)]
+        arguments = [] if words[0] == "diagnose" else ["--out", str(path)]
         if words[0] in ("score", "train"):
-            given += options
+            arguments += options
         if words[0] == "generate" and options:
-            given += [options[0], options[1], "--prompts", options[3]]
+            arguments += [options[0], options[1], "--prompts", options[3]]
         if words[0] == "verify" and options:
-            given += [*options, "--claims", "K0m", "F6", "--limit", "8"]
-        print(f"{name}: ches {' '.join([*words, *given])}", file=sys.stderr, flush=True)
+            arguments += [*options, "--claims", "K0m", "F6", "--limit", "8"]
+        print(f"{name}: ches {' '.join([*words, *arguments])}", file=sys.stderr, flush=True)
         environment = {**os.environ, "PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
-            [sys.executable, "-m", "ches_jax", *words, *given],
+            [sys.executable, "-m", "ches_jax", *words, *arguments],
             capture_output=True,
             text=True,
             cwd=checkout,
@@ -165,13 +165,13 @@ def main() -> int:
     comparer = commands.add_parser("compare", help="compare two records")
     comparer.add_argument("old", type=Path)
     comparer.add_argument("new", type=Path)
-    given = parser.parse_args()
-    if given.command == "compare":
-        return compare(given.old, given.new)
-    record(given.checkout.resolve(), given.out.resolve() / "bundled", [])
-    if given.model and given.pairs:
-        options = ["--model", str(Path(given.model).resolve()), "--pairs", str(Path(given.pairs).resolve())]
-        record(given.checkout.resolve(), given.out.resolve() / "model", options)
+    arguments = parser.parse_args()
+    if arguments.command == "compare":
+        return compare(arguments.old, arguments.new)
+    record(arguments.checkout.resolve(), arguments.out.resolve() / "bundled", [])
+    if arguments.model and arguments.pairs:
+        options = ["--model", str(Path(arguments.model).resolve()), "--pairs", str(Path(arguments.pairs).resolve())]
+        record(arguments.checkout.resolve(), arguments.out.resolve() / "model", options)
     return 0
 
 

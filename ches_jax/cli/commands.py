@@ -41,7 +41,7 @@ class Outcome:
     """What the record of ``--json`` holds besides."""
     code: int = 0
     page_of: Path | None = None
-    """A run directory that has a page; the command that makes it is told."""
+    """A run directory that has a page; the command that makes it is named."""
 
     def record(self, verb: str) -> dict[str, Any]:
         """The one JSON value that ``--json`` prints."""
@@ -268,9 +268,9 @@ class Influence(RunOutput, InfluenceConfig):
 
         out = influence(_only(InfluenceConfig, self), **self.how)
         record = read_json(out / RUN)
-        found = record["concentration"]
+        concentration = record["concentration"]
         return Outcome(
-            headline=f"{found['push_down']:.0%} of {found['pairs']} pairs push chosen responses down "
+            headline=f"{concentration['push_down']:.0%} of {concentration['pairs']} pairs push chosen responses down "
             f"-> {out / INFLUENCE}",
             path=out,
             text="" if self.quiet else summary_text(record),

@@ -22,8 +22,8 @@ EXAMPLES = {
         "ches doctor --pairs train.jsonl --against test.jsonl --json",
     ),
     "select": (
-        "ches select --scores runs/score-001 --out kept",
-        "ches select --scores runs/score-001 --keep lowest:0.05 --control length --out control",
+        "ches select --scores runs/influence-001 --keep lowest:0.75 --out kept",
+        "ches select --scores runs/influence-001 --keep lowest:0.75 --control length --out control",
         "ches select --scores runs/score-001 --by 'column:abs(chosen_score - rejected_score)' --keep highest:50% "
         "--dedup near --out clear",
     ),

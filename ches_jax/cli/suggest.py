@@ -142,7 +142,7 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
         o.field.upper() if o.positional else f"--{o.name}" for o in options if o.required and o.field not in seen
     ]
     if missing:
-        raise ChesError(f"ches {verb}: {' and '.join(missing)} must be given; ches {verb} --help tells what it is")
+        raise ChesError(f"ches {verb}: {' and '.join(missing)} must be given; ches {verb} --help says what it is")
     return out
 
 

@@ -27,7 +27,7 @@ FLAGS: dict[str, str] = {
     "the model reads at once); the prompt was cut before it",
     "double_bos": "the mark of the beginning of a text (BOS) stands twice before the prompt, or inside a response",
     "double_eos": "the mark of the end (EOS) stands inside a response, or more than once at its end",
-    "end_unclear": "it cannot be told where a response ends",
+    "end_unclear": "it is not clear where a response ends",
     "empty_prompt": "there is no prompt (for whole conversations: chosen and rejected do not begin alike)",
     "empty_chosen": "the chosen response is empty",
     "empty_rejected": "the rejected response is empty",

@@ -2,7 +2,7 @@
 
 Near-duplicates have a Jaccard similarity of their sets of word triples of at least ``NEAR``. Candidates come from
 MinHash with locality-sensitive hashing (datasketch; Broder 1997), and each is then compared in full, so that none is
-told wrongly; of those beyond ``NEAR`` one in some thousands is missed.
+reported wrongly; of those beyond ``NEAR`` one in some thousands is missed.
 """
 
 import re
@@ -94,11 +94,11 @@ class NearDuplicates:
     def first_like(self, key: str, *texts: str) -> str | None:
         """As ``like``; a row that repeats none is remembered under ``key``."""
         own = [shingles(text) for text in texts]
-        found, signature = self._found(own)
-        if found is None:
+        match, signature = self._found(own)
+        if match is None:
             self._index.insert(len(self._known), signature)
             self._known.append((key, own))
-        return found
+        return match
 
     def _found(self, own: list[frozenset[int]]) -> tuple[str | None, Any]:
         from datasketch import MinHash

@@ -57,7 +57,7 @@ def located(spec: str) -> list[Path]:
         return [path for one in spec.split(",") for path in _copied(one)]
     if Path(spec).exists():
         return [Path(spec)]
-    found: list[Path] = []
+    matching: list[Path] = []
     names = spec.split(",")
     for name in names:
         fitting = [Path(p) for p in sorted(glob.glob(name, recursive=True))] if _is_glob(name) else [Path(name)]
@@ -65,11 +65,11 @@ def located(spec: str) -> list[Path]:
             raise DataError(f"{name}: no file fits this pattern")
         if len(names) > 1 and not fitting[0].exists():
             raise DataError(f"{name}: no such file (one of {len(names)} names with commas)")
-        found += fitting
-    double = next((p for i, p in enumerate(found) if p in found[:i]), None)
+        matching += fitting
+    double = next((p for i, p in enumerate(matching) if p in matching[:i]), None)
     if double is not None:
         raise DataError(f"{spec}: {double} is named twice")
-    return found
+    return matching
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -85,7 +85,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file for reading, decompressed; how it is compressed is told by its first bytes, whatever its name."""
+    """A file for reading, decompressed; its first bytes say how it is compressed, whatever its name."""
     with path.open("rb") as file:
         begin = file.read(6)
     opener = next((opener for magic, opener in _OPENERS.items() if begin.startswith(magic)), None)

@@ -180,7 +180,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 @contextlib.contextmanager
 def _decompressed(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file; a damaged compression is told in words."""
+    """The bytes of a file; a damaged compression is an error in words."""
     import lzma
     import zlib
 
@@ -224,7 +224,7 @@ def _is_object(line: bytes) -> bool:
     try:
         return isinstance(_parsed(line), dict)
     except DataError:
-        # a broken line among lines; a document goes on in the next line
+        # a broken line among lines; a document continues in the next line
         return line.strip(_BLANK).startswith(b"{") and line.strip(_BLANK).endswith(b"}")
 
 

@@ -16,7 +16,7 @@ HABITS: dict[str, str] = {
     "prompt",
     "always_header": "ignores add_generation_prompt and begins another answer behind every conversation; a response is "
     "cut before that",
-    "opens_otherwise": "begins an answer in one way when it is asked for and in another when it is written",
+    "opens_otherwise": "begins an answer in one way in the prompt and in another when it is written",
     "clock": "writes today's date: rows are refused until a day is named with --template-args",
     "strips": "takes off white space around the text of a message",
     "drops_thoughts": "leaves out the thoughts (<think>...</think>) of earlier answers",
@@ -46,8 +46,8 @@ def habits(template: ChatTemplate) -> list[str]:
     Raises:
       DataError: it cannot write a question with its answer.
     """
-    found = {"clock"} if template.reads_clock([_USER]) else set()
-    if found:  # the rest is found on one day
+    observed = {"clock"} if template.reads_clock([_USER]) else set()
+    if observed:  # the rest is found on one day
         template = ChatTemplate(template.tokenizer, {**template.arguments, CLOCK: "2024-07-26"})
 
     def written(*messages: Message) -> str | None:
@@ -57,35 +57,35 @@ def habits(template: ChatTemplate) -> list[str]:
 
     exchange = template.write([_USER, _ANSWER])
     if not template.end([_USER, _ANSWER]).ids:
-        found.add("no_end")
+        observed.add("no_end")
     if template.wants_parts(template.source()):
-        found.add("parts")
+        observed.add("parts")
     if template.header([_USER]):
-        found.add("no_header")
+        observed.add("no_header")
     behind_question = template.write([_USER]).partition(_ASKED)[2]
     if template.write([_USER], ask=True) == template.write([_USER]) and exchange.endswith(MARK + behind_question):
-        found.add("always_header" if behind_question else "")
+        observed.add("always_header" if behind_question else "")
     if template.opening([_USER]):
-        found.add("opens_otherwise")
+        observed.add("opens_otherwise")
     padded = written(_USER, {"role": "assistant", "content": f"  {MARK}  "})
     if padded is not None and MARK in padded and f"  {MARK}  " not in padded:
-        found.add("strips")
+        observed.add("strips")
     for name, text in (
         ("drops_thoughts", written(_USER, _THOUGHTFUL, _USER, _ANSWER)),
         ("drops_last_thought", written(_USER, _THOUGHTFUL)),
     ):
         if text is not None and MARK in text and _THOUGHT not in text:
-            found.add(name)
+            observed.add(name)
     ruled = written(_SYSTEM, _USER, _ANSWER)
     if ruled is None:
-        found.add("no_system")
+        observed.add("no_system")
     elif _RULE not in ruled:
-        found.add("drops_system")
+        observed.add("drops_system")
     elif ruled.startswith(exchange.partition(_ASKED)[0]):
-        found.add("system_in_user")
+        observed.add("system_in_user")
     if written(_USER, _USER, _ANSWER) is None:
-        found.add("alternates")
-    return [name for name in HABITS if name in found]
+        observed.add("alternates")
+    return [name for name in HABITS if name in observed]
 
 
 def describe(template: ChatTemplate) -> str:

@@ -152,7 +152,7 @@ class Writer:
     def _difference(self, prompt: Sequence[Message], content: Mapping[str, Any]) -> str:
         if opening := self.chat.opening(prompt, content):
             asked, answered = opening
-            return f"an answer is asked for with {asked!r} and written with {answered!r}"
+            return f"an answer begins with {asked!r} in the prompt and with {answered!r} in the conversation"
         return "what stands before the answer changes with the answer"
 
     def _left_out(

@@ -7,7 +7,7 @@ r"""A prompt that the responses repeat: found by what they say, and counted once
     [system, user]   [user, assistant]                 the response is [assistant]
 
 Line ends, white space around a text and other keys of a message do not count. ``doubts`` says what is left of it in a
-row that cannot be told apart.
+row that cannot be separated.
 """
 
 import re
@@ -20,7 +20,7 @@ SURE_LETTERS = 40
 """A text of so many letters that both responses begin with is their prompt, repeated; so is a shorter one with the mark
 of whose turn it is ("Q: 1+1 is?\\nA:"). "Good morning!" may begin two answers to itself."""
 TOLD_LETTERS, TOLD_WORDS = 12, 3
-"""From so many on, a repetition is told; "Hello" begins answers too often."""
+"""From so many characters on, a repetition is flagged; "Hello" begins answers too often."""
 SURE_IDS = 4
 """As many token ids are their prompt, repeated."""
 
@@ -99,8 +99,8 @@ def doubts(content: Mapping[str, Any]) -> dict[str, str]:
         roles = ", ".join(f"{n} with one of the {content[n][0]['role']}" for n in whole)
         return {"prompt_unclear": f"behind the prompt, the responses begin with messages: {roles}"}
     begun = text_of(prompt[-1]) if prompt[-1]["role"] == "assistant" else ""
-    found = [n for n in sides if begun and content[n] and repeated(begun, text_of(content[n][0])) is not None]
-    return _repeated_by(found) if len(found) == len(sides) or _worth_telling(begun) else {}
+    repeating = [n for n in sides if begun and content[n] and repeated(begun, text_of(content[n][0])) is not None]
+    return _repeated_by(repeating) if len(repeating) == len(sides) or _worth_telling(begun) else {}
 
 
 def repeated(prompt: str, response: str) -> int | None:
@@ -165,15 +165,15 @@ def _told_in(prompt: str, head: Sequence[Message]) -> bool:
 def _repeating(prompt: list[Message], chosen: list[Message], rejected: list[Message], split: Parts) -> Parts | None:
     """Prompt and responses where whole conversations repeat a prompt of messages; None: they contradict it."""
     systems, turns = zip(*map(_system_apart, (prompt, chosen, rejected)), strict=True)
-    given = [s for s in systems if s]
-    if any(len(s) != len(given[0]) or common(s, given[0]) < len(s) for s in given):
+    systems_written = [s for s in systems if s]
+    if any(len(s) != len(systems_written[0]) or common(s, systems_written[0]) < len(s) for s in systems_written):
         return None  # another system message
     if bool(systems[1]) != bool(systems[2]) and not systems[0]:
         return None
     asked, *sides = turns
     n = len(asked)
     if all(len(side) > n and common(side, asked) == n for side in sides):
-        return [*(given[0] if given else []), *asked], sides[0][n:], sides[1][n:]
+        return [*(systems_written[0] if systems_written else []), *asked], sides[0][n:], sides[1][n:]
     head, *_ = split
     leading = _system_apart(head)[1]
     if n and len(leading) >= n and all(map(same, leading[-n:], asked)):

@@ -290,14 +290,14 @@ def _source(
     objects = [raw for raw in some if isinstance(raw, Mapping)]
     if rows.recognise is not None and objects:
         try:
-            found = (
+            recognised = (
                 rows.recognise(objects)
                 if declared is None and not columns
                 else told_of_columns(declared, columns, objects)
             )
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from None
-        source = replace(source, schema=declared if columns else found.schema, notes=found.notes)
+        source = replace(source, schema=declared if columns else recognised.schema, notes=recognised.notes)
     if source.schema is not None and source.schema.group:
         source = replace(source, read=partial(_grouped, source.schema, read))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
@@ -313,7 +313,7 @@ def _grouped(schema: Schema, read: Callable[[int], Iterator[Raw]], start: int) -
 
 
 def _declared(columns: Mapping[str, str], rows: Kind, schema: str) -> Schema | None:
-    """The schema that is asked for; None: to be recognised, or columns that are renamed."""
+    """The requested schema; None: to be recognised, or columns that are renamed."""
     if schema != "auto" and columns:
         raise DataError(f"--schema {schema} and --columns both say what the columns mean; leave one out")
     if schema != "auto":

@@ -123,7 +123,7 @@ class ChatTemplate:
         return text
 
     def prompt(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
-        """The text up to where an answer begins; or up to where it goes on, if the last message is its beginning.
+        """The text up to where an answer begins; or up to where it continues, if the last message is its beginning.
 
         Raises:
           DataError: as ``write``.
@@ -137,7 +137,7 @@ class ChatTemplate:
         """How the last message of a conversation ends.
 
         Raises:
-          DataError: as ``write``; or the end cannot be told from the text.
+          DataError: as ``write``; or the end cannot be separated from the text.
         """
         learned = self._once("end", messages, row, lambda: self._learn_end(messages, row))
         if messages[-1].get("tool_calls"):
@@ -145,7 +145,7 @@ class ChatTemplate:
         return learned
 
     def opening(self, messages: Sequence[Message], row: Row = _NO_ROW) -> tuple[str, str] | None:
-        """How an answer begins when it is asked for, and how when it is written, where these differ.
+        """How an answer begins in the prompt, and how when it is written, where these differ.
 
         Templates of reasoning models open a thought when they ask, and leave it out of an answer that has none.
 
@@ -155,7 +155,7 @@ class ChatTemplate:
         return self._once("opening", messages, row, lambda: self._learn_opening(messages, row))
 
     def header(self, messages: Sequence[Message], row: Row = _NO_ROW) -> str:
-        """What stands before an answer and is not written when one is asked for; nothing in most templates.
+        """What stands before an answer and is not written by the generation prompt; nothing in most templates.
 
         Raises:
           DataError: as ``write``.
@@ -165,8 +165,8 @@ class ChatTemplate:
 
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tuple(found)  # type: ignore[arg-type]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tuple(ids)  # type: ignore[arg-type]
 
     def _once(self, what: str, messages: Sequence[Message], row: Row, learn: Callable[[], Any]) -> Any:
         """What was learned from a conversation with the same roles, or is learned now."""
@@ -196,7 +196,7 @@ class ChatTemplate:
         try:
             middle = self._behind_mark(self.write([*probe, _NEXT], row))
         except DataError:
-            middle = behind  # no conversation goes on here
+            middle = behind  # no conversation continues here
         first = next((i for i in range(common_prefix(behind, middle)) if not self._blank(behind[i])), 0)
         return End(text[text.rfind(MARK) + len(MARK) :], behind[first:])
 
@@ -207,7 +207,7 @@ class ChatTemplate:
         if whole[: len(head)] != head:
             raise DataError(
                 "the tokenizer makes one token of the last letter of an answer and of what the chat template writes "
-                f"behind it ({text[at:][:20]!r}), so that the end of an answer cannot be told"
+                f"behind it ({text[at:][:20]!r}), so that the end of an answer is not known"
             )
         return whole[len(head) :]
 
@@ -219,7 +219,9 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder
         last = next((i for i in reversed(range(len(ids))) if ids[i] in added), None)
         if last is None or not all(map(self._blank, ids[last + 1 :])):
-            raise DataError("the chat template ends a call of a tool otherwise than a text, and how cannot be told")
+            raise DataError(
+                "the chat template ends a call of a tool otherwise than a text, and in a way that is not known"
+            )
         return End(str(self.tokenizer.decode(list(ids[last:]))), ids[last:])
 
     def _blank(self, token_id: int) -> bool:
@@ -295,14 +297,14 @@ class ChatTemplate:
         if key not in self._learned:
             user = {"role": "user", "content": MARK}
             arguments = self._arguments(source, _NO_ROW)
-            found = []
+            writes_mark = []
             for message in (user, as_parts(user)):
                 try:
-                    found.append(MARK in self._apply(source, [message], None, arguments, ask=True))
+                    writes_mark.append(MARK in self._apply(source, [message], None, arguments, ask=True))
                 except DataError:
-                    found.append(False)
+                    writes_mark.append(False)
             # a list that is printed as one holds the mark too, in quotes
-            self._learned[key] = not found[0] and found[1]
+            self._learned[key] = not writes_mark[0] and writes_mark[1]
         return self._learned[key]
 
     def _arguments(self, source: Source, row: Row) -> dict[str, Any]:
@@ -319,11 +321,11 @@ class ChatTemplate:
                     f"{name!r} is {own[name]!r} in the row's 'chat_template_kwargs' and {self.arguments[name]!r} in "
                     "--template-args: leave one of them out"
                 )
-        found = {name: value for name, value in {**self.arguments, **own}.items() if name in source.variables}
+        values = {name: value for name, value in {**self.arguments, **own}.items() if name in source.variables}
         if CLOCK in self.arguments and source.reads_clock:
             pinned = day(self.arguments[CLOCK])
-            found[PINNED] = {form: pinned.strftime(form) for form in source.dates}
-        return found
+            values[PINNED] = {form: pinned.strftime(form) for form in source.dates}
+        return values
 
     def reads_clock(self, messages: Sequence[Message], row: Row = _NO_ROW) -> bool:
         """Whether the text of such a conversation depends on the time of day."""
@@ -372,7 +374,7 @@ def continues(messages: Sequence[Message]) -> bool:
 
 
 def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Message]:
-    """The conversation of a prompt and a response, which goes on with an answer that the prompt begins.
+    """The conversation of a prompt and a response, which continues with an answer that the prompt begins.
 
     >>> joined([{"role": "assistant", "content": "An ap"}], [{"role": "assistant", "content": "ple."}])
     [{'role': 'assistant', 'content': 'An apple.'}]

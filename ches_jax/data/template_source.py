@@ -10,7 +10,7 @@ from ches_jax.errors import TemplateError
 CLOCK = "now"
 """The template argument that pins the clock: a date, in whatever form the template asks for it."""
 PINNED = "pinned_dates"
-"""The variable that holds what a pinned clock says, by the form that is asked for."""
+"""The variable that holds what a pinned clock says, by its format."""
 
 _PINNED_CLOCK = (
     "{%- macro strftime_now(form) -%}"

@@ -285,7 +285,7 @@ class PairTokenizer:
         return ids[:stop], ids[stop : stop + 1]
 
     def _split_given(self, row: Record, name: str, ids: Ids, details: dict[str, str]) -> tuple[Ids, Ids]:
-        """The content of given token ids, and what ends them: what ends an answer of the template, or EOS."""
+        """The content of token ids in the data, and what ends them: what ends an answer of the template, or EOS."""
         content, run = _without_run(ids, self._known_ends, self._blank)
         last = next((i for i in reversed(ids) if not self._blank(i)), None)
         if not run and last in self.tokenizer.added_tokens_decoder and last != _single(self.tokenizer.unk_token_id):

@@ -16,7 +16,7 @@ FILTERED = (
 MEASURED = "on 2,083 human pairs held-out chosen changed by -0.05 nats with DPO and by +0.27 with RPO"
 
 
-def advice(found: Diagnosis) -> tuple[Line, ...]:
+def advice(diagnosis: Diagnosis) -> tuple[Line, ...]:
     """Lines of advice, the first thing to do first."""
     rules: tuple[Callable[[Diagnosis], Line | None], ...] = (
         _undecided,
@@ -29,61 +29,61 @@ def advice(found: Diagnosis) -> tuple[Line, ...]:
         _harm,
         _texts,
     )
-    return tuple(line for rule in rules if (line := rule(found)) is not None)
+    return tuple(line for rule in rules if (line := rule(diagnosis)) is not None)
 
 
-def _fell(found: Diagnosis) -> bool:
-    return found.verdict in ("displaced", "chosen_down")
+def _fell(diagnosis: Diagnosis) -> bool:
+    return diagnosis.verdict in ("displaced", "chosen_down")
 
 
-def _undecided(found: Diagnosis) -> Line | None:
-    if found.verdict != "undecided":
+def _undecided(diagnosis: Diagnosis) -> Line | None:
+    if diagnosis.verdict != "undecided":
         return None
-    because = f"chosen {found.chosen} over {found.pairs} {found.unit}"
-    if found.scale == "sign":
+    because = f"chosen {diagnosis.chosen} over {diagnosis.pairs} {diagnosis.unit}"
+    if diagnosis.scale == "sign":
         return "say --beta NUMBER", "beta is not known", "nothing"
-    if found.unit != "pairs":
+    if diagnosis.unit != "pairs":
         command = "ches diagnose --before MODEL --after MODEL --pairs FILE compares pairs"
         return command, because, "two passes over the held-out pairs"
     return "watch more held-out pairs (--holdout N, --eval-pairs FILE)", because, "a pass over them at each evaluation"
 
 
-def _nothing(found: Diagnosis) -> Line | None:
-    if found.verdict == "not_displaced":
-        return "nothing", f"chosen {found.chosen} did not fall", "nothing"
+def _nothing(diagnosis: Diagnosis) -> Line | None:
+    if diagnosis.verdict == "not_displaced":
+        return "nothing", f"chosen {diagnosis.chosen} did not fall", "nothing"
     return None
 
 
-def _loss_does_not_fall(found: Diagnosis) -> Line | None:
-    if found.verdict == "chosen_down" and found.directions["margin"] == "down":
-        because = f"margin {found.margin} fell too: this is no displacement but a run that does not learn its pairs"
+def _loss_does_not_fall(diagnosis: Diagnosis) -> Line | None:
+    if diagnosis.verdict == "chosen_down" and diagnosis.directions["margin"] == "down":
+        because = f"margin {diagnosis.margin} fell too: this is no displacement but a run that does not learn its pairs"
         return "lower the learning rate, and look at the data (ches doctor)", because, "another run"
     return None
 
 
-def _memorised(found: Diagnosis) -> Line | None:
-    training = found.beside
-    if _fell(found) and training is not None and training.directions["chosen"] == "up":
-        because = f"training chosen {training.chosen} rose while held-out chosen {found.chosen} fell: memorised"
+def _memorised(diagnosis: Diagnosis) -> Line | None:
+    training = diagnosis.beside
+    if _fell(diagnosis) and training is not None and training.directions["chosen"] == "up":
+        because = f"training chosen {training.chosen} rose while held-out chosen {diagnosis.chosen} fell: memorised"
         return "fewer epochs, or more data", because, "less fit to the training pairs"
     return None
 
 
-def _early_stop(found: Diagnosis) -> Line | None:
-    curve = found.curve
-    if not _fell(found) or curve is None or len(curve.steps) < 4:
+def _early_stop(diagnosis: Diagnosis) -> Line | None:
+    curve = diagnosis.curve
+    if not _fell(diagnosis) or curve is None or len(curve.steps) < 4:
         return None
     best = int(curve.chosen.argmax())
-    if 0 < best < len(curve.steps) - 1 and curve.chosen[best] > found.tolerance:
+    if 0 < best < len(curve.steps) - 1 and curve.chosen[best] > diagnosis.tolerance:
         because = f"chosen was highest, {curve.chosen[best]:+.3f}, at step {curve.steps[best]}"
         return f"take the checkpoint near step {curve.steps[best]}", because, "a smaller margin"
     return None
 
 
-def _sft_term(found: Diagnosis) -> Line | None:
-    if not _fell(found):
+def _sft_term(diagnosis: Diagnosis) -> Line | None:
+    if not _fell(diagnosis):
         return None
-    because = f"chosen {found.chosen}; {MEASURED}"
+    because = f"chosen {diagnosis.chosen}; {MEASURED}"
     return (
         "add a likelihood term (RPO: TRL rpo_alpha=1, ches train --sft 1)",
         because,
@@ -91,10 +91,10 @@ def _sft_term(found: Diagnosis) -> Line | None:
     )
 
 
-def _filter(found: Diagnosis) -> Line | None:
-    if not _fell(found):
+def _filter(diagnosis: Diagnosis) -> Line | None:
+    if not _fell(diagnosis):
         return None
-    if scored := [row for row in found.worst if row.get("influence") is not None]:
+    if scored := [row for row in diagnosis.worst if row.get("influence") is not None]:
         worst = max(scored, key=lambda row: row["influence"])
         because = (
             f"influence: training on row {worst['index']} moves the probes' chosen by {-worst['influence']:+.3g} nats"
@@ -105,16 +105,16 @@ def _filter(found: Diagnosis) -> Line | None:
     return command, FILTERED, "six forward passes, then the pairs that go; compare with --control random"
 
 
-def _harm(found: Diagnosis) -> Line | None:
-    if found.harm.answer == "harmful":
-        met = next(c for c in found.harm.criteria if c.outcome == "met")
+def _harm(diagnosis: Diagnosis) -> Line | None:
+    if diagnosis.harm.answer == "harmful":
+        met = next(c for c in diagnosis.harm.criteria if c.outcome == "met")
         return "do not ship this checkpoint", f"{met.name}: {met.evidence}", "another run"
     return None
 
 
-def _texts(found: Diagnosis) -> Line | None:
-    missing = [c for c in found.harm.criteria if c.of_texts and c.outcome == "not measured"]
-    if _fell(found) and found.harm.answer == "undecided" and missing:
+def _texts(diagnosis: Diagnosis) -> Line | None:
+    missing = [c for c in diagnosis.harm.criteria if c.of_texts and c.outcome == "not measured"]
+    if _fell(diagnosis) and diagnosis.harm.answer == "undecided" and missing:
         return (
             "find out where the mass went",
             f"{missing[0].evidence}",

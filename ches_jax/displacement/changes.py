@@ -74,7 +74,7 @@ class Changes:
     """What is counted: pairs; logged steps, which are means of training batches; evaluations of the same held-out
     pairs."""
     scale: Literal["nats", "sign", "per token"] = "nats"
-    """``sign``: in an unknown unit, so that only directions can be told; ``per token``: means over tokens."""
+    """``sign``: in an unknown unit, so that only directions are known; ``per token``: means over tokens."""
     held_out: bool = False
     """Whether the pairs were watched and not trained on."""
     curve: Curve | None = None

@@ -50,17 +50,17 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
         if changes.unit == "pairs" and changes.rows is not None and "row_id" in changes.rows:
             texts = _texts(config)
             changes = _by_prompt(changes, texts)
-        found = diagnose_changes(changes, config.tolerance)
-        found = replace(found, harm=_harm(config, found))
+        diagnosis = diagnose_changes(changes, config.tolerance)
+        diagnosis = replace(diagnosis, harm=_harm(config, diagnosis))
         if changes.unit == "pairs":
-            found = _with_pairs(config, changes, found, texts)
-        found = replace(found, advice=advice(found))
+            diagnosis = _with_pairs(config, changes, diagnosis, texts)
+        diagnosis = replace(diagnosis, advice=advice(diagnosis))
     if config.out is not None:
         from ches_jax.runs.directory import write_json
 
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.out) / RESULT, found.to_json())
-    return found
+        write_json(Path(config.out) / RESULT, diagnosis.to_json())
+    return diagnosis
 
 
 def read_changes(config: DiagnoseConfig, work: Path, *, quiet: bool = True) -> Changes:
@@ -166,19 +166,19 @@ def _by_prompt(changes: Changes, texts: Mapping[str, Any]) -> Changes:
     return replace(changes, beside=None if changes.beside is None else _by_prompt(changes.beside, texts))
 
 
-def _harm(config: DiagnoseConfig, found: Diagnosis) -> Harm:
+def _harm(config: DiagnoseConfig, diagnosis: Diagnosis) -> Harm:
     before, after = (None if p is None else Path(p) for p in (config.responses_before, config.responses_after))
-    held_out = found.held_out or config.path is None
+    held_out = diagnosis.held_out or config.path is None
     return Harm(
         (
-            margin_criterion(found.directions["margin"], str(found.margin), held_out),
+            margin_criterion(diagnosis.directions["margin"], str(diagnosis.margin), held_out),
             *text_criteria(before, after),
             judged_criterion([Path(p) for p in config.judgments], config.want),
         )
     )
 
 
-def _with_pairs(config: DiagnoseConfig, changes: Changes, found: Diagnosis, texts: Mapping[str, Any]) -> Diagnosis:
+def _with_pairs(config: DiagnoseConfig, changes: Changes, diagnosis: Diagnosis, texts: Mapping[str, Any]) -> Diagnosis:
     """The worst pairs, joined with what is known of them; all of them in a file below --out."""
     from ches_jax.displacement.pair_table import found_tables, pair_table, worst_rows, write_pairs
 
@@ -193,4 +193,4 @@ def _with_pairs(config: DiagnoseConfig, changes: Changes, found: Diagnosis, text
     table = pair_table(changes, config.tolerance, tables, texts)
     if config.out is not None:
         write_pairs(table, Path(config.out))
-    return replace(found, worst=worst_rows(table))
+    return replace(diagnosis, worst=worst_rows(table))

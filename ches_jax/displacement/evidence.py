@@ -81,7 +81,7 @@ UNMEASURED = Harm(())
 
 
 def margin_criterion(direction: str, interval: str, held_out: bool) -> Criterion:
-    """Did the margin fall? Told by held-out pairs; training pairs cannot say that quality held."""
+    """Did the margin fall? Held-out pairs say so; training pairs cannot say that quality held."""
     name = "the held-out margin fell" if held_out else "the margin of the training pairs fell"
     outcome = (
         "met" if direction == "down" else "not met" if direction in ("up", "level") and held_out else "not measured"

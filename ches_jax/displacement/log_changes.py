@@ -85,7 +85,7 @@ def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) ->
         return "per token", 1.0, [*notes, why]
     known, whence = _beta(log, settings, beta)
     if known is None:
-        return "sign", 1.0, [*notes, "beta is not known, so only directions are told; --beta NUMBER gives nats"]
+        return "sign", 1.0, [*notes, "beta is not known, so only directions are reported; --beta NUMBER gives nats"]
     return "nats", known, [*notes, f"beta {known:g} ({whence}) turns rewards into nats"]
 
 
@@ -233,17 +233,19 @@ def _per_token(log: Log, settings: RunSettings) -> str | None:
         if np.concatenate(logps).min() <= -SHORT:
             return None
         return (
-            f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are told. If "
-            "they are sums over whole responses, say so with --rewards changes"
+            f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are reported."
+            " If they are sums over whole responses, say so with --rewards changes"
         )
     if settings.loss in PER_TOKEN:
-        return f"{settings.loss} averages log-probabilities over tokens: directions are told, and no nats of responses"
+        return (
+            f"{settings.loss} averages log-probabilities over tokens: directions are reported, and no nats of responses"
+        )
     return None
 
 
-def _beta(log: Log, settings: RunSettings, given: float | None) -> tuple[float | None, str]:
+def _beta(log: Log, settings: RunSettings, option: float | None) -> tuple[float | None, str]:
     """Beta and where it is from. What several places tell must agree."""
-    known = [(given, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
+    known = [(option, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
     known.append((settings.beta, settings.beta_from))
     betas = [(value, where) for value, where in known if value is not None]
     for value, where in betas[1:]:

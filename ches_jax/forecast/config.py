@@ -22,7 +22,7 @@ class PassOptions(UpdateOptions):
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
     chunk_rows: int = 1024
-    """Pairs between two points that --resume goes on from."""
+    """Pairs between two points that --resume continues from."""
 
 
 @dataclass(frozen=True, kw_only=True)

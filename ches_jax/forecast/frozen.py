@@ -63,7 +63,7 @@ class LossGradient:
 
             logps, transposed = jax.vjp(logps_of, params)
             seen = _with_reference(batch, logps) if own else batch
-            slopes = jax.grad(lambda found: loss_and_metrics(loss, seen, found, state)[0])(logps)
+            slopes = jax.grad(lambda at: loss_and_metrics(loss, seen, at, state)[0])(logps)
             return transposed(slopes)[0], slopes.responses
 
         whole = NamedSharding(run.mesh, PartitionSpec())

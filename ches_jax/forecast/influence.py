@@ -26,7 +26,7 @@ from ches_jax.forecast.setup import Passes, changes, splits
 from ches_jax.types import TokenPair
 
 SHARES = (0.10, 0.25, 0.50)
-"""Shares of the pairs whose part in the fall is told."""
+"""Shares of the pairs whose part in the fall is reported."""
 
 
 class Influence(NamedTuple):
@@ -96,12 +96,12 @@ def concentration(values: np.ndarray) -> dict[str, Any]:
 
 def summary_text(record: Mapping[str, Any]) -> str:
     """What ``concentration`` found, in words."""
-    found = record["concentration"]
-    shares = found["share_of_fall"]
+    summary = record["concentration"]
+    shares = summary["share_of_fall"]
     lines = [
-        f"training on {found['pairs']} pairs moves the mean ln pi(chosen) of {record['counts']['probes']} probes by "
-        f"{-found['sum']:+.2f} nats at first order",
-        f"{found['push_down']:.0%} of the pairs push it down",
+        f"training on {summary['pairs']} pairs moves the mean ln pi(chosen) of {record['counts']['probes']} probes by "
+        f"{-summary['sum']:+.2f} nats at first order",
+        f"{summary['push_down']:.0%} of the pairs push it down",
     ]
     if None not in shares.values():
         lines.append(

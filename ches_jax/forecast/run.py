@@ -1,7 +1,7 @@
 """``ches forecast`` and ``ches influence``: a model and pairs to a run directory with the table of forecasts.
 
 The direction (frozen updates, or M G_P) is computed once and kept; then the pairs pass in chunks, one part each, so
-that a killed run goes on where it was. Parts and direction go when all is joined.
+that a killed run continues where it was. Parts and direction go when all is joined.
 """
 
 import time

@@ -25,7 +25,7 @@ class GenerateConfig(RowOptions, ModelOptions):
     prompts: str = BUNDLED
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
     schema: str = "auto"
-    """What the columns mean: auto (recognised, and told), a preset by name, or a JSON or TOML file (docs/data.md)."""
+    """What the columns mean: auto (recognised and reported), a preset by name, a JSON or TOML file (docs/data.md)."""
     out: str | None = not_identity(None)
     """Run directory; default: the first free runs/generate-NNN."""
     samples: int = 1

@@ -22,7 +22,6 @@ from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
-from ches_jax.models.cache import Cache
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.precision import accumulate
 
@@ -47,7 +46,8 @@ class Prompts(NamedTuple):
 class State(NamedTuple):
     """What a batch has made so far."""
 
-    cache: Cache
+    cache: Any
+    """``models.cache.Cache``."""
     tokens: Any
     """int32 [B, N], 0 where nothing was made."""
     logps: Any
@@ -59,7 +59,7 @@ class State(NamedTuple):
 
 
 _CACHE_SPEC: Any = PartitionSpec(None, *ROWS)
-STATE_SPEC = State(Cache(_CACHE_SPEC, _CACHE_SPEC), ROWS, ROWS, ROWS, ROWS)
+STATE_SPEC = State(_CACHE_SPEC, ROWS, ROWS, ROWS, ROWS)
 """How a state lies on a data-only mesh."""
 
 
@@ -277,7 +277,7 @@ class Engine:
                 stopped |= self._stopped(state, requests)
                 if (stopped | np.asarray(state.ended) | (np.asarray(state.count) >= prompts.limit)).all():
                     break
-                # ended rows make nothing more; whether a stop token ended them is told apart below
+                # ended rows make nothing more; whether a stop token ended them is decided below
                 ended = jax.device_put(np.asarray(state.ended) | stopped, row_sharding(self.mesh))
                 state = state._replace(ended=ended)
         tokens, logps, count, ended = (np.asarray(a) for a in state[1:])

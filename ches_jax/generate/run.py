@@ -1,8 +1,8 @@
 """``ches generate``: a model directory and a file of prompts to a run directory with ``responses.jsonl``.
 
 Prompts are read, continued and written a chunk at a time. A chunk's texts follow from its rows alone, and a row's text
-from the row alone (to rounding: a batch of another size adds up in another order), so a killed run goes on where it was
-and ends in the same bytes.
+from the row alone (to rounding: a batch of another size adds up in another order), so a killed run continues where
+it was and ends in the same bytes.
 """
 
 import time

@@ -9,6 +9,7 @@ import numpy as np
 
 from ches_jax.errors import DataError
 from ches_jax.generate.engine import Completion
+from ches_jax.hf.text_part import TEXT
 from ches_jax.runs.files import read_object
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def stop_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase", words: Seque
     ids_of_ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
-            ids = read_object(directory / name, DataError, "a model directory").get("eos_token_id")
-            ids_of_ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+            raw = read_object(directory / name, DataError, "a model directory")
+            for part in (raw, raw.get(TEXT) or {}):  # a multimodal model may say it in either
+                ids = part.get("eos_token_id")
+                ids_of_ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     if isinstance(tokenizer.eos_token_id, int):
         ids_of_ends.add(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()

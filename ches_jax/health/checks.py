@@ -134,35 +134,44 @@ def identical(rows: Sequence[Row]) -> Check:
 def empty(rows: Sequence[Row]) -> Check:
     """Pairs with a side, or a prompt, without a letter."""
     bare = {r.name: [s for s in ("prompt", "chosen", "rejected") if not getattr(r, s).strip()] for r in rows}
-    found = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
-    return Check("empty texts", bool(found), f"{len(found)} rows with an empty text", len(found), {}, found)
+    offending = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
+    return Check(
+        "empty texts", bool(offending), f"{len(offending)} rows with an empty text", len(offending), {}, offending
+    )
 
 
 def too_long(rows: Sequence[Row]) -> Check:
     """Prompts, alone or with their longer response, beyond the context that most models have; prompts are never cut."""
     longest = {r.name: len(r.prompt) + max(len(r.chosen), len(r.rejected)) for r in rows}
-    found = [f"{name} ({size:,} characters)" for name, size in longest.items() if size > LONGEST]
-    words = f"{len(found)} rows of more than {LONGEST:,} characters, the longest of {max(longest.values()):,}"
-    return Check("prompt_too_long", bool(found), words, len(found), {"longest": max(longest.values())}, found)
+    offending = [f"{name} ({size:,} characters)" for name, size in longest.items() if size > LONGEST]
+    words = f"{len(offending)} rows of more than {LONGEST:,} characters, the longest of {max(longest.values()):,}"
+    return Check(
+        "prompt_too_long", bool(offending), words, len(offending), {"longest": max(longest.values())}, offending
+    )
 
 
 def unreadable(records: Sequence[Record]) -> Check:
     """Rows that cannot be read: nulls, numbers for texts, damaged lines."""
-    found = [f"{r.where}: {r.fault}" for r in records]
-    return Check("unreadable", bool(found), f"{len(found)} rows cannot be read", len(found), {}, found)
+    offending = [f"{r.where}: {r.fault}" for r in records]
+    return Check("unreadable", bool(offending), f"{len(offending)} rows cannot be read", len(offending), {}, offending)
 
 
 def contradictions(rows: Sequence[Row]) -> Check:
     """The same prompt and responses with the labels both ways round."""
     known: dict[tuple[str, str, str], str] = {}
-    found = []
+    offending = []
     for r in rows:
         prompt, (chosen, rejected) = normalised(r.prompt), r.sides
         if chosen != rejected and (other := known.get((prompt, rejected, chosen))) is not None:
-            found.append(f"{r.name} against {other}")
+            offending.append(f"{r.name} against {other}")
         known.setdefault((prompt, chosen, rejected), r.name)
     return Check(
-        "contradictions", bool(found), f"{len(found)} rows prefer what another row rejects", len(found), {}, found
+        "contradictions",
+        bool(offending),
+        f"{len(offending)} rows prefer what another row rejects",
+        len(offending),
+        {},
+        offending,
     )
 
 
@@ -195,7 +204,7 @@ def scores(rows: Sequence[Row]) -> Check:
     """Columns with a number for each side (``score_chosen`` and ``score_rejected``) that disagree with the label."""
     columns = [(n, m) for n in dict.fromkeys(k for r in rows for k in r.extra) if (m := _other_side(n)) is not None]
     numbers: dict[str, Any] = {}
-    found: list[str] = []
+    offending: list[str] = []
     compared = 0
     for ours, theirs in columns:
         pairs = [(r.name, _number(r.extra.get(ours)), _number(r.extra.get(theirs))) for r in rows]
@@ -208,7 +217,7 @@ def scores(rows: Sequence[Row]) -> Check:
         equal = sum(a == b for _, a, b in both)
         numbers[ours] = {"other": theirs, "rows": len(both), "against": len(against), "equal": equal}
         compared += len(both)
-        found += against
+        offending += against
     text = "no columns with a number for each side"
     if numbers:
         text = "; ".join(
@@ -216,7 +225,9 @@ def scores(rows: Sequence[Row]) -> Check:
             f"{n['equal']} are equal"
             for ours, n in numbers.items()
         )
-    return Check("scores", bool(found) and len(found) >= SHARE * compared, text, len(found), numbers, found)
+    return Check(
+        "scores", bool(offending) and len(offending) >= SHARE * compared, text, len(offending), numbers, offending
+    )
 
 
 def languages(rows: Sequence[Row]) -> Check:

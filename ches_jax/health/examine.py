@@ -29,8 +29,8 @@ class Health:
     @property
     def headline(self) -> str:
         """One line."""
-        found = [c.name for c in self.checks if c.finding]
-        return f"{self.rows} rows, {len(found)} findings" + (f": {', '.join(found)}" if found else "")
+        findings = [c.name for c in self.checks if c.finding]
+        return f"{self.rows} rows, {len(findings)} findings" + (f": {', '.join(findings)}" if findings else "")
 
     @property
     def counts(self) -> dict[str, int]:

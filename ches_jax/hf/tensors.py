@@ -7,7 +7,7 @@ between and without mapping the file, so that loading needs the memory of the mo
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,15 @@ from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import weight_files, weight_map
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What a parameter can be stored in: the format's name -> NumPy's."""
+STORED = {
+    **DTYPES,
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "BOOL": "bool"},
+    **{
+        f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+    },
+}
+"""What any tensor can be stored in: quantised weights, their scales, and what is not of the text model too."""
 INFINITY = {"float64": 0x7FF0 << 48, "float32": 0x7F80 << 16, "float16": 0x7C00, "bfloat16": 0x7F80}
 """The bits of +infinity: the magnitude bits of a finite number are below."""
 CHUNK = 1 << 18
@@ -41,7 +50,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor; only the bytes of the slice asked for are read."""
+    """One stored tensor; only the bytes of the slice are read."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,6 +77,24 @@ class Tensor:
         else:
             stored = np.memmap(self.file, out.dtype, "r", self.offset, self.shape)
             out[...] = stored[index]
+
+
+@dataclass(frozen=True)
+class Computed(Tensor):
+    """A tensor whose numbers follow from stored ones; ``file`` and ``offset`` are those of the first of them."""
+
+    rows: Callable[[int, int], np.ndarray]
+    """Start and stop on the first axis -> the numbers there, in ``dtype``."""
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """The tensor, or the part of it that ``index`` selects."""
+        first, *rest = index or tuple(slice(None) for _ in self.shape)
+        start, stop, _ = first.indices(self.shape[0])
+        return np.ascontiguousarray(self.rows(start, stop)[(slice(None), *rest)])
+
+    def read_into(self, out: np.ndarray, index: Index) -> None:
+        """The same part, into ``out``."""
+        out[...] = self.read(index)
 
 
 def _read_bytes(file: Path, out: np.ndarray, offset: int) -> None:
@@ -101,11 +128,15 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
     Raises:
       CheckpointError: as ``open_files``.
     """
-    return open_files(directory, weight_files(directory), weight_map(directory), BUFFERS)
+    return open_files(directory, weight_files(directory), weight_map(directory), BUFFERS, STORED)
 
 
 def open_files(
-    directory: Path, files: Iterable[Path], assigned: Mapping[str, str] | None = None, skip: tuple[str, ...] = ()
+    directory: Path,
+    files: Iterable[Path],
+    assigned: Mapping[str, str] | None = None,
+    skip: tuple[str, ...] = (),
+    kinds: Mapping[str, str] = DTYPES,
 ) -> dict[str, Tensor]:
     """Every tensor of some safetensors files of ``directory``.
 
@@ -114,10 +145,11 @@ def open_files(
       files: in it.
       assigned: tensor name -> name of its file, where an index tells.
       skip: ends of names that are passed over.
+      kinds: the dtypes that are read, by the format's name.
 
     Raises:
       CheckpointError: a file that is no safetensors file or is cut short, a name stored twice with different values, a
-        dtype that is no float. All problems in one message.
+        dtype that is none of ``kinds``. All problems in one message.
     """
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -129,14 +161,11 @@ def open_files(
             problems.append(f"{path.name} is not a whole safetensors file ({e}); copy or download it again")
             continue
         for name, entry in header.items():
-            dtype = DTYPES.get(entry["dtype"])
+            dtype = kinds.get(entry["dtype"])
             if name.endswith(skip):
                 continue
             if dtype is None:
-                problems.append(
-                    f"tensor {name!r} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)} "
-                    "(quantised checkpoints are not supported: give the unquantised weights)"
-                )
+                problems.append(f"tensor {name!r} is stored as {entry['dtype']}; expected one of {', '.join(kinds)}")
                 continue
             tensor = Tensor(name, tuple(entry["shape"]), dtype, path, start + entry["data_offsets"][0])
             if name in tensors:

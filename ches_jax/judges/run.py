@@ -1,6 +1,6 @@
 """``ches judge``: a file of responses to a run directory with ``judgments.jsonl`` and the refusal rate.
 
-Responses are judged and written a chunk at a time, so a killed run goes on where it was and ends in the same bytes.
+Responses are judged and written a chunk at a time, so a killed run continues where it was and ends in the same bytes.
 """
 
 import itertools

@@ -23,7 +23,7 @@ from ches_jax.types import SftUnit
 
 @dataclasses.dataclass(frozen=True)
 class WrappedLoss(Loss):
-    """A loss whose name already tells what it is made of."""
+    """A loss whose name already says what it is made of."""
 
     def __repr__(self) -> str:
         return self.name

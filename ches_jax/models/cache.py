@@ -8,44 +8,88 @@ from its first to that one without a gap.
     row 1    .   .  p0  p1 | y1  y2      first = 2
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.attention.mask import KeyRanges
-from ches_jax.models.config import DecoderConfig
+
+Cache: TypeAlias = tuple[Any, ...]
+"""What each stack of layers keeps (``stacks.stacks``); its arrays begin with the axes layer of the stack, row."""
 
 
-class Cache(NamedTuple):
-    """Keys (rotated) and values of every layer; slots not written yet are zero."""
+class KeysValues(NamedTuple):
+    """Keys (rotated) and values of a layer, or of all layers of a stack; slots not written yet are zero."""
 
-    k: Float[Array, "L B K slots H"]
-    v: Float[Array, "L B K slots H"]
-
-
-def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of zeros."""
-    shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    k: Float[Array, "*L B K slots H"]
+    v: Float[Array, "*L B K slots H"]
 
 
-def write(
-    cache: Cache, layer: Int[Array, ""], slot: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-) -> Cache:
-    """Put new keys and values of one layer into the slots from ``slot`` on."""
-    none = jnp.int32(0)
-    at = (layer, none, none, slot, none)
-    return Cache(
-        *(lax.dynamic_update_slice(a, new.swapaxes(1, 2)[None], at) for a, new in zip(cache, (k, v), strict=True))
-    )
+def empty_keys_values(rows: int, heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> KeysValues:
+    """Those of one layer, all zero."""
+    shape = (rows, heads, slots, head_dim)
+    return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def of_layer(cache: Cache, layer: Int[Array, ""]) -> tuple[Float[Array, "B slots K H"], Float[Array, "B slots K H"]]:
-    """Keys and values of one layer, in the axes that attention takes."""
-    k, v = (lax.dynamic_index_in_dim(a, layer, 0, keepdims=False).swapaxes(1, 2) for a in cache)
-    return k, v
+@dataclass
+class Memory:
+    """What a layer keeps of a text for the tokens that come later; nothing where no text is made.
+
+    Lives while a layer is traced: the layer reads and writes through it, the decoder takes ``kept`` afterwards.
+    """
+
+    kept: Any = None
+    """Of all layers of the stack."""
+    layer: Int[Array, ""] | None = None
+    """Which of them this one is."""
+    slot: Int[Array, ""] | None = None
+    """Where the tokens of this call go; None: they are the first ones, and nothing is read."""
+    logical: LogicalMesh | None = None
+
+    def extended(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """What the tokens attend to: the keys and values of this call, after those in the cache where it has some."""
+        if self.kept is None:
+            return k, v
+        assert self.layer is not None
+        none = jnp.int32(0)
+        at = (self.layer, none, none, none if self.slot is None else self.slot, none)
+        pairs = zip(self.kept, (k, v), strict=True)
+        written = (lax.dynamic_update_slice(a, new.swapaxes(1, 2)[None], at) for a, new in pairs)
+        self.kept = keep_heads(KeysValues(*written), self.logical)
+        if self.slot is None:
+            return k, v
+        k, v = (a.swapaxes(1, 2) for a in self._of_layer())
+        return k, v
+
+    def state(self) -> Any:
+        """Arrays of the layer as it kept them, rows first."""
+        return self._of_layer()
+
+    def keep(self, state: Any) -> None:
+        """Put arrays of the whole layer, rows first, in place of those it kept."""
+        self.kept = jax.tree.map(
+            lambda a, new: lax.dynamic_update_index_in_dim(a, new.astype(a.dtype), self.layer, 0), self.kept, state
+        )
+
+    def _of_layer(self) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, self.layer, 0, keepdims=False), self.kept)
+
+
+def keep_heads(pair: KeysValues, logical: LogicalMesh | None) -> KeysValues:
+    """Hold the keys and values of a stack sharded by rows and, where they divide, by key/value heads."""
+    if logical is None:
+        return pair
+    heads = "tensor" if pair.k.shape[2] % logical.size("tensor") == 0 else None
+    place = logical.sharding(PartitionSpec(None, *logical.rows(pair.k.shape[1]), heads))
+    return KeysValues(*(lax.with_sharding_constraint(a, place) for a in pair))
 
 
 def visibility(first: Int[Array, " B"], slots: Int[Array, " T"]) -> KeyRanges:

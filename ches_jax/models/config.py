@@ -1,6 +1,6 @@
 """The architecture of a decoder as one frozen dataclass: one field per behaviour, every field read somewhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -36,6 +36,20 @@ class RopeConfig:
         if self.kind == "dynamic":
             return self.max_positions
         return self.original_max_positions if self.kind == "longrope" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What the parameters of a layer are: layers of one kind have the same ones, and one compiled program."""
+
+    mixer: str = "attention"
+    """How tokens see each other, a key of ``kinds.MIXERS``."""
+    mlp: str = "dense"
+    """What is applied to each token, a key of ``kinds.MLPS``."""
+    head_dim: int | None = None
+    """Sizes where they are not the model's (here and below)."""
+    num_kv_heads: int | None = None
+    mlp_width: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +95,9 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     """Per layer: a position sees at most this many positions, itself included; None sees all."""
 
+    layer_kinds: tuple[LayerKind, ...] = ()
+    """The kind of each layer; none: all are of the default kind."""
+
     gated_mlp: bool = True
     activation: Activation = "silu"
     mlp_bias: bool = False
@@ -89,3 +106,13 @@ class DecoderConfig:
     tie_embeddings: bool = False
     logit_scale: float | None = None
     logit_softcap: float | None = None
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return self.layer_kinds or (LayerKind(),) * self.num_layers
+
+    def of_kind(self, kind: LayerKind) -> "DecoderConfig":
+        """The config with the sizes that layers of ``kind`` have."""
+        sizes = {name: getattr(kind, name) for name in ("head_dim", "num_kv_heads", "mlp_width")}
+        return replace(self, **{name: size for name, size in sizes.items() if size is not None})

@@ -4,12 +4,11 @@ The two calls are apart because scores need no logits, and log-probabilities nee
 ``hidden`` returns h, the vector that multiplies the unembedding matrix W, and ``logits(h) = cap(scale * h W^T)``.
 
 Parameters of the layers are stacked on a leading axis and the layers run in ``lax.scan``: one layer is compiled,
-whatever the depth (measured in experiments/benchmarks).
+whatever the depth (measured in experiments/benchmarks). Layers of several kinds are several stacks (``stacks``).
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,21 +24,22 @@ from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.errors import ChesError
 from ches_jax.models import cache, rope
 from ches_jax.models.attention import dense
-from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
+from ches_jax.models.attention.dense import Attend
 from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
-from ches_jax.models.cache import Cache
+from ches_jax.models.cache import Cache, Memory
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.layers import Context, Layer, LayerData, Norm, matmul
+from ches_jax.models.kinds import MIXERS, Layer
+from ches_jax.models.layers import Context, LayerData, Norm, matmul
 from ches_jax.models.precision import accumulate
 from ches_jax.models.sharding import (
     attention_on,
     explicit,
-    keep_heads,
     keep_rows,
     mesh_here,
     replicated,
     with_auto_axes,
 )
+from ches_jax.models.stacks import ROOT, Stack, stacks, stretches
 
 ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
@@ -96,13 +96,11 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.mesh: LogicalMesh | None = None
         param_dtype = jnp.dtype(param_dtype)
-        make = partial(Layer, config, dtype=param_dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
         self.embed_positions = (
             Embedding(config.max_positions, config.width, rngs=rngs, dtype=param_dtype) if config.rope is None else None
         )
-        stack = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(lambda rngs: make(rngs=rngs), in_axes=0, out_axes=0))
-        self.layers = stack(rngs)
+        self.layers = _stacked_layers(config, rngs, param_dtype)
         self.norm = Norm(config.width, config, dtype=param_dtype)
         self.lm_head = (
             None if config.tie_embeddings else Embedding(config.vocab_size, config.width, rngs=rngs, dtype=param_dtype)
@@ -127,6 +125,10 @@ class Decoder(nnx.Module):
         """
         h = self.hidden(jnp.asarray(tokens), positions, mask, lengths, attend=attend, remat=remat, mesh=mesh)
         return self._logits(h, mesh)
+
+    def stack(self, name: str) -> Layer:
+        """The stacked layers of that name (``stacks.stacks``)."""
+        return self.layers if name == ROOT else self.layers[name.removeprefix(f"{ROOT}.")]
 
     @property
     def unembedding(self) -> Float[Array, "V D"]:
@@ -181,8 +183,8 @@ class Decoder(nnx.Module):
             mask = causal(jnp.asarray(mask))
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
-        x, context = self._start(tokens, positions, key_ranges(mask), lengths, logical)
-        return self.norm(self._run_layers(x, context, attend, logical, remat=remat)[0])
+        x, context = self._start(tokens, positions, key_ranges(mask), lengths, attend, logical)
+        return self.norm(self._run_layers(x, context, logical, remat=remat)[0])
 
     def prefill(
         self,
@@ -207,27 +209,26 @@ class Decoder(nnx.Module):
         logical = self._auto_mesh(mesh)
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
-        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), logical)
-        empty = cache.empty(self.config, len(tokens), slots, self.dtype)
-        x, filled = self._run_layers(x, context, attend, logical, kv=empty)
+        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
+        x, filled = self._run_layers(x, context, logical, kept=empty_cache(self.config, len(tokens), slots, self.dtype))
         assert filled is not None
         return self.norm(x), filled
 
     def extend(
         self,
         tokens: Int[Array, "B T"],
-        kv: Cache,
+        kept: Cache,
         slot: Int[Array, ""],
         first: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of the next tokens of each row, and the cache with their keys and values in it.
+        """Hidden states of the next tokens of each row, and the cache with them in it.
 
         Args:
           tokens: go into slots ``slot``, ``slot + 1``, ...
-          kv: keys and values of everything before them.
+          kept: the cache of everything before them.
           slot: the same for all rows.
           first: first slot of each row's text, see ``models.cache``.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
@@ -237,8 +238,8 @@ class Decoder(nnx.Module):
         slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
-        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), logical)
-        x, filled = self._run_layers(x, context, dense.dense, logical, kv=kv, slot=slot)
+        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
+        x, filled = self._run_layers(x, context, logical, kept=kept, slot=slot)
         assert filled is not None
         return self.norm(x), filled
 
@@ -257,6 +258,7 @@ class Decoder(nnx.Module):
         positions,
         ranges: KeyRanges,
         lengths: Int[ArrayOrNumpy, "B T"] | None,
+        attend: Attend,
         logical: LogicalMesh | None,
     ) -> tuple[Float[Array, "B T D"], Context]:
         """Embedded tokens, and what every layer needs besides them."""
@@ -272,52 +274,59 @@ class Decoder(nnx.Module):
             x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
-        return keep_rows(x, logical), Context(ranges, rotations)
+        return keep_rows(x, logical), Context(ranges, rotations, attention_on(logical, attend))
 
     def _run_layers(
         self,
         x,
         context: Context,
-        attend: Attend,
         logical: LogicalMesh | None,
         *,
         remat: bool = False,
-        kv: Cache | None = None,
+        kept: Cache | None = None,
         slot: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The layers, one after the other, in a scan over their stacked parameters.
+        """The layers, one after the other, each stretch of them in a scan over its stacked parameters.
 
-        With ``kv`` every layer writes its keys and values there; with ``slot`` too it attends to what is there.
+        With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there.
         """
-        graph, stacked = nnx.split(self.layers)
-        windows = self.config.windows
-        data = LayerData(
-            window=jnp.array([w or NO_WINDOW for w in windows], jnp.int32),
-            local=jnp.array([w is not None for w in windows], jnp.int32),
-        )
-        attend_local = attention_on(logical, attend)
+        parts = {stack.name: nnx.split(self.stack(stack.name)) for stack in stacks(self.config)}
+        data = layer_data(self.config)
+        caches = dict(zip(parts, kept or (None,) * len(parts), strict=True))
 
-        def step(carry, layer):
-            x, kv = carry
-            weights, data, number = layer
+        def one_layer(graph, x, memory_of, weights, data, number):
+            memory = Memory(memory_of, number, slot, logical)
+            x = keep_rows(nnx.merge(graph, weights)(x, context, data, memory), logical)
+            return x, memory.kept
 
-            def attend_and_keep(inputs: AttentionInputs, params: AttentionParams) -> Array:
-                nonlocal kv
-                if kv is not None:
-                    at = jnp.int32(0) if slot is None else slot
-                    kv = keep_heads(cache.write(kv, number, at, inputs.k, inputs.v), logical)
-                    if slot is not None:
-                        k, v = cache.of_layer(kv, number)
-                        inputs = inputs._replace(k=k, v=v)
-                return attend_local(inputs, params)
-
-            x = keep_rows(nnx.merge(graph, weights)(x, context, data, attend_and_keep), logical)
-            return (x, kv), None
-
-        numbers = jnp.arange(len(windows), dtype=jnp.int32)
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
-        step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else PRODUCTS_AND_ATTENTION)
-        return lax.scan(step, (x, kv), (stacked, data, numbers))[0]
+        policy = None if remat else PRODUCTS_AND_ATTENTION
+        for stretch in stretches(self.config):
+            graphs = [parts[stack.name][0] for stack in stretch.stacks]
+            scanned = stretch.repeats > 1
+            layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=not scanned, policy=policy)
+
+            def period(carry, per_layer, graphs=graphs, layer=layer):
+                x, caches = carry
+                after = []
+                for graph, cache_of, (weights, data, number) in zip(graphs, caches, per_layer, strict=True):
+                    x, left = layer(graph, x, cache_of, weights, data, number)
+                    after.append(left)
+                return (x, tuple(after)), None
+
+            names = [stack.name for stack in stretch.stacks]
+            numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)
+            per_layer = tuple(
+                (parts[s.name][1], jax.tree.map(lambda a, s=s: a[jnp.array(s.layers)], data), numbers)
+                for s in stretch.stacks
+            )
+            carry = (x, tuple(caches[name] for name in names))
+            if scanned:
+                (x, after), _ = lax.scan(period, carry, per_layer)
+            else:
+                (x, after), _ = period(carry, jax.tree.map(lambda a: a[0], per_layer))
+            caches |= dict(zip(names, after, strict=True))
+        return x, None if kept is None else tuple(caches.values())
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.
@@ -343,6 +352,35 @@ class Decoder(nnx.Module):
             cap = jnp.asarray(c.logit_softcap, y.dtype)
             y = cap * jnp.tanh(y / cap)
         return y
+
+
+def _stacked_layers(config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> Any:
+    """The layers of each stack as one module with a leading axis; by their first layer where there are several."""
+
+    def stacked(stack: Stack) -> Layer:
+        make = nnx.vmap(lambda rngs: Layer(config, stack.kind, rngs=rngs, dtype=dtype), in_axes=0, out_axes=0)
+        return nnx.split_rngs(splits=len(stack.layers))(make)(rngs)
+
+    modules = {stack.name: stacked(stack) for stack in stacks(config)}
+    return modules[ROOT] if ROOT in modules else nnx.Dict({str(s.layers[0]): modules[s.name] for s in stacks(config)})
+
+
+def layer_data(config: DecoderConfig) -> LayerData:
+    """What differs from layer to layer besides the parameters, of all layers."""
+    return LayerData(
+        window=jnp.array([w or NO_WINDOW for w in config.windows], jnp.int32),
+        local=jnp.array([w is not None for w in config.windows], jnp.int32),
+    )
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """What every stack keeps of texts before they begin."""
+
+    def of(stack: Stack) -> Any:
+        one = MIXERS[stack.kind.mixer].empty(config.of_kind(stack.kind), rows, slots, dtype)
+        return jax.tree.map(lambda a: jnp.zeros((len(stack.layers), *a.shape), a.dtype), one)
+
+    return tuple(of(stack) for stack in stacks(config))
 
 
 def _per_token(lengths: Int[Array, " B"] | None, like: Int[Array, "B T"]) -> Int[Array, "B T"] | None:

@@ -1,7 +1,7 @@
 """The modules of a decoder layer. Weights have Hugging Face's names and its [out, in] orientation.
 
 Parameters may be stored in another dtype than the computation runs in: every use casts to the dtype of the
-activations. A ``Layer`` is written for one layer; ``decoder`` stacks its parameters and scans over them.
+activations. ``kinds`` puts a layer together from them.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ches_jax.models import rope
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, within
+from ches_jax.models.cache import KeysValues, Memory, empty_keys_values
 from ches_jax.models.config import Activation, DecoderConfig
 from ches_jax.models.precision import accumulate, matmul_precision
 
@@ -128,6 +129,8 @@ class Context(NamedTuple):
     """Which keys each position sees, where the layer has no window."""
     rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
     """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
+    attend: Attend
+    """How attention is computed."""
 
 
 class LayerData(NamedTuple):
@@ -168,8 +171,13 @@ class Attention(nnx.Module):
         y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
         return norm(y) if norm is not None and self.config.qk_norm == "head" else y
 
+    @staticmethod
+    def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KeysValues:
+        """What a layer keeps of a text, before it."""
+        return empty_keys_values(rows, config.num_kv_heads, slots, config.head_dim, dtype)
+
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend: Attend
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, memory: Memory
     ) -> Float[Array, "B T D"]:
         """Attention of the whole row."""
         c = self.config
@@ -184,8 +192,9 @@ class Attention(nnx.Module):
                 sin = jnp.where(data.local > 0, local_sin, sin)
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         grouped = q.reshape(*q.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+        k, v = memory.extended(k, v)
         inputs = AttentionInputs(grouped, k, v, within(context.ranges, data.window))
-        out = attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
+        out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
         return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
 
 
@@ -206,36 +215,3 @@ class Mlp(nnx.Module):
         act = ACTIVATIONS[self.activation]
         up = self.up_proj(x)
         return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
-
-
-class Layer(nnx.Module):
-    """One decoder layer; norms are named by where they stand."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        """Makes attention, MLP and the norms the family has."""
-        c = config
-        self.parallel = c.parallel_residual
-        self.attn_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
-        self.self_attn = Attention(c, rngs=rngs, dtype=dtype)
-        self.attn_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
-        self.mlp_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
-        self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
-        self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
-
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, data: LayerData, attend: Attend
-    ) -> Float[Array, "B T D"]:
-        """Residual stream in, residual stream out."""
-
-        def attn(x):
-            y = self.self_attn(x if self.attn_norm is None else self.attn_norm(x), context, data, attend)
-            return y if self.attn_out_norm is None else self.attn_out_norm(y)
-
-        def mlp(x):
-            y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
-            return y if self.mlp_out_norm is None else self.mlp_out_norm(y)
-
-        if self.parallel:
-            return x + attn(x) + mlp(x)
-        x = x + attn(x)
-        return x + mlp(x)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
-from ches_jax.models.cache import Cache
+from ches_jax.models.stacks import below_stack
 
 OUT_OVER_TENSOR = ("tensor", "fsdp")
 IN_OVER_TENSOR = ("fsdp", "tensor")
@@ -49,8 +49,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) 
         axes = (None, *axes[1:])
     elif leaf == "lora_b":
         axes = (*axes[:1], None)
-    stacked = name.startswith("layers.")
-    axes = ((None,) if stacked else ()) + axes
+    axes = (() if below_stack(name) is None else (None,)) + axes
     divides = (a if a and n % logical.size(a) == 0 else None for a, n in zip(axes, shape, strict=True))
     return logical.spec(PartitionSpec(*divides))
 
@@ -124,15 +123,6 @@ def keep_rows(x: jax.Array, logical: LogicalMesh | None) -> jax.Array:
         return x
     spec = PartitionSpec(*logical.rows(x.shape[0]), *(None,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, logical.sharding(spec))
-
-
-def keep_heads(cache: Cache, logical: LogicalMesh | None) -> Cache:
-    """Hold a cache sharded by rows and, where they divide, by key/value heads."""
-    if logical is None:
-        return cache
-    heads = "tensor" if cache.k.shape[2] % logical.size("tensor") == 0 else None
-    place = logical.sharding(PartitionSpec(None, *logical.rows(cache.k.shape[1]), heads))
-    return Cache(*(jax.lax.with_sharding_constraint(a, place) for a in cache))
 
 
 def replicated(table: jax.Array, logical: LogicalMesh | None) -> jax.Array:

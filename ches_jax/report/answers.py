@@ -14,7 +14,7 @@ from ches_jax.report.document import Tone
 from ches_jax.report.html import escape
 
 Answer = Mapping[str, Any]
-Found = Mapping[str, Answer | str]
+Diagnoses = Mapping[str, Answer | str]
 """By set."""
 SETS = {"held_out": "held out", "train": "training"}
 """Sets of pairs, what counts first, and what the page calls them."""
@@ -37,19 +37,19 @@ def set_name(name: str) -> str:
     return SETS.get(name, name)
 
 
-def answers_of(found: Found) -> list[tuple[str, Answer]]:
+def answers_of(diagnoses: Diagnoses) -> list[tuple[str, Answer]]:
     """The sets that have an answer."""
-    return [(name, answer) for name, answer in found.items() if not isinstance(answer, str)]
+    return [(name, answer) for name, answer in diagnoses.items() if not isinstance(answer, str)]
 
 
-def headline(found: Found, when: str = "") -> tuple[str, Tone]:
+def headline(diagnoses: Diagnoses, when: str = "") -> tuple[str, Tone]:
     """The answer in one sentence, without a full stop, and how it sounds.
 
     >>> fell = {"verdict": "displaced", "unit": "pairs", "chosen": {"mean": -0.5, "low": -0.6, "high": -0.4}}
     >>> headline({"held_out": fell}, "after 10 updates")[0]
     'The chosen responses fell on held-out pairs: -0.50 nats after 10 updates'
     """
-    known = answers_of(found)
+    known = answers_of(diagnoses)
     if not known:
         return "No verdict on this run yet", "plain"
     name, answer = known[0]
@@ -73,10 +73,10 @@ def _where(name: str, answer: Answer) -> str:
     return "on held-out pairs" if name == "held_out" else f"on {set_name(name)} pairs"
 
 
-def did_chosen_fall(found: Found) -> str:
+def did_chosen_fall(diagnoses: Diagnoses) -> str:
     """The first question, for each set, as HTML."""
     parts = []
-    for name, answer in found.items():
+    for name, answer in diagnoses.items():
         title = set_name(name)[:1].upper() + set_name(name)[1:]
         if isinstance(answer, str):
             parts.append(f"{escape(title)}: no verdict ({escape(answer)}).")
@@ -95,20 +95,20 @@ def did_chosen_fall(found: Found) -> str:
     return " ".join(parts)
 
 
-def interval(found: Mapping[str, Any]) -> str:
+def interval(estimate: Mapping[str, Any]) -> str:
     """A mean and its interval, as HTML.
 
     >>> interval({"mean": -0.5, "low": -0.6, "high": -0.4})
     '-0.50 <small>[-0.60, -0.40]</small>'
     """
-    if found.get("low") is None or found.get("high") is None:
-        return nats(found["mean"])
-    return f"{nats(found['mean'])} <small>[{nats(found['low'])}, {nats(found['high'])}]</small>"
+    if estimate.get("low") is None or estimate.get("high") is None:
+        return nats(estimate["mean"])
+    return f"{nats(estimate['mean'])} <small>[{nats(estimate['low'])}, {nats(estimate['high'])}]</small>"
 
 
-def harm(found: Found, commands: str) -> str:
+def harm(diagnoses: Diagnoses, commands: str) -> str:
     """The third question; ``commands`` (HTML) say how it is measured where it was not."""
-    known = answers_of(found)
+    known = answers_of(diagnoses)
     answer = (known[0][1].get("harm") or {}) if known else {}
     measured = [c for c in answer.get("criteria", ()) if c["outcome"] != "not measured"]
     if not measured:
@@ -117,9 +117,9 @@ def harm(found: Found, commands: str) -> str:
     return f'<span class="tones">{escape(answer["answer"])}</span>: {escape(criteria)}. <a href="#harm">Criteria</a>.'
 
 
-def advice(found: Found, links: Sequence[str]) -> str:
+def advice(diagnoses: Diagnoses, links: Sequence[str]) -> str:
     """What to do, from what it follows, at what price; ``links`` (HTML) lead to the pairs to look at first."""
-    known = answers_of(found)
+    known = answers_of(diagnoses)
     worst = f" Look first at {', '.join(links)}." if links else ""
     if not known:
         return "Go on until there is an evaluation after the first."
@@ -142,16 +142,16 @@ def advice(found: Found, links: Sequence[str]) -> str:
         )
     return (
         "Measure harm before anything is changed. Then, in the order of their price: a likelihood term on the chosen "
-        "response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their scores "
-        f"(<code>ches select</code>).{worst}"
+        "response (<code>--sft 0.1</code>), a smaller learning rate, or fewer pairs by their influence "
+        f"(<code>ches influence</code>, <code>ches select</code>).{worst}"
     )
 
 
-def harm_section(found: Found) -> str:
+def harm_section(diagnoses: Diagnoses) -> str:
     """All criteria of harm, measured or not; empty where the answer has none."""
     from ches_jax.report.html import data_table, paragraphs
 
-    known = answers_of(found)
+    known = answers_of(diagnoses)
     answer = (known[0][1].get("harm") or {}) if known else {}
     if not answer.get("criteria"):
         return ""

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ches_jax.errors import RunError
 from ches_jax.report import answers, elements, essays, svg
 from ches_jax.report import change_sections as parts
-from ches_jax.report.answers import Found, set_name
+from ches_jax.report.answers import Diagnoses, set_name
 from ches_jax.report.axes import nats
 from ches_jax.report.change_sections import Moved
 from ches_jax.report.document import Page, Section
@@ -31,27 +31,27 @@ def diagnosis_page(run_dir: Path) -> Page:
     """
     answer = read_object(run_dir / ANSWER, RunError, "a directory of ches diagnose --out")
     try:
-        found: Found = {answer.get("set", "held_out"): answer}
+        diagnoses: Diagnoses = {answer.get("set", "held_out"): answer}
         if answer.get("beside"):
-            found = {**found, answer["beside"].get("set", "train"): answer["beside"]}
+            diagnoses = {**diagnoses, answer["beside"].get("set", "train"): answer["beside"]}
         moved = _pairs(run_dir / PAIRS, float((answer.get("criterion") or {}).get("tolerance") or 0.05))
-        return _page(run_dir, answer, found, moved)
+        return _page(run_dir, answer, diagnoses, moved)
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run_dir / ANSWER}: is damaged ({error!r})") from None
 
 
-def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved | None) -> Page:
+def _page(run_dir: Path, answer: Mapping[str, Any], diagnoses: Diagnoses, moved: Moved | None) -> Page:
     record = read_record(run_dir)
     pairs = None if moved is None else parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
     links = [] if moved is None or pairs is None else parts.worst_links(moved, pairs)
-    figures = [_curve(found), *(_margin(name, a) for name, a in answers.answers_of(found))]
+    figures = [_curve(diagnoses), *(_margin(name, a) for name, a in answers.answers_of(diagnoses))]
     if moved is not None and pairs is not None:
         figures.insert(1, parts.pair_scatter(moved, pairs))
     body = [Section(anchor="course", heading="What moved", body=gallery(figures))]
     if moved is not None and pairs is not None:
         body.append(Section(anchor="pairs", heading="All pairs", body=elements.table_body()))
     body.append(
-        Section(anchor="harm", heading="Where the mass went, and was it harm", body=answers.harm_section(found))
+        Section(anchor="harm", heading="Where the mass went, and was it harm", body=answers.harm_section(diagnoses))
     )
     if moved is not None and pairs is not None:
         against = "What was known before, against what happened"
@@ -65,17 +65,17 @@ def _page(run_dir: Path, answer: Mapping[str, Any], found: Found, moved: Moved |
         provenance(record, shown),
     ]
     caveats = [str(c) for c in answer.get("caveats") or ()]
-    text, tone = answers.headline(found)
+    text, tone = answers.headline(diagnoses)
     return Page(
         kind="ches diagnose",
         title=f"{text}: {run_dir.name}",
         headline=text,
         subtitle=elements.subtitle(str(answer.get("source") or ""), str(run_dir)),
         answers=[
-            ("Did chosen fall?", answers.did_chosen_fall(found)),
+            ("Did chosen fall?", answers.did_chosen_fall(diagnoses)),
             ("A bug?", _bug_words(answer)),
-            ("Harm?", answers.harm(found, answers.commands("MODEL"))),
-            ("What to do?", answers.advice(found, links)),
+            ("Harm?", answers.harm(diagnoses, answers.commands("MODEL"))),
+            ("What to do?", answers.advice(diagnoses, links)),
         ],
         tone=tone,
         notes=[caveat[:1].upper() + caveat[1:] + "." for caveat in caveats],
@@ -134,15 +134,15 @@ def _index(table: pa.Table) -> np.ndarray:
     return table["index"].to_numpy().astype(np.int64)
 
 
-def _curve(found: Found) -> str:
+def _curve(diagnoses: Diagnoses) -> str:
     """The course of a log or a run, where the answer has one."""
     series = []
-    for name, answer in answers.answers_of(found):
+    for name, answer in answers.answers_of(diagnoses):
         curve = answer.get("curve")
         if not curve or len(curve["steps"]) < 2:
             continue
         steps = np.array(curve["steps"], float)
-        held_out, alone = name == "held_out", len(answers.answers_of(found)) == 1
+        held_out, alone = name == "held_out", len(answers.answers_of(diagnoses)) == 1
         for side, colour in (("chosen", 0), ("rejected", 1)):
             line = svg.Series(
                 name=f"{side}, {set_name(name)}",

@@ -190,8 +190,8 @@ def _encode(column: Column) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _axis(values: np.ndarray, zero: bool = False) -> dict[str, Any]:
-    found = axis(values.astype(np.float64), zero=zero, pad=0.03)
-    return {"range": [found.low, found.high], "ticks": list(found.ticks), "labels": list(found.labels)}
+    scale = axis(values.astype(np.float64), zero=zero, pad=0.03)
+    return {"range": [scale.low, scale.high], "ticks": list(scale.ticks), "labels": list(scale.labels)}
 
 
 def packed(data: bytes) -> str:

@@ -69,11 +69,10 @@ def _categories(table: pa.Table) -> list[str]:
     rows = category_rows(table)
     if not rows:
         return []
-    lines = [f"{'category':<40}{'pairs':>9}{'mean ches':>15}{'mean ln_ches':>15}{'AUC':>8}"]
+    lines = [f"{'category':<40}{'pairs':>9}{f'mean {separating_score(table)}':>28}{'AUC':>8}"]
     for row in rows[:_CATEGORIES]:
         name = one_line(row.name or "(none)", 38)
-        means = f"{number(row.ches):>15}{number(row.ln_ches):>15}"
-        lines.append(f"{name:<40}{row.rows:>9}{means}{correlation(row.auc):>8}")
+        lines.append(f"{name:<40}{row.rows:>9}{number(row.mean):>28}{correlation(row.auc):>8}")
     if len(rows) > _CATEGORIES:
         lines.append(f"... and {len(rows) - _CATEGORIES} more")
     return [

@@ -78,13 +78,13 @@ def histogram(values: np.ndarray, *, x: str, of: str = "pairs", bins: int = 48) 
 def two_histograms(values: Mapping[str, np.ndarray], *, x: str, bins: int = 40) -> str:
     """The distributions of two or three columns on one axis, as outlines."""
     across = axis(np.concatenate([*values.values()]))
-    found = {
+    histograms = {
         name: np.histogram(np.clip(v[np.isfinite(v)], across.low, across.high), bins, (across.low, across.high))
         for name, v in values.items()
     }
-    place = _Frame(across, _counts(np.concatenate([c for c, _ in found.values()])))
+    place = _Frame(across, _counts(np.concatenate([c for c, _ in histograms.values()])))
     parts, series = [place.grid(x, "pairs")], []
-    for k, (name, (counts, edges)) in enumerate(found.items()):
+    for k, (name, (counts, edges)) in enumerate(histograms.items()):
         steps = " ".join(
             f"{place.x(e):.1f},{place.y(c):.1f}"
             for c, a, b in zip(counts, edges[:-1], edges[1:], strict=True)
@@ -139,9 +139,9 @@ def ranges(rows: Mapping[str, tuple[float, float, float]], *, x: str) -> str:
 
 def _counts(values: np.ndarray) -> Axis:
     """The axis of numbers of pairs: from 0, ticks at whole numbers."""
-    found = axis(values.astype(float), zero=True, whole=True, count=4)
-    kept = [(t, label) for t, label in zip(found.ticks, found.labels, strict=True) if t == int(t)]
-    return Axis(found.low, found.high, tuple(t for t, _ in kept), tuple(f"{int(t):,}" for t, _ in kept))
+    whole = axis(values.astype(float), zero=True, whole=True, count=4)
+    kept = [(t, label) for t, label in zip(whole.ticks, whole.labels, strict=True) if t == int(t)]
+    return Axis(whole.low, whole.high, tuple(t for t, _ in kept), tuple(f"{int(t):,}" for t, _ in kept))
 
 
 class _Frame:

@@ -19,10 +19,10 @@ class CategoryRow:
 
     name: str
     rows: int
-    ches: float
-    ln_ches: float
+    mean: float
+    """Of the separating score."""
     auc: float
-    """Of the separating score: the chance that a pair of the category scores above one of another."""
+    """Of the same: the chance that a pair of the category scores above one of another."""
 
 
 def shown_scores(table: pa.Table) -> dict[str, np.ndarray]:
@@ -66,13 +66,10 @@ def category_rows(table: pa.Table) -> list[CategoryRow]:
     names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
     if not any(names):
         return []
-    columns = {n: score_column(table, n) for n in ("ches", "ln_ches") if n in table.schema.names}
-    nothing, values = np.full(len(table), np.nan), score_column(table, by)
-    rows = []
+    values, rows = score_column(table, by), []
     for name in sorted(set(names)):
         inside = names == name
-        ches, ln_ches = (mean(columns.get(n, nothing)[inside]) for n in ("ches", "ln_ches"))
-        rows.append(CategoryRow(name, int(inside.sum()), ches, ln_ches, auc(values, inside)))
+        rows.append(CategoryRow(name, int(inside.sum()), mean(values[inside]), auc(values, inside)))
     return sorted(rows, key=lambda row: -np.nan_to_num(row.auc, nan=-1.0))
 
 

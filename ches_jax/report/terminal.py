@@ -49,19 +49,19 @@ def find(pairs: PairTable, row: str, where: str) -> int:
     keys = [row_key(pairs, i) for i in range(pairs.rows)]
     index = next((c.values for c in pairs.columns if c.name == "index"), None)
     ids = pairs.row_ids or []
-    found = [i for i, key in enumerate(keys) if key == wanted]
-    if not found and index is not None and wanted.isdigit():
-        found = [i for i in range(pairs.rows) if int(index[i]) == int(wanted)]
-    if not found and len(wanted) >= 4:
-        found = [i for i, row_id in enumerate(ids) if row_id.startswith(wanted)]
-    if len(found) > 1:
+    matches = [i for i, key in enumerate(keys) if key == wanted]
+    if not matches and index is not None and wanted.isdigit():
+        matches = [i for i in range(pairs.rows) if int(index[i]) == int(wanted)]
+    if not matches and len(wanted) >= 4:
+        matches = [i for i, row_id in enumerate(ids) if row_id.startswith(wanted)]
+    if len(matches) > 1:
         raise RunError(
-            f"{where}: {len(found)} pairs are called {row}; say which: {', '.join(keys[i] for i in found[:6])}"
+            f"{where}: {len(matches)} pairs are called {row}; say which: {', '.join(keys[i] for i in matches[:6])}"
         )
-    if not found:
+    if not matches:
         near = difflib.get_close_matches(wanted, keys, n=3) or keys[:3]
         raise RunError(f"{where}: no pair {row}; there are {pairs.rows}, such as {', '.join(near)}")
-    return found[0]
+    return matches[0]
 
 
 def _tokens(run_dir: Path, pairs: PairTable, position: int) -> Tokens | None:
@@ -81,14 +81,14 @@ def _shown(pairs: PairTable, position: int, tokens: Tokens | None, colour: bool)
     facts = {c.label: f"{_cell(c, position)}{f' {c.unit}' if c.unit else ''}" for c in pairs.columns}
     facts |= {"row_id": pairs.row_ids[position]} if pairs.row_ids else {}
     lines += [printable(f"  {name:26} {value}") for name, value in facts.items()]
-    mine = tokens.of.get(position) if tokens is not None else None
+    pieces = tokens.of.get(position) if tokens is not None else None
     for side, texts in pairs.texts.items():
         lines += ["", side]
-        if mine and tokens is not None and mine.get(side):
-            largest = max(abs(v or 0.0) for s in ("chosen", "rejected") for _, v in mine.get(s, []))
+        if pieces and tokens is not None and pieces.get(side):
+            largest = max(abs(v or 0.0) for s in ("chosen", "rejected") for _, v in pieces.get(s, []))
             lines.append(f"({tokens.name}: {tokens.sides[side]}; red {tokens.up}, blue {tokens.down})")
-            lines.append(_coloured(mine[side], largest) if colour else printable(texts[position]))
-            lines.append(_heaviest(mine[side]))
+            lines.append(_coloured(pieces[side], largest) if colour else printable(texts[position]))
+            lines.append(_heaviest(pieces[side]))
         else:
             lines.append(printable(texts[position]) or "(empty)")
     return "\n".join(lines)

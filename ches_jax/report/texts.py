@@ -96,9 +96,9 @@ def token_table(run: Path, table: pa.Table, positions: Sequence[int], texts: Tex
     )
     of: dict[int, dict[str, Any]] = {}
     for p in positions:
-        if (mine := found.get(table_keys[p])) is None:
+        if (of_pair := found.get(table_keys[p])) is None:
             continue
-        sides = dict(mine)
+        sides = dict(of_pair)
         prefix = [(text, None) for text, _ in sides.get("chosen", [])[: shared[p] or 0]]
         sides["rejected"] = [*prefix, *sides.get("rejected", [])]
         of[p] = {}
@@ -161,7 +161,7 @@ def readable_tokens(tokens: Sequence[tuple[str, float | None]], text: str) -> li
 def _place(text: str, token: str, at: int) -> tuple[int, int]:
     """Where a token stands in a text from ``at`` on, and its end; -1 where it does not.
 
-    Some tokenizers decode a single token without the space before it, so the text is asked for both.
+    Some tokenizers decode a single token without the space before it, so the text is decoded both ways.
     """
     for part in (token, token.strip()):
         if part and (here := text.find(part, at)) >= 0:

@@ -18,7 +18,7 @@ from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report import answers, elements, essays, svg
 from ches_jax.report import change_sections as parts
-from ches_jax.report.answers import SETS, Found, set_name
+from ches_jax.report.answers import SETS, Diagnoses, set_name
 from ches_jax.report.axes import readable
 from ches_jax.report.change_sections import Course, Moved
 from ches_jax.report.document import Page, Section
@@ -43,7 +43,7 @@ def training_page(run_dir: Path) -> Page:
     moved, note = _last(run_dir, table, config)
     courses = _courses(table)
     pairs = parts.pair_table(moved, f"{run_dir.name}_pairs", elements.show_command(run_dir))
-    found = _answers(run_dir, moved)
+    diagnoses = _answers(run_dir, moved)
     losses = _losses(run_dir)
     model = run_dir / "model"
     first_step = int(max(table["step"].to_numpy()))
@@ -60,7 +60,7 @@ def training_page(run_dir: Path) -> Page:
             body=gallery([*margins, *(parts.regime_figure(c) for c in courses), absolute, _loss_figure(losses)]),
         ),
         Section(
-            anchor="harm", heading="Where the mass went", body=answers.harm_section(found) + probe_section(run_dir)
+            anchor="harm", heading="Where the mass went", body=answers.harm_section(diagnoses) + probe_section(run_dir)
         ),
         Section(
             anchor="against",
@@ -74,7 +74,7 @@ def training_page(run_dir: Path) -> Page:
         ),
         provenance(record),
     ]
-    headline, tone = answers.headline(found, f"after {first_step} updates")
+    headline, tone = answers.headline(diagnoses, f"after {first_step} updates")
     return Page(
         kind="ches train",
         title=f"{headline}: {run_dir.name}",
@@ -88,10 +88,10 @@ def training_page(run_dir: Path) -> Page:
             str(run_dir),
         ),
         answers=[
-            ("Did chosen fall?", answers.did_chosen_fall(found)),
+            ("Did chosen fall?", answers.did_chosen_fall(diagnoses)),
             ("A bug?", answers.run_health(losses, str(config.get("loss", "")), str(record.get("status", "")))),
-            ("Harm?", answers.harm(found, answers.commands(str(model) if model.is_dir() else "MODEL"))),
-            ("What to do?", answers.advice(found, parts.worst_links(moved, pairs))),
+            ("Harm?", answers.harm(diagnoses, answers.commands(str(model) if model.is_dir() else "MODEL"))),
+            ("What to do?", answers.advice(diagnoses, parts.worst_links(moved, pairs))),
         ],
         tone=tone,
         notes=[note] if note else [],
@@ -195,7 +195,7 @@ def _quartiles(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(low), np.array(high)
 
 
-def _answers(run_dir: Path, moved: Moved) -> Found:
+def _answers(run_dir: Path, moved: Moved) -> Diagnoses:
     """What ``ches diagnose`` says of the run, by set; where it says nothing, why, for each set."""
     try:
         answer = diagnose(DiagnoseConfig(path=str(run_dir), tolerance=moved.tolerance)).to_json()

@@ -106,7 +106,7 @@ def _of_content(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_versions(out: Path, there: Mapping[str, Any], now: Mapping[str, Any], other_versions: bool) -> None:
-    """Before any work: a run goes on with the versions it began with, unless other ones are accepted."""
+    """Before any work: a run continues with the versions it began with, unless other ones are accepted."""
     began = there.get("versions")
     if other_versions or not isinstance(began, dict) or (out / RUN).exists():  # up to 0.2 they were not kept
         return

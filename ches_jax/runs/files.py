@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and readers whose faults are told by name.
+"""Files that are there whole or not at all, and readers whose errors name the fault.
 
 Everything that is read as JSON or Parquet from a directory of a model or a run comes through here: regular files only,
 of bounded size, and any damage is one message.

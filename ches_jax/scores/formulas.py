@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError
+from ches_jax.scores.leading import why_no_other_default
 
 Numbers: TypeAlias = Any
 """A float, a numpy array or a JAX array."""
@@ -174,7 +175,8 @@ def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
     if missing:
         flags = sorted({_FLAG_OF[name] for name in missing if name in _FLAG_OF})
         how = f"score again with {' '.join(flags)}" if flags else "it lacks the sums it is made of"
-        how = "run `ches influence` and name its directory with --scores" if by == "influence" else how
+        if by == "influence":
+            how = f"run `ches influence` and name its directory, or choose a score with --by: {why_no_other_default()}"
         raise RunError(
             f"score {by!r} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {how}. "
             f"This table has {', '.join(available(table))}"

@@ -35,7 +35,7 @@ TOKEN_SCHEMA = pa.schema(
         "nthr": pa.float64(),
     }
 )
-r"""One row per predicted token of a pair; tokens that both responses begin with are told with the chosen one.
+r"""One row per predicted token of a pair; tokens that both responses begin with are listed with the chosen one.
 
 ``ches`` and ``head_score``: of a chosen token what it adds to the pair's score, of a rejected one its product with the
 chosen response (``unembedding_gradients.pair_contributions``). ``*_candidate``: as in the score table, where it has

@@ -1,8 +1,8 @@
 """``ches score``: a model directory and a file of pairs to a run directory with the score table.
 
 Rows are read, tokenised and audited a chunk at a time, scored, and written as one part per chunk, so memory does not
-grow with the data and a killed run goes on where it was. A chunk's numbers depend on its rows alone, not on when or by
-which process it was computed: a resumed run ends in the same bytes.
+grow with the data and a killed run continues where it was. A chunk's numbers depend on its rows alone, not on when
+or by which process it was computed: a resumed run ends in the same bytes.
 """
 
 import sys
@@ -142,7 +142,7 @@ def _score_chunks(
     first = chunks.finished(out)
     scored, computed, ends = 0, [], []
 
-    def mine(number: int) -> bool:
+    def own_chunk(number: int) -> bool:
         return number % process.count == process.id and chunks.rows_done(out, number) is None
 
     begun = sum(chunks.rows_done(out, number) or 0 for number in range(first))
@@ -153,7 +153,7 @@ def _score_chunks(
             bar.update(pairs)
 
         scorer.on_batch = advance
-        for number, chunk in inputs.chunks(first, mine, ends.append):
+        for number, chunk in inputs.chunks(first, own_chunk, ends.append):
             before = bar.n
             columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
             if tokens is not None:

@@ -102,7 +102,7 @@ class PairScorer:
         )
 
     def __call__(self, pairs: list[TokenPair]) -> tuple[dict[str, Any], dict[str, list] | None]:
-        """The chunk's columns of the table, and of the token table where tokens are asked for.
+        """The chunk's columns of the table, and of the token table with ``--token-scores``.
 
         The responses of a record are computed once, whatever the number of its pairs.
 

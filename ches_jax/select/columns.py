@@ -85,14 +85,14 @@ def repeats(texts: list[tuple[str, str, str]], values: np.ndarray, how: str) -> 
     """Positions of scored rows that repeat an earlier scored row -> why they go; ``how``: none, exact or near."""
     exact: set[tuple[str, ...]] = set()
     near = NearDuplicates() if how == "near" else None
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for position, row in enumerate(texts):
         if np.isnan(values[position]):
             continue
         key = tuple(map(normalised, row))
         if key in exact:
-            found[position] = "repeats an earlier row"
+            reasons[position] = "repeats an earlier row"
         elif near is not None and near.first_like(str(position), *row) is not None:
-            found[position] = "nearly repeats an earlier row"
+            reasons[position] = "nearly repeats an earlier row"
         exact.add(key)
-    return found
+    return reasons

@@ -17,14 +17,14 @@ class SelectConfig:
     """
 
     scores: Path
-    """A directory of ``ches score`` or ``ches influence``, or the table in it."""
+    """A directory of ``ches influence`` or ``ches score``, or the table in it."""
     out: Path
     """The directory to write; must not exist, or be empty."""
-    by: str = "ln_ches"
-    """The score: ches, ln_ches, head_score, last_hidden_inner, cosine, swapped, minus_edit_distance, projection,
-    logp_margin, influence (of a directory of `ches influence`), chosen_tokens or random; the more similar or harmful a
-    pair, the higher. Or column:EXPRESSION over numbers of the table and of the data, with + - * / comparisons abs log
-    min max: column:chosen_score-rejected_score."""
+    by: str = "influence"
+    """The score: influence (of a directory of `ches influence`; the only filter that was measured to help), head_score,
+    ches, ln_ches, last_hidden_inner, cosine, swapped, minus_edit_distance, projection, logp_margin, chosen_tokens or
+    random; the more harmful or similar a pair, the higher. Or column:EXPRESSION over numbers of the table and of the
+    data, with + - * / comparisons abs log min max: column:chosen_score-rejected_score."""
     keep: str = "lowest:0.05"
     """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),
     quantile:0,0.25, below:-10, above:-10, or soft:0.5 (all rows, weighted)."""

@@ -15,7 +15,7 @@ from ches_jax.errors import RunError
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.formulas import numbers
-from ches_jax.scores.table import CANDIDATES, read_table
+from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table
 from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
@@ -137,7 +137,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     >>> from ches_jax import ScoreConfig, score
     >>> with TemporaryDirectory() as folder:
     ...     run = score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)
-    ...     _ = select(SelectConfig(scores=run, keep="lowest:0.5", out=Path(folder) / "kept"))
+    ...     _ = select(SelectConfig(scores=run, by="ches", keep="lowest:0.5", out=Path(folder) / "kept"))
     ...     len((Path(folder) / "kept" / "pairs.jsonl").read_text().splitlines())
     2
 
@@ -155,7 +155,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     Raises:
       RunError: bad rule, score or directory, or the pairs are not those that were scored.
     """
-    table, metadata = read_table(config.scores)
+    table, metadata = read_table(_table(config))
     if needs_data(table, config):
         rows = None if rows is None else list(rows)  # read twice
         decision = decide(table, config, source_rows(config) if rows is None else rows)
@@ -176,6 +176,12 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
         (folder / "selection.json").write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(summary), encoding="utf-8")
     return summary
+
+
+def _table(config: SelectConfig) -> Path:
+    """The table that has the score: a directory may hold influences beside its scores."""
+    beside = config.scores / INFLUENCE
+    return beside if config.by == "influence" and beside.is_file() else config.scores
 
 
 def _write_rows(

@@ -62,7 +62,7 @@ class Best(NamedTuple):
 
 
 def parse_best(text: str) -> Best:
-    """``METRIC[:min|max]``; losses are best when small, accuracies and margins when large, others must be told.
+    """``METRIC[:min|max]``; losses are best when small, accuracies and margins when large, others need min or max.
 
     >>> parse_best("eval_loss"), parse_best("displacement/lld_rate:min")
     (Best(metric='eval_loss', mode='min'), Best(metric='displacement/lld_rate', mode='min'))
@@ -264,7 +264,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / str(step)).rename(aside)
         self._manager.reload()
-        say(f"{what}; it is {aside.name} now, and the run goes on from the one before it")
+        say(f"{what}; it is {aside.name} now, and the run continues from the one before it")
         return what
 
     def close(self) -> None:

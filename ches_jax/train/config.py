@@ -128,10 +128,12 @@ class TrainConfig(UpdateOptions):
     tracker: tyro.conf.UseAppendAction[tuple[TrackerName, ...]] = not_identity(())
     """Show the numbers there too (repeatable): tensorboard (OUT/tensorboard), wandb (its WANDB_* variables hold)."""
     save_every: int | None = not_identity(None)
-    """Updates between checkpoints; default: one every ten minutes, at the end, and when told to stop."""
+    """Updates between checkpoints; default: one every ten minutes, at the end, and on SIGTERM."""
     keep: int = not_identity(2)
     """How many checkpoints are kept: the last ones."""
     keep_best: str | None = not_identity(None)
     """Keep the best one too: METRIC[:min|max] of the evaluations, such as eval_loss:min; each evaluation is saved."""
     export: bool = not_identity(True)
     """Write the trained weights as a Hugging Face directory, OUT/model (adapters merged; those are in OUT/adapter)."""
+    export_whole: bool = not_identity(False)
+    """Of a multimodal model, write all of it to OUT/model, the trained text model inside; default: that alone."""

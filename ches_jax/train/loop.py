@@ -36,7 +36,7 @@ from ches_jax.train.trackers import Trackers, open_trackers
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved where it was."""
+    """SIGTERM came; the run has saved its state."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
 
     Raises:
       ChesError: any input that is not fit; a loss that is not finite.
-      Stopped: SIGTERM came; the state is saved and ``resume`` goes on.
+      Stopped: SIGTERM came; the state is saved and ``resume`` continues.
     """
     process = start_processes(config.distributed)
     if process.count > 1 and config.out is None:
@@ -189,7 +189,9 @@ def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
             policy, params, run.out / ADAPTER, run.model.directory, name
         )
     if run.config.export:
-        prints["trained_fingerprint"] = export_model(policy, params, run.out / MODEL, run.model.directory)
+        prints["trained_fingerprint"] = export_model(
+            policy, params, run.out / MODEL, run.model.directory, whole=run.config.export_whole
+        )
     return prints
 
 

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line per update or evaluation; a resumed run goes on where its checkpoint was.
+"""``metrics.jsonl``: one line per update or evaluation; a resumed run continues where its checkpoint was.
 
 Lines hold no times, so that a run that was killed and resumed ends with the same bytes as one that was not.
 """

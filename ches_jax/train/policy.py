@@ -144,10 +144,13 @@ def export_adapter(policy: Policy, trained: dict[str, Any], out: Path, base: Pat
     return write_adapter(out, jax.device_get(trained), policy.spec, base, name)
 
 
-def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path) -> str:
-    """The whole model, adapters merged, as a Hugging Face directory; returns its fingerprint."""
+def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path, *, whole: bool = False) -> str:
+    """The whole model, adapters merged, as a Hugging Face directory; returns its fingerprint.
+
+    ``whole`` writes all of a multimodal base, with the trained model inside.
+    """
     if out.exists():
         return fingerprint(out)
     every = merged(policy.parameters(trained), policy.spec)
     plain = abstract_decoder(policy.abstract.config, dtype=policy.abstract.dtype)
-    return save_pretrained(with_parameters(plain, every), out, like=base)
+    return save_pretrained(with_parameters(plain, every), out, like=base, whole=whole)

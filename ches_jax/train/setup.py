@@ -19,6 +19,7 @@ from ches_jax.inputs import ModelFiles, Opener, convention
 from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.save import require_whole
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
@@ -151,6 +152,8 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     opener = Opener()
     model = opener.model(config.model)
     decoder = model.decoder
+    if config.export_whole:
+        require_whole(model.directory)
     lora = open_lora(config, model, opener)
     mesh = make_mesh(config.mesh, everywhere=True)
     if needs_reference(loss) and config.reference == "none":

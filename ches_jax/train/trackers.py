@@ -1,6 +1,6 @@
 """The numbers of a run for TensorBoard and Weights & Biases, beside ``metrics.jsonl``.
 
-The packages are optional (``pip install 'ches-jax[tensorboard]'``, ``[wandb]``) and imported when they are asked for.
+The packages are optional (``pip install 'ches-jax[tensorboard]'``, ``[wandb]``) and imported when they are used.
 A resumed run repeats the updates after its checkpoint, with the same numbers: none of them is shown twice.
 """
 

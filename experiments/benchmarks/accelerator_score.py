@@ -65,13 +65,13 @@ def result(runs: dict[str, list[dict[str, Any]]], platform: str) -> dict[str, An
         if where != (platform if name == "ours" else TORCH_DEVICE[platform]):
             raise SystemExit(f"{name} ran on {where}, not on the {platform}: nothing is written")
     agree(table, TOLERANCE)
-    mine = table["ours"]
-    ratios = {"model FLOP utilisation": mine["matmul_gflops"] / mine["matmul_peak_gflops"]}
+    own = table["ours"]
+    ratios = {"model FLOP utilisation": own["matmul_gflops"] / own["matmul_peak_gflops"]}
     peers = {name: row["seconds"] for name, row in table.items() if name != "ours"}
     if peers:
         best = min(peers, key=lambda name: peers[name])
-        ratios[f"{best} / ours, seconds"] = peers[best] / mine["seconds"]
-    return {"platform": platform, "device": mine["device"], "table": table, "ratios": ratios, "runs": runs}
+        ratios[f"{best} / ours, seconds"] = peers[best] / own["seconds"]
+    return {"platform": platform, "device": own["device"], "table": table, "ratios": ratios, "runs": runs}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

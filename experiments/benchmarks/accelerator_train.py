@@ -49,12 +49,12 @@ def result(runs: Mapping[str, Sequence[Mapping[str, Any]]], platform: str) -> di
     for name, row in table.items():
         if row["platform"] != platform:
             raise SystemExit(f"{name} ran on {row['platform']}, not on the {platform}: nothing is written")
-    mine = table["ours"]
-    rate = mine["needed_gflop"] / mine["s_per_step_median"]
-    ratios = {"model FLOP utilisation": rate / mine["matmul_peak_gflops"]}
+    ours = table["ours"]
+    rate = ours["needed_gflop"] / ours["s_per_step_median"]
+    ratios = {"model FLOP utilisation": rate / ours["matmul_peak_gflops"]}
     if "trl" in table:
-        ratios["trl / ours, seconds"] = table["trl"]["s_per_step_median"] / mine["s_per_step_median"]
-    return {"device": mine["device"], "table": table, "ratios": ratios, "runs": runs}
+        ratios["trl / ours, seconds"] = table["trl"]["s_per_step_median"] / ours["s_per_step_median"]
+    return {"device": ours["device"], "table": table, "ratios": ratios, "runs": runs}
 
 
 def table_text(size: str, title: str, measured: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.load_model [--dir DIR] [--dtype bfloat16] [--repeats 5]
 
 The checkpoint is written once to DIR (default: a folder of the temporary directory) and read from the page cache after
-the first, uncounted, run. Two times are told: ``seconds`` of the load call alone, where transformers only maps the file
-into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of the
-program to its end, imports included. The memory is the process's peak.
+the first, uncounted, run. Two times are reported: ``seconds`` of the load call alone, where transformers only maps the
+file into memory and copies nothing, while stacked layers must be copied once; and ``process_seconds`` from the start of
+the program to its end, imports included. The memory is the process's peak.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def write_checkpoint(directory: Path, dtype: str) -> None:
     from ches_jax.hf.export import write_config, write_weights
     from ches_jax.models.decoder import abstract_parameters
     from ches_jax.models.families.registry import decoder_config, family_of
+    from ches_jax.models.stacks import layers_of
     from ches_jax.runs.files import new_directory
 
     config = decoder_config(CONFIG)
@@ -50,10 +51,10 @@ def write_checkpoint(directory: Path, dtype: str) -> None:
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for rule in family_of(CONFIG, "CONFIG").name_rules(shapes, config):
-            shape = shapes[rule.param][1:] if rule.stacked else shapes[rule.param]
-            for layer in range(config.num_layers if rule.stacked else 1):
-                values = rng.standard_normal(shape, np.float32) * np.float32(0.02)
-                yield rule.tensor_name(layer), values.astype(np.dtype(dtype))
+            shape = shapes[rule.param]
+            for name in rule.names(shape, layers_of(config, rule.param)).values():
+                values = rng.standard_normal(shape[rule.lead :], np.float32) * np.float32(0.02)
+                yield name, values.astype(np.dtype(dtype))
 
     with new_directory(directory, CheckpointError) as folder:
         write_weights(folder, tensors(), 2**29)

@@ -25,7 +25,7 @@ from experiments.benchmarks.measure import keep, usage
 
 WORDS = ["the", "hot", "word", "some", "answer", "question", "of", "perhaps", "harm", "recipe", "never", "because"]
 DRAWN = "await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));"
-"""Until the frame after next: what was asked for is on the screen by then."""
+"""Until the frame after next: what was requested is on the screen by then."""
 REACTIONS = {
     "search": "const box = document.querySelector('#query'); box.value = 'word hot %d'; "
     "box.dispatchEvent(new Event('input'));",
@@ -90,7 +90,7 @@ def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
 
     page.goto(page_file.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
-    found = {"open": (page.evaluate("performance.getEntriesByName('ready')[0].startTime"), busy())}
+    times = {"open": (page.evaluate("performance.getEntriesByName('ready')[0].startTime"), busy())}
     page.evaluate("document.querySelector('.box').scrollIntoView()")
     page.wait_for_timeout(1000)  # as long as a reader takes to find the box
     for name, script in REACTIONS.items():
@@ -100,9 +100,9 @@ def opened(browser: Any, page_file: Path) -> dict[str, tuple[float, float]]:
             before = busy()
             clock = page.evaluate(f"async () => {{ {act} }}")
             turns.append((clock, busy() - before))
-        found[name] = (max(clock for clock, _ in turns), max(thread for _, thread in turns))
+        times[name] = (max(clock for clock, _ in turns), max(thread for _, thread in turns))
     context.close()
-    return found
+    return times
 
 
 def main() -> None:

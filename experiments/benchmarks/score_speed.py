@@ -42,18 +42,18 @@ def without_compilation(commands: dict[str, list[str]], repeats: int) -> dict[st
     agree(table)
     units = ("cpu_seconds", "seconds")
     ratios = {f"{n} / ours, {u}": table[n][u] / table["ours"][u] for n in table if n != "ours" for u in units}
-    mine = table["ours"]
-    ratios["useful matmul FLOP/s over peak"] = mine["matmul_gflops"] / mine["matmul_peak_gflops"]
-    ratios["padding, share of positions"] = 1 - mine["used_positions"] / mine["positions"]
+    own = table["ours"]
+    ratios["useful matmul FLOP/s over peak"] = own["matmul_gflops"] / own["matmul_peak_gflops"]
+    ratios["padding, share of positions"] = 1 - own["used_positions"] / own["positions"]
     return {"table": table, "ratios": ratios, "runs": runs}
 
 
 def with_compilation(ours: list[str], official: list[str]) -> dict[str, Any]:
     """Many pairs once, ours from the first compilation on."""
     runs = interleaved({"ours": ours, "torch official": official}, 1)
-    mine, theirs = runs["ours"][0], runs["torch official"][0]
-    agree({"ours": mine, "torch official": theirs})
-    ratios = {f"torch official / ours, {u}": theirs[u] / mine[f"with_compile_{u}"] for u in ("cpu_seconds", "seconds")}
+    own, theirs = runs["ours"][0], runs["torch official"][0]
+    agree({"ours": own, "torch official": theirs})
+    ratios = {f"torch official / ours, {u}": theirs[u] / own[f"with_compile_{u}"] for u in ("cpu_seconds", "seconds")}
     return {"ratios": ratios, "runs": runs}
 
 

@@ -97,9 +97,9 @@ def simulate(source: str, shape: str, count: int, truth: str, draws: int, seed: 
     for _ in range(draws):
         means = TRUTHS[truth]
         changes, mean = of_steps(rng, count, means) if source == "steps" else of_pairs(rng, shape, count, means)
-        found = diagnose_changes(changes)
-        right += is_right(found.verdict, truth, found.records)
-        covered += found.records < FEWEST or found.chosen.low <= mean <= found.chosen.high
+        diagnosis = diagnose_changes(changes)
+        right += is_right(diagnosis.verdict, truth, diagnosis.records)
+        covered += diagnosis.records < FEWEST or diagnosis.chosen.low <= mean <= diagnosis.chosen.high
     return Result(source, shape, count, truth, draws, right / draws, covered / draws)
 
 

@@ -30,7 +30,7 @@ def write_pairs(work: Work) -> dict[str, Any]:
     assert config.pairs is not None and config.model is not None
     source = open_pairs(bundled.located(config.pairs, bundled.pairs_file), None, {})
     tokenizer = load_tokenizer(resolve(config.model))
-    found, seen = [], set()
+    usable, seen = [], set()
     for row in source:
         texts = {name: row.content.get(name) for name in ("prompt", "chosen", "rejected")}
         if not all(isinstance(t, str) and t for t in texts.values()) or texts["prompt"] in seen:
@@ -41,14 +41,14 @@ def write_pairs(work: Work) -> dict[str, Any]:
         seen.add(texts["prompt"])
         prompt = str(texts["prompt"])
         ends = prompt[-1].isspace() or prompt.endswith(":")
-        found.append({**texts, "prompt": prompt if ends else prompt + config.ending})
+        usable.append({**texts, "prompt": prompt if ends else prompt + config.ending})
     wanted = config.tuned_on + config.probes + config.test
-    if len(found) < wanted:
-        raise DataError(f"{source.name}: {len(found)} pairs of at most {config.longest} tokens, {wanted} are needed")
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(found))[:wanted]
-    rows = [found[i] for i in order]
+    if len(usable) < wanted:
+        raise DataError(f"{source.name}: {len(usable)} pairs of at most {config.longest} tokens, {wanted} are needed")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(usable))[:wanted]
+    rows = [usable[i] for i in order]
     held = rows[config.tuned_on :]
     parts = (rows[: config.tuned_on], rows[: config.train], held[: config.probes], held[config.probes :], held)
     for name, some in zip(PARTS, parts, strict=True):
         write_rows(pairs_file(work, name), some)
-    return {"found": len(found), **{name: len(some) for name, some in zip(PARTS, parts, strict=True)}}
+    return {"found": len(usable), **{name: len(some) for name, some in zip(PARTS, parts, strict=True)}}

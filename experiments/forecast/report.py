@@ -54,22 +54,22 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             )
         )
         for which, name in (("held_out", "held-out"), ("train", "training")):
-            found = of["sets"][which]["predictors"]
-            best = found["first order"]
+            predictors = of["sets"][which]["predictors"]
+            best = predictors["first order"]
             cal = best["calibration"]
-            ours = "; ".join(f"{NAMES[n]} {_rho(found[n])}" for n in ("first order", "second order", "pilot"))
+            ours = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in ("first order", "second order", "pilot"))
             ours += "; at equal lengths " + ", ".join(
-                _rho(found[n]["equal_lengths"]) for n in ("first order", "second order", "pilot")
+                _rho(predictors[n]["equal_lengths"]) for n in ("first order", "second order", "pilot")
             )
             lines.append(
                 line(
                     f"forecast at {rate}, {name} pairs, Spearman",
                     f"{ours}; first order: slope {cal['slope']:.2f}, R2 {cal['r2']:.2f}",
-                    _verdict(best, found["pilot"]) if which == "held_out" else "",
+                    _verdict(best, predictors["pilot"]) if which == "held_out" else "",
                 )
             )
-            own = "; ".join(f"{NAMES[n]} {_rho(found[n])}" for n in ("head_score", "ches", "ln_ches"))
-            lines.append(line(f"own-pair scores at {rate}, {name} pairs, Spearman", own, _own_verdict(found)))
+            own = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in ("head_score", "ches", "ln_ches"))
+            lines.append(line(f"own-pair scores at {rate}, {name} pairs, Spearman", own, _own_verdict(predictors)))
     untuned = values["untuned"]
     lines.append(
         line(
@@ -116,14 +116,14 @@ def _verdict(forecast: dict[str, Any], pilot: dict[str, Any]) -> str:
         return f"{text}; better than the pilot"
     if forecast["high"] < pilot["low"]:
         return f"{text}; the pilot is better"
-    return f"{text}; pilot not told apart"
+    return f"{text}; pilot not distinguished"
 
 
-def _own_verdict(found: dict[str, Any]) -> str:
+def _own_verdict(predictors: dict[str, Any]) -> str:
     words = []
     for name in ("head_score", "ches", "ln_ches"):
-        one = found[name]
-        sign = "right sign" if one["low"] > 0 else "wrong sign" if one["high"] < 0 else "not told from 0"
+        one = predictors[name]
+        sign = "right sign" if one["low"] > 0 else "wrong sign" if one["high"] < 0 else "not distinguished from 0"
         words.append(f"{NAMES[name]}: {sign}")
     return "; ".join(words)
 
@@ -131,18 +131,18 @@ def _own_verdict(found: dict[str, Any]) -> str:
 def _filter_verdict(gain: dict[str, float]) -> str:
     if gain["low"] > 0:
         return "held-out chosen fall less"
-    return "held-out chosen fall more" if gain["high"] < 0 else "not told from all pairs"
+    return "held-out chosen fall more" if gain["high"] < 0 else "not distinguished from all pairs"
 
 
 def tables(result: dict[str, Any]) -> str:
     """Every predictor at every rate, and every filter."""
     parts = [f"# Forecasts: {result['scale']}\n"]
     for rate, of in result["result"]["lrs"].items():
-        for which, found in of["sets"].items():
-            parts.append(f"## DPO at {rate}, {which.replace('_', '-')} pairs ({found['pairs']})\n")
+        for which, one_set in of["sets"].items():
+            parts.append(f"## DPO at {rate}, {which.replace('_', '-')} pairs ({one_set['pairs']})\n")
             parts.append(f"{of['reason']}.\n")
             parts.append("| predictor | Spearman | at equal lengths | slope, R2 |\n| --- | --- | --- | --- |")
-            for name, one in found["predictors"].items():
+            for name, one in one_set["predictors"].items():
                 cal = one.get("calibration")
                 fit = "" if cal is None else f"{cal['slope']:.2f}, {cal['r2']:.2f}"
                 parts.append(f"| {NAMES[name]} | {_rho(one)} | {_rho(one['equal_lengths'])} | {fit} |")
@@ -168,10 +168,10 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     figure, axes = axes_row(len(rates), width=3.4, height=3.2)
     for ax, (rate, of) in zip(axes, rates.items(), strict=True):
         for k, which in enumerate(("held_out", "train")):
-            found = of["sets"][which]["predictors"]
-            y = np.arange(len(found)) + 0.2 * (2 * k - 1)
-            rho = np.array([one["rho"] for one in found.values()])
-            ends = np.array([[one["rho"] - one["low"], one["high"] - one["rho"]] for one in found.values()]).T
+            predictors = of["sets"][which]["predictors"]
+            y = np.arange(len(predictors)) + 0.2 * (2 * k - 1)
+            rho = np.array([one["rho"] for one in predictors.values()])
+            ends = np.array([[one["rho"] - one["low"], one["high"] - one["rho"]] for one in predictors.values()]).T
             ax.errorbar(rho, y, xerr=np.clip(ends, 0, None), fmt="o", ms=4, label=which.replace("_", "-"))
         ax.set_yticks(np.arange(len(NAMES)), list(NAMES.values()))
         ax.set_ylim(len(NAMES) - 0.5, -0.5)

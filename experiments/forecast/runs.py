@@ -42,7 +42,7 @@ def tune(work: Work) -> dict[str, Any]:
     from ches_jax.train.config import TrainConfig
 
     config: ForecastScale = work.config
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=str(config.model),
             pairs=str(pairs_file(work, "sft")),
@@ -63,9 +63,9 @@ def tune(work: Work) -> dict[str, Any]:
     per_token = {}
     for which in ("train", "held_out"):
         for when, step in (("before", 0), ("after", None)):
-            rows = found.of(which, step)
+            rows = trained.of(which, step)
             per_token[f"{which}_{when}"] = float((rows["logp_chosen"] / rows["chosen_tokens"]).mean())
-    return {"updates": int(found.log["step"].max()), "nats_per_token": per_token}
+    return {"updates": int(trained.log["step"].max()), "nats_per_token": per_token}
 
 
 def score_pairs(work: Work) -> dict[str, Columns]:
@@ -74,7 +74,7 @@ def score_pairs(work: Work) -> dict[str, Columns]:
     from ches_jax.scores.run import score
     from ches_jax.scores.table import read_table
 
-    found = {}
+    tables = {}
     for part in ("train", "held"):
         out = work.folder(f"scores-{part}")
         shutil.rmtree(out, ignore_errors=True)
@@ -84,8 +84,8 @@ def score_pairs(work: Work) -> dict[str, Columns]:
             quiet=work.quiet,
         )
         table = read_table(out)[0]
-        found[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
-    return found
+        tables[part] = {n: table[n].to_pylist() for n in ("row_id", *SCORES)}
+    return tables
 
 
 def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
     from ches_jax.train.config import TrainConfig
 
     model = str(tuned_model(work)) if tuned else str(work.config.model)
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=model,
             eval_pairs=str(pairs_file(work, "held")),
@@ -184,10 +184,10 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
         ),
         quiet=work.quiet,
     )
-    return {which: _changes(found.of(which)) for which in ("train", "held_out")}
+    return {which: changes_by_row(trained.of(which)) for which in ("train", "held_out")}
 
 
-def _changes(rows: dict[str, np.ndarray]) -> Columns:
+def changes_by_row(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
@@ -197,17 +197,17 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
 
     options = recipe(work, lr, seed)
     if name == "soft_influence":
-        options |= {"pairs": str(_selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
+        options |= {"pairs": str(selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
     elif name not in ("all", "rejected_tokens"):
         kept = 1 - work.config.dropped
         by, keep = ("influence", "highest") if name == "least_influence" else (name, "lowest")
-        options["pairs"] = str(_selected(work, lr, by, f"{keep}:{kept:g}", seed))
+        options["pairs"] = str(selected(work, lr, by, f"{keep}:{kept:g}", seed))
     elif name == "rejected_tokens":
-        options["pairs"] = str(_short_rejected(work))
+        options["pairs"] = str(short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
-    found = run_training(
+    trained = run_training(
         TrainConfig(
             model=str(tuned_model(work)),
             eval_pairs=str(pairs_file(work, "test")),
@@ -218,7 +218,7 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
         ),
         quiet=work.quiet,
     )
-    return _changes(found.of("held_out"))
+    return changes_by_row(trained.of("held_out"))
 
 
 def influence_table(work: Work, lr: float) -> Path:
@@ -235,7 +235,7 @@ def influence_table(work: Work, lr: float) -> Path:
     return out
 
 
-def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
+def selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     """``ches select`` on the table that has the score."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
@@ -247,7 +247,7 @@ def _selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
     return out / "pairs.jsonl"
 
 
-def _short_rejected(work: Work) -> Path:
+def short_rejected(work: Work) -> Path:
     """The pairs with the shortest rejected responses: the control of length."""
     from experiments.framework.training import write_rows
 

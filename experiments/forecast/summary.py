@@ -83,8 +83,8 @@ def aligned(changes: Mapping[str, Sequence], ids: Sequence[str], column: str = "
     >>> aligned({"row_id": ["b", "a"], "dlogp_chosen": [2.0, 1.0]}, ["a", "b"]).tolist()
     [1.0, 2.0]
     """
-    found = dict(zip(changes["row_id"], changes[column], strict=True))
-    return np.array([found[i] for i in ids], np.float64)
+    numbers = dict(zip(changes["row_id"], changes[column], strict=True))
+    return np.array([numbers[i] for i in ids], np.float64)
 
 
 def _predictor(
@@ -96,7 +96,7 @@ def _predictor(
     at_equal, equal = partial_spearman(x, y, lengths), np.full(2, np.nan)
     if np.isfinite(at_equal):  # a length is nothing at equal lengths
         equal = bootstrap(lambda r: partial_spearman(x[r], y[r], [v[r] for v in lengths]), n, draws=PARTIAL_DRAWS)
-    found = {
+    numbers = {
         "rho": spearman(x, y),
         "low": float(low),
         "high": float(high),
@@ -108,8 +108,8 @@ def _predictor(
         },
     }
     if in_nats:
-        found["calibration"] = calibration(x, y)
-    return found
+        numbers["calibration"] = calibration(x, y)
+    return numbers
 
 
 def _number(value: Any) -> float | None:

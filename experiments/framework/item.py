@@ -9,6 +9,7 @@ An item is a package ``experiments/NAME`` whose ``__init__`` brings, without imp
     rows(result)           list of ``ReportLine`` of the report, from one committed result
     figures(result, name, folder)    PNGs written into ``folder`` with names that start with ``name``; their paths
     tables(result)         optional: the paper's tables in its layout, Markdown
+    page(result)           optional: the result as a page of ``ches_jax.report``, written beside it
 
 Every item has the same five files: ``config.py`` (its scales), ``data.py`` (what the runs train on), ``runs.py`` (the
 runs and their measurements), ``summary.py`` (the numbers of the result), ``report.py`` (lines, tables, figures). Each
@@ -35,7 +36,7 @@ from ches_jax.runs.files import read_object, replacing
 from experiments.framework.training import compiled_once
 
 ROOT = Path(__file__).parents[2]
-ITEMS = ("persona", "similarity", "sorrybench", "forecast")
+ITEMS = ("persona", "similarity", "sorrybench", "forecast", "story")
 STAGES = "stages"
 RESULT = "results.json"
 
@@ -181,22 +182,24 @@ def execute(item: str, scale: str, config: Any, out: Path, *, resume: bool, quie
                 log_progress(work, f"[{number}/{len(stages)}] {stage.name}")
                 _run_stage(work, stage, current)
     spent = [json.loads(work.file(name).read_text(encoding="utf-8")) for name in names]
-    write_result(
-        out / RESULT,
-        {
-            "item": item,
-            "scale": scale,
-            "config": shown,
-            "seeds": list(config.seeds),
-            "device": device_name(),
-            "machine": machine(),
-            "versions": versions(),
-            "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
-            "seconds": round(sum(s["seconds"] for s in spent), 1),
-            "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
-            "result": module.summarise(work),
-        },
-    )
+    result = {
+        "item": item,
+        "scale": scale,
+        "config": shown,
+        "seeds": list(config.seeds),
+        "device": device_name(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": ", ".join(dict.fromkeys(str(s["commit"]) for s in spent)),
+        "seconds": round(sum(s["seconds"] for s in spent), 1),
+        "cpu_seconds": round(sum(s["cpu"] for s in spent), 1),
+        "result": module.summarise(work),
+    }
+    write_result(out / RESULT, result)
+    if hasattr(module, "page"):
+        from ches_jax.report.page import write_page
+
+        write_page(module.page(result), out)
     return out / RESULT
 
 

@@ -42,7 +42,7 @@ class Finished:
 
 
 def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Watch | None" = None) -> Finished:
-    """Train and read the logs. A run that was killed goes on; with an observer, which must see it all, it starts anew.
+    """Train and read the logs. A killed run continues; with an observer, which must see it all, it starts anew.
 
     The folder is removed, but for the exported model where the config exports one.
     """

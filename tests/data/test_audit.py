@@ -106,10 +106,12 @@ def test_a_dropped_row_is_recorded_with_its_reasons():
 def test_every_flag_and_habit_has_its_entry_on_the_page_that_says_what_to_do():
     page = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
     entries = re.findall(r"^(`\w+`(?:, `\w+`)*)((?: \(\*no score\*\))?)\n: (.*?)\n\n", page, re.S | re.M)
-    told = {name: (bool(no_score), text) for names, no_score, text in entries for name in re.findall(r"\w+", names)}
-    assert set(told) == {*FLAGS, *HABITS}
-    assert {name for name, (no_score, _) in told.items() if no_score} == UNSCORABLE
-    assert [name for name in FLAGS if "**Do:**" not in told[name][1]] == []
+    documented = {
+        name: (bool(no_score), text) for names, no_score, text in entries for name in re.findall(r"\w+", names)
+    }
+    assert set(documented) == {*FLAGS, *HABITS}
+    assert {name for name, (no_score, _) in documented.items() if no_score} == UNSCORABLE
+    assert [name for name in FLAGS if "**Do:**" not in documented[name][1]] == []
 
 
 def test_unscorable_flags_are_flags():

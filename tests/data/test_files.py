@@ -1,4 +1,4 @@
-"""Files of every kind give the same rows; a damaged one is told in words."""
+"""Files of every kind give the same rows; a damaged one is an error in words."""
 
 import bz2
 import gzip
@@ -161,11 +161,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "data", "told"), BAD.values(), ids=BAD)
-def test_what_is_no_data_is_told_in_words(tmp_path, name, data, told):
+@pytest.mark.parametrize(("name", "data", "message"), BAD.values(), ids=BAD)
+def test_what_is_no_data_is_an_error_in_words(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     for opened in (open_pairs, open_prompts):
-        with pytest.raises(DataError, match=told) as caught:
+        with pytest.raises(DataError, match=message) as caught:
             list(opened(str(tmp_path / name)))
         assert str(caught.value).startswith(str(tmp_path / name))
 

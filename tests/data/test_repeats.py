@@ -1,4 +1,4 @@
-"""A prompt that the responses repeat counts once; what cannot be told apart is told."""
+"""A prompt that the responses repeat counts once; what cannot be separated is flagged."""
 
 import pytest
 
@@ -41,12 +41,12 @@ def read(prompt, chosen, rejected):
 )
 def test_a_text_that_both_responses_begin_with_is_the_prompt_once(prompt, head, left):
     tail = " An apple." if head[-1] != " " else "An apple."
-    found = read(prompt, head + tail, head + tail.replace("An apple", "No"))
-    assert found == (left, tail, tail.replace("An apple", "No"), {})
+    reading = read(prompt, head + tail, head + tail.replace("An apple", "No"))
+    assert reading == (left, tail, tail.replace("An apple", "No"), {})
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "told"),
+    ("chosen", "rejected", "reason"),
     [
         (LONG + " An apple.", "No.", "chosen begins with the prompt"),
         ("An apple.", LONG.replace("\n", "\r\n") + " No.", "rejected begins with the prompt"),
@@ -54,20 +54,20 @@ def test_a_text_that_both_responses_begin_with_is_the_prompt_once(prompt, head, 
         (LONG[:20], LONG[:20], None),
     ],
 )
-def test_a_prompt_that_one_response_repeats_is_told_and_stays(chosen, rejected, told):
-    assert read(LONG, chosen, rejected) == (LONG, chosen, rejected, {"prompt_repeated": told} if told else {})
+def test_a_prompt_that_one_response_repeats_is_flagged_and_stays(chosen, rejected, reason):
+    assert read(LONG, chosen, rejected) == (LONG, chosen, rejected, {"prompt_repeated": reason} if reason else {})
 
 
 def test_short_texts_begin_answers_by_chance():
-    """A greeting is answered with itself; a short question in both answers is told, and nothing is taken away."""
+    """A greeting is answered with itself; a short question in both answers is flagged, and nothing is taken away."""
     assert read("Hello", "Hello! How can I help?", "Hello.") == ("Hello", "Hello! How can I help?", "Hello.", {})
-    *texts, found = read("Who are you?", "Who are you? Bob.", "Who are you? Al.")
+    *texts, flags = read("Who are you?", "Who are you? Bob.", "Who are you? Al.")
     assert texts == ["Who are you?", "Who are you? Bob.", "Who are you? Al."]
-    assert found == {"prompt_repeated": "chosen and rejected begin with the prompt"}
+    assert flags == {"prompt_repeated": "chosen and rejected begin with the prompt"}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected", "left", "told"),
+    ("prompt", "chosen", "rejected", "left", "reason"),
     [
         ([5, 6, 7, 8], [5, 6, 7, 8, 1], [5, 6, 7, 8, 2], ([5, 6, 7, 8], [1], [2]), None),
         ([0, 6, 7, 8], [6, 7, 8, 1], [6, 7, 8, 2], None, "chosen and rejected begin with the prompt"),
@@ -75,11 +75,11 @@ def test_short_texts_begin_answers_by_chance():
         ([5], [5, 1], [5, 2], None, None),
     ],
 )
-def test_token_ids(prompt, chosen, rejected, left, told):
+def test_token_ids(prompt, chosen, rejected, left, reason):
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     content = canonical_content(dict(zip(names, (prompt, chosen, rejected), strict=True)), {})
     assert tuple(content.values()) == (left or (prompt, chosen, rejected))
-    assert doubts(content) == ({"prompt_repeated": told} if told else {})
+    assert doubts(content) == ({"prompt_repeated": reason} if reason else {})
 
 
 BRIEF, Q, C, R = system("Be brief."), user("q"), assistant("c"), assistant("r")
@@ -123,18 +123,18 @@ CONTRADICT = {
 
 @pytest.mark.parametrize(("prompt", "chosen", "rejected"), CONTRADICT.values(), ids=CONTRADICT)
 def test_conversations_that_contradict_the_prompt_are_told(prompt, chosen, rejected):
-    *_, found = read(prompt, chosen, rejected)
-    assert list(found) == ["prompt_unclear"]
-    assert "chosen with one of the" in found["prompt_unclear"]
+    *_, flags = read(prompt, chosen, rejected)
+    assert list(flags) == ["prompt_unclear"]
+    assert "chosen with one of the" in flags["prompt_unclear"]
 
 
 def test_an_answer_that_the_prompt_begins_is_not_begun_twice():
     begun = "It is well known that of all the fruits that"
     prompt = [Q, assistant(begun)]
     assert read(prompt, begun + " grow", begun + " fall") == (prompt, [assistant(" grow")], [assistant(" fall")], {})
-    *texts, found = read([Q, assistant("An ap")], "An apple", "An apricot")
+    *texts, flags = read([Q, assistant("An ap")], "An apple", "An apricot")
     assert texts == [[Q, assistant("An ap")], [assistant("An apple")], [assistant("An apricot")]]
-    assert found == {"prompt_repeated": "chosen and rejected begin with the prompt"}
+    assert flags == {"prompt_repeated": "chosen and rejected begin with the prompt"}
     assert read([Q, assistant("A")], "pple", "A")[-1] == {}
 
 
@@ -153,7 +153,7 @@ def test_content_in_parts_of_text_is_the_text(parts):
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "reason"),
     [
         (
             {"type": "image_url", "image_url": {"url": "x"}},
@@ -164,6 +164,6 @@ def test_content_in_parts_of_text_is_the_text(parts):
         (7, "its content holds int 7; expected text, or a list of parts"),
     ],
 )
-def test_content_that_is_no_text_is_refused_by_name(part, told):
-    with pytest.raises(DataError, match=told):
+def test_content_that_is_no_text_is_refused_by_name(part, reason):
+    with pytest.raises(DataError, match=reason):
         read([Q], [assistant([{"type": "text", "text": "See "}, part])], [R])

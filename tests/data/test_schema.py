@@ -77,8 +77,8 @@ UNCLEAR = {
 }
 
 
-@pytest.mark.parametrize(("rows", "told"), UNCLEAR.values(), ids=UNCLEAR)
-def test_two_readings_are_refused_with_both(tmp_path, rows, told):
+@pytest.mark.parametrize(("rows", "message"), UNCLEAR.values(), ids=UNCLEAR)
+def test_two_readings_are_refused_with_both(tmp_path, rows, message):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(DataError, match=f"two readings: .*{told}.*; choose with --columns"):
+    with pytest.raises(DataError, match=f"two readings: .*{message}.*; choose with --columns"):
         open_pairs(str(tmp_path / "a.jsonl"))

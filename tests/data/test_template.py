@@ -174,7 +174,7 @@ def test_a_thought_that_is_opened_when_asking_and_left_out_of_the_answer_is_told
     tokenizer = plain(THINKING)
     pair = one(tokenizer, [Q], [assistant("<think>Hm.</think>a")], [assistant("b")])
     assert pair.detail == {
-        "prompt_differs": "an answer is asked for with '<think>' and written with ''",
+        "prompt_differs": "an answer begins with '<think>' in the prompt and with '' in the conversation",
         "left_out": "the thought of chosen",
     }
     assert tokenizer.decode(pair.prompt) == "<|im_start|>userName a fruit.<|im_end|><|im_start|>assistant"
@@ -193,14 +193,14 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize(("prompt", "row", "told"), LEFT_OUT.values(), ids=LEFT_OUT)
-def test_what_a_template_leaves_out_is_told(plain, prompt, row, told):
+@pytest.mark.parametrize(("prompt", "row", "reason"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_a_template_leaves_out_is_flagged(plain, prompt, row, reason):
     deaf = CHATML.replace("messages %}", "messages if m.role in ('user', 'assistant') %}")
     pair = one(plain(deaf), prompt, [assistant("a")], [assistant("b")], row)
-    assert pair.detail == {"left_out": told}
+    assert pair.detail == {"left_out": reason}
     if "tools" not in row:
         record = Record(0, "r", "line 1", {"prompt": prompt})
-        assert encode_prompts(Writer.of(plain(deaf)), [record])[0].found == {"left_out": told}
+        assert encode_prompts(Writer.of(plain(deaf)), [record])[0].found == {"left_out": reason}
     heard = CHATML + "{% if tools %}{% endif %}"
     assert one(plain(heard), prompt, [assistant("a")], [assistant("b")], row).flags == ()
 
@@ -308,8 +308,8 @@ ROW_SAYS = {
 }
 
 
-@pytest.mark.parametrize(("row", "told"), ROW_SAYS.values(), ids=ROW_SAYS)
-def test_a_row_sets_variables_of_the_template_and_nothing_else(plain, row, told):
+@pytest.mark.parametrize(("row", "reason"), ROW_SAYS.values(), ids=ROW_SAYS)
+def test_a_row_sets_variables_of_the_template_and_nothing_else(plain, row, reason):
     tokenizer = plain("{{ mood }}" + CHATML)
     pair = one(
         tokenizer,
@@ -320,7 +320,7 @@ def test_a_row_sets_variables_of_the_template_and_nothing_else(plain, row, told)
         template_args={"mood": "good"},
     )
     assert pair.flags == ("template_refuses",)
-    assert re.search(told, pair.detail["template_refuses"])
+    assert re.search(reason, pair.detail["template_refuses"])
 
 
 def test_variables_reach_the_template_and_those_it_does_not_read_do_nothing(plain):
@@ -332,15 +332,15 @@ def test_variables_reach_the_template_and_those_it_does_not_read_do_nothing(plai
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reason"),
     [
         ({"moood": "x"}, "--template-args moood: the chat template reads nothing of this name; did you mean mood"),
         ({"now": "Tuesday"}, "--template-args now=Tuesday: expected a date such as 2024-07-26"),
         ({"chat_template": "x"}, "reads nothing of this name"),
     ],
 )
-def test_arguments_that_nothing_reads_are_refused(plain, arguments, told):
-    with pytest.raises(DataError, match=told):
+def test_arguments_that_nothing_reads_are_refused(plain, arguments, reason):
+    with pytest.raises(DataError, match=reason):
         PairTokenizer(plain("{{ mood }}" + CHATML), 64, template_args=arguments)
 
 

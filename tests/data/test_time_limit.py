@@ -1,4 +1,4 @@
-"""Templates that cost too much: told in words within seconds, in whatever thread they are written."""
+"""Templates that cost too much: an error in words within seconds, in whatever thread they are written."""
 
 import threading
 import time

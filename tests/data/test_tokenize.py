@@ -235,7 +235,7 @@ def test_a_template_that_changes_the_prompt_is_recut(words, monkeypatch):
     monkeypatch.setattr(words, "chat_template", template)
     pair = one(words, [{"role": "user", "content": "a"}], chat("b"), chat("c"))
     assert (pair.prompt, pair.chosen.content, pair.flags) == ((A,), (B,), ("prompt_differs",))
-    assert pair.detail == {"prompt_differs": "an answer is asked for with 'd' and written with ''"}
+    assert pair.detail == {"prompt_differs": "an answer begins with 'd' in the prompt and with '' in the conversation"}
 
 
 def test_plain_text_can_be_wrapped_as_a_user_turn(bytes_bpe):
@@ -259,7 +259,7 @@ def test_token_ids_are_taken_as_they_are_and_audited_alike(words):
 
 
 def test_given_ids_end_with_what_the_template_ends_an_answer_with(words, monkeypatch):
-    """A special token that neither the tokenizer nor the template ends a text with may be content: it is told."""
+    """A special token that neither the tokenizer nor the template ends a text with may be content: it is flagged."""
     unknown = one(words, [A], [B, EOT, NEWLINE], [UNK])
     assert (unknown.chosen, unknown.flags) == (Response((B, EOT, NEWLINE), EOS), ("end_unclear",))
     assert unknown.detail == {"end_unclear": "chosen ends with '<eot>', which is not known to end a response"}
@@ -319,19 +319,19 @@ def why_unfit(pair, flag):
 
 
 def test_ids_beyond_the_models_vocabulary_are_flagged(words):
-    told = why_unfit(one(words, "a", " b", " e", vocab_size=7), "unknown_token")
-    assert re.match(r"line 1: token id 7, but .* has 7 .*: 10\)", told)
+    message = why_unfit(one(words, "a", " b", " e", vocab_size=7), "unknown_token")
+    assert re.match(r"line 1: token id 7, but .* has 7 .*: 10\)", message)
     assert one(words, "a", " b", " e", vocab_size=8).flags == ()
-    told = why_unfit(one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1), "unknown_token")
-    assert told.startswith("line 1: token id 1, but")  # EOS itself
+    message = why_unfit(one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1), "unknown_token")
+    assert message.startswith("line 1: token id 1, but")  # EOS itself
     assert one(words_tokenizer(eos_token="<s>"), [0], [0], [0], vocab_size=1, eos="exclude").prompt == (0,)
     with pytest.raises(DataError, match="--max-length 1: expected room"):
         PairTokenizer(words, 1)
 
 
 def test_a_row_that_cannot_be_written_is_named(words):
-    told = why_unfit(one(words, USER, chat("b"), chat("c")), "template_refuses")
-    assert told.startswith("line 1: the row is a conversation")
+    message = why_unfit(one(words, USER, chat("b"), chat("c")), "template_refuses")
+    assert message.startswith("line 1: the row is a conversation")
 
 
 def test_a_row_that_cannot_be_read_is_flagged_beside_the_others(words):
@@ -372,11 +372,11 @@ def test_a_prompt_alone_has_the_tokens_it_has_before_a_response(bytes_bpe, words
     # a prompt that ends in a space may share a token with its response
     rows = [r for r in rows if not str(r.content.get("prompt")).endswith(" ")]
     for tokenizer in (bytes_bpe, words, metaspace):
-        mine = [r for r in rows if tokenizer.chat_template or not isinstance(r.content.get("prompt"), list)]
-        mine = mine if tokenizer.chat_template or template == "auto" else []
-        pairs = PairTokenizer(tokenizer, 64, template=template)(mine)
+        readable = [r for r in rows if tokenizer.chat_template or not isinstance(r.content.get("prompt"), list)]
+        readable = readable if tokenizer.chat_template or template == "auto" else []
+        pairs = PairTokenizer(tokenizer, 64, template=template)(readable)
         alone = [
-            Record(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in mine
+            Record(r.index, r.row_id, r.where, {k: r.content[k] for k in r.content if "prompt" in k}) for r in readable
         ]
         prompts = encode_prompts(Writer.of(tokenizer, template), alone)
         assert [p.ids for p in prompts] == [p.prompt for p in pairs]

@@ -13,7 +13,7 @@ from ches_jax.displacement.verdict import diagnose_changes
 NOISE = np.random.default_rng(0).normal(size=(2, 100)) * 0.1
 
 
-def found(chosen, rejected, **more):
+def diagnosed(chosen, rejected, **more):
     return diagnose_changes(Changes(chosen + NOISE[0], rejected + NOISE[1], "test", **more))
 
 
@@ -24,24 +24,24 @@ def said(diagnosis):
 @pytest.mark.parametrize(
     ("diagnosis", "words", "silent"),
     [
-        (found(-3, -9), ["add a likelihood term", "it: ches influence"], ["nothing", "learning rate", "memorised"]),
-        (found(3, -9), ["nothing"], ["likelihood", "influence"]),
-        (found(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
+        (diagnosed(-3, -9), ["add a likelihood term", "it: ches influence"], ["nothing", "learning rate", "memorised"]),
+        (diagnosed(3, -9), ["nothing"], ["likelihood", "influence"]),
+        (diagnosed(-3, -1), ["lower the learning rate", "add a likelihood term"], ["nothing"]),
         (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["influence"]),
         (
             diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
             ["ches diagnose --before MODEL --after MODEL"],
             ["influence"],
         ),
-        (found(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
+        (diagnosed(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
         (
-            found(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
+            diagnosed(-3, -9, curve=Curve(np.arange(5), np.array([0, 1.5, 1, -1, -3.0]), np.zeros(5))),
             ["take the checkpoint near step 1"],
             ["fewer epochs"],
         ),
-        (dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
+        (dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
         (
-            dataclasses.replace(found(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
+            dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
             ["find out where the mass went"],
             ["do not ship"],
         ),
@@ -55,9 +55,9 @@ def test_advice_follows_from_what_was_measured(diagnosis, words, silent):
 
 def test_what_a_pair_caused_comes_before_a_score():
     worst = ({"index": 4, "influence": 2.0}, {"index": 7, "influence": 5.0}, {"index": 9, "influence": -6.0})
-    lines = advice(dataclasses.replace(found(-3, -9), worst=worst))
+    lines = advice(dataclasses.replace(diagnosed(-3, -9), worst=worst))
     # influence counts the nats that a pair takes from the probes, so the highest is to go
     assert any("row 7 moves the probes' chosen by -5 nats" in because for _, because, _ in lines)
     assert any("the highest influence" in what for what, _, _ in lines)
-    scored = advice(dataclasses.replace(found(-3, -9), worst=({"index": 4, "head_score": 12.0},)))
+    scored = advice(dataclasses.replace(diagnosed(-3, -9), worst=({"index": 4, "head_score": 12.0},)))
     assert any(what.startswith("find the pairs that cause it: ches influence") for what, _, _ in scored)

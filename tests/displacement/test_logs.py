@@ -31,13 +31,17 @@ def test_a_log_is_read_as_what_it_is(name):
             diagnose(DiagnoseConfig(path=str(LOGS / name)))
         return
     found = diagnose(DiagnoseConfig(path=str(LOGS / name)))
-    told = found.to_json()
+    answer = found.to_json()
     assert found.verdict == expected["verdict"] and found.directions["rejected"] == expected["rejected"]
-    assert (told["unit"], told["pairs"], told["scale"]) == (expected["unit"], expected["count"], expected["scale"])
+    assert (answer["unit"], answer["pairs"], answer["scale"]) == (
+        expected["unit"],
+        expected["count"],
+        expected["scale"],
+    )
     if expected["scale"] == "nats":
-        assert told["chosen"]["mean"] == pytest.approx(expected["chosen"], abs=1e-3)
+        assert answer["chosen"]["mean"] == pytest.approx(expected["chosen"], abs=1e-3)
     else:
-        assert told["chosen"]["mean"] is None and told["rewards"]["chosen"]["mean"] is not None
+        assert answer["chosen"]["mean"] is None and answer["rewards"]["chosen"]["mean"] is not None
     assert found.text().startswith(f"verdict: {found.verdict} ") and "nan" not in found.text()
     assert (found.beside is not None) is (expected.get("beside") is not None)
 
@@ -87,5 +91,8 @@ def test_a_log_is_diagnosed_without_what_a_model_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     record, loaded = done.stdout.splitlines()
     assert loaded == "[]", done.stderr
-    told = json.loads(record)
-    assert told["verdict"] == "displaced" and told["chosen"]["low"] <= told["chosen"]["mean"] <= told["chosen"]["high"]
+    answer = json.loads(record)
+    assert (
+        answer["verdict"] == "displaced"
+        and answer["chosen"]["low"] <= answer["chosen"]["mean"] <= answer["chosen"]["high"]
+    )

@@ -44,13 +44,16 @@ def influenced(small, tmp_path_factory):
 
 
 def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
-    table, told = pq.read_table(whole / "forecast.parquet"), read_json(whole / "run.json")["summary"]
+    table, recorded = pq.read_table(whole / "forecast.parquet"), read_json(whole / "run.json")["summary"]
     assert table["set"].to_pylist() == ["train"] * 12 + ["probe"] * 8
     chosen = table["forecast_chosen"].to_numpy()
-    assert told["sets"]["probe"]["forecast_chosen"] == pytest.approx(chosen[12:].mean())
+    assert recorded["sets"]["probe"]["forecast_chosen"] == pytest.approx(chosen[12:].mean())
     assert np.array_equal(chosen, table["first_chosen"].to_numpy())
     assert table["second_chosen"].null_count == 20
-    assert "at first order this data set" in told["reason"] and told["linear_error"].keys() == {"train", "probe"}
+    assert "at first order this data set" in recorded["reason"] and recorded["linear_error"].keys() == {
+        "train",
+        "probe",
+    }
     assert not (whole / "parts").exists()
 
 
@@ -131,9 +134,9 @@ def test_probes_that_are_training_pairs_are_told(small, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(lines[4:]) + "\n", encoding="utf-8")
     options = {**small, "limit": 8, "holdout": 0, "steps": 1, "probes": str(tmp_path / "some.jsonl")}
     out = forecast(ForecastConfig(**options, out=str(tmp_path / "run")), quiet=True)
-    told = read_json(out / "run.json")["summary"]
-    assert told["probes_that_are_training_pairs"] == 4
-    assert any("4 of 8 probes are training pairs" in w for w in told["warnings"])
+    recorded = read_json(out / "run.json")["summary"]
+    assert recorded["probes_that_are_training_pairs"] == 4
+    assert any("4 of 8 probes are training pairs" in w for w in recorded["warnings"])
     # a violent rate is said to leave the linear range
     shutil.rmtree(out)
     out = forecast(ForecastConfig(**{**options, "lr": 0.1}, out=str(tmp_path / "run")), quiet=True)
@@ -147,16 +150,16 @@ def test_influence_is_slope_times_rate_over_the_pairs():
 
 
 def test_concentration_of_pairs_that_only_help():
-    told = concentration(np.array([-1.0, -2.0]))
-    assert told["push_down"] == 0 and told["share_of_fall"] == {"10%": None, "25%": None, "50%": None}
+    recorded = concentration(np.array([-1.0, -2.0]))
+    assert recorded["push_down"] == 0 and recorded["share_of_fall"] == {"10%": None, "25%": None, "50%": None}
 
 
 @pytest.mark.slow
 def test_other_losses_have_a_forecast_too(small, tmp_path):
     """A loss of tokens has no split into responses, and says so by leaving it out."""
     out = forecast(ForecastConfig(**{**small, "steps": 1}, loss="ld_dpo", out=str(tmp_path / "run")), quiet=True)
-    told = read_json(out / "run.json")["summary"]
-    assert told["products"] is None and np.isfinite(told["sets"]["train"]["forecast_chosen"])
+    recorded = read_json(out / "run.json")["summary"]
+    assert recorded["products"] is None and np.isfinite(recorded["sets"]["train"]["forecast_chosen"])
 
 
 def test_settings_that_no_forecast_reads_are_no_options():

@@ -81,9 +81,9 @@ def test_pairs_of_one_prompt_are_one_draw():
 
 def test_refusals_by_side():
     no = "I'm sorry, but I can't help with that."
-    found = checks.refusals([*rows(20), *(row(f"no {i}", rejected=no) for i in range(20))])
-    assert found.finding and found.numbers["rejected"] == 0.5 and found.numbers["chosen"] == 0
-    assert found.rows == 20 and found.examples[0] == "no 0"
+    result = checks.refusals([*rows(20), *(row(f"no {i}", rejected=no) for i in range(20))])
+    assert result.finding and result.numbers["rejected"] == 0.5 and result.numbers["chosen"] == 0
+    assert result.rows == 20 and result.examples[0] == "no 0"
     assert not checks.refusals([row(f"both {i}", chosen=no, rejected=no) for i in range(20)]).finding
 
 
@@ -95,8 +95,8 @@ def test_identical_empty_and_contradictory_rows():
     all_rows = [a, same, bare, turned]
     assert checks.identical(all_rows).examples == ["b"]
     assert checks.empty(all_rows).examples == ["c (rejected)"]
-    found = checks.contradictions(all_rows)
-    assert found.finding and found.examples == ["d against a"]
+    result = checks.contradictions(all_rows)
+    assert result.finding and result.examples == ["d against a"]
     assert not checks.contradictions([a, a, same, same]).finding  # a repeated row does not contradict itself
 
 
@@ -105,8 +105,8 @@ def test_duplicates_are_a_finding_from_one_percent():
     again = row("again", prompt=base[3].prompt.upper(), chosen=base[3].chosen + "!", rejected=base[3].rejected)
     near = row("near", prompt=base[5].prompt, chosen=base[5].chosen + " today", rejected=base[5].rejected)
     other_side = row("other", prompt=base[7].prompt, chosen=base[7].chosen, rejected=text())
-    found = checks.duplicates([*base, again])
-    assert found.finding and found.examples == ["again repeats line 3"]
+    result = checks.duplicates([*base, again])
+    assert result.finding and result.examples == ["again repeats line 3"]
     assert checks.duplicates([*base, near]).examples == ["near is nearly line 5"]
     # pairs of one row have one name
     assert checks.duplicates([row(r.name.replace("line 1", "line 2"), prompt=r.prompt) for r in base]).rows == 0
@@ -135,9 +135,9 @@ def test_scores_against_the_label_with_ranks_the_other_way():
         {"score_chosen": 1, "score_rejected": 1},
         {"score_chosen": None, "score_rejected": 1},
     ]
-    found = checks.scores([row(f"r{i}", extra=e) for i, e in enumerate(extra)])
-    assert found.finding and found.examples == ["r1 (score_chosen 2, score_rejected 4.5)"]
-    assert found.numbers["score_chosen"] == {"other": "score_rejected", "rows": 3, "against": 1, "equal": 1}
+    result = checks.scores([row(f"r{i}", extra=e) for i, e in enumerate(extra)])
+    assert result.finding and result.examples == ["r1 (score_chosen 2, score_rejected 4.5)"]
+    assert result.numbers["score_chosen"] == {"other": "score_rejected", "rows": 3, "against": 1, "equal": 1}
     ranks = [{"rank_chosen": 1, "rank_rejected": 2}, {"rank_chosen": 3, "rank_rejected": 2}]
     assert checks.scores([row(f"r{i}", extra=e) for i, e in enumerate(ranks)]).examples == [
         "r1 (rank_chosen 3, rank_rejected 2)"
@@ -148,17 +148,17 @@ def test_scores_against_the_label_with_ranks_the_other_way():
 def test_leaks_are_equal_or_nearly_equal_prompts():
     base = rows(5)
     near = row("near", prompt=base[1].prompt + " soon")
-    found = checks.leaks([*base, near], [text(12), base[2].prompt.title(), base[1].prompt], "test.jsonl")
-    assert found.finding and found.numbers == {"exact": 2, "near": 1}
-    assert found.examples[-1] == "near is nearly row 2 of test.jsonl"
+    result = checks.leaks([*base, near], [text(12), base[2].prompt.title(), base[1].prompt], "test.jsonl")
+    assert result.finding and result.numbers == {"exact": 2, "near": 1}
+    assert result.examples[-1] == "near is nearly row 2 of test.jsonl"
     assert not checks.leaks(base, [text(12)], "test.jsonl").finding
 
 
 def test_languages_that_differ_between_the_sides():
     german, english = "Das ist nicht der Weg, den ich dir zeigen kann.", "This is not the way that I can show you."
-    found = checks.languages([row("r0", chosen=german, rejected=english), row("r1", chosen=english, rejected=english)])
-    assert found.finding and found.examples == ["r0 (chosen de, rejected en)"]
-    assert found.numbers["chosen"] == {"de": 1, "en": 1}
+    result = checks.languages([row("r0", chosen=german, rejected=english), row("r1", chosen=english, rejected=english)])
+    assert result.finding and result.examples == ["r0 (chosen de, rejected en)"]
+    assert result.numbers["chosen"] == {"de": 1, "en": 1}
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_the_command_examines_pairs_without_a_model(tmp_path: Path, capsys: Any)
     assert main(["doctor", "--pairs", bad, "--against", good, "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert record["exit_code"] == 1 and record["counts"] == {"rows": 22, "findings": 3} and not record["healthy"]
-    found = {name: check["rows"] for name, check in record["checks"].items() if check["finding"]}
-    assert found == {"identical sides": 1, "empty texts": 1, "leaked prompts": 20}
+    findings = {name: check["rows"] for name, check in record["checks"].items() if check["finding"]}
+    assert findings == {"identical sides": 1, "empty texts": 1, "leaked prompts": 20}
     assert record["checks"]["empty texts"]["examples"] == ["line 21 (chosen)"]
     assert main(["doctor", "--pairs", str(tmp_path / "none.jsonl")]) == 2
     assert main(["doctor", "--model", "bundled", "--pairs", good, "--against", bad]) == 2

@@ -59,12 +59,12 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
 
 def pair(logp_chosen, logp_rejected, ref_chosen=0.0, ref_rejected=0.0, **more) -> Any:
     """One pair from plain numbers."""
-    given: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "logp_chosen": logp_chosen,
         "logp_rejected": logp_rejected,
         "ref_logp_chosen": ref_chosen,
         "ref_logp_rejected": ref_rejected,
         **more,
     }
-    fields: dict[str, Any] = {k: jnp.asarray([v], jnp.result_type(float)) for k, v in given.items()}
+    fields: dict[str, Any] = {k: jnp.asarray([v], jnp.result_type(float)) for k, v in columns.items()}
     return LossInputs(**fields)

@@ -30,6 +30,7 @@ FAMILIES = (
     "gpt_neox",
     "phi3",
     "starcoder2",
+    "gemma3_multimodal",
 )
 SPELLINGS = ("config.v4.json", "config.min.json")
 LENGTH = 512

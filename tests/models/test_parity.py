@@ -121,9 +121,9 @@ def test_block_attention_equals_that_of_transformers(row: Row, extra: dict[str, 
 
 @pytest.mark.parametrize(("row", "extra"), [*BASES, *VARIANTS])
 def test_export_gives_back_every_tensor(row: Row, extra: dict[str, Any], tmp_path: Path, made):
-    given = made(row, extra).directory
-    save_pretrained(load_model(given), tmp_path / "out", like=given)
-    before, after = (load_file(d / "model.safetensors") for d in (given, tmp_path / "out"))
+    original = made(row, extra).directory
+    save_pretrained(load_model(original), tmp_path / "out", like=original)
+    before, after = (load_file(d / "model.safetensors") for d in (original, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)

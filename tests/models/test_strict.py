@@ -11,6 +11,7 @@ from ches_jax.errors import CheckpointError
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import FAMILIES, decoder_config
+from ches_jax.models.stacks import layers_of
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -146,7 +147,10 @@ def test_all_problems_come_together():
         ({"model_type": "qwen3_moe"}, "mixture of experts"),
         ({"model_type": "deepseek_v3"}, "mixture of experts"),
         ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "gemma3", "text_config": {}}, "give its text part"),
+        ({"model_type": "gemma3", "text_config": {}}, "describes no text model"),
+        ({"model_type": "gemma3", "vision_config": {}}, "without a 'text_config'"),
+        ({"model_type": "new_eyes", "text_config": {"model_type": "bert"}}, "text model of type 'bert'"),
+        ({"model_type": "mllama", "text_config": {"model_type": "llama"}}, "does more than its config says"),
         ({"model_type": "mllama"}, "multimodal"),
         ({"model_type": "qwen2_vl"}, "multimodal"),
         ({"model_type": "new_eyes", "vision_config": {}}, "multimodal"),
@@ -174,10 +178,8 @@ def weights(raw: dict[str, Any]) -> dict[str, np.ndarray]:
     out = {}
     for rule in FAMILIES[raw["model_type"]].name_rules(shapes, config):
         shape = shapes[rule.param].shape
-        for layer in range(config.num_layers if rule.stacked else 1):
-            out[rule.tensor_name(layer)] = np.zeros(
-                rule.view.tensor_shape(shape[1:] if rule.stacked else shape), np.float32
-            )
+        for name in rule.names(shape, layers_of(config, rule.param)).values():
+            out[name] = np.zeros(rule.view.tensor_shape(shape[rule.lead :]), np.float32)
     return out
 
 

@@ -168,10 +168,10 @@ def test_tokens_are_coloured_and_tell_their_number_to_a_tap_and_to_the_keyboard(
     tokens = page.locator(".tokens span")
     assert tokens.all_inner_texts() == ["fine", "<b>", "no"]
     tokens.first.click()
-    told = page.locator("tr.detail output")
-    assert "+5 (head_score)" in told.inner_text() and "raises the risk" in told.inner_text()
+    line = page.locator("tr.detail output")
+    assert "+5 (head_score)" in line.inner_text() and "raises the risk" in line.inner_text()
     page.keyboard.press("ArrowRight")
-    assert "“<b>”: 0" in told.inner_text()
+    assert "“<b>”: 0" in line.inner_text()
     colours = [page.evaluate("e => e.style.backgroundColor", t.element_handle()) for t in tokens.all()]
     assert colours[0].startswith("rgba(215, 48, 39, 0.37") and colours[2].startswith("rgba(69, 117, 180, 0.75")
     assert "down" in tokens.nth(2).get_attribute("class")

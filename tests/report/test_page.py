@@ -198,16 +198,16 @@ def test_constant_scores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "note"),
     [
         (None, "no run.json names the pairs"),
         ([Record(0, "other", "", {})], "changed since"),
         ([], "2 of the rows are not in the pairs file any more"),
     ],
 )
-def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, told):
+def test_texts_that_cannot_be_had_are_a_note(tmp_path, rows, note):
     write_part(tmp_path / "scores.parquet", columns(2), {})
-    assert told in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
+    assert note in report(tmp_path / "scores.parquet", rows=rows).read_text(encoding="utf-8")
 
 
 def test_a_table_without_rows_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""One process at a time in a run directory, told by name; what the dead leave is cleared by the next."""
+"""One process at a time in a run directory, named to others; what the dead leave is cleared by the next."""
 
 import json
 import os

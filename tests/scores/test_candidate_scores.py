@@ -76,7 +76,7 @@ ALONE = [pair for row in ROWS for _, pair in pairs_of(row)]
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """All pairs in float64 with everything asked for: of the rows with candidates, then each as a row of its own."""
+    """All pairs in float64 with every output: of the rows with candidates, then each as a row of its own."""
     folder = tmp_path_factory.mktemp("candidates")
     config = ScoreConfig(
         model=str(tiny_model),
@@ -278,7 +278,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert read_json(out / "run.json")["counts"] == {"rows": 12, "kept": 7, "dropped": 5}
 
     kept = tmp_path / "kept"
-    assert main(["select", "--scores", str(out), "--out", str(kept), "--keep", "lowest:4"]) == 0
+    assert main(["select", "--scores", str(out), "--by", "ches", "--out", str(kept), "--keep", "lowest:4"]) == 0
     chosen = [json.loads(line) for line in (kept / "pairs.jsonl").read_text().splitlines()]
     for row in chosen:
         numbers = (row["chosen_candidate"], row["rejected_candidate"]) if "chosen_candidate" in row else None
@@ -296,8 +296,8 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     assert '"key":["index","chosen_candidate","rejected_candidate"]' in page
     assert "what each token adds to the CHES of the pair" in page
     assert main(["show", str(out), "0-0-3", "--quiet"]) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"chosen candidate +0\n +rejected candidate +3\n", printed)
 
 
 def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model, tmp_path):
@@ -312,6 +312,6 @@ def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model
     table = table_of(score(config, quiet=True))
     assert (table[3, None]["flags"], table[3, None]["ches"]) == (["no_pair"], None)
     assert table[2, (0, 2)]["ches"] == 0  # the same response twice is computed once
-    assert select(SelectConfig(scores=out, out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
+    assert select(SelectConfig(scores=out, by="ches", out=tmp_path / "kept", keep="lowest:2"))["counts"]["kept"] == 2
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "dropped.jsonl").read_text().splitlines()]
     assert reasons.count("unscored") == 2

@@ -155,7 +155,7 @@ def test_rows_that_repeat_earlier_ones_go_before_the_rule(run, tmp_path, how, go
         for i, t in enumerate(texts)
     ]
     out = tmp_path / "kept"
-    summary = select(SelectConfig(scores=run, out=out, keep="lowest:1.0", dedup=how), rows)
+    summary = select(SelectConfig(scores=run, by="ln_ches", out=out, keep="lowest:1.0", dedup=how), rows)
     kept = [int(r["row_id"][1:]) for r in lines(out / "pairs.jsonl")]
     assert kept == [i for i in range(20) if i != 7 and i not in gone]
     reasons = {"exact": {"repeats an earlier row": 1}, "none": {}}

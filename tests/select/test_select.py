@@ -186,7 +186,7 @@ def test_the_length_control_of_a_constant_score_goes_by_length_with_ties_shuffle
 
 def test_the_directory_holds_a_dataset_that_tells_how_it_was_chosen(run, tmp_path):
     out = tmp_path / "kept"
-    summary = select(SelectConfig(scores=run, out=out, keep="lowest:5"), source())
+    summary = select(SelectConfig(scores=run, by="ln_ches", out=out, keep="lowest:5"), source())
     names = {"pairs.jsonl", "kept_ids.txt", "dropped.jsonl", "selection.json", "README.md"}
     assert {p.name for p in out.iterdir()} == names
     assert {p.name for p in tmp_path.iterdir()} == {"run", "kept"}
@@ -214,7 +214,7 @@ def test_datasets_loads_the_directory(run, tmp_path):
     import datasets
 
     out = tmp_path / "kept"
-    select(SelectConfig(scores=run, out=out, keep="lowest:5"), source())
+    select(SelectConfig(scores=run, by="ln_ches", out=out, keep="lowest:5"), source())
     loaded = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"), split="train")
     assert list(loaded["row_id"]) == (out / "kept_ids.txt").read_text().split()
 
@@ -229,7 +229,7 @@ def test_the_rows_come_from_the_run_and_keep_their_identity(tmp_path):
     run = tmp_path / "run"
     write_part(run / "scores.parquet", columns(row_id=[r.row_id for r in rows]), {})
     (run / "run.json").write_text(json.dumps({"config": {"pairs": str(data)}}))
-    select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
+    select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept", keep="lowest:3"))
     again = list(open_pairs(str(tmp_path / "kept" / "pairs.jsonl")))
     ids = (tmp_path / "kept" / "kept_ids.txt").read_text().split()
     assert [row.row_id for row in again] == ids
@@ -245,13 +245,13 @@ def test_the_bundled_pairs_are_found_by_their_word(tmp_path):
     write_part(run / "scores.parquet", columns(row_id=ids), {})
     record = {"config": {"pairs": BUNDLED, "limit": N, "columns": {}}}
     (run / "run.json").write_text(json.dumps(record))
-    select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"))
+    select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept", keep="lowest:3"))
     assert set((tmp_path / "kept" / "kept_ids.txt").read_text().split()) <= set(ids)
 
 
 @pytest.mark.parametrize("control", ["none", "random", "length"])
 def test_controls_keep_as_many_and_the_same_seed_the_same_bytes(run, tmp_path, control):
-    config = {"scores": run, "keep": "quantile:0,0.3", "control": control, "seed": 5}
+    config = {"scores": run, "by": "ln_ches", "keep": "quantile:0,0.3", "control": control, "seed": 5}
     one = select(SelectConfig(out=tmp_path / "1", **config), source())
     select(SelectConfig(out=tmp_path / "2", **config), source())
     for path in (tmp_path / "1").iterdir():
@@ -277,7 +277,7 @@ def test_categories_are_counted(tmp_path):
     names = ["a|b", None] * (N // 2)
     write_part(tmp_path / "run" / "scores.parquet", columns(category=names), {})
     out = tmp_path / "kept"
-    summary = select(SelectConfig(scores=tmp_path / "run", out=out, keep="lowest:1.0"), source())
+    summary = select(SelectConfig(scores=tmp_path / "run", by="ln_ches", out=out, keep="lowest:1.0"), source())
     assert summary["categories"] == {
         "": {"scored": 9, "kept": 9},
         "a|b": {"scored": 10, "kept": 10},
@@ -290,11 +290,11 @@ def test_rows_dropped_when_scored_are_told_again(tmp_path):
     run = tmp_path / "run"
     write_part(run / "scores.parquet", short, {})
     with pytest.raises(RunError, match=r"changed since it was scored: row 4 \(row_id r4\)"):
-        select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
+        select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept"), source())
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     note = {"row_id": "r4", "index": 4, "reasons": ["empty_chosen", "x"], "detail": {}}
     (run / "dropped.jsonl").write_text(json.dumps(note) + "\n")
-    summary = select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
+    summary = select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept"), source())
     assert summary["source"]["dropped"]["dropped when scored"] == 1
     dropped = lines(tmp_path / "kept" / "dropped.jsonl")
     assert {"row_id": "r4", "index": 4, "reason": "dropped when scored: empty_chosen, x"} in dropped
@@ -311,43 +311,45 @@ def test_rows_dropped_when_scored_are_told_again(tmp_path):
 )
 def test_other_rows_than_those_scored_are_refused(run, tmp_path, rows, message):
     with pytest.raises(RunError, match=message):
-        select(SelectConfig(scores=run, out=tmp_path / "kept"), rows)
+        select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept"), rows)
     assert not (tmp_path / "kept").exists()
 
 
 def test_an_existing_directory_is_refused_unless_empty(run, tmp_path):
     out = tmp_path / "kept"
     out.mkdir()
-    select(SelectConfig(scores=run, out=out), source())
+    select(SelectConfig(scores=run, by="ln_ches", out=out), source())
     before = (out / "pairs.jsonl").read_bytes()
     with pytest.raises(RunError, match="not an empty directory"):
-        select(SelectConfig(scores=run, out=out, keep="highest:3"), source())
+        select(SelectConfig(scores=run, by="ln_ches", out=out, keep="highest:3"), source())
     assert (out / "pairs.jsonl").read_bytes() == before
 
 
 def test_nothing_to_keep_is_an_error(run, tmp_path):
     out = tmp_path / "kept"
     with pytest.raises(RunError, match="keeps none of 19 rows: ln_ches runs from"):
-        select(SelectConfig(scores=run, out=out, keep="below:-99"), source())
+        select(SelectConfig(scores=run, by="ln_ches", out=out, keep="below:-99"), source())
     write_part(tmp_path / "null", columns(3, ln_ches=[None] * 3, ches=[None] * 3), {})
     with pytest.raises(RunError, match="none of its 3 rows has the score"):
-        select(SelectConfig(scores=tmp_path / "null", out=out), source(3))
+        select(SelectConfig(scores=tmp_path / "null", by="ln_ches", out=out), source(3))
     write_part(tmp_path / "empty", columns(0), {})
     with pytest.raises(RunError, match="none of its 0 rows"):
-        select(SelectConfig(scores=tmp_path / "empty", out=out), [])
+        select(SelectConfig(scores=tmp_path / "empty", by="ln_ches", out=out), [])
     with pytest.raises(RunError, match="pass --pairs"):
-        select(SelectConfig(scores=run, out=out))
+        select(SelectConfig(scores=run, by="ln_ches", out=out))
     assert not out.exists()
 
 
 def test_one_row_and_constant_scores(tmp_path):
     write_part(tmp_path / "one", columns(1), {})
     for keep in ("lowest:0.05", "window:0.5,512", "quantile:0.2,0.8"):
-        config = SelectConfig(scores=tmp_path / "one", out=tmp_path / keep, keep=keep)
+        config = SelectConfig(scores=tmp_path / "one", by="ln_ches", out=tmp_path / keep, keep=keep)
         assert select(config, source(1))["counts"]["kept"] == 1
     write_part(tmp_path / "same", columns(ln_ches=[2.0] * N), {})
     for control in ("none", "random", "length"):
-        config = SelectConfig(scores=tmp_path / "same", out=tmp_path / control, keep="lowest:4", control=control)
+        config = SelectConfig(
+            scores=tmp_path / "same", by="ln_ches", out=tmp_path / control, keep="lowest:4", control=control
+        )
         assert select(config, source())["counts"]["kept"] == 4
 
 
@@ -372,9 +374,28 @@ class Odd:
 
 def test_odd_contents_become_json(tmp_path):
     write_part(tmp_path / "one", columns(1), {})
-    summary = select(SelectConfig(scores=tmp_path / "one", out=tmp_path / "kept"), [Odd()])
+    summary = select(SelectConfig(scores=tmp_path / "one", by="ln_ches", out=tmp_path / "kept"), [Odd()])
     (line,) = (tmp_path / "kept" / "pairs.jsonl").read_bytes().splitlines()
     kept = json.loads(line)
     assert kept["rejected"] == [1, 2] and kept["score"] is None and kept["count"] == 3
     assert kept["prompt"] == "line\u2028separator \x00 \ud800"
     assert summary["source"]["replaced_columns"] == ["ln_ches"]
+
+
+# --- the default -----------------------------------------------------------------------------------
+
+
+def test_without_influences_no_score_stands_in_for_them(run, tmp_path):
+    with pytest.raises(RunError, match=r"needs the column influence.*--by: of the filters.*influence \+1\.6.*ches"):
+        select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
+    assert not (tmp_path / "kept").exists()
+
+
+def test_influences_beside_scores_are_the_default(run, tmp_path):
+    values = {**columns(), "influence": [float(-i) for i in range(N)]}
+    write_part(run / "influence.parquet", {n: v for n, v in values.items() if "ches" not in n}, {})
+    summary = select(SelectConfig(scores=run, out=tmp_path / "kept", keep="lowest:3"), source())
+    assert [row["row_id"] for row in lines(tmp_path / "kept" / "pairs.jsonl")] == ["r17", "r18", "r19"]
+    assert summary["rule"]["by"] == "influence"
+    # and a score that is named is read where it is
+    assert select(SelectConfig(scores=run, out=tmp_path / "by", by="ches"), source())["rule"]["by"] == "ches"

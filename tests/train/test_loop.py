@@ -269,9 +269,9 @@ def test_supervised_training_is_cross_entropy_on_the_chosen_response(small, tmp_
     ]
     table = pq.read_table(tmp_path / f"{loss}1" / "displacement.parquet").to_pandas()
     start = table[(table.step == 0) & (table["set"] == "train")].reset_index()
-    mine = start.iloc[np.concatenate(Plan(12, 4, 1, 2, 0).update(0))]
-    unit = mine.chosen_tokens.sum() if loss == "sft" else len(mine)
-    assert logs[0][1]["loss"] == pytest.approx(-mine.logp_chosen.sum() / unit, rel=1e-5)
+    first_batch = start.iloc[np.concatenate(Plan(12, 4, 1, 2, 0).update(0))]
+    unit = first_batch.chosen_tokens.sum() if loss == "sft" else len(first_batch)
+    assert logs[0][1]["loss"] == pytest.approx(-first_batch.logp_chosen.sum() / unit, rel=1e-5)
     assert logs[1][1]["loss"] == pytest.approx(logs[0][1]["loss"], rel=1e-6)
     assert logs[0][2]["loss"] == pytest.approx(logs[1][2]["loss"], rel=1e-4)
     assert logs[0][-1]["displacement/dlogp_chosen"] > 0

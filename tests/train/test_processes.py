@@ -1,4 +1,4 @@
-"""Runs of two real processes: the numbers of one process, errors told by both, deaths that are noticed."""
+"""Runs of two real processes: the numbers of one process, errors reported by both, deaths that are noticed."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def free_port() -> int:
 def start(model, out, cache, count=2, devices=2, words=(), **options):
     """``ches train`` in ``count`` processes."""
     port = free_port()
-    given = {**SHARDED, "model": str(model), "out": str(out), **options}
-    flags = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    settings = {**SHARDED, "model": str(model), "out": str(out), **options}
+    flags = [w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -52,7 +52,7 @@ def start(model, out, cache, count=2, devices=2, words=(), **options):
 
 
 def finish(processes, seconds=400):
-    """Exit codes and what was told; nobody is left behind."""
+    """Exit codes and messages; nobody is left behind."""
     try:
         errors = [p.communicate(timeout=seconds) for p in processes]
     finally:

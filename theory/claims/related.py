@@ -277,7 +277,7 @@ def probability_space(draw: Draw) -> Array:
 @statistical(
     "E8",
     "after an early difference, a shared token is pushed down iff it is more probable after y+ (features 30% apart)",
-    "arXiv 2402.13228; the value is the share of tokens told wrongly",
+    "arXiv 2402.13228; the value is the share of tokens predicted wrongly",
     0.3,
 )
 @swept({"vocabulary": 8, "width": 6}, outcome_of=share)

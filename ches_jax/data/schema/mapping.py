@@ -284,7 +284,7 @@ def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
     if isinstance(prompt, str):
         if _DIALOGUE in prompt:
             raise DataError(
-                f"'{schema.system}' beside a prompt that is a whole dialogue: it cannot be told where it goes"
+                f"'{schema.system}' beside a prompt that is a whole dialogue: it is not clear where it belongs"
             )
         prompt = [{"role": "user", "content": prompt}]
     if prompt is None or not system or not are_turns(prompt):
@@ -302,8 +302,8 @@ def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
 
 def decoded_turns(value: Any) -> Any:
     """JSON text that holds turns, decoded; other text is text."""
-    found = decoded(value)
-    return found if found is not value and are_turns(turns(found)) else value
+    parsed = decoded(value)
+    return parsed if parsed is not value and are_turns(turns(parsed)) else value
 
 
 def _responses(schema: Schema, row: Mapping[str, Any]) -> list[Any] | None:

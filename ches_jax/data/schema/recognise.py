@@ -1,6 +1,6 @@
 """Which declaration fits a data set: a preset that has all its columns, or what names and values of columns say.
 
-Two readings that both fit are refused, with both and how to choose; a column that may matter and is not read is told.
+Two readings that both fit are refused, with both and how to choose; an unread column that may matter is reported.
 """
 
 import itertools
@@ -58,7 +58,7 @@ SIDES = (
 )
 """Words of the better and of the worse response, as columns are named."""
 PLACES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"), ("first", "second"))
-"""How two columns of responses are told apart."""
+"""How the names of two columns of responses differ."""
 _RESPONSE = frozenset(
     {
         "response",
@@ -154,8 +154,8 @@ def told_of_columns(schema: Schema | None, columns: Mapping[str, str], rows: Row
 
 def fits(schema: Schema, rows: Rows) -> bool:
     """Whether half of the rows at least can be read so."""
-    found = [members for _, members in grouped(schema, (("", row) for row in rows))]
-    return sum(_readable(schema, row) for row in found) * 2 >= max(len(found), 1)
+    groups = [members for _, members in grouped(schema, (("", row) for row in rows))]
+    return sum(_readable(schema, row) for row in groups) * 2 >= max(len(groups), 1)
 
 
 def _readable(schema: Schema, row: Mapping[str, Any]) -> bool:
@@ -168,8 +168,8 @@ def _readable(schema: Schema, row: Mapping[str, Any]) -> bool:
 
 
 def _preset(rows: Rows) -> Schema | None:
-    found = [p for p in PRESETS.values() if all(_has(rows, n) for n in p.columns) and fits(p.schema, rows)]
-    best = [p for p in found if not any(set(p.columns) < set(q.columns) for q in found)]
+    fitting = [p for p in PRESETS.values() if all(_has(rows, n) for n in p.columns) and fits(p.schema, rows)]
+    best = [p for p in fitting if not any(set(p.columns) < set(q.columns) for q in fitting)]
     if len(best) > 1:
         one, two = (p.schema for p in best[:2])
         raise _two_readings(
@@ -222,22 +222,22 @@ def _made(words: dict[str, Any], rows: Rows) -> Schema | None:
 
 
 def _prompt_words(rows: Rows, columns: Sequence[str], taken: Sequence[str], optional: bool) -> dict[str, str]:
-    found = [path for name in columns if _parts(name) and name not in taken for path in _prompt_path(rows, name)]
-    named = [p for p in found if p == "prompt"]
+    fitting = [path for name in columns if _parts(name) and name not in taken for path in _prompt_path(rows, name)]
+    named = [p for p in fitting if p == "prompt"]
     if named:
         return {"prompt": "prompt"}
-    if optional or not found:
+    if optional or not fitting:
         return {}
-    if set(found) == {"instruction", "input"}:
+    if set(fitting) == {"instruction", "input"}:
         return {"prompt": "instruction", "input": "input"}
-    different = [p for p in found if any(lookup(r, p) != lookup(r, found[0]) for r in rows)]
+    different = [p for p in fitting if any(lookup(r, p) != lookup(r, fitting[0]) for r in rows)]
     if different:
         raise _two_readings(
-            f"the prompt is in '{found[0]}'",
+            f"the prompt is in '{fitting[0]}'",
             f"it is in '{different[0]}'",
-            f"--columns prompt={found[0]} ... or --columns prompt={different[0]} ...",
+            f"--columns prompt={fitting[0]} ... or --columns prompt={different[0]} ...",
         )
-    return {"prompt": found[0]}
+    return {"prompt": fitting[0]}
 
 
 def _prompt_path(rows: Rows, name: str) -> Iterator[str]:
@@ -260,26 +260,26 @@ def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
     """The declaration with the column of a system text, where there is one that says something."""
     if schema.system:
         return schema
-    found = [n for n in columns if n.lower() in SYSTEM and n not in schema.reads]
-    found = [n for n in found if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
-    found = [n for n in found if not all(_in_prompt(schema, r, r.get(n)) for r in rows)]
-    if len(found) > 1:
+    fitting = [n for n in columns if n.lower() in SYSTEM and n not in schema.reads]
+    fitting = [n for n in fitting if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
+    fitting = [n for n in fitting if not all(_in_prompt(schema, r, r.get(n)) for r in rows)]
+    if len(fitting) > 1:
         raise _two_readings(
-            f"the system text is in '{found[0]}'",
-            f"it is in '{found[1]}'",
-            f"--columns system={found[0]} ... or --columns system={found[1]} ...",
+            f"the system text is in '{fitting[0]}'",
+            f"it is in '{fitting[1]}'",
+            f"--columns system={fitting[0]} ... or --columns system={fitting[1]} ...",
         )
-    if not found:
+    if not fitting:
         return schema
     prompt = schema.prompt if schema != PLAIN or _has(rows, "prompt") else ""
-    return replace(schema, name=f"{schema.name} with {found[0]}", system=found[0], prompt=prompt)
+    return replace(schema, name=f"{schema.name} with {fitting[0]}", system=fitting[0], prompt=prompt)
 
 
 # --- the responses ---
 
 
 def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
-    found = [
+    fitting = [
         (one, two)
         for words in SIDES
         for one, two in _families(columns, words)
@@ -287,12 +287,12 @@ def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
         and _are_responses(rows, two, several=True)
         and (len(words[0]) > 1 or STEM & {*_parts(one)})
     ]
-    exact = [pair for pair in found if pair in SIDES]
-    return _only(exact or found)
+    exact = [pair for pair in fitting if pair in SIDES]
+    return _only(exact or fitting)
 
 
 def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
-    found = [
+    fitting = [
         (one, two)
         for words in PLACES
         for one, two in _families(columns, words)
@@ -301,7 +301,7 @@ def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
         and _are_responses(rows, one)
         and _are_responses(rows, two)
     ]
-    return _only(found)
+    return _only(fitting)
 
 
 def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -314,15 +314,15 @@ def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[
                 yield one, two
 
 
-def _only(found: list[tuple[str, str]]) -> tuple[str, str] | None:
-    if len(found) > 1:
-        (a, b), (c, d) = found[:2]
+def _only(fitting: list[tuple[str, str]]) -> tuple[str, str] | None:
+    if len(fitting) > 1:
+        (a, b), (c, d) = fitting[:2]
         raise _two_readings(
             f"the responses are in {a} and {b}",
             f"they are in {c} and {d}",
             f"--columns responses={a},{b} ... or --columns responses={c},{d} ...",
         )
-    return found[0] if found else None
+    return fitting[0] if fitting else None
 
 
 def _are_responses(rows: Rows, name: str, several: bool = False) -> bool:
@@ -336,24 +336,24 @@ def _are_responses(rows: Rows, name: str, several: bool = False) -> bool:
 
 def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
     """The column that lists the responses, with the key of their text where they are objects."""
-    found: list[str] = []
+    fitting: list[str] = []
     for name in columns:
         values = [v for row in rows if isinstance(v := turns(decoded(row.get(name))), list) and v]
         if not STEM & {*_parts(name)} or not values or {"model", "models", "correct", "incorrect"} & {*_parts(name)}:
             continue
         members = list(itertools.chain.from_iterable(values))
         if all(isinstance(m, str) or (isinstance(m, list) and are_turns(m)) for m in members):
-            found.append(name)
+            fitting.append(name)
         elif all(isinstance(m, Mapping) and "role" not in m for m in members):
             keys = [k for k in _TEXT_OF if all(isinstance(m.get(k), str) for m in members)]
-            found += [f"{name}.{k}" for k in keys[:1]]
-    if len(found) > 1:
+            fitting += [f"{name}.{k}" for k in keys[:1]]
+    if len(fitting) > 1:
         raise _two_readings(
-            f"the responses are in '{found[0]}'",
-            f"they are in '{found[1]}'",
-            f"--columns responses={found[0]} ... or --columns responses={found[1]} ...",
+            f"the responses are in '{fitting[0]}'",
+            f"they are in '{fitting[1]}'",
+            f"--columns responses={fitting[0]} ... or --columns responses={fitting[1]} ...",
         )
-    return found[0] if found else None
+    return fitting[0] if fitting else None
 
 
 def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
@@ -385,28 +385,28 @@ def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
 def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str]) -> dict[str, Any]:
     """The words that say which of two columns is better."""
     rest = [n for n in columns if n not in sides]
-    found = [
+    fitting = [
         {"winners": list(pair), **({"tie": tie[0]} if (tie := [n for n in rest if _parts(n)[-1:] == ["tie"]]) else {})}
         for pair in _placed(rest, sides)
         if (WINNER | {"is", "wins"}) & {*_parts(pair[0])}
         and not RANK & {*_parts(pair[0])}
         and all(_flags(rows, n) for n in pair)
     ]
-    if not found:
+    if not fitting:
         labels = [n for n in rest if WINNER & {*_parts(n)} and _one_cell(rows, n)]
         labels = [n for n in labels if not (SCORE | RANK) & {*_parts(n)}]
-        found = [{"winner": n, "order": _order(rows, n, sides)} for n in labels]
+        fitting = [{"winner": n, "order": _order(rows, n, sides)} for n in labels]
     numbers = [
         {_score_or_rank(rows, *pair): list(pair)}
         for pair in _placed(rest, sides)
         if (SCORE | RANK) & {*_parts(pair[0])} and all(_numbers(rows, n) for n in pair)
     ]
-    found += [n for n in numbers if not (found and _agree(rows, sides, found[0], n))]
-    return _one_preference(found, " and ".join(sides), columns)
+    fitting += [n for n in numbers if not (fitting and _agree(rows, sides, fitting[0], n))]
+    return _one_preference(fitting, " and ".join(sides), columns)
 
 
 def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Pairs of columns that are told apart as the responses are."""
+    """Pairs of columns whose names differ as those of the responses do."""
     for words in PLACES:
         if any(True for _ in _families(sides, words)):
             yield from _families(columns, words)
@@ -422,24 +422,24 @@ def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[s
         n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if (SCORE | RANK) & {*_parts(n.split(".")[-1])}
     ]
     numbers = [n for n in numbers if all(isinstance(decoded(lookup(r, n)), list) for r in rows if lookup(r, listed))]
-    found: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
+    fitting: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
     labels = [
         n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
     ]
-    found += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
-    return _one_preference(found, listed, columns)
+    fitting += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
+    return _one_preference(fitting, listed, columns)
 
 
-def _one_preference(found: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
-    if len(found) > 1:
-        one, two = (_described(f) for f in found[:2])
+def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
+    if len(fitting) > 1:
+        one, two = (_described(f) for f in fitting[:2])
         raise _two_readings(f"{one} says which response is better", f"{two} does", f"--columns {one} ... or {two} ...")
-    if not found:
+    if not fitting:
         raise DataError(
             f"responses in {responses}, but no column says which is better; found: {', '.join(columns)}; name it with "
             "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=... (docs/data.md)"
         )
-    return found[0]
+    return fitting[0]
 
 
 def _described(words: Mapping[str, Any]) -> str:

@@ -74,12 +74,12 @@ def number(name: str, value: Any) -> float:
       DataError: it is none.
     """
     try:
-        found = float(value) if isinstance(value, int | float | str) else math.nan
+        parsed = float(value) if isinstance(value, int | float | str) else math.nan
     except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+        parsed = math.nan
+    if not math.isfinite(parsed):
         raise DataError(f"'{name}' is {kind(value)}; expected a finite number")
-    return found
+    return parsed
 
 
 def word(value: Any) -> str:

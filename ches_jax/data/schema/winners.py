@@ -66,7 +66,7 @@ def of_winners(names: Sequence[str], values: Sequence[Any], tie: Any) -> list[fl
     """Numbers from one column for each response, which says whether it is the better one.
 
     Raises:
-      DataError: several are said to win, or none and no tie is told.
+      DataError: several are said to win, or none and no column says that it is a tie.
     """
     flags = [_flag(name, value) for name, value in zip(names, values, strict=True)]
     tied = tie is not None and _flag("tie", tie)

@@ -69,7 +69,7 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     if logs:
         return logs[0][1]
     if len(others) == 1:
-        return others[0]  # what it lacks is told where its metrics are read
+        return others[0]  # what it lacks is reported where its metrics are read
     looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files"
     more = "".join(f"\n  {problem}" for problem in problems[:5])
     raise ChesError(f"{path}: no log with rewards of chosen and rejected responses in it (looked for {looked}){more}")

@@ -25,8 +25,7 @@ def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
     Raises:
       ChesError: none of these; cut off in the middle.
     """
-    found = _entries(path, text)
-    entries, kind, notes = found
+    entries, kind, notes = _entries(path, text)
     settings = next((e["config"] for e in entries if isinstance(e.get("config"), Mapping)), {})
     return log_of(f"{path} ({kind})", entries, held_out=held_out, settings=settings, notes=notes)
 
@@ -60,7 +59,7 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
     if objects:
         bad = next(i for i, e in enumerate(parsed) if not isinstance(e, Mapping))
         raise ChesError(f"{path}: entry {bad + 1} of {len(lines)} is no JSON object; is the file damaged?")
-    printed = [e for found in PRINTED.findall(text) if (e := _printed(found)) is not None]
+    printed = [e for printed_dict in PRINTED.findall(text) if (e := _printed(printed_dict)) is not None]
     if printed:
         return printed, "printed entries", ()
     raise ChesError(f"{path}: neither JSON, nor CSV, nor printed entries of a trainer")

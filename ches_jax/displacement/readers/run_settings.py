@@ -43,9 +43,9 @@ def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings
 
     Two files of one folder that tell different values tell nothing.
     """
-    for found in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
-        betas = {v: where for where, settings in found if (v := _number(settings, BETA)) is not None}
-        losses = {v: where for where, settings in found if (v := _word(settings, LOSS)) is not None}
+    for settings_of in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
+        betas = {v: where for where, settings in settings_of if (v := _number(settings, BETA)) is not None}
+        losses = {v: where for where, settings in settings_of if (v := _word(settings, LOSS)) is not None}
         if len(betas) == 1 or losses:
             beta, where = next(iter(betas.items())) if len(betas) == 1 else (None, "")
             return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None)

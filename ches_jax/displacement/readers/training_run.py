@@ -43,14 +43,14 @@ def changes_of_table(table: pa.Table, source: str) -> Changes:
     if last == 0:
         raise RunError(f"{source}: holds step 0 only; there is no change to judge yet")
     present = [name for name in SETS if ((step == last) & (sets == name)).any()]
-    found = [_of_set(table, source, name, step, sets, last) for name in present]
-    found = [changes for changes in found if changes is not None]
-    if not found:
+    of_sets = [_of_set(table, source, name, step, sets, last) for name in present]
+    of_sets = [changes for changes in of_sets if changes is not None]
+    if not of_sets:
         raise RunError(
             f"{source}: trained on single responses, of which no two make a pair; displacement/* in metrics.jsonl has "
             "the changes of good and of bad ones"
         )
-    first, *others = found
+    first, *others = of_sets
     return Changes(**{**vars(first), "beside": others[0] if others else None})
 
 

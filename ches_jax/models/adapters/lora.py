@@ -21,15 +21,16 @@ from jax.typing import DTypeLike
 
 from ches_jax.errors import ChesError
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import Decoder, named_parameters
+from ches_jax.models.decoder import Decoder, abstract_parameters, named_parameters
 from ches_jax.models.precision import accumulate
+from ches_jax.models.stacks import below_stack
 
 ALL_LINEAR = "all-linear"
 TARGETS = {
-    **{name: f"layers.self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
-    **{name: f"layers.mlp.{name}_proj" for name in ("gate", "up", "down")},
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
-"""The matrices that can be adapted, by their short names."""
+"""The matrices of a layer that can be adapted, by their short names."""
 
 
 class LowRank(NamedTuple):
@@ -58,7 +59,7 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     """
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ChesError(f"LoRA of rank {rank} and alpha {alpha}: expected positive numbers")
-    known = {name: path for name, path in TARGETS.items() if name != "gate" or config.gated_mlp}
+    known = adaptable(config)
     names = list(known) if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -67,19 +68,28 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
             f"names of {', '.join(known)} with commas between them"
         )
     scale = alpha / (math.sqrt(rank) if rslora else rank)
-    return {known[name]: LowRank(rank, scale) for name in dict.fromkeys(names)}
+    return {module: LowRank(rank, scale) for name in dict.fromkeys(names) for module in known[name]}
+
+
+def adaptable(config: DecoderConfig) -> dict[str, list[str]]:
+    """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it."""
+    shorts = {f"{path}.weight": short for short, path in TARGETS.items()}
+    found: dict[str, list[str]] = {short: [] for short in TARGETS}
+    for param in abstract_parameters(config):
+        if (short := shorts.get(below_stack(param) or "")) is not None:
+            found[short].append(param.removesuffix(".weight"))
+    return {short: modules for short, modules in found.items() if modules}
 
 
 def adapted(model: Decoder, spec: Spec, dtype: DTypeLike = "float32") -> Decoder:
     """``model`` (fresh, its parameters arrays or shapes) with shapes of adapters of ``dtype`` added in place."""
-    layers = model.config.num_layers
     for name, (rank, scale) in spec.items():
         module: Any = model
         for part in name.split("."):
             module = getattr(module, part)
-        outputs, inputs = module.weight.get_value().shape[1:]
-        module.lora_a = nnx.Param(jax.ShapeDtypeStruct((layers, rank, inputs), jnp.dtype(dtype)))
-        module.lora_b = nnx.Param(jax.ShapeDtypeStruct((layers, outputs, rank), jnp.dtype(dtype)))
+        *lead, outputs, inputs = module.weight.get_value().shape
+        module.lora_a = nnx.Param(jax.ShapeDtypeStruct((*lead, rank, inputs), jnp.dtype(dtype)))
+        module.lora_b = nnx.Param(jax.ShapeDtypeStruct((*lead, outputs, rank), jnp.dtype(dtype)))
         module.lora_scale = scale
     return model
 
@@ -111,7 +121,7 @@ def initial_adapters(shapes: Mapping[str, Any], seed: int | Iterable[int]) -> di
 def _merge(weight: Any, a: Any, b: Any, scale: float) -> Any:
     """``W + s B A`` of every layer, added up in float32 at least, in W's dtype."""
     acc = max((accumulate(x.dtype) for x in (weight, a, b)), key=lambda dtype: dtype.itemsize)
-    change = jnp.einsum("lor,lri->loi", b.astype(acc), a.astype(acc), precision=lax.Precision.HIGHEST)
+    change = jnp.einsum("...or,...ri->...oi", b.astype(acc), a.astype(acc), precision=lax.Precision.HIGHEST)
     return (weight.astype(acc) + scale * change).astype(weight.dtype)
 
 

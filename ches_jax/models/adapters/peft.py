@@ -28,13 +28,17 @@ from safetensors.numpy import save_file
 from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import fingerprint_of, read_json, resolve
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
-from ches_jax.models.adapters.lora import TARGETS, LowRank, Spec, adapted, merged
+from ches_jax.hf.text_part import INSIDE, OTHER, Parts
+from ches_jax.models.adapters.lora import LowRank, Spec, adaptable, adapted, merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
+from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.models.sharding import placement
+from ches_jax.models.stacks import layers_of
+from ches_jax.notices import notice
 from ches_jax.runs.files import new_directory
 
 CONFIG = "adapter_config.json"
@@ -109,15 +113,22 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         raise CheckpointError(many(str(directory), problems))
     tensors = open_files(directory, [directory / WEIGHTS])
     sites = _sites(base)
-    owners = {rule.tensor_name(n).removesuffix(".weight"): rule for rule in sites.rules for n in range(sites.layers)}
+    left_out: dict[str, str] = {}
+    owners = {module: rule for rule in sites.rules for module in sites.stored(rule).values()}
     strength = _Strengths(raw, directory)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
-        if match is None or match["module"] not in owners:
+        # an adapter of a multimodal model may reach its towers too, which text never passes
+        if match and (other := OTHER.match(match["module"])):
+            left_out[name] = other["part"]
+            continue
+        # one that was made over a multimodal model names the text model inside it
+        module = match and next((m for m in _below_wrapper(match["module"]) if m in owners), None)
+        if match is None or module is None:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
-            modules.setdefault(match["module"], {})[match["part"]] = tensor
+            modules.setdefault(module, {})[match["part"]] = tensor
     for module, two in modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
@@ -125,7 +136,19 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
             problems += _misfits(module, two, strength(module).rank, *sites.size(owners[module]))
     if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
+    if said := Parts({}, left_out).left_out():
+        notice(f"{directory}: {said}")
     return _stacked(strength, modules, sites)
+
+
+def _below_wrapper(module: str) -> tuple[str, str]:
+    """Names that a module of a multimodal model may have in the text model alone.
+
+    >>> _below_wrapper("model.language_model.layers.0.mlp.up_proj")
+    ('layers.0.mlp.up_proj', 'model.layers.0.mlp.up_proj')
+    """
+    inner = INSIDE.sub("", module)
+    return inner, f"model.{inner}"
 
 
 def load_adapted(
@@ -285,19 +308,19 @@ def _stacked(strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str
     spec: dict[str, LowRank] = {}
     arrays: dict[str, np.ndarray] = {}
     for rule in sites.rules:
-        modules = {n: rule.tensor_name(n).removesuffix(".weight") for n in range(sites.layers)}
-        strengths = {n: strength(module) for n, module in modules.items() if module in parts}
+        modules = sites.stored(rule)
+        strengths = {at: strength(module) for at, module in modules.items() if module in parts}
         if not strengths:
             continue
         common = next(iter(strengths.values())).scale
-        outputs, inputs = sites.shapes[rule.param][1:]
+        *lead, outputs, inputs = sites.shapes[rule.param]
         rank = max(s.rank for s in strengths.values())
-        a = np.zeros((sites.layers, rank, inputs), np.float32)
-        b = np.zeros((sites.layers, outputs, rank), np.float32)
+        a = np.zeros((*lead, rank, inputs), np.float32)
+        b = np.zeros((*lead, outputs, rank), np.float32)
         rows, _ = rule.view.outputs(outputs)
-        for n, (r, scale) in strengths.items():
-            a[n, :r] = parts[modules[n]]["A"].read().astype(np.float32)
-            b[n, :, :r] = parts[modules[n]]["B"].read()[rows].astype(np.float64) * (scale / common)
+        for at, (r, scale) in strengths.items():
+            a[at][:r] = parts[modules[at]]["A"].read().astype(np.float32)
+            b[at][:, :r] = parts[modules[at]]["B"].read()[rows].astype(np.float64) * (scale / common)
         name = rule.param.removesuffix(".weight")
         spec[name] = LowRank(rank, common)
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
@@ -318,20 +341,19 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
       The fingerprint of the written files.
     """
     sites = _sites(base)
-    groups: dict[str, list[Rule]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[Rule]] = {}
     for rule in sites.rules:
         if rule.param.removesuffix(".weight") in spec:
-            groups.setdefault(rule.tensor, []).append(rule)
+            groups.setdefault((rule.tensor, tuple(sites.stored(rule).values())), []).append(rule)
     tensors: dict[str, np.ndarray] = {}
     strengths: dict[str, LowRank] = {}
-    for tensor, group in groups.items():
+    for (tensor, _), group in groups.items():
         scale = spec[group[0].param.removesuffix(".weight")].scale
         rank = sum(spec[rule.param.removesuffix(".weight")].rank for rule in group)
         strengths[_below_layer(tensor)] = LowRank(rank, scale)
-        for layer in range(sites.layers):
-            module = PREFIX + group[0].tensor_name(layer).removesuffix(".weight")
-            a, b = _fused(group, arrays, spec, scale, layer)
-            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        for at, module in sites.stored(group[0]).items():
+            a, b = _fused(group, arrays, spec, scale, at)
+            tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
     config = _config(strengths, sites.modules, name or str(base))
     config["fan_in_fan_out"] = any(isinstance(rule.view, TransposedSlice) for rule in sites.rules)
     with new_directory(out, CheckpointError) as directory:
@@ -341,13 +363,13 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
 
 
 def _fused(
-    group: list[Rule], arrays: Mapping[str, Any], spec: Spec, scale: float, layer: int
+    group: list[Rule], arrays: Mapping[str, Any], spec: Spec, scale: float, at: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of one stored module from the adapters of the matrices in it."""
+    """A and B of the stored module at index ``at`` of the stack from the adapters of the matrices in it."""
     downs, ups = [], []
     for rule in group:
         name = rule.param.removesuffix(".weight")
-        a, b = (np.asarray(arrays[f"{name}.lora_{part}"][layer], np.float32) for part in "ab")
+        a, b = (np.asarray(arrays[f"{name}.lora_{part}"][at], np.float32) for part in "ab")
         rows, total = rule.view.outputs(len(b))
         up = np.zeros((total, b.shape[1]), np.float32)
         up[rows] = b if spec[name].scale == scale else b * np.float32(spec[name].scale / scale)
@@ -406,7 +428,12 @@ class _Sites:
 
     rules: list[Rule]
     shapes: dict[str, tuple[int, ...]]
-    layers: int
+    config: DecoderConfig
+
+    def stored(self, rule: Rule) -> dict[tuple[int, ...], str]:
+        """The stored modules that hold a matrix, by index in its stack."""
+        names = rule.names(self.shapes[rule.param], layers_of(self.config, rule.param))
+        return {at: name.removesuffix(".weight") for at, name in names.items()}
 
     @property
     def modules(self) -> list[str]:
@@ -415,7 +442,7 @@ class _Sites:
 
     def size(self, rule: Rule) -> tuple[int, int]:
         """Inputs and outputs of the stored module that holds a matrix."""
-        outputs, inputs = self.shapes[rule.param][1:]
+        outputs, inputs = self.shapes[rule.param][-2:]
         return inputs, rule.view.outputs(outputs)[1]
 
 
@@ -423,6 +450,6 @@ def _sites(base: Path) -> _Sites:
     raw = effective_config(base)
     config = decoder_config(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    adaptable = {f"{path}.weight" for path in TARGETS.values()}
-    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in adaptable]
-    return _Sites(rules, shapes, config.num_layers)
+    sites = {f"{module}.weight" for modules in adaptable(config).values() for module in modules}
+    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in sites]
+    return _Sites(rules, shapes, config)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,20 @@ from jax.typing import DTypeLike
 from ches_jax.distributed.mesh import LogicalMesh, make_mesh
 from ches_jax.errors import CheckpointError, ChesError, many
 from ches_jax.hf.directory import resolve
-from ches_jax.hf.tensors import DTYPES, Tensor, all_finite, open_tensors
-from ches_jax.models.checkpoint.stored_names import as_expected, effective_config, foreign_prefix, table_ends
+from ches_jax.hf.tensors import DTYPES, Tensor, all_finite
+from ches_jax.models.checkpoint.stored_names import (
+    as_expected,
+    effective_config,
+    foreign_prefix,
+    model_tensors,
+    table_ends,
+)
 from ches_jax.models.checkpoint.tensor_map import Rule, resolved
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.models.sharding import placement
+from ches_jax.models.stacks import layers_of
 
 NOT_TIED = (
     ": {other!r} is stored alone, and config.json does not tie the two (tie_word_embeddings). Read as tied, they would "
@@ -55,7 +63,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     raw = effective_config(directory)
     config = decoder_config(raw, str(directory))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, open_tensors(directory))
+    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, model_tensors(directory))
     return Checkpoint(directory, config, tensors, table)
 
 
@@ -151,8 +159,7 @@ def _checked_table(
     """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
     table = {rule.param: rule for rule in family.name_rules(shapes, config)}
     embedding, head = table_ends(family, config)
-    layers = range(config.num_layers)
-    names = [r.tensor_name(layer) for r in table.values() for layer in (layers if r.stacked else (0,))]
+    names = [name for p, r in table.items() for name in r.names(shapes[p], layers_of(config, p)).values()]
     tensors, problems = as_expected(stored, embedding, head, names)
     if config.tie_embeddings and embedding not in tensors and head in tensors:
         # tied both ways: the one that is stored serves as both
@@ -166,9 +173,8 @@ def _checked_table(
     used: Counter[str] = Counter()
     for param, shape in shapes.items():
         rule = table[param]
-        per_layer = shape[1:] if rule.stacked else shape
-        for layer in range(config.num_layers if rule.stacked else 1):
-            name = rule.tensor_name(layer)
+        part = shape[rule.lead :]
+        for name in rule.names(shape, layers_of(config, param)).values():
             used[name] += 1
             if name not in tensors:
                 alone = {"lm_head.weight": embedding, "embed_tokens.weight": head}.get(param)
@@ -176,10 +182,15 @@ def _checked_table(
                     f"tensor {name!r} is missing (for parameter {param})"
                     + (f"{NOT_TIED.format(other=alone)}" if alone in tensors and not config.tie_embeddings else "")
                 )
-            elif tensors[name].shape != rule.view.tensor_shape(per_layer):
+            elif tensors[name].dtype not in DTYPES.values():
+                problems.append(
+                    f"tensor {name!r} is stored as {tensors[name].dtype}, and config.json has no 'quantization_config' "
+                    f"that says what it means; expected one of {', '.join(DTYPES.values())}"
+                )
+            elif tensors[name].shape != rule.view.tensor_shape(part):
                 problems.append(
                     f"tensor {name!r} has shape {tensors[name].shape}; config.json asks for "
-                    f"{rule.view.tensor_shape(per_layer)}"
+                    f"{rule.view.tensor_shape(part)}"
                 )
     # a tied head may be stored beside the embedding it repeats
     tied = {head} if config.tie_embeddings else set()
@@ -197,9 +208,9 @@ def _read(
     opened: Checkpoint, rule: Rule, shape: tuple[int, ...], dtype: np.dtype | None, sharding: Sharding, bad: set[str]
 ) -> jax.Array:
     """One parameter as a device array; each shard reads only its own slice. Names of NaN tensors go to ``bad``."""
-    names = [rule.tensor_name(layer) for layer in range(opened.config.num_layers if rule.stacked else 1)]
-    tensors = [opened.tensors[n] for n in names]
-    stored = {t.dtype for t in tensors}
+    names = rule.names(shape, layers_of(opened.config, rule.param))
+    tensors = {index: opened.tensors[name] for index, name in names.items()}
+    stored = {t.dtype for t in tensors.values()}
     kept = dtype or _common_dtype(stored)
 
     def fill(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -214,12 +225,14 @@ def _read(
     def shard(index: Any) -> np.ndarray:
         index = resolved(index, shape)
         out = _aligned([s.stop - s.start for s in index], kept)
-        if not rule.stacked:
-            fill(tensors[0], index, out)
+        lead, rest = index[: rule.lead], index[rule.lead :]
+        if not lead:
+            fill(tensors[()], rest, out)
             return out
-        selected = tensors[index[0].start : index[0].stop]
+        selected = list(product(*(range(s.start, s.stop) for s in lead)))
+        places = [tuple(i - s.start for i, s in zip(at, lead, strict=True)) for at in selected]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(fill, selected, [index[1:]] * len(selected), out))
+            list(pool.map(lambda at, place: fill(tensors[at], rest, out[place]), selected, places))
         return out
 
     if isinstance(sharding, NamedSharding):

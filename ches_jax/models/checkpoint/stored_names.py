@@ -1,8 +1,8 @@
-"""What a directory's tensor names say beyond its config: the prefix they were saved with, and whether the head is tied.
+"""What a directory's tensors say beyond its config: which are the text model's, their prefix, whether the head is tied.
 
-Both as transformers reads them: each name may have or lack the name of the model below its head (``model.``,
+As transformers reads them: each name may have or lack the name of the model below its head (``model.``,
 ``transformer.``), and a head that is stored beside the embedding with other values is a head of its own, whatever
-``config.json`` says.
+``config.json`` says. Of a multimodal directory it is the text model that is read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,28 +12,28 @@ from typing import Any
 
 from ches_jax.hf.directory import read_config
 from ches_jax.hf.tensors import Tensor, open_tensors, same_values
+from ches_jax.hf.text_part import TIED, text_config, text_tensors
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.notices import notice
 
-TIED = "tie_word_embeddings"
 HEADS = {"lm_head.weight": "embed_out.weight"}
 """The head's name in transformers 5 -> the one that GPT-NeoX files had and have."""
 
 
 def effective_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory, its head untied where the weights have another one.
+    """``config.json`` of a model directory (the text model's), its head untied where the weights have another one.
 
     Raises:
       CheckpointError: a config or weight files that cannot be read.
     """
-    raw = read_config(directory)
+    raw = text_config(read_config(directory), str(directory))
     config = decoder_config(raw, str(directory))
     if not config.tie_embeddings:
         return raw
     family = family_of(raw, str(directory))
     embedding, head = table_ends(family, config)
-    stored, _ = as_expected(open_tensors(directory), embedding, head)
+    stored, _ = as_expected(model_tensors(directory), embedding, head)
     if embedding not in stored or head not in stored or _same(stored[embedding], stored[head]):
         return raw
     notice(
@@ -41,6 +41,18 @@ def effective_config(directory: Path) -> dict[str, Any]:
         f"{stored[embedding].name!r} are both stored and differ: they are not tied, as in transformers"
     )
     return raw | {TIED: False}
+
+
+def model_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of the text model under its own names; those of other parts are left out, which is said once.
+
+    Raises:
+      CheckpointError: weight files that cannot be read, or that hold no text model.
+    """
+    tensors, parts = text_tensors(open_tensors(directory), str(directory))
+    if left_out := parts.left_out():
+        notice(f"{directory}: {left_out}")
+    return tensors
 
 
 def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:

@@ -4,12 +4,13 @@ A rule names a parameter (``layers.self_attn.q_proj.weight``, without the layer 
 (``model.layers.{layer}.self_attn.q_proj.weight``) and a *view*: the part of the tensor, in the parameter's orientation.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ches_jax.hf.tensors import Index, Tensor
+from ches_jax.models.stacks import below_stack
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ WHOLE = Whole()
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter, one tensor (per layer), one view."""
+    """One parameter, one tensor (for each layer of its stack, and each expert where the name says so), one view."""
 
     param: str
     tensor: str
@@ -144,11 +145,35 @@ class Rule:
     @property
     def stacked(self) -> bool:
         """Whether the parameter belongs to the layers (and has the layer axis in front)."""
-        return self.param.startswith("layers.")
+        return below_stack(self.param) is not None
 
-    def tensor_name(self, layer: int) -> str:
-        """The stored name for ``layer`` (any number for parameters outside the layers)."""
-        return self.tensor.format(layer=layer)
+    @property
+    def by_expert(self) -> bool:
+        """Whether each expert has a tensor of its own (and the parameter the expert axis next)."""
+        return "{expert}" in self.tensor
+
+    @property
+    def lead(self) -> int:
+        """Axes in front of the parameter along which there is a tensor for each index."""
+        return int(self.stacked) + int(self.by_expert)
+
+    def tensor_name(self, layer: int, expert: int = 0) -> str:
+        """The stored name for a layer of the model and an expert (any number where the name has none)."""
+        return self.tensor.format(layer=layer, expert=expert)
+
+    def names(self, shape: tuple[int, ...], layers: Sequence[int]) -> dict[tuple[int, ...], str]:
+        """The stored tensors by their indices along the leading axes, for a parameter of ``shape`` of these layers.
+
+        >>> Rule("layers.mlp.experts.up_proj.weight", "l{layer}.e{expert}").names((1, 2, 7, 5), [4])
+        {(0, 0): 'l4.e0', (0, 1): 'l4.e1'}
+        """
+        experts = range(shape[self.lead - 1]) if self.by_expert else (0,)
+        out = {}
+        for at, layer in enumerate(layers if self.stacked else (0,)):
+            for expert in experts:
+                index = ((at,) if self.stacked else ()) + ((expert,) if self.by_expert else ())
+                out[index] = self.tensor_name(layer, expert)
+        return out
 
 
 def rules(
@@ -170,13 +195,13 @@ def rules(
     """
     table = []
     for param in params:
-        module, leaf = param.rsplit(".", 1)
-        inner = module.removeprefix("layers.")
-        if inner != module:
-            tensor = f"{prefix}{layers}.{{layer}}.{names[inner]}.{leaf}"
-        else:
+        inner = below_stack(param)
+        module, leaf = (inner or param).rsplit(".", 1)
+        if inner is None:
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
-        table.append(Rule(param, tensor, (views or {}).get(f"{inner}.{leaf}", WHOLE)))
+        else:
+            tensor = f"{prefix}{layers}.{{layer}}.{names[module]}.{leaf}"
+        table.append(Rule(param, tensor, (views or {}).get(f"{module}.{leaf}", WHOLE)))
     return table
 
 

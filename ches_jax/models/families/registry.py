@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
 from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.text_part import text_config
 from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
@@ -51,22 +52,22 @@ FAMILIES = _by_type(gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo,
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
-    """The family of a config, or a CheckpointError that says what it is instead and what to do."""
-    reason = unsupported_reason(raw, FAMILIES)
-    if reason:
+    """The family of a config (of its text model), or a CheckpointError that says what it is instead and what to do."""
+    inner = text_config(raw, where)
+    if reason := unsupported_reason(raw, inner, FAMILIES):
         raise CheckpointError(f"{where}: {reason}")
-    return FAMILIES[raw["model_type"]]
+    return FAMILIES[inner["model_type"]]
 
 
 def decoder_config(raw: dict[str, Any], where: str = "config.json") -> DecoderConfig:
-    """The decoder a Hugging Face config describes.
+    """The decoder a Hugging Face config describes; of a multimodal one, the text model.
 
     Raises:
       CheckpointError: an unknown family, a missing key, a key that is not handled, sizes that do not fit together. All
         in one message.
     """
     family = family_of(raw, where)
-    reader = ConfigReader(raw)
+    reader = ConfigReader(text_config(raw, where))
     config = family.read_config(reader)
     problems = reader.finish()
     if not problems:

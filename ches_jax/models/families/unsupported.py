@@ -1,13 +1,23 @@
 """Checkpoints that are not a dense decoder of a supported family, by name, and what to do with them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ches_jax.hf.text_part import TEXT
 
 GIVE_DENSE = "give a dense decoder-only model ({supported})"
 MIXTURE = f"a mixture of experts, whose routing this decoder does not have; {GIVE_DENSE}"
 MULTIMODAL = (
-    "a multimodal model; give its text part as a model of its own (load it with transformers, then save_pretrained of "
-    "the language model with its head)"
+    "a multimodal model without a 'text_config' in its config.json that says what its text model is; give one that has "
+    "it, around a text model of a supported type ({supported})"
+)
+OTHER_TEXT = (
+    "a multimodal model around a text model of type {type!r}, which is not supported; give one whose text model is "
+    "({supported})"
+)
+BENT_TEXT = (
+    "a multimodal model whose text model does more than its config says (pictures reach into its layers, or a prefix "
+    "is read in both directions); give a model whose text stands alone ({supported})"
 )
 ENCODER_DECODER = f"an encoder-decoder, which is not one sequence of tokens; {GIVE_DENSE}"
 ENCODER = f"an encoder, which does not predict the next token; {GIVE_DENSE}"
@@ -46,32 +56,43 @@ KINDS: dict[str, frozenset[str]] = {
         "nemotron_h granitemoehybrid xlstm lfm2 olmo_hybrid"
     ),
 }
+BENT = frozenset({"mllama", "paligemma", "idefics", "gemma3n", "t5gemma2"})
+"""Multimodal types that are more than their text model with embeddings put in."""
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
-def unsupported_reason(raw: dict[str, Any], supported: Iterable[str]) -> str | None:
+def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supported: Iterable[str]) -> str | None:
     """Why a config cannot become a decoder, or None where its family is one of ``supported``.
 
-    >>> unsupported_reason({"quantization_config": {"bits": 4}}, ["llama"])
+    Args:
+      raw: the config.
+      text: that of its text model; the same where there is no other.
+      supported: types of text models.
+
+    >>> unsupported_reason({"quantization_config": {"bits": 4}}, {"quantization_config": {"bits": 4}}, ["llama"])
     'a quantised checkpoint; give the unquantised weights (bf16, fp16 or fp32)'
     """
     kind, known = raw.get("model_type"), sorted(supported)
-    if raw.get("quantization_config"):
+    if text.get("quantization_config"):
         return QUANTISED
-    if kind in known:
+    if str(kind) in BENT and TEXT in raw:
+        return f"model_type {kind!r} is {BENT_TEXT.format(supported=', '.join(known))}"
+    if text.get("model_type") in known:
         return None
     listed = ", ".join(known)
+    if TEXT in raw:
+        return f"model_type {kind!r} is {OTHER_TEXT.format(type=text['model_type'], supported=listed)}"
     if kind is None:
         return f"config.json has no 'model_type'; {GIVE_DENSE.format(supported=listed)}"
     reason = next((reason for reason, kinds in KINDS.items() if str(kind) in kinds), None)
     return f"model_type {kind!r} is {(reason or _by_keys(raw)).format(supported=listed)}"
 
 
-def _by_keys(raw: dict[str, Any]) -> str:
+def _by_keys(raw: Mapping[str, Any]) -> str:
     """The reason for an unknown family, from the keys of its config."""
     if raw.get("is_encoder_decoder"):
         return ENCODER_DECODER
-    if any(k in raw for k in ("vision_config", "text_config", "audio_config")):
+    if any(k in raw for k in ("vision_config", "audio_config")):
         return MULTIMODAL
     if any(raw.get(k) for k in EXPERT_KEYS):
         return MIXTURE

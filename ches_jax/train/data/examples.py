@@ -51,8 +51,8 @@ class Examples:
         """What is packed of example ``i``."""
         if self.size == 1:
             return self.pairs[i]
-        mine = self.pairs[i * self.size : (i + 1) * self.size]
-        return Candidates(mine[0].prompt, (*(p.chosen for p in mine), mine[0].rejected), self.size)
+        of_group = self.pairs[i * self.size : (i + 1) * self.size]
+        return Candidates(of_group[0].prompt, (*(p.chosen for p in of_group), of_group[0].rejected), self.size)
 
     def by_response(self, logps: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
         """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
@@ -128,8 +128,8 @@ def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:
             partners[i] = line[(at + len(largest)) % len(line)]
         return partners
     rest = [i for group in members if group is not largest for i in group]
-    for mine, theirs in ((largest, rest), (rest, largest)):
-        for at, i in enumerate(mine):
+    for of_group, theirs in ((largest, rest), (rest, largest)):
+        for at, i in enumerate(of_group):
             partners[i] = theirs[at % len(theirs)]
     return partners
 

@@ -155,13 +155,13 @@ def _require_equal_samples(name: str, pairs: Sequence[TokenPair]) -> None:
     for pair in pairs:
         by_row.setdefault(pair.index, []).append(pair)
     expected = [p.candidates for p in next(iter(by_row.values()))]
-    for index, mine in by_row.items():
-        if [p.candidates for p in mine] != expected:
+    for index, of_row in by_row.items():
+        if [p.candidates for p in of_row] != expected:
             raise DataError(
-                f"{name}: row {index} has other samples ({len(mine)}) than the first ({len(expected)}); an objective "
+                f"{name}: row {index} has other samples ({len(of_row)}) than the first ({len(expected)}); an objective "
                 "of samples needs the same number for each prompt, all of them fit"
             )
-        if len({p.prompt for p in mine}) > 1:
+        if len({p.prompt for p in of_row}) > 1:
             raise DataError(
                 f"{name}: row {index}: tokens merge across the prompt's end, in some samples and not in all"
             )
@@ -208,16 +208,16 @@ def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Map
 def _tokenised(source: PairSource, tokenizer: PairTokenizer, limit: int | None, process: Process) -> list[TokenPair]:
     """All pairs of the source; every process tokenises its chunks of rows and hands them to the others."""
     rows = itertools.takewhile(lambda row: limit is None or row.index < limit, source)
-    mine: list[TokenPair] = []
+    own_pairs: list[TokenPair] = []
     for number in itertools.count():
         chunk = list(itertools.islice(rows, _CHUNK))
         if not chunk:
             break
         if number % process.count == process.id:
-            mine += tokenizer(chunk)
+            own_pairs += tokenizer(chunk)
     if process.count == 1:
-        return mine
-    tokenised = [_decoded(pair) for part in process.exchange([_encoded(p) for p in mine]) for pair in part]
+        return own_pairs
+    tokenised = [_decoded(pair) for part in process.exchange([_encoded(p) for p in own_pairs]) for pair in part]
     # chunks come back in the order of the processes; the pairs of a row lie in one or two chunks that follow each other
     return sorted(tokenised, key=lambda p: (p.index, p.candidates or ()))
 

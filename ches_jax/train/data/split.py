@@ -119,8 +119,8 @@ class Plan:
         """Indices of the pairs of update ``step`` (from 0), by micro-batch."""
         epoch, at = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, 3, epoch]).permutation(self.pairs)
-        mine = order[at * self.batch_size : (at + 1) * self.batch_size]
-        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+        batch = order[at * self.batch_size : (at + 1) * self.batch_size]
+        return [batch[i : i + self.micro_batch] for i in range(0, len(batch), self.micro_batch)]
 
 
 def make_plan(config: TrainConfig, pairs: int) -> Plan:

@@ -128,10 +128,10 @@ class DisplacementLog:
             raise RunError(f"{self.part(0)}: missing, so no change since step 0 is known; start the run anew")
         table = pq.read_table(self.part(0))
         for name, pairs in sets.items():
-            mine = table.filter(pa.array([s == name for s in table.column("set").to_pylist()]))
-            if mine.column("row_id").to_pylist() != [p.row_id for p in pairs]:
+            of_set = table.filter(pa.array([s == name for s in table.column("set").to_pylist()]))
+            if of_set.column("row_id").to_pylist() != [p.row_id for p in pairs]:
                 raise RunError(f"{self.part(0)}: holds other {name} pairs than this run; start the run anew")
-            values = (mine.column(n).to_numpy() for n in ("logp_chosen", "logp_rejected"))
+            values = (of_set.column(n).to_numpy() for n in ("logp_chosen", "logp_rejected"))
             self.start[name] = PairLogps(*values)
 
     def join(self) -> Path:

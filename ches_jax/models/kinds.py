@@ -1,0 +1,67 @@
+"""The kinds of layers, and one layer put together from them.
+
+A layer is a *mixer* (tokens see each other) and an *MLP* (each token by itself) between norms and residual sums. What a
+mixer is called with, and what it keeps while a text is made, is the same for all: see ``Mixer``.
+"""
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ches_jax.models.cache import Memory
+from ches_jax.models.config import DecoderConfig, LayerKind
+from ches_jax.models.layers import Attention, Context, LayerData, Mlp, Norm
+
+
+class Mixer(Protocol):
+    """A module that mixes tokens, made with (config, rngs=, dtype=)."""
+
+    @staticmethod
+    def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Any:
+        """What one layer keeps of a text, before it: arrays with the rows first."""
+        ...
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, memory: Memory
+    ) -> Float[Array, "B T D"]:
+        """The mixed tokens; what later tokens need goes into ``memory``."""
+        ...
+
+
+MIXERS: dict[str, Any] = {"attention": Attention}
+MLPS: dict[str, Any] = {"dense": Mlp}
+
+
+class Layer(nnx.Module):
+    """One decoder layer; norms are named by where they stand."""
+
+    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Makes the mixer, the MLP and the norms the family has."""
+        c = config.of_kind(kind)
+        self.parallel = c.parallel_residual
+        self.attn_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
+        self.self_attn = MIXERS[kind.mixer](c, rngs=rngs, dtype=dtype)
+        self.attn_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
+        self.mlp_norm = Norm(c.width, c, dtype=dtype) if c.norm_before else None
+        self.mlp = MLPS[kind.mlp](c, rngs=rngs, dtype=dtype)
+        self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, memory: Memory
+    ) -> Float[Array, "B T D"]:
+        """Residual stream in, residual stream out."""
+
+        def attn(x):
+            y = self.self_attn(x if self.attn_norm is None else self.attn_norm(x), context, data, memory)
+            return y if self.attn_out_norm is None else self.attn_out_norm(y)
+
+        def mlp(x):
+            y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+            return y if self.mlp_out_norm is None else self.mlp_out_norm(y)
+
+        if self.parallel:
+            return x + attn(x) + mlp(x)
+        x = x + attn(x)
+        return x + mlp(x)
