@@ -105,6 +105,7 @@ def doctor(config: DoctorConfig) -> "Findings | Health":
         "context": c.max_positions,
         "vocabulary": f"{c.vocab_size} ({len(tokenizer)} in the tokenizer)",
         "fingerprint": opener.identity()["model_fingerprint"],
+        **({"stored quantised": q} if (q := opener.identity().get("model_quantisation")) else {}),
         "chat template": _chat_template(inputs.tokenizer.writer.chat),
         "pairs": inputs.source.describe(),
     }

@@ -23,9 +23,12 @@ from ches_jax.hf.directory import (
     file_digests,
     joined_fingerprint,
     model_files,
+    read_config,
     resolve,
     weight_files,
 )
+from ches_jax.hf.quantised.schemes import scheme_of
+from ches_jax.hf.text_part import text_config
 from ches_jax.models.adapters.peft import adapter_directory, adapter_files
 from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
@@ -99,6 +102,8 @@ class Opener:
         self._prints[f"{option}_fingerprint"] = joined_fingerprint(
             digests, [directory / CONFIG, *weight_files(directory)]
         )
+        if scheme := scheme_of(text_config(read_config(directory))):
+            self._prints[f"{option}_quantisation"] = scheme.name
         return ModelFiles(directory, decoder)
 
     def tokenizer(self, model: ModelFiles, template: Template = "auto") -> "PreTrainedTokenizerBase":

@@ -207,7 +207,7 @@ MISTYPED = {
     ("score", "--dtype", "bf16"): "did you mean bfloat16",
     ("score", "--batch-size", "8"): "--batch-tokens",
     ("select", "--out", "x"): "--scores must be given",
-    ("train", "--beta", "0.1"): "--loss-args beta=0.1",
+    ("train", "--beta", "0.1"): "--loss 'dpo(beta=0.1)', or given as --loss-args beta=0.1",
     ("train", "--per_device_train_batch_size", "4"): "--batch-size N",
     ("train", "--loss", "ipo"): "ipo_mean",
     ("train", "--lr", "fast"): "--lr 'fast': expected a number",

@@ -63,8 +63,10 @@ DIFFERENT = {
     "train-batch-size": "--batch-size N is the pairs of an update over all devices",
     "per-device-eval-batch-size": "evaluation takes packed rows; --row-tokens says how long they are",
     "gradient-accumulation-steps": "--accumulate K cuts the --batch-size pairs of an update into K micro-batches",
-    "beta": "hyper-parameters of the loss are given as --loss-args beta=0.1",
-    "label-smoothing": "hyper-parameters of the loss are given as --loss-args label_smoothing=0.1",
+    "beta": "numbers of the loss are written with it, --loss 'dpo(beta=0.1)', or given as --loss-args beta=0.1",
+    "label-smoothing": "numbers of the loss are written with it: --loss 'cdpo(label_smoothing=0.1)', or of any loss "
+    "smooth(simpo, 0.1)",
+    "loss-weights": "weights are written into the --loss: 0.8*sigmoid + 0.2*sft",
     "weight-decay": "hyper-parameters of the optimiser are given as --optimizer-args weight_decay=0.01",
     "warmup-ratio": "--warmup is a number of updates",
     "bf16": "--dtype bfloat16",

@@ -128,6 +128,8 @@ def _require_rewards(log: Log) -> None:
                 f"are outputs of that model and no log-probabilities; {HOW_TO_LOG}"
             )
         return
+    if not log.names:
+        raise ChesError(f"{log.source}: has no metrics in it yet; {HOW_TO_LOG}")
     one = [side for side in SIDES for name in ("held_out", "train") if log.get(name, side)]
     found = ", ".join(log.names[:8]) + (", ..." if len(log.names) > 8 else "")
     if one:

@@ -11,12 +11,14 @@
 # these modules enter their losses in the list
 from ches_jax.losses import anchored, likelihood, margins, per_token, token_losses
 from ches_jax.losses.anchored import kto_baseline
+from ches_jax.losses.expression import from_trl, parse_loss
 from ches_jax.losses.incentives import Incentives, incentives
 from ches_jax.losses.inputs import LossInputs, RunningMean, swap, unpair
-from ches_jax.losses.registry import Hyper, Loss, describe, get_loss, loss_names, mean_loss
+from ches_jax.losses.registry import Hyper, Loss, describe, distinct_losses, get_loss, loss_names, mean_loss
 from ches_jax.losses.tokens import (
     TokenWeights,
     beyond_shared_length,
+    differing_spans,
     every_token,
     given_weights,
     unsure_tokens,
@@ -24,14 +26,20 @@ from ches_jax.losses.tokens import (
     with_tokens,
 )
 from ches_jax.losses.wrappers import (
+    WRAPPERS,
+    kind_of,
+    label_posterior,
     log_calibration,
     moving_average,
+    weighted_sum,
     with_gate,
     with_label_posterior,
     with_label_smoothing,
     with_policy_weights,
     with_reward_calibration,
     with_sft,
+    with_soft_labels,
+    with_unbiased_labels,
     with_weights,
 )
 
@@ -41,7 +49,10 @@ __all__ = [
     "LossInputs",
     "RunningMean",
     "get_loss",
+    "parse_loss",
+    "from_trl",
     "loss_names",
+    "distinct_losses",
     "describe",
     "mean_loss",
     "swap",
@@ -49,11 +60,17 @@ __all__ = [
     "kto_baseline",
     "Incentives",
     "incentives",
+    "WRAPPERS",
+    "kind_of",
+    "weighted_sum",
     "with_sft",
     "with_weights",
     "with_policy_weights",
     "with_label_smoothing",
+    "with_unbiased_labels",
+    "with_soft_labels",
     "with_label_posterior",
+    "label_posterior",
     "with_reward_calibration",
     "log_calibration",
     "moving_average",
@@ -64,6 +81,7 @@ __all__ = [
     "given_weights",
     "unsure_tokens",
     "beyond_shared_length",
+    "differing_spans",
     "weighted_sums",
     "anchored",
     "likelihood",

@@ -57,7 +57,8 @@ def _of_pairs(loss: Loss, batch: LossInputs) -> Incentives:
     names = tuple(n for n in READ_BY_CHOSEN + READ_BY_REJECTED if n in loss.needs)
     gradients = _gradient(loss, batch, names)
     chosen = next(-gradients[n] for n in READ_BY_CHOSEN if n in gradients)
-    return Incentives(chosen, next(gradients[n] for n in READ_BY_REJECTED if n in gradients))
+    rejected = next((gradients[n] for n in READ_BY_REJECTED if n in gradients), jnp.zeros_like(chosen))
+    return Incentives(chosen, rejected)
 
 
 def _of_rows(loss: Loss, batch: LossInputs) -> Incentives:

@@ -49,13 +49,22 @@ class LossInputs(NamedTuple):
     rejected_tokens: ArrayLike | None = None
     weights: Float[ArrayLike, "*B"] | None = None
     """Weight of each pair, for ``with_weights``."""
+    label_probability: Float[ArrayLike, "*B"] | None = None
+    """Probability that the label of each pair is right, for ``with_soft_labels``."""
+    pairs_per_token: Float[ArrayLike, "..."] | None = None
+    """Pairs over chosen tokens of the whole update, where a batch is a part of one (``sft``)."""
+    label_prior: Float[ArrayLike, ""] | None = None
+    """LCPO's state: the share of labels that are right, as it is estimated so far."""
+    head_norm_chosen: Float[ArrayLike, ""] | None = None
+    """Norm of the gradient of the batch's mean ln pi(chosen) with respect to the unembedding matrix."""
+    head_norm_rejected: Float[ArrayLike, ""] | None = None
     rewards_chosen: Float[ArrayLike, "*B"] | None = None
     """Score of the chosen response by an outside judge (REBEL, ODPO), in the judge's own unit."""
     rewards_rejected: Float[ArrayLike, "*B"] | None = None
     reward_mean: RunningMean | None = None
     """BCO's state; the updated one comes back in ``aux["state/reward_mean"]``."""
     log_delta: Float[ArrayLike, "..."] | None = None
-    """ln of the reward calibration's strength, one number or one for each pair."""
+    """State of the reward calibration: the logarithm of its strength, a moving average."""
     logp: Float[ArrayLike, "*B"] | None = None
     """Unpaired: log-probability of the row's only response."""
     ref_logp: Float[ArrayLike, "*B"] | None = None
@@ -73,8 +82,11 @@ class LossInputs(NamedTuple):
     token_mask_chosen: Float[ArrayLike, "*B T"] | None = None
     """1 on the response's tokens, 0 on padding."""
     token_mask_rejected: Float[ArrayLike, "*B U"] | None = None
+    span_mask_chosen: Float[ArrayLike, "*B T"] | None = None
+    """1 on the tokens that the other response does not have in that place, see ``data.spans``."""
+    span_mask_rejected: Float[ArrayLike, "*B U"] | None = None
     token_weights_chosen: Float[ArrayLike, "*B T"] | None = None
-    """SparsePO: weight of each token's log-ratio."""
+    """Weight of each token's log-ratio."""
     token_weights_rejected: Float[ArrayLike, "*B U"] | None = None
     token_kl_chosen: Float[ArrayLike, "*B T"] | None = None
     """SparsePO: divergence of the next-token distributions at each position, nats."""

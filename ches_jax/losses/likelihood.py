@@ -12,6 +12,8 @@ of the displacement paper, CPO's paper) and the mean *per token* (iterative RPO,
 '8.1269'
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -75,7 +77,7 @@ def rpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     .. math:: -\ln \sigma(\beta m) - \alpha \frac{\ln \pi(y_+|x)}{|y_+|}
 
     TRL averages that term over all chosen tokens of a batch at once, so that its long responses count for more; with
-    one pair, or equal lengths, the two agree. ``with_sft(get_loss("sigmoid"), 1.0, per="batch_token")`` does as TRL.
+    one pair, or equal lengths, the two agree. ``sigmoid + sft`` does as TRL.
 
     Defaults:
       beta 0.1, alpha 1 (Llama 3: 0.2; 0 is DPO). Nats per token.
@@ -101,7 +103,7 @@ def cpo(batch: LossInputs, *, beta: float, lam: float) -> Array:
 
     Defaults:
       beta 0.1, lam 1. The paper's likelihood is a sum; TRL's is a mean over the batch's chosen tokens, which is
-      ``with_sft(get_loss("cpo", lam=0), 1.0, per="batch_token")``.
+      ``cpo(lam=0) + sft``.
 
     References:
       Xu et al., Contrastive Preference Optimization (https://arxiv.org/abs/2401.08417).
@@ -131,6 +133,83 @@ def slic(batch: LossInputs, *, delta: float, lam: float) -> Array:
     """
     chosen, rejected = logps(batch)
     return jax.nn.relu(delta - chosen + rejected) - lam * chosen
+
+
+def _chosen_only(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Array]:
+    logp = jnp.asarray(batch.logp_chosen)
+    logged = {"logps/chosen": logp}
+    if batch.chosen_tokens is not None:
+        logged["logps_per_token/chosen"] = logp / jnp.maximum(jnp.asarray(batch.chosen_tokens).astype(logp.dtype), 1)
+    return logged
+
+
+@register(
+    "sft_sum",
+    source="cross-entropy; Razin et al., arXiv:2410.08847, official code",
+    needs=frozenset({"logp_chosen"}),
+    rewards=_chosen_only,
+)
+def sft_sum(batch: LossInputs) -> Array:
+    r"""Cross-entropy on the chosen response, summed over its tokens: a long response counts for more.
+
+    .. math:: -\ln \pi(y_+|x)
+
+    Defaults:
+      none. Nats of the whole response; as a term beside another loss, the unit of the displacement paper's code.
+
+    References:
+      Razin et al., Unintentional Unalignment (https://arxiv.org/abs/2410.08847), ``sft_coeff`` of the official code.
+    """
+    return -jnp.asarray(batch.logp_chosen)
+
+
+@register(
+    "sft_token",
+    source="cross-entropy; Pang et al. 2024, arXiv:2404.19733",
+    needs=frozenset({"logp_chosen", "chosen_tokens"}),
+    rewards=_chosen_only,
+)
+def sft_token(batch: LossInputs) -> Array:
+    r"""Cross-entropy on the chosen response per token: each response counts the same.
+
+    .. math:: -\frac{\ln \pi(y_+|x)}{|y_+|}
+
+    Defaults:
+      none. Nats per token; as a term beside DPO, iterative RPO's.
+
+    References:
+      Pang et al., Iterative Reasoning Preference Optimization (https://arxiv.org/abs/2404.19733).
+    """
+    logp = jnp.asarray(batch.logp_chosen)
+    return -logp / jnp.maximum(jnp.asarray(batch.chosen_tokens).astype(logp.dtype), 1)
+
+
+@register(
+    "sft",
+    source="cross-entropy; TRL sft",
+    needs=frozenset({"logp_chosen", "chosen_tokens"}),
+    rewards=_chosen_only,
+    optional=frozenset({"pairs_per_token"}),
+)
+def sft(batch: LossInputs) -> Array:
+    r"""Cross-entropy on the chosen responses, whose mean over the pairs is the mean over the tokens of all of them.
+
+    .. math:: -\frac{B}{\sum_{i=1}^B |y_+^{(i)}|} \ln \pi(y_+|x)
+
+    over the B pairs of the update: of the batch, unless ``pairs_per_token`` gives that share for an update that is cut
+    into several.
+
+    Defaults:
+      none. Nats per token.
+
+    References:
+      TRL's ``sft`` among the ``loss_type`` of DPO, and its SFT trainer.
+    """
+    logp = jnp.asarray(batch.logp_chosen)
+    if batch.pairs_per_token is not None:
+        return -logp * jnp.asarray(batch.pairs_per_token, logp.dtype)
+    tokens = jnp.asarray(batch.chosen_tokens).astype(logp.dtype)
+    return -logp * (tokens.size / jnp.maximum(jnp.sum(tokens), 1))
 
 
 def _candidate_rewards(batch, hyper):

@@ -28,8 +28,9 @@ from ches_jax.losses.registry import Hyper, any_number, at_least_zero, fraction,
 from ches_jax.losses.stable import capped_exp, capped_expm1, neg_log_sigmoid
 
 
-@register("dpo", source="Rafailov et al. 2023, arXiv:2305.18290", beta=positive(0.1))
+@register("gpo_logistic", source="Tang et al. 2024, arXiv:2402.05749", beta=positive(0.1))
 @register("sigmoid", source="Rafailov et al. 2023, arXiv:2305.18290", beta=positive(0.1))
+@register("dpo", source="Rafailov et al. 2023, arXiv:2305.18290", beta=positive(0.1))
 def sigmoid(batch: LossInputs, *, beta: float) -> Array:
     r"""DPO; ln 2 where policy and reference agree.
 
@@ -39,7 +40,8 @@ def sigmoid(batch: LossInputs, *, beta: float) -> Array:
       beta 0.1.
 
     References:
-      Rafailov et al., Direct Preference Optimization (https://arxiv.org/abs/2305.18290), eq. 7.
+      Rafailov et al., Direct Preference Optimization (https://arxiv.org/abs/2305.18290), eq. 7; TRL's ``sigmoid``;
+      ``gpo_logistic`` of Tang et al. (https://arxiv.org/abs/2402.05749), Table 1.
     """
     return neg_log_sigmoid(beta * margin(batch))
 
@@ -102,6 +104,7 @@ def ipo_sum(batch: LossInputs, *, tau: float) -> Array:
     return jnp.square(margin(batch) - 1.0 / (2.0 * tau))
 
 
+@register("gpo_hinge", source="Tang et al. 2024, arXiv:2402.05749", beta=positive(0.1))
 @register("hinge", source="Liu et al. 2023 (RSO), arXiv:2309.06657", beta=positive(0.1))
 def hinge(batch: LossInputs, *, beta: float) -> Array:
     r"""Hinge on the scaled margin; still once it reaches 1.
@@ -112,8 +115,8 @@ def hinge(batch: LossInputs, *, beta: float) -> Array:
       beta 0.1.
 
     References:
-      Liu et al., Statistical Rejection Sampling (https://arxiv.org/abs/2309.06657); TRL's ``hinge``. SLiC proper has no
-      reference: ``slic``.
+      Liu et al., Statistical Rejection Sampling (https://arxiv.org/abs/2309.06657); TRL's ``hinge``;
+      ``gpo_hinge`` of Tang et al. (https://arxiv.org/abs/2402.05749). SLiC proper has no reference: ``slic``.
     """
     return jax.nn.relu(1.0 - beta * margin(batch))
 
@@ -133,32 +136,6 @@ def rebel(batch: LossInputs, *, eta: float) -> Array:
       Gao et al., REBEL (https://arxiv.org/abs/2404.16767).
     """
     return jnp.square(margin(batch) / eta - (jnp.asarray(batch.rewards_chosen) - jnp.asarray(batch.rewards_rejected)))
-
-
-@register("gpo_logistic", source="Tang et al. 2024, arXiv:2402.05749", beta=positive(0.1))
-def gpo_logistic(batch: LossInputs, *, beta: float) -> Array:
-    r"""GPO with the logistic function, which is DPO: :math:`f(z) = \ln(1 + e^{-z})`.
-
-    Defaults:
-      beta 0.1.
-
-    References:
-      Tang et al., Generalized Preference Optimization (https://arxiv.org/abs/2402.05749), Table 1.
-    """
-    return neg_log_sigmoid(beta * margin(batch))
-
-
-@register("gpo_hinge", source="Tang et al. 2024, arXiv:2402.05749", beta=positive(0.1))
-def gpo_hinge(batch: LossInputs, *, beta: float) -> Array:
-    r"""GPO with the hinge: :math:`f(z) = \max(0, 1 - z)`.
-
-    Defaults:
-      beta 0.1.
-
-    References:
-      Tang et al., Generalized Preference Optimization (https://arxiv.org/abs/2402.05749), Table 1.
-    """
-    return jax.nn.relu(1.0 - beta * margin(batch))
 
 
 @register("gpo_squared", source="Tang et al. 2024, arXiv:2402.05749", beta=positive(0.1))

@@ -83,13 +83,22 @@ class Loss:
     compute: Callable[[LossInputs], tuple[Array, Aux]] = field(repr=False)
     hyper: Mapping[str, float] = field(default_factory=dict, hash=False)
     source: str = ""
-    stateful: bool = False
-    """Whether it reads a state and returns the next one under ``aux["state/..."]``."""
+    initial: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    """Its state before the first batch, by field of ``LossInputs``; the next one comes back under ``aux["state/..."]``.
+    Empty for most."""
     couples_rows: bool = False
     """Whether it compares pairs of a batch with one another, so that its rows are not pairs."""
+    optional: frozenset[str] = frozenset()
+    """Fields that it reads where they are there."""
+
+    @property
+    def stateful(self) -> bool:
+        """Whether it reads a state and returns the next one."""
+        return bool(self.initial)
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={exactly(v)}' for k, v in self.hyper.items())})"
+        numbers = ", ".join(f"{k}={exactly(v)}" for k, v in self.hyper.items())
+        return f"{self.name}({numbers})" if numbers else self.name
 
     def __call__(self, batch: LossInputs) -> tuple[Array, Aux]:
         check_inputs(self, batch)
@@ -108,6 +117,7 @@ class Entry:
     rewards: Rewards
     next_state: Callable[..., dict[str, RunningMean]] | None = None
     couples_rows: bool = False
+    optional: frozenset[str] = frozenset()
 
     def resolve(self, values: Mapping[str, float]) -> Loss:
         def compute(batch: LossInputs) -> tuple[Array, Aux]:
@@ -122,8 +132,9 @@ class Entry:
             compute=compute,
             hyper=MappingProxyType(dict(values)),
             source=self.source,
-            stateful=self.next_state is not None,
+            initial={} if self.next_state is None else {"reward_mean": RunningMean(0.0, 0.0)},
             couples_rows=self.couples_rows,
+            optional=self.optional,
         )
 
 
@@ -138,6 +149,7 @@ def register(
     rewards: Rewards = log_ratio_rewards,
     next_state: Callable[..., dict[str, RunningMean]] | None = None,
     couples_rows: bool = False,
+    optional: frozenset[str] = frozenset(),
     **hyper: Hyper,
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """Enter a function of (batch, hyper-parameters) in the list, under a name of its own."""
@@ -145,7 +157,7 @@ def register(
     def enter(fn: Callable[..., Array]) -> Callable[..., Array]:
         if name in _ENTRIES:
             raise ValueError(f"two losses are named {name!r}")
-        _ENTRIES[name] = Entry(name, needs, fn, hyper, source, rewards, next_state, couples_rows)
+        _ENTRIES[name] = Entry(name, needs, fn, hyper, source, rewards, next_state, couples_rows, optional)
         return fn
 
     return enter
@@ -154,6 +166,23 @@ def register(
 def loss_names() -> tuple[str, ...]:
     """Every name ``get_loss`` knows, sorted."""
     return tuple(sorted(_ENTRIES))
+
+
+def distinct_losses() -> dict[str, tuple[str, ...]]:
+    """Every equation once: its first name, and all names it has (they may differ in their defaults).
+
+    >>> distinct_losses()["dpo"]
+    ('dpo', 'sigmoid', 'gpo_logistic')
+    """
+    by_equation: dict[Any, list[str]] = {}
+    for name, entry in _ENTRIES.items():
+        by_equation.setdefault(entry.fn, []).append(name)
+    return {names[0]: tuple(names) for names in by_equation.values()}
+
+
+def hyper_names(name: str) -> tuple[str, ...]:
+    """Names of the hyper-parameters of an objective."""
+    return tuple(_entry(name).hyper)
 
 
 def describe(name: str) -> str:
@@ -195,7 +224,7 @@ def _entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def unknown_name(name: str, names: Sequence[str]) -> str:
+def unknown_name(name: str, names: Sequence[str], what: str = "loss") -> str:
     """The message for a name that is none of ``names``: the nearest ones, then all.
 
     >>> unknown_name("ipo", ["dpo", "ipo_mean", "ipo_sum", "kto"])
@@ -204,7 +233,7 @@ def unknown_name(name: str, names: Sequence[str]) -> str:
     variants = [n for n in names if n.rpartition("_")[0] == name]
     near = variants or difflib.get_close_matches(name, names)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
-    return f"no loss is named {name!r}{hint}; the names are: {', '.join(names)}"
+    return f"no {what} is named {name!r}{hint}; the names are: {', '.join(names)}"
 
 
 def check_inputs(loss: Loss, batch: LossInputs) -> None:
@@ -212,7 +241,7 @@ def check_inputs(loss: Loss, batch: LossInputs) -> None:
     missing = sorted(n for n in loss.needs if getattr(batch, n) is None)
     problems = [f"needs {n}, which the batch does not have" for n in missing]
     if batch.weights is not None and "weights" not in loss.needs:
-        problems.append("the batch has weights, which this loss does not read; wrap it with with_weights")
+        problems.append("the batch has weights, which this loss does not read; wrap it: weighted(...)")
     shapes = {n: jnp.shape(getattr(batch, n)) for n in sorted(loss.needs & PER_PAIR) if n not in missing}
     if len(set(shapes.values())) > 1:
         problems.append("its inputs differ in shape: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))

@@ -29,6 +29,7 @@ from ches_jax.losses.tokens import (
     TOKEN_LOGPS,
     TOKEN_MASKS,
     TOKEN_REFERENCE,
+    TOKEN_WEIGHTS,
     beyond_shared_length,
     given_weights,
     masks,
@@ -97,7 +98,6 @@ def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
     return sigmoid(weighted_sums(batch, beyond_shared_length(alpha)(batch)), beta=beta)
 
 
-TOKEN_WEIGHTS = frozenset({"token_weights_chosen", "token_weights_rejected"})
 TOKEN_KL = frozenset({"token_kl_chosen", "token_kl_rejected", "token_kl_weights_chosen", "token_kl_weights_rejected"})
 
 

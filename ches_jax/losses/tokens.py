@@ -17,7 +17,6 @@ lengths the number of tokens, or what a rule says they are.
 (-4.0, 2)
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -28,6 +27,7 @@ from jaxtyping import Array, Float
 from ches_jax.errors import ChesError
 from ches_jax.losses.inputs import LENGTHS, LOGPS, REFERENCE, Aux, LossInputs
 from ches_jax.losses.registry import Loss
+from ches_jax.losses.wrappers import wrapped, wrapper
 
 TOKEN_LOGPS = frozenset({"token_logps_chosen", "token_logps_rejected"})
 TOKEN_MASKS = frozenset({"token_mask_chosen", "token_mask_rejected"})
@@ -127,25 +127,77 @@ def beyond_shared_length(alpha: float) -> Rule:
     return rule
 
 
-def with_tokens(loss: Loss, rule: Rule = every_token, *, name: str = "", extra: frozenset[str] = frozenset()) -> Loss:
+def differing_spans(batch: LossInputs) -> TokenWeights:
+    """RRPO's rule: keep the tokens that differ between the two responses, as ``span_mask_*`` of the batch say.
+
+    References:
+      Sarkar et al., RRPO (https://arxiv.org/abs/2504.12083): rewards of sub-sequences, of the spans that were changed.
+    """
+    chosen, rejected = masks(batch)
+    return TokenWeights(
+        jnp.asarray(batch.span_mask_chosen).astype(chosen.dtype),
+        jnp.asarray(batch.span_mask_rejected).astype(rejected.dtype),
+        counts=True,
+    )
+
+
+TOKEN_WEIGHTS = frozenset({"token_weights_chosen", "token_weights_rejected"})
+SPAN_MASKS = frozenset({"span_mask_chosen", "span_mask_rejected"})
+
+
+def with_tokens(
+    loss: Loss,
+    rule: Rule = every_token,
+    *,
+    name: str = "every_token",
+    extra: frozenset[str] = frozenset(),
+    **options: float,
+) -> Loss:
     """The same loss, of a batch of token log-probabilities.
 
     Args:
       loss: a loss of summed log-probabilities of pairs.
       rule: from the batch to the weight of each token.
-      name: what to call the rule; its own name if empty.
+      name: the rule's name in expressions, of ``WRAPPERS``.
       extra: token fields that the rule reads besides log-probabilities and masks.
+      options: its numbers.
     """
     if not loss.needs >= LOGPS:
-        raise ChesError(f"with_tokens needs a loss of summed log-probabilities of pairs; {loss!r} is none")
+        raise ChesError(f"{name} needs a loss of summed log-probabilities of pairs; {loss!r} is none")
     reference = TOKEN_REFERENCE if loss.needs & REF_SUMS else frozenset()
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         return loss(weighted_sums(batch, rule(batch)))
 
-    return dataclasses.replace(
-        loss,
-        name=f"{name or rule.__name__}:{loss.name}",
-        needs=(loss.needs - REFERENCE - LENGTHS) | TOKEN_LOGPS | TOKEN_MASKS | reference | extra,
-        compute=compute,
-    )
+    needs = (loss.needs - REFERENCE - LENGTHS) | TOKEN_LOGPS | TOKEN_MASKS | reference | extra
+    return wrapped(name, loss, compute, needs, **options)
+
+
+@wrapper("every_token", source="")
+def of_every_token(loss: Loss) -> Loss:
+    """A loss of sums, of the log-probabilities of all tokens: the same values, from tokens."""
+    return with_tokens(loss)
+
+
+@wrapper("unsure_tokens", source="arXiv:2506.08712")
+def of_unsure_tokens(loss: Loss) -> Loss:
+    """A loss of sums, of the tokens that ``unsure_tokens`` keeps (ConfPO's rule)."""
+    return with_tokens(loss, unsure_tokens, name="unsure_tokens")
+
+
+@wrapper("beyond_shared_length", source="arXiv:2409.06411", alpha=0.5)
+def of_shared_length(loss: Loss, alpha: float = 0.5) -> Loss:
+    """A loss of sums in which tokens beyond the shorter response's length weigh ``alpha`` (LD-DPO's rule)."""
+    return with_tokens(loss, beyond_shared_length(alpha), name="beyond_shared_length", alpha=alpha)
+
+
+@wrapper("differing_spans", source="arXiv:2504.12083")
+def of_differing_spans(loss: Loss) -> Loss:
+    """A loss of sums, of the tokens that differ between the two responses (RRPO's rule)."""
+    return with_tokens(loss, differing_spans, name="differing_spans", extra=SPAN_MASKS)
+
+
+@wrapper("given_weights", source="")
+def of_given_weights(loss: Loss) -> Loss:
+    """A loss of sums in which each token has a weight of the data (``token_weights_*``)."""
+    return with_tokens(loss, given_weights, name="given_weights", extra=TOKEN_WEIGHTS)

@@ -1,23 +1,35 @@
-r"""Losses made of losses: each takes one and gives another, with the needs of both.
+r"""Losses made of losses: each takes one and gives another, with the needs of both; and weighted sums of losses.
+
+``repr`` of what comes out is an expression that ``expression.parse_loss`` reads back, so each has a name there:
 
 >>> from ches_jax.losses import get_loss
 >>> with_weights(with_sft(get_loss("ipo_sum", tau=0.01), 0.1, per="sum"))
-with_weights(with_sft(ipo_sum(tau=0.01), coef=0.1, per=sum))
+weighted(ipo_sum(tau=0.01) + 0.1*sft_sum)
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from ches_jax.errors import ChesError
-from ches_jax.losses.incentives import Incentives
-from ches_jax.losses.inputs import LENGTHS, LOGPS, Aux, LossInputs, lengths, logps, mean_logps, swap
-from ches_jax.losses.registry import Loss, exactly
+from ches_jax.errors import ChesError, many
+from ches_jax.losses.incentives import Incentives, incentives
+from ches_jax.losses.inputs import (
+    LENGTHS,
+    LOGPS,
+    Aux,
+    LossInputs,
+    logps,
+    mean_logps,
+    swap,
+)
+from ches_jax.losses.registry import Loss, exactly, get_loss
 from ches_jax.types import SftUnit
 
 
@@ -29,24 +41,82 @@ class WrappedLoss(Loss):
         return self.name
 
 
-def _wrap(
-    wrapper: str,
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A function from a loss to a loss, under its name in expressions."""
+
+    name: str
+    make: Callable[..., Loss]
+    defaults: Mapping[str, float]
+    """Its numbers, all by name."""
+    source: str
+
+
+WRAPPERS: dict[str, Wrapper] = {}
+"""By their names in expressions."""
+
+
+def wrapper(name: str, *, source: str, **defaults: float) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
+    """Enter a function of (loss, numbers) under a name for expressions."""
+
+    def enter(make: Callable[..., Loss]) -> Callable[..., Loss]:
+        WRAPPERS[name] = Wrapper(name, make, MappingProxyType(defaults), source)
+        return make
+
+    return enter
+
+
+def wrapped(
+    name: str,
     loss: Loss,
     compute: Callable[[LossInputs], tuple[Array, Aux]],
-    needs: frozenset[str] = frozenset(),
-    source: str = "",
-    **options: float | str,
+    needs: frozenset[str] | None = None,
+    initial: Mapping[str, Any] | None = None,
+    **options: float,
 ) -> Loss:
-    shown = "".join(f", {k}={v if isinstance(v, str) else exactly(v)}" for k, v in options.items())
+    """What a wrapper of ``WRAPPERS`` gives.
+
+    Args:
+      name: the wrapper's.
+      loss: what it wraps.
+      compute: of a batch.
+      needs: all that the result reads; default: what ``loss`` does.
+      initial: state of the wrapper itself.
+      options: its numbers.
+
+    Raises:
+      ChesError: ``loss`` keeps a state of the same name.
+    """
+    shown = "".join(f", {k}={exactly(v)}" for k, v in options.items())
+    whole = f"{name}({loss!r}{shown})"
     return WrappedLoss(
-        name=f"{wrapper}({loss!r}{shown})",
-        needs=loss.needs | needs,
+        name=whole,
+        needs=loss.needs if needs is None else needs,
         compute=compute,
         hyper=loss.hyper,
-        source="; ".join(s for s in (loss.source, source) if s),
-        stateful=loss.stateful,
+        source="; ".join(s for s in (loss.source, WRAPPERS[name].source) if s),
+        initial=_states(whole, [(name, initial or {}), (repr(loss), loss.initial)]),
         couples_rows=loss.couples_rows,
+        optional=loss.optional,
     )
+
+
+def _states(whole: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The states of all parts, each under the name of one field.
+
+    Raises:
+      ChesError: two parts keep the same one.
+    """
+    owner: dict[str, str] = {}
+    for part, initial in parts:
+        for name in initial:
+            if name in owner:
+                raise ChesError(
+                    f"{whole}: {owner[name]} and {part} would share one state ({name}), and each would move it; a loss "
+                    "may keep it once"
+                )
+            owner[name] = part
+    return {name: value for _, initial in parts for name, value in initial.items()}
 
 
 def _require(wrapper: str, loss: Loss, *, pairs: bool = False, rows: bool = False) -> None:
@@ -61,8 +131,105 @@ def _in_range(wrapper: str, name: str, value: float, low: float, high: float) ->
         raise ChesError(f"{wrapper}: {name}={value!r} is outside [{low:g}, {high:g}]")
 
 
+KINDS = {
+    "single responses with a label": frozenset({"logp", "desirable"}),
+    "a rejected response with samples": frozenset({"logp_candidates"}),
+    "lists of responses with scores": frozenset({"logp_responses", "scores"}),
+}
+"""What a row of the data is for losses that are not of pairs, and fields that only such a loss reads."""
+
+
+def kind_of(loss: Loss) -> str:
+    """What a row of the data is for a loss: of ``KINDS``, ``pairs``, or ``chosen responses``, which go with pairs."""
+    for kind, fields in KINDS.items():
+        if loss.needs & fields:
+            return kind
+    return "pairs" if any("rejected" in name for name in loss.needs) else "chosen responses"
+
+
+def weighted_sum(terms: Sequence[tuple[float, Loss]]) -> Loss:
+    r"""Several losses of the same rows at once.
+
+    .. math:: \sum_i w_i L_i
+
+    Args:
+      terms: weights, 0 or more, and losses. A term of weight 0 is left out. The first term with rewards gives those
+        that are logged; the value of each term is logged under ``terms/NAME``.
+
+    Raises:
+      ChesError: weights that sum to nothing or lie below 0, losses of different rows, two that keep the same state.
+
+    >>> weighted_sum([(1.0, get_loss("dpo")), (0.5, get_loss("sft"))])
+    dpo(beta=0.1) + 0.5*sft
+    """
+    problems = [f"{w!r}*{loss!r}: a weight is a finite number, 0 or more" for w, loss in terms if not _is_weight(w)]
+    if problems:
+        raise ChesError(many("a sum of losses", problems))
+    kept = [(float(w), loss) for w, loss in terms if w > 0]
+    if not kept:
+        raise ChesError(f"{' + '.join(f'{exactly(w)}*{loss!r}' for w, loss in terms)}: its weights sum to nothing")
+    if len(kept) == 1 and kept[0][0] == 1.0:
+        return kept[0][1]
+    whole = " + ".join(_term(w, loss) for w, loss in kept)
+    kinds = {kind_of(loss): loss for _, loss in reversed(kept)}
+    if len({*kinds} - {"chosen responses"}) > 1 or ("chosen responses" in kinds and kinds.keys() & KINDS.keys()):
+        reads = "; ".join(f"{loss!r} reads {kind}" for kind, loss in reversed(kinds.items()))
+        raise ChesError(f"{whole}: its terms are of different inputs: {reads}")
+    names = _distinct([loss.name.partition("(")[0] for _, loss in kept])
+
+    def compute(batch: LossInputs) -> tuple[Array, Aux]:
+        total: Any = 0.0
+        logged: Aux = {}
+        for name, (weight, loss) in zip(names, kept, strict=True):
+            own = batch._replace(weights=batch.weights if "weights" in loss.needs else None)
+            value, aux = loss(own)
+            total = total + weight * value
+            logged = {**aux, **logged, f"terms/{name}": stop_gradient(value)}
+        return total, logged
+
+    return WrappedLoss(
+        name=whole,
+        needs=frozenset().union(*(loss.needs for _, loss in kept)),
+        compute=compute,
+        hyper=_shared_hyper([loss for _, loss in kept]),
+        source="; ".join(dict.fromkeys(loss.source for _, loss in kept if loss.source)),
+        initial=_states(whole, [(repr(loss), loss.initial) for _, loss in kept]),
+        couples_rows=any(loss.couples_rows for _, loss in kept),
+        optional=frozenset().union(*(loss.optional for _, loss in kept)),
+    )
+
+
+def _is_weight(weight: float) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
+
+
+def _term(weight: float, loss: Loss) -> str:
+    """A term of a sum as an expression; a sum inside one keeps its brackets."""
+    inner = f"({loss!r})" if " + " in _outside_brackets(repr(loss)) else repr(loss)
+    return inner if weight == 1.0 else f"{exactly(weight)}*{inner}"
+
+
+def _outside_brackets(text: str) -> str:
+    depth, out = 0, ""
+    for letter in text:
+        depth -= letter == ")"
+        out += letter if depth == 0 else ""
+        depth += letter == "("
+    return out
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, those that come again with a number."""
+    return [n if n not in names[:i] else f"{n}_{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def _shared_hyper(losses: Sequence[Loss]) -> dict[str, float]:
+    """Hyper-parameters of the first loss that has some: they scale the rewards that are logged."""
+    return dict(next((loss.hyper for loss in losses if loss.hyper), {}))
+
+
 def with_sft(loss: Loss, coef: float, *, per: SftUnit) -> Loss:
-    r"""Adds a likelihood term of the chosen response.
+    r"""Adds a likelihood term of the chosen response: a sum with ``sft``, ``sft_token`` or ``sft_sum``.
 
     .. math:: L - \lambda\, n \ln \pi(y_+|x)
 
@@ -70,28 +237,21 @@ def with_sft(loss: Loss, coef: float, *, per: SftUnit) -> Loss:
       loss: any loss of pairs.
       coef: lambda, 0 or more.
       per: the unit of the term. ``sum``: n = 1, nats of the whole response (the displacement paper's code).
-        ``token``: n = 1/|y+|, nats per token (iterative RPO). ``batch_token``: n = B over the batch's number of chosen
-        tokens, so that the mean over the batch is a mean over its tokens (TRL); rows then depend on one another.
+        ``token``: n = 1/|y+|, nats per token (iterative RPO). ``batch_token``: n = B over the update's number of chosen
+        tokens, so that the mean over the update is a mean over its tokens (TRL); rows then depend on one another.
     """
     _require("with_sft", loss, pairs=True)
     _in_range("with_sft", "coef", coef, 0.0, math.inf)
-    if per not in ("sum", "token", "batch_token"):
+    if per not in SFT_TERMS:
         raise ChesError(f"with_sft: per={per!r} is none of sum, token, batch_token")
-
-    def compute(batch: LossInputs) -> tuple[Array, Aux]:
-        value, aux = loss(batch)
-        if per == "sum":
-            nll = -logps(batch)[0]
-        elif per == "token":
-            nll = -mean_logps(batch)[0]
-        else:
-            tokens = lengths(batch)[0]
-            nll = -logps(batch)[0] * (tokens.size / jnp.sum(tokens))
-        return value + coef * nll, {**aux, "nll_loss": stop_gradient(nll)}
-
-    return _wrap("with_sft", loss, compute, frozenset() if per == "sum" else LENGTHS, coef=coef, per=per)
+    return weighted_sum([(1.0, loss), (coef, get_loss(SFT_TERMS[per]))])
 
 
+SFT_TERMS = {"sum": "sft_sum", "token": "sft_token", "batch_token": "sft"}
+"""Units of a likelihood term, and the loss that is one."""
+
+
+@wrapper("weighted", source="")
 def with_weights(loss: Loss) -> Loss:
     """Multiplies each pair's loss by the batch's ``weights``, which carry no gradient.
 
@@ -103,9 +263,12 @@ def with_weights(loss: Loss) -> Loss:
         value, aux = loss(batch._replace(weights=None))
         return value * stop_gradient(jnp.asarray(batch.weights)), aux
 
-    return _wrap("with_weights", loss, compute, frozenset({"weights"}))
+    if "weights" in loss.needs:
+        raise ChesError(f"weighted({loss!r}): what is inside is weighted already")
+    return wrapped("weighted", loss, compute, loss.needs | {"weights"})
 
 
+@wrapper("wpo", source="arXiv:2406.11827")
 def with_policy_weights(loss: Loss) -> Loss:
     r"""WPO: weighs each pair by how likely the policy finds it, at most 1, without gradient.
 
@@ -125,10 +288,11 @@ def with_policy_weights(loss: Loss) -> Loss:
         weight = stop_gradient(jnp.exp(jnp.minimum(chosen + rejected, 0.0)))
         return value * weight, {**aux, "weights/policy": weight}
 
-    return _wrap("with_policy_weights", loss, compute, LENGTHS, source="arXiv:2406.11827")
+    return wrapped("wpo", loss, compute, loss.needs | LENGTHS)
 
 
-def with_label_smoothing(loss: Loss, label_smoothing: float) -> Loss:
+@wrapper("smooth", source="Mitchell 2023, note on cDPO", label_smoothing=0.1)
+def with_label_smoothing(loss: Loss, label_smoothing: float = 0.1) -> Loss:
     r"""Mixes in the loss of the pair with its labels exchanged; of DPO this makes cDPO.
 
     .. math:: (1 - e) L(y_+, y_-) + e\, L(y_-, y_+)
@@ -144,69 +308,166 @@ def with_label_smoothing(loss: Loss, label_smoothing: float) -> Loss:
         value, aux = loss(batch)
         return (1.0 - label_smoothing) * value + label_smoothing * loss(swap(batch))[0], aux
 
-    return _wrap("with_label_smoothing", loss, compute, label_smoothing=label_smoothing)
+    return wrapped("smooth", loss, compute, label_smoothing=label_smoothing)
 
 
-def with_label_posterior(loss: Loss, prior: float) -> Loss:
-    r"""Mixes both orders of a pair by the probability, under the current losses, that its label is right.
+@wrapper("unbiased", source="Chowdhury et al. 2024, arXiv:2403.00409", label_smoothing=0.1)
+def with_unbiased_labels(loss: Loss, label_smoothing: float = 0.1) -> Loss:
+    r"""An unbiased estimate of the loss of clean labels when a share e is flipped; of DPO this makes ``robust``.
 
-    .. math::
-      w L + (1 - w) L_{flip}, \qquad w = \sigma\left(\ln \frac{\eta}{1 - \eta} + L_{flip} - L\right)
-
-    w carries no gradient and comes back as ``aux["label/posterior"]``; its mean over the data is the next eta of an
-    expectation maximisation.
+    .. math:: \frac{(1 - e) L(y_+, y_-) - e\, L(y_-, y_+)}{1 - 2e}
 
     Args:
       loss: any loss of pairs, without state.
-      prior: eta, the share of right labels, between 0 and 1; 0.5 to 0.9 to begin with.
+      label_smoothing: e, the share of flipped labels, below 0.5.
 
     References:
-      https://arxiv.org/abs/2509.24159, from a summary of it.
+      Chowdhury et al., Provably Robust DPO (https://arxiv.org/abs/2403.00409).
+    """
+    _require_swappable("with_unbiased_labels", loss)
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ChesError(f"with_unbiased_labels: label_smoothing={label_smoothing!r} is outside [0, 0.5)")
+
+    def compute(batch: LossInputs) -> tuple[Array, Aux]:
+        value, aux = loss(batch)
+        clean = (1.0 - label_smoothing) * value - label_smoothing * loss(swap(batch))[0]
+        return clean / (1.0 - 2.0 * label_smoothing), aux
+
+    return wrapped("unbiased", loss, compute, label_smoothing=label_smoothing)
+
+
+@wrapper("soft", source="Mitchell 2023, note on cDPO; arXiv:2410.12735")
+def with_soft_labels(loss: Loss) -> Loss:
+    r"""Mixes both orders of each pair by the probability that its own label is right: a column of the data.
+
+    .. math:: p L(y_+, y_-) + (1 - p) L(y_-, y_+)
+
+    p comes with the batch as ``label_probability`` and carries no gradient; with the same p for all pairs this is
+    ``smooth``.
+
+    Args:
+      loss: any loss of pairs, without state.
+
+    References:
+      Wang et al., CREAM (https://arxiv.org/abs/2410.12735) trains on such mixtures of its self-made labels.
+    """
+    _require_swappable("with_soft_labels", loss)
+    if "label_probability" in loss.needs:
+        raise ChesError(f"soft({loss!r}): what is inside has soft labels already")
+
+    def compute(batch: LossInputs) -> tuple[Array, Aux]:
+        p = stop_gradient(jnp.asarray(batch.label_probability))
+        value, aux = loss(batch)
+        return p * value + (1.0 - p) * loss(swap(batch))[0], {**aux, "label/probability": p}
+
+    return wrapped("soft", loss, compute, loss.needs | {"label_probability"})
+
+
+@wrapper("lcpo", source="arXiv:2509.24159", prior=0.9, decay=0.9)
+def with_label_posterior(loss: Loss, prior: float = 0.9, decay: float = 0.9) -> Loss:
+    r"""Mixes both orders of a pair by the probability, under the current losses, that its label is right (LCPO).
+
+    .. math::
+      w L + (1 - w) L_{flip}, \qquad w = \sigma\left(\ln \frac{\eta}{1 - \eta} + L_{flip} - L\right), \qquad
+      \eta \leftarrow \gamma \eta + (1 - \gamma)\, \mathrm{mean}(w)
+
+    The E step is w, without gradient, ``aux["label/posterior"]``. The M step moves eta, the share of right labels,
+    towards the mean of w over each batch: eta comes in as ``label_prior`` and goes out as ``aux["state/label_prior"]``,
+    so that checkpoints hold it.
+
+    Args:
+      loss: any loss of pairs, without state.
+      prior: eta before the first batch, between 0 and 1; 0.5 to 0.9 in use.
+      decay: gamma, from 0 up to 1; at 1 eta stays where it is.
+
+    References:
+      Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159); the equations from a summary of it.
     """
     _require_swappable("with_label_posterior", loss)
     if not 0.0 < prior < 1.0:
         raise ChesError(f"with_label_posterior: prior={prior!r} is outside (0, 1)")
+    _in_range("with_label_posterior", "decay", decay, 0.0, 1.0)
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         value, aux = loss(batch)
         flipped = loss(swap(batch))[0]
-        posterior = stop_gradient(jax.nn.sigmoid(math.log(prior) - math.log1p(-prior) + flipped - value))
-        return posterior * value + (1.0 - posterior) * flipped, {**aux, "label/posterior": posterior}
+        eta = jnp.asarray(batch.label_prior, value.dtype)
+        posterior = stop_gradient(label_posterior(value, flipped, eta))
+        aux = {**aux, "label/posterior": posterior, "label/prior": jnp.broadcast_to(eta, posterior.shape)}
+        # short of 0 and 1, where no evidence would move it any more
+        after = jnp.clip(decay * eta + (1.0 - decay) * jnp.mean(posterior), LEAST_PRIOR, 1.0 - LEAST_PRIOR)
+        return posterior * value + (1.0 - posterior) * flipped, {**aux, "state/label_prior": after}
 
-    return _wrap("with_label_posterior", loss, compute, source="arXiv:2509.24159", prior=prior)
+    needs = loss.needs | {"label_prior"}
+    return wrapped("lcpo", loss, compute, needs, {"label_prior": prior}, prior=prior, decay=decay)
+
+
+LEAST_PRIOR = 1e-3
+
+
+def label_posterior(
+    value: Float[Array, "*B"], flipped: Float[Array, "*B"], prior: Float[Array, ""] | float
+) -> Float[Array, "*B"]:
+    r"""Probability that a label is right, from its loss, that of the flipped label, and the share of right labels.
+
+    .. math:: w = \sigma\left(\ln \frac{\eta}{1 - \eta} + L_{flip} - L\right)
+
+    >>> float(label_posterior(jnp.float32(0.0), jnp.float32(0.0), 0.75))
+    0.75
+    """
+    return jax.nn.sigmoid(jnp.log(prior) - jnp.log1p(-jnp.asarray(prior)) + flipped - value)
 
 
 def _require_swappable(wrapper: str, loss: Loss) -> None:
     _require(wrapper, loss, rows=True)
-    if loss.stateful or not any(n.endswith("_chosen") and "logp" in n for n in loss.needs):
+    if loss.stateful or not any(loss.needs >= {f"{n}_chosen", f"{n}_rejected"} for n in ("logp", "token_logps")):
         raise ChesError(f"{wrapper} needs a stateless loss of pairs whose sides can change places; {loss!r} is none")
 
 
-def with_reward_calibration(loss: Loss) -> Loss:
+@wrapper("rc", source="arXiv:2604.18239", decay=0.98)
+def with_reward_calibration(loss: Loss, decay: float = 0.98) -> Loss:
     r"""Scales the two incentives against each other and leaves the loss's value as it is.
 
     .. math::
       z_+ \leftarrow \delta z_+ + (1 - \delta)\, \mathrm{sg}(z_+), \qquad
       z_- \leftarrow z_-/\delta + (1 - 1/\delta)\, \mathrm{sg}(z_-)
 
-    z are the log-probabilities, sg stops gradients; incentives become delta d+ and d-/delta. ``log_delta`` comes with
-    the batch: ``log_calibration`` computes it, ``moving_average`` smooths its logarithms.
+    z are the log-probabilities, sg stops gradients; incentives become delta d+ and d-/delta. ln delta is a moving
+    average over the batches of ``log_calibration`` of the batch's mean incentives and of the norms of the gradients of
+    its mean log-probabilities with respect to the unembedding matrix (``head_norm_chosen``, ``head_norm_rejected``). It
+    comes in as ``log_delta`` (0 at first) and goes out as ``aux["state/log_delta"]``; a batch without an upward and a
+    downward push leaves it where it is.
+
+    Args:
+      loss: a loss of summed log-probabilities of pairs.
+      decay: of the moving average, from 0 up to 1; 0.98 in the paper.
 
     References:
-      https://arxiv.org/abs/2604.18239.
+      https://arxiv.org/abs/2604.18239, with gradients of the head.
     """
     _require("with_reward_calibration", loss, pairs=True)
+    _in_range("with_reward_calibration", "decay", decay, 0.0, 1.0)
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         chosen, rejected = logps(batch)
-        strength = stop_gradient(jnp.exp(jnp.asarray(batch.log_delta, chosen.dtype)))
-        return loss(
+        before = jnp.asarray(batch.log_delta, chosen.dtype)
+        strength = stop_gradient(jnp.exp(before))
+        value, aux = loss(
             batch._replace(
                 logp_chosen=scale_gradient(chosen, strength), logp_rejected=scale_gradient(rejected, 1.0 / strength)
             )
         )
+        pushes = Incentives(*(jnp.sum(push) for push in incentives(loss)(stop_gradient(batch))))
+        norms = jnp.asarray(batch.head_norm_chosen), jnp.asarray(batch.head_norm_rejected)
+        known = (pushes.chosen > 0) & (pushes.rejected > 0) & (norms[0] > 0) & (norms[1] > 0)
+        safe = [jnp.where(known, v, 1.0) for v in (*pushes, *norms)]
+        now = log_calibration(Incentives(*safe[:2]), *safe[2:])
+        after = jnp.where(known, moving_average(before, now.astype(before.dtype), decay), before)
+        shown = jnp.broadcast_to(strength, chosen.shape)
+        return value, {**aux, "calibration/delta": shown, "state/log_delta": stop_gradient(after)}
 
-    return _wrap("with_reward_calibration", loss, compute, frozenset({"log_delta"}), source="arXiv:2604.18239")
+    needs = loss.needs | {"log_delta", "head_norm_chosen", "head_norm_rejected"}
+    return wrapped("rc", loss, compute, needs, {"log_delta": 0.0}, decay=decay)
 
 
 def scale_gradient(x: Array, factor: Array | float) -> Array:
@@ -233,7 +494,8 @@ def moving_average(previous: Float[Array, "*A"], new: Float[Array, "*A"], decay:
     return decay * previous + (1.0 - decay) * new
 
 
-def with_gate(loss: Loss, *, alpha: float, threshold: float) -> Loss:
+@wrapper("gate", source="arXiv:2605.02626", alpha=10.0, threshold=0.1)
+def with_gate(loss: Loss, *, alpha: float = 10.0, threshold: float = 0.1) -> Loss:
     r"""Gate-DPO: the rejected response is pushed less, the less likely it has become.
 
     .. math:: g = \sigma(\alpha (\bar p_- - \tau)), \qquad \bar p_- = e^{\ln \pi(y_-|x)/|y_-|}
@@ -243,7 +505,7 @@ def with_gate(loss: Loss, *, alpha: float, threshold: float) -> Loss:
     Args:
       loss: any loss of summed log-probabilities of pairs.
       alpha: steepness, above 0.
-      threshold: tau, a probability per token.
+      threshold: tau, a probability per token. Both defaults are ours; the paper's are not known here.
 
     References:
       https://arxiv.org/abs/2605.02626, with the geometric mean probability (its other form takes a quantile of tokens).
@@ -258,4 +520,4 @@ def with_gate(loss: Loss, *, alpha: float, threshold: float) -> Loss:
         value, aux = loss(batch._replace(logp_rejected=scale_gradient(logps(batch)[1], gate)))
         return value, {**aux, "gate/rejected": gate}
 
-    return _wrap("with_gate", loss, compute, LENGTHS, source="arXiv:2605.02626", alpha=alpha, threshold=threshold)
+    return wrapped("gate", loss, compute, loss.needs | LENGTHS, alpha=alpha, threshold=threshold)

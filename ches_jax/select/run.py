@@ -180,7 +180,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
 
 def _table(config: SelectConfig) -> Path:
     """The table that has the score: a directory may hold influences beside its scores."""
-    beside = config.scores / INFLUENCE
+    beside = Path(config.scores) / INFLUENCE
     return beside if config.by == "influence" and beside.is_file() else config.scores
 
 

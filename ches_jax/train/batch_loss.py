@@ -7,7 +7,8 @@ Which field of ``LossInputs`` comes from where:
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
     weights, rewards_*, desirable      columns of the data (``Batch.extra``)
-    reward_mean                        the state of a stateful loss
+    head_norm_*                        gradients of the head, where a loss calibrates rewards (``forward.head_norms``)
+    reward_mean, label_prior, ...      the state of a stateful loss
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "logp": responses[:, 0],
         "ref_logp": ref[:, 0],
         "kl_baseline": kto_baseline(responses[:, -1], ref[:, -1]),
+        "head_norm_chosen": logps.head_norms[0],
+        "head_norm_rejected": logps.head_norms[1],
         **batch.extra,
         **state,
     }
@@ -51,7 +54,8 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
             fields[f"token_logps_{side}"] = logps.tokens[:, i]
             fields[f"ref_token_logps_{side}"] = batch.tokens.reference[:, i]
             fields[f"token_mask_{side}"] = batch.tokens.mask[:, i]
-    return LossInputs(**cast(Any, {name: value for name, value in fields.items() if name in loss.needs}))
+    read = loss.needs | loss.optional
+    return LossInputs(**cast(Any, {name: value for name, value in fields.items() if name in read}))
 
 
 def loss_and_metrics(
@@ -104,5 +108,6 @@ def batch_loss(
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
     """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
-    logps = batch_logps(model, batch, attend=with_gradient(), remat=remat, mesh=mesh)
+    norms = "head_norm_chosen" in loss.needs
+    logps = batch_logps(model, batch, norms=norms, attend=with_gradient(), remat=remat, mesh=mesh)
     return loss_and_metrics(loss, batch, logps, state)

@@ -33,15 +33,22 @@ class UpdateOptions(PairOptions, ModelOptions):
     """Run directory; default: the first free runs/train-NNN."""
 
     loss: str = "dpo"
-    """Objective by name, or sft (mean over tokens), sft_sum: cross-entropy on the chosen response."""
+    """The loss: a name, or an expression of losses, wrappers and weights: "wpo(dpo(beta=0.1)) + 0.2*sft". sft (mean
+    over tokens), sft_token and sft_sum are cross-entropy on the chosen response. docs/objectives.md lists all."""
     loss_args: Numbers = field(default_factory=dict)
-    """Hyper-parameters of the loss: beta=0.1."""
+    """Hyper-parameters of a loss that is one name: beta=0.1."""
     sft: float = 0.0
     """Coefficient of a likelihood term of the chosen response."""
     sft_per: SftUnit = "token"
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
     weights: str | None = None
-    """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes."""
+    """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes. Weighs the
+    whole loss, or what weighted(...) wraps in it."""
+    label_probabilities: str | None = None
+    """Column with the probability that the label of each pair is right: the loss of the flipped pair has the rest."""
+    token_weights: str | None = None
+    """Columns with the weights of the tokens of both responses, CHOSEN,REJECTED: lists of numbers, one for each token;
+    for given_weights(...)."""
     rewards: str | None = None
     """Columns with the rewards of both responses, CHOSEN,REJECTED, for rebel and odpo; default: chosen_reward and
     rejected_reward, score_chosen and score_rejected, or other names in use."""

@@ -9,7 +9,9 @@ where the shared segment (what all responses begin with) is computed once, as th
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -42,11 +44,22 @@ def prediction_logps(
       remat: recompute layers in the backward pass.
       mesh: where parameters and rows lie.
     """
+    predicting = predicting_states(model, rows, attend=attend, remat=remat, mesh=mesh)
+    return per_token(predicting, model.unembedding, rows.target, head_of(model))
+
+
+def head_of(model: Decoder) -> Head:
+    """What turns a model's states into logits."""
+    return Head(model.config.logit_scale, model.config.logit_softcap)
+
+
+def predicting_states(
+    model: Decoder, rows: PackedBatch, *, attend: Attend = dense, remat: bool = False, mesh: Mesh | None = None
+) -> Float[Array, "B M D"]:
+    """Hidden states of every prediction of packed rows; options of ``prediction_logps``."""
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, remat=remat, mesh=mesh)
-    predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    head = Head(model.config.logit_scale, model.config.logit_softcap)
-    return per_token(predicting, model.unembedding, rows.target, head)
+    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
 
 
 def segment_logps(model: Decoder, rows: PackedBatch, **options: Any) -> Float[Array, "B S *n"]:
@@ -60,15 +73,43 @@ class ResponseLogps(NamedTuple):
     responses: Float[Array, "items responses"]
     tokens: Float[Array, "items responses T"] | None = None
     """For objectives of tokens; padding holds anything finite."""
+    head_norms: Any = (None, None)
+    """``head_norms``, where they were asked for."""
 
 
-def batch_logps(model: Decoder, batch: Batch, **options: Any) -> ResponseLogps:
-    """Log-probabilities of a batch's responses; options of ``prediction_logps``."""
-    predictions = prediction_logps(model, batch.rows, **options)
+def batch_logps(model: Decoder, batch: Batch, *, norms: bool = False, **options: Any) -> ResponseLogps:
+    """Log-probabilities of a batch's responses; ``norms``: with ``head_norms``; options of ``prediction_logps``."""
+    states = predicting_states(model, batch.rows, **options)
+    predictions = token_logps(states, model.unembedding, batch.rows.target, head_of(model))
+    found = head_norms(model, batch, states) if norms else (None, None)
     sums = segment_sums(predictions, batch.rows.segment, batch.rows.last.shape[1])
     row, first = batch.row[:, None], batch.shared[:, None]
     own = first + 1 + jnp.arange(batch.counts.shape[1], dtype=jnp.int32)[None]
     responses = sums[row, first] + sums[row, own]
     if batch.tokens is None:
-        return ResponseLogps(responses)
-    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at])
+        return ResponseLogps(responses, head_norms=found)
+    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found)
+
+
+def head_norms(
+    model: Decoder, batch: Batch, states: Float[Array, "B M D"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    r"""Norms of the gradients of the mean log-probabilities with respect to the unembedding matrix, without gradient.
+
+    .. math:: \left\| \nabla_W \tfrac1P \sum_i \ln \pi(y_\pm^{(i)}|x^{(i)}) \right\|_F
+
+    of the batch's P pairs, chosen and rejected. A tied embedding counts as the head alone.
+    """
+    states, weight = lax.stop_gradient((states, model.unembedding))
+    segments, items = batch.rows.last.shape[1], batch.row.shape[0]
+
+    def norm(side: int) -> Array:
+        # segments of the side: what both responses share, and its own part
+        of_side = jnp.zeros((batch.rows.segment.shape[0], segments + 1), bool)
+        of_side = of_side.at[batch.row, batch.shared].set(True).at[batch.row, batch.shared + 1 + side].set(True)
+        counted = jnp.take_along_axis(of_side, batch.rows.segment, axis=1)
+        _, back = jax.vjp(lambda w: token_logps(states, w, batch.rows.target, head_of(model)), weight)
+        (gradient,) = back(counted.astype(jnp.promote_types(states.dtype, jnp.float32)) / items)
+        return jnp.sqrt(jnp.sum(jnp.square(gradient)))
+
+    return norm(0), norm(1)

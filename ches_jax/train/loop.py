@@ -80,6 +80,7 @@ def train(
             # flat, so that a difference is reported by the name of its option
             prints = {k: v for k, v in run.identity.items() if k != "config"}
             identity = {**run.identity["config"], **prints}
+            identity |= _written_before(run.out, identity["objective"])
             process.agree(identity)
             if process.first:
                 lock.take()
@@ -96,8 +97,19 @@ def train(
         quiet = quiet or not process.first
         say(f"loading the model ({run.model.directory})", quiet=quiet)
         parts = assemble(run, observers)
+        say(f"the loss: {run.loss!r}", quiet=quiet)
         say("compiling, then training", quiet=quiet)
         return _train(run, parts, quiet)
+
+
+WRITTEN = ("loss", "loss_args", "sft", "sft_per")
+"""Options that write a loss; two ways of writing the same one are the same run."""
+
+
+def _written_before(out: Path, objective: str) -> dict[str, Any]:
+    """How the run in ``out`` writes its loss, where that is this very loss."""
+    there = read_json(out / CONFIG) if (out / CONFIG).exists() else {}
+    return {name: there[name] for name in WRITTEN if name in there} if there.get("objective") == objective else {}
 
 
 def _train(run: Run, parts: Parts, quiet: bool) -> Path:

@@ -1,8 +1,8 @@
-r"""The choice of an objective: a loss of the registry or a supervised one, and what it reads.
+r"""The choice of an objective: a loss as it is written, and what it reads.
 
 >>> loss = get_objective("ipo_mean", {"tau": 0.05}, sft=0.1, sft_per="token")
 >>> loss
-with_sft(ipo_mean(tau=0.05), coef=0.1, per=token)
+ipo_mean(tau=0.05) + 0.1*sft_token
 >>> needs_reference(loss), reads_tokens(loss)
 (True, False)
 """
@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from ches_jax.errors import ChesError
-from ches_jax.losses import Loss, LossInputs, RunningMean, get_loss, loss_names, with_sft, with_weights
-from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS, Aux
-from ches_jax.losses.registry import unknown_name
-from ches_jax.losses.tokens import TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE
+from ches_jax.losses import Loss, parse_loss, with_sft, with_soft_labels, with_weights
+from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS
+from ches_jax.losses.tokens import SPAN_MASKS, TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE, TOKEN_WEIGHTS
+from ches_jax.losses.wrappers import kind_of
 from ches_jax.types import SftUnit
 
 SUPPLIED = (
@@ -28,8 +27,11 @@ SUPPLIED = (
     | TOKEN_LOGPS
     | TOKEN_MASKS
     | TOKEN_REFERENCE
-    | {"weights", "reward_mean", "logp", "ref_logp", "desirable", "kl_baseline"}
+    | TOKEN_WEIGHTS
+    | SPAN_MASKS
+    | {"weights", "label_probability", "logp", "ref_logp", "desirable", "kl_baseline"}
     | {"logp_candidates", "ref_logp_candidates"}
+    | {"reward_mean", "label_prior", "log_delta", "head_norm_chosen", "head_norm_rejected"}
 )
 """Fields of ``LossInputs`` that training can fill."""
 WHY_NOT = (
@@ -37,36 +39,46 @@ WHY_NOT = (
     "keeps one model in memory"
 )
 """Why the others cannot be filled: they are SparsePO's."""
-SFT = {
-    "sft": "mean over the tokens of all chosen responses of the update",
-    "sft_sum": "mean over the pairs of the summed negative log-probability of the chosen response",
-}
-"""Supervised objectives: cross-entropy on the chosen response."""
+COLUMN_FIELDS = {"weights": "--weights", "label_probability": "--label-probabilities"}
+"""Fields that are columns of the data, and the options that name them."""
 
 
 def get_objective(
-    name: str, hyper: Mapping[str, float], *, sft: float = 0.0, sft_per: SftUnit = "token", weighted: bool = False
+    text: str,
+    hyper: Mapping[str, float],
+    *,
+    sft: float = 0.0,
+    sft_per: SftUnit = "token",
+    weighted: bool = False,
+    soft_labels: bool = False,
 ) -> Loss:
-    """A loss of the registry or a supervised one, with an SFT term and weights of the pairs where asked.
+    """The loss of an expression (``losses.expression``), with what options add to it.
+
+    Args:
+      text: the expression.
+      hyper: hyper-parameters, where it is one bare name.
+      sft: coefficient of a likelihood term.
+      sft_per: its unit.
+      weighted: whether the data bring weights: the whole loss is weighted, unless the expression says what is.
+      soft_labels: whether they bring probabilities of the labels; likewise.
 
     Raises:
-      ChesError: unknown name (the names are listed), wrong hyper-parameters, or a loss that asks for more than
-        training supplies.
+      ChesError: an expression that is none, or a loss that asks for more than the run supplies.
     """
-    if name in SFT:
-        if hyper or sft or weighted:
-            raise ChesError(f"loss {name!r}: has no hyper-parameters and takes neither an SFT term nor weights")
-        return _supervised(name)
-    if name not in loss_names():
-        raise ChesError(unknown_name(name, sorted({*loss_names(), *SFT})))
-    loss = get_loss(name, **hyper)
+    loss = parse_loss(text, hyper)
     if sft:
         loss = with_sft(loss, sft, per=sft_per)
-    if weighted:
+    if soft_labels and "label_probability" not in loss.needs:
+        loss = with_soft_labels(loss)
+    if weighted and "weights" not in loss.needs:
         loss = with_weights(loss)
     missing = sorted(loss.needs - SUPPLIED)
     if missing:
-        raise ChesError(f"loss {name!r} needs {', '.join(missing)}, which `ches train` cannot supply: {WHY_NOT}")
+        raise ChesError(f"loss {text!r} needs {', '.join(missing)}, which `ches train` cannot supply: {WHY_NOT}")
+    given = {"weights": weighted, "label_probability": soft_labels}
+    for field, option in COLUMN_FIELDS.items():
+        if field in loss.needs and not given[field]:
+            raise ChesError(f"loss {loss!r} reads a number of each pair; say in which column it is: {option} COLUMN")
     return loss
 
 
@@ -77,7 +89,7 @@ def needs_reference(loss: Loss) -> bool:
 
 def is_supervised(loss: Loss) -> bool:
     """Whether the loss reads the chosen response alone, so that the rejected one need not be computed."""
-    return loss.name in SFT
+    return kind_of(loss) == "chosen responses"
 
 
 def is_unpaired(loss: Loss) -> bool:
@@ -100,24 +112,6 @@ def reads_reference_tokens(loss: Loss) -> bool:
     return loss.needs >= TOKEN_REFERENCE
 
 
-def _supervised(name: str) -> Loss:
-    r"""Cross-entropy on the chosen response in nats, :math:`-w \ln \pi(y_+|x)`.
-
-    ``sft_sum`` has w = 1. For ``sft`` the batch brings w = pairs / tokens of the whole update, so that the mean over
-    its pairs is the mean over its tokens, however it is cut into micro-batches.
-    """
-
-    def compute(inputs: LossInputs) -> tuple[Array, Aux]:
-        logp = jnp.asarray(inputs.logp_chosen)
-        value = -logp if name == "sft_sum" else -logp * jnp.asarray(inputs.weights)
-        stopped = jax.lax.stop_gradient(logp)
-        per_token = stopped / jnp.asarray(inputs.chosen_tokens).astype(logp.dtype)
-        return value, {"logps/chosen": stopped, "logps_per_token/chosen": per_token}
-
-    needs = frozenset({"logp_chosen", "chosen_tokens"} | ({"weights"} if name == "sft" else set()))
-    return Loss(name=name, needs=needs, compute=compute, source=SFT[name])
-
-
 def initial_loss_state(loss: Loss, dtype: Any = jnp.float32) -> dict[str, Any]:
     """State of a stateful loss before the first batch; empty for all others."""
-    return {"reward_mean": RunningMean(jnp.zeros((), dtype), jnp.zeros((), dtype))} if loss.stateful else {}
+    return jax.tree.map(lambda value: jnp.asarray(value, dtype), dict(loss.initial))

@@ -25,10 +25,10 @@ from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
 from ches_jax.train.checkpoints import parse_best
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_reward_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -91,8 +91,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the run: its options, and everything it opened."""
-        return {"config": as_dict(self.config), **self.opener.identity()}
+        """What decides the run: its options, the loss that they make, and everything it opened."""
+        return {"config": as_dict(self.config), "objective": repr(self.loss), **self.opener.identity()}
 
     @property
     def master(self) -> str:
@@ -136,6 +136,22 @@ def require_options(config: TrainConfig) -> None:
         raise ChesError("--holdout and --eval-pairs: give one of them")
 
 
+def objective_of(config: UpdateOptions) -> Loss:
+    """The loss that the options of a run make.
+
+    Raises:
+      ChesError: an expression that is none, or one that asks for more than the run supplies.
+    """
+    return get_objective(
+        config.loss,
+        config.loss_args,
+        sft=config.sft,
+        sft_per=config.sft_per,
+        weighted=config.weights is not None,
+        soft_labels=config.label_probabilities is not None,
+    )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -145,10 +161,8 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     process = process or Process()
     assert config.out is not None
     require_options(config)
-    loss = get_objective(
-        config.loss, config.loss_args, sft=config.sft, sft_per=config.sft_per, weighted=config.weights is not None
-    )
-    require_reward_columns(config, loss)
+    loss = objective_of(config)
+    require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)
     decoder = model.decoder

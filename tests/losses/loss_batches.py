@@ -24,6 +24,7 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
     tokens = [jnp.asarray(-np.abs(t + rng.normal(0, 0.3, t.shape)) - 0.01, dtype) for t in ref_tokens]
     candidates = -rng.uniform(15, 30, (PAIRS, CANDIDATES))
     rewards = rng.uniform(0, 1, (2, PAIRS))
+    own = np.random.default_rng(seed + 1000)  # apart, so that the fields above stay what they were
     chosen, rejected = near(ref[0]), near(ref[1])
     return LossInputs(
         logp_chosen=chosen,
@@ -36,6 +37,10 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
         rewards_rejected=jnp.asarray(rewards[1], dtype),
         reward_mean=RunningMean(jnp.zeros((), dtype), jnp.zeros((), dtype)),
         log_delta=jnp.asarray(0.3, dtype),
+        label_prior=jnp.asarray(0.8, dtype),
+        label_probability=jnp.asarray(own.uniform(0, 1, PAIRS), dtype),
+        head_norm_chosen=jnp.asarray(4.0, dtype),
+        head_norm_rejected=jnp.asarray(2.0, dtype),
         logp=chosen,
         ref_logp=jnp.asarray(ref[0], dtype),
         desirable=jnp.array([True, False, False, True]),
@@ -48,6 +53,8 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
         ref_token_logps_rejected=jnp.asarray(ref_tokens[1], dtype),
         token_mask_chosen=jnp.asarray(masks[0]),
         token_mask_rejected=jnp.asarray(masks[1]),
+        span_mask_chosen=jnp.asarray(own.integers(0, 2, (PAIRS, WIDTH)), jnp.int32),
+        span_mask_rejected=jnp.asarray(own.integers(0, 2, (PAIRS, WIDTH)), jnp.int32),
         token_weights_chosen=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
         token_weights_rejected=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
         token_kl_chosen=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),

@@ -85,6 +85,9 @@ EXPECTED = {
     "ipo_sft_sum": ({"tau": 0.1, "sft_coeff": 10.0}, (2 - 5) ** 2 + 10 * 3),
     "rpo": ({"beta": 0.5, "alpha": 0.2}, nls(1) + 0.2 * 3 / 2),
     "cpo": ({"beta": 0.5, "lam": 0.1}, nls(0.5 * 3) + 0.1 * 3),
+    "sft": ({}, 3 / 2),
+    "sft_token": ({}, 3 / 2),
+    "sft_sum": ({}, 3.0),
     "slic": ({"delta": 5.0, "lam": 0.1}, (5 - 3) + 0.1 * 3),
 }
 OTHERS = {"bco_pair", "kto", "d2o", "confpo", "ld_dpo", "sparsepo"}  # below, and in test_tokens

@@ -27,7 +27,9 @@ from ches_jax.losses import (
     with_policy_weights,
     with_reward_calibration,
     with_sft,
+    with_soft_labels,
     with_tokens,
+    with_unbiased_labels,
     with_weights,
 )
 from ches_jax.types import SftUnit
@@ -43,7 +45,8 @@ def test_sft_units(batch64):
     for per, term in terms.items():
         value, aux = with_sft(DPO, 0.7, per=per)(batch64)
         np.testing.assert_allclose(value, base + 0.7 * term, rtol=1e-12)
-        np.testing.assert_allclose(aux["nll_loss"], term, rtol=1e-12)
+        (logged,) = (v for k, v in aux.items() if k.startswith("terms/sft"))
+        np.testing.assert_allclose(logged, term, rtol=1e-12)
     summed = get_loss("dpo_sft_sum", beta=0.3, sft_coeff=0.7)(batch64)[0]
     np.testing.assert_allclose(with_sft(DPO, 0.7, per="sum")(batch64)[0], summed, rtol=1e-12)
     per_token = get_loss("rpo", beta=0.3, alpha=0.7)(batch64)[0]
@@ -76,12 +79,24 @@ def test_policy_weights_carry_no_gradient_and_scale_the_sft_term_inside(batch64)
 
 
 def test_label_posterior_is_bayes_rule(batch64):
-    value, aux = with_label_posterior(DPO, 0.8)(batch64)
+    value, aux = with_label_posterior(DPO, 0.9, decay=0.75)(batch64)  # eta is that of the batch, 0.8
     right, wrong = DPO(batch64)[0], DPO(swap(batch64))[0]
     p = jnp.exp(-right) / (jnp.exp(-right) + jnp.exp(-wrong))
     w = 0.8 * p / (0.8 * p + 0.2 * (1 - p))
     np.testing.assert_allclose(aux["label/posterior"], w, rtol=1e-12)
     np.testing.assert_allclose(value, w * right + (1 - w) * wrong, rtol=1e-12)
+    np.testing.assert_allclose(aux["state/label_prior"], 0.75 * 0.8 + 0.25 * w.mean(), rtol=1e-12)
+    got = incentives(with_label_posterior(DPO))(batch64)
+    np.testing.assert_allclose(got.chosen, (w * right_push(batch64) - (1 - w) * wrong_push(batch64)), rtol=1e-10)
+
+
+def right_push(batch):
+    return incentives(DPO)(batch).chosen
+
+
+def wrong_push(batch):
+    """Of the flipped pair on what is rejected there: it goes down."""
+    return incentives(DPO)(swap(batch)).rejected
 
 
 def test_reward_calibration_scales_incentives_and_keeps_the_value(batch64):
@@ -91,6 +106,26 @@ def test_reward_calibration_scales_incentives_and_keeps_the_value(batch64):
     np.testing.assert_allclose(wrapped(batch64)[0], DPO(batch64)[0], rtol=1e-15)
     np.testing.assert_allclose(after.chosen, before.chosen * delta, rtol=1e-12)
     np.testing.assert_allclose(after.rejected, before.rejected / delta, rtol=1e-12)
+
+
+def test_the_state_of_the_calibration_moves_towards_the_batch(batch64):
+    before = incentives(DPO)(batch64)
+    target = 0.5 * (jnp.log(2.0) - jnp.log(4.0) - jnp.log(before.chosen.sum()) + jnp.log(before.rejected.sum()))
+    state = with_reward_calibration(DPO, decay=0.75)(batch64)[1]["state/log_delta"]
+    np.testing.assert_allclose(state, 0.75 * 0.3 + 0.25 * target, rtol=1e-12)
+    still = with_reward_calibration(DPO)(batch64._replace(head_norm_chosen=jnp.zeros(())))[1]["state/log_delta"]
+    np.testing.assert_allclose(still, 0.3, rtol=1e-12)
+
+
+def test_labels_in_doubt_mix_both_orders(batch64):
+    right, wrong = DPO(batch64)[0], DPO(swap(batch64))[0]
+    p = batch64.label_probability
+    np.testing.assert_allclose(with_soft_labels(DPO)(batch64)[0], p * right + (1 - p) * wrong, rtol=1e-12)
+    even = batch64._replace(label_probability=jnp.full(4, 0.7))
+    np.testing.assert_allclose(with_soft_labels(DPO)(even)[0], with_label_smoothing(DPO, 0.3)(batch64)[0], rtol=1e-12)
+    for name, wrap in (("cdpo", with_label_smoothing), ("robust", with_unbiased_labels)):
+        registered = get_loss(name, beta=0.3, label_smoothing=0.2)(batch64)[0]
+        np.testing.assert_allclose(wrap(DPO, 0.2)(batch64)[0], registered, rtol=1e-12)
 
 
 def test_calibration_centres_the_ratio_of_incentives():
@@ -114,8 +149,8 @@ def test_gate_touches_only_the_rejected_gradient(batch64):
 
 def test_wrappers_tell_what_they_are_made_of():
     loss = with_weights(with_sft(DPO, 0.5, per="token"))
-    assert repr(loss) == "with_weights(with_sft(dpo(beta=0.3), coef=0.5, per=token))"
-    assert loss.needs == DPO.needs | {"weights", "chosen_tokens", "rejected_tokens"}
+    assert repr(loss) == "weighted(dpo(beta=0.3) + 0.5*sft_token)"
+    assert loss.needs == DPO.needs | {"weights", "chosen_tokens"}
 
 
 @pytest.mark.parametrize(
@@ -205,9 +240,11 @@ def test_sparsepo_weighs_rewards_and_divergences(x64):
 
 
 def test_any_loss_can_read_tokens(batch64):
-    loss = with_tokens(get_loss("ipo_mean"), given_weights, extra=frozenset({"token_weights_chosen"}))
+    loss = with_tokens(
+        get_loss("ipo_mean"), given_weights, name="given_weights", extra=frozenset({"token_weights_chosen"})
+    )
     assert "logp_chosen" not in loss.needs and "ref_token_logps_chosen" in loss.needs
-    assert repr(loss) == "given_weights:ipo_mean(tau=0.1)"
+    assert repr(loss) == "given_weights(ipo_mean(tau=0.1))"
     expected = get_loss("ipo_mean")(weighted_sums(batch64, given_weights(batch64)))[0]
     np.testing.assert_allclose(loss(batch64)[0], expected, rtol=1e-12)
     assert "ref_token_logps_chosen" not in with_tokens(get_loss("simpo")).needs

@@ -161,7 +161,8 @@ def test_all_problems_come_together():
         ({"model_type": "unheard_of"}, "not supported; give a dense decoder-only model (gemma, gemma2,"),
         ({"model_type": ["llama"]}, "not supported"),
         ({}, "no 'model_type'"),
-        (TINY | {"quantization_config": {"quant_method": "gptq"}}, "unquantised weights"),
+        (TINY | {"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
+        (TINY | {"quantization_config": {"bits": 4}}, "no 'quant_method'"),
     ],
 )
 def test_other_kinds_of_model_are_refused_by_name(raw: dict[str, Any], words: str):

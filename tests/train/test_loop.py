@@ -347,7 +347,7 @@ def test_rows_of_weight_zero_do_not_train(small, tmp_path):
     options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None}
     out = train(small(tmp_path / "run", **options), quiet=True)
     assert lines(out)[1]["loss"] == lines(out)[1]["grad_norm"] == 0
-    assert read_json(out / "run.json")["loss"] == "with_weights(dpo(beta=0.1))"
+    assert read_json(out / "run.json")["loss"] == "weighted(dpo(beta=0.1))"
     with pytest.raises(ChesError, match="line 1: --weights other needs numbers in other"):
         train(small(tmp_path / "other", **{**options, "weights": "other"}), quiet=True)
 

@@ -20,7 +20,7 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
     Raises:
       ChesError: no header, or columns of several runs.
     """
-    rows = list(csv.DictReader(io.StringIO(text)))
+    rows = list(csv.DictReader(io.StringIO(text), delimiter=_delimiter(text)))
     if not rows or not rows[0]:
         raise ChesError(f"{path}: a CSV file without rows")
     runs: dict[str, None] = {}
@@ -32,9 +32,6 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
         renamed[column] = name if dash else column
         if dash and metric(name) is not None:
             runs[run] = None
-    named = [c for c in rows[0] if c in ("run", "run_name", "run_id") or c == "Name"]
-    for column in named[:1]:
-        runs |= dict.fromkeys(row[column] for row in rows if row[column])
     if len(runs) > 1:
         raise ChesError(f"{path}: holds {len(runs)} runs ({', '.join(runs)}); export one of them")
     cut = rows[-1] if None in rows[-1].values() else None
@@ -52,6 +49,12 @@ def looks_like_csv(text: str) -> bool:
     >>> looks_like_csv("Step,run - eval/rewards/chosen\n1,0.5"), looks_like_csv("{'loss': 0.5, 'step': 1}")
     (True, False)
     """
-    head = next(csv.reader(text.splitlines()[:1]), [])
+    head = next(csv.reader(text.splitlines()[:1], delimiter=_delimiter(text)), [])
     names = [column.rpartition(" - ")[2] for column in head]
     return len(head) > 1 and any(n.lower() in STEPS or metric(n) is not None for n in names)
+
+
+def _delimiter(text: str) -> str:
+    """What separates the columns of the header: a comma, a semicolon or a tab."""
+    head = text.partition("\n")[0]
+    return max(",;\t", key=head.count)

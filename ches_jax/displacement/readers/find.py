@@ -4,9 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ches_jax.displacement.readers.csv_log import looks_like_csv, read_csv_log
 from ches_jax.displacement.readers.event_log import is_event_file, read_event_log
-from ches_jax.displacement.readers.json_log import read_json_log
+from ches_jax.displacement.readers.json_log import ONE_ENTRY, read_json_log
 from ches_jax.displacement.readers.log import Log
 from ches_jax.errors import ChesError
 
@@ -64,6 +66,7 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
         elif log.names:
             others.append(log)
             problems.append(f"{file}: no rewards/chosen (it has {', '.join(log.names[:6])})")
+    logs = _without_copies(logs)
     if len(logs) > 1:
         raise ChesError(_several(path, [file for file, _ in logs]))
     if logs:
@@ -73,6 +76,32 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files"
     more = "".join(f"\n  {problem}" for problem in problems[:5])
     raise ChesError(f"{path}: no log with rewards of chosen and rejected responses in it (looked for {looked}){more}")
+
+
+def _without_copies(logs: list[tuple[Path, Log]]) -> list[tuple[Path, Log]]:
+    """One log of those that are of one run: a summary beside a history, and a history in two formats."""
+    whole = [(file, log) for file, log in logs if not log.source.endswith(f"({ONE_ENTRY})")] or logs
+    longest = max(whole, key=lambda item: sum(len(s.steps) for s in item[1].series.values()), default=None)
+    if longest is None or not all(item is longest or _is_copy(item, longest) for item in whole):
+        return whole
+    return [longest]
+
+
+def _is_copy(one: tuple[Path, Log], other: tuple[Path, Log]) -> bool:
+    """Whether two logs of different formats have the same values at the same steps."""
+    series, others = one[1].series, other[1].series
+    common = series.keys() & others.keys()
+    return (
+        one[0].suffix != other[0].suffix
+        and bool(common)
+        and all(
+            np.isin(series[k].steps, others[k].steps).all()
+            and np.allclose(
+                series[k].values, others[k].values[np.isin(others[k].steps, series[k].steps)], rtol=1e-3, atol=1e-6
+            )
+            for k in common
+        )
+    )
 
 
 def read_file(path: Path, held_out: str | None = None) -> Log:

@@ -71,6 +71,7 @@ def log_of(
     """The log of entries ``{metric: number, step: number}`` in the order in which they were written.
 
     Where a run was resumed, steps go back: what was written later counts. Nested objects are read as ``outer/inner``.
+    In a table NaN may stand for a cell that was not logged (``_without_empty_cells``).
 
     Args:
       source: for messages.
@@ -86,15 +87,16 @@ def log_of(
     latest: dict[tuple[str, str, str], int] = {}
     names: dict[str, None] = {}
     resumed: set[int] = set()
-    for count, raw in enumerate(entries, 1):
-        entry = _flat(raw)
+    flat = [_flat(raw) for raw in entries]
+    _require_one_run(source, flat)
+    for count, entry in enumerate(map(_without_empty_cells, flat), 1):
         step = _step(entry)
         step = count if step is None else step
         for name, value in entry.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             names[name] = None
-            if (meaning := metric(name)) is None:
+            if (meaning := metric(name)) is None or (meaning.quantity == "loss" and RUNTIME in entry):
                 continue
             key = ("held_out" if meaning.held_out else "train", meaning.quantity, meaning.evaluation_set)
             there = values.setdefault(key, {})
@@ -133,6 +135,42 @@ def _evaluation_set(source: str, present: set[str], wanted: str | None) -> str:
     return next(iter(present), "")
 
 
+RUNTIME = "train_runtime"
+"""In the last entry of transformers, whose ``train_loss`` is a mean over the whole run."""
+RUN_NAMES = ("run", "run_name", "run_id", "Name")
+"""Columns of exports that name the run of an entry."""
+
+
+def _require_one_run(source: str, entries: Iterable[Mapping[str, Any]]) -> None:
+    for column in RUN_NAMES:
+        runs = dict.fromkeys(str(entry[column]) for entry in entries if entry.get(column) not in (None, ""))
+        if len(runs) > 1:
+            raise ChesError(f"{source}: holds {len(runs)} runs ({', '.join(runs)}); export one of them")
+
+
+def _without_empty_cells(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry without the NaN of a set of pairs that it does not log: the other set has numbers in it.
+
+    A table has a column for every metric, and a row where training metrics were logged has NaN under those of the
+    evaluation. A run that diverges has NaN and no numbers beside it.
+
+    >>> nan = float("nan")
+    >>> _without_empty_cells({"step": 1, "rewards/chosen": 0.5, "eval_rewards/chosen": nan})
+    {'step': 1, 'rewards/chosen': 0.5}
+    >>> len(_without_empty_cells({"step": 1, "rewards/chosen": nan, "loss": nan}))
+    3
+    """
+    sets: dict[str, list[str]] = {}
+    for name, value in entry.items():
+        if isinstance(value, (int, float)) and (meaning := metric(name)) is not None:
+            sets.setdefault(f"{meaning.held_out} {meaning.evaluation_set}", []).append(name)
+    empty = [names for names in sets.values() if all(math.isnan(entry[name]) for name in names)]
+    if not empty or len(empty) == len(sets):
+        return entry
+    left_out = {name for names in empty for name in names}
+    return {name: value for name, value in entry.items() if name not in left_out}
+
+
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, inner in value.items():
@@ -144,10 +182,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Numbers that a writer put into quotes, as ms-swift and CSV do."""
+    """Numbers that a writer put into quotes, as ms-swift and CSV do; ``"62.5%"`` is 0.625."""
     if isinstance(value, str):
         try:
-            return float(value)
+            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
         except ValueError:
             return value
     return value

@@ -8,26 +8,23 @@ import re
 from typing import NamedTuple
 
 QUANTITIES = {
-    "chosen": "rewards/chosen rewards_chosen rewards_chosen_mean chosen_rewards chosen_reward dpo_chosen_reward "
-    "reward_chosen chosen_rewards_mean chosen_reward_mean",
-    "rejected": "rewards/rejected rewards_rejected rewards_rejected_mean rejected_rewards rejected_reward "
-    "dpo_rejected_reward reward_rejected reject_reward rejected_rewards_mean rejected_reward_mean",
-    "margin": "rewards/margins rewards/margin rewards_margin reward_margin reward_margins dpo_margin "
-    "dpo_reward_margin margin_rewards",
-    "accuracy": "rewards/accuracies rewards/accuracy rewards_accuracy reward_accuracy reward_accuracies dpo_accuracy "
-    "dpo_reward_accuracy accuracy acc acc_mean",
-    "logp_chosen": "logps/chosen log_probs/chosen logps_chosen policy_chosen_logps chosen_logps",
-    "logp_rejected": "logps/rejected log_probs/rejected logps_rejected policy_rejected_logps rejected_logps",
-    "dlogp_chosen": "displacement/dlogp_chosen",
-    "dlogp_rejected": "displacement/dlogp_rejected",
+    "chosen": "rewards_chosen chosen_rewards chosen_reward reward_chosen dpo_chosen_reward",
+    "rejected": "rewards_rejected rejected_rewards rejected_reward reward_rejected reject_reward dpo_rejected_reward",
+    "margin": "rewards_margins rewards_margin reward_margin reward_margins margin_rewards dpo_margin dpo_reward_margin",
+    "accuracy": "rewards_accuracies rewards_accuracy reward_accuracy reward_accuracies dpo_accuracy "
+    "dpo_reward_accuracy accuracy acc",
+    "logp_chosen": "logps_chosen log_probs_chosen chosen_logps chosen_log_probs policy_chosen_logps",
+    "logp_rejected": "logps_rejected log_probs_rejected rejected_logps rejected_log_probs policy_rejected_logps",
+    "dlogp_chosen": "displacement_dlogp_chosen",
+    "dlogp_rejected": "displacement_dlogp_rejected",
     "loss": "loss dpo_loss preference_loss",
     "nll_loss": "nll_loss sft_loss",
-    "odds_ratio": "log_odds_ratio log_odds_chosen odds_ratio",
+    "odds_ratio": "log_odds_ratio log_odds_chosen odds_ratio odds_ratio_loss",
     "kl": "kl",
 }
 """Quantity -> its names in TRL, transformers' other trainers (LLaMA-Factory, axolotl, ms-swift, open-instruct), the
-original DPO code, OpenRLHF, NeMo-RL, tunix, EasyDeL, MaxText, levanter and marin, and in our own runs. ``chosen`` and
-``rejected`` are rewards; ``dlogp_*`` changes in nats."""
+original DPO code, OpenRLHF, NeMo-RL, tunix, EasyDeL, MaxText, levanter and marin, and in our own runs, as ``plain``
+writes them. ``chosen`` and ``rejected`` are rewards; ``dlogp_*`` changes in nats."""
 STEPS = (
     "step",
     "train/global_step",
@@ -43,6 +40,8 @@ STEPS = (
 """Names of the step, the most telling first: ``_step`` of Weights & Biases counts calls and not updates."""
 HELD_OUT = {"eval", "validation", "val", "valid", "test", "dev", "heldout", "held_out"}
 TRAINING = {"train", "training", "learning", "metrics", "data", "actor"}
+NEUTRAL = {"dpo", "orpo", "kto", "cpo", "simpo", "ipo", "preference", "mean", "avg", "average", "stats"}
+"""Words before a quantity that do not make another of it: the method, and that batches are averaged."""
 REINFORCEMENT = (
     r"(^|/)(objective|critic|policy)/|pg_loss|ppo|grpo|rloo|^reward$|reward_std$"
     r"|rewards/[^/]+/(mean|std)$|^val/.*reward"
@@ -66,6 +65,17 @@ _BY_NAME = {name: quantity for quantity, names in QUANTITIES.items() for name in
 _LONGEST_FIRST = sorted(_BY_NAME, key=len, reverse=True)
 
 
+def plain(name: str) -> str:
+    """A name in small letters with one separator, its set in front, without the word for a mean.
+
+    >>> plain("rewards_train/chosen"), plain("loss/eval"), plain("Validation-default.rewards/chosen_mean")
+    ('train_rewards_chosen', 'eval_loss', 'validation_default_rewards_chosen')
+    """
+    text = re.sub(r"[^a-z0-9]+", "_", name.strip().lower()).strip("_")
+    text = re.sub(r"_(mean|avg|average)$", "", text)
+    return re.sub(r"^(rewards|logps|loss)_(train|eval|val|valid|validation|test)(?=_|$)(.*)$", r"\2_\1\3", text)
+
+
 def metric(name: str) -> Metric | None:
     """The meaning of a metric's name; None for one that this project has no use for.
 
@@ -75,16 +85,15 @@ def metric(name: str) -> Metric | None:
     Metric(held_out=False, quantity='rejected', evaluation_set='')
     >>> metric("rewards_eval/chosen"), metric("eval_ultra_rewards/chosen").evaluation_set
     (Metric(held_out=True, quantity='chosen', evaluation_set=''), 'ultra')
-    >>> metric("learning_rate") is metric("rewards/format/mean") is None
+    >>> metric("learning_rate") is metric("rewards/format/mean") is metric("ref_rewards/chosen") is None
     True
     """
-    text = re.sub(r"^(rewards|logps)_(train|eval)/", r"\2/\1/", name.strip().lower())
-    text = re.sub(r"^(loss)/(train|eval)$", r"\2/\1", text)
+    text = plain(name)
     for known in _LONGEST_FIRST:
-        if text == known or (text.endswith(known) and text[-len(known) - 1] in "/_.:"):
-            words = [w for w in re.split(r"[/_.:-]", text.removesuffix(known)) if w]
+        if text == known or text.endswith(f"_{known}"):
+            words = text.removesuffix(known).split("_")
             held_out = any(w in HELD_OUT for w in words)
-            rest = [w for w in words if w not in HELD_OUT | TRAINING]
+            rest = [w for w in words if w and w not in HELD_OUT | TRAINING | NEUTRAL]
             if rest and not held_out:
                 return None  # policy_chosen_..., aux_loss: another quantity
             return Metric(held_out, _BY_NAME[known], "_".join(rest))

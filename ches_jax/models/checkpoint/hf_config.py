@@ -25,6 +25,8 @@ IGNORED = _words(
     "_attn_implementation chunk_size_feed_forward tokenizer_class prefix num_labels _num_labels is_decoder "
     "cross_attention_hidden_size tf_legacy_loss cache_implementation transformers.js_config unsloth_fixed "
     "unsloth_version "
+    # read by hf.quantised
+    "quantization_config "
     # training only
     "initializer_range pretraining_tp attention_dropout attention_probs_dropout_prob hidden_dropout "
     "hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop resid_dropout embedding_dropout residual_dropout "

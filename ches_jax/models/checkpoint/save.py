@@ -12,6 +12,8 @@ import numpy as np
 from ches_jax.errors import CheckpointError
 from ches_jax.hf.directory import INDEX, fingerprint, model_files, read_config, weight_files, weight_map
 from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, write_config, write_weights
+from ches_jax.hf.quantised.schemes import KEY as QUANTISED
+from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.tensors import DTYPES, STORED, open_files
 from ches_jax.hf.text_part import TEXT, TIED, text_config
 from ches_jax.models.checkpoint.load import open_checkpoint
@@ -64,6 +66,7 @@ def save_pretrained(
     params = named_parameters(model)
     family = family_of(raw, str(out))
     rules = family.name_rules(params, model.config)
+    raw.pop(QUANTISED, None)  # what is written is not
     if source is not None and is_multimodal(source):
         raw["architectures"] = [family.ARCHITECTURE]
     with new_directory(Path(out), CheckpointError) as directory:
@@ -128,9 +131,9 @@ def require_whole(source: Path) -> None:
             f"{source}: is no multimodal directory, so there is no more to write than its text model; leave out "
             "--whole (--export-whole)"
         )
-    if quantisation := text_config(read_config(source), str(source)).get("quantization_config"):
+    if scheme := scheme_of(text_config(read_config(source), str(source)), str(source)):
         raise CheckpointError(
-            f"{source}: its weights are quantised ({quantisation.get('quant_method')}), and what is written is not: "
+            f"{source}: its weights are quantised ({scheme.name}), and what is written is not: "
             "the whole directory would be half of each; write the text model alone (leave out --whole, --export-whole)"
         )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.hf.directory import read_config
+from ches_jax.hf.quantised.scheme import dequantised
+from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.tensors import Tensor, open_tensors, same_values
 from ches_jax.hf.text_part import TIED, text_config, text_tensors
 from ches_jax.models.config import DecoderConfig
@@ -46,13 +48,16 @@ def effective_config(directory: Path) -> dict[str, Any]:
 def model_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of the text model under its own names; those of other parts are left out, which is said once.
 
+    Quantised weights are dequantised when they are read.
+
     Raises:
       CheckpointError: weight files that cannot be read, or that hold no text model.
     """
     tensors, parts = text_tensors(open_tensors(directory), str(directory))
     if left_out := parts.left_out():
         notice(f"{directory}: {left_out}")
-    return tensors
+    scheme = scheme_of(text_config(read_config(directory), str(directory)), str(directory))
+    return tensors if scheme is None else dequantised(scheme, tensors, str(directory))
 
 
 def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:

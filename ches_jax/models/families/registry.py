@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
 from ches_jax.errors import CheckpointError, many
+from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.text_part import text_config
 from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule
@@ -67,7 +68,9 @@ def decoder_config(raw: dict[str, Any], where: str = "config.json") -> DecoderCo
         in one message.
     """
     family = family_of(raw, where)
-    reader = ConfigReader(text_config(raw, where))
+    text = text_config(raw, where)
+    scheme_of(text, where)
+    reader = ConfigReader(text)
     config = family.read_config(reader)
     problems = reader.finish()
     if not problems:

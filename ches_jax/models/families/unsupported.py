@@ -23,7 +23,6 @@ ENCODER_DECODER = f"an encoder-decoder, which is not one sequence of tokens; {GI
 ENCODER = f"an encoder, which does not predict the next token; {GIVE_DENSE}"
 RECURRENT = f"a state-space or recurrent model, which this decoder does not have; {GIVE_DENSE}"
 UNKNOWN = f"not supported; {GIVE_DENSE}"
-QUANTISED = "a quantised checkpoint; give the unquantised weights (bf16, fp16 or fp32)"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -69,12 +68,10 @@ def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supporte
       text: that of its text model; the same where there is no other.
       supported: types of text models.
 
-    >>> unsupported_reason({"quantization_config": {"bits": 4}}, {"quantization_config": {"bits": 4}}, ["llama"])
-    'a quantised checkpoint; give the unquantised weights (bf16, fp16 or fp32)'
+    >>> unsupported_reason({"model_type": "bert"}, {"model_type": "bert"}, ["llama"])
+    "model_type 'bert' is an encoder, which does not predict the next token; give a dense decoder-only model (llama)"
     """
     kind, known = raw.get("model_type"), sorted(supported)
-    if text.get("quantization_config"):
-        return QUANTISED
     if str(kind) in BENT and TEXT in raw:
         return f"model_type {kind!r} is {BENT_TEXT.format(supported=', '.join(known))}"
     if text.get("model_type") in known:

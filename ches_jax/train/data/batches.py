@@ -56,7 +56,8 @@ class Batch(NamedTuple):
     reference: Any
     """[P, R] the reference's log-probabilities in nats; zeros where the objective has none."""
     extra: dict[str, Any]
-    """[P] other columns that the objective reads, by field of ``LossInputs``: weights, rewards, labels."""
+    """[P] other columns that the objective reads, by field of ``LossInputs``: weights, rewards, labels; [P, T] of
+    tokens."""
     tokens: TokenPlaces | None = None
     """For objectives of tokens."""
 
@@ -216,11 +217,18 @@ def without_rows(
         shared=nothing,
         counts=counts,
         reference=sums.astype(dtype),
-        extra={k: np.asarray(v, v.dtype if v.dtype == bool else dtype) for k, v in (extra or {}).items()},
+        extra={k: _extra(v, layout.response_tokens, dtype) for k, v in (extra or {}).items()},
         tokens=_token_places(items, nothing if first is None else first, layout, reference, dtype)
         if layout.response_tokens
         else None,
     )
+
+
+def _extra(values: np.ndarray, width: int, dtype: Any) -> np.ndarray:
+    """A column that an objective reads: labels as they are, numbers of tokens padded, all others as ``dtype``."""
+    if values.dtype == object:
+        return padded(list(values), width, dtype)
+    return np.asarray(values, values.dtype if values.dtype == bool else dtype)
 
 
 def local_rows(count: int, layout: Layout) -> list[int]:

@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ches_jax.data.packing import Candidates, Item
+from ches_jax.data.spans import differing_spans
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
+from ches_jax.losses.tokens import SPAN_MASKS
 from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import Eos, Response, TokenPair
@@ -37,7 +39,7 @@ class Examples:
     pairs: list[TokenPair]
     """``size`` for each example."""
     extra: dict[str, np.ndarray]
-    """[N] by field of ``LossInputs``: columns of the data, labels."""
+    """[N] by field of ``LossInputs``: columns of the data, labels; numbers of tokens as [N] arrays of their own."""
     size: int = 1
 
     def __len__(self) -> int:
@@ -83,7 +85,21 @@ def make_examples(
     if reads_samples(loss) and pairs:
         size = len({p.candidates for p in pairs})
         return Examples(list(pairs), {k: v[::size] for k, v in extra.items()}, size)
-    return Examples(list(pairs), dict(extra))
+    spans = _spans(pairs, eos) if loss.needs >= SPAN_MASKS else {}
+    return Examples(list(pairs), {**extra, **spans})
+
+
+def _spans(pairs: Sequence[TokenPair], eos: Eos) -> dict[str, np.ndarray]:
+    """Which tokens of each pair differ, by field of ``LossInputs``."""
+    masks = [differing_spans(p.chosen.targets(eos), p.rejected.targets(eos)) for p in pairs]
+    return {f"span_mask_{side}": ragged([m[i] for m in masks]) for i, side in enumerate(("chosen", "rejected"))}
+
+
+def ragged(values: Sequence[np.ndarray]) -> np.ndarray:
+    """[N] of arrays of any lengths."""
+    out = np.empty(len(values), object)
+    out[:] = list(values) if len(values) else []
+    return out
 
 
 def _unpaired(

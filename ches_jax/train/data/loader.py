@@ -34,7 +34,7 @@ class Loader:
         groups = ([examples.item(j) for j in group] for i in updates for group in plan.update(i))
         self._layout = fitted(layout, groups)
         self._examples, self._plan, self._reference, self._dtype = examples, plan, reference, np.dtype(dtype)
-        self._weighs_tokens = loss.name == "sft"
+        self._weighs_tokens = "pairs_per_token" in loss.optional and plan.accumulate > 1
 
     def __call__(self, update: int) -> list[Batch]:
         """The micro-batches of one update."""
@@ -53,10 +53,10 @@ class Loader:
                 yield batches
 
     def _token_weight(self, groups: list[np.ndarray]) -> dict[str, float]:
-        """Pairs over tokens of the whole update: makes a mean over pairs one over tokens (``objective`` sft)."""
+        """Pairs over tokens of the whole update: makes a mean over pairs one over tokens (``sft``)."""
         pairs, eos = self._examples.pairs, self._layout.eos
         tokens = sum(len(pairs[i].chosen.targets(eos)) for group in groups for i in group)
-        return {"weights": sum(map(len, groups)) / max(1, tokens)}
+        return {"pairs_per_token": sum(map(len, groups)) / max(1, tokens)}
 
     def _micro_batch(self, group: np.ndarray, share: dict[str, float]) -> Batch:
         examples = self._examples

@@ -18,14 +18,16 @@ from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
+from ches_jax.losses.tokens import TOKEN_WEIGHTS
 from ches_jax.train.config import TrainConfig
-from ches_jax.train.data.examples import NOTHING
+from ches_jax.train.data.examples import NOTHING, ragged
 from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
 from ches_jax.train.reference import COLUMNS
-from ches_jax.types import OnBadRow, Response, TokenPair
+from ches_jax.types import Eos, OnBadRow, Response, TokenPair
 
 REFERENCE_FIELDS = ("ref_logp_chosen", "ref_logp_rejected")
 REWARD_FIELDS = ("rewards_chosen", "rewards_rejected")
+TOKEN_WEIGHT_FIELDS = ("token_weights_chosen", "token_weights_rejected")
 REWARD_COLUMNS = (
     ("chosen_reward", "rejected_reward"),
     ("reward_chosen", "reward_rejected"),
@@ -56,19 +58,31 @@ class ReadPairs:
     rows: int
 
 
-def require_reward_columns(config: TrainConfig, loss: Loss) -> None:
-    """Refuse ``--rewards`` that names no two columns, or that the loss would not read.
+def require_columns(config: TrainConfig, loss: Loss) -> None:
+    """Refuse ``--rewards`` and ``--token-weights`` that name no two columns, or that the loss would not read.
 
     Raises:
       ChesError: what was expected.
     """
-    if config.rewards is None:
-        return
-    names = config.rewards.split(",")
-    if len(names) != 2 or not all(names):
-        raise ChesError(f"--rewards {config.rewards!r}: expected the names of two columns, CHOSEN,REJECTED")
-    if not loss.needs >= REWARDS:
-        raise ChesError(f"--rewards {config.rewards}: loss {config.loss!r} reads no rewards")
+    for option, given, fields_read, what in (
+        ("--rewards", config.rewards, REWARDS, "rewards"),
+        ("--token-weights", config.token_weights, TOKEN_WEIGHTS, "weights of tokens; given_weights(LOSS) does"),
+    ):
+        if given is not None:
+            names = given.split(",")
+            if len(names) != 2 or not all(names):
+                raise ChesError(f"{option} {given!r}: expected the names of two columns, CHOSEN,REJECTED")
+            if not loss.needs >= fields_read:
+                raise ChesError(f"{option} {given}: loss {config.loss!r} reads no {what}")
+    if config.token_weights is None and loss.needs >= TOKEN_WEIGHTS:
+        raise ChesError(
+            f"loss {loss!r} reads a weight for each token; say in which columns they are: "
+            "--token-weights CHOSEN,REJECTED"
+        )
+
+
+def _two(names: Sequence[str], columns: str) -> dict[str, str]:
+    return dict(zip(names, columns.split(","), strict=True))
 
 
 def read_pairs(
@@ -104,7 +118,9 @@ def read_pairs(
         return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
-    return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows)
+    numbers = _numbers(source, choices_of, kept, limit)
+    _require_label_probabilities(source.name, kept, numbers)
+    return ReadPairs(kept, _token_weights(source.name, kept, numbers, config.eos), dropped, rows)
 
 
 def _open(
@@ -120,6 +136,36 @@ def _open(
     if reads_samples(loss):
         return opener.rows(spec, split, config.columns, SAMPLES, option), False
     return opener.pairs(spec, split, config.columns, config.candidates, option, config.schema), False
+
+
+def _require_label_probabilities(name: str, pairs: Sequence[TokenPair], numbers: Mapping[str, np.ndarray]) -> None:
+    """Probabilities lie between 0 and 1.
+
+    Raises:
+      DataError: the first that does not.
+    """
+    for pair, value in zip(pairs, numbers.get("label_probability", ()), strict=False):
+        if not 0.0 <= value <= 1.0:
+            raise DataError(f"{name}: row {pair.index} has the label probability {value:g}; expected 0 to 1")
+
+
+def _token_weights(
+    name: str, pairs: Sequence[TokenPair], numbers: Mapping[str, np.ndarray], eos: Eos
+) -> dict[str, np.ndarray]:
+    """The numbers, weights of tokens among them checked against the tokens there are.
+
+    Raises:
+      DataError: a response with another number of tokens than weights.
+    """
+    for field in TOKEN_WEIGHT_FIELDS:
+        for pair, weights in zip(pairs, numbers.get(field, ()), strict=False):
+            tokens = len((pair.chosen if field.endswith("_chosen") else pair.rejected).targets(eos))
+            if len(weights) != tokens:
+                raise DataError(
+                    f"{name}: row {pair.index} has {len(weights)} {field}, and {tokens} tokens in that response"
+                    f"{' (its terminator among them)' if eos == 'include' else ''}"
+                )
+    return dict(numbers)
 
 
 def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
@@ -198,6 +244,13 @@ def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Map
         choices_of.append(("--reference columns", [dict(zip(REFERENCE_FIELDS, COLUMNS, strict=True))]))
     if config.weights is not None:
         choices_of.append((f"--weights {config.weights}", [{"weights": config.weights}]))
+    if config.label_probabilities is not None:
+        name = config.label_probabilities
+        choices_of.append((f"--label-probabilities {name}", [{"label_probability": name}]))
+    if config.token_weights is not None:
+        choices_of.append(
+            (f"--token-weights {config.token_weights}", [_two(TOKEN_WEIGHT_FIELDS, config.token_weights)])
+        )
     if loss.needs >= REWARDS:
         names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
         option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
@@ -264,7 +317,7 @@ def _numbers(
     by_row: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
         by_row.setdefault(pair.index, []).append(position)
-    values: list[dict[str, float]] = [{} for _ in pairs]
+    values: list[dict[str, Any]] = [{} for _ in pairs]
     for index, (where, raw) in enumerate(source.read(0)):
         if limit is not None and index >= limit:
             break
@@ -272,22 +325,33 @@ def _numbers(
             for option, choices in choices_of:
                 subject = f"{source.name}, {where}: {option}"
                 values[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
-    return {field: np.array([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
+    return {field: _column([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    return ragged(values) if isinstance(values[0], np.ndarray) else np.array(values)
 
 
 def _row_numbers(
     subject: str, choices: Sequence[Mapping[str, str]], raw: Mapping[str, Any], candidates: tuple[int, int] | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The first choice of columns that the row has, of the pair that these two of its responses make."""
     for columns in choices:
         one_list = len({*columns.values()}) < len(columns)
         if all(name in raw for name in columns.values()) and not (one_list and candidates is None):
             values = {field: _of_pair(field, raw[name], candidates) for field, name in columns.items()}
-            if all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
-                return {field: float(v) for field, v in values.items()}
+            if all(_fits(field, v) for field, v in values.items()):
+                return {f: np.array(v, float) if isinstance(v, list) else float(v) for f, v in values.items()}
     named = ", or ".join(" and ".join(dict.fromkeys(columns.values())) for columns in choices)
     lists = "" if candidates is None else " (of several responses to a prompt: lists, a number for each response)"
     raise DataError(f"{subject} needs numbers in {named}{lists}; the row has {', '.join(map(str, raw))}")
+
+
+def _fits(field: str, value: Any) -> bool:
+    """Whether a value is a finite number, or a list of them where the field is of tokens."""
+    if field in TOKEN_WEIGHT_FIELDS:
+        return isinstance(value, list) and all(_fits("", v) for v in value)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _of_pair(field: str, value: Any, candidates: tuple[int, int] | None) -> Any:

@@ -1,8 +1,10 @@
 """Loss and rewards of the held-out examples, under TRL's names with ``eval_`` in front."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +17,12 @@ from ches_jax.train.objective import is_unpaired, reads_tokens
 from ches_jax.train.observe.observer import Params
 from ches_jax.train.observe.pair_logprobs import Evaluator, WatchedPairs
 from ches_jax.train.reference import Logps
+
+
+@lru_cache(maxsize=8)
+def _program(loss: Loss) -> Any:
+    """The loss of a batch as one compiled program, however long its expression is."""
+    return jax.jit(lambda batch, logps: loss_and_metrics(loss, batch, logps, {}))
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,6 @@ class EvalLoss:
         """``eval_loss``, and means of the loss's own metrics."""
         loss, examples, everyone = self.loss, self.examples, range(len(self.examples))
         extra = dict(examples.extra)
-        if loss.name == "sft":
-            tokens = sum(len(p.chosen.targets(self.layout.eos)) for p in examples.pairs)
-            extra["weights"] = np.full(len(examples), len(examples) / max(1, tokens))
         ref = None if self.reference is None else examples.by_response(self.reference, everyone)
         batch = without_rows(examples.items(), self.layout, ref, extra, self.dtype)
         per_token = None
@@ -54,7 +59,7 @@ class EvalLoss:
         else:
             logps = self.watched.statistics(step, params)["held_out"].logps
         responses = jnp.asarray(np.array(examples.by_response(logps, everyone)).T, self.dtype)
-        value, (metrics, _) = loss_and_metrics(loss, batch, ResponseLogps(responses, per_token), {})
+        value, (metrics, _) = _program(loss)(batch, ResponseLogps(responses, per_token))
         means = update_metrics({k: float(v) for k, v in metrics.items()})
         return {"eval_loss": float(value), **{f"eval_{k}": v for k, v in means.items()}}
 

@@ -1,0 +1,206 @@
+"""One course of a run, written in the ways in which people's logs come: each is read as the same course."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from ches_jax.displacement.config import DiagnoseConfig
+from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.readers.find import read_log
+from ches_jax.displacement.readers.metric_names import metric
+from ches_jax.errors import ChesError
+
+STEPS = range(10, 130, 10)
+TRAIN = [{"step": s, "loss": 0.69 - s / 1000, "chosen": 0.001 * s, "rejected": -0.002 * s} for s in STEPS]
+HELD_OUT = [{"step": s, "loss": 0.69, "chosen": -0.004 * s, "rejected": -0.006 * s} for s in STEPS]
+NAMES = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "loss": "loss"}
+
+
+def renamed(entries, names=NAMES, step="step"):
+    """Entries with other names; a name is a template that takes ours in its place."""
+    return [{step: e["step"], **{names[k]: e[k] for k in NAMES}} for e in entries]
+
+
+def prefixed(prefix):
+    return {k: prefix + v for k, v in NAMES.items()}
+
+
+def mixed(train, held_out, step="step"):
+    """Rows of both sets by step, as a trainer writes them."""
+    rows = renamed(TRAIN, train, step) + renamed(HELD_OUT, held_out, step)
+    return sorted(rows, key=lambda row: row[step])
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def table(rows, delimiter=",", missing=""):
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval=missing, delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def nested(row):
+    out = {}
+    for name, value in row.items():
+        *folders, last = name.split("/")
+        inner = out
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = value
+    return out
+
+
+WANDB = mixed(prefixed("train/"), prefixed("eval/"), "train/global_step")
+TRL = mixed(NAMES, prefixed("eval_"))
+SETS = ("train", "eval")
+EVERY = list(dict.fromkeys(k for row in WANDB for k in row))
+VARIANTS = {
+    "trainer_state.json": json.dumps({"log_history": [*TRL, {"step": 120, "train_runtime": 9.5, "train_loss": 5.0}]}),
+    "strings.jsonl": lines({k: str(v) for k, v in row.items()} for row in TRL),
+    "percent.jsonl": lines({**row, "rewards/accuracies": "62.5%", "percentage": "8.1%"} for row in TRL),
+    "swift.jsonl": lines({"global_step/max_steps": f"{r['step']}/120", **r, "step": None} for r in TRL),
+    "nested.jsonl": lines({"step": r.pop("train/global_step"), **nested(r)} for r in map(dict, WANDB)),
+    "dots.jsonl": lines(mixed({k: v.replace("/", ".") for k, v in NAMES.items()}, {**prefixed("validation.")})),
+    "original.jsonl": lines(
+        mixed(*({k: v.replace("/", f"_{s}/") if k != "loss" else f"loss/{s}" for k, v in NAMES.items()} for s in SETS))
+    ),
+    "means.jsonl": lines(mixed(*({k: f"{s}/{v}_mean" for k, v in NAMES.items()} for s in SETS))),
+    "tunix.jsonl": lines(mixed(prefixed("dpo/train/"), prefixed("dpo/eval/"))),
+    "aligner.jsonl": lines(
+        mixed(*({k: f"{s}_{v.replace('/', '_')}" for k, v in NAMES.items()} for s in SETS), step="global_step")
+    ),
+    "history.json": json.dumps(WANDB),
+    "nan_cells.json": json.dumps([{k: row.get(k, math.nan) for k in EVERY} for row in WANDB]),
+    "nan_cells.csv": table(WANDB, missing="NaN"),
+    "empty_cells.csv": table(WANDB),
+    "semicolons.csv": table(TRL, ";"),
+    "tabs.tsv": table(TRL, "\t"),
+    "by_column.json": json.dumps({k: {str(i): row.get(k) for i, row in enumerate(WANDB)} for k in EVERY}),
+    "lists.json": json.dumps({k: [row.get(k) for row in WANDB] for k in EVERY}),
+    "console.log": "".join(f"  8%|#   | 10/120 [00:01<00:11]\r{row!r}\n" for row in TRL),
+    "scalars.log": "\n".join(
+        "{" + ", ".join(f"{k!r}: {v}" if k == "step" else f"{k!r}: np.float32({v})" for k, v in row.items()) + "}"
+        for row in TRL
+    ),
+    "resumed.jsonl": lines([*TRL[:14], {"step": 60, "rewards/chosen": 9.0, "rewards/rejected": 9.0}, *TRL[10:]]),
+    "bom.jsonl": "\ufeff" + lines(TRL).replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_course_is_read_the_same_from_every_format(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(VARIANTS[name], encoding="utf-8", newline="")
+    log = read_log(path)
+    for which, entries in (("train", TRAIN), ("held_out", HELD_OUT)):
+        for quantity in ("chosen", "rejected"):
+            series = log.get(which, quantity)
+            assert series is not None and series.values == pytest.approx([e[quantity] for e in entries], abs=1e-9)
+    loss = log.get("train", "loss")
+    assert loss is not None and loss.values[-1] == pytest.approx(0.57)  # and not the mean over the whole run
+    found = diagnose(DiagnoseConfig(path=str(path), beta=0.1))
+    assert found.held_out and found.verdict == "displaced" and found.chosen.mean == pytest.approx(-4.8)
+    assert found.beside is not None and found.beside.directions["chosen"] == "up"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train/rewards/chosen", (False, "chosen")),
+        ("rewards_train/chosen", (False, "chosen")),
+        ("eval_rewards/chosen", (True, "chosen")),
+        ("eval/rewards_chosen", (True, "chosen")),
+        ("Eval Rewards Chosen", (True, "chosen")),
+        ("validation-default/rewards_rejected_mean", (True, "rejected")),
+        ("train/reject_reward", (False, "rejected")),
+        ("dpo/train/rewards/margins", (False, "margin")),
+        ("eval/dpo_chosen_reward", (True, "chosen")),
+        ("odds_ratio_loss", (False, "odds_ratio")),
+        ("loss/train", (False, "loss")),
+        ("train_dpo_loss", (False, "loss")),
+        ("eval_log_probs/chosen", (True, "logp_chosen")),
+        ("rewards/chosen_std", None),
+        ("ref_rewards/chosen", None),
+        ("logits/chosen", None),
+        ("token_acc", None),
+        ("aux_loss", None),
+    ],
+)
+def test_names_of_metrics(name, expected):
+    found = metric(name)
+    assert (found and (found.held_out, found.quantity)) == expected
+
+
+def test_one_set_alone_is_enough(tmp_path):
+    for prefix, entries, held_out in (("", TRAIN, False), ("eval_", HELD_OUT, True)):
+        path = tmp_path / f"{held_out}.jsonl"
+        path.write_text(lines(renamed(entries, prefixed(prefix))))
+        found = diagnose(DiagnoseConfig(path=str(path), beta=0.1))
+        assert found.held_out is held_out and found.beside is None and found.pairs == len(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("two.csv", table([{"run": r, "step": s, "loss": 0.0} for r in "ab" for s in (1, 2)]), r"2 runs \(a, b\)"),
+        ("two.jsonl", lines({"run_id": r, "step": s, "loss": 0.1} for r in "ab" for s in (1, 2)), r"2 runs \(a, b\)"),
+        ("again.jsonl", lines([*TRL, *TRL]), "begins again at step 10: two runs in one file"),
+        ("cut.json", json.dumps(WANDB)[:-40], "cut off after .* characters"),
+        ("cut_columns.json", VARIANTS["lists.json"][:-40], "cut off after .* characters"),
+        (
+            "diverged.jsonl",
+            lines([*TRL[:8], {"step": 50, **dict.fromkeys(NAMES.values(), math.nan)}, *TRL[10:]]),
+            "rewards/chosen is NaN or infinite at 1 of 12 entries, first at step 50",
+        ),
+        (
+            "diverged.log",
+            "\n".join(map(repr, [*TRL[:8], {"step": 50, "rewards/chosen": math.nan, "rewards/rejected": -math.inf}])),
+            "rewards/chosen is NaN or infinite at 1 of 5",
+        ),
+        (
+            "diverged.csv",
+            table([*WANDB, {"train/global_step": 130, "train/rewards/chosen": "nan", "train/rewards/rejected": "nan"}]),
+            "rewards/chosen is NaN or infinite at 1 of 13 entries, first at step 130",
+        ),
+        ("nothing.json", json.dumps({"global_step": 0, "log_history": []}), "no metrics in it yet"),
+        ("sft.jsonl", lines({"step": s, "loss": 1.0, "mean_token_accuracy": 0.5} for s in STEPS), "no rewards/chosen"),
+        ("one_side.jsonl", lines({"step": s, "rewards/chosen": 1.0} for s in STEPS), "none of rejected ones"),
+        ("sets.jsonl", lines([{f"eval_{s}_rewards/chosen": 0.1 for s in "ab"}]), "--held-out NAME"),
+        ("orpo.jsonl", lines({**r, "odds_ratio_loss": 0.3, "sft_loss": 2.0} for r in TRL), "odds ratio of ORPO"),
+    ],
+)
+def test_a_log_that_cannot_be_judged_says_why(tmp_path, name, text, words):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ChesError, match=words):
+        diagnose(DiagnoseConfig(path=str(path)))
+
+
+def test_a_summary_and_a_copy_in_another_format_are_no_second_run(tmp_path):
+    (tmp_path / "wandb-summary.json").write_text(json.dumps({"_step": 240, **WANDB[-2], **WANDB[-1]}))
+    (tmp_path / "history.jsonl").write_text(lines(WANDB))
+    assert read_log(tmp_path).source.endswith("history.jsonl (JSON lines)")
+    (tmp_path / "export.csv").write_text(table(WANDB))
+    assert len(read_log(tmp_path).series) == 6
+    other = [{**row, "train/rewards/chosen": 0.5} for row in WANDB if "train/rewards/chosen" in row]
+    (tmp_path / "export.csv").write_text(table(other))
+    with pytest.raises(ChesError, match="holds 2 runs"):
+        read_log(tmp_path)
+
+
+def test_rows_cut_in_the_middle_are_left_out_and_said(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(TRL)[:-30])
+    (tmp_path / "a.csv").write_text(table(TRL).rstrip()[:-30])
+    for name in ("a.jsonl", "a.csv"):
+        log = read_log(tmp_path / name)
+        assert "cut off and was left out" in log.notes[0]
+        series = log.get("held_out", "chosen")
+        assert series is not None and series.steps[-1] == 110

@@ -1,0 +1,145 @@
+"""Losses as they are written: what an expression means, what it refuses, and that commands reach every loss."""
+
+import inspect
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ches_jax.losses as losses
+from ches_jax.errors import ChesError
+from ches_jax.losses import WRAPPERS, distinct_losses, from_trl, get_loss, loss_names, parse_loss
+from ches_jax.losses.registry import hyper_names
+from ches_jax.train.objective import get_objective
+
+
+def test_a_weighted_sum_of_a_wrapper_and_a_loss_is_its_arithmetic(batch64):
+    b = {name: np.asarray(value) for name, value in batch64._asdict().items() if not isinstance(value, tuple)}
+    margin = b["logp_chosen"] - b["ref_logp_chosen"] - b["logp_rejected"] + b["ref_logp_rejected"]
+    per_token = b["logp_chosen"] / b["chosen_tokens"], b["logp_rejected"] / b["rejected_tokens"]
+    weight = np.minimum(1.0, np.exp(per_token[0] + per_token[1]))
+    expected = weight * np.log1p(np.exp(-0.3 * margin)) - 0.2 * per_token[0]
+    value, aux = parse_loss("wpo(dpo(beta=0.3)) + 0.2*sft_token")(batch64)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(aux["terms/sft_token"], -per_token[0], rtol=1e-12)
+    np.testing.assert_allclose(aux["rewards/margins"], 0.3 * margin, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "resolved"),
+    [
+        ("dpo", "dpo(beta=0.1)"),
+        ("dpo(0.3)", "dpo(beta=0.3)"),
+        (" wpo( dpo ) + sft*0.2 ", "wpo(dpo(beta=0.1)) + 0.2*sft"),
+        ("0.5*(dpo + sft) + 0*kto", "0.5*(dpo(beta=0.1) + sft)"),
+        ("smooth(ipo_mean, 0.2)", "smooth(ipo_mean(tau=0.1), label_smoothing=0.2)"),
+        ("rc(gate(dpo))", "rc(gate(dpo(beta=0.1), alpha=10, threshold=0.1), decay=0.98)"),
+        (
+            "weighted(dpo + sft_sum) + lcpo(simpo)",
+            "weighted(dpo(beta=0.1) + sft_sum) + lcpo(simpo(beta=2, gamma=1), prior=0.9, decay=0.9)",
+        ),
+        ('["sigmoid", "ipo", "sft"]', "sigmoid(beta=0.1) + ipo_mean(tau=0.1) + sft"),
+        ("2*dpo", "2*dpo(beta=0.1)"),
+        ("+".join(["dpo"] * 30), " + ".join(["dpo(beta=0.1)"] * 30)),
+    ],
+)
+def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
+    assert repr(parse_loss(text)) == resolved
+    assert repr(parse_loss(resolved)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dpo + sfft", "no loss is named 'sfft'; the nearest are sft"),
+        ("wpoo(dpo)", "no wrapper is named 'wpoo'; the nearest are wpo"),
+        ("wpo(dpo(betta=1))", "no hyper-parameter 'betta'; it has: beta"),
+        ("gate(dpo, alfa=1)", "no number 'alfa'; did you mean alpha"),
+        ("simpo(2, 1)", "a number without a name; simpo has beta, gamma"),
+        ("gate(dpo, alpha=1e999)", "alpha: expected a number, once"),
+        ("dpo + kto", "its terms are of different inputs: dpo.* reads pairs; kto.* reads single responses"),
+        ("sft + d2o", "sft reads chosen responses; d2o.* reads a rejected response with samples"),
+        ("bco_pair + 2*bco_pair(0.1)", "would share one state .reward_mean."),
+        ("rc(rc(dpo))", "would share one state .log_delta."),
+        ("lcpo(lcpo(dpo))", "needs a stateless loss of pairs"),
+        ("0*dpo + 0*sft", "its weights sum to nothing"),
+        ("dpo - sft", "a loss with a minus"),
+        ("-1*dpo", "a weight is a finite number, 0 or more"),
+        ("weighted(dpo + weighted(sft))", "weighted already"),
+        ("wpo", "wraps a loss: wpo.dpo."),
+        ("wpo(dpo, sft)", "a sum is one"),
+        ("dpo(wpo)", "dpo is a loss and wraps none"),
+        ("dpo:0.8", "not an expression at letter 4"),
+        ("", "not an expression"),
+        ("dpo.beta", "no part of an expression"),
+        ("__import__('os')", "no wrapper is named '__import__'"),
+        ("(lambda: dpo)()", "no part of an expression"),
+        ("2*3", "a product is of one number and one loss"),
+        ("wpo(" * 17 + "dpo" + ")" * 17, "more than 16 brackets"),
+        ("(" * 900 + "dpo", "not an expression"),
+        ("dpo+" * 300 + "dpo", "at most 1000"),
+        ('["sigmoid", 2]', "a list is TRL's loss_type"),
+        ('["simpo"]', "no loss_type of TRL is named 'simpo'"),
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(ChesError, match=message):
+        parse_loss(text)
+
+
+def test_numbers_beside_an_expression_are_those_of_one_bare_name():
+    assert repr(parse_loss("dpo", {"beta": 0.3})) == "dpo(beta=0.3)"
+    with pytest.raises(ChesError, match=r"in an expression numbers stand with their loss, NAME\(beta=0.3\)"):
+        parse_loss("dpo + sft", {"beta": 0.3})
+
+
+def test_lists_of_trl_take_its_weights_and_its_beta():
+    assert repr(from_trl(["sigmoid", "ipo"], [0.8, 0.2], beta=0.3)) == "0.8*sigmoid(beta=0.3) + 0.2*ipo_mean(tau=0.3)"
+    with pytest.raises(ChesError, match="1 weights of 2 losses"):
+        from_trl(["sigmoid", "sft"], [1.0])
+
+
+NOT_YET = {"sparsepo"}
+WITH_OPTIONS = {"with_sft": "--sft", "with_tokens": "the rules of tokens"}
+
+
+def test_every_loss_wrapper_and_rule_is_reached_by_a_command():
+    """``ches train --loss`` takes each by its name; functions that are no wrapper have an option of their own."""
+    for name in {*loss_names()} - NOT_YET:
+        assert get_objective(name, {}).name == name
+    for name, one in WRAPPERS.items():
+        reached = get_objective(f"{name}(dpo)", {}, weighted=name == "weighted", soft_labels=name == "soft")
+        assert repr(reached).startswith(f"{name}(dpo(beta=0.1)")
+        assert inspect.getdoc(one.make)
+    reachable = {one.make.__name__ for one in WRAPPERS.values()} | {*WITH_OPTIONS}
+    assert {n for n in losses.__all__ if n.startswith("with_")} <= reachable
+    rules = {"every_token", "given_weights", "unsure_tokens", "beyond_shared_length", "differing_spans"}
+    assert rules <= WRAPPERS.keys() and rules <= {*losses.__all__}
+
+
+def test_a_wrapper_of_a_column_asks_for_it():
+    for name, option in (("weighted", "--weights"), ("soft", "--label-probabilities")):
+        with pytest.raises(ChesError, match=f"say in which column it is: {option} COLUMN"):
+            get_objective(f"{name}(dpo)", {})
+    assert repr(get_objective("weighted(dpo) + sft", {}, weighted=True)) == "weighted(dpo(beta=0.1)) + sft"
+
+
+def test_aliases_are_counted_once():
+    names = distinct_losses()
+    assert sorted(n for all_names in names.values() for n in all_names) == sorted(loss_names())
+    readme = (Path(losses.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"one of (\d+) objectives", readme) == [str(len(names))]
+
+
+def test_every_loss_reads_back_from_what_it_shows():
+    for name in loss_names():
+        assert repr(parse_loss(repr(get_loss(name)))) == repr(get_loss(name))
+        assert set(hyper_names(name)) == set(get_loss(name).hyper)
+
+
+def test_sft_of_an_update_in_parts_takes_the_share_of_the_whole(batch64):
+    share = jnp.full(4, 4 / 20)
+    whole = get_loss("sft")(batch64._replace(pairs_per_token=share))[0]
+    np.testing.assert_allclose(whole, -batch64.logp_chosen * 0.2, rtol=1e-12)
