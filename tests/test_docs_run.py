@@ -56,7 +56,9 @@ def test_the_commands_are_found():
     """A pattern that misses them would let everything pass."""
     counts = {page.relative_to(ROOT).as_posix(): len(commands_of(page.read_text(encoding="utf-8"))) for page in PAGES}
     assert counts["README.md"] >= 3 and counts["theory/README.md"] >= 3 and counts["docs/train.md"] >= 4, counts
-    assert commands_of("    ches score --pairs D   # words\n`ches train --lr 1`\n    ches train ...") == ["ches score --pairs D"]
+    assert commands_of("    ches score --pairs D   # words\n`ches train --lr 1`\n    ches train ...") == [
+        "ches score --pairs D"
+    ]
 
 
 @pytest.mark.parametrize("verb", EXAMPLES)

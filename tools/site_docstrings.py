@@ -12,9 +12,9 @@ ROLE = re.compile(r":(?:func|class|data|mod|meth):`~?([^`]+)`")
 
 
 def as_markdown(text: str) -> str:
-    """Fence what stands as ``>>>`` lines with their output.
+    r"""Fence what stands as ``>>>`` lines with their output.
 
-    >>> print(as_markdown("Adds.\\n\\n>>> 1 + 1\\n2"))
+    >>> print(as_markdown("Adds.\n\n>>> 1 + 1\n2"))
     Adds.
     <BLANKLINE>
     ```pycon
@@ -23,10 +23,7 @@ def as_markdown(text: str) -> str:
     ```
     """
     parts = re.split(r"\n[ \t]*\n", ROLE.sub(r"`\1`", text))
-    fenced = [
-        f"```pycon\n{part.strip(chr(10))}\n```" if part.lstrip().startswith(">>>") else part
-        for part in parts
-    ]
+    fenced = [f"```pycon\n{part.strip(chr(10))}\n```" if part.lstrip().startswith(">>>") else part for part in parts]
     return "\n\n".join(fenced)
 
 

@@ -43,15 +43,18 @@ def api_page() -> str:
     """A section for each name that the package offers, from the docstring where it is defined."""
     import ches_jax
 
-    parts = ["# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when the name is first used.\n"]
+    parts = [
+        "# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when it is first used.\n"
+    ]
     for name in ches_jax.__all__:
         if name != "__version__":
-            parts.append(f"## {name}\n\n::: {definition(name)}\n    options: {{heading_level: 3, show_root_heading: false}}\n")
+            options = "options: {heading_level: 3, show_root_heading: false}"
+            parts.append(f"## {name}\n\n::: {definition(name)}\n    {options}\n")
     return "\n".join(parts)
 
 
 def objectives_page() -> str:
-    """Every objective of the registry: what its docstring says, what it reads, its defaults. Aliases share a section."""
+    """Every objective of the registry: its docstring, what it reads, its defaults. Aliases share a section."""
     from ches_jax.losses.registry import describe, get_loss, loss_names
 
     sections: dict[str, list[str]] = {}
@@ -63,9 +66,10 @@ def objectives_page() -> str:
     ]
     for text, names in sections.items():
         loss = get_loss(names[0])
+        reads = ", ".join(f"`{need}`" for need in sorted(loss.needs))
         parts.append(
             f"## {', '.join(names)}\n\n```text\n{inspect.cleandoc(text)}\n```\n\n"
-            f"- defaults: `{loss}`\n- reads: {', '.join(f'`{need}`' for need in sorted(loss.needs))}\n- source: {loss.source}\n"
+            f"- defaults: `{loss}`\n- reads: {reads}\n- source: {loss.source}\n"
         )
     return "\n".join(parts)
 
@@ -133,5 +137,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """mkdocs: links of ``docs/`` that lead out of it."""
     source = page.file.src_uri
     markdown = markdown.replace("<!-- families -->", families_list()) if source == "models.md" else markdown
-    return markdown if source in ELSEWHERE or source.endswith(".ipynb") else moved_links(markdown, f"docs/{source}", source)
-
+    if source in ELSEWHERE or source.endswith(".ipynb"):
+        return markdown
+    return moved_links(markdown, f"docs/{source}", source)
