@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "notices": set(),
     "languages": set(),
     "stats": set(),
-    "options": {"errors", "types", "bundled"},
+    "options": {"errors", "types", "bundled", "runs"},
     "runs": {"errors"},
     "bundled": {"errors"},
     "hf": LEAVES,

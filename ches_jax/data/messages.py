@@ -31,7 +31,10 @@ def as_messages(name: str, value: Any) -> list[Message]:
     if isinstance(value, str):
         return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
     if isinstance(value, Mapping) and isinstance(value.get("role"), list):
-        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
+        count = len(value["role"])
+        if odd := [str(k) for k, v in value.items() if not isinstance(v, list) or len(v) != count]:
+            raise DataError(f"'{name}': {odd[0]!r} is no list of as many values as 'role' has ({count})")
+        value = [{key: values[i] for key, values in value.items()} for i in range(count)]
     elif is_message(value):
         value = [value]
     if not isinstance(value, list) or not all(is_message(m) for m in value):

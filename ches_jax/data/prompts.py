@@ -35,6 +35,7 @@ from typing import Any
 
 from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
+from ches_jax.data.schema.values import DEEPEST, within_depth
 from ches_jax.errors import DataError
 from ches_jax.types import Pairing
 
@@ -314,8 +315,10 @@ def _template_argument(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"'{name}' is text that is not JSON; expected {expected}") from None
     if not isinstance(value, wanted):
         raise DataError(f"'{name}' is {kind(value)}; expected {expected}")
+    if not within_depth(value):
+        raise DataError(f"'{name}' is nested more than {DEEPEST} deep; expected {expected}")
     return without_nulls(value)

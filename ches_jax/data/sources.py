@@ -41,9 +41,10 @@ from ches_jax.data.schema.mapping import (
 )
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
-from ches_jax.data.schema.values import turns
+from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
+from ches_jax.runs.store import is_address
 from ches_jax.types import Pairing
 
 _FORMATS = (
@@ -223,7 +224,7 @@ def open_rows(
 
     Args:
       spec: a file of one of ``formats.READERS``, compressed or not; several with commas, or a glob; a folder of them or
-        of ``save_to_disk``; an address (``files.SCHEMES``); or ``owner/name`` of the hub.
+        of ``save_to_disk``; an address (``runs.store.READ``); or ``owner/name`` of the hub.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
         hides a column, a dot reaches into objects (``prompts.lookup``); or the words of a declaration
@@ -282,7 +283,8 @@ def _source(
     """A source whose names of columns and first rows are checked."""
     columns = dict(columns or {})
     declared = _declared(columns, rows, schema)
-    kind, read, identity = opened()
+    kind, unbounded, identity = opened()
+    read = partial(_bounded, unbounded)
     source = PairSource(name, kind, read, identity, {} if declared else columns, rows, declared)
     some = [raw for _, raw in itertools.islice(read(0), _LOOKED_AT)]
     if not some:
@@ -305,6 +307,12 @@ def _source(
     for line in source.messages():
         notice(line)
     return source
+
+
+def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
+    """Rows, those that are nested too deeply for what is done with them as such that cannot be read."""
+    deep = Unreadable(f"a column is nested more than {DEEPEST} deep; expected text, conversations or lists of them")
+    return ((where, raw if within_depth(raw) else deep) for where, raw in read(start))
 
 
 def _grouped(schema: Schema, read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
@@ -347,15 +355,15 @@ def _rows(index: int, where: str, raw: Any, source: PairSource) -> Iterator[Reco
     category = lookup(raw, schema.category if schema else columns.get("category", "category"))
     category = None if category is None else str(plain(category))
     for numbers, content in _contents(raw, source):
-        try:
-            identity = row_id(content)
-        except UnicodeEncodeError:
-            raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
         names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
         read = columns_read(raw, columns, names)
         if schema is not None and schema != PLAIN:
             read = {name if name in raw else name.partition(".")[0] for name in schema.reads}
-        extra = {str(name): plain(value) for name, value in raw.items() if name not in read}
+        try:
+            identity = row_id(content)
+            extra = {str(name): plain(value) for name, value in raw.items() if name not in read}
+        except UnicodeEncodeError:
+            raise DataError("a text holds half a surrogate pair (\\ud800...); expected Unicode") from None
         yield Record(index, identity, where, content, category, extra, numbers)
 
 
@@ -405,7 +413,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
-    if not files.is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
+    if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)
     if len(paths) > 1:

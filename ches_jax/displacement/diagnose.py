@@ -19,7 +19,8 @@ from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
-from ches_jax.runs.files import read_parquet
+from ches_jax.runs.files import read_parquet, staged
+from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
 RESULT = "diagnosis.json"
@@ -42,6 +43,30 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     """
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
+    if config.out is None:
+        return _diagnose(_with_copies(config), quiet)
+    with staged(output_place(config.out), RESULT) as out:
+        return _diagnose(_with_copies(replace(config, out=str(out))), quiet)
+
+
+def _with_copies(config: DiagnoseConfig) -> DiagnoseConfig:
+    """The config with the runs, tables and logs that lie in stores as copies here; models stay there."""
+    every = {name: getattr(config, name) for name in ("path", "logps", "responses_before", "responses_after")}
+    sides = {name: _copied_table(getattr(config, name)) for name in ("before", "after")}
+    several = {name: tuple(here(s, RunError) for s in getattr(config, name)) for name in ("scores", "judgments")}
+    return replace(config, **{n: v and here(v, RunError) for n, v in every.items()}, **sides, **several)
+
+
+def _copied_table(spec: str | None) -> str | None:
+    """A copy of a score table or an adapter; a model in a store is left where it is."""
+    if spec is None or not is_address(spec):
+        return spec
+    found = place(spec, RunError)
+    small = any(is_there(found / name) for name in ("scores.parquet", "adapter_config.json"))
+    return here(spec, RunError) if small or spec.endswith(".parquet") else spec
+
+
+def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
     with _work(config) as work:
         changes = read_changes(config, work, quiet=quiet)
         if config.generate is not None:
@@ -112,7 +137,7 @@ def _of_parquet(path: Path) -> Changes:
 
     table = read_parquet(path, RunError, "a displacement log, or log-probabilities before and after")
     if "dlogp_chosen" in table.column_names:
-        return training_run.changes_of_table(table, str(path))
+        return training_run.changes_of_table(training_run.read_log_table(path), str(path))
     return logp_tables.read_logps(path)
 
 
@@ -145,9 +170,9 @@ def _texts(config: DiagnoseConfig) -> Mapping[str, Any]:
     from ches_jax.displacement.pair_table import read_texts, source_of
 
     source: dict[str, Any] = {}
-    for place in (config.path, config.before):
-        if place is not None and Path(place).is_dir():
-            source = dict(source_of(Path(place)))
+    for given in (config.path, config.before):
+        if given is not None and Path(given).is_dir():
+            source = dict(source_of(Path(given)))
             break
     if config.pairs is not None:
         names = ("pairs", "split", "columns", "candidates", "limit")
@@ -183,11 +208,11 @@ def _with_pairs(config: DiagnoseConfig, changes: Changes, diagnosis: Diagnosis, 
     from ches_jax.displacement.pair_table import found_tables, pair_table, worst_rows, write_pairs
 
     tables = [Path(p) for p in config.scores]
-    for place in (config.path, config.before, config.out):
-        if place is not None and Path(place).is_dir():
-            tables += [t for t in found_tables(Path(place)) if t not in tables]
-            if place == config.before and _is_table(Path(place)):
-                tables.append(Path(place))
+    for given in (config.path, config.before, config.out):
+        if given is not None and Path(given).is_dir():
+            tables += [t for t in found_tables(Path(given)) if t not in tables]
+            if given == config.before and _is_table(Path(given)):
+                tables.append(Path(given))
     if tables and (changes.rows is None or "row_id" not in changes.rows):
         raise ChesError("--scores joins by row_id, which these changes do not have")
     table = pair_table(changes, config.tolerance, tables, texts)

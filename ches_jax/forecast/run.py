@@ -36,8 +36,9 @@ from ches_jax.runs.directory import (
     write_json,
     write_summary,
 )
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import parquet_source, replacing
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
@@ -64,7 +65,7 @@ def forecast(
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
     """
-    out = Path(config.out or new_name(Path("runs"), "forecast"))
+    out = output_place(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"):
         run, done = _open(config, out, "forecast", resume, other_versions)
@@ -86,7 +87,7 @@ def influence(
     Raises:
       ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
     """
-    out = Path(config.out or new_name(Path("runs"), "influence"))
+    out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
         raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
     with jax.enable_x64(config.dtype == "float64"):
@@ -149,7 +150,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             if not chunks.path(out, number, SUFFIX).exists():
                 _write(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
             bar.update(len(pairs))
-    table = pa.concat_tables([pq.read_table(chunks.path(out, n, SUFFIX)) for n in range(len(work))])
+    table = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(work))])
     with clock.stage("linear range"):
         errors = _linear_errors(passes, direction, sets, table)
     if config.pilot:
@@ -197,7 +198,7 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
                 write_part(path, columns, metadata)
             bar.update(len(some))
     merge_parts([chunks.path(out, n, SUFFIX) for n in range(len(parts))], out / INFLUENCE)
-    values = pq.read_table(out / INFLUENCE)["influence"].to_numpy()
+    values = pq.read_table(parquet_source(out / INFLUENCE))["influence"].to_numpy()
     warnings = _overlap_warning(_overlap(run), len(probes))
     _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})
     return out
@@ -261,7 +262,7 @@ def _chunks(pairs: Sequence[TokenPair], size: int) -> list[Sequence[TokenPair]]:
 
 def _kept(out: Path, passes: Passes, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
     """A direction and what is known of it: computed, or as a run that was stopped left them."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load, save_file
 
     arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
     if not record.exists():
@@ -269,7 +270,7 @@ def _kept(out: Path, passes: Passes, compute: Callable[[], tuple[Tree, dict[str,
         with replacing(arrays) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
         write_json(record, found)
-    return on_mesh(load_file(arrays), passes.run.mesh), read_json(record)
+    return on_mesh(load(arrays.read_bytes()), passes.run.mesh), read_json(record)
 
 
 def _identity_columns(pairs: Sequence[TokenPair], config: PassOptions) -> dict[str, Any]:

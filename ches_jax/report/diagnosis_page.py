@@ -18,8 +18,21 @@ from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.provenance import provenance, read_record
 from ches_jax.report.texts import SIDES
 from ches_jax.runs.files import read_object, read_parquet
+from ches_jax.runs.shapes import require_shape
 
 ANSWER, PAIRS = "diagnosis.json", "pairs.parquet"
+_COLUMNS = pa.schema([pa.field("dlogp_chosen", pa.float64()), pa.field("dlogp_rejected", pa.float64())])
+_TEXTS = [pa.field(name, pa.string()) for name in ("set", "row_id", "regime", "category", *SIDES)]
+_MORE = pa.schema([*_TEXTS, pa.field("index", pa.int64()), pa.field("flags", pa.list_(pa.string()))])
+_INTERVAL = {"mean?": float, "low?": float, "high?": float}
+_SHAPE = {
+    "verdict": str, "unit": str, "pairs": int, "source?": str, "set?": str, "criterion?": {"tolerance?": float},
+    "chosen": _INTERVAL, "rejected": _INTERVAL, "margin": _INTERVAL, "displacement/lld_rate?": float,
+    "harm?": {"answer": str, "criteria?": [{"name": str, "outcome": str, "evidence": str}]},
+    "advice?": [{"do": str, "because": str, "price": str}], "caveats?": [str],
+    "curve?": {"steps": [float], "chosen": [float], "rejected": [float]},
+}  # fmt: skip
+"""Of one set; the answer holds that of another beside it."""
 _KNOWN = {"row_id", "index", "set", "regime", "dlogp_chosen", "dlogp_rejected", "dmargin", *SIDES, "flags", "category"}
 
 
@@ -29,15 +42,14 @@ def diagnosis_page(run_dir: Path) -> Page:
     Raises:
       RunError: its files cannot be read.
     """
-    answer = read_object(run_dir / ANSWER, RunError, "a directory of ches diagnose --out")
-    try:
-        diagnoses: Diagnoses = {answer.get("set", "held_out"): answer}
-        if answer.get("beside"):
-            diagnoses = {**diagnoses, answer["beside"].get("set", "train"): answer["beside"]}
-        moved = _pairs(run_dir / PAIRS, float((answer.get("criterion") or {}).get("tolerance") or 0.05))
-        return _page(run_dir, answer, diagnoses, moved)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{run_dir / ANSWER}: is damaged ({error!r})") from None
+    path = run_dir / ANSWER
+    answer = read_object(path, RunError, "a directory of ches diagnose --out")
+    require_shape(path, answer, {**_SHAPE, "beside?": _SHAPE}, RunError)
+    diagnoses: Diagnoses = {answer.get("set") or "held_out": answer}
+    if answer.get("beside"):
+        diagnoses = {**diagnoses, answer["beside"].get("set") or "train": answer["beside"]}
+    moved = _pairs(run_dir / PAIRS, float((answer.get("criterion") or {}).get("tolerance") or 0.05))
+    return _page(run_dir, answer, diagnoses, moved)
 
 
 def _page(run_dir: Path, answer: Mapping[str, Any], diagnoses: Diagnoses, moved: Moved | None) -> Page:
@@ -94,7 +106,7 @@ def _pairs(path: Path, tolerance: float) -> Moved | None:
     """The pairs of the diagnosis; None for one of a log, which has means of batches."""
     if not path.is_file():
         return None
-    table = read_parquet(path, RunError, "the pairs of `ches diagnose --out`")
+    table = read_parquet(path, RunError, "the pairs of `ches diagnose --out`", _COLUMNS, _MORE)
     if not len(table):
         return None
     names = table.column_names
@@ -110,7 +122,7 @@ def _pairs(path: Path, tolerance: float) -> Moved | None:
         if n in names
     }
     return Moved(
-        sets=np.array([s or "train" for s in table["set"].to_pylist()])
+        sets=np.array([s or "train" for s in table["set"].to_pylist()], str)
         if "set" in names
         else np.array(["train"] * len(table)),
         row_ids=[i or "" for i in table["row_id"].to_pylist()] if "row_id" in names else [""] * len(table),
@@ -125,13 +137,13 @@ def _pairs(path: Path, tolerance: float) -> Moved | None:
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].cast(pa.float64()).to_numpy()
+    return table[name].cast(pa.float64(), safe=False).to_numpy()  # what a float64 rounds of a large integer
 
 
 def _index(table: pa.Table) -> np.ndarray:
     if "index" not in table.column_names or table["index"].null_count:
         return np.arange(len(table))
-    return table["index"].to_numpy().astype(np.int64)
+    return table["index"].to_numpy()
 
 
 def _curve(diagnoses: Diagnoses) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
 
 from ches_jax.errors import RunError
 from ches_jax.report.html import escape
@@ -112,12 +113,14 @@ def joined(folder: Path, row_ids: Sequence[str]) -> dict[str, np.ndarray]:
     for file, names in JOINED.items():
         if not (folder / file).is_file():
             continue
-        table = read_parquet(folder / file, RunError, "a table of another verb")
+        needed = pa.schema([pa.field("row_id", pa.string())])
+        numbers = pa.schema([pa.field(name, pa.float64()) for name in names])
+        table = read_parquet(folder / file, RunError, "a table of another verb", needed, numbers)
         place = {row_id: i for i, row_id in enumerate(table["row_id"].to_pylist())}
         at = np.array([place.get(row_id, -1) for row_id in row_ids])
         for name in names:
             if name in table.schema.names and (at >= 0).any():
-                values = table[name].to_numpy(zero_copy_only=False).astype(np.float64)
+                values = table[name].to_numpy()
                 out[name] = np.where(at >= 0, values[at], np.nan)
     return out
 

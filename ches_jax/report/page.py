@@ -7,6 +7,7 @@ from ches_jax.errors import RunError
 from ches_jax.report.document import Page
 from ches_jax.report.render import render
 from ches_jax.runs.files import replacing
+from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.select.scored_rows import SourceRow
 
 FILE_NAME = "report.html"
@@ -32,9 +33,11 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
     Raises:
       RunError: nothing in the directory can be drawn; the message names what is there.
     """
-    folder = Path(run_dir)
-    folder = folder.parent if folder.is_file() else folder
-    return write_page(page_of(folder, rows), folder if out is None else Path(out))
+    given = place(run_dir, RunError)
+    folder = fetched_run(given, RunError)
+    if folder.is_file():
+        folder, given = folder.parent, given.parent
+    return write_page(page_of(folder, rows), output_place(given if out is None else out, RunError))
 
 
 def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:

@@ -5,13 +5,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ches_jax.errors import RunError
 from ches_jax.report import svg
 from ches_jax.report.axes import percent, readable
 from ches_jax.report.html import data_table, figure, gallery, paragraphs
+from ches_jax.runs.files import read_parquet
 
 FILE_NAME, PARTS = "probes.parquet", "probes"
+_MOVED = pa.list_(pa.struct([("text", pa.string()), ("before", pa.float64()), ("now", pa.float64())]))
+COLUMNS = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string()),
+        pa.field("argmax_mass", pa.float64(), nullable=False),
+        pa.field("total_variation", pa.float64(), nullable=False),
+        pa.field("gaining", _MOVED),
+        pa.field("losing", _MOVED),
+    ]
+)
 SHOWN = 12
 """Prompts that are listed, those whose distribution moved most first."""
 
@@ -70,7 +82,5 @@ def _moved(token: dict[str, Any]) -> str:
 def _read(run_dir: Path) -> pa.Table | None:
     whole = run_dir / FILE_NAME
     paths = [whole] if whole.is_file() else sorted((run_dir / PARTS).glob("step-*.parquet"))
-    try:
-        return pa.concat_tables([pq.read_table(path) for path in paths]) if paths else None
-    except (OSError, pa.ArrowInvalid):
-        return None
+    tables = [read_parquet(path, RunError, "the probes of `ches train`", COLUMNS) for path in paths]
+    return pa.concat_tables(tables) if tables else None

@@ -5,27 +5,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ches_jax.errors import RunError
 from ches_jax.report.document import Section
 from ches_jax.report.html import data_table
 from ches_jax.runs.directory import CONFIG, RUN
+from ches_jax.runs.shapes import require_shape
 
+_RATE = {"refusal_rate?": float, "interval?": [float], "responses?": int}
+_SHAPE = {
+    "config?": {"model?": str, "pairs?": str, "loss?": str, "tolerance?": float, "limit?": int, "columns?": {str: str}},
+    "counts?": {"dropped?": int}, "summary?": {**_RATE, "by_category?": {str: _RATE}}, "status?": str,
+}  # fmt: skip
+"""What a page reads of a record; the rest is shown as it is."""
 _WHERE = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command", "device")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a directory with its ``config``, as far as it can be read; empty without one."""
+    """``run.json`` of a directory with its ``config``; empty without one, or where it is no JSON.
+
+    Raises:
+      RunError: something in it is not what this program writes there.
+    """
     record = _object(folder / RUN)
     if not record.get("config"):
-        record |= {"config": _object(folder / CONFIG).get("config", {})}
+        record |= {"config": _object(folder / CONFIG).get("config") or {}}
     return record
 
 
 def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return require_shape(path, value, _SHAPE, RunError)
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """The page of generated texts and of judgments: how many there are, how they ended, did they refuse, each of them."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from ches_jax.report.document import Page, Section
 from ches_jax.report.html import data_table, figure, gallery
 from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
+from ches_jax.runs.shapes import read_json_lines
 
+_ROW = {"index?": int, "sample?": int, "refusal?": bool, "token_ids?": [object]}
 VERDICTS = {True: "refused", False: "answered", None: "undecided"}
 """What the page calls a judgment."""
 
@@ -28,7 +29,7 @@ def response_page(run_dir: Path) -> Page:
     """
     judged = (run_dir / "judgments.jsonl").is_file()
     path = run_dir / ("judgments.jsonl" if judged else "responses.jsonl")
-    rows = read_lines(path)
+    rows = read_json_lines(path, _ROW, RunError)
     if not rows:
         raise RunError(f"{path}: holds no texts; there is nothing to report")
     record = read_record(run_dir)
@@ -69,28 +70,13 @@ def response_page(run_dir: Path) -> Page:
     )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines.
-
-    Raises:
-      RunError: a line that is no object, or no UTF-8.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise RunError(f"{path}: expected one JSON object on each line")
-    return rows
-
-
 def _table(run_dir: Path, rows: Sequence[Mapping[str, Any]], judged: bool) -> PairTable:
-    index = np.array([int(r.get("index", i)) for i, r in enumerate(rows)])
+    index = np.array([i if r.get("index") is None else r["index"] for i, r in enumerate(rows)])
     columns = [Column(name="index", label="row", values=index, down=False, meaning="row of the prompts, from 0")]
     several = any(r.get("sample") for r in rows)
     if several:
         columns.append(
-            Column(name="sample", label="sample", values=np.array([int(r.get("sample", 0)) for r in rows]), minor=True)
+            Column(name="sample", label="sample", values=np.array([r.get("sample") or 0 for r in rows]), minor=True)
         )
     words: dict[str, list[str]] = {
         "judgment": [VERDICTS.get(r.get("refusal"), "undecided") for r in rows] if judged else [],
@@ -181,7 +167,7 @@ def _judged(
         table = [
             [
                 name or "(none)",
-                f"{g['responses']:,}",
+                f"{g['responses']:,}" if g.get("responses") is not None else "–",
                 percent(g["refusal_rate"]) if g.get("refusal_rate") is not None else "–",
                 _interval(g.get("interval")),
             ]

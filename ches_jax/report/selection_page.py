@@ -14,10 +14,17 @@ from ches_jax.report.document import Page, Section
 from ches_jax.report.html import data_table, escape, gallery
 from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.report.provenance import provenance, short_path
-from ches_jax.report.response_page import read_lines
 from ches_jax.report.score_page import label
 from ches_jax.report.texts import SIDES, side_text
 from ches_jax.runs.files import read_object
+from ches_jax.runs.shapes import misfit, read_json_lines, require_shape
+
+_LENGTHS = {"chosen_tokens?": float, "rejected_tokens?": float, "rejected_minus_chosen?": float}
+_SHAPE = {
+    "rule?": {"by?": str, "keep?": str, "control?": str}, "counts?": {"table?": int},
+    "mean_lengths?": {"kept?": _LENGTHS, "all?": _LENGTHS}, "source?": {"pairs?": str},
+    "categories?": {str: {"scored": int, "kept": int}},
+}  # fmt: skip
 
 
 def selection_page(run_dir: Path) -> Page:
@@ -26,13 +33,15 @@ def selection_page(run_dir: Path) -> Page:
     Raises:
       RunError: its files cannot be read.
     """
-    chosen = read_object(run_dir / "selection.json", RunError, "a directory of ches select")
-    kept = read_lines(run_dir / "pairs.jsonl")
-    dropped = read_lines(run_dir / "dropped.jsonl") if (run_dir / "dropped.jsonl").is_file() else []
+    path = run_dir / "selection.json"
+    chosen = require_shape(path, read_object(path, RunError, "a directory of ches select"), _SHAPE, RunError)
+    kept = read_json_lines(run_dir / "pairs.jsonl", {}, RunError)
+    dropped = run_dir / "dropped.jsonl"
+    dropped = read_json_lines(dropped, {}, RunError) if dropped.is_file() else []
     rule, counts = chosen.get("rule") or {}, chosen.get("counts") or {}
-    by = str(rule.get("by", ""))
+    by = rule.get("by") or ""
     table = _table(run_dir, kept, by)
-    of = int(counts.get("table", len(kept)))
+    of = len(kept) if counts.get("table") is None else counts["table"]
     lengths = chosen.get("mean_lengths") or {}
     control = str(rule.get("control", "none"))
     answers = [
@@ -83,17 +92,26 @@ def _length_words(lengths: Mapping[str, Any]) -> str:
     kept, every = lengths.get("kept") or {}, lengths.get("all") or {}
     changes = []
     for name in ("chosen_tokens", "rejected_tokens"):
-        if name in kept and name in every:
+        if kept.get(name) is not None and every.get(name) is not None:
             changes.append(f"{label(name)} {readable(every[name], 0)} → {readable(kept[name], 0)}")
-    changed = [abs(kept[n] / every[n] - 1) for n in ("chosen_tokens", "rejected_tokens") if every.get(n)]
+    told = [n for n in ("chosen_tokens", "rejected_tokens") if every.get(n) and kept.get(n) is not None]
+    changed = [abs(kept[n] / every[n] - 1) for n in told]
     word = '<span class="tones">Yes</span>: ' if changed and max(changed) > 0.1 else "Hardly: "
     return f"{word}{escape(', '.join(changes))} on average." if changes else "Not recorded."
 
 
 def _lengths_table(lengths: Mapping[str, Any]) -> str:
     kept, every = lengths.get("kept") or {}, lengths.get("all") or {}
-    rows = [[label(n), readable(every[n], 1), readable(kept[n], 1)] for n in every if n in kept]
+    rows = [
+        [label(n), readable(every[n], 1), readable(kept[n], 1)]
+        for n in every
+        if _finite(every[n]) and _finite(kept.get(n))
+    ]
     return data_table(["mean", "of all", "of the kept"], rows) if rows else ""
+
+
+def _finite(value: Any) -> bool:
+    return misfit(value, float) is None
 
 
 def _categories(found: Mapping[str, Mapping[str, int]]) -> str:
@@ -114,7 +132,7 @@ def _table(run_dir: Path, kept: Sequence[Mapping[str, Any]], by: str) -> PairTab
         )
     ]
     for name in (by, "weight"):
-        if name and all(isinstance(row.get(name), int | float) for row in kept):
+        if name and all(_finite(row.get(name)) for row in kept):
             values = np.array([float(row[name]) for row in kept])
             columns.append(Column(name=name, label=label(name), values=values, meaning=f"{digits_of(values)} decimals"))
     if any(row.get("category") for row in kept):

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.data.messages import as_text
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.report.pair_table import Tokens
-from ches_jax.scores.parts import TOKENS
+from ches_jax.runs.files import read_parquet
+from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
+from ches_jax.scores.table import CANDIDATES
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.scored_rows import Key, SourceRow, key_of, keys, source_rows
 
 SIDES = ("prompt", "chosen", "rejected")
+_TOKEN_COLUMNS = pa.schema([TOKEN_SCHEMA.field(name) for name in ("index", "response", "text", "ches", "head_score")])
+_CANDIDATES = pa.schema([TOKEN_SCHEMA.field(name) for name in CANDIDATES])
 MOST_TOKENS = 600
 """Of one response."""
 Texts = dict[str, list[str]]
@@ -76,7 +79,8 @@ def read_tokens(run: Path, pairs: Sequence[Key]) -> tuple[TokenScores, str]:
     path = run / TOKENS
     if not path.is_file():
         return {}, ""
-    rows = pq.read_table(path, filters=[("index", "in", [index for index, _ in pairs])])
+    wanted = [("index", "in", [index for index, _ in pairs])]
+    rows = read_parquet(path, RunError, "the token scores of `ches score`", _TOKEN_COLUMNS, _CANDIDATES, filters=wanted)
     by = "ches" if rows["head_score"].null_count else "head_score"
     by_pair: TokenScores = {key: {} for key in pairs}
     for key, row in zip(keys(rows), rows.select(["response", "text", by]).to_pylist(), strict=True):

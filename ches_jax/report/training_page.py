@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.data.sources import pairs_of_run
-from ches_jax.displacement.changes import FILE_NAME, PARTS, REGIMES, Changes
+from ches_jax.displacement.changes import REGIMES, Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.readers.training_run import read_log_of_run
 from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report import answers, elements, essays, svg
@@ -26,6 +26,7 @@ from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.probe_section import probe_section
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.texts import texts_by_id
+from ches_jax.runs.shapes import misfit
 from ches_jax.select.scored_rows import SourceRow
 
 
@@ -35,9 +36,11 @@ def training_page(run_dir: Path) -> Page:
     Raises:
       RunError: the displacement log has no pairs, or cannot be read.
     """
-    table = _read_log(run_dir)
+    table = read_log_of_run(run_dir)
     if not len(table):
         raise RunError(f"{run_dir}: the displacement log has no pairs; there is nothing to report")
+    if lacking := [name for name in ("row_id", "index", "regime") if name not in table.column_names]:
+        raise RunError(f"{run_dir}: the displacement log has no column {', '.join(lacking)}, which a page needs")
     record = read_record(run_dir)
     config = record.get("config") or {}
     moved, note = _last(run_dir, table, config)
@@ -49,7 +52,7 @@ def training_page(run_dir: Path) -> Page:
     first_step = int(max(table["step"].to_numpy()))
     change, absolute = parts.course_figures(courses)
     counts = record.get("counts") or {}
-    dropped = {"dropped before training": int(counts.get("dropped", 0))}
+    dropped = {"dropped before training": int(counts.get("dropped") or 0)}
     margins = [parts.margin_figure(c) for c in courses if np.isfinite(c.rejected).all()]
     body = [
         Section(anchor="course", heading="Over the updates", body=gallery([change, parts.pair_scatter(moved, pairs)])),
@@ -98,17 +101,6 @@ def training_page(run_dir: Path) -> Page:
         sections=[s for s in body if s.body],
         pairs=pairs,
     )
-
-
-def _read_log(run_dir: Path) -> pa.Table:
-    whole = run_dir / FILE_NAME
-    paths = [whole] if whole.exists() else sorted((run_dir / PARTS).glob("step-*.parquet"))
-    if not paths:
-        raise RunError(f"{run_dir}: no {FILE_NAME}; expected a directory of `ches train`")
-    try:
-        return pa.concat_tables([pq.read_table(path) for path in paths])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{run_dir}: its displacement log cannot be read ({error})") from None
 
 
 def _last(run_dir: Path, table: pa.Table, config: Mapping[str, Any]) -> tuple[Moved, str]:
@@ -230,13 +222,13 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     losses: dict[str, list[tuple[int, float]]] = {}
     if not path.exists():
         return losses
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
+        except (ValueError, RecursionError):  # the last line of a run that was killed
             continue
         for name in ("loss", "eval_loss"):
-            if isinstance(entry.get(name), int | float):
+            if misfit(entry, {"step": int, name: float}) is None:
                 losses.setdefault(name, []).append((entry["step"], float(entry[name])))
     return losses
 

@@ -13,9 +13,13 @@ from typing import Any
 
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import read_object, replacing
+from ches_jax.runs.shapes import require_shape
+from ches_jax.runs.store import make_folder
 
 CONFIG = "config.json"
 RUN = "run.json"
+IDENTITY = {"config?": {str: object}, "opened?": {str: {str: str}}, "versions?": {str: str}}
+"""The shape of what ``config.json`` tells of a run."""
 SPECS = ("model", "pairs", "prompts", "probes", "responses")
 """Options that may name what ships with the package."""
 PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
@@ -89,14 +93,14 @@ def open_run(
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
-        there = read_json(out / CONFIG)
+        there = require_shape(out / CONFIG, read_json(out / CONFIG), IDENTITY, RunError)
         if different := differences(_of_content(there), _of_content(identity)):
             raise RunError(many(f"{out} holds another run; give a new directory with --out", different))
         if not resume:
             raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
         _require_versions(out, there, identity, other_versions)
         return there
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / CONFIG, identity)
     return identity
 

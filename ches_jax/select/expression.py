@@ -68,6 +68,8 @@ def _require_allowed(node: ast.AST, text: str) -> None:
             parts = several
         case ast.Constant(value=bool()):
             raise ValueError("True and False are no numbers")
+        case ast.Constant(value=int(value)) if abs(value) > 2**1000:
+            raise ValueError("a number beyond all scores")
         case ast.Constant(value=int() | float()) | ast.Name():
             parts = ()
         case ast.Attribute() if _dotted(node) is not None:

@@ -48,8 +48,13 @@ class Parts:
         return state
 
 
-def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
+def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) -> Parts:
     """Load the weights, compute the reference, make the state, the step and the observers.
+
+    Args:
+      run: what was opened; its logs are written in ``run.out``.
+      place: where checkpoints lie: ``run.out``, or in a store.
+      observers: the caller's own.
 
     Raises:
       ChesError: a reference that does not fit, weights that cannot be read.
@@ -96,7 +101,7 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
         update=step,
         evaluations=evaluations,
         own=Observers(cast(Sequence[Observer], own), total),
-        saved=Checkpoints(run.out, config.keep, best, config.save_every),
+        saved=Checkpoints(place, config.keep, best, config.save_every),
     )
 
 

@@ -24,6 +24,7 @@ from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
+from ches_jax.runs.store import here, output_place
 from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
@@ -207,7 +208,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     return Run(
         config=config,
         process=process,
-        out=Path(config.out),
+        out=output_place(config.out),
         model=model,
         opener=opener,
         reference=reference,
@@ -241,7 +242,7 @@ def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: O
     if not needs_reference(loss) or config.reference in ("initial", "none", "columns"):
         return None
     if config.reference.endswith(".parquet"):
-        opener.file(Path(config.reference), "reference")
+        opener.file(Path(here(config.reference)), "reference")
         return None
     reference = opener.model(config.reference, "reference")
     if reference.decoder.vocab_size != model.decoder.vocab_size:
@@ -293,7 +294,7 @@ def references(
     identity = reference_identity(config, loss, identity)
     of_reference = identity.pop("reference_fingerprint", None)
     if config.reference.endswith(".parquet"):
-        logps = from_file(Path(config.reference), pairs, identity, initial)
+        logps = from_file(Path(here(config.reference)), pairs, identity, initial)
     elif config.reference == "initial":
         logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:

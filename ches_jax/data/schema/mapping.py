@@ -35,6 +35,7 @@ from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.values import are_turns, decoded, number, turns
 from ches_jax.data.schema.winners import of_winner, of_winners
 from ches_jax.errors import DataError, did_you_mean
+from ches_jax.runs.store import here
 
 Names = tuple[str, ...]
 _ASIDE = ("tools", "chat_template_kwargs", "category")
@@ -131,7 +132,7 @@ def from_file(path: str) -> Schema:
       DataError: not there, not readable, or not a declaration.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(here(path, DataError)).read_text(encoding="utf-8-sig")
         words = tomllib.loads(text) if path.lower().endswith(".toml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(

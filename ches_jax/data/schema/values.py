@@ -24,6 +24,8 @@ ROLES = {
     "model": "assistant",
 }
 """Words for the speaker of a turn that other tools write -> the role."""
+DEEPEST = 100
+"""How deep lists and objects of a row may lie in one another: what is done with them goes down as deep."""
 
 
 def turns(value: Any) -> Any:
@@ -61,10 +63,23 @@ def decoded(value: Any) -> Any:
     """
     if isinstance(value, str) and value[:1] in "[{" and value.rstrip()[-1:] in ("]", "}"):
         try:
-            return json.loads(value)
+            inner = json.loads(value)
         except (ValueError, RecursionError):
             return value
+        return inner if within_depth(inner) else value
     return value
+
+
+def within_depth(value: Any, most: int = DEEPEST) -> bool:
+    """Whether lists and objects lie in one another no more than so many deep.
+
+    >>> within_depth([[]], 2), within_depth([[[]]], 2)
+    (True, False)
+    """
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inside = value.values() if isinstance(value, Mapping) else value
+    return most > 0 and all(within_depth(part, most - 1) for part in inside)
 
 
 def number(name: str, value: Any) -> float:

@@ -20,7 +20,10 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
     Raises:
       ChesError: no header, or columns of several runs.
     """
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=_delimiter(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=_delimiter(text)))
+    except csv.Error as error:
+        raise ChesError(f"{path}: not a readable CSV file ({error})") from None
     if not rows or not rows[0]:
         raise ChesError(f"{path}: a CSV file without rows")
     runs: dict[str, None] = {}
@@ -49,7 +52,10 @@ def looks_like_csv(text: str) -> bool:
     >>> looks_like_csv("Step,run - eval/rewards/chosen\n1,0.5"), looks_like_csv("{'loss': 0.5, 'step': 1}")
     (True, False)
     """
-    head = next(csv.reader(text.splitlines()[:1], delimiter=_delimiter(text)), [])
+    try:
+        head = next(csv.reader(text.splitlines()[:1], delimiter=_delimiter(text)), [])
+    except csv.Error:
+        return False
     names = [column.rpartition(" - ")[2] for column in head]
     return len(head) > 1 and any(n.lower() in STEPS or metric(n) is not None for n in names)
 

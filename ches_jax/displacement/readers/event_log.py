@@ -29,6 +29,7 @@ def read_event_log(paths: Sequence[Path], held_out: str | None = None) -> Log:
       ChesError: the library that knows the format is not there; a step with two values (two runs).
     """
     try:
+        from google.protobuf.message import DecodeError
         from tensorboardX.proto import event_pb2
     except ImportError:
         raise ChesError(
@@ -40,7 +41,10 @@ def read_event_log(paths: Sequence[Path], held_out: str | None = None) -> Log:
     for path in sorted(paths):
         data = path.read_bytes()
         for record in _records(data, path, notes):
-            event = event_pb2.Event.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                event = event_pb2.Event.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+            except DecodeError:
+                raise ChesError(f"{path}: a record of it is damaged; it was an event file of TensorBoard") from None
             for value in event.summary.value:
                 number = _scalar(value)
                 if number is None:

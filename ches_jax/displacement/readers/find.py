@@ -120,7 +120,10 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
         raise ChesError(f"{path}: not a text file, and none of TensorBoard's event files") from None
     except OSError as error:
         raise ChesError(f"{path}: cannot be read ({error.strerror})") from None
-    return (read_csv_log if looks_like_csv(text) else read_json_log)(path, text, held_out)
+    try:
+        return (read_csv_log if looks_like_csv(text) else read_json_log)(path, text, held_out)
+    except RecursionError:
+        raise ChesError(f"{path}: nested too deeply for a log") from None
 
 
 def _below(path: Path) -> list[Path]:
@@ -153,7 +156,7 @@ def _newest(path: Path, states: Sequence[Path]) -> Path:
             content = json.loads(state.read_text(encoding="utf-8"))
             history = {int(e["step"]): e.get("loss") for e in content["log_history"] if "loss" in e}
             by_step.append((int(content.get("global_step") or 0), -len(state.parts), state, history))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if len(states) == 1:
                 return state  # its reader says what is wrong
     if not by_step:

@@ -12,7 +12,7 @@ from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.errors import ChesError
 
 ONE_ENTRY = "one entry"
-PRINTED = re.compile(r"\{['\"][^{}]*['\"]: [^{}]*\}")
+PRINTED = re.compile(r"\{['\"][^{}]*\}")
 """An entry as transformers prints it to the console, among progress bars and other lines."""
 
 
@@ -97,14 +97,14 @@ def _columns(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _whole(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _printed(text: str) -> Mapping[str, Any] | None:
     try:
         value = ast.literal_eval(_literal(text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -11,6 +11,9 @@ import numpy as np
 from ches_jax.displacement.readers.metric_names import REINFORCEMENT, REWARD_MODEL, STEPS, metric
 from ches_jax.errors import ChesError
 
+LARGEST = 2**62
+"""A step, or a whole number, beyond it is none."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -188,6 +191,8 @@ def _number(value: Any) -> Any:
             return float(value[:-1]) / 100 if value.endswith("%") else float(value)
         except ValueError:
             return value
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return math.inf if value > 0 else -math.inf
     return value
 
 
@@ -196,8 +201,8 @@ def _step(entry: Mapping[str, Any]) -> int | None:
     lower = {name.lower(): value for name, value in entry.items()}
     for name in STEPS:
         value = lower.get(name)
-        if isinstance(value, str) and re.fullmatch(r"\d+/\d+", value):
+        if isinstance(value, str) and re.fullmatch(r"\d{1,18}/\d+", value):
             return int(value.split("/")[0])
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST:
             return int(value)
     return None

@@ -1,8 +1,11 @@
 """Hyper-parameters of a run: its beta and its loss, from what lies beside the log."""
 
+import itertools
 import json
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,10 @@ FILES = (
     "training_args.bin",
 )
 """Where trainers keep their arguments. A model's config.json has none of the names, and so tells nothing."""
+LARGEST = 16_000_000
+"""Bytes of such a file."""
+MOST = 100_000
+"""Names in it."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,17 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if path.is_file():
             try:
                 yield name, flat(_read(path))
-            except (OSError, ValueError, zipfile.BadZipFile):
+            except (OSError, ValueError, RecursionError, EOFError, NotImplementedError, *_OF_ARCHIVES):
                 continue
 
 
+_OF_ARCHIVES = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)
+"""What a damaged archive raises (RuntimeError: one with a password)."""
+
+
 def _read(path: Path) -> Any:
+    if path.stat().st_size > LARGEST:
+        raise ValueError("too large for settings")
     if path.suffix == ".bin":
         return _of_training_args(path)
     text = path.read_text(encoding="utf-8")
@@ -82,7 +95,10 @@ def _read(path: Path) -> Any:
 def _of_training_args(path: Path) -> dict[str, Any]:
     """Beta and the loss in the pickle of transformers' training arguments, whose opcodes are read and never run."""
     with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+        inside = [n for n in archive.infolist() if n.filename.endswith("data.pkl") and n.file_size <= LARGEST]
+        if not inside:
+            raise ValueError("no pickle in it")
+        name = inside[0].filename
         opcodes = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
     out: dict[str, Any] = {}
     wanted = {*BETA, *LOSS}
@@ -101,19 +117,26 @@ def _of_training_args(path: Path) -> dict[str, Any]:
 def flat(value: Any) -> dict[str, Any]:
     """The innermost name of each setting; ``{"value": ...}`` of Weights & Biases is the value."""
     out: dict[str, Any] = {}
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
+    seen = 0
+    level = [value] if isinstance(value, Mapping) else []
+    while level:
+        below = []
+        for name, inner in itertools.chain.from_iterable(found.items() for found in level):
+            seen += 1
+            if seen > MOST:  # YAML can name one object many times, and an object of such objects
+                raise ValueError("more names than settings have")
             if isinstance(inner, Mapping) and "value" in inner and not isinstance(inner["value"], Mapping):
                 inner = inner["value"]
             if isinstance(inner, Mapping):
-                out = {**flat(inner), **out}
+                below.append(inner)
             else:
-                out[str(name)] = inner
+                out.setdefault(str(name), inner)
+        level = below
     return out
 
 
 def _number(settings: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
-    values = {float(settings[n]) for n in names if isinstance(settings.get(n), (int, float)) and settings[n] > 0}
+    values = {float(settings[n]) for n in names if isinstance(settings.get(n), (int, float)) and 0 < settings[n] < 1e9}
     return next(iter(values)) if len(values) == 1 else None
 
 

@@ -10,6 +10,27 @@ from ches_jax.errors import RunError
 from ches_jax.runs.files import read_parquet
 
 SETS = {"held_out": "held-out", "train": "training"}
+COLUMNS = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("dlogp_chosen", pa.float64()),
+        pa.field("dlogp_rejected", pa.float64()),
+        pa.field("chosen_tokens", pa.int64(), nullable=False),
+        pa.field("rejected_tokens", pa.int64(), nullable=False),
+    ]
+)
+"""What a displacement log has to have."""
+MORE = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("logp_chosen", pa.float64()),
+        pa.field("logp_rejected", pa.float64()),
+        pa.field("regime", pa.string(), nullable=False),
+    ]
+)
+"""What it may have beside them."""
 ABOUT = ("row_id", "index", "chosen_tokens", "rejected_tokens")
 
 
@@ -24,12 +45,33 @@ def read_run(folder: Path) -> Changes:
     Raises:
       RunError: no displacement log, only step 0 in it, or single responses of which no two make a pair.
     """
+    return changes_of_table(read_log_of_run(folder), str(folder))
+
+
+def read_log_of_run(folder: Path) -> pa.Table:
+    """The displacement log of a run, finished or not: every evaluation.
+
+    Raises:
+      RunError: there is none, or it is damaged.
+    """
     path = folder / FILE_NAME
     paths = [path] if path.exists() else sorted((folder / PARTS).glob("step-*.parquet"))
     if not paths:
         raise RunError(f"{folder}: no {FILE_NAME}; expected a directory of `ches train`")
-    parts = [read_parquet(p, RunError, "the displacement log of a run of `ches train`") for p in paths]
-    return changes_of_table(pa.concat_tables(parts), str(folder))
+    parts = [read_log_table(path) for path in paths]
+    try:
+        return pa.concat_tables(parts)
+    except pa.ArrowInvalid:
+        raise RunError(f"{folder}: the parts of its displacement log have other columns than each other") from None
+
+
+def read_log_table(path: Path) -> pa.Table:
+    """One file of a displacement log.
+
+    Raises:
+      RunError: it is none, or is damaged.
+    """
+    return read_parquet(path, RunError, "the displacement log of a run of `ches train`", COLUMNS, MORE)
 
 
 def changes_of_table(table: pa.Table, source: str) -> Changes:

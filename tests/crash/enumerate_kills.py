@@ -1,0 +1,235 @@
+"""A command is killed before each of its operations on files in turn, and started again: the same bytes, no leftovers.
+
+    python -m tests.crash.enumerate_kills VERB MODEL
+
+This process imports everything and computes nothing, so that it may fork: each run is a child, which neither imports
+nor (with the compilation cache) compiles much. One line of JSON at the end: the operations, and what went wrong after
+which.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.crash.killer import Killer
+
+IMPORTED = (
+    "jax",
+    "jax.numpy",
+    "flax.nnx",
+    "optax",
+    "orbax.checkpoint",
+    "transformers",
+    "datasets",
+    "pyarrow.parquet",
+    "scipy.stats",
+    "ches_jax.cli.commands",
+    "ches_jax.scores.run",
+    "ches_jax.generate.run",
+    "ches_jax.generate.engine",
+    "ches_jax.judges.run",
+    "ches_jax.select.run",
+    "ches_jax.report.page",
+    "ches_jax.report.score_page",
+    "ches_jax.convert",
+    "ches_jax.train.loop",
+    "ches_jax.train.restore",
+    "ches_jax.models.checkpoint.save",
+    "ches_jax.scores.in_memory",
+    "ches_jax.displacement.diagnose",
+    "ches_jax.report.diagnosis_page",
+    "ches_jax.forecast.run",
+)
+OF_THE_MOMENT = {
+    "seconds",
+    "pairs_per_second",
+    "tokens_per_second",
+    "scored_this_time",
+    "updates_this_time",
+    "compiled_shapes",
+    "padding_waste",
+}
+"""What ``run.json`` tells of the process that ended the run."""
+ROW = {"prompt": "Tell me of {}.", "chosen": " It is a fine day, {}.", "rejected": " No.", "category": "c"}
+SMALL = ["--limit", "5", "--quiet"]
+
+
+def verbs(model: str) -> dict[str, dict[str, Any]]:
+    """For each command its words, how it is started again, and the runs that it reads."""
+    pairs = ["--model", model, "--pairs", "pairs.jsonl"]
+    score = [
+        "score",
+        *pairs,
+        "--chunk-rows",
+        "3",
+        "--on-bad-row",
+        "drop",
+        "--token-scores",
+        "--logps",
+        *SMALL,
+        "--out",
+        "out",
+    ]
+    made = [*score[:-1], "scores"]
+    small = ["--batch-size", "2", "--steps", "2", "--holdout", "1", "--mesh", "data=1", "--lr", "1e-4"]
+    train = ["train", *pairs, *small, "--save-every", "1", "--on-bad-row", "drop", *SMALL]
+    generate = [
+        "generate",
+        "--model",
+        model,
+        "--prompts",
+        "pairs.jsonl",
+        "--chunk-rows",
+        "2",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "3",
+        *SMALL,
+    ]
+    judge = ["judge", "--responses", "texts", "--chunk-rows", "2", "--quiet", "--out", "out"]
+    return {
+        "score": {"words": score, "again": ["--resume"]},
+        "generate": {"words": [*generate, "--out", "out"], "again": ["--resume"]},
+        "judge": {"before": [[*generate, "--out", "texts"]], "words": judge, "again": ["--resume"]},
+        "select": {
+            "before": [made],
+            "words": ["select", "--scores", "scores", "--by", "ches", "--keep", "lowest:0.5", "--out", "out"],
+        },
+        "report": {"before": [made], "words": ["report", "scores"]},
+        "convert": {"words": ["convert", "--model", model, "--shard-gb", "0.00002", "--out", "out"]},
+        "convert a checkpoint": {
+            "before": [[*train, "--no-export", "--out", "run"]],
+            "words": ["convert", "--run", "run", "--out", "out"],
+        },
+        "train": {"words": [*train, "--out", "out"], "again": ["--resume"]},
+        "train adapters": {"words": [*train, "--lora-rank", "2", "--out", "out"], "again": ["--resume"]},
+        "diagnose": {
+            "before": [made],
+            "words": ["diagnose", "--before", "scores", "--after", "scores", "--out", "out"],
+        },
+    }
+
+
+class Refused(Exception):
+    """A command ended with another code than 0."""
+
+
+def run(folder: Path, words: list[str], at: int | None = None) -> list[str]:
+    """A command in a child, which dies before operation ``at``; returns the operations that it did.
+
+    Raises:
+      Refused: it ended with another code than 0, and not by the kill.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        code = 1
+        try:
+            os.chdir(folder)
+            said = os.open("../said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            killer = Killer(folder, at)
+            killer.install()
+            from ches_jax.cli import main
+
+            sys.argv = ["ches", *words]
+            code = main(words)
+            os.write(write, json.dumps(killer.seen).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        seen = answer.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status not in (0, -signal.SIGKILL):
+        raise Refused(f"exit code {status}: {(folder.parent / 'said.txt').read_text()[-500:]}")
+    return json.loads(seen or "[]")
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What lies below a folder: bytes by name; of checkpoints the names of what is whole."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        inside = name.partition("checkpoints/")[2]
+        if inside:  # orbax writes times; what the arrays hold is in the exported weights
+            if inside.count("/") == 0:
+                found[name] = "a checkpoint"
+        elif path.name == "run.json":
+            value = json.loads(path.read_text())
+            found[name] = {k: v for k, v in value.items() if k not in OF_THE_MOMENT}
+        else:
+            found[name] = path.read_bytes() if path.is_file() else "a folder"
+    return found
+
+
+def different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """What two contents differ in; of two ``run.json`` what both tell."""
+    if left := sorted(found.keys() - expected.keys()):
+        return f"left over: {left}"
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"missing: {missing}"
+    for name, value in expected.items():
+        other = found[name]
+        if isinstance(value, dict):
+            keys = [k for k in value if k in other and value[k] != other[k]]
+            if keys:
+                return f"{name}: {[(k, value[k], other[k]) for k in keys]}"[:500]
+        elif value != other:
+            return f"{name} has other bytes"
+    return None
+
+
+def main(verb: str, model: str, most: int | None = None) -> None:
+    """Enumerate the kills of one command."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory(prefix="crash-") as place:
+        start, plan = Path(place) / "start", verbs(model)[verb]
+        start.mkdir()
+        rows = [{k: v.format(n) for k, v in ROW.items()} for n in ("bread", "rain", "wood", "song")]
+        rows.insert(1, {"prompt": "Bad.", "chosen": " same", "rejected": " same"})
+        (start / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for words in plan.get("before", ()):
+            run(start, words)
+        whole = Path(place) / "whole"
+        shutil.copytree(start, whole)
+        operations = run(whole, plan["words"])
+        expected = content(whole)
+        problems: list[str] = []
+        for at, operation in enumerate(operations[:most]):
+            folder = Path(place) / f"case{at}" / "here"
+            shutil.copytree(start, folder)
+            try:
+                run(folder, plan["words"], at)
+                try:
+                    run(folder, [*plan["words"], *plan.get("again", ())])
+                except Refused as refusal:
+                    # what is written at once is whole when it is there
+                    if "again" in plan or "exists and is not an empty directory" not in str(refusal):
+                        raise
+                if problem := different(expected, content(folder)):
+                    problems.append(f"{at} {operation}: {problem}")
+            except Refused as refusal:
+                problems.append(f"{at} {operation}: {refusal}")
+            finally:
+                shutil.rmtree(folder.parent)
+    print(json.dumps({"operations": operations, "problems": problems}))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
