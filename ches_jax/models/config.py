@@ -15,6 +15,8 @@ class RopeConfig:
     theta: float
     rotary_dim: int
     """How many of a head's channels rotate (the first ones)."""
+    neighbours: bool = False
+    """Each channel rotates with its neighbour, not with the one half of the rotating channels away."""
     max_positions: int
     """``max_position_embeddings``: from where on ``dynamic`` scales."""
     factor: float = 1.0
@@ -39,6 +41,98 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries grow with their position p, by the factor ``1 + strength * ln(1 + floor((p + shift) / every))``."""
+
+    strength: float
+    every: int
+    shift: int = 0
+    unrotated_only: bool = False
+    """Only in layers that do not rotate."""
+    single: bool = False
+    """The factor is computed in float32 whatever the model's dtype, as the family's own code does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Latent attention: queries, and keys with values, pass through a vector of low rank; part of a head rotates."""
+
+    query_rank: int | None
+    """None: queries are a plain projection."""
+    kv_rank: int
+    rotary_dim: int
+    """Channels of a head that rotate; their keys are the same for all heads."""
+    plain_dim: int
+    """Channels of a head that do not."""
+    value_dim: int
+    norm_eps: float
+    """Of the norms of the two vectors of low rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedGate:
+    """``(u + 1) g sigmoid(alpha g)`` of a gate g of at most ``limit`` and a u within plus and minus ``limit``."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Routed experts: each token goes through the few that its router chooses."""
+
+    count: int
+    per_token: int
+    width: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """From the router's logits to the weights of the experts."""
+    renormalise: bool = False
+    """The weights of a token's experts are divided by their sum."""
+    scale: float = 1.0
+    """Multiplies the weights."""
+    weighs_inputs: bool = False
+    """The weight multiplies what an expert is given, not what it gives."""
+    correction: bool = False
+    """A stored number for each expert is added to its score where experts are chosen, and only there."""
+    groups: int = 1
+    groups_kept: int = 1
+    """Experts are chosen from so many groups: those whose two best scores have the largest sums."""
+    router_bias: bool = False
+    bias: bool = False
+    """Biases of the experts' matrices."""
+    shared_width: int | None = None
+    """Width of an expert that every token goes through; None: there is none."""
+    auxiliary_weight: float = 0.0
+    """Weight of the load-balancing loss that the family was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvConfig:
+    """A gated convolution over the last ``kernel`` tokens."""
+
+    kernel: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleConfig:
+    """The gated delta rule: each value head has a matrix of memory, [key_dim, value_dim]."""
+
+    key_heads: int
+    value_heads: int
+    """A multiple of the key heads, which they share."""
+    key_dim: int
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution before it reaches over."""
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What the parameters of a layer are: layers of one kind have the same ones, and one compiled program."""
 
@@ -50,6 +144,7 @@ class LayerKind:
     """Sizes where they are not the model's (here and below)."""
     num_kv_heads: int | None = None
     mlp_width: int | None = None
+    """Of a dense MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +175,40 @@ class DecoderConfig:
     """A norm after attention and after the MLP, before the residual sum."""
     parallel_residual: bool = False
     """x + attention(norm x) + mlp(norm' x) instead of one after the other."""
+    shared_norm: bool = False
+    """With a parallel residual: attention and MLP take the same normalised x."""
+    residual_scale: float | None = None
+    """Multiplies what attention and MLP add."""
 
     rope: RopeConfig | None
     """None: learned absolute positions."""
     local_rope: RopeConfig | None = None
     """Rotary positions of the sliding-window layers where they differ."""
+    rotated: tuple[bool, ...] = ()
+    """Per layer whether it rotates; none: all do."""
+    query_growth: QueryGrowth | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of queries and keys: over each head, or over all heads together."""
+    qk_norm: Literal["none", "head", "full", "rotated"] = "none"
+    """RMSNorm of queries and keys: over each head, over all heads together, or (without weights, after the rotation)
+    over each head of the layers that rotate."""
     qkv_clip: float | None = None
+    sinks: bool = False
+    """A learned number for each head joins the total of the softmax, and nothing else."""
+    latent: LatentConfig | None = None
+    """Of layers whose mixer is ``latent``."""
+    output_gate: bool = False
+    """What attention gives is multiplied by the sigmoid of another projection of the token."""
+    short_conv: ShortConvConfig | None = None
+    """Of layers whose mixer is ``short_conv``."""
+    delta_rule: DeltaRuleConfig | None = None
+    """Of layers whose mixer is ``delta_rule``."""
     attention_scale: float
     attention_softcap: float | None = None
     windows: tuple[int | None, ...]
     """Per layer: a position sees at most this many positions, itself included; None sees all."""
+    chunked: bool = False
+    """Windows stand still: a position sees those of its own chunk of so many positions, up to itself."""
 
     layer_kinds: tuple[LayerKind, ...] = ()
     """The kind of each layer; none: all are of the default kind."""
@@ -101,6 +216,10 @@ class DecoderConfig:
     gated_mlp: bool = True
     activation: Activation = "silu"
     mlp_bias: bool = False
+    clamped_gate: ClampedGate | None = None
+    """Of experts, in place of the activation."""
+    experts: ExpertsConfig | None = None
+    """Of layers whose MLP is ``routed``."""
 
     embedding_scale: float | None = None
     tie_embeddings: bool = False

@@ -274,7 +274,8 @@ class Decoder(nnx.Module):
             x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
-        return keep_rows(x, logical), Context(ranges, rotations, attention_on(logical, attend))
+        context = Context(ranges, rotations, positions, attention_on(logical, attend), logical)
+        return keep_rows(x, logical), context
 
     def _run_layers(
         self,
@@ -370,6 +371,7 @@ def layer_data(config: DecoderConfig) -> LayerData:
     return LayerData(
         window=jnp.array([w or NO_WINDOW for w in config.windows], jnp.int32),
         local=jnp.array([w is not None for w in config.windows], jnp.int32),
+        rotated=jnp.array(config.rotated or (True,) * config.num_layers, jnp.int32),
     )
 
 

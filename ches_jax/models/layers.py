@@ -12,11 +12,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models import rope
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, within
 from ches_jax.models.cache import KeysValues, Memory, empty_keys_values
-from ches_jax.models.config import Activation, DecoderConfig
+from ches_jax.models.config import Activation, DecoderConfig, QueryGrowth
 from ches_jax.models.precision import accumulate, matmul_precision
 
 ACTIVATIONS = {
@@ -98,10 +99,12 @@ class Norm(nnx.Module):
     RMSNorm: ``x / sqrt(mean(x^2) + eps) * w``; LayerNorm: ``(x - mean) / sqrt(var + eps) * w + b``.
     """
 
-    def __init__(self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, kind: str | None = None):
-        """A norm over the last axis; ``kind`` overrides the config's (query/key norms are always RMS)."""
+    def __init__(
+        self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, kind: str | None = None, eps: float | None = None
+    ):
+        """A norm over the last axis; ``kind`` and ``eps`` override the config's (query/key norms are always RMS)."""
         self.kind = kind or config.norm
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps if eps is None else eps
         self.plus_one = config.norm_plus_one
         self.rounds_last = config.norm_rounds_last or self.kind == "layer"
         start = jnp.zeros if self.plus_one else jnp.ones
@@ -122,6 +125,12 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def root_mean_square_one(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """``x / sqrt(mean(x^2) + eps)``: RMSNorm without weights."""
+    y = x.astype(accumulate(x.dtype))
+    return (y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(eps, y.dtype))).astype(x.dtype)
+
+
 class Context(NamedTuple):
     """What every layer of one pass shares."""
 
@@ -129,8 +138,12 @@ class Context(NamedTuple):
     """Which keys each position sees, where the layer has no window."""
     rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
     """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
+    positions: Int[Array, "B T"]
+    """Of each token in its own sequence."""
     attend: Attend
     """How attention is computed."""
+    logical: LogicalMesh | None
+    """Where the arrays lie."""
 
 
 class LayerData(NamedTuple):
@@ -138,7 +151,40 @@ class LayerData(NamedTuple):
 
     window: Int[Array, ""]
     local: Int[Array, ""]
-    """1 where the layer rotates by ``local_rope``."""
+    """1 where the layer has a window; it rotates by ``local_rope`` if there is one."""
+    rotated: Int[Array, ""]
+    """1 where the layer rotates."""
+
+
+def rotation(
+    config: DecoderConfig, context: Context, data: LayerData
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+    """(cos, sin) of a layer; of angle zero where it does not rotate."""
+    cos, sin = context.rotations[0]
+    if len(context.rotations) > 1:
+        local_cos, local_sin = context.rotations[1]
+        cos = jnp.where(data.local > 0, local_cos, cos)
+        sin = jnp.where(data.local > 0, local_sin, sin)
+    if config.rotated:
+        cos = jnp.where(data.rotated > 0, cos, jnp.ones_like(cos))
+        sin = jnp.where(data.rotated > 0, sin, jnp.zeros_like(sin))
+    return cos, sin
+
+
+def growth(config: QueryGrowth, positions: Int[Array, "B T"], data: LayerData, dtype: jnp.dtype) -> Float[Array, "B T"]:
+    """What the queries of a layer are multiplied by."""
+    logs = jnp.log1p(((positions + config.shift) // config.every).astype(accumulate(dtype)))
+    logs = logs.astype(jnp.float32) if config.single else logs
+    factor = (1 + jnp.asarray(config.strength, logs.dtype) * logs).astype(dtype)
+    return jnp.where(data.rotated > 0, jnp.ones_like(factor), factor) if config.unrotated_only else factor
+
+
+def visible_to(config: DecoderConfig, context: Context, data: LayerData) -> KeyRanges:
+    """Which keys each position of a layer sees."""
+    window = data.window
+    if config.chunked:
+        window = jnp.where(data.local > 0, context.positions % window + 1, window)
+    return within(context.ranges, window)
 
 
 class Attention(nnx.Module):
@@ -153,7 +199,9 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
         self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
         self.o_proj = Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype)
-        if c.qk_norm == "none":
+        self.gate_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv) if c.output_gate else None
+        self.sinks = nnx.Param(jnp.zeros((c.num_heads,), dtype)) if c.sinks else None
+        if c.qk_norm in ("none", "rotated"):
             self.q_norm = self.k_norm = None
         else:
             per_head = c.qk_norm == "head"
@@ -161,13 +209,13 @@ class Attention(nnx.Module):
             self.k_norm = Norm(c.head_dim if per_head else c.num_kv_heads * c.head_dim, c, dtype=dtype, kind="rms")
 
     def _heads(self, x, projection: Linear, norm: Norm | None, heads: int) -> Float[Array, "B T N H"]:
-        """Project, clip, normalise, split into heads."""
+        """Project, normalise, clip, split into heads (and normalise those)."""
         y = projection(x)
+        if norm is not None and self.config.qk_norm == "full":
+            y = norm(y)
         if self.config.qkv_clip is not None:
             limit = jnp.asarray(self.config.qkv_clip, y.dtype)
             y = jnp.clip(y, -limit, limit)
-        if norm is not None and self.config.qk_norm == "full":
-            y = norm(y)
         y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
         return norm(y) if norm is not None and self.config.qk_norm == "head" else y
 
@@ -185,17 +233,19 @@ class Attention(nnx.Module):
         k = self._heads(x, self.k_proj, self.k_norm, c.num_kv_heads)
         v = self._heads(x, self.v_proj, None, c.num_kv_heads)
         if context.rotations:
-            cos, sin = context.rotations[0]
-            if len(context.rotations) > 1:
-                local_cos, local_sin = context.rotations[1]
-                cos = jnp.where(data.local > 0, local_cos, cos)
-                sin = jnp.where(data.local > 0, local_sin, sin)
-            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        grouped = q.reshape(*q.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+            cos, sin = rotation(c, context, data)
+            q, k = (rope.rotate(a, cos, sin, neighbours=c.rope.neighbours) for a in (q, k))
+        if c.qk_norm == "rotated":
+            q, k = (jnp.where(data.rotated > 0, root_mean_square_one(a, c.norm_eps), a) for a in (q, k))
+        if c.query_growth is not None:
+            q = q * growth(c.query_growth, context.positions, data, q.dtype)[:, :, None, None]
+        heads = (c.num_kv_heads, c.num_heads // c.num_kv_heads)
         k, v = memory.extended(k, v)
-        inputs = AttentionInputs(grouped, k, v, within(context.ranges, data.window))
+        sinks = None if self.sinks is None else self.sinks[...].reshape(heads)
+        inputs = AttentionInputs(q.reshape(*q.shape[:2], *heads, c.head_dim), k, v, visible_to(c, context, data), sinks)
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
-        return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return self.o_proj(out if self.gate_proj is None else out * jax.nn.sigmoid(self.gate_proj(x)))
 
 
 class Mlp(nnx.Module):
@@ -210,7 +260,7 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(c.mlp_width, c.width, **options)
         self.activation: Activation = c.activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Applies the block."""
         act = ACTIVATIONS[self.activation]
         up = self.up_proj(x)

@@ -127,6 +127,8 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
     policy, saved = parts.policy, parts.saved
     state, first = saved.resume(parts.take_state(), run.plan.position)
     tracker, summary = _open_tracker(run, first), {}
+    if parts.posteriors is not None:
+        parts.posteriors.state = state.loss_state
     if first == 0:
         params = policy.parameters(state.params)
         summary = parts.evaluations.observe(0, params)
@@ -151,6 +153,8 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()
             evaluated = parts.evaluations.due(step)
+            if evaluated and parts.posteriors is not None:
+                parts.posteriors.state = state.loss_state
             if evaluated:
                 summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
