@@ -58,7 +58,7 @@ def convert(config: ConvertConfig) -> Path:
     from ches_jax.models.adapters.peft import load_merged
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.checkpoint.save import save_pretrained
-    from ches_jax.runs.model_card import converted_card, write_card
+    from ches_jax.runs.model_card import converted_card
     from ches_jax.train.restore import card_at, model_at, step_of
 
     require_dtype("dtype", config.dtype)
@@ -80,7 +80,13 @@ def convert(config: ConvertConfig) -> Path:
                 else load_model(directory)
             )
             card = converted_card(str(config.model), config.adapter, config.dtype)
-        save_pretrained(model, config.out, like=directory, dtype=config.dtype, shard_bytes=int(config.shard_gb * 2**30))
-    if card is not None:
-        write_card(config.out, card)
+        save_pretrained(
+            model,
+            config.out,
+            like=directory,
+            dtype=config.dtype,
+            shard_bytes=int(config.shard_gb * 2**30),
+            whole=config.whole,
+            card=card,
+        )
     return config.out

@@ -54,6 +54,4 @@ def theory(module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "theory":
             raise
-        raise ChesError(
-            "the package `theory` of ches-jax is not there: install ches-jax anew"
-        ) from error
+        raise ChesError("the package `theory` of ches-jax is not there: install ches-jax anew") from error

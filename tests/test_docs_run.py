@@ -10,7 +10,6 @@ import pytest
 
 from ches_jax.cli import _parsed
 from ches_jax.cli.commands import COMMANDS
-from ches_jax.cli.help import EXAMPLES, FIRST
 from ches_jax.cli.options import options_of
 from ches_jax.cli.suggest import corrected
 
@@ -59,19 +58,6 @@ def test_the_commands_are_found():
     assert commands_of("    ches score --pairs D   # words\n`ches train --lr 1`\n    ches train ...") == [
         "ches score --pairs D"
     ]
-
-
-@pytest.mark.parametrize("verb", EXAMPLES)
-def test_the_examples_of_help_parse(verb):
-    for line in EXAMPLES[verb]:
-        if line.startswith("ches "):
-            parsed(line)
-
-
-def test_the_first_examples_parse():
-    for line in FIRST:
-        if "--help" not in line:
-            parsed(line)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "docs"], ids=lambda p: p.name)

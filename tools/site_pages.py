@@ -43,9 +43,7 @@ def api_page() -> str:
     """A section for each name that the package offers, from the docstring where it is defined."""
     import ches_jax
 
-    parts = [
-        "# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when it is first used.\n"
-    ]
+    parts = ["# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when it is first used.\n"]
     for name in ches_jax.__all__:
         if name != "__version__":
             options = "options: {heading_level: 3, show_root_heading: false}"
