@@ -61,8 +61,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     lora_alpha: float | None = None
     """Adapters are scaled by alpha / rank; default: twice the rank."""
     lora_targets: str | None = None
-    """Matrices that get adapters: names of q, k, v, o, gate, up, down with commas between them, or all-linear (the
-    default)."""
+    """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
+    with a state) with commas between them, or all-linear (the default)."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None
