@@ -96,7 +96,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                     ""
                     if name == "all"
                     else f"; against all, chosen {_mean(one['both'])}, margin "
-                    f"{_mean(one['margin_gain'])}; p {one['p_holm']:.2g} among {len(values['filters']) - 1}"
+                    f"{_mean(one['margin_gain'])}; p {_p(one['p_holm'])} among {len(values['filters']) - 1}"
                 ),
                 "what all are compared with" if name == "all" else _filter_verdict(one),
             )
@@ -131,6 +131,10 @@ def _own_verdict(predictors: dict[str, Any]) -> str:
         sign = "right sign" if one["low"] > 0 else "wrong sign" if one["high"] < 0 else "not distinguished from 0"
         words.append(f"{NAMES[name]}: {sign}")
     return "; ".join(words)
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def _filter_verdict(one: dict[str, Any]) -> str:
@@ -173,7 +177,7 @@ def tables(result: dict[str, Any]) -> str:
                     "| | | |"
                     if name == "all"
                     else f"{_mean(one['both'])} | {_mean(one['margin_gain'])} | "
-                    f"{one['p_holm']:.2g} | {one['less_fall']:.0%} |"
+                    f"{_p(one['p_holm'])} | {one['less_fall']:.0%} |"
                 )
             )
     return "\n".join(parts) + "\n"
