@@ -3,7 +3,7 @@
 A hook of mkdocs (`mkdocs.yml` names it): nothing that it makes is committed, so nothing of it can be out of date.
 
 - ``commands.md``: what ``ches --help`` and ``ches VERB --help`` print.
-- ``objectives.md``: the registry of losses; the list of families in ``models.md``.
+- ``objectives.md``: the registry of losses.
 - ``api.md``: the names of ``import ches_jax``, in the order of the package's face.
 - pages that live beside the code they speak of: :data:`ELSEWHERE`.
 """
@@ -72,13 +72,6 @@ def objectives_page() -> str:
     return "\n".join(parts)
 
 
-def families_list() -> str:
-    """The supported families as bullet points: `model_type` and the class that `config.json` names."""
-    from ches_jax.models.families.registry import FAMILIES
-
-    return "\n".join(f"- `{name}` ({family.ARCHITECTURE})" for name, family in sorted(FAMILIES.items()))
-
-
 def definition(name: str) -> str:
     """The dotted place where a public name is written down: documentation is read from there, without importing it.
 
@@ -134,7 +127,6 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """mkdocs: links of ``docs/`` that lead out of it."""
     source = page.file.src_uri
-    markdown = markdown.replace("<!-- families -->", families_list()) if source == "models.md" else markdown
     if source in ELSEWHERE or source.endswith(".ipynb"):
         return markdown
     return moved_links(markdown, f"docs/{source}", source)
