@@ -166,9 +166,17 @@ class Opener:
         path = bundled.located(spec, bundled.prompts_file)
         return self._data(option, open_prompts(path, split, columns, schema))
 
-    def rows(self, spec: str, split: str | None, columns: Mapping[str, str], kind: Kind, option: str) -> PairSource:
+    def rows(
+        self,
+        spec: str,
+        split: str | None,
+        columns: Mapping[str, str],
+        kind: Kind,
+        option: str,
+        schema: str = "auto",
+    ) -> PairSource:
         """Rows of another kind; ``bundled`` for the pairs of the package."""
-        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind))
+        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind, schema))
 
     def require_unchanged(self) -> None:
         """Compare everything opened with what lies there now: a run reads its data again and again.

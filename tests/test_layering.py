@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "integrations": LEAVES | {"displacement"},
     "select": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
-    "forecast": PURE | {"models", "scores", "displacement", "train"},
+    "forecast": PURE | {"models", "inputs", "scores", "displacement", "train"},
     "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},

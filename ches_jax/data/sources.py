@@ -19,6 +19,7 @@ from ches_jax import bundled
 from ches_jax.data import files
 from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
+    BEST_FIRST,
     CANDIDATE_COLUMNS,
     COLUMNS,
     PROMPT_COLUMNS,
@@ -34,6 +35,7 @@ from ches_jax.data.schema.mapping import (
     WORDS,
     Schema,
     canonical_rows,
+    decoded_turns,
     from_file,
     from_words,
     grouped,
@@ -85,6 +87,7 @@ PAIRS: dict[Pairing, Kind] = {
     for pairing in get_args(Pairing)
 }
 """By which pairs of a row's candidates are meant."""
+LISTS = Kind("lists of responses with scores", COLUMNS, partial(pair_contents, pairing=BEST_FIRST), recognise)
 PROMPTS = Kind("prompts", PROMPT_COLUMNS, _prompt_contents, recognise_prompt)
 
 
@@ -371,7 +374,7 @@ def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numb
     """Contents of a row's pairs with their numbers, by the schema where there is one."""
     if source.schema is None:
         theirs = {source.columns.get(n, n) for n in ("prompt", "chosen", "rejected", "responses")}
-        turned = {n: turns(raw[n]) for n in theirs if isinstance(raw.get(n), list | Mapping)}
+        turned = {n: turns(decoded_turns(raw[n])) for n in theirs if n in raw}
         yield from source.rows.contents({**raw, **turned}, source.columns)
         return
     for numbers, canonical in canonical_rows(source.schema, raw):

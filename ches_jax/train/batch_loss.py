@@ -4,6 +4,7 @@ Which field of ``LossInputs`` comes from where:
 
     logp_*, ref_logp_*, *_tokens       the responses of an item: the chosen one first, the rejected one last
     logp_candidates                    all responses but the last: samples stand where the chosen one stood
+    *_responses, response_mask         lists: all responses, the best first
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
     weights, rewards_*, desirable      columns of the data (``Batch.extra``)
@@ -40,6 +41,10 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         # samples stand where the chosen response stood
         "logp_candidates": responses[:, :-1],
         "ref_logp_candidates": ref[:, :-1],
+        "logp_responses": responses,
+        "ref_logp_responses": ref,
+        "response_mask": (batch.counts > 0).astype(responses.dtype),
+        "response_tokens": batch.counts,
         # unpaired: the first response is the row's own, the second another row's (``examples.unpaired``)
         "logp": responses[:, 0],
         "ref_logp": ref[:, 0],
@@ -104,10 +109,19 @@ def batch_loss(
     batch: Batch,
     state: Mapping[str, Any],
     *,
+    router_balance: float = 0.0,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
-    """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
+    """``loss_and_metrics`` of the log-probabilities that a model gives a batch.
+
+    With ``router_balance`` the loss has so many times the load-balancing loss of the routers added.
+    """
     norms = "head_norm_chosen" in loss.needs
-    logps = batch_logps(model, batch, norms=norms, attend=with_gradient(), remat=remat, mesh=mesh)
-    return loss_and_metrics(loss, batch, logps, state)
+    options: dict[str, Any] = {"attend": with_gradient(), "remat": remat, "mesh": mesh}
+    logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, **options)
+    value, (means, new_state) = loss_and_metrics(loss, batch, logps, state)
+    if logps.balance is not None:
+        value = value + router_balance * logps.balance
+        means["router_balance"] = jax.lax.stop_gradient(logps.balance)
+    return value, (means, new_state)

@@ -215,8 +215,7 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
-    sides = {n: turns(row[n]) for n in ("prompt", "chosen", "rejected") if isinstance(row.get(n), list | Mapping)}
-    row = {**row, **sides}
+    row = {**row, **{n: turns(decoded_turns(row[n])) for n in ("prompt", "chosen", "rejected") if n in row}}
     if not any(_several(row.get(n)) for n in ("chosen", "rejected")):
         return [(None, row)]
     return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
