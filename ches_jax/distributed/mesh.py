@@ -48,7 +48,7 @@ def spelled(sizes: Mapping[str, int]) -> str:
     >>> spelled({"data": 2, "fsdp": 8, "tensor": 1})
     'data=2,fsdp=8'
     """
-    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "data=1"
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1) or "data=1"
 
 
 def mesh_of(devices: np.ndarray, sizes: Mapping[str, int]) -> Mesh:
@@ -60,7 +60,7 @@ def mesh_of(devices: np.ndarray, sizes: Mapping[str, int]) -> Mesh:
     Raises:
       ChesError: a ``data`` axis that the slices do not divide.
     """
-    shape = [sizes[axis] for axis in AXES]
+    shape = [sizes.get(axis, 1) for axis in AXES]
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices.flat})
     if devices.flat[0].platform != "tpu":
         grid = devices.reshape(shape)
@@ -71,7 +71,7 @@ def mesh_of(devices: np.ndarray, sizes: Mapping[str, int]) -> Mesh:
     else:
         inside = [sizes["data"] // slices, *shape[1:]]
         grid = mesh_utils.create_hybrid_device_mesh(
-            inside, (slices, 1, 1), devices.tolist(), allow_split_physical_axes=True
+            inside, (slices, 1, 1, 1), devices.tolist(), allow_split_physical_axes=True
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -27,6 +27,7 @@ from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.attention.dense import KEPT
 from ches_jax.models.config import DecoderConfig, ExpertsConfig
 from ches_jax.models.layers import ACTIVATIONS, Context, Mlp, Norm, unit_rms
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import expert_axes
 
@@ -56,7 +57,7 @@ def grouped_matmul(
     >>> grouped_matmul(x, w, jnp.array([1, 2])).tolist()
     [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
     """
-    product = _one_group_at_a_time if jax.default_backend() == "cpu" else _ragged
+    product = _one_group_at_a_time if platform() == "cpu" else _ragged
     return product(x, weight.astype(x.dtype), sizes)
 
 

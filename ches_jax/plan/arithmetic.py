@@ -33,7 +33,7 @@ class Bytes(NamedTuple):
 
 def logical_mesh(sizes: dict[str, int]) -> LogicalMesh:
     """A mesh of these sizes without devices."""
-    mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES)
+    mesh = AbstractMesh(tuple(sizes.get(a, 1) for a in AXES), AXES)
     return LogicalMesh(mesh, tuple((a, (a,)) for a in AXES))  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def bytes_of(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) 
     for name, leaf in abstract_parameters(decoder).items():
         spec = partition_spec(name, leaf.shape, mesh)
         used = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
-        held += math.prod(leaf.shape) // math.prod(sizes[a] for a in used)
+        held += math.prod(leaf.shape) // math.prod(sizes.get(a, 1) for a in used)
     weights = held * (4 if full else width)
     optimiser = held * 4 * OPTIMISER.get(config.optimizer, 2) if full and config.what == "train" else 0
     if config.what == "forecast":
@@ -81,13 +81,17 @@ def flops_of_token(decoder: DecoderConfig, tokens: int, *, logits: bool) -> floa
 
     .. math:: 2 P + 2 H d_h (T + 1) L
 
-    with the P weights of matrices (the unembedding only where logits are computed) and causal attention over T tokens,
-    a query at T / 2 keys on average, two products of 2 d_h each.
+    with the P weights of matrices (of routed experts the share that a token goes through; the unembedding only where
+    logits are computed) and causal attention over T tokens, a query at T / 2 keys on average, two products of
+    2 d_h each.
     """
-    matrices = 0
+    matrices = 0.0
     for name, leaf in abstract_parameters(decoder).items():
         table = name.split(".")[0] in ("embed_tokens", "embed_positions", "lm_head")
-        matrices += 0 if table or len(leaf.shape) < 2 + name.startswith("layers.") else math.prod(leaf.shape)
+        routed = decoder.experts is not None and ".experts." in name
+        vector = len(leaf.shape) < 2 + name.startswith("layers.") + routed
+        share = decoder.experts.per_token / decoder.experts.count if routed and decoder.experts else 1.0
+        matrices += 0 if table or vector else share * math.prod(leaf.shape)
     matrices += decoder.vocab_size * decoder.width if logits else 0
     attention = 2 * decoder.num_heads * decoder.head_dim * (tokens + 1) * decoder.num_layers
     return 2.0 * matrices + attention

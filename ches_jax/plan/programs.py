@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import empty_batch
-from ches_jax.distributed.mesh import row_sharding, row_shards
+from ches_jax.distributed.mesh import row_sharding, row_shards, weights_are_whole
 from ches_jax.generate.engine import Decoding, Prompts, decoding_programs
 from ches_jax.generate.sampling import WORDS, Sampling
 from ches_jax.models.adapters.lora import adapted, adapter_shapes, make_spec
@@ -42,11 +42,6 @@ class Program:
     """How often it runs in one step."""
 
 
-def whole(mesh: Mesh) -> bool:
-    """Whether every device holds the whole model."""
-    return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
-
-
 def bytes_on_a_device(tree: Any) -> int:
     """Of arrays with shardings: what one device holds."""
     return sum(
@@ -55,7 +50,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def _placed(name: str, leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    spec = PartitionSpec() if whole(mesh) else partition_spec(name, leaf.shape, mesh)
+    spec = PartitionSpec() if weights_are_whole(mesh) else partition_spec(name, leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 
@@ -95,7 +90,7 @@ def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Pro
         ))
     )  # fmt: skip
     prompts = _on_rows(shapes, mesh)
-    decoding = Decoding(graph, Sampling(), config.new_tokens, (), None if whole(mesh) else mesh, False)
+    decoding = Decoding(graph, Sampling(), config.new_tokens, (), None if weights_are_whole(mesh) else mesh, False)
     prefill, decode = decoding_programs(decoding, mesh)
     parts = {"weights": bytes_on_a_device(state)}
 

@@ -205,7 +205,7 @@ def _memory(compiled: Any, parts: Any) -> dict[str, int]:
 def _times(decoder: DecoderConfig, config: PlanConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
     """The roofline: no run is faster than its arithmetic, its memory and its network allow."""
     chip, sizes = topology.chip, parse_mesh(found["mesh"])
-    rows = config.rows * sizes["data"] * sizes["fsdp"]
+    rows = config.rows * sizes["data"] * sizes["fsdp"] * sizes["expert"]
     pairs = rows if config.what == "generate" else rows * config.row_tokens * arithmetic.FILLED / config.pair_tokens
     pair = arithmetic.flops_of_pair(decoder, config)
     again = 4 / 3 if config.what == "train" and config.remat else 1.0

@@ -85,7 +85,8 @@ def test_the_text_of_this_machine_s_compiler_is_read():
     mesh = Mesh(np.array(devices[:2]), ("x",))
     whole, parts = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), ("x",)))
     run = jax.jit(lambda a: a * 2, in_shardings=parts, out_shardings=whole)
-    found = collectives(run.lower(jax.ShapeDtypeStruct((8, 4), jnp.float32)).compile().as_text())
+    text = run.lower(jax.ShapeDtypeStruct((8, 4), jnp.float32)).compile().as_text()
+    found = collectives(str(text))
     assert [(c.kind, c.bytes) for c in found] == [("all-gather", 8 * 4 * 4)]
 
 

@@ -91,7 +91,7 @@ def test_scores_in_a_store_are_those_on_this_machine(scored, tmp_path):
 
 
 def test_the_verbs_that_read_runs_read_them_there(scored):
-    ches("select", "--scores", scored, "--keep", "lowest:0.5", "--out", "s3://pod/runs/kept")
+    ches("select", "--scores", scored, "--by", "ln_ches", "--keep", "lowest:0.5", "--out", "s3://pod/runs/kept")
     ches("report", scored)
     ches("report", "s3://pod/runs/kept", "--out", "s3://pod/pages")
     ches("show", scored, "3")
