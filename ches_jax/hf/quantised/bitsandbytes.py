@@ -20,6 +20,28 @@ from ches_jax.hf.tensors import DTYPES, Tensor
 
 STATE = "quant_state.bitsandbytes__nf4"
 BIT4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022833234,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+"""The values of nf4: quantiles of a normal distribution (QLoRA, appendix E)."""
 INV_127 = np.float32(7.874015718698502e-3)
 """1 / 127 as the library writes it."""
 
