@@ -96,7 +96,12 @@ class Nf4(Scheme):
             values = parts["quant_map"].read().astype(np.float32)[q] * a
             return values.reshape(stop - start, width).astype(dtype)
 
-        return computed(f"{module}.weight", (height, width), dtype, weight, rows)
+        def codes() -> tuple[np.ndarray, np.ndarray]:
+            flat = Tensor(weight.name, (height, width // 2), "uint8", weight.file, weight.offset)
+            return flat.read(), _largest(parts, state, 0, blocks).reshape(height, width // size)
+
+        by_rows = width % size == 0 and np.array_equal(parts["quant_map"].read(), NF4)
+        return computed(f"{module}.weight", (height, width), dtype, weight, rows, codes if by_rows else None)
 
 
 def _largest(parts: Mapping[str, Tensor], state: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
@@ -158,7 +163,10 @@ class Int8(Scheme):
             q = weight.read((slice(start, stop), slice(None))).astype(np.float32)
             return (q * largest.read((slice(start, stop),))[:, None] * INV_127).astype(self.dtype)
 
-        return computed(f"{module}.weight", weight.shape, self.dtype, weight, rows)
+        def codes() -> tuple[np.ndarray, np.ndarray]:
+            return weight.read(), largest.read()[:, None]
+
+        return computed(f"{module}.weight", weight.shape, self.dtype, weight, rows, codes)
 
 
 def read(raw: Mapping[str, Any], dtype: str) -> tuple[Nf4 | Int8 | None, list[str]]:
