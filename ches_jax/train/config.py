@@ -83,7 +83,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     batch_size: int = 32
     """Pairs of an update; the last update of an epoch takes what is left."""
     accumulate: int = 1
-    """Micro-batches an update is cut into; the result is the same to rounding."""
+    """Micro-batches an update is cut into; the result is the same to rounding, and a loss for which it is not (aot,
+    aot_unpaired, bco_pair) is refused."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None

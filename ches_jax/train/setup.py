@@ -163,6 +163,20 @@ def objective_of(config: UpdateOptions) -> Loss:
     )
 
 
+def require_cuttable(config: TrainConfig, loss: Loss) -> None:
+    """Micro-batches give the update of the whole batch, or are refused.
+
+    Raises:
+      ChesError: a loss that compares the pairs of a batch, or keeps a mean over batches, with ``--accumulate``.
+    """
+    if config.accumulate > 1 and loss.needs_whole_batches:
+        why = "compares the pairs of a batch with one another" if loss.couples_rows else "keeps a mean over batches"
+        raise ChesError(
+            f"--accumulate {config.accumulate}: loss {loss!r} {why}, so micro-batches would train another objective; "
+            "leave --accumulate out, and save memory with --remat, a smaller --batch-size or more devices"
+        )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -173,6 +187,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     assert config.out is not None
     require_options(config)
     loss = objective_of(config)
+    require_cuttable(config, loss)
     require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)
