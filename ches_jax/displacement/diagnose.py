@@ -19,7 +19,7 @@ from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
-from ches_jax.runs.files import read_parquet
+from ches_jax.runs.files import read_parquet, remove_leftovers
 
 make_callable(__name__)
 RESULT = "diagnosis.json"
@@ -59,6 +59,7 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
         from ches_jax.runs.directory import write_json
 
         Path(config.out).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(config.out))
         write_json(Path(config.out) / RESULT, diagnosis.to_json())
     return diagnosis
 
