@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ches_jax.data.tokenize import load_tokenizer
+from tests.crash.device import without_device
 from tests.crash.killer import Killer
 
 IMPORTED = (
@@ -47,6 +49,7 @@ IMPORTED = (
     "ches_jax.scores.in_memory",
     "ches_jax.displacement.diagnose",
     "ches_jax.report.diagnosis_page",
+    "ches_jax.train.observe.eval_loss",
     "ches_jax.forecast.run",
 )
 OF_THE_MOMENT = {
@@ -131,7 +134,8 @@ def command(words: list[str]) -> Callable[[], int]:
         from ches_jax.cli import main
 
         sys.argv = ["ches", *words]
-        return main(words)
+        with without_device() if words[0] in ("score", "generate", "train") else contextlib.nullcontext():
+            return main(words)
 
     return act
 
@@ -207,6 +211,7 @@ def main(verb: str, model: str, most: int | None = None) -> None:
     """Enumerate the kills of one command."""
     for name in IMPORTED:
         importlib.import_module(name)
+    load_tokenizer("bundled")  # transformers imports the rest then
     with tempfile.TemporaryDirectory(prefix="crash-") as place:
         start, plan = Path(place) / "start", verbs(model)[verb]
         start.mkdir()
