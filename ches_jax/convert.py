@@ -8,7 +8,8 @@ import tyro
 
 from ches_jax.errors import ChesError
 from ches_jax.face import make_callable
-from ches_jax.options import require_dtype, require_positive
+from ches_jax.options import Place, require_dtype, require_positive
+from ches_jax.runs.store import place
 
 make_callable(__name__)
 
@@ -29,7 +30,7 @@ class ConvertConfig:
     """Run of `ches train` whose checkpoint to write instead, adapters merged."""
     step: str = "last"
     """Which checkpoint: last, best (of --keep-best), or its number of updates."""
-    out: Path
+    out: Place
     """The directory to write; must not exist, or be empty."""
     dtype: str | None = None
     """Store the weights in this dtype; default: each tensor's own."""
@@ -65,7 +66,7 @@ def convert(config: ConvertConfig) -> Path:
         raise ChesError("give one of --model DIR (with --adapter DIR where there is one) and --run DIR")
     with jax.enable_x64(True):  # float64 weights stay float64
         if config.run_dir is not None:
-            out = Path(config.run_dir)
+            out = place(config.run_dir)
             model, directory = model_at(out, step_of(out, config.step))
         else:
             directory = resolve(str(config.model))

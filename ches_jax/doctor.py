@@ -14,6 +14,7 @@ from ches_jax.options import ModelOptions, PairOptions
 
 if TYPE_CHECKING:
     from ches_jax.data.audit import Audit
+    from ches_jax.data.sources import PairSource
     from ches_jax.data.template import ChatTemplate
     from ches_jax.health.examine import Health
 
@@ -29,8 +30,8 @@ class DoctorConfig(PairOptions, ModelOptions):
     """
 
     model: str | None = None  # type: ignore[assignment]
-    """Model directory or hub name. Without one, --pairs are examined as data: lengths, refusals, duplicates,
-    contradictions, scores, languages. Without both: the bundled ones."""
+    """Model directory or hub name. Without one, --pairs (or rows of prompt, completion, label) are examined as
+    data: lengths, refusals, duplicates, contradictions, scores, languages. Without both: the bundled ones."""
     show: int = 2
     """Rows to print as the model sees them, flagged rows first; without a model, examples of each check."""
     against: str | None = None
@@ -121,11 +122,26 @@ def doctor(config: DoctorConfig) -> "Findings | Health":
 
 
 def _without_a_model(config: DoctorConfig) -> "Health":
-    from ches_jax.data.sources import open_pairs
     from ches_jax.health.examine import examine
 
-    source = open_pairs(config.pairs, config.split, config.columns, config.candidates, config.schema)
-    return examine(source, limit=config.limit, against=config.against, show=config.show)
+    return examine(_rows(config), limit=config.limit, against=config.against, show=config.show)
+
+
+def _rows(config: DoctorConfig) -> "PairSource":
+    """Preference pairs, or single responses with a label."""
+    from ches_jax.data.sources import open_pairs, open_rows
+    from ches_jax.data.unpaired import COMPLETION, LABEL, LABELLED
+    from ches_jax.errors import DataError
+
+    if {*COMPLETION, LABEL} & config.columns.keys():
+        return open_rows(config.pairs, config.split, config.columns, LABELLED)
+    try:
+        return open_pairs(config.pairs, config.split, config.columns, config.candidates, config.schema)
+    except DataError as error:
+        try:
+            return open_rows(config.pairs, config.split, config.columns, LABELLED)
+        except DataError:
+            raise error from None
 
 
 def _chat_template(template: "ChatTemplate") -> str:

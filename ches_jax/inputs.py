@@ -33,6 +33,7 @@ from ches_jax.models.adapters.peft import adapter_directory, adapter_files
 from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import decoder_config
+from ches_jax.runs.store import here, is_store, version_mark
 from ches_jax.types import Eos, Pairing, Template, TokenPair
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Opener:
         self._prints: dict[str, str] = {}
         self._sources: dict[str, PairSource] = {}
         self._schemas: dict[str, dict[str, Any]] = {}
-        self._stats: dict[Path, tuple[int, int]] = {}
+        self._stats: dict[Path, tuple[Any, ...]] = {}
 
     def identity(self) -> dict[str, Any]:
         """What was opened.
@@ -113,8 +114,8 @@ class Opener:
           DataError: it has no such template.
         """
         chosen = with_template(model.tokenizer, template)
-        if chosen is not model.tokenizer and Path(template).is_file():
-            self.file(Path(template), "template")
+        if chosen is not model.tokenizer and Path(here(template)).is_file():
+            self.file(Path(here(template)), "template")
         self._prints["tokenizer_fingerprint"] = tokenizer_fingerprint(chosen)
         return model.tokenizer
 
@@ -165,9 +166,17 @@ class Opener:
         path = bundled.located(spec, bundled.prompts_file)
         return self._data(option, open_prompts(path, split, columns, schema))
 
-    def rows(self, spec: str, split: str | None, columns: Mapping[str, str], kind: Kind, option: str) -> PairSource:
+    def rows(
+        self,
+        spec: str,
+        split: str | None,
+        columns: Mapping[str, str],
+        kind: Kind,
+        option: str,
+        schema: str = "auto",
+    ) -> PairSource:
         """Rows of another kind; ``bundled`` for the pairs of the package."""
-        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind))
+        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind, schema))
 
     def require_unchanged(self) -> None:
         """Compare everything opened with what lies there now: a run reads its data again and again.
@@ -180,7 +189,7 @@ class Opener:
             for option, source in self._sources.items()
             if source.fingerprint() not in self._opened[option].values()
         ]
-        changed += [str(path) for path, stat in self._stats.items() if _stat(path) != stat]
+        changed += [str(path) for path, stat in self._stats.items() if version_mark(path) != stat]
         if changed:
             raise RunError(many("changed while the run read it; start again with a new --out", changed))
 
@@ -194,19 +203,15 @@ class Opener:
         return source.tolerant()
 
     def _register(self, option: str, folder: Path, files: list[Path]) -> dict[Path, bytes]:
-        self._stats |= {path: _stat(path) for path in files}
+        self._stats |= {path: version_mark(path) for path in files}
         digests = file_digests(files)
-        self._opened[option] = {path.relative_to(folder).as_posix(): digests[path].hex() for path in files}
+        self._opened[option] = {_name(path, folder): digests[path].hex() for path in files}
         return digests
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    """Size and time of the last change; (-1, -1) where nothing is."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
+def _name(path: Path, folder: Path) -> str:
+    """Of a file of a directory; of weights that lie in a store their name there."""
+    return path.name if is_store(path) else path.relative_to(folder).as_posix()
 
 
 @dataclass(frozen=True)

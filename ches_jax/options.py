@@ -5,12 +5,14 @@ Plain data: importing this module loads no jax.
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ches_jax.bundled import BUNDLED
 from ches_jax.errors import ChesError, did_you_mean
+from ches_jax.runs.store import is_store, place
 from ches_jax.types import Eos, Pairing, Template
 
 
@@ -96,6 +98,17 @@ def _mapping(metavar: str, read: Any) -> PrimitiveConstructorSpec[Any]:
     )
 
 
+Place = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: place(words[0]),
+        is_instance=lambda value: isinstance(value, Path) or is_store(value),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A path, or an address in a store: ``runs/a``, ``gs://bucket/runs/a``."""
 Columns = Annotated[dict[str, str], _mapping("OURS=THEIRS", _renamed)]
 """Other names of columns: ``--columns prompt=instruction chosen=answer_1``."""
 TemplateArgs = Annotated[dict[str, Any], _mapping("NAME=VALUE", _values)]

@@ -14,9 +14,10 @@ import tyro
 from ches_jax.convert import ConvertConfig
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.doctor import DoctorConfig
-from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
+from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
+from ches_jax.options import Place
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.select.config import SelectConfig
 from ches_jax.train.config import TrainConfig
@@ -281,6 +282,31 @@ class Influence(RunOutput, InfluenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Groups(RunOutput, GroupsConfig):
+    """Before a policy-gradient update: how will the responses of each group change, and which winners will fall?
+
+    Rollouts as RL trainers write them, with rewards or advantages (GRPO, DAPO, Dr. GRPO, RLOO).
+    """
+
+    def run(self) -> Outcome:
+        """Computes rates and forecasts; the winners that fall."""
+        from ches_jax.forecast.group_run import GROUPS, groups
+        from ches_jax.forecast.group_summary import headline, summary_text
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = groups(_only(GroupsConfig, self), **self.how)
+        record = read_json(out / RUN)
+        return Outcome(
+            headline=f"{headline(record['summary'])} -> {out / GROUPS}",
+            path=out,
+            text="" if self.quiet else summary_text(record["summary"]),
+            counts=record["counts"],
+            paths={"table": out / GROUPS, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
     """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
@@ -288,12 +314,13 @@ class Diagnose(Output, DiagnoseConfig):
         """The verdict; exit code 1 when --fail-if holds."""
         from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
+        from ches_jax.runs.store import is_there, place
 
         diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
         failed = rule_holds(diagnosis, self.fail_if)
-        out = None if self.out is None else Path(self.out)
+        out = None if self.out is None else place(self.out)
         paths = {} if out is None else {"diagnosis": out / RESULT}
-        if out is not None and (out / "pairs.parquet").exists():
+        if out is not None and is_there(out / "pairs.parquet"):
             paths["pairs"] = out / "pairs.parquet"
         return Outcome(
             headline=diagnosis.headline + (f"; --fail-if {self.fail_if} holds" if failed else ""),
@@ -311,20 +338,21 @@ class Diagnose(Output, DiagnoseConfig):
 class Report(Output):
     """One self-contained HTML page from a run directory, whatever command the run is of."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Place]
     """A directory of `ches score`, `train`, `diagnose`, `generate`, `judge`, `select`, or of `ches verify --out`."""
-    out: Path | None = None
+    out: Place | None = None
     """Where to write report.html; default: the run directory."""
 
     def run(self) -> Outcome:
         """Writes the report."""
         from ches_jax.report.page import report
+        from ches_jax.runs.store import size_of
         from ches_jax.verify import theory
 
         of_claims = (self.run_dir / "claims.json").is_file()
         write = theory("theory.report").report if of_claims else report
         page = write(self.run_dir, self.out)
-        size = page.stat().st_size
+        size = size_of(page)
         return Outcome(headline=f"a page of {size / 1e6:.1f} MB -> {page}", path=page, counts={"bytes": size})
 
 
@@ -332,7 +360,7 @@ class Report(Output):
 class Show(Output):
     """One pair of a run in the terminal: its numbers, its texts, its tokens in colour where it has token scores."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Place]
     """A directory of `ches score`, `train`, `diagnose --out`, `generate`, `judge` or `select`."""
     row: tyro.conf.Positional[str]
     """The pair as the page calls it (96, held_out-96), its row of the data, or the beginning of its row_id."""
@@ -353,7 +381,7 @@ class Show(Output):
 class Merge(Output):
     """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Place]
     """The run directory of all of them."""
 
     def run(self) -> Outcome:
@@ -390,7 +418,7 @@ class Verify(Output):
     """Random instances of each exact claim."""
     seed: int = 0
     """Of every random number."""
-    out: Path | None = None
+    out: Place | None = None
     """Directory for the results as JSON; `ches report` makes a page of it."""
     list: bool = False
     """Only list the claims."""
@@ -430,10 +458,11 @@ class Convert(Output, ConvertConfig):
     def run(self) -> Outcome:
         """Converts."""
         from ches_jax.convert import convert
+        from ches_jax.runs.store import size_of
 
         out = convert(_only(ConvertConfig, self))
         shards = sorted(out.glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in shards)
+        size = sum(size_of(path) for path in shards)
         return Outcome(
             headline=f"{len(shards)} weight files, {size / 1e6:.1f} MB -> {out}",
             path=out,
@@ -450,6 +479,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "forecast": Forecast,
     "influence": Influence,
+    "groups": Groups,
     "diagnose": Diagnose,
     "report": Report,
     "show": Show,

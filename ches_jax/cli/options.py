@@ -75,10 +75,10 @@ def options_of(verb: str, command: type[Any]) -> tuple[Option, ...]:
 def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
     name, positional = field.name, False
     if get_origin(hint) is Annotated:
+        positional = POSITIONAL in hint.__metadata__
         if hint == Columns or any("Primitive" in type(extra).__name__ for extra in hint.__metadata__):
             metavar = next(x.metavar for x in hint.__metadata__ if hasattr(x, "metavar") and x.metavar)
             hint = Annotated[str, metavar]
-        positional = POSITIONAL in hint.__metadata__
         name = next((x.name for x in hint.__metadata__ if getattr(x, "name", None) and "Arg" in type(x).__name__), name)
     metavar, choices = _values(hint)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -4,7 +4,6 @@ An address (``https://``, ``hf://``, ``s3://``, ``gs://``) is copied here once f
 a run reads the same bytes from its first row to its last.
 """
 
-import atexit
 import bz2
 import glob
 import gzip
@@ -12,17 +11,14 @@ import hashlib
 import io
 import lzma
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ches_jax.errors import DataError
+from ches_jax.runs.store import fetched, is_address, matching, place, scheme_of
 
-SCHEMES = ("https", "http", "hf", "s3", "gs", "gcs", "file", "memory")
-_NEEDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _PART = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d{3,})(-of-(?P<count>\d+))?(-[0-9a-f]{8,})?")
 """Names of the parts of a split, as the hub and Spark write them."""
@@ -40,11 +36,6 @@ _OPENERS: Mapping[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
 }
-
-
-def is_address(spec: str) -> bool:
-    """Whether a specification names a scheme, as ``s3://`` does."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec) is not None
 
 
 def located(spec: str) -> list[Path]:
@@ -145,44 +136,14 @@ def _is_glob(name: str) -> bool:
 
 
 @cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="ches-data-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@cache
 def _copied(address: str) -> tuple[Path, ...]:
     """Copies of what an address names, in order of their names; of a folder the folder."""
-    scheme = address.partition("://")[0].lower()
-    if scheme not in SCHEMES:
-        raise DataError(f"{address}: no data can be read from '{scheme}://'; expected {', '.join(SCHEMES[:5])}://")
-    import fsspec
-
-    target = _folder() / hashlib.sha256(address.encode()).hexdigest()[:16]
-    try:
-        fs, path = fsspec.core.url_to_fs(address)
-        if _is_glob(path) and scheme not in ("http", "https"):
-            paths = sorted(str(p) for p in fs.glob(path))
-        elif scheme not in ("http", "https") and fs.isdir(path):
-            fs.get(path.rstrip("/") + "/", str(target) + "/", recursive=True)
-            return (target,)
-        else:
-            paths = [path]
-        copies = []
-        for one in paths:
-            copy = target / Path(one.partition("?")[0]).name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(one, str(copy))
-            copies.append(copy)
-    except ImportError as error:
-        raise DataError(
-            f"{address}: reading from '{scheme}://' needs another package ({error}); pip install "
-            f"{_NEEDS.get(scheme, 'fsspec')}"
-        ) from None
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{address}: cannot be read ({type(error).__name__}: {reason})") from error
-    if not copies:
-        raise DataError(f"{address}: no file fits this pattern")
-    return tuple(copies)
+    if address.partition("://")[0].lower() == "file":
+        return tuple(located(address.partition("://")[2]))
+    found = place(address, DataError)
+    if _is_glob(str(found)) and scheme_of(found) not in ("http", "https"):
+        fitting = matching(found, DataError)
+        if not fitting:
+            raise DataError(f"{address}: no file fits this pattern")
+        return tuple(fetched(one, DataError) for one in fitting)
+    return (fetched(found, DataError),)

@@ -326,12 +326,16 @@ def plan_batches(
     rows_per_batch: int,
     row_multiple: int = 1,
     length_threshold: int | None = None,
+    max_pairs: int = 1,
 ) -> Iterator[BatchPlan]:
-    """Which items make which row of which batch, every item once; arguments of ``pack``."""
+    """Which items make which row of which batch, every item once; arguments of ``pack``.
+
+    ``max_pairs``: room that every row has at least, so that items of many and of few responses share a shape.
+    """
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, item in enumerate(items):
         positions = row_length(item, length, length_threshold)
-        by_shape.setdefault((positions, row_max_pairs(item, positions)), []).append(i)
+        by_shape.setdefault((positions, max(max_pairs, row_max_pairs(item, positions))), []).append(i)
     for row_len, max_pairs in sorted(by_shape):
         members = by_shape[row_len, max_pairs]
         lengths = [packed_length(items[i], length_threshold) for i in members]

@@ -31,7 +31,7 @@ UltraFeedback), lists by rank, and indices of the better one. A dot reaches into
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
@@ -41,6 +41,9 @@ from ches_jax.types import Pairing
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+BestFirst = Literal["best-first"]
+BEST_FIRST: BestFirst = "best-first"
+"""The best response of a row beside each other one: how a list of responses is read."""
 CANDIDATE_COLUMNS = ("responses", "scores")
 MOST_PAIRS = 100_000
 """Of one row: a chunk of them is held in memory."""
@@ -74,7 +77,7 @@ def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dic
 
 
 def pair_contents(
-    row: Mapping[str, Any], columns: Mapping[str, str], pairing: Pairing
+    row: Mapping[str, Any], columns: Mapping[str, str], pairing: Pairing | BestFirst
 ) -> list[tuple[Numbers, dict[str, Any]]]:
     """The pairs of a row: one as ``canonical_content`` tells it, or those of its candidates.
 
@@ -157,8 +160,8 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
     return content
 
 
-def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> list[tuple[int, int]]:
-    """(chosen, rejected) of the pairs among ``count`` candidates, rising."""
+def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing | BestFirst) -> list[tuple[int, int]]:
+    """(chosen, rejected) of the pairs among ``count`` candidates, rising; ``best-first`` pairs equal ones too."""
     chosen, scores = values.get("chosen"), values.get("scores")
     if pairing == "all-pairs" and (most := count * (count - 1) // 2) > MOST_PAIRS:
         raise DataError(
@@ -177,8 +180,16 @@ def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing) -> lis
                 f"'scores' is {kind(scores)}; expected a list of {count} finite numbers, one for each response "
                 "(--columns scores= hides the column)"
             )
+        if pairing == BEST_FIRST:
+            best = next((i for i in numbers if scores[i] == max(scores)), 0)
+            return [(best, j) for j in numbers if j != best]
         best = [i for i in numbers if scores[i] == max(scores)][:1] if pairing == "chosen-against-all" else numbers
         return [(i, j) for i in best for j in numbers if scores[i] > scores[j]]
+    if pairing == BEST_FIRST:
+        raise DataError(
+            "a list of responses needs their 'scores', a number for each; say which column they are with "
+            "--columns scores=NAME"
+        )
     if chosen is not None:
         if type(chosen) is not int or not 0 <= chosen < max(count, 1):
             raise DataError(
@@ -288,7 +299,7 @@ def _require(missing: Sequence[str], row: Mapping[str, Any], columns: Mapping[st
     if "rejected" in missing and {"completion", "label"} <= row.keys():
         raise DataError(
             "one response with a label (an unpaired row): a pair needs a chosen and a rejected response; "
-            "ches train --loss kto reads rows like this"
+            "ches train --loss kto reads rows like this, and ches doctor --pairs FILE without a model examines them"
         )
     named = [f"'{columns.get(n) or n}'" for n in missing]
     null = [n for n in missing if (columns.get(n) or n) in row]

@@ -19,6 +19,7 @@ from ches_jax import bundled
 from ches_jax.data import files
 from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
+    BEST_FIRST,
     CANDIDATE_COLUMNS,
     COLUMNS,
     PROMPT_COLUMNS,
@@ -34,6 +35,7 @@ from ches_jax.data.schema.mapping import (
     WORDS,
     Schema,
     canonical_rows,
+    decoded_turns,
     from_file,
     from_words,
     grouped,
@@ -44,6 +46,7 @@ from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prom
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
+from ches_jax.runs.store import is_address
 from ches_jax.types import Pairing
 
 _FORMATS = (
@@ -84,6 +87,7 @@ PAIRS: dict[Pairing, Kind] = {
     for pairing in get_args(Pairing)
 }
 """By which pairs of a row's candidates are meant."""
+LISTS = Kind("lists of responses with scores", COLUMNS, partial(pair_contents, pairing=BEST_FIRST), recognise)
 PROMPTS = Kind("prompts", PROMPT_COLUMNS, _prompt_contents, recognise_prompt)
 
 
@@ -223,7 +227,7 @@ def open_rows(
 
     Args:
       spec: a file of one of ``formats.READERS``, compressed or not; several with commas, or a glob; a folder of them or
-        of ``save_to_disk``; an address (``files.SCHEMES``); or ``owner/name`` of the hub.
+        of ``save_to_disk``; an address (``runs.store.READ``); or ``owner/name`` of the hub.
       split: which split, where the source has several (on the hub: "train" when not given).
       columns: canonical name -> name in the data, e.g. ``{"prompt": "instruction"}``; an empty name
         hides a column, a dot reaches into objects (``prompts.lookup``); or the words of a declaration
@@ -370,7 +374,7 @@ def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numb
     """Contents of a row's pairs with their numbers, by the schema where there is one."""
     if source.schema is None:
         theirs = {source.columns.get(n, n) for n in ("prompt", "chosen", "rejected", "responses")}
-        turned = {n: turns(raw[n]) for n in theirs if isinstance(raw.get(n), list | Mapping)}
+        turned = {n: turns(decoded_turns(raw[n])) for n in theirs if n in raw}
         yield from source.rows.contents({**raw, **turned}, source.columns)
         return
     for numbers, canonical in canonical_rows(source.schema, raw):
@@ -412,7 +416,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
-    if not files.is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
+    if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)
     if len(paths) > 1:

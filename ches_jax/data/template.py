@@ -26,6 +26,7 @@ from ches_jax.data.messages import SYSTEM, Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, TemplateError, did_you_mean
+from ches_jax.runs.store import here
 from ches_jax.types import common_prefix
 
 if TYPE_CHECKING:
@@ -395,7 +396,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
         return tokenizer
     own = tokenizer.chat_template
     names = list(own) if isinstance(own, dict) else ["default"] if own else []
-    path = Path(template)
+    path = Path(here(template, DataError))
     if template in names and path.is_file() and template != "default":
         raise DataError(f"--template {template}: a template of the tokenizer and a file here; write ./{template}")
     if template in names:

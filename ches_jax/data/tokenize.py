@@ -61,8 +61,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         raise DataError(f"{path}: no such directory; expected a model directory or a hub name")
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        _require_sentencepiece(folder)
+    alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    sentencepiece = importlib.util.find_spec("sentencepiece") is not None
+    if alone and not sentencepiece:
+        raise _without_sentencepiece(path)
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
     except Exception as error:
@@ -73,6 +75,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             with contextlib.suppress(Exception):
                 return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         reason = str(error).partition("\n")[0]
+        if not sentencepiece and any(name in str(error).lower() for name in ("sentencepiece", "tiktoken")):
+            raise _without_sentencepiece(path) from error  # a hub name; transformers asks for the wrong package
         missing = [n for n in ("tokenizer.json", "tokenizer_config.json") if not (folder / n).exists()]
         raise DataError(
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
@@ -81,17 +85,11 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         ) from error
 
 
-def _require_sentencepiece(folder: Path) -> None:
-    """The package that reads ``tokenizer.model`` is there.
-
-    Raises:
-      DataError: it is not; transformers would ask for another one.
-    """
-    if importlib.util.find_spec("sentencepiece") is None:
-        raise DataError(
-            f"{folder}: the tokenizer is tokenizer.model alone, which the package sentencepiece reads; install it with "
-            "pip install 'ches-jax[sentencepiece]', or save the tokenizer with its tokenizer.json"
-        )
+def _without_sentencepiece(path: str | Path) -> DataError:
+    return DataError(
+        f"{path}: the tokenizer is tokenizer.model alone, which the package sentencepiece reads; install it with "
+        "pip install 'ches-jax[sentencepiece]', or save the tokenizer with its tokenizer.json"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

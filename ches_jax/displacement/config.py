@@ -30,7 +30,8 @@ class DiagnoseConfig(RowOptions):
     """Pairs that --before and --after score, best held-out ones; otherwise where the texts of a run's pairs are."""
 
     beta: float | None = None
-    """The beta of the run, which turns its rewards into nats; default: from the log or what lies beside it."""
+    """The beta of the run, which turns its rewards into nats and margins into preferences; default: from the log, the
+    run's options or what lies beside it."""
     rewards: Literal["auto", "changes"] = "auto"
     """changes: the rewards of the log are beta times changes since a reference, though they look otherwise."""
     held_out: str | None = None
@@ -51,6 +52,10 @@ class DiagnoseConfig(RowOptions):
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows, when models are scored: error, drop or keep."""
 
+    on_policy: bool = False
+    """Both responses of each pair were drawn from the first model (temperature 1) and judged afterwards: the fall is
+    split into the divergence KL(before || after) and half the margin."""
+
     scores: tuple[str, ...] = ()
     """Runs of `ches score` on the first model, and tables of forecasts or influences, to join with the pairs."""
     responses_before: str | None = None
@@ -62,7 +67,8 @@ class DiagnoseConfig(RowOptions):
     want: Literal["refusal", "answer"] | None = None
     """What a good response to those prompts is."""
     generate: str | None = None
-    """Prompts that both models answer and that are judged by rules; with --before and --after as models."""
+    """Prompts that both models answer (twice, drawn at temperature 1, so that KL(before || after) is known) and that
+    are judged by rules; with --before and --after as models."""
 
     out: str | None = None
     """Directory for pairs.parquet (every pair with its numbers and texts), diagnosis.json and score runs."""

@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 
 from ches_jax.displacement.advice import advice
+from ches_jax.displacement.breakdown import breakdown
+from ches_jax.displacement.calibration import calibration
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
 from ches_jax.displacement.log_changes import log_changes
+from ches_jax.displacement.on_policy import OnPolicy, split, write_sampled_pairs
 from ches_jax.displacement.readers.find import read_log
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
-from ches_jax.runs.files import read_parquet, remove_leftovers
+from ches_jax.runs.files import read_parquet, remove_leftovers, staged
+from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
 RESULT = "diagnosis.json"
@@ -42,18 +46,52 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     """
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
+    if config.out is None:
+        return _diagnose(_with_copies(config), quiet)
+    with staged(output_place(config.out), RESULT) as out:
+        return _diagnose(_with_copies(replace(config, out=str(out))), quiet)
+
+
+def _with_copies(config: DiagnoseConfig) -> DiagnoseConfig:
+    """The config with the runs, tables and logs that lie in stores as copies here; models stay there."""
+    every = {name: getattr(config, name) for name in ("path", "logps", "responses_before", "responses_after")}
+    sides = {name: _copied_table(getattr(config, name)) for name in ("before", "after")}
+    several = {name: tuple(here(s, RunError) for s in getattr(config, name)) for name in ("scores", "judgments")}
+    return replace(config, **{n: v and here(v, RunError) for n, v in every.items()}, **sides, **several)
+
+
+def _copied_table(spec: str | None) -> str | None:
+    """A copy of a score table or an adapter; a model in a store is left where it is."""
+    if spec is None or not is_address(spec):
+        return spec
+    found = place(spec, RunError)
+    small = any(is_there(found / name) for name in ("scores.parquet", "adapter_config.json"))
+    return here(spec, RunError) if small or spec.endswith(".parquet") else spec
+
+
+def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
     with _work(config) as work:
         changes = read_changes(config, work, quiet=quiet)
+        if config.on_policy and changes.unit != "pairs":
+            raise ChesError("--on-policy needs pairs: means of batches in a log do not say which responses were drawn")
+        answers = None
         if config.generate is not None:
-            config = _with_texts(config, work, quiet)
+            config, answers = _with_texts(config, work, quiet)
         texts: Mapping[str, Any] = {}
         if changes.unit == "pairs" and changes.rows is not None and "row_id" in changes.rows:
             texts = _texts(config)
-            changes = _by_prompt(changes, texts)
+            changes = _with_source(changes, texts)
         diagnosis = diagnose_changes(changes, config.tolerance)
         diagnosis = replace(diagnosis, harm=_harm(config, diagnosis))
         if changes.unit == "pairs":
             diagnosis = _with_pairs(config, changes, diagnosis, texts)
+            beta = config.beta if config.beta is not None else _beta_of_run(config)
+            diagnosis = replace(
+                diagnosis,
+                parts=breakdown(changes, config.tolerance),
+                calibration=None if beta is None else calibration(changes, beta),
+                on_policy=split(changes) if config.on_policy else answers,
+            )
         diagnosis = replace(diagnosis, advice=advice(diagnosis))
     if config.out is not None:
         from ches_jax.runs.directory import write_json
@@ -134,21 +172,47 @@ def _work(config: DiagnoseConfig) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> DiagnoseConfig:
-    """Generates and judges with both models."""
-    from ches_jax.displacement.models import generated_and_judged
+def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> tuple[DiagnoseConfig, OnPolicy]:
+    """Generates and judges with both models, and measures how far the first model's own answers fell."""
+    from ches_jax.displacement.models import changes_between_models, generated_and_judged
 
     responses, judgments = generated_and_judged(config, work, quiet=quiet)
-    return replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
+    pairs = write_sampled_pairs(Path(responses[0]), work / "answers.jsonl")
+    scored = replace(
+        config,
+        pairs=str(pairs),
+        columns={},
+        candidates=None,
+        split=None,
+        limit=None,
+        on_bad_row="keep",
+        template="auto",
+    )
+    changes = changes_between_models(scored, work / "answers", quiet=quiet)
+    config = replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
+    return config, split(changes, own=False)
+
+
+def _beta_of_run(config: DiagnoseConfig) -> float | None:
+    """The beta of a run of `ches train`, whose loss is one of log-ratios."""
+    if config.path is None or not Path(config.path).is_dir():
+        return None
+    from ches_jax.displacement.pair_table import source_of
+
+    options = source_of(Path(config.path))
+    given = (options.get("loss_args") or {}).get("beta")
+    if given is not None:
+        return float(given)
+    return 0.1 if options.get("loss") in ("dpo", "sigmoid") else None
 
 
 def _texts(config: DiagnoseConfig) -> Mapping[str, Any]:
     from ches_jax.displacement.pair_table import read_texts, source_of
 
     source: dict[str, Any] = {}
-    for place in (config.path, config.before):
-        if place is not None and Path(place).is_dir():
-            source = dict(source_of(Path(place)))
+    for given in (config.path, config.before):
+        if given is not None and Path(given).is_dir():
+            source = dict(source_of(Path(given)))
             break
     if config.pairs is not None:
         names = ("pairs", "split", "columns", "candidates", "limit")
@@ -157,14 +221,16 @@ def _texts(config: DiagnoseConfig) -> Mapping[str, Any]:
     return {**read_texts(source), **held_out}
 
 
-def _by_prompt(changes: Changes, texts: Mapping[str, Any]) -> Changes:
-    """Pairs of one prompt are resampled together, where the prompts are known; otherwise pairs of one row."""
-    rows = changes.rows or {}
+def _with_source(changes: Changes, texts: Mapping[str, Any]) -> Changes:
+    """Changes with what their source says: pairs of one prompt are resampled together, and each has its category."""
+    rows = dict(changes.rows or {})
     ids = [str(i) for i in rows.get("row_id", ())]
     if texts and all(i in texts for i in ids):
         prompts = np.unique([texts[i]["prompt"] for i in ids], return_inverse=True)[1]
-        changes = replace(changes, records=prompts)
-    return replace(changes, beside=None if changes.beside is None else _by_prompt(changes.beside, texts))
+        if "category" not in rows and any(texts[i].get("category") for i in ids):
+            rows["category"] = np.array([texts[i]["category"] for i in ids])
+        changes = replace(changes, records=prompts, rows=rows)
+    return replace(changes, beside=None if changes.beside is None else _with_source(changes.beside, texts))
 
 
 def _harm(config: DiagnoseConfig, diagnosis: Diagnosis) -> Harm:
@@ -184,11 +250,11 @@ def _with_pairs(config: DiagnoseConfig, changes: Changes, diagnosis: Diagnosis, 
     from ches_jax.displacement.pair_table import found_tables, pair_table, worst_rows, write_pairs
 
     tables = [Path(p) for p in config.scores]
-    for place in (config.path, config.before, config.out):
-        if place is not None and Path(place).is_dir():
-            tables += [t for t in found_tables(Path(place)) if t not in tables]
-            if place == config.before and _is_table(Path(place)):
-                tables.append(Path(place))
+    for given in (config.path, config.before, config.out):
+        if given is not None and Path(given).is_dir():
+            tables += [t for t in found_tables(Path(given)) if t not in tables]
+            if given == config.before and _is_table(Path(given)):
+                tables.append(Path(given))
     if tables and (changes.rows is None or "row_id" not in changes.rows):
         raise ChesError("--scores joins by row_id, which these changes do not have")
     table = pair_table(changes, config.tolerance, tables, texts)

@@ -1,7 +1,8 @@
 r"""Intervals of mean changes: over pairs, over the steps of a log, and of a last evaluation.
 
-pairs        bootstrap-t over records of the data: pairs of one record (a prompt) are drawn together, and each resample
-             is measured in its own standard error, so that few, dependent and skewed pairs are not too sure
+pairs        the wider of bootstrap-t and Student's t over records of the data: pairs of one record (a prompt) are drawn
+             together, and each resample is measured in its own standard error, so that few, dependent and skewed pairs
+             are not too sure; under heavy tails Student's t is the one that holds its level
 steps        batch means: the last steps of a log are cut into consecutive blocks, whose means are nearly independent,
              and Student's t is taken over the blocks
 evaluations  the last evaluation of the same held-out pairs, with the noise of an evaluation from second differences:
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ches_jax.displacement.changes import Direction, direction
-from ches_jax.stats import LEVEL, studentized_means
+from ches_jax.stats import LEVEL, student_means, studentized_means
 
 FEWEST = 8
 """Records, steps or evaluations below which there is no interval, and so no verdict."""
@@ -58,7 +59,7 @@ class Interval:
 
 
 def of_pairs(values: np.ndarray, records: np.ndarray | None = None, seed: int = 0) -> list[Interval]:
-    """Mean of each row of [quantities, pairs] with its bootstrap-t interval over records.
+    """Mean of each row of [quantities, pairs] with the wider of its bootstrap-t and Student's t ends over records.
 
     Fewer than ``FEWEST`` records have no interval.
 
@@ -69,6 +70,8 @@ def of_pairs(values: np.ndarray, records: np.ndarray | None = None, seed: int = 
     if count < FEWEST:
         return _without_interval(values.mean(1))
     low, high = studentized_means(values, clusters=records, seed=seed)
+    student = student_means(values, clusters=records)
+    low, high = np.minimum(low, student[0]), np.maximum(high, student[1])
     return [Interval(float(m), float(a), float(b)) for m, a, b in zip(values.mean(1), low, high, strict=True)]
 
 

@@ -88,7 +88,7 @@ def generated_and_judged(
                 prompts=str(config.generate),
                 template=config.template,
                 dtype=config.dtype,
-                temperature=0.0,
+                samples=2,
                 out=str(work / f"responses-{name}"),
             ),
             quiet=quiet,

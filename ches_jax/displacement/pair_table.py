@@ -131,13 +131,16 @@ def in_a_line(text: str) -> str:
 
 
 def read_texts(source: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """``row_id`` -> texts of the pairs that a run's options name; empty where the source cannot be read any more."""
+    """``row_id`` -> texts and category of the pairs that a run's options name; empty where they cannot be read."""
     if not source.get("pairs"):
         return {}
     try:
         rows = itertools.chain.from_iterable(pairs_of_run(source))
         return {
-            row.row_id: {side: as_text(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES}
+            row.row_id: {
+                **{side: as_text(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES},
+                "category": row.category or "",
+            }
             for row in rows
         }
     except (ChesError, OSError):

@@ -28,9 +28,12 @@ from typing import Any
 import numpy as np
 
 from ches_jax.displacement import intervals
+from ches_jax.displacement.breakdown import Part
+from ches_jax.displacement.calibration import Calibration
 from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Changes, Curve, Direction, displacement_summary
 from ches_jax.displacement.evidence import HARM, UNMEASURED, Harm
 from ches_jax.displacement.intervals import FEWEST, Interval
+from ches_jax.displacement.on_policy import OnPolicy
 from ches_jax.errors import ChesError
 from ches_jax.stats import LEVEL
 
@@ -47,7 +50,7 @@ FORMER = {
 }
 """Verdicts on a run until 0.1, and what says the same now."""
 METHODS = {
-    "pairs": "bootstrap-t over records",
+    "pairs": "bootstrap-t or Student's t, the wider, over records",
     "steps": "blocks of the last steps",
     "evaluations": "noise from evaluation to evaluation",
 }
@@ -78,6 +81,11 @@ class Diagnosis:
     beside: "Diagnosis | None" = None
     """The training pairs beside the held-out ones."""
     harm: Harm = UNMEASURED
+    parts: tuple[Part, ...] = ()
+    """The changes by category and by length."""
+    calibration: Calibration | None = None
+    on_policy: OnPolicy | None = None
+    """The split of a fall into the divergence and half the margin."""
     advice: tuple[tuple[str, str, str], ...] = ()
     """What to do, from what it follows, and its price."""
     worst: tuple[Mapping[str, Any], ...] = ()
@@ -118,6 +126,11 @@ class Diagnosis:
         for part in (self, self.beside):
             if part is not None:
                 lines += part.lines(counts=part is self and self.beside is not None)
+        if self.calibration is not None:
+            lines.append(f"    {self.calibration.line()}")
+        if self.on_policy is not None:
+            lines.append(f"    {self.on_policy.line(self.chosen.mean)}")
+        lines += [f"    {part.line()}" for part in self.parts]
         lines += [f"  {question} {answer}" for question, answer in self.questions.items()]
         if any(c.outcome != "not measured" for c in self.harm.criteria):
             lines += [f"  {line}" for line in self.harm.lines()]
@@ -172,6 +185,9 @@ class Diagnosis:
             **self.summary,
             "questions": self.questions,
             "harm": self.harm.to_json(),
+            "parts": [part.to_json() for part in self.parts],
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "on_policy": None if self.on_policy is None else self.on_policy.to_json(),
             "advice": [dict(zip(("do", "because", "price"), line, strict=True)) for line in self.advice],
             "worst": [dict(row) for row in self.worst],
             "caveats": list(self.caveats),

@@ -1,10 +1,11 @@
-"""Devices as a mesh with three logical axes, named in text: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
+"""Devices as a mesh with four logical axes, named in text: ``data=4``, ``fsdp=8``, ``data=2,fsdp=2,tensor=2``.
 
 data    rows of a batch are sharded; every device holds the whole model
 fsdp    rows are sharded, and every weight too: it is gathered when it is used
 tensor  attention heads and mlp channels are sharded, and with them each matrix product
+expert  rows are sharded, and the experts of a mixture; other weights are whole on every device
 
-A mesh that a user made may name its axes otherwise: ``LogicalMesh`` maps the three onto its axes.
+A mesh that a user made may name its axes otherwise: ``LogicalMesh`` maps the four onto its axes.
 """
 
 import math
@@ -19,8 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.errors import ChesError, many
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp", "tensor", "expert")
+ROW_AXES = ("data", "fsdp", "expert")
+ROWS = PartitionSpec(ROW_AXES)
 """How the leading axis of a batch lies on the mesh."""
 
 
@@ -28,7 +30,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Axis sizes from text; axes not named have size 1.
 
     >>> parse_mesh("data=2,tensor=4")
-    {'data': 2, 'fsdp': 1, 'tensor': 4}
+    {'data': 2, 'fsdp': 1, 'tensor': 4, 'expert': 1}
     """
     sizes: dict[str, int] = {axis: 1 for axis in AXES}  # noqa: C420  (fromkeys would fix the keys' type)
     for part in text.split(","):
@@ -50,7 +52,7 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
       ChesError: more devices than there are, or, over several processes, not all of them.
     """
     devices = jax.devices() if everywhere else jax.local_devices()
-    sizes = parse_mesh(text) if text else {"data": len(devices), "fsdp": 1, "tensor": 1}
+    sizes = parse_mesh(text or f"data={len(devices)}")
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise ChesError(f"--mesh {text!r} asks for {needed} devices; there are {len(devices)}")
@@ -65,7 +67,7 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
 
 @dataclass(frozen=True)
 class LogicalMesh:
-    """A mesh with any axis names, and which of them play the parts of ``data``, ``fsdp`` and ``tensor``."""
+    """A mesh with any axis names, and which of them play the parts of ``data``, ``fsdp``, ``tensor`` and ``expert``."""
 
     mesh: Mesh
     axes: tuple[tuple[str, tuple[str, ...]], ...]
@@ -77,8 +79,8 @@ class LogicalMesh:
 
         Args:
           mesh: axes of any type but ``Manual``, explicit or auto.
-          axes: logical axis -> name (or names) of the mesh; default: axes named ``data``, ``fsdp`` and ``tensor`` are
-            what they are called. Mesh axes of size 1 need no part.
+          axes: logical axis -> name (or names) of the mesh; default: axes named as the logical ones are what they
+            are called. Mesh axes of size 1 need no part.
 
         Raises:
           ChesError: a mesh without devices or with manual axes, a name that does not exist, an axis with two parts or
@@ -142,13 +144,17 @@ class LogicalMesh:
         context = jax.sharding.get_abstract_mesh()
         return self.mesh if context.empty else context
 
+    def names(self, axis: str) -> tuple[str, ...]:
+        """The axes of the mesh that a logical axis stands for, those of one device left out."""
+        return tuple(name for name in dict(self.axes)[axis] if self.mesh.shape[name] > 1)
+
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """The sharding of an array by a partition over logical axes."""
         return NamedSharding(self.current, self.spec(spec))
 
     def rows(self, count: int) -> PartitionSpec:
         """How ``count`` rows of a batch lie: sharded where they divide, else whole on every device."""
-        return ROWS if count % self.size("data", "fsdp") == 0 else PartitionSpec(None)
+        return ROWS if count % self.size(*ROW_AXES) == 0 else PartitionSpec(None)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -158,7 +164,12 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def row_shards(mesh: Mesh) -> int:
     """Number of shards of the rows of a batch."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def weights_are_whole(mesh: Mesh) -> bool:
+    """Whether every device holds all weights."""
+    return all(mesh.shape[axis] == 1 for axis in AXES if axis != "data")
 
 
 @lru_cache

@@ -9,6 +9,7 @@ import numpy as np
 from ches_jax.displacement.changes import FILE_NAME
 from ches_jax.errors import ChesError
 from ches_jax.forecast.setup import PairChanges
+from ches_jax.runs.files import parquet_source
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.loop import train
 from ches_jax.types import TokenPair
@@ -39,7 +40,9 @@ def pilot_changes(out: Path, pairs: Sequence[TokenPair], which: str) -> PairChan
     """Changes of the pairs of a set (``train``, ``held_out``) over a pilot, in their order."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(out / FILE_NAME, columns=["step", "set", "row_id", "dlogp_chosen", "dlogp_rejected"])
+    table = pq.read_table(
+        parquet_source(out / FILE_NAME), columns=["step", "set", "row_id", "dlogp_chosen", "dlogp_rejected"]
+    )
     columns = table.to_pydict()
     last = max(columns["step"])
     rows = zip(*(columns[n] for n in ("step", "set", "row_id", "dlogp_chosen", "dlogp_rejected")), strict=True)

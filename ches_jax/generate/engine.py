@@ -2,7 +2,7 @@
 
 Prompts are padded on the left to a *bucket*, a power of two, so that few shapes are compiled; the cache has room for
 the bucket and the new tokens. The loop ends when every row has ended. On a data-only mesh each device loops over its
-own rows, without a collective; with ``fsdp`` or ``tensor`` the compiler places the collectives.
+own rows, without a collective; with other axes the compiler places the collectives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards
+from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards, weights_are_whole
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
@@ -222,7 +222,7 @@ class Engine:
         self.stop_check = stop_check
         self.shapes: list[tuple[int, int]] = []
         graph, state = nnx.split(model)
-        whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+        whole = weights_are_whole(mesh)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
         decoding = _Decoding(
             graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)

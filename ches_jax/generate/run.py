@@ -32,6 +32,7 @@ from ches_jax.runs.directory import (
 )
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
 
 FILE_NAME = "responses.jsonl"
 
@@ -53,13 +54,12 @@ def generate(
     import jax
 
     config = checked(config)
-    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+    with jax.enable_x64(config.dtype == "float64"), RunLock(output_place(str(config.out))) as lock:
         return _generate(config, resume, quiet, other_versions, lock)
 
 
 def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
-    assert config.out is not None
-    out = Path(config.out)
+    out = lock.out
     lock.require_free()
     mesh = make_mesh(config.mesh)
     opener = Opener()
@@ -91,7 +91,7 @@ def _generate_chunks(
     quiet: bool,
 ) -> dict[str, Any]:
     """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
-    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    chunks.make_folders(out)
     first = count = chunks.finished(out)
     started = time.perf_counter()
     tokens = 0

@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,8 @@ SHARE = 0.01
 LONGEST = 100_000
 """Characters of prompt and longer response from which a row is a finding: some 30,000 tokens of English."""
 DRAWS = 1000
+FEWEST = 6
+"""Rows that all differ in the same direction are chance with a probability of 3 % (sign test)."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,55 @@ class Check:
 
 
 def cohens_d(a: np.ndarray, b: np.ndarray) -> float:
-    r"""Cohen's d, ``(mean(a) - mean(b)) / s`` with the pooled standard deviation ``s``; NaN where all values are one.
+    r"""Cohen's d, ``(mean(a) - mean(b)) / s`` with the pooled standard deviation ``s``.
+
+    Infinite where each side has one value and they differ; NaN where all values are one, or a side has fewer than two.
 
     .. math:: d = \frac{\bar a - \bar b}{\sqrt{(s_a^2 + s_b^2) / 2}}
 
     >>> cohens_d(np.array([2.0, 4.0]), np.array([1.0, 3.0])).__round__(4)
     0.7071
     """
-    spread = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2) if len(a) > 1 else 0.0
-    return float((a.mean() - b.mean()) / spread) if spread > 0 else float("nan")
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    difference, spread = a.mean() - b.mean(), np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+    if spread > 0:
+        return float(difference / spread)
+    return float(np.copysign(np.inf, difference)) if difference else float("nan")
+
+
+def size_effect(
+    prompts: Sequence[str], sides: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> tuple[bool, float, list[float]]:
+    """Whether two sides differ in size, Cohen's d and its interval.
+
+    Sides of one size each have an infinite effect and no interval; they differ from ``FEWEST`` rows on.
+
+    Args:
+      prompts: of each row.
+      sides: the sizes of both sides in the rows that are drawn.
+    """
+
+    def effect(rows: np.ndarray) -> float:
+        d = cohens_d(*sides(rows))
+        return d if np.isfinite(d) else np.nan
+
+    both = sides(np.arange(len(prompts)))
+    d, (low, high) = cohens_d(*both), interval(prompts, effect).tolist()
+    if np.isinf(d):
+        return min(map(len, both)) >= FEWEST, d, [low, high]
+    return bool(abs(d) >= EFFECT and (low > 0 or high < 0)), d, [low, high]
 
 
 def length(rows: Sequence[Row]) -> Check:
     """Is the chosen response the longer one? In characters; intervals by bootstrap over prompts."""
     chosen, rejected = (np.array([len(getattr(r, side)) for r in rows], float) for side in ("chosen", "rejected"))
-    d = cohens_d(chosen, rejected)
-    low, high = _interval(rows, lambda i: cohens_d(chosen[i], rejected[i]))
+    finding, d, (low, high) = size_effect([r.prompt for r in rows], lambda i: (chosen[i], rejected[i]))
     longer = int((chosen > rejected).sum())
     share = wilson(longer, len(rows))
     return Check(
         "length",
-        abs(d) >= EFFECT and (low > 0 or high < 0),
+        finding,
         f"chosen - rejected {chosen.mean() - rejected.mean():+.1f} characters, Cohen's d {d:+.2f} [{low:+.2f}, "
         f"{high:+.2f}]; chosen is longer in {longer / len(rows):.1%} [{share[0]:.1%}, {share[1]:.1%}]",
         longer,
@@ -110,13 +140,13 @@ def refusals(rows: Sequence[Row]) -> Check:
     shares = {side: float(values.mean()) for side, values in yes.items()}
     undecided = sum(v is None for values in said.values() for v in values)
     difference = shares["chosen"] - shares["rejected"]
-    low, high = _interval(rows, lambda i: float(yes["chosen"][i].mean() - yes["rejected"][i].mean()))
+    low, high = interval([r.prompt for r in rows], lambda i: float(yes["chosen"][i].mean() - yes["rejected"][i].mean()))
     one_sided = [
         r.name for r, c, x in zip(rows, said["chosen"], said["rejected"], strict=True) if (c is True) != (x is True)
     ]
     return Check(
         "refusals",
-        abs(difference) >= REFUSALS and (low > 0 or high < 0),
+        bool(abs(difference) >= REFUSALS and (low > 0 or high < 0)),
         f"{shares['chosen']:.1%} of chosen and {shares['rejected']:.1%} of rejected refuse, difference "
         f"{difference:+.1%} [{low:+.1%}, {high:+.1%}]" + (f"; {undecided} responses undecided" if undecided else ""),
         len(one_sided),
@@ -133,7 +163,12 @@ def identical(rows: Sequence[Row]) -> Check:
 
 def empty(rows: Sequence[Row]) -> Check:
     """Pairs with a side, or a prompt, without a letter."""
-    bare = {r.name: [s for s in ("prompt", "chosen", "rejected") if not getattr(r, s).strip()] for r in rows}
+    return of_empty_texts({r.name: {s: getattr(r, s) for s in ("prompt", "chosen", "rejected")} for r in rows})
+
+
+def of_empty_texts(texts: Mapping[str, Mapping[str, str]]) -> Check:
+    """Rows with a text without a letter: name of the row -> name of the text -> text."""
+    bare = {name: [s for s, text in of_row.items() if not text.strip()] for name, of_row in texts.items()}
     offending = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
     return Check(
         "empty texts", bool(offending), f"{len(offending)} rows with an empty text", len(offending), {}, offending
@@ -142,9 +177,13 @@ def empty(rows: Sequence[Row]) -> Check:
 
 def too_long(rows: Sequence[Row]) -> Check:
     """Prompts, alone or with their longer response, beyond the context that most models have; prompts are never cut."""
-    longest = {r.name: len(r.prompt) + max(len(r.chosen), len(r.rejected)) for r in rows}
-    offending = [f"{name} ({size:,} characters)" for name, size in longest.items() if size > LONGEST]
-    words = f"{len(offending)} rows of more than {LONGEST:,} characters, the longest of {max(longest.values()):,}"
+    return of_long_rows({r.name: len(r.prompt) + max(len(r.chosen), len(r.rejected)) for r in rows}, LONGEST)
+
+
+def of_long_rows(longest: Mapping[str, int], most: int) -> Check:
+    """Rows of more characters than ``most``: name of the row -> characters."""
+    offending = [f"{name} ({size:,} characters)" for name, size in longest.items() if size > most]
+    words = f"{len(offending)} rows of more than {most:,} characters, the longest of {max(longest.values()):,}"
     return Check(
         "prompt_too_long", bool(offending), words, len(offending), {"longest": max(longest.values())}, offending
     )
@@ -188,15 +227,20 @@ def duplicates(rows: Sequence[Row]) -> Check:
         known[key] = r.name
         if (other := near.first_like(r.name, r.prompt, r.chosen, r.rejected)) is not None:
             similar.append(f"{r.name} is nearly {other}")
+    return of_repetitions(exact, similar, len(rows))
+
+
+def of_repetitions(exact: Sequence[str], similar: Sequence[str], rows: int) -> Check:
+    """Of so many rows, those that repeat an earlier one."""
     n = len(exact) + len(similar)
     return Check(
         "duplicates",
-        n >= SHARE * len(rows) and n > 0,
+        n >= SHARE * rows and n > 0,
         f"{len(exact)} rows repeat an earlier one exactly, {len(similar)} nearly (Jaccard similarity of word "
         f"triples from {NEAR})",
         n,
         {"exact": len(exact), "near": len(similar)},
-        exact + similar,
+        [*exact, *similar],
     )
 
 
@@ -250,7 +294,21 @@ def languages(rows: Sequence[Row]) -> Check:
     )
 
 
-def leaks(rows: Sequence[Row], against: Iterable[str], name: str) -> Check:
+class Prompted(Protocol):
+    """A row with a prompt."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """As text."""
+        ...
+
+
+def leaks(rows: Sequence[Prompted], against: Iterable[str], name: str) -> Check:
     """Prompts that stand in other data too (a test set): equal, or nearly."""
     near = NearDuplicates()
     exact: dict[str, str] = {}
@@ -289,15 +347,19 @@ CHECKS: tuple[Callable[[Sequence[Row]], Check], ...] = (
 )
 
 
-def _interval(rows: Sequence[Row], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """Bootstrap over prompts, whose pairs are not independent; (NaN, NaN) of a single row."""
-    if len(rows) < 2:
-        return float("nan"), float("nan")
+def interval(prompts: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray | float]) -> np.ndarray:
+    """95 % by bootstrap over prompts, whose rows are not independent: both ends, [2, ...]; NaN of a single row.
+
+    Args:
+      prompts: of each row.
+      statistic: of the numbers of the rows that are drawn.
+    """
+    if len(prompts) < 2:
+        return np.full(2, np.nan)
     numbers: dict[str, int] = defaultdict(lambda: len(numbers))
-    clusters = np.array([numbers[r.prompt] for r in rows])
+    clusters = np.array([numbers[p] for p in prompts])
     with np.errstate(invalid="ignore"):
-        values = bootstrap(statistic, len(rows), draws=DRAWS, clusters=clusters)
-    return float(values[0]), float(values[1])
+        return bootstrap(statistic, len(prompts), draws=DRAWS, clusters=clusters)
 
 
 def _other_side(column: str) -> str | None:

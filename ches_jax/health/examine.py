@@ -7,7 +7,9 @@ from typing import Any
 
 from ches_jax.data.duplicates import text_of
 from ches_jax.data.sources import PairSource, open_prompts
+from ches_jax.data.unpaired import LABELLED
 from ches_jax.errors import DataError
+from ches_jax.health import unpaired
 from ches_jax.health.checks import CHECKS, Check, Row, leaks, unreadable
 from ches_jax.runs.chunks import json_value
 
@@ -62,17 +64,28 @@ class Health:
 
 
 def examine(source: PairSource, *, limit: int | None = None, against: str | None = None, show: int = 2) -> Health:
-    """Every check of the pairs, and of prompts that stand in ``against`` (a file of prompts or pairs) too.
+    """Every check of the rows, and of prompts that stand in ``against`` (a file of prompts or pairs) too.
+
+    Args:
+      source: preference pairs, or labelled single responses (``data.unpaired.LABELLED``).
+      limit: only the first rows.
+      against: a file whose prompts are compared.
+      show: examples of each check.
 
     Raises:
-      DataError: none of the rows makes a pair.
+      DataError: none of the rows can be examined.
     """
     records = list(itertools.islice(source.tolerant(), limit))
-    rows = [Row.of(record) for record in records if record.candidates != () and not record.fault]
-    if not rows:
-        raise DataError(f"{source.name}: no pairs to examine")
+    usable = [record for record in records if record.candidates != () and not record.fault]
+    if not usable:
+        raise DataError(f"{source.name}: no {source.rows.name} to examine")
     checks = [unreadable([record for record in records if record.fault])]
-    checks += [check(rows) for check in CHECKS]
+    if source.rows is LABELLED:
+        rows = [unpaired.Single.of(record) for record in usable]
+        checks += [check(rows) for check in unpaired.CHECKS]
+    else:
+        rows = [Row.of(record) for record in usable]
+        checks += [check(rows) for check in CHECKS]
     if against is not None:
         checks.append(leaks(rows, _prompts(against), against))
     return Health(source.describe(), len(rows), checks, show)

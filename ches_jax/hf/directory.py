@@ -3,6 +3,9 @@
 A directory holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with the
 shards it names; where both are there the single file counts, as in transformers. Nothing is unpickled and no code of
 the directory is run.
+
+Of a directory in a store all but the weights is copied here (``resolve``), where tokenizer and config are read by
+libraries that want files; the weights stay there (``weights_place``) and are read by the byte ranges of what is held.
 """
 
 import hashlib
@@ -15,6 +18,17 @@ from ches_jax.bundled import located, model_dir
 from ches_jax.errors import CheckpointError, many
 from ches_jax.notices import notice
 from ches_jax.runs.files import read_object
+from ches_jax.runs.store import (
+    content_mark,
+    copy_of,
+    fetched_files,
+    is_address,
+    is_store,
+    is_there,
+    names_in,
+    place,
+    scheme_of,
+)
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -22,14 +36,54 @@ INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_KNOWN_FILES = (
+    CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", *_ADAPTER_FILES,
+)  # fmt: skip
+"""What is asked for where a server does not list a folder."""
+_WEIGHTS: dict[Path, Path] = {}
+"""Copy of a directory -> the place in a store where its weights are."""
+
+
+def weights_place(directory: Path) -> Path:
+    """Where the weights of a directory lie: there, or in the store that it is the copy of."""
+    return _WEIGHTS.get(directory, directory)
+
+
+def _beside_store(address: Path) -> Path:
+    """A copy of all but the weights of a directory in a store; an adapter, which is small, with its weights.
+
+    Raises:
+      CheckpointError: there is no model or adapter there, or it cannot be read.
+    """
+    directory = copy_of(address)
+    if directory not in _WEIGHTS:
+        listed = scheme_of(address) not in ("http", "https")
+        names = names_in(address, CheckpointError) if listed else _KNOWN_FILES
+        wanted = [n for n in names if n in _ADAPTER_FILES or any(Path(n).match(p) for p in HUB_FILES[1:])]
+        found = fetched_files(address, wanted, CheckpointError)
+        if CONFIG not in found and _ADAPTER_FILES[0] not in found:
+            raise CheckpointError(f"{address}: no {CONFIG} there; expected a Hugging Face model directory")
+        _WEIGHTS[directory] = address
+    return directory
+
+
 def resolve(model: str | Path) -> Path:
     """The local directory of ``model``: a path, or a hub name that is fetched (or found in the hub's cache).
 
-    ``bundled`` is the model of the package.
+    ``bundled`` is the model of the package. Of an address (``gs://``, ``s3://``, ``hf://``, ``https://``) it is a copy
+    without the weights (see ``weights_place``).
 
     Raises:
       CheckpointError: there is no such directory and the hub cannot give it.
     """
+    if is_address(str(model)):
+        address = place(str(model), CheckpointError)
+        if is_store(address):
+            return _beside_store(address)
+        model = address
     path = Path(located(str(model), model_dir)).expanduser()
     if path.is_dir():
         return path
@@ -73,8 +127,9 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
       CheckpointError: none there, an index that names a missing file or one outside the directory.
     """
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
+    folder = weights_place(directory)
+    single, index = folder / SINGLE, directory / INDEX
+    if is_there(single):
         if index.exists() and set(_named_by(index)) != {SINGLE}:
             notice(
                 f"{directory}: {SINGLE} is read, as transformers does; {INDEX} beside it and the files it names are "
@@ -90,10 +145,10 @@ def weight_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or name in {"", ".", ".."}:
             problems.append(f"{name!r} is a path outside the directory; the index may only name files beside it")
-        elif len(name.encode("utf-8", "replace")) > LONGEST_NAME or not (directory / name).is_file():
+        elif len(name.encode("utf-8", "replace")) > LONGEST_NAME or not is_there(folder / name):
             problems.append(f"shard {name!r} is missing")
         else:
-            files.append(directory / name)
+            files.append(folder / name)
     if problems:
         raise CheckpointError(many(str(index), problems))
     return files
@@ -105,7 +160,7 @@ def weight_map(directory: Path) -> dict[str, str]:
     Raises:
       CheckpointError: an index that is none.
     """
-    if (directory / SINGLE).is_file():
+    if is_there(weights_place(directory) / SINGLE):
         return {}
     index = directory / INDEX
     names = read_json(index).get("weight_map")
@@ -151,11 +206,13 @@ def joined_fingerprint(digests: Mapping[Path, bytes], files: Sequence[Path]) -> 
 
 
 def file_digests(files: Iterable[Path]) -> dict[Path, bytes]:
-    """SHA-256 of the bytes of each file, several read at a time."""
+    """SHA-256 of the bytes of each file, several read at a time; in a store what stands for them there.
+
+    Weights in a store are not read for it: its own checksum counts, or its version of the file.
+    """
 
     def digest(path: Path) -> bytes:
-        with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").digest()
+        return bytes.fromhex(content_mark(path))
 
     files = list(files)
     with ThreadPoolExecutor() as pool:

@@ -1,12 +1,12 @@
 """Lazy named tensors from safetensors files: name -> shape and dtype now, bytes when asked.
 
 The safetensors library checks each file; the bytes are then read straight into the caller's array, without a copy in
-between and without mapping the file, so that loading needs the memory of the model once.
+between and without mapping the file, so that loading needs the memory of the model once. Of a file in a store the
+header is read and checked here, and then only the byte ranges of the slices that are asked for.
 """
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import weight_files, weight_map
+from ches_jax.runs.store import is_store, read_into, read_range, size_of
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a parameter can be stored in: the format's name -> NumPy's."""
@@ -31,6 +32,10 @@ STORED = {
 INFINITY = {"float64": 0x7FF0 << 48, "float32": 0x7F80 << 16, "float16": 0x7C00, "bfloat16": 0x7F80}
 """The bits of +infinity: the magnitude bits of a finite number are below."""
 CHUNK = 1 << 18
+BLOCK = 64 * 2**20
+"""Bytes that are read from a store at a time where columns are cut out of rows."""
+HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file, as the library has it."""
 BUFFERS = (
     "rotary_emb.inv_freq",
     "rotary_emb.cos_cached",
@@ -73,10 +78,24 @@ class Tensor:
         row = math.prod(self.shape[1:]) * out.dtype.itemsize
         if all(b == (0, n, 1) for b, n in zip(bounds[1:], self.shape[1:], strict=True)):
             start = bounds[0][0] if bounds else 0
-            _read_bytes(self.file, out, self.offset + start * row)
+            read_into(self.file, out.reshape(-1).view(np.uint8).data, self.offset + start * row, CheckpointError)
+        elif is_store(self.file):
+            _read_columns(self, out, bounds, row)
         else:
             stored = np.memmap(self.file, out.dtype, "r", self.offset, self.shape)
             out[...] = stored[index]
+
+
+def _read_columns(tensor: Tensor, out: np.ndarray, bounds: list[tuple[int, int, int]], row: int) -> None:
+    """Read a part that is not whole rows from a store: the rows that hold it, a block at a time, cut here."""
+    first, stop, step = bounds[0]
+    rest = tuple(slice(*b) for b in bounds[1:])
+    block = max(1, BLOCK // max(1, row))
+    for at in range(first, stop, block * step):
+        end = min(stop, at + block * step)
+        rows = np.empty((end - at, *tensor.shape[1:]), out.dtype)
+        read_into(tensor.file, rows.reshape(-1).view(np.uint8).data, tensor.offset + at * row, CheckpointError)
+        out[(at - first) // step : (end - first + step - 1) // step] = rows[(slice(None, None, step), *rest)]
 
 
 @dataclass(frozen=True)
@@ -95,18 +114,6 @@ class Computed(Tensor):
     def read_into(self, out: np.ndarray, index: Index) -> None:
         """The same part, into ``out``."""
         out[...] = self.read(index)
-
-
-def _read_bytes(file: Path, out: np.ndarray, offset: int) -> None:
-    """Fill ``out`` from ``offset`` on."""
-    target = out.reshape(-1).view(np.uint8).data
-    with file.open("rb", buffering=0) as f:
-        at = 0
-        while at < len(target):  # one call reads two gigabytes at most
-            got = os.preadv(f.fileno(), [target[at:]], offset + at)
-            if got == 0:
-                raise CheckpointError(f"{file}: ends early; copy or download it again")
-            at += got
 
 
 def all_finite(values: np.ndarray) -> bool:
@@ -155,8 +162,7 @@ def open_files(
     problems: list[str] = []
     for path in files:
         try:
-            with safe_open(path, framework="np"):
-                header, start = _header(path)
+            header, start = _header_in_store(path) if is_store(path) else _header(path)
         except (SafetensorError, OSError, ValueError) as e:
             problems.append(f"{path.name} is not a whole safetensors file ({e}); copy or download it again")
             continue
@@ -208,8 +214,38 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 def _header(path: Path) -> tuple[dict[str, dict], int]:
     """The entries of a safetensors file and where its data begins: 8 bytes of length, then JSON, then data."""
-    with path.open("rb") as f:
+    with safe_open(path, framework="np"), path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _header_in_store(path: Path) -> tuple[dict[str, dict], int]:
+    """As ``_header``, checked as the library does: the tensors fill the file without gap or overlap.
+
+    Raises:
+      ValueError: they do not, or a shape does not fit its bytes.
+    """
+    size = size_of(path)
+    length = int.from_bytes(read_range(path, 0, 8, CheckpointError), "little") if size >= 8 else 0
+    if not 0 < length <= min(HEADER_BYTES, size - 8):
+        raise ValueError("its header is not within the file")
+    header = json.loads(read_range(path, 8, length, CheckpointError))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    at = 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            kind = STORED.get(entry["dtype"])
+            width = np.dtype(kind).itemsize if kind else None
+            if begin != at or end < begin or (width and end - begin != width * math.prod(entry["shape"])):
+                raise ValueError(f"the bytes of tensor {name!r} are not where its header says")
+            at = end
+    except (KeyError, TypeError):
+        raise ValueError("its header does not tell the place of every tensor") from None
+    if 8 + length + at != size:
+        raise ValueError(f"it has {size} bytes, and its header tells of {8 + length + at}")
     return header, 8 + length

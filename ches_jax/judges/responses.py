@@ -11,6 +11,7 @@ from ches_jax.data.template import continues
 from ches_jax.errors import DataError, many
 from ches_jax.generate.run import FILE_NAME
 from ches_jax.inputs import Opener
+from ches_jax.runs.store import here
 
 Key = tuple[str, int]
 WORDS = {
@@ -108,6 +109,7 @@ def open_responses(opener: Opener, spec: str, split: str | None, columns: Mappin
     Raises:
       DataError: nothing there, or a first row without a text.
     """
+    spec = here(spec, DataError)
     folder = Path(spec)
     if (folder / FILE_NAME).is_file():
         spec = str(folder / FILE_NAME)

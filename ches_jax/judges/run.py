@@ -39,6 +39,7 @@ from ches_jax.runs.directory import (
     write_summary,
 )
 from ches_jax.runs.lock import RunLock
+from ches_jax.runs.store import here, output_place
 from ches_jax.stats import wilson
 
 FILE_NAME = "judgments.jsonl"
@@ -72,13 +73,15 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     import jax
 
     config = checked(config)
-    with jax.enable_x64(config.by == "model" and config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+    with (
+        jax.enable_x64(config.by == "model" and config.dtype == "float64"),
+        RunLock(output_place(str(config.out))) as lock,
+    ):
         return _judge(config, resume, quiet, other_versions, lock)
 
 
 def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
-    assert config.out is not None
-    out = Path(config.out)
+    out = lock.out
     lock.require_free()
     opener = Opener()
     source = open_responses(opener, config.responses, config.split, config.columns)
@@ -102,7 +105,7 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool,
 def _judge_chunks(
     out: Path, config: JudgeConfig, source: PairSource, opener: Opener, method: Method, quiet: bool
 ) -> None:
-    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    chunks.make_folders(out)
     first = number = chunks.finished(out)
     start = number * config.chunk_rows
     rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
@@ -140,7 +143,7 @@ def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
 
 
 def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
-    rules = load_rules(opener.file(Path(config.rules) if config.rules else default_rules(), "rules"))
+    rules = load_rules(opener.file(Path(here(config.rules)) if config.rules else default_rules(), "rules"))
 
     def verdicts(chunk: list[Record]) -> list[Verdict]:
         return [refused(rules, asked_and_answered(row)[1]) for row in chunk]
@@ -164,7 +167,7 @@ def _by_labels(config: JudgeConfig, opener: Opener) -> Method:
 
 def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     assert config.judge is not None
-    path = Path(config.judge_template) if config.judge_template else default_question()
+    path = Path(here(config.judge_template)) if config.judge_template else default_question()
     question = load_question(opener.file(path, "judge_template"))
     encoder = open_encoder(opener, config.judge, None, "auto", config.template_args, option="judge")
     wrap = config.wrap

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from ches_jax.losses.inputs import LossInputs
 from ches_jax.losses.registry import Loss
 
-READ_BY_CHOSEN = ("logp_chosen", "logp_candidates", "token_logps_chosen")
+READ_BY_CHOSEN = ("logp_chosen", "logp_candidates", "logp_responses", "token_logps_chosen")
 READ_BY_REJECTED = ("logp_rejected", "token_logps_rejected")
 
 
@@ -26,7 +26,8 @@ class Incentives(NamedTuple):
     """Upward push on the chosen, downward push on the rejected side of each pair.
 
     The shape follows what the loss reads: one number for each response, for each of D2O's candidates, or for each token
-    of a loss of tokens. Rows of an unpaired loss have one side, and 0 for the other.
+    of a loss of tokens. Rows of an unpaired loss have one side, and 0 for the other. Of a list ``chosen`` is the upward
+    push on every response, which is negative for those that go down, and ``rejected`` is 0.
     """
 
     chosen: Float[Array, "*B"]

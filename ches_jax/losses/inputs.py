@@ -75,6 +75,15 @@ class LossInputs(NamedTuple):
     logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
     """D2O: log-probabilities of the policy's own samples."""
     ref_logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
+    logp_responses: Float[ArrayLike, "*B K"] | None = None
+    """Listwise: log-probabilities of a row's K responses, the best first."""
+    ref_logp_responses: Float[ArrayLike, "*B K"] | None = None
+    scores: Float[ArrayLike, "*B K"] | None = None
+    """Listwise: the scores of the responses, falling, in the judge's own unit."""
+    response_mask: Float[ArrayLike, "*B K"] | None = None
+    """1 on the responses of a row, 0 where it has fewer than others."""
+    response_tokens: ArrayLike | None = None
+    """Listwise: lengths of the responses, in tokens."""
     token_logps_chosen: Float[ArrayLike, "*B T"] | None = None
     token_logps_rejected: Float[ArrayLike, "*B U"] | None = None
     ref_token_logps_chosen: Float[ArrayLike, "*B T"] | None = None

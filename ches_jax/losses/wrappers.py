@@ -131,16 +131,20 @@ def _in_range(wrapper: str, name: str, value: float, low: float, high: float) ->
         raise ChesError(f"{wrapper}: {name}={value!r} is outside [{low:g}, {high:g}]")
 
 
+LISTS = "lists of responses with scores"
 KINDS = {
     "single responses with a label": frozenset({"logp", "desirable"}),
     "a rejected response with samples": frozenset({"logp_candidates"}),
-    "lists of responses with scores": frozenset({"logp_responses", "scores"}),
+    LISTS: frozenset({"logp_responses", "scores"}),
 }
 """What a row of the data is for losses that are not of pairs, and fields that only such a loss reads."""
 
 
 def kind_of(loss: Loss) -> str:
-    """What a row of the data is for a loss: of ``KINDS``, ``pairs``, or ``chosen responses``, which go with pairs."""
+    """What a row of the data is for a loss: ``pairs``, one of ``KINDS``, or ``chosen responses``.
+
+    The last go with pairs and with lists, whose best response they read.
+    """
     for kind, fields in KINDS.items():
         if loss.needs & fields:
             return kind
@@ -172,7 +176,8 @@ def weighted_sum(terms: Sequence[tuple[float, Loss]]) -> Loss:
         return kept[0][1]
     whole = " + ".join(_term(w, loss) for w, loss in kept)
     kinds = {kind_of(loss): loss for _, loss in reversed(kept)}
-    if len({*kinds} - {"chosen responses"}) > 1 or ("chosen responses" in kinds and kinds.keys() & KINDS.keys()):
+    alone = kinds.keys() & (KINDS.keys() - {LISTS}) if "chosen responses" in kinds else ()
+    if len({*kinds} - {"chosen responses"}) > 1 or alone:
         reads = "; ".join(f"{loss!r} reads {kind}" for kind, loss in reversed(kinds.items()))
         raise ChesError(f"{whole}: its terms are of different inputs: {reads}")
     names = _distinct([loss.name.partition("(")[0] for _, loss in kept])

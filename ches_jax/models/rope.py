@@ -2,7 +2,7 @@ r"""Rotary position embeddings, all frequency rules.
 
 Frequencies are computed in float64 on the host; angles in float32 (float64 when the model computes in float64).
 Halves of the rotary channels are rotated against each other (the "rotate half" layout of Hugging Face):
-``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)``.
+``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)``; in some families each channel against its neighbour.
 
 Sources: RoFormer (arXiv 2104.09864); linear scaling (2306.15595); NTK-aware "dynamic"; YaRN (2309.00071);
 the Llama 3.1 rule; LongRoPE (2402.13753).
@@ -41,8 +41,9 @@ def _yarn(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
 def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
     """Divide long wavelengths by ``factor``, keep short ones, blend in the band between."""
     turns = rope.original_max_positions * base / (2 * math.pi)
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
+    band = rope.high_freq_factor - rope.low_freq_factor
+    # without a band between (Llama 4) the rule is a step
+    keep = np.clip((turns - rope.low_freq_factor) / band, 0, 1) if band else (turns > rope.low_freq_factor) * 1.0
     return base * keep + base / rope.factor * (1 - keep)
 
 
@@ -56,6 +57,9 @@ def frequencies(rope: RopeConfig) -> np.ndarray:
             return _yarn(rope, base)
         case "llama3":
             return _llama3(rope, base)
+        case "proportional":
+            rotating = np.arange(rope.rotary_dim // 2) < rope.rotating_pairs
+            return np.where(rotating, base, 0.0) / rope.factor
         case "longrope":
             return base / np.asarray(rope.short_factor, np.float64)
         case _:
@@ -99,10 +103,21 @@ def tables(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], *, neighbours: bool = False
 ) -> Float[Array, "B T N H"]:
-    """Rotate the first 2R channels of every head; the rest pass through."""
+    """Rotate the first 2R channels of every head; the rest pass through.
+
+    Args:
+      x: queries or keys.
+      cos: of the angles.
+      sin: of the angles.
+      neighbours: pairs are channels (0, 1), (2, 3), ... instead of (0, R), (1, R + 1), ...
+    """
     half = cos.shape[-1]
     cos, sin = cos.astype(x.dtype)[:, :, None], sin.astype(x.dtype)[:, :, None]
+    if neighbours:
+        x1, x2, rest = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+        pairs = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        return jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)

@@ -31,6 +31,13 @@ AXES_BY_MODULE = {
     "gate_proj": OUT_OVER_TENSOR,
     "up_proj": OUT_OVER_TENSOR,
     "down_proj": IN_OVER_TENSOR,
+    "q_a_proj": (None, "fsdp"),
+    "kv_a_proj": (None, "fsdp"),
+    "q_b_proj": OUT_OVER_TENSOR,
+    "kv_b_proj": OUT_OVER_TENSOR,
+    "router": (None, "fsdp"),
+    **dict.fromkeys(("in_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv"), ("fsdp", None)),
+    "out_proj": (None, "fsdp"),
 }
 
 
@@ -41,17 +48,32 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) 
     their matrix, whole along the rank.
     """
     logical = _logical(mesh)
-    module, leaf = name.split(".")[-2:]
-    axes: tuple[str | None, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
-    if leaf == "bias":
+    *outer, module, leaf = name.split(".")
+    axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
+    if of_experts := "experts" in outer:
+        # whole experts lie on devices, not parts of each
+        axes = tuple(None if axis == "tensor" else axis for axis in axes)
+    if len(shape) - (below_stack(name) is not None) - of_experts == 1:
         axes = axes[:1]
     elif leaf == "lora_a":
         axes = (None, *axes[1:])
     elif leaf == "lora_b":
         axes = (*axes[:1], None)
+    if of_experts:
+        axes = (expert_axes(shape[1], logical) or None, *axes)
     axes = (() if below_stack(name) is None else (None,)) + axes
-    divides = (a if a and n % logical.size(a) == 0 else None for a, n in zip(axes, shape, strict=True))
+    divides = (a if a and n % logical.size(*_axes(a)) == 0 else None for a, n in zip(axes, shape, strict=True))
     return logical.spec(PartitionSpec(*divides))
+
+
+def _axes(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def expert_axes(count: int, logical: LogicalMesh) -> tuple[str, ...]:
+    """Over which axes ``count`` experts are spread: as many devices as divide them."""
+    options = (("expert", "tensor"), ("expert",), ("tensor",))
+    return next((axes for axes in options if logical.size(*axes) > 1 and count % logical.size(*axes) == 0), ())
 
 
 def placement(mesh: Mesh | LogicalMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -143,21 +165,22 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
     parts = logical.size("tensor")
 
     def run(inputs: AttentionInputs, params: AttentionParams) -> jax.Array:
-        q, k, v, ranges = inputs
+        q, k, v, ranges, sinks = inputs
         rows, length, kv, group, width = q.shape
         if kv % parts and (kv * group) % parts == 0:
             q = q.reshape(rows, length, kv * group, 1, width)
             k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))
+            sinks = None if sinks is None else sinks.reshape(kv * group, 1)
         heads = "tensor" if q.shape[2] % parts == 0 else None
         by_row = logical.spec(logical.rows(rows))
         by_head = logical.spec(PartitionSpec(*logical.rows(rows), None, heads))
         local = jax.shard_map(
             lambda *arrays: attend(AttentionInputs(*arrays), params),
             mesh=logical.current,
-            in_specs=(by_head, by_head, by_head, by_row),
+            in_specs=(by_head, by_head, by_head, by_row, logical.spec(PartitionSpec(heads))),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(q, k, v, ranges).reshape(rows, length, kv, group, width)
+        return local(q, k, v, ranges, sinks).reshape(rows, length, kv, group, width)
 
     return run

@@ -7,6 +7,8 @@ from ches_jax.errors import RunError
 from ches_jax.report.document import Page
 from ches_jax.report.render import render
 from ches_jax.runs.files import remove_leftovers, replacing
+from ches_jax.runs.store import fetched_run, output_place, place
+from ches_jax.scores.table import FORECAST, INFLUENCE
 from ches_jax.select.scored_rows import SourceRow
 
 FILE_NAME = "report.html"
@@ -32,9 +34,11 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
     Raises:
       RunError: nothing in the directory can be drawn; the message names what is there.
     """
-    folder = Path(run_dir)
-    folder = folder.parent if folder.is_file() else folder
-    return write_page(page_of(folder, rows), folder if out is None else Path(out))
+    given = place(run_dir, RunError)
+    folder = fetched_run(given, RunError)
+    if folder.is_file():
+        folder, given = folder.parent, given.parent
+    return write_page(page_of(folder, rows), output_place(given if out is None else out, RunError))
 
 
 def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
@@ -52,6 +56,14 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
         from ches_jax.report.training_page import training_page
 
         return training_page(folder)
+    if FORECAST in has:
+        from ches_jax.report.forecast_page import forecast_page
+
+        return forecast_page(folder)
+    if INFLUENCE in has:
+        from ches_jax.report.forecast_page import influence_page
+
+        return influence_page(folder)
     if has & {"responses.jsonl", "judgments.jsonl"}:
         from ches_jax.report.response_page import response_page
 
@@ -75,7 +87,8 @@ def write_page(page: Page, out: Path) -> Path:
 def _what_is_there(folder: Path, has: set[str]) -> str:
     expected = (
         "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (diagnosis.json), "
-        "generate (responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
+        "forecast (forecast.parquet), influence (influence.parquet), generate (responses.jsonl), judge "
+        "(judgments.jsonl), select (selection.json) or verify (claims.json)"
     )
     if not folder.exists():
         return f"does not exist; {expected}"

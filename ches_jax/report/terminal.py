@@ -11,6 +11,7 @@ from ches_jax.report.axes import digits_of, readable
 from ches_jax.report.elements import row_key
 from ches_jax.report.page import page_of
 from ches_jax.report.pair_table import Column, PairTable, Tokens
+from ches_jax.runs.store import fetched_run, place
 
 RED, BLUE, PLAIN = "\x1b[41;97m", "\x1b[44;97m", "\x1b[0m"
 """Behind tokens that raise the risk, behind those that lower it."""
@@ -30,6 +31,7 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
     Raises:
       RunError: no such pair, or several of that name.
     """
+    run_dir = fetched_run(place(run_dir, RunError), RunError)
     page = page_of(run_dir)
     pairs = page.pairs
     if pairs is None:

@@ -13,19 +13,24 @@ computed again; a run is joined when every chunk up to the end is there as it wa
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import read_object, replacing, sha256
+from ches_jax.runs.store import make_folder, remove
 
 FOLDER = "parts"
 DROPPED = "dropped.jsonl"
 """Rows that the run left out, each with its reason."""
 LINES = ".jsonl"
 END = "end.json"
+
+
+def make_folders(out: Path) -> None:
+    """Where parts will lie."""
+    make_folder(out / FOLDER)
 
 
 def path(out: Path, number: int, suffix: str = LINES, name: str = "part") -> Path:
@@ -230,7 +235,7 @@ def _concatenate(paths: list[Path], target: Path) -> None:
 
 def clear(out: Path) -> None:
     """Remove the parts of a run that is joined."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    remove(out / FOLDER)
 
 
 def read_lines(source: Path) -> Iterator[dict[str, Any]]:

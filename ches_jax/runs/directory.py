@@ -14,6 +14,7 @@ from typing import Any
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import read_object, replacing
 from ches_jax.runs.shapes import require_shape
+from ches_jax.runs.store import make_folder
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -102,7 +103,7 @@ def open_run(
             raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
         _require_versions(out, there, identity, other_versions)
         return there
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / CONFIG, identity)
     return identity
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and readers whose errors name the fault.
+"""Files that are there whole or not at all, here and in stores, and readers whose errors name the fault.
 
 Everything that is read as JSON or Parquet from a directory of a model or a run comes through here: regular files only,
 of bounded size, and any damage is one message.
@@ -14,12 +14,14 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.errors import ChesError
+from ches_jax.runs import store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +31,7 @@ JSON_BYTES = 64 * 2**20
 _TEMPORARY = re.compile(r"\.(?P<name>.+?)\.(?:(?P<host>[0-9a-f]{8})-)?(?P<pid>\d+)(?:-[0-9a-f]{8})?\.tmp")
 
 
-def _host() -> str:
+def host() -> str:
     """Where a process id has its meaning: the machine, and the namespace of process ids (a container) on it."""
     with contextlib.suppress(OSError):
         return hashlib.sha256(f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
@@ -38,44 +40,50 @@ def _host() -> str:
 
 def _temporary(path: Path) -> Path:
     """A hidden name beside ``path`` that no other process on any host uses."""
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _abandoned(path: Path) -> bool:
     """Whether whoever made this temporary file has ended; a process of another host counts as alive."""
     match = _TEMPORARY.fullmatch(path.name)
-    if match is None or match["host"] not in (None, _host()):
+    return match is not None and dead_here(match["host"] or host(), match["pid"])
+
+
+def dead_here(machine: object, process: object) -> bool:
+    """Whether a process of this machine (``host``) has ended; one of another machine counts as alive."""
+    if machine != host():
         return False
     try:
-        os.kill(int(match["pid"]), 0)
+        os.kill(int(str(process)), 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:
+    except (PermissionError, ValueError):
         return False
     return False
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left half written in ``folder``: of the target ``name``, or of all."""
+    if store.is_store(folder):  # where nothing is renamed, nothing is half written
+        return
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match is not None and name in (None, match["name"]) and _abandoned(path):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+            store.remove(path)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name, renamed to ``path`` when the block ends well and removed when not.
 
-    A reader therefore sees the whole file or none, also after the machine stops in between.
+    A reader therefore sees the whole file or none, also after the machine stops in between. For a place in a store the
+    temporary name lies on this machine, and the file is uploaded as one object.
     """
+    if store.is_store(path):
+        with tempfile.TemporaryDirectory(prefix="ches-upload-") as folder:
+            yield Path(folder) / path.name
+            store.put(Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -88,13 +96,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(out: Path, error: type[ChesError]) -> Iterator[Path]:
+def new_directory(out: Path, error: type[ChesError], marker: str | None = None) -> Iterator[Path]:
     """A directory to fill; it gets its name when the block ends well, and is removed otherwise.
+
+    In a store the files are uploaded when the block ends well, and ``marker`` last: a folder without it is not whole.
 
     Raises:
       error: ``out`` is there already and is not an empty directory.
     """
     refused = f"{out}: exists and is not an empty directory; choose another --out"
+    if store.is_store(out):
+        if out.exists():
+            raise error(refused)
+        with tempfile.TemporaryDirectory(prefix="ches-upload-") as folder:
+            yield Path(folder)
+            store.put_folder(Path(folder), out, marker)
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise error(refused)
     remove_leftovers(out.parent, out.name)
@@ -112,10 +129,21 @@ def new_directory(out: Path, error: type[ChesError]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def staged(out: Path, marker: str) -> Iterator[Path]:
+    """``out`` itself; for a place in a store a folder here, uploaded when the block ends well, ``marker`` last."""
+    if not store.is_store(out):
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="ches-upload-") as folder:
+        yield Path(folder)
+        store.put_folder(Path(folder), out, marker)
+
+
 def sha256(path: Path) -> str:
     """Of the bytes of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
@@ -126,13 +154,7 @@ def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
         ``JSON_BYTES``, is nested too deeply, or is not JSON.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise error(f"{path}: not a regular file; expected JSON")
-            if about.st_size > JSON_BYTES:
-                raise error(f"{path}: {about.st_size} bytes; expected at most {JSON_BYTES} of JSON")
-            return json.loads(file.read(JSON_BYTES + 1).decode("utf-8"))
+        return json.loads(_bounded(path, error).decode("utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent}: no {path.name}; expected {expected}") from None
     except OSError as e:
@@ -141,6 +163,23 @@ def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
         raise error(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as e:  # bytes that are no UTF-8, words that are no JSON, numbers of thousands of digits
         raise error(f"{path}: not valid JSON ({str(e).partition(';')[0]})") from None
+
+
+def _bounded(path: Path, error: type[ChesError]) -> bytes:
+    """The bytes of a regular file of at most ``JSON_BYTES``."""
+    if store.is_store(path):
+        size, data = store.size_of(path), b""
+        if size <= JSON_BYTES:
+            data = store.read_range(path, 0, size, error)
+    else:
+        with open(path, "rb", opener=_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise error(f"{path}: not a regular file; expected JSON")
+            size, data = about.st_size, file.read(JSON_BYTES + 1) if about.st_size <= JSON_BYTES else b""
+    if size > JSON_BYTES:
+        raise error(f"{path}: {size} bytes; expected at most {JSON_BYTES} of JSON")
+    return data
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -183,10 +222,10 @@ def read_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.is_file():
+    if not store.is_there(path):
         raise error(f"{path}: no such file; expected {expected}")
     try:
-        table = pq.read_table(path, **options)
+        table = pq.read_table(parquet_source(path), **options)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, SystemError) as e:
         raise error(
@@ -223,3 +262,12 @@ def _typed(
             raise error(f"{path}: column {field.name} lacks {column.null_count} of {len(table)} values")
         table = table.set_column(at, field, column)
     return table
+
+
+def parquet_source(path: Path) -> Any:
+    """What pyarrow reads a table from: the path here, the bytes of an object of a store."""
+    if not store.is_store(path):
+        return path
+    import pyarrow as pa
+
+    return pa.BufferReader(store.read_range(path, 0, store.size_of(path)))

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
-from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards
+from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards, weights_are_whole
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
@@ -72,7 +72,7 @@ def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Arra
 @lru_cache(maxsize=16)
 def _program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Attend) -> Any:
     """The pass as a function of arrays alone: models of one architecture share it, and what jax compiles of it."""
-    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    whole = weights_are_whole(mesh)
 
     def run(state, rows: PackedBatch) -> SegmentStatistics:
         return _statistics(nnx.merge(graph, state), rows, outputs, None if whole else mesh, attend)
@@ -99,7 +99,7 @@ class ForwardPass:
         self.shapes: list[tuple[int, ...]] = []
         self._compiled: dict[tuple[int, ...], Callable[..., SegmentStatistics]] = {}
         graph, state = nnx.split(model)
-        whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+        whole = weights_are_whole(mesh)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
         self._jitted = _program(graph, mesh, outputs, attend)

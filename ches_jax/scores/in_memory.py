@@ -5,7 +5,7 @@ same to the bit.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +24,8 @@ from ches_jax.runs.directory import versions
 from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, with_defaults
 from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
 from ches_jax.scores.scorer import Batching, PairScorer
-from ches_jax.scores.table import CANDIDATES, schema, table_of, with_columns
+from ches_jax.scores.table import CANDIDATES, table_of, with_columns
+from ches_jax.scores.table import schema as table_schema
 from ches_jax.types import Eos, OnBadRow, Template, TokenPair
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def score_pairs(
     max_length: int | None = None,
     template: Template = "auto",
     template_args: Mapping[str, Any] | None = None,
-    columns: Mapping[str, str] | None = None,
+    schema: str = "auto",
+    columns: Mapping[str, str | Sequence[str]] | None = None,
     candidates: Pairing | None = None,
     on_bad_row: OnBadRow = "error",
     batch_tokens: int | Literal["auto"] | None = None,
@@ -109,14 +111,17 @@ def score_pairs(
       model: from ``load_model``.
       tokenizer: from ``load_tokenizer``, or any transformers tokenizer that belongs to the model.
       rows: a list of dicts, a ``datasets.Dataset`` or an Arrow table, with columns ``prompt, chosen, rejected`` (text
-        or messages), ``prompt, responses`` or ``prompt_ids, chosen_ids, rejected_ids``.
+        or messages), ``prompt, responses`` or ``prompt_ids, chosen_ids, rejected_ids``, or others that ``schema`` or
+        ``columns`` explain.
       by: ``head_score`` computes the exact score of the unembedding's gradient beside CHES.
       logps: log-probabilities of both responses too, in nats.
       eos: whether the terminator of a complete response counts in its length.
       max_length: most tokens of prompt and response together; default: the model's context.
       template: when the chat template is used: auto (conversations only), always, none; or which: a name or a file.
       template_args: variables of the chat template, for every row; ``now`` stops its clock at a date.
-      columns: other names of columns, ``{"prompt": "instruction"}``.
+      schema: what the columns mean: auto (recognised and reported), a preset by name, or a JSON or TOML file.
+      columns: other names of columns, ``{"prompt": "instruction"}``, or the words of a schema,
+        ``{"responses": ["answer_a", "answer_b"], "winner": "label", "order": ["A", "B"]}`` (docs/data.md).
       candidates: which pairs of rows with several responses are meant.
       on_bad_row: flagged rows: ``error``; ``drop`` (listed in the table's metadata under ``dropped``); ``keep`` (scored
         where possible, flagged).
@@ -156,7 +161,8 @@ def score_pairs(
             out="in memory",
         )
     )
-    source = rows_in_memory(rows, columns, candidates).tolerant()
+    words = {name: theirs if isinstance(theirs, str) else ",".join(theirs) for name, theirs in (columns or {}).items()}
+    source = rows_in_memory(rows, words, candidates, schema=schema).tolerant()
     tokenize = pair_tokenizer(
         tokenizer, model.config, max_length=max_length, eos=eos, template=template, template_args=template_args
     )
@@ -185,12 +191,13 @@ def score_pairs(
         "convention": convention(eos, max_length, template, template_args or {}),
         "dtype": dtype,
         "versions": versions(),
+        "schema": source.schema_record(),
         "dropped": [dropped_record(p) for s in scored for p in s.dropped],
     }
     names = set(scored[0].columns) | {n for s in scored for n in CANDIDATES if n in s.columns}
-    whole = schema(names, metadata)
+    whole = table_schema(names, metadata)
     return pa.concat_tables(
-        with_columns(table_of(s.columns, schema(s.columns, metadata)), whole) for s in scored
+        with_columns(table_of(s.columns, table_schema(s.columns, metadata)), whole) for s in scored
     ).combine_chunks()
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ches_jax.data.audit import dropped_record
 from ches_jax.runs import chunks
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import parquet_source, replacing
 from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, with_columns, write_part
 from ches_jax.types import TokenPair
 
@@ -92,15 +92,15 @@ def merge(out: Path) -> None:
     chunks.join_dropped(out, count)
     tokens = [p for n in range(count) if (p := chunks.path(out, n, SUFFIX, "tokens")).is_file()]
     if tokens:
-        names = {name for path in tokens for name in pq.read_schema(path).names}
+        names = {name for path in tokens for name in pq.read_schema(parquet_source(path)).names}
         schema = _without(set(TOKEN_SCHEMA.names) - names)
         with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for path in tokens:
-                writer.write_table(with_columns(pq.read_table(path), schema))
+                writer.write_table(with_columns(pq.read_table(parquet_source(path)), schema))
     merge_parts([part(out, n) for n in range(count)], out / FILE_NAME)
 
 
 def counts(out: Path) -> dict[str, int]:
     """Rows of a joined run: in all, kept, dropped."""
-    kept, dropped = pq.read_metadata(out / FILE_NAME).num_rows, chunks.count_dropped(out)
+    kept, dropped = pq.read_metadata(parquet_source(out / FILE_NAME)).num_rows, chunks.count_dropped(out)
     return {"rows": kept + dropped, "kept": kept, "dropped": dropped}

@@ -31,6 +31,7 @@ from ches_jax.runs.directory import (
 )
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
 from ches_jax.scores import parts
 from ches_jax.scores.config import ScoreConfig, with_defaults
 from ches_jax.scores.forward import Outputs
@@ -60,8 +61,13 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out)), shared=process.count > 1) as lock:
+    with jax.enable_x64(config.dtype == "float64"), _lock(config, process) as lock:
         return _score(config, process, resume, quiet, other_versions, lock)
+
+
+def _lock(config: ScoreConfig, process: Process) -> RunLock:
+    assert config.out is not None
+    return RunLock(output_place(config.out), shared=process.count > 1, first=process.first)
 
 
 def _score(
@@ -72,8 +78,7 @@ def _score(
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.sharding import placement
 
-    assert config.out is not None
-    out = Path(config.out)
+    out = lock.out
     lock.require_free()
     mesh = make_mesh(config.mesh)
     opener = Opener()
@@ -102,7 +107,7 @@ def _score(
         _finish(out, {"device": device_name(), "processes": process.count})
         return out
     metadata = _metadata(identity, model.config.family, began.get("versions") or versions())
-    (out / chunks.FOLDER).mkdir(exist_ok=True)
+    chunks.make_folders(out)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
     say("compiling", quiet=quiet)

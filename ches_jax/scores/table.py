@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import parquet_source, replacing
+from ches_jax.runs.store import is_there, place
 
 COLUMNS: dict[str, pa.DataType] = {
     "row_id": pa.string(),
@@ -111,7 +112,7 @@ class TableWriter:
     """
 
     def __init__(self, path: Path | str, columns: Iterable[str], metadata: Mapping[str, Any]):
-        self.path = Path(path)
+        self.path = place(path)
         self.schema = schema(columns, metadata)
         self._last = BEFORE_ALL
         self._waiting: list[pa.Table] = []
@@ -221,13 +222,13 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
     """
     if not parts:
         raise RunError(f"{out}: no parts to merge")
-    with _open(Path(parts[0])) as file:
+    with _open(place(parts[0])) as file:
         first = file.schema_arrow
     metadata = metadata_of(first, str(parts[0]))
     rows = 0
     with TableWriter(out, [*first.names, *_candidate_columns(parts)], metadata) as writer:
         for part in parts:  # one open at a time: a long run has more parts than a process may have files
-            with _open(Path(part)) as file:
+            with _open(place(part)) as file:
                 _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
                 for batch in file.iter_batches(batch_size=ROW_GROUP):
                     writer.write_table(with_columns(pa.Table.from_batches([batch]), writer.schema))
@@ -239,7 +240,7 @@ def _candidate_columns(parts: Sequence[Path | str]) -> set[str]:
     """``CANDIDATES`` where some part has them: one without such a row does not."""
     present: set[str] = set()
     for part in parts:
-        with _open(Path(part)) as file:
+        with _open(place(part)) as file:
             present |= set(CANDIDATES) & set(file.schema_arrow.names)
     return present
 
@@ -272,23 +273,23 @@ def _check_agrees(
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
+    if not is_there(path):
         raise RunError(f"{path}: no such file")
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(parquet_source(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
 def table_path(run: Path | str) -> Path:
     """Where the table of a run is: the file itself, or ``scores.parquet`` or ``influence.parquet`` in its directory."""
-    path = Path(run)
+    path = place(run)
     if not path.exists():
         raise RunError(f"{path}: no such file or directory; expected a directory of `ches score`")
-    if path.is_file():
+    if is_there(path):
         return path
     for name in (FILE_NAME, INFLUENCE):
-        if (path / name).is_file():
+        if is_there(path / name):
             return path / name
     raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
 

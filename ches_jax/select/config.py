@@ -1,10 +1,9 @@
 """The options of ``ches select``. Plain data: importing this module loads no jax."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from ches_jax.options import Columns
+from ches_jax.options import Columns, Place
 from ches_jax.types import Control
 
 
@@ -16,9 +15,9 @@ class SelectConfig:
     'lowest:0.05'
     """
 
-    scores: Path
+    scores: Place
     """A directory of ``ches influence`` or ``ches score``, or the table in it."""
-    out: Path
+    out: Place
     """The directory to write; must not exist, or be empty."""
     by: str = "influence"
     """The score: influence (of a directory of `ches influence`; the only filter that was measured to help), head_score,

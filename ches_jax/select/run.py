@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from ches_jax.errors import RunError
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.scores.formulas import numbers
 from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table
 from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
@@ -22,6 +23,8 @@ from ches_jax.select.dataset_card import card
 from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
 from ches_jax.stats import spearman
+
+SUMMARY = "selection.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +158,14 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     Raises:
       RunError: bad rule, score or directory, or the pairs are not those that were scored.
     """
+    config = replace(config, scores=fetched_run(place(config.scores), RunError))
     table, metadata = read_table(_table(config))
     if needs_data(table, config):
         rows = None if rows is None else list(rows)  # read twice
         decision = decide(table, config, source_rows(config) if rows is None else rows)
     else:
         decision = decide(table, config)
-    with new_directory(Path(config.out), RunError) as folder:
+    with new_directory(output_place(config.out, RunError), RunError, SUMMARY) as folder:
         rows = source_rows(config) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
         scored_with = read_run(config.scores).get("config") or {}
@@ -173,7 +177,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
         }
         summary = json_value(summary)
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / "selection.json").write_text(text + "\n", encoding="utf-8")
+        (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(summary), encoding="utf-8")
     return summary
 

@@ -8,11 +8,13 @@ from typing import Any, cast
 import numpy as np
 
 from ches_jax.train.checkpoints import Checkpoints, parse_best
+from ches_jax.train.data.examples import ranks_of
 from ches_jax.train.data.loader import Loader
 from ches_jax.train.data.split import write_dropped
 from ches_jax.train.objective import initial_loss_state, reads_reference_tokens
 from ches_jax.train.observe.displacement_log import DisplacementLog, DisplacementObserver
 from ches_jax.train.observe.eval_loss import EvalLoss
+from ches_jax.train.observe.label_posteriors import LabelPosteriors, in_doubt
 from ches_jax.train.observe.observer import EveryUpdate, Observer, Observers, Watch
 from ches_jax.train.observe.pair_logprobs import Evaluator, WatchedPairs
 from ches_jax.train.observe.probes import ProbeLog, ProbeObserver, Prober
@@ -40,6 +42,8 @@ class Parts:
     own: Observers
     """The caller's, whose numbers join the line of each update."""
     saved: Checkpoints
+    posteriors: LabelPosteriors | None = None
+    """Of a loss whose labels are in doubt (LCPO)."""
 
     def take_state(self) -> TrainState:
         """The state before the first update, given away: a run that resumes from another one can free its memory."""
@@ -48,8 +52,13 @@ class Parts:
         return state
 
 
-def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
+def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) -> Parts:
     """Load the weights, compute the reference, make the state, the step and the observers.
+
+    Args:
+      run: what was opened; its logs are written in ``run.out``.
+      place: where checkpoints lie: ``run.out``, or in a store.
+      observers: the caller's own.
 
     Raises:
       ChesError: a reference that does not fit, weights that cannot be read.
@@ -74,7 +83,8 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
         write=run.process.first,
     )
     total = run.plan.total
-    evaluations = Observers(_evaluations(run, policy, evaluate, reference.get("held_out"), initial), total)
+    posteriors = LabelPosteriors(run.loss, run.sets, run.train, run.held_out, reference) if in_doubt(run.loss) else None
+    evaluations = Observers(_evaluations(run, policy, evaluate, reference.get("held_out"), initial, posteriors), total)
     own = [one if hasattr(one, "observe") else EveryUpdate(policy, cast(Watch, one)) for one in observers]
     optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
     state = initial_state(params, optimizer, initial_loss_state(run.loss, run.master), run.mesh)
@@ -96,18 +106,24 @@ def assemble(run: Run, observers: Sequence[Observer | Watch] = ()) -> Parts:
         update=step,
         evaluations=evaluations,
         own=Observers(cast(Sequence[Observer], own), total),
-        saved=Checkpoints(run.out, config.keep, best, config.save_every),
+        saved=Checkpoints(place, config.keep, best, config.save_every),
+        posteriors=posteriors,
     )
 
 
 def _evaluations(
-    run: Run, policy: Policy, evaluate: Evaluator, reference: Logps | None, initial: dict[str, Any]
+    run: Run,
+    policy: Policy,
+    evaluate: Evaluator,
+    reference: Logps | None,
+    initial: dict[str, Any],
+    posteriors: LabelPosteriors | None,
 ) -> list[Observer]:
     """Displacement, loss on the held-out pairs, probes; all look every ``eval_every`` updates."""
     config, write = run.config, run.process.first
     watched = WatchedPairs(evaluate, run.sets)
-    log = DisplacementLog(run.out, config.eos, config.tolerance, write=write)
-    observers: list[Observer] = [DisplacementObserver(config.eval_every, watched, log)]
+    log = DisplacementLog(run.out, config.eos, config.tolerance, write=write, ranks=ranks_of(run.train, run.held_out))
+    observers: list[Observer] = [DisplacementObserver(config.eval_every, watched, log, posteriors)]
     if run.pairs.held_out and not run.loss.stateful:
         dtype = np.dtype(run.master)
         observers.append(

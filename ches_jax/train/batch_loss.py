@@ -4,6 +4,7 @@ Which field of ``LossInputs`` comes from where:
 
     logp_*, ref_logp_*, *_tokens       the responses of an item: the chosen one first, the rejected one last
     logp_candidates                    all responses but the last: samples stand where the chosen one stood
+    *_responses, response_mask         lists: all responses, the best first
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
     weights, rewards_*, desirable      columns of the data (``Batch.extra``)
@@ -40,6 +41,10 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         # samples stand where the chosen response stood
         "logp_candidates": responses[:, :-1],
         "ref_logp_candidates": ref[:, :-1],
+        "logp_responses": responses,
+        "ref_logp_responses": ref,
+        "response_mask": (batch.counts > 0).astype(responses.dtype),
+        "response_tokens": batch.counts,
         # unpaired: the first response is the row's own, the second another row's (``examples.unpaired``)
         "logp": responses[:, 0],
         "ref_logp": ref[:, 0],

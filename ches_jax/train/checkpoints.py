@@ -24,9 +24,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.files import read_object
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import is_store, scheme_of
 from ches_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"
+"""What orbax writes last into a checkpoint in a store."""
 UNREADABLE = "unreadable-"
 """Before the step, in the name of a checkpoint that could not be read and was put aside."""
 SECONDS = 600.0
@@ -111,7 +114,7 @@ class Checkpoints:
             ``best``.
         """
         _log_failures_once()
-        self.folder = (out / FOLDER).absolute()
+        self.folder = _folder(out)
         self._best = best
         self._every = every
         self._last = time.monotonic()
@@ -254,11 +257,12 @@ class Checkpoints:
         """A checkpoint that cannot be read gets another name, so that the one before it is the last; says so.
 
         Raises:
-          RunError: several processes are at work, whose last checkpoints must not differ.
+          RunError: several processes are at work, whose last checkpoints must not differ; a store, which does not
+            rename.
         """
         reason = str(error).partition("\n")[0][:200]
         what = f"{self.folder / str(step)}: the checkpoint cannot be read ({type(error).__name__}: {reason})"
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 or not isinstance(self.folder, Path):
             raise RunError(f"{what}; move it away and --resume from the one before it") from None
         aside = self.folder / f"{UNREADABLE}{step}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -272,15 +276,37 @@ class Checkpoints:
         self._manager.close()
 
 
+def require_place(out: Path) -> None:
+    """Refuse a store that checkpoints are not written to.
+
+    Raises:
+      RunError: orbax writes to paths and to ``gs://``.
+    """
+    if scheme_of(out) not in ("", "gs"):
+        raise RunError(f"--out {out}: checkpoints of training are written to a path or to gs://")
+
+
+def _folder(out: Path) -> Any:
+    """The folder of a run's checkpoints as orbax takes it: a path, or its own for a store."""
+    if not is_store(out):
+        return (out / FOLDER).absolute()
+    from etils import epath
+
+    return epath.Path(str(out / FOLDER))
+
+
 def saved_steps(out: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, rising; the run may be under way."""
-    return sorted(int(p.name) for p in (out / FOLDER).glob("*") if p.name.isdigit())
+    folder = _folder(out)
+    named = (p for p in folder.glob("*") if p.name.isdigit()) if folder.exists() else ()
+    # in a store a checkpoint has its name from the first byte on, and this file when it is whole
+    return sorted(int(p.name) for p in named if not is_store(out) or (p / COMMITTED).exists())
 
 
 def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
     """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written."""
-    folder = (out / FOLDER / str(step)).absolute()
-    shapes = read_object(folder / "about" / "metadata", RunError, "a checkpoint of a run")["shapes"]
+    folder = _folder(out) / str(step)
+    shapes = read_object(out / FOLDER / str(step) / "about" / "metadata", RunError, "a checkpoint of a run")["shapes"]
     place = SingleDeviceSharding(jax.local_devices()[0])
     target = {}
     for name, text in shapes.items():

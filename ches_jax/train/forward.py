@@ -85,7 +85,9 @@ def batch_logps(model: Decoder, batch: Batch, *, norms: bool = False, **options:
     sums = segment_sums(predictions, batch.rows.segment, batch.rows.last.shape[1])
     row, first = batch.row[:, None], batch.shared[:, None]
     own = first + 1 + jnp.arange(batch.counts.shape[1], dtype=jnp.int32)[None]
-    responses = sums[row, first] + sums[row, own]
+    # a list may be shorter than there is room for; what lies behind it belongs to others
+    there = jnp.minimum(own, sums.shape[1] - 1)
+    responses = jnp.where(batch.counts > 0, sums[row, first] + sums[row, there], 0.0)
     if batch.tokens is None:
         return ResponseLogps(responses, head_norms=found)
     return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found)

@@ -20,8 +20,11 @@ from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
+from ches_jax.runs.store import output_place
+from ches_jax.runs.workspace import Workspace
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
+from ches_jax.train.checkpoints import require_place
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines, NullTracker
@@ -72,7 +75,9 @@ def train(
     if process.count > 1 and config.out is None:
         raise ChesError("--distributed: give the run directory with --out; all processes must see it")
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
-    with jax.enable_x64(config.dtype == "float64"), RunLock(Path(str(config.out))) as lock:
+    place = output_place(str(config.out))
+    require_place(place)
+    with jax.enable_x64(config.dtype == "float64"), RunLock(place) as lock, Workspace(place, RUN) as work:
         with process.sharing_errors():
             if process.first:
                 lock.require_free()
@@ -89,17 +94,20 @@ def train(
             if not (run.out / CONFIG).exists():
                 raise RunError(
                     f"{run.out}: process 0 has made it, process {process.id} does not see it; --out must be on "
-                    "a file system that all processes share"
+                    "a file system that all processes share, or in a store (gs://)"
                 )
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
             return run.out
+        with process.sharing_errors():
+            work.pull()
         quiet = quiet or not process.first
+        run = replace(run, out=work.here)
         say(f"loading the model ({run.model.directory})", quiet=quiet)
-        parts = assemble(run, observers)
+        parts = assemble(run, place, observers)
         say(f"the loss: {run.loss!r}", quiet=quiet)
         say("compiling, then training", quiet=quiet)
-        return _train(run, parts, quiet)
+        return _train(run, parts, work, quiet)
 
 
 WRITTEN = ("loss", "loss_args", "sft", "sft_per")
@@ -112,12 +120,14 @@ def _written_before(out: Path, objective: str) -> dict[str, Any]:
     return {name: there[name] for name in WRITTEN if name in there} if there.get("objective") == objective else {}
 
 
-def _train(run: Run, parts: Parts, quiet: bool) -> Path:
+def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
     """Every update of the run, what is seen of it, what is kept of it."""
     started, config, total = time.perf_counter(), run.config, run.plan.total
     policy, saved = parts.policy, parts.saved
     state, first = saved.resume(parts.take_state(), run.plan.position)
     tracker, summary = _open_tracker(run, first), {}
+    if parts.posteriors is not None:
+        parts.posteriors.state = state.loss_state
     if first == 0:
         params = policy.parameters(state.params)
         summary = parts.evaluations.observe(0, params)
@@ -142,21 +152,33 @@ def _train(run: Run, parts: Parts, quiet: bool) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()
             evaluated = parts.evaluations.due(step)
+            if evaluated and parts.posteriors is not None:
+                parts.posteriors.state = state.loss_state
             if evaluated:
                 summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
             stopping, overdue = run.process.any_of(stop.requested, saved.overdue())
             if step == total or stopping or overdue or saved.due(step, evaluated):
+                with run.process.sharing_errors():
+                    _push(run, work)
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
                 saved.wait()
-                raise Stopped(f"{run.out}: stopped by SIGTERM after update {step} of {total}; go on with --resume")
+                raise Stopped(f"{work.place}: stopped by SIGTERM after update {step} of {total}; go on with --resume")
     saved.wait()
     if first == total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
     best = saved.best()
     saved.close()
-    return _finish(run, parts, state, summary, best, started, total - first)
+    _finish(run, parts, state, summary, best, started, total - first)
+    with run.process.sharing_errors():
+        _push(run, work)
+    return work.place
+
+
+def _push(run: Run, work: Workspace) -> None:
+    if run.process.first:
+        work.push()
 
 
 def _open_tracker(run: Run, first: int) -> Trackers | NullTracker:
@@ -176,7 +198,7 @@ def _finish(
     best: dict[str, Any] | None,
     started: float,
     updates: int,
-) -> Path:
+) -> None:
     """Export the weights, close the logs, write ``run.json``."""
     trained = sum(a.size for a in state.params.values())
     # of several processes the first one gets the weights of all
@@ -189,7 +211,6 @@ def _finish(
         seconds = time.perf_counter() - started
         _write_summary(run, summary, exported, best, trained, seconds, updates)
     run.process.exchange(None)
-    return run.out
 
 
 def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, parse_loss, with_sft, with_soft_labels, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS
 from ches_jax.losses.tokens import SPAN_MASKS, TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE, TOKEN_WEIGHTS
-from ches_jax.losses.wrappers import kind_of
+from ches_jax.losses.wrappers import LISTS, kind_of
 from ches_jax.types import SftUnit
 
 SUPPLIED = (
@@ -31,6 +31,7 @@ SUPPLIED = (
     | SPAN_MASKS
     | {"weights", "label_probability", "logp", "ref_logp", "desirable", "kl_baseline"}
     | {"logp_candidates", "ref_logp_candidates"}
+    | {"logp_responses", "ref_logp_responses", "scores", "response_mask", "response_tokens"}
     | {"reward_mean", "label_prior", "log_delta", "head_norm_chosen", "head_norm_rejected"}
 )
 """Fields of ``LossInputs`` that training can fill."""
@@ -100,6 +101,11 @@ def is_unpaired(loss: Loss) -> bool:
 def reads_samples(loss: Loss) -> bool:
     """Whether several responses stand where the chosen one stood, as D2O's samples do."""
     return "logp_candidates" in loss.needs
+
+
+def reads_lists(loss: Loss) -> bool:
+    """Whether an example is a list of responses with scores."""
+    return kind_of(loss) == LISTS
 
 
 def reads_tokens(loss: Loss) -> bool:

@@ -71,9 +71,13 @@ def _scale_by_torch_rmsprop(alpha: float, eps: float) -> optax.GradientTransform
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
+VECTORS = ("bias", "sinks", "scale", "correction", "scalar")
+"""Ends of the names of parameters that are no matrices, norms aside; the last two are stored and not trained."""
+
+
 def decays(params: Params) -> dict[str, bool]:
-    """Where weight decay applies: matrices, not norm weights and biases."""
-    return {name: "norm" not in name and not name.endswith("bias") for name in params}
+    """Where weight decay applies: matrices, not norm weights, biases and the other vectors."""
+    return {name: "norm" not in name and not name.endswith(VECTORS) for name in params}
 
 
 def _rmsprop(schedule: Schedule, *, alpha: float, eps: float, momentum: float) -> optax.GradientTransformation:

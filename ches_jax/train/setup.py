@@ -24,6 +24,7 @@ from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
+from ches_jax.runs.store import here, output_place
 from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
@@ -34,6 +35,7 @@ from ches_jax.train.objective import (
     get_objective,
     is_unpaired,
     needs_reference,
+    reads_lists,
     reads_reference_tokens,
     reads_samples,
     reads_tokens,
@@ -97,7 +99,7 @@ class Run:
     @property
     def master(self) -> str:
         """Dtype of trained parameters."""
-        return "float64" if self.config.dtype == "float64" else "float32"
+        return master_dtype(self.config.dtype)
 
     @property
     def starts_at_the_reference(self) -> bool:
@@ -109,6 +111,15 @@ class Run:
         """The pairs that are watched, by the name of their set."""
         every = {"train": self.pairs.watched, "held_out": self.pairs.held_out}
         return {name: pairs for name, pairs in every.items() if pairs}
+
+
+def master_dtype(dtype: str) -> str:
+    """Dtype in which parameters are trained that compute in ``dtype``.
+
+    >>> master_dtype("bfloat16")
+    'float32'
+    """
+    return "float64" if dtype == "float64" else "float32"
 
 
 def require_options(config: TrainConfig) -> None:
@@ -152,6 +163,20 @@ def objective_of(config: UpdateOptions) -> Loss:
     )
 
 
+def require_cuttable(config: TrainConfig, loss: Loss) -> None:
+    """Micro-batches give the update of the whole batch, or are refused.
+
+    Raises:
+      ChesError: a loss that compares the pairs of a batch, or keeps a mean over batches, with ``--accumulate``.
+    """
+    if config.accumulate > 1 and loss.needs_whole_batches:
+        why = "compares the pairs of a batch with one another" if loss.couples_rows else "keeps a mean over batches"
+        raise ChesError(
+            f"--accumulate {config.accumulate}: loss {loss!r} {why}, so micro-batches would train another objective; "
+            "leave --accumulate out, and save memory with --remat, a smaller --batch-size or more devices"
+        )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -162,6 +187,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     assert config.out is not None
     require_options(config)
     loss = objective_of(config)
+    require_cuttable(config, loss)
     require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)
@@ -174,7 +200,9 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         raise ChesError(
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
         )
-    if config.reference == "columns" and (is_unpaired(loss) or reads_samples(loss) or reads_reference_tokens(loss)):
+    if config.reference == "columns" and (
+        is_unpaired(loss) or reads_samples(loss) or reads_lists(loss) or reads_reference_tokens(loss)
+    ):
         raise ChesError(
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
@@ -207,7 +235,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     return Run(
         config=config,
         process=process,
-        out=Path(config.out),
+        out=output_place(config.out),
         model=model,
         opener=opener,
         reference=reference,
@@ -222,6 +250,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             row_shards(mesh),
             config.eos,
             threshold,
+            responses=max(some.most_responses for some in (train, held_out)) if reads_lists(loss) else 0,
             response_tokens=longest if reads_tokens(loss) else 0,
             local_shards=local_shards(mesh) if process.count > 1 else None,
         ),
@@ -241,7 +270,7 @@ def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: O
     if not needs_reference(loss) or config.reference in ("initial", "none", "columns"):
         return None
     if config.reference.endswith(".parquet"):
-        opener.file(Path(config.reference), "reference")
+        opener.file(Path(here(config.reference)), "reference")
         return None
     reference = opener.model(config.reference, "reference")
     if reference.decoder.vocab_size != model.decoder.vocab_size:
@@ -293,7 +322,7 @@ def references(
     identity = reference_identity(config, loss, identity)
     of_reference = identity.pop("reference_fingerprint", None)
     if config.reference.endswith(".parquet"):
-        logps = from_file(Path(config.reference), pairs, identity, initial)
+        logps = from_file(Path(here(config.reference)), pairs, identity, initial)
     elif config.reference == "initial":
         logps = reference_logps(pairs, initial, identity, folder, write=write)
     else:

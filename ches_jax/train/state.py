@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from ches_jax.distributed.mesh import put_replicated
+from ches_jax.distributed.mesh import ROW_AXES, put_replicated, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.models.sharding import partition_spec
 
@@ -62,16 +62,19 @@ def require_divides(params: dict[str, Any], mesh: Mesh, micro_batch: int) -> Non
     Raises:
       ChesError: an axis that divides no parameter, or more row shards than pairs.
     """
-    for axis in ("fsdp", "tensor"):
+    for axis in ("fsdp", "tensor", "expert"):
         size = mesh.shape[axis]
         if size > 1 and not any(
             axis in jax.tree.leaves(tuple(partition_spec(name, p.shape, mesh))) for name, p in params.items()
         ):
+            if axis == "expert":
+                raise ChesError(f"--mesh expert={size}: divides the experts of no layer of this model; use data={size}")
             shapes = sorted({p.shape for name, p in params.items() if name.endswith("proj.weight")})
             raise ChesError(f"--mesh {axis}={size}: divides no parameter of this model (such as {shapes[0]})")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if shards > micro_batch:
         raise ChesError(
-            f"--mesh: rows are sharded over {shards} devices (data x fsdp), but a micro-batch has {micro_batch} pairs; "
+            f"--mesh: rows are sharded over {shards} devices ({' x '.join(ROW_AXES)}), but a micro-batch has "
+            f"{micro_batch} pairs; "
             "use fewer devices, or a larger --batch-size (or fewer --accumulate)"
         )

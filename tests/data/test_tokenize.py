@@ -1,5 +1,7 @@
 """The token audit's rules, each on a tokenizer small enough to read: BOS, EOS, boundary, truncation."""
 
+import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -430,6 +432,49 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"cannot be loaded .* not there: tokenizer_config.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_alone(tmp_path_factory):
+    """A directory with a Llama tokenizer as tokenizer.model alone, and the model that sentencepiece reads from it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder, file = tmp_path_factory.mktemp("sentencepiece"), io.BytesIO()
+    texts = ["name a fruit: an apple, a plum or a pear", "say yes or no, and say why", "the end of the story"]
+    as_llama = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=310, model_type="bpe", minloglevel=2, **as_llama
+    )
+    (folder / "tokenizer.model").write_bytes(file.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True, "legacy": False}))
+    return folder, sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+
+
+@pytest.mark.parametrize("text", ["name a fruit:", "say no", "zebra, \nzoo!"])
+def test_sentencepiece_alone_has_the_ids_of_sentencepiece(sentencepiece_alone, text):
+    folder, model = sentencepiece_alone
+    assert load_tokenizer(folder)(text)["input_ids"] == [model.bos_id(), *model.encode(text)]
+
+
+@pytest.mark.parametrize("place", ["directory", "hub"])
+def test_without_the_package_the_message_names_sentencepiece(sentencepiece_alone, monkeypatch, place):
+    """Transformers would ask for tiktoken, which does not help."""
+    from transformers import AutoTokenizer
+
+    def fails(*args, **options):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: known(name, *a) if name != "sentencepiece" else None
+    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(DataError, match=r"package sentencepiece reads; install it with pip install 'ches-jax\[sent"):
+        load_tokenizer(sentencepiece_alone[0] if place == "directory" else "owner/name")
+    monkeypatch.undo()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(DataError, match="the tokenizer cannot be loaded"):  # it is there: something else is wrong
+        load_tokenizer(sentencepiece_alone[0])
 
 
 def golden(family):

@@ -63,6 +63,14 @@ def test_the_interval_of_equal_sides_has_no_width():
     assert (margin.low, margin.high) == pytest.approx((1, 1))
 
 
+def test_an_interval_of_pairs_is_the_wider_at_both_ends():
+    skewed = -np.random.default_rng(8).lognormal(0, 1.5, (1, 20))
+    (found,), resampled = intervals.of_pairs(skewed), studentized_means(skewed)[:, 0]
+    student = scipy_stats.t.interval(LEVEL, 19, skewed.mean(), skewed.std(ddof=1) / np.sqrt(20))
+    assert resampled[0] < student[0] and resampled[1] < student[1]  # each end is the wider one of another method
+    assert (found.low, found.high) == pytest.approx((resampled[0], student[1]))
+
+
 def coverage(draw, truth, repeats=100):
     hits = 0
     for _ in range(repeats):

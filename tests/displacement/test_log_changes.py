@@ -6,6 +6,7 @@ import pytest
 from ches_jax.displacement.log_changes import log_changes, recovered_beta
 from ches_jax.displacement.readers.log import log_of
 from ches_jax.displacement.readers.run_settings import RunSettings
+from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError
 
 SIDES = ("chosen", "rejected")
@@ -98,6 +99,14 @@ def reference_free(first=-0.12, last=-0.10, count=40, logps=True):
 def test_rewards_without_a_reference_are_no_changes(entries, settings, reason):
     with pytest.raises(ChesError, match=reason):
         changes(entries, settings)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_one_logged_step_has_no_verdict(steps):
+    """The mean of a few logged steps has no known uncertainty, however far it is from 0."""
+    diagnosed = diagnose_changes(changes(training(steps, chosen=-2.0, rejected=-5.0), beta=0.1))
+    assert diagnosed.verdict == "undecided" and diagnosed.to_json()["chosen"]["low"] is None
+    assert any("too few" in c for c in diagnosed.caveats)
 
 
 def test_who_knows_better_can_say_that_rewards_are_changes():

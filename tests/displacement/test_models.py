@@ -1,6 +1,7 @@
 """Two models on the same pairs: the changes are those of their log-probabilities, of the same tokens."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.errors import ChesError
+from ches_jax.scores.table import read_table
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +32,57 @@ def test_a_model_does_not_differ_from_itself(tiny_model, pairs, tmp_path):
         diagnose(DiagnoseConfig(before=str(tiny_model), after=str(tiny_model)))
     with pytest.raises(ChesError, match=r"scores of one model; changes take two"):
         diagnose(DiagnoseConfig(path=str(tmp_path / "d/before")))
+
+
+@pytest.fixture(scope="module")
+def moved(tiny_model, tmp_path_factory):
+    """The tiny model with another unembedding, and an adapter of the tiny model."""
+    from safetensors.numpy import load_file, save_file
+
+    from ches_jax.hf.directory import read_config
+    from ches_jax.models.adapters.lora import adapted, adapter_shapes, make_spec
+    from ches_jax.models.adapters.peft import write_adapter
+    from ches_jax.models.decoder import abstract_decoder
+    from ches_jax.models.families.registry import decoder_config
+
+    out = tmp_path_factory.mktemp("moved")
+    shutil.copytree(tiny_model, out / "model")
+    rng = np.random.default_rng(0)
+    weights = load_file(out / "model/model.safetensors")
+    name = next(n for n in weights if "norm" in n)
+    weights[name] = (weights[name] + 0.3 * rng.normal(size=weights[name].shape)).astype(weights[name].dtype)
+    save_file(weights, out / "model/model.safetensors", {"format": "pt"})
+    config = decoder_config(read_config(tiny_model))
+    spec = make_spec(2, 4.0, "all-linear", config)
+    shapes = adapter_shapes(adapted(abstract_decoder(config), spec))
+    arrays = {n: (0.2 * rng.normal(size=s.shape)).astype(np.float32) for n, s in shapes.items()}
+    write_adapter(out / "adapter", arrays, spec, tiny_model)
+    return out
+
+
+@pytest.mark.parametrize("after", ["model", "adapter"])
+def test_changes_are_the_second_less_the_first(tiny_model, moved, pairs, tmp_path, after):
+    found = diagnose(
+        DiagnoseConfig(before=str(tiny_model), after=str(moved / after), pairs=pairs, out=str(tmp_path / "d"))
+    )
+    tables = [read_table(tmp_path / "d" / name)[0] for name in ("before", "after")]
+    for side in ("chosen", "rejected"):
+        first, second = (table[f"logp_{side}"].to_numpy() for table in tables)
+        assert getattr(found, side).mean == pytest.approx((second - first).mean())
+    assert abs(found.chosen.mean) > 1e-3
+
+
+@pytest.mark.slow
+def test_answers_of_both_models_are_written_judged_and_split(tiny_model, moved, pairs, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(12)))
+    options = {"before": str(tiny_model), "pairs": pairs, "generate": str(prompts), "want": "answer"}
+    found = diagnose(DiagnoseConfig(after=str(moved / "model"), out=str(tmp_path / "d"), **options))
+    assert all(c.outcome != "not measured" for c in found.harm.criteria if c.of_texts)
+    assert found.on_policy is not None and not found.on_policy.own and found.on_policy.pairs == 12
+    assert found.on_policy.kl.low > 0  # the models differ
+    assert "24 answers of the first model itself fell by KL" in found.text()
+    same = diagnose(DiagnoseConfig(after=str(tiny_model), **options))
+    assert same.on_policy is not None and same.on_policy.kl.mean == pytest.approx(0, abs=1e-4)
+    with pytest.raises(ChesError, match="an adapter is merged by ches convert"):
+        diagnose(DiagnoseConfig(after=str(moved / "adapter"), **options))

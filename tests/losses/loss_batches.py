@@ -26,7 +26,13 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
     rewards = rng.uniform(0, 1, (2, PAIRS))
     own = np.random.default_rng(seed + 1000)  # apart, so that the fields above stay what they were
     chosen, rejected = near(ref[0]), near(ref[1])
+    lists = -own.uniform(15, 30, (PAIRS, CANDIDATES))
     return LossInputs(
+        logp_responses=jnp.asarray(lists + own.normal(0, spread, lists.shape), dtype),
+        ref_logp_responses=jnp.asarray(lists, dtype),
+        scores=jnp.asarray(-np.sort(-own.uniform(0, 1, lists.shape)), dtype),
+        response_mask=jnp.ones(lists.shape, dtype),
+        response_tokens=jnp.asarray(own.integers(1, WIDTH + 1, lists.shape), jnp.int32),
         logp_chosen=chosen,
         logp_rejected=rejected,
         ref_logp_chosen=jnp.asarray(ref[0], dtype),

@@ -90,7 +90,18 @@ EXPECTED = {
     "sft_sum": ({}, 3.0),
     "slic": ({"delta": 5.0, "lam": 0.1}, (5 - 3) + 0.1 * 3),
 }
-OTHERS = {"bco_pair", "kto", "d2o", "confpo", "ld_dpo", "sparsepo"}  # below, and in test_tokens
+OTHERS = {
+    "bco_pair",
+    "kto",
+    "d2o",
+    "confpo",
+    "ld_dpo",
+    "sparsepo",
+    "list_mle",
+    "list_softmax",
+    "lipo_lambda",
+    "pro",
+}  # below, and in test_tokens
 
 
 def test_every_loss_has_its_arithmetic():

@@ -87,7 +87,7 @@ def test_called_without_a_mesh_states_and_logits_are_the_parts_of_a_call(tiny_mo
     same(model.logits(model.hidden(TOKENS[:1])), alone[:1])
 
 
-AXES = "data, fsdp, tensor"
+AXES = "data, fsdp, tensor, expert"
 
 
 @pytest.mark.parametrize(

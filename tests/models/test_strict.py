@@ -1,6 +1,7 @@
 """What does not fit is refused by name, all of it in one message, with what to do."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,46 @@ TINY: dict[str, Any] = {
 }
 
 
+GPT2 = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 6}
+SQUARE = {"num_key_value_heads": 3, "head_dim": 4}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"hidden_size": 24},
+    "cohere2": SQUARE,
+    "olmoe": {**SQUARE, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "decoder_sparse_step": 2},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 14, "interleave_moe_layer_step": 2},
+    "gemma4_text": {
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 40,
+    },
+    "deepseek_v3": {
+        **EXPERTS,
+        "q_lora_rank": 7,
+        "kv_lora_rank": 5,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+}
+"""What a tiny config of a family has besides the sizes of all, where that is not ``head_dim``."""
+
+
 def family(kind: str, **extra: Any) -> dict[str, Any]:
     """A tiny config of any family."""
     if kind == "gpt2":
-        return {"model_type": kind, "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3, **extra}
-    kv = {} if kind == "gpt_neox" else {"num_key_value_heads": 3}
-    return (
-        {**TINY, "model_type": kind, "head_dim": 8, **kv, **extra}
-        if kind != "gpt_neox"
-        else TINY
-        | {
-            "model_type": kind,
-            "hidden_size": 24,
-            **extra,
-        }
-    )
+        return {**GPT2, **extra}
+    sizes = {} if kind in {"gpt_neox", "deepseek_v3"} else {"num_key_value_heads": 3, "head_dim": 8}
+    return {**TINY, "model_type": kind, **sizes, **OWN.get(kind, {}), **extra}
 
 
 def message(raw: dict[str, Any]) -> str:
@@ -105,8 +131,8 @@ def test_a_key_off_its_supported_value_is_named(kind: str, key: str, value: Any)
             "has 1 numbers; expected 2",
         ),
         (
-            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
-            "should be below high_freq_factor",
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 5, "high_freq_factor": 4}},
+            "should not be above high_freq_factor",
         ),
     ],
 )
@@ -125,6 +151,26 @@ def test_values_that_cannot_be(extra: dict[str, Any], words: str):
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "'full_attention' and 'sliding_attention'"),
         ("olmo", {"clip_qkv": -1.0}, "clip of queries"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "not one of this family"),
+        ("olmo3", {"rope_theta": 1e4}, "read as the base of all layers, or"),
+        ("olmo3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "they say something else"),
+        ("smollm3", {"no_rope_layers": [1]}, "should list 2 of 0, 1"),
+        ("smollm3", {"layer_types": ["sliding_attention", "full_attention"]}, "switched off"),
+        ("ministral3", {"rope_parameters": {"rope_type": "default"}}, "'llama_4_scaling_beta' = None"),
+        ("granite", {"logits_scaling": 0}, "should be positive"),
+        ("mixtral", {"num_experts_per_tok": 9}, "9 experts for a token of 4"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, "should list layers from 0 to 1"),
+        ("qwen3_moe", {"num_local_experts": 5}, "names of one number"),
+        ("deepseek_v3", {"n_group": 3}, "equal groups of at least two experts"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "supported: 'sigmoid'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "supported: 'noaux_tc'"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "a layer of each type among them"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "of the full layers ([1])"),
+        ("gemma4_text", {"per_layer_config": {"1": {"mlp": 4}}}, "of the full layers ([1])"),
+        ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "lacks the settings of sliding"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "supported: 'vision'"),
+        ("gemma4_text", {"enable_moe_block": True}, "'num_experts' is missing"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 5}, "a row for every token"),
+        ("llama4_text", {"layer_types": ["sliding_attention", "full_attention"]}, "should list 2 of"),
         ("gpt2", {"n_head": 5}, "not a multiple of 'n_head'"),
     ],
 )
@@ -143,9 +189,9 @@ def test_all_problems_come_together():
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"model_type": "mixtral"}, "mixture of experts"),
-        ({"model_type": "qwen3_moe"}, "mixture of experts"),
-        ({"model_type": "deepseek_v3"}, "mixture of experts"),
+        ({"model_type": "dbrx"}, "mixture of experts"),
+        ({"model_type": "qwen2_moe"}, "mixture of experts"),
+        ({"model_type": "deepseek_v2"}, "mixture of experts"),
         ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "gemma3", "text_config": {}}, "describes no text model"),
         ({"model_type": "gemma3", "vision_config": {}}, "without a 'text_config'"),
@@ -158,7 +204,10 @@ def test_all_problems_come_together():
         ({"model_type": "new_t", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "bert"}, "an encoder"),
         ({"model_type": "mamba"}, "state-space"),
-        ({"model_type": "unheard_of"}, "not supported; give a dense decoder-only model (gemma, gemma2,"),
+        (
+            {"model_type": "unheard_of"},
+            "not supported; give a decoder-only model of a supported type (cohere2, deepseek_v3,",
+        ),
         ({"model_type": ["llama"]}, "not supported"),
         ({}, "no 'model_type'"),
         (TINY | {"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
@@ -243,6 +292,11 @@ def test_no_family_reads_a_missing_size_from_thin_air():
 
 
 def test_config_is_read_from_the_file(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dbrx"}))
     with pytest.raises(CheckpointError, match="mixture of experts"):
         load_model(tmp_path)
+
+
+def test_the_page_of_families_lists_those_of_the_registry():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(FAMILIES)

@@ -70,7 +70,7 @@ def dead_process():
 
 
 def test_half_written_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
-    dead, host = dead_process(), files._host()
+    dead, host = dead_process(), files.host()
     gone = [f".scores.parquet.{host}-{dead}-0123abcd.tmp", f".config.json.{dead}.tmp"]
     stay = [f".a.{host}-{os.getpid()}-0123abcd.tmp", f".a.0badcafe-{dead}-0123abcd.tmp", ".a.tmp", "scores.parquet"]
     (tmp_path / "parts").mkdir()
@@ -83,7 +83,7 @@ def test_half_written_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path
 
 
 def test_a_directory_half_written_by_a_dead_process_goes_with_the_next_attempt(tmp_path):
-    half = tmp_path / f".out.{files._host()}-{dead_process()}-0123abcd.tmp"
+    half = tmp_path / f".out.{files.host()}-{dead_process()}-0123abcd.tmp"
     half.mkdir()
     (half / "shard").write_text("half")
     other = tmp_path / ".out2.99999999.tmp"

@@ -56,6 +56,54 @@ def test_flagged_rows_are_refused_dropped_or_kept(model, tokenizer):
     assert kept["flags"].to_pylist() == [[], ["identical"]]
 
 
+@pytest.mark.parametrize("bad", [{"rejected": None}, {"rejected": 3}, {"chosen": ["a", 1]}, {}])
+def test_rows_that_cannot_be_read_obey_the_policy(model, tokenizer, table, bad):
+    rows = [ROWS[0], {**ROWS[1], **bad} if bad else {"prompt": "no responses"}, ROWS[2]]
+    with pytest.raises(DataError, match=r"unreadable: 1 rows"):
+        score_pairs(model, tokenizer, rows, mesh="data=1")
+    dropped = score_pairs(model, tokenizer, rows, on_bad_row="drop", mesh="data=1")
+    assert dropped["index"].to_pylist() == [0, 2]
+    (record,) = json.loads(dropped.schema.metadata[METADATA_KEY])["dropped"]
+    assert record["index"] == 1 and record["reasons"] == ["unreadable"]
+    kept = score_pairs(model, tokenizer, rows, on_bad_row="keep", mesh="data=1")
+    assert kept["index"].to_pylist() == [0, 1, 2] and kept["ches"][1].as_py() is None
+    assert kept["flags"].to_pylist() == [[], ["unreadable"], []]
+    for scored in (dropped, kept):
+        assert scored["ches"][0] == table["ches"][0]
+
+
+LABELS = {"responses": ["answer_a", "answer_b"], "winner": "label", "order": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("question", "chosen", "rejected"), {"columns": {"prompt": "question"}}),
+        (("question", "answer_b", "answer_a"), {"columns": {"prompt": "question", **LABELS}}),
+        (("question", "answer_b", "answer_a"), {"schema": "own.toml"}),
+        (("question", "answer_b", "answer_a"), {}),  # recognised
+        (("history", "human_ref_A", "human_ref_B"), {"schema": "shp"}),
+    ],
+)
+def test_other_columns_are_read_as_the_command_reads_them(
+    model, tokenizer, table, tmp_path, monkeypatch, names, options
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text(
+        'prompt = "question"\nresponses = ["answer_a", "answer_b"]\nwinner = "label"\norder = ["A", "B"]\n'
+    )
+    own = [dict(zip(names, (r["prompt"], r["chosen"], r["rejected"]), strict=True)) for r in ROWS]
+    own = [{**r, **({"labels": 1} if "history" in names else {"label": "B"})} for r in own]
+    scored = score_pairs(model, tokenizer, own, mesh="data=1", **options)
+    assert scored["row_id"].equals(table["row_id"]) and scored["ches"].equals(table["ches"])
+    assert json.loads(scored.schema.metadata[METADATA_KEY])["schema"]["words"]["prompt"] == names[0]
+
+
+def test_two_sayings_of_what_columns_mean_are_refused(model, tokenizer):
+    with pytest.raises(DataError, match="--schema shp and --columns both say"):
+        score_pairs(model, tokenizer, ROWS, schema="shp", columns={"prompt": "prompt"})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"), [([], "no rows"), (3, "a int; expected a list"), ([{"prompt": "x"}], "row 0")]
 )

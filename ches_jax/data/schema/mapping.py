@@ -35,6 +35,7 @@ from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.values import are_turns, decoded, number, turns
 from ches_jax.data.schema.winners import of_winner, of_winners
 from ches_jax.errors import DataError, did_you_mean
+from ches_jax.runs.store import here
 
 Names = tuple[str, ...]
 _ASIDE = ("tools", "chat_template_kwargs", "category")
@@ -131,7 +132,7 @@ def from_file(path: str) -> Schema:
       DataError: not there, not readable, or not a declaration.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(here(path, DataError)).read_text(encoding="utf-8-sig")
         words = tomllib.loads(text) if path.lower().endswith(".toml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
@@ -214,8 +215,7 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
-    sides = {n: turns(row[n]) for n in ("prompt", "chosen", "rejected") if isinstance(row.get(n), list | Mapping)}
-    row = {**row, **sides}
+    row = {**row, **{n: turns(decoded_turns(row[n])) for n in ("prompt", "chosen", "rejected") if n in row}}
     if not any(_several(row.get(n)) for n in ("chosen", "rejected")):
         return [(None, row)]
     return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]

@@ -123,6 +123,8 @@ def recognise(rows: Rows) -> Recognised:
     ):
         return Recognised(PLAIN)
     schema = _preset(rows) or _inferred(rows, columns) or PLAIN
+    if schema.chosen:
+        _require_agreement(rows, columns, (schema.chosen, schema.rejected))
     schema = _with_system(schema, rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
@@ -196,7 +198,6 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
     listed = _one_list(rows, columns)
     if sides:
         words = _prompt_words(rows, columns, sides, optional=_whole(rows, sides[0]))
-        _require_agreement(rows, columns, sides)
         return _made({"chosen": sides[0], "rejected": sides[1], **words}, rows)
     if both and listed:
         raise _two_readings(
@@ -262,7 +263,7 @@ def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
         return schema
     fitting = [n for n in columns if n.lower() in SYSTEM and n not in schema.reads]
     fitting = [n for n in fitting if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
-    fitting = [n for n in fitting if not all(_in_prompt(schema, r, r.get(n)) for r in rows)]
+    fitting = [n for n in fitting if not all(_stands(schema, r, r.get(n), ("prompt",)) for r in rows)]
     if len(fitting) > 1:
         raise _two_readings(
             f"the system text is in '{fitting[0]}'",
@@ -363,11 +364,24 @@ def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
     if len(alone) != 1:
         return None
     words = _prompt_words(rows, columns, alone, optional=False)
-    shared = words and any(
-        lookup(a, words["prompt"]) == lookup(b, words["prompt"]) for a, b in itertools.pairwise(rows)
-    )
-    if not shared or not numbers or "input" in words:
+    if not words or "input" in words:
         return None
+    prompts = [str(lookup(row, words["prompt"])) for row in rows]
+    by = f"--columns prompt={words['prompt']} responses={alone[0]}"
+    if not numbers and (labels := [n for n in columns if n.lower() in ("label", "labels") and _flags(rows, n)]):
+        raise _two_readings(
+            f"each row is a response and '{labels[0]}' says whether it is a good one",
+            "rows of one prompt after one another are its good and bad responses",
+            f"--columns prompt={words['prompt']} completion={alone[0]} label={labels[0]} (ches train --loss kto, and "
+            f"ches doctor without a model) or {by} scores={labels[0]} group=prompt",
+        )
+    if not numbers or len({*prompts}) == len(prompts):
+        return None
+    if all(a != b for a, b in itertools.pairwise(prompts)):
+        raise DataError(
+            f"one response a row, and rows with the same '{words['prompt']}' are not next to each other: sort the data "
+            f"by it, then {by} scores={numbers[0]} group=prompt (or ranks=) reads them"
+        )
     if len(numbers) > 1:
         raise _two_readings(
             f"'{numbers[0]}' says which response is better",
@@ -401,8 +415,7 @@ def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str])
         for pair in _placed(rest, sides)
         if (SCORE | RANK) & {*_parts(pair[0])} and all(_numbers(rows, n) for n in pair)
     ]
-    fitting += [n for n in numbers if not (fitting and _agree(rows, sides, fitting[0], n))]
-    return _one_preference(fitting, " and ".join(sides), columns)
+    return _one_preference(_contradicting(rows, list(sides), [*fitting, *numbers]), " and ".join(sides), columns)
 
 
 def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -427,7 +440,7 @@ def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[s
         n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
     ]
     fitting += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
-    return _one_preference(fitting, listed, columns)
+    return _one_preference(_contradicting(rows, [listed], fitting), listed, columns)
 
 
 def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -446,12 +459,12 @@ def _described(words: Mapping[str, Any]) -> str:
     """Words of a declaration as a user writes them."""
     tuples = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in words.items() if k != "winner"}
     fields: dict[str, Any] = {**words, **tuples}
-    return Schema(**fields).describe()
+    return Schema(**fields).describe().replace(", ", " ")
 
 
 def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     """The word of a label for each of the two columns."""
-    said = {word(r[name]) for r in rows if r.get(name) is not None and not is_tie(r[name])}
+    said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
     places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
     if order := _by_place(said, places):
         return order
@@ -463,16 +476,35 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
             f"that {two} is",
             f"{words}{','.join(SIGNS)} or order={','.join(SIGNS[::-1])} (with prompt=...)",
         )
-    if said <= {"0", "1"} and places != ("1", "2") and not {"label", "labels", "preference", "pref"} & {*_parts(name)}:
+    counts = not {"label", "labels", "preference", "pref"} & {*_parts(name)}  # 0 and 1 of a label may be no and yes
+    if said <= {"0", "1"} and "0" in said and counts and places != ("1", "2"):
         return ["0", "1"]  # the number of the response
     if said == {"1", "2"} and places != ("0", "1"):
         return ["1", "2"]
-    low, high = ("0", "1") if said <= {"0", "1"} else [*sorted(said), "A", "B"][:2]
+    if "1" in said and said <= {"0", "1", "2"} and counts and places not in (("0", "1"), ("1", "2")):
+        ties = [f" and {n} is a tie" if said > {"1", n} else "" for n in ("2", "0")]
+        raise _two_readings(
+            f"'{name}' 1 means that {two} is better, counted from 0{ties[0]}",
+            f"that {one} is, counted from 1{ties[1]}",
+            f"{words}0,1 or order=1,2 (with prompt=...)",
+        )
+    low, high = _words_of_two(said)
     raise _two_readings(
         f"'{name}' {low} means that {one} is better",
         f"that {two} is",
         f"{words}{low},{high} or order={high},{low} (with prompt=...)",
     )
+
+
+def _words_of_two(said: set[str]) -> tuple[str, str]:
+    """Two labels of which at least one was seen.
+
+    >>> _words_of_two({"second"}), _words_of_two({"1"}), _words_of_two({"up", "down"}), _words_of_two({"up"})
+    (('first', 'second'), ('0', '1'), ('down', 'up'), ('up', 'OTHER'))
+    """
+    pairs = (("0", "1"), ("1", "2"), ("false", "true"), ("no", "yes"), *PLACES)
+    first, second, *_ = next((pair for pair in pairs if said <= {*pair}), (*sorted(said), "OTHER", "OTHER"))
+    return first, second
 
 
 def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
@@ -512,7 +544,7 @@ def _score_or_rank(rows: Rows, first: str, *more: str) -> str:
     parts = {*_parts(first.split(".")[-1])}
     cells = [[lookup(r, n) for n in names] if len(names) > 1 else decoded(lookup(r, first)) for r in rows]
     values = [v for cell in cells for v in (cell if isinstance(cell, list) else [cell]) if v is not None]
-    places = all(_numeric(v) and float(v).is_integer() and float(v) >= 0 for v in values)
+    places = all(float(v).is_integer() and float(v) >= 0 for v in values if _numeric(v))
     if parts & RANK and (parts & SCORE or not places):
         raise _two_readings(
             f"'{first}' is a rank (the lower, the better)",
@@ -522,15 +554,20 @@ def _score_or_rank(rows: Rows, first: str, *more: str) -> str:
     return "ranks" if parts & RANK else "scores"
 
 
-def _agree(rows: Rows, sides: tuple[str, str], label: dict[str, Any], numbers: dict[str, Any]) -> bool:
-    """Whether a label and numbers never contradict each other."""
-    one, two = (from_words({"responses": list(sides), **words}, "columns") for words in (label, numbers))
+def _contradicting(rows: Rows, responses: list[str], fitting: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first way to say which response is better, and those that contradict it in some row."""
+    return [words for i, words in enumerate(fitting) if i == 0 or not _agree(rows, responses, fitting[0], words)]
+
+
+def _agree(rows: Rows, responses: list[str], first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two ways never prefer responses the other way round."""
+    one, two = (from_words({"responses": responses, **words}, "columns") for words in (first, second))
     for row in rows:
         try:
-            (a, b), (c, d) = (canonical_rows(s, row)[0][1]["scores"] for s in (one, two))
+            a, b = (canonical_rows(s, row)[0][1]["scores"] for s in (one, two))
         except DataError:
             continue
-        if (a - b) * (c - d) < 0:
+        if any((a[i] - a[j]) * (b[i] - b[j]) < 0 for i, j in itertools.combinations(range(len(a)), 2)):
             return False
     return True
 
@@ -562,17 +599,22 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
             continue
         parts = {*_parts(name)}
         if name.lower() in SYSTEM or (name.lower() in PROMPT and any(_prompt_path(rows, name))):
-            if not all(_in_prompt(schema, r, r.get(name)) for r in rows):
-                word_ = "system" if name.lower() in SYSTEM else "prompt"
+            word_ = "system" if name.lower() in SYSTEM else "prompt"
+            where = ("prompt",) if word_ == "system" else ("prompt", "chosen", "rejected", "responses")
+            if not all(_stands(schema, r, r.get(name), where) for r in rows):
                 what = "a system text" if word_ == "system" else "a prompt"
-                yield f"column '{name}' looks like {what} and is not read; --columns {word_}={name} takes it"
+                takes = f"--columns {word_}={name} takes it"
+                if word_ == "prompt" and schema.prompt:
+                    takes += f" instead of '{schema.prompt}'"
+                    takes += f", input={name} puts it under that" if name.lower() == "input" else ""
+                yield f"column '{name}' looks like {what} and is not read; {takes}"
         elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
             yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
 
 
-def _in_prompt(schema: Schema, row: Mapping[str, Any], value: Any) -> bool:
-    """Whether a text, or each text of turns, stands in the row's pair already."""
+def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:
+    """Whether a text, or each text of turns, stands in the row's prompt (and responses, as ``where`` says) already."""
     value = turns(decoded(value))
     said = value if isinstance(value, list) else [value]
     texts = [value] if isinstance(value, str) else [text_of(m) for m in said] if are_turns(value) else []
@@ -583,15 +625,18 @@ def _in_prompt(schema: Schema, row: Mapping[str, Any], value: Any) -> bool:
         contents = [c for canonical in rows for _, c in pair_contents(canonical, {}, "chosen-against-all")]
     except DataError:
         return True
-    return all(t.strip() in str(_strings(contents)) for t in texts)
+    there = [text for content in contents for name in where for text in _contents_of(content.get(name, ""))]
+    return all(any(_holds(text, t.strip()) for text in there) for t in texts)
 
 
-def _strings(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return "\n".join(_strings(v) for v in value) if isinstance(value, list) else ""
+def _contents_of(value: Any) -> list[str]:
+    """A text, or the texts of messages, without their roles."""
+    return [value] if isinstance(value, str) else [text_of(m) if isinstance(m, Mapping) else str(m) for m in value]
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds another one, from a word's beginning to a word's end."""
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None if part else True
 
 
 # --- small tests ---
@@ -630,8 +675,9 @@ def _numeric(value: Any) -> bool:
 
 
 def _numbers(rows: Rows, name: str) -> bool:
+    """Whether a column holds numbers, but for single cells that make their rows unreadable."""
     values = [r[name] for r in rows if r.get(name) is not None]
-    return bool(values) and all(_numeric(v) for v in values)
+    return bool(values) and sum(map(_numeric, values)) * 2 >= len(values)
 
 
 def _flags(rows: Rows, name: str) -> bool:

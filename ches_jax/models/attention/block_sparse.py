@@ -7,8 +7,9 @@ and the gradient ``g`` by that output:
   \frac{\partial}{\partial v_t} = \sum_q p_{qt} g_q, \qquad
   \frac{\partial}{\partial z_{qt}} = p_{qt} \Big(g_q \cdot v_t - \sum_u p_{qu}\, g_q \cdot v_u\Big)
 
-The sum over u equals ``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to
-zero, which an optimiser that divides by the size of a gradient notices.
+A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the value zero. The sum over u equals
+``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to zero, which an
+optimiser that divides by the size of a gradient notices.
 
 The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; the blocks of keys
 that such a block needs are gathered first, so that its matrix products are few and large. Their number differs from
@@ -56,10 +57,10 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       params: scale and soft cap.
       block: queries and keys of a block; default: by the platform.
     """
-    q, k, v, ranges = inputs
+    q, k, v, ranges, sinks = inputs
     block = block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
     whole_blocks = (*(to_multiple(a, block) for a in (q, k, v)), padded(ranges, block))
-    return cast(Array, _attend(*whole_blocks, Static(block, params)))[:, : q.shape[1]]
+    return cast(Array, _attend(*whole_blocks, sinks, Static(block, params)))[:, : q.shape[1]]
 
 
 def bucket_sizes(most: int) -> list[int]:
@@ -72,26 +73,30 @@ def bucket_sizes(most: int) -> list[int]:
     return sorted({min(most, size * 2**n) for n in powers for size in (1, 3, 5, 7)})
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, static: Static) -> Array:
-    return _forward(q, k, v, ranges, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, sinks: Array | None, static: Static) -> Array:
+    return _forward(q, k, v, ranges, sinks, static)[0]
 
 
-def _forward(q, k, v, ranges, static: Static):
+def _forward(q, k, v, ranges, sinks, static: Static):
     # lax.map, not vmap: each row needs its own blocks, and a row is work enough for a device
-    out, total = lax.map(partial(_row_forward, static), (q, k, v, ranges))
+    out, total = lax.map(partial(_row_forward, static, sinks), (q, k, v, ranges))
     out, total = checkpoint_name((out, total), KEPT)
-    return out, (q, k, v, ranges, total)
+    return out, (q, k, v, ranges, sinks, total)
 
 
 def _backward(static: Static, kept, cotangent):
-    return (*lax.map(partial(_row_backward, static), (*kept, cotangent)), None)
+    q, k, v, ranges, sinks, total = kept
+    dq, dk, dv, dsinks = lax.map(partial(_row_backward, static, sinks), (q, k, v, ranges, total, cotangent))
+    return dq, dk, dv, None, None if sinks is None else dsinks.sum(0).astype(sinks.dtype)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _row_forward(static: Static, row: tuple[Array, Array, Array, KeyRanges]) -> tuple[Array, Array]:
+def _row_forward(
+    static: Static, sinks: Array | None, row: tuple[Array, Array, Array, KeyRanges]
+) -> tuple[Array, Array]:
     """Outputs of a row, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     q, k, v, ranges = row
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
@@ -103,9 +108,10 @@ def _row_forward(static: Static, row: tuple[Array, Array, Array, KeyRanges]) -> 
         def compute(size: int):
             ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
             z = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)[0]
-            top = z.max(-1, keepdims=True)
+            sink = _sink_scores(sinks, z)
+            top = z.max(-1, keepdims=True) if sink is None else jnp.maximum(z.max(-1, keepdims=True), sink)
             p = jnp.exp(z - top)
-            total = p.sum(-1, keepdims=True)
+            total = p.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - top))
             out = einsum("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
             return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
@@ -115,8 +121,10 @@ def _row_forward(static: Static, row: tuple[Array, Array, Array, KeyRanges]) -> 
     return _query_rows(out, static.block), total
 
 
-def _row_backward(static: Static, row: tuple[Array, Array, Array, KeyRanges, Array, Array]) -> tuple[Array, ...]:
-    """Gradients by the queries, keys and values of a row."""
+def _row_backward(
+    static: Static, sinks: Array | None, row: tuple[Array, Array, Array, KeyRanges, Array, Array]
+) -> tuple[Array, ...]:
+    """Gradients by the queries, keys and values of a row, and by the sinks."""
     q, k, v, ranges, total, cotangent = row
     acc = accumulate(q.dtype)
     scale = jnp.asarray(static.params.scale, acc)  # of scores; multiplied where arrays are small
@@ -131,26 +139,32 @@ def _row_backward(static: Static, row: tuple[Array, Array, Array, KeyRanges, Arr
             z, cap_gradient = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)
             p = jnp.exp(z - total_i[..., None])
             dp = einsum("kqh,ksh->kqs", gi, vi)
-            dz = p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * cap_gradient
+            mean = jnp.sum(p * dp, -1, keepdims=True)
+            dz = p * (dp - mean) * cap_gradient
+            sink = _sink_scores(sinks, z)
+            dsink = 0 * mean if sink is None else -jnp.exp(sink - total_i[..., None]) * mean
             dz, p = dz.astype(q.dtype), p.astype(v.dtype)
             # [H, keys] with the smaller factor first: transposing the larger one is what would take long
             parts = einsum("kqh,kqs->khs", qi, dz), einsum("kqh,kqs->khs", gi, p)
             dq = einsum("kqs,ksh->kqh", dz, ki) * scale
-            return dq.astype(q.dtype), *(_gradient_blocks(a, static.block, most) for a in parts)
+            blocks_of = (_gradient_blocks(a, static.block, most) for a in parts)
+            return dq.astype(q.dtype), dsink.reshape(*q.shape[1:3], -1).sum(-1), *blocks_of
 
         most = kv_index.shape[0]
-        dq, *parts = _in_bucket(kv_count, most, compute)
+        dq, dsink, *parts = _in_bucket(kv_count, most, compute)
 
         def add(step, sums):
             return tuple(s.at[kv_index[step]].add(part[step]) for s, part in zip(sums, parts, strict=True))
 
-        return lax.fori_loop(0, kv_count, add, carry), dq
+        return lax.fori_loop(0, kv_count, add, carry), (dq, dsink)
 
     start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], static.block), acc)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
-    (dk, dv), dq = lax.scan(block, (start, start), (*queries, total, _in_blocks(ranges, static.block), *indices))
+    (dk, dv), (dq, dsinks) = lax.scan(
+        block, (start, start), (*queries, total, _in_blocks(ranges, static.block), *indices)
+    )
     transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * scale, dv))
-    return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed)
+    return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed), dsinks.sum(0)
 
 
 def _block_indices(ranges: KeyRanges, keys: int, block: int) -> BlockIndices:
@@ -202,6 +216,13 @@ def _scores(
     bias = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
     by_head = z.reshape(z.shape[0], -1, *bias.shape) + bias[None, None]
     return by_head.reshape(z.shape), cap_gradient
+
+
+def _sink_scores(sinks: Array | None, z: Float[Array, "K group_queries keys"]) -> Array | None:
+    """The sink of each query's head, in the rank and dtype of the scores."""
+    if sinks is None:
+        return None
+    return jnp.repeat(sinks.astype(z.dtype), z.shape[1] // sinks.shape[1], axis=1)[..., None]
 
 
 def _in_blocks(a: Any, block: int) -> Any:

@@ -25,6 +25,7 @@ from ches_jax.models.attention.mask import KeyRanges, Visibility, key_ranges, wi
 from ches_jax.models.config import DecoderConfig
 
 AUTO, INTERPRET = "auto", ":interpret"
+NO_SINKS = "it has no attention sinks, which this model's heads have"
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Largest difference from ``dense`` in float32 (or better), over the largest output, that is rounding: about four times
 what 16-bit outputs and softmax weights lose, and twenty times in the other dtypes."""
@@ -41,7 +42,9 @@ class Setting(NamedTuple):
     dtype: str
     head_dim: int
     group: int
-    """Query heads of a key/value head."""
+    """Query heads of a key/value head, the most of any layer."""
+    sinks: bool
+    """Whether heads have sinks."""
 
 
 class Choice(NamedTuple):
@@ -67,6 +70,8 @@ def _gpu(interpret: bool) -> Attend:
 def _why_not_tpu(s: Setting) -> str | None:
     if s.platform != "tpu":
         return "it needs a TPU"
+    if s.sinks:
+        return NO_SINKS
     if s.dtype not in ("float32", "bfloat16"):
         return f"it computes in float32 or bfloat16, not {s.dtype}"
     if s.group > 32:
@@ -77,6 +82,8 @@ def _why_not_tpu(s: Setting) -> str | None:
 def _why_not_gpu(s: Setting) -> str | None:
     if s.capability < 8:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if s.sinks:
+        return NO_SINKS
     if s.dtype == "float64":
         return "it computes in float32, bfloat16 or float16, not float64"
     if s.head_dim > 256:
@@ -102,8 +109,16 @@ def setting_of(config: DecoderConfig, dtype: DTypeLike) -> Setting:
         capability = float(getattr(device, "compute_capability", 0))
     except ValueError:  # AMD's are names
         capability = 0.0
-    group = config.num_heads // config.num_kv_heads
-    return Setting(device.platform, device.device_kind, capability, jnp.dtype(dtype).name, config.head_dim, group)
+    shapes = head_shapes(config)
+    group, head_dim = (max(sizes) for sizes in zip(*shapes, strict=True))
+    dtype_name = jnp.dtype(dtype).name
+    return Setting(device.platform, device.device_kind, capability, dtype_name, head_dim, group, config.sinks)
+
+
+def head_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
+    """(query heads of a key/value head, channels of a head) of the layers' attention, each once."""
+    kinds = [config.of_kind(kind) for kind in dict.fromkeys(config.kinds)]
+    return list(dict.fromkeys((c.num_heads // c.num_kv_heads, c.head_dim) for c in kinds))
 
 
 def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choice:
@@ -135,7 +150,7 @@ def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choi
     if kernel not in KERNELS:
         raise ChesError(f"--attention {name!r}: expected {AUTO}, {', '.join([*KERNELS, *PLAIN])}")
     interpret = name != kernel
-    reason = None if interpret else KERNELS[kernel].why_not(setting)
+    reason = NO_SINKS if setting.sinks else None if interpret else KERNELS[kernel].why_not(setting)
     if reason is not None:
         raise ChesError(
             f"--attention {name}: cannot run on this {setting.device}: {reason}. Available here: {usable} "
@@ -155,9 +170,14 @@ def with_gradient() -> Attend:
 
 def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:
     """What is wrong with ``attend`` on a small packed batch with the model's heads; None where it equals ``dense``."""
+    faults = (_check_heads(attend, heads, config, dtype) for heads in head_shapes(config))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _check_heads(attend: Attend, heads: tuple[int, int], config: DecoderConfig, dtype: str) -> str | None:
+    """``check`` for heads of one shape."""
     ranges = _packed_rows()
     rows, length = ranges.own_start.shape
-    heads = (config.num_heads // config.num_kv_heads, config.head_dim)
     shapes = ((rows, length, 1, *heads), (rows, length, 1, heads[1]), (rows, length, 1, heads[1]))
     q, k, v = (
         jax.random.normal(key, shape, jnp.dtype(dtype))

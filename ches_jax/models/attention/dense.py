@@ -5,6 +5,8 @@ For a query q, the keys k and values v that it sees:
 .. math::
   o = \sum_t \mathrm{softmax}_t\big(\mathrm{cap}(s\, q \cdot k_t)\big)\, v_t, \qquad \mathrm{cap}(z) = c \tanh(z / c)
 
+Where a head has a *sink*, the exponential of that number joins the total of its softmax.
+
 All ways to compute it take ``AttentionInputs`` and ``AttentionParams``, hold scores, maxima and sums in float32
 (float64 when the inputs are), and agree to rounding:
 
@@ -40,6 +42,8 @@ class AttentionInputs(NamedTuple):
     v: Float[Array, "B T K H"]
     ranges: KeyRanges
     """Which keys each query sees."""
+    sinks: Float[Array, "K G"] | None = None
+    """For each head a score of a key that everything sees and whose value is zero."""
 
 
 class AttentionParams(NamedTuple):
@@ -75,13 +79,16 @@ def to_multiple(x: Array, block: int) -> Array:
 
 def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
     """Attention with the whole [Q, T] mask: every score is computed, then masked."""
-    q, k, v, ranges = inputs
+    q, k, v, ranges, sinks = inputs
     mask = visible(ranges, jnp.arange(k.shape[1], dtype=jnp.int32))
     acc = accumulate(q.dtype)
     s = einsum("bqkgh,bskh->bkgqs", q, k)
     s = capped(s * jnp.asarray(params.scale, acc), params.softcap)
     s = jnp.where(mask[:, None, None], s, jnp.asarray(MASKED_SCORE, acc))
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(acc)[None, :, :, None, None], (*s.shape[:-1], 1))
+        s = jnp.concatenate([s, sink], axis=-1)
+    p = jax.nn.softmax(s, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return einsum("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
 
 
@@ -98,11 +105,11 @@ def query_chunked(
       params: scale and soft cap.
       chunk: queries at a time.
     """
-    q, k, v, ranges = inputs
+    q, k, v, ranges, sinks = inputs
     of_chunk = jax.checkpoint(partial(dense, params=params))
     parts = []
     for start in range(0, q.shape[1], chunk):
         end = min(start + chunk, q.shape[1])
         some_q, some_ranges = jax.tree.map(lambda x, a=start, b=end: x[:, a:b], (q, ranges))
-        parts.append(of_chunk(AttentionInputs(some_q, k[:, :end], v[:, :end], some_ranges)))
+        parts.append(of_chunk(AttentionInputs(some_q, k[:, :end], v[:, :end], some_ranges, sinks)))
     return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT)

@@ -74,8 +74,10 @@ def key_ranges(v: Visibility) -> KeyRanges:
     return KeyRanges(*v, jnp.broadcast_to(index + 1, v.own_start.shape))
 
 
-def within(r: KeyRanges, window: Int[Array, ""]) -> KeyRanges:
+def within(r: KeyRanges, window: Int[Array, "*bq"]) -> KeyRanges:
     """What is left in a layer where a position sees at most ``window`` positions, itself included.
+
+    The window may differ from query to query.
 
     >>> ranges = key_ranges(Visibility(*(jnp.array([a]) for a in ([0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2]))))
     >>> [a.tolist() for a in within(ranges, jnp.int32(3))]

@@ -91,7 +91,7 @@ def attend(inputs: AttentionInputs, params: AttentionParams, interpret: bool = F
       params: scale and soft cap.
       interpret: emulate the kernel on the device at hand, which is slow.
     """
-    q, k, v, ranges = inputs
+    q, k, v, ranges, _ = inputs
     count, group, head = q.shape[1], q.shape[3], q.shape[4]
     queries = query_block(group)
     q, k, v, ranges = to_multiple(q, queries), to_multiple(k, KEYS), to_multiple(v, KEYS), padded(ranges, queries)

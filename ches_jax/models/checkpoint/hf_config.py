@@ -7,7 +7,7 @@ that is silently wrong; the rest are keys that no code of the model reads, that 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from ches_jax.models.config import RopeConfig, RopeKind
@@ -97,6 +97,7 @@ ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
+    "proportional": ("factor",),
 }
 RETIRED_ROPE_NAMES = {"su": "longrope"}
 ROPE_NEEDS = {
@@ -235,6 +236,7 @@ class ConfigReader:
         fraction_key: str = "partial_rotary_factor",
         original: int | None = None,
         rename: Mapping[str, str] = RETIRED_ROPE_NAMES,
+        own: Collection[str] = (),
     ) -> RopeConfig:
         """Rotary settings from either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
@@ -247,6 +249,7 @@ class ConfigReader:
           fraction_key: the family's name for the share outside the dictionary.
           original: the family's default for ``original_max_position_embeddings``.
           rename: old names of rope types.
+          own: keys of the dictionary that the family reads itself.
         """
         outside = {
             "rope_theta": self.get(theta_key, float, theta),
@@ -254,7 +257,7 @@ class ConfigReader:
         }
         old, new = self.get("rope_scaling", dict, None), self.get("rope_parameters", dict, None)
         name = "rope_scaling" if old else "rope_parameters"
-        settings = outside | {k: v for k, v in (old or new or {}).items() if v is not None}
+        settings = outside | {k: v for k, v in (old or new or {}).items() if v is not None and k not in own}
         # written beside the dictionary it is the one that counts, as in transformers
         settings["original_max_position_embeddings"] = self.size(
             "original_max_position_embeddings", original
@@ -267,6 +270,38 @@ class ConfigReader:
             settings["partial_rotary_factor"] = 1.0
         return self.rope_settings(settings, name, head_dim, max_positions, rename)
 
+    def ropes_by_layer_type(
+        self, head_dims: Mapping[str, int], max_positions: int, thetas: Mapping[str, float]
+    ) -> tuple[RopeConfig, RopeConfig]:
+        """Rotary settings of the full and of the sliding layers: a dictionary for each in ``rope_parameters``.
+
+        Args:
+          head_dims: channels of a head by layer type.
+          max_positions: the context length.
+          thetas: base by layer type, where the dictionary has none.
+        """
+        written: dict[str, Any] = self.get("rope_parameters", dict, None) or {}
+        scaling = self.get("rope_scaling", dict, None) or {}  # never touches the sliding layers
+        ropes = []
+        for part in ("full_attention", "sliding_attention"):
+            settings = written.get(part) or {}
+            if not isinstance(settings, dict):
+                self.problems.append(f"config.json: rope_parameters.{part} = {settings!r} should be a dictionary")
+                settings = {}
+            outside = scaling if part == "full_attention" else {}
+            merged = {"rope_theta": thetas[part], **settings, **outside}
+            ropes.append(self.rope_settings(merged, f"rope_parameters.{part}", head_dims[part], max_positions))
+        if beside := {k: v for k, v in written.items() if k not in head_dims}:
+            beside = {"rope_theta": thetas["full_attention"], **beside}
+            flat = self.rope_settings(beside, "rope_parameters", head_dims["full_attention"], max_positions)
+            if any(flat != rope for rope in ropes):
+                self.problems.append(
+                    f"config.json: 'rope_parameters' has {sorted(beside)} beside the settings of 'full_attention' and "
+                    "'sliding_attention', and they say something else: read as those of both, the layers rotate by "
+                    "them; transformers reads those of each type, or its defaults. Write the settings of each type"
+                )
+        return ropes[0], ropes[1]
+
     def rope_settings(
         self,
         written: Mapping[str, Any],
@@ -277,7 +312,8 @@ class ConfigReader:
     ) -> RopeConfig:
         """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
         kind, settings = self._rope_kind(written, name, rename)
-        rotary_dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+        share = settings.get("partial_rotary_factor", 1.0)
+        rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
         self._check_rotary_dim(kind, rotary_dim, settings, name)
         original = int(settings.get("original_max_position_embeddings") or max_positions)
         factor = float(settings.get("factor") or max_positions / original)
@@ -288,6 +324,7 @@ class ConfigReader:
             max_positions=max_positions,
             factor=factor if kind != "default" else 1.0,
             original_max_positions=original,
+            rotating_pairs=int(share * head_dim // 2) if kind == "proportional" else 0,
             attention_factor=_attention_factor(kind, settings, factor, original),
             low_freq_factor=float(settings.get("low_freq_factor") or 1.0),
             high_freq_factor=float(settings.get("high_freq_factor") or 4.0),
@@ -334,26 +371,66 @@ class ConfigReader:
                     f"config.json: {name}.{key} has {len(settings[key])} numbers; expected {rotary_dim // 2}"
                 )
 
-    def windows(self, window: int | None, num_layers: int, default: Sequence[bool]) -> tuple[int | None, ...]:
+    def flags(self, key: str, num_layers: int, default: Sequence[bool]) -> tuple[bool, ...]:
+        """A list of 0 and 1 with one for each layer at least, or the default where there is none."""
+        written = self.get(key, list, None)
+        if not written:
+            return tuple(default)
+        if len(written) < num_layers or any(v not in (0, 1) for v in written):
+            self.problems.append(f"config.json: {key!r} should list {num_layers} of 0, 1; found {_short(written)}")
+            return tuple(default)
+        return tuple(bool(v) for v in written[:num_layers])
+
+    def every(self, key: str, default: int, num_layers: int) -> list[bool]:
+        """Per layer whether it is one of those that come every ``key`` layers, the last of each group."""
+        step = self.size(key, default)
+        return [(i + 1) % step == 0 for i in range(num_layers)]
+
+    def layer_numbers(self, key: str, num_layers: int) -> list[int] | None:
+        """A list of numbers of layers; None where the key is absent or null."""
+        written = self.get(key, list, None)
+        if written is None or all(isinstance(n, int) and 0 <= n < num_layers for n in written):
+            return written
+        self.problems.append(
+            f"config.json: {key!r} should list layers from 0 to {num_layers - 1}; found {_short(written)}"
+        )
+        return None
+
+    def one_of(self, keys: Sequence[str], default: int) -> int:
+        """A positive integer that may be written under any of several names, which must agree."""
+        written = {key: self.size(key, None) for key in keys}
+        values = {value for value in written.values() if value is not None}
+        if len(values) > 1:
+            self.problems.append(f"config.json: {written} are names of one number; expected one value")
+        return next(iter(values), default)
+
+    def layer_types(self, known: Iterable[str], num_layers: int, default: Sequence[str]) -> list[str]:
+        """``layer_types`` where it is written, one of ``known`` for each layer, else ``default``."""
+        types, known = self.get("layer_types", list, None), tuple(known)
+        if types is not None and (len(types) != num_layers or not all(t in known for t in types)):
+            self.problems.append(
+                f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
+            )
+            types = None
+        return list(default if types is None else types)
+
+    def windows(
+        self, window: int | None, num_layers: int, default: Sequence[bool], local: str = "sliding_attention"
+    ) -> tuple[int | None, ...]:
         """Per layer the window or None, from ``layer_types`` where written, else from ``default`` (True: sliding)."""
-        types = self.get("layer_types", list, None)
-        sliding = list(default)
-        if types is not None:
-            known = ("full_attention", "sliding_attention")
-            if len(types) != num_layers or not all(t in known for t in types):
-                self.problems.append(
-                    f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
-                )
-            else:
-                sliding = [t == "sliding_attention" for t in types]
+        types = self.layer_types(
+            ("full_attention", local), num_layers, [local if s else "full_attention" for s in default]
+        )
+        sliding = [t == local for t in types]
         if any(sliding) and window is None:
-            self.problems.append("config.json: sliding layers, but 'sliding_window' is null or switched off")
+            self.problems.append(f"config.json: {local} layers, but their window is null or switched off")
         return tuple(window if s else None for s in sliding)
 
     def finish(self) -> list[str]:
         """All problems, unknown keys included."""
         for key, allowed in OFF.items():
-            self.must_be(key, *allowed)
+            if key not in self._seen:
+                self.must_be(key, *allowed)
         if changing := [k for k in self._unknown() if _changes_numbers(k, self.raw[k])]:
             self.problems.append(
                 f"config.json: not handled for this family: {self._shown(changing)}; remove a key only if it cannot "
@@ -420,10 +497,10 @@ def _rope_value(key: str, value: Any) -> bool:
 
 
 def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
-    """The Llama 3.1 rule blends between two bounds, which must not meet."""
+    """The Llama 3.1 rule blends between two bounds, which must be in order."""
     low, high = (_number_or(settings.get(k), 1.0) for k in ("low_freq_factor", "high_freq_factor"))
-    if kind == "llama3" and high <= low:
-        return [f"has low_freq_factor {low!r}, which should be below high_freq_factor {high!r}"]
+    if kind == "llama3" and high < low:
+        return [f"has low_freq_factor {low!r}, which should not be above high_freq_factor {high!r}"]
     return []
 
 

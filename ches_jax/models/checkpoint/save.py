@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.errors import CheckpointError
-from ches_jax.hf.directory import INDEX, fingerprint, model_files, read_config, weight_files, weight_map
+from ches_jax.hf.directory import CONFIG, INDEX, fingerprint, model_files, read_config, weight_files, weight_map
 from ches_jax.hf.export import SHARD_BYTES, copy_tokenizer, write_config, write_weights
 from ches_jax.hf.quantised.schemes import KEY as QUANTISED
 from ches_jax.hf.quantised.schemes import scheme_of
@@ -24,6 +24,7 @@ from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.models.stacks import layers_of
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.store import output_place
 
 
 def save_pretrained(
@@ -56,7 +57,7 @@ def save_pretrained(
     """
     source = Path(like) if like is not None else None
     if whole and source is not None:
-        return _save_whole(model, Path(out), source, dtype, shard_bytes)
+        return _save_whole(model, output_place(out, CheckpointError), source, dtype, shard_bytes)
     raw = dict(config) if config is not None else effective_config(source) if source else None
     if raw is None:
         raise ValueError("save_pretrained needs like=DIR or config=dict")
@@ -69,7 +70,7 @@ def save_pretrained(
     raw.pop(QUANTISED, None)  # what is written is not
     if source is not None and is_multimodal(source):
         raw["architectures"] = [family.ARCHITECTURE]
-    with new_directory(Path(out), CheckpointError) as directory:
+    with new_directory(output_place(out, CheckpointError), CheckpointError, CONFIG) as directory:
         write_weights(directory, stored_tensors(rules, params, model.config, stored, dtype), shard_bytes)
         kept = {str(v.dtype) for v in params.values()}
         if dtype or source is None:
@@ -77,7 +78,7 @@ def save_pretrained(
         write_config(directory, raw)
         if source is not None:
             copy_tokenizer(source, directory)
-    return fingerprint(Path(out))
+        return fingerprint(directory)
 
 
 def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shard_bytes: int) -> str:
@@ -110,14 +111,14 @@ def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shar
         raw |= {TIED: text[TIED], TEXT: raw[TEXT] | {TIED: text[TIED]}}
     if dtype:
         raw = without_dtype(raw) | {"dtype": dtype, TEXT: without_dtype(raw[TEXT]) | {"dtype": dtype}}
-    with new_directory(out, CheckpointError) as directory:
+    with new_directory(out, CheckpointError, CONFIG) as directory:
         write_weights(directory, tensors(), shard_bytes)
         for path in model_files(source):
             if path.suffix != ".safetensors" and path.name != INDEX:
                 (directory / path.relative_to(source)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, directory / path.relative_to(source))
         write_config(directory, raw)
-    return fingerprint(out)
+        return fingerprint(directory)
 
 
 def require_whole(source: Path) -> None:

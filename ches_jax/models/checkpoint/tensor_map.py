@@ -123,6 +123,58 @@ class Interleaved(View):
 
 
 @dataclass(frozen=True)
+class ExpertPart(View):
+    """The matrices (or biases) of all experts in one tensor, perhaps with those of another projection.
+
+    A parameter [experts, out, in] is found at ``start``, ``start + step``, ... of the ``total`` outputs of the tensor,
+    [experts, total, in], or [experts, in, total] where that is ``turned``.
+    """
+
+    start: int = 0
+    step: int = 1
+    total: int | None = None
+    """None: as many as the parameter has."""
+    turned: bool = False
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """All outputs, in the tensor's order of axes."""
+        experts, outputs, *rest = shape
+        whole = (experts, outputs if self.total is None else self.total, *rest)
+        return (whole[0], whole[2], whole[1]) if self.turned else whole
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Reads from the first to the last output it needs and selects the part's."""
+        experts, rows, *rest = index
+        first, last = (self.start + self.step * i for i in (rows.start, rows.stop - 1))
+        span = slice(first, last + 1)
+        if self.turned:
+            return tensor.read((experts, *rest, span)).swapaxes(1, 2)[:, :: self.step]
+        return tensor.read((experts, span, *rest))[:, :: self.step]
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Fills its outputs."""
+        rows = out.swapaxes(1, 2) if self.turned else out
+        rows[:, self.start : self.start + self.step * value.shape[1] : self.step] = value
+
+
+@dataclass(frozen=True)
+class Squeezed(View):
+    """A tensor with an axis of length one after the first, which the parameter has not (depthwise convolutions)."""
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """With the axis."""
+        return (shape[0], 1, *shape[1:])
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Without it."""
+        return tensor.read((index[0], slice(None), *index[1:]))[:, 0]
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Puts it back."""
+        out[:, 0] = value
+
+
+@dataclass(frozen=True)
 class Whole(View):
     """The whole tensor as it is, read without a copy."""
 
@@ -188,7 +240,8 @@ def rules(
 
     Args:
       params: the decoder's parameter names.
-      names: module name in the decoder -> module name in the file, below the layer for layer modules.
+      names: module name in the decoder -> module name in the file, below the layer for layer modules; parameters whose
+        stored name is another one than that of their module with ``.weight`` or ``.bias`` have an entry of their own.
       prefix: what stands before every name but the head's.
       layers: the file's name for the list of layers.
       views: parameters (below the layer) that are a slice of their tensor or its transpose.
@@ -196,11 +249,12 @@ def rules(
     table = []
     for param in params:
         inner = below_stack(param)
-        module, leaf = (inner or param).rsplit(".", 1)
+        module, _, leaf = (inner or param).rpartition(".")
         if inner is None:
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
         else:
-            tensor = f"{prefix}{layers}.{{layer}}.{names[module]}.{leaf}"
+            stored = names.get(inner) or f"{names[module]}.{leaf}"
+            tensor = f"{prefix}{layers}.{{layer}}.{stored}"
         table.append(Rule(param, tensor, (views or {}).get(f"{module}.{leaf}", WHOLE)))
     return table
 

@@ -4,7 +4,6 @@ Five layers in six slide and rotate with a small base; the sixth sees everything
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule, rules
@@ -55,27 +54,16 @@ def read_config(r: ConfigReader) -> DecoderConfig:
 
 def _ropes(r: ConfigReader, head_dim: int, positions: int) -> tuple[RopeConfig, RopeConfig]:
     """Rope of the full and of the sliding layers: one dictionary by layer type, or the older three keys."""
-    new: dict[str, Any] = r.get("rope_parameters", dict, None) or {}
-    unknown = sorted(new.keys() - {"full_attention", "sliding_attention"})
+    unknown = sorted((r.get("rope_parameters", dict, None) or {}).keys() - {"full_attention", "sliding_attention"})
     if unknown:
         r.problems.append(
             f"config.json: 'rope_parameters' should have 'full_attention' and 'sliding_attention'; found {unknown}"
         )
-    parts = {
+    thetas = {
         "full_attention": r.get("rope_theta", float, 1e6),
         "sliding_attention": r.get("rope_local_base_freq", float, 1e4),
     }
-    scaling = r.get("rope_scaling", dict, None) or {}  # never touches the sliding layers
-    ropes = []
-    for part, theta in parts.items():
-        settings = new.get(part) or {}
-        if not isinstance(settings, dict):
-            r.problems.append(f"config.json: rope_parameters.{part} = {settings!r} should be a dictionary")
-            settings = {}
-        outside = scaling if part == "full_attention" else {}
-        written = {"rope_theta": theta, **settings, **outside}
-        ropes.append(r.rope_settings(written, f"rope_parameters.{part}", head_dim, positions))
-    return ropes[0], ropes[1]
+    return r.ropes_by_layer_type(dict.fromkeys(thetas, head_dim), positions, thetas)
 
 
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:

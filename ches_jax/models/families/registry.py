@@ -11,18 +11,33 @@ from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families import (
+    cohere2,
+    deepseek_v3,
     gemma,
     gemma2,
     gemma3,
+    gemma4,
+    glm4,
     gpt2,
     gpt_neox,
+    gpt_oss,
+    granite,
+    lfm2,
     llama,
+    llama4,
+    ministral3,
     mistral,
+    mixtral,
     olmo,
     olmo2,
+    olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_moe,
+    smollm3,
     starcoder2,
 )
 from ches_jax.models.families.unsupported import unsupported_reason
@@ -49,7 +64,36 @@ def _by_type(*modules: ModuleType) -> dict[str, Family]:
     return {m.MODEL_TYPE: cast(Family, m) for m in modules}
 
 
-FAMILIES = _by_type(gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo, olmo2, phi3, qwen2, qwen3, starcoder2)
+FAMILIES = _by_type(
+    cohere2,
+    deepseek_v3,
+    gemma,
+    gemma2,
+    gemma3,
+    gemma4,
+    glm4,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    lfm2,
+    llama,
+    llama4,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    olmo3,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    smollm3,
+    starcoder2,
+)
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
@@ -86,6 +130,9 @@ def _misfits(config: DecoderConfig) -> Iterator[str]:
     """Values that are fine by themselves and not together, or that divide by zero."""
     if config.num_heads % config.num_kv_heads:
         yield f"config.json: {config.num_heads} heads are not a multiple of {config.num_kv_heads} kv heads"
+    e = config.experts
+    if e is not None and e.per_token > e.count:
+        yield f"config.json: {e.per_token} experts for a token of {e.count}; expected no more than there are"
     bounds = {
         "soft cap of attention": config.attention_softcap,
         "soft cap of the logits": config.logit_softcap,

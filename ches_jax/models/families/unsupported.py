@@ -1,12 +1,12 @@
-"""Checkpoints that are not a dense decoder of a supported family, by name, and what to do with them."""
+"""Checkpoints that are not a decoder of a supported family, by name, and what to do with them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ches_jax.hf.text_part import TEXT
 
-GIVE_DENSE = "give a dense decoder-only model ({supported})"
-MIXTURE = f"a mixture of experts, whose routing this decoder does not have; {GIVE_DENSE}"
+GIVE = "give a decoder-only model of a supported type ({supported})"
+MIXTURE = f"a mixture of experts of a kind whose routing this decoder does not have; {GIVE}"
 MULTIMODAL = (
     "a multimodal model without a 'text_config' in its config.json that says what its text model is; give one that has "
     "it, around a text model of a supported type ({supported})"
@@ -19,10 +19,10 @@ BENT_TEXT = (
     "a multimodal model whose text model does more than its config says (pictures reach into its layers, or a prefix "
     "is read in both directions); give a model whose text stands alone ({supported})"
 )
-ENCODER_DECODER = f"an encoder-decoder, which is not one sequence of tokens; {GIVE_DENSE}"
-ENCODER = f"an encoder, which does not predict the next token; {GIVE_DENSE}"
-RECURRENT = f"a state-space or recurrent model, which this decoder does not have; {GIVE_DENSE}"
-UNKNOWN = f"not supported; {GIVE_DENSE}"
+ENCODER_DECODER = f"an encoder-decoder, which is not one sequence of tokens; {GIVE}"
+ENCODER = f"an encoder, which does not predict the next token; {GIVE}"
+RECURRENT = f"a state-space or recurrent model, which this decoder does not have; {GIVE}"
+UNKNOWN = f"not supported; {GIVE}"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -31,9 +31,9 @@ def _words(text: str) -> frozenset[str]:
 
 KINDS: dict[str, frozenset[str]] = {
     MIXTURE: _words(
-        "mixtral qwen2_moe qwen3_moe qwen3_next deepseek deepseek_v2 deepseek_v3 deepseek_v32 olmoe flex_olmo phimoe "
-        "gpt_oss dbrx jetmoe granitemoe granitemoeshared glm4_moe ernie4_5_moe hunyuan_v1_moe minimax arctic grok-1 "
-        "nllb_moe switch_transformers lfm2_moe dots1 longcat_flash"
+        "qwen2_moe qwen3_next deepseek deepseek_v2 deepseek_v32 flex_olmo phimoe dbrx jetmoe granitemoe "
+        "granitemoeshared glm4_moe ernie4_5_moe hunyuan_v1_moe minimax arctic grok-1 nllb_moe switch_transformers "
+        "lfm2_moe dots1 longcat_flash"
     ),
     MULTIMODAL: _words(
         "gemma3 gemma3n gemma4 llava llava_next llava_next_video llava_onevision vipllava video_llava mllama llama4 "
@@ -52,7 +52,7 @@ KINDS: dict[str, frozenset[str]] = {
     ),
     RECURRENT: _words(
         "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 rwkv rwkv5 rwkv6 rwkv7 recurrent_gemma "
-        "nemotron_h granitemoehybrid xlstm lfm2 olmo_hybrid"
+        "nemotron_h granitemoehybrid xlstm olmo_hybrid"
     ),
 }
 BENT = frozenset({"mllama", "paligemma", "idefics", "gemma3n", "t5gemma2"})
@@ -68,8 +68,8 @@ def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supporte
       text: that of its text model; the same where there is no other.
       supported: types of text models.
 
-    >>> unsupported_reason({"model_type": "bert"}, {"model_type": "bert"}, ["llama"])
-    "model_type 'bert' is an encoder, which does not predict the next token; give a dense decoder-only model (llama)"
+    >>> unsupported_reason({"model_type": "bert"}, {"model_type": "bert"}, ["llama"]).partition(";")[0]
+    "model_type 'bert' is an encoder, which does not predict the next token"
     """
     kind, known = raw.get("model_type"), sorted(supported)
     if str(kind) in BENT and TEXT in raw:
@@ -80,7 +80,7 @@ def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supporte
     if TEXT in raw:
         return f"model_type {kind!r} is {OTHER_TEXT.format(type=text['model_type'], supported=listed)}"
     if kind is None:
-        return f"config.json has no 'model_type'; {GIVE_DENSE.format(supported=listed)}"
+        return f"config.json has no 'model_type'; {GIVE.format(supported=listed)}"
     reason = next((reason for reason, kinds in KINDS.items() if str(kind) in kinds), None)
     return f"model_type {kind!r} is {(reason or _by_keys(raw)).format(supported=listed)}"
 

@@ -22,6 +22,7 @@ from ches_jax.data.packing import (
     plan_batches,
     responses_of,
     row_length,
+    row_max_pairs,
     shared_tokens,
     write_batch,
 )
@@ -76,6 +77,8 @@ class Layout(NamedTuple):
     """Numbers of rows of a batch of standard rows, rising; ``fitted`` chooses them."""
     predictions: int = 0
     """Predictions of a standard row; 0: as many as the batch needs."""
+    responses: int = 0
+    """Room for the responses of an item, where items differ in their number; 0: they do not."""
     response_tokens: int = 0
     """Room for the tokens of a response, where the objective reads tokens; 0: it does not."""
     local_shards: tuple[int, ...] | None = None
@@ -111,8 +114,11 @@ def fitted(layout: Layout, groups: Iterable[Sequence[Item]], most: int = 3) -> L
 def _arranged(items: Sequence[Item], layout: Layout) -> BatchPlan:
     """Rows of one length for all ``items``, as few as hold them."""
     length = max(row_length(item, layout.row_tokens, layout.length_threshold) for item in items)
+    most = max(row_max_pairs(item, length) for item in items)
     # a row for every item is more than enough
-    (plan,) = plan_batches(items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold)
+    (plan,) = plan_batches(
+        items, length=length, rows_per_batch=len(items), length_threshold=layout.length_threshold, max_pairs=most
+    )
     return plan
 
 
@@ -206,7 +212,7 @@ def without_rows(
 
     Arguments of ``make_batch``; ``first`` says where the predictions of each item begin in its row.
     """
-    counts = np.array([_counts(item, layout)[1] for item in items], np.int32)
+    counts = _response_counts(items, layout)
     nothing = np.zeros(len(items), np.int32)
     sums = np.zeros(counts.shape)
     if reference is not None:
@@ -222,6 +228,12 @@ def without_rows(
         if layout.response_tokens
         else None,
     )
+
+
+def _response_counts(items: Sequence[Item], layout: Layout) -> np.ndarray:
+    """[P, R] tokens of each response; 0 where an item has fewer responses than there is room for."""
+    counts = [np.array(_counts(item, layout)[1], np.int32) for item in items]
+    return padded(counts, layout.responses, np.int32) if layout.responses else np.array(counts, np.int32)
 
 
 def _extra(values: np.ndarray, width: int, dtype: Any) -> np.ndarray:

@@ -12,6 +12,12 @@ sample; the example is all of them, the rejected response once and last.
 
     pairs      x: s1 y-      x: s2 y-      x: s3 y-
     example    x: s1 s2 s3 y-
+
+A listwise objective takes rows of responses with scores, which come as the best response beside each other one; the
+example is the list, the best first, each response once.
+
+    pairs      x: y2 y1      x: y2 y3
+    example    x: y2 y3 y1
 """
 
 import hashlib
@@ -25,7 +31,7 @@ from ches_jax.data.spans import differing_spans
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.losses.tokens import SPAN_MASKS
-from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_lists, reads_samples
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import Eos, Response, TokenPair
 
@@ -37,13 +43,28 @@ class Examples:
     """N examples: what is packed for each, and what else the objective reads of it."""
 
     pairs: list[TokenPair]
-    """``size`` for each example."""
+    """``size`` for each example, or as ``ends`` say."""
     extra: dict[str, np.ndarray]
     """[N] by field of ``LossInputs``: columns of the data, labels; numbers of tokens as [N] arrays of their own."""
     size: int = 1
+    """Pairs of an example of samples."""
+    ends: tuple[int, ...] | None = None
+    """Of lists, which differ in length: where the pairs of each example end."""
 
     def __len__(self) -> int:
-        return len(self.pairs) // self.size
+        return len(self.pairs) // self.size if self.ends is None else len(self.ends)
+
+    def pairs_of(self, i: int) -> slice:
+        """The pairs of example ``i``."""
+        if self.ends is None:
+            return slice(i * self.size, (i + 1) * self.size)
+        return slice(self.ends[i - 1] if i else 0, self.ends[i])
+
+    @property
+    def most_responses(self) -> int:
+        """Responses of the longest example."""
+        most = self.size if self.ends is None else int(np.max(np.diff((0, *self.ends)), initial=1))
+        return 1 + most
 
     def items(self) -> list[Item]:
         """What is packed."""
@@ -51,13 +72,26 @@ class Examples:
 
     def item(self, i: int) -> Item:
         """What is packed of example ``i``."""
+        of_group = self.pairs[self.pairs_of(i)]
+        if self.ends is not None:
+            return Candidates(of_group[0].prompt, (of_group[0].chosen, *(p.rejected for p in of_group)), 1)
         if self.size == 1:
-            return self.pairs[i]
-        of_group = self.pairs[i * self.size : (i + 1) * self.size]
+            return of_group[0]
         return Candidates(of_group[0].prompt, (*(p.chosen for p in of_group), of_group[0].rejected), self.size)
 
     def by_response(self, logps: PairLogps | TokenLogps, which: Sequence[int] | np.ndarray) -> list[list]:
-        """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``."""
+        """Of each response (samples or chosen, then rejected) the values of these examples; from those of ``pairs``.
+
+        Of lists the best response comes first, and a list that is shorter than the longest ends with zeros.
+        """
+        if self.ends is not None:
+            groups = [self.pairs_of(i) for i in which]
+            best = [logps.chosen[group.start] for group in groups]
+            others = [
+                [logps.rejected[g.start + k] if g.start + k < g.stop else 0.0 for g in groups]
+                for k in range(self.most_responses - 1)
+            ]
+            return [best, *others]
         sides = [[logps.chosen[i * self.size + k] for i in which] for k in range(self.size)]
         return [*sides, [logps.rejected[i * self.size] for i in which]]
 
@@ -85,8 +119,38 @@ def make_examples(
     if reads_samples(loss) and pairs:
         size = len({p.candidates for p in pairs})
         return Examples(list(pairs), {k: v[::size] for k, v in extra.items()}, size)
+    if reads_lists(loss) and pairs:
+        return _lists(pairs, extra)
     spans = _spans(pairs, eos) if loss.needs >= SPAN_MASKS else {}
     return Examples(list(pairs), {**extra, **spans})
+
+
+def _lists(pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray]) -> Examples:
+    """Lists of the pairs of each row, by falling score; their scores as [N, K] with zeros at the ends of short ones."""
+    groups: dict[int, list[int]] = {}
+    for position, pair in enumerate(pairs):
+        groups.setdefault(pair.index, []).append(position)
+    best, other = extra["rewards_chosen"], extra["rewards_rejected"]
+    order = [sorted(group, key=lambda position: -other[position]) for group in groups.values()]
+    scores = np.zeros((len(order), 1 + max(map(len, order))))
+    for row, group in zip(scores, order, strict=True):
+        row[: 1 + len(group)] = [best[group[0]], *other[group]]
+    first = [group[0] for group in order]
+    columns = {k: v[first] for k, v in extra.items() if not k.startswith("rewards_")}
+    ends = np.cumsum([len(group) for group in order]).tolist()
+    every = [pairs[position] for group in order for position in group]
+    return Examples(every, {**columns, "scores": scores}, ends=tuple(ends))
+
+
+def ranks_of(*some: Examples) -> dict[str, int]:
+    """Of lists: the rank of each pair's rejected response in its row, from 2, by ``row_id``; empty for others."""
+    return {
+        pair.row_id: rank
+        for examples in some
+        if examples.ends is not None
+        for i in range(len(examples))
+        for rank, pair in enumerate(examples.pairs[examples.pairs_of(i)], 2)
+    }
 
 
 def _spans(pairs: Sequence[TokenPair], eos: Eos) -> dict[str, np.ndarray]:

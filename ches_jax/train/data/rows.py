@@ -11,8 +11,9 @@ import numpy as np
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
-from ches_jax.data.sources import Kind, PairSource
+from ches_jax.data.sources import LISTS, Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
+from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
@@ -21,7 +22,7 @@ from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.tokens import TOKEN_WEIGHTS
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.examples import NOTHING, ragged
-from ches_jax.train.objective import is_supervised, is_unpaired, reads_samples
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_lists, reads_samples
 from ches_jax.train.reference import COLUMNS
 from ches_jax.types import Eos, OnBadRow, Response, TokenPair
 
@@ -39,9 +40,6 @@ REWARD_COLUMNS = (
 """Names under which published data sets keep the scores of the two responses; the first that a row has is read."""
 SCORES = ("scores", "scores")
 """And where they keep those of several responses."""
-COMPLETION = ("completion", "completion_ids")
-LABEL = "label"
-"""Columns of a row with one response: the response, and whether it is a good one."""
 _CHUNK = 256
 """Pairs that are tokenised at a time, and distributed to processes."""
 
@@ -65,7 +63,7 @@ def require_columns(config: TrainConfig, loss: Loss) -> None:
       ChesError: what was expected.
     """
     for option, given, fields_read, what in (
-        ("--rewards", config.rewards, REWARDS, "rewards"),
+        ("--rewards", config.rewards, REWARDS, "rewards of two columns"),
         ("--token-weights", config.token_weights, TOKEN_WEIGHTS, "weights of tokens; given_weights(LOSS) does"),
     ):
         if given is not None:
@@ -118,6 +116,8 @@ def read_pairs(
         return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
+    if reads_lists(loss):
+        _require_lists(source.name, config.loss, kept)
     numbers = _numbers(source, choices_of, kept, limit)
     _require_label_probabilities(source.name, kept, numbers)
     return ReadPairs(kept, _token_weights(source.name, kept, numbers, config.eos), dropped, rows)
@@ -135,6 +135,8 @@ def _open(
                 raise
     if reads_samples(loss):
         return opener.rows(spec, split, config.columns, SAMPLES, option), False
+    if reads_lists(loss):
+        return opener.rows(spec, split, config.columns, LISTS, option, config.schema), False
     return opener.pairs(spec, split, config.columns, config.candidates, option, config.schema), False
 
 
@@ -168,14 +170,6 @@ def _token_weights(
     return dict(numbers)
 
 
-def _one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
-    """A row of one response, as two equal ones."""
-    text, ids = (columns.get(name, name) for name in COMPLETION)
-    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
-    names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
-    return [(None, canonical_content(row, names))]
-
-
 def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
     """A row with a rejected response and samples, as the pairs of each sample with it."""
     name = columns.get("responses", "responses")
@@ -191,7 +185,6 @@ def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[N
     return [((k, len(samples)), canonical_content({**row, side: sample}, names)) for k, sample in enumerate(samples)]
 
 
-ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), _one_response)
 SAMPLES = Kind("rejected responses with samples", (*PAIR_COLUMNS, "responses"), _samples)
 
 
@@ -210,6 +203,25 @@ def _require_equal_samples(name: str, pairs: Sequence[TokenPair]) -> None:
         if len({p.prompt for p in of_row}) > 1:
             raise DataError(
                 f"{name}: row {index}: tokens merge across the prompt's end, in some samples and not in all"
+            )
+
+
+def _require_lists(name: str, loss: str, pairs: Sequence[TokenPair]) -> None:
+    """Every row a list of responses to the same prompt tokens.
+
+    Raises:
+      DataError: a row that is a pair; a prompt whose end merges with the tokens of some responses.
+    """
+    prompts: dict[int, tuple[int, ...]] = {}
+    for pair in pairs:
+        if pair.candidates is None:
+            raise DataError(
+                f"{name}: row {pair.index} is a pair, and loss {loss!r} reads lists: rows with prompt, responses and "
+                "scores (a pair is such a row with two responses)"
+            )
+        if prompts.setdefault(pair.index, pair.prompt) != pair.prompt:
+            raise DataError(
+                f"{name}: row {pair.index}: tokens merge across the prompt's end, in some responses and not in all"
             )
 
 
@@ -251,6 +263,9 @@ def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Map
         choices_of.append(
             (f"--token-weights {config.token_weights}", [_two(TOKEN_WEIGHT_FIELDS, config.token_weights)])
         )
+    if reads_lists(loss):
+        scores = config.columns.get("scores") or "scores"
+        choices_of.append((f"--loss {config.loss}", [_two(REWARD_FIELDS, f"{scores},{scores}")]))
     if loss.needs >= REWARDS:
         names = [config.rewards.split(",")] if config.rewards else [*REWARD_COLUMNS, SCORES]
         option = f"--rewards {config.rewards}" if config.rewards else f"--loss {config.loss}"
@@ -338,8 +353,9 @@ def _row_numbers(
     """The first choice of columns that the row has, of the pair that these two of its responses make."""
     for columns in choices:
         one_list = len({*columns.values()}) < len(columns)
-        if all(name in raw for name in columns.values()) and not (one_list and candidates is None):
-            values = {field: _of_pair(field, raw[name], candidates) for field, name in columns.items()}
+        found = {field: lookup(raw, name) for field, name in columns.items()}
+        if all(value is not None for value in found.values()) and not (one_list and candidates is None):
+            values = {field: _of_pair(field, value, candidates) for field, value in found.items()}
             if all(_fits(field, v) for field, v in values.items()):
                 return {f: np.array(v, float) if isinstance(v, list) else float(v) for f, v in values.items()}
     named = ", or ".join(" and ".join(dict.fromkeys(columns.values())) for columns in choices)

@@ -1,6 +1,6 @@
 """The displacement log of a run: how far every watched pair has moved, at every evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ SCHEMA = pa.schema(
         pa.field("entropy_rejected", pa.float64()),
         pa.field("argmax_mass_chosen", pa.float64()),
         pa.field("argmax_mass_rejected", pa.float64()),
+        pa.field("rank_rejected", pa.int32()),
+        pa.field("label_posterior", pa.float64()),
     ]
 )
 """One row per pair, set and evaluation; ``margin`` is the change of the margin, nats; entropies (nats) and arg-max
-masses are means over the tokens of a response."""
+masses are means over the tokens of a response. ``rank_rejected``: of lists, the place of the rejected response among
+those of its row, from 2. ``label_posterior``: LCPO's probability that the label is right."""
 
 
 def present(pairs: Sequence[TokenPair], logps: PairLogps) -> PairLogps:
@@ -60,6 +63,8 @@ def block(
     statistics: PairStatistics,
     eos: Any,
     tolerance: float,
+    ranks: Mapping[str, int] | None = None,
+    posterior: np.ndarray | None = None,
 ) -> pa.Table:
     """The rows of one set at one evaluation."""
     now = statistics.logps
@@ -78,15 +83,53 @@ def block(
         "chosen_tokens": [len(p.chosen.targets(eos)) for p in pairs],
         "rejected_tokens": [len(p.rejected.targets(eos)) for p in pairs],
         **sharpness(statistics),
+        "rank_rejected": [(ranks or {}).get(p.row_id) for p in pairs],
+        "label_posterior": [None] * len(pairs) if posterior is None else posterior,
     }
     return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def by_rank(
+    pairs: Sequence[TokenPair], chosen: np.ndarray, rejected: np.ndarray, ranks: Mapping[str, int]
+) -> dict[str, float]:
+    """Mean change of the responses of each rank, nats; the best response of a row counts once.
+
+    Empty where no pair has a rank.
+    """
+    places = np.array([ranks.get(p.row_id, 0) for p in pairs])
+    if not places.any():
+        return {}
+    _, first = np.unique([p.index for p in pairs], return_index=True)
+    out = {"dlogp_rank_1": float(np.mean(chosen[first]))}
+    return out | {
+        f"dlogp_rank_{k}": float(np.mean(rejected[places == k]))
+        for k in range(2, int(places.max()) + 1)
+        if (places == k).any()
+    }
 
 
 class DisplacementLog:
     """The log of a run: one part per evaluation, joined at the end. Knows the log-probabilities of step 0."""
 
-    def __init__(self, out: Path, eos: Any, tolerance: float = TOLERANCE, *, write: bool = True):
-        """``write``: whether this process keeps the log; of several only the first does."""
+    def __init__(
+        self,
+        out: Path,
+        eos: Any,
+        tolerance: float = TOLERANCE,
+        *,
+        write: bool = True,
+        ranks: Mapping[str, int] | None = None,
+    ):
+        """A log of nothing yet.
+
+        Args:
+          out: the run directory.
+          eos: whether a terminator counts.
+          tolerance: changes up to so many nats count as none.
+          write: whether this process keeps the log; of several only the first does.
+          ranks: of lists, the rank of each pair's rejected response, by ``row_id``.
+        """
+        self.ranks = ranks or {}
         self.write = write
         self.out = out
         self.eos = eos
@@ -98,9 +141,20 @@ class DisplacementLog:
         return part(self.out / PARTS, step)
 
     def record(
-        self, step: int, sets: Mapping[str, Sequence[TokenPair]], now: Mapping[str, PairStatistics]
+        self,
+        step: int,
+        sets: Mapping[str, Sequence[TokenPair]],
+        now: Mapping[str, PairStatistics],
+        posteriors: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, float]:
-        """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``)."""
+        """Write one evaluation; returns the summaries (held-out pairs under ``eval_displacement/*``).
+
+        Args:
+          step: updates done.
+          sets: the pairs by the name of their set.
+          now: their statistics.
+          posteriors: LCPO's probabilities that their labels are right.
+        """
         now = {
             name: statistics._replace(logps=present(sets[name], statistics.logps)) for name, statistics in now.items()
         }
@@ -110,11 +164,17 @@ class DisplacementLog:
             self._read_start(sets)
         blocks, summary = [SCHEMA.empty_table()], {}
         for name, pairs in sets.items():
-            blocks.append(block(step, name, pairs, self.start[name], now[name], self.eos, self.tolerance))
+            posterior = (posteriors or {}).get(name)
+            blocks.append(
+                block(step, name, pairs, self.start[name], now[name], self.eos, self.tolerance, self.ranks, posterior)
+            )
             chosen = now[name].logps.chosen - self.start[name].chosen
             rejected = now[name].logps.rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
             summary |= {f"{prefix}{k}": v for k, v in displacement_summary(chosen, rejected, self.tolerance).items()}
+            summary |= {f"{prefix}displacement/{k}": v for k, v in by_rank(pairs, chosen, rejected, self.ranks).items()}
+            if posterior is not None:
+                summary[f"{prefix}label/posterior_mean"] = float(np.mean(posterior))
             for key, values in sharpness(now[name]).items():
                 if not np.isnan(values).all():
                     summary[f"{prefix}displacement/{key}"] = float(np.nanmean(values))
@@ -146,10 +206,14 @@ class DisplacementObserver:
     every: int | None
     watched: WatchedPairs
     log: DisplacementLog
+    posteriors: Callable[[Mapping[str, PairLogps]], Mapping[str, np.ndarray]] | None = None
+    """Of a run whose labels are in doubt: from the log-probabilities of each set to the probabilities of its labels."""
 
     def observe(self, step: int, params: Params) -> dict[str, float]:
         """``displacement/*`` of the training pairs, ``eval_displacement/*`` of the held-out ones."""
-        return self.log.record(step, self.watched.sets, self.watched.statistics(step, params))
+        now = self.watched.statistics(step, params)
+        known = None if self.posteriors is None else self.posteriors({n: s.logps for n, s in now.items()})
+        return self.log.record(step, self.watched.sets, now, known)
 
     def close(self) -> None:
         """Join the parts."""

@@ -34,7 +34,7 @@ def require_finite(update: int, metrics: dict[str, float], examples: Examples, p
         return
     saved.wait()
     what = "loss" if not math.isfinite(metrics["loss"]) else "grad_norm"
-    rows = [examples.pairs[i * examples.size] for group in plan.update(update) for i in group]
+    rows = [examples.pairs[examples.pairs_of(i).start] for group in plan.update(update) for i in group]
     names = ", ".join(f"{p.index} ({p.row_id[:12]})" for p in rows[:8]) + (" ..." if len(rows) > 8 else "")
     good = saved.latest()
     where = (

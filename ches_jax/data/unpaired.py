@@ -1,0 +1,66 @@
+"""Rows of one response with a label, as KTO reads them: ``prompt, completion, label`` (or ``completion_ids``)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ches_jax.data.messages import kind
+from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
+from ches_jax.data.schema.mapping import decoded_turns
+from ches_jax.data.schema.values import turns, word
+from ches_jax.data.sources import Kind
+from ches_jax.errors import DataError
+
+COMPLETION = ("completion", "completion_ids")
+LABEL = "label"
+"""Columns of a row with one response: the response, and whether it is a good one."""
+_GOOD = {"1": True, "true": True, "yes": True, "good": True, "desirable": True}
+_BAD = {"0": False, "-1": False, "false": False, "no": False, "bad": False, "undesirable": False}
+
+
+def one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """A row of one response, as a pair of two equal ones.
+
+    Raises:
+      DataError: as ``canonical_content``.
+    """
+    text, ids = (columns.get(name, name) for name in COMPLETION)
+    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
+    names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
+    prompt = columns.get("prompt") or "prompt"
+    turned = {n: turns(decoded_turns(row[n])) for n in (text, prompt) if n in row}
+    return [(None, canonical_content({**row, **turned}, names))]
+
+
+def labelled(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """The same as ``prompt``, ``response`` and ``good``: whether the label says so.
+
+    Raises:
+      DataError: as ``canonical_content``; or the label is none.
+    """
+    name = columns.get(LABEL) or LABEL
+    good = is_good(name, lookup(row, name))
+    ((_, content),) = one_response(row, columns)
+    ids = "_ids" if "prompt_ids" in content else ""
+    return [(None, {"prompt": content[f"prompt{ids}"], "response": content[f"chosen{ids}"], "good": good})]
+
+
+def is_good(name: str, value: Any) -> bool:
+    """Whether a label means a good response: true or 1; false, 0 and -1 mean a bad one.
+
+    >>> is_good("label", True), is_good("label", "-1"), is_good("label", 0.0)
+    (True, False, False)
+
+    Raises:
+      DataError: it is something else, such as a rating.
+    """
+    known = _GOOD | _BAD
+    if value is None or word(value) not in known:
+        raise DataError(
+            f"'{name}' is {kind(value)}; expected whether the response is good: true or false, 1 or 0 (or -1); a "
+            "rating needs a threshold first"
+        )
+    return known[word(value)]
+
+
+ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), one_response)
+LABELLED = Kind("labelled responses", ONE_RESPONSE.columns, labelled)

@@ -1,0 +1,271 @@
+"""Which response is better, and what belongs to the prompt: every way in which people write it, and what is refused.
+
+Rows are tiny: prompt p, and the responses a and b (and c); a pair is written as "a>b".
+"""
+
+from typing import Any
+
+import pytest
+
+from ches_jax.data.sources import rows_in_memory
+from ches_jax.errors import DataError
+
+P = {"prompt": "p"}
+AB = {**P, "response_a": "a", "response_b": "b"}
+R01 = {**P, "response_0": "a", "response_1": "b"}
+R12 = {**P, "response_1": "a", "response_2": "b"}
+LIST = {**P, "answers": ["a", "b", "c"]}
+PAIR = {**P, "chosen": "a", "rejected": "b"}
+
+
+def text(value: Any) -> str:
+    return value if isinstance(value, str) else value[-1]["content"]
+
+
+def read(rows: list[dict[str, Any]], **options: Any) -> list[str]:
+    """Each row's pair; "tie" of a row that makes none, "unreadable" of one that cannot be read."""
+    records = rows_in_memory(rows, **options).tolerant()
+    return [
+        "unreadable"
+        if r.fault
+        else "tie"
+        if r.candidates == ()
+        else f"{text(r.content['chosen'])}>{text(r.content['rejected'])}"
+        for r in records
+    ]
+
+
+def labelled(responses: dict[str, Any], name: str, *values: Any) -> list[dict[str, Any]]:
+    return [{**responses, name: value} for value in values]
+
+
+READ = {
+    "0 and 1": (labelled(AB, "winner", 0, 1), "a>b b>a"),
+    "0 and 1 as numbers of columns": (labelled(R01, "winner", 1, 0), "b>a a>b"),
+    "1 and 2": (labelled(AB, "winner", 1, 2), "a>b b>a"),
+    "1 alone where columns count from 1": (labelled(R12, "winner", 1), "a>b"),
+    "1 alone where columns count from 0": (labelled(R01, "winner", 1), "b>a"),
+    "text and decimal numbers": (labelled(AB, "better", "1", 2.0, "1.0"), "a>b b>a a>b"),
+    "A and B": (labelled(AB, "label", "A", "B"), "a>b b>a"),
+    "B alone": (labelled(AB, "label", "B"), "b>a"),
+    "names of models": (labelled(AB, "winner", "model_a", "model_b", "tie"), "a>b b>a tie"),
+    "ways to tie": (labelled(AB, "winner", "model_a", "tie (bothbad)", "both", "neither"), "a>b tie tie tie"),
+    "names of columns": (labelled(AB, "preference", "response_b", "response_a"), "b>a a>b"),
+    "one row that says nothing": (labelled(AB, "winner", "A", "B", None, "", "C"), "unreadable"),
+    "a column for each": (
+        [{**AB, "winner_a": 1, "winner_b": 0}, {**AB, "winner_a": 0, "winner_b": 1}],
+        "a>b b>a",
+    ),
+    "and one for ties": (
+        [{**AB, "winner_a": 1, "winner_b": 0, "winner_tie": 0}, {**AB, "winner_a": 0, "winner_b": 0, "winner_tie": 1}],
+        "a>b tie",
+    ),
+    "two winners, and none": (
+        [{**AB, "winner_a": a, "winner_b": b} for a, b in ((True, False), (False, True), (1, 1), (0, 0))],
+        "a>b b>a unreadable unreadable",
+    ),
+    "scores": ([{**AB, "score_a": a, "score_b": b} for a, b in ((1, 2), ("2.5", "-1"), (3, 3))], "b>a a>b tie"),
+    "a score that is none": (
+        [{**AB, "score_a": a, "score_b": 2} for a in (1, 3, 4, "n/a", None, float("nan"))],
+        "b>a a>b a>b unreadable unreadable unreadable",
+    ),
+    "ranks": ([{**AB, "rank_a": a, "rank_b": b} for a, b in ((1, 2), (2, 1), (1, 1))], "a>b b>a tie"),
+    "a label and scores that agree": ([{**AB, "winner": "A", "score_a": 2, "score_b": 1}], "a>b"),
+    "two labels that agree": ([{**AB, "winner": "B", "better": "B"}], "b>a"),
+    "ranks and scores that agree": ([{**AB, "rank_a": 1, "rank_b": 2, "score_a": 5, "score_b": 3}], "a>b"),
+    "scores of a list": ([{**LIST, "scores": [1, 3, 2]}], "b>a b>c"),
+    "ranks of a list": ([{**LIST, "ranks": [2, 1, 3]}], "b>a b>c"),
+    "a list and its scores as JSON text": ([{**P, "answers": '["a", "b"]', "scores": "[1, 2]"}], "b>a"),
+    "objects with ranks": ([{**P, "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 0}]}], "b>a"),
+    "objects with scores": ([{**P, "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}], "a>b"),
+    "the best, counted from 0": ([{**LIST, "best": 0}], "a>b a>c"),
+    "the best, counted from 1": ([{**LIST, "best": 3}], "c>a c>b"),
+    "two rows of one prompt": (
+        [
+            {"prompt": q, "response": r, "score": s}
+            for q, r, s in (("p", "a", 1), ("p", "b", 2), ("q", "a", 9), ("q", "c", 3))
+        ],
+        "b>a a>c",
+    ),
+    "two ranked rows of one prompt": ([{**P, "response": "a", "rank": 2}, {**P, "response": "b", "rank": 1}], "b>a"),
+    "lists of chosen and rejected": ([{**P, "chosen": ["a", "b"], "rejected": ["c"]}], "a>c b>c"),
+    "other words for the sides": ([{"question": "p", "accepted": "a", "rejected": "b"}], "a>b"),
+    "preferred and dispreferred": ([{"question": "p", "preferred": "a", "dispreferred": "b"}], "a>b"),
+    "response_j and response_k": ([{"question": "p", "response_j": "a", "response_k": "b"}], "a>b"),
+}
+
+
+@pytest.mark.parametrize(("rows", "pairs"), READ.values(), ids=READ)
+def test_which_response_is_better(rows: list[dict[str, Any]], pairs: str):
+    if pairs == "unreadable":  # more labels than responses: nothing to go by
+        with pytest.raises(DataError, match=r"two readings: 'winner' a means .* order=a,"):
+            read(rows)
+    else:
+        assert read(rows) == pairs.split()
+
+
+REFUSED = {
+    "1 alone": (labelled(AB, "winner", 1), "'winner' 1 means that response_b is better, counted from 0, or that respo"),
+    "0, 1 and 2": (
+        labelled(AB, "winner", 0, 1, 2),
+        "response_b is better, counted from 0 and 2 is a tie, or that response_a is, counted from 1 and 0 is a tie",
+    ),
+    "2 alone": (labelled(AB, "winner", 2), "order=1,2 or order=2,1"),
+    "a label that may be no and yes": (labelled(AB, "label", 0, 1), "'label' 0 means that response_a .* order=0,1 or"),
+    "true and false": (labelled(AB, "winner", True, False), "'winner' false means .* order=false,true or order=true"),
+    "true alone": (labelled(AB, "preference", True), "order=false,true or order=true,false"),
+    "left and right": (labelled(AB, "choice", "left"), "order=left,right or order=right,left"),
+    "a sign": (labelled(AB, "preference", -1, 2), "order=negative,positive or order=positive,negative"),
+    "0 and 1 of columns that count from 1": (labelled(R12, "winner", 0, 1), "order=0,1 or order=1,0"),
+    "two labels that disagree": (
+        [{**AB, "winner": "A", "better": "B"}],
+        "winner=winner order=a,b says which response is better, or winner=better order=a,b does",
+    ),
+    "a label against scores": (
+        [{**AB, "winner": "A", "score_a": 1, "score_b": 2}],
+        "winner=winner order=a,b says which response is better, or scores=score_a,score_b does",
+    ),
+    "ranks against scores": (
+        [{**AB, "rank_a": 1, "rank_b": 2, "score_a": 3, "score_b": 5}],
+        "ranks=rank_a,rank_b says",
+    ),
+    "ranks that are no places": ([{**LIST, "ranks": [0.2, 0.1, 0.3]}], "'ranks' is a rank .* or it is a score"),
+    "the best of a list": ([{**LIST, "best": 1}], "'best' counts the responses from 0, or it counts them from 1"),
+    "a name against a label": (
+        [PAIR, {**PAIR, "winner": "rejected"}, {**PAIR, "winner": "chosen"}],
+        "chosen is better by its name, or 'winner' says rejected in some rows",
+    ),
+    "two system texts": ([{**PAIR, "system": "s", "system_prompt": "t"}], "'system', or it is in 'system_prompt'"),
+    "labelled responses of one prompt": (
+        [{**P, "response": "a", "label": 1}, {**P, "response": "b", "label": 0}],
+        "a good one, or rows of one prompt after one another .* completion=response label=label .* group=prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), REFUSED.values(), ids=REFUSED)
+def test_two_readings_are_refused_with_both(rows: list[dict[str, Any]], message: str):
+    with pytest.raises(DataError, match=f"two readings: .*{message}") as caught:
+        read(rows)
+    assert "choose with --columns" in str(caught.value) and "--schema" not in str(caught.value)
+
+
+def test_a_refused_reading_can_be_chosen_with_the_words_of_the_message():
+    """Each of the two choices that a message names is understood, and they prefer the other way round."""
+    names = {"prompt": "prompt", "responses": "response_a,response_b", "winner": "winner"}
+    rows = labelled(AB, "winner", 1)
+    assert read(rows, columns={**names, "order": "0,1"}) == ["b>a"]
+    assert read(rows, columns={**names, "order": "1,2"}) == ["a>b"]
+    signs = labelled(AB, "winner", -2, 0, "1.5")
+    assert read(signs, columns={**names, "order": "negative,positive"}) == ["a>b", "tie", "b>a"]
+    assert read(signs, columns={**names, "order": "positive,negative"}) == ["b>a", "tie", "a>b"]
+    single = [{**P, "response": "a", "label": True}, {**P, "response": "b", "label": False}]
+    words = {"prompt": "prompt", "responses": "response", "scores": "label", "group": "prompt"}
+    assert read(single, columns=words) == ["a>b"]
+
+
+def test_rows_of_one_prompt_that_lie_apart_are_not_lost():
+    rows = [{"prompt": q, "response": r, "score": s} for q, r, s in (("p", "a", 1), ("q", "c", 2), ("p", "b", 2))]
+    with pytest.raises(DataError, match="same 'prompt' are not next to each other: sort the data by it"):
+        read(rows)
+
+
+def test_nothing_says_which_is_better():
+    with pytest.raises(DataError, match="no column says which is better; found: prompt, response_a, response_b"):
+        read([AB])
+
+
+SHAPES = {
+    "text": ("p", "a", "b"),
+    "messages": tuple(
+        [{"role": role, "content": t}] for role, t in zip(("user", *["assistant"] * 2), "pab", strict=True)
+    ),
+    "single messages": tuple(
+        {"role": r, "content": t} for r, t in zip(("user", *["assistant"] * 2), "pab", strict=True)
+    ),
+    "from and value": tuple([{"from": f, "value": t}] for f, t in zip(("human", "gpt", "gpt"), "pab", strict=True)),
+    "a single from and value": tuple(
+        {"from": f, "value": t} for f, t in zip(("human", "gpt", "bot"), "pab", strict=True)
+    ),
+    "an object with messages": tuple(
+        {"messages": [{"role": r, "content": t}]} for r, t in zip(("user", *["assistant"] * 2), "pab", strict=True)
+    ),
+    "JSON text": tuple(
+        f'[{{"role": "{r}", "content": "{t}"}}]' for r, t in zip(("user", *["assistant"] * 2), "pab", strict=True)
+    ),
+    "JSON text of one message": tuple(
+        f'{{"from": "{f}", "value": "{t}"}}' for f, t in zip(("human", "gpt", "gpt"), "pab", strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("names", [("prompt", "chosen", "rejected"), ("question", "preferred", "dispreferred")])
+def test_turns_of_any_shape_mean_the_same_pair(shape: str, names: tuple[str, str, str]):
+    (record,) = rows_in_memory([dict(zip(names, SHAPES[shape], strict=True))])
+    as_messages = shape != "text"
+    want = SHAPES["messages" if as_messages else "text"]
+    assert [record.content[n] for n in ("prompt", "chosen", "rejected")] == list(want)
+
+
+@pytest.mark.parametrize("columns", [None, {"prompt": "q"}])
+def test_text_that_looks_like_json_and_holds_no_turns_stays_text(columns: dict[str, str] | None):
+    rows = [{**PAIR, "q": "[1, 2]", "chosen": '{"fruit": "plum"}', "rejected": '["a", "b"]'}]
+    (record,) = rows_in_memory(rows, columns)
+    assert (record.content["chosen"], record.content["rejected"]) == ('{"fruit": "plum"}', '["a", "b"]')
+
+
+def content(row: dict[str, Any], **options: Any) -> Any:
+    (record,) = rows_in_memory([row], **options)
+    return record.content["prompt"]
+
+
+def test_system_and_input_belong_to_the_prompt():
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "p"}
+    for name in ("system", "system_prompt", "system_message"):
+        assert content({**PAIR, name: "s"}) == [system, user]
+    assert content({**PAIR, "prompt": [user], "system": "s"}) == [system, user]
+    assert content({**PAIR, "prompt": [system, user], "system": "s"}) == [system, user]  # it is there already
+    assert content({**PAIR, "system": ""}) == content({**PAIR, "system": None}) == "p"
+    assert content({"instruction": "p", "input": "more", "chosen": "a", "rejected": "b"}) == "p\nmore"
+    assert content({"instruction": "p", "input": "", "chosen": "a", "rejected": "b"}) == "p"
+    assert (
+        content(
+            {"question": "p", "extra": "more", "chosen": "a", "rejected": "b"},
+            columns={"prompt": "question", "input": "extra", "chosen": "chosen", "rejected": "rejected"},
+        )
+        == "p\nmore"
+    )
+    with pytest.raises(DataError, match="two system texts"):
+        content({**PAIR, "prompt": [system, user], "system": "another"})
+
+
+NOTES = {
+    "history": (
+        {"history": "earlier"},
+        "'history' looks like a prompt and is not read; --columns prompt=history takes it",
+    ),
+    "input": ({"input": "more"}, "prompt=input takes it instead of 'prompt', input=input puts it under that"),
+    "label": ({"label": 1}, "'label' looks like a label and is not read"),
+    "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
+    "safer": ({"safer_response_id": 0}, "'safer_response_id' looks like a label"),
+}
+
+
+@pytest.mark.parametrize(("extra", "note"), NOTES.values(), ids=NOTES)
+def test_a_column_that_may_matter_is_named(extra: dict[str, Any], note: str):
+    source = rows_in_memory([{**PAIR, **extra}])
+    assert any(note in line for line in source.messages())
+
+
+def test_columns_that_say_nothing_new_are_not_named():
+    quiet = {"query": "p", "source": "web", "score_chosen": 2.0, "label": None, "system": " ", "messages": []}
+    assert rows_in_memory([{**PAIR, **quiet}]).messages() == []
+
+
+def test_rows_that_cannot_be_read_do_not_stop_the_others():
+    bad = [{**PAIR, "chosen": v} for v in (None, 3, ["a", 3], {"text": "a"}, True)]
+    missing = [{"prompt": "p", "chosen": "a"}, {}]
+    assert read([PAIR, *bad, *missing, PAIR]) == ["a>b", *["unreadable"] * 7, "a>b"]
+    faults = [r.fault for r in rows_in_memory([PAIR, *bad, *missing]).tolerant()][1:]
+    assert "it is null here" in faults[0] and "int 3" in faults[1] and "no column 'rejected'" in faults[5]

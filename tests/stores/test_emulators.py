@@ -1,0 +1,204 @@
+"""Every verb against emulators of stores on loopback: S3 (moto) and Google Cloud Storage; slow.
+
+The S3 emulator answers 503 for a while when it is told to.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax import bundled
+from ches_jax.runs import store
+
+pytestmark = pytest.mark.slow
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+class Busy:
+    """A WSGI application that answers 503 while it is told to."""
+
+    def __init__(self, app: Callable):
+        self.app, self.busy, self.refused = app, False, 0
+
+    def __call__(self, environ, start_response):
+        if self.busy:
+            self.refused += 1
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"busy"]
+        return self.app(environ, start_response)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
+    """moto on loopback with the bundled model and pairs in the bucket ``pod``; the environment that leads there."""
+    moto = pytest.importorskip("moto.server", reason="needs moto[s3] with flask")
+    import s3fs
+    from werkzeug.serving import make_server
+
+    app = Busy(moto.DomainDispatcherApplication(moto.create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fs = s3fs.S3FileSystem(use_listings_cache=False)
+        fs.mkdir("pod")
+        fs.put(f"{bundled.model_dir()}/", "pod/model/", recursive=True)
+        fs.put_file(str(bundled.pairs_file()), "pod/pairs.jsonl")
+        yield app, environment
+    server.shutdown()
+
+
+def ches(*words: str, expect: int = 0, environment: dict[str, str] | None = None) -> tuple[str, str]:
+    run = subprocess.run(
+        [sys.executable, "-m", "ches_jax", *words], capture_output=True, text=True, timeout=900,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+    assert run.returncode == expect, run.stderr[-3000:]
+    return run.stdout, run.stderr
+
+
+SCORE = ("score", "--model", "s3://pod/model", "--pairs", "s3://pod/pairs.jsonl", "--limit", "12", "--chunk-rows", "4")
+
+
+@pytest.fixture(scope="module")
+def scored(s3) -> str:
+    ches(*SCORE, "--logps", "--out", "s3://pod/runs/score")
+    return "s3://pod/runs/score"
+
+
+def table(path: Path) -> dict:
+    import io
+
+    return pq.read_table(io.BytesIO(path.read_bytes())).to_pydict()
+
+
+def test_scores_in_a_store_are_those_on_this_machine(scored, tmp_path):
+    ches("score", "--limit", "12", "--chunk-rows", "4", "--logps", "--out", str(tmp_path / "run"))
+    assert table(store.place(scored) / "scores.parquet") == table(tmp_path / "run" / "scores.parquet")
+    names = {p.name for p in store.place(scored).iterdir()}
+    assert names == {"config.json", "run.json", "scores.parquet"}, "no lock, no parts"
+
+
+def test_the_verbs_that_read_runs_read_them_there(scored):
+    ches("select", "--scores", scored, "--keep", "lowest:0.5", "--out", "s3://pod/runs/kept")
+    ches("report", scored)
+    ches("report", "s3://pod/runs/kept", "--out", "s3://pod/pages")
+    ches("show", scored, "3")
+    out, _ = ches("diagnose", "--before", scored, "--after", scored, "--out", "s3://pod/runs/diagnosis", "--json")
+    assert json.loads(out)["verdict"] == "not_displaced"
+    for path in ("score/report.html", "kept/pairs.jsonl", "diagnosis/pairs.parquet", "diagnosis/diagnosis.json"):
+        assert store.is_there(store.place("s3://pod/runs") / path), path
+    assert store.is_there(store.place("s3://pod/pages/report.html"))
+
+
+def test_the_verbs_that_compute_work_there(s3):
+    model = ("--model", "s3://pod/model")
+    ches("generate", *model, "--limit", "3", "--max-new-tokens", "4", "--out", "s3://pod/runs/generated")
+    ches("judge", "--responses", "s3://pod/runs/generated", "--out", "s3://pod/runs/judged")
+    ches("doctor", *model, "--pairs", "s3://pod/pairs.jsonl")
+    ches("convert", *model, "--dtype", "bfloat16", "--out", "s3://pod/copy")
+    pairs = ("--pairs", "s3://pod/pairs.jsonl", "--limit", "6")
+    ches("diagnose", "--before", "s3://pod/model", "--after", "s3://pod/copy", *pairs, "--out", "s3://pod/runs/two")
+    forecast = ("forecast", *model, *pairs, "--batch-size", "2", "--steps", "2", "--out", "s3://pod/runs/forecast")
+    ches(*forecast)
+    assert store.is_there(store.place("s3://pod/runs/forecast/forecast.parquet"))
+    _, said = ches("train", *model, *pairs, "--out", "s3://pod/runs/train", expect=2)
+    assert "checkpoints of training are written to a path or to gs://" in said
+    assert not store.place("s3://pod/runs/train").exists()
+
+
+def test_a_store_that_answers_503_for_a_while_is_waited_for(s3, scored):
+    app, environment = s3
+    run = subprocess.Popen(
+        [sys.executable, "-m", "ches_jax", *SCORE, "--out", "s3://pod/runs/busy"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    config = store.place("s3://pod/runs/busy/config.json")
+    deadline = time.monotonic() + 300
+    while not store.is_there(config) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    app.refused, app.busy = 0, True
+    time.sleep(8)
+    app.busy = False
+    _, said = run.communicate(timeout=600)
+    assert run.returncode == 0, said[-3000:]
+    assert app.refused > 0
+    without = {"logp_chosen", "logp_rejected"}
+    whole = {k: v for k, v in table(store.place(scored) / "scores.parquet").items() if k not in without}
+    assert table(store.place("s3://pod/runs/busy/scores.parquet")) == whole
+
+
+def test_a_killed_run_goes_on_after_its_last_chunk_and_takes_the_lock_of_the_dead(s3, scored):
+    _, environment = s3
+    words = [sys.executable, "-m", "ches_jax", *SCORE, "--logps", "--out", "s3://pod/runs/killed"]
+    run = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, **environment})
+    done = store.place("s3://pod/runs/killed/parts/done-000000.json")
+    deadline = time.monotonic() + 300
+    while not store.is_there(done) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    ches(*SCORE, "--logps", "--out", "s3://pod/runs/killed", "--resume")
+    assert table(store.place("s3://pod/runs/killed/scores.parquet")) == table(store.place(scored) / "scores.parquet")
+
+
+@pytest.fixture
+def gs() -> Iterator[dict[str, str]]:
+    """An emulator of Google Cloud Storage on loopback with the bucket ``pod``."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pod")
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    environment = {
+        "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
+    server.stop()
+
+
+TRAIN = (
+    "train", "--limit", "8", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--mesh", "data=1",
+    "--lora-rank", "2", "--eval-every", "2",
+)  # fmt: skip
+
+
+def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs, tmp_path):
+    ches(*TRAIN, "--out", str(tmp_path / "whole"))
+    out = store.place("gs://pod/runs/train")
+    words = [sys.executable, "-m", "ches_jax", *TRAIN, "--out", str(out)]
+    run = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, **gs})
+    deadline = time.monotonic() + 600
+    while not store.is_there(out / "checkpoints/2/commit_success.txt") and time.monotonic() < deadline:
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    ches(*TRAIN, "--out", str(out), "--resume")
+    here = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    there = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(m.get("step"), m.get("loss")) for m in here] == [(m.get("step"), m.get("loss")) for m in there]
+    assert table(out / "displacement.parquet") == table(tmp_path / "whole" / "displacement.parquet")
+    ches("convert", "--run", str(out), "--step", "4", "--out", "gs://pod/copy")
+    ches("report", str(out))
+    ches("diagnose", str(out))
+    ches("score", "--model", "gs://pod/copy", "--limit", "4", "--out", "gs://pod/runs/score")
+    ches("score", "--adapter", str(out / "adapter"), "--limit", "4", "--out", "gs://pod/runs/adapted")
