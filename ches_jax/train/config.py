@@ -41,6 +41,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     """Coefficient of a likelihood term of the chosen response."""
     sft_per: SftUnit = "token"
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
+    router_balance: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, for sft losses; 0: without it."""
     weights: str | None = None
     """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes. Weighs the
     whole loss, or what weighted(...) wraps in it."""
@@ -61,8 +63,9 @@ class UpdateOptions(PairOptions, ModelOptions):
     lora_alpha: float | None = None
     """Adapters are scaled by alpha / rank; default: twice the rank."""
     lora_targets: str | None = None
-    """Matrices that get adapters: names of q, k, v, o, gate, up, down with commas between them, or all-linear (the
-    default)."""
+    """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
+    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... of a mixture) with commas
+    between them, or all-linear (the default: all but the experts)."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None
@@ -83,7 +86,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     batch_size: int = 32
     """Pairs of an update; the last update of an epoch takes what is left."""
     accumulate: int = 1
-    """Micro-batches an update is cut into; the result is the same to rounding."""
+    """Micro-batches an update is cut into; the result is the same to rounding, and a loss for which it is not (aot,
+    aot_unpaired, bco_pair) is refused."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None

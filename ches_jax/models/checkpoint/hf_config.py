@@ -7,7 +7,7 @@ that is silently wrong; the rest are keys that no code of the model reads, that 
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from ches_jax.models.config import RopeConfig, RopeKind
@@ -97,6 +97,7 @@ ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
+    "proportional": ("factor",),
 }
 RETIRED_ROPE_NAMES = {"su": "longrope"}
 ROPE_NEEDS = {
@@ -311,7 +312,8 @@ class ConfigReader:
     ) -> RopeConfig:
         """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
         kind, settings = self._rope_kind(written, name, rename)
-        rotary_dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+        share = settings.get("partial_rotary_factor", 1.0)
+        rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
         self._check_rotary_dim(kind, rotary_dim, settings, name)
         original = int(settings.get("original_max_position_embeddings") or max_positions)
         factor = float(settings.get("factor") or max_positions / original)
@@ -322,6 +324,7 @@ class ConfigReader:
             max_positions=max_positions,
             factor=factor if kind != "default" else 1.0,
             original_max_positions=original,
+            rotating_pairs=int(share * head_dim // 2) if kind == "proportional" else 0,
             attention_factor=_attention_factor(kind, settings, factor, original),
             low_freq_factor=float(settings.get("low_freq_factor") or 1.0),
             high_freq_factor=float(settings.get("high_freq_factor") or 4.0),
@@ -401,20 +404,24 @@ class ConfigReader:
             self.problems.append(f"config.json: {written} are names of one number; expected one value")
         return next(iter(values), default)
 
+    def layer_types(self, known: Iterable[str], num_layers: int, default: Sequence[str]) -> list[str]:
+        """``layer_types`` where it is written, one of ``known`` for each layer, else ``default``."""
+        types, known = self.get("layer_types", list, None), tuple(known)
+        if types is not None and (len(types) != num_layers or not all(t in known for t in types)):
+            self.problems.append(
+                f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
+            )
+            types = None
+        return list(default if types is None else types)
+
     def windows(
         self, window: int | None, num_layers: int, default: Sequence[bool], local: str = "sliding_attention"
     ) -> tuple[int | None, ...]:
         """Per layer the window or None, from ``layer_types`` where written, else from ``default`` (True: sliding)."""
-        types = self.get("layer_types", list, None)
-        sliding = list(default)
-        if types is not None:
-            known = ("full_attention", local)
-            if len(types) != num_layers or not all(t in known for t in types):
-                self.problems.append(
-                    f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
-                )
-            else:
-                sliding = [t == local for t in types]
+        types = self.layer_types(
+            ("full_attention", local), num_layers, [local if s else "full_attention" for s in default]
+        )
+        sliding = [t == local for t in types]
         if any(sliding) and window is None:
             self.problems.append(f"config.json: {local} layers, but their window is null or switched off")
         return tuple(window if s else None for s in sliding)
@@ -422,7 +429,8 @@ class ConfigReader:
     def finish(self) -> list[str]:
         """All problems, unknown keys included."""
         for key, allowed in OFF.items():
-            self.must_be(key, *allowed)
+            if key not in self._seen:
+                self.must_be(key, *allowed)
         if changing := [k for k in self._unknown() if _changes_numbers(k, self.raw[k])]:
             self.problems.append(
                 f"config.json: not handled for this family: {self._shown(changing)}; remove a key only if it cannot "
@@ -489,10 +497,10 @@ def _rope_value(key: str, value: Any) -> bool:
 
 
 def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
-    """The Llama 3.1 rule blends between two bounds, which must not meet."""
+    """The Llama 3.1 rule blends between two bounds, which must be in order."""
     low, high = (_number_or(settings.get(k), 1.0) for k in ("low_freq_factor", "high_freq_factor"))
-    if kind == "llama3" and high <= low:
-        return [f"has low_freq_factor {low!r}, which should be below high_freq_factor {high!r}"]
+    if kind == "llama3" and high < low:
+        return [f"has low_freq_factor {low!r}, which should not be above high_freq_factor {high!r}"]
     return []
 
 

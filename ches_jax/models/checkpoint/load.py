@@ -37,6 +37,7 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_paramete
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.models.sharding import placement
 from ches_jax.models.stacks import layers_of
+from ches_jax.notices import notice
 
 NOT_TIED = (
     ": {other!r} is stored alone, and config.json does not tie the two (tie_word_embeddings). Read as tied, they would "
@@ -159,6 +160,7 @@ def _checked_table(
     """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
     table = {rule.param: rule for rule in family.name_rules(shapes, config)}
     embedding, head = table_ends(family, config)
+    stored = _without_unread(directory, stored, table, config)
     names = [name for p, r in table.items() for name in r.names(shapes[p], layers_of(config, p)).values()]
     tensors, problems = as_expected(stored, embedding, head, names)
     if config.tie_embeddings and embedding not in tensors and head in tensors:
@@ -202,6 +204,29 @@ def _checked_table(
     if problems:
         raise CheckpointError(many(str(directory), problems))
     return tensors, table
+
+
+def _without_unread(
+    directory: Path, stored: dict[str, Tensor], table: Mapping[str, Rule], config: DecoderConfig
+) -> dict[str, Tensor]:
+    """The tensors without those that checkpoints of the family hold and the model does not read, which is said once."""
+    first = next(rule.tensor.partition("{layer}")[0] for rule in table.values() if rule.stacked)
+    beyond = tuple(f"{first}{config.num_layers + n}." for n in range(config.prediction_layers))
+    borrowing = [i for i, kind in enumerate(config.kinds) if kind.kv == "borrowed"]
+    reasons = {
+        "of layers beyond the model's, which predict several tokens at once": beyond,
+        "of keys and values in layers that borrow them": tuple(
+            f"{first}{i}.self_attn.{name}." for i in borrowing for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ),
+    }
+    out = dict(stored)
+    for reason, prefixes in reasons.items():
+        without_model = tuple(prefix.partition(".")[2] for prefix in prefixes)
+        unread = {name for name in out if prefixes and name.startswith((*prefixes, *without_model))}
+        if unread:
+            notice(f"{directory}: {len(unread)} tensors are left out: {reason}")
+        out = {name: tensor for name, tensor in out.items() if name not in unread}
+    return out
 
 
 def _read(

@@ -158,6 +158,23 @@ class ExpertPart(View):
 
 
 @dataclass(frozen=True)
+class Squeezed(View):
+    """A tensor with an axis of length one after the first, which the parameter has not (depthwise convolutions)."""
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """With the axis."""
+        return (shape[0], 1, *shape[1:])
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Without it."""
+        return tensor.read((index[0], slice(None), *index[1:]))[:, 0]
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Puts it back."""
+        out[:, 0] = value
+
+
+@dataclass(frozen=True)
 class Whole(View):
     """The whole tensor as it is, read without a copy."""
 
@@ -232,11 +249,11 @@ def rules(
     table = []
     for param in params:
         inner = below_stack(param)
-        module, leaf = (inner or param).rsplit(".", 1)
+        module, _, leaf = (inner or param).rpartition(".")
         if inner is None:
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
         else:
-            stored = names.get(f"{module}.{leaf}") or f"{names[module]}.{leaf}"
+            stored = names.get(inner) or f"{names[module]}.{leaf}"
             tensor = f"{prefix}{layers}.{{layer}}.{stored}"
         table.append(Rule(param, tensor, (views or {}).get(f"{module}.{leaf}", WHOLE)))
     return table
