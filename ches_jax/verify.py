@@ -24,9 +24,6 @@ def verify(
 ) -> list[Any]:
     """Check claims of the theory; one result (``id``, ``passed``, ``value``, ``tolerance``, ...) for each.
 
-    >>> [(result.id, result.passed) for result in verify(["L1"], instances=20, quiet=True)]
-    [('L1', True)]
-
     Args:
       claims: their ids; default: all about toy models, or with ``model`` all about real ones.
       seed: of every random number.
@@ -38,6 +35,9 @@ def verify(
 
     Raises:
       ChesError: an unknown id, a claim about a real model without one, or no checkout.
+
+    >>> [(result.id, result.passed) for result in verify(["L1"], instances=20, quiet=True)]
+    [('L1', True)]
     """
     return theory("theory.verify").verify(
         claims, seed=seed, instances=instances, model=model, pairs=pairs, limit=limit, quiet=quiet
