@@ -1,6 +1,6 @@
-"""The checker that pytest puts on every function of the library: arrays are of the shape and dtype annotated.
+"""The checker that pytest puts on every function of the library and of the theory: arrays are of the shape and dtype annotated.
 
-``--jaxtyping-packages=ches_jax,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its module
+``--jaxtyping-packages=ches_jax,theory,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its module
 is imported. Annotations without a shape are left to pyright, which reads them all: here a test may pass another object.
 """
 

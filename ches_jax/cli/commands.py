@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -470,6 +470,20 @@ class Convert(Output, ConvertConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completion(Output):
+    """A script that completes verbs, options and values in a shell: `eval "$(ches completion bash)"`."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh or fish."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        from ches_jax.cli.completion import script
+
+        return Outcome(headline=f"completion of {self.shell}", text=script(self.shell, COMMANDS))
+
+
 COMMANDS: dict[str, type[Any]] = {
     "score": Score,
     "doctor": Doctor,
@@ -486,6 +500,7 @@ COMMANDS: dict[str, type[Any]] = {
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,
+    "completion": Completion,
 }
 
 
