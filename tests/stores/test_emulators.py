@@ -110,7 +110,19 @@ def test_the_verbs_that_compute_work_there(s3):
     ches("convert", *model, "--dtype", "bfloat16", "--out", "s3://pod/copy")
     pairs = ("--pairs", "s3://pod/pairs.jsonl", "--limit", "6")
     ches("diagnose", "--before", "s3://pod/model", "--after", "s3://pod/copy", *pairs, "--out", "s3://pod/runs/two")
-    forecast = ("forecast", *model, *pairs, "--batch-size", "2", "--steps", "2", "--out", "s3://pod/runs/forecast")
+    forecast = (
+        "forecast",
+        *model,
+        *pairs,
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--mesh",
+        "data=1",
+        "--out",
+        "s3://pod/runs/forecast",
+    )
     ches(*forecast)
     assert store.is_there(store.place("s3://pod/runs/forecast/forecast.parquet"))
     _, said = ches("train", *model, *pairs, "--out", "s3://pod/runs/train", expect=2)
