@@ -16,6 +16,7 @@ VERBS = [
     "diagnose",
     "generate",
     "judge",
+    "label",
     "report",
     "doctor",
     "convert",
