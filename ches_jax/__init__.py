@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ches_jax.doctor import doctor as doctor
     from ches_jax.errors import ChesError as ChesError
     from ches_jax.forecast.config import ForecastConfig as ForecastConfig
+    from ches_jax.forecast.config import GroupsConfig as GroupsConfig
     from ches_jax.forecast.config import InfluenceConfig as InfluenceConfig
+    from ches_jax.forecast.group_run import groups as groups
     from ches_jax.forecast.run import forecast as forecast
     from ches_jax.forecast.run import influence as influence
     from ches_jax.generate.config import GenerateConfig as GenerateConfig
@@ -77,6 +79,8 @@ _HOMES = {
     "ForecastConfig": "ches_jax.forecast.config",
     "influence": "ches_jax.forecast.run",
     "InfluenceConfig": "ches_jax.forecast.config",
+    "groups": "ches_jax.forecast.group_run",
+    "GroupsConfig": "ches_jax.forecast.config",
     "diagnose": "ches_jax.displacement.diagnose",
     "DiagnoseConfig": "ches_jax.displacement.config",
     "generate": "ches_jax.generate",

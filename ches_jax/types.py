@@ -47,6 +47,9 @@ Control = Literal["none", "random", "length"]
 SftUnit = Literal["sum", "token", "batch_token"]
 """Unit of a likelihood term: nats of the response, nats per token, or the mean over the tokens of the batch."""
 
+Objective = Literal["grpo", "dapo", "dr_grpo", "rloo"]
+"""What a policy-gradient loss makes of the rewards of a group (``forecast.advantages``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Response:

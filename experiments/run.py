@@ -2,6 +2,7 @@
 
 python -m experiments.run --list
 python -m experiments.run ITEM --scale tiny|small|paper --out DIR [--model M --pairs P] [--seeds 0 1 2] [--resume]
+                          [--after-sft]
 
 Progress goes to standard error, the path of the result to standard output. Exit codes: 0 done, 2 bad input,
 130 and 143 stopped by a signal.
@@ -37,6 +38,9 @@ class Run:
     """Instead of the scale's own."""
     mesh: str | None = None
     """Devices, such as fsdp=3 or data=4; default: all local devices on the data axis."""
+    after_sft: bool = False
+    """Fine-tune the model on the chosen responses first, where the scale says how: the usual recipe of preference
+    optimisation, and the one in which chosen responses fall."""
     resume: bool = False
     """Go on with what --out holds."""
     plan: bool = False
@@ -60,6 +64,7 @@ def run(options: Run) -> str:
     if options.item is None:
         raise ChesError(f"name an item: {', '.join(ITEMS)} (or --list)")
     changes = {name: getattr(options, name) for name in ("model", "pairs", "seeds", "mesh")}
+    changes["after_sft"] = options.after_sft or None
     config = configure(options.item, options.scale, changes)
     if options.plan:
         return "\n".join(stage.name for stage in load(options.item).stages(config))

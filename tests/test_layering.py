@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "select": PURE | {"scores"},
     "label": PURE | {"scores"},
     "train": PURE | {"models", "inputs", "displacement"},
-    "forecast": PURE | {"models", "scores", "displacement", "train"},
+    "forecast": PURE | {"models", "inputs", "scores", "displacement", "train"},
     "generate": PURE | {"models", "inputs"},
     "judges": PURE | {"models", "inputs", "generate"},
     "report": PURE | {"scores", "select", "displacement"},

@@ -13,6 +13,7 @@ VERBS = [
     "train",
     "forecast",
     "influence",
+    "groups",
     "diagnose",
     "generate",
     "judge",

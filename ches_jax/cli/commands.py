@@ -14,7 +14,7 @@ import tyro
 from ches_jax.convert import ConvertConfig
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.doctor import DoctorConfig
-from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
+from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.label.config import GatherConfig, LabelConfig
@@ -374,6 +374,31 @@ class Influence(RunOutput, InfluenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Groups(RunOutput, GroupsConfig):
+    """Before a policy-gradient update: how will the responses of each group change, and which winners will fall?
+
+    Rollouts as RL trainers write them, with rewards or advantages (GRPO, DAPO, Dr. GRPO, RLOO).
+    """
+
+    def run(self) -> Outcome:
+        """Computes rates and forecasts; the winners that fall."""
+        from ches_jax.forecast.group_run import GROUPS, groups
+        from ches_jax.forecast.group_summary import headline, summary_text
+        from ches_jax.runs.directory import RUN, read_json
+
+        out = groups(_only(GroupsConfig, self), **self.how)
+        record = read_json(out / RUN)
+        return Outcome(
+            headline=f"{headline(record['summary'])} -> {out / GROUPS}",
+            path=out,
+            text="" if self.quiet else summary_text(record["summary"]),
+            counts=record["counts"],
+            paths={"table": out / GROUPS, "run": out / RUN},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnose(Output, DiagnoseConfig):
     """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
@@ -548,6 +573,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "forecast": Forecast,
     "influence": Influence,
+    "groups": Groups,
     "diagnose": Diagnose,
     "report": Report,
     "show": Show,

@@ -48,6 +48,10 @@ EXAMPLES = {
         "ches influence --model my-sft-model --pairs pairs.jsonl --probes held.jsonl --lr 3e-5 --out runs/influence",
         "ches influence --holdout 64 --loss ipo_sum --optimizer adamw",
     ),
+    "groups": (
+        "ches groups --model my-policy --groups rollouts/100.jsonl --objective grpo --out runs/groups",
+        "ches groups --model my-policy --groups 'completions_*.parquet' --columns group=uid --lr 1e-6",
+    ),
     "diagnose": (
         "ches diagnose trl-output",
         "ches diagnose --before my-model --after trained --pairs held-out.jsonl --out diagnosis",

@@ -1,10 +1,11 @@
-"""The options of ``ches forecast`` and ``ches influence``. Plain data: importing this module loads no jax."""
+"""The options of ``ches forecast``, ``influence`` and ``groups``. Plain data: importing this module loads no jax."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ches_jax.options import not_identity
+from ches_jax.options import ModelOptions, Numbers, RowOptions, not_identity
 from ches_jax.train.config import TrainConfig, UpdateOptions
+from ches_jax.types import Eos, Objective, OnBadRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,50 @@ class InfluenceConfig(PassOptions):
     >>> InfluenceConfig(probes="held_out.jsonl").optimizer
     'rmsprop'
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsConfig(RowOptions, ModelOptions):
+    """What ``ches groups`` does.
+
+    >>> GroupsConfig(groups="rollouts.jsonl").objective
+    'grpo'
+    """
+
+    groups: str
+    """Responses with rewards or advantages (docs/forecast.md): rollouts of verl, TRL, OpenRLHF or NeMo RL, or rows of
+    prompt, responses, rewards. A file, several with commas or a pattern, a folder, an address or a hub name."""
+    objective: Objective = "grpo"
+    """What makes advantages of rewards, and coefficients of advantages: grpo, dapo, dr_grpo or rloo. Advantages in the
+    rows are taken as they are."""
+    eos: Eos = "include"
+    """Whether the terminator of a complete response counts in |y|."""
+    optimizer: str = "adamw"
+    """adamw, rmsprop (torch's) or sgd: those whose metric is known."""
+    optimizer_args: Numbers = field(default_factory=dict)
+    """Hyper-parameters of the optimiser: weight_decay=0.01."""
+    lr: float = 1e-6
+    """Learning rate."""
+    batch_size: int = 32
+    """Groups of an update."""
+    steps: int | None = None
+    """Number of updates; default: one pass over the groups."""
+    seed: int = 0
+    """Order of the groups."""
+    clip: float | None = None
+    """Largest global gradient norm; default: no clipping."""
+    dtype: str = "float32"
+    """Dtype of the computation: float32, bfloat16, float16 or float64. Sums are float32 at least."""
+    remat: bool = False
+    """Compute layers again in the backward pass instead of keeping their activations."""
+    mesh: str | None = not_identity(None)
+    """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
+    batch_tokens: int | None = not_identity(None)
+    """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of groups with a flagged response: error, drop (listed in dropped.jsonl), keep (if possible)."""
+    out: str | None = not_identity(None)
+    """Run directory; default: the first free one below runs/."""
 
 
 def training(config: PassOptions, out: str) -> TrainConfig:

@@ -7,7 +7,7 @@ computed one by one; an update beyond it moves the epoch's mean gradient with it
 not grow with the number of updates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,23 +110,8 @@ def frozen_updates(
     gradient_of = LossGradient(run, model)
     loader = Loader(run.loss, run.train, plan, run.layout, reference, run.master)
     first = plan.steps_per_epoch if whole_epoch else min(plan.total, plan.steps_per_epoch)
-
-    def apply(moved: Tree, moments: Any, mean: Tree, squares: Tree, g: Tree, share: Any, count: Any, p: Tree) -> Any:
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in g.values()))
-        used, factor = g, jnp.ones_like(norm)
-        if config.clip is not None:
-            used, factor = clipped(g, norm, config.clip), jnp.minimum(1.0, config.clip / (norm + 1e-6))
-        squared = jax.tree.map(jnp.square, used)
-        added, moments = metric.step(moments, used, squared, count, p)
-        plus = jax.tree.map(jnp.add, moved, added)
-        mean = {k: v + share.astype(v.dtype) * used[k] for k, v in mean.items()}
-        squares = {k: v + squared[k] / first for k, v in squares.items()}
-        return plus, moments, mean, squares, norm, factor
-
-    step = jax.jit(apply, donate_argnums=(0, 1, 2, 3))
-    zeros = jax.jit(wide_zeros)
-    moved, moments, mean, squares = zeros(params), metric.start(params), zeros(params), zeros(params)
     sizes = [sum(map(len, plan.update(t))) for t in range(first)]
+    steps = FrozenSteps(metric, params, [size / sum(sizes) for size in sizes], config.clip)
     slopes = counted = np.zeros(0)
     for t, batches in enumerate(loader.ahead(0, first)):
         groups = plan.update(t)
@@ -143,17 +128,66 @@ def frozen_updates(
             else:
                 scaled = jax.tree.map(lambda g, s=share: g * jnp.asarray(s, g.dtype), part)
                 gradient = scaled if gradient is None else jax.tree.map(jnp.add, gradient, scaled)
-        share = np.float64(sizes[t] / sum(sizes))
-        moved, moments, mean, squares, norm, factor = step(
-            moved, moments, mean, squares, gradient, share, jnp.int32(t), params
-        )
-        slopes[np.concatenate(groups)] *= float(factor)
-        if not np.isfinite(float(norm)):
+        assert gradient is not None
+        try:
+            slopes[np.concatenate(groups)] *= steps.add(gradient)
+        except FloatingPointError:
             rows = ", ".join(f"row {run.pairs.train[i].index}" for i in np.concatenate(groups)[:4]) or "none"
-            raise ChesError(f"update {t}: the gradient is not finite (pairs of {rows} ...); try --dtype float32")
+            raise not_finite(t, f"pairs of {rows} ...") from None
         on_update(t)
-    if plan.total > first:
-        further = jax.jit(lambda m, g, s, p: metric.further(m, g, s, first, plan.total, p))
-        rest = further(moments, mean, squares, params)
-        moved = jax.tree.map(jnp.add, moved, rest)
-    return moved, Start(mean, squares, slopes, counted)
+    return steps.moved_after(plan.total), Start(steps.mean, steps.squares, slopes, counted)
+
+
+def not_finite(update: int, whose: str) -> ChesError:
+    """The refusal of an update whose gradient is not finite."""
+    return ChesError(f"update {update}: the gradient is not finite ({whose}); try --dtype float32")
+
+
+class FrozenSteps:
+    """The steps of an optimiser on gradients of one point, added up; with their mean and mean squares."""
+
+    def __init__(self, metric: Metric, params: Tree, shares: Sequence[float], clip: float | None = None):
+        """``shares``: of each update of the first epoch among its examples; they add up to 1."""
+        self.metric, self.params, self.shares, self.done = metric, params, shares, 0
+        zeros = jax.jit(wide_zeros)
+        self.moved, self.moments, self.mean, self.squares = (
+            zeros(params), metric.start(params), zeros(params), zeros(params),
+        )  # fmt: skip
+
+        def apply(
+            moved: Tree, moments: Any, mean: Tree, squares: Tree, g: Tree, share: Any, count: Any, p: Tree
+        ) -> Any:
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in g.values()))
+            used, factor = g, jnp.ones_like(norm)
+            if clip is not None:
+                used, factor = clipped(g, norm, clip), jnp.minimum(1.0, clip / (norm + 1e-6))
+            squared = jax.tree.map(jnp.square, used)
+            added, moments = metric.step(moments, used, squared, count, p)
+            plus = jax.tree.map(jnp.add, moved, added)
+            mean = {k: v + share.astype(v.dtype) * used[k] for k, v in mean.items()}
+            squares = {k: v + squared[k] / len(shares) for k, v in squares.items()}
+            return plus, moments, mean, squares, norm, factor
+
+        self._step = jax.jit(apply, donate_argnums=(0, 1, 2, 3))
+
+    def add(self, gradient: Tree) -> float:
+        """One update; by what its gradient was multiplied when it was clipped.
+
+        Raises:
+          FloatingPointError: a gradient that is not finite.
+        """
+        share = np.float64(self.shares[self.done])
+        self.moved, self.moments, self.mean, self.squares, norm, factor = self._step(
+            self.moved, self.moments, self.mean, self.squares, gradient, share, jnp.int32(self.done), self.params
+        )
+        if not np.isfinite(float(norm)):
+            raise FloatingPointError
+        self.done += 1
+        return float(factor)
+
+    def moved_after(self, total: int) -> Tree:
+        """The sum of ``total`` updates: those that were added, and further ones of their mean."""
+        if total <= self.done:
+            return self.moved
+        further = jax.jit(lambda m, g, s, p: self.metric.further(m, g, s, self.done, total, p))
+        return jax.tree.map(jnp.add, self.moved, further(self.moments, self.mean, self.squares, self.params))

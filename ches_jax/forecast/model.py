@@ -16,14 +16,15 @@ from jaxtyping import Array
 
 from ches_jax.data.packing import PackedBatch, empty_batch
 from ches_jax.errors import ChesError
+from ches_jax.inputs import ModelFiles
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.attention.dense import query_chunked
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder
 from ches_jax.models.logprobs import forward_token_logps
 from ches_jax.train.forward import segment_logps
-from ches_jax.train.policy import make_policy
-from ches_jax.train.setup import Run, load_parameters
+from ches_jax.train.policy import Lora, make_policy
+from ches_jax.train.setup import load_parameters, master_dtype
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,30 @@ class Model:
         return segment_logps(model, rows, per_token=forward_token_logps, attend=query_chunked, mesh=self.on)
 
 
-def open_model(run: Run) -> tuple[Model, dict[str, Array]]:
-    """The model of a run, and the parameters that it would train, as they start.
+def open_model(
+    files: ModelFiles, mesh: Mesh, *, dtype: str, remat: bool, lora: Lora | None = None, seed: int = 0
+) -> tuple[Model, dict[str, Array]]:
+    """A model, and the parameters that a run would train, as they start.
+
+    Args:
+      files: where it is.
+      mesh: where it goes.
+      dtype: of the computation; parameters are trained in float32 at least.
+      remat: compute layers again in the backward pass.
+      lora: adapters that are trained in the place of the weights.
+      seed: of the adapters' start.
 
     Raises:
       ChesError: weights that cannot be read; a model without a forward mode.
     """
-    config = run.config
-    loaded = load_parameters(run.model.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
-    policy, params = make_policy(
-        loaded, run.model.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
-    )
+    master = master_dtype(dtype)
+    loaded = load_parameters(files.directory, dtype, master if lora is None else None, mesh)
+    policy, params = make_policy(loaded, files.decoder, lora, dtype=dtype, master=master, seed=seed, mesh=mesh)
     plain = policy.abstract
-    if run.lora is None:
-        plain = abstract_decoder(run.model.decoder, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(run.master))
-    model = Model(policy.abstract, plain, policy.frozen, run.mesh, config.remat)
-    require_forward_mode(model, params, str(run.model.directory))
+    if lora is None:
+        plain = abstract_decoder(files.decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
+    model = Model(policy.abstract, plain, policy.frozen, mesh, remat)
+    require_forward_mode(model, params, str(files.directory))
     return model, params
 
 

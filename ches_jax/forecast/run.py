@@ -4,8 +4,7 @@ The direction (frozen updates, or M G_P) is computed once and kept; then the pai
 that a killed run continues where it was. Parts and direction go when all is joined.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from ches_jax.errors import ChesError
 from ches_jax.forecast import influence as influences
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
 from ches_jax.forecast.frozen import Start
 from ches_jax.forecast.metric import Metric, Tree
-from ches_jax.forecast.passes import on_mesh
 from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
 from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
+from ches_jax.forecast.stages import SUFFIX, Clock, kept, write_table
 from ches_jax.forecast.summary import summarise
 from ches_jax.options import require_positive
 from ches_jax.runs import chunks
@@ -33,10 +31,9 @@ from ches_jax.runs.directory import (
     new_name,
     open_run,
     read_json,
-    write_json,
     write_summary,
 )
-from ches_jax.runs.files import parquet_source, replacing
+from ches_jax.runs.files import parquet_source
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
@@ -45,10 +42,7 @@ from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
 from ches_jax.types import TokenPair
 
-SUFFIX = ".parquet"
 PILOT = "pilot"
-DIRECTION, START = "direction.safetensors", "direction.json"
-SETS = ("train", "probe")
 
 
 def forecast(
@@ -128,7 +122,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             found = passes.products(start, run.pairs.held_out)
         return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}
 
-    direction, record = _kept(out, passes, compute)
+    direction, record = kept(out, run.mesh, compute)
     push = passes.push(direction, config.order)
 
     def columns(which: str, pairs: Sequence[TokenPair]) -> dict[str, Any]:
@@ -154,7 +148,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
     with clock.stage("forecasting", sum(map(len, sets.values()))) as bar:
         for number, (which, pairs) in enumerate(work):
             if not chunks.path(out, number, SUFFIX).exists():
-                _write(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
+                write_table(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
             bar.update(len(pairs))
     table = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(work))])
     with clock.stage("linear range"):
@@ -163,7 +157,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
         with clock.stage("pilot"):
             run_pilot(run.config, config.pilot, out / PILOT, resume=resume, quiet=quiet)
         table = _with_pilot(table, out / PILOT, sets)
-    _write(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
+    write_table(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
     summary = summarise(table, record, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
     _finish(run, config, clock, {"summary": summary})
     return out
@@ -183,7 +177,7 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
         with clock.stage("gradient of the probes"):
             return influences.influence_direction(passes, start, probes), {"slopes": start.slopes.tolist()}
 
-    direction, record = _kept(out, passes, compute)
+    direction, record = kept(out, run.mesh, compute)
     push, slopes = passes.push(direction), np.array(record["slopes"])
     metadata = {"verb": "influence", "model": config.model, "pairs": config.pairs, **_prints(run)}
     parts = _chunks(pairs, config.chunk_rows)
@@ -233,50 +227,8 @@ SCHEMA = pa.schema(
 ``logp_*``: nats at the start; with --pilot ``pilot_*`` besides: nats, measured."""
 
 
-class Clock:
-    """Seconds and CPU seconds of the stages, and a bar for each."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-        self.seconds: dict[str, dict[str, float]] = {}
-
-    def stage(self, name: str, total: int | None = None) -> "_Stage":
-        """A block whose time is noted under ``name``."""
-        return _Stage(self, name, total)
-
-
-class _Stage:
-    def __init__(self, clock: Clock, name: str, total: int | None):
-        self.clock, self.name, self.total = clock, name, total
-
-    def __enter__(self) -> tqdm:
-        if self.total is None:
-            say(self.name, quiet=self.clock.quiet)
-        self.started = time.perf_counter(), time.process_time()
-        self.bar = tqdm(total=self.total, desc=self.name, disable=self.clock.quiet or self.total is None)
-        return self.bar
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-        self.clock.seconds[self.name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
-
-
 def _chunks(pairs: Sequence[TokenPair], size: int) -> list[Sequence[TokenPair]]:
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
-
-
-def _kept(out: Path, passes: Passes, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
-    """A direction and what is known of it: computed, or as a run that was stopped left them."""
-    from safetensors.numpy import load, save_file
-
-    arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
-    if not record.exists():
-        direction, found = compute()
-        with replacing(arrays) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
-        write_json(record, found)
-    return on_mesh(load(arrays.read_bytes()), passes.run.mesh), read_json(record)
 
 
 def _identity_columns(pairs: Sequence[TokenPair], config: PassOptions) -> dict[str, Any]:
@@ -295,11 +247,6 @@ def _require_finite(pairs: Sequence[TokenPair], *sides: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise ChesError(f"row {pairs[bad[0]].index}: its forecast is not finite; try --dtype float32")
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
 
 
 def _linear_errors(

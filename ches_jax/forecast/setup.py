@@ -56,7 +56,10 @@ class Passes:
         Raises:
           ChesError: weights that cannot be read; a model without a forward mode.
         """
-        model, params = open_model(run)
+        config = run.config
+        model, params = open_model(
+            run.model, run.mesh, dtype=config.dtype, remat=config.remat, lora=run.lora, seed=config.seed
+        )
         fit = [*run.pairs.train, *run.pairs.held_out]
         return cls(run, model, params, Rows(run.layout, run.mesh, batch_tokens, fit))
 

@@ -96,6 +96,14 @@ class Loss:
         """Whether it reads a state and returns the next one."""
         return bool(self.initial)
 
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a batch that is cut into parts has another gradient than the whole.
+
+        Its pairs are compared with one another, or with a mean that moves with every batch.
+        """
+        return self.couples_rows or self.stateful
+
     def __repr__(self) -> str:
         numbers = ", ".join(f"{k}={exactly(v)}" for k, v in self.hyper.items())
         return f"{self.name}({numbers})" if numbers else self.name

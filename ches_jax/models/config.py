@@ -107,6 +107,32 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortConvConfig:
+    """A gated convolution over the last ``kernel`` tokens."""
+
+    kernel: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleConfig:
+    """The gated delta rule: each value head has a matrix of memory, [key_dim, value_dim]."""
+
+    key_heads: int
+    value_heads: int
+    """A multiple of the key heads, which they share."""
+    key_dim: int
+    value_dim: int
+    kernel: int
+    """Tokens that the convolution before it reaches over."""
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What the parameters of a layer are: layers of one kind have the same ones, and one compiled program."""
 
@@ -171,6 +197,12 @@ class DecoderConfig:
     """A learned number for each head joins the total of the softmax, and nothing else."""
     latent: LatentConfig | None = None
     """Of layers whose mixer is ``latent``."""
+    output_gate: bool = False
+    """What attention gives is multiplied by the sigmoid of another projection of the token."""
+    short_conv: ShortConvConfig | None = None
+    """Of layers whose mixer is ``short_conv``."""
+    delta_rule: DeltaRuleConfig | None = None
+    """Of layers whose mixer is ``delta_rule``."""
     attention_scale: float
     attention_softcap: float | None = None
     windows: tuple[int | None, ...]

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float
 
 from ches_jax.models.cache import Memory
 from ches_jax.models.config import DecoderConfig, LayerKind
+from ches_jax.models.delta_rule import GatedDelta
 from ches_jax.models.experts import Routed
 from ches_jax.models.latent import LatentAttention
 from ches_jax.models.layers import Attention, Context, LayerData, Mlp, Norm
+from ches_jax.models.short_conv import ShortConv
 
 
 class Mixer(Protocol):
@@ -32,7 +34,12 @@ class Mixer(Protocol):
         ...
 
 
-MIXERS: dict[str, Any] = {"attention": Attention, "latent": LatentAttention}
+MIXERS: dict[str, Any] = {
+    "attention": Attention,
+    "delta_rule": GatedDelta,
+    "latent": LatentAttention,
+    "short_conv": ShortConv,
+}
 MLPS: dict[str, Any] = {"dense": Mlp, "routed": Routed}
 
 

@@ -199,6 +199,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
         self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
         self.o_proj = Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype)
+        self.gate_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv) if c.output_gate else None
         self.sinks = nnx.Param(jnp.zeros((c.num_heads,), dtype)) if c.sinks else None
         if c.qk_norm in ("none", "rotated"):
             self.q_norm = self.k_norm = None
@@ -243,7 +244,8 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...].reshape(heads)
         inputs = AttentionInputs(q.reshape(*q.shape[:2], *heads, c.head_dim), k, v, visible_to(c, context, data), sinks)
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
-        return self.o_proj(out.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return self.o_proj(out if self.gate_proj is None else out * jax.nn.sigmoid(self.gate_proj(x)))
 
 
 class Mlp(nnx.Module):

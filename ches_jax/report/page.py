@@ -8,6 +8,7 @@ from ches_jax.report.document import Page
 from ches_jax.report.render import render
 from ches_jax.runs.files import replacing
 from ches_jax.runs.store import fetched_run, output_place, place
+from ches_jax.scores.table import FORECAST, INFLUENCE
 from ches_jax.select.scored_rows import SourceRow
 
 FILE_NAME = "report.html"
@@ -55,6 +56,14 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
         from ches_jax.report.training_page import training_page
 
         return training_page(folder)
+    if FORECAST in has:
+        from ches_jax.report.forecast_page import forecast_page
+
+        return forecast_page(folder)
+    if INFLUENCE in has:
+        from ches_jax.report.forecast_page import influence_page
+
+        return influence_page(folder)
     if has & {"responses.jsonl", "judgments.jsonl"}:
         from ches_jax.report.response_page import response_page
 
@@ -77,7 +86,8 @@ def write_page(page: Page, out: Path) -> Path:
 def _what_is_there(folder: Path, has: set[str]) -> str:
     expected = (
         "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (diagnosis.json), "
-        "generate (responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
+        "forecast (forecast.parquet), influence (influence.parquet), generate (responses.jsonl), judge "
+        "(judgments.jsonl), select (selection.json) or verify (claims.json)"
     )
     if not folder.exists():
         return f"does not exist; {expected}"

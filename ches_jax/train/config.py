@@ -61,8 +61,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     lora_alpha: float | None = None
     """Adapters are scaled by alpha / rank; default: twice the rank."""
     lora_targets: str | None = None
-    """Matrices that get adapters: names of q, k, v, o, gate, up, down with commas between them, or all-linear (the
-    default)."""
+    """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
+    with a state) with commas between them, or all-linear (the default)."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None
@@ -83,7 +83,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     batch_size: int = 32
     """Pairs of an update; the last update of an epoch takes what is left."""
     accumulate: int = 1
-    """Micro-batches an update is cut into; the result is the same to rounding."""
+    """Micro-batches an update is cut into; the result is the same to rounding, and a loss for which it is not (aot,
+    aot_unpaired, bco_pair) is refused."""
     epochs: float = 1.0
     """Passes over the data."""
     steps: int | None = None

@@ -99,7 +99,7 @@ class Run:
     @property
     def master(self) -> str:
         """Dtype of trained parameters."""
-        return "float64" if self.config.dtype == "float64" else "float32"
+        return master_dtype(self.config.dtype)
 
     @property
     def starts_at_the_reference(self) -> bool:
@@ -111,6 +111,15 @@ class Run:
         """The pairs that are watched, by the name of their set."""
         every = {"train": self.pairs.watched, "held_out": self.pairs.held_out}
         return {name: pairs for name, pairs in every.items() if pairs}
+
+
+def master_dtype(dtype: str) -> str:
+    """Dtype in which parameters are trained that compute in ``dtype``.
+
+    >>> master_dtype("bfloat16")
+    'float32'
+    """
+    return "float64" if dtype == "float64" else "float32"
 
 
 def require_options(config: TrainConfig) -> None:
@@ -154,6 +163,20 @@ def objective_of(config: UpdateOptions) -> Loss:
     )
 
 
+def require_cuttable(config: TrainConfig, loss: Loss) -> None:
+    """Micro-batches give the update of the whole batch, or are refused.
+
+    Raises:
+      ChesError: a loss that compares the pairs of a batch, or keeps a mean over batches, with ``--accumulate``.
+    """
+    if config.accumulate > 1 and loss.needs_whole_batches:
+        why = "compares the pairs of a batch with one another" if loss.couples_rows else "keeps a mean over batches"
+        raise ChesError(
+            f"--accumulate {config.accumulate}: loss {loss!r} {why}, so micro-batches would train another objective; "
+            "leave --accumulate out, and save memory with --remat, a smaller --batch-size or more devices"
+        )
+
+
 def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     """Open and check; nothing is computed or written.
 
@@ -164,6 +187,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     assert config.out is not None
     require_options(config)
     loss = objective_of(config)
+    require_cuttable(config, loss)
     require_columns(config, loss)
     opener = Opener()
     model = opener.model(config.model)

@@ -29,9 +29,10 @@ def stages(config: ForecastScale) -> list[Stage]:
         ]
     lr = config.lrs[-1]
     steps += [Stage(runs.run_name("untuned", lr, 0), partial(runs.train_pairs, lr=lr, seed=0, tuned=False))]
-    for name in config.filters:
+    for seed in config.seeds if config.filters else ():
+        steps += [Stage(f"pool/{seed}", partial(runs.open_pool, lr=lr, seed=seed))]
         steps += [
             Stage(f"filter/{name}/{seed}", partial(runs.train_selected, name=name, lr=lr, seed=seed))
-            for seed in config.orders
+            for name in config.filters
         ]
     return steps

@@ -46,8 +46,7 @@ class ForecastScale(Scale):
     dropped: float = 0.5
     """Share of the pairs that a filter leaves out."""
     filters: tuple[str, ...] = FILTERS
-    orders: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of the filters' runs: orders of the data."""
+    """Each is made anew for every seed, of the pairs that the seed draws: a draw of the pool and an order of it."""
 
     @property
     def steps(self) -> int:
@@ -73,14 +72,13 @@ SCALES: dict[str, ForecastScale] = {
         batch_size=16,
         pilot=2,
         filters=("all", "influence", "random"),
-        orders=(0,),
     ),
     "small": ForecastScale(
         model=None,
         pairs=None,
-        seeds=(0, 1),
+        seeds=(0, 1, 2, 3, 4),
         hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
-        time="five CPU minutes for 260K parameters",
+        time="half a CPU hour for 260K parameters",
         longest=160,
         train=256,
         tuned_on=320,
@@ -90,8 +88,33 @@ SCALES: dict[str, ForecastScale] = {
         sft_epochs=10.0,
         lrs=(3e-5,),
         pilot=4,
-        filters=("all", "influence", "ln_ches", "rejected_tokens", "random"),
-        orders=(0, 1),
+        filters=("all", "influence", "random", "ln_ches", "rejected_tokens", "with_sft"),
+    ),
+    "small-dialogues": ForecastScale(
+        model=None,
+        pairs=None,
+        seeds=(0, 1, 2, 3, 4),
+        hardware="two CPU cores (a model of a few million parameters), or one GPU",
+        time="one CPU hour for 3.1M parameters",
+        longest=130,
+        train=256,
+        tuned_on=320,
+        probes=96,
+        test=300,
+        sft_lr=1e-3,
+        sft_epochs=6.0,
+        lrs=(1e-5,),
+        pilot=4,
+        filters=(
+            "all",
+            "influence",
+            "ln_ches",
+            "head_score",
+            "rejected_tokens",
+            "random",
+            "soft_influence",
+            "with_sft",
+        ),
     ),
     "paper": ForecastScale(
         model="allenai/OLMo-1B-hf",

@@ -1,5 +1,6 @@
 """The pairs of the experiment: short ones, one for each prompt, split into SFT, DPO, probes and test."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ PARTS = ("sft", "train", "probes", "test", "held")
 def pairs_file(work: Work, part: str) -> Path:
     """The pairs of a part; ``held`` are probes and test together."""
     return work.folder(f"{part}.jsonl")
+
+
+def write_pool(work: Work, seed: int) -> Path:
+    """A draw of as many of SFT's pairs as DPO trains on: the pool that the filters of a seed choose from."""
+    config: ForecastScale = work.config
+    lines = pairs_file(work, "sft").read_text(encoding="utf-8").splitlines()
+    drawn = np.random.default_rng((SPLIT_SEED, seed)).permutation(len(lines))[: config.train]
+    return write_rows(pairs_file(work, f"pool-{seed}"), (json.loads(lines[i]) for i in sorted(drawn)))
 
 
 def write_pairs(work: Work) -> dict[str, Any]:

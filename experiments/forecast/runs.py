@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.forecast.config import ForecastScale
-from experiments.forecast.data import pairs_file
+from experiments.forecast.data import pairs_file, write_pool
 from experiments.framework.item import Work
 from experiments.framework.training import run_training
 
@@ -191,21 +191,53 @@ def changes_by_row(rows: dict[str, np.ndarray]) -> Columns:
     return {n: rows[n].tolist() for n in ("row_id", "dlogp_chosen", "dlogp_rejected")}
 
 
+def open_pool(work: Work, lr: float, seed: int) -> dict[str, Any]:
+    """Draw the pool of a seed; its own-pair scores and its influences, which its filters read."""
+    from ches_jax.forecast.config import InfluenceConfig
+    from ches_jax.forecast.run import influence
+    from ches_jax.runs.directory import RUN, read_json
+    from ches_jax.scores.config import ScoreConfig
+    from ches_jax.scores.run import score
+
+    pool = write_pool(work, seed)
+    scores, influences = _tables(work, seed)
+    for out in (scores, influences):
+        shutil.rmtree(out, ignore_errors=True)
+    model, options = str(tuned_model(work)), recipe(work, lr, seed) | {"pairs": str(pool)}
+    shared = {n: options[n] for n in ("pairs", "on_bad_row", "mesh")}
+    score(ScoreConfig(model=model, by="head_score", out=str(scores), **shared), quiet=work.quiet)
+    probes = str(pairs_file(work, "probes"))
+    influence(InfluenceConfig(model=model, probes=probes, out=str(influences), **options), quiet=work.quiet)
+    return {"concentration": read_json(influences / RUN)["concentration"]}
+
+
+def _tables(work: Work, seed: int) -> tuple[Path, Path]:
+    return work.folder(f"scores-pool-{seed}"), work.folder(f"influence-pool-{seed}")
+
+
+FILTER_RULES = {
+    "influence": ("influence", "lowest"), "ln_ches": ("ln_ches", "lowest"), "ches": ("ches", "lowest"),
+    "head_score": ("head_score", "lowest"), "rejected_tokens": ("column:rejected_tokens", "lowest"),
+    "random": ("random", "lowest"), "least_influence": ("influence", "highest"),
+}  # fmt: skip
+"""Filters that leave pairs out: the score, and which end of it is kept."""
+
+
 def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any]:
-    """DPO on what a filter keeps, as many updates as on all; the changes of the test pairs."""
+    """DPO on what a filter keeps of a seed's pool, as many updates as on all; the changes of the test pairs."""
     from ches_jax.train.config import TrainConfig
 
-    options = recipe(work, lr, seed)
-    if name == "soft_influence":
-        options |= {"pairs": str(selected(work, lr, "influence", "soft:0.5", seed)), "weights": "weight"}
+    options = recipe(work, lr, seed) | {"pairs": str(pairs_file(work, f"pool-{seed}"))}
+    scores, influences = _tables(work, seed)
+    if name in FILTER_RULES:
+        by, end = FILTER_RULES[name]
+        table, keep = influences if by == "influence" else scores, f"{end}:{1 - work.config.dropped:g}"
+        options |= {"pairs": str(selected_from(work, table, by, keep, seed))}
+    elif name == "soft_influence":
+        kept = selected_from(work, influences, "influence", "soft:0.5", seed)
+        options |= {"pairs": str(kept), "weights": "weight"}
     elif name == "with_sft":
         options |= {"sft": 1.0}
-    elif name not in ("all", "rejected_tokens"):
-        kept = 1 - work.config.dropped
-        by, keep = ("influence", "highest") if name == "least_influence" else (name, "lowest")
-        options["pairs"] = str(selected(work, lr, by, f"{keep}:{kept:g}", seed))
-    elif name == "rejected_tokens":
-        options["pairs"] = str(short_rejected(work))
     out = str(work.folder(f"filter-{name}-{seed}"))
     trained = run_training(
         TrainConfig(
@@ -236,12 +268,17 @@ def influence_table(work: Work, lr: float) -> Path:
 
 
 def selected(work: Work, lr: float, by: str, keep: str, seed: int) -> Path:
-    """``ches select`` on the table that has the score."""
+    """``selected_from`` the table of all training pairs that has the score."""
+    table = influence_table(work, lr) if by == "influence" else work.folder("scores-train")
+    return selected_from(work, table, by, keep, seed)
+
+
+def selected_from(work: Work, table: Path, by: str, keep: str, seed: int) -> Path:
+    """The pairs that ``ches select`` keeps of a table of scores or influences."""
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
 
-    table = influence_table(work, lr) if by == "influence" else work.folder("scores-train")
-    out = work.folder(f"selected-{by}-{keep.replace(':', '-')}-{seed}")
+    out = work.folder(f"selected-{by}-{keep}-{seed}".replace(":", "-"))
     shutil.rmtree(out, ignore_errors=True)
     select(SelectConfig(scores=table, by=by, keep=keep, seed=seed, out=out))
     return out / "pairs.jsonl"

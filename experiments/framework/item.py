@@ -41,6 +41,14 @@ STAGES = "stages"
 RESULT = "results.json"
 
 
+@dataclass(frozen=True)
+class Sft:
+    """Fine-tuning on chosen responses: AdamW, a cosine schedule with 8 updates of warm-up, batches of 32."""
+
+    lr: float
+    epochs: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """What the runs of one scale are. Every field decides numbers but those of ``NOT_IDENTITY``."""
@@ -56,6 +64,10 @@ class Scale:
     """How long it takes there."""
     mesh: str | None = None
     """Devices, such as fsdp=3; None: all local devices on the data axis."""
+    after_sft: bool = False
+    """Whether a first step fine-tunes the model on the chosen responses, as ``sft`` says."""
+    sft: Sft | None = None
+    """How; None: the scale has no such step."""
 
     def with_options(self, **changes: Any) -> Self:
         """This scale with options of the command line in it."""
@@ -147,6 +159,8 @@ def configure(item: str, scale: str, changes: dict[str, Any]) -> Any:
     problems = [f"--{name} {path}: no such file or directory" for name, path in _paths(config) if not path.exists()]
     if problems:
         raise ChesError(many(f"{item} --scale {scale}", problems))
+    if config.after_sft and config.sft is None:
+        raise ChesError(f"{item} --scale {scale} has no step of SFT: leave --after-sft out")
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise ChesError(f"--seeds {' '.join(map(str, config.seeds))}: expected different whole numbers")
     return config
@@ -269,8 +283,10 @@ def run_command(result: dict[str, Any]) -> str:
     """The command that made a result."""
     config = result["config"]
     words = [f"python -m experiments.run {result['item']} --scale {result['scale']}"]
-    if result["scale"] == "small":
+    if result["scale"].startswith("small"):
         words += [f"--{name} {config[name]}" for name in ("model", "pairs")]
+    if config.get("after_sft"):
+        words.append("--after-sft")
     return " ".join(words)
 
 

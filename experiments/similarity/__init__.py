@@ -14,9 +14,10 @@ __all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"
 
 
 def stages(config: SimilarityScale) -> list[Stage]:
-    """Pairs, scores, coefficients, and a run per objective, measure, quantile and seed."""
+    """Pairs, SFT where it is asked for, scores, coefficients, and a run per objective, measure, quantile and seed."""
     steps = [
         Stage("pairs", data.write_pairs),
+        *([Stage("sft", data.tune_on_pairs)] if config.after_sft else []),
         Stage("scores", data.score_pairs),
         Stage("windows", data.windows),
         Stage("coefficients", runs.coefficients),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from experiments.framework.item import Scale
+from experiments.framework.item import Scale, Sft
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURES = ("ches", "ln_ches", "head_score", "minus_edit_distance", "last_hidden_inner", "random")
@@ -44,8 +44,9 @@ class SimilarityScale(Scale):
     """Pairs of each category of the bundled world."""
 
     def with_options(self, **changes: Any) -> Self:
-        """Data of the user's are taken whole: split and sample belong to the scale's own."""
-        return super().with_options(**({"split": None, "sample": None} if "pairs" in changes else {}), **changes)
+        """Data of the user's are taken whole where the scale has its own: split and sample belong to those."""
+        own = "pairs" in changes and self.pairs is not None
+        return super().with_options(**({"split": None, "sample": None} if own else {}), **changes)
 
 
 def objectives(lr: float, others: tuple[float, float], ipo: tuple[str, ...] = MEASURES) -> dict[str, Objective]:
@@ -83,6 +84,21 @@ SCALES: dict[str, SimilarityScale] = {
         window=64,
         batch_size=4,
         objectives=objectives(1e-5, (3e-6, 3e-5), ipo=("ches",)),
+        sft=Sft(lr=1e-3, epochs=6.0),
+    ),
+    "small-short": SimilarityScale(
+        model=None,
+        pairs=None,
+        seeds=(0, 1, 2),
+        hardware="two CPU cores (a model of less than a million parameters)",
+        time="ten CPU minutes for 260K parameters",
+        sample=320,
+        dialogue="{prompt}\n",
+        max_length=160,
+        window=64,
+        batch_size=4,
+        objectives={"dpo": Objective("dpo", {"beta": 0.1}, 3e-5, ("ches", "head_score", "random"))},
+        sft=Sft(lr=2e-3, epochs=10.0),
     ),
     "paper": SimilarityScale(
         model="allenai/OLMo-1B-hf",

@@ -9,15 +9,8 @@ import numpy as np
 from ches_jax.errors import DataError
 from experiments.framework.item import Work
 from experiments.framework.training import write_rows
+from experiments.framework.tuning import start_model, tune
 from experiments.similarity.config import MEASURES, QUANTILES, SimilarityScale
-
-
-def model_directory(config: SimilarityScale) -> Path:
-    """The model that is scored and trained."""
-    from ches_jax.hf.directory import resolve
-
-    assert config.model is not None
-    return resolve(config.model)
 
 
 def pairs_file(work: Work) -> Path:
@@ -46,16 +39,26 @@ def write_pairs(work: Work) -> dict[str, Any]:
     return {"found": available, "pairs": len(rows)}
 
 
+def tune_on_pairs(work: Work) -> dict[str, Any]:
+    """The first step of ``--after-sft``: on the chosen responses of all pairs."""
+    return tune(work, pairs_file(work), max_length=work.config.max_length, on_bad_row="drop", template="none")
+
+
 def as_text(content: Mapping[str, Any], dialogue: str) -> dict[str, str]:
     """A row as three texts; the prompt is put into ``dialogue`` where it does not end as that does already.
 
     >>> as_text({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Human: {prompt} Assistant:")
     {'prompt': 'Human: Hi Assistant:', 'chosen': ' a', 'rejected': ' b'}
+
+    White space after the prompt is written where the prompt does not end with some.
     """
     if "prompt" not in content:
         raise DataError("pairs of token ids cannot be put into a dialogue; expected prompt, chosen and rejected")
     prompt, chosen, rejected = (_text(content[name]) for name in ("prompt", "chosen", "rejected"))
     ending = dialogue.partition("{prompt}")[2].strip()
+    space = dialogue.partition("{prompt}")[2]
+    if not ending and space and prompt and not prompt[-1].isspace():
+        prompt += space
     if not ending:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if not prompt.rstrip().endswith(ending):
@@ -87,7 +90,7 @@ def score_pairs(work: Work) -> dict[str, Any]:
     config: SimilarityScale = work.config
     out = score(
         ScoreConfig(
-            model=str(model_directory(config)),
+            model=str(start_model(work)),
             pairs=str(pairs_file(work)),
             out=str(scores_folder(work)),
             by="head_score",

@@ -8,8 +8,9 @@ import numpy as np
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.framework.training import run_training, write_rows
+from experiments.framework.tuning import start_model
 from experiments.similarity.config import Objective, SimilarityScale
-from experiments.similarity.data import model_directory, pairs_file
+from experiments.similarity.data import pairs_file
 
 
 def run_name(objective: str, measure: str, quantile: float, seed: int) -> str:
@@ -32,7 +33,7 @@ def train_window(
     file = write_rows(out.with_name(f"{out.name}.jsonl"), [json.loads(lines[i]) for i in rows])
     done = run_training(
         TrainConfig(
-            model=str(model_directory(config)),
+            model=str(start_model(work)),
             pairs=str(file),
             out=str(out),
             loss=objective.loss,
@@ -93,7 +94,7 @@ def coefficients(work: Work) -> dict[str, Any]:
     from ches_jax.models.checkpoint.load import load_model
 
     config: SimilarityScale = work.config
-    model = load_model(model_directory(config), dtype="float32", param_dtype="float32")
+    model = load_model(start_model(work), dtype="float32", param_dtype="float32")
     pairs = _token_pairs(work)
     usable = [p for p in pairs if p.chosen.targets("include") and p.rejected.targets("include")]
     usable = [p for p in usable if len(p.prompt) < config.max_length][: config.coefficients_of]
@@ -105,7 +106,7 @@ def _token_pairs(work: Work) -> list[Any]:
     from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 
     config: SimilarityScale = work.config
-    tokenizer = PairTokenizer(load_tokenizer(model_directory(config)), max_length=config.max_length, template="none")
+    tokenizer = PairTokenizer(load_tokenizer(start_model(work)), max_length=config.max_length, template="none")
     rows = [row for row in open_pairs(str(pairs_file(work))) if row.index < 4 * config.coefficients_of]
     return tokenizer(rows)
 

@@ -58,6 +58,8 @@ class StoryScale(ForecastScale):
     """Held-out prompts that both models answer."""
     text_tokens: int = 48
     """Most tokens of an answer."""
+    orders: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the arms' runs: orders of the data."""
 
 
 def _scale(recipe: ForecastScale, **changes: Any) -> StoryScale:
@@ -73,6 +75,7 @@ SCALES: dict[str, StoryScale] = {
         watched=32,
         texts=16,
         text_tokens=16,
+        orders=(0,),
     ),
     "small": _scale(
         RECIPES["small"],

@@ -74,6 +74,7 @@ def score_table(folder, ids, chosen, rejected, tokens=None, **changed):
     columns = {
         "row_id": ids,
         "index": list(range(count)),
+        "ches": [0.0] * count,
         "chosen_tokens": tokens or [5] * count,
         "rejected_tokens": [6] * count,
         "logp_chosen": chosen,
@@ -91,6 +92,14 @@ def test_two_score_tables_are_matched_by_row(tmp_path):
     changes = read_score_tables(before, after)
     assert changes.chosen.tolist() == [-2, -1] and changes.rejected.tolist() == [-4, -3]
     assert changes.caveats == ("2 rows are in one table only",)
+
+
+def test_before_and_after_are_not_swapped_on_the_way(tmp_path):
+    ids = [f"r{i}" for i in range(10)]
+    before = score_table(tmp_path / "a", ids, [-10.0] * 10, [-11.0] * 10)
+    after = score_table(tmp_path / "b", ids[::-1], [-12.0] * 10, [-17.0] * 10, model="other")
+    diagnosis = diagnose(DiagnoseConfig(before=str(before), after=str(after)))
+    assert (diagnosis.chosen.mean, diagnosis.rejected.mean, diagnosis.margin.mean) == (-2, -6, 4)
 
 
 def test_copies_of_a_row_are_matched_in_order(tmp_path):

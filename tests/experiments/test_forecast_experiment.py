@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from experiments.forecast import SCALES, figures, rows, stages, tables
+from experiments.forecast.data import pairs_file, write_pool
 from experiments.forecast.report import _filter_verdict, _verdict
 from experiments.forecast.summary import _filter, _predictor, calibration
-from experiments.framework.item import configure, execute
+from experiments.framework.item import Work, configure, execute
+from experiments.framework.training import write_rows
 
 
 def test_a_predictor_that_is_the_change_is_perfect_and_noise_is_not():
@@ -54,9 +56,19 @@ def test_filters_train_for_as_many_updates_as_all():
     assert scale.steps == 16 and {"all", "influence", "random"} <= set(scale.filters)
     names = [s.name for s in stages(scale)]
     assert [n for n in names if n.startswith("filter/")] == [
-        f"filter/{n}/{s}" for n in scale.filters for s in scale.orders
+        f"filter/{n}/{s}" for s in scale.seeds for n in scale.filters
     ]
-    assert scale.test >= 300
+    # every seed draws its pool before its filters choose from it
+    assert all(names.index(f"pool/{s}") < names.index(f"filter/all/{s}") for s in scale.seeds)
+    assert scale.test >= 300 and len(scale.seeds) >= 5
+
+
+def test_a_pool_is_a_draw_of_its_seed(tmp_path):
+    work = Work("forecast", "small", SCALES["small"], tmp_path, quiet=True)
+    rows = [{"prompt": str(i)} for i in range(SCALES["small"].tuned_on)]
+    write_rows(pairs_file(work, "sft"), rows)
+    pools = [[json.loads(line)["prompt"] for line in write_pool(work, s).read_text().splitlines()] for s in (0, 1, 0)]
+    assert pools[0] == pools[2] != pools[1] and [len(set(p)) for p in pools] == [SCALES["small"].train] * 3
 
 
 @pytest.mark.slow

@@ -52,10 +52,12 @@ def test_data_of_the_user_are_taken_whole():
     scale = SCALES["paper"].with_options(pairs="alpaca.jsonl", seeds=(1,))
     assert (scale.split, scale.sample, scale.pairs, scale.seeds) == (None, None, "alpaca.jsonl", (1,))
     assert SCALES["paper"].with_options(seeds=(1,)).sample == 5000
+    # where the data are always the user's, the size of the draw is the scale's
+    assert SCALES["small-short"].with_options(pairs="pairs.jsonl").sample == 320
 
 
 def test_every_scale_makes_sixteen_updates_of_a_window():
-    assert [c.window // c.batch_size for c in SCALES.values()] == [16, 16, 16]
+    assert {name: c.window // c.batch_size for name, c in SCALES.items()} == dict.fromkeys(SCALES, 16)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,8 @@ def test_every_scale_makes_sixteen_updates_of_a_window():
         (("Hi", "a", " b"), "\n\nHuman: {prompt}\n\nAssistant:", ("\n\nHuman: Hi\n\nAssistant:", " a", " b")),
         (("Hi", "a", "b"), "<|prompter|>{prompt}<|assistant|>", ("<|prompter|>Hi<|assistant|>", "a", "b")),
         (("Hi", "a", "b"), "{prompt}", ("Hi", "a", "b")),
+        (("Hi", "a", "b"), "{prompt}\n", ("Hi\n", "a", "b")),
+        (("Hi\n\n", "a", "b"), "{prompt}\n", ("Hi\n\n", "a", "b")),
         (
             ("\n\nHuman: Hi\n\nAssistant:  ", "a", "b"),
             "\n\nHuman: {prompt}\n\nAssistant:",

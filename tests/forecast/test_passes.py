@@ -82,3 +82,41 @@ def test_packing_and_meshes_change_nothing_beyond_rounding(exact, passes_of):
     moved = {k: jnp.asarray(np.asarray(v)) for k, v in there.items()}
     expected = np.array(Push(passes.model, passes.rows)(passes.params, moved, pairs).first)
     np.testing.assert_allclose(numbers, expected, atol=1e-10 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_directions_of_adapters_move_only_adapters(passes_of):
+    """LoRA: the push against central differences in the adapters, and the split of the pull."""
+    passes = passes_of(lora_rank=2, steps=2)
+    assert passes.params.keys().isdisjoint(passes.model.frozen) and all("lora" in k for k in passes.params)
+    moved, start = passes.frozen_updates()
+    assert moved.keys() == start.gradient.keys() == passes.params.keys()
+    pairs = passes.run.pairs.held_out
+    rng = np.random.default_rng(0)
+    direction = {k: jnp.asarray(rng.normal(size=p.shape), p.dtype) for k, p in passes.params.items()}
+    found = np.array(passes.push(direction)(pairs).first)
+    measure, eps = Measure(passes.model, passes.rows), 1e-4
+    at = [np.array(measure(shifted(passes, direction, k * eps), pairs)) for k in (-2, -1, 1, 2)]
+    np.testing.assert_allclose(
+        found, (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * eps), atol=1e-8 * np.abs(found).max()
+    )
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_in_bfloat16_and_sums_in_float32(exact, passes_of):
+    passes, direction, start = exact
+    pairs = passes.run.pairs.held_out
+    truth = np.array(Push(passes.model, passes.rows)(passes.params, direction, pairs).first)
+    with jax.enable_x64(False):
+        low = passes_of(epochs=2.0, dtype="bfloat16")
+        moved, begun = low.frozen_updates()
+        for tree in (low.params, moved, begun.gradient, begun.squares, low.metric(begun)):
+            assert {v.dtype for v in tree.values()} == {jnp.dtype("float32")}
+        found = np.array(
+            low.push({k: jnp.asarray(np.asarray(v), jnp.float32) for k, v in direction.items()})(pairs).first
+        )
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert np.linalg.norm(found - truth) <= 8 * eps * np.linalg.norm(truth)
+    gradient = {k: np.asarray(v) for k, v in start.gradient.items()}
+    off = sum(float(((np.asarray(begun.gradient[k]) - g) ** 2).sum()) for k, g in gradient.items())
+    assert off <= (16 * eps) ** 2 * sum(float((g**2).sum()) for g in gradient.values())

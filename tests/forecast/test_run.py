@@ -87,17 +87,17 @@ def test_select_keeps_the_pairs_of_least_influence(influenced, tmp_path, keep, k
 def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypatch):
     from ches_jax.forecast import run as runs
 
-    out, write, config = tmp_path / "run", runs._write, {**small, "chunk_rows": 5}
+    out, write, config = tmp_path / "run", runs.write_table, {**small, "chunk_rows": 5}
 
     def stop_at_the_third(path, table):
         if path.name == "part-000002.parquet":
             raise KeyboardInterrupt
         write(path, table)
 
-    monkeypatch.setattr(runs, "_write", stop_at_the_third)
+    monkeypatch.setattr(runs, "write_table", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         forecast(ForecastConfig(**config, out=str(out)), quiet=True)
-    monkeypatch.setattr(runs, "_write", write)
+    monkeypatch.setattr(runs, "write_table", write)
     # what is there is not computed again
     monkeypatch.setattr("ches_jax.forecast.setup.frozen_updates", None)
     forecast(ForecastConfig(**config, out=str(out)), resume=True, quiet=True)

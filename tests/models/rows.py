@@ -37,6 +37,8 @@ class Row:
     config: str
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tolerance: float = 2e-6
+    """Of float32, ours and that of transformers: where its own float32 is further from float64, more."""
 
 
 SIZES = {"vocab_size": 101, "num_hidden_layers": 3, "intermediate_size": 73, **LONG}
@@ -123,6 +125,23 @@ ROWS = (
     Row("starcoder2", "Starcoder2Config", {**SQUARE, "sliding_window": 7}, {
         "no_biases": {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
     }),
+    Row("lfm2", "Lfm2Config", {
+        **SQUARE, "num_hidden_layers": 5, "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"],
+        "block_multiple_of": 7, "conv_L_cache": 4,
+    }, {
+        "biases": {"conv_bias": True, "conv_L_cache": 2, "tie_word_embeddings": False},
+        "listed": {"layer_types": None, "full_attn_idxs": [0, 2], "block_auto_adjust_ff_dim": False},
+        "multiplied": {"block_ffn_dim_multiplier": 1.7, "conv_L_cache": 1},
+    }, tolerance=5e-6),
+    Row("qwen3_5_text", "Qwen3_5TextConfig", WIDE | {
+        "num_hidden_layers": 5, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5, "linear_value_head_dim": 7,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"],
+    }, {
+        "biases": {"attention_bias": True, "tie_word_embeddings": True, "linear_conv_kernel_dim": 2},
+        "equal_heads": {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 6},
+        "whole_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+    }, tolerance=1e-4),
     Row("olmo3", "Olmo3Config", {**SQUARE, "num_hidden_layers": 4, "sliding_window": 7}, {
         "biases": {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 10},
         "layer_types": {"layer_types": ["full_attention", "sliding_attention"] * 2},

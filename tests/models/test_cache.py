@@ -61,7 +61,20 @@ def test_step_by_step_gives_the_states_of_the_whole_row(golden: Path, family: st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "gpt_neox", "phi3", "starcoder2"],
+    [
+        "llama",
+        "llama_tied",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "olmo",
+        "olmo2",
+        "gpt_neox",
+        "phi3",
+        "starcoder2",
+        "lfm2",
+    ],
 )
 def test_every_family_and_several_tokens_at_once(golden: Path, family: str):
     model = load_model(golden / family / "policy")

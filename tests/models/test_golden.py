@@ -31,7 +31,12 @@ FAMILIES = (
     "phi3",
     "starcoder2",
     "gemma3_multimodal",
+    "lfm2",
+    "qwen3_5",
+    "qwen3_5_multimodal",
 )
+FLOAT32 = {"qwen3_5": 1e-4, "qwen3_5_multimodal": 1e-4}
+"""Families whose float32 in transformers is further from float64 than that of the others (1.4e-5 of |S+|^2)."""
 SPELLINGS = ("config.v4.json", "config.min.json")
 LENGTH = 512
 """Every sequence is padded to this, so that a model compiles once."""
@@ -90,7 +95,7 @@ def test_float64_is_exact(golden: Path, family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_is_close(golden: Path, family: str):
     errors = compare(golden / family, "float32", range(3))
-    assert max(errors.values()) < 2e-6, errors
+    assert max(errors.values()) < FLOAT32.get(family, 2e-6), errors
 
 
 @pytest.mark.slow
@@ -100,7 +105,7 @@ def test_all_pairs(golden: Path, family: str, dtype: str, tolerance: float):
     with jax.enable_x64(dtype == "float64"):
         errors = compare(golden / family, dtype, range(24))
     print(family, dtype, {k: f"{v:.1e}" for k, v in errors.items()})
-    assert max(errors.values()) < tolerance, errors
+    assert max(errors.values()) < (FLOAT32.get(family, tolerance) if dtype == "float32" else tolerance), errors
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

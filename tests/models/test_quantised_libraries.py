@@ -52,12 +52,10 @@ def weight(dtype: Any) -> Any:
     ],
 )
 def test_compressed_tensors(form: str, settings: dict[str, Any], tmp_path: Path):
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    args = QuantizationArgs(**settings)
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils")
+    compressors = pytest.importorskip("compressed_tensors.compressors.base")
+    args = quantization.QuantizationArgs(**settings)
     w = weight(torch.bfloat16)
     if settings["strategy"] == "group":
         parts = w.reshape(HEIGHT, -1, settings["group_size"])
@@ -70,10 +68,10 @@ def test_compressed_tensors(form: str, settings: dict[str, Any], tmp_path: Path)
         low, high = parts.amin((1, 3)), parts.amax((1, 3))
     else:
         low, high = w.min().reshape(1), w.max().reshape(1)
-    scale, zero = calculate_qparams(low, high, args)
+    scale, zero = helpers.calculate_qparams(low, high, args)
     state = {"weight": w, "weight_scale": scale.to(w.dtype), "weight_zero_point": zero}
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    compressor: Any = BaseCompressor.get_value_from_registry(form)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    compressor: Any = compressors.BaseCompressor.get_value_from_registry(form)
     stored = compressor.compress(state, scheme)
     theirs = compressor.decompress(dict(stored), scheme)["weight"]
     ours = read(
@@ -92,18 +90,19 @@ def test_compressed_tensors(form: str, settings: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_bitsandbytes_nf4(nested: bool, dtype: str, tmp_path: Path):
     functional = pytest.importorskip("bitsandbytes.functional")
+    reference = pytest.importorskip("bitsandbytes.backends.default.ops")
     w = weight(getattr(torch, dtype))
     packed, state = functional.quantize_4bit(w, quant_type="nf4", compress_statistics=nested)
     tensors = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
     ours = read(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     # its processor kernels for 16 bits may round the table first; the reference one does not
     code = state.code
-    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-
     largest = state.absmax
     if nested:
         largest = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    theirs = _dequantize_4bit_compute(packed.reshape(-1), largest.float(), code, state.blocksize, w.shape, w.dtype)
+    theirs = reference._dequantize_4bit_compute(
+        packed.reshape(-1), largest.float(), code, state.blocksize, w.shape, w.dtype
+    )
     equal(ours, theirs)
 
 

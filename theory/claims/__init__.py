@@ -1,6 +1,6 @@
 """The claims: what is stated, where it holds, how it is checked. Importing the package fills the registry."""
 
-from theory.claims import bounds, errata, flows, identities, real, related
+from theory.claims import bounds, dataset, errata, flows, identities, real, related
 from theory.claims.registry import Claim, Context, Outcome, all_claims, find
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Outcome",
     "all_claims",
     "bounds",
+    "dataset",
     "errata",
     "find",
     "flows",

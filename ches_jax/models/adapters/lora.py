@@ -27,10 +27,14 @@ from ches_jax.models.stacks import below_stack
 
 ALL_LINEAR = "all-linear"
 TARGETS = {
-    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
-    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    **{f"self_attn.{name}_proj": name for name in ("q", "k", "v", "o")},
+    "self_attn.gate_proj": "q",  # the gate of attention is stored with the queries
+    "self_attn.in_proj": "in",
+    "self_attn.out_proj": "out",
+    **{f"self_attn.{name}": name for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")},
+    **{f"mlp.{name}_proj": name for name in ("gate", "up", "down")},
 }
-"""The matrices of a layer that can be adapted, by their short names."""
+"""The matrices of a layer that can be adapted -> their short names."""
 
 
 class LowRank(NamedTuple):
@@ -73,8 +77,8 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
 
 def adaptable(config: DecoderConfig) -> dict[str, list[str]]:
     """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it."""
-    shorts = {f"{path}.weight": short for short, path in TARGETS.items()}
-    found: dict[str, list[str]] = {short: [] for short in TARGETS}
+    shorts = {f"{path}.weight": short for path, short in TARGETS.items()}
+    found: dict[str, list[str]] = {short: [] for short in TARGETS.values()}
     for param in abstract_parameters(config):
         if (short := shorts.get(below_stack(param) or "")) is not None:
             found[short].append(param.removesuffix(".weight"))

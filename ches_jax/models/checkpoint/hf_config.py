@@ -7,7 +7,7 @@ that is silently wrong; the rest are keys that no code of the model reads, that 
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from ches_jax.models.config import RopeConfig, RopeKind
@@ -401,20 +401,24 @@ class ConfigReader:
             self.problems.append(f"config.json: {written} are names of one number; expected one value")
         return next(iter(values), default)
 
+    def layer_types(self, known: Iterable[str], num_layers: int, default: Sequence[str]) -> list[str]:
+        """``layer_types`` where it is written, one of ``known`` for each layer, else ``default``."""
+        types, known = self.get("layer_types", list, None), tuple(known)
+        if types is not None and (len(types) != num_layers or not all(t in known for t in types)):
+            self.problems.append(
+                f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
+            )
+            types = None
+        return list(default if types is None else types)
+
     def windows(
         self, window: int | None, num_layers: int, default: Sequence[bool], local: str = "sliding_attention"
     ) -> tuple[int | None, ...]:
         """Per layer the window or None, from ``layer_types`` where written, else from ``default`` (True: sliding)."""
-        types = self.get("layer_types", list, None)
-        sliding = list(default)
-        if types is not None:
-            known = ("full_attention", local)
-            if len(types) != num_layers or not all(t in known for t in types):
-                self.problems.append(
-                    f"config.json: 'layer_types' should list {num_layers} of {', '.join(known)}; found {types!r}"
-                )
-            else:
-                sliding = [t == local for t in types]
+        types = self.layer_types(
+            ("full_attention", local), num_layers, [local if s else "full_attention" for s in default]
+        )
+        sliding = [t == local for t in types]
         if any(sliding) and window is None:
             self.problems.append(f"config.json: {local} layers, but their window is null or switched off")
         return tuple(window if s else None for s in sliding)

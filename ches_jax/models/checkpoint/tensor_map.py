@@ -158,6 +158,23 @@ class ExpertPart(View):
 
 
 @dataclass(frozen=True)
+class Squeezed(View):
+    """A tensor with an axis of length one after the first, which the parameter has not (depthwise convolutions)."""
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """With the axis."""
+        return (shape[0], 1, *shape[1:])
+
+    def read(self, tensor: Tensor, index: Index) -> np.ndarray:
+        """Without it."""
+        return tensor.read((index[0], slice(None), *index[1:]))[:, 0]
+
+    def write(self, out: np.ndarray, value: np.ndarray) -> None:
+        """Puts it back."""
+        out[:, 0] = value
+
+
+@dataclass(frozen=True)
 class Whole(View):
     """The whole tensor as it is, read without a copy."""
 

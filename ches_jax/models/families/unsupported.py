@@ -52,7 +52,7 @@ KINDS: dict[str, frozenset[str]] = {
     ),
     RECURRENT: _words(
         "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 rwkv rwkv5 rwkv6 rwkv7 recurrent_gemma "
-        "nemotron_h granitemoehybrid xlstm lfm2 olmo_hybrid"
+        "nemotron_h granitemoehybrid xlstm olmo_hybrid"
     ),
 }
 BENT = frozenset({"mllama", "paligemma", "idefics", "gemma3n", "t5gemma2"})

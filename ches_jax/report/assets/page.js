@@ -644,5 +644,9 @@
   if (!readHash()) writing = false;
   document.documentElement.dataset.ready = "1";
   performance.mark("ready");
-  (globalThis.requestIdleCallback || setTimeout)(searched);
+  // what the first search and the first sort need is made while nobody waits for it
+  const idle = globalThis.requestIdleCallback || setTimeout;
+  const later = [searched, ...shown.map((column) => () => order(column.name)), ...tableSides.map((name) => () => order(name))];
+  const prepare = () => { const task = later.shift(); if (task) { task(); idle(prepare); } };
+  idle(prepare);
 })();

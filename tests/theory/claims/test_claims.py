@@ -12,6 +12,7 @@ FAST = {
     "errata": ["X5", "XP2", "XL2"],
     "flows": ["L1", "R2", "R1"],
     "neighbours": ["E1", "E2", "E6"],
+    "a data set as a whole": ["I3", "N1", "N1f", "N2", "GR"],
 }
 
 

@@ -1,0 +1,71 @@
+"""The stages of a forecast's run: how long each took, and the direction that a stopped run finds again."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ches_jax.forecast.metric import Tree
+from ches_jax.forecast.passes import on_mesh
+from ches_jax.runs import chunks
+from ches_jax.runs.directory import read_json, write_json
+from ches_jax.runs.files import replacing
+from ches_jax.runs.progress import say
+
+SUFFIX = ".parquet"
+"""Of the parts of a run."""
+DIRECTION, START = "direction.safetensors", "direction.json"
+
+
+class Clock:
+    """Seconds and CPU seconds of the stages, and a bar for each."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.seconds: dict[str, dict[str, float]] = {}
+
+    def stage(self, name: str, total: int | None = None) -> "_Stage":
+        """A block whose time is noted under ``name``."""
+        return _Stage(self, name, total)
+
+
+class _Stage:
+    def __init__(self, clock: Clock, name: str, total: int | None):
+        self.clock, self.name, self.total = clock, name, total
+
+    def __enter__(self) -> tqdm:
+        if self.total is None:
+            say(self.name, quiet=self.clock.quiet)
+        self.started = time.perf_counter(), time.process_time()
+        self.bar = tqdm(total=self.total, desc=self.name, disable=self.clock.quiet or self.total is None)
+        return self.bar
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        self.clock.seconds[self.name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
+
+
+def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
+    """A direction and what is known of it: computed, or as a run that was stopped left them."""
+    from safetensors.numpy import load, save_file
+
+    arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
+    if not record.exists():
+        direction, found = compute()
+        with replacing(arrays) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
+        write_json(record, found)
+    return on_mesh(load(arrays.read_bytes()), mesh), read_json(record)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """A Parquet file, whole or not at all."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
