@@ -15,7 +15,7 @@ from ches_jax.runs.files import new_directory
 PAIRS = "pairs.jsonl"
 SUMMARY = "gather.json"
 REWARDS = ("chosen_reward", "rejected_reward")
-NEEDS = {"samples": ("responses",), "contests": ("responses",), "filtered": ("rewards",), "goals": ()}
+NEEDS = {"pairs": (), "samples": ("responses",), "contests": ("responses",), "filtered": ("rewards",), "goals": ()}
 
 Row = dict[str, Any]
 
@@ -76,6 +76,12 @@ def _with_texts(config: GatherConfig, rows: list[Record]) -> Iterator[tuple[Reco
     yield from found
 
 
+def _pairs(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    for row in rows:
+        category = {} if row.category is None else {"category": row.category}
+        yield {**row.extra, **row.content, **category}
+
+
 def _samples(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
     for row, texts in _with_texts(config, rows):
         yield {"prompt": row.content["prompt"], "rejected": row.content["rejected"], "responses": texts}
@@ -131,4 +137,4 @@ def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:
     return float(found[0]), float(found[1])  # type: ignore[arg-type]
 
 
-MAKE = {"samples": _samples, "contests": _contests, "filtered": _filtered, "goals": _goals}
+MAKE = {"pairs": _pairs, "samples": _samples, "contests": _contests, "filtered": _filtered, "goals": _goals}
