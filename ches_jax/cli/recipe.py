@@ -160,7 +160,7 @@ def _words(option: str, value: Any, filled: Callable[[str], str]) -> list[str]:
 def run_recipe(
     path: Path, out: Path, command: Callable[[str, list[str]], Any], verbs: Sequence[str], *, resume: bool,
     say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run what is not done yet.
 
     Args:

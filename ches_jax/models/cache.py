@@ -8,7 +8,7 @@ from its first to that one without a gap.
     row 1    .   .  p0  p1 | y1  y2      first = 2
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -51,6 +51,8 @@ class Memory:
     slot: Int[Array, ""] | None = None
     """Where the tokens of this call go; None: they are the first ones, and nothing is read."""
     logical: LogicalMesh | None = None
+    lent: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """Keys and values that the layer lends to later ones, by the kind of layer that may borrow them."""
 
     def extended(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]

@@ -1,10 +1,10 @@
 """The architecture of a decoder as one frozen dataclass: one field per behaviour, every field read somewhere."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class RopeConfig:
     """Multiplies cos and sin (``yarn``, ``longrope``)."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    rotating_pairs: int = 0
+    """``proportional``: the pairs of channels that rotate; the others are paired too, and stand still."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
@@ -102,6 +104,9 @@ class ExpertsConfig:
     """Biases of the experts' matrices."""
     shared_width: int | None = None
     """Width of an expert that every token goes through; None: there is none."""
+    scaled_router: bool = False
+    """The router takes x before the norm, normalised without weights and multiplied by stored numbers; the weight of an
+    expert is multiplied by a stored number of its own."""
     auxiliary_weight: float = 0.0
     """Weight of the load-balancing loss that the family was trained with."""
 
@@ -145,6 +150,12 @@ class LayerKind:
     num_kv_heads: int | None = None
     mlp_width: int | None = None
     """Of a dense MLP."""
+    local: bool | None = None
+    """Whether it has a window, where that decides its sizes."""
+    kv: Literal["own", "lent", "borrowed"] | None = None
+    """Keys and values are a layer's own; own and lent to later layers; those of an earlier layer."""
+    values_are_keys: bool | None = None
+    """Values are the keys before their norm and rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +218,12 @@ class DecoderConfig:
     attention_softcap: float | None = None
     windows: tuple[int | None, ...]
     """Per layer: a position sees at most this many positions, itself included; None sees all."""
+    value_norm: bool = False
+    """RMSNorm without weights of the values of each head."""
+    local: bool | None = None
+    """Of one kind of layer, as the next two: see ``LayerKind``, and ``of_kind``, which fills them in."""
+    kv: Literal["own", "lent", "borrowed"] = "own"
+    values_are_keys: bool = False
     chunked: bool = False
     """Windows stand still: a position sees those of its own chunk of so many positions, up to itself."""
 
@@ -221,6 +238,16 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     """Of layers whose MLP is ``routed``."""
 
+    per_layer_width: int | None = None
+    """Each layer is given a vector of this width for each token, from an embedding of its own; None: there is none."""
+    per_layer_vocab: int = 0
+    """Rows of that embedding."""
+    layer_scalar: bool = False
+    """What a layer gives is multiplied by a stored number."""
+
+    prediction_layers: int = 0
+    """Layers that checkpoints may hold beyond these, for predicting several tokens at once; they are not read."""
+
     embedding_scale: float | None = None
     tie_embeddings: bool = False
     logit_scale: float | None = None
@@ -233,5 +260,5 @@ class DecoderConfig:
 
     def of_kind(self, kind: LayerKind) -> "DecoderConfig":
         """The config with the sizes that layers of ``kind`` have."""
-        sizes = {name: getattr(kind, name) for name in ("head_dim", "num_kv_heads", "mlp_width")}
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
+        own = {f.name: getattr(kind, f.name) for f in fields(kind) if f.name not in ("mixer", "mlp")}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})

@@ -29,7 +29,8 @@ from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ra
 from ches_jax.models.cache import Cache, Memory
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.kinds import MIXERS, Layer
-from ches_jax.models.layers import Context, LayerData, Norm, matmul
+from ches_jax.models.layers import Context, Embedding, LayerData, Norm, matmul
+from ches_jax.models.per_layer import PerLayer
 from ches_jax.models.precision import accumulate
 from ches_jax.models.sharding import (
     attention_on,
@@ -48,14 +49,6 @@ PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(dense.KEPT),
 )
 """Checkpoint policy of the layers: matmuls and attention are kept for the backward pass; the rest is elementwise."""
-
-
-class Embedding(nnx.Module):
-    """A table of vectors."""
-
-    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        """Draws from N(0, 0.02^2)."""
-        self.weight = nnx.Param((jax.random.normal(rngs.params(), (rows, width), jnp.float32) * 0.02).astype(dtype))
 
 
 class Decoder(nnx.Module):
@@ -100,6 +93,7 @@ class Decoder(nnx.Module):
         self.embed_positions = (
             Embedding(config.max_positions, config.width, rngs=rngs, dtype=param_dtype) if config.rope is None else None
         )
+        self.per_layer = None if config.per_layer_width is None else PerLayer(config, rngs=rngs, dtype=param_dtype)
         self.layers = _stacked_layers(config, rngs, param_dtype)
         self.norm = Norm(config.width, config, dtype=param_dtype)
         self.lm_head = (
@@ -183,8 +177,8 @@ class Decoder(nnx.Module):
             mask = causal(jnp.asarray(mask))
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
-        x, context = self._start(tokens, positions, key_ranges(mask), lengths, attend, logical)
-        return self.norm(self._run_layers(x, context, logical, remat=remat)[0])
+        x, context, data = self._start(tokens, positions, key_ranges(mask), lengths, attend, logical)
+        return self.norm(self._run_layers(x, context, data, logical, remat=remat)[0])
 
     def prefill(
         self,
@@ -209,8 +203,10 @@ class Decoder(nnx.Module):
         logical = self._auto_mesh(mesh)
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
-        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
-        x, filled = self._run_layers(x, context, logical, kept=empty_cache(self.config, len(tokens), slots, self.dtype))
+        x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
+        x, filled = self._run_layers(
+            x, context, data, logical, kept=empty_cache(self.config, len(tokens), slots, self.dtype)
+        )
         assert filled is not None
         return self.norm(x), filled
 
@@ -238,8 +234,8 @@ class Decoder(nnx.Module):
         slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
-        x, context = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
-        x, filled = self._run_layers(x, context, logical, kept=kept, slot=slot)
+        x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
+        x, filled = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
         assert filled is not None
         return self.norm(x), filled
 
@@ -260,8 +256,8 @@ class Decoder(nnx.Module):
         lengths: Int[ArrayOrNumpy, "B T"] | None,
         attend: Attend,
         logical: LogicalMesh | None,
-    ) -> tuple[Float[Array, "B T D"], Context]:
-        """Embedded tokens, and what every layer needs besides them."""
+    ) -> tuple[Float[Array, "B T D"], Context, LayerData]:
+        """Embedded tokens, what every layer needs besides them, and what each does."""
         c = self.config
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
@@ -272,15 +268,17 @@ class Decoder(nnx.Module):
         if self.embed_positions is not None:
             table = replicated(self.embed_positions.weight[...], logical)
             x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
+        given = None if self.per_layer is None else self.per_layer(jnp.asarray(tokens), x, logical)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
         context = Context(ranges, rotations, positions, attention_on(logical, attend), logical)
-        return keep_rows(x, logical), context
+        return keep_rows(x, logical), context, layer_data(c)._replace(given=given)
 
     def _run_layers(
         self,
         x,
         context: Context,
+        data: LayerData,
         logical: LogicalMesh | None,
         *,
         remat: bool = False,
@@ -292,14 +290,14 @@ class Decoder(nnx.Module):
         With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there.
         """
         parts = {stack.name: nnx.split(self.stack(stack.name)) for stack in stacks(self.config)}
-        data = layer_data(self.config)
         caches = dict(zip(parts, kept or (None,) * len(parts), strict=True))
 
-        def one_layer(graph, x, memory_of, weights, data, number):
+        def one_layer(graph, x, lent, memory_of, weights, data, number):
             memory = Memory(memory_of, number, slot, logical)
-            x = keep_rows(nnx.merge(graph, weights)(x, context, data, memory), logical)
-            return x, memory.kept
+            x = keep_rows(nnx.merge(graph, weights)(x, context._replace(lent=lent), data, memory), logical)
+            return x, lent | memory.lent, memory.kept
 
+        lent: dict[str, tuple[Array, Array]] = {}
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         policy = None if remat else PRODUCTS_AND_ATTENTION
         for stretch in stretches(self.config):
@@ -307,13 +305,13 @@ class Decoder(nnx.Module):
             scanned = stretch.repeats > 1
             layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=not scanned, policy=policy)
 
-            def period(carry, per_layer, graphs=graphs, layer=layer):
+            def period(carry, per_layer, graphs=graphs, layer=layer, lent=lent):
                 x, caches = carry
                 after = []
                 for graph, cache_of, (weights, data, number) in zip(graphs, caches, per_layer, strict=True):
-                    x, left = layer(graph, x, cache_of, weights, data, number)
+                    x, lent, left = layer(graph, x, lent, cache_of, weights, data, number)
                     after.append(left)
-                return (x, tuple(after)), None
+                return (x, tuple(after)), lent
 
             names = [stack.name for stack in stretch.stacks]
             numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)
@@ -323,9 +321,10 @@ class Decoder(nnx.Module):
             )
             carry = (x, tuple(caches[name] for name in names))
             if scanned:
-                (x, after), _ = lax.scan(period, carry, per_layer)
+                # nothing is lent there: the last layer of its kind lends, and is alone of its kind
+                (x, after), _ = lax.scan(lambda *args, period=period: (period(*args)[0], None), carry, per_layer)
             else:
-                (x, after), _ = period(carry, jax.tree.map(lambda a: a[0], per_layer))
+                (x, after), lent = period(carry, jax.tree.map(lambda a: a[0], per_layer))
             caches |= dict(zip(names, after, strict=True))
         return x, None if kept is None else tuple(caches.values())
 

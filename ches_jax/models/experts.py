@@ -24,15 +24,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ches_jax.distributed.mesh import LogicalMesh
-from ches_jax.models.attention.block_sparse import bucket_sizes
 from ches_jax.models.attention.dense import KEPT
 from ches_jax.models.config import DecoderConfig, ExpertsConfig
-from ches_jax.models.layers import ACTIVATIONS, Context, Mlp
+from ches_jax.models.layers import ACTIVATIONS, Context, Mlp, Norm, unit_rms
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import expert_axes
 
-ROWS_AT_LEAST = 16
-"""Rows that a product on a CPU is rounded up to."""
 ROWS_BY_COLUMNS = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
@@ -74,7 +71,8 @@ def _one_group_at_a_time(x: Array, weight: Array, sizes: Array) -> Array:
     XLA on a CPU multiplies every row by the matrix of every group and throws most of that away.
     """
     rows = x.shape[0]
-    lengths = sorted({min(rows, ROWS_AT_LEAST * n) for n in bucket_sizes(-(-rows // ROWS_AT_LEAST))})
+    # halves of halves, down to half of an even share
+    lengths = sorted({-(-rows >> n) for n in range(len(weight).bit_length() + 1)})
     ends = jnp.cumsum(sizes)
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -108,11 +106,16 @@ class Router(nnx.Module):
         init = jax.random.normal(rngs.params(), (e.count, config.width), jnp.float32) * 0.02
         self.weight = nnx.Param(init.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((e.count,), dtype)) if e.router_bias else None
+        self.scale = nnx.Param(jnp.ones((config.width,), dtype)) if e.scaled_router else None
+        self.expert_scale = nnx.Param(jnp.ones((e.count,), dtype)) if e.scaled_router else None
+        self.eps = config.norm_eps
         self.correction = nnx.Param(jnp.zeros((e.count,), dtype)) if e.correction else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Choice:
         """The choice for each token."""
         e, acc = self.config, accumulate(x.dtype)
+        if self.scale is not None:
+            x = unit_rms(x, self.eps) * (self.scale[...] * x.shape[-1] ** -0.5).astype(x.dtype)[None]
         contract = (((1,), (1,)), ((), ()))
         logits = lax.dot_general(x.astype(acc), self.weight[...].astype(acc), contract, precision=lax.Precision.HIGHEST)
         logits = logits if self.bias is None else logits + self.bias[...].astype(acc)[None]
@@ -122,6 +125,8 @@ class Router(nnx.Module):
         weight = jnp.take_along_axis(scores, chosen, axis=-1)
         if e.renormalise:
             weight = weight / weight.sum(-1, keepdims=True)
+        if self.expert_scale is not None:
+            weight = weight * jnp.take(self.expert_scale[...].astype(acc), chosen)
         return Choice(chosen, weight * e.scale if e.scale != 1 else weight, scores)
 
 
@@ -200,11 +205,36 @@ class Routed(nnx.Module):
             None if e.shared_width is None else Mlp(replace(config, mlp_width=e.shared_width), rngs=rngs, dtype=dtype)
         )
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, before: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
         """What the chosen experts give, and the shared one."""
         choice = self.router(x.reshape(-1, x.shape[-1]))
         routed = through_experts(self.experts, x, choice, self.config, context.logical)
-        return routed if self.shared is None else routed + self.shared(x, context)
+        return routed if self.shared is None else routed + self.shared(x, context, before)
+
+
+class DenseAndRouted(nnx.Module):
+    """A dense MLP and routed experts side by side, each with norms of its own."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Makes both and their norms."""
+        assert config.experts is not None
+        self.config = config.experts
+        self.dense = Mlp(config, rngs=rngs, dtype=dtype)
+        self.router = Router(config, rngs=rngs, dtype=dtype)
+        self.experts = Experts(config, rngs=rngs, dtype=dtype)
+        self.dense_out_norm = Norm(config.width, config, dtype=dtype)
+        self.routed_norm = Norm(config.width, config, dtype=dtype)
+        self.routed_out_norm = Norm(config.width, config, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, before: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The sum of both; router and experts take the stream, not its norm before the dense MLP."""
+        choice = self.router(before.reshape(-1, before.shape[-1]))
+        routed = through_experts(self.experts, self.routed_norm(before), choice, self.config, context.logical)
+        return self.dense_out_norm(self.dense(x, context, before)) + self.routed_out_norm(routed)
 
 
 def through_experts(

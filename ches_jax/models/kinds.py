@@ -8,14 +8,16 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from ches_jax.models.cache import Memory
 from ches_jax.models.config import DecoderConfig, LayerKind
 from ches_jax.models.delta_rule import GatedDelta
-from ches_jax.models.experts import Routed
+from ches_jax.models.experts import DenseAndRouted, Routed
 from ches_jax.models.latent import LatentAttention
 from ches_jax.models.layers import Attention, Context, LayerData, Mlp, Norm
+from ches_jax.models.per_layer import Given
 from ches_jax.models.short_conv import ShortConv
 
 
@@ -40,7 +42,7 @@ MIXERS: dict[str, Any] = {
     "latent": LatentAttention,
     "short_conv": ShortConv,
 }
-MLPS: dict[str, Any] = {"dense": Mlp, "routed": Routed}
+MLPS: dict[str, Any] = {"dense": Mlp, "routed": Routed, "dense_and_routed": DenseAndRouted}
 
 
 class Layer(nnx.Module):
@@ -56,6 +58,8 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(c.width, c, dtype=dtype) if c.norm_before and not c.shared_norm else None
         self.mlp = MLPS[kind.mlp](c, rngs=rngs, dtype=dtype)
         self.mlp_out_norm = Norm(c.width, c, dtype=dtype) if c.norm_after else None
+        self.given = None if c.per_layer_width is None else Given(c, rngs=rngs, dtype=dtype)
+        self.scalar = nnx.Param(jnp.ones((1,), dtype)) if c.layer_scalar else None
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, data: LayerData, memory: Memory
@@ -72,9 +76,14 @@ class Layer(nnx.Module):
             return scaled(y, self.attn_out_norm)
 
         def mlp(x):
-            return scaled(self.mlp(x if before_mlp is None else before_mlp(x), context), self.mlp_out_norm)
+            return scaled(self.mlp(x if before_mlp is None else before_mlp(x), context, x), self.mlp_out_norm)
 
         if self.parallel:
             return x + attn(x) + mlp(x)
         x = x + attn(x)
-        return x + mlp(x)
+        x = x + mlp(x)
+        if self.given is not None:
+            assert data.given is not None
+            x = x + self.given(x, data.given)
+        # stored, and not trained: a buffer of the family's own code
+        return x if self.scalar is None else x * lax.stop_gradient(self.scalar[...]).astype(x.dtype)[None, None]

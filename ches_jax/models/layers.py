@@ -4,6 +4,8 @@ Parameters may be stored in another dtype than the computation runs in: every us
 activations. ``kinds`` puts a layer together from them.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -93,6 +95,14 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
 
+class Embedding(nnx.Module):
+    """A table of vectors."""
+
+    def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        """Draws from N(0, 0.02^2)."""
+        self.weight = nnx.Param((jax.random.normal(rngs.params(), (rows, width), jnp.float32) * 0.02).astype(dtype))
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm, computed in float32 at least.
 
@@ -125,7 +135,7 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def root_mean_square_one(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+def unit_rms(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """``x / sqrt(mean(x^2) + eps)``: RMSNorm without weights."""
     y = x.astype(accumulate(x.dtype))
     return (y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(eps, y.dtype))).astype(x.dtype)
@@ -144,6 +154,8 @@ class Context(NamedTuple):
     """How attention is computed."""
     logical: LogicalMesh | None
     """Where the arrays lie."""
+    lent: Mapping[str, tuple[Array, Array]] = MappingProxyType({})
+    """Keys and values of earlier layers that later ones borrow, by the kind of layer."""
 
 
 class LayerData(NamedTuple):
@@ -154,14 +166,16 @@ class LayerData(NamedTuple):
     """1 where the layer has a window; it rotates by ``local_rope`` if there is one."""
     rotated: Int[Array, ""]
     """1 where the layer rotates."""
+    given: Float[Array, "B T W"] | None = None
+    """What the layer is given for each token besides the stream."""
 
 
 def rotation(
     config: DecoderConfig, context: Context, data: LayerData
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
     """(cos, sin) of a layer; of angle zero where it does not rotate."""
-    cos, sin = context.rotations[0]
-    if len(context.rotations) > 1:
+    cos, sin = context.rotations[int(bool(config.local))]
+    if config.local is None and len(context.rotations) > 1:
         local_cos, local_sin = context.rotations[1]
         cos = jnp.where(data.local > 0, local_cos, cos)
         sin = jnp.where(data.local > 0, local_sin, sin)
@@ -196,8 +210,9 @@ class Attention(nnx.Module):
         self.config = c
         qkv = {"bias": c.qkv_bias, "rngs": rngs, "dtype": dtype}
         self.q_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv)
-        self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
-        self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv)
+        own = c.kv != "borrowed"
+        self.k_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv) if own else None
+        self.v_proj = Linear(c.width, c.num_kv_heads * c.head_dim, **qkv) if own and not c.values_are_keys else None
         self.o_proj = Linear(c.num_heads * c.head_dim, c.width, bias=c.out_bias, rngs=rngs, dtype=dtype)
         self.gate_proj = Linear(c.width, c.num_heads * c.head_dim, **qkv) if c.output_gate else None
         self.sinks = nnx.Param(jnp.zeros((c.num_heads,), dtype)) if c.sinks else None
@@ -206,7 +221,8 @@ class Attention(nnx.Module):
         else:
             per_head = c.qk_norm == "head"
             self.q_norm = Norm(c.head_dim if per_head else c.num_heads * c.head_dim, c, dtype=dtype, kind="rms")
-            self.k_norm = Norm(c.head_dim if per_head else c.num_kv_heads * c.head_dim, c, dtype=dtype, kind="rms")
+            size = c.head_dim if per_head else c.num_kv_heads * c.head_dim
+            self.k_norm = Norm(size, c, dtype=dtype, kind="rms") if own else None
 
     def _heads(self, x, projection: Linear, norm: Norm | None, heads: int) -> Float[Array, "B T N H"]:
         """Project, normalise, clip, split into heads (and normalise those)."""
@@ -219,9 +235,35 @@ class Attention(nnx.Module):
         y = y.reshape(*y.shape[:-1], heads, self.config.head_dim)
         return norm(y) if norm is not None and self.config.qk_norm == "head" else y
 
+    def _turned(self, a: Float[Array, "B T N H"], context: Context, data: LayerData) -> Float[Array, "B T N H"]:
+        """Queries or keys after the rotation, and the norm that comes after it in some families."""
+        c = self.config
+        if c.rope is not None:
+            cos, sin = rotation(c, context, data)
+            a = rope.rotate(a, cos, sin, neighbours=c.rope.neighbours)
+        return jnp.where(data.rotated > 0, unit_rms(a, c.norm_eps), a) if c.qk_norm == "rotated" else a
+
+    def _keys_values(
+        self, x: Float[Array, "B T D"], context: Context, data: LayerData, memory: Memory
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """What the queries attend to: of this call, with the cache before it, or of an earlier layer."""
+        c = self.config
+        kind = "local" if c.local else "global"
+        if self.k_proj is None:
+            return context.lent[kind]
+        k = self._heads(x, self.k_proj, self.k_norm, c.num_kv_heads)
+        v = self._heads(x, self.v_proj or self.k_proj, None, c.num_kv_heads)
+        v = unit_rms(v, c.norm_eps) if c.value_norm else v
+        pair = memory.extended(self._turned(k, context, data), v)
+        if c.kv == "lent":
+            memory.lent[kind] = pair
+        return pair
+
     @staticmethod
-    def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KeysValues:
-        """What a layer keeps of a text, before it."""
+    def empty(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> KeysValues | None:
+        """What a layer keeps of a text, before it; nothing where it borrows."""
+        if config.kv == "borrowed":
+            return None
         return empty_keys_values(rows, config.num_kv_heads, slots, config.head_dim, dtype)
 
     def __call__(
@@ -229,18 +271,11 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of the whole row."""
         c = self.config
-        q = self._heads(x, self.q_proj, self.q_norm, c.num_heads)
-        k = self._heads(x, self.k_proj, self.k_norm, c.num_kv_heads)
-        v = self._heads(x, self.v_proj, None, c.num_kv_heads)
-        if context.rotations:
-            cos, sin = rotation(c, context, data)
-            q, k = (rope.rotate(a, cos, sin, neighbours=c.rope.neighbours) for a in (q, k))
-        if c.qk_norm == "rotated":
-            q, k = (jnp.where(data.rotated > 0, root_mean_square_one(a, c.norm_eps), a) for a in (q, k))
+        q = self._turned(self._heads(x, self.q_proj, self.q_norm, c.num_heads), context, data)
         if c.query_growth is not None:
             q = q * growth(c.query_growth, context.positions, data, q.dtype)[:, :, None, None]
+        k, v = self._keys_values(x, context, data, memory)
         heads = (c.num_kv_heads, c.num_heads // c.num_kv_heads)
-        k, v = memory.extended(k, v)
         sinks = None if self.sinks is None else self.sinks[...].reshape(heads)
         inputs = AttentionInputs(q.reshape(*q.shape[:2], *heads, c.head_dim), k, v, visible_to(c, context, data), sinks)
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
@@ -260,8 +295,10 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(c.mlp_width, c.width, **options)
         self.activation: Activation = c.activation
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        """Applies the block."""
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, before: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Applies the block to x; ``before`` is the stream that x is the norm of."""
         act = ACTIVATIONS[self.activation]
         up = self.up_proj(x)
         return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)

@@ -41,8 +41,9 @@ def _yarn(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
 def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
     """Divide long wavelengths by ``factor``, keep short ones, blend in the band between."""
     turns = rope.original_max_positions * base / (2 * math.pi)
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
+    band = rope.high_freq_factor - rope.low_freq_factor
+    # without a band between (Llama 4) the rule is a step
+    keep = np.clip((turns - rope.low_freq_factor) / band, 0, 1) if band else (turns > rope.low_freq_factor) * 1.0
     return base * keep + base / rope.factor * (1 - keep)
 
 
@@ -56,6 +57,9 @@ def frequencies(rope: RopeConfig) -> np.ndarray:
             return _yarn(rope, base)
         case "llama3":
             return _llama3(rope, base)
+        case "proportional":
+            rotating = np.arange(rope.rotary_dim // 2) < rope.rotating_pairs
+            return np.where(rotating, base, 0.0) / rope.factor
         case "longrope":
             return base / np.asarray(rope.short_factor, np.float64)
         case _:

@@ -71,7 +71,7 @@ def _scale_by_torch_rmsprop(alpha: float, eps: float) -> optax.GradientTransform
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
-VECTORS = ("bias", "sinks", "correction", "layer_scalar")
+VECTORS = ("bias", "sinks", "scale", "correction", "scalar")
 """Ends of the names of parameters that are no matrices, norms aside; the last two are stored and not trained."""
 
 

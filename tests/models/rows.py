@@ -214,4 +214,16 @@ ROWS = (
             "tie_word_embeddings": True, "rope_parameters": LLAMA3,
         },
     }),
+    Row("gemma4_text", "Gemma4TextConfig", WIDE | {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 7,
+        "global_head_dim": 16, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 5,
+        "vocab_size_per_layer_input": 101,
+    }, {
+        "wide": {"use_double_wide_mlp": True, "tie_word_embeddings": False, "attention_bias": True},
+        "experts": {
+            "enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 23,
+            "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1, "final_logit_softcapping": 4.0,
+        },
+    }),
 )  # fmt: skip

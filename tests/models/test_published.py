@@ -20,6 +20,19 @@ COUNTS = {
     "phi-3-mini-4k": 3_821_079_552,
     "gemma-2-9b": 9_241_705_984,
     "gpt2": 124_439_808,
+    "olmo-3-7b": 7_298_011_136,
+    "smollm3-3b": 3_075_098_624,
+    "glm-4-9b": 9_400_279_040,
+    "granite-3.1-2b": 2_533_531_648,
+    "command-r7b": 8_028_033_024,
+    "ministral-3-8b": 8_489_553_920,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "olmoe-1b-7b": 6_919_161_856,
+    "gpt-oss-20b": 20_914_757_184,
+    "deepseek-v3": 671_026_419_200,
+    "llama-4-scout": 107_769_861_120,
+    "gemma-4-e2b": 4_628_569_379,
     "lfm2-1.2b": 1_170_340_608,
 }
 
@@ -37,7 +50,8 @@ def test_transformers_counts_the_same(name: str):
     config = transformers.AutoConfig.from_pretrained(PUBLISHED / f"{name}.json")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() == COUNTS[name]
+    stored = {buffer for buffer, _ in model.named_buffers()} & model.state_dict().keys()
+    assert model.num_parameters() + sum(model.get_buffer(b).numel() for b in stored) == COUNTS[name]
 
 
 def test_every_config_is_counted():

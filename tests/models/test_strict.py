@@ -1,6 +1,7 @@
 """What does not fit is refused by name, all of it in one message, with what to do."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "decoder_sparse_step": 2},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 14, "interleave_moe_layer_step": 2},
+    "gemma4_text": {
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 40,
+    },
     "deepseek_v3": {
         **EXPERTS,
         "q_lora_rank": 7,
@@ -123,8 +131,8 @@ def test_a_key_off_its_supported_value_is_named(kind: str, key: str, value: Any)
             "has 1 numbers; expected 2",
         ),
         (
-            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
-            "should be below high_freq_factor",
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 5, "high_freq_factor": 4}},
+            "should not be above high_freq_factor",
         ),
     ],
 )
@@ -155,6 +163,13 @@ def test_values_that_cannot_be(extra: dict[str, Any], words: str):
         ("deepseek_v3", {"n_group": 3}, "equal groups of at least two experts"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "supported: 'sigmoid'"),
         ("deepseek_v3", {"topk_method": "greedy"}, "supported: 'noaux_tc'"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "a layer of each type among them"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "of the full layers ([1])"),
+        ("gemma4_text", {"per_layer_config": {"1": {"mlp": 4}}}, "of the full layers ([1])"),
+        ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "lacks the settings of sliding"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "supported: 'vision'"),
+        ("gemma4_text", {"enable_moe_block": True}, "'num_experts' is missing"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 5}, "a row for every token"),
         ("llama4_text", {"layer_types": ["sliding_attention", "full_attention"]}, "should list 2 of"),
         ("gpt2", {"n_head": 5}, "not a multiple of 'n_head'"),
     ],
@@ -280,3 +295,8 @@ def test_config_is_read_from_the_file(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dbrx"}))
     with pytest.raises(CheckpointError, match="mixture of experts"):
         load_model(tmp_path)
+
+
+def test_the_page_of_families_lists_those_of_the_registry():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(FAMILIES)

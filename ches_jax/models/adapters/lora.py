@@ -22,19 +22,23 @@ from jax.typing import DTypeLike
 from ches_jax.errors import ChesError
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_parameters, named_parameters
+from ches_jax.models.families.registry import FAMILIES
 from ches_jax.models.precision import accumulate
 from ches_jax.models.stacks import below_stack
 
 ALL_LINEAR = "all-linear"
+EXPERT = "expert_"
 TARGETS = {
-    **{f"self_attn.{name}_proj": name for name in ("q", "k", "v", "o")},
+    **{f"self_attn.{name}_proj": name for name in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")},
     "self_attn.gate_proj": "q",  # the gate of attention is stored with the queries
     "self_attn.in_proj": "in",
     "self_attn.out_proj": "out",
     **{f"self_attn.{name}": name for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")},
-    **{f"mlp.{name}_proj": name for name in ("gate", "up", "down")},
+    **{f"{module}.{name}_proj": name for module in ("mlp", "mlp.dense") for name in ("gate", "up", "down")},
+    **{f"mlp.shared.{name}_proj": f"shared_{name}" for name in ("gate", "up", "down")},
+    **{f"mlp.experts.{name}_proj": f"{EXPERT}{name}" for name in ("gate", "up", "down")},
 }
-"""The matrices of a layer that can be adapted -> their short names."""
+"""The matrices of a layer that can be adapted -> their short names; those of experts are one for each."""
 
 
 class LowRank(NamedTuple):
@@ -64,7 +68,8 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ChesError(f"LoRA of rank {rank} and alpha {alpha}: expected positive numbers")
     known = adaptable(config)
-    names = list(known) if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
+    linear = [name for name in known if not name.startswith(EXPERT)]  # as PEFT's word means: experts only where asked
+    names = linear if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ChesError(
@@ -76,12 +81,16 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
 
 
 def adaptable(config: DecoderConfig) -> dict[str, list[str]]:
-    """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it."""
+    """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it.
+
+    Of experts only where each has a tensor of its own in the file: PEFT's format names modules.
+    """
     shorts = {f"{path}.weight": short for path, short in TARGETS.items()}
     found: dict[str, list[str]] = {short: [] for short in TARGETS.values()}
-    for param in abstract_parameters(config):
-        if (short := shorts.get(below_stack(param) or "")) is not None:
-            found[short].append(param.removesuffix(".weight"))
+    for rule in FAMILIES[config.family].name_rules(abstract_parameters(config), config):
+        short = shorts.get(below_stack(rule.param) or "")
+        if short is not None and (rule.by_expert or not short.startswith(EXPERT)):
+            found[short].append(rule.param.removesuffix(".weight"))
     return {short: modules for short, modules in found.items() if modules}
 
 

@@ -347,13 +347,19 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
             groups.setdefault((rule.tensor, tuple(sites.stored(rule).values())), []).append(rule)
     tensors: dict[str, np.ndarray] = {}
     strengths: dict[str, LowRank] = {}
-    for (tensor, _), group in groups.items():
-        scale = spec[group[0].param.removesuffix(".weight")].scale
-        rank = sum(spec[rule.param.removesuffix(".weight")].rank for rule in group)
-        strengths[_below_layer(tensor)] = LowRank(rank, scale)
+    for group in groups.values():
+        own = [spec[rule.param.removesuffix(".weight")] for rule in group]
+        for module in sites.below_layer(group[0]):
+            # one rank and scale for a module of all layers, though their stacks may have several
+            rank, scale = strengths.get(module, LowRank(0, own[0].scale))
+            strengths[module] = LowRank(max(rank, sum(one.rank for one in own)), scale)
+    for group in groups.values():
+        rank, scale = strengths[sites.below_layer(group[0])[0]]
         for at, module in sites.stored(group[0]).items():
             a, b = _fused(group, arrays, spec, scale, at)
-            tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+            missing = rank - len(a)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = np.pad(a, [(0, missing), (0, 0)])
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = np.pad(b, [(0, 0), (0, missing)])
     config = _config(strengths, sites.modules, name or str(base))
     config["fan_in_fan_out"] = any(isinstance(rule.view, TransposedSlice) for rule in sites.rules)
     with new_directory(out, CheckpointError) as directory:
@@ -417,11 +423,6 @@ def _shortest(module: str, modules: list[str], adapted: Mapping[str, Any]) -> st
     return last if all(m in adapted for m in modules if m.rpartition(".")[2] == last) else module
 
 
-def _below_layer(tensor: str) -> str:
-    """The module's name below its layer: ``self_attn.q_proj``."""
-    return tensor.partition("{layer}.")[2].removesuffix(".weight")
-
-
 @dataclass(frozen=True)
 class _Sites:
     """Where the matrices that can be adapted are stored in a model directory."""
@@ -438,7 +439,13 @@ class _Sites:
     @property
     def modules(self) -> list[str]:
         """The stored modules below their layer."""
-        return list(dict.fromkeys(_below_layer(rule.tensor) for rule in self.rules))
+        return list(dict.fromkeys(module for rule in self.rules for module in self.below_layer(rule)))
+
+    def below_layer(self, rule: Rule) -> list[str]:
+        """The stored modules that hold a matrix, below their layer: ``self_attn.q_proj``; one for each expert."""
+        inner = rule.tensor.partition("{layer}.")[2].removesuffix(".weight")
+        experts = self.shapes[rule.param][rule.lead - 1] if rule.by_expert else 1
+        return [inner.format(expert=expert) for expert in range(experts)]
 
     def size(self, rule: Rule) -> tuple[int, int]:
         """Inputs and outputs of the stored module that holds a matrix."""

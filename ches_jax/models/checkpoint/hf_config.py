@@ -97,6 +97,7 @@ ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
+    "proportional": ("factor",),
 }
 RETIRED_ROPE_NAMES = {"su": "longrope"}
 ROPE_NEEDS = {
@@ -311,7 +312,8 @@ class ConfigReader:
     ) -> RopeConfig:
         """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
         kind, settings = self._rope_kind(written, name, rename)
-        rotary_dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+        share = settings.get("partial_rotary_factor", 1.0)
+        rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
         self._check_rotary_dim(kind, rotary_dim, settings, name)
         original = int(settings.get("original_max_position_embeddings") or max_positions)
         factor = float(settings.get("factor") or max_positions / original)
@@ -322,6 +324,7 @@ class ConfigReader:
             max_positions=max_positions,
             factor=factor if kind != "default" else 1.0,
             original_max_positions=original,
+            rotating_pairs=int(share * head_dim // 2) if kind == "proportional" else 0,
             attention_factor=_attention_factor(kind, settings, factor, original),
             low_freq_factor=float(settings.get("low_freq_factor") or 1.0),
             high_freq_factor=float(settings.get("high_freq_factor") or 4.0),
@@ -426,7 +429,8 @@ class ConfigReader:
     def finish(self) -> list[str]:
         """All problems, unknown keys included."""
         for key, allowed in OFF.items():
-            self.must_be(key, *allowed)
+            if key not in self._seen:
+                self.must_be(key, *allowed)
         if changing := [k for k in self._unknown() if _changes_numbers(k, self.raw[k])]:
             self.problems.append(
                 f"config.json: not handled for this family: {self._shown(changing)}; remove a key only if it cannot "
@@ -493,10 +497,10 @@ def _rope_value(key: str, value: Any) -> bool:
 
 
 def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:
-    """The Llama 3.1 rule blends between two bounds, which must not meet."""
+    """The Llama 3.1 rule blends between two bounds, which must be in order."""
     low, high = (_number_or(settings.get(k), 1.0) for k in ("low_freq_factor", "high_freq_factor"))
-    if kind == "llama3" and high <= low:
-        return [f"has low_freq_factor {low!r}, which should be below high_freq_factor {high!r}"]
+    if kind == "llama3" and high < low:
+        return [f"has low_freq_factor {low!r}, which should not be above high_freq_factor {high!r}"]
     return []
 
 

@@ -37,6 +37,7 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_paramete
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.models.sharding import placement
 from ches_jax.models.stacks import layers_of
+from ches_jax.notices import notice
 
 NOT_TIED = (
     ": {other!r} is stored alone, and config.json does not tie the two (tie_word_embeddings). Read as tied, they would "
@@ -159,6 +160,7 @@ def _checked_table(
     """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
     table = {rule.param: rule for rule in family.name_rules(shapes, config)}
     embedding, head = table_ends(family, config)
+    stored = _without_extra_layers(directory, stored, table, config)
     names = [name for p, r in table.items() for name in r.names(shapes[p], layers_of(config, p)).values()]
     tensors, problems = as_expected(stored, embedding, head, names)
     if config.tie_embeddings and embedding not in tensors and head in tensors:
@@ -202,6 +204,21 @@ def _checked_table(
     if problems:
         raise CheckpointError(many(str(directory), problems))
     return tensors, table
+
+
+def _without_extra_layers(
+    directory: Path, stored: dict[str, Tensor], table: Mapping[str, Rule], config: DecoderConfig
+) -> dict[str, Tensor]:
+    """The tensors without those of layers beyond the model's, which predict several tokens at once; said once."""
+    first = next(rule.tensor.partition("{layer}")[0] for rule in table.values() if rule.stacked)
+    extra = tuple(f"{first}{config.num_layers + n}." for n in range(config.prediction_layers))
+    left_out = [name for name in stored if name.startswith(extra)] if extra else []
+    if left_out:
+        notice(
+            f"{directory}: {len(left_out)} tensors of {len(extra)} layers beyond the {config.num_layers} of the model, "
+            "which predict several tokens at once, are left out"
+        )
+    return {name: tensor for name, tensor in stored.items() if name not in left_out}
 
 
 def _read(

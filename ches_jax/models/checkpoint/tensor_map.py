@@ -249,11 +249,11 @@ def rules(
     table = []
     for param in params:
         inner = below_stack(param)
-        module, leaf = (inner or param).rsplit(".", 1)
+        module, _, leaf = (inner or param).rpartition(".")
         if inner is None:
             tensor = f"{'' if module == 'lm_head' else prefix}{names[module]}.{leaf}"
         else:
-            stored = names.get(f"{module}.{leaf}") or f"{names[module]}.{leaf}"
+            stored = names.get(inner) or f"{names[module]}.{leaf}"
             tensor = f"{prefix}{layers}.{{layer}}.{stored}"
         table.append(Rule(param, tensor, (views or {}).get(f"{module}.{leaf}", WHOLE)))
     return table

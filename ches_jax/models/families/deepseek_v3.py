@@ -48,7 +48,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     r.must_be("topk_method", "noaux_tc")
     r.must_be("scoring_func", "sigmoid")
     r.must_be("moe_layer_freq", 1)
-    r.ignore("ep_size", "seq_aux", "num_nextn_predict_layers", "num_mtp_layers", "output_router_logits")
+    r.ignore("ep_size", "seq_aux", "output_router_logits")
+    further = [r.get(key, int, None) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
     positions = r.size("max_position_embeddings", 4096)
     rope = replace(r.rope(latent.rotary_dim, positions), neighbours=r.nullable("rope_interleave", bool, True) or False)
     bias = r.get("attention_bias", bool, False)
@@ -66,6 +67,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         latent=latent,
         attention_scale=query_dim**-0.5 * _score_factor(r, rope) ** 2,
         windows=(None,) * layers,
+        prediction_layers=max((n for n in further if n is not None), default=1),
         layer_kinds=tuple(LayerKind(mixer="latent", mlp="dense" if i < dense else "routed") for i in range(layers)),
         activation=r.activation("hidden_act", "silu"),
         experts=_experts(r),
