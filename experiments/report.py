@@ -56,6 +56,8 @@ def section(named: Sequence[tuple[str, dict[str, Any]]], written: Sequence[Path]
             continue
         module = load(item)
         parts.append(f"### {module.TITLE}\n")
+        if note := getattr(module, "NOTE", ""):
+            parts.append(f"{note}\n")
         for name, result in of_item:
             parts.append(table(name, result, module.rows(result)))
             parts += [

@@ -20,7 +20,7 @@ import numpy as np
 
 from ches_jax.data.messages import kind
 from ches_jax.data.packing import Candidates
-from ches_jax.data.prompts import canonical_content, lookup
+from ches_jax.data.prompts import Numbers, canonical_content, lookup
 from ches_jax.data.schema.values import are_turns, decoded, number, turns
 from ches_jax.data.sources import Kind, Record, row_id
 from ches_jax.errors import DataError
@@ -117,7 +117,7 @@ def _rollouts(record: Record) -> list[Rollout]:
     ]
 
 
-def _contents(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[None, dict[str, Any]]]:
+def _contents(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
     """A row as ``key`` (of its group), ``texts`` (each a pair of a response with itself), ``rewards, advantages``."""
     found = {name: _cell(row, columns, name) for name in NAMES}
     _unfold(found, row)

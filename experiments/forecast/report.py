@@ -91,9 +91,14 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
         lines.append(
             line(
                 f"filter, {FILTERS[name]}",
-                f"nats: test chosen {interval(one['chosen'])}, margin {interval(one['margin'])}; against all "
-                f"{_mean(one['gain'])}",
-                "the start" if name == "all" else _filter_verdict(one["gain"]),
+                f"nats: test chosen {interval(one['chosen'])}, margin {interval(one['margin'])}"
+                + (
+                    ""
+                    if name == "all"
+                    else f"; against all, chosen {_mean(one['both'])}, margin "
+                    f"{_mean(one['margin_gain'])}; p {_p(one['p_holm'])} among {len(values['filters']) - 1}"
+                ),
+                "what all are compared with" if name == "all" else _filter_verdict(one),
             )
         )
     return lines
@@ -128,10 +133,15 @@ def _own_verdict(predictors: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _filter_verdict(gain: dict[str, float]) -> str:
-    if gain["low"] > 0:
-        return "held-out chosen fall less"
-    return "held-out chosen fall more" if gain["high"] < 0 else "not distinguished from all pairs"
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _filter_verdict(one: dict[str, Any]) -> str:
+    """By the p value among all filters (Holm), over draws and test pairs."""
+    if one["p_holm"] >= 0.05:
+        return "not distinguished from all pairs"
+    return f"held-out chosen fall {'less' if one['both']['mean'] > 0 else 'more'}"
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -149,11 +159,26 @@ def tables(result: dict[str, Any]) -> str:
             parts.append("")
     if result["result"]["filters"]:
         parts.append("## Filters, test pairs\n")
-        parts.append("| left out | chosen | margin | accuracy | against all | over orders |\n" + "| --- " * 6 + "|")
+        draws = len(result["seeds"])
+        parts.append(
+            f"Nats; {draws} draws of the pool, each with an order of its own; 95% intervals: of chosen and margin over "
+            "draws (Student's t), of what is gained against all pairs over draws and test pairs together. Verdicts "
+            "follow from p, corrected for the number of filters (Holm). The draws share four fifths of their pairs.\n"
+        )
+        parts.append(
+            "| left out | chosen | margin | accuracy | chosen against all | margin against all | p | less fall |\n"
+            + "| --- " * 8
+            + "|"
+        )
         for name, one in result["result"]["filters"].items():
             parts.append(
                 f"| {FILTERS[name]} | {interval(one['chosen'])} | {interval(one['margin'])} | {one['accuracy']:.3f} | "
-                f"{_mean(one['gain'])} | {interval(one['gain_over_orders'])} |"
+                + (
+                    "| | | |"
+                    if name == "all"
+                    else f"{_mean(one['both'])} | {_mean(one['margin_gain'])} | "
+                    f"{_p(one['p_holm'])} | {one['less_fall']:.0%} |"
+                )
             )
     return "\n".join(parts) + "\n"
 

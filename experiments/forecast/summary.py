@@ -8,7 +8,7 @@ import numpy as np
 from ches_jax.stats import bootstrap, partial_spearman, spearman
 from experiments.forecast.config import ForecastScale
 from experiments.forecast.runs import run_name
-from experiments.framework.intervals import spread
+from experiments.framework.intervals import crossed, holm, spread
 from experiments.framework.item import Work
 
 DRAWS = 1000
@@ -148,15 +148,19 @@ def _means(changes: Mapping[str, Sequence]) -> dict[str, Any]:
 
 
 def _filters(work: Work) -> dict[str, Any]:
-    """Each filter against all pairs, paired over orders of the data and test pairs."""
+    """Each filter against all pairs, paired over draws of the pool (with an order of the data each) and test pairs."""
     config: ForecastScale = work.config
-    runs = {name: [work.value(f"filter/{name}/{seed}") for seed in config.orders] for name in config.filters}
+    runs = {name: [work.value(f"filter/{name}/{seed}") for seed in config.seeds] for name in config.filters}
     if not runs:
         return {}
     ids = runs["all"][0]["row_id"]
     chosen = {name: np.stack([aligned(run, ids) for run in some]) for name, some in runs.items()}
     rejected = {name: np.stack([aligned(run, ids, "dlogp_rejected") for run in some]) for name, some in runs.items()}
-    return {name: _filter(chosen, rejected, name) for name in runs}
+    found = {name: _filter(chosen, rejected, name) for name in runs}
+    compared = [name for name in found if name != "all"]
+    for name, p in zip(compared, holm([found[name]["both"]["p"] for name in compared]), strict=True):
+        found[name]["p_holm"] = p
+    return found
 
 
 def _filter(chosen: Mapping[str, np.ndarray], rejected: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -168,6 +172,8 @@ def _filter(chosen: Mapping[str, np.ndarray], rejected: Mapping[str, np.ndarray]
         "margin": spread(margin.mean(1).tolist()),
         "accuracy": float((margin > 0).mean()),
         "gain": {"mean": float(gain.mean()), "low": float(low), "high": float(high)},
-        "gain_over_orders": spread(gain.mean(1).tolist()),
+        "gain_over_draws": spread(gain.mean(1).tolist()),
+        "both": crossed(gain),
+        "margin_gain": crossed(margin - (chosen["all"] - rejected["all"])),
         "less_fall": float(-gain.mean() / chosen["all"].mean()) if chosen["all"].mean() < 0 else None,
     }

@@ -36,7 +36,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
     lines = []
     for name, objective in values["objectives"].items():
         for measure, v in objective["measures"].items():
-            ends = [v["windows"][q]["dlogp_chosen"] for q in ("0", "1")]
+            ends = _ends(v)
             rho = v["spearman_dlogp_chosen"]["of_means"]
             ours = f"nats: lowest {interval(ends[0])}, highest {interval(ends[1])}; rank correlation {_rho(rho)}"
             lines.append(
@@ -47,7 +47,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
         pairs = objective.get("random_pairs")
         if pairs:
             ours = "; ".join(f"{NAMES[m]} {_interval(c)}" for m, c in pairs["spearman"].items())
-            equal = "; ".join(f"{NAMES[m]} {_rho(c)}" for m, c in pairs["at_equal_lengths"].items())
+            equal = "; ".join(f"{NAMES[m]} {_at_equal(c)}" for m, c in pairs["at_equal_lengths"].items())
             lines.append(
                 ReportLine(
                     f"beyond the paper, {name}: change of single pairs against score, random windows",
@@ -58,6 +58,17 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                     f"strongest: {_strongest(pairs)}; {pairs['displaced']:.0%} of pairs displaced",
                 )
             )
+    count = sum(len(o["measures"]) for o in values["objectives"].values())
+    lines.append(
+        ReportLine(
+            "all of them",
+            command,
+            hardware,
+            "see above",
+            f"{count} windowed measures are looked at, each by itself: no verdict is corrected for their number",
+            _items(values),
+        )
+    )
     c = values["coefficients"]
     lines.append(
         ReportLine(
@@ -85,8 +96,8 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
 
 
 def verdict(measure: str, v: dict[str, Any]) -> str:
-    """What the windows say, by rule: the interval of the seeds at both ends, and the rank correlation."""
-    low, high = (v["windows"][q]["dlogp_chosen"] for q in ("0", "1"))
+    """What the windows say, by rule: the intervals at both ends, and the rank correlation."""
+    low, high = _ends(v)
     rho = v["spearman_dlogp_chosen"]["of_means"]
     cases = {
         "falls at the top, rises at the bottom": high["high"] < 0 < low["low"],
@@ -164,7 +175,7 @@ def tables(result: dict[str, Any]) -> str:
             )
             parts.append("| score | Spearman with the change of ln pi(y+) | at equal lengths |\n|---|---|---|")
             parts += [
-                f"| {NAMES[m]} | {_interval(c)} | {_rho(pairs['at_equal_lengths'][m])} |"
+                f"| {NAMES[m]} | {_interval(c)} | {_at_equal(pairs['at_equal_lengths'][m])} |"
                 for m, c in pairs["spearman"].items()
             ]
             parts.append(f"| \\|y-\\| - \\|y+\\| | {_interval(pairs['length_difference'])} | |")
@@ -203,6 +214,46 @@ def _rho(value: float | None) -> str:
 
 def _interval(c: dict[str, float] | None) -> str:
     return "undefined" if c is None else f"{c['rho']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+
+
+def _at_equal(c: dict[str, float] | float | None) -> str:
+    """At equal lengths; results of earlier versions have no interval."""
+    return _interval(c) if isinstance(c, dict) else _rho(c)
+
+
+def agreement(measure: str, v: dict[str, Any]) -> str:
+    """What the windows of a measure say to the paper's statement of it: agree, opposite or not told."""
+    low, high = _ends(v)
+    rho = v["spearman_dlogp_chosen"]["of_means"]
+    if measure == "ches":
+        if high["high"] < 0 < low["low"] and rho < -0.999:
+            return "agree"
+        return "opposite" if high["low"] > low["high"] else "not told"
+    if abs(rho) < 0.999 and high["low"] > 0 and low["low"] > 0:
+        return "agree"
+    return "opposite" if rho < -0.999 and high["high"] < 0 < low["low"] else "not told"
+
+
+def _ends(v: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """The lowest and the highest window, with intervals over pairs where the result has them, else over seeds."""
+    ends = v.get("over_pairs") or {q: w["dlogp_chosen"] for q, w in v["windows"].items()}
+    return ends["0"], ends["1"]
+
+
+def _items(values: dict[str, Any]) -> str:
+    """How many of the paper's items this result agrees with."""
+    found = [
+        agreement(measure, v)
+        for objective in values["objectives"].values()
+        for measure, v in objective["measures"].items()
+        if PAPER[measure] != "not measured"
+    ]
+    c = values["coefficients"]
+    found += ["agree" if c["inner"]["mean"] > 0.99 else "opposite"]
+    alphas = [(c["alpha_minus"][end] + c["alpha_plus"][end]) / 2 for end in ("low", "high")]
+    found += ["agree" if alphas[0] > 0.69 else "opposite" if alphas[1] < 0.69 else "not told"]
+    counts = ", ".join(f"{found.count(word)} {word}" for word in ("agree", "opposite", "not told"))
+    return f"of {len(found)} items of the paper: {counts}"
 
 
 def _share(s: dict[str, float]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.stats import bootstrap_spearman, partial_spearman, spearman
+from ches_jax.stats import bootstrap, bootstrap_spearman, partial_spearman, spearman, studentized_means
 from experiments.framework.intervals import spread
 from experiments.framework.item import Work
 from experiments.similarity.config import MEASURES, QUANTILES, SimilarityScale
@@ -23,6 +23,19 @@ def spearman_interval(a: np.ndarray, b: np.ndarray) -> dict[str, float] | None:
     if not np.isfinite(spearman(a, b)):
         return None
     return {**bootstrap_spearman(a, b, draws=DRAWS), "n": len(a)}
+
+
+def equal_lengths_interval(a: np.ndarray, b: np.ndarray, lengths: Sequence[np.ndarray]) -> dict[str, float] | None:
+    """The same at equal lengths; None where the lengths explain a side."""
+    rho = partial_spearman(a, b, lengths)
+    if not np.isfinite(rho):
+        return None
+
+    def of(rows: np.ndarray) -> float:
+        return partial_spearman(a[rows], b[rows], [v[rows] for v in lengths])
+
+    low, high = bootstrap(of, len(a), draws=DRAWS // 3)
+    return {"rho": rho, "low": float(low), "high": float(high), "n": len(a)}
 
 
 def by_pair(pairs: Sequence[Mapping[str, Any]], column: str = "dlogp_chosen") -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +111,11 @@ def _objective(work: Work, name: str, scores: Mapping[str, np.ndarray]) -> dict[
     }
     out: dict[str, Any] = {"loss": objective.loss, "lr": objective.lr, "measures": {}}
     for measure, windows in runs.items():
-        out["measures"][measure] = {"windows": {f"{q:g}": window(windows[q]) for q in QUANTILES}, **ranks(windows)}
+        out["measures"][measure] = {
+            "windows": {f"{q:g}": window(windows[q]) for q in QUANTILES},
+            "over_pairs": {f"{q:g}": over_pairs([r["pairs"] for r in windows[q]]) for q in QUANTILES},
+            **ranks(windows),
+        }
     if "random" in runs:
         rows, change = by_pair([r["pairs"] for windows in runs["random"].values() for r in windows])
         out["random_pairs"] = pair_correlations(scores, rows, change)
@@ -109,6 +126,17 @@ def window(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One point of a figure: the runs of one window."""
     names = ("dlogp_chosen", "dlogp_rejected", "margin", "per_token", "displaced", "loss_change")
     return {n: spread([r[n] for r in runs]) for n in names}
+
+
+def over_pairs(pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean change of a window's pairs over its runs, with a bootstrap-t interval over pairs: other prompts, same runs.
+
+    The pairs of a window are the same for every seed, which only orders them: an interval over seeds says nothing of
+    which pairs happened to be in it.
+    """
+    _, change = by_pair(pairs)
+    low, high = studentized_means(change[None])
+    return {"mean": float(change.mean()), "low": float(low[0]), "high": float(high[0]), "n": len(change)}
 
 
 def ranks(windows: Mapping[float, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -141,7 +169,7 @@ def pair_correlations(scores: Mapping[str, np.ndarray], rows: np.ndarray, change
         "pairs": len(rows),
         "displaced": float((change < 0).mean()),
         "spearman": {m: spearman_interval(scores[m][rows], change) for m in shown},
-        "at_equal_lengths": {m: _number(partial_spearman(scores[m][rows], change, lengths)) for m in shown},
+        "at_equal_lengths": {m: equal_lengths_interval(scores[m][rows], change, lengths) for m in shown},
         "length_difference": spearman_interval(lengths[1] - lengths[0], change),
     }
 

@@ -10,7 +10,13 @@ from experiments.sorrybench.summary import summarise
 
 TITLE = "Section 6, Figures 3, 4 and 8, Tables 16 to 18: refusals that are unlearned"
 
-__all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"]
+NOTE = (
+    "Refusals in these results were recognised by the rule of version 0.2.0; by the rule that ships now, some answers "
+    "would be judged otherwise (`docs/judging.md` has both rules beside labelled answers). The texts were not kept, so "
+    "the results cannot be judged again without a new run."
+)
+
+__all__ = ["NOTE", "SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"]
 
 
 def stages(config: SorryScale) -> list[Stage]:

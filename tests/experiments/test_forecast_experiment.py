@@ -9,6 +9,7 @@ from experiments.forecast import SCALES, figures, rows, stages, tables
 from experiments.forecast.data import pairs_file, write_pool
 from experiments.forecast.report import _filter_verdict, _verdict
 from experiments.forecast.summary import _filter, _predictor, calibration
+from experiments.framework.intervals import crossed, holm
 from experiments.framework.item import Work, configure, execute
 from experiments.framework.training import write_rows
 
@@ -38,9 +39,25 @@ def test_a_filter_is_paired_with_all_over_pairs_and_orders():
     chosen = {"all": everything, "good": everything + 1.0, "none": everything + rng.normal(0, 0.1, (3, 50))}
     rejected = {name: values - 2.0 for name, values in chosen.items()}
     good, none = (_filter(chosen, rejected, name) for name in ("good", "none"))
-    assert good["gain"]["mean"] == pytest.approx(1.0) and _filter_verdict(good["gain"]) == "held-out chosen fall less"
+    assert good["both"]["mean"] == pytest.approx(1.0) and good["both"]["p"] == 0.0
+    assert _filter_verdict({**good, "p_holm": 0.01}) == "held-out chosen fall less"
+    assert _filter_verdict({**good, "p_holm": 0.06}) == "not distinguished from all pairs"
+    assert none["both"]["low"] < 0 < none["both"]["high"] and none["both"]["p"] > 0.05
     assert good["accuracy"] == 1.0 and good["less_fall"] == pytest.approx(-1 / everything.mean())
     assert abs(none["gain"]["mean"]) < 0.1
+
+
+def test_an_interval_over_draws_and_prompts_covers_both():
+    """Simulated data with an effect of each."""
+    rng, covered, alone = np.random.default_rng(1), [], []
+    for _ in range(400):
+        values = 1.0 + rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 3.0, (1, 100)) + rng.normal(0, 1.0, (5, 100))
+        found = crossed(values)
+        covered.append(found["low"] < 1.0 < found["high"])
+        error = values.mean(0).std(ddof=1) / 10
+        alone.append(abs(values.mean() - 1.0) < 1.96 * error)
+    assert 0.93 <= np.mean(covered) <= 0.99 and np.mean(alone) < np.mean(covered)
+    assert holm([0.5, 0.001]) == [0.5, 0.002]
 
 
 def test_the_verdict_compares_with_goal_and_pilot():

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from theory.claims.identities import BATCH, Errors, relative
@@ -135,8 +136,8 @@ def _null(ctx: Context) -> Outcome:
 @exact("N1f", "on-policy pairs: the chosen falls if and only if KL exceeds half the margin", "derived", tolerance=0)
 def _null_falls(ctx: Context) -> Outcome:
     seen = _seen_by(ctx, "on policy")
-    found = exceptions({"against": seen["N1 falls against KL"], "clear": seen["N1 clear"]})
-    fell = float(seen["N1 fell"].mean())
+    against, clear, fell_of = (np.asarray(seen[n]) for n in ("N1 falls against KL", "N1 clear", "N1 fell"))
+    found, fell = exceptions({"against": against, "clear": clear}), float(fell_of.mean())
     return Outcome(value=found.value, n=found.n, detail={**found.detail, "share that fell": fell})
 
 

@@ -116,14 +116,17 @@ def library_losses() -> tuple[Loss, ...]:
 def of_library(loss: Loss, batch: LossInputs) -> TokenLoss:
     """A loss of ``ches_jax.losses`` as a function of log-probabilities; ``batch`` gives its other inputs.
 
-    Sampled responses (one for each pair) are the candidates of the losses that have any.
+    Sampled responses (one for each pair) are the candidates of the losses that have any; a loss of lists reads chosen,
+    rejected and sampled response as a list of three.
     """
 
     def total(chosen: Array, rejected: Array, sampled: Array) -> Array:
+        sums = [side.sum(-1) for side in (chosen, rejected, sampled)]
         pairs = batch._replace(
-            logp_chosen=chosen.sum(-1),
-            logp_rejected=rejected.sum(-1),
-            logp_candidates=sampled.sum(-1)[:, None],
+            logp_chosen=sums[0],
+            logp_rejected=sums[1],
+            logp_candidates=sums[2][:, None],
+            logp_responses=jnp.stack(sums, axis=-1),
             token_logps_chosen=chosen,
             token_logps_rejected=rejected,
         )

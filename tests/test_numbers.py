@@ -1,0 +1,251 @@
+"""Measured numbers on the pages are those of the recorded files: each sentence is rendered from them and looked up."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = "experiments/benchmarks/results"
+
+
+class Recorded:
+    """Values of a result file by their path, parts apart by ``|``: ``of("table|ours|seconds")``."""
+
+    def __init__(self, file: str):
+        self.content: Any = json.loads((ROOT / file).read_text(encoding="utf-8"))
+
+    def __call__(self, path: str) -> Any:
+        value = self.content
+        for part in path.split("|"):
+            value = value[part]
+        return value
+
+    def rho(self, path: str) -> str:
+        """A correlation with its interval."""
+        one = self(path)
+        return f"{one['rho']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+    def nats(self, path: str, sign: str = "+", spread: bool = True) -> str:
+        """A mean of nats with its interval."""
+        one = self(path)
+        ends = sorted((abs(one["low"]), abs(one["high"]))) if sign == "fall" else (one["low"], one["high"])
+        mean = f"{abs(one['mean']):.1f}" if sign == "fall" else f"{one['mean']:{sign}.1f}"
+        return f"{mean} [{ends[0]:.1f}, {ends[1]:.1f}]" if spread else mean
+
+    def percent(self, path: str) -> str:
+        """A share of whole per cent with its interval, within 0 and 100."""
+        one = self(path)
+        return f"{one['mean'] * 100:.0f} % [{max(one['low'], 0) * 100:.0f}, {min(one['high'], 1) * 100:.0f}]"
+
+
+def claim(file: str, name: str) -> Mapping[str, Any]:
+    return next(c for c in recorded(file)("claims") if c["id"] == name)
+
+
+@cache
+def recorded(file: str) -> Recorded:
+    return Recorded(file)
+
+
+def bench(name: str) -> Recorded:
+    return recorded(f"{BENCHMARKS}/{name}.json")
+
+
+def experiment(name: str, scale: str = "small") -> Recorded:
+    return recorded(f"experiments/{name}/results/{scale}.json")
+
+
+def scoring() -> str:
+    of = bench("score_speed_cpu")
+    ours = of("table|ours")
+    ratios = of("ratios")
+    return (
+        f"{ratios['torch official / ours, cpu_seconds']:.1f}x the official way, "
+        f"{ratios['torch batched / ours, cpu_seconds']:.1f}x batched PyTorch; 512 with compilation 3.8x the official "
+        f"way; the head score costs {ratios['ours with head score / ours, cpu_seconds']:.1f}x CHES; "
+        f"{ours['matmul_gflops'] / ours['matmul_peak_gflops'] * 100:.0f} % of the matmul peak"
+    )
+
+
+def step() -> list[str]:
+    of = bench("train_speed_cpu")
+    short, long = of("lengths|256+256|ratios"), of("lengths|384+128|ratios")
+    cpu, memory = "{} / ours, cpu_s_per_step_median", "{} / ours, peak_rss_mib"
+    times = [[f"{r[cpu.format(p)]:.1f}x" for p in ("trl", "tunix")] for r in (short, long)]
+    shares = [[f"{100 / r[memory.format(p)]:.0f} %" for p in ("trl", "tunix")] for r in (short, long)]
+    return [
+        f"prompt 256 + response 256: {' and '.join(times[0])} faster",
+        f"384 + 128: {' and '.join(times[1])}; memory {' and '.join(shares[0])}, {' and '.join(shares[1])} of theirs",
+    ]
+
+
+def theory() -> str:
+    of = recorded("theory/results/toy/claims.json")
+    assert of("failed") == 0
+    return f"all of {of('passed')} claims hold, in {sum(c['seconds'] for c in of('claims')):.0f} s"
+
+
+def rates() -> str:
+    bundled, human = (
+        claim(f"theory/results/{d}/claims.json", "F2")["detail"]["spearman"] for d in ("bundled", "human_pairs")
+    )
+    return (
+        f"bundled: head score {bundled['head_score']['rho']:.2f}, CHES {bundled['ches']['rho']:.2f}; human pairs: "
+        f"{human['head_score']['rho']:.2f}, {human['ches']['rho']:.2f}"
+    )
+
+
+def similarity() -> str:
+    of = experiment("similarity")
+    at = "result|objectives|dpo|random_pairs"
+    equal = of(f"{at}|at_equal_lengths")
+    windows = [w["dlogp_chosen"]["mean"] for w in of("result|objectives|dpo|measures|ches|windows").values()]
+    assert windows == sorted(windows, reverse=True)
+    return (
+        f"head score {of.rho(f'{at}|spearman|head_score')}, CHES {of.rho(f'{at}|spearman|ches')}; at equal lengths "
+        f"{equal['head_score']:.2f}, {equal['ches']:.2f}; windows of CHES fall strictly, {windows[0]:.1f} to "
+        f"{windows[-1]:.1f} nats"
+    )
+
+
+HELD, OWN = "result|lrs|3e-05|sets|held_out", "result|lrs|3e-05|sets|train"
+
+
+def forecast() -> list[str]:
+    of = experiment("forecast")
+    p = f"{HELD}|predictors"
+    return [
+        f"{of('result|pairs|held')} TruthfulQA pairs, stories260K after SFT, DPO (chosen fell by "
+        f"{of.nats(f'{HELD}|chosen', 'fall', spread=False)} nats)",
+        f"forecast {of.rho(f'{p}|first order')}, a pilot of 4 updates {of(f'{p}|pilot|rho'):.2f}, head score "
+        f"{of(f'{p}|head_score|rho'):.2f}, CHES {of(f'{p}|ches|rho'):.2f} (the wrong sign)",
+    ]
+
+
+def forecast_page() -> list[str]:
+    of = experiment("forecast")
+    p, q, gain = f"{HELD}|predictors", f"{OWN}|predictors", "result|filters|{}|gain"
+    pairs, fit = of("result|pairs"), of(f"{p}|first order|calibration")
+    fall = 1 - of("result|filters|influence|chosen|mean") / of("result|filters|all|chosen|mean")
+    return [
+        f"SFT on {pairs['sft']} TruthfulQA pairs",
+        f"chosen responses of {pairs['held']} held-out pairs by "
+        f"{of.nats(f'{HELD}|chosen', 'fall').replace(' ', ' nats ', 1)}",
+        f"({of(f'{HELD}|chosen_fell') * 100:.0f} % fell; margin {of(f'{HELD}|margin|mean'):+.1f}) and those of its own "
+        f"{pairs['train']} pairs by {of.nats(f'{OWN}|chosen', 'fall', spread=False)}.",
+        f"without SFT: {of.nats('result|untuned|held_out|chosen')} held-out, "
+        f"{of.nats('result|untuned|train|chosen', spread=False)} on its own pairs",
+        f"forecast {of.rho(f'{p}|first order')}, at equal lengths {of(f'{p}|first order|equal_lengths|rho'):.2f}; head "
+        f"score {of(f'{p}|head_score|rho'):.2f}, CHES {of(f'{p}|ches|rho'):.2f} (the *wrong* sign), length-normalised "
+        f"CHES {of(f'{p}|ln_ches|rho'):+.2f} ({of(f'{p}|ln_ches|equal_lengths|rho'):+.2f} at equal lengths)",
+        f"A pilot of 4 updates, measured: {of.rho(f'{p}|pilot')}",
+        f"forecast {of(f'{q}|first order|rho'):.2f} at first order, {of(f'{q}|second order|rho'):.2f} at second, pilot "
+        f"{of(f'{q}|pilot|rho'):.2f}",
+        f"actual = {fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f} (first order, "
+        f"held-out). The mean forecast was {fit['mean_forecast']:.1f}",
+        f"{pairs['test']} test pairs, two orders, against all pairs: highest influence "
+        f"{of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall, margin "
+        f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), random "
+        f"{of.nats(gain.format('random'))}, longest rejected {of.nats(gain.format('rejected_tokens'))}, highest "
+        f"length-normalised CHES {of.nats(gain.format('ln_ches'))}",
+        f"forecast {of('result|costs|forecast'):.1f}, influence {of('result|costs|influence'):.1f} with "
+        f"{pairs['probes']} probes, second order {of('result|costs|push_twice'):.1f} more",
+    ]
+
+
+def refusals() -> list[str]:
+    of = experiment("sorrybench", "small-refusing")
+    pairs = of("result|pairs")
+    train = "result|methods|{}|train"
+    return [
+        f"tuned to refuse {of('result|initial|train|mean') * 100:.0f} %",
+        f"all pairs {of(train.format('dpo') + '|mean') * 100:.0f} % ({pairs['types']['mixed']} of {pairs['pairs']} "
+        f"prefer a refusal to a compliance); two refusals only {of.percent(train.format('dpo-two_refusals'))}; 5 % of "
+        f"the pairs, as many updates: lowest head score {of.percent(train.format('dpo-head_score-long'))}, ln-CHES "
+        f"{of.percent(train.format('dpo-ln_ches-long'))}, random {of.percent(train.format('dpo-random-long'))}",
+    ]
+
+
+def memory() -> str:
+    table = bench("stream_rows")("table")
+    few, many = table["10000"]["peak_rss_mb"], table["1000000"]["peak_rss_mb"]
+    return f"{few:.0f} MB for 10,000, {many:.0f} MB for 1,000,000"
+
+
+def loading() -> str:
+    full, half = (bench(f"load_model_{d}")("ours_over_transformers") for d in ("float32", "bfloat16"))
+    return (
+        f"process: {full['process_seconds']:.2f}x the time (fp32), {half['process_seconds']:.2f}x (bf16); "
+        f"{full['peak_rss_mb']:.2f}x and {half['peak_rss_mb']:.2f}x the memory. The load call alone: "
+        f"{full['seconds']:.0f}x and {half['seconds']:.0f}x slower"
+    )
+
+
+def scan() -> str:
+    table = bench("scan_layers")("table")
+    loop, scanned = table["loop 24 layers"], table["scan 24 layers"]
+    return (
+        f"compiles {loop['compile_seconds'] / scanned['compile_seconds']:.1f}x faster, runs "
+        f"{loop['run_seconds'] / scanned['run_seconds']:.2f}x faster"
+    )
+
+
+def simulated() -> list[str]:
+    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for one in recorded(f"{BENCHMARKS}/simulated_verdicts.json").content:
+        cells.setdefault((one["source"], one["shape"], one["count"]), {})[one["truth"]] = one
+    rows = []
+    for (source, shape, count), of in cells.items():
+        right = " | ".join(f"{one['right']:.3f}" for one in of.values())
+        covered = sum(one["covered"] for one in of.values()) / len(of)
+        rows.append(f"| {source} | {shape} | {count:,} | {right} | {covered:.3f} |")
+    return rows
+
+
+PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
+    "README.md": {
+        "scoring speed": scoring,
+        "a DPO step": step,
+        "theory, toy models": theory,
+        "which score tells the true rate": rates,
+        "which score tells the change": similarity,
+        "before training": forecast,
+        "are refusals unlearned": refusals,
+        "memory of": memory,
+        "loading 1.2 billion": loading,
+        "scan over layers": scan,
+    },
+    "docs/forecast.md": {"what was measured": forecast_page},
+    "docs/diagnose.md": {"simulated runs": simulated},
+}
+ELSEWHERE = {
+    "the bundled world": "tests/experiments/test_bundled_training.py, on the model that ships",
+    "exactness": "the bounds of tests/models/test_golden.py, computed there",
+    "an epoch over": "runs that are not kept; the command stands in the row",
+}
+"""Rows of the README whose numbers are no recorded file's."""
+
+
+def words(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize(("page", "row"), [(page, row) for page, rows in PAGES.items() for row in rows])
+def test_the_numbers_of_a_row_are_those_recorded(page: str, row: str):
+    rendered = PAGES[page][row]()
+    text = words((ROOT / page).read_text(encoding="utf-8"))
+    missing = [one for one in ([rendered] if isinstance(rendered, str) else rendered) if words(one) not in text]
+    assert missing == [], f"{page} does not say what the recorded files say"
+
+
+def test_every_row_of_the_readme_is_rendered_or_says_where_its_numbers_are_from():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| what | result | command |")[2]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:] if line.startswith("|")]
+    known = [*PAGES["README.md"], *ELSEWHERE]
+    assert [row for row in rows if sum(row.startswith(name) for name in known) != 1] == []
+    assert len(rows) == len(known)
