@@ -158,7 +158,12 @@ def _words(option: str, value: Any, filled: Callable[[str], str]) -> list[str]:
 
 
 def run_recipe(
-    path: Path, out: Path, command: Callable[[str, list[str]], Any], verbs: Sequence[str], *, resume: bool,
+    path: Path,
+    out: Path,
+    command: Callable[[str, list[str]], Any],
+    verbs: Sequence[str],
+    *,
+    resume: bool,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run what is not done yet.

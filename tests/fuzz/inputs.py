@@ -635,7 +635,7 @@ def command_lines(rng: Random, folder: Path) -> Read:
     def read() -> None:
         known = the_verb(verb, tuple(COMMANDS))
         if not {"-h", "--help"} & set(said):
-            _parsed(known, COMMANDS[known], corrected(known, COMMANDS[known], said))
+            parsed(known, COMMANDS[known], corrected(known, COMMANDS[known], said))
 
     return read
 
