@@ -72,10 +72,10 @@ class GatherConfig(PairOptions):
     out: str = not_identity("")
     """The directory to write: pairs.jsonl and gather.json; must not exist, or be empty."""
     make: Literal["pairs", "samples", "contests", "filtered", "goals"] = "samples"
-    """pairs: the pairs as they are, in one file; samples: prompt, rejected, and the texts as responses (D2O); contests: pairs of each prompt's first two different
-    texts, to be labelled (iterative DPO); filtered: the pairs whose chosen response has a reward no lower than the
-    text's (fDPO); goals: two rows of each pair, asked for the reward of its one or its other response, which is then
-    the chosen one (reward-augmented data)."""
+    """pairs: the pairs as they are, in one file; samples: prompt, rejected, and the texts as responses (D2O); contests:
+    pairs of each prompt's first two different texts, to be labelled (iterative DPO); filtered: the pairs whose chosen
+    response has a reward no lower than the text's (fDPO); goals: two rows of each pair, asked for the reward of its one
+    or its other response, which is then the chosen one (reward-augmented data)."""
     responses: str | None = None
     """Directory of `ches generate` whose --prompts were these pairs (or its responses.jsonl)."""
     rewards: str | None = None
