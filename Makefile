@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 MAIN := $$(git merge-base HEAD origin/main 2>/dev/null || git merge-base HEAD main 2>/dev/null || echo HEAD)
 TOUCHED = { git diff --name-only --diff-filter=d $(MAIN) -- '*.py'; git ls-files --others --exclude-standard -- '*.py'; }
 
-.PHONY: demo check test timings slow lint types touched pure hooks clean
+.PHONY: demo check test timings slow lint types touched pure docs notebooks release hooks clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
@@ -64,6 +64,23 @@ timings: $(VENV)/installed-test
 # The heavy checks; they may use ../shared and take long.
 slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
+
+# The site, into build/site; a warning is an error. Nothing is fetched.
+docs: $(VENV)/installed-docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Every notebook, run anew: what it prints is committed.
+notebooks: $(VENV)/installed-docs
+	$(BIN)/python tools/notebooks.py
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Wheel and sdist, checked, and tried in an environment that has nothing else.
+release: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
+	tools/release.sh $(BIN)/python
 
 # Lint and layering before every commit.
 hooks: $(VENV)/installed-test

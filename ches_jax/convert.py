@@ -58,7 +58,8 @@ def convert(config: ConvertConfig) -> Path:
     from ches_jax.models.adapters.peft import load_merged
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.checkpoint.save import save_pretrained
-    from ches_jax.train.restore import model_at, step_of
+    from ches_jax.runs.model_card import converted_card
+    from ches_jax.train.restore import card_at, model_at, step_of
 
     require_dtype("dtype", config.dtype)
     require_positive({"shard-gb": config.shard_gb})
@@ -67,7 +68,9 @@ def convert(config: ConvertConfig) -> Path:
     with jax.enable_x64(True):  # float64 weights stay float64
         if config.run_dir is not None:
             out = place(config.run_dir)
-            model, directory = model_at(out, step_of(out, config.step))
+            step = step_of(out, config.step)
+            model, directory = model_at(out, step)
+            card = card_at(out, step)
         else:
             directory = resolve(str(config.model))
             # merged in the dtype that is written: what that can hold is not rounded away before
@@ -76,5 +79,14 @@ def convert(config: ConvertConfig) -> Path:
                 if config.adapter
                 else load_model(directory)
             )
-        save_pretrained(model, config.out, like=directory, dtype=config.dtype, shard_bytes=int(config.shard_gb * 2**30))
+            card = converted_card(str(config.model), config.adapter, config.dtype)
+        save_pretrained(
+            model,
+            config.out,
+            like=directory,
+            dtype=config.dtype,
+            shard_bytes=int(config.shard_gb * 2**30),
+            whole=config.whole,
+            card=card,
+        )
     return config.out

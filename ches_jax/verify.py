@@ -1,7 +1,6 @@
-"""``ches verify``: the claims of the theory, which lies beside the package in a checkout."""
+"""``ches verify``: the claims of the theory, a package that comes with this one."""
 
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def verify(
       quiet: no progress bar.
 
     Raises:
-      ChesError: an unknown id, a claim about a real model without one, or no checkout.
+      ChesError: an unknown id, a claim about a real model without one, or no theory.
     """
     return theory("theory.verify").verify(
         claims, seed=seed, instances=instances, model=model, pairs=pairs, limit=limit, quiet=quiet
@@ -45,17 +44,14 @@ def verify(
 
 
 def theory(module: str) -> Any:
-    """A module of the theory, from the path or from the checkout this package is installed from.
+    """A module of the theory, which is a package of its own: the library does not import it otherwise.
 
     Raises:
-      ChesError: the package was installed from a wheel, which holds no theory.
+      ChesError: it is not there.
     """
-    checkout = Path(__file__).parents[1]
-    if (checkout / "theory").is_dir() and str(checkout) not in sys.path:
-        sys.path.append(str(checkout))
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "theory":
             raise
-        raise ChesError("the theory is part of a checkout, not of the wheel: install with pip install -e .") from error
+        raise ChesError("the package `theory` of ches-jax is not there: install ches-jax anew") from error

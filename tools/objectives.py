@@ -21,10 +21,21 @@ NUMBERS = ROOT / "docs" / "objectives.json"
 RUN = {"limit": 128, "holdout": 32, "batch_size": 16, "steps": 12, "lr": 5e-5, "optimizer": "rmsprop", "seed": 0}
 """Options that all runs share."""
 WRAPPED = (
-    "wpo(dpo)", "gate(dpo)", "rc(dpo)", "smooth(dpo)", "unbiased(dpo)", "soft(dpo)", "lcpo(dpo)", "weighted(dpo)",
-    "unsure_tokens(dpo)", "beyond_shared_length(dpo)", "differing_spans(dpo)", "dpo + sft", "dpo + sft_sum",
+    "wpo(dpo)",
+    "gate(dpo)",
+    "rc(dpo)",
+    "smooth(dpo)",
+    "unbiased(dpo)",
+    "soft(dpo)",
+    "lcpo(dpo)",
+    "weighted(dpo)",
+    "unsure_tokens(dpo)",
+    "beyond_shared_length(dpo)",
+    "differing_spans(dpo)",
+    "dpo + sft",
+    "dpo + sft_sum",
     "simpo + sft",
-)  # fmt: skip
+)
 """Expressions beside the losses themselves. ``soft`` has the probability 0.9 for every label, ``weighted`` weight 1."""
 
 
@@ -207,13 +218,21 @@ def incentive_cells(name: str) -> str:
     loss = parse_loss(name)
     logps = {"logp_chosen": -8.0, "logp_rejected": -15.0, "ref_logp_chosen": -8.0, "ref_logp_rejected": -15.0}
     numbers = {
-        **logps, "chosen_tokens": 4.0, "rejected_tokens": 6.0, "rewards_chosen": 2.0, "rewards_rejected": 1.0,
-        "weights": 1.0, "label_probability": 0.9,
-    }  # fmt: skip
+        **logps,
+        "chosen_tokens": 4.0,
+        "rejected_tokens": 6.0,
+        "rewards_chosen": 2.0,
+        "rewards_rejected": 1.0,
+        "weights": 1.0,
+        "label_probability": 0.9,
+    }
     whole = {
-        "reward_mean": RunningMean(0.0, 0.0), "label_prior": 0.9, "log_delta": 0.0, "head_norm_chosen": 1.0,
+        "reward_mean": RunningMean(0.0, 0.0),
+        "label_prior": 0.9,
+        "log_delta": 0.0,
+        "head_norm_chosen": 1.0,
         "head_norm_rejected": 1.0,
-    }  # fmt: skip
+    }
     if not loss.needs <= numbers.keys() | whole.keys():
         return "by token, sample or rank"
     fields: dict[str, Any] = {k: jnp.array([v]) for k, v in numbers.items() if k in loss.needs}

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -215,7 +215,7 @@ class RecipeOf(Output):
         from ches_jax.runs.progress import say
 
         out = Path(self.out) if self.out else new_name(Path("runs"), "recipe")
-        verbs = tuple(verb for verb in COMMANDS if verb not in ("recipe", "show", "merge"))
+        verbs = tuple(verb for verb in COMMANDS if verb not in ("recipe", "show", "merge", "completion"))
         quiet = self.quiet
         record = run_recipe(
             self.file,
@@ -562,6 +562,20 @@ class Convert(Output, ConvertConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completion(Output):
+    """A script that completes verbs, options and values in a shell: `eval "$(ches completion bash)"`."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh or fish."""
+
+    def run(self) -> Outcome:
+        """Prints it."""
+        from ches_jax.cli.completion import script
+
+        return Outcome(headline=f"completion of {self.shell}", text=script(self.shell, COMMANDS))
+
+
 COMMANDS: dict[str, type[Any]] = {
     "score": Score,
     "doctor": Doctor,
@@ -581,6 +595,7 @@ COMMANDS: dict[str, type[Any]] = {
     "verify": Verify,
     "convert": Convert,
     "recipe": RecipeOf,
+    "completion": Completion,
 }
 
 

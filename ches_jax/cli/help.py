@@ -69,6 +69,7 @@ EXAMPLES = {
         "ches convert --model my-model --dtype bfloat16 --out smaller",
         "ches convert --run runs/train-001 --step best --out trained",
     ),
+    "completion": ("ches completion bash", "ches completion fish"),
 }
 FIRST = (
     "ches score --out runs/first",

@@ -1,9 +1,9 @@
 """The card of a selection: what was kept, by which rule, from what, and what that does not show."""
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
+
+from ches_jax.runs.markdown import cell, table
 
 _HEADER = """\
 ---
@@ -44,7 +44,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "",
         f"- {rule['by']} of the kept rows: {kept_range[0]:.6g} to {kept_range[1]:.6g} "
         f"(all: {all_range[0]:.6g} to {all_range[1]:.6g})",
-        *(f"- dropped, {_cell(reason)}: {n}" for reason, n in summary["source"]["dropped"].items()),
+        *(f"- dropped, {cell(reason)}: {n}" for reason, n in summary["source"]["dropped"].items()),
     ]
     if soft := summary["soft"]:
         lines += [f"- soft weights, {name.replace('_', ' ')}: {_number(v)}" for name, v in soft.items()]
@@ -54,20 +54,13 @@ def card(summary: Mapping[str, Any]) -> str:
     lines += ["", f"Spearman({rule['by']}, rejected - chosen tokens) over all rows: {_number(rho)}"]
     if categories := summary.get("categories"):
         lines += ["", "## Categories", "", "| category | kept | scored |", "|---|---|---|"]
-        lines += [f"| {_cell(c)} | {n['kept']} | {n['scored']} |" for c, n in categories.items()]
-    lines += ["", "## Provenance", "", "| | |", "|---|---|"]
+        lines += [f"| {cell(c)} | {n['kept']} | {n['scored']} |" for c, n in categories.items()]
+    lines += ["", "## Provenance", ""]
     source = {f"source {k}": summary["source"][k] for k in ("pairs", "fingerprint")}
     provenance = source | {f"scores {k}": v for k, v in summary["scores"].items()}
-    lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in provenance.items() if v is not None]
+    lines += table(provenance)
     return _HEADER + "\n".join(lines) + "\n\n" + _CAUTION
 
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4g}"
-
-
-def _cell(value: Any) -> str:
-    """Text from outside in a Markdown table: one line, its own marks switched off."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.split()) or "(none)"
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)

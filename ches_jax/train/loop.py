@@ -19,6 +19,7 @@ from ches_jax.errors import ChesError, RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
+from ches_jax.runs.model_card import trained_card, write_card
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.runs.workspace import Workspace
@@ -239,40 +240,41 @@ def _write_summary(
 ) -> None:
     config, pairs = run.config, run.pairs
     parameters = parameter_count(run.model.decoder) + (trained if run.lora else 0)
-    write_json(
-        run.out / RUN,
-        {
-            "verb": "train",
-            "status": "done",
-            "config": run.identity["config"],
-            "loss": repr(run.loss),
-            "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
-            "reference": config.reference if needs_reference(run.loss) else "none",
-            **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
-            "trained_fingerprint": None,
-            **exported,
-            "parameters": {"trained": trained, "all": parameters},
-            **({"lora": {name: one._asdict() for name, one in run.lora.spec.items()}} if run.lora else {}),
-            "versions": versions(),
-            "device": device_name(),
-            "mesh": dict(run.mesh.shape),
-            "processes": run.process.count,
-            "attention": run.attention.name,
-            "counts": {
-                "rows": pairs.rows,
-                "train": len(run.train),
-                "held_out": len(pairs.held_out),
-                "watched": len(pairs.watched),
-                "dropped": len(pairs.dropped),
-                "updates": run.plan.total,
-            },
-            "row_tokens": run.layout.row_tokens,
-            "displacement": summary,
-            **({"best": best} if best else {}),
-            "seconds": round(seconds, 3),
-            "updates_this_time": steps,
+    facts = {
+        "verb": "train",
+        "status": "done",
+        "config": run.identity["config"],
+        "loss": repr(run.loss),
+        "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
+        "reference": config.reference if needs_reference(run.loss) else "none",
+        **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
+        "trained_fingerprint": None,
+        **exported,
+        "parameters": {"trained": trained, "all": parameters},
+        **({"lora": {name: one._asdict() for name, one in run.lora.spec.items()}} if run.lora else {}),
+        "versions": versions(),
+        "device": device_name(),
+        "mesh": dict(run.mesh.shape),
+        "processes": run.process.count,
+        "attention": run.attention.name,
+        "counts": {
+            "rows": pairs.rows,
+            "train": len(run.train),
+            "held_out": len(pairs.held_out),
+            "watched": len(pairs.watched),
+            "dropped": len(pairs.dropped),
+            "updates": run.plan.total,
         },
-    )
+        "row_tokens": run.layout.row_tokens,
+        "displacement": summary,
+        **({"best": best} if best else {}),
+        "seconds": round(seconds, 3),
+        "updates_this_time": steps,
+    }
+    for folder in (run.out / MODEL, run.out / ADAPTER):
+        if folder.is_dir():
+            write_card(folder, trained_card(facts, run.plan.total, summary))
+    write_json(run.out / RUN, facts)  # last: with it the run is finished
 
 
 class _Stop:

@@ -1,5 +1,6 @@
 """The model of any checkpoint of a run, for those who come after it."""
 
+import json
 from pathlib import Path
 
 from ches_jax.errors import RunError
@@ -8,8 +9,10 @@ from ches_jax.models.adapters.lora import merged
 from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.runs.directory import CONFIG, RUN, read_json
+from ches_jax.runs.model_card import trained_card
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
 from ches_jax.train.config import TrainConfig
+from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.policy import open_lora
 
 LORA_OPTIONS = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_rslora")
@@ -52,3 +55,15 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     if lora is not None:
         params = merged({**named_parameters(load_model(model.directory)), **params}, lora.spec)
     return with_parameters(abstract_decoder(model.decoder), params), model.directory
+
+
+def card_at(out: Path, step: int) -> str | None:
+    """The card of a checkpoint, with what the run measured at its step; None before the run is finished."""
+    if not (out / RUN).exists():
+        return None
+    numbers: dict[str, float] = {}
+    for line in (out / METRICS).read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if values["step"] == step:
+            numbers |= {name: value for name, value in values.items() if "displacement/" in name}
+    return trained_card(read_json(out / RUN), step, numbers)

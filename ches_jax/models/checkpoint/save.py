@@ -24,6 +24,7 @@ from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config, family_of
 from ches_jax.models.stacks import layers_of
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.model_card import CARD
 from ches_jax.runs.store import output_place
 
 
@@ -36,6 +37,7 @@ def save_pretrained(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     whole: bool = False,
+    card: str | None = None,
 ) -> str:
     """Write ``model`` as a Hugging Face directory.
 
@@ -48,6 +50,7 @@ def save_pretrained(
       dtype: store all weights in this dtype; default: the dtypes of ``like``, else those the parameters have.
       shard_bytes: largest size of a weight file.
       whole: write all of a multimodal ``like``, with ``model`` in place of its text model.
+      card: what its ``README.md`` says.
 
     Returns:
       The fingerprint of the written directory.
@@ -57,7 +60,7 @@ def save_pretrained(
     """
     source = Path(like) if like is not None else None
     if whole and source is not None:
-        return _save_whole(model, output_place(out, CheckpointError), source, dtype, shard_bytes)
+        return _save_whole(model, output_place(out, CheckpointError), source, dtype, shard_bytes, card)
     raw = dict(config) if config is not None else effective_config(source) if source else None
     if raw is None:
         raise ValueError("save_pretrained needs like=DIR or config=dict")
@@ -78,10 +81,11 @@ def save_pretrained(
         write_config(directory, raw)
         if source is not None:
             copy_tokenizer(source, directory)
+        _write_card(directory, card)
         return fingerprint(directory)
 
 
-def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shard_bytes: int) -> str:
+def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shard_bytes: int, card: str | None) -> str:
     """Every tensor and file of ``source``, the text model's from ``model``."""
     require_whole(source)
     raw, text = read_config(source), effective_config(source)
@@ -118,7 +122,13 @@ def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shar
                 (directory / path.relative_to(source)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, directory / path.relative_to(source))
         write_config(directory, raw)
+        _write_card(directory, card)
         return fingerprint(directory)
+
+
+def _write_card(directory: Path, card: str | None) -> None:
+    if card is not None:
+        (directory / CARD).write_text(card, encoding="utf-8")
 
 
 def require_whole(source: Path) -> None:

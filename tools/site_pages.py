@@ -1,0 +1,132 @@
+"""The pages of the site that are made from the code, and the links of those that live elsewhere in the repository.
+
+A hook of mkdocs (`mkdocs.yml` names it): nothing that it makes is committed, so nothing of it can be out of date.
+
+- ``commands.md``: what ``ches --help`` and ``ches VERB --help`` print.
+- ``objectives.md``: the registry of losses.
+- ``api.md``: the names of ``import ches_jax``, in the order of the package's face.
+- pages that live beside the code they speak of: :data:`ELSEWHERE`.
+"""
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ches_jax.cli import help as cli_help
+
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = {
+    "theory.md": "theory/README.md",
+    "reproduction.md": "experiments/README.md",
+    "benchmarks.md": "experiments/benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+"""Page of the site -> file of the repository."""
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def commands_page() -> str:
+    """Every verb with its options, as the command prints them."""
+    from ches_jax.cli.commands import COMMANDS
+
+    parts = ["# Commands\n\nWhat the command prints; this page is made from it.\n"]
+    parts.append(f"```text\n{cli_help.command_help(COMMANDS)}\n```\n")
+    for verb, command in COMMANDS.items():
+        parts.append(f"## ches {verb}\n\n```text\n{cli_help.verb_help(verb, command)}\n```\n")
+    return "\n".join(parts)
+
+
+def api_page() -> str:
+    """A section for each name that the package offers, from the docstring where it is defined."""
+    import ches_jax
+
+    parts = ["# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when it is first used.\n"]
+    for name in ches_jax.__all__:
+        if name != "__version__":
+            options = "options: {heading_level: 3, show_root_heading: false}"
+            parts.append(f"## {name}\n\n::: {definition(name)}\n    {options}\n")
+    return "\n".join(parts)
+
+
+def objectives_page() -> str:
+    """Every objective of the registry: its docstring, what it reads, its defaults. Aliases share a section."""
+    from ches_jax.losses.registry import describe, get_loss, loss_names
+
+    sections: dict[str, list[str]] = {}
+    for name in loss_names():
+        sections.setdefault(describe(name), []).append(name)
+    parts = [
+        "# Objectives\n\n`--loss NAME`, with `--loss-args name=value`; in Python `cj.get_loss(name, **values)`. "
+        "Names in one heading are the same loss. This page is made from the registry.\n"
+    ]
+    for text, names in sections.items():
+        loss = get_loss(names[0])
+        reads = ", ".join(f"`{need}`" for need in sorted(loss.needs))
+        parts.append(
+            f"## {', '.join(names)}\n\n```text\n{inspect.cleandoc(text)}\n```\n\n"
+            f"- defaults: `{loss}`\n- reads: {reads}\n- source: {loss.source}\n"
+        )
+    return "\n".join(parts)
+
+
+def definition(name: str) -> str:
+    """The dotted place where a public name is written down: documentation is read from there, without importing it.
+
+    >>> definition("train"), definition("bundled")
+    ('ches_jax.train.loop.train', 'ches_jax.bundled')
+    """
+    stubs = (ROOT / "ches_jax" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(rf"from (\S+) import {name} as {name}\b", stubs)
+    if found is None:
+        raise KeyError(f"{name} has no import in ches_jax/__init__.py")
+    return f"{found.group(1)}.{name}"
+
+
+def moved_links(text: str, source: str, page: str) -> str:
+    """Links of a page that lives elsewhere, as the site has them; to what the site does not hold, the words alone.
+
+    Args:
+      text: Markdown.
+      source: the file it comes from, relative to the repository.
+      page: the page of the site it becomes, relative to the site's pages.
+    """
+    of_source = {file: name for name, file in ELSEWHERE.items()}
+
+    def moved(match: re.Match[str]) -> str:
+        mark, words, target, anchor = match.groups()
+        file = os.path.normpath(os.path.join(os.path.dirname(source), target)).replace(os.sep, "/")
+        if file in of_source:
+            new = of_source[file]
+        elif file.startswith("docs/"):
+            new = file.removeprefix("docs/")
+        else:
+            return words if not mark else f"*{words}* (a figure of the repository: `{file}`)"
+        new = os.path.relpath(new, os.path.dirname(page) or ".").replace(os.sep, "/")
+        return f"{mark}[{words}]({new}{anchor or ''})"
+
+    return LINK.sub(moved, text)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs: add the pages that no file of ``docs/`` holds."""
+    from mkdocs.structure.files import File
+
+    made = {"commands.md": commands_page(), "api.md": api_page(), "objectives.md": objectives_page()}
+    made |= {
+        page: moved_links((ROOT / source).read_text(encoding="utf-8"), source, page)
+        for page, source in ELSEWHERE.items()
+    }
+    for page, text in made.items():
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """mkdocs: links of ``docs/`` that lead out of it."""
+    source = page.file.src_uri
+    if source in ELSEWHERE or source.endswith(".ipynb"):
+        return markdown
+    return moved_links(markdown, f"docs/{source}", source)
