@@ -28,6 +28,7 @@ from ches_jax.models.attention.dense import Attend
 from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
 from ches_jax.models.cache import Cache, Memory
 from ches_jax.models.config import DecoderConfig
+from ches_jax.models.experts import balance_loss
 from ches_jax.models.kinds import MIXERS, Layer
 from ches_jax.models.layers import Context, Embedding, LayerData, Norm, matmul
 from ches_jax.models.per_layer import PerLayer
@@ -180,6 +181,36 @@ class Decoder(nnx.Module):
         x, context, data = self._start(tokens, positions, key_ranges(mask), lengths, attend, logical)
         return self.norm(self._run_layers(x, context, data, logical, remat=remat)[0])
 
+    def hidden_and_balance(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        seen: Visibility,
+        lengths: Int[Array, "B T"],
+        counted: Bool[Array, "B T"],
+        *,
+        attend: Attend = dense.dense,
+        remat: bool = False,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """``hidden``, and the load-balancing loss of the routers over the tokens that are counted.
+
+        Args:
+          tokens: as for ``hidden``, and so what follows it.
+          positions: position of each token in its own sequence.
+          seen: what each position sees.
+          lengths: length of each token's sequence.
+          counted: True on real tokens.
+          attend: how attention is computed.
+          remat: recompute layers in the backward pass.
+          mesh: where parameters and rows lie.
+        """
+        logical = self._auto_mesh(mesh)
+        x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
+        x, _, sums = self._run_layers(x, context._replace(counted=counted), data, logical, remat=remat)
+        layers = sum(kind.mlp == "routed" for kind in self.config.kinds)
+        return self.norm(x), balance_loss(sums, layers * counted.sum().astype(sums.dtype))
+
     def prefill(
         self,
         tokens: Int[Array, "B T"],
@@ -204,7 +235,7 @@ class Decoder(nnx.Module):
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
-        x, filled = self._run_layers(
+        x, filled, _ = self._run_layers(
             x, context, data, logical, kept=empty_cache(self.config, len(tokens), slots, self.dtype)
         )
         assert filled is not None
@@ -235,7 +266,7 @@ class Decoder(nnx.Module):
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
-        x, filled = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        x, filled, _ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
         assert filled is not None
         return self.norm(x), filled
 
@@ -284,7 +315,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         kept: Cache | None = None,
         slot: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Any]:
         """The layers, one after the other, each stretch of them in a scan over its stacked parameters.
 
         With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there.
@@ -294,10 +325,14 @@ class Decoder(nnx.Module):
 
         def one_layer(graph, x, lent, memory_of, weights, data, number):
             memory = Memory(memory_of, number, slot, logical)
-            x = keep_rows(nnx.merge(graph, weights)(x, context._replace(lent=lent), data, memory), logical)
-            return x, lent | memory.lent, memory.kept
+            routing: list[Array] = []
+            here = context._replace(lent=lent, routing=routing)
+            x = keep_rows(nnx.merge(graph, weights)(x, here, data, memory), logical)
+            return x, lent | memory.lent, memory.kept, routing
 
         lent: dict[str, tuple[Array, Array]] = {}
+        e = self.config.experts
+        routed = None if e is None or context.counted is None else jnp.zeros((2, e.count), accumulate(self.dtype))
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         policy = None if remat else PRODUCTS_AND_ATTENTION
         for stretch in stretches(self.config):
@@ -306,12 +341,13 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=not scanned, policy=policy)
 
             def period(carry, per_layer, graphs=graphs, layer=layer, lent=lent):
-                x, caches = carry
+                x, caches, routed = carry
                 after = []
                 for graph, cache_of, (weights, data, number) in zip(graphs, caches, per_layer, strict=True):
-                    x, lent, left = layer(graph, x, lent, cache_of, weights, data, number)
+                    x, lent, left, sums = layer(graph, x, lent, cache_of, weights, data, number)
                     after.append(left)
-                return (x, tuple(after)), lent
+                    routed = routed + sums[0] if sums else routed
+                return (x, tuple(after), routed), lent
 
             names = [stack.name for stack in stretch.stacks]
             numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)
@@ -319,14 +355,16 @@ class Decoder(nnx.Module):
                 (parts[s.name][1], jax.tree.map(lambda a, s=s: a[jnp.array(s.layers)], data), numbers)
                 for s in stretch.stacks
             )
-            carry = (x, tuple(caches[name] for name in names))
+            carry = (x, tuple(caches[name] for name in names), routed)
             if scanned:
                 # nothing is lent there: the last layer of its kind lends, and is alone of its kind
-                (x, after), _ = lax.scan(lambda *args, period=period: (period(*args)[0], None), carry, per_layer)
+                (x, after, routed), _ = lax.scan(
+                    lambda *args, period=period: (period(*args)[0], None), carry, per_layer
+                )
             else:
-                (x, after), lent = period(carry, jax.tree.map(lambda a: a[0], per_layer))
+                (x, after, routed), lent = period(carry, jax.tree.map(lambda a: a[0], per_layer))
             caches |= dict(zip(names, after, strict=True))
-        return x, None if kept is None else tuple(caches.values())
+        return x, None if kept is None else tuple(caches.values()), routed
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.

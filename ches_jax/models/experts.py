@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.attention.dense import KEPT
@@ -210,8 +210,33 @@ class Routed(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """What the chosen experts give, and the shared one."""
         choice = self.router(x.reshape(-1, x.shape[-1]))
+        if context.counted is not None and context.routing is not None:
+            context.routing.append(routing_sums(choice, context.counted.reshape(-1)))
         routed = through_experts(self.experts, x, choice, self.config, context.logical)
         return routed if self.shared is None else routed + self.shared(x, context, before)
+
+
+def routing_sums(choice: Choice, counted: Bool[Array, " T"]) -> Float[Array, "2 E"]:
+    """How often each expert is chosen and the sum of its scores, over the tokens that count; for ``balance_loss``."""
+    experts = jnp.arange(choice.scores.shape[-1], dtype=choice.expert.dtype)
+    here = counted.astype(choice.scores.dtype)[:, None]
+    chosen = (choice.expert[:, :, None] == experts[None, None]).any(1).astype(choice.scores.dtype)
+    return jnp.stack([(lax.stop_gradient(chosen) * here).sum(0), (choice.scores * here).sum(0)])
+
+
+def balance_loss(sums: Float[Array, "2 E"], tokens: Float[Array, ""]) -> Float[Array, ""]:
+    r"""The load-balancing loss of Switch Transformer (arXiv:2101.03961, equation 4), as transformers adds it up.
+
+    .. math:: E \sum_e \frac{c_e}{T} \frac{s_e}{T}
+
+    over the T tokens of all layers, of which expert e is chosen by c and has scores that sum to s; k experts of a token
+    that are chosen equally give k, the least.
+
+    >>> float(balance_loss(jnp.array([[4.0, 4.0], [2.0, 2.0]]), jnp.array(4.0)))
+    2.0
+    """
+    share, score = sums / tokens
+    return sums.shape[-1] * jnp.sum(share * score)
 
 
 class DenseAndRouted(nnx.Module):

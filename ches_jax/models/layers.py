@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models import rope
@@ -154,6 +154,10 @@ class Context(NamedTuple):
     """How attention is computed."""
     logical: LogicalMesh | None
     """Where the arrays lie."""
+    counted: Bool[Array, "B T"] | None = None
+    """Tokens whose routing is added up; None: of none."""
+    routing: list[Array] | None = None
+    """Where a layer puts the sums of its router (``experts.routing_sums``) while it is traced."""
     lent: Mapping[str, tuple[Array, Array]] = MappingProxyType({})
     """Keys and values of earlier layers that later ones borrow, by the kind of layer."""
 

@@ -96,6 +96,7 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
         run.mesh,
         frozen=policy.frozen,
         clip=config.clip,
+        router_balance=config.router_balance,
         remat=config.remat,
     )
     best = parse_best(config.keep_best) if config.keep_best else None

@@ -109,10 +109,19 @@ def batch_loss(
     batch: Batch,
     state: Mapping[str, Any],
     *,
+    router_balance: float = 0.0,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
-    """``loss_and_metrics`` of the log-probabilities that a model gives a batch."""
+    """``loss_and_metrics`` of the log-probabilities that a model gives a batch.
+
+    With ``router_balance`` the loss has so many times the load-balancing loss of the routers added.
+    """
     norms = "head_norm_chosen" in loss.needs
-    logps = batch_logps(model, batch, norms=norms, attend=with_gradient(), remat=remat, mesh=mesh)
-    return loss_and_metrics(loss, batch, logps, state)
+    options: dict[str, Any] = {"attend": with_gradient(), "remat": remat, "mesh": mesh}
+    logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, **options)
+    value, (means, new_state) = loss_and_metrics(loss, batch, logps, state)
+    if logps.balance is not None:
+        value = value + router_balance * logps.balance
+        means["router_balance"] = jax.lax.stop_gradient(logps.balance)
+    return value, (means, new_state)

@@ -41,6 +41,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     """Coefficient of a likelihood term of the chosen response."""
     sft_per: SftUnit = "token"
     """Unit of that term: sum (nats of the response), token (nats per token), batch_token (mean over the batch)."""
+    router_balance: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, for sft losses; 0: without it."""
     weights: str | None = None
     """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes. Weighs the
     whole loss, or what weighted(...) wraps in it."""
@@ -62,7 +64,8 @@ class UpdateOptions(PairOptions, ModelOptions):
     """Adapters are scaled by alpha / rank; default: twice the rank."""
     lora_targets: str | None = None
     """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
-    with a state) with commas between them, or all-linear (the default)."""
+    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... of a mixture) with commas
+    between them, or all-linear (the default: all but the experts)."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None

@@ -75,11 +75,35 @@ class ResponseLogps(NamedTuple):
     """For objectives of tokens; padding holds anything finite."""
     head_norms: Any = (None, None)
     """``head_norms``, where they were asked for."""
+    balance: Float[Array, ""] | None = None
+    """The load-balancing loss of the routers, where it was asked for."""
 
 
-def batch_logps(model: Decoder, batch: Batch, *, norms: bool = False, **options: Any) -> ResponseLogps:
-    """Log-probabilities of a batch's responses; ``norms``: with ``head_norms``; options of ``prediction_logps``."""
-    states = predicting_states(model, batch.rows, **options)
+def balanced_states(
+    model: Decoder, rows: PackedBatch, **options: Any
+) -> tuple[Float[Array, "B M D"], Float[Array, ""]]:
+    """``predicting_states``, and the load-balancing loss over the real tokens of the rows, each computed once."""
+    seen, real = Visibility(rows.context_start, rows.context_end, rows.own_start), rows.lengths > 0
+    hidden, balance = model.hidden_and_balance(rows.tokens, rows.positions, seen, rows.lengths, real, **options)
+    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1), balance
+
+
+def batch_logps(
+    model: Decoder, batch: Batch, *, norms: bool = False, balance: bool = False, **options: Any
+) -> ResponseLogps:
+    """Log-probabilities of a batch's responses; options of ``prediction_logps``.
+
+    Args:
+      model: the policy.
+      batch: its rows and items.
+      norms: with ``head_norms``.
+      balance: with the load-balancing loss of the routers.
+      options: of ``prediction_logps``.
+    """
+    if balance:
+        states, balanced = balanced_states(model, batch.rows, **options)
+    else:
+        states, balanced = predicting_states(model, batch.rows, **options), None
     predictions = token_logps(states, model.unembedding, batch.rows.target, head_of(model))
     found = head_norms(model, batch, states) if norms else (None, None)
     sums = segment_sums(predictions, batch.rows.segment, batch.rows.last.shape[1])
@@ -89,8 +113,8 @@ def batch_logps(model: Decoder, batch: Batch, *, norms: bool = False, **options:
     there = jnp.minimum(own, sums.shape[1] - 1)
     responses = jnp.where(batch.counts > 0, sums[row, first] + sums[row, there], 0.0)
     if batch.tokens is None:
-        return ResponseLogps(responses, head_norms=found)
-    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found)
+        return ResponseLogps(responses, head_norms=found, balance=balanced)
+    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found, balanced)
 
 
 def head_norms(

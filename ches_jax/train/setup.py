@@ -1,5 +1,6 @@
 """Everything a run needs, opened and checked before the first number is computed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from ches_jax.losses import Loss
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import require_whole
+from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
@@ -33,6 +35,7 @@ from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
+    is_supervised,
     is_unpaired,
     needs_reference,
     reads_lists,
@@ -216,6 +219,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         for some, extra in ((pairs.train, pairs.extra), (pairs.held_out, pairs.held_out_extra))
     )
     plan = make_plan(config, len(train))
+    require_balance(config, loss, decoder)
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
     threshold = decoder.rope.length_threshold if decoder.rope else None
     everything: list[Item] = [*pairs.train, *pairs.held_out, *train.items(), *held_out.items()]
@@ -259,6 +263,26 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         probes=probes,
         lora=lora,
     )
+
+
+def require_balance(config: TrainConfig, loss: Loss, decoder: DecoderConfig) -> None:
+    """Refuse a load-balancing loss where there is nothing to balance.
+
+    Raises:
+      ChesError: a negative weight, a loss that is not supervised, a model without softmax-routed experts.
+    """
+    if not 0 <= config.router_balance < math.inf:
+        raise ChesError(f"--router-balance {config.router_balance}: expected a number from 0 on")
+    if not config.router_balance:
+        return
+    if not is_supervised(loss):
+        raise ChesError(f"--router-balance: is added to supervised losses (sft, sft_token, sft_sum), not {loss!r}")
+    e = decoder.experts
+    if e is None or e.score != "softmax" or not any(kind.mlp == "routed" for kind in decoder.kinds):
+        raise ChesError(
+            f"--router-balance: a {decoder.family} model has no experts with softmax scores, whose balance it "
+            "measures; leave the option out"
+        )
 
 
 def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: Opener) -> ModelFiles | None:

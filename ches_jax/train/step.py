@@ -55,6 +55,7 @@ class Step:
         *,
         frozen: Mapping[str, Any] | None = None,
         clip: float | None = None,
+        router_balance: float = 0.0,
         remat: bool = False,
     ):
         """Takes the decoder without arrays, whose dtype is that of the computation, and what no update changes."""
@@ -67,7 +68,7 @@ class Step:
         def gradient(params: Any, frozen: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
             def mean(params: Any) -> Any:
                 model = with_parameters(abstract, {**frozen, **params})
-                return batch_loss(model, loss, batch, loss_state, remat=remat, mesh=on)
+                return batch_loss(model, loss, batch, loss_state, router_balance=router_balance, remat=remat, mesh=on)
 
             (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
             return grads, new, {"loss": value, **metrics}

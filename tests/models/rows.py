@@ -38,6 +38,8 @@ class Row:
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     tolerance: float = 2e-6
+    """Of float32 numbers, relative to the largest."""
+    tolerance: float = 2e-6
     """Of float32, ours and that of transformers: where its own float32 is further from float64, more."""
 
 
@@ -225,5 +227,5 @@ ROWS = (
             "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
             "num_global_key_value_heads": 1, "final_logit_softcapping": 4.0,
         },
-    }),
+    }, 2e-5),  # scores are not scaled down, so that rounding in float32 is larger, there and here
 )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import CheckpointError
-from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.checkpoint.load import load_model, open_checkpoint
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import FAMILIES, decoder_config
 from ches_jax.models.stacks import layers_of
@@ -57,6 +57,12 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 """What a tiny config of a family has besides the sizes of all, where that is not ``head_dim``."""
+
+GEMMA4_LENT = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 
 
 def family(kind: str, **extra: Any) -> dict[str, Any]:
@@ -295,6 +301,22 @@ def test_config_is_read_from_the_file(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dbrx"}))
     with pytest.raises(CheckpointError, match="mixture of experts"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "names", "reason"),
+    [
+        ("deepseek_v3", {}, ("model.layers.2.mlp.up_proj.weight", "model.layers.2.eh_proj.weight"), "several tokens"),
+        ("gemma4_text", GEMMA4_LENT, ("model.layers.3.self_attn.k_norm.weight",), "borrow them"),
+    ],
+)
+def test_what_checkpoints_hold_and_no_model_reads_is_left_out_by_name(
+    kind: str, extra: dict[str, Any], names: tuple[str, ...], reason: str, write_model: Any, caplog: Any
+):
+    raw = family(kind, **extra)
+    open_checkpoint(write_model(raw, weights(raw) | {name: np.zeros(3, np.float32) for name in names}))
+    assert f"{len(names)} tensors are left out" in caplog.text
+    assert reason in caplog.text
 
 
 def test_the_page_of_families_lists_those_of_the_registry():

@@ -160,7 +160,7 @@ def _checked_table(
     """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
     table = {rule.param: rule for rule in family.name_rules(shapes, config)}
     embedding, head = table_ends(family, config)
-    stored = _without_extra_layers(directory, stored, table, config)
+    stored = _without_unread(directory, stored, table, config)
     names = [name for p, r in table.items() for name in r.names(shapes[p], layers_of(config, p)).values()]
     tensors, problems = as_expected(stored, embedding, head, names)
     if config.tie_embeddings and embedding not in tensors and head in tensors:
@@ -206,19 +206,27 @@ def _checked_table(
     return tensors, table
 
 
-def _without_extra_layers(
+def _without_unread(
     directory: Path, stored: dict[str, Tensor], table: Mapping[str, Rule], config: DecoderConfig
 ) -> dict[str, Tensor]:
-    """The tensors without those of layers beyond the model's, which predict several tokens at once; said once."""
+    """The tensors without those that checkpoints of the family hold and the model does not read, which is said once."""
     first = next(rule.tensor.partition("{layer}")[0] for rule in table.values() if rule.stacked)
-    extra = tuple(f"{first}{config.num_layers + n}." for n in range(config.prediction_layers))
-    left_out = [name for name in stored if name.startswith(extra)] if extra else []
-    if left_out:
-        notice(
-            f"{directory}: {len(left_out)} tensors of {len(extra)} layers beyond the {config.num_layers} of the model, "
-            "which predict several tokens at once, are left out"
-        )
-    return {name: tensor for name, tensor in stored.items() if name not in left_out}
+    beyond = tuple(f"{first}{config.num_layers + n}." for n in range(config.prediction_layers))
+    borrowing = [i for i, kind in enumerate(config.kinds) if kind.kv == "borrowed"]
+    reasons = {
+        "of layers beyond the model's, which predict several tokens at once": beyond,
+        "of keys and values in layers that borrow them": tuple(
+            f"{first}{i}.self_attn.{name}." for i in borrowing for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ),
+    }
+    out = dict(stored)
+    for reason, prefixes in reasons.items():
+        without_model = tuple(prefix.partition(".")[2] for prefix in prefixes)
+        unread = {name for name in out if prefixes and name.startswith((*prefixes, *without_model))}
+        if unread:
+            notice(f"{directory}: {len(unread)} tensors are left out: {reason}")
+        out = {name: tensor for name, tensor in out.items() if name not in unread}
+    return out
 
 
 def _read(
