@@ -22,7 +22,7 @@ from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
-from ches_jax.runs.files import read_parquet, staged
+from ches_jax.runs.files import read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
@@ -97,6 +97,7 @@ def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
         from ches_jax.runs.directory import write_json
 
         Path(config.out).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(config.out))
         write_json(Path(config.out) / RESULT, diagnosis.to_json())
     return diagnosis
 
