@@ -247,7 +247,7 @@ def _write_summary(
         "loss": repr(run.loss),
         "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
         "reference": config.reference if needs_reference(run.loss) else "none",
-        **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
+        **{k: v for k, v in run.identity.items() if k.endswith(("fingerprint", "quantisation"))},
         "trained_fingerprint": None,
         **exported,
         "parameters": {"trained": trained, "all": parameters},
