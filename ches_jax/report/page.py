@@ -17,12 +17,6 @@ FILE_NAME = "report.html"
 def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[SourceRow] | None = None) -> Path:
     """Writes ``report.html`` from the directory of a run, whatever command it is of.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from ches_jax import ScoreConfig, score
-    >>> with TemporaryDirectory() as folder:
-    ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
-    'report.html'
-
     Args:
       run_dir: the directory; a training run may be unfinished.
       out: where to write; the run directory itself when not given. A report that is there is written over.
@@ -33,6 +27,12 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
 
     Raises:
       RunError: nothing in the directory can be drawn; the message names what is there.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from ches_jax import ScoreConfig, score
+    >>> with TemporaryDirectory() as folder:
+    ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
+    'report.html'
     """
     given = place(run_dir, RunError)
     folder = fetched_run(given, RunError)
