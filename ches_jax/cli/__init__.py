@@ -125,7 +125,7 @@ def _run(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words[1:]):
         print(verb_help(verb, command))
         return 0
-    options = parsed(verb, command, corrected(verb, command, words[1:]))
+    options = _parsed(verb, command, corrected(verb, command, words[1:]))
     quiet_libraries()
     outcome = options.run()
     if options.json:
@@ -146,7 +146,7 @@ def _run(words: Sequence[str]) -> int:
     return outcome.code
 
 
-def parsed(verb: str, command: type[Any], words: Sequence[str]) -> Any:
+def _parsed(verb: str, command: type[Any], words: Sequence[str]) -> Any:
     """The options of a verb.
 
     Raises:

@@ -236,13 +236,13 @@ class RecipeOf(Output):
 
 def _stage(verb: str, words: list[str], *, resume: bool, quiet: bool) -> Outcome:
     """Runs one command of a recipe."""
-    from ches_jax.cli import parsed
+    from ches_jax.cli import _parsed
     from ches_jax.cli.suggest import corrected
 
     command = COMMANDS[verb]
     how = ["--resume"] if resume and issubclass(command, RunOutput) else []
     how += ["--quiet"] if quiet else []
-    return parsed(verb, command, corrected(verb, command, [*words, *how])).run()
+    return _parsed(verb, command, corrected(verb, command, [*words, *how])).run()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -618,7 +618,7 @@ def diagnosis() -> Any:
 @harness
 def command_lines(rng: Random, folder: Path) -> Read:
     """Whole command lines: what does not parse is one message."""
-    from ches_jax.cli import parsed
+    from ches_jax.cli import _parsed
     from ches_jax.cli.commands import COMMANDS
     from ches_jax.cli.options import options_of
     from ches_jax.cli.suggest import corrected, the_verb
@@ -635,7 +635,7 @@ def command_lines(rng: Random, folder: Path) -> Read:
     def read() -> None:
         known = the_verb(verb, tuple(COMMANDS))
         if not {"-h", "--help"} & set(said):
-            parsed(known, COMMANDS[known], corrected(known, COMMANDS[known], said))
+            _parsed(known, COMMANDS[known], corrected(known, COMMANDS[known], said))
 
     return read
 
