@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 MAIN := $$(git merge-base HEAD origin/main 2>/dev/null || git merge-base HEAD main 2>/dev/null || echo HEAD)
 TOUCHED = { git diff --name-only --diff-filter=d $(MAIN) -- '*.py'; git ls-files --others --exclude-standard -- '*.py'; }
 
-.PHONY: demo check test timings slow lint types touched pure docs notebooks release hooks clean
+.PHONY: demo check test timings slow mutants lint types touched pure docs notebooks release hooks clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
@@ -64,6 +64,10 @@ timings: $(VENV)/installed-test
 # The heavy checks; they may use ../shared and take long.
 slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
+
+# Small plausible mistakes against the tests of their area; survivors are printed. Hours.
+mutants: $(VENV)/installed-test
+	$(BIN)/python tools/mutants.py
 
 # The site, into build/site; a warning is an error. Nothing is fetched.
 docs: $(VENV)/installed-docs

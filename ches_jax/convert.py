@@ -43,14 +43,17 @@ class ConvertConfig:
 def convert(config: ConvertConfig) -> Path:
     """Load, write, return the directory.
 
+    Args:
+      config: what to load and how to write it.
+
+    Raises:
+      ChesError: options that do not go together, anything that does not fit.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     out = convert(ConvertConfig(model="bundled", out=Path(folder) / "copy"))
     ...     (out / "model.safetensors").exists()
     True
-
-    Raises:
-      ChesError: options that do not go together, anything that does not fit.
     """
     import jax
 

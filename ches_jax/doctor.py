@@ -74,11 +74,14 @@ class Findings:
 def doctor(config: DoctorConfig) -> "Findings | Health":
     """Check the directory's names and shapes and audit every pair; without a model, examine the pairs as data.
 
-    >>> doctor(DoctorConfig(limit=4)).healthy
-    True
+    Args:
+      config: what to look at.
 
     Raises:
       ChesError: the directory or the pairs cannot be read at all.
+
+    >>> doctor(DoctorConfig(limit=4)).healthy
+    True
     """
     if config.model is None and config.pairs != BUNDLED:
         return _without_a_model(config)

@@ -23,9 +23,6 @@ def verify(
 ) -> list[Any]:
     """Check claims of the theory; one result (``id``, ``passed``, ``value``, ``tolerance``, ...) for each.
 
-    >>> [(result.id, result.passed) for result in verify(["L1"], instances=20, quiet=True)]
-    [('L1', True)]
-
     Args:
       claims: their ids; default: all about toy models, or with ``model`` all about real ones.
       seed: of every random number.
@@ -37,6 +34,9 @@ def verify(
 
     Raises:
       ChesError: an unknown id, a claim about a real model without one, or no theory.
+
+    >>> [(result.id, result.passed) for result in verify(["L1"], instances=20, quiet=True)]
+    [('L1', True)]
     """
     return theory("theory.verify").verify(
         claims, seed=seed, instances=instances, model=model, pairs=pairs, limit=limit, quiet=quiet

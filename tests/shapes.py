@@ -1,7 +1,8 @@
-"""The checker that pytest puts on every function of the library: arrays are of the shape and dtype annotated.
+"""The checker that pytest puts on every function of the library and the theory: arrays have their annotated shapes.
 
-``--jaxtyping-packages=ches_jax,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its module
-is imported. Annotations without a shape are left to pyright, which reads them all: here a test may pass another object.
+``--jaxtyping-packages=ches_jax,theory,tests.shapes.checked`` (in ``pyproject.toml``) decorates each function when its
+module is imported. Annotations without a shape are left to pyright, which reads them all: here a test may pass another
+object.
 """
 
 from collections.abc import Callable

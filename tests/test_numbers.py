@@ -129,7 +129,7 @@ def forecast() -> list[str]:
 
 def forecast_page() -> list[str]:
     of = experiment("forecast")
-    p, q, gain = f"{HELD}|predictors", f"{OWN}|predictors", "result|filters|{}|gain"
+    p, q, gain = f"{HELD}|predictors", f"{OWN}|predictors", "result|filters|{}|both"
     pairs, fit = of("result|pairs"), of(f"{p}|first order|calibration")
     fall = 1 - of("result|filters|influence|chosen|mean") / of("result|filters|all|chosen|mean")
     return [
@@ -148,11 +148,12 @@ def forecast_page() -> list[str]:
         f"{of(f'{q}|pilot|rho'):.2f}",
         f"actual = {fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f} (first order, "
         f"held-out). The mean forecast was {fit['mean_forecast']:.1f}",
-        f"{pairs['test']} test pairs, two orders, against all pairs: highest influence "
+        f"{pairs['test']} test pairs, {len(of('seeds'))} draws of the pool, against all pairs: highest influence "
         f"{of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall, margin "
         f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), random "
         f"{of.nats(gain.format('random'))}, longest rejected {of.nats(gain.format('rejected_tokens'))}, highest "
-        f"length-normalised CHES {of.nats(gain.format('ln_ches'))}",
+        f"length-normalised CHES {of.nats(gain.format('ln_ches'))}, an SFT term instead "
+        f"{of.nats(gain.format('with_sft'))}",
         f"forecast {of('result|costs|forecast'):.1f}, influence {of('result|costs|influence'):.1f} with "
         f"{pairs['probes']} probes, second order {of('result|costs|push_twice'):.1f} more",
     ]

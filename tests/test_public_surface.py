@@ -1,5 +1,7 @@
 """The names of ``import ches_jax as cj``: pinned, each with a docstring whose example the suite runs."""
 
+import inspect
+import re
 import tomllib
 from pathlib import Path
 
@@ -40,6 +42,28 @@ def test_every_name_has_a_docstring_with_an_example(name):
     # a verb's package is called as the verb
     documented = value if not hasattr(value, name) else getattr(value, name)
     assert ">>> " in (documented.__doc__ or "")
+
+
+ORDER = (".. math::", "Args:", "Returns:", "Yields:", "Raises:", "References:", ">>> ")
+EQUATIONS = {*MATHEMATICS} - {"get_loss"}
+SOURCES = {"pair_statistics", "ches", "ln_ches", "head_score", "displacement_summary"}
+
+
+@pytest.mark.parametrize("name", [*VERBS, *MATHEMATICS, "load_model", "load_tokenizer", "score_pairs"])
+def test_a_docstring_has_what_applies_in_the_order_of_contributing(name):
+    value = getattr(cj, name)
+    function = value if not hasattr(value, name) else getattr(value, name)
+    text = inspect.getdoc(function) or ""
+    places = {part: text.index(part) for part in ORDER if part in text}
+    assert list(places) == sorted(places, key=places.__getitem__)
+    applies = (
+        {">>> "} | ({".. math::"} if name in EQUATIONS else set()) | ({"References:"} if name in SOURCES else set())
+    )
+    if name not in MATHEMATICS:  # a function of numbers alone refuses nothing
+        applies |= {"Args:", "Raises:"}
+        parameters = [p for p in inspect.signature(function).parameters if p != "hyper"]
+        assert [p for p in parameters if not re.search(rf"^ +{p}: ", text, re.MULTILINE)] == []
+    assert applies <= set(places)
 
 
 def test_the_version_is_that_of_the_package():

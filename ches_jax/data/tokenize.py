@@ -45,12 +45,15 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a local directory (never reaching for the network), of a hub name, or ``bundled``.
 
-    >>> from ches_jax.data.tokenize import load_tokenizer
-    >>> len(load_tokenizer("bundled"))
-    1280
+    Args:
+      path: the directory or the name.
 
     Raises:
       DataError: there is none, or it cannot be read without running code from the directory.
+
+    >>> from ches_jax.data.tokenize import load_tokenizer
+    >>> len(load_tokenizer("bundled"))
+    1280
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

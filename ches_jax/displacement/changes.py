@@ -119,6 +119,8 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
 def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
     r"""How far the log-probabilities of preference pairs moved, in numbers to log.
 
+    .. math:: \Delta_\pm = \ln \pi_{\mathrm{after}}(y_\pm|x) - \ln \pi_{\mathrm{before}}(y_\pm|x)
+
     Args:
       chosen: change :math:`\Delta_+` of the log-probability of each chosen response, nats, shape [pairs]; NaN where a
         record has no chosen response.

@@ -22,7 +22,7 @@ from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
-from ches_jax.runs.files import read_parquet, staged
+from ches_jax.runs.files import read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
@@ -33,6 +33,13 @@ SOURCES = "PATH (a log or the directory of a run), --before with --after (models
 def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     """The verdict on a training log, a run, two models, two score tables or a table of log-probabilities.
 
+    Args:
+      config: the source, and what is compared with it.
+      quiet: no progress, where a source has to be scored first.
+
+    Raises:
+      ChesError: no source or several; a source without the numbers that are needed.
+
     >>> from tempfile import TemporaryDirectory
     >>> from ches_jax import TrainConfig, train
     >>> with TemporaryDirectory() as folder:
@@ -40,9 +47,6 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     ...     run = train(TrainConfig(**small, lr=1e-9, out=f"{folder}/run"), quiet=True)
     ...     diagnose(DiagnoseConfig(path=str(run))).to_json()["verdict"]
     'not_displaced'
-
-    Raises:
-      ChesError: no source or several; a source without the numbers that are needed.
     """
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
@@ -97,6 +101,7 @@ def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
         from ches_jax.runs.directory import write_json
 
         Path(config.out).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(config.out))
         write_json(Path(config.out) / RESULT, diagnosis.to_json())
     return diagnosis
 

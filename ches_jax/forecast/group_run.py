@@ -91,6 +91,15 @@ class Responses:
 def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """What a policy-gradient run would do to every response of groups; returns the run directory.
 
+    Args:
+      config: the groups of responses, and the run they would make.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
+
     >>> import json; from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     rows = [{"prompt": "1+1? ", "response": str(n), "score": n == 2} for n in (1, 2, 3)]
@@ -98,9 +107,6 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     ...     out = groups(GroupsConfig(groups=f"{folder}/1.jsonl", out=f"{folder}/run", mesh="data=1"), quiet=True)
     ...     pq.read_table(out / "groups.parquet")["advantage"].to_numpy().round(2).tolist()
     [-0.58, 1.15, -0.58]
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
     """
     require_dtype("dtype", config.dtype)
     require_positive(

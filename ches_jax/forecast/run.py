@@ -50,15 +50,21 @@ def forecast(
 ) -> Path:
     """Forecast the change of every pair's log-probabilities in training; returns the run directory.
 
+    Args:
+      config: which training run to forecast.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     small = {"limit": 8, "holdout": 4, "batch_size": 2, "steps": 2, "mesh": "data=1"}
     ...     out = forecast(ForecastConfig(**small, out=f"{folder}/run"), quiet=True)
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
     """
     out = output_place(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
@@ -72,15 +78,21 @@ def influence(
 ) -> Path:
     """What training on each pair does to the probes' chosen responses; returns the run directory.
 
+    Args:
+      config: which training run, and the probes.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     small = {"limit": 8, "holdout": 4, "batch_size": 2, "steps": 2, "mesh": "data=1"}
     ...     out = influence(InfluenceConfig(**small, out=f"{folder}/run"), quiet=True)
     ...     pq.read_table(out / "influence.parquet").num_rows
     4
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
     """
     out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:

@@ -42,14 +42,20 @@ def generate(
 ) -> Path:
     """Continue every prompt; returns the run directory.
 
+    Args:
+      config: what to continue, and how.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; logits that are not finite.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     options = GenerateConfig(limit=1, max_new_tokens=4, temperature=0.0, out=f"{folder}/run")
     ...     sorted(path.name for path in generate(options, quiet=True).iterdir())
     ['config.json', 'responses.jsonl', 'run.json']
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written; logits that are not finite.
     """
     import jax
 

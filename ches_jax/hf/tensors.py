@@ -104,6 +104,8 @@ class Computed(Tensor):
 
     rows: Callable[[int, int], np.ndarray]
     """Start and stop on the first axis -> the numbers there, in ``dtype``."""
+    codes: "Callable[[], tuple[np.ndarray, np.ndarray]] | None" = None
+    """Stored codes [outputs, .] and factors [outputs, .] of equal shares of a row, where it is made of these."""
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """The tensor, or the part of it that ``index`` selects."""

@@ -9,16 +9,13 @@ directory, which ``ches diagnose`` reads. Nothing here needs jax; transformers a
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ches_jax.displacement.changes import FILE_NAME, SUMMARY, TOLERANCE, displacement_summary, regimes
+from ches_jax.displacement.changes import TOLERANCE
 from ches_jax.errors import ChesError
-from ches_jax.runs.files import replacing
+from ches_jax.integrations.pair_log import PairLog
 
 
 def displacement_callback(
@@ -38,39 +35,25 @@ def displacement_callback(
 
     if trainer.eval_dataset is None:
         raise ChesError("the displacement of held-out pairs needs an eval_dataset")
-    unknown = sorted(set(stop_if or {}) - set(SUMMARY))
-    if unknown:
-        raise ChesError(f"stop_if {', '.join(unknown)}: expected some of {', '.join(SUMMARY)}")
-    rows: list[pa.Table] = []
-    start: list[np.ndarray] = []
+    log = PairLog(trainer.args.output_dir, tolerance=tolerance, stop_if=stop_if)
 
     class DisplacementCallback(TrainerCallback):
         """Measures at the start of training and at every evaluation."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._measure(args, state)
+            self._measure(state)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-            summary = self._measure(args, state)
+            summary = self._measure(state)
             named = {f"eval_{name}": value for name, value in summary.items()}
             if metrics is not None:
                 metrics.update(named)  # so that metric_for_best_model may name one
             trainer.log(named)
-            short = {name.removeprefix("displacement/"): value for name, value in summary.items()}
-            if any(short.get(name, float("nan")) > bound for name, bound in (stop_if or {}).items()):
+            if log.stops(summary):
                 control.should_training_stop = True
 
-        def _measure(self, args: Any, state: Any) -> dict[str, float]:
-            logps, tokens = pair_logps(trainer)
-            if not start:
-                start.append(logps)
-            chosen, rejected = (logps - start[0]).T
-            rows.append(_table(int(state.global_step), logps, chosen, rejected, tokens, tolerance))
-            out = Path(args.output_dir)
-            out.mkdir(parents=True, exist_ok=True)
-            with replacing(out / FILE_NAME) as temporary:
-                pq.write_table(pa.concat_tables(rows), temporary)
-            return displacement_summary(chosen, rejected, tolerance)
+        def _measure(self, state: Any) -> dict[str, float]:
+            return log.add(int(state.global_step), *pair_logps(trainer))
 
     return DisplacementCallback()
 
@@ -95,25 +78,3 @@ def pair_logps(trainer: Any) -> tuple[np.ndarray, np.ndarray]:
             tokens.append(mask.sum(-1).cpu().numpy())
     model.train(was_training)
     return np.stack(logps), np.stack(tokens)
-
-
-def _table(
-    step: int, logps: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, tokens: np.ndarray, tolerance: float
-) -> pa.Table:
-    count = len(chosen)
-    return pa.table(
-        {
-            "step": pa.array([step] * count, pa.int32()),
-            "set": ["held_out"] * count,
-            "row_id": [f"eval-{i}" for i in range(count)],
-            "index": list(range(count)),
-            "logp_chosen": logps[:, 0],
-            "logp_rejected": logps[:, 1],
-            "dlogp_chosen": chosen,
-            "dlogp_rejected": rejected,
-            "margin": chosen - rejected,
-            "regime": regimes(chosen, rejected, tolerance).tolist(),
-            "chosen_tokens": tokens[:, 0].astype(np.int32),
-            "rejected_tokens": tokens[:, 1].astype(np.int32),
-        }
-    )

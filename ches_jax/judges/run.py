@@ -58,6 +58,15 @@ class Method(NamedTuple):
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Judge every response; returns the run directory.
 
+    Args:
+      config: the responses, and who judges them.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written.
+
     >>> import json
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -66,9 +75,6 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     ...     out = judge(JudgeConfig(responses=str(responses), out=f"{folder}/run"), quiet=True)
     ...     json.loads((out / "run.json").read_text())["summary"]["refusals"]
     1
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written.
     """
     import jax
 

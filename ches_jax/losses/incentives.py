@@ -35,7 +35,15 @@ class Incentives(NamedTuple):
 
 
 def incentives(loss: Loss) -> Callable[[LossInputs], Incentives]:
-    """The function from a batch to the loss's incentives, of the sum of the loss over the batch.
+    r"""The function from a batch to the loss's incentives, of the sum of the loss over the batch.
+
+    .. math:: d_+ = -\partial L / \partial \ln \pi(y_+|x), \qquad d_- = \partial L / \partial \ln \pi(y_-|x)
+
+    Args:
+      loss: any of the library; its state, where it has one, is that of the batch.
+
+    Returns:
+      A function; its numbers are in the loss's unit per nat, of the shape of the log-probabilities that the loss reads.
 
     >>> from ches_jax.losses import get_loss
     >>> batch = LossInputs(*(jnp.zeros(1) for _ in range(4)))

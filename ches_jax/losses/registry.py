@@ -201,15 +201,15 @@ def describe(name: str) -> str:
 def get_loss(name: str, **hyper: float) -> Loss:
     """The objective of that name, with the given hyper-parameters and defaults for the others.
 
-    >>> get_loss("dpo", beta=0.05)
-    dpo(beta=0.05)
-
     Args:
       name: one of ``loss_names()``.
       hyper: values for the hyper-parameters that the objective declares.
 
     Raises:
       ChesError: for an unknown name, an unknown hyper-parameter or a value out of its range, all in one message.
+
+    >>> get_loss("dpo", beta=0.05)
+    dpo(beta=0.05)
     """
     entry = _entry(name)
     problems = []

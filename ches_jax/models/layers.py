@@ -6,7 +6,7 @@ activations. ``kinds`` puts a layer together from them.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,16 +79,18 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Draws W from N(0, 0.02^2), the initialisation of the GPT-2 line; b is zero."""
         init = jax.random.normal(rngs.params(), (outputs, inputs), jnp.float32) * 0.02
-        self.weight = nnx.Param(init.astype(dtype))
+        self.weight: Any = nnx.Param(init.astype(dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 1.0
+        self.packed: Any = nnx.data(None)  # a module that gives W, in place of ``weight`` (``adapters.packed``)
         self.trained = False
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Applies the map."""
-        y = (trained_matmul if self.trained else matmul)(x, self.weight[...])
+        weight = self.weight[...] if self.packed is None else self.packed()
+        y = (trained_matmul if self.trained else matmul)(x, weight)
         if self.lora_a is not None and self.lora_b is not None:
             # the scale joins B before B is rounded to the dtype of x
             y = y + matmul(matmul(x, self.lora_a[...]), self.lora_scale * self.lora_b[...])

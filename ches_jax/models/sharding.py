@@ -49,6 +49,8 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) 
     """
     logical = _logical(mesh)
     *outer, module, leaf = name.split(".")
+    if module == "packed":  # codes and factors lie as the matrix does
+        module = outer.pop()
     axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
     if of_experts := "experts" in outer:
         # whole experts lie on devices, not parts of each

@@ -6,7 +6,7 @@ from pathlib import Path
 from ches_jax.errors import RunError
 from ches_jax.report.document import Page
 from ches_jax.report.render import render
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import remove_leftovers, replacing
 from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.scores.table import FORECAST, INFLUENCE
 from ches_jax.select.scored_rows import SourceRow
@@ -16,12 +16,6 @@ FILE_NAME = "report.html"
 
 def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[SourceRow] | None = None) -> Path:
     """Writes ``report.html`` from the directory of a run, whatever command it is of.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from ches_jax import ScoreConfig, score
-    >>> with TemporaryDirectory() as folder:
-    ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
-    'report.html'
 
     Args:
       run_dir: the directory; a training run may be unfinished.
@@ -33,6 +27,12 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
 
     Raises:
       RunError: nothing in the directory can be drawn; the message names what is there.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from ches_jax import ScoreConfig, score
+    >>> with TemporaryDirectory() as folder:
+    ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
+    'report.html'
     """
     given = place(run_dir, RunError)
     folder = fetched_run(given, RunError)
@@ -78,6 +78,7 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
 def write_page(page: Page, out: Path) -> Path:
     """Writes a page whole or not at all."""
     path = out / FILE_NAME
+    remove_leftovers(out, FILE_NAME)
     with replacing(path) as temporary:
         temporary.write_text(render(page), encoding="utf-8", newline="\n")
     return path

@@ -18,8 +18,10 @@ from ches_jax.runs.store import make_folder
 
 CONFIG = "config.json"
 RUN = "run.json"
-IDENTITY = {"config?": {str: object}, "opened?": {str: {str: str}}, "versions?": {str: str}}
-"""The shape of what ``config.json`` tells of a run."""
+_TEXT = ("model", "pairs", "prompts", "responses", "eval_pairs", "split", "schema", "candidates")
+_OPTIONS = {**{f"{name}?": str for name in _TEXT}, "limit?": int, "columns?": {str: str}}
+RECORD = {**_OPTIONS, "config?": _OPTIONS, "opened?": {str: {str: str}}, "versions?": {str: str}, "status?": str}
+"""The shape of what is read of ``config.json`` and ``run.json`` (version 0.1 told the options outside ``config``)."""
 SPECS = ("model", "pairs", "prompts", "probes", "responses")
 """Options that may name what ships with the package."""
 PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
@@ -52,7 +54,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run directory, with the names of today where version 0.1 wrote others."""
-    return _with_names_of_today(read_object(path, RunError, "a run directory"))
+    value = require_shape(path, read_object(path, RunError, "a run directory"), RECORD, RunError)
+    return _with_names_of_today(value)
 
 
 def _with_names_of_today(value: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def open_run(
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         if not (out / CONFIG).exists():
             raise RunError(f"{out}: is not empty and holds no run of ours; give a new directory with --out")
-        there = require_shape(out / CONFIG, read_json(out / CONFIG), IDENTITY, RunError)
+        there = read_json(out / CONFIG)
         if different := differences(_of_content(there), _of_content(identity)):
             raise RunError(many(f"{out} holds another run; give a new directory with --out", different))
         if not resume:

@@ -64,6 +64,8 @@ def dead_here(machine: object, process: object) -> bool:
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left half written in ``folder``: of the target ``name``, or of all."""
+    if store.is_store(folder):  # where nothing is renamed, nothing is half written
+        return
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match is not None and name in (None, match["name"]) and _abandoned(path):

@@ -44,12 +44,6 @@ class PairStatistics(NamedTuple):
 def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, mask_rejected: Any) -> PairStatistics:
     r"""The statistics that ``ches`` and ``ln_ches`` are made of.
 
-    >>> import numpy as np
-    >>> states, mask = np.ones((2, 3)), np.ones(2, bool)  # two tokens, width 3
-    >>> stats = pair_statistics(states, mask, states[:1], mask[:1])
-    >>> float(ches(stats))  # <S+, S-> - |S+|^2 = 2 * 3 - 4 * 3
-    -6.0
-
     .. math:: S^\pm = \sum_{t:\ \mathrm{mask}^\pm_t} h^\pm_t
 
     Args:
@@ -66,6 +60,12 @@ def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, 
 
     References:
       Definition 2 of Razin et al., https://arxiv.org/abs/2410.08847.
+
+    >>> import numpy as np
+    >>> states, mask = np.ones((2, 3)), np.ones(2, bool)  # two tokens, width 3
+    >>> stats = pair_statistics(states, mask, states[:1], mask[:1])
+    >>> float(ches(stats))  # <S+, S-> - |S+|^2 = 2 * 3 - 4 * 3
+    -6.0
     """
     arrays = (hidden_chosen, mask_chosen, hidden_rejected, mask_rejected)
     xp = jnp if any(isinstance(a, jax.Array) for a in arrays) else np
@@ -87,7 +87,9 @@ def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, 
 
 
 def ches(stats: PairStatistics) -> Any:
-    r"""Centered hidden embedding similarity :math:`\langle S^+, S^- \rangle - \|S^+\|^2`, squared hidden units.
+    r"""Centered hidden embedding similarity, squared hidden units.
+
+    .. math:: \langle S^+, S^- \rangle - \|S^+\|^2
 
     Higher: more similar, hence by the theory more at risk of likelihood displacement; 0 for identical responses.
 

@@ -43,16 +43,22 @@ from ches_jax.scores.table import FILE_NAME
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Score every pair of a data set; returns the run directory.
 
+    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``).
+
+    Args:
+      config: what to score with what.
+      resume: continue the run that ``config.out`` holds.
+      quiet: no progress.
+      other_versions: continue although packages have other versions than at the start.
+
+    Raises:
+      ChesError: any input that is not fit, before anything is written; a score that is not finite.
+
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     out = score(ScoreConfig(limit=2, out=f"{folder}/run"), quiet=True)
     ...     sorted(path.name for path in out.iterdir())
     ['config.json', 'run.json', 'scores.parquet']
-
-    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``).
-
-    Raises:
-      ChesError: any input that is not fit, before anything is written; a score that is not finite.
     """
     import jax
 

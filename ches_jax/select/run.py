@@ -136,14 +136,6 @@ def _range(values: np.ndarray) -> list[float]:
 def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dict[str, Any]:
     """Writes the selection to ``config.out``: a preference dataset that tells how it was chosen.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from ches_jax import ScoreConfig, score
-    >>> with TemporaryDirectory() as folder:
-    ...     run = score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)
-    ...     _ = select(SelectConfig(scores=run, by="ches", keep="lowest:0.5", out=Path(folder) / "kept"))
-    ...     len((Path(folder) / "kept" / "pairs.jsonl").read_text().splitlines())
-    2
-
     ``pairs.jsonl`` (the kept rows' content, category, ``row_id`` and score), ``kept_ids.txt``,
     ``dropped.jsonl`` (every other row of the source, with the reason), ``selection.json`` and the
     card ``README.md``.
@@ -157,6 +149,14 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
 
     Raises:
       RunError: bad rule, score or directory, or the pairs are not those that were scored.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from ches_jax import ScoreConfig, score
+    >>> with TemporaryDirectory() as folder:
+    ...     run = score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)
+    ...     _ = select(SelectConfig(scores=run, by="ches", keep="lowest:0.5", out=Path(folder) / "kept"))
+    ...     len((Path(folder) / "kept" / "pairs.jsonl").read_text().splitlines())
+    2
     """
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
     table, metadata = read_table(_table(config))

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ches_jax.models.adapters.packed import load_packed
 from ches_jax.train.checkpoints import Checkpoints, parse_best
 from ches_jax.train.data.examples import ranks_of
 from ches_jax.train.data.loader import Loader
@@ -66,9 +67,20 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
     config = run.config
     if run.process.first:
         write_dropped(run.out / DROPPED, run.pairs.dropped)
-    loaded = load_parameters(run.model.directory, config.dtype, run.master if run.lora is None else None, run.mesh)
+    packed: dict[str, str] = {}
+    if run.lora is None:
+        loaded = load_parameters(run.model.directory, config.dtype, run.master, run.mesh)
+    else:  # a quantised base stays as it is stored
+        loaded, packed = load_packed(run.model.directory, run.mesh)
     policy, params = make_policy(
-        loaded, run.model.decoder, run.lora, dtype=config.dtype, master=run.master, seed=config.seed, mesh=run.mesh
+        loaded,
+        run.model.decoder,
+        run.lora,
+        dtype=config.dtype,
+        master=run.master,
+        seed=config.seed,
+        mesh=run.mesh,
+        packed=packed,
     )
     evaluate = Evaluator(policy.abstract, run.mesh, run.layout, run.attention.attend)
     initial = policy.parameters(params)

@@ -53,12 +53,6 @@ def train(
 ) -> Path:
     """Train, and return the run directory.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     small = {"limit": 8, "batch_size": 4, "steps": 1, "mesh": "data=1", "export": False}
-    ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
-    True
-
     Args:
       config: what to train on what.
       resume: go on with the run that ``config.out`` holds.
@@ -71,6 +65,12 @@ def train(
     Raises:
       ChesError: any input that is not fit; a loss that is not finite.
       Stopped: SIGTERM came; the state is saved and ``resume`` continues.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     small = {"limit": 8, "batch_size": 4, "steps": 1, "mesh": "data=1", "export": False}
+    ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
+    True
     """
     process = start_processes(config.distributed)
     if process.count > 1 and config.out is None:
@@ -247,7 +247,7 @@ def _write_summary(
         "loss": repr(run.loss),
         "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
         "reference": config.reference if needs_reference(run.loss) else "none",
-        **{k: v for k, v in run.identity.items() if k.endswith("fingerprint")},
+        **{k: v for k, v in run.identity.items() if k.endswith(("fingerprint", "quantisation"))},
         "trained_fingerprint": None,
         **exported,
         "parameters": {"trained": trained, "all": parameters},

@@ -4,6 +4,7 @@ In full training every weight is trained, in the master dtype. With LoRA the wei
 only adapters are trained: state, optimiser and checkpoints hold adapters and nothing else.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,17 @@ from ches_jax.models.adapters.lora import (
     make_spec,
     merged,
 )
+from ches_jax.models.adapters.packed import is_packed, with_packed
 from ches_jax.models.adapters.peft import (
     Adapter,
     adapter_fingerprint,
     read_adapter,
     write_adapter,
 )
-from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import Decoder, abstract_decoder
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.layers import Linear
 from ches_jax.models.sharding import placement
 from ches_jax.train.config import TrainConfig
@@ -109,6 +111,7 @@ def make_policy(
     master: str,
     seed: int,
     mesh: Any,
+    packed: Mapping[str, str] | None = None,
 ) -> tuple[Policy, dict[str, jax.Array]]:
     """The policy and the parameters it trains, as they start.
 
@@ -120,6 +123,7 @@ def make_policy(
       master: dtype of trained parameters.
       seed: of the adapters' start.
       mesh: where they lie.
+      packed: modules of the frozen base whose weights stay in their quantised bytes (``adapters.packed``).
     """
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
     if lora is None:
@@ -134,7 +138,7 @@ def make_policy(
     trained = {
         name: jax.device_put(arrays[name].astype(leaf.dtype), place(name, leaf.shape)) for name, leaf in shapes.items()
     }
-    return Policy(abstract, lora.spec, loaded), trained
+    return Policy(with_packed(abstract, packed or {}, loaded), lora.spec, loaded), trained
 
 
 def export_adapter(policy: Policy, trained: dict[str, Any], out: Path, base: Path, name: str) -> str:
@@ -151,6 +155,9 @@ def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path,
     """
     if out.exists():
         return fingerprint(out)
-    every = merged(policy.parameters(trained), policy.spec)
+    frozen = policy.frozen
+    if any(is_packed(name) for name in frozen):  # merging needs the numbers
+        frozen = named_parameters(load_model(base))
+    every = merged({**frozen, **trained}, policy.spec)
     plain = abstract_decoder(policy.abstract.config, dtype=policy.abstract.dtype)
     return save_pretrained(with_parameters(plain, every), out, like=base, whole=whole)

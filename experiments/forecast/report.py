@@ -177,7 +177,7 @@ def tables(result: dict[str, Any]) -> str:
                     "| | | |"
                     if name == "all"
                     else f"{_mean(one['both'])} | {_mean(one['margin_gain'])} | "
-                    f"{_p(one['p_holm'])} | {one['less_fall']:.0%} |"
+                    f"{_p(one['p_holm'])} | {one['less_fall']:z.0%} |"
                 )
             )
     return "\n".join(parts) + "\n"

@@ -93,8 +93,6 @@ SCALES: dict[str, StoryScale] = {
             "ipo",
             "cal_dpo",
             "simpo",
-            "least_influence",
-            "higher_beta",
         ),
         seeds=(0,),
         orders=(0,),

@@ -150,8 +150,10 @@ def _plane_figure(values: dict[str, Any]) -> Any:
         here = {n: one for n, one in values["arms"].items() if ARMS[n].group == group}
         points = [(one["margin"]["mean"], one["chosen"]["mean"]) for one in here.values()]
         ax.plot(*zip(*points, strict=True), mark, color=colour, ms=5, label=GROUPS[group])
+        beside = {"xytext": (-5, -2), "ha": "right"} if group == "pairs" else {"xytext": (5, 2), "ha": "left"}
         for name, point in zip(here, points, strict=True):
-            ax.annotate(label(name), point, (4, 2), textcoords="offset points", fontsize=6)
+            if group != "start":
+                ax.annotate(ARMS[name].label, point, textcoords="offset points", fontsize=6, **beside)
     ax.axhline(0, lw=0.8, color="0.5")
     ax.set_xlabel("held-out margin, nats")
     ax.set_ylabel("held-out chosen, nats")
@@ -275,6 +277,7 @@ def _sections(values: dict[str, Any]) -> "Iterator[Section]":
     yield Section(anchor="causes", heading="The pairs that cause it", body=words + data_table(head, causes, 6))
     head = [
         "arm",
+        "verdict",
         "chosen",
         "margin",
         "accuracy",
@@ -282,9 +285,8 @@ def _sections(values: dict[str, Any]) -> "Iterator[Section]":
         "margin less DPO",
         "at equal margin",
         "training chosen",
-        "verdict",
     ]
     for group, title in (("pairs", "Pairs left out"), ("remedies", "Remedies"), ("objectives", "Objectives")):
         arms = {n: one for n, one in values["arms"].items() if ARMS[n].group in (group, "start")}
-        cells = [[label(n), *_cells(one), "the start" if n == "dpo" else verdict(one)] for n, one in arms.items()]
-        yield Section(anchor=group, heading=title, body=data_table(head, cells))
+        cells = [[label(n), "the start" if n == "dpo" else verdict(one), *_cells(one)] for n, one in arms.items()]
+        yield Section(anchor=group, heading=title, body=data_table(head, cells, 2))

@@ -16,9 +16,12 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ches_jax.data.tokenize import load_tokenizer
+from tests.crash.device import without_device
 from tests.crash.killer import Killer
 
 IMPORTED = (
@@ -46,6 +49,7 @@ IMPORTED = (
     "ches_jax.scores.in_memory",
     "ches_jax.displacement.diagnose",
     "ches_jax.report.diagnosis_page",
+    "ches_jax.train.observe.eval_loss",
     "ches_jax.forecast.run",
 )
 OF_THE_MOMENT = {
@@ -123,8 +127,21 @@ class Refused(Exception):
     """A command ended with another code than 0."""
 
 
-def run(folder: Path, words: list[str], at: int | None = None) -> list[str]:
-    """A command in a child, which dies before operation ``at``; returns the operations that it did.
+def command(words: list[str]) -> Callable[[], int]:
+    """A command line as what a child does."""
+
+    def act() -> int:
+        from ches_jax.cli import main
+
+        sys.argv = ["ches", *words]
+        with without_device() if words[0] in ("score", "generate", "train") else contextlib.nullcontext():
+            return main(words)
+
+    return act
+
+
+def run(folder: Path, act: Callable[[], int], at: int | None = None) -> list[str]:
+    """What a child does in a folder until it dies before operation ``at``; returns the operations that it did.
 
     Raises:
       Refused: it ended with another code than 0, and not by the kill.
@@ -141,10 +158,7 @@ def run(folder: Path, words: list[str], at: int | None = None) -> list[str]:
             os.dup2(said, 2)
             killer = Killer(folder, at)
             killer.install()
-            from ches_jax.cli import main
-
-            sys.argv = ["ches", *words]
-            code = main(words)
+            code = act()
             os.write(write, json.dumps(killer.seen).encode())
         except BaseException:
             traceback.print_exc()
@@ -197,6 +211,7 @@ def main(verb: str, model: str, most: int | None = None) -> None:
     """Enumerate the kills of one command."""
     for name in IMPORTED:
         importlib.import_module(name)
+    load_tokenizer("bundled")  # transformers imports the rest then
     with tempfile.TemporaryDirectory(prefix="crash-") as place:
         start, plan = Path(place) / "start", verbs(model)[verb]
         start.mkdir()
@@ -204,30 +219,49 @@ def main(verb: str, model: str, most: int | None = None) -> None:
         rows.insert(1, {"prompt": "Bad.", "chosen": " same", "rejected": " same"})
         (start / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for words in plan.get("before", ()):
-            run(start, words)
-        whole = Path(place) / "whole"
-        shutil.copytree(start, whole)
-        operations = run(whole, plan["words"])
-        expected = content(whole)
-        problems: list[str] = []
-        for at, operation in enumerate(operations[:most]):
-            folder = Path(place) / f"case{at}" / "here"
-            shutil.copytree(start, folder)
-            try:
-                run(folder, plan["words"], at)
-                try:
-                    run(folder, [*plan["words"], *plan.get("again", ())])
-                except Refused as refusal:
-                    # what is written at once is whole when it is there
-                    if "again" in plan or "exists and is not an empty directory" not in str(refusal):
-                        raise
-                if problem := different(expected, content(folder)):
-                    problems.append(f"{at} {operation}: {problem}")
-            except Refused as refusal:
-                problems.append(f"{at} {operation}: {refusal}")
-            finally:
-                shutil.rmtree(folder.parent)
+            run(start, command(words))
+        again = command([*plan["words"], *plan.get("again", ())])
+        operations, problems = enumerated(start, command(plan["words"]), again, "again" not in plan, most)
     print(json.dumps({"operations": operations, "problems": problems}))
+
+
+def enumerated(
+    start: Path, act: Callable[[], int], again: Callable[[], int], at_once: bool = False, most: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Kills before every operation in turn.
+
+    Args:
+      start: the folder as it is before; copies are made beside it.
+      act: what is killed.
+      again: what is done afterwards, until its end.
+      at_once: what it makes is there whole or not at all: where it is there, doing it again is refused.
+      most: only so many operations.
+
+    Returns:
+      The operations of a run that nobody kills, and what went wrong after which.
+    """
+    whole = start.parent / "whole"
+    shutil.copytree(start, whole)
+    operations = run(whole, act)
+    expected = content(whole)
+    problems: list[str] = []
+    for at, operation in enumerate(operations[:most]):
+        folder = start.parent / f"case{at}" / "here"
+        shutil.copytree(start, folder)
+        try:
+            run(folder, act, at)
+            try:
+                run(folder, again)
+            except Refused as refusal:
+                if not at_once or "exists and is not an empty directory" not in str(refusal):
+                    raise
+            if problem := different(expected, content(folder)):
+                problems.append(f"{at} {operation}: {problem}")
+        except Refused as refusal:
+            problems.append(f"{at} {operation}: {refusal}")
+        finally:
+            shutil.rmtree(folder.parent)
+    return operations, problems
 
 
 if __name__ == "__main__":

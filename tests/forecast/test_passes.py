@@ -95,7 +95,7 @@ def test_directions_of_adapters_move_only_adapters(passes_of):
     rng = np.random.default_rng(0)
     direction = {k: jnp.asarray(rng.normal(size=p.shape), p.dtype) for k, p in passes.params.items()}
     found = np.array(passes.push(direction)(pairs).first)
-    measure, eps = Measure(passes.model, passes.rows), 1e-4
+    measure, eps = Measure(passes.model, passes.rows), 1e-5
     at = [np.array(measure(shifted(passes, direction, k * eps), pairs)) for k in (-2, -1, 1, 2)]
     np.testing.assert_allclose(
         found, (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * eps), atol=1e-8 * np.abs(found).max()
@@ -116,7 +116,7 @@ def test_bfloat16_computes_in_bfloat16_and_sums_in_float32(exact, passes_of):
             low.push({k: jnp.asarray(np.asarray(v), jnp.float32) for k, v in direction.items()})(pairs).first
         )
     eps = float(jnp.finfo(jnp.bfloat16).eps)
-    assert np.linalg.norm(found - truth) <= 8 * eps * np.linalg.norm(truth)
+    assert np.linalg.norm(found - truth) <= 16 * eps * np.linalg.norm(truth)
     gradient = {k: np.asarray(v) for k, v in start.gradient.items()}
     off = sum(float(((np.asarray(begun.gradient[k]) - g) ** 2).sum()) for k, g in gradient.items())
     assert off <= (16 * eps) ** 2 * sum(float((g**2).sum()) for g in gradient.values())

@@ -1,5 +1,6 @@
 """Small damage to valid things: bytes of a file, values of a JSON document, columns of a table, letters of a text."""
 
+import contextlib
 import copy
 import json
 from random import Random
@@ -136,7 +137,8 @@ def in_value(rng: Random, value: Any, words: tuple[str, ...] = ()) -> Any:
                 holder.insert(key, new)
             case 3:
                 other, name = rng.choice(places)
-                holder[key] = copy.deepcopy(other[name])
+                with contextlib.suppress(RecursionError):
+                    holder[key] = copy.deepcopy(other[name])
             case 4 if isinstance(holder[key], str):
                 holder[key] = in_text(rng, holder[key], [*words, "\n", '"', "<|user|>", "}}", "%s"])[:10_000]
             case 4 if isinstance(holder[key], int | float) and not isinstance(holder[key], bool):

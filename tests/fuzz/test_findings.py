@@ -19,7 +19,9 @@ from ches_jax.errors import CheckpointError, ChesError, DataError, RunError
 from ches_jax.hf.directory import weight_files
 from ches_jax.report import report
 from ches_jax.runs.directory import CONFIG, open_run
+from ches_jax.select.config import SelectConfig
 from ches_jax.select.expression import evaluated, parsed
+from ches_jax.select.run import select
 from tests.fuzz.material import write_runs
 
 
@@ -112,6 +114,16 @@ def test_a_log_of_metrics_that_is_no_text_is_left_out(run):
     assert report(folder).is_file()
 
 
+@pytest.mark.parametrize("config", ["text", {"columns": "text"}, {"pairs": ["a"]}, {"limit": "all"}])
+def test_options_of_another_shape_are_told(run, config):
+    folder = run("score")
+    changed(folder / "run.json", lambda value: value.update(config=config))
+    choice = SelectConfig(scores=folder, by="ches", keep="lowest:0.5", out=folder / "kept")
+    for read in (lambda: select(choice), lambda: report(folder)):
+        with pytest.raises(RunError, match=r"run.json: is damaged.*config"):
+            read()
+
+
 @pytest.mark.parametrize("opened", ["text", {"model": "text"}, {"model": {"a.json": 3}}])
 def test_an_identity_of_another_shape_is_told(tmp_path, opened):
     (tmp_path / CONFIG).write_text(json.dumps({"verb": "score", "config": {}, "opened": opened}))
@@ -202,3 +214,10 @@ def test_an_object_of_lists_needs_as_many_of_each(content):
     row = {"prompt": "p", "chosen": {"role": ["user", "assistant"], "content": content}, "rejected": "b"}
     with pytest.raises(DataError, match="'content' is no list of as many values as 'role' has"):
         list(rows_in_memory([row]))
+
+
+def test_a_column_of_one_message_is_looked_for_in_the_prompt():
+    turn = {"role": "user", "content": "p"}
+    rows = [{"question": "p", "note": turn, "a": "x", "b": "y"}] * 2
+    source = rows_in_memory(rows, columns={"prompt": "question", "chosen": "a", "rejected": "b", "system": "none"})
+    assert len(list(source)) == 2

@@ -616,7 +616,8 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
 def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:
     """Whether a text, or each text of turns, stands in the row's prompt (and responses, as ``where`` says) already."""
     value = turns(decoded(value))
-    texts = [value] if isinstance(value, str) else [text_of(m) for m in value] if are_turns(value) else []  # type: ignore[arg-type]
+    said = value if isinstance(value, list) else [value]
+    texts = [value] if isinstance(value, str) else [text_of(m) for m in said] if are_turns(value) else []
     if not any(texts):
         return True
     try:

@@ -20,6 +20,28 @@ from ches_jax.hf.tensors import DTYPES, Tensor
 
 STATE = "quant_state.bitsandbytes__nf4"
 BIT4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022833234,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+"""The values of nf4: quantiles of a normal distribution (QLoRA, appendix E)."""
 INV_127 = np.float32(7.874015718698502e-3)
 """1 / 127 as the library writes it."""
 
@@ -74,7 +96,12 @@ class Nf4(Scheme):
             values = parts["quant_map"].read().astype(np.float32)[q] * a
             return values.reshape(stop - start, width).astype(dtype)
 
-        return computed(f"{module}.weight", (height, width), dtype, weight, rows)
+        def codes() -> tuple[np.ndarray, np.ndarray]:
+            flat = Tensor(weight.name, (height, width // 2), "uint8", weight.file, weight.offset)
+            return flat.read(), _largest(parts, state, 0, blocks).reshape(height, width // size)
+
+        by_rows = width % size == 0 and np.array_equal(parts["quant_map"].read(), NF4)
+        return computed(f"{module}.weight", (height, width), dtype, weight, rows, codes if by_rows else None)
 
 
 def _largest(parts: Mapping[str, Tensor], state: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
@@ -136,7 +163,10 @@ class Int8(Scheme):
             q = weight.read((slice(start, stop), slice(None))).astype(np.float32)
             return (q * largest.read((slice(start, stop),))[:, None] * INV_127).astype(self.dtype)
 
-        return computed(f"{module}.weight", weight.shape, self.dtype, weight, rows)
+        def codes() -> tuple[np.ndarray, np.ndarray]:
+            return weight.read(), largest.read()[:, None]
+
+        return computed(f"{module}.weight", weight.shape, self.dtype, weight, rows, codes)
 
 
 def read(raw: Mapping[str, Any], dtype: str) -> tuple[Nf4 | Int8 | None, list[str]]:

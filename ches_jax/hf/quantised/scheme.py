@@ -15,6 +15,7 @@ from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.tensors import DTYPES, Computed, Tensor
 
 Rows = Callable[[int, int], np.ndarray]
+Codes = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class Misfit(Exception):
@@ -78,9 +79,11 @@ def dequantised(scheme: Scheme, tensors: Mapping[str, Tensor], where: str) -> di
     return out
 
 
-def computed(name: str, shape: tuple[int, ...], dtype: str, first: Tensor, rows: Rows) -> Computed:
+def computed(
+    name: str, shape: tuple[int, ...], dtype: str, first: Tensor, rows: Rows, codes: Codes | None = None
+) -> Computed:
     """A tensor that computes its rows, standing where the first of its parts is stored."""
-    return Computed(name, shape, dtype, first.file, first.offset, rows)
+    return Computed(name, shape, dtype, first.file, first.offset, rows, codes)
 
 
 def require_shape(part: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:

@@ -119,7 +119,7 @@ def load_model(
         for name, leaf in params.items()
     }
     if bad:
-        raise CheckpointError(many(str(directory), [f"tensor {n!r} holds NaN or infinite values" for n in sorted(bad)]))
+        raise _not_finite(directory, bad)
     return with_parameters(abstract, arrays)
 
 
@@ -204,6 +204,23 @@ def _checked_table(
     if problems:
         raise CheckpointError(many(str(directory), problems))
     return tensors, table
+
+
+def read_parameter(opened: Checkpoint, name: str, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    """One parameter as it is stored.
+
+    Raises:
+      CheckpointError: it holds NaN or infinite values.
+    """
+    bad: set[str] = set()
+    array = _read(opened, opened.table[name], shape, None, sharding, bad)
+    if bad:
+        raise _not_finite(opened.directory, bad)
+    return array
+
+
+def _not_finite(directory: Path, names: Iterable[str]) -> CheckpointError:
+    return CheckpointError(many(str(directory), [f"tensor {n!r} holds NaN or infinite values" for n in sorted(names)]))
 
 
 def _without_unread(

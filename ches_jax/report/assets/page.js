@@ -207,7 +207,7 @@
     for (const name of tableSides) row.append((heads[name] = headCell(name, name, "the text; its beginning where it is long", "t", name !== tableSides[0])));
     const group = h("colgroup", {}, h("col", { class: "open" }));
     const small = narrow.matches;
-    for (const column of shown) group.append(h("col", { class: column.minor ? "minor" : "", width: column.kind === "number" ? (small ? 74 : 92) : column.kind === "word" ? (small ? 90 : 130) : 90 }));
+    for (const column of shown) group.append(h("col", { class: column.minor ? "minor" : "", width: column.kind === "number" ? (small ? 86 : 92) : column.kind === "word" ? (small ? 90 : 130) : 90 }));
     for (const name of tableSides) group.append(h("col", { class: name !== tableSides[0] ? "minor" : "" }));
     $("col.open", group).setAttribute("width", small ? 34 : 40);
     $("table", box).prepend(group);

@@ -3,7 +3,6 @@
 The order of the data is a function of seed and epoch alone, so a position is all that a checkpoint needs to hold.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.losses import Loss
+from ches_jax.runs.chunks import write_lines
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.rows import read_pairs
 from ches_jax.types import TokenPair
@@ -86,7 +86,7 @@ def _drawn(pairs: Sequence[TokenPair], count: int, seed: int) -> tuple[np.ndarra
 def write_dropped(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
     """The list of rows left out, with reasons; no file where there are none."""
     if dropped:
-        path.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dropped), encoding="utf-8")
+        write_lines(path, dropped)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Killed before any one of its operations on files, a run goes on to the same bytes and leaves nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.crash.enumerate_kills import verbs
+
+ROOT = Path(__file__).parents[2]
+
+
+def enumerated(*words, seconds):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *words], capture_output=True, text=True, timeout=seconds, cwd=ROOT
+    )
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{' '.join(words[1:2])}: killed before each of {len(found['operations'])} operations")
+    return found["operations"], found["problems"]
+
+
+def test_the_files_of_a_run(tmp_path):
+    operations, problems = enumerated("tests.crash.small_run", str(tmp_path), seconds=120)
+    kinds = {operation.split()[0] for operation in operations}
+    assert len(operations) > 60 and kinds == {"open", "fsync", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+    assert not problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", verbs("MODEL"))
+def test_every_command(verb, tiny_model):
+    operations, problems = enumerated("tests.crash.enumerate_kills", verb, str(tiny_model), seconds=7200)
+    assert len(operations) >= 5 and not problems

@@ -1,0 +1,35 @@
+"""The list of mistakes (``tools/mutants.toml``): each can still be made, where and as often as it says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("mutants_tool", ROOT / "tools" / "mutants.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["mutants_tool"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mistake_can_be_made_and_its_tests_are_there(tool):
+    mutants, tests = tool.mutants()
+    problems = []
+    for mutant in mutants:
+        text = (ROOT / mutant.file).read_text(encoding="utf-8")
+        try:
+            compile(mutant.made_in(text), mutant.file, "exec")
+        except (ValueError, SyntaxError) as error:
+            problems.append(str(error))
+    assert not problems
+    assert {m.area for m in mutants} == tests.keys()
+    assert not [name for names in tests.values() for name in names if not (ROOT / name).exists()]
+    assert len({(m.file, m.old, m.new) for m in mutants}) == len(mutants)
