@@ -92,7 +92,8 @@ def require_forward_mode(model: Model, params: dict[str, Array], name: str) -> N
     rows = jax.tree.map(jnp.asarray, empty_batch(model.mesh.size, 64))
     logps = partial(model.forward, frozen=model.frozen, rows=rows)
     try:
-        jax.eval_shape(lambda p, u: jax.jvp(lambda q: logps(q), (p,), (u,)), params, params)
+        # lowered, not only traced: a function with a backward pass of its own refuses where it is lowered
+        jax.jit(lambda p, u: jax.jvp(lambda q: logps(q), (p,), (u,))).lower(params, params)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -84,7 +84,7 @@ def gated_delta_rule(
         return a.reshape(rows, -1, size, *a.shape[2:]).swapaxes(0, 1)
 
     def step(states, one):
-        return _one_chunk(*one, states)
+        return _one_chunk(one[0], one[1], states)
 
     every = (Inputs(*map(chunks, padded)), KeyRanges(*map(chunks, longer)))
     states, out = lax.scan(step, States(start, jnp.zeros_like(start)), every)

@@ -48,7 +48,9 @@ class Taps(nnx.Module):
             shifted = [every[:, reach - j : reach - j + x.shape[1]] for j in range(reach + 1)]
             last = every[:, x.shape[1] :]
         weight = self.weight[...].astype(accumulate(x.dtype))
-        y = sum(weight[None, None, :, reach - j] * a.astype(weight.dtype) for j, a in enumerate(shifted))
+        y = jnp.zeros(x.shape, weight.dtype)
+        for j, a in enumerate(shifted):
+            y = y + weight[None, None, :, reach - j] * a.astype(weight.dtype)
         y = y if self.bias is None else y + self.bias[...].astype(weight.dtype)[None, None]
         return y.astype(x.dtype), last
 

@@ -91,8 +91,10 @@ def with_packed(abstract: Decoder, dtypes: Mapping[str, str], arrays: Mapping[st
         for part in name.split("."):
             module = module[part] if isinstance(module, nnx.Dict) else getattr(module, part)
         assert isinstance(module, Linear)
-        shapes = (
-            jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (arrays[f"{name}.packed.{p}"] for p in ("codes", "factors"))
-        )
-        module.packed, module.weight = Packed(*shapes, dtype), None
+        codes, factors = (arrays[f"{name}.packed.{part}"] for part in ("codes", "factors"))
+        module.packed, module.weight = Packed(_shape(codes), _shape(factors), dtype), None
     return abstract
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

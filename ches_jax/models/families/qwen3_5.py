@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ches_jax.models.checkpoint.hf_config import ConfigReader
-from ches_jax.models.checkpoint.tensor_map import Interleaved, Rule, Squeezed, rules
+from ches_jax.models.checkpoint.tensor_map import Interleaved, Rule, Squeezed, View, rules
 from ches_jax.models.config import DecoderConfig, DeltaRuleConfig, LayerKind
 from ches_jax.models.families import llama
 
@@ -86,7 +86,7 @@ def layer_types(r: ConfigReader, layers: int) -> list[str]:
 
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
     """Where each parameter is stored: queries and gates of a head one after the other in one tensor."""
-    views = {"self_attn.conv.weight": Squeezed()}
+    views: dict[str, View] = {"self_attn.conv.weight": Squeezed()}
     for part, module in enumerate(("q_proj", "gate_proj")):
         for leaf in ("weight", "bias"):
             views[f"self_attn.{module}.{leaf}"] = Interleaved(part, 2, config.head_dim)
