@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ches_jax.generate.run import generate as generate
     from ches_jax.judges.config import JudgeConfig as JudgeConfig
     from ches_jax.judges.run import judge as judge
+    from ches_jax.label.config import LabelConfig as LabelConfig
+    from ches_jax.label.run import label as label
     from ches_jax.losses import get_loss as get_loss
     from ches_jax.losses import incentives as incentives
     from ches_jax.models import load_model as load_model
@@ -85,6 +87,8 @@ _HOMES = {
     "GenerateConfig": "ches_jax.generate.config",
     "judge": "ches_jax.judges.run",
     "JudgeConfig": "ches_jax.judges.config",
+    "label": "ches_jax.label.run",
+    "LabelConfig": "ches_jax.label.config",
     "report": "ches_jax.report",
     "doctor": "ches_jax.doctor",
     "DoctorConfig": "ches_jax.doctor",

@@ -19,6 +19,7 @@ VERBS = [
     "diagnose",
     "generate",
     "judge",
+    "label",
     "report",
     "doctor",
     "convert",

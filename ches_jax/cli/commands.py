@@ -17,6 +17,7 @@ from ches_jax.doctor import DoctorConfig
 from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConfig
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.judges.config import JudgeConfig
+from ches_jax.label.config import GatherConfig, LabelConfig
 from ches_jax.options import Place
 from ches_jax.plan.config import PlanConfig
 from ches_jax.scores.config import ScoreConfig
@@ -152,6 +153,97 @@ class Select(Output, SelectConfig):
             paths={"pairs": pairs, "dropped": self.out / "dropped.jsonl", "run": self.out / "selection.json"},
             details=summary,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Output, LabelConfig):
+    """How sure is each label? Pairs with rewards of both responses and the probability that the label is right.
+
+    The column goes to `ches train --label-probabilities label_probability` and to
+    `ches select --by column:label_probability`.
+    """
+
+    def run(self) -> Outcome:
+        """Labels."""
+        from ches_jax.label.run import PAIRS, SUMMARY, label, summary_text
+
+        record = label(_only(LabelConfig, self), quiet=self.quiet)
+        out, n = Path(self.out), record["counts"]
+        return Outcome(
+            headline=f"{n['labelled']} of {n['rows']} pairs labelled, {n['unsure']} unsure -> {out / PAIRS}",
+            path=out,
+            text="" if self.quiet else summary_text(record),
+            counts=n,
+            paths={"pairs": out / PAIRS, "run": out / SUMMARY},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(Output, GatherConfig):
+    """Pairs and generated texts into the rows that an objective reads: D2O's samples, contests, fDPO, goals."""
+
+    def run(self) -> Outcome:
+        """Gathers."""
+        from ches_jax.label.gather import PAIRS, SUMMARY, gather
+
+        record = gather(_only(GatherConfig, self))
+        out, n = Path(self.out), record["counts"]
+        return Outcome(
+            headline=f"{n['rows']} rows of {n['pairs']} pairs -> {out / PAIRS}",
+            path=out,
+            counts=n,
+            paths={"pairs": out / PAIRS, "run": out / SUMMARY},
+            details=record,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOf(Output):
+    """Run the commands of a TOML file in a row: generate, label or judge, select, train, diagnose; --resume goes on."""
+
+    file: tyro.conf.Positional[Path]
+    """The recipe: [[stage]] tables with name, verb and options; examples are in examples/recipes."""
+    out: str = ""
+    """Directory for all stages; default: the first free runs/recipe-NNN."""
+    resume: bool = False
+    """Go on with what --out holds: stages that are done are not made again."""
+
+    def run(self) -> Outcome:
+        """Runs all stages."""
+        from ches_jax.cli.recipe import RECORD, run_recipe
+        from ches_jax.runs.directory import new_name
+        from ches_jax.runs.progress import say
+
+        out = Path(self.out) if self.out else new_name(Path("runs"), "recipe")
+        verbs = tuple(verb for verb in COMMANDS if verb not in ("recipe", "show", "merge", "completion"))
+        quiet = self.quiet
+        record = run_recipe(
+            self.file,
+            out,
+            lambda verb, words: _stage(verb, words, resume=self.resume, quiet=quiet),
+            verbs,
+            resume=self.resume,
+            say=lambda text: say(text, quiet=quiet),
+        )
+        return Outcome(
+            headline=f"{record['stages']} stages -> {out}",
+            path=out,
+            counts={"stages": record["stages"]},
+            paths={"run": out / RECORD},
+            details=record,
+        )
+
+
+def _stage(verb: str, words: list[str], *, resume: bool, quiet: bool) -> Outcome:
+    """Runs one command of a recipe."""
+    from ches_jax.cli import _parsed
+    from ches_jax.cli.suggest import corrected
+
+    command = COMMANDS[verb]
+    how = ["--resume"] if resume and issubclass(command, RunOutput) else []
+    how += ["--quiet"] if quiet else []
+    return _parsed(verb, command, corrected(verb, command, [*words, *how])).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +607,8 @@ COMMANDS: dict[str, type[Any]] = {
     "doctor": Doctor,
     "plan": Plan,
     "select": Select,
+    "label": Label,
+    "gather": Gather,
     "generate": Generate,
     "judge": Judge,
     "train": Train,
@@ -527,6 +621,7 @@ COMMANDS: dict[str, type[Any]] = {
     "merge": Merge,
     "verify": Verify,
     "convert": Convert,
+    "recipe": RecipeOf,
     "completion": Completion,
 }
 

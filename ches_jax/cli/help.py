@@ -39,7 +39,20 @@ EXAMPLES = {
         "ches judge --responses runs/generate-001",
         "ches judge --responses runs/generate-001 --by model --judge my-judge",
     ),
+    "label": (
+        "ches label --model runs/train-001/model --reference bundled --out labelled",
+        "ches label --by file --labels labels.jsonl --pairs pairs.jsonl --out labelled",
+    ),
+    "gather": (
+        "ches gather --pairs pairs.jsonl --make samples --responses runs/generate-001 --out rows",
+        "ches gather --pairs labelled/pairs.jsonl --make goals --out goals",
+    ),
+    "recipe": (
+        "ches recipe examples/recipes/d2o.toml --out runs/d2o",
+        "ches recipe examples/recipes/d2o.toml --out runs/d2o --resume",
+    ),
     "train": (
+        "ches train --loss 'wpo(dpo(beta=0.1)) + 0.2*sft' --steps 20",
         "ches train --steps 20 --batch-size 8 --lr 1e-5",
         "ches train --model my-model --pairs pairs.jsonl --loss dpo --loss-args beta=0.1 --holdout 200 --out runs/dpo",
         "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",

@@ -213,6 +213,16 @@ def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 
+def open_rows_of_labels(spec: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a file as they are, with their place: labels of pairs that are told elsewhere.
+
+    Raises:
+      DataError: nothing there, an unknown format, no rows.
+    """
+    source = open_rows(spec, None, None, Kind("labels", (), lambda row, columns: [(None, {})]))
+    return ((where, raw) for where, raw in source.read(0) if isinstance(raw, Mapping))
+
+
 def open_prompts(
     spec: str, split: str | None = None, columns: Mapping[str, str] | None = None, schema: str = "auto"
 ) -> PairSource:

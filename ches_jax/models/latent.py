@@ -59,9 +59,10 @@ class LatentAttention(nnx.Module):
         assert m is not None and c.rope is not None
         lead, heads = x.shape[:2], c.num_heads
         cos, sin = rotation(c, context, data)
+        neighbours = c.rope.neighbours
 
         def rotated(a):
-            return rope.rotate(a, cos, sin, neighbours=c.rope.neighbours)
+            return rope.rotate(a, cos, sin, neighbours=neighbours)
 
         def padded(a):
             """As long as ``head_dim``: every way to compute attention takes queries, keys and values of one length."""

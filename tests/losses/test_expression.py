@@ -133,6 +133,17 @@ def test_aliases_are_counted_once():
     assert re.findall(r"one of (\d+) objectives", readme) == [str(len(names))]
 
 
+def test_every_loss_and_wrapper_is_on_the_page():
+    """``python tools/objectives.py page`` was run after the registry changed."""
+    page = (Path(losses.__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    for names in distinct_losses().values():
+        for name in names:
+            assert f"`{get_loss(name)!r}`" in page
+        assert f"\n### {names[0]}\n" in page
+    for name in WRAPPERS:
+        assert f"\n### {name}\n" in page
+
+
 def test_every_loss_reads_back_from_what_it_shows():
     for name in loss_names():
         assert repr(parse_loss(repr(get_loss(name)))) == repr(get_loss(name))

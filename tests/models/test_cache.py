@@ -73,6 +73,10 @@ def test_step_by_step_gives_the_states_of_the_whole_row(golden: Path, family: st
         "gpt_neox",
         "phi3",
         "starcoder2",
+        "cohere2",
+        "gpt_oss",
+        "deepseek_v3",
+        "llama4",
         "lfm2",
     ],
 )

@@ -65,6 +65,6 @@ def test_the_balance_loss_is_that_of_transformers(golden: Path, family: str):
     model = load_model(golden / family / "policy")
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), (2, 32))
     each = np.broadcast_to(lengths[:, None], (2, 32)).astype(np.int32)
-    arrays = (jnp.asarray(a) for a in (ids, positions))
-    _, balance = model.hidden_and_balance(*arrays, causal(jnp.asarray(real)), jnp.asarray(each), jnp.asarray(real))
+    tokens, places, lengths_of, counted = (jnp.asarray(a) for a in (ids, positions, each, real))
+    _, balance = model.hidden_and_balance(tokens, places, causal(counted), lengths_of, counted)
     assert float(balance) == pytest.approx(float(out.aux_loss), rel=1e-6)

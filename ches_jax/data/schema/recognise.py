@@ -631,7 +631,7 @@ def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[
 
 def _contents_of(value: Any) -> list[str]:
     """A text, or the texts of messages, without their roles."""
-    return [value] if isinstance(value, str) else [text_of(m) if isinstance(m, Mapping) else str(m) for m in value]
+    return [value] if isinstance(value, str) else [text_of(m) if isinstance(m, dict) else str(m) for m in value]
 
 
 def _holds(text: str, part: str) -> bool:

@@ -151,7 +151,9 @@ def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choi
     if kernel not in KERNELS:
         raise ChesError(f"--attention {name!r}: expected {AUTO}, {', '.join([*KERNELS, *PLAIN])}")
     interpret = name != kernel
-    reason = NO_SINKS if setting.sinks else None if interpret else KERNELS[kernel].why_not(setting)
+    if setting.sinks:
+        raise ChesError(f"--attention {name}: {NO_SINKS}. Available here: {usable}")
+    reason = None if interpret else KERNELS[kernel].why_not(setting)
     if reason is not None:
         raise ChesError(
             f"--attention {name}: cannot run on this {setting.device}: {reason}. Available here: {usable} "

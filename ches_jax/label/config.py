@@ -1,0 +1,86 @@
+"""The options of ``ches label``. Plain data: importing this module loads no jax."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ches_jax.errors import ChesError
+from ches_jax.options import ModelOptions, PairOptions, not_identity, require_dtype, require_positive
+from ches_jax.types import OnBadRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(PairOptions, ModelOptions):
+    """What to label, and by what.
+
+    >>> LabelConfig(by="follow-up", phrases="phrases.txt", out="labelled").beta
+    0.1
+    """
+
+    out: str = not_identity("")
+    """The directory to write: pairs.jsonl with the new columns, label.json; must not exist, or be empty."""
+    by: Literal["implicit-reward", "follow-up", "file"] = "implicit-reward"
+    """implicit-reward: beta times the log-ratio of --model to --reference; follow-up: how likely --model finds the good
+    --phrases after a response, and the bad ones; file: columns of --labels."""
+    reference: str | None = None
+    """Model that implicit rewards are relative to."""
+    previous: str | None = None
+    """An earlier policy: the share of pairs that both policies rank alike is the label's probability (CREAM)."""
+    beta: float = 0.1
+    """Of the implicit rewards, and of the probabilities made of rewards."""
+    phrases: str | None = None
+    """File of follow-ups, one a line: + before a good one, - before a bad one; as many of each."""
+    labels: str | None = None
+    """File (JSONL, Parquet, CSV ...) with row_id and label_probability, or chosen_reward and rejected_reward."""
+    relabel: bool = False
+    """Exchange the responses of pairs whose label is less likely than not, so that every probability is 0.5 or more."""
+    dtype: str = "float32"
+    """Dtype of the computation: float32, bfloat16, float16 or float64."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of flagged rows: error, drop or keep (where possible)."""
+
+
+NEEDS = {"reference": "implicit-reward", "previous": "implicit-reward", "phrases": "follow-up", "labels": "file"}
+"""Option -> the way of labelling it belongs to."""
+
+
+def require_options(config: LabelConfig) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+      ChesError: the first.
+    """
+    if not config.out:
+        raise ChesError("--out must be given: the directory to write")
+    for option, by in NEEDS.items():
+        if getattr(config, option) is not None and config.by != by:
+            raise ChesError(f"--{option} is for --by {by}, and this is --by {config.by}")
+    required = {"implicit-reward": "reference", "follow-up": "phrases", "file": "labels"}[config.by]
+    if getattr(config, required) is None:
+        raise ChesError(f"--by {config.by} needs --{required}")
+    require_dtype("dtype", config.dtype)
+    require_positive({"beta": config.beta, "limit": config.limit})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherConfig(PairOptions):
+    """Which rows to make of pairs and of texts that a model generated.
+
+    >>> GatherConfig(make="samples", responses="runs/generate-001", out="rows").reward_column
+    'reward'
+    """
+
+    out: str = not_identity("")
+    """The directory to write: pairs.jsonl and gather.json; must not exist, or be empty."""
+    make: Literal["pairs", "samples", "contests", "filtered", "goals"] = "samples"
+    """pairs: the pairs as they are, in one file; samples: prompt, rejected, and the texts as responses (D2O); contests:
+    pairs of each prompt's first two different texts, to be labelled (iterative DPO); filtered: the pairs whose chosen
+    response has a reward no lower than the text's (fDPO); goals: two rows of each pair, asked for the reward of its one
+    or its other response, which is then the chosen one (reward-augmented data)."""
+    responses: str | None = None
+    """Directory of `ches generate` whose --prompts were these pairs (or its responses.jsonl)."""
+    rewards: str | None = None
+    """For filtered: file with row_id, sample and a reward of each text, such as judgments.jsonl."""
+    reward_column: str = "reward"
+    """Its column with the reward: a number, or true and false."""
+    goal: str = "(score: {reward:g}) "
+    """For goals: what is put before the prompt."""

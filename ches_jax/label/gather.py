@@ -1,0 +1,140 @@
+"""``ches gather``: pairs and generated texts into the rows that an objective or the next command reads."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ches_jax.data.sources import Record, open_rows_of_labels, pairs_of_run, row_id
+from ches_jax.errors import ChesError, DataError
+from ches_jax.label.config import GatherConfig
+from ches_jax.runs.chunks import json_line, json_value
+from ches_jax.runs.files import new_directory
+
+PAIRS = "pairs.jsonl"
+SUMMARY = "gather.json"
+REWARDS = ("chosen_reward", "rejected_reward")
+NEEDS = {"pairs": (), "samples": ("responses",), "contests": ("responses",), "filtered": ("rewards",), "goals": ()}
+
+Row = dict[str, Any]
+
+
+def gather(config: GatherConfig) -> dict[str, Any]:
+    """Write ``config.out``; returns what ``gather.json`` holds.
+
+    Raises:
+      ChesError: options or input that are not fit.
+    """
+    if not config.out:
+        raise ChesError("--out must be given: the directory to write")
+    for option in NEEDS[config.make]:
+        if getattr(config, option) is None:
+            raise ChesError(f"--make {config.make} needs --{option}")
+    rows = [record for group in pairs_of_run(asdict(config)) for record in group if not record.fault]
+    made = list(MAKE[config.make](config, rows))
+    if not made:
+        raise ChesError(f"--make {config.make}: none of {len(rows)} pairs makes a row")
+    record = json_value({"verb": "gather", "config": asdict(config), "counts": {"pairs": len(rows), "rows": len(made)}})
+    with new_directory(Path(config.out), ChesError) as folder:
+        (folder / PAIRS).write_bytes(b"".join(json_line(row).encode() for row in made))
+        (folder / SUMMARY).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
+
+
+def texts_of(spec: str) -> dict[str, list[str]]:
+    """Generated texts by the id of their prompt, in the order of the samples."""
+    path = Path(spec)
+    found: dict[str, dict[int, str]] = {}
+    for where, row in open_rows_of_labels(str(path / "responses.jsonl" if path.is_dir() else path)):
+        if not isinstance(row.get("text"), str) or "row_id" not in row:
+            raise DataError(f"--responses {spec}, {where}: expected row_id, sample and text, as `ches generate` writes")
+        found.setdefault(str(row["row_id"]), {})[int(row.get("sample") or 0)] = row["text"]
+    return {key: [texts[k] for k in sorted(texts)] for key, texts in found.items()}
+
+
+def prompt_id(record: Record) -> str:
+    """The id that ``ches generate`` gives a pair's prompt."""
+    content = record.content
+    names = ("prompt_ids",) if "prompt_ids" in content else ("prompt", "tools", "chat_template_kwargs")
+    return row_id({name: content[name] for name in names if name in content})
+
+
+def _with_texts(config: GatherConfig, rows: list[Record]) -> Iterator[tuple[Record, list[str]]]:
+    """Pairs with the texts of their prompts; a prompt that several pairs have comes once for each.
+
+    Raises:
+      DataError: none of the prompts was generated for.
+    """
+    texts = texts_of(str(config.responses))
+    found = [(row, texts[prompt_id(row)]) for row in rows if prompt_id(row) in texts]
+    if not found:
+        raise DataError(
+            f"--responses {config.responses}: its texts are of other prompts than those of {config.pairs}; generate "
+            f"with --prompts {config.pairs}"
+        )
+    yield from found
+
+
+def _pairs(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    for row in rows:
+        category = {} if row.category is None else {"category": row.category}
+        yield {**row.extra, **row.content, **category}
+
+
+def _samples(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    for row, texts in _with_texts(config, rows):
+        yield {"prompt": row.content["prompt"], "rejected": row.content["rejected"], "responses": texts}
+
+
+def _contests(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    seen = set()
+    for row, texts in _with_texts(config, rows):
+        different = [t for t in dict.fromkeys(texts) if t.strip()]
+        if len(different) > 1 and prompt_id(row) not in seen:
+            seen.add(prompt_id(row))
+            yield {"prompt": row.content["prompt"], "chosen": different[0], "rejected": different[1]}
+
+
+def _filtered(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    rewards: dict[str, float] = {}
+    for where, values in open_rows_of_labels(str(config.rewards)):
+        reward = values.get(config.reward_column)
+        if not isinstance(reward, int | float):
+            raise DataError(
+                f"--rewards {config.rewards}, {where}: {config.reward_column!r} is {reward!r}; expected a number, or "
+                "true or false; name another column with --reward-column"
+            )
+        key = str(values.get("row_id"))
+        rewards[key] = max(rewards.get(key, -float("inf")), float(reward))
+    for row in rows:
+        own = _rewards(config, row)[0]
+        known = rewards.get(prompt_id(row))
+        if known is None:
+            raise DataError(f"--rewards {config.rewards}: has no reward for a text of {row.where}'s prompt")
+        if own >= known:
+            yield {**row.extra, **row.content}
+
+
+def _goals(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+    for row in rows:
+        chosen, rejected = _rewards(config, row)
+        prompt, sides = row.content["prompt"], (row.content["chosen"], row.content["rejected"])
+        if not isinstance(prompt, str):
+            raise DataError(f"{config.pairs}, {row.where}: --make goals writes before prompts that are texts")
+        for reward, (good, bad) in ((chosen, sides), (rejected, sides[::-1])):
+            yield {"prompt": config.goal.format(reward=reward) + prompt, "chosen": good, "rejected": bad}
+
+
+def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:
+    values: Mapping[str, Any] = row.extra
+    found = [values.get(name) for name in REWARDS]
+    if not all(isinstance(v, int | float) for v in found):
+        raise DataError(
+            f"{config.pairs}, {row.where}: --make {config.make} needs numbers in {' and '.join(REWARDS)}; "
+            "`ches label` writes them"
+        )
+    return float(found[0]), float(found[1])  # type: ignore[arg-type]
+
+
+MAKE = {"pairs": _pairs, "samples": _samples, "contests": _contests, "filtered": _filtered, "goals": _goals}

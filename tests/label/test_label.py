@@ -1,0 +1,205 @@
+"""Labels in doubt: rewards, probabilities and what they say of a set; files of labels; rows made of pairs and texts."""
+
+import json
+from math import exp, log
+
+import numpy as np
+import pytest
+
+from ches_jax.data.sources import pairs_of_run
+from ches_jax.errors import ChesError
+from ches_jax.label.config import GatherConfig, LabelConfig
+from ches_jax.label.gather import gather, prompt_id
+from ches_jax.label.rewards import (
+    calibration_error,
+    consistency,
+    flip_budget,
+    idealised_accuracy,
+    implicit_reward,
+    label_probability,
+    ranking_summary,
+)
+from ches_jax.label.run import label, read_phrases
+
+PAIRS = [
+    {
+        "prompt": f"Q{i}?",
+        "chosen": f" yes {i}",
+        "rejected": f" no {i}",
+        "chosen_reward": 2.0 - i,
+        "rejected_reward": 0.5,
+    }
+    for i in range(3)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rewards_are_beta_times_log_ratios_and_probabilities_their_logistic_difference():
+    policy, ref = np.array([-4.0, -9.0]), np.array([-6.0, -9.5])
+    np.testing.assert_allclose(implicit_reward(policy, ref, 0.5), [1.0, 0.25])
+    np.testing.assert_allclose(label_probability(np.array([1.0]), np.array([0.25])), [1 / (1 + exp(-0.75))])
+    np.testing.assert_allclose(flip_budget(np.array([4.0, -4.0]), 0.5), [log(1 + exp(2)), log(1 + exp(-2))])
+
+
+def test_what_two_models_say_of_a_set():
+    """Four pairs: right before and after, wrong then right, right then wrong, wrong before and after."""
+    reference = np.array([-1.0, -3.0, -1.0, -3.0]), np.array([-2.0, -2.0, -2.0, -2.0])
+    policy = np.array([-1.0, -1.0, -3.0, -3.0]), np.array([-4.0, -2.0, -2.0, -2.0])
+    found = ranking_summary(policy, reference, beta=1.0)
+    assert (found["ranking_accuracy_reference"], found["ranking_accuracy_policy"]) == (0.5, 0.5)
+    assert (found["flipped_to_right"], found["flipped_to_wrong"]) == (0.25, 0.25)
+    assert found["implicit_reward_accuracy"] == (1 + 1 + 0 + 0.5) / 4
+    assert idealised_accuracy(np.array([0.9, 0.4])) == pytest.approx(0.75)
+    assert consistency(np.array([1.0, -1.0, 2.0]), np.array([1.0, 1.0, 0.5])) == pytest.approx(2 / 3)
+
+
+def test_calibration_error_is_the_gap_of_each_bin():
+    sure = np.array([0.95] * 10)  # all right, said with 0.95
+    assert calibration_error(sure) == pytest.approx(0.05)
+    assert calibration_error(np.array([0.95, 0.05])) == pytest.approx(0.45)
+    assert calibration_error(np.array([1.0, 1.0])) == 0.0
+
+
+def test_labels_of_a_file_join_by_row(tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
+    labels = [
+        {"row_id": ids[2], "chosen_reward": 0.0, "rejected_reward": 1.0},
+        {"row_id": ids[0], "label_probability": 0.75},
+    ]
+    options = {"by": "file", "pairs": pairs, "beta": 1.0, "labels": write(tmp_path / "labels.jsonl", labels)}
+    record = label(LabelConfig(**options, out=str(tmp_path / "out"), relabel=True))
+    assert record["counts"] == {"rows": 3, "labelled": 2, "unsure": 1} and record["relabelled"] == 1
+    first, last = read(tmp_path / "out" / "pairs.jsonl")
+    assert first["label_probability"] == 0.75 and first["chosen"] == " yes 0" and first["row_id"] == ids[0]
+    assert last["chosen"] == " no 2" and last["rejected"] == " yes 2"
+    assert last["label_probability"] == pytest.approx(1 / (1 + exp(-1))) and last["chosen_reward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"row_id": "x", "label_probability": 0.5}, "row_id 'x' is none of the pairs'"),
+        ({"label_probability": 1.5}, "expected label_probability from 0 to 1"),
+        ({"chosen_reward": "a", "rejected_reward": 1}, "expected label_probability from 0 to 1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(tmp_path, row, message):
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id} | row
+    labels = write(tmp_path / "labels.jsonl", [row])
+    with pytest.raises(ChesError, match=message):
+        label(LabelConfig(by="file", pairs=pairs, labels=labels, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "implicit-reward"}, "--by implicit-reward needs --reference"),
+        ({"by": "follow-up"}, "--by follow-up needs --phrases"),
+        ({"by": "file", "labels": "x", "reference": "m"}, "--reference is for --by implicit-reward"),
+        ({"by": "file", "labels": "x", "beta": 0.0}, "--beta 0.0: expected a positive number"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ChesError, match=message):
+        label(LabelConfig(**options, out=str(tmp_path / "out")))
+
+
+def test_phrases_are_good_and_bad_ones_in_equal_numbers(tmp_path):
+    file = tmp_path / "phrases.txt"
+    file.write_text("+ Thank you.\n\n- That is wrong.\n", encoding="utf-8")
+    assert read_phrases(file) == (["Thank you."], ["That is wrong."])
+    for text, message in (("+ a\n+ b\n- c\n", "2 good and 1 bad"), ("a\n", "line 1: expected . or -"), ("", "0 good")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ChesError, match=message):
+            read_phrases(file)
+
+
+def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp_path, monkeypatch):
+    """One row for each pair, side and phrase; rewards are mean differences of their log-probabilities."""
+    import pyarrow as pa
+
+    from ches_jax.label import run as module
+
+    seen = []
+
+    def scored(config, quiet):
+        seen.extend(read(tmp_path.__class__(config.pairs)))
+        return config.out
+
+    def table(directory):
+        good = [-1.0 if row["side"] == "chosen" else -3.0 for row in seen]
+        columns = {"index": list(range(len(seen))), "logp_chosen": good, "logp_rejected": [-2.0] * len(seen)}
+        return pa.table(columns), {}
+
+    monkeypatch.setattr(module, "score", scored)
+    monkeypatch.setattr(module, "read_table", table)
+    phrases = tmp_path / "phrases.txt"
+    phrases.write_text("+ Good.\n- Bad.\n+ Right.\n- Wrong.\n", encoding="utf-8")
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    label(LabelConfig(by="follow-up", pairs=pairs, phrases=str(phrases), beta=0.5, out=str(tmp_path / "out")))
+    assert len(seen) == 3 * 2 * 2 and seen[0]["prompt"] == "Q0? yes 0\n" and seen[0]["rejected"] == "Bad."
+    row = read(tmp_path / "out" / "pairs.jsonl")[0]
+    assert (row["chosen_reward"], row["rejected_reward"]) == (1.0, -1.0)
+    assert row["label_probability"] == pytest.approx(1 / (1 + exp(-1)))
+
+
+@pytest.fixture
+def generated(tmp_path):
+    """Pairs, and two texts of each prompt; those of the first are the same."""
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    rows = []
+    for number, group in enumerate(pairs_of_run({"pairs": pairs})):
+        for sample in (1, 0):
+            text = " same" if number == 0 else f" text {number} {sample}"
+            rows.append({"row_id": prompt_id(group[0]), "sample": sample, "text": text, "reward": number + sample / 2})
+    return pairs, write(tmp_path / "responses.jsonl", rows)
+
+
+def test_samples_and_contests_are_texts_of_the_pairs_own_prompts(tmp_path, generated):
+    pairs, texts = generated
+    gather(GatherConfig(pairs=pairs, make="samples", responses=texts, out=str(tmp_path / "a")))
+    assert read(tmp_path / "a" / "pairs.jsonl")[1] == {
+        "prompt": "Q1?",
+        "rejected": " no 1",
+        "responses": [" text 1 0", " text 1 1"],
+    }
+    record = gather(GatherConfig(pairs=pairs, make="contests", responses=texts, out=str(tmp_path / "b")))
+    assert record["counts"] == {"pairs": 3, "rows": 2}
+    assert read(tmp_path / "b" / "pairs.jsonl")[0] == {"prompt": "Q1?", "chosen": " text 1 0", "rejected": " text 1 1"}
+
+
+def test_filtered_pairs_are_those_that_no_text_beats(tmp_path, generated):
+    pairs, texts = generated
+    gather(GatherConfig(pairs=pairs, make="filtered", rewards=texts, out=str(tmp_path / "a")))
+    # chosen rewards 2, 1, 0 against best texts of 0.5, 1.5, 2.5
+    assert [row["prompt"] for row in read(tmp_path / "a" / "pairs.jsonl")] == ["Q0?"]
+    with pytest.raises(ChesError, match="'score' is None; expected a number"):
+        gather(
+            GatherConfig(pairs=pairs, make="filtered", rewards=texts, reward_column="score", out=str(tmp_path / "b"))
+        )
+
+
+def test_goals_ask_for_either_response(tmp_path, generated):
+    gather(GatherConfig(pairs=generated[0], make="goals", limit=1, out=str(tmp_path / "a")))
+    one, other = read(tmp_path / "a" / "pairs.jsonl")
+    assert one == {"prompt": "(score: 2) Q0?", "chosen": " yes 0", "rejected": " no 0"}
+    assert other == {"prompt": "(score: 0.5) Q0?", "chosen": " no 0", "rejected": " yes 0"}
+
+
+def test_texts_of_other_prompts_are_refused(tmp_path, generated):
+    other = write(tmp_path / "other.jsonl", [{"row_id": "x", "sample": 0, "text": "a"}])
+    with pytest.raises(ChesError, match="its texts are of other prompts"):
+        gather(GatherConfig(pairs=generated[0], make="samples", responses=other, out=str(tmp_path / "a")))
+    with pytest.raises(ChesError, match="--make samples needs --responses"):
+        gather(GatherConfig(pairs=generated[0], make="samples", out=str(tmp_path / "a")))

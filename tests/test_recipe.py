@@ -1,0 +1,111 @@
+"""Recipes: what a file means, what it refuses, and that nothing is made twice."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ches_jax.cli.recipe import RECORD, read_recipe, run_recipe, steps_of
+from ches_jax.errors import ChesError
+
+VERBS = ("generate", "train", "diagnose")
+TWO_ROUNDS = """
+rounds = 2
+[first]
+"b/model" = "bundled"
+[[stage]]
+name = "a"
+verb = "generate"
+options = { model = "{b/model}", samples = 2, relabel = true, stop = ["x", "y"] }
+[[stage]]
+name = "b"
+verb = "train"
+options = { pairs = "{a/pairs.jsonl}", loss_args = { beta = 0.3 } }
+[[stage]]
+name = "c"
+verb = "diagnose"
+path = "{b}"
+"""
+
+
+def written(tmp_path, text):
+    file = tmp_path / "recipe.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_stage_takes_what_this_round_made_or_the_round_before(tmp_path):
+    steps = steps_of(read_recipe(written(tmp_path, TWO_ROUNDS), VERBS), Path("o"))
+    assert [step.key for step in steps] == ["1-a", "1-b", "1-c", "2-a", "2-b", "2-c"]
+    flags = ("--samples", "2", "--relabel", "--stop", "x", "y", "--out")
+    assert steps[0].words == ("--model", "bundled", *flags, "o/1-a")
+    assert steps[1].words == ("--pairs", "o/1-a/pairs.jsonl", "--loss-args", "beta=0.3", "--out", "o/1-b")
+    assert steps[2].words == ("o/1-b", "--out", "o/1-c")
+    assert steps[3].words == ("--model", "o/1-b/model", *flags, "o/2-a")
+    assert steps[4].words[1] == "o/2-a/pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rounds =", "is no TOML"),
+        ("", "no .*stage"),
+        ("round = 1\n" + TWO_ROUNDS, "round: a recipe has rounds"),
+        (TWO_ROUNDS.replace("rounds = 2", "rounds = 0"), "a whole number from 1 to 100"),
+        (TWO_ROUNDS.replace('verb = "train"', 'verb = "trian"'), "stage 2 .b.: no verb 'trian'; did you mean train"),
+        (TWO_ROUNDS.replace('name = "b"', 'name = "a"'), "a second stage is named 'a'"),
+        (TWO_ROUNDS.replace('"{b/model}"', '"{d/model}"'), "stage a: {d/model} is no stage"),
+        (TWO_ROUNDS.replace('"b/model" =', '"b/other" ='), "{b/model} has not run yet in the first round"),
+        (TWO_ROUNDS.replace("samples = 2", 'out = "x"'), "without out"),
+    ],
+)
+def test_recipes_that_are_none(tmp_path, text, message):
+    with pytest.raises(ChesError, match=message):
+        read_recipe(written(tmp_path, text), VERBS)
+
+
+def test_a_stopped_recipe_goes_on_and_makes_nothing_twice(tmp_path):
+    file, out, ran = written(tmp_path, TWO_ROUNDS), tmp_path / "out", []
+
+    def command(verb, words):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append((verb, words[-1]))
+        return SimpleNamespace(code=0, headline="made")
+
+    def run(resume):
+        return run_recipe(file, out, command, VERBS, resume=resume, say=lambda text: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(resume=False)
+    with pytest.raises(ChesError, match="add --resume"):
+        run(resume=False)
+    before, ran[:] = list(ran), ["on"] * 3
+    record = run(resume=True)
+    after = ran[3:]
+    assert [Path(o).name for _, o in before + after] == ["1-a", "1-b", "1-c", "2-a", "2-b", "2-c"]
+    assert list(record["done"]) == [Path(o).name for _, o in before + after] and record["stages"] == 6
+    assert json.loads((out / RECORD).read_text())["done"]["1-a"]["words"][0] == "generate"
+    file.write_text(TWO_ROUNDS.replace("samples = 2", "samples = 3"), encoding="utf-8")
+    with pytest.raises(ChesError, match="1-a: was made by another command"):
+        run(resume=True)
+
+
+def test_a_stage_that_fails_stops_the_recipe(tmp_path):
+    def failing(verb, words):
+        return SimpleNamespace(code=1, headline="not healthy")
+
+    with pytest.raises(ChesError, match=r"stage 1-a: not healthy \(exit code 1\)"):
+        run_recipe(written(tmp_path, TWO_ROUNDS), tmp_path / "o", failing, VERBS, resume=False, say=lambda text: None)
+
+
+def test_the_recipes_that_ship_are_recipes():
+    from ches_jax.cli.commands import COMMANDS
+    from ches_jax.cli.suggest import corrected
+
+    files = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
+    assert len(files) == 5
+    for file in files:
+        for step in steps_of(read_recipe(file, tuple(COMMANDS)), Path("o")):
+            corrected(step.verb, COMMANDS[step.verb], step.words)
