@@ -187,6 +187,14 @@ def loading() -> str:
     )
 
 
+def experts() -> str:
+    of = bench("load_experts")
+    return (
+        f"peak memory of the process {of('peak_ratio'):.2f}x the bytes of its parameters; "
+        f"{of('needed_ratio'):.3f}x beyond a process that loads nothing"
+    )
+
+
 def scan() -> str:
     table = bench("scan_layers")("table")
     loop, scanned = table["loop 24 layers"], table["scan 24 layers"]
@@ -209,15 +217,14 @@ def simulated() -> list[str]:
 
 
 PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
-    "README.md": {
-        "scoring speed": scoring,
-        "a DPO step": step,
+    "README.md": {"scoring speed": scoring, "a DPO step": step, "before training": forecast},
+    "docs/results.md": {
         "theory, toy models": theory,
         "which score tells the true rate": rates,
         "which score tells the change": similarity,
-        "before training": forecast,
         "are refusals unlearned": refusals,
         "memory of": memory,
+        "loading a mixture": experts,
         "loading 1.2 billion": loading,
         "scan over layers": scan,
     },
@@ -229,7 +236,7 @@ ELSEWHERE = {
     "exactness": "the bounds of tests/models/test_golden.py, computed there",
     "an epoch over": "runs that are not kept; the command stands in the row",
 }
-"""Rows of the README whose numbers are no recorded file's."""
+"""Rows of the README and of the results whose numbers are no recorded file's."""
 
 
 def words(text: str) -> str:
@@ -244,9 +251,10 @@ def test_the_numbers_of_a_row_are_those_recorded(page: str, row: str):
     assert missing == [], f"{page} does not say what the recorded files say"
 
 
-def test_every_row_of_the_readme_is_rendered_or_says_where_its_numbers_are_from():
-    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| what | result | command |")[2]
-    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:] if line.startswith("|")]
-    known = [*PAGES["README.md"], *ELSEWHERE]
+def test_every_row_of_the_tables_is_rendered_or_says_where_its_numbers_are_from():
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/results.md")]
+    tables = [page.partition("| what | result | command |")[2].splitlines()[2:] for page in pages]
+    rows = [line.split("|")[1].strip() for table in tables for line in table if line.startswith("|")]
+    known = [*PAGES["README.md"], *PAGES["docs/results.md"], *ELSEWHERE]
     assert [row for row in rows if sum(row.startswith(name) for name in known) != 1] == []
     assert len(rows) == len(known)

@@ -3,12 +3,10 @@
 A hook of mkdocs (`mkdocs.yml` names it): nothing that it makes is committed, so nothing of it can be out of date.
 
 - ``commands.md``: what ``ches --help`` and ``ches VERB --help`` print.
-- ``objectives.md``: the registry of losses.
 - ``api.md``: the names of ``import ches_jax``, in the order of the package's face.
 - pages that live beside the code they speak of: :data:`ELSEWHERE`.
 """
 
-import inspect
 import os
 import re
 from pathlib import Path
@@ -48,27 +46,6 @@ def api_page() -> str:
         if name != "__version__":
             options = "options: {heading_level: 3, show_root_heading: false}"
             parts.append(f"## {name}\n\n::: {definition(name)}\n    {options}\n")
-    return "\n".join(parts)
-
-
-def objectives_page() -> str:
-    """Every objective of the registry: its docstring, what it reads, its defaults. Aliases share a section."""
-    from ches_jax.losses.registry import describe, get_loss, loss_names
-
-    sections: dict[str, list[str]] = {}
-    for name in loss_names():
-        sections.setdefault(describe(name), []).append(name)
-    parts = [
-        "# Objectives\n\n`--loss NAME`, with `--loss-args name=value`; in Python `cj.get_loss(name, **values)`. "
-        "Names in one heading are the same loss. This page is made from the registry.\n"
-    ]
-    for text, names in sections.items():
-        loss = get_loss(names[0])
-        reads = ", ".join(f"`{need}`" for need in sorted(loss.needs))
-        parts.append(
-            f"## {', '.join(names)}\n\n```text\n{inspect.cleandoc(text)}\n```\n\n"
-            f"- defaults: `{loss}`\n- reads: {reads}\n- source: {loss.source}\n"
-        )
     return "\n".join(parts)
 
 
@@ -114,7 +91,7 @@ def on_files(files: Any, config: Any) -> Any:
     """mkdocs: add the pages that no file of ``docs/`` holds."""
     from mkdocs.structure.files import File
 
-    made = {"commands.md": commands_page(), "api.md": api_page(), "objectives.md": objectives_page()}
+    made = {"commands.md": commands_page(), "api.md": api_page()}
     made |= {
         page: moved_links((ROOT / source).read_text(encoding="utf-8"), source, page)
         for page, source in ELSEWHERE.items()
