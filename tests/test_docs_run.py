@@ -95,7 +95,7 @@ def test_a_notebook_runs(path, monkeypatch):
     matplotlib.use("agg")
     monkeypatch.chdir(path.parent)
     names: dict[str, object] = {}
-    with jax.enable_x64(jax.config.jax_enable_x64):
+    with jax.enable_x64(jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]
         for number, cell in enumerate(code_of(path)):
             exec(compile(cell, f"{path.stem}[{number}]", "exec"), names)
     jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "0") in ("1", "true", "True"))

@@ -190,7 +190,7 @@ def _by_follow_up(
             "rejected_reward": float(sums[i, 1]),
             PROBABILITY: float(p),
         }
-        for i, p in zip(whole, probability, strict=True)
+        for i, p in zip(whole.tolist(), probability, strict=True)
     }
     return columns, {"phrases": {"good": good, "bad": bad}}
 
@@ -220,19 +220,20 @@ def _by_file(config: LabelConfig, rows: Sequence[Record], work: Path, quiet: boo
     columns: Columns = {}
     for where, values in open_rows_of_labels(str(config.labels)):
         row_id, subject = values.get("row_id"), f"--labels {config.labels}, {where}"
-        if row_id not in known:
+        if not isinstance(row_id, str) or row_id not in known:
             raise DataError(f"{subject}: row_id {row_id!r} is none of the pairs'")
         rewards = [values.get(name) for name in ("chosen_reward", "rejected_reward")]
-        probability = values.get(PROBABILITY)
+        probability: Any = values.get(PROBABILITY)
         if probability is None and all(_is_number(r) for r in rewards):
             probability = float(label_probability(*(config.beta * np.array(r, float) for r in rewards)))
-        if not _is_number(probability) or not 0 <= probability <= 1:
+        if probability is None or not _is_number(probability) or not 0 <= probability <= 1:
             raise DataError(
                 f"{subject}: expected {PROBABILITY} from 0 to 1, or numbers in chosen_reward and rejected_reward"
             )
         if row_id in columns:
             raise DataError(f"{subject}: a second label of row_id {row_id}")
-        found = {n: r for n, r in zip(("chosen_reward", "rejected_reward"), rewards, strict=True) if _is_number(r)}
+        found: dict[str, Any] = dict(zip(("chosen_reward", "rejected_reward"), rewards, strict=True))
+        found = {name: reward for name, reward in found.items() if _is_number(reward)}
         columns[row_id] = {**found, PROBABILITY: float(probability)}
     return columns, {"labels": str(config.labels)}
 

@@ -170,9 +170,9 @@ class _Reader:
         """The number that a part is; None for what is none."""
         match node:
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if _is_number(value):
-                return -float(value)
+                return -float(value)  # pyright: ignore[reportArgumentType]
             case ast.Constant(value=value) if _is_number(value):
-                return float(value)
+                return float(value)  # pyright: ignore[reportArgumentType]
         return None
 
     def call(self, node: ast.Call, name: str, depth: int) -> Loss:

@@ -170,7 +170,7 @@ def with_tokens(
         return loss(weighted_sums(batch, rule(batch)))
 
     needs = (loss.needs - REFERENCE - LENGTHS) | TOKEN_LOGPS | TOKEN_MASKS | reference | extra
-    return wrapped(name, loss, compute, needs, **options)
+    return wrapped(name, loss, compute, needs, **options)  # type: ignore[arg-type]
 
 
 @wrapper("every_token", source="")

@@ -125,7 +125,7 @@ def compared(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     tenth = len(before) // 10
     highest = [set(np.argsort(a)[-tenth:].tolist()) for a in (before, after)]
     return {
-        "spearman": float(spearmanr(before, after).statistic),
+        "spearman": float(spearmanr(before, after)[0]),  # type: ignore[arg-type]
         "highest_tenth_kept": len(highest[0] & highest[1]) / tenth,
         "pairs": len(before),
     }

@@ -203,7 +203,8 @@ def open_pool(work: Work, lr: float, seed: int) -> dict[str, Any]:
     scores, influences = _tables(work, seed)
     for out in (scores, influences):
         shutil.rmtree(out, ignore_errors=True)
-    model, options = str(tuned_model(work)), recipe(work, lr, seed) | {"pairs": str(pool)}
+    model = str(tuned_model(work))
+    options: dict[str, Any] = recipe(work, lr, seed) | {"pairs": str(pool)}
     shared = {n: options[n] for n in ("pairs", "on_bad_row", "mesh")}
     score(ScoreConfig(model=model, by="head_score", out=str(scores), **shared), quiet=work.quiet)
     probes = str(pairs_file(work, "probes"))
@@ -227,7 +228,7 @@ def train_selected(work: Work, name: str, lr: float, seed: int) -> dict[str, Any
     """DPO on what a filter keeps of a seed's pool, as many updates as on all; the changes of the test pairs."""
     from ches_jax.train.config import TrainConfig
 
-    options = recipe(work, lr, seed) | {"pairs": str(pairs_file(work, f"pool-{seed}"))}
+    options: dict[str, Any] = recipe(work, lr, seed) | {"pairs": str(pairs_file(work, f"pool-{seed}"))}
     scores, influences = _tables(work, seed)
     if name in FILTER_RULES:
         by, end = FILTER_RULES[name]

@@ -28,7 +28,7 @@ def prefixed(prefix):
     return {k: prefix + v for k, v in NAMES.items()}
 
 
-def mixed(train, held_out, step="step"):
+def mixed(train, held_out, *, step="step"):
     """Rows of both sets by step, as a trainer writes them."""
     rows = renamed(TRAIN, train, step) + renamed(HELD_OUT, held_out, step)
     return sorted(rows, key=lambda row: row[step])
@@ -58,7 +58,7 @@ def nested(row):
     return out
 
 
-WANDB = mixed(prefixed("train/"), prefixed("eval/"), "train/global_step")
+WANDB = mixed(prefixed("train/"), prefixed("eval/"), step="train/global_step")
 TRL = mixed(NAMES, prefixed("eval_"))
 SETS = ("train", "eval")
 EVERY = list(dict.fromkeys(k for row in WANDB for k in row))
@@ -70,9 +70,9 @@ VARIANTS = {
     "nested.jsonl": lines({"step": r.pop("train/global_step"), **nested(r)} for r in map(dict, WANDB)),
     "dots.jsonl": lines(mixed({k: v.replace("/", ".") for k, v in NAMES.items()}, {**prefixed("validation.")})),
     "original.jsonl": lines(
-        mixed(*({k: v.replace("/", f"_{s}/") if k != "loss" else f"loss/{s}" for k, v in NAMES.items()} for s in SETS))
+        mixed(*[{k: v.replace("/", f"_{s}/") if k != "loss" else f"loss/{s}" for k, v in NAMES.items()} for s in SETS])
     ),
-    "means.jsonl": lines(mixed(*({k: f"{s}/{v}_mean" for k, v in NAMES.items()} for s in SETS))),
+    "means.jsonl": lines(mixed(*[{k: f"{s}/{v}_mean" for k, v in NAMES.items()} for s in SETS])),
     "tunix.jsonl": lines(mixed(prefixed("dpo/train/"), prefixed("dpo/eval/"))),
     "aligner.jsonl": lines(
         mixed(*({k: f"{s}_{v.replace('/', '_')}" for k, v in NAMES.items()} for s in SETS), step="global_step")

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from math import exp, log
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,8 @@ NAMES = ("list_mle", "list_softmax", "lipo_lambda", "pro")
 @pytest.fixture
 def lists(x64):
     fields = {"logp_responses": LOGPS, "ref_logp_responses": REF, "scores": SCORES, "response_mask": MASK}
-    return LossInputs(**{k: jnp.array(v, float) for k, v in fields.items()}, response_tokens=jnp.array(TOKENS))
+    arrays: dict[str, Any] = {k: jnp.array(v, float) for k, v in fields.items()}
+    return LossInputs(**arrays, response_tokens=jnp.array(TOKENS))
 
 
 def rows():

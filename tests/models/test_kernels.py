@@ -23,8 +23,8 @@ from .test_mesh import spread, states
 from .test_strict import family
 
 LLAMA = decoder_config(family("llama", head_dim=64, num_attention_heads=2, num_key_value_heads=1))
-H100 = Setting("gpu", "H100", 9.0, "bfloat16", 128, 4)
-V5E = Setting("tpu", "TPU v5 lite", 0.0, "bfloat16", 128, 4)
+H100 = Setting("gpu", "H100", 9.0, "bfloat16", 128, 4, False)
+V5E = Setting("tpu", "TPU v5 lite", 0.0, "bfloat16", 128, 4, False)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -70,5 +70,5 @@ class LabelPosteriors:
             **self.loss.initial,
             **self.state,
         }
-        read = {k: jnp.asarray(v) for k, v in fields.items() if k in self.loss.needs}
+        read: dict[str, Any] = {k: jnp.asarray(v) for k, v in fields.items() if k in self.loss.needs}
         return np.asarray(self._program(LossInputs(**read)), np.float64)
