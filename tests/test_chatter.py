@@ -50,10 +50,11 @@ def test_training_says_what_it_is_doing(tmp_path, monkeypatch, capsys):
     def halt(*args):
         raise Halt
 
-    monkeypatch.setattr(loop, "assemble", lambda run, observers: None)
+    monkeypatch.setattr(loop, "assemble", lambda *args: None)
     monkeypatch.setattr(loop, "_train", halt)
     config = loop.TrainConfig(limit=4, batch_size=4, steps=1, mesh="data=1", probes="none", out=str(tmp_path / "run"))
     with pytest.raises(Halt):
         loop.train(config)
-    first, second = capsys.readouterr().err.splitlines()
+    first, loss, second = capsys.readouterr().err.splitlines()
+    assert loss == "ches: the loss: dpo(beta=0.1)"
     assert first.startswith("ches: loading the model (") and second == "ches: compiling, then training"

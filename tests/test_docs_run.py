@@ -95,7 +95,9 @@ def test_a_notebook_runs(path, monkeypatch):
     matplotlib.use("agg")
     monkeypatch.chdir(path.parent)
     names: dict[str, object] = {}
-    with jax.enable_x64(jax.config.jax_enable_x64):  # pyright: ignore[reportAttributeAccessIssue]
+    as_it_is = jax.enable_x64(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+    # a reader's session is not as strict as the tests
+    with as_it_is, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for number, cell in enumerate(code_of(path)):
             exec(compile(cell, f"{path.stem}[{number}]", "exec"), names)
     jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "0") in ("1", "true", "True"))

@@ -53,7 +53,6 @@ EXAMPLES = {
     ),
     "train": (
         "ches train --loss 'wpo(dpo(beta=0.1)) + 0.2*sft' --steps 20",
-        "ches train --steps 20 --batch-size 8 --lr 1e-5",
         "ches train --model my-model --pairs pairs.jsonl --loss dpo --loss-args beta=0.1 --holdout 200 --out runs/dpo",
         "ches train --lora-rank 16 --optimizer adamw --lr 1e-4 --schedule cosine",
     ),

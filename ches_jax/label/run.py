@@ -43,6 +43,13 @@ Logps = dict[str, tuple[float, float]]
 def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Write ``config.out``; returns what ``label.json`` holds.
 
+    Args:
+      config: whose labels, and where they go.
+      quiet: no progress bar.
+
+    Raises:
+      ChesError: options or input that are not fit.
+
     >>> import json, pathlib, tempfile
     >>> from ches_jax.data.sources import pairs_of_run
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,9 +58,6 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     ...     _ = file.write_text(json.dumps({"row_id": record.row_id, "label_probability": 0.75}))
     ...     label(LabelConfig(by="file", labels=str(file), limit=1, out=f"{folder}/out"))["mean_probability"]
     0.75
-
-    Raises:
-      ChesError: options or input that are not fit.
     """
     require_options(config)
     rows = [record for group in pairs_of_run(asdict(config)) for record in group if not record.fault]

@@ -417,7 +417,7 @@ def label_posterior(
 
     .. math:: w = \sigma\left(\ln \frac{\eta}{1 - \eta} + L_{flip} - L\right)
 
-    >>> float(label_posterior(jnp.float32(0.0), jnp.float32(0.0), 0.75))
+    >>> round(float(label_posterior(jnp.float32(0.0), jnp.float32(0.0), 0.75)), 6)
     0.75
     """
     return jax.nn.sigmoid(jnp.log(prior) - jnp.log1p(-jnp.asarray(prior)) + flipped - value)

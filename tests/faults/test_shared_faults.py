@@ -40,7 +40,7 @@ KINDS = {
         "tests/test_one_door.py::test_a_mistake_of_ours_is_two_lines_and_a_file",
         "tests/runs/test_files.py::test_json_that_is_none",
         "tests/runs/test_files.py::test_damaged_parquet_is_one_message",
-        "tests/data/test_files.py::test_what_is_no_data_is_told_in_words",
+        "tests/data/test_files.py::test_what_is_no_data_is_an_error_in_words",
         "tests/train/test_bad_input.py::test_a_disk_that_is_full_leaves_the_last_checkpoint_whole",
     ],
     "one writer at a time, and nothing of the dead stays": [

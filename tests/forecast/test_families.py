@@ -41,7 +41,13 @@ def random_model(family: str) -> tuple[Model, dict[str, jax.Array]]:
     return Model(plain, plain, {}, mesh), params
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = {"llama", "gemma2", "gpt_neox", "mixtral", "lfm2", "deepseek_v3"}
+"""One of each kind of layer; the others are of the heavy tests."""
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
+)
 def test_every_family_has_a_forward_mode(family, x64):
     """Traced, not computed."""
     model, params = random_model(family)

@@ -142,5 +142,5 @@ def test_the_command_examines_rows_of_kto(tmp_path: Path, capsys: Any):
 
 def test_what_reads_pairs_names_what_reads_such_rows(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}] * 2)
-    with pytest.raises(DataError, match=r"ches train --loss kto .* ches doctor --pairs FILE without a model"):
+    with pytest.raises(DataError, match=r"ches train --loss kto, and ches doctor without a model"):
         open_pairs(path)

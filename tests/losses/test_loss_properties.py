@@ -117,7 +117,16 @@ def test_a_pair_alone_has_the_loss_it_has_in_company(name, batch):
     np.testing.assert_allclose(loss(second)[0], whole[1:2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(loss_names()) - {"kto"}))
+CHOSEN_ALONE = {"sft", "sft_sum", "sft_token"}
+
+
+@pytest.mark.parametrize("name", sorted(CHOSEN_ALONE))
+def test_a_loss_of_chosen_responses_alone_claims_no_reward(name, batch):
+    _, aux = get_loss(name)(batch)
+    assert "logp_rejected" not in get_loss(name).needs and not [key for key in aux if key.startswith("rewards/")]
+
+
+@pytest.mark.parametrize("name", sorted(set(loss_names()) - {"kto"} - CHOSEN_ALONE))
 def test_metrics_of_pairs(name, batch):
     _, aux = get_loss(name)(batch)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):

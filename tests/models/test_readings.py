@@ -257,7 +257,7 @@ def test_two_names_of_one_parameter_are_refused(tmp_path: Path):
 def test_an_integer_that_is_no_buffer_is_still_refused(tmp_path: Path):
     tensors = random_weights(LLAMA)
     tensors["model.layers.0.self_attn.q_proj.weight"] = np.ones((12, 12), np.int8)
-    with pytest.raises(CheckpointError, match=r"stored as I8.*quantised"):
+    with pytest.raises(CheckpointError, match=r"stored as int8.*quantization_config"):
         open_checkpoint(single(tmp_path / "model", LLAMA, tensors))
     assert not "transformer.h.0.attn.c_attn.bias".endswith(BUFFERS)
 

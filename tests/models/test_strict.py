@@ -321,4 +321,5 @@ def test_what_checkpoints_hold_and_no_model_reads_is_left_out_by_name(
 
 def test_the_page_of_families_lists_those_of_the_registry():
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(FAMILIES)
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert [name for name in listed if name != "model_type"] == sorted(FAMILIES)
