@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from ches_jax import bundled
-from ches_jax.errors import DataError
+from ches_jax.errors import ChesError, DataError
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.scores import ScoreConfig, load_tokenizer, read_table, score, score_pairs
 from ches_jax.scores.table import METADATA_KEY
@@ -110,3 +110,13 @@ def test_two_sayings_of_what_columns_mean_are_refused(model, tokenizer):
 def test_what_is_no_pairs_is_named(model, tokenizer, rows, message):
     with pytest.raises(DataError, match=message):
         score_pairs(model, tokenizer, rows)
+
+
+@pytest.mark.parametrize(
+    "option", [{"by": "head"}, {"eos": "drop"}, {"on_bad_row": "skip"}], ids=lambda o: next(iter(o))
+)
+def test_a_word_that_no_option_knows_is_refused(model, tokenizer, option):
+    """It would be taken for the other word of the list."""
+    (name,) = option
+    with pytest.raises(ChesError, match=f"{name} is one of .*, not '{option[name]}'"):
+        score_pairs(model, tokenizer, [{"prompt": "a", "chosen": " b", "rejected": " c"}], **option)
