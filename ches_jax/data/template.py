@@ -166,7 +166,10 @@ class ChatTemplate:
 
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except TypeError as error:  # how the tokenizer answers to half of a surrogate pair
+            raise DataError("the chat template writes letters that the tokenizer cannot encode") from error
         return tuple(ids)  # type: ignore[arg-type]
 
     def _once(self, what: str, messages: Sequence[Message], row: Row, learn: Callable[[], Any]) -> Any:

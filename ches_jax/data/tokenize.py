@@ -55,9 +55,21 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     >>> len(load_tokenizer("bundled"))
     1280
     """
+    path = bundled.located(str(path), bundled.model_dir)
+    tokenizer = _read_tokenizer(path)
+    try:
+        tokenizer("a", add_special_tokens=True)
+    except Exception as error:
+        raise DataError(
+            f"{path}: the tokenizer cannot encode a letter ({type(error).__name__}: {str(error)[:200]}); look at "
+            "tokenizer_config.json: the lengths and the tokens that it names"
+        ) from error
+    return tokenizer
+
+
+def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = bundled.located(str(path), bundled.model_dir)
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):

@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ches_jax import bundled
 from ches_jax.data.sources import open_pairs, rows_in_memory
+from ches_jax.data.template import ChatTemplate
+from ches_jax.data.tokenize import load_tokenizer
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.displacement.readers.find import read_file
@@ -221,3 +224,17 @@ def test_a_column_of_one_message_is_looked_for_in_the_prompt():
     rows = [{"question": "p", "note": turn, "a": "x", "b": "y"}] * 2
     source = rows_in_memory(rows, columns={"prompt": "question", "chosen": "a", "rejected": "b", "system": "none"})
     assert len(list(source)) == 2
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused_where_it_is_opened(tmp_path):
+    shutil.copytree(bundled.model_dir(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "long"}))
+    with pytest.raises(DataError, match="cannot encode a letter"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_half_a_surrogate_pair_that_a_template_writes_is_refused_in_words():
+    template = ChatTemplate(load_tokenizer("bundled"))
+    with pytest.raises(DataError, match="letters that the tokenizer cannot encode"):
+        template.encode("a\ud800")
