@@ -386,7 +386,7 @@ def test_odd_contents_become_json(tmp_path):
 
 
 def test_without_influences_no_score_stands_in_for_them(run, tmp_path):
-    with pytest.raises(RunError, match=r"needs the column influence.*--by: of the filters.*influence \+1\.6.*ches"):
+    with pytest.raises(RunError, match=r"needs the column influence.*--by: of the filters.*influence \+1\.8.*ches"):
         select(SelectConfig(scores=run, out=tmp_path / "kept"), source())
     assert not (tmp_path / "kept").exists()
 
