@@ -143,7 +143,7 @@ ROWS = (
         "biases": {"attention_bias": True, "tie_word_embeddings": True, "linear_conv_kernel_dim": 2},
         "equal_heads": {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 6},
         "whole_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
-    }, tolerance=4e-4),
+    }, tolerance=1e-4),
     Row("olmo3", "Olmo3Config", {**SQUARE, "num_hidden_layers": 4, "sliding_window": 7}, {
         "biases": {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 10},
         "layer_types": {"layer_types": ["full_attention", "sliding_attention"] * 2},
