@@ -31,7 +31,10 @@ def real_updates(config, tmp_path):
     [("sgd", 1e-8, 6, "dpo"), ("rmsprop", 1e-10, 3, "dpo"), ("adamw", 1e-10, 3, "ipo_sum"), ("sgd", 1e-8, 3, "simpo")],
 )
 def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_path, x64, optimizer, lr, steps, loss):
-    """SGD over two epochs, since equal minibatches add up to their mean; others over the first."""
+    """SGD over two epochs, since equal minibatches add up to their mean; others over the first.
+
+    What is left is of the order of the rate: 1.1e-5 of the largest change at SGD's 1e-8, 1.1e-4 at 1e-7.
+    """
     config = ForecastConfig(
         model=str(tiny_model),
         limit=20,
@@ -46,9 +49,10 @@ def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_p
     )
     passes = Passes.of(prepare(training(config, str(tmp_path / "frozen"))))
     found, _ = passes.frozen_updates()
+    bound = 2e-5 if optimizer == "sgd" else 1e-4
     for name, real in real_updates(config, tmp_path).items():
         size = np.abs(real).max()
-        np.testing.assert_allclose(np.asarray(found[name]), real, atol=1e-4 * size, err_msg=name)
+        np.testing.assert_allclose(np.asarray(found[name]), real, atol=bound * size, err_msg=name)
 
 
 @pytest.mark.slow
