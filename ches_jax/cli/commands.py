@@ -336,13 +336,8 @@ class Forecast(RunOutput, ForecastConfig):
 
         out = forecast(_only(ForecastConfig, self), **self.how)
         record = read_json(out / RUN)
-        return Outcome(
-            headline=f"{headline(record['summary'])} -> {out / FORECAST}",
-            path=out,
-            text="" if self.quiet else summary_text(record["summary"]),
-            counts=record["counts"],
-            paths={"table": out / FORECAST, "run": out / RUN},
-            details=record,
+        return _forecast_outcome(
+            out / FORECAST, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])
         )
 
 
@@ -363,15 +358,8 @@ class Influence(RunOutput, InfluenceConfig):
         out = influence(_only(InfluenceConfig, self), **self.how)
         record = read_json(out / RUN)
         concentration = record["concentration"]
-        return Outcome(
-            headline=f"{concentration['push_down']:.0%} of {concentration['pairs']} pairs push chosen responses down "
-            f"-> {out / INFLUENCE}",
-            path=out,
-            text="" if self.quiet else summary_text(record),
-            counts=record["counts"],
-            paths={"table": out / INFLUENCE, "run": out / RUN},
-            details=record,
-        )
+        headline = f"{concentration['push_down']:.0%} of {concentration['pairs']} pairs push chosen responses down"
+        return _forecast_outcome(out / INFLUENCE, record, headline, "" if self.quiet else summary_text(record))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,13 +377,8 @@ class Groups(RunOutput, GroupsConfig):
 
         out = groups(_only(GroupsConfig, self), **self.how)
         record = read_json(out / RUN)
-        return Outcome(
-            headline=f"{headline(record['summary'])} -> {out / GROUPS}",
-            path=out,
-            text="" if self.quiet else summary_text(record["summary"]),
-            counts=record["counts"],
-            paths={"table": out / GROUPS, "run": out / RUN},
-            details=record,
+        return _forecast_outcome(
+            out / GROUPS, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])
         )
 
 
@@ -634,3 +617,17 @@ def _only(kind: type, values: Any) -> Any:
 def _scored(counts: Mapping[str, Any]) -> str:
     dropped = counts.get("dropped", 0)
     return f"scored {counts.get('kept', counts['rows'])} of {counts['rows']}, {dropped} dropped"
+
+
+def _forecast_outcome(table: Path, record: Mapping[str, Any], headline: str, text: str) -> Outcome:
+    """What is said of a table that a pass over gradients made, beside the ``run.json`` that ``record`` is."""
+    from ches_jax.runs.directory import RUN
+
+    return Outcome(
+        headline=f"{headline} -> {table}",
+        path=table.parent,
+        text=text,
+        counts=record["counts"],
+        paths={"table": table, "run": table.parent / RUN},
+        details=record,
+    )

@@ -214,7 +214,7 @@ def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
 
 
 def open_rows_of_labels(spec: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a file as they are, with their place: labels of pairs that are told elsewhere.
+    """Rows of a file as they are, with their place: labels of pairs that are written elsewhere.
 
     Raises:
       DataError: nothing there, an unknown format, no rows.

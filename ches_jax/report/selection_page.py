@@ -94,8 +94,8 @@ def _length_words(lengths: Mapping[str, Any]) -> str:
     for name in ("chosen_tokens", "rejected_tokens"):
         if kept.get(name) is not None and every.get(name) is not None:
             changes.append(f"{label(name)} {readable(every[name], 0)} → {readable(kept[name], 0)}")
-    told = [n for n in ("chosen_tokens", "rejected_tokens") if every.get(n) and kept.get(n) is not None]
-    changed = [abs(kept[n] / every[n] - 1) for n in told]
+    known = [n for n in ("chosen_tokens", "rejected_tokens") if every.get(n) and kept.get(n) is not None]
+    changed = [abs(kept[n] / every[n] - 1) for n in known]
     word = '<span class="tones">Yes</span>: ' if changed and max(changed) > 0.1 else "Hardly: "
     return f"{word}{escape(', '.join(changes))} on average." if changes else "Not recorded."
 

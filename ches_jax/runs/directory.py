@@ -21,7 +21,7 @@ RUN = "run.json"
 _TEXT = ("model", "pairs", "prompts", "responses", "eval_pairs", "split", "schema", "candidates")
 _OPTIONS = {**{f"{name}?": str for name in _TEXT}, "limit?": int, "columns?": {str: str}}
 RECORD = {**_OPTIONS, "config?": _OPTIONS, "opened?": {str: {str: str}}, "versions?": {str: str}, "status?": str}
-"""The shape of what is read of ``config.json`` and ``run.json`` (version 0.1 told the options outside ``config``)."""
+"""The shape of what is read of ``config.json`` and ``run.json`` (version 0.1 wrote the options outside ``config``)."""
 SPECS = ("model", "pairs", "prompts", "probes", "responses")
 """Options that may name what ships with the package."""
 PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")

@@ -63,7 +63,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
 
 
 def _mlp_width(r: ConfigReader) -> int:
-    """Two thirds of what is written, and up to the next multiple, unless told not to adjust."""
+    """Two thirds of what is written, and up to the next multiple, unless the config says not to adjust."""
     stored = r.size("block_ff_dim", None)  # the older name, which counts where both are written
     written = stored or r.size("intermediate_size")
     r.ignore("intermediate_size")
