@@ -212,7 +212,9 @@ def main() -> int:
             which = noticed_by(mutant, [*first, *(mutant.tests or areas[mutant.area])], tree, number)
             results[mutant.name] = which
             write(every, results)
-            print(f"{number} of {len(chosen)} {time.monotonic() - started:4.0f} s  {mutant.name}\n    {which}", flush=True)
+            print(
+                f"{number} of {len(chosen)} {time.monotonic() - started:4.0f} s  {mutant.name}\n    {which}", flush=True
+            )
         noticing = {results[m.name] for m in chosen} - {SURVIVES}
         for test in failures(tree, sorted(noticing)) if noticing else []:
             print(f"fails without a mistake, and so tells nothing: {test}")
