@@ -245,5 +245,5 @@ def test_a_token_id_that_no_array_holds_is_told_with_its_row(tmp_path, largest):
     rows = [{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}] * 2
     rows[1] = rows[1] | {"chosen_ids": [6, largest]}
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="line 2: 'chosen_ids' holds the token id .*; ids are at most 2147483647"):
+    with pytest.raises(DataError, match=r"line 2: 'chosen_ids' holds the token id .*; ids are at most 2147483647"):
         list(open_pairs(str(tmp_path / "ids.jsonl")))

@@ -28,9 +28,7 @@ REACHED = 0.02
 """How near a search has to come to a bound that cannot be improved."""
 
 
-def outcome(
-    seen: dict[str, Any], searched: dict[str, SearchResult], *, tight: bool = False, **figure: Any
-) -> Outcome:
+def outcome(seen: dict[str, Any], searched: dict[str, SearchResult], *, tight: bool = False, **figure: Any) -> Outcome:
     """Worst violation over all parts of a claim; each part's number is the violation seen there.
 
     Args:
