@@ -57,7 +57,16 @@ def group(views: list[View], shapes: list[tuple[int, ...]]) -> None:
         ([Interleaved((4, 4, 4), (i,)) for i in range(3)], [(12,)] * 3),
         ([Interleaved((2, 1, 4, 4), (0, 1, 2)), Interleaved((2, 1, 4, 4), (3,))], [(21, 3), (12, 3)]),
     ],
-    ids=["whole", "rows", "row_bias", "transposed", "fused_transposed", "interleaved", "interleaved_bias", "interleaved_several"],
+    ids=[
+        "whole",
+        "rows",
+        "row_bias",
+        "transposed",
+        "fused_transposed",
+        "interleaved",
+        "interleaved_bias",
+        "interleaved_several",
+    ],
 )
 def test_views_write_and_read_back_every_part(views: list[View], shapes: list[tuple[int, ...]]):
     group(views, shapes)

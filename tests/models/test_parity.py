@@ -34,9 +34,7 @@ EAGER: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation
 SMALL_BLOCKS = partial(blocks, block=8)
 SLOW = {"glm4_moe", "qwen2_moe", "qwen3_5_moe_text"}
 """Families put together from parts that the rows of others run through."""
-BASES = [
-    pytest.param(row, {}, id=row.family, marks=pytest.mark.slow if row.family in SLOW else ()) for row in ROWS
-]
+BASES = [pytest.param(row, {}, id=row.family, marks=pytest.mark.slow if row.family in SLOW else ()) for row in ROWS]
 VARIANTS = [
     pytest.param(row, extra, id=f"{row.family}-{name}", marks=() if (row.family, name) in FAST else pytest.mark.slow)
     for row in ROWS

@@ -58,6 +58,7 @@ def decoder(
     r.must_be("attn_output_gate", True)
     r.must_be("mamba_ssm_dtype", "float32")
     r.must_be("hidden_act", "silu")
+    r.must_be("use_sliding_window", False)
     r.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     mlps = ["routed" if own else "dense" for own in routed or [False] * layers]
     mixers = [TYPES[kind] for kind in layer_types(r, layers)]
