@@ -185,6 +185,10 @@ def prepare() -> None:
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    from hypothesis import Phase, settings
+
+    settings.register_profile("no smallest example", phases=(Phase.explicit, Phase.reuse, Phase.generate))
+    settings.load_profile("no smallest example")
     gc.collect()
     gc.freeze()  # what is imported is not searched in each child
 
