@@ -64,9 +64,6 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
 
     process = start_processes(config.distributed)
     config = with_defaults(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with jax.enable_x64(config.dtype == "float64"), _lock(config, process) as lock:
         return _score(config, process, resume, quiet, other_versions, lock)
 
