@@ -16,6 +16,7 @@ row of ``presets``. All of it is text or lists of text:
     tie        beside it: a column that is 1 where none is
     scores     a column for each response, or one with a list: the higher, the better
     ranks      the same: the lower, the better
+    best_first column that lists the numbers of the responses, from the best to the worst
     group      prompt: rows after one another that share it are the responses to one prompt
     category, tools, chat_template_kwargs    columns that are carried along
 
@@ -33,7 +34,7 @@ from typing import Any
 from ches_jax.data.messages import is_message, kind, text_of
 from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.values import are_turns, decoded, number, turns
-from ches_jax.data.schema.winners import of_winner, of_winners
+from ches_jax.data.schema.winners import of_order, of_winner, of_winners
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.runs.store import here
 
@@ -60,6 +61,7 @@ class Schema:
     tie: str = ""
     scores: Names = ()
     ranks: Names = ()
+    best_first: str = ""
     group: str = ""
     category: str = "category"
     tools: str = "tools"
@@ -69,6 +71,7 @@ class Schema:
     def reads(self) -> list[str]:
         """The columns that are read, as they are named (a dot reaches into objects)."""
         words = (self.prompt, self.system, self.input, self.chosen, self.rejected, self.winner, self.tie)
+        words += (self.best_first,)
         more = (self.category, self.tools, self.chat_template_kwargs)
         return [n for n in (*words, *self.responses, *self.winners, *self.scores, *self.ranks, *more) if n]
 
@@ -86,6 +89,8 @@ class Schema:
 PLAIN = Schema(name="chosen-rejected", prompt="prompt", chosen="chosen", rejected="rejected")
 """Rows that are in canonical columns already; whole conversations need no prompt."""
 WORDS = tuple(f.name for f in fields(Schema) if f.name != "name")
+_WAYS = ("winner", "winners", "scores", "ranks", "best_first")
+"""Words that say which response is better."""
 _LISTS = ("responses", "order", "winners", "scores", "ranks")
 ONLY_HERE = frozenset(WORDS) - {"prompt", "chosen", "rejected", "responses", "scores", *_ASIDE}
 """Words of ``--columns`` that make it a declaration."""
@@ -144,7 +149,7 @@ def from_file(path: str) -> Schema:
 
 
 def _check(schema: Schema) -> None:
-    ways = [w for w in ("winner", "winners", "scores", "ranks") if getattr(schema, w)]
+    ways = [w for w in _WAYS if getattr(schema, w)]
     both = bool(schema.chosen) and bool(schema.rejected)
     many = len(schema.responses)
     fault = ""
@@ -153,7 +158,7 @@ def _check(schema: Schema) -> None:
     elif both and (many or ways):
         fault = f"chosen and rejected say which response is better, and so does {ways[0] if ways else 'responses'}"
     elif many and len(ways) != 1:
-        fault = "responses need one of winner, winners, scores, ranks to say which is better, " + (
+        fault = f"responses need one of {', '.join(_WAYS)} to say which is better, " + (
             f"not {' and '.join(ways)}" if ways else "and none is named"
         )
     elif ways and not many:
@@ -361,6 +366,8 @@ def _scores(schema: Schema, row: Mapping[str, Any], count: int) -> list[float]:
         values = [lookup(row, n) for n in schema.winners]
         tie = lookup(row, schema.tie) if schema.tie else None
         return of_winners(schema.winners, values, tie)
+    if schema.best_first:
+        return of_order(schema.best_first, decoded(lookup(row, schema.best_first)), count)
     names, sign = (schema.scores, 1.0) if schema.scores else (schema.ranks, -1.0)
     values = decoded(lookup(row, names[0])) if len(names) == 1 else [lookup(row, n) for n in names]
     if not isinstance(values, list) or len(values) != count:

@@ -3,6 +3,7 @@
 Two readings that both fit are refused, with both and how to choose; an unread column that may matter is reported.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +98,11 @@ WINNER = frozenset(
     }
 )
 SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
-RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
+RANK = frozenset({"rank", "ranks", "ranking", "rankings", "placement", "placements"})
+ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
+"""Words of a list that may hold a place for each response, or the numbers of the responses from the best on."""
+PLACE = frozenset({"position", "positions", "place", "places"})
+"""Words of a place among the best, or of where a response was shown."""
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
 _TRIED = 200
 """Rows that are looked at."""
@@ -118,15 +123,40 @@ def recognise(rows: Rows) -> Recognised:
       DataError: two readings fit, or it is not said which response is better.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    if any(n in columns for n in ID_COLUMNS) or (
-        "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows)
-    ):
+    if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
+    if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
+        return _canonical_list(rows, columns)
     schema = _preset(rows) or _inferred(rows, columns) or PLAIN
     if schema.chosen:
         _require_agreement(rows, columns, (schema.chosen, schema.rejected))
     schema = _with_system(schema, rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
+    """Rows with ``prompt`` and ``responses``: best first only where no other column may say which is better.
+
+    Raises:
+      DataError: two columns contradict each other, or one may say it in a way that is not known.
+    """
+    listed = "responses"
+    if PLAIN.chosen in columns:
+        return Recognised(PLAIN)
+    fitting = _contradicting(rows, [listed], _ways_of_list(rows, columns, listed))
+    words = _one_preference(fitting, listed, columns) if fitting else {}
+    if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
+        return Recognised(schema, tuple(left_over(schema, rows, columns)))
+    for name in (n for n in columns if (RANK | ORDER | PLACE | WINNER | {"safer"}) & {*_parts(n)} and n != listed):
+        if _has(rows, name):
+            raise _two_readings(
+                "the responses are listed best first",
+                f"'{name}' says which is better",
+                f"--columns responses={listed}, or "
+                + (f"winner={name} order=..." if WINNER & {*_parts(name)} else f"ranks={name} or best_first={name}")
+                + " (with prompt=...)",
+            )
+    return Recognised(PLAIN, ("no column says which of 'responses' is better: the first is taken for the best",))
 
 
 def recognise_prompt(rows: Rows) -> Recognised:
@@ -426,21 +456,62 @@ def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[st
 
 
 def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[str, Any]:
+    return _one_preference(_contradicting(rows, [listed], _ways_of_list(rows, columns, listed)), listed, columns)
+
+
+def _ways_of_list(rows: Rows, columns: Sequence[str], listed: str) -> list[dict[str, Any]]:
+    """The words of each column that may say which response of a list is better."""
     head, _, key = listed.partition(".")
     names = [n for n in columns if n != head]
-    inside = (
-        {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key} if key else set()
-    )
-    numbers = [
-        n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if (SCORE | RANK) & {*_parts(n.split(".")[-1])}
-    ]
-    numbers = [n for n in numbers if all(isinstance(decoded(lookup(r, n)), list) for r in rows if lookup(r, listed))]
-    fitting: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
-    labels = [
-        n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
-    ]
-    fitting += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
-    return _one_preference(_contradicting(rows, [listed], fitting), listed, columns)
+    inside = {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key, ""}
+    lists = [n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if _are_lists(rows, n)]
+    ways: list[dict[str, Any]] = []
+    for name in lists:
+        parts = {*_parts(name.split(".")[-1])}
+        if parts & ORDER and "." not in name:
+            ways += _ordered(rows, name, listed)
+        elif parts & (SCORE | RANK):
+            ways.append({_score_or_rank(rows, name): name})
+    if not ways and (places := [n for n in lists if PLACE & {*_parts(n.split(".")[-1])}]):
+        raise _two_readings(
+            f"'{places[0]}' is a rank (the lower, the better)",
+            "it says where the response was shown",
+            f"--columns responses={listed} ranks={places[0]}, or another word that says which is better "
+            "(with prompt=...; docs/data.md)",
+        )
+    labels = [n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and _numbers(rows, n)]
+    return ways + [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
+
+
+def _are_lists(rows: Rows, name: str) -> bool:
+    values = [v for r in rows if (v := decoded(lookup(r, name))) is not None]
+    return bool(values) and all(isinstance(v, list) and not all(m is None for m in v) for v in values)
+
+
+def _ordered(rows: Rows, name: str, listed: str) -> list[dict[str, Any]]:
+    """A list of ranks, or of the numbers of the responses from the best on: the same for two responses, not for more.
+
+    Raises:
+      DataError: both fit, and differ.
+    """
+    ways = [{"ranks": name}, {"best_first": name}]
+    readable = [w for w in ways if _says_of_half(rows, {"responses": listed, **w})]
+    if len(readable) == len(ways) and not _agree(rows, [listed], *ways):
+        raise _two_readings(
+            f"'{name}' has a rank for each response (the lower, the better)",
+            "it lists the numbers of the responses, the best first",
+            f"--columns responses={listed} ranks={name} or best_first={name} (with prompt=...)",
+        )
+    return readable[:1]
+
+
+def _says_of_half(rows: Rows, words: Mapping[str, Any]) -> bool:
+    """Whether the words say of half of the rows at least which response is better."""
+    schema, said = from_words(words), 0
+    for row in rows:
+        with contextlib.suppress(DataError):
+            said += bool(canonical_rows(schema, row))
+    return said * 2 >= len(rows)
 
 
 def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
