@@ -168,8 +168,8 @@ def _require_told(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         theirs = columns.get(name, name)
         if theirs in row and (name == "scores" or "rejected" not in row):
             raise DataError(
-                f"'{theirs}' is null, so that the row does not say which response is preferred (--columns {name}= hides "
-                "the column, and the first response is taken for the best)"
+                f"'{theirs}' is null, so that the row does not say which response is preferred (--columns {name}= "
+                "hides the column, and the first response is taken for the best)"
             )
 
 

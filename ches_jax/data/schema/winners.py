@@ -22,8 +22,8 @@ FROM_0, FROM_1 = "from 0", "from 1"
 SIGNS = ("negative", "positive")
 """An ``order`` of these two words, either first: the winner is a number with a sign, and 0 is a tie."""
 _TIE = re.compile(
-    r"(?:a |it'?s an? )?(?:tie|tied|ties|both|neither|draw|equal|equally|(?:about |roughly |the )*same|similar|none|no[ _-]?preference|"
-    r"no[ _-]?difference|indifferent|bothbad|allbad)\b.*"
+    r"(?:a )?(?:tie|tied|ties|both|neither|draw|equal|equally|(?:about |roughly |the )*same|similar|none|bothbad|"
+    r"no[ _-]?preference|no[ _-]?difference|indifferent)\b.*"
 )
 
 
