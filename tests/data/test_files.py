@@ -236,7 +236,7 @@ def test_rows_of_json_may_lie_deeper_or_have_names(tmp_path, want):
         assert ids(tmp_path / f"{name}.json") == want
     (tmp_path / "two.json").write_text(json.dumps({"data": {"train": ROWS, "test": ROWS[:2]}}), "utf-8")
     assert ids(tmp_path / "two.json", split="data.test") == want[:2]
-    with pytest.raises(DataError, match="rows under 'data.train' and 'data.test'; choose one with --split"):
+    with pytest.raises(DataError, match=r"rows under 'data.train' and 'data.test'; choose one with --split"):
         ids(tmp_path / "two.json")
 
 
