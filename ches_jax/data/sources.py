@@ -195,7 +195,15 @@ def open_pairs(
     schema: str = "auto",
 ) -> PairSource:
     """Opens preference pairs; see ``open_rows``. ``pairing``: of rows with candidates; default: chosen-against-all."""
-    return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"], schema)
+    return open_rows(spec, split, columns, _paired(pairing), schema)
+
+
+def _paired(pairing: Pairing | None) -> Kind:
+    if pairing is not None and pairing not in PAIRS:
+        raise DataError(
+            f"candidates is one of {', '.join(PAIRS)}, not {pairing!r}{did_you_mean(str(pairing), list(PAIRS))}"
+        )
+    return PAIRS[pairing or "chosen-against-all"]
 
 
 def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
@@ -286,7 +294,7 @@ def rows_in_memory(
     def identity() -> str:
         return hashlib.sha256("\n".join(record.row_id for record in source.tolerant()).encode()).hexdigest()
 
-    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"], schema)
+    source = _source(name, lambda: (kind, read, identity), columns, _paired(pairing), schema)
     return source
 
 
