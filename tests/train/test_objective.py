@@ -132,8 +132,3 @@ def test_an_unknown_loss_lists_the_names():
         ChesError, match=r"no loss is named 'dpoo'; the nearest are dpo, odpo, dpop; the names are: .*ipo_sum.*sft"
     ):
         get_objective("dpoo", {})
-
-
-def test_a_loss_that_cannot_be_supplied_says_what_is_missing():
-    with pytest.raises(ChesError, match="'sparsepo' needs token_kl_chosen"):
-        get_objective("sparsepo", {})
