@@ -90,7 +90,7 @@ def _masked_rewards(reward: str | None, kl: str | None) -> Rewards:
                 continue
             for side, mask, i in zip(("chosen", "rejected"), _given(batch, name), inside, strict=False):
                 tokens = jnp.maximum(jnp.sum(i, axis=-1), 1)
-                logged[f"sparsity/{label}_{side}"] = jnp.sum((mask == 0) * i, axis=-1) / tokens
+                logged[f"sparsity/{label}_{side}"] = jnp.sum(jnp.where(mask == 0, i, 0.0), axis=-1) / tokens
                 logged[f"mask/{label}_{side}"] = jnp.sum(mask, axis=-1) / tokens
         return logged
 

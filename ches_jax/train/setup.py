@@ -31,7 +31,7 @@ from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, option_columns, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -193,7 +193,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     loss = objective_of(config)
     require_cuttable(config, loss)
     require_columns(config, loss)
-    opener = Opener()
+    opener = Opener(option_columns(config))
     model = opener.model(config.model)
     decoder = model.decoder
     if config.export_whole:

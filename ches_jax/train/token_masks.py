@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from ches_jax.losses import Loss
@@ -89,7 +89,7 @@ def learned_mask(
 
 
 def activation_masks(
-    means: Float[Array, "layers *items T"], inside: Float[Array, "*items T"]
+    means: Float[Array, "layers *items T"], inside: Int[Array, "*items T"]
 ) -> Float[Array, "*items T"]:
     r"""Masks from the mean activation of each layer at each token: scaled to 0 to 1 within a response.
 

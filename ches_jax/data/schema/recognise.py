@@ -607,10 +607,15 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
                 if word_ == "prompt" and schema.prompt:
                     takes += f" instead of '{schema.prompt}'"
                     takes += f", input={name} puts it under that" if name.lower() == "input" else ""
-                yield f"column '{name}' looks like {what} and is not read; {takes}"
+                yield f"{note_on(name)} {what} and is not read; {takes}"
         elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
+            yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+
+
+def note_on(column: str) -> str:
+    """How a note on a column that is not read begins."""
+    return f"column '{column}' looks like"
 
 
 def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:
