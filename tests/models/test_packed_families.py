@@ -20,8 +20,8 @@ from .packed import packed
 SIZES = [(20, 3, 17, 9), (33, 0, 11, 40), (5, 2, 50, 7)]
 """Prompt, shared beginning, rest of chosen, rest of rejected: longer than the chunks and windows of the models."""
 FAMILIES = (
-    "cohere2", "deepseek_v3", "gemma4", "glm4", "gpt_oss", "granite", "lfm2", "llama4", "ministral3", "mixtral", "olmo3",
-    "olmoe", "qwen3_5", "qwen3_moe", "smollm3",
+    "cohere2", "deepseek_v3", "gemma4", "glm4", "gpt_oss", "granite", "lfm2", "llama4", "ministral3", "mixtral",
+    "olmo3", "olmoe", "qwen3_5", "qwen3_moe", "smollm3",
 )  # fmt: skip
 TOLERANCE = {"gemma4": 2e-5, "qwen3_5": 1e-4}
 
