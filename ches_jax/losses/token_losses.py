@@ -24,7 +24,6 @@ from ches_jax.losses.margins import sigmoid
 from ches_jax.losses.metrics import log_ratio_rewards, mean_logp_rewards
 from ches_jax.losses.per_token import simpo
 from ches_jax.losses.registry import any_number, fraction, positive, register
-from ches_jax.losses.stable import neg_log_sigmoid
 from ches_jax.losses.tokens import (
     TOKEN_LOGPS,
     TOKEN_MASKS,
@@ -93,5 +92,3 @@ def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
       Liu et al., Length Desensitization in DPO (https://arxiv.org/abs/2409.06411); TRL's ``ld_alpha``.
     """
     return sigmoid(weighted_sums(batch, beyond_shared_length(alpha)(batch)), beta=beta)
-
-

@@ -41,7 +41,7 @@ from ches_jax.models.sharding import (
     replicated,
     with_auto_axes,
 )
-from ches_jax.models.stacks import ROOT, Stack, stacks, stretches
+from ches_jax.models.stacks import ROOT, Stack, layer_groups, stacks
 
 ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
         *,
         attend: Attend = dense.dense,
         mesh: Mesh | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "layers *n"]]:
+    ) -> tuple[Float[Array, "B T D"], Array]:
         """``hidden``, and what ``tap`` makes of the stream behind each layer, before the final norm.
 
         Args:
@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
           positions: position of each token in its own sequence.
           seen: what each position sees.
           lengths: length of each token's sequence.
-          tap: from the stream to what is kept of a layer, of the same shape for all.
+          tap: from the stream to what is kept of a layer, of the same shape for all; the layers come on a leading axis.
           attend: how attention is computed.
           mesh: where parameters and rows lie.
         """
@@ -346,7 +346,7 @@ class Decoder(nnx.Module):
         slot: Int[Array, ""] | None = None,
         tap: Callable[[Array], Array] | None = None,
     ) -> "_Ran":
-        """The layers, one after the other, each stretch of them in a scan over its stacked parameters.
+        """The layers, one after the other, each group of them in a scan over its stacked parameters.
 
         With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there. With
         ``tap`` what it makes of the stream behind each layer is kept.
@@ -367,9 +367,9 @@ class Decoder(nnx.Module):
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         policy = None if remat else PRODUCTS_AND_ATTENTION
         tapped: list[Array] = []
-        for stretch in stretches(self.config):
-            graphs = [parts[stack.name][0] for stack in stretch.stacks]
-            scanned = stretch.repeats > 1
+        for group in layer_groups(self.config):
+            graphs = [parts[stack.name][0] for stack in group.stacks]
+            scanned = group.repeats > 1
             layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=not scanned, policy=policy)
 
             def period(carry, per_layer, graphs=graphs, layer=layer, lent=lent):
@@ -382,11 +382,11 @@ class Decoder(nnx.Module):
                     routed = routed + sums[0] if sums else routed
                 return (x, tuple(after), routed), (lent, taps)
 
-            names = [stack.name for stack in stretch.stacks]
-            numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)
+            names = [stack.name for stack in group.stacks]
+            numbers = jnp.arange(group.repeats, dtype=jnp.int32)
             per_layer = tuple(
                 (parts[s.name][1], jax.tree.map(lambda a, s=s: a[jnp.array(s.layers)], data), numbers)
-                for s in stretch.stacks
+                for s in group.stacks
             )
             carry = (x, tuple(caches[name] for name in names), routed)
             if scanned:

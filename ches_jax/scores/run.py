@@ -62,7 +62,7 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     """
     import jax
 
-    process = start_processes(config.distributed)
+    process = start_processes(config.distributed, apart=True)
     config = with_defaults(config)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)

@@ -104,7 +104,9 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
     )
     total = run.plan.total
     posteriors = LabelPosteriors(run.loss, run.sets, run.train, run.held_out, reference) if in_doubt(run.loss) else None
-    evaluations = Observers(_evaluations(run, policy, evaluate, reference.get("held_out"), initial, posteriors, beside), total)
+    evaluations = Observers(
+        _evaluations(run, policy, evaluate, reference.get("held_out"), initial, posteriors, beside), total
+    )
     own = [one if hasattr(one, "observe") else EveryUpdate(policy, cast(Watch, one)) for one in observers]
     optimizer = make_optimizer(config.optimizer, run.schedule, **config.optimizer_args)
     state = initial_state(params, optimizer, initial_loss_state(run.loss, run.master), run.mesh)

@@ -72,9 +72,7 @@ def without_masks(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if not is_mask(name)}
 
 
-def learned_mask(
-    params: Mapping[str, Any], kind: str, states: Float[Array, "layers B M D"]
-) -> Float[Array, "B M"]:
+def learned_mask(params: Mapping[str, Any], kind: str, states: Float[Array, "layers B M D"]) -> Float[Array, "B M"]:
     """The mask of every prediction, 0 or more, from the reference's states behind each layer."""
     acc = accumulate(states.dtype)
     norm, shift, weight, bias, mixer = (
@@ -84,7 +82,9 @@ def learned_mask(
     h = states.astype(acc)
     h = h - jnp.mean(h, axis=-1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + jnp.asarray(EPSILON, acc))
-    of_layer = jax.nn.relu(einsum("lbmd,ld->lbm", h * norm[None, None, None] + shift[None, None, None], weight) + bias[:, None, None])
+    of_layer = jax.nn.relu(
+        einsum("lbmd,ld->lbm", h * norm[None, None, None] + shift[None, None, None], weight) + bias[:, None, None]
+    )
     return jax.nn.relu(einsum("lbm,l->bm", of_layer, mixer))
 
 

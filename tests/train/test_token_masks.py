@@ -16,7 +16,7 @@ from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.config import LayerKind
 from ches_jax.models.decoder import abstract_decoder, named_parameters
 from ches_jax.models.logprobs import Head, token_divergences
-from ches_jax.models.stacks import layers_of, stretches
+from ches_jax.models.stacks import layer_groups, layers_of
 from ches_jax.train.assemble import assemble
 from ches_jax.train.batch_loss import batch_loss
 from ches_jax.train.beside import Beside
@@ -28,7 +28,9 @@ from ches_jax.types import Response, TokenPair
 
 PAIRS = [
     TokenPair(row_id="a", index=0, prompt=(5, 6, 7), chosen=Response((8, 9, 10), 2), rejected=Response((8, 11), 2)),
-    TokenPair(row_id="b", index=1, prompt=(12, 13), chosen=Response((14,), 2), rejected=Response((15, 16, 17, 18), None)),
+    TokenPair(
+        row_id="b", index=1, prompt=(12, 13), chosen=Response((14,), 2), rejected=Response((15, 16, 17, 18), None)
+    ),
 ]
 BOTH = "sparsepo(l1_reward=0.01) + 0.5*mapo"
 
@@ -43,6 +45,7 @@ def test_divergences_are_of_the_reference_from_the_policy(x64):
         return jnp.sum(jnp.exp(ref) * (ref - p), -1)
 
     weights = jnp.asarray(rng.normal(size=(2, 5)))
+
     @jax.jit
     def both(h, w):
         own = jax.value_and_grad(lambda *a: jnp.sum(weights * token_divergences(*a, head, r, v, ref_head)), (0, 1))
@@ -59,7 +62,7 @@ def test_the_stream_is_tapped_behind_each_layer_in_order(tiny_model):
     wide, narrow = LayerKind(), LayerKind(mlp_width=8)
     kinds = (wide, narrow, narrow, wide, narrow, narrow, wide)
     config = replace(load_model(tiny_model).config, num_layers=7, layer_kinds=kinds, windows=(None,) * 7)
-    assert max(stretch.repeats for stretch in stretches(config)) > 1 and len(stretches(config)) > 1
+    assert max(group.repeats for group in layer_groups(config)) > 1 and len(layer_groups(config)) > 1
     abstract, rng = abstract_decoder(config), np.random.default_rng(0)
     params = {k: rng.normal(size=v.shape).astype("float32") for k, v in named_parameters(abstract).items()}
     tokens = jnp.array([[5, 6, 7, 8]])
@@ -189,7 +192,7 @@ def test_under_lora_the_base_is_shared_and_the_run_learns_its_masks(small, tmp_p
     (tmp_path / "parts").mkdir()
     run = prepare(replace(config, out=str(tmp_path / "parts")))
     parts = assemble(run, tmp_path / "parts")
-    frozen = parts.update._frozen  # noqa: SLF001
+    frozen = parts.update._frozen
     assert all(frozen.reference[name] is array for name, array in frozen.policy.items())
     train(config, quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
