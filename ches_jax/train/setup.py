@@ -275,8 +275,8 @@ def require_states(config: TrainConfig, loss: Loss) -> None:
     """
     if reads_reference_states(loss) and config.reference.endswith(".parquet"):
         raise ChesError(
-            f"--reference {config.reference}: holds log-probabilities, and loss {config.loss!r} reads the states of the "
-            "reference model too; give initial or a model directory"
+            f"--reference {config.reference}: holds log-probabilities, and loss {config.loss!r} reads the states of "
+            "the reference model too; give initial or a model directory"
         )
 
 

@@ -1,6 +1,6 @@
 r"""Masks of tokens: how much of a token's log-ratio and divergence counts (``losses.token_level``).
 
-Learned masks are linear maps of the reference's states h_l behind its L layers, at the position that predicts the token:
+Learned masks are linear maps of the reference's states h_l behind its L layers, at the position that predicts a token:
 
 .. math:: m_t = \mathrm{ReLU}\Big(\sum_l c_l\, \mathrm{ReLU}(\langle w_l, \mathrm{LN}(h_{l,t}) \rangle + b_l)\Big)
 
@@ -44,8 +44,8 @@ def learned_kinds(loss: Loss) -> tuple[str, ...]:
 def initial_masks(kinds: tuple[str, ...], layers: int, width: int, seed: list[int]) -> dict[str, np.ndarray]:
     """Parameters of the masks as they start, by name.
 
-    Weights are uniform within one over the root of their inputs, as torch's linear layers start; the mixer's are positive,
-    so that no mask starts with every token at zero, where it would have no gradient.
+    Weights are uniform within one over the root of their inputs, as torch's linear layers start; the mixer's are
+    positive, so that no mask starts with every token at zero, where it would have no gradient.
     """
     rng = np.random.default_rng(seed)
     out: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""The reference beside the policy: divergences and masks of tokens, in float64 against sequences computed one by one."""
+"""The reference beside the policy: divergences and masks of tokens, against sequences computed one by one."""
 
 import json
 from dataclasses import replace
