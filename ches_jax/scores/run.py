@@ -62,7 +62,7 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     """
     import jax
 
-    process = start_processes(config.distributed)
+    process = start_processes(config.distributed, apart=True)
     config = with_defaults(config)
     with jax.enable_x64(config.dtype == "float64"), _lock(config, process) as lock:
         return _score(config, process, resume, quiet, other_versions, lock)
