@@ -113,7 +113,10 @@ class PairTable:
             "showKey": self.show_key,
             "searches": "words" if not cut.any() else f"words, in the first {short} characters",
         }
-        blocks = {"numbers": packed(b"".join(arrays)), "texts": packed(_json({name: SEPARATOR.join(of) for name, of in texts.items()}))}
+        blocks = {
+            "numbers": packed(b"".join(arrays)),
+            "texts": packed(_json({name: SEPARATOR.join(of) for name, of in texts.items()})),
+        }
         if self.tokens is not None and self.tokens.of:
             t = self.tokens
             head["tokens"] = {"name": t.name, "label": t.label, "up": t.up, "down": t.down, **t.sides}

@@ -504,8 +504,9 @@
       if (spec.regimes) {
         const low = Math.max(x.axis.range[0], y.axis.range[0]), high = Math.min(x.axis.range[1], y.axis.range[1]);
         if (high > low) parts.push(s("line", { x1: sx(low), y1: sy(low), x2: sx(high), y2: sy(high), class: "axis dashed" }));
-        const words = [["both up", W - R - 4, U + 14, "end"], ["wanted: chosen up, rejected down", W - R - 4, T - B - 6, "end"], ["inverted", L + 4, U + 14, "start"], ["both down", L + 4, T - B - 6, "start"]];
-        for (const [text, wx, wy, anchor] of words) parts.push(s("text", { x: wx, y: wy, "text-anchor": anchor, class: "strong" }, text));
+        const zx = sx(0), left = zx - L, right = W - R - zx, up = sy(0) - U, down = T - B - sy(0); // a quarter that is too small for its name has none
+        const words = [["both up", W - R - 4, U + 14, "end", right, up], ["wanted", W - R - 4, T - B - 6, "end", right, down], ["inverted", L + 4, U + 14, "start", left, up], ["both down", L + 4, T - B - 6, "start", left, down]];
+        for (const [text, wx, wy, anchor, width, height] of words) if (width > 7 * text.length + 8 && height > 18) parts.push(s("text", { x: wx, y: wy, "text-anchor": anchor, class: "strong" }, text));
       }
       const fresh = s("svg", { viewBox: `0 0 ${W} ${T}`, "aria-hidden": "true" }, ...parts);
       if (svg) svg.replaceWith(fresh); else plot.prepend(fresh);
