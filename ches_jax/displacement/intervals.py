@@ -4,8 +4,8 @@ pairs        the wider of bootstrap-t and Student's t over records of the data: 
              together, and each resample is measured in its own standard error, so that few, dependent and skewed pairs
              are not too sure; under heavy tails Student's t is the one that holds its level
 steps        batch means: the last steps of a log are cut into consecutive blocks, and Student's t is taken over the
-             means of the blocks, wider by as much as blocks of this length still depend on each other; from step to step
-             the whole log tells it
+             means of the blocks, wider by as much as blocks of this length still depend on each other, which the whole
+             log tells
 evaluations  the last evaluation of the same held-out pairs, with the noise of an evaluation from second differences:
              a smooth course has none
 
@@ -103,9 +103,10 @@ def of_steps(values: np.ndarray) -> list[Interval]:
 def dependence(values: np.ndarray) -> np.ndarray:
     r"""The correlation of each row of [quantities, steps] from one step to the next, around its smooth course.
 
-    For a course with first-order noise the correlation of neighbouring differences is :math:`-(1 - r) / 2`, whatever the
-    course; the estimate is held between 0 and ``STRONGEST``, and drawn towards 0 where the log is short. A course without
-    noise has none: its second differences are small beside its first (with noise they are 2 to 3 times as large, squared).
+    For a course with first-order noise the correlation of neighbouring differences is :math:`-(1 - r) / 2`, whatever
+    the course; the estimate is held between 0 and ``STRONGEST``, and drawn towards 0 where the log is short. A course
+    without noise has none: its second differences are small beside its first (with noise they are 2 to 3 times as
+    large, squared).
 
     >>> rng = np.random.default_rng(0)
     >>> steps = np.arange(4000.0) + rng.normal(size=(1, 4000))
