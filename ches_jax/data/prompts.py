@@ -40,6 +40,7 @@ from ches_jax.errors import DataError
 from ches_jax.types import Pairing
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+LARGEST_ID = 2**31 - 1
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BestFirst = Literal["best-first"]
 BEST_FIRST: BestFirst = "best-first"
@@ -101,6 +102,8 @@ def pair_contents(
             f"'responses' is {kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
             "reaches into objects: --columns responses=completions.response"
         )
+    if pairing != BEST_FIRST and not {"scores", "chosen"} & values.keys():
+        _require_told(row, columns)
     if not (pairs := _preferences(values, len(responses), pairing)):
         prompt = values.get("prompt_ids", values.get("prompt"))
         return [((), without_nulls({"prompt": prompt, "responses": responses}))]
@@ -158,6 +161,17 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
         if name in values:
             content[name] = _template_argument(name, values[name])
     return content
+
+
+def _require_told(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """A row that has a column for it and nothing in it does not say which response is preferred."""
+    for name in ("scores", "chosen"):
+        theirs = columns.get(name, name)
+        if theirs in row and (name == "scores" or "rejected" not in row):
+            raise DataError(
+                f"'{theirs}' is null, so that the row does not say which response is preferred (--columns {name}= "
+                "hides the column, and the first response is taken for the best)"
+            )
 
 
 def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing | BestFirst) -> list[tuple[int, int]]:
@@ -318,6 +332,8 @@ def _text_or_messages(name: str, value: Any) -> str | list[Message]:
 def _token_ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
         raise DataError(f"'{name}' is {kind(value)}; expected a list of token ids (integers from 0)")
+    if max(value, default=0) > LARGEST_ID:
+        raise DataError(f"'{name}' holds the token id {str(max(value))[:40]}; ids are at most {LARGEST_ID} (32 bits)")
     return value
 
 

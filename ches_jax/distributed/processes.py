@@ -106,13 +106,15 @@ class Process:
         return jax.tree.map(fetch, tree)
 
 
-def start_processes(option: str) -> Process:
+def start_processes(option: str, *, apart: bool = False) -> Process:
     """Join the processes of a run.
 
     Only on request: a guess from a half-set environment hangs or crashes.
 
     Args:
       option: ``off`` (one process), ``auto`` (from the cluster's environment), or ``coordinator:port,n,id``.
+      apart: they only deal out the work, and nothing is computed together: once all have met they part, so that one
+        that dies takes no other with it.
 
     Raises:
       ChesError: another option, no cluster environment, a coordinator that cannot be reached.
@@ -133,8 +135,11 @@ def start_processes(option: str) -> Process:
                 **known,
                 initialization_timeout=CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+                shutdown_timeout_seconds=CONNECT_SECONDS if apart else SHUTDOWN_SECONDS,
             )
+            if apart:
+                jax.devices()  # tells each process of all devices, which needs the others
+                jax.distributed.shutdown()
         except (ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             hint = (

@@ -3,6 +3,7 @@
 Two readings that both fit are refused, with both and how to choose; an unread column that may matter is reported.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from ches_jax.data.messages import text_of
 from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
 from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows, from_words, grouped
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, turns, word
 from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
 from ches_jax.errors import DataError
 
@@ -39,6 +40,22 @@ PROMPT = frozenset(
         "dialog",
     }
 )
+BESIDE = frozenset(
+    {
+        "article",
+        "background",
+        "context",
+        "document",
+        "history",
+        "instructions",
+        "paragraph",
+        "passage",
+        "persona",
+        "scenario",
+        "turns",
+    }
+)
+"""Words of a column that may belong to the prompt beside it."""
 SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "sys"})
 _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")
 """Keys of the text of a prompt that is an object."""
@@ -51,6 +68,7 @@ SIDES = (
     ("better", "worse"),
     ("positive", "negative"),
     ("good", "bad"),
+    ("correct", "incorrect"),
     ("win", "lose"),
     ("pos", "neg"),
     ("j", "k"),
@@ -96,8 +114,14 @@ WINNER = frozenset(
         "verdict",
     }
 )
+_TURNED = frozenset({"safer", "flip", "flipped", "swap", "swapped", "reversed", "inverted"})
+"""Words of a label beside the names of the sides."""
 SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
-RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
+RANK = frozenset({"rank", "ranks", "ranking", "rankings", "placement", "placements"})
+ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
+"""Words of a list that may hold a place for each response, or the numbers of the responses from the best on."""
+PLACE = frozenset({"position", "positions", "place", "places"})
+"""Words of a place among the best, or of where a response was shown."""
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
 _TRIED = 200
 """Rows that are looked at."""
@@ -118,15 +142,40 @@ def recognise(rows: Rows) -> Recognised:
       DataError: two readings fit, or it is not said which response is better.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    if any(n in columns for n in ID_COLUMNS) or (
-        "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows)
-    ):
+    if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
+    if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
+        return _canonical_list(rows, columns)
     schema = _preset(rows) or _inferred(rows, columns) or PLAIN
     if schema.chosen:
         _require_agreement(rows, columns, (schema.chosen, schema.rejected))
-    schema = _with_system(schema, rows, columns)
+    schema = _with_history(_with_system(schema, rows, columns), rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
+    """Rows with ``prompt`` and ``responses``: best first only where no other column may say which is better.
+
+    Raises:
+      DataError: two columns contradict each other, or one may say it in a way that is not known.
+    """
+    listed = "responses"
+    if PLAIN.chosen in columns:
+        return Recognised(PLAIN)
+    fitting = _contradicting(rows, [listed], _ways_of_list(rows, columns, listed))
+    words = _one_preference(fitting, listed, columns) if fitting else {}
+    if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
+        return Recognised(schema, tuple(left_over(schema, rows, columns)))
+    for name in (n for n in columns if (RANK | ORDER | PLACE | WINNER | {"safer"}) & {*_parts(n)} and n != listed):
+        if _has(rows, name):
+            raise _two_readings(
+                "the responses are listed best first",
+                f"'{name}' says which is better",
+                f"--columns responses={listed}, or "
+                + (f"winner={name} order=..." if WINNER & {*_parts(name)} else f"ranks={name} or best_first={name}")
+                + " (with prompt=...)",
+            )
+    return Recognised(PLAIN, ("no column says which of 'responses' is better: the first is taken for the best",))
 
 
 def recognise_prompt(rows: Rows) -> Recognised:
@@ -142,7 +191,7 @@ def recognise_prompt(rows: Rows) -> Recognised:
     if schema is None and "prompt" not in columns and not ("chosen" in columns and fits(PLAIN, rows)):
         words = _prompt_words(rows, columns, (), optional=False)
         schema = replace(PLAIN, name="columns", chosen="", rejected="", **words) if words else None
-    schema = _with_system(schema or PLAIN, rows, columns)
+    schema = _with_history(_with_system(schema or PLAIN, rows, columns), rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
 
@@ -274,6 +323,17 @@ def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
         return schema
     prompt = schema.prompt if schema != PLAIN or _has(rows, "prompt") else ""
     return replace(schema, name=f"{schema.name} with {fitting[0]}", system=fitting[0], prompt=prompt)
+
+
+def _with_history(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
+    """The declaration with a column of earlier questions and answers, where they are written in pairs."""
+    if schema.history or not schema.prompt or not _has(rows, schema.prompt):
+        return schema
+    for name in (n for n in columns if "history" in _parts(n) and n not in schema.reads):
+        values = [v for r in rows if (v := decoded(r.get(name)))]
+        if values and all(map(are_pairs_of_turns, values)):
+            return replace(schema, name=f"{schema.name} with {name}", history=name)
+    return schema
 
 
 # --- the responses ---
@@ -426,21 +486,62 @@ def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[st
 
 
 def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[str, Any]:
+    return _one_preference(_contradicting(rows, [listed], _ways_of_list(rows, columns, listed)), listed, columns)
+
+
+def _ways_of_list(rows: Rows, columns: Sequence[str], listed: str) -> list[dict[str, Any]]:
+    """The words of each column that may say which response of a list is better."""
     head, _, key = listed.partition(".")
     names = [n for n in columns if n != head]
-    inside = (
-        {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key} if key else set()
-    )
-    numbers = [
-        n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if (SCORE | RANK) & {*_parts(n.split(".")[-1])}
-    ]
-    numbers = [n for n in numbers if all(isinstance(decoded(lookup(r, n)), list) for r in rows if lookup(r, listed))]
-    fitting: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
-    labels = [
-        n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
-    ]
-    fitting += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
-    return _one_preference(_contradicting(rows, [listed], fitting), listed, columns)
+    inside = {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key, ""}
+    lists = [n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if _are_lists(rows, n)]
+    ways: list[dict[str, Any]] = []
+    for name in lists:
+        parts = {*_parts(name.split(".")[-1])}
+        if parts & ORDER and "." not in name:
+            ways += _ordered(rows, name, listed)
+        elif parts & (SCORE | RANK):
+            ways.append({_score_or_rank(rows, name): name})
+    if not ways and (places := [n for n in lists if PLACE & {*_parts(n.split(".")[-1])}]):
+        raise _two_readings(
+            f"'{places[0]}' is a rank (the lower, the better)",
+            "it says where the response was shown",
+            f"--columns responses={listed} ranks={places[0]}, or another word that says which is better "
+            "(with prompt=...; docs/data.md)",
+        )
+    labels = [n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and _numbers(rows, n)]
+    return ways + [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
+
+
+def _are_lists(rows: Rows, name: str) -> bool:
+    values = [v for r in rows if (v := decoded(lookup(r, name))) is not None]
+    return bool(values) and all(isinstance(v, list) and not all(m is None for m in v) for v in values)
+
+
+def _ordered(rows: Rows, name: str, listed: str) -> list[dict[str, Any]]:
+    """A list of ranks, or of the numbers of the responses from the best on: the same for two responses, not for more.
+
+    Raises:
+      DataError: both fit, and differ.
+    """
+    ways = [{"ranks": name}, {"best_first": name}]
+    readable = [w for w in ways if _says_of_half(rows, {"responses": listed, **w})]
+    if len(readable) == len(ways) and not _agree(rows, [listed], *ways):
+        raise _two_readings(
+            f"'{name}' has a rank for each response (the lower, the better)",
+            "it lists the numbers of the responses, the best first",
+            f"--columns responses={listed} ranks={name} or best_first={name} (with prompt=...)",
+        )
+    return readable[:1]
+
+
+def _says_of_half(rows: Rows, words: Mapping[str, Any]) -> bool:
+    """Whether the words say of half of the rows at least which response is better."""
+    schema, said = from_words(words), 0
+    for row in rows:
+        with contextlib.suppress(DataError):
+            said += bool(canonical_rows(schema, row))
+    return said * 2 >= len(rows)
 
 
 def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -512,15 +613,18 @@ def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
 
     >>> _by_place({"model_b"}, ("a", "b")), _by_place({"0", "1"}, ("a", "b"))
     (['model_a', 'model_b'], [])
+    >>> _by_place({"a is better", "a is much better", "b is better"}, ("a", "b"))
+    ['a is better|a is much better', 'b is better']
     """
-    named = [[w for w in said if place in _parts(w)] for place in places]
-    if not said or len(named[0]) + len(named[1]) != len(said) or max(map(len, named)) > 1:
+    named = [sorted(w for w in said if place in _parts(w)) for place in places]
+    if not said or len(named[0]) + len(named[1]) != len(said) or any("," in w or "|" in w for w in said):
         return []
     if set(named[0]) & set(named[1]):
         return []
-    first, second = (next(iter(words), "") for words in named)
     one, two = (re.compile(rf"(?<![a-z0-9]){place}(?![a-z0-9])") for place in places)
-    return [first or two.sub(places[0], second), second or one.sub(places[1], first)]
+    first = named[0] or [two.sub(places[0], w) for w in named[1]]
+    second = named[1] or [one.sub(places[1], w) for w in named[0]]
+    return ["|".join(first), "|".join(second)]
 
 
 def _start(rows: Rows, name: str, listed: str) -> str:
@@ -592,25 +696,59 @@ def _require_agreement(rows: Rows, columns: Sequence[str], sides: tuple[str, str
 
 
 def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
-    """Columns that may matter and are not read, each with what to do."""
+    """Columns that may matter and are not read, each with what to do; numbers that contradict the sides."""
     read = {n.partition(".")[0] for n in schema.reads} | set(schema.reads)
     for name in columns:
         if name in read or not any(_filled(r.get(name)) and r.get(name) != "" for r in rows):
             continue
         parts = {*_parts(name)}
-        if name.lower() in SYSTEM or (name.lower() in PROMPT and any(_prompt_path(rows, name))):
-            word_ = "system" if name.lower() in SYSTEM else "prompt"
-            where = ("prompt",) if word_ == "system" else ("prompt", "chosen", "rejected", "responses")
+        if name.lower() in SYSTEM or any(_prompt_path(rows, name)) or (parts & BESIDE and _says_something(rows, name)):
+            where = ("prompt",) if name.lower() in SYSTEM else ("prompt", "chosen", "rejected", "responses")
             if not all(_stands(schema, r, r.get(name), where) for r in rows):
-                what = "a system text" if word_ == "system" else "a prompt"
-                takes = f"--columns {word_}={name} takes it"
-                if word_ == "prompt" and schema.prompt:
-                    takes += f" instead of '{schema.prompt}'"
-                    takes += f", input={name} puts it under that" if name.lower() == "input" else ""
-                yield f"column '{name}' looks like {what} and is not read; {takes}"
-        elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
+                yield _told_of_prompt(schema, rows, name)
+        elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
+            yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+    if schema.chosen:
+        yield from _contradicted(schema, rows, columns)
+
+
+def note_on(column: str) -> str:
+    """How a note on a column that is not read begins."""
+    return f"column '{column}' looks like"
+
+
+def _told_of_prompt(schema: Schema, rows: Rows, name: str) -> str:
+    if name.lower() in SYSTEM:
+        return f"{note_on(name)} a system text and is not read; --columns system={name} takes it"
+    text = all(isinstance(r.get(name), str) for r in rows if _filled(r.get(name)))
+    ways = [f"prompt={name} takes it" + f" instead of '{schema.prompt}'" * bool(schema.prompt)]
+    if schema.prompt:
+        ways.append(f"input={name} puts it under that" if text else f"history={name} puts it in front of that")
+    what = "a prompt" if name.lower() in PROMPT else "a part of the prompt"
+    return f"{note_on(name)} {what} and is not read; --columns {', '.join(ways)}"
+
+
+def _says_something(rows: Rows, name: str) -> bool:
+    """Whether a column holds texts of several words, or turns."""
+    values = [decoded(r.get(name)) for r in rows if _filled(r.get(name))]
+    return any((isinstance(v, str) and len(v.split()) > 2) or (isinstance(v, list) and v) for v in values)
+
+
+def _contradicted(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
+    """Numbers of both sides that say the opposite in most rows."""
+    sides = (schema.chosen, schema.rejected)
+    words = next((w for w in SIDES if sides in _families(sides, w)), SIDES[0])
+    for one, two in _families(columns, words):
+        parts = {*_parts(one)}
+        both = [(float(r[one]), float(r[two])) for r in rows if _numeric(r.get(one)) and _numeric(r.get(two))]
+        against = sum(a > b if parts & RANK else a < b for a, b in both)
+        if parts & (SCORE | RANK) and against * 2 > len(both):
+            yield (
+                f"'{one}' is {'higher' if parts & RANK else 'lower'} than '{two}' in {against} of {len(both)} rows, "
+                f"against the names of '{schema.chosen}' and '{schema.rejected}'; --columns chosen={schema.rejected} "
+                f"rejected={schema.chosen} turns them round"
+            )
 
 
 def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:

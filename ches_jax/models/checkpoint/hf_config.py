@@ -312,7 +312,7 @@ class ConfigReader:
     ) -> RopeConfig:
         """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
         kind, settings = self._rope_kind(written, name, rename)
-        share = settings.get("partial_rotary_factor", 1.0)
+        share = min(settings.get("partial_rotary_factor", 1.0), 2.0)  # beyond 1 is refused; 1e308 heads are infinite
         rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
         self._check_rotary_dim(kind, rotary_dim, settings, name)
         original = int(settings.get("original_max_position_embeddings") or max_positions)
