@@ -16,7 +16,6 @@ from ches_jax.data.audit import Audit, dropped_record, require_clean
 from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.errors import ChesError
 from ches_jax.inputs import convention, pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
@@ -146,14 +145,6 @@ def score_pairs(
     1
     """
     dtype = str(model.dtype)
-    closed = {
-        "by": (by, ("ches", "head_score")),
-        "eos": (eos, ("include", "exclude")),
-        "on_bad_row": (on_bad_row, ("error", "drop", "keep")),
-    }
-    for name, (value, values) in closed.items():
-        if value not in values:
-            raise ChesError(f"score_pairs: {name} is one of {', '.join(values)}, not {value!r}")
     options = with_defaults(
         ScoreConfig(
             by=by,

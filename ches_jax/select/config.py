@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ches_jax.options import Columns, Place
+from ches_jax.options import Columns, Options, Place
 from ches_jax.types import Control
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(Options):
     """What ``ches select`` does.
 
     >>> SelectConfig(scores="runs/a", keep="lowest:0.05", out="kept").keep

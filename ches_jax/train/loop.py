@@ -36,6 +36,7 @@ from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model
 from ches_jax.train.setup import Run, prepare
 from ches_jax.train.state import TrainState
+from ches_jax.train.token_masks import TOKEN_MASKS, write_masks
 from ches_jax.train.trackers import Trackers, open_trackers
 
 
@@ -217,6 +218,7 @@ def _finish(
 def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
     """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
     prints = {}
+    write_masks(run.out / TOKEN_MASKS, params)
     if policy.spec:
         name = run.config.model if run.config.model != BUNDLED else str(run.model.directory)
         prints["trained_adapter_fingerprint"] = export_adapter(

@@ -22,7 +22,7 @@ from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import require_whole
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
@@ -31,7 +31,7 @@ from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, option_columns, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -49,6 +49,7 @@ from ches_jax.train.optimizer import Schedule, make_schedule, optimizer_hyper, r
 from ches_jax.train.policy import Lora, open_lora, require_lora_options
 from ches_jax.train.reference import Evaluate, Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
+from ches_jax.train.token_masks import reads_reference_states
 from ches_jax.train.trackers import require_trackers
 from ches_jax.types import TokenPair
 
@@ -192,7 +193,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     loss = objective_of(config)
     require_cuttable(config, loss)
     require_columns(config, loss)
-    opener = Opener()
+    opener = Opener(option_columns(config))
     model = opener.model(config.model)
     decoder = model.decoder
     if config.export_whole:
@@ -210,6 +211,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
+    require_states(config, loss)
     reference = open_reference(config, loss, model, opener)
     pairs = read_run_pairs(config, loss, model, opener, process)
     train, held_out = (
@@ -263,6 +265,19 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         probes=probes,
         lora=lora,
     )
+
+
+def require_states(config: TrainConfig, loss: Loss) -> None:
+    """Refuse a reference that has no states, where the loss reads them.
+
+    Raises:
+      ChesError: a cache file, of log-probabilities.
+    """
+    if reads_reference_states(loss) and config.reference.endswith(".parquet"):
+        raise ChesError(
+            f"--reference {config.reference}: holds log-probabilities, and loss {config.loss!r} reads the states of "
+            "the reference model too; give initial or a model directory"
+        )
 
 
 def require_balance(config: TrainConfig, loss: Loss, decoder: DecoderConfig) -> None:
@@ -392,15 +407,24 @@ class OtherModel:
     run: Run
     model: ModelFiles
 
+    @property
+    def abstract(self) -> Decoder:
+        """The decoder without arrays."""
+        return abstract_decoder(self.model.decoder, dtype=jnp.dtype(self.run.config.dtype))
+
+    @cached_property
+    def params(self) -> dict[str, jax.Array]:
+        """Its weights on the mesh."""
+        return load_parameters(self.model.directory, self.run.config.dtype, self.run.master, self.run.mesh)
+
     @cached_property
     def _evaluate(self) -> Evaluate:
         run, decoder, dtype = self.run, self.model.decoder, self.run.config.dtype
         threshold = decoder.rope.length_threshold if decoder.rope else None
         layout = run.layout._replace(length_threshold=threshold)
         attend = choose_attention(run.config.attention, decoder, dtype).attend
-        evaluator = Evaluator(abstract_decoder(decoder, dtype=jnp.dtype(dtype)), run.mesh, layout, attend)
-        params = load_parameters(self.model.directory, dtype, run.master, run.mesh)
-        return evaluator.under(params, per_token=reads_reference_tokens(run.loss))
+        evaluator = Evaluator(self.abstract, run.mesh, layout, attend)
+        return evaluator.under(self.params, per_token=reads_reference_tokens(run.loss))
 
     def __call__(self, pairs: Sequence[TokenPair]) -> Logps:
         """Log-probabilities of ``pairs``."""

@@ -3,11 +3,12 @@
 Rows are tiny: prompt p, and the responses a and b (and c); a pair is written as "a>b".
 """
 
+import json
 from typing import Any
 
 import pytest
 
-from ches_jax.data.sources import rows_in_memory
+from ches_jax.data.sources import open_pairs, rows_in_memory
 from ches_jax.errors import DataError
 
 P = {"prompt": "p"}
@@ -296,6 +297,15 @@ NOTES = {
 def test_a_column_that_may_matter_is_named(extra: dict[str, Any], note: str):
     source = rows_in_memory([{**PAIR, **extra}])
     assert any(note in line for line in source.messages())
+
+
+def test_a_column_that_an_option_reads_is_not_named(tmp_path):
+    """Beside it another one is; a longer name that begins alike is another column."""
+    row = {**PAIR, "label_probability": 0.7, "label_probability_b": 0.2}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_pairs(str(tmp_path / "rows.jsonl"), read=["label_probability"])
+    assert [note.split("'")[1] for note in source.notes] == ["label_probability_b"]
+    assert len(open_pairs(str(tmp_path / "rows.jsonl")).notes) == 2
 
 
 def test_a_list_of_which_nothing_says_the_order_is_told():

@@ -112,6 +112,7 @@ def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypa
         (["influence"], "whose chosen responses should not fall"),
         (["influence", "--holdout", "4", "--loss", "kto"], "its gradient is not made of whole responses of pairs"),
         (["forecast", "--optimizer", "adafactor"], "its metric is not known"),
+        (["forecast", "--loss", "tdpo"], "a forecast of divergences and masks of tokens is not known"),
         (["forecast", "--pilot", "2", "--schedule", "cosine", "--steps", "9"], "use --schedule constant"),
         (["forecast", "--pilot", "-1"], "expected the number of updates"),
         (["forecast", "--order", "3"], "order"),

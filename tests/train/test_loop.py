@@ -323,7 +323,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
         (["--reference", "none"], "compares with a reference"),
         (["--reference", "columns"], "--reference columns needs numbers in ref_chosen_logps"),
         (["--accumulate", "99"], "more micro-batches than"),
-        (["--loss", "sparsepo"], "which `ches train` cannot supply"),
+        (["--loss", "sparsepo", "--reference", "ref.parquet"], "reads the states of the reference model too"),
+        (["--loss", "tdpo", "--reference", "columns"], "reads more of the reference"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tiny_model, tmp_path, words, message):

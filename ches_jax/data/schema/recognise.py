@@ -708,20 +708,25 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
                 yield _told_of_prompt(schema, rows, name)
         elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
+            yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
     if schema.chosen:
         yield from _contradicted(schema, rows, columns)
 
 
+def note_on(column: str) -> str:
+    """How a note on a column that is not read begins."""
+    return f"column '{column}' looks like"
+
+
 def _told_of_prompt(schema: Schema, rows: Rows, name: str) -> str:
     if name.lower() in SYSTEM:
-        return f"column '{name}' looks like a system text and is not read; --columns system={name} takes it"
+        return f"{note_on(name)} a system text and is not read; --columns system={name} takes it"
     text = all(isinstance(r.get(name), str) for r in rows if _filled(r.get(name)))
     ways = [f"prompt={name} takes it" + f" instead of '{schema.prompt}'" * bool(schema.prompt)]
     if schema.prompt:
         ways.append(f"input={name} puts it under that" if text else f"history={name} puts it in front of that")
     what = "a prompt" if name.lower() in PROMPT else "a part of the prompt"
-    return f"column '{name}' looks like {what} and is not read; --columns {', '.join(ways)}"
+    return f"{note_on(name)} {what} and is not read; --columns {', '.join(ways)}"
 
 
 def _says_something(rows: Rows, name: str) -> bool:

@@ -34,6 +34,7 @@ class Loader:
         groups = ([examples.item(j) for j in group] for i in updates for group in plan.update(i))
         self._layout = fitted(layout, groups)
         self._examples, self._plan, self._reference, self._dtype = examples, plan, reference, np.dtype(dtype)
+        self.updates = plan.total
         self._weighs_tokens = "pairs_per_token" in loss.optional and plan.accumulate > 1
 
     def __call__(self, update: int) -> list[Batch]:

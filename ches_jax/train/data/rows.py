@@ -20,7 +20,7 @@ from ches_jax.inputs import Opener
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.tokens import TOKEN_WEIGHTS
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.examples import NOTHING, ragged
 from ches_jax.train.objective import is_supervised, is_unpaired, reads_lists, reads_samples
 from ches_jax.train.reference import COLUMNS
@@ -77,6 +77,12 @@ def require_columns(config: TrainConfig, loss: Loss) -> None:
             f"loss {loss!r} reads a weight for each token; say in which columns they are: "
             "--token-weights CHOSEN,REJECTED"
         )
+
+
+def option_columns(config: UpdateOptions) -> frozenset[str]:
+    """Columns of the rows that options name."""
+    named = (config.weights, config.label_probabilities, config.token_weights, config.rewards)
+    return frozenset(name for names in named if names for name in names.split(","))
 
 
 def _two(names: Sequence[str], columns: str) -> dict[str, str]:

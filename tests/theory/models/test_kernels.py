@@ -89,7 +89,7 @@ def test_layers_are_counted_one_by_one():
 
         def hidden(self, params, sequences):
             h = jnp.ones((*sequences.tokens.shape, 2))
-            for layer in params["layers"]["w"]:
+            for layer in (params["layers"]["0"][0], params["layers"]["1"][0], params["layers"]["0"][1]):
                 h = jnp.tanh(h * layer[None, None])
             return h
 
@@ -103,12 +103,18 @@ def test_layers_are_counted_one_by_one():
             return jax.tree.map(lambda _: True, params)
 
     rng = np.random.default_rng(0)
-    params = {"layers": {"w": jnp.array(rng.normal(size=(3, 2)))}, "head": jnp.array(rng.normal(size=(13, 2)))}
+    stacked = {"0": jnp.array(rng.normal(size=(2, 2))), "1": jnp.array(rng.normal(size=(1, 2)))}
+    params = {"layers": stacked, "head": jnp.array(rng.normal(size=(13, 2)))}
+    numbers = {"layers.0": (0, 2), "layers.1": (1,), "head": ()}
     chosen, rejected = sequences_of(PAIRS)
     whole = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name)
-    split = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name, layers=True)
-    assert split.cross["layers.w"].shape == (2, 3) and split.cross["head"].shape == (2,)
-    np.testing.assert_allclose(split.by_group().cross["layers.w"], whole.cross["layers.w"], rtol=1e-6)
+    split = kernels.pair_grams(
+        View(), params, chosen, rejected, lambda name: name.partition(".")[0], layers=numbers.__getitem__
+    )
+    assert split.cross["layers"].shape == (2, 3) and split.cross["head"].shape == (2,)
+    # two stacks in one group, each layer at its own place
+    np.testing.assert_allclose(split.cross["layers"][:, 1], whole.cross["layers.1"], rtol=1e-6)
+    np.testing.assert_allclose(split.cross["layers"][:, 0::2].sum(1), whole.cross["layers.0"], rtol=1e-6)
     np.testing.assert_allclose(split.total()[0], whole.total()[0], rtol=1e-6)
 
 
