@@ -344,6 +344,7 @@ def _finish(run: Run, config: PassOptions, clock: Clock, results: Mapping[str, A
             "row_tokens": run.layout.row_tokens,
             **results,
             "times": clock.seconds,
+            "work": clock.work.facts(),
         },
     )
     chunks.clear(out)

@@ -52,7 +52,7 @@ def pair_scorer(
     eos: Eos,
     on_batch: Callable[[int], None] = lambda pairs: None,
 ) -> PairScorer:
-    """A scorer for a model, its standard batch compiled.
+    """A scorer for a model; it compiles when it meets a batch.
 
     Args:
       model: lies on ``mesh`` as ``models.sharding.placement`` says, or anywhere for a data-only mesh.
@@ -62,15 +62,11 @@ def pair_scorer(
       batch_tokens: tokens per device and step; auto: the largest batch that the memory holds.
       eos: whether a terminator counts in a response.
       on_batch: called with the number of pairs after every batch.
-
-    Raises:
-      ChesError: out of device memory.
     """
     forward = ForwardPass(model, mesh, outputs, attend)
     tokens = largest_batch(forward, ROW_TOKENS) if batch_tokens == "auto" else batch_tokens
     rope = model.config.rope
     batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
-    forward.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
     return PairScorer(forward, batching, eos, on_batch)
 
 

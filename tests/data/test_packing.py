@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ches_jax.data.packing import first_fit_decreasing, pack, packed_length, row_capacity, row_length
+from ches_jax.data.packing import (
+    SHORT_ROWS,
+    first_fit_decreasing,
+    fitting_length,
+    pack,
+    packed_length,
+    row_capacity,
+    row_length,
+)
 from ches_jax.types import Response, TokenPair
 
 
@@ -120,3 +128,26 @@ def test_capacity_bounds_what_a_row_can_hold(length):
     pairs, predictions, segments = row_capacity(length)
     assert segments == 3 * pairs
     assert predictions >= length + pairs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 120), st.integers(1, 150), st.integers(1, 150)), max_size=40),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([256, 512, 2048]),
+)
+def test_few_pairs_get_the_shortest_row_that_holds_them_all(lengths, rows, standard):
+    pairs = [pair(range(3, 3 + p), range(9, 9 + c), range(2, 2 + r)) for p, c, r in lengths]
+
+    def batches(length):
+        return list(pack(pairs, length=length, rows_per_batch=rows, row_multiple=rows, eos="include"))
+
+    length = fitting_length(pairs, standard, rows)
+    shorter = [n for n in SHORT_ROWS if n < standard]
+    assert length == standard or length in shorter
+    if pairs and length in shorter:
+        ((batch, places),) = batches(length)
+        assert batch.tokens.shape == (rows, length) and len(places) == len(pairs)
+    for n in shorter:
+        if n < length:
+            assert len(batches(n)) > 1 or batches(n)[0][0].tokens.shape[1] > n
