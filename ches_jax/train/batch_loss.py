@@ -55,7 +55,7 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "head_norm_rejected": logps.head_norms[1],
         **batch.extra,
         **state,
-        **logps.fields,
+        **(logps.fields or {}),
     }
     if batch.tokens is not None and logps.tokens is not None:
         for side, i in (("chosen", 0), ("rejected", -1)):

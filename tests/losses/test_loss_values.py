@@ -4,12 +4,14 @@ import json
 from math import exp, expm1, log, log1p
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from loss_batches import pair
 
 from ches_jax.losses import LossInputs, RunningMean, get_loss, kto_baseline, loss_names, parse_loss, unpair
+from ches_jax.losses.stable import capped_exp, capped_expm1
 
 
 def sig(x):
@@ -270,3 +272,20 @@ def test_aot_compares_quantiles_of_a_batch_and_not_its_pairs(name, moved, x64):
     values = [np.sort(np.asarray(get_loss(name, beta=0.5)(b)[0])) for b in (batch, other)]
     np.testing.assert_allclose(*values, rtol=1e-12)
     assert not np.allclose(*(np.sort(np.asarray(get_loss("dpo", beta=0.5)(b)[0])) for b in (batch, other)))
+
+
+def test_dpo_shift_lessens_the_rejected_side_alone(x64):
+    uneven = LossInputs(jnp.array([-3.0]), jnp.array([-8.0]), jnp.array([-4.0]), jnp.array([-5.0]))  # r+ = 1, r- = -3
+    assert float(get_loss("dpo_shift", beta=0.5, lam=0.75)(uneven)[0][0]) == pytest.approx(nls(0.5 * (1 + 0.75 * 3)))
+
+
+def test_equal_rewards_are_not_right(x64):
+    same = LossInputs(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-4.0]), jnp.array([-5.0]))
+    assert float(get_loss("dpo")(same)[1]["rewards/accuracies"][0]) == 0.0
+
+
+def test_a_capped_exponential_goes_on_along_its_tangent(x64):
+    for function, at_the_cap in ((capped_exp, exp(30)), (capped_expm1, expm1(30))):
+        value, slope = jax.value_and_grad(function)(jnp.float64(32.0))
+        assert float(value) == pytest.approx(at_the_cap + 2 * exp(30)) and float(slope) == pytest.approx(exp(30))
+        assert float(function(jnp.float64(2.0))) == pytest.approx(exp(2) - (function is capped_expm1))

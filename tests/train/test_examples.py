@@ -338,6 +338,7 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
         train(small(tmp_path / "d", pairs=write(tmp_path / "d.jsonl", rows), **options), quiet=True)
 
 
+@pytest.mark.slow
 def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
     named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
     own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
@@ -350,6 +351,7 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
         train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
 
 
+@pytest.mark.slow
 def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, rows):
     several = [
         {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], r["chosen"] + "!"], "scores": [1.0, 3.0, 0.0]}

@@ -212,6 +212,8 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
         canonical = shared | {"responses": responses, "scores": _scores(schema, row, len(responses))}
         if schema.winner and len(set(canonical["scores"])) == 1:
             canonical["tie"] = f"{schema.winner} is {lookup(row, schema.winner)!r}"
+        elif schema.winners and len(set(canonical["scores"])) == 1:
+            canonical["tie"] = f"{schema.tie} is {lookup(row, schema.tie)!r}"
         return [(None, _whole(schema, row, canonical))]
     if not schema.chosen:
         return [(None, _whole(schema, row, shared))]
