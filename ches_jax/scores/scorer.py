@@ -153,12 +153,25 @@ class PairScorer:
                 collect()
         while waiting:
             collect()
-        _require_finite(pairs, scorable, numbers)
+        self._require_finite(pairs, scorable, numbers)
         columns = _table_columns(pairs, numbers, self.eos)
         if not self.run.outputs.token_scores:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _require_finite(self, pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
+        """Names the first row whose own number is not finite: in a packed row a NaN spreads to its neighbours."""
+        bad = [i for i in scorable if not all(np.isfinite(values[i]) for values in numbers.values())]
+        if bad and len(pairs) > 1:
+            for i in bad:
+                self([pairs[i]])  # raises where it is not finite alone
+        if bad:
+            p, name = pairs[bad[0]], next(n for n, values in numbers.items() if not np.isfinite(values[bad[0]]))
+            raise ChesError(
+                f"row {p.index} (row_id {p.row_id[:12]}): {name} is not finite; "
+                "try --dtype float32, or look at the row with `ches doctor`"
+            )
 
     def _model_columns(self) -> list[str]:
         outputs = self.run.outputs
@@ -249,17 +262,6 @@ def _token_rows(
         for n in TOKEN_COLUMNS:
             out[n] += values[n]
     return out
-
-
-def _require_finite(pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
-    for name, values in numbers.items():
-        bad = [i for i in scorable if not np.isfinite(values[i])]
-        if bad:
-            p = pairs[bad[0]]
-            raise ChesError(
-                f"row {p.index} (row_id {p.row_id[:12]}): {name} is not finite; "
-                "try --dtype float32, or look at the row with `ches doctor`"
-            )
 
 
 def edit_distance(pair: TokenPair) -> float:

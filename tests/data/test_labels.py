@@ -361,3 +361,8 @@ def test_scores_that_contradict_the_label_of_a_preset_are_told_and_a_tie_has_its
     assert len(rows_in_memory([{**shp, "labels": 1}]).messages()) == 1
     (tie,) = rows_in_memory([{**AB, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}])
     assert tie.content["tie"] == "winner_tie is 1"
+
+
+def test_the_order_of_a_list_can_be_taken_where_another_column_stands_beside_it():
+    rows = [{**P, "responses": ["a", "b"], "winner": "B"}]
+    assert read(rows, columns={"responses": "responses"}) == ["a>b"]

@@ -35,6 +35,8 @@ def test_the_interval_is_the_bootstrap_t_of_its_definition():
     rng = np.random.default_rng(3)
     values, clusters = rng.exponential(size=37), rng.integers(0, 12, 37)
     assert studentized_means(values[None], clusters=clusters)[:, 0] == pytest.approx(by_loop(values, clusters))
+    both = studentized_means(np.stack([values, values**2]), clusters=clusters)  # of one resample, numerator and spread
+    assert both[:, 1] == pytest.approx(by_loop(values**2, clusters))
     alone = studentized_means(values[None])[:, 0]
     assert alone == pytest.approx(by_loop(values, np.arange(37)))
 
@@ -43,7 +45,12 @@ def test_beyond_the_resampled_sizes_the_expansion_says_the_same(monkeypatch):
     values = -np.random.default_rng(4).lognormal(0, 1, MOST_RESAMPLED)
     resampled = studentized_means(values[None])[:, 0]
     monkeypatch.setattr("ches_jax.stats.MOST_RESAMPLED", 10)
-    assert studentized_means(values[None])[:, 0] == pytest.approx(resampled, abs=0.02)
+    expanded = studentized_means(values[None])[:, 0]
+    assert expanded == pytest.approx(resampled, abs=0.02)
+    # t_q = z_q - g (2 z_q^2 + 1) / (6 sqrt n), Hall 1988
+    n, g, z = len(values), scipy_stats.skew(values), scipy_stats.norm.ppf(0.975)
+    t = np.array([z, -z]) - g * (2 * z**2 + 1) / (6 * np.sqrt(n))
+    assert expanded == pytest.approx(values.mean() - t * values.std(ddof=1) / np.sqrt(n), rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "known"), [(1, False), (2, False), (FEWEST - 1, False), (FEWEST, True)])
