@@ -616,7 +616,7 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
 
 
 def _by_cell(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
-    """Two columns that differ as the responses' do, one of which holds the label of each row: names of models, texts."""
+    """Two columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     labelled = [r for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])]
     if not labelled or any(_numeric(r[name]) or word(r[name]) in _NO_NAMES for r in labelled):
