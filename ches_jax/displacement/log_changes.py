@@ -373,7 +373,7 @@ def _held_out_sides(log: Log) -> list[tuple[np.ndarray, np.ndarray]] | None:
         if series is None:
             return None
         common, i, j = np.intersect1d(steps, series.steps, return_indices=True)
-        if len(common) < 2:
+        if len(common) < 2 or not np.isfinite([series.values[j], reward[i]]).all():
             return None
         found.append((series.values[j], reward[i]))
     return found
