@@ -33,6 +33,7 @@ from ches_jax.runs.directory import (
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
+from ches_jax.runs.work import Work
 
 FILE_NAME = "responses.jsonl"
 
@@ -99,7 +100,7 @@ def _generate_chunks(
     """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
     chunks.make_folders(out)
     first = count = chunks.finished(out)
-    started = time.perf_counter()
+    started, work = time.perf_counter(), Work()
     tokens = 0
     with tqdm(
         unit=" texts",
@@ -111,7 +112,8 @@ def _generate_chunks(
     ) as bar:
         say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first):
-            rows = generator(kept, bar.update)
+            with work.on_device():
+                rows = generator(kept, bar.update)
             chunks.write(out, number, rows, [p.dropped() for p in dropped])
             tokens += sum(len(r["token_ids"]) for r in rows)
             count = number + 1
@@ -122,6 +124,7 @@ def _generate_chunks(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "compiled_shapes": [list(s) for s in generator.shapes],
+        "work": work.facts(),
     }
 
 

@@ -64,9 +64,6 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
 
     process = start_processes(config.distributed, apart=True)
     config = with_defaults(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with jax.enable_x64(config.dtype == "float64"), _lock(config, process) as lock:
         return _score(config, process, resume, quiet, other_versions, lock)
 
@@ -116,11 +113,11 @@ def _score(
     chunks.make_folders(out)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
-    say("compiling", quiet=quiet)
     scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
-    started = time.perf_counter()
+    say("compiling, then scoring", quiet=quiet)
+    started, compiled = time.perf_counter(), scorer.run.compile_seconds
     scored = _score_chunks(out, inputs, opener, config, scorer, metadata, process, total, quiet or process.id > 0)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - (scorer.run.compile_seconds - compiled)
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
@@ -132,6 +129,7 @@ def _score(
         "compiled_shapes": [list(s) for s in scorer.run.shapes],
         "batch_tokens": scorer.batching.batch_tokens,
         "padding_waste": round(scorer.waste, 4),
+        "work": scorer.facts(),
     }
     if process.count == 1:
         _finish(out, facts)

@@ -123,8 +123,9 @@ ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
 PLACE = frozenset({"position", "positions", "place", "places"})
 """Words of a place among the best, or of where a response was shown."""
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
-_TRIED = 200
-"""Rows that are looked at."""
+_NO_NAMES = frozenset({"true", "false", "yes", "no"})
+_LABEL = 40
+"""Most letters of a label."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,27 @@ def recognise(rows: Rows) -> Recognised:
         return Recognised(PLAIN)
     if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
         return _canonical_list(rows, columns)
-    schema = _preset(rows) or _inferred(rows, columns) or PLAIN
+    named = _named_by_side(rows, columns)
+    schema = named or _preset(rows) or _inferred(rows, columns) or PLAIN
     if schema.chosen:
         _require_agreement(rows, columns, (schema.chosen, schema.rejected))
     schema = _with_history(_with_system(schema, rows, columns), rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def _named_by_side(rows: Rows, columns: Sequence[str]) -> Schema | None:
+    """Rows whose ``chosen`` is no response but names one of two other columns."""
+    values = [r[PLAIN.chosen] for r in rows if r.get(PLAIN.chosen) is not None]
+    if not values or not all(
+        isinstance(v, str | int) and len(word(v)) <= _LABEL and " " not in word(v) for v in values
+    ):
+        return None
+    both = _two_columns(rows, columns)
+    if not both or not all(is_tie(v) or any(word(v) in (n.lower(), _parts(n)[-1]) for n in both) for v in values):
+        return None
+    words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
+    order = _order(rows, PLAIN.chosen, both)
+    return _made({"responses": list(both), "winner": PLAIN.chosen, "order": order, **words}, rows)
 
 
 def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
@@ -265,7 +282,8 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
 
 def _made(words: dict[str, Any], rows: Rows) -> Schema | None:
     schema = replace(from_words(words, "columns"), name="columns")
-    return schema if fits(schema, rows) else None
+    listed = bool(schema.responses) and not fits(PLAIN, rows)  # then its own message says what is wrong with the rows
+    return schema if listed or fits(schema, rows) else None
 
 
 # --- the prompt ---
@@ -567,7 +585,7 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     """The word of a label for each of the two columns."""
     said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
     places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
-    if order := _by_place(said, places):
+    if order := _by_place(said, places) or _by_cell(rows, name, sides):
         return order
     one, two = sides
     words = f"--columns responses={one},{two} winner={name} order="
@@ -595,6 +613,18 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
         f"that {two} is",
         f"{words}{low},{high} or order={high},{low} (with prompt=...)",
     )
+
+
+def _by_cell(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
+    """Two columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    labelled = [r for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])]
+    if not labelled or any(_numeric(r[name]) or word(r[name]) in _NO_NAMES for r in labelled):
+        return []
+    for pair in _placed(columns, sides):
+        if name not in pair and all([word(r.get(n)) == word(r[name]) for n in pair].count(True) == 1 for r in labelled):
+            return list(pair)
+    return []
 
 
 def _words_of_two(said: set[str]) -> tuple[str, str]:
@@ -708,20 +738,24 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
                 yield _told_of_prompt(schema, rows, name)
         elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
-    if schema.chosen:
-        yield from _contradicted(schema, rows, columns)
+            yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+    yield from _contradicted(schema, rows, [n for n in columns if n not in read])
+
+
+def note_on(column: str) -> str:
+    """How a note on a column that is not read begins."""
+    return f"column '{column}' looks like"
 
 
 def _told_of_prompt(schema: Schema, rows: Rows, name: str) -> str:
     if name.lower() in SYSTEM:
-        return f"column '{name}' looks like a system text and is not read; --columns system={name} takes it"
+        return f"{note_on(name)} a system text and is not read; --columns system={name} takes it"
     text = all(isinstance(r.get(name), str) for r in rows if _filled(r.get(name)))
     ways = [f"prompt={name} takes it" + f" instead of '{schema.prompt}'" * bool(schema.prompt)]
     if schema.prompt:
         ways.append(f"input={name} puts it under that" if text else f"history={name} puts it in front of that")
     what = "a prompt" if name.lower() in PROMPT else "a part of the prompt"
-    return f"column '{name}' looks like {what} and is not read; --columns {', '.join(ways)}"
+    return f"{note_on(name)} {what} and is not read; --columns {', '.join(ways)}"
 
 
 def _says_something(rows: Rows, name: str) -> bool:
@@ -731,19 +765,38 @@ def _says_something(rows: Rows, name: str) -> bool:
 
 
 def _contradicted(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
-    """Numbers of both sides that say the opposite in most rows."""
-    sides = (schema.chosen, schema.rejected)
-    words = next((w for w in SIDES if sides in _families(sides, w)), SIDES[0])
+    """Numbers of both sides that are not read and say the opposite in most rows."""
+    sides = (schema.chosen, schema.rejected) if schema.chosen else schema.responses
+    if len(sides) != 2:
+        return
+    words = next((w for w in (*SIDES, *PLACES) if sides in _families(sides, w)), SIDES[0])
     for one, two in _families(columns, words):
-        parts = {*_parts(one)}
-        both = [(float(r[one]), float(r[two])) for r in rows if _numeric(r.get(one)) and _numeric(r.get(two))]
-        against = sum(a > b if parts & RANK else a < b for a, b in both)
-        if parts & (SCORE | RANK) and against * 2 > len(both):
+        if not {*_parts(one)} & (SCORE | RANK):
+            continue
+        sign = -1 if {*_parts(one)} & RANK else 1
+        better = [
+            (side, sign * (float(r[one]) - float(r[two])))
+            for r in rows
+            if _numeric(r.get(one)) and _numeric(r.get(two)) and (side := _better_side(schema, r))
+        ]
+        against = sum(side * difference < 0 for side, difference in better)
+        if against * 2 > len(better):
+            turned = f"chosen={schema.rejected} rejected={schema.chosen}" if schema.chosen else "another declaration"
             yield (
-                f"'{one}' is {'higher' if parts & RANK else 'lower'} than '{two}' in {against} of {len(both)} rows, "
-                f"against the names of '{schema.chosen}' and '{schema.rejected}'; --columns chosen={schema.rejected} "
-                f"rejected={schema.chosen} turns them round"
+                f"'{one}' and '{two}' say the opposite of schema {schema.name} in {against} of {len(better)} rows: if "
+                f"they are right, --columns {turned} turns it round (docs/data.md)"
             )
+
+
+def _better_side(schema: Schema, row: Mapping[str, Any]) -> int:
+    """1 where the first response is the better one, -1 where the second is, 0 where none is or nothing is known."""
+    if schema.chosen:
+        return 1
+    try:
+        first, second = canonical_rows(schema, row)[0][1]["scores"]
+    except DataError:
+        return 0
+    return (first > second) - (first < second)
 
 
 def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:
@@ -822,7 +875,7 @@ def _one_cell(rows: Rows, name: str) -> bool:
     """Whether a column holds one short label a row."""
     values = [r[name] for r in rows if r.get(name) is not None]
     return bool(values) and all(
-        isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) <= 40) for v in values
+        isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) <= _LABEL) for v in values
     )
 
 
