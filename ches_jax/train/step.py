@@ -89,6 +89,7 @@ class Step:
                 of_pairs, (means, new) = batch_loss(model, loss, batch, loss_state, beside=beside, **options)
                 value, means = of_pairs, {"loss": of_pairs, **means}
                 if sft is not None:
+                    assert batch.sft is not None
                     coefficient, term = sft
                     of_set, _ = batch_loss(model, term, batch.sft, {}, remat=remat, mesh=on)
                     value, means = value + coefficient * of_set, {**means, "sft_pairs/loss": of_set}

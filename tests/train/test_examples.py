@@ -376,6 +376,12 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
         (["--loss", "odpo", "--rewards", "a"], "expected the names of two columns"),
         (["--loss", "kto", "--columns", "completion=answer"], "no column 'answer'"),
         (["--loss", "d2o"], "no list of samples in 'responses'"),
+        (["--loss", "list_mle"], "row 0 is a pair, and loss 'list_mle' reads lists"),
+        (["--loss", "0.5*lipo_lambda+sft"], "row 0 is a pair, and loss '0.5*lipo_lambda+sft' reads lists"),
+        (["--weights", "nope"], "--weights nope needs numbers in nope; the row has prompt, chosen, rejected"),
+        (["--label-probabilities", "no"], "--label-probabilities no needs numbers in no; the row has"),
+        (["--loss", "given_weights(dpo)", "--token-weights", "a,b"], "--token-weights a,b needs numbers in a and b"),
+        (["--loss", "weighted(bco)"], "say in which column it is: --weights COLUMN"),
     ],
 )
 def test_bad_input_is_one_message(capsys, tiny_model, tmp_path, words, message):

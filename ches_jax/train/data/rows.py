@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -255,7 +255,8 @@ def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[To
     for i, (row, is_good) in enumerate(zip(rows, good, strict=True)):
         by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(i)
     pairs, members = [], []
-    for one, other in (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides)):
+    together: Iterator[tuple[Any, Any]] = (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides))
+    for one, other in together:
         members.append((other if one is None else one, one if other is None else other))
         if one is None:
             pairs.append(replace(rows[other], chosen=NOTHING, rejected=rows[other].chosen))
