@@ -249,7 +249,7 @@ def _factor_of_logps(log: Log, name: str) -> float | None:
         if s
     ]
     reward, logps = (np.concatenate([pair[k] for pair in pairs]) for k in (0, 1))
-    if not reward.size or not (logps @ logps) > 0:
+    if not reward.size or not 0 < logps @ logps < np.inf:
         return None
     factor = float(reward @ logps / (logps @ logps))
     return factor if factor > 0 and np.allclose(reward, factor * logps, rtol=0.02, atol=1e-4) else None
