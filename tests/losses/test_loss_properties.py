@@ -14,7 +14,7 @@ from ches_jax.losses.incentives import READ_BY_CHOSEN, READ_BY_REJECTED
 
 KINKED = {"hinge", "gpo_hinge", "slic"}  # derivatives checked once; their second ones are zero or absent
 SORTING = {"aot", "aot_unpaired"}
-STOPPED = {"bco_pair"}  # part of the value carries no gradient on purpose
+STOPPED = {"bco_pair", "bco"}  # part of the value carries no gradient on purpose
 
 
 def policy_fields(loss):
@@ -147,7 +147,7 @@ def test_a_loss_of_chosen_responses_alone_claims_no_reward(name, batch):
     assert "logp_rejected" not in get_loss(name).needs and not [key for key in aux if key.startswith("rewards/")]
 
 
-@pytest.mark.parametrize("name", sorted(set(loss_names()) - {"kto"} - CHOSEN_ALONE))
+@pytest.mark.parametrize("name", sorted(set(loss_names()) - {"kto", "bco"} - CHOSEN_ALONE))
 def test_metrics_of_pairs(name, batch):
     _, aux = get_loss(name)(batch)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
