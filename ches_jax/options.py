@@ -111,9 +111,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _renamed(words: list[str]) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
-    for word, (ours, equals, theirs) in zip(words, pairs, strict=True):
-        if not (ours and equals and theirs):
-            raise ChesError(f"--columns {word!r}: expected ours=theirs, such as prompt=instruction")
+    for word, (ours, equals, _) in zip(words, pairs, strict=True):
+        if not (ours and equals):
+            raise ChesError(
+                f"--columns {word!r}: expected ours=theirs, such as prompt=instruction (prompt= hides the column)"
+            )
     return {ours: theirs for ours, _, theirs in pairs}
 
 

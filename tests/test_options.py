@@ -7,7 +7,7 @@ import pytest
 
 from ches_jax.cli import commands
 from ches_jax.errors import ChesError
-from ches_jax.options import Options, _words
+from ches_jax.options import Options, _renamed, _words
 from ches_jax.train.config import TrainConfig
 
 CONFIGS = sorted(
@@ -45,3 +45,11 @@ def test_the_nearest_word_is_named_and_others_of_a_union_are_taken():
     assert TrainConfig(tracker=["wandb"]).tracker == ["wandb"]  # type: ignore[arg-type, comparison-overlap]
     with pytest.raises(ChesError, match="eos is one of"):
         dataclasses.replace(TrainConfig(), eos="drop")
+
+
+def test_a_column_is_hidden_by_an_empty_name():
+    """What many messages advise: ``--columns prompt=``."""
+    assert _renamed(["prompt=", "chosen=yea"]) == {"prompt": "", "chosen": "yea"}
+    for word in ("prompt", "=yea"):
+        with pytest.raises(ChesError, match=r"expected ours=theirs, such as prompt=instruction \(prompt= hides"):
+            _renamed([word])

@@ -290,6 +290,8 @@ def page() -> str:
     from ches_jax.losses import WRAPPERS, describe, distinct_losses, get_loss
 
     runs = measured()
+    left = [name for name in expressions() if name not in runs]
+    missing = f" Not measured yet: {', '.join(f'`{name}`' for name in left)}." if left else ""
     out = [HEAD]
     out.append("## Which objectives displace\n")
     out.append(
@@ -297,7 +299,7 @@ def page() -> str:
         f"{RUN['batch_size']} pairs, {RUN['optimizer']},\nlearning rate {RUN['lr']:g}, {RUN['holdout']} rows held out. "
         "Mean changes in nats with 95% intervals over pairs. Samples and lists\nare the two responses of each pair, "
         "scores 2 and 1 (lists: 1 and 0), labels right with probability 0.9; unpaired\nlosses read each "
-        "response alone. The numbers are `docs/objectives.json`.\n"
+        f"response alone.{missing} The numbers are `docs/objectives.json`.\n"
     )
     out.append(
         "| loss | chosen responses | ln pi(chosen) | ln pi(rejected) | margin | held-out chosen | held-out margin |"

@@ -142,6 +142,7 @@ def unpair(batch: LossInputs) -> LossInputs:
         ref_logp=jnp.concatenate([pairs["ref_logp_chosen"], pairs["ref_logp_rejected"]]),
         desirable=jnp.concatenate([jnp.ones(chosen.shape, bool), jnp.zeros(rejected.shape, bool)]),
         kl_baseline=batch.kl_baseline,
+        reward_mean=batch.reward_mean,
     )
 
 

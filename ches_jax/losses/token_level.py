@@ -44,11 +44,12 @@ TOKEN_LEVEL = TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_KL
 
 def _given(batch: LossInputs, name: str | None) -> TokenWeights:
     """The masks of that name, 0 beyond the responses; ones for None."""
-    inside = masks(batch)
+    chosen, rejected = masks(batch)
     if name is None:
-        return TokenWeights(*inside)
-    sides = (getattr(batch, f"{name}_{side}") for side in ("chosen", "rejected"))
-    return TokenWeights(*(jnp.asarray(m).astype(i.dtype) * i for m, i in zip(sides, inside, strict=True)))
+        return TokenWeights(chosen, rejected)
+    given = (jnp.asarray(getattr(batch, f"{name}_{side}")) for side in ("chosen", "rejected"))
+    of_chosen, of_rejected = (m.astype(chosen.dtype) for m in given)
+    return TokenWeights(of_chosen * chosen, of_rejected * rejected)
 
 
 def _sums(batch: LossInputs, values: tuple[Array, Array], weights: TokenWeights) -> tuple[Array, Array]:

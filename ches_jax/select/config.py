@@ -22,7 +22,8 @@ class SelectConfig(Options):
     by: str = "influence"
     """The score: influence (of a directory of `ches influence`; the only filter that was measured to help), head_score,
     ches, ln_ches, last_hidden_inner, cosine, swapped, minus_edit_distance, projection, logp_margin, chosen_tokens or
-    random; the more harmful or similar a pair, the higher. Or column:EXPRESSION over numbers of the table and of the
+    random; the more harmful or similar a pair, the higher. soft_ches: CHES expected under a label_probability column of
+    the data, p CHES + (1 - p) swapped. Or column:EXPRESSION over numbers of the table and of the
     data, with + - * / comparisons abs log min max: column:chosen_score-rejected_score."""
     keep: str = "lowest:0.05"
     """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),

@@ -1,7 +1,7 @@
 """The parts of a run that hold arrays or compiled programs: made of what ``setup`` has opened and checked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ches_jax.distributed.mesh import put_replicated
+from ches_jax.losses import get_loss
+from ches_jax.losses.wrappers import SFT_TERMS
 from ches_jax.models.adapters.packed import load_packed
 from ches_jax.train.beside import Reference
 from ches_jax.train.checkpoints import Checkpoints, parse_best
-from ches_jax.train.data.examples import ranks_of
+from ches_jax.train.data.batches import standard_row
+from ches_jax.train.data.examples import Examples, ranks_of
 from ches_jax.train.data.loader import Loader
 from ches_jax.train.data.split import whole_pass, write_dropped
 from ches_jax.train.objective import initial_loss_state, reads_reference_tokens
@@ -120,13 +123,17 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
         reference=beside,
         clip=config.clip,
         router_balance=config.router_balance,
+        sft=None if run.sft is None else (config.sft, get_loss(SFT_TERMS[config.sft_per])),
         remat=config.remat,
     )
+    loader = Loader(run.loss, run.train, run.plan, run.layout, reference.get("train"), run.master)
+    if run.sft is not None:
+        loader.sft = _sft_loader(run, run.sft)
     best = parse_best(config.keep_best) if config.keep_best else None
     return Parts(
         policy=policy,
         state=state,
-        loader=Loader(run.loss, run.train, run.plan, run.layout, reference.get("train"), run.master),
+        loader=loader,
         update=step,
         evaluations=evaluations,
         own=Observers(cast(Sequence[Observer], own), total),
@@ -140,6 +147,22 @@ def _beside(run: Run, policy: Policy, params: dict[str, Any], other: OtherModel 
     if other is not None:
         return Reference(other.abstract, other.params)
     return Reference(policy.abstract, policy.parameters({name: jnp.copy(value) for name, value in params.items()}))
+
+
+def _sft_loader(run: Run, examples: Examples) -> Loader:
+    """The rows of ``--sft-pairs``, as many in each update as it has pairs, in an order of their own."""
+    size = min(run.config.batch_size, len(examples))
+    plan = replace(run.plan, pairs=len(examples), batch_size=size, seed=run.config.seed)
+    threshold = run.layout.length_threshold
+    layout = run.layout._replace(
+        row_tokens=standard_row(examples.items(), threshold),
+        responses=0,
+        response_tokens=0,
+        row_counts=(),
+        predictions=0,
+    )
+    loss = get_loss(SFT_TERMS[run.config.sft_per])
+    return Loader(loss, examples, plan, layout, None, run.master)
 
 
 def _masks(run: Run, beside: Reference) -> dict[str, Any]:

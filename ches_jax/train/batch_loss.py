@@ -55,7 +55,7 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "head_norm_rejected": logps.head_norms[1],
         **batch.extra,
         **state,
-        **logps.fields,
+        **(logps.fields or {}),
     }
     if batch.tokens is not None and logps.tokens is not None:
         for side, i in (("chosen", 0), ("rejected", -1)):
@@ -76,7 +76,10 @@ def loss_and_metrics(
     metrics = {k: v for k, v in aux.items() if not k.startswith("state/")}
     if is_unpaired(loss):
         good = jnp.asarray(inputs.desirable).astype(value.dtype)
-        metrics = {"kl": inputs.kl_baseline, DESIRABLE: good}
+        metrics |= {DESIRABLE: good}
+        metrics = {k: v for k, v in metrics.items() if k not in ("rewards", "logps")}
+        if inputs.kl_baseline is not None:
+            metrics["kl"] = inputs.kl_baseline
         for name in ("rewards", "logps"):
             metrics |= {f"{name}/chosen": aux[name] * good, f"{name}/rejected": aux[name] * (1 - good)}
     elif reads_tokens(loss):  # whatever tokens the objective keeps, this is the response's own

@@ -7,7 +7,6 @@ where the shared segment (what all responses begin with) is computed once, as th
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +77,7 @@ class ResponseLogps(NamedTuple):
     """``head_norms``, where they were asked for."""
     balance: Float[Array, ""] | None = None
     """The load-balancing loss of the routers, where it was asked for."""
-    fields: Mapping[str, Array] = MappingProxyType({})
+    fields: Mapping[str, Array] | None = None
     """What else was made of the states, by field of ``LossInputs``."""
 
 
@@ -124,7 +123,7 @@ def batch_logps(
     responses = jnp.where(batch.counts > 0, sums[row, first] + sums[row, there], 0.0)
     if batch.tokens is None:
         return ResponseLogps(responses, head_norms=found, balance=balanced)
-    fields = {} if also is None else also(states)
+    fields = None if also is None else also(states)
     return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found, balanced, fields)
 
 

@@ -30,7 +30,9 @@ from ches_jax.train.state import TrainState, state_shardings
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
     """The batch on the mesh's devices: rows sharded over ``data`` and ``fsdp``, what belongs to items everywhere."""
-    return put_replicated(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
+    sft = None if batch.sft is None else put(batch.sft, mesh)
+    items = put_replicated(batch._replace(rows=(), sft=None), mesh)
+    return items._replace(rows=put_rows(batch.rows, mesh), sft=sft)
 
 
 class Frozen(NamedTuple):
@@ -65,11 +67,13 @@ class Step:
         reference: Reference | None = None,
         clip: float | None = None,
         router_balance: float = 0.0,
+        sft: tuple[float, Loss] | None = None,
         remat: bool = False,
     ):
         """Takes the decoder without arrays, whose dtype is that of the computation, and what no update changes.
 
-        ``reference``: the model beside the policy, for losses that read its states.
+        ``reference``: the model beside the policy, for losses that read its states. ``sft``: coefficient and loss of
+        the likelihood of the other set that the batches bring; what is logged as ``loss`` is that of the pairs.
         """
         self.mesh = mesh
         self._frozen = Frozen(dict(frozen or {}), {} if reference is None else dict(reference.params))
@@ -82,10 +86,17 @@ class Step:
                 model = with_parameters(abstract, {**frozen.policy, **params})
                 beside = reference and Beside(with_parameters(reference.abstract, frozen.reference), params)
                 options: dict[str, Any] = {"router_balance": router_balance, "remat": remat, "mesh": on}
-                return batch_loss(model, loss, batch, loss_state, beside=beside, **options)
+                of_pairs, (means, new) = batch_loss(model, loss, batch, loss_state, beside=beside, **options)
+                value, means = of_pairs, {"loss": of_pairs, **means}
+                if sft is not None:
+                    assert batch.sft is not None
+                    coefficient, term = sft
+                    of_set, _ = batch_loss(model, term, batch.sft, {}, remat=remat, mesh=on)
+                    value, means = value + coefficient * of_set, {**means, "sft_pairs/loss": of_set}
+                return value, (means, new)
 
-            (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
-            return grads, new, {"loss": value, **metrics}
+            grads, (metrics, new) = jax.grad(mean, has_aux=True)(params)
+            return grads, new, metrics
 
         def apply(state: TrainState, grads: Any) -> tuple[TrainState, Any]:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in grads.values()))

@@ -94,6 +94,15 @@ READ = {
         labelled(AB, "preference", "A is much better", "B is better", "A is better", "about the same"),
         "a>b b>a a>b tie",
     ),
+    "names of models that stand in columns": (
+        [
+            {**AB, "model_a": "x", "model_b": "y", "winner": "x"},
+            {**AB, "model_a": "y", "model_b": "x", "winner": "x"},
+            {**AB, "model_a": "y", "model_b": "x", "winner": "tie"},
+        ],
+        "a>b b>a tie",
+    ),
+    "the better text itself": (labelled(AB, "preferred", "b", "a"), "b>a a>b"),
     "chosen that names a column": (
         [{**AB, "chosen": "b", "rejected": "a"}, {**AB, "chosen": "a", "rejected": "b"}],
         "b>a a>b",
@@ -168,6 +177,10 @@ REFUSED = {
     "a name against a label": (
         [PAIR, {**PAIR, "winner": "rejected"}, {**PAIR, "winner": "chosen"}],
         "chosen is better by its name, or 'winner' says rejected in some rows",
+    ),
+    "a number that a score happens to be": (
+        [{**AB, "winner": 1, "score_a": 2, "score_b": 1}],
+        "'winner' 1 means that response_b is better, counted from 0, or that response_a",
     ),
     "two system texts": ([{**PAIR, "system": "s", "system_prompt": "t"}], "'system', or it is in 'system_prompt'"),
     "labelled responses of one prompt": (
@@ -361,3 +374,17 @@ def test_scores_that_contradict_the_label_of_a_preset_are_told_and_a_tie_has_its
     assert len(rows_in_memory([{**shp, "labels": 1}]).messages()) == 1
     (tie,) = rows_in_memory([{**AB, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}])
     assert tie.content["tie"] == "winner_tie is 1"
+
+
+def test_the_order_of_a_list_can_be_taken_where_another_column_stands_beside_it():
+    rows = [{**P, "responses": ["a", "b"], "winner": "B"}]
+    assert read(rows, columns={"responses": "responses"}) == ["a>b"]
+
+
+def test_what_is_wrong_with_numbers_is_told_where_no_row_can_be_read():
+    for ranks, why in (
+        ([2, None, 1], "'ranks' is NoneType None; expected a finite number"),
+        ([1, 2], "expected 3 numbers"),
+    ):
+        with pytest.raises(DataError, match=why):
+            read([{**LIST, "ranks": ranks}])

@@ -57,6 +57,7 @@ def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
     assert not (whole / "parts").exists()
 
 
+@pytest.mark.slow
 def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influenced):
     table = pq.read_table(influenced / "influence.parquet")
     nats = read_json(whole / "run.json")["summary"]["products"]["probes_nats"]
@@ -70,6 +71,7 @@ def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influen
     assert [d["reasons"] for d in dropped] == [["held out as a probe"]] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "kept"), [("lowest:0.5", 6), ("soft:0.5", 12)])
 def test_select_keeps_the_pairs_of_least_influence(influenced, tmp_path, keep, kept):
     summary = select(SelectConfig(scores=influenced, by="influence", keep=keep, out=tmp_path / "kept"))

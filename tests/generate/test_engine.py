@@ -180,6 +180,7 @@ def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
     assert not np.asarray(only.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow), pytest.param("data=2,tensor=2", marks=pytest.mark.slow)],

@@ -61,7 +61,9 @@ def reference(model, pair, eos):
     return sums, last, logps
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-12), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_scores_equal_the_definition_one_sequence_at_a_time(tiny_model, tmp_path, dtype, tolerance):
     out = score(
         ScoreConfig(model=str(tiny_model), out=str(tmp_path / "run"), dtype=dtype, logps=True, limit=60), quiet=True
@@ -378,9 +380,11 @@ def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_mo
     assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-@pytest.mark.parametrize("eos", ["exclude", "include"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize("family", ["llama", pytest.param("llama_tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("eos", ["exclude", pytest.param("include", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_golden_models(shared, tmp_path, family, eos, dtype, tolerance):
     folder = shared / "golden" / family
     truth = json.loads((folder / "golden.json").read_text())["fp64"]["policy"]

@@ -63,6 +63,7 @@ def test_a_checkpoint_of_another_optimiser(error_of, short, tmp_path):
     assert "a checkpoint of another architecture or optimiser" in message and "opt_state" in message
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny_model, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails where the arrays are written.
 

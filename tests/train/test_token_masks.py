@@ -223,3 +223,20 @@ def test_a_run_in_micro_batches_or_resumed_is_the_same_run(small, tiny_model, tm
 def test_a_reference_without_states_is_refused(small, tmp_path):
     with pytest.raises(ChesError, match="reads the states of the reference model too"):
         prepare(small(tmp_path / "run", loss="mapo", reference="cache.parquet"))
+
+
+@pytest.mark.slow
+def test_one_program_whatever_the_expression(small, tmp_path):
+    """Nine terms of wrappers, rules, masks and a state are one gradient and one update in one program."""
+    (tmp_path / "run").mkdir()
+    terms = "wpo(dpo) + gate(ipo_sum) + smooth(simpo) + confpo + ld_dpo + tdpo + sparsepo + bco_pair + 0.1*sft"
+    run = prepare(
+        small(tmp_path / "run", loss=terms, lora_rank=1, steps=2, limit=10, holdout=0, watch=2, probes="none")
+    )
+    parts = assemble(run, tmp_path / "run")
+    state = parts.take_state()
+    for i in range(2):
+        state, metrics = parts.update(state, parts.loader(i))
+    assert {"terms/wpo", "terms/sparsepo", "terms/sft"} <= metrics.keys()
+    programs = {name: one for name, one in vars(parts.update).items() if hasattr(one, "_cache_size")}
+    assert {name: one._cache_size() for name, one in programs.items() if one._cache_size()} == {"_whole": 1}

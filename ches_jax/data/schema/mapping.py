@@ -12,7 +12,7 @@ row of ``presets``. All of it is text or lists of text:
     responses  instead of both: a column for each response, or one column with a list of them
     winner     column that names the better response, by
     order      the word of ``winner`` for each response: model_a, model_b; or "from 0", "from 1" for numbers of
-               responses; or negative, positive for a number with a sign
+               responses; or negative, positive for a number with a sign; or the columns that hold the label
     winners    a column for each response, 1 where it is the better one
     tie        beside it: a column that is 1 where none is
     scores     a column for each response, or one with a list: the higher, the better
@@ -35,7 +35,7 @@ from typing import Any
 from ches_jax.data.messages import is_message, kind, text_of
 from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, is_printed_conversation, number, turns
-from ches_jax.data.schema.winners import of_order, of_winner, of_winners
+from ches_jax.data.schema.winners import by_cell, of_order, of_winner, of_winners
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.runs.store import here
 
@@ -397,7 +397,8 @@ def _scores(schema: Schema, row: Mapping[str, Any], count: int) -> list[float]:
         value = lookup(row, schema.winner)
         if value is None:
             raise _missing(schema, row, [schema.winner])
-        return of_winner(schema.winner, value, schema.order, count)
+        label = by_cell(value, schema.order, [lookup(row, o) for o in schema.order])
+        return of_winner(schema.winner, label, schema.order, count)
     if schema.winners:
         values = [lookup(row, n) for n in schema.winners]
         tie = lookup(row, schema.tie) if schema.tie else None

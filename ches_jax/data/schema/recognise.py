@@ -123,6 +123,7 @@ ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
 PLACE = frozenset({"position", "positions", "place", "places"})
 """Words of a place among the best, or of where a response was shown."""
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
+_NO_NAMES = frozenset({"true", "false", "yes", "no"})
 _LABEL = 40
 """Most letters of a label."""
 
@@ -281,7 +282,8 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
 
 def _made(words: dict[str, Any], rows: Rows) -> Schema | None:
     schema = replace(from_words(words, "columns"), name="columns")
-    return schema if fits(schema, rows) else None
+    listed = bool(schema.responses) and not fits(PLAIN, rows)  # then its own message says what is wrong with the rows
+    return schema if listed or fits(schema, rows) else None
 
 
 # --- the prompt ---
@@ -583,7 +585,7 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     """The word of a label for each of the two columns."""
     said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
     places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
-    if order := _by_place(said, places):
+    if order := _by_place(said, places) or _by_cell(rows, name, sides):
         return order
     one, two = sides
     words = f"--columns responses={one},{two} winner={name} order="
@@ -611,6 +613,18 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
         f"that {two} is",
         f"{words}{low},{high} or order={high},{low} (with prompt=...)",
     )
+
+
+def _by_cell(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
+    """Two columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    labelled = [r for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])]
+    if not labelled or any(_numeric(r[name]) or word(r[name]) in _NO_NAMES for r in labelled):
+        return []
+    for pair in _placed(columns, sides):
+        if name not in pair and all([word(r.get(n)) == word(r[name]) for n in pair].count(True) == 1 for r in labelled):
+            return list(pair)
+    return []
 
 
 def _words_of_two(said: set[str]) -> tuple[str, str]:

@@ -81,6 +81,18 @@ def of_winners(names: Sequence[str], values: Sequence[Any], tie: Any) -> list[fl
     return [float(flag) for flag in flags]
 
 
+def by_cell(value: Any, order: Sequence[str], cells: Sequence[Any]) -> Any:
+    """A label of ``order`` as it is; another one as the word of ``order`` whose column holds it, where one does.
+
+    >>> by_cell("gpt", ["model_a", "model_b"], ["llama", "gpt"])
+    'model_b'
+    """
+    if any(word(value) in map(word, o.split("|")) for o in order):
+        return value
+    named = [o for o, cell in zip(order, cells, strict=True) if cell is not None and word(cell) == word(value)]
+    return named[0] if len(named) == 1 else value
+
+
 def of_order(name: str, value: Any, count: int) -> list[float]:
     """Numbers from a list of the numbers of all responses, from the best on, counted from 0 or from 1.
 

@@ -33,7 +33,7 @@ from ches_jax.hf.text_part import INSIDE, OTHER, Parts
 from ches_jax.models.adapters.lora import LowRank, Spec, adaptable, adapted, merged
 from ches_jax.models.adapters.together import by_expert, is_together, side_by_side, swapped, wrappers
 from ches_jax.models.checkpoint.load import load_model, with_parameters
-from ches_jax.models.checkpoint.stored_names import effective_config
+from ches_jax.models.checkpoint.stored_names import effective_config, model_tensors, stored_rules
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
@@ -498,5 +498,6 @@ def _sites(base: Path) -> _Sites:
     config = decoder_config(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
     sites = {f"{module}.weight" for modules in adaptable(config).values() for module in modules}
-    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in sites]
+    found = stored_rules(family_of(raw, str(base)), shapes, config, model_tensors(base))
+    rules = [rule for rule in found if rule.param in sites]
     return _Sites(rules, shapes, config)

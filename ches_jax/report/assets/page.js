@@ -172,9 +172,7 @@
     words.forEach((word, k) => {
       for (const { whole, ends } of searched()) {
         for (let row = 0, at = whole.indexOf(word); at >= 0; at = whole.indexOf(word, ends[row])) {
-          let low = row, high = N - 1; // the row that holds this place
-          while (low < high) { const middle = (low + high) >> 1; if (ends[middle] < at) low = middle + 1; else high = middle; }
-          row = low;
+          while (ends[row] < at) row++; // the row that holds this place
           if (hits[row] === k) hits[row] = k + 1;
         }
       }
