@@ -57,3 +57,15 @@ def test_ranks_and_proportions_are_scipys():
     for k, n in ((0, 7), (7, 7), (3, 11), (1, 1)):
         theirs = binomtest(k, n).proportion_ci(stats.LEVEL, method="wilson")
         assert stats.wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_beyond_the_resampled_the_interval_is_halls_expansion():
+    """t_q = z_q - g (2 z_q^2 + 1) / (6 sqrt n): few large values move both ends up."""
+    n, z = stats.MOST_RESAMPLED + 200, 1.959963984540054
+    values = np.where(np.arange(n) % 20 == 0, 10.0, 0.0)
+    centred = values - values.mean()
+    skewness = (centred**3).mean() / (centred**2).mean() ** 1.5
+    shift, error = skewness * (2 * z**2 + 1) / (6 * np.sqrt(n)), values.std(ddof=1) / np.sqrt(n)
+    low, high = stats.studentized_means(values[None])
+    assert low[0] == pytest.approx(values.mean() - (z - shift) * error, rel=1e-12)
+    assert high[0] == pytest.approx(values.mean() + (z + shift) * error, rel=1e-12)

@@ -58,6 +58,10 @@ def test_a_prompt_that_one_response_repeats_is_flagged_and_stays(chosen, rejecte
     assert read(LONG, chosen, rejected) == (LONG, chosen, rejected, {"prompt_repeated": reason} if reason else {})
 
 
+def test_each_response_is_cut_where_its_own_repetition_ends():
+    assert read(LONG, LONG + " An apple.", "\n\n" + LONG + " No.") == (LONG, " An apple.", " No.", {})
+
+
 def test_short_texts_begin_answers_by_chance():
     """A greeting is answered with itself; a short question in both answers is flagged, and nothing is taken away."""
     assert read("Hello", "Hello! How can I help?", "Hello.") == ("Hello", "Hello! How can I help?", "Hello.", {})
@@ -72,6 +76,7 @@ def test_short_texts_begin_answers_by_chance():
         ([5, 6, 7, 8], [5, 6, 7, 8, 1], [5, 6, 7, 8, 2], ([5, 6, 7, 8], [1], [2]), None),
         ([0, 6, 7, 8], [6, 7, 8, 1], [6, 7, 8, 2], None, "chosen and rejected begin with the prompt"),
         ([5, 6, 7, 8], [1], [5, 6, 7, 8, 2], None, "rejected begins with the prompt"),
+        ([5, 6, 7, 8], [5, 6, 7, 8, 1], [2], None, "chosen begins with the prompt"),
         ([5], [5, 1], [5, 2], None, None),
     ],
 )

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from ches_jax.forecast.config import ForecastConfig, training
+from ches_jax.forecast.frozen import FrozenSteps
+from ches_jax.forecast.metric import Metric
 from ches_jax.forecast.setup import Passes, changes
 from ches_jax.train.loop import train
+from ches_jax.train.optimizer import make_schedule
 from ches_jax.train.setup import prepare
 
 
@@ -53,6 +56,14 @@ def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_p
     for name, real in real_updates(config, tmp_path).items():
         size = np.abs(real).max()
         np.testing.assert_allclose(np.asarray(found[name]), real, atol=bound * size, err_msg=name)
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(1.0, 0.2), (10.0, 1.0), (None, 1.0)])
+def test_clipping_shortens_a_gradient_and_never_enlarges_it(clip, factor):
+    params = {"w": jnp.zeros(2)}
+    steps = FrozenSteps(Metric("sgd", {}, make_schedule("constant", 0.5, 1)), params, [1.0], clip)
+    assert steps.add({"w": jnp.array([3.0, -4.0])}) == pytest.approx(factor, rel=1e-5)
+    np.testing.assert_allclose(steps.moved["w"], -0.5 * factor * np.array([3.0, -4.0]), rtol=1e-5)
 
 
 @pytest.mark.slow

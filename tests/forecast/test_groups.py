@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,6 +14,7 @@ from ches_jax.data.packing import Candidates
 from ches_jax.errors import ChesError
 from ches_jax.forecast.config import GroupsConfig
 from ches_jax.forecast.group_run import GROUPS, group_updates, groups
+from ches_jax.forecast.group_summary import summarise
 from ches_jax.forecast.groups import GroupRates, HeadKernel, nthr
 from ches_jax.forecast.metric import Metric
 from ches_jax.forecast.passes import Measure, Pull
@@ -82,6 +84,20 @@ def test_the_head_kernel_is_that_of_unembedding_gradients(exact, group):
     a = np.array(gradients)
     np.testing.assert_allclose(kernel, a @ a.T, rtol=1e-8, atol=1e-8 * np.abs(a @ a.T).max())
     np.testing.assert_allclose(nthr(kernel, c), [np.nan, a[0] @ a[1], np.nan, a[0] @ a[1]], rtol=1e-8)
+
+
+def test_nthr_of_a_loser_sums_over_all_winners():
+    kernel = np.array([[4.0, 1.0, 2.0], [1.0, 5.0, 3.0], [2.0, 3.0, 6.0]])
+    assert np.array_equal(nthr(kernel, np.array([0.5, 0.25, -0.75])), [np.nan, np.nan, 5.0], equal_nan=True)
+
+
+def test_a_response_without_advantage_is_in_no_set():
+    numbers = ("coefficient", "forecast", "rate", "rate_own", "rate_winners", "rate_losers", "head_rate")
+    columns = {name: [0.5, -0.5, 0.0] for name in numbers}
+    table = pa.table({**columns, "group": [0, 0, 1], "falls": [False] * 3})
+    found = summarise(table, GroupsConfig(groups="rollouts.jsonl"), "reward", 1)
+    assert {name: one["responses"] for name, one in found["sets"].items()} == {"winners": 1, "losers": 1}
+    assert found["groups_without_advantage"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ def gradients(seed: int):
         ("sgd", {}),
         ("sgd", {"momentum": 0.5}),
         ("adamw", {"weight_decay": 0.1}),
+        ("adamw", {"eps": 0.1}),
     ],
 )
 def test_its_steps_are_those_of_the_optimiser(name, hyper):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.forecast.linear import inner
+from ches_jax.forecast.linear import inner, push_twice
 from ches_jax.forecast.passes import Measure, Pull, Push, Rows
 from ches_jax.forecast.setup import changes
 from ches_jax.models.checkpoint.load import load_model, with_parameters
@@ -39,6 +39,12 @@ def test_push_is_the_derivative_and_its_second_order_the_next(exact):
     size = np.abs(found.first).max()
     np.testing.assert_allclose(found.first, first, atol=1e-8 * size)
     np.testing.assert_allclose(found.second, second, atol=1e-6 * np.abs(found.second).max())
+
+
+def test_the_second_order_of_a_cube():
+    """x^3 at 2 along 3: 8, 3 * 4 * 3 and 6 * 2 * 9."""
+    found = push_twice(lambda x: x**3, jnp.float32(2.0), jnp.float32(3.0))
+    assert [float(v) for v in found] == [8.0, 36.0, 108.0]
 
 
 @pytest.mark.slow

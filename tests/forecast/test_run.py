@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,6 +13,7 @@ from ches_jax.errors import ChesError
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig
 from ches_jax.forecast.influence import concentration, influence_of
 from ches_jax.forecast.run import forecast, influence
+from ches_jax.forecast.summary import summarise
 from ches_jax.runs.directory import read_json
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.run import select
@@ -144,6 +146,15 @@ def test_probes_that_are_training_pairs_are_told(small, tmp_path):
     shutil.rmtree(out)
     out = forecast(ForecastConfig(**{**options, "lr": 0.1}, out=str(tmp_path / "run")), quiet=True)
     assert any("leaves the linear range" in w for w in read_json(out / "run.json")["summary"]["warnings"])
+
+
+def test_the_means_of_a_set_are_over_its_pairs_and_a_margin_is_chosen_less_rejected():
+    columns = {"set": ["train", "probe", "probe"], "forecast_chosen": [9.0, 1.0, -2.0]}
+    table = pa.table({**columns, "forecast_rejected": [9.0, -3.0, -4.0]})
+    found = summarise(table, {}, {}, overlap=0, config=ForecastConfig(), updates=1)["sets"]["probe"]
+    assert found == {
+        "pairs": 2, "forecast_chosen": -0.5, "forecast_rejected": -3.5, "forecast_margin": 3.0, "chosen_falls": 0.5,
+    }  # fmt: skip
 
 
 def test_influence_is_slope_times_rate_over_the_pairs():

@@ -128,6 +128,13 @@ def test_near_duplicates_are_those_of_a_full_comparison_away_from_the_threshold(
     assert normalised("Ａ  Cat\u2014DOG") == "a cat dog"
 
 
+def test_a_row_is_a_near_duplicate_only_where_each_of_its_texts_is():
+    seen, prompt = NearDuplicates(), text(200)
+    assert seen.first_like("a", prompt, "the answer is a red apple") is None
+    assert seen.like(prompt, "the answer is a red apple") == "a"
+    assert seen.like(prompt, "no idea what you want to hear") is None
+
+
 def test_scores_against_the_label_with_ranks_the_other_way():
     extra = [
         {"score_chosen": 5, "score_rejected": 3},

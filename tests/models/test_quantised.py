@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ches_jax.errors import CheckpointError
+from ches_jax.hf.quantised.fp8 import Fp8
 from ches_jax.hf.quantised.mxfp4 import Mxfp4
 from ches_jax.hf.quantised.scheme import dequantised
 from ches_jax.hf.quantised.schemes import scheme_of
@@ -121,6 +122,15 @@ def test_mxfp4_experts(tmp_path: Path):
     np.testing.assert_array_equal(
         tensor.read((slice(1, 2), slice(3, 9), slice(0, 2))).astype(np.float32), expected[1:2, 3:9, 0:2]
     )
+
+
+def test_a_block_of_fp8_has_a_height_and_a_width(tmp_path: Path):
+    scales = np.arange(1, 13, dtype=np.float32).reshape(4, 3)  # of blocks of 2 rows and 4 columns
+    parts = {"q.weight": np.ones((8, 12), ml_dtypes.float8_e4m3fn), "q.weight_scale_inv": scales}
+    save_file(parts, tmp_path / "model.safetensors")
+    stored = open_files(tmp_path, [tmp_path / "model.safetensors"], kinds=STORED)
+    tensor = dequantised(Fp8((2, 4), "float32"), stored, "here")["q.weight"]
+    np.testing.assert_array_equal(tensor.read(), scales.repeat(2, 0).repeat(4, 1))
 
 
 def changed(kind: str, **settings: Any) -> dict[str, Any]:

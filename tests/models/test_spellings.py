@@ -71,6 +71,11 @@ def test_null_is_off_and_absent_is_the_default():
     assert read("gemma2", final_logit_softcapping=None).logit_softcap is None
 
 
+def test_layers_that_are_not_listed_slide_as_their_family_says():
+    assert read("gemma2", num_hidden_layers=4, sliding_window=7).windows == (7, None, 7, None)
+    assert read("cohere2", num_hidden_layers=4, sliding_window=7).windows == (7, 7, 7, None)
+
+
 def test_the_context_of_training_beside_the_dictionary_counts():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     rope = read("llama", rope_scaling=scaling, original_max_position_embeddings=8).rope

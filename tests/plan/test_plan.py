@@ -113,6 +113,29 @@ def test_flops_are_two_for_each_weight_and_attention():
     assert double == 2 * 4096 * 2000 * 32
 
 
+def test_a_token_goes_through_its_experts_and_no_others():
+    """Mixtral's routed layer of 4 experts: each token through 2 of them, three matrices each."""
+    mixtral = decoder_config({**LLAMA_8B, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})
+    attention, expert = 4096 * 4096 * 2 + 2 * 4096 * 1024, 3 * 4096 * 14336
+    per_layer = attention + 2 * expert + 4 * 4096  # and the router
+    assert arithmetic.flops_of_token(mixtral, 1, logits=False) == 32 * (2 * per_layer + 4 * 4096)
+
+
+def test_a_gradient_costs_two_forward_passes_and_one_of_adapters_alone():
+    decoder = decoder_config(LLAMA_8B)
+    forward = arithmetic.flops_of_pair(decoder, PlanConfig(what="score", topology="h100:8", logps=True))
+    for rank, times in ((None, 3), (8, 2)):
+        config = PlanConfig(what="train", topology="h100:8", lora_rank=rank, epochs=2)
+        assert arithmetic.flops_of_pair(decoder, config) == 2 * times * forward
+
+
+def test_a_gradient_is_sharded_as_the_weights_are():
+    decoder = decoder_config(LLAMA_8B)
+    whole = arithmetic.bytes_of_gradient(decoder, {"data": 8, "fsdp": 1, "tensor": 1})
+    assert whole == 4 * sum(int(np.prod(p.shape)) for p in abstract_parameters(decoder).values())
+    assert arithmetic.bytes_of_gradient(decoder, {"data": 1, "fsdp": 4, "tensor": 2}) == whole // 8
+
+
 def test_auto_takes_the_mesh_that_moves_least_of_those_that_fit():
     found = plan(PlanConfig(what="score", topology="h100:8"), quiet=True)
     assert found["mesh"] == "data=8" and found["estimate"]["says"].startswith("a roofline")

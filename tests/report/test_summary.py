@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from ches_jax.report import summary_text
+from ches_jax.report.tables import extremes, small_edit_high_ches
 
 
 def make_table(n, **columns):
@@ -65,3 +66,19 @@ def test_rows_without_a_score_are_counted():
     text = summary_text(make_table(3, ches=[1.0, None, 3.0]))
     assert text.startswith("3 pairs, 2 scored, 1 without a score")
     assert row_of(text, "ches")[0] == "1"
+
+
+def test_pairs_of_small_edits_and_high_ches_the_highest_first():
+    ches, edit = (
+        np.array([1.0, 9.0, 8.0, 2.0, 9.5, np.nan, 3.0, 4.0]),
+        np.array([0.1, 0.1, 0.2, 0.9, 0.9, 0.0, 0.8, 0.7]),
+    )
+    found, near, high = small_edit_high_ches(make_table(8, ches=ches, edit_distance=edit))
+    scored = np.isfinite(ches)
+    assert (near, high) == (np.quantile(edit[scored], 0.25), np.quantile(ches[scored], 0.75))
+    assert found.tolist() == [1]
+
+
+def test_the_highest_and_the_lowest_come_from_their_ends_and_what_has_no_score_is_neither():
+    highest, lowest = extremes(np.array([2.0, np.nan, 5.0, -1.0, 3.0]), 2)
+    assert highest.tolist() == [2, 4] and lowest.tolist() == [3, 0]

@@ -8,7 +8,7 @@ import pytest
 
 from ches_jax.errors import RunError
 from ches_jax.runs import files
-from ches_jax.runs.files import read_object, read_parquet
+from ches_jax.runs.files import read_object, read_parquet, replacing
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,13 @@ def test_damaged_parquet_is_one_message(tmp_path):
             read_parquet(path, RunError, "a table")
     with pytest.raises(RunError, match=r"none.parquet: no such file"):
         read_parquet(tmp_path / "none.parquet", RunError, "a table")
+
+
+def test_a_file_is_whole_or_as_before_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "a.json"
+    with replacing(path) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]

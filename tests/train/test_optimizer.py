@@ -102,6 +102,12 @@ def test_norms_and_biases_do_not_decay():
         "norm.weight": False,
         "a.bias": False,
     }
+    params = {"a.weight": jnp.ones((2, 2)), "norm.weight": jnp.ones(2), "a.bias": jnp.ones(2)}
+    optimizer = make_optimizer("adamw", make_schedule("constant", 0.5, 1), weight_decay=0.1)
+    moved, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert {name: float(step.mean()) for name, step in moved.items()} == {  # type: ignore[union-attr]
+        "a.weight": pytest.approx(-0.05), "norm.weight": 0.0, "a.bias": 0.0,
+    }  # fmt: skip
 
 
 def test_unknown_names_are_errors_that_list_the_names():
