@@ -149,13 +149,6 @@ def keep_rows(x: jax.Array, logical: LogicalMesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, logical.sharding(spec))
 
 
-def replicated(table: jax.Array, logical: LogicalMesh | None) -> jax.Array:
-    """An embedding table whole on every device while it is looked up in: lookups in parts of vectors travel badly."""
-    if logical is None:
-        return table
-    return jax.lax.with_sharding_constraint(table, logical.sharding(PartitionSpec()))
-
-
 def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
     """``attend`` on each device's own rows and heads; nothing travels.
 
