@@ -101,7 +101,8 @@ class Score(RunOutput, ScoreConfig):
         out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
-            return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
+            what = f"its chunks where each takes its own (when all are done: ches merge {out}), the first one has the table"
+            return Outcome(headline=f"this process is done: {what} where all compute together", path=out)
         record = read_json(out / RUN)
         return Outcome(
             headline=f"{_scored(record['counts'])} -> {table}",

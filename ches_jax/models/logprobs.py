@@ -171,7 +171,7 @@ def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lie
         return run(Vocabulary(arrays[1].shape[0]), *arrays)
     place = place_of(head.logical, arrays[0].shape[0], arrays[1].shape)
     specs = {"r": place.rows, "w": place.weight}
-    results = tuple(specs[kind] for kind in gives)
+    results: Any = tuple(specs[kind] for kind in gives)
     local = jax.shard_map(
         partial(run, place.vocabulary),
         mesh=head.logical.current,
@@ -242,7 +242,7 @@ def _forward(hidden, weight, target, head: Head):
 
 
 def _backward(head: Head, saved, cotangent):
-    def on_device(parts: Vocabulary, hidden: Array, weight: Array, target, totals, cotangent, *logits):
+    def on_device(parts: Vocabulary, hidden, weight, target, totals, cotangent, *logits: Array):
         count, chunk = hidden.shape[1], _chunk(hidden, parts, head)
         rounded = parts.part(weight.astype(hidden.dtype))
 
@@ -255,9 +255,10 @@ def _backward(head: Head, saved, cotangent):
             return dw + more, parts.sum_of_rows(einsum("bmv,vd->bmd", dz, rounded)).astype(h.dtype)
 
         # padding beyond the last position has cotangent 0 and adds nothing
-        chunks = tuple(_split(a, chunk) for a in (hidden, target, totals, cotangent))
+        chunks = _split(hidden, chunk), _split(target, chunk), _split(totals, chunk), _split(cotangent, chunk)
         first, rest = _kept_and_rest(chunks, _kept(hidden, head, parts))
-        dw, dh_first = jnp.zeros(rounded.shape[::-1], accumulate(hidden.dtype)), []
+        dw: Array = jnp.zeros(rounded.shape[::-1], accumulate(hidden.dtype))
+        dh_first: list[Array] = []
         if logits:
             dw, of_first = lax.scan(lambda w, x: one(w, x[0], x[1]), dw, (first, logits[0]))
             dh_first = [of_first]

@@ -101,18 +101,18 @@ class Vocabulary:
         gradient = lax.psum(gradient, summed) if summed else gradient
         return lax.all_to_all(gradient, self.turned, 1, 0, tiled=True)[:count] if self.turned else gradient
 
-    def all_rows(self, a: Shaped[Array, "B *n"]) -> Shaped[Array, "B_all *n"]:
+    def all_rows(self, a: Shaped[Array, "B ..."]) -> Shaped[Array, "all ..."]:
         """What the devices that share these rows' vocabulary have, one after the other."""
         return _gather(a, self.gathered)
 
-    def own_rows(self, a: Shaped[Array, "B_all *n"]) -> Shaped[Array, "B *n"]:
+    def own_rows(self, a: Shaped[Array, "all ..."]) -> Shaped[Array, "B ..."]:
         """This device's rows of ``all_rows``."""
         if not self.gathered:
             return a
         count = len(a) // lax.axis_size(self.gathered)
         return lax.dynamic_slice_in_dim(a, lax.axis_index(self.gathered) * count, count)
 
-    def sum_of_rows(self, a: Float[Array, "B_all *n"]) -> Float[Array, "B *n"]:
+    def sum_of_rows(self, a: Float[Array, "all ..."]) -> Float[Array, "B ..."]:
         """The sum over all parts of the vocabulary, of this device's rows."""
         if whole := tuple(name for name in self.over if name not in self.gathered):
             a = lax.psum(a, whole)
@@ -147,7 +147,7 @@ class Place:
     rows: PartitionSpec
 
 
-def place_of(logical: LogicalMesh, rows: int, shape: tuple[int, int]) -> Place:
+def place_of(logical: LogicalMesh, rows: int, shape: tuple[int, ...]) -> Place:
     """Where ``rows`` rows of states and an unembedding of that shape lie.
 
     >>> place_of(LogicalMesh.of(jax.make_mesh((1,), ("fsdp",))), 4, (8, 2)).vocabulary

@@ -127,8 +127,9 @@ def flops_of_pair(decoder: DecoderConfig, config: PlanConfig) -> float:
 
 
 def moved(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) -> float:
-    """Bytes that reach a device of one forward pass, for each row of the batch that it computes alone: what ``auto``
-    orders meshes by, the compiler being asked only about the first ones.
+    """Bytes that reach a device in a forward pass, for as many rows as one device has alone.
+
+    ``auto`` orders meshes by it, and asks the compiler about the first ones.
 
     Weights that lie over ``fsdp`` are gathered; over ``tensor`` two sums of activations a layer; over ``expert`` the
     tokens of all its devices, and what their experts give; over ``data`` the gradients of what is trained.

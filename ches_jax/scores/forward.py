@@ -17,7 +17,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
-from ches_jax.distributed.mesh import ROW_AXES, ROWS, row_sharding, row_shards, weights_are_whole
+from ches_jax.distributed.mesh import (
+    ROW_AXES,
+    ROWS,
+    put_own_rows,
+    row_sharding,
+    row_shards,
+    spans_processes,
+    weights_are_whole,
+)
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
@@ -82,7 +90,8 @@ def pass_program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Atte
     if whole:
         # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
         run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
-    return jax.jit(run)
+    # of a mesh over several processes each of them reads all statistics
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()) if spans_processes(mesh) else None)
 
 
 class ForwardPass:
@@ -136,7 +145,7 @@ class ForwardPass:
         """Statistics of the batch, not yet transferred from the device."""
         program = self.compile(*rows.tokens.shape, max_pairs=rows.last.shape[1] // 3)
         try:
-            return program(self._state, jax.device_put(rows, row_sharding(self.mesh)))
+            return program(self._state, put_own_rows(rows, self.mesh))
         except jax.errors.JaxRuntimeError as e:
             raise _memory_error(e, rows.tokens.shape) from e
 
@@ -156,7 +165,7 @@ def largest_batch(run: ForwardPass, row_tokens: int) -> int:
 
     Backends that do not report their memory (CPU) get one row per device.
     """
-    device = run.mesh.devices.flat[0]
+    device = run.mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return row_tokens
