@@ -101,8 +101,8 @@ class Score(RunOutput, ScoreConfig):
         out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
-            what = f"its chunks where each takes its own (when all are done: ches merge {out}), the first one has the table"
-            return Outcome(headline=f"this process is done: {what} where all compute together", path=out)
+            what = f"when all are, run: ches merge {out} (of a mesh over all processes the first one has the table)"
+            return Outcome(headline=f"this process's chunks are done; {what}", path=out)
         record = read_json(out / RUN)
         return Outcome(
             headline=f"{_scored(record['counts'])} -> {table}",

@@ -46,8 +46,8 @@ from ches_jax.scores.table import FILE_NAME
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Score every pair of a data set; returns the run directory.
 
-    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``); on a mesh over
-    the devices of all of them they score every batch together, and the first one writes.
+    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``); on a mesh
+    over the devices of all of them they score every batch together, and the first one writes.
 
     Args:
       config: what to score with what.

@@ -1,4 +1,4 @@
-"""``ches score`` and ``ches generate`` on a mesh over several processes: the numbers of one, deaths noticed, refusals."""
+"""``ches score`` on a mesh over several processes: the numbers of one process, deaths noticed, refusals by name."""
 
 import json
 import os
