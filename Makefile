@@ -65,9 +65,10 @@ timings: $(VENV)/installed-test
 slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
 
-# Small plausible mistakes against the tests of their area; survivors are printed. Hours.
+# Small plausible mistakes against the tests of their area; survivors are printed. Minutes: each starts from the test
+# that noticed it before.
 mutants: $(VENV)/installed-test
-	$(BIN)/python tools/mutants.py
+	$(BIN)/python tools/mutants.py --again
 
 # The site, into build/site; a warning is an error. Nothing is fetched.
 docs: $(VENV)/installed-docs

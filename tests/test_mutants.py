@@ -1,4 +1,4 @@
-"""The list of mistakes (``tools/mutants.toml``): each can still be made, where and as often as it says."""
+"""The list of mistakes (``tools/mutants.toml``): each can still be made, and was noticed when it was tried."""
 
 import importlib.util
 from pathlib import Path
@@ -31,5 +31,17 @@ def test_every_mistake_can_be_made_and_its_tests_are_there(tool):
             problems.append(str(error))
     assert not problems
     assert {m.area for m in mutants} == tests.keys()
-    assert not [name for names in tests.values() for name in names if not (ROOT / name).exists()]
-    assert len({(m.file, m.old, m.new) for m in mutants}) == len(mutants)
+    named = [name.partition("::")[0] for names in (*tests.values(), *(m.tests for m in mutants)) for name in names]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert len({(m.file, m.old, m.new) for m in mutants}) == len(mutants) == len({m.name for m in mutants})
+
+
+def test_nearly_every_mistake_that_was_tried_was_noticed(tool):
+    """By a test that is there; what survives is argued in the list."""
+    (mutants, _), found = tool.mutants(), tool.found()
+    unnoticed = [m for m in mutants if found.get(m.name) == tool.SURVIVES]
+    assert not [m.name for m in unnoticed if not m.argued]
+    assert len(unnoticed) * 20 <= len(found)
+    assert not [
+        test for test in found.values() if test != tool.SURVIVES and not (ROOT / test.partition("::")[0]).exists()
+    ]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ches_jax.distributed.processes import parse_processes, start_processes
+from ches_jax.distributed.processes import parse_processes, part, start_processes
 from ches_jax.distributed.rendezvous import rendezvous
 from ches_jax.errors import ChesError
 
@@ -127,6 +127,45 @@ def test_a_stranger_does_not_hold_process_0_beyond_its_deadline(does):
             assert time.monotonic() - started < 5
             ended.set()
         assert stranger.exception() is None or isinstance(stranger.exception(), OSError)
+
+
+@pytest.mark.parametrize("strangers", [1, 20])
+def test_silent_strangers_are_heard_beside_the_others_and_hold_nobody_up(strangers):
+    """Each was given 5 s once, one after another: a process behind 20 of them came too late."""
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as open_connections:
+        first = pool.submit(rendezvous, "words", "127.0.0.1", port, 2, 0, 20.0)
+        for _ in range(strangers):
+            open_connections.enter_context(connected(port))
+        started = time.monotonic()
+        rendezvous("words", "127.0.0.1", port, 2, 1, 20.0)
+        first.result(10)
+        assert time.monotonic() - started < 3
+
+
+def test_a_silent_stranger_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr("ches_jax.distributed.rendezvous.HELLO_SECONDS", 0.2)
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(rendezvous, "words", "127.0.0.1", port, 2, 0, 10.0)
+        with connected(port) as silent:
+            silent.settimeout(5)
+            assert silent.recv(1) == b""
+        rendezvous("words", "127.0.0.1", port, 2, 1, 10.0)
+        first.result(10)
+
+
+def test_processes_that_compute_nothing_together_part_once_they_have_met(monkeypatch):
+    done = []
+    monkeypatch.setattr("ches_jax.distributed.processes.rendezvous", lambda *words: done.append("met"))
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: done[-1:] == ["initialize"])
+    for name in ("initialize", "shutdown"):
+        monkeypatch.setattr(f"jax.distributed.{name}", lambda name=name, **options: done.append(name))
+    start_processes("here:80,2,1")
+    assert done == ["met", "initialize"]
+    part()
+    part()
+    assert done == ["met", "initialize", "shutdown"]
 
 
 @pytest.mark.parametrize(

@@ -47,3 +47,13 @@ def test_quantiles_and_mean_of_nothing():
     nothing = np.full(3, np.nan)
     assert np.isnan(stats.quantiles(nothing)).all() and np.isnan(stats.mean(nothing))
     assert stats.quantiles(np.array([5.0])) == [5.0] * 7
+
+
+def test_ranks_and_proportions_are_scipys():
+    from scipy.stats import binomtest, rankdata
+
+    values = np.array([3.0, -0.0, 0.0, np.inf, 3.0, -np.inf, 3.0, 1e-300])
+    assert stats.ranks(values).tolist() == rankdata(values).tolist()
+    for k, n in ((0, 7), (7, 7), (3, 11), (1, 1)):
+        theirs = binomtest(k, n).proportion_ci(stats.LEVEL, method="wilson")
+        assert stats.wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)

@@ -40,6 +40,7 @@ from ches_jax.errors import DataError
 from ches_jax.types import Pairing
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+LARGEST_ID = 2**31 - 1
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BestFirst = Literal["best-first"]
 BEST_FIRST: BestFirst = "best-first"
@@ -318,6 +319,8 @@ def _text_or_messages(name: str, value: Any) -> str | list[Message]:
 def _token_ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
         raise DataError(f"'{name}' is {kind(value)}; expected a list of token ids (integers from 0)")
+    if max(value, default=0) > LARGEST_ID:
+        raise DataError(f"'{name}' holds the token id {str(max(value))[:40]}; ids are at most {LARGEST_ID} (32 bits)")
     return value
 
 

@@ -13,15 +13,14 @@ conversation too (Llama 2 writes "* </s>"). What was learned holds for all conve
 
 import contextlib
 import copy
-import inspect
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ches_jax.data.file_tokenizer import token_ids
 from ches_jax.data.messages import SYSTEM, Message, as_parts, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
@@ -44,6 +43,16 @@ SECONDS = 20.0
 """How long a template may take for one conversation."""
 LETTERS = 16_000_000
 """How much it may write."""
+RESERVED = frozenset(
+    {
+        *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self", "kwargs", "messages", PINNED),
+        *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+        *("strftime_now", "raise_exception", "namespace", "range", "dict"),
+    }
+)
+"""Names that neither a row nor an option sets: what rendering takes, and what this tool or the tokenizer sets."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
 _NO_ROW: Row = {}
 
@@ -167,10 +176,10 @@ class ChatTemplate:
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
         try:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = token_ids(self.tokenizer, text, add_special_tokens=False)
         except TypeError as error:  # how the tokenizer answers to half of a surrogate pair
             raise DataError("the chat template writes letters that the tokenizer cannot encode") from error
-        return tuple(ids)  # type: ignore[arg-type]
+        return tuple(ids)
 
     def _once(self, what: str, messages: Sequence[Message], row: Row, learn: Callable[[], Any]) -> Any:
         """What was learned from a conversation with the same roles, or is learned now."""
@@ -314,7 +323,7 @@ class ChatTemplate:
     def _arguments(self, source: Source, row: Row) -> dict[str, Any]:
         """Values for those variables that the template reads: of the row, and for all rows."""
         own = row.get("chat_template_kwargs") or {}
-        if ours := sorted(set(own) & _reserved()):
+        if ours := sorted(set(own) & RESERVED):
             raise DataError(
                 f"'chat_template_kwargs' sets {ours[0]!r}, which is not the row's to say: it may set variables of the "
                 "chat template, and this tool decides what is written with which template"
@@ -361,7 +370,7 @@ class ChatTemplate:
         texts = list(texts.values()) if isinstance(texts, dict) else [texts] if texts else []
         if not texts:
             raise DataError("--template-args: the tokenizer has no chat template, so that nothing reads them")
-        known = sorted(frozenset().union(*(read_source(text).variables for text in texts)) - _reserved())
+        known = sorted(frozenset().union(*(read_source(text).variables for text in texts)) - RESERVED)
         for name, value in self.arguments.items():
             if name == CLOCK:
                 day(value)
@@ -419,16 +428,3 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
     chosen = copy.copy(tokenizer)
     chosen.chat_template = text
     return chosen
-
-
-@lru_cache(maxsize=1)
-def _reserved() -> frozenset[str]:
-    """Names that neither a row nor an option sets: what rendering takes, and what this tool or the tokenizer sets."""
-    from transformers import PreTrainedTokenizerBase
-
-    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    special = {f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
-    functions = {"strftime_now", "raise_exception", "namespace", "range", "dict"}
-    return frozenset(
-        taken | special | functions | {"messages", "add_generation_prompt", "continue_final_message", PINNED}
-    )

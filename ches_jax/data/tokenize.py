@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
+from ches_jax.data import file_tokenizer
 from ches_jax.data.audit import FLAGS
+from ches_jax.data.file_tokenizer import token_ids
 from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
@@ -48,6 +50,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     Args:
       path: the directory or the name.
 
+    Returns:
+      A tokenizer of transformers; where ``tokenizer.json`` says all, one that reads it without importing transformers
+      (``file_tokenizer``) and has the same ids, texts and attributes.
+
     Raises:
       DataError: there is none, or it cannot be read without running code from the directory.
 
@@ -58,7 +64,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
     try:
-        tokenizer("a", add_special_tokens=True)
+        token_ids(tokenizer, "a", add_special_tokens=True)
     except Exception as error:
         raise DataError(
             f"{path}: the tokenizer cannot encode a letter ({type(error).__name__}: {str(error)[:200]}); look at "
@@ -68,8 +74,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     folder = Path(path)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
@@ -80,6 +84,10 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     sentencepiece = importlib.util.find_spec("sentencepiece") is not None
     if alone and not sentencepiece:
         raise _without_sentencepiece(path)
+    if local and (tokenizer := file_tokenizer.read(folder)) is not None:
+        return cast("PreTrainedTokenizerBase", tokenizer)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
     except Exception as error:
@@ -341,17 +349,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], templated: bo
     if not texts:
         return []
     different = list(dict.fromkeys(texts))
-    encoded = tokenizer(
-        different,
-        add_special_tokens=not templated,  # a template writes its own
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    encoded = token_ids(tokenizer, different, add_special_tokens=not templated)  # a template writes its own
     by_text = {
-        text: _without_suffix(tuple(ids), () if templated else suffix)  # type: ignore[arg-type]
+        text: _without_suffix(tuple(ids), () if templated else suffix)
         for text, ids in zip(different, encoded, strict=True)
     }
     return [by_text[text] for text in texts]
@@ -429,8 +429,7 @@ def _cut(prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str]) -> Tr
 
 def added_suffix(tokenizer: "PreTrainedTokenizerBase") -> Ids:
     """The ids a tokenizer appends of its own accord, found by tokenising a letter."""
-    full = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    full, bare = (list(token_ids(tokenizer, "a", add_special_tokens=special)) for special in (True, False))
     for start in range(len(full) - len(bare) + 1):
         if bare and full[start : start + len(bare)] == bare:
             return tuple(full[start + len(bare) :])

@@ -17,22 +17,25 @@ from typing import Literal
 import numpy as np
 
 from ches_jax.displacement.changes import Changes, Curve
+from ches_jax.displacement.intervals import FEWEST
 from ches_jax.displacement.readers.log import Log, Series
 from ches_jax.displacement.readers.run_settings import RunSettings
 from ches_jax.errors import ChesError
 
 SIDES = ("chosen", "rejected")
 Scale = Literal["nats", "sign", "per token"]
+ONE = Series(np.zeros(1, int), np.ones(1))
+"""The divisor of what is no product with beta."""
 WITHOUT_REFERENCE = ("orpo", "simpo", "cpo", "cpo_simpo", "alphapo", "sft")
 """Losses whose rewards are log-probabilities and no changes."""
-PER_TOKEN = ("ipo", "ipo_mean")
+PER_TOKEN = ("ipo", "ipo_mean", "dpo_norm", "ln_dpo", "lndpo")
 """Losses for which trainers average log-probabilities over tokens."""
 UNPAIRED = ("kto", "kto_pair", "apo_zero_unpaired", "bco")
 """Losses of single responses: their chosen and rejected ones belong to other prompts."""
 SHORT = 8.0
 """Nats: log-probabilities of whole responses are below minus this, those of a token above it."""
-EARLY = 0.05
-"""The first entry is of the start where its step is within this share of the run."""
+EARLY, NEAR = 0.05, 0.2
+"""The first entry is of the start, or near it, where its step is within this share of the run."""
 BETA_ERROR = 0.02
 """Relative error up to which a recovered beta is taken, and two betas are called the same."""
 HOW_TO_LOG = (
@@ -58,9 +61,10 @@ def log_changes(log: Log, settings: RunSettings, beta: float | None = None, rewa
         raise ChesError(f"--beta {beta}: expected a positive number")
     prefix = "dlogp_" if _has(log, "dlogp_") else ""
     if not prefix:
+        log = _without_absent_sides(log, settings)
         _require_rewards(log)
     _require_finite(log, prefix)
-    scale, divisor, notes = ("nats", 1.0, []) if prefix else _scale(log, settings, beta, rewards)
+    scale, divisor, notes = ("nats", ONE, []) if prefix else _scale(log, settings, beta, rewards)
     sets = [
         _changes(log, name, _curve(log, name, prefix, divisor), scale, (*log.notes, *notes))
         for name in _has(log, prefix)
@@ -68,8 +72,8 @@ def log_changes(log: Log, settings: RunSettings, beta: float | None = None, rewa
     return sets[0] if len(sets) == 1 else replace(sets[0], beside=sets[1])
 
 
-def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) -> tuple[Scale, float, list[str]]:
-    """The unit of rewards over a divisor, and notes on it."""
+def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) -> tuple[Scale, Series, list[str]]:
+    """The unit of rewards over a divisor (over the steps), and notes on it."""
     if rewards == "auto" and (why := _no_changes(log, settings)) is not None:
         raise ChesError(
             f"{log.source}: {why}, so its rewards are no changes since a reference. {_logps_in_words(log)}Compare the "
@@ -82,11 +86,19 @@ def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) ->
             f"{settings.loss}: chosen and rejected responses are of other prompts; their margin is one of means"
         )
     if rewards == "auto" and (why := _per_token(log, settings)) is not None:
-        return "per token", 1.0, [*notes, why]
+        return "per token", ONE, [*notes, why]
     known, whence = _beta(log, settings, beta)
     if known is None:
-        return "sign", 1.0, [*notes, "beta is not known, so only directions are reported; --beta NUMBER gives nats"]
-    return "nats", known, [*notes, f"beta {known:g} ({whence}) turns rewards into nats"]
+        notes.append("beta is not known, so only directions are reported; --beta NUMBER gives nats")
+        if settings.loss is None and not log.matching("logps|log_probs"):
+            notes.append(
+                "nothing in the log says that its rewards are beta times changes of log-probabilities; trainings of "
+                "reward models log outputs of their model by the same names"
+            )
+        return "sign", ONE, notes
+    first, last = known.values[0], known.values[-1]
+    words = f"beta {first:g}" if first == last else f"beta {first:g} to {last:g}, each reward by that of its step,"
+    return "nats", known, [*notes, f"{words} ({whence}) turns rewards into nats"]
 
 
 def _changes(log: Log, name: str, curve: Curve, scale: Scale, notes: tuple[str, ...]) -> Changes:
@@ -146,6 +158,26 @@ def _require_rewards(log: Log) -> None:
     raise ChesError(f"{log.source}: has no rewards/chosen and rewards/rejected (it has {found}){beside}; {HOW_TO_LOG}")
 
 
+def _without_absent_sides(log: Log, settings: RunSettings) -> Log:
+    """A log of single responses (KTO) without the NaN of a side of which a batch had none: the other has a number."""
+    if settings.loss not in UNPAIRED and not any(log.get(name, "kl") for name in ("train", "held_out")):
+        return log
+    series = dict(log.series)
+    for name in _has(log, ""):
+        steps, *sides = _both(log, name)
+        for side, own, other in zip(SIDES, sides, sides[::-1], strict=True):
+            absent = steps[np.isnan(own) & np.isfinite(other)]
+            there = series[name, side]
+            keep = ~np.isin(there.steps, absent)
+            series[name, side] = Series(there.steps[keep], there.values[keep])
+        if not np.isin(series[name, "chosen"].steps, series[name, "rejected"].steps).any():
+            raise ChesError(
+                f"{log.source}: no {'evaluation' if name == 'held_out' else 'logged step'} has rewards of chosen and "
+                "of rejected responses both; log more batches in one entry (logging_steps)"
+            )
+    return replace(log, series=series)
+
+
 def _require_finite(log: Log, prefix: str) -> None:
     for name in _has(log, prefix):
         for side in SIDES:
@@ -168,14 +200,15 @@ def _both(log: Log, name: str, prefix: str = "") -> tuple[np.ndarray, np.ndarray
     return steps, chosen.values[i], rejected.values[j]
 
 
-def _curve(log: Log, name: str, prefix: str, divisor: float) -> Curve:
+def _curve(log: Log, name: str, prefix: str, divisor: Series) -> Curve:
     steps, chosen, rejected = _both(log, name, prefix)
+    by = np.interp(steps, divisor.steps, divisor.values)
     accuracy, loss = log.get(name, "accuracy"), log.get(name, "loss")
     last = float(accuracy.values[-1]) if accuracy is not None and np.isfinite(accuracy.values[-1]) else None
     ends = None
     if loss is not None and len(loss.values) > 1 and np.isfinite(loss.values[[0, -1]]).all():
         ends = (float(loss.values[0]), float(loss.values[-1]))
-    return Curve(steps, chosen / divisor, rejected / divisor, last, ends)
+    return Curve(steps, chosen / by, rejected / by, last, ends)
 
 
 def _no_changes(log: Log, settings: RunSettings) -> str | None:
@@ -193,6 +226,13 @@ def _no_changes(log: Log, settings: RunSettings) -> str | None:
         return (
             f"its first rewards are {chosen:+.3g} and {rejected:+.3g}, where those of a policy that starts at its "
             "reference are 0: without a reference (ORPO, CPO, SimPO), or of a reward model"
+        )
+    if settings.moving_reference:
+        return "its reference is moved to the policy as it trains"
+    if _leaves_the_line(log):
+        return (
+            "its held-out rewards do not follow its held-out logps along a line, so that beta or the reference changed "
+            "during the run (a schedule that the log does not hold, sync_ref_model), or rewards are of something else"
         )
     return None
 
@@ -216,16 +256,51 @@ def _factor_of_logps(log: Log, name: str) -> float | None:
 
 
 def _start(log: Log) -> tuple[float, float] | None:
-    """The first training rewards, where they are of the start and as large as the later ones."""
-    if "train" not in _has(log, ""):
-        return None
-    steps, *sides = _both(log, "train")
-    if len(steps) < 10 or steps[0] > EARLY * max(log.last_step, 1):
-        return None
-    first = [float(side[0]) for side in sides]
-    if all(abs(f) > 0.5 * np.median(np.abs(side[1:])) and abs(f) > 0.02 for f, side in zip(first, sides, strict=True)):
-        return first[0], first[1]
+    """The first rewards, where they are of the start and as large as the later ones.
+
+    Near the start, a policy that left its reference may have moved: there they have to be twice as large as all that
+    came later.
+    """
+    for name in _has(log, ""):
+        steps, *sides = _both(log, name)
+        share = steps[0] / max(log.last_step, 1)
+        if len(steps) < FEWEST or share > NEAR:
+            continue
+        first = [float(side[0]) for side in sides]
+        if name == "train" and share <= EARLY:
+            bounds = [0.5 * np.median(np.abs(side[1:])) for side in sides]
+        else:
+            bounds = [2 * abs(np.median(side[-(len(side) // 3) :]) - side[0]) for side in sides]
+        if all(abs(f) > max(bound, 0.02) for f, bound in zip(first, bounds, strict=True)):
+            return first[0], first[1]
     return None
+
+
+def _leaves_the_line(log: Log) -> bool:
+    """Whether held-out logps go a smooth way, as the same pairs do, and rewards are no multiple of their change."""
+    if "held_out" not in _has(log, "") or ((logged := _logged_beta(log)) is not None and np.ptp(logged.values) > 0):
+        return False
+    found = _held_out_sides(log)
+    if found is None or len(found[0][0]) < 4:
+        return False
+    smooth = all(
+        np.sqrt((np.diff(x, n=2) ** 2).mean() / 6) < 0.2 * x.std() and x.std() > 3 * _rounding(x) for x, _ in found
+    )
+    x, y = (np.concatenate([pair[i] - pair[i].mean() for pair in found]) for i in (0, 1))
+    slope = float(x @ y / max(x @ x, 1e-300))
+    residual = float(np.sqrt(np.mean((y - slope * x) ** 2)))
+    noise = max(_rounding(y_) for _, y_ in found) + abs(slope) * max(_rounding(x_) for x_, _ in found)
+    return smooth and residual > max(noise, 0.05 * float(np.sqrt(np.mean(y**2))))
+
+
+def _rounding(values: np.ndarray) -> float:
+    """Half of the last decimal place of numbers as they were logged.
+
+    >>> _rounding(np.array([-120.5, -121.0])), _rounding(np.array([-0.0122, 0.01]))
+    (0.05, 5e-05)
+    """
+    places = next((p for p in range(9) if np.allclose(values, np.round(values, p), rtol=0, atol=1e-10)), 9)
+    return 0.5 * 10.0**-places
 
 
 def _per_token(log: Log, settings: RunSettings) -> str | None:
@@ -245,10 +320,16 @@ def _per_token(log: Log, settings: RunSettings) -> str | None:
     return None
 
 
-def _beta(log: Log, settings: RunSettings, option: float | None) -> tuple[float | None, str]:
-    """Beta and where it is from. What several places tell must agree."""
+def _beta(log: Log, settings: RunSettings, option: float | None) -> tuple[Series | None, str]:
+    """Beta over the steps and where it is from. What several places tell must agree."""
+    logged = _logged_beta(log)
+    if logged is not None and np.ptp(logged.values) > BETA_ERROR * logged.values.max():
+        if option is not None:
+            first, last = logged.values[[0, -1]]
+            raise ChesError(f"{log.source}: logs a beta that goes from {first:g} to {last:g}; leave out --beta")
+        return logged, "the log"
     known = [(option, "--beta"), (recovered_beta(log), "slope of eval rewards against eval logps")]
-    known.append((settings.beta, settings.beta_from))
+    known += [(None if logged is None else float(logged.values[-1]), "the log"), (settings.beta, settings.beta_from)]
     betas = [(value, where) for value, where in known if value is not None]
     for value, where in betas[1:]:
         if abs(value - betas[0][0]) > BETA_ERROR * value:
@@ -256,7 +337,13 @@ def _beta(log: Log, settings: RunSettings, option: float | None) -> tuple[float 
                 f"{log.source}: beta is {betas[0][0]:g} ({betas[0][1]}) and {value:g} ({where}); which one made these "
                 "rewards? Give it as --beta, and move away what says otherwise"
             )
-    return betas[0] if betas else (None, "")
+    return (Series(np.zeros(1, int), np.array([betas[0][0]])), betas[0][1]) if betas else (None, "")
+
+
+def _logged_beta(log: Log) -> Series | None:
+    """Beta as the run logged it: online DPO, schedules of beta."""
+    found = log.get("train", "beta") or log.get("held_out", "beta")
+    return found if found is not None and np.isfinite(found.values).all() and (found.values > 0).all() else None
 
 
 def recovered_beta(log: Log) -> float | None:
@@ -265,10 +352,19 @@ def recovered_beta(log: Log) -> float | None:
     Held-out pairs are the same at every evaluation, so :math:`r = \beta (\ln\pi - \ln\pi_{ref})` is a line in
     :math:`\ln\pi`. It is taken where both sides fit one slope to ``BETA_ERROR`` (rounding of what was logged included).
     """
-    if "held_out" not in _has(log, ""):
+    found = _held_out_sides(log) if "held_out" in _has(log, "") else None
+    if found is None:
         return None
-    x, y, rounding = [], [], 0.0
+    rounding = max(float(np.finfo(np.float32).eps * np.abs(logps).max()) for logps, _ in found)
+    x, y = (np.concatenate([pair[i] - pair[i].mean() for pair in found]) for i in (0, 1))
+    slope = _slope(x, y, rounding)
+    return None if slope is None else _round(slope)
+
+
+def _held_out_sides(log: Log) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Log-probabilities and rewards of each side at the evaluations that logged both; None where they did not."""
     steps, *rewards = _both(log, "held_out")
+    found = []
     for side, reward in zip(SIDES, rewards, strict=True):
         series = log.get("held_out", f"logp_{side}")
         if series is None:
@@ -276,11 +372,8 @@ def recovered_beta(log: Log) -> float | None:
         common, i, j = np.intersect1d(steps, series.steps, return_indices=True)
         if len(common) < 2:
             return None
-        x.append(series.values[j] - series.values[j].mean())
-        y.append(reward[i] - reward[i].mean())
-        rounding = max(rounding, float(np.finfo(np.float32).eps * np.abs(series.values).max()))
-    slopes = _slope(np.concatenate(x), np.concatenate(y), rounding)
-    return None if slopes is None else _round(slopes)
+        found.append((series.values[j], reward[i]))
+    return found
 
 
 def _slope(x: np.ndarray, y: np.ndarray, rounding: float) -> float | None:

@@ -144,6 +144,13 @@ def start_processes(option: str) -> Process:
     return Process(jax.process_index(), jax.process_count())
 
 
+def part() -> None:
+    """Leave the others, where nothing is computed together: one that dies then takes no other with it."""
+    if jax.distributed.is_initialized():
+        jax.devices()  # tells each process of all devices, which needs the others
+        jax.distributed.shutdown()
+
+
 def parse_processes(option: str) -> dict[str, Any]:
     """Arguments of ``jax.distributed.initialize`` from ``coordinator:port,n,id``.
 

@@ -5,8 +5,10 @@ all others have sent their index; then the port is free again for jax.
 """
 
 import json
+import selectors
 import socket
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ches_jax.errors import ChesError
@@ -42,46 +44,105 @@ def rendezvous(option: str, host: str, port: int, count: int, index: int, timeou
 
 
 def _listen(option: str, port: int, count: int, deadline: float, timeout: float) -> None:
+    """Wait for all others; whoever else comes to the port is heard beside them, and holds nobody up."""
     try:
-        server = socket.create_server(("", port))
+        server = socket.create_server(("", port), backlog=128)
     except OSError as error:
         raise ChesError(
             f"--distributed {option!r}: cannot listen at port {port} ({error.strerror}); take another"
         ) from None
     peers: dict[int, socket.socket] = {}
-    with server:
+    with server, selectors.DefaultSelector() as selector:
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+        heard: dict[socket.socket, _Caller] = {}
         try:
             while len(peers) < count - 1:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                try:
-                    peer, _ = server.accept()
-                except TimeoutError:
+                now = time.monotonic()
+                if now > deadline:
                     missing = ", ".join(str(i) for i in range(1, count) if i not in peers)
                     problem = f"process {missing} of {count} did not come within {timeout:g} s"
-                    raise _failure(peers, f"--distributed {option!r}: {problem}") from None
-                except OSError:
-                    continue
-                try:
-                    hello = _read_line(peer, min(deadline, time.monotonic() + HELLO_SECONDS))
-                except OSError:
-                    hello = {}
-                number, expected = (hello.get(name) for name in ("number", "count"))
-                if not (type(number) is int and type(expected) is int):
-                    peer.close()
-                    continue  # a client of something else
-                problem = None
-                if expected != count:
-                    problem = f"process 0 expects {count} processes, process {number} expects {expected}"
-                elif number in peers or not 0 < number < count:
-                    problem = f"two processes have the number {number}"
-                if problem is not None:
-                    peers[-1] = peer
                     raise _failure(peers, f"--distributed {option!r}: {problem}")
-                peers[number] = peer
+                for caller in [caller for caller in heard.values() if now > caller.until]:
+                    _hang_up(caller, heard, selector)
+                for ready, _ in selector.select(min(PAUSE, deadline - now)):
+                    if ready.fileobj is server:
+                        _answer_the_door(server, heard, selector)
+                        continue
+                    caller = heard[ready.fileobj]  # type: ignore[index]
+                    hello = caller.listen()
+                    if hello is None:
+                        continue
+                    number, expected = (hello.get(name) for name in ("number", "count"))
+                    if not (type(number) is int and type(expected) is int):
+                        _hang_up(caller, heard, selector)  # a client of something else
+                        continue
+                    selector.unregister(caller.socket)
+                    del heard[caller.socket]
+                    caller.socket.setblocking(True)
+                    problem = None
+                    if expected != count:
+                        problem = f"process 0 expects {count} processes, process {number} expects {expected}"
+                    elif number in peers or not 0 < number < count:
+                        problem = f"two processes have the number {number}"
+                    if problem is not None:
+                        peers[-1] = caller.socket
+                        raise _failure(peers, f"--distributed {option!r}: {problem}")
+                    peers[number] = caller.socket
             _answer(peers, "")
         finally:
-            for peer in peers.values():
-                peer.close()
+            for one in (*peers.values(), *heard):
+                one.close()
+
+
+@dataclass
+class _Caller:
+    """Who has connected and not yet said who it is."""
+
+    socket: socket.socket
+    until: float
+    """When it has to have said it."""
+    data: bytes = b""
+
+    def listen(self) -> dict[str, Any] | None:
+        """What it says, once its line is whole; None before; empty where it is nobody of ours."""
+        try:
+            some = self.socket.recv(LINE_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return {}
+        self.data += some
+        if self.data.endswith(b"\n"):
+            return _object(self.data)
+        return {} if not some or len(self.data) > LINE_BYTES else None
+
+
+def _answer_the_door(
+    server: socket.socket, heard: dict[socket.socket, _Caller], selector: selectors.BaseSelector
+) -> None:
+    try:
+        client, _ = server.accept()
+    except OSError:
+        return
+    client.setblocking(False)
+    heard[client] = _Caller(client, time.monotonic() + HELLO_SECONDS)
+    selector.register(client, selectors.EVENT_READ)
+
+
+def _hang_up(caller: _Caller, heard: dict[socket.socket, _Caller], selector: selectors.BaseSelector) -> None:
+    selector.unregister(caller.socket)
+    del heard[caller.socket]
+    caller.socket.close()
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty where it is anything else."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_line(peer: socket.socket, deadline: float) -> dict[str, Any]:
@@ -102,11 +163,7 @@ def _read_line(peer: socket.socket, deadline: float) -> dict[str, Any]:
         data += some
         if len(data) > LINE_BYTES:
             return {}
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return _object(data)
 
 
 def _answer(peers: dict[int, socket.socket], problem: str) -> None:

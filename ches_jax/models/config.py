@@ -104,11 +104,11 @@ class ExpertsConfig:
     """Biases of the experts' matrices."""
     shared_width: int | None = None
     """Width of an expert that every token goes through; None: there is none."""
+    shared_gate: bool = False
+    """What it gives is multiplied by the sigmoid of a projection of the token to one number."""
     scaled_router: bool = False
     """The router takes x before the norm, normalised without weights and multiplied by stored numbers; the weight of an
     expert is multiplied by a stored number of its own."""
-    auxiliary_weight: float = 0.0
-    """Weight of the load-balancing loss that the family was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)

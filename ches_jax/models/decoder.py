@@ -40,7 +40,7 @@ from ches_jax.models.sharding import (
     mesh_here,
     with_auto_axes,
 )
-from ches_jax.models.stacks import ROOT, Stack, stacks, stretches
+from ches_jax.models.stacks import ROOT, Stack, layer_groups, stacks
 from ches_jax.models.vocabulary import looked_up
 
 ArrayOrNumpy = Array | np.ndarray
@@ -321,7 +321,7 @@ class Decoder(nnx.Module):
         kept: Cache | None = None,
         slot: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Any]:
-        """The layers, one after the other, each stretch of them in a scan over its stacked parameters.
+        """The layers, one after the other, each group of them in a scan over its stacked parameters.
 
         With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there.
         """
@@ -340,9 +340,9 @@ class Decoder(nnx.Module):
         routed = None if e is None or context.counted is None else jnp.zeros((2, e.count), accumulate(self.dtype))
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         policy = None if remat else PRODUCTS_AND_ATTENTION
-        for stretch in stretches(self.config):
-            graphs = [parts[stack.name][0] for stack in stretch.stacks]
-            scanned = stretch.repeats > 1
+        for group in layer_groups(self.config):
+            graphs = [parts[stack.name][0] for stack in group.stacks]
+            scanned = group.repeats > 1
             layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=not scanned, policy=policy)
 
             def period(carry, per_layer, graphs=graphs, layer=layer, lent=lent):
@@ -354,11 +354,11 @@ class Decoder(nnx.Module):
                     routed = routed + sums[0] if sums else routed
                 return (x, tuple(after), routed), lent
 
-            names = [stack.name for stack in stretch.stacks]
-            numbers = jnp.arange(stretch.repeats, dtype=jnp.int32)
+            names = [stack.name for stack in group.stacks]
+            numbers = jnp.arange(group.repeats, dtype=jnp.int32)
             per_layer = tuple(
                 (parts[s.name][1], jax.tree.map(lambda a, s=s: a[jnp.array(s.layers)], data), numbers)
-                for s in stretch.stacks
+                for s in group.stacks
             )
             carry = (x, tuple(caches[name] for name in names), routed)
             if scanned:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.attention.dense import KEPT
 from ches_jax.models.config import DecoderConfig, ExpertsConfig
-from ches_jax.models.layers import ACTIVATIONS, Context, Mlp, Norm, unit_rms
+from ches_jax.models.layers import ACTIVATIONS, Context, Linear, Mlp, Norm, unit_rms
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import expert_axes
@@ -205,6 +205,7 @@ class Routed(nnx.Module):
         self.shared = (
             None if e.shared_width is None else Mlp(replace(config, mlp_width=e.shared_width), rngs=rngs, dtype=dtype)
         )
+        self.shared_gate = Linear(config.width, 1, bias=False, rngs=rngs, dtype=dtype) if e.shared_gate else None
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, before: Float[Array, "B T D"]
@@ -214,7 +215,10 @@ class Routed(nnx.Module):
         if context.counted is not None and context.routing is not None:
             context.routing.append(routing_sums(choice, context.counted.reshape(-1)))
         routed = through_experts(self.experts, x, choice, self.config, context.logical)
-        return routed if self.shared is None else routed + self.shared(x, context, before)
+        if self.shared is None:
+            return routed
+        shared = self.shared(x, context, before)
+        return routed + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
 
 
 def routing_sums(choice: Choice, counted: Bool[Array, " T"]) -> Float[Array, "2 E"]:

@@ -36,6 +36,7 @@ AXES_BY_MODULE = {
     "q_b_proj": OUT_OVER_TENSOR,
     "kv_b_proj": OUT_OVER_TENSOR,
     "router": (None, "fsdp"),
+    "shared_gate": (None, "fsdp"),
     **dict.fromkeys(("in_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv"), ("fsdp", None)),
     "out_proj": (None, "fsdp"),
 }

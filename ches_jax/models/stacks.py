@@ -1,8 +1,8 @@
-"""How the layers of a decoder are stacked: equal kinds together, one scan for each stretch that repeats itself.
+"""How the layers of a decoder are stacked: equal kinds together, one scan for each group of layers that repeats.
 
 The kinds of the layers, say ``d d d r r r`` (dense, routed) or ``s s f s s f`` (sliding, full), are cut into
-*stretches* that repeat a *period*: ``d`` three times and ``r`` three times, or ``s s f`` twice. The layers at one place
-of a period have their parameters stacked on a leading axis, and a stretch is one ``lax.scan`` whose step is its period.
+*groups* that repeat a *period*: ``d`` three times and ``r`` three times, or ``s s f`` twice. The layers at one place
+of a period have their parameters stacked on a leading axis, and a group is one ``lax.scan`` whose step is its period.
 The cut is the one with the fewest layers to compile.
 
 A stack is named after its first layer, ``layers.3``; where all layers are of one kind there is one stack, ``layers``.
@@ -27,7 +27,7 @@ class Stack(NamedTuple):
     layers: tuple[int, ...]
 
 
-class Stretch(NamedTuple):
+class LayerGroup(NamedTuple):
     """Layers that follow each other: layer i of the first stack, of the second, ..., then layer i + 1 of each."""
 
     stacks: tuple[Stack, ...]
@@ -39,7 +39,7 @@ class Stretch(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def stretches(config: DecoderConfig) -> tuple[Stretch, ...]:
+def layer_groups(config: DecoderConfig) -> tuple[LayerGroup, ...]:
     """The layers in order."""
     cuts = _cuts(config.kinds)
     alone = sum(period for _, period, _ in cuts) == 1
@@ -49,14 +49,14 @@ def stretches(config: DecoderConfig) -> tuple[Stretch, ...]:
         return Stack(ROOT if alone else f"{ROOT}.{first}", config.kinds[first], layers)
 
     return tuple(
-        Stretch(tuple(stack(start + place, period, repeats) for place in range(period)))
+        LayerGroup(tuple(stack(start + place, period, repeats) for place in range(period)))
         for start, period, repeats in cuts
     )
 
 
 def stacks(config: DecoderConfig) -> tuple[Stack, ...]:
     """All stacks, by their first layer."""
-    return tuple(stack for stretch in stretches(config) for stack in stretch.stacks)
+    return tuple(stack for group in layer_groups(config) for stack in group.stacks)
 
 
 def layers_of(config: DecoderConfig, param: str) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def below_stack(param: str) -> str | None:
 
 
 def _cuts(kinds: Sequence[LayerKind]) -> list[tuple[int, int, int]]:
-    """(start, period, repeats) of each stretch, with the least sum of periods.
+    """(start, period, repeats) of each group, with the least sum of periods.
 
     >>> a, b = LayerKind(), LayerKind(mlp="routed")
     >>> _cuts([a, a, a, b, b]), _cuts([a, b] * 3), _cuts([a, a, b] * 2 + [a])

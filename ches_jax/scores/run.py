@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ches_jax.data.audit import require_clean
 from ches_jax.distributed.mesh import mesh_of_run, spelled
-from ches_jax.distributed.processes import start_processes
+from ches_jax.distributed.processes import part, start_processes
 from ches_jax.distributed.work import Work
 from ches_jax.errors import ChesError
 from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
@@ -75,6 +75,8 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = mesh_of_run(config.mesh)
     work = Work.on(mesh, process)
+    if work.turns.count > 1:
+        part()
     assert config.out is not None
     lock = RunLock(output_place(config.out), shared=work.turns.count > 1, first=work.turns.first)
     with jax.enable_x64(config.dtype == "float64"), lock:

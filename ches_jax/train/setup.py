@@ -277,12 +277,25 @@ def require_balance(config: TrainConfig, loss: Loss, decoder: DecoderConfig) -> 
         return
     if not is_supervised(loss):
         raise ChesError(f"--router-balance: is added to supervised losses (sft, sft_token, sft_sum), not {loss!r}")
+    if reason := _nothing_to_balance(decoder):
+        raise ChesError(f"--router-balance: a {decoder.family} model {reason}; leave the option out")
+
+
+def _nothing_to_balance(decoder: DecoderConfig) -> str | None:
+    """Why the load-balancing loss is not defined for a model; None where it is."""
     e = decoder.experts
-    if e is None or e.score != "softmax" or not any(kind.mlp == "routed" for kind in decoder.kinds):
-        raise ChesError(
-            f"--router-balance: a {decoder.family} model has no experts with softmax scores, whose balance it "
-            "measures; leave the option out"
+    if e is None or all(kind.mlp == "dense" for kind in decoder.kinds):
+        return "has no routed experts"
+    if e.correction:
+        return (
+            "scores its experts by sigmoids and has no balance loss: its makers balance them by a stored correction of "
+            "the scores, which is not trained here"
         )
+    if e.score == "sigmoid":
+        return "scores its experts by sigmoids and has no balance loss, which measures softmax scores"
+    if any(kind.mlp == "dense_and_routed" for kind in decoder.kinds):
+        return "has a dense MLP beside its experts in every layer, and its own code has no balance loss"
+    return None
 
 
 def open_reference(config: TrainConfig, loss: Loss, model: ModelFiles, opener: Opener) -> ModelFiles | None:

@@ -165,3 +165,31 @@ def test_a_directory_is_diagnosed_without_an_option(tmp_path):
     (tmp_path / "args.json").write_text('{"beta": 0.1}')
     found = diagnose(DiagnoseConfig(path=str(tmp_path)))
     assert found.verdict == "displaced" and found.pairs == 200 and found.chosen.mean == pytest.approx(-0.2 * 190.5)
+
+
+def test_folders_of_events_are_one_run_where_they_hold_other_sets_or_nothing(tmp_path):
+    from tensorboardX import SummaryWriter
+
+    for name, slope in (("train", 0.01), ("validation", -0.01)):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for step in range(1, 12):
+                writer.add_scalar("rewards/chosen", slope * step, step)
+                writer.add_scalar("rewards/rejected", -0.02 * step, step)
+    with SummaryWriter(str(tmp_path / "train/hparams.1")) as writer:
+        writer.add_text("hparams", "no numbers")
+    found = diagnose(DiagnoseConfig(path=str(tmp_path), beta=0.1))
+    assert found.held_out and found.chosen.mean == pytest.approx(-1.1) and found.beside is not None
+
+
+@pytest.mark.parametrize("name", ["checkpoint-20", "best", "last-checkpoint", "global_step_20"])
+def test_folders_of_checkpoints_belong_to_the_run_above_them(tmp_path, name):
+    state(tmp_path / name, 20)
+    state(tmp_path, 30)
+    assert read_log(tmp_path).last_step == 30
+
+
+def test_a_directory_with_one_log_says_what_is_wrong_with_it(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "log.jsonl").write_text(json.dumps({f"eval_{s}_rewards/chosen": 0.1 for s in "ab"}))
+    with pytest.raises(ChesError, match=r"log.jsonl .*: has several evaluation sets"):
+        read_log(tmp_path)

@@ -168,3 +168,81 @@ def test_nan_is_told_with_its_first_step():
 
 def test_unpaired_losses_are_told():
     assert any("kto: chosen and rejected" in note for note in changes(training(), RunSettings(0.1, "x", "kto")).caveats)
+
+
+def held_out_course(beta, reference=lambda step: 0.0, logged=False, logps=True):
+    """Evaluations with a beta, and a reference in nats, for each step."""
+    out = []
+    for step in range(10, 130, 10):
+        moved = {"chosen": -step / 20, "rejected": -step / 9}
+        entry = {"step": step, **({"beta": beta(step)} if logged else {})}
+        entry |= {
+            f"eval_rewards/{s}": beta(step) * (moved[s] - reference(step) * (1 + (s == "rejected"))) for s in SIDES
+        }
+        out.append(entry | ({f"eval_logps/{s}": -120 + moved[s] for s in SIDES} if logps else {}))
+    return out
+
+
+def test_a_beta_that_was_changed_divides_each_reward_by_that_of_its_step():
+    entries = held_out_course(lambda step: 0.1 + step / 200, logged=True)
+    found = changes(entries, RunSettings(0.1, "args.json"))
+    assert found.scale == "nats" and found.chosen[-1] == pytest.approx(-6) and found.chosen[0] == pytest.approx(-0.5)
+    assert any("beta 0.15 to 0.7, each reward by that of its step" in note for note in found.caveats)
+    with pytest.raises(ChesError, match=r"logs a beta that goes from 0.15 to 0.7; leave out --beta"):
+        changes(entries, beta=0.1)
+    constant = held_out_course(lambda step: 0.2, logged=True, logps=False)
+    assert changes(constant).chosen[-1] == pytest.approx(-6)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        held_out_course(lambda step: 0.1 + step / 200),
+        held_out_course(lambda step: 0.1, lambda step: -(step // 40) * 2.0),
+    ],
+    ids=["beta changes", "the reference moves"],
+)
+def test_rewards_that_leave_the_line_of_their_logps_are_no_changes_since_one_reference(entries):
+    with pytest.raises(ChesError, match="do not follow its held-out logps along a line"):
+        changes(entries, RunSettings(0.1, "args.json"))
+    coarse = [{k: float(f"{v:.4g}") for k, v in e.items()} for e in held_out_course(lambda step: 0.1)]
+    assert changes(coarse, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6, rel=1e-2)
+
+
+def test_evaluations_of_other_pairs_each_time_need_no_line():
+    entries = held_out_course(lambda step: 0.1)
+    for i, entry in enumerate(entries):
+        entry["eval_logps/chosen"] += 9 * (-1) ** i
+    assert changes(entries, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6)
+
+
+def test_a_reference_that_follows_the_policy_is_told():
+    with pytest.raises(ChesError, match="its reference is moved to the policy"):
+        changes(training(), RunSettings(0.1, "args.json", moving_reference=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "eval_"])
+@pytest.mark.parametrize("count", [8, 12])
+def test_few_entries_without_logps_show_that_there_is_no_reference(prefix, count):
+    entries = [
+        {"step": 10 * (i + 1), f"{prefix}rewards/chosen": -2.5 + i / 90, f"{prefix}rewards/rejected": -2.7 - i / 90}
+        for i in range(count)
+    ]
+    with pytest.raises(ChesError, match=r"first rewards are -2\.5 and -2\.7"):
+        changes(entries, beta=0.1)
+    grown = [{**e, **{k: v * i / 9 for k, v in e.items() if k != "step"}} for i, e in enumerate(entries, 1)]
+    assert changes(grown, beta=0.1).scale == "nats"
+
+
+def test_batches_of_kto_without_one_of_the_sides_are_left_out():
+    nan = float("nan")
+    entries = [
+        {"step": i, "kl": 0.1, "rewards/chosen": nan if i % 3 == 0 else -0.1 * i, "rewards/rejected": -0.2 * i}
+        for i in range(1, 31)
+    ]
+    assert len(changes(entries, beta=0.1).chosen) == 20
+    with pytest.raises(ChesError, match="NaN or infinite at 10 of 30"):
+        changes([{k: v for k, v in e.items() if k != "kl"} for e in entries], beta=0.1)
+    apart = [{"step": i, "kl": 0.1, f"rewards/{SIDES[i % 2]}": -0.1} for i in range(30)]
+    with pytest.raises(ChesError, match="no logged step has rewards of chosen and of rejected responses both"):
+        changes(apart, beta=0.1)

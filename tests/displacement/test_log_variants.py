@@ -92,18 +92,54 @@ VARIANTS = {
     ),
     "resumed.jsonl": lines([*TRL[:14], {"step": 60, "rewards/chosen": 9.0, "rewards/rejected": 9.0}, *TRL[10:]]),
     "bom.jsonl": "\ufeff" + lines(TRL).replace("\n", "\r\n"),
+    "windows.log": lines(TRL).encode("utf-16"),
+    "decimal_commas.csv": table(WANDB, ";").replace(".", ","),
+    "newest_first.csv": table(WANDB[::-1]),
+    "lightning.csv": table(
+        mixed(
+            *(
+                {k: f"{s}_{v.replace('/', '_')}{e}" for k, v in NAMES.items()}
+                for s, e in (("train", "_step"), ("val", ""))
+            )
+        )
+    ),
+    "long.csv": "step,metric,value\n"
+    + "".join(
+        f"{r['train/global_step']},{k},{v}\n" for r in WANDB for k, v in r.items() if k[:5] != "train" or "/" in k
+    ),
+    "evaluation.jsonl": lines(mixed(prefixed("learning/"), prefixed("evaluation/"))),
+    "camel.jsonl": lines(mixed(*({k: f"{s}/{k}Reward" if k != "loss" else f"{s}/loss" for k in NAMES} for s in SETS))),
+    "comments.jsonl": "# a log\n" + lines(TRL) + "done\n",
+    "indented.json": "\n".join(json.dumps(row, indent=1) for row in TRL),
+    "verl.log": "".join(
+        "(pid=7) step:"
+        + " - ".join([str(r.pop("train/global_step")), *(f"{k}:np.float64({v!r})" for k, v in r.items())])
+        + "\n"
+        for r in map(dict, WANDB)
+    ),
+    "torchtune.txt": "".join(
+        f"Step {r.pop('step')} | " + " ".join(f"{k}:{v!r}" for k, v in r.items()) + " \n" for r in map(dict, TRL)
+    ),
+    "blocks.log": "".join(
+        f"== Step {r.pop('step')}/120 ==\n" + "".join(f"  * {k} = {v}\n" for k, v in r.items()) for r in map(dict, TRL)
+    ),
+    "levanter.log": "".join(
+        "2025-01-01 INFO :: " + json.dumps({"event": "log", "step": r.pop("train/global_step"), "metrics": r}) + "\n"
+        for r in map(dict, WANDB)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_course_is_read_the_same_from_every_format(tmp_path, name):
-    path = tmp_path / name
-    path.write_text(VARIANTS[name], encoding="utf-8", newline="")
+    path, text = tmp_path / name, VARIANTS[name]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     log = read_log(path)
     for which, entries in (("train", TRAIN), ("held_out", HELD_OUT)):
         for quantity in ("chosen", "rejected"):
             series = log.get(which, quantity)
             assert series is not None and series.values == pytest.approx([e[quantity] for e in entries], abs=1e-9)
+            assert series.steps.tolist() == list(STEPS) or name == "scalars.log"
     loss = log.get("train", "loss")
     assert loss is not None and loss.values[-1] == pytest.approx(0.57)  # and not the mean over the whole run
     found = diagnose(DiagnoseConfig(path=str(path), beta=0.1))
@@ -127,6 +163,9 @@ def test_a_course_is_read_the_same_from_every_format(tmp_path, name):
         ("loss/train", (False, "loss")),
         ("train_dpo_loss", (False, "loss")),
         ("eval_log_probs/chosen", (True, "logp_chosen")),
+        ("summary/train/dpo_chosen_reward", (False, "chosen")),
+        ("val_rewards_chosen_step", (True, "chosen")),
+        ("beta", (False, "beta")),
         ("rewards/chosen_std", None),
         ("ref_rewards/chosen", None),
         ("logits/chosen", None),
@@ -174,6 +213,24 @@ def test_one_set_alone_is_enough(tmp_path):
         ("sft.jsonl", lines({"step": s, "loss": 1.0, "mean_token_accuracy": 0.5} for s in STEPS), "no rewards/chosen"),
         ("one_side.jsonl", lines({"step": s, "rewards/chosen": 1.0} for s in STEPS), "none of rejected ones"),
         ("sets.jsonl", lines([{f"eval_{s}_rewards/chosen": 0.1 for s in "ab"}]), "--held-out NAME"),
+        *(
+            (
+                f"{x}_{y}.jsonl",
+                lines(r for e in HELD_OUT for s in (a, b) for r in renamed([e], prefixed(s))),
+                rf"several evaluation sets \({x}, {y}\)",
+            )
+            for a, b, x, y in (
+                ("eval_train_", "eval_test_", "test", "train"),
+                ("eval_test_", "eval_validation_", "test", "validation"),
+                ("eval/", "test/", "eval", "test"),
+            )
+        ),
+        (
+            "two_names.jsonl",
+            lines([{**TRL[0], "chosen_rewards": 3.0}]),
+            "rewards/chosen is 0.01 and chosen_rewards is 3",
+        ),
+        ("two.db", "SQLite format 3\0", "a database"),
         ("orpo.jsonl", lines({**r, "odds_ratio_loss": 0.3, "sft_loss": 2.0} for r in TRL), "odds ratio of ORPO"),
     ],
 )
@@ -204,3 +261,43 @@ def test_rows_cut_in_the_middle_are_left_out_and_said(tmp_path):
         assert "cut off and was left out" in log.notes[0]
         series = log.get("held_out", "chosen")
         assert series is not None and series.steps[-1] == 110
+
+
+def chart(name, side, run="dpo-run"):
+    """What Weights & Biases saves of one chart."""
+    column = f"{run} - {name}rewards/{side}"
+    return table(
+        [{"Step": e["step"], column: e[side], f"{column}__MIN": e[side], f"{column}__MAX": e[side]} for e in HELD_OUT]
+    )
+
+
+def test_charts_that_were_saved_one_by_one_are_one_log(tmp_path):
+    for side in ("chosen", "rejected"):
+        (tmp_path / f"{side}.csv").write_text(chart("eval/", side))
+    found = diagnose(DiagnoseConfig(path=str(tmp_path), beta=0.1))
+    assert found.held_out and found.pairs == len(STEPS) and found.chosen.mean == pytest.approx(-4.8)
+    (tmp_path / "rejected.csv").write_text(chart("eval/", "rejected", run="another"))
+    with pytest.raises(ChesError, match="holds 2 runs"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"), [("train.jsonl", "eval.jsonl"), ("train/m.jsonl", "validation/m.jsonl")]
+)
+def test_the_name_of_a_file_says_which_set_its_metrics_are_of_where_they_do_not(tmp_path, train, evaluation):
+    for name, entries in ((train, TRAIN), (evaluation, HELD_OUT)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines(renamed(entries)))
+    found = diagnose(DiagnoseConfig(path=str(tmp_path), beta=0.1))
+    assert found.held_out and found.chosen.mean == pytest.approx(-4.8) and found.beside is not None
+    assert any("is taken as evaluations" in note for note in found.caveats)
+
+
+def test_parts_of_a_resumed_run_are_one_log_and_runs_beside_each_other_are_not(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(r for r in TRL if r["step"] <= 60))
+    (tmp_path / "b.jsonl").write_text(lines(r for r in TRL if r["step"] > 60))
+    series = read_log(tmp_path).get("held_out", "chosen")
+    assert series is not None and series.steps.tolist() == list(STEPS)
+    (tmp_path / "b.jsonl").write_text(lines(r for r in TRL if r["step"] > 50))
+    with pytest.raises(ChesError, match="holds 2 runs"):
+        read_log(tmp_path)

@@ -48,7 +48,7 @@ def changed(path, change):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "change", "told"),
+    ("kind", "file", "change", "message"),
     [
         ("judgments", "run.json", lambda v: v["summary"].update(by_category={"c": 1}), r"by_category\.c is a number"),
         ("judgments", "run.json", lambda v: v["summary"].update(refusal_rate="x"), "refusal_rate is text"),
@@ -59,10 +59,10 @@ def changed(path, change):
         ("diagnosis", "diagnosis.json", lambda v: v.pop("chosen"), "chosen is missing"),
     ],
 )
-def test_a_page_refuses_an_answer_of_another_shape(run, kind, file, change, told):
+def test_a_page_refuses_an_answer_of_another_shape(run, kind, file, change, message):
     folder = run(kind)
     changed(folder / file, change)
-    with pytest.raises(RunError, match=rf"{file}: is damaged, or not written by this program: .*{told}"):
+    with pytest.raises(RunError, match=rf"{file}: is damaged, or not written by this program: .*{message}"):
         report(folder)
 
 
@@ -82,7 +82,7 @@ def test_texts_of_another_shape_name_their_line(run, row):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "column", "values", "told"),
+    ("kind", "file", "column", "values", "message"),
     [
         ("train", "displacement.parquet", "rejected_tokens", None, "no column rejected_tokens"),
         ("train", "displacement.parquet", "step", ["x"], "column step is string; expected int64"),
@@ -91,20 +91,20 @@ def test_texts_of_another_shape_name_their_line(run, row):
         ("diagnosis", "pairs.parquet", "dlogp_chosen", [[1.0]], "column dlogp_chosen is list"),
     ],
 )
-def test_tables_of_another_schema_name_the_column(run, kind, file, column, values, told):
+def test_tables_of_another_schema_name_the_column(run, kind, file, column, values, message):
     folder = run(kind)
     table = pq.read_table(folder / file)
     at = table.column_names.index(column)
     table = table.remove_column(at) if values is None else table.set_column(at, column, [pa.array(values * len(table))])
     pq.write_table(table, folder / file)
-    with pytest.raises(RunError, match=rf"{file}: {told}"):
+    with pytest.raises(RunError, match=rf"{file}: {message}"):
         report(folder)
     if kind == "train":
-        with pytest.raises(RunError, match=told):
+        with pytest.raises(RunError, match=message):
             diagnose(DiagnoseConfig(path=str(folder)))
 
 
-def test_damaged_token_scores_are_told(run):
+def test_damaged_token_scores_are_named(run):
     folder = run("score")
     (folder / "token_scores.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match=r"token_scores.parquet: cannot be read as Parquet"):
@@ -118,7 +118,7 @@ def test_a_log_of_metrics_that_is_no_text_is_left_out(run):
 
 
 @pytest.mark.parametrize("config", ["text", {"columns": "text"}, {"pairs": ["a"]}, {"limit": "all"}])
-def test_options_of_another_shape_are_told(run, config):
+def test_options_of_another_shape_are_named(run, config):
     folder = run("score")
     changed(folder / "run.json", lambda value: value.update(config=config))
     choice = SelectConfig(scores=folder, by="ches", keep="lowest:0.5", out=folder / "kept")
@@ -128,7 +128,7 @@ def test_options_of_another_shape_are_told(run, config):
 
 
 @pytest.mark.parametrize("opened", ["text", {"model": "text"}, {"model": {"a.json": 3}}])
-def test_an_identity_of_another_shape_is_told(tmp_path, opened):
+def test_an_identity_of_another_shape_is_named(tmp_path, opened):
     (tmp_path / CONFIG).write_text(json.dumps({"verb": "score", "config": {}, "opened": opened}))
     with pytest.raises(RunError, match=r"config.json: is damaged.*opened"):
         open_run(tmp_path, "score", {"config": {}}, resume=True)
@@ -148,7 +148,7 @@ def test_a_row_nested_deeply_is_one_that_cannot_be_read(row):
     assert "nested more than 100 deep" in records[1].fault or "not JSON" in records[1].fault
 
 
-def test_a_row_nested_deeply_in_a_file_alone_is_told(tmp_path):
+def test_a_row_nested_deeply_in_a_file_alone_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "chosen": nested(300), "rejected": "b"}))
     with pytest.raises(DataError, match="nested more than 100 deep"):
         open_pairs(str(tmp_path / "a.jsonl"))
@@ -162,7 +162,7 @@ def test_a_shard_of_an_endless_name_is_missing(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"step,loss\n1,\r\r0.5\x00\n", "a.csv"),
         (b"[" * 99_999, "neither JSON"),
@@ -170,9 +170,9 @@ def test_a_shard_of_an_endless_name_is_missing(tmp_path, name):
         (b"{'loss': " + b"(" * 5000 + b"}", "neither JSON"),
     ],
 )
-def test_logs_that_are_none(tmp_path, content, told):
+def test_logs_that_are_none(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(ChesError, match=told):
+    with pytest.raises(ChesError, match=message):
         diagnose(DiagnoseConfig(path=str(tmp_path / "a.csv")))
 
 
@@ -183,7 +183,7 @@ def test_numbers_beyond_all_are_read_as_such(tmp_path):
     assert series is not None and series.steps.tolist() == [2] and series.values.tolist() == [1.0]
 
 
-def test_a_damaged_record_of_an_event_file_is_told(tmp_path):
+def test_a_damaged_record_of_an_event_file_is_named(tmp_path):
     from tensorboardX.proto import event_pb2
 
     first = event_pb2.Event(file_version="brain.Event:2").SerializeToString()  # pyright: ignore
@@ -238,3 +238,12 @@ def test_half_a_surrogate_pair_that_a_template_writes_is_refused_in_words():
     template = ChatTemplate(load_tokenizer("bundled"))
     with pytest.raises(DataError, match="letters that the tokenizer cannot encode"):
         template.encode("a\ud800")
+
+
+@pytest.mark.parametrize("largest", [2**31, 2**63, 10**60])
+def test_a_token_id_that_no_array_holds_is_told_with_its_row(tmp_path, largest):
+    rows = [{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}] * 2
+    rows[1] = rows[1] | {"chosen_ids": [6, largest]}
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"line 2: 'chosen_ids' holds the token id .*; ids are at most 2147483647"):
+        list(open_pairs(str(tmp_path / "ids.jsonl")))

@@ -226,3 +226,22 @@ def test_golden_losses_of_every_family(shared, x64):
             if double or key == "dpo_per_pair":
                 actual = loss(batch)[0]
                 np.testing.assert_allclose(actual, expected[key], rtol=tolerance, err_msg=f"{path.parent.name} {key}")
+
+
+@pytest.mark.parametrize("name", ["hinge", "gpo_hinge", "gpo_truncated_quadratic"])
+def test_a_hinge_is_flat_beyond_its_bound(name, x64):
+    far = LossInputs(jnp.array([-3.0]), jnp.array([-26.0]), jnp.array([-4.0]), jnp.array([-5.0]))  # m = 22
+    assert get_loss(name, beta=0.1)(far)[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [("aot", ("ref_logp_chosen", "ref_logp_rejected")), ("aot_unpaired", ("logp_rejected", "ref_logp_rejected"))],
+)
+def test_aot_compares_quantiles_of_a_batch_and_not_its_pairs(name, moved, x64):
+    numbers = np.random.default_rng(0).normal(-5, 2, (4, 6))
+    batch = LossInputs(*(jnp.asarray(n) for n in numbers))
+    other = batch._replace(**{field: getattr(batch, field)[::-1] for field in moved})
+    values = [np.sort(np.asarray(get_loss(name, beta=0.5)(b)[0])) for b in (batch, other)]
+    np.testing.assert_allclose(*values, rtol=1e-12)
+    assert not np.allclose(*(np.sort(np.asarray(get_loss("dpo", beta=0.5)(b)[0])) for b in (batch, other)))

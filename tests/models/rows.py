@@ -38,8 +38,6 @@ class Row:
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     tolerance: float = 2e-6
-    """Of float32 numbers, relative to the largest."""
-    tolerance: float = 2e-6
     """Of float32, ours and that of transformers: where its own float32 is further from float64, more."""
 
 
@@ -48,6 +46,12 @@ WIDE = {**SIZES, "hidden_size": 63, "num_attention_heads": 9, "num_key_value_hea
 """Width 63, queries 90 wide, keys 30."""
 SQUARE = {**SIZES, "hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3}
 """Heads of 6 channels that make up the width."""
+
+DELTA = WIDE | {
+    "num_hidden_layers": 5, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5, "linear_value_head_dim": 7,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
 
 ROWS = (
     Row("llama", "LlamaConfig", WIDE, {
@@ -135,11 +139,7 @@ ROWS = (
         "listed": {"layer_types": None, "full_attn_idxs": [0, 2], "block_auto_adjust_ff_dim": False},
         "multiplied": {"block_ffn_dim_multiplier": 1.7, "conv_L_cache": 1},
     }, tolerance=5e-6),
-    Row("qwen3_5_text", "Qwen3_5TextConfig", WIDE | {
-        "num_hidden_layers": 5, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
-        "linear_key_head_dim": 5, "linear_value_head_dim": 7,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"],
-    }, {
+    Row("qwen3_5_text", "Qwen3_5TextConfig", DELTA, {
         "biases": {"attention_bias": True, "tie_word_embeddings": True, "linear_conv_kernel_dim": 2},
         "equal_heads": {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 6},
         "whole_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
@@ -182,6 +182,24 @@ ROWS = (
     Row("qwen3_moe", "Qwen3MoeConfig", WIDE | {**EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True}, {
         "some_dense": {"mlp_only_layers": [1], "decoder_sparse_step": 1, "norm_topk_prob": False},
         "windows": {"use_sliding_window": True, "sliding_window": 7, "attention_bias": True},
+    }),
+    Row("qwen2_moe", "Qwen2MoeConfig", {**SQUARE, **EXPERTS, "shared_expert_intermediate_size": 19}, {
+        "some_dense": {"mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False, "tie_word_embeddings": True},
+        "windows": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "decoder_sparse_step": 2},
+    }),
+    Row("qwen3_next", "Qwen3NextConfig", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 19}, {
+        "some_dense": {"mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
+        "biases": {"attention_bias": True, "decoder_sparse_step": 2, "linear_conv_kernel_dim": 2},
+    }, tolerance=1e-4),
+    Row("qwen3_5_moe_text", "Qwen3_5MoeTextConfig", {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 19}, {
+        "biases": {"attention_bias": True, "tie_word_embeddings": True, "num_experts_per_tok": 1},
+    }, tolerance=1e-4),
+    Row("glm4_moe", "Glm4MoeConfig", WIDE | {
+        "head_dim": 12, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 23, "n_group": 2,
+        "routed_scaling_factor": 1.7,
+    }, {
+        "normed": {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2, "tie_word_embeddings": True},
+        "dense": {"first_k_dense_replace": 2, "norm_topk_prob": False, "n_group": 1, **ROPES["yarn"]},
     }),
     Row("olmoe", "OlmoeConfig", {**SQUARE, "intermediate_size": 23, "num_experts": 5, "num_experts_per_tok": 3}, {
         "clipped": {"clip_qkv": 0.4, "norm_topk_prob": True},

@@ -2,9 +2,10 @@
 
 import json
 import shutil
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,32 +73,70 @@ def states_and_log_probs(model: Decoder, ids: Any, n: Any) -> tuple[Any, Any]:
     return hidden, jnp.take_along_axis(log_probs[:-1], ids[1:, None], axis=1)[:, 0]
 
 
-def one_response(model: Decoder, prompt: list[int], response: list[int]) -> tuple[np.ndarray, float]:
-    """Sum of the states that predict the response, and the log-probability of the response."""
+class Read(NamedTuple):
+    """Of one response: sums of the states that predict it, without and with its terminator, and its log-probability."""
+
+    sums: np.ndarray
+    closed: np.ndarray
+    log_prob: float
+
+
+def read(model: Decoder, prompt: list[int], response: list[int]) -> Read:
+    """A response after its prompt, alone in a row. Whatever ends it is predicted by the state of its last token."""
     ids = np.zeros(LENGTH, np.int32)
     first, last = len(prompt) - 1, len(prompt) + len(response) - 1
     ids[: last + 1] = prompt + response
     hidden, log_probs = states_and_log_probs(model, jnp.asarray(ids), jnp.int32(last + 1))
-    return np.asarray(hidden[first:last], np.float64).sum(0), float(np.asarray(log_probs[first:last], np.float64).sum())
+    states = np.asarray(hidden[first : last + 1], np.float64)
+    return Read(states[:-1].sum(0), states.sum(0), float(np.asarray(log_probs[first:last], np.float64).sum()))
+
+
+def scores(sums: dict[str, np.ndarray], sizes: dict[str, int]) -> tuple[float, float]:
+    """CHES and its length-normalised form, from their definitions."""
+    chosen, rejected = sums["chosen"], sums["rejected"]
+    n, m = sizes["chosen"], sizes["rejected"]
+    return float(chosen @ rejected - chosen @ chosen), float(chosen @ rejected / (n * m) - chosen @ chosen / n**2)
 
 
 def compare(folder: Path, dtype: str, pairs: range) -> dict[str, float]:
-    """Largest error of each quantity: ches by |S+|^2 (it is a difference that can vanish), the rest relative."""
+    """Largest error of each quantity: scores by |S+|^2 (they are differences that can vanish), the rest relative."""
     golden = reference(folder)
     truth = golden["fp64"]["policy"]
     model = load_model(folder / "policy", dtype=dtype)
-    worst = {"sum_hidden": 0.0, "ches": 0.0, "logp": 0.0}
+    worst: dict[str, float] = defaultdict(float)
+
+    def note(name: str, actual: Any, expected: Any, unit: Any = None) -> None:
+        error = np.abs(np.asarray(actual) - expected).max() / np.abs(expected if unit is None else unit).max()
+        worst[name] = max(worst[name], float(error))
+
     for i in pairs:
-        pair, sums = golden["pairs"][i], {}
+        pair = golden["pairs"][i]
+        sizes = {side: len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")}
+        made = {side: read(model, pair["prompt_ids"], pair[f"{side}_ids"]) for side in sizes}
+        for side, one in made.items():
+            note("sum_hidden", one.sums, np.asarray(truth[f"sum_hidden_{side}"][i]))
+            note("logp", one.log_prob, truth[f"logp_{side}"][i])
+            note("sqnorm", one.sums @ one.sums, truth[f"sqnorm_{side}"][i])
+        # the script appends the terminator to each response
+        for eos, name, more in ((False, "", 0), (True, "script_", 1)):
+            sums = {side: one.closed if eos else one.sums for side, one in made.items()}
+            ches, ln_ches = scores(sums, {side: n + more for side, n in sizes.items()})
+            norm = sums["chosen"] @ sums["chosen"]
+            note(f"{name}ches", ches, truth[f"{name}ches"][i], norm)
+            note(f"{name}ln_ches", ln_ches, truth[f"{name}ln_ches"][i], norm / (sizes["chosen"] + more) ** 2)
+    return dict(worst)
+
+
+def compare_reference(folder: Path, dtype: str, pairs: range) -> float:
+    """Largest relative error of the log-probabilities of the reference model."""
+    golden = reference(folder)
+    model = load_model(folder / "ref", dtype=dtype)
+    worst = 0.0
+    for i in pairs:
         for side in ("chosen", "rejected"):
-            sums[side], logp = one_response(model, pair["prompt_ids"], pair[f"{side}_ids"])
-            expected = np.asarray(truth[f"sum_hidden_{side}"][i])
-            error = np.abs(sums[side] - expected).max() / np.abs(expected).max()
-            worst["sum_hidden"] = max(worst["sum_hidden"], float(error))
-            reference_logp = truth[f"logp_{side}"][i]
-            worst["logp"] = max(worst["logp"], abs(logp - reference_logp) / abs(reference_logp))
-        ches = float(sums["chosen"] @ sums["rejected"] - sums["chosen"] @ sums["chosen"])
-        worst["ches"] = max(worst["ches"], abs(ches - truth["ches"][i]) / truth["sqnorm_chosen"][i])
+            pair, expected = golden["pairs"][i], golden["fp64"]["ref"][f"logp_{side}"][i]
+            actual = read(model, pair["prompt_ids"], pair[f"{side}_ids"]).log_prob
+            worst = max(worst, abs(actual - expected) / abs(expected))
     return worst
 
 
@@ -120,6 +159,7 @@ def test_float32_is_close(golden: Path, family: str):
 def test_all_pairs(golden: Path, family: str, dtype: str, tolerance: float):
     with jax.enable_x64(dtype == "float64"):
         errors = compare(golden / family, dtype, range(24))
+        errors["reference"] = compare_reference(golden / family, dtype, range(24))
     print(family, dtype, {k: f"{v:.1e}" for k, v in errors.items()})
     assert max(errors.values()) < (FLOAT32.get(family, tolerance) if dtype == "float32" else tolerance), errors
 

@@ -13,6 +13,7 @@ class Stored:
 
     def __init__(self, value: np.ndarray):
         self.value = value
+        self.shape = value.shape
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         return self.value[index]
@@ -52,10 +53,20 @@ def group(views: list[View], shapes: list[tuple[int, ...]]) -> None:
         ([RowSlice(0, 9), RowSlice(3, 9), RowSlice(6, 9)], [(3,)] * 3),
         ([TransposedSlice(0, 7)], [(7, 5)]),
         ([TransposedSlice(i * 4, 12) for i in range(3)], [(4, 5)] * 3),
-        ([Interleaved(i, 3, 2) for i in range(3)], [(6, 5)] * 3),
-        ([Interleaved(i, 3, 4) for i in range(3)], [(12,)] * 3),
+        ([Interleaved((2, 2, 2), (i,)) for i in range(3)], [(6, 5)] * 3),
+        ([Interleaved((4, 4, 4), (i,)) for i in range(3)], [(12,)] * 3),
+        ([Interleaved((2, 1, 4, 4), (0, 1, 2)), Interleaved((2, 1, 4, 4), (3,))], [(21, 3), (12, 3)]),
     ],
-    ids=["whole", "rows", "row_bias", "transposed", "fused_transposed", "interleaved", "interleaved_bias"],
+    ids=[
+        "whole",
+        "rows",
+        "row_bias",
+        "transposed",
+        "fused_transposed",
+        "interleaved",
+        "interleaved_bias",
+        "interleaved_several",
+    ],
 )
 def test_views_write_and_read_back_every_part(views: list[View], shapes: list[tuple[int, ...]]):
     group(views, shapes)
@@ -64,5 +75,5 @@ def test_views_write_and_read_back_every_part(views: list[View], shapes: list[tu
 def test_interleaved_is_head_by_head():
     """GPT-NeoX: [heads, (q, k, v), channels] flattened."""
     stored = np.arange(2 * 3 * 4).reshape(2, 3, 4)
-    keys = Interleaved(1, 3, 4).read(cast(Any, Stored(stored.reshape(-1))), (slice(0, 8, 1),))
+    keys = Interleaved((4, 4, 4), (1,)).read(cast(Any, Stored(stored.reshape(-1))), (slice(0, 8, 1),))
     np.testing.assert_array_equal(keys, stored[:, 1].reshape(-1))

@@ -324,4 +324,5 @@ def test_sizes_beyond_all_models_are_refused_at_once(key: str, value: Any, words
 
 def test_gpt2_names_its_layers_otherwise_and_has_the_same_bound():
     assert "'n_layer' = 10000000 should be at most 4096" in message(family("gpt2", n_layer=10**7))
-    assert "not more than it has" in message(family("gpt_neox", rotary_pct=2.0))
+    for share in (2.0, 1e308):
+        assert "not more than it has" in message(family("gpt_neox", rotary_pct=share))

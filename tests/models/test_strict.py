@@ -35,6 +35,10 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "decoder_sparse_step": 2},
+    "qwen2_moe": {**SQUARE, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
+    "qwen3_next": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
+    "qwen3_5_moe_text": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 14, "interleave_moe_layer_step": 2},
     "gemma4_text": {
         "num_key_value_heads": 3,
@@ -196,7 +200,7 @@ def test_all_problems_come_together():
     ("raw", "words"),
     [
         ({"model_type": "dbrx"}, "mixture of experts"),
-        ({"model_type": "qwen2_moe"}, "mixture of experts"),
+        ({"model_type": "jetmoe"}, "mixture of experts"),
         ({"model_type": "deepseek_v2"}, "mixture of experts"),
         ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "gemma3", "text_config": {}}, "describes no text model"),

@@ -1,4 +1,4 @@
-"""Shapes of JSON: what does not fit is told by its place, and nothing else is."""
+"""Shapes of JSON: what does not fit is named by its place, and nothing else is."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_what_fits(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (None, "the value is null; expected an object"),
         ([], "the value is a list; expected an object"),
@@ -38,25 +38,25 @@ def test_what_fits(value):
         ({"name": "a", "parts": [{"on": True}, {"on": 1}]}, "parts[1].on is a number; expected true or false"),
     ],
 )
-def test_what_does_not(value, told, tmp_path):
-    assert misfit(value, SHAPE) == told
+def test_what_does_not(value, message, tmp_path):
+    assert misfit(value, SHAPE) == message
     with pytest.raises(RunError) as caught:
         require_shape(tmp_path / "run.json", value, SHAPE, RunError)
-    assert str(caught.value).startswith(str(tmp_path / "run.json")) and str(caught.value).endswith(told)
+    assert str(caught.value).startswith(str(tmp_path / "run.json")) and str(caught.value).endswith(message)
 
 
 def test_lines_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 1}\n\n{"n": 2}\n')
     assert read_json_lines(path, {"n": int}, RunError) == [{"n": 1}, {"n": 2}]
-    for line, told in (
+    for line, message in (
         ('{"n": "x"}', "n is text"),
         ("[1]", "is a list"),
         ("{", "not valid JSON"),
         ("[" * 99999, "JSON"),
     ):
         path.write_text('{"n": 1}\n' + line)
-        with pytest.raises(RunError, match=rf"rows.jsonl, line 2: .*{told}"):
+        with pytest.raises(RunError, match=rf"rows.jsonl, line 2: .*{message}"):
             read_json_lines(path, {"n": int}, RunError)
     path.write_bytes(b"\xff")
     with pytest.raises(RunError, match="cannot be read"):

@@ -330,6 +330,35 @@ def test_two_real_processes(tiny_model, tmp_path):
     assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_model, tmp_path, victim):
+    """It ends its own chunks, the merge tells what is missing, and the run goes on to the bytes of one process."""
+
+    def start(*more):
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        words = [sys.executable, "-m", "ches_jax", "score", "--model", str(tiny_model), "--chunk-rows", "4", "--quiet"]
+        words += ["--limit", "60", "--out", str(tmp_path / "two"), *more, "--distributed"]
+        return [subprocess.Popen([*words, f"localhost:{port},2,{i}"], stderr=subprocess.PIPE) for i in range(2)]
+
+    both = start()
+    parts = tmp_path / "two" / "parts"
+    until = time.monotonic() + 200
+    while not any(int(p.stem.split("-")[-1]) % 2 == victim for p in parts.glob("part-*.parquet")):
+        assert time.monotonic() < until and all(p.poll() is None for p in both)
+        time.sleep(0.05)
+    both[victim].kill()
+    other = both[1 - victim]
+    assert other.communicate(timeout=120)[1] == b"" and other.returncode == 0
+    both[victim].communicate()
+    with pytest.raises(RunError, match="missing"):
+        merge(tmp_path / "two")
+    assert [p.wait(timeout=180) for p in start("--resume")] == [0, 0]
+    score(ScoreConfig(model=str(tiny_model), chunk_rows=4, limit=60, out=str(tmp_path / "one")), quiet=True)
+    assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 @pytest.mark.parametrize("eos", ["exclude", "include"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])

@@ -79,6 +79,11 @@ def test_windows_are_those_of_the_paper(n, ranges):
         assert (np.diff(kept) > 0).all()
 
 
+def test_a_window_of_odd_width_has_as_many_rows_on_both_sides_of_its_middle():
+    assert selection.window_range(11, 0.5, 5) == (3, 8)
+    assert selection.window_range(11, 0.5, 4) == (3, 7)
+
+
 def test_a_share_rounds_half_up_in_decimals_and_keeps_at_least_one():
     kept = {
         (share, n): len(keep_indices(np.arange(n), f"lowest:{share}"))

@@ -1,6 +1,7 @@
 """Losses and gradient norms of packed batches against exact float64 arithmetic (../shared/golden)."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,51 @@ FAMILIES = (
     "gpt_neox",
     "phi3",
     "starcoder2",
+    "olmo3",
+    "smollm3",
+    "glm4",
+    "granite",
+    "cohere2",
+    "ministral3",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "llama4",
+    "gemma4",
+    "lfm2",
+    "qwen3_5",
+    "gemma3_multimodal",
+    "qwen3_5_multimodal",
 )
 QUICK = ("gemma2",)
+BUFFERS = ("e_score_correction_bias", "layer_scalar")
+"""Stored with the parameters and not trained: no gradient in the truth, and a gradient of zero here."""
+
+
+def reference_of(truth):
+    """Log-probabilities of the reference, such that the margins are those the truth's losses were computed from.
+
+    The older directories compute losses from log-probabilities in float64. The newer ones put the summed
+    log-probabilities, of the policy and of the reference, into float32 before they subtract them, and go on in float64:
+    their margins are up to 1e-4 from those of the log-probabilities beside them, and equal those of the rounded ones to
+    the last bit. What the rounding adds to the policy is taken from the reference here, so that the same losses and the
+    same coefficients of the gradient come out.
+    """
+    rounding, reference = [], []
+    for side in ("logp_chosen", "logp_rejected"):
+        policy, ref = (np.array(truth[model][side]) for model in ("policy", "ref"))
+        reference.append(ref)
+        rounding.append((ref.astype(np.float32) - ref) - (policy.astype(np.float32) - policy))
+    plain = np.subtract(truth["policy"]["logp_chosen"], reference[0]) - np.subtract(
+        truth["policy"]["logp_rejected"], reference[1]
+    )
+    written = np.array(truth["loss"]["logratio_margin"])
+    if np.abs(plain - written).max() < 1e-11:
+        return reference
+    np.testing.assert_allclose(plain - rounding[0] + rounding[1], written, atol=1e-11)
+    return [a + b for a, b in zip(reference, rounding, strict=True)]
 
 
 def golden_batch(folder, dtype):
@@ -51,13 +95,19 @@ def golden_batch(folder, dtype):
         )
         for i, p in enumerate(golden["pairs"])
     ]
-    ref = golden["fp64"]["ref"]
     model = load_model(folder / "policy", dtype=dtype, param_dtype=dtype)
     threshold = model.config.rope.length_threshold if model.config.rope else None
     longest = max(len(r.content) for p in pairs for r in (p.chosen, p.rejected))
     layout = Layout(standard_row(pairs, threshold), 1, "include", threshold, response_tokens=longest)
-    batch = make_batch(pairs, layout, (ref["logp_chosen"], ref["logp_rejected"]), dtype=np.dtype(dtype))
+    batch = make_batch(pairs, layout, reference_of(golden["fp64"]), dtype=np.dtype(dtype))
     return golden, model, batch
+
+
+def name_in_memory(stored: str) -> str:
+    """What transformers calls a stored tensor once it is read, as the truth does: some lie in one with others."""
+    renamed = stored.replace("embed_out", "lm_head").replace("block_sparse_moe", "mlp")
+    renamed = re.sub(r"experts\.\d+\.(gate_proj|up_proj|w1|w3)\.weight", "experts.gate_up_proj", renamed)
+    return re.sub(r"experts\.\d+\.(down_proj|w2)\.weight", "experts.down_proj", renamed)
 
 
 def relative(a, b):
@@ -98,10 +148,12 @@ def errors(folder, dtype) -> dict[str, float]:
     raw = read_config(folder / "policy")
     rules = family_of(raw, str(folder)).name_rules(params, model.config)
     tensors = dict(stored_tensors(rules, params, model.config, {}, None))
-    # GPT-NeoX files call the head embed_out; the truth names modules
-    norms = {
-        n.replace("embed_out", "lm_head"): float(np.linalg.norm(np.asarray(t, np.float64))) for n, t in tensors.items()
-    }
+    norms = {}
+    for stored, value in tensors.items():
+        name, norm = name_in_memory(stored), float(np.linalg.norm(np.asarray(value, np.float64)))
+        norms[name] = np.hypot(norms.get(name, 0.0), norm)
+    buffers = {name: norms.pop(name) for name in list(norms) if name.endswith(BUFFERS)}
+    assert not any(buffers.values()), buffers
     expected = truth["loss"]["dpo_grad"]
     whole = np.sqrt(sum(n**2 for n in norms.values()))
     differences["global_norm"] = relative(whole, expected["global_norm"])

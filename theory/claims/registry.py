@@ -158,8 +158,8 @@ def sweep(
 
 
 def worst(values: Any) -> float:
-    """The largest value; infinite where one is not a number, so that it cannot pass."""
-    return float(np.max(np.where(np.isnan(values), np.inf, values)))
+    """The largest value; infinite where one is not a number or there is none, so that it cannot pass."""
+    return float(np.max(np.where(np.isnan(values), np.inf, values))) if np.size(values) else np.inf
 
 
 def largest(errors: Any) -> Outcome:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 from ches_jax.displacement.readers.log import Log, log_of
 from ches_jax.displacement.readers.metric_names import STEPS, metric
@@ -10,6 +12,7 @@ from ches_jax.errors import ChesError
 
 SPREAD = ("__MIN", "__MAX")
 """Columns beside each metric in an export of Weights & Biases."""
+DECIMAL_COMMA = re.compile(r"-?\d+,\d+([eE][-+]?\d+)?")
 
 
 def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
@@ -43,7 +46,14 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
         {renamed[c]: v for c, v in row.items() if c in renamed and v not in ("", None)}
         for row in (rows if cut is None else rows[:-1])
     ]
-    return log_of(f"{path} (CSV)", entries, held_out=held_out, notes=notes)
+    if _delimiter(text) != ",":
+        entries = [{name: _with_point(v) for name, v in entry.items()} for entry in entries]
+    return log_of(f"{path} (CSV)", entries, held_out=held_out, notes=notes, run=next(iter(runs), ""))
+
+
+def _with_point(cell: Any) -> Any:
+    """A number with a decimal comma, as spreadsheets of many countries write it, with a point."""
+    return cell.replace(",", ".") if isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell) else cell
 
 
 def looks_like_csv(text: str) -> bool:

@@ -1,21 +1,25 @@
 """Which file of a directory is the log of its run; two runs in one directory are refused."""
 
+import codecs
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ches_jax.displacement.readers.csv_log import looks_like_csv, read_csv_log
 from ches_jax.displacement.readers.event_log import is_event_file, read_event_log
-from ches_jax.displacement.readers.json_log import ONE_ENTRY, read_json_log
-from ches_jax.displacement.readers.log import Log
+from ches_jax.displacement.readers.json_log import ONE_ENTRY, NotALogError, read_json_log
+from ches_jax.displacement.readers.log import Log, joined
+from ches_jax.displacement.readers.metric_names import HELD_OUT
 from ches_jax.errors import ChesError
 
 STATE = "trainer_state.json"
 DEPTH = 4
 """Folders below the one that is named in which logs are looked for."""
-SUFFIXES = {".json", ".jsonl", ".csv", ".log", ".txt", ".out"}
+SUFFIXES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".log", ".txt", ".out", ".db", ".wandb", ".gz"}
 SKIPPED = {
     "config.json",
     "tokenizer.json",
@@ -38,6 +42,21 @@ SKIPPED = {
 """Files of a run's directory that are no logs."""
 LARGEST = 200_000_000
 """Bytes; a log is never larger, a data set may be."""
+CHECKPOINT = re.compile(
+    r"^(checkpoint|ckpt|global_step|step|epoch|iter)[-_]?\d*$|^(best|last|final)([-_](model|checkpoint|ckpt))?$"
+    r"|^(tmp-)?checkpoint|[-_]checkpoint$"
+)
+"""Names of the folders of a run's checkpoints."""
+EVALUATION = {"eval", "evaluation", "val", "validation"}
+"""Words in the name of a file, by which metrics without a word for their set are those of evaluations."""
+BINARY = {
+    b"SQLite format 3": "a database, perhaps of trackio; export the run from its page as CSV",
+    b":W&B": "the journal of a run of Weights & Biases; export the run's charts or history as CSV or JSON lines",
+    b"\x1f\x8b": "compressed; unpack it first",
+}
+"""First bytes -> what to do with a file that is no text."""
+SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
+OF_PAIRS = (*SIDES, "logp_chosen", "logp_rejected")
 
 
 def read_log(path: Path, held_out: str | None = None) -> Log:
@@ -49,42 +68,63 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     if not path.exists():
         raise ChesError(f"{path}: no such file or directory")
     if path.is_file():
-        return read_file(path, held_out)
+        log = read_file(path, held_out)
+        return _of_evaluations(path, log) if _words(path.stem) & EVALUATION else log
     if states := _states(path):
         return read_file(_newest(path, states), held_out)
     if events := _event_files(path):
-        return _of_one_run(path, events, held_out)
-    logs, others, problems = [], [], []
+        return _one_run(path, _logs_of_events(events, held_out))
+    logs, problems = [], []
     for file in _candidates(path):
         try:
             log = read_file(file, held_out)
-        except ChesError as error:
-            problems.append(str(error))
-            continue
-        if any(quantity in ("chosen", "dlogp_chosen") for _, quantity in log.series):
-            logs.append((file, log))
-        elif log.names:
-            others.append(log)
-            problems.append(f"{file}: no rewards/chosen (it has {', '.join(log.names[:6])})")
-    logs = _without_copies(logs)
-    if len(logs) > 1:
-        raise ChesError(_several(path, [file for file, _ in logs]))
-    if logs:
-        return logs[0][1]
-    if len(others) == 1:
-        return others[0]  # what it lacks is reported where its metrics are read
+        except NotALogError as error:
+            problems.append(error)
+        except ChesError as error:  # a log that says what is wrong with it
+            problems.insert(0, error)
+        else:
+            logs += [(file, log)] if log.names else []
+    if any(quantity in SIDES for _, log in logs for _, quantity in log.series):
+        return _one_run(path, [(file, log) for file, log in logs if any(q in OF_PAIRS for _, q in log.series)])
+    if len(logs) == 1:
+        return logs[0][1]  # what it lacks is reported where its metrics are read
+    if not logs and len(of_logs := [p for p in problems if not isinstance(p, NotALogError)]) == 1:
+        raise of_logs[0]
     looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files"
+    problems += [f"{file}: no rewards/chosen (it has {', '.join(log.names[:6])})" for file, log in logs]
     more = "".join(f"\n  {problem}" for problem in problems[:5])
     raise ChesError(f"{path}: no log with rewards of chosen and rejected responses in it (looked for {looked}){more}")
 
 
-def _without_copies(logs: list[tuple[Path, Log]]) -> list[tuple[Path, Log]]:
-    """One log of those that are of one run: a summary beside a history, and a history in two formats."""
+def _one_run(path: Path, logs: list[tuple[Path, Log]]) -> Log:
+    """The log of which all of these are parts, or copies.
+
+    Parts are files of different metrics (a chart each, training and evaluation apart), and of one run that was resumed
+    where the other ended.
+    """
     whole = [(file, log) for file, log in logs if not log.source.endswith(f"({ONE_ENTRY})")] or logs
-    longest = max(whole, key=lambda item: sum(len(s.steps) for s in item[1].series.values()), default=None)
-    if longest is None or not all(item is longest or _is_copy(item, longest) for item in whole):
-        return whole
-    return [longest]
+    longest = max(whole, key=lambda item: sum(len(s.steps) for s in item[1].series.values()))
+    if all(item is longest or _is_copy(item, longest) for item in whole):
+        return _of_evaluations(*longest) if _words(longest[0].stem) & EVALUATION else longest[1]
+    named = [bool((_words(file.stem) | _words(file.relative_to(path).parent.name)) & HELD_OUT) for file, _ in whole]
+    if not all(named):
+        whole = [(f, _of_evaluations(f, log) if held else log) for (f, log), held in zip(whole, named, strict=True)]
+    merged = joined(f"{path} ({len(whole)} files)", [log for _, log in whole])
+    if merged is None:
+        raise ChesError(_several(path, [file for file, _ in whole]))
+    return merged
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
+
+
+def _of_evaluations(file: Path, log: Log) -> Log:
+    """A log that its file's name calls one of evaluations, where the metrics in it do not say of what they are."""
+    if any(name == "held_out" for name, _ in log.series):
+        return log
+    series = {("held_out", quantity): found for (_, quantity), found in log.series.items()}
+    return replace(log, series=series, notes=(*log.notes, f"{file.name} is taken as evaluations, as its name says"))
 
 
 def _is_copy(one: tuple[Path, Log], other: tuple[Path, Log]) -> bool:
@@ -110,14 +150,16 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
         with path.open("rb") as file:
             head = file.read(4096)
         if not head:
-            raise ChesError(f"{path}: is empty")
+            raise NotALogError(f"{path}: is empty")
         if is_event_file(head):
             return read_event_log([path], held_out)
+        if what := next((words for start, words in BINARY.items() if head.startswith(start)), None):
+            raise NotALogError(f"{path}: {what}")
         if path.stat().st_size > LARGEST:
-            raise ChesError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a log")
-        text = path.read_bytes().decode("utf-8-sig")
+            raise NotALogError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a log")
+        text = path.read_bytes().decode(_encoding(head))
     except UnicodeDecodeError:
-        raise ChesError(f"{path}: not a text file, and none of TensorBoard's event files") from None
+        raise NotALogError(f"{path}: not a text file, and none of TensorBoard's event files") from None
     except OSError as error:
         raise ChesError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -126,10 +168,23 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
         raise ChesError(f"{path}: nested too deeply for a log") from None
 
 
+def _encoding(head: bytes) -> str:
+    r"""UTF-8, or the UTF-16 that a Windows shell writes when it redirects what a trainer prints.
+
+    >>> _encoding("{'loss'".encode("utf-16")), _encoding(b"\xff\xfe\x00\x01")
+    ('utf-16', 'utf-8-sig')
+    """
+    wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(head) > 3
+    return "utf-16" if wide and min(head[2:4]) == 0 and 32 <= max(head[2:4]) < 127 else "utf-8-sig"
+
+
 def _below(path: Path) -> list[Path]:
     files, level = [], [path]
     for _ in range(DEPTH):
-        inside = sorted(p for folder in level for p in folder.iterdir())
+        try:
+            inside = sorted(p for folder in level for p in folder.iterdir())
+        except OSError as error:
+            raise ChesError(f"{error.filename}: cannot be read ({error.strerror})") from None
         files += [p for p in inside if p.is_file()]
         level = [p for p in inside if p.is_dir() and not p.is_symlink()]
     return files
@@ -141,12 +196,12 @@ def _states(path: Path) -> list[Path]:
 
 def _run_of(state: Path) -> Path:
     """The directory of the run that a state belongs to: above its checkpoint's folder."""
-    return state.parent.parent if state.parent.name.startswith("checkpoint") else state.parent
+    return state.parent.parent if CHECKPOINT.search(state.parent.name.lower()) else state.parent
 
 
 def _newest(path: Path, states: Sequence[Path]) -> Path:
     runs = sorted({_run_of(state) for state in states})
-    if path.name.startswith("checkpoint") and (path / STATE) in states:
+    if CHECKPOINT.search(path.name.lower()) and (path / STATE) in states:
         return path / STATE
     if len(runs) > 1:
         raise ChesError(_several(path, runs))
@@ -176,13 +231,11 @@ def _event_files(path: Path) -> list[Path]:
     return [file for file in _below(path) if "tfevents" in file.name]
 
 
-def _of_one_run(path: Path, events: Sequence[Path], held_out: str | None) -> Log:
-    folders = {file.parent: None for file in events}
-    # writers of train and eval metrics keep them in folders of those names beside each other
-    runs = {f.parent if f.name in ("train", "eval", "validation", "val") else f: None for f in folders}
-    if len(runs) > 1:
-        raise ChesError(_several(path, [*runs]))
-    return read_event_log(list(events), held_out)
+def _logs_of_events(events: Sequence[Path], held_out: str | None) -> list[tuple[Path, Log]]:
+    """A log for each folder: writers of train and eval metrics, and of hyper-parameters, keep folders of their own."""
+    folders = dict.fromkeys(file.parent for file in events)
+    logs = [(folder, read_event_log([e for e in events if e.parent == folder], held_out)) for folder in folders]
+    return [(folder, log) for folder, log in logs if log.series] or logs[:1]
 
 
 def _candidates(path: Path) -> list[Path]:

@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.displacement.readers.log import Log, log_of
-from ches_jax.displacement.readers.metric_names import metric
+from ches_jax.displacement.readers.metric_names import STEPS, metric
 from ches_jax.errors import ChesError
 
 ONE_ENTRY = "one entry"
+SETTINGS = ("config", "hparams")
+"""Hyper-parameters beside the metrics, in what marin and levanter write."""
 PRINTED = re.compile(r"\{['\"][^{}]*\}")
 """An entry as transformers prints it to the console, among progress bars and other lines."""
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)\b"
+NAMED = re.compile(rf"([A-Za-z_][\w/.-]*)\s*[:=]\s*(?:\w+\.\w+\()?({NUMBER})")
+"""A metric as verl (``step:3 - val/loss:0.7``), torchtune (``Step 3 | loss:0.7 ...``) and other loops print it."""
+PRINTED_STEP = re.compile(r"\b(?:global[ _])?(?:step|iter(?:ation)?)\b\W{0,3}(\d+)", re.IGNORECASE)
+
+
+class NotALogError(ChesError):
+    """A file in none of the formats of logs; one of many in a directory."""
 
 
 def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
@@ -23,13 +33,14 @@ def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
     - a list of entries, or one object: histories of Weights & Biases or trackio, ``wandb-summary.json``;
     - an object of columns, ``{metric: [numbers]}`` or ``{metric: {row: number}}``: tables that pandas wrote;
     - an entry a line: ms-swift, LLaMA-Factory, verl, open-instruct, metrics of our own runs;
-    - what a trainer printed: ``{'loss': 0.69, ...}`` among other lines.
+    - what a trainer printed: ``{'loss': 0.69, ...}`` or ``step:3 - loss:0.69 - ...`` among other lines.
 
     Raises:
       ChesError: none of these; cut off in the middle.
     """
     entries, kind, notes = _entries(path, text)
-    settings = next((e["config"] for e in entries if isinstance(e.get("config"), Mapping)), {})
+    settings = next((e[n] for e in entries for n in SETTINGS if isinstance(e.get(n), Mapping)), {})
+    entries = [{n: v for n, v in e.items() if n not in SETTINGS} for e in entries]
     return log_of(f"{path} ({kind})", entries, held_out=held_out, settings=settings, notes=notes)
 
 
@@ -48,27 +59,79 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
         if len(entries) < len(whole):
             raise ChesError(f"{path}: a list in which {len(whole) - len(entries)} items are no objects")
         return entries, "JSON", ()
-    lines = [line for line in text.splitlines() if line.strip()]
-    parsed = [_whole(line) for line in lines]
-    objects = [e for e in parsed if isinstance(e, Mapping)]
-    if objects and len(objects) >= len(lines) - 1:
-        if len(objects) == len(lines):
-            return objects, "JSON lines", ()
-        if not isinstance(parsed[-1], Mapping):
-            return objects, "JSON lines", ("its last line is cut off and was left out",)
-    if objects:
-        bad = next(i for i, e in enumerate(parsed) if not isinstance(e, Mapping))
-        raise ChesError(f"{path}: entry {bad + 1} of {len(lines)} is no JSON object; is the file damaged?")
+    if entries := _of_lines(path, text):
+        return entries
+    stream, left = _stream(text)
+    if len(stream) > 1:
+        notes = ("its last entry is cut off and was left out",) if left else ()
+        return stream, "JSON entries", notes
     if re.match(r"\s*(\[\s*\{|\{\s*\")", text):
         more = ". An earlier checkpoint-*/trainer_state.json may be whole" if '"log_history"' in text else ""
         raise ChesError(
             f"{path}: cut off after {len(text)} characters (line {text.count(chr(10)) + 1}), or damaged: JSON that "
             f"does not end{more}"
         )
-    printed = [e for printed_dict in PRINTED.findall(text) if (e := _printed(printed_dict)) is not None]
-    if printed:
+    if printed := _of_messages(text) or _printed_dicts(text) or _printed_names(text):
         return printed, "printed entries", ()
-    raise ChesError(f"{path}: neither JSON, nor CSV, nor printed entries of a trainer")
+    raise NotALogError(f"{path}: neither JSON, nor CSV, nor printed entries of a trainer")
+
+
+def _of_lines(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple[str, ...]] | None:
+    """An object a line, among lines that are none; None where no line is an object."""
+    lines = [line for line in text.splitlines() if line.lstrip().startswith('{"')]
+    parsed = [_whole(line) for line in lines]
+    objects = [e for e in parsed if isinstance(e, Mapping)]
+    if not objects:
+        return None
+    if len(objects) == len(lines):
+        return objects, "JSON lines", ()
+    if len(objects) == len(lines) - 1 and parsed[-1] is None:
+        return objects, "JSON lines", ("its last line is cut off and was left out",)
+    bad = next(i for i, e in enumerate(parsed) if not isinstance(e, Mapping))
+    raise ChesError(f"{path}: entry {bad + 1} of {len(lines)} is no JSON object; is the file damaged?")
+
+
+def _stream(text: str) -> tuple[list[Mapping[str, Any]], str]:
+    """Objects one after the other, each perhaps over several lines; and what is left behind the last whole one."""
+    out: list[Mapping[str, Any]] = []
+    rest = text.lstrip()
+    while rest.startswith("{"):
+        try:
+            entry, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            break
+        out.append(entry)
+        rest = rest[end:].lstrip().removeprefix(",").lstrip()
+    return out, rest
+
+
+def _of_messages(text: str) -> list[Mapping[str, Any]]:
+    """JSON objects behind the time and the name of a logger, as levanter's json_logger writes them."""
+    found = [_whole(line[at:]) for line in text.splitlines() if (at := line.find('{"')) > 0]
+    return [e for e in found if isinstance(e, Mapping)]
+
+
+def _printed_dicts(text: str) -> list[Mapping[str, Any]]:
+    return [e for found in PRINTED.findall(text) if (e := _printed(found)) is not None]
+
+
+def _printed_names(text: str) -> list[Mapping[str, Any]]:
+    r"""Lines of names and numbers. A line without a step belongs to the last that has one.
+
+    >>> _printed_names("Step 3/9\n * loss: 0.7\n * Chosen reward = -0.2")
+    [{'step': 3, 'loss': 0.7}]
+    >>> _printed_names("(pid=7) step:4 - val/rewards/chosen:np.float64(-0.5) - lr:1e-06")
+    [{'step': 4, 'pid': 7.0, 'val/rewards/chosen': -0.5, 'lr': 1e-06}]
+    """
+    out: list[Mapping[str, Any]] = []
+    step: int | None = None
+    for line in text.splitlines():
+        if at := PRINTED_STEP.search(line):
+            step = int(at[1])
+        found = {name: float(value) for name, value in NAMED.findall(line) if name.lower() not in STEPS}
+        if any(metric(name) for name in found):
+            out.append(found if step is None else {"step": step, **found})
+    return out
 
 
 def _columns(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,8 +1,9 @@
 """A training log as it is read, whatever file it comes from: entries of metrics over steps."""
 
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,8 @@ class Log:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters that the log itself tells."""
     notes: tuple[str, ...] = ()
+    run: str = ""
+    """Its name, where the file says it."""
 
     def get(self, name: str, quantity: str) -> Series | None:
         """A quantity of a set, where it was logged."""
@@ -70,6 +73,7 @@ def log_of(
     held_out: str | None = None,
     settings: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
+    run: str = "",
 ) -> Log:
     """The log of entries ``{metric: number, step: number}`` in the order in which they were written.
 
@@ -82,6 +86,7 @@ def log_of(
       held_out: the name of the evaluation set, where there are several.
       settings: hyper-parameters that the file holds.
       notes: for the reader of the result.
+      run: its name, where the file says it.
 
     Raises:
       ChesError: entries of two runs, or several evaluation sets and none is named.
@@ -90,11 +95,10 @@ def log_of(
     latest: dict[tuple[str, str, str], int] = {}
     names: dict[str, None] = {}
     resumed: set[int] = set()
-    flat = [_flat(raw) for raw in entries]
+    flat = [_without_empty_cells(_of_one_metric(_flat(raw))) for raw in entries]
     _require_one_run(source, flat)
-    for count, entry in enumerate(map(_without_empty_cells, flat), 1):
-        step = _step(entry)
-        step = count if step is None else step
+    for step, entry in _in_order(flat):
+        called: dict[tuple[str, str, str], str] = {}
         for name, value in entry.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
@@ -102,6 +106,11 @@ def log_of(
             if (meaning := metric(name)) is None or (meaning.quantity == "loss" and RUNTIME in entry):
                 continue
             key = ("held_out" if meaning.held_out else "train", meaning.quantity, meaning.evaluation_set)
+            if meaning.quantity in _SIDES and abs(entry[called.setdefault(key, name)] - value) > 0:
+                raise ChesError(
+                    f"{source}: {called[key]} is {entry[called[key]]:g} and {name} is {value:g} at step {step}: which "
+                    "of them is the reward of the loss? Leave the other out"
+                )
             there = values.setdefault(key, {})
             if step < latest.get(key, step):
                 if step <= min(there):
@@ -121,7 +130,36 @@ def log_of(
     }
     if resumed:
         notes = (*notes, f"resumed at step {min(resumed)}: of a step that was logged twice, the later entry counts")
-    return Log(source, series, tuple(names), settings or {}, notes)
+    return Log(source, series, tuple(names), settings or {}, notes, run)
+
+
+def joined(source: str, logs: Sequence[Log]) -> Log | None:
+    """One log of several files: of other metrics, or of steps one after the other. None where they overlap."""
+    if len({log.run for log in logs if log.run}) > 1:
+        return None
+    series: dict[tuple[str, str], Series] = {}
+    for key in dict.fromkeys(key for log in logs for key in log.series):
+        parts = sorted((log.series[key] for log in logs if key in log.series), key=lambda part: int(part.steps[0]))
+        if any(after.steps[0] <= before.steps[-1] for before, after in itertools.pairwise(parts)):
+            return None
+        series[key] = Series(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("steps", "values")))
+    names = dict.fromkeys(name for log in logs for name in log.names)
+    notes = dict.fromkeys(note for log in logs for note in log.notes)
+    settings = next((log.settings for log in logs if log.settings), {})
+    return Log(source, series, tuple(names), settings, tuple(notes))
+
+
+def _in_order(entries: list[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Each entry with its step; an export whose newest entry stands first is turned round.
+
+    >>> _in_order([{"step": 3, "a": 1}, {"step": 3, "b": 1}, {"step": 1}])
+    [(1, {'step': 1}), (3, {'step': 3, 'b': 1}), (3, {'step': 3, 'a': 1})]
+    """
+    steps = [_step(entry) for entry in entries]
+    known = [step for step in steps if step is not None]
+    if len(set(known)) > 1 and known == sorted(known, reverse=True):
+        entries, steps = entries[::-1], steps[::-1]
+    return [(i if step is None else step, e) for i, (step, e) in enumerate(zip(steps, entries, strict=True), 1)]
 
 
 _SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
@@ -130,17 +168,23 @@ _SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
 def _evaluation_set(source: str, present: set[str], wanted: str | None) -> str:
     if wanted is not None:
         if wanted.lower() not in present:
-            raise ChesError(f"{source}: --held-out {wanted}: its evaluation sets are {', '.join(sorted(present))}")
+            there = f"its evaluation sets are {', '.join(sorted(present))}" if present else "it has no evaluation"
+            raise ChesError(f"{source}: --held-out {wanted}: {there}")
         return wanted.lower()
     if len(present) > 1:
-        named = ", ".join(name or "(without a name)" for name in sorted(present))
-        raise ChesError(f"{source}: has several evaluation sets ({named}); say which counts with --held-out NAME")
+        raise ChesError(
+            f"{source}: has several evaluation sets ({', '.join(sorted(present))}); "
+            "say which counts with --held-out NAME"
+        )
     return next(iter(present), "")
 
 
+METRIC_COLUMNS = ("metric", "key", "tag", "metricname", "metric_name", "variable")
+VALUE_COLUMNS = ("value", "metricvalue", "metric_value")
+"""Columns of a table that has a row for each metric: MLflow, Comet, TensorBoard's data frames."""
 RUNTIME = "train_runtime"
 """In the last entry of transformers, whose ``train_loss`` is a mean over the whole run."""
-RUN_NAMES = ("run", "run_name", "run_id", "Name")
+RUN_NAMES = ("run", "run_name", "run_id", "run id", "run_uuid", "experiment_key", "Name", "Run")
 """Columns of exports that name the run of an entry."""
 
 
@@ -172,6 +216,20 @@ def _without_empty_cells(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         return entry
     left_out = {name for names in empty for name in names}
     return {name: value for name, value in entry.items() if name not in left_out}
+
+
+def _of_one_metric(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry of a table with a row for each metric, ``step,metric,value``, as one of a table with a column for each.
+
+    >>> _of_one_metric({"step": 3, "key": "eval/loss", "value": 0.7})
+    {'step': 3, 'eval/loss': 0.7}
+    """
+    lower = {name.lower(): name for name in entry}
+    name = next((lower[n] for n in METRIC_COLUMNS if n in lower), None)
+    value = next((lower[n] for n in VALUE_COLUMNS if n in lower), None)
+    if name is None or value is None or not isinstance(entry[name], str):
+        return entry
+    return {**{k: v for k, v in entry.items() if k not in (name, value)}, entry[name]: entry[value]}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty")
+MOVING = ("sync_ref_model", "tr_dpo", "ref_model_update", "update_ref_model")
+"""Whether the reference follows the policy."""
 LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type")
 FILES = (
     "config.json",
@@ -43,6 +45,7 @@ class RunSettings:
     beta: float | None = None
     beta_from: str = ""
     loss: str | None = None
+    moving_reference: bool = False
 
 
 def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings:
@@ -53,9 +56,10 @@ def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings
     for settings_of in ([("the log", in_log)], *([*_of_folder(f)] for f in folders)):
         betas = {v: where for where, settings in settings_of if (v := _number(settings, BETA)) is not None}
         losses = {v: where for where, settings in settings_of if (v := _word(settings, LOSS)) is not None}
-        if len(betas) == 1 or losses:
+        moving = any(settings.get(name) is True for _, settings in settings_of for name in MOVING)
+        if len(betas) == 1 or losses or moving:
             beta, where = next(iter(betas.items())) if len(betas) == 1 else (None, "")
-            return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None)
+            return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None, moving)
     return RunSettings()
 
 
@@ -101,10 +105,13 @@ def _of_training_args(path: Path) -> dict[str, Any]:
         name = inside[0].filename
         opcodes = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
     out: dict[str, Any] = {}
-    wanted = {*BETA, *LOSS}
+    wanted = {*BETA, *LOSS, *MOVING}
     words = [(op, value) for op, value in opcodes if not op.startswith(("BINPUT", "LONG_BINPUT", "MEMOIZE"))]
     for i, (_, value) in enumerate(words[:-1]):
         if isinstance(value, str) and value in wanted:
+            if value in MOVING:
+                out[value] = words[i + 1][0] == "NEWTRUE"
+                continue
             for op, after in words[i + 1 : i + 5]:  # a list of losses begins with its brackets
                 if op in ("BINFLOAT", "FLOAT") or (op in ("BINUNICODE", "SHORT_BINUNICODE") and value in LOSS):
                     out[value] = after

@@ -173,7 +173,7 @@ class ConfigReader:
         """``nullable`` for a positive integer."""
         return self.size(key, None) if key in self.raw else self.size(key, absent)
 
-    def sizes(self, *, vocab_size: Any = MISSING, num_heads: Any = MISSING) -> Sizes:
+    def sizes(self, *, vocab_size: Any = MISSING, num_heads: Any = MISSING, mlp_width: Any = MISSING) -> Sizes:
         """Vocabulary, width, MLP width, layers and heads, under the names most families use.
 
         Nothing stands in for a missing size, but where a family's published configs leave it out.
@@ -181,7 +181,7 @@ class ConfigReader:
         return Sizes(
             vocab_size=self.size("vocab_size", vocab_size),
             width=self.size("hidden_size"),
-            mlp_width=self.size("intermediate_size"),
+            mlp_width=self.size("intermediate_size", mlp_width),
             num_layers=self.layers("num_hidden_layers"),
             num_heads=self.size("num_attention_heads", num_heads),
         )
@@ -312,7 +312,7 @@ class ConfigReader:
     ) -> RopeConfig:
         """One dictionary of rotary settings (``rope_theta`` in it), resolved."""
         kind, settings = self._rope_kind(written, name, rename)
-        share = settings.get("partial_rotary_factor", 1.0)
+        share = min(settings.get("partial_rotary_factor", 1.0), 2.0)  # beyond 1 is refused; 1e308 heads are infinite
         rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
         self._check_rotary_dim(kind, rotary_dim, settings, name)
         original = int(settings.get("original_max_position_embeddings") or max_positions)

@@ -93,33 +93,47 @@ class TransposedSlice(View):
 
 @dataclass(frozen=True)
 class Interleaved(View):
-    """One of ``parts`` that alternate in blocks of ``block`` rows (GPT-NeoX: q, k, v of head 0, of head 1, ...)."""
+    """Some of the blocks of rows that follow each other again and again: q, k, v of head 0, of head 1, ... (GPT-NeoX).
 
-    part: int
-    parts: int
-    block: int
+    The parameter has the blocks of the first of ``taken``, then those of the second, ...
 
-    def _stored(self, start: int, stop: int) -> np.ndarray:
-        """Indices in the tensor of rows ``start`` to ``stop`` of the parameter."""
-        blocks, within = np.divmod(np.arange(start, stop), self.block)
-        return (blocks * self.parts + self.part) * self.block + within
+    >>> Interleaved((1, 2), (1, 0)).outputs(6)  # 'a b b a b b' as 'b b b b a a'
+    (array([1, 2, 4, 5, 0, 3]), 6)
+    """
+
+    sizes: tuple[int, ...]
+    """Rows of each block, in the tensor's order."""
+    taken: tuple[int, ...]
+
+    def _rounds(self, count: int) -> int:
+        """How often all blocks come, for a parameter of ``count`` rows."""
+        return count // sum(self.sizes[t] for t in self.taken)
+
+    def _stored(self, count: int) -> np.ndarray:
+        """Indices in the tensor of the parameter's ``count`` rows."""
+        rounds = np.arange(self._rounds(count))[:, None] * sum(self.sizes)
+        starts = [sum(self.sizes[:t]) for t in self.taken]
+        blocks = [rounds + start + np.arange(self.sizes[t]) for start, t in zip(starts, self.taken, strict=True)]
+        return np.concatenate([block.reshape(-1) for block in blocks])
 
     def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """All parts."""
-        return (shape[0] * self.parts, *shape[1:])
+        """All blocks."""
+        return (self._rounds(shape[0]) * sum(self.sizes), *shape[1:])
 
     def read(self, tensor: Tensor, index: Index) -> np.ndarray:
-        """Reads from the first to the last row it needs and selects the part's."""
-        rows = self._stored(index[0].start, index[0].stop)
-        return tensor.read((slice(int(rows[0]), int(rows[-1]) + 1), *index[1:]))[rows - rows[0]]
+        """Reads from the first to the last row it needs and selects the parameter's."""
+        taken = sum(self.sizes[t] for t in self.taken)
+        rows = self._stored(tensor.shape[0] // sum(self.sizes) * taken)[index[0]]
+        first = int(rows.min())
+        return tensor.read((slice(first, int(rows.max()) + 1), *index[1:]))[rows - first]
 
     def write(self, out: np.ndarray, value: np.ndarray) -> None:
         """Fills its rows."""
-        out[self._stored(0, value.shape[0])] = value
+        out[self._stored(value.shape[0])] = value
 
     def outputs(self, count: int) -> tuple[np.ndarray, int]:
         """Its rows."""
-        return self._stored(0, count), count * self.parts
+        return self._stored(count), self.tensor_shape((count,))[0]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     r.must_be("topk_method", "noaux_tc")
     r.must_be("scoring_func", "sigmoid")
     r.must_be("moe_layer_freq", 1)
-    r.ignore("ep_size", "seq_aux", "output_router_logits")
-    further = [r.get(key, int, None) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    r.ignore("ep_size", "seq_aux", "aux_loss_alpha", "output_router_logits")
     positions = r.size("max_position_embeddings", 4096)
     rope = replace(r.rope(latent.rotary_dim, positions), neighbours=r.nullable("rope_interleave", bool, True) or False)
     bias = r.get("attention_bias", bool, False)
@@ -67,19 +66,27 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         latent=latent,
         attention_scale=query_dim**-0.5 * _score_factor(r, rope) ** 2,
         windows=(None,) * layers,
-        prediction_layers=max((n for n in further if n is not None), default=1),
+        prediction_layers=prediction_layers(r),
         layer_kinds=tuple(LayerKind(mixer="latent", mlp="dense" if i < dense else "routed") for i in range(layers)),
         activation=r.activation("hidden_act", "silu"),
-        experts=_experts(r),
+        experts=routed_experts(r),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )
 
 
-def _experts(r: ConfigReader) -> ExpertsConfig:
-    """Experts, their groups, and how they are chosen."""
-    width = r.size("moe_intermediate_size", 2048)
-    count = r.one_of(("n_routed_experts", "num_local_experts"), 256)
-    groups, kept = r.size("n_group", 8), r.size("topk_group", 4)
+def prediction_layers(r: ConfigReader) -> int:
+    """How many layers checkpoints hold beyond the model's, for predicting several tokens at once."""
+    further = [r.get(key, int, None) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    return max((n for n in further if n is not None), default=1)
+
+
+def routed_experts(
+    r: ConfigReader, *, width: int = 2048, count: int = 256, groups: int = 8, kept: int = 4, scale: float = 2.5
+) -> ExpertsConfig:
+    """Experts, their groups, and how they are chosen; the family's defaults by keyword."""
+    width = r.size("moe_intermediate_size", width)
+    count = r.one_of(("n_routed_experts", "num_local_experts"), count)
+    groups, kept = r.size("n_group", groups), r.size("topk_group", kept)
     if count % groups or count // groups < 2 or kept > groups:
         r.problems.append(
             f"config.json: {count} experts in 'n_group' = {groups} groups, of which 'topk_group' = {kept} are kept; "
@@ -91,12 +98,11 @@ def _experts(r: ConfigReader) -> ExpertsConfig:
         width=width,
         score="sigmoid",
         renormalise=r.get("norm_topk_prob", bool, True),
-        scale=r.get("routed_scaling_factor", float, 2.5),
+        scale=r.get("routed_scaling_factor", float, scale),
         correction=True,
         groups=groups,
         groups_kept=kept,
         shared_width=width * r.size("n_shared_experts", 1),
-        auxiliary_weight=r.get("aux_loss_alpha", float, 0.0),
     )
 
 

@@ -60,7 +60,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
     """Where each parameter is stored."""
     views = {
-        f"self_attn.{p}_proj.{leaf}": Interleaved(i, 3, config.head_dim)
+        f"self_attn.{p}_proj.{leaf}": Interleaved((config.head_dim,) * 3, (i,))
         for i, p in enumerate("qkv")
         for leaf in ("weight", "bias")
     }

@@ -40,7 +40,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     bias = r.get("attention_bias", bool, True)
     if not (r.get("rope_parameters", dict, None) or r.get("rope_scaling", dict, None)):
         r.raw = {**r.raw, "rope_parameters": DEFAULT_ROPE}
-    r.ignore("output_router_logits", "hidden_act", "initial_context_length")
+    r.ignore("output_router_logits", "router_aux_loss_coef", "hidden_act", "initial_context_length")
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -64,7 +64,6 @@ def read_config(r: ConfigReader) -> DecoderConfig:
             renormalise=True,
             router_bias=True,
             bias=True,
-            auxiliary_weight=r.get("router_aux_loss_coef", float, 0.001),
         ),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )

@@ -40,7 +40,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     step = r.every("interleave_moe_layer_step", 1, layers)
     routed = r.layer_numbers("moe_layers", layers)
     routed = [i for i in range(layers) if step[i]] if routed is None else routed
-    r.ignore("output_router_logits", "router_jitter_noise")
+    r.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
     r.must_be("for_llm_compression", False)
     every, strength = r.size("floor_scale", 8192), r.get("attn_scale", float, 0.1)
     grows = bool(r.get("attn_temperature_tuning", (bool, int), True))
@@ -69,7 +69,6 @@ def read_config(r: ConfigReader) -> DecoderConfig:
             score="sigmoid",
             weighs_inputs=True,
             shared_width=width,
-            auxiliary_weight=r.get("router_aux_loss_coef", float, 0.001),
         ),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )

@@ -24,7 +24,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     layers = sizes["num_layers"]
     head_dim = r.head_dim(sizes)
     positions = r.size("max_position_embeddings", 131072)
-    r.ignore("output_router_logits", "router_jitter_noise")  # of training
+    r.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")  # of training
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -42,7 +42,6 @@ def read_config(r: ConfigReader) -> DecoderConfig:
             per_token=r.size("num_experts_per_tok", 2),
             width=sizes["mlp_width"],
             renormalise=True,
-            auxiliary_weight=r.get("router_aux_loss_coef", float, 0.001),
         ),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )

@@ -19,7 +19,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     r.must_be("head_dim", head_dim)  # the norms are of this size
     positions = r.size("max_position_embeddings", 4096)
     bias = r.get("attention_bias", bool, False)
-    r.ignore("output_router_logits")
+    r.ignore("output_router_logits", "router_aux_loss_coef")
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -41,7 +41,6 @@ def read_config(r: ConfigReader) -> DecoderConfig:
             per_token=r.size("num_experts_per_tok", 8),
             width=sizes["mlp_width"],
             renormalise=r.get("norm_topk_prob", bool, False),
-            auxiliary_weight=r.get("router_aux_loss_coef", float, 0.01),
         ),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )

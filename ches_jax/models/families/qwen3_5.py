@@ -1,10 +1,10 @@
 """Qwen 3.5, the dense text model: the gated delta rule in three layers of four, gated attention in the fourth."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from ches_jax.models.checkpoint.hf_config import ConfigReader
+from ches_jax.models.checkpoint.hf_config import ConfigReader, Sizes
 from ches_jax.models.checkpoint.tensor_map import Interleaved, Rule, Squeezed, View, rules
-from ches_jax.models.config import DecoderConfig, DeltaRuleConfig, LayerKind
+from ches_jax.models.config import DecoderConfig, DeltaRuleConfig, ExpertsConfig, LayerKind
 from ches_jax.models.families import llama
 
 MODEL_TYPE = "qwen3_5_text"
@@ -29,7 +29,28 @@ PICTURES = ("mrope_section", "mrope_interleaved")
 
 def read_config(r: ConfigReader) -> DecoderConfig:
     """The decoder of a ``Qwen3_5TextConfig``."""
-    sizes = r.sizes(num_heads=16)
+    return decoder(r, MODEL_TYPE, r.sizes(num_heads=16), kv_heads=4)
+
+
+def decoder(
+    r: ConfigReader,
+    family: str,
+    sizes: Sizes,
+    *,
+    kv_heads: int,
+    routed: Sequence[bool] = (),
+    experts: ExpertsConfig | None = None,
+) -> DecoderConfig:
+    """What Qwen 3 Next and all Qwen 3.5 have in common.
+
+    Args:
+      r: the config.
+      family: its type.
+      sizes: of the model.
+      kv_heads: how many there are by default.
+      routed: per layer whether it has experts; none: no layer has.
+      experts: what they are.
+    """
     layers = sizes["num_layers"]
     head_dim = r.size("head_dim", 256)
     positions = r.size("max_position_embeddings", 32768)
@@ -37,11 +58,14 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     r.must_be("attn_output_gate", True)
     r.must_be("mamba_ssm_dtype", "float32")
     r.must_be("hidden_act", "silu")
+    r.must_be("use_sliding_window", False)
     r.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    mlps = ["routed" if own else "dense" for own in routed or [False] * layers]
+    mixers = [TYPES[kind] for kind in layer_types(r, layers)]
     return DecoderConfig(
-        family=MODEL_TYPE,
+        family=family,
         **sizes,
-        num_kv_heads=r.kv_heads(sizes, 4),
+        num_kv_heads=r.kv_heads(sizes, kv_heads),
         head_dim=head_dim,
         max_positions=positions,
         norm_eps=r.get("rms_norm_eps", float, 1e-6),
@@ -55,7 +79,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         delta_rule=delta_rule(r),
         attention_scale=head_dim**-0.5,
         windows=(None,) * layers,
-        layer_kinds=tuple(LayerKind(mixer=TYPES[kind]) for kind in layer_types(r, layers)),
+        layer_kinds=tuple(LayerKind(mixer=mixer, mlp=mlp) for mixer, mlp in zip(mixers, mlps, strict=True)),
+        experts=experts,
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )
 
@@ -85,9 +110,16 @@ def layer_types(r: ConfigReader, layers: int) -> list[str]:
 
 
 def name_rules(params: Iterable[str], config: DecoderConfig) -> list[Rule]:
-    """Where each parameter is stored: queries and gates of a head one after the other in one tensor."""
-    views: dict[str, View] = {"self_attn.conv.weight": Squeezed()}
-    for part, module in enumerate(("q_proj", "gate_proj")):
-        for leaf in ("weight", "bias"):
-            views[f"self_attn.{module}.{leaf}"] = Interleaved(part, 2, config.head_dim)
-    return rules(params, NAMES, views=views)
+    """Where each parameter is stored."""
+    return rules(params, NAMES, views=views(config))
+
+
+def views(config: DecoderConfig) -> dict[str, View]:
+    """Queries and gates of a head lie one after the other in one tensor; a convolution has an axis of length one."""
+    two = (config.head_dim,) * 2
+    attention = {
+        f"self_attn.{module}.{leaf}": Interleaved(two, (part,))
+        for part, module in enumerate(("q_proj", "gate_proj"))
+        for leaf in ("weight", "bias")
+    }
+    return {"self_attn.conv.weight": Squeezed(), **attention}

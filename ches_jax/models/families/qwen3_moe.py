@@ -6,6 +6,7 @@ from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.tensor_map import Rule, rules
 from ches_jax.models.config import DecoderConfig, ExpertsConfig, LayerKind
 from ches_jax.models.families import llama
+from ches_jax.models.families.qwen2_moe import routed_layers
 
 MODEL_TYPE = "qwen3_moe"
 ARCHITECTURE = "Qwen3MoeForCausalLM"
@@ -27,10 +28,7 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     bias = r.get("attention_bias", bool, False)
     written = r.nullable_size("sliding_window", 4096)
     window = written if r.get("use_sliding_window", bool, False) else None
-    r.ignore("output_router_logits", "max_window_layers")
-    sparse = r.every("decoder_sparse_step", 1, layers)
-    dense = set(r.layer_numbers("mlp_only_layers", layers) or ())
-    kinds = {True: LayerKind(mlp="routed"), False: LayerKind()}
+    r.ignore("output_router_logits", "router_aux_loss_coef", "max_window_layers")
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -44,14 +42,13 @@ def read_config(r: ConfigReader) -> DecoderConfig:
         qk_norm="head",
         attention_scale=head_dim**-0.5,
         windows=(window,) * layers,
-        layer_kinds=tuple(kinds[sparse[i] and i not in dense] for i in range(layers)),
+        layer_kinds=tuple(LayerKind(mlp="routed" if own else "dense") for own in routed_layers(r, layers)),
         activation=r.activation("hidden_act", "silu"),
         experts=ExpertsConfig(
             count=r.one_of(("num_experts", "num_local_experts"), 128),
             per_token=r.size("num_experts_per_tok", 8),
             width=r.size("moe_intermediate_size", 768),
             renormalise=r.get("norm_topk_prob", bool, False),
-            auxiliary_weight=r.get("router_aux_loss_coef", float, 0.001),
         ),
         tie_embeddings=r.get("tie_word_embeddings", bool, False),
     )

@@ -31,8 +31,8 @@ def _words(text: str) -> frozenset[str]:
 
 KINDS: dict[str, frozenset[str]] = {
     MIXTURE: _words(
-        "qwen2_moe qwen3_next deepseek deepseek_v2 deepseek_v32 flex_olmo phimoe dbrx jetmoe granitemoe "
-        "granitemoeshared glm4_moe ernie4_5_moe hunyuan_v1_moe minimax arctic grok-1 nllb_moe switch_transformers "
+        "deepseek deepseek_v2 deepseek_v32 flex_olmo phimoe dbrx jetmoe granitemoe "
+        "granitemoeshared ernie4_5_moe hunyuan_v1_moe minimax arctic grok-1 nllb_moe switch_transformers "
         "lfm2_moe dots1 longcat_flash"
     ),
     MULTIMODAL: _words(

@@ -8,7 +8,7 @@ FAST = {
     "identities": ["T4", "T4c", "T4r", "T5", "MR", "D3", "T6", "T7", "MRs", "P1", "P2"],
     "several samples": ["T8", "T9"],
     "kernel identity": ["K0"],
-    "bounds": ["A2", "D2", "D1i"],
+    "bounds": ["A2", "A3", "A6", "D1", "D2", "D1i"],
     "errata": ["X5", "XP2", "XL2"],
     "flows": ["L1", "R2", "R1"],
     "neighbours": ["E1", "E2", "E6"],

@@ -5,7 +5,9 @@ import pytest
 
 from ches_jax.errors import ChesError
 from theory.claims import Claim, Context, Outcome, all_claims, find
+from theory.claims.bounds import outcome
 from theory.claims.registry import sweep, worst
+from theory.toy.search import SearchResult
 
 
 def claim_with(status, tolerance=1.0):
@@ -48,8 +50,17 @@ def test_unknown_ids_are_told_together():
         find(["Q1", "T4", "Q2"])
 
 
-def test_a_value_that_is_not_a_number_is_the_worst():
+def test_a_value_that_is_not_a_number_is_the_worst_and_so_is_none():
     assert worst(np.array([0.1, np.nan])) == np.inf
+    assert worst(np.array([])) == np.inf
+
+
+def test_a_bound_that_cannot_be_improved_has_to_be_reached():
+    """Of a quantity that is 0 throughout every bound holds, and a claim about its bounds must not."""
+    seen, far = {"alpha - 2": np.full(3, -2.0)}, {"alpha - 2": SearchResult(-2.0, 1)}
+    near = {"alpha - 2": SearchResult(-0.003, 1)}
+    assert outcome(seen, far).value < 0 < outcome(seen, far, tight=True).value
+    assert outcome(seen, near, tight=True).value < 0
 
 
 def test_a_sweep_deals_instances_over_sizes_and_repeats_itself(x64):
