@@ -1,4 +1,4 @@
-"""``ches score`` on a mesh over several processes: the numbers of one process, deaths noticed, refusals by name."""
+"""``score`` and ``generate`` on a mesh over several processes: the numbers of one, deaths noticed, refusals by name."""
 
 import json
 import os
@@ -125,3 +125,26 @@ def test_processes_that_run_something_else_are_refused_by_name(words, cache, tmp
     codes, said = finish(processes)
     assert codes == [2, 2] and "runs something else" in said[0] and "exclude" in said[0], said
     assert not (tmp_path / "run").exists()
+
+
+def texts(out):
+    return [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [["--mesh", "data=2,tensor=2"], []])
+def test_two_processes_continue_prompts_as_one_does(tiny_model, cache, tmp_path, mesh):
+    """Together on one mesh, and each its own chunks."""
+    words = ["--model", str(tiny_model), "--limit", "6", "--chunk-rows", "2", "--batch-size", "4"]
+    words += ["--max-new-tokens", "6", "--temperature", "0"]
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    assert finish(start("generate", 1, 1, [*words, "--out", str(alone)], cache))[0] == [0]
+    codes, said = finish(start("generate", 2, 2, [*words, *mesh, "--out", str(out)], cache))
+    assert codes == [0, 0], said
+    if not mesh:
+        assert not (out / "run.json").exists()
+        assert finish(start("merge", 1, 1, [str(out)], cache))[0] == [0]
+    for one, other in zip(texts(out), texts(alone), strict=True):
+        assert one["token_ids"] == other["token_ids"]
+        assert one["logp"] == pytest.approx(other["logp"], rel=1e-4)
+    assert json.loads((out / "run.json").read_text())["counts"]["texts"] == 6
