@@ -84,7 +84,7 @@ def row(verb: str, model: str, pod: Pod, found: dict[str, Any]) -> str:
 def render() -> str:
     """The table of all plans that are there."""
     lines = [
-        "| what | model | devices | mesh of `auto` | fits | GiB a device | GB moved a step and device | pairs/s at most |",
+        "| what | model | pod | mesh of `auto` | fits | GiB a device | GB moved a device and step | pairs/s at most |",
         "|---|---|---|---|---|---|---|---|",
     ]
     missing, versions = [], set()

@@ -161,6 +161,18 @@ def test_a_config_alone_is_enough_and_what_does_not_fit_is_told(tmp_path, capsys
     assert main([*words[:-2], "--lora-rank", "8", "--json", "--quiet"]) == 0
 
 
+def test_the_table_of_the_pods_is_that_of_the_plans():
+    """Rendered anew from the files, each of which the compiler made."""
+    from experiments.pods import __main__ as pods
+
+    assert pods.render() in (pods.HERE / "README.md").read_text(encoding="utf-8")
+    for file in (pods.HERE / "plans").glob("*.json"):
+        found = json.loads(file.read_text())
+        assert found["versions"].get("libtpu") and found["counted"] == "by the compiler"
+        if found["fits"]:
+            assert found["bytes"]["total"] <= 0.92 * found["bytes"]["of"]
+
+
 @pytest.mark.parametrize(
     ("topology", "said"),
     [
