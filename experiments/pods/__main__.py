@@ -89,6 +89,7 @@ def render() -> str:
     ]
     missing, versions = [], set()
     for verb in VERBS:
+        absent = []
         for model in MODELS:
             for pod in PODS:
                 file = file_of(verb, model, pod)
@@ -97,17 +98,19 @@ def render() -> str:
                     lines.append(row(verb, model, pod, found))
                     versions.add(f"jax {found['versions']['jax']}, libtpu {found['versions'].get('libtpu')}")
                 else:
-                    missing.append(f"{verb} {model} {pod.name}")
+                    absent.append(f"{model} on {pod.name}")
+        none = len(absent) == len(MODELS) * len(PODS)
+        missing += [f"{verb} ({'none' if none else 'not ' + ', '.join(absent)})"] if absent else []
     return "\n".join([
         *lines, "", f"Compiled with {'; '.join(sorted(versions))}.",
-        f"Not compiled here: {'; '.join(missing) or 'nothing'}.",
+        f"Not all were compiled here: {'; '.join(missing)}." if missing else "All were compiled.",
     ])  # fmt: skip
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verbs", nargs="*", choices=[*VERBS, []], default=list(VERBS))
+    parser.add_argument("--verbs", nargs="+", choices=list(VERBS), default=list(VERBS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--render", action="store_true", help="only the table")
     options = parser.parse_args()
