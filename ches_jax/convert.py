@@ -8,14 +8,14 @@ import tyro
 
 from ches_jax.errors import ChesError
 from ches_jax.face import make_callable
-from ches_jax.options import Place, require_dtype, require_positive
+from ches_jax.options import Options, Place, require_dtype, require_positive
 from ches_jax.runs.store import place
 
 make_callable(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Options):
     """What to write, and how.
 
     >>> ConvertConfig(model="bundled", out="copy").model

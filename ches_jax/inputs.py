@@ -5,7 +5,7 @@ Whatever is opened is fingerprinted as it is opened, so that the identity of a r
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,8 +74,9 @@ class Opener:
     (1280, ['model_fingerprint', 'opened'])
     """
 
-    def __init__(self) -> None:
-        """Nothing is open yet."""
+    def __init__(self, columns: Collection[str] = ()) -> None:
+        """Nothing is open yet; ``columns`` of the data are read by options of the run."""
+        self._columns = columns
         self._opened: dict[str, dict[str, str]] = {}
         self._prints: dict[str, str] = {}
         self._sources: dict[str, PairSource] = {}
@@ -152,7 +153,7 @@ class Opener:
     ) -> PairSource:
         """Preference pairs; ``bundled`` for those of the package."""
         path = bundled.located(spec, bundled.pairs_file)
-        return self._data(option, open_pairs(path, split, columns, candidates, schema))
+        return self._data(option, open_pairs(path, split, columns, candidates, schema, self._columns))
 
     def prompts(
         self,
@@ -176,7 +177,8 @@ class Opener:
         schema: str = "auto",
     ) -> PairSource:
         """Rows of another kind; ``bundled`` for the pairs of the package."""
-        return self._data(option, open_rows(bundled.located(spec, bundled.pairs_file), split, columns, kind, schema))
+        path = bundled.located(spec, bundled.pairs_file)
+        return self._data(option, open_rows(path, split, columns, kind, schema, self._columns))
 
     def require_unchanged(self) -> None:
         """Compare everything opened with what lies there now: a run reads its data again and again.

@@ -5,8 +5,11 @@ Plain data: importing this module loads no jax.
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Number
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -29,6 +32,7 @@ def not_identity(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+_PLAIN = (int, float, str, bool, NoneType)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -55,11 +59,63 @@ def require_positive(numbers: dict[str, Any]) -> None:
             raise ChesError(f"--{option} {value}: expected a positive number")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every config is: one of its fields that takes a word of a few is checked where the config is made.
+
+    >>> from ches_jax import TrainConfig
+    >>> TrainConfig(schedule="cosin")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ches_jax.errors.ChesError: TrainConfig: schedule is one of constant, linear, cosine, not 'cosin'; did you mean ...
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            words = [str(w) for w in _words(hint)]
+            if words and not _fits(value, hint):
+                raise ChesError(
+                    f"{type(self).__name__}: {name} is one of {', '.join(words)}, not {value!r}"
+                    f"{did_you_mean(str(value), words)}"
+                )
+
+
+@cache
+def _hints(config: type[Options]) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+def _words(hint: Any) -> list[Any]:
+    """All words that a type names, in unions and tuples too."""
+    inside = [word for part in get_args(hint) for word in _words(part)] if get_origin(hint) is not Literal else []
+    return list(get_args(hint)) if get_origin(hint) is Literal else inside
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand where a type is asked for, as far as words decide it.
+
+    >>> [_fits(v, Literal["auto"] | int | None) for v in (3, "auto", None, "autos")]
+    [True, True, True, False]
+    >>> _fits(["a", "c"], tuple[Literal["a", "b"], ...])
+    False
+    """
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(value == word and type(value) is type(word) for word in inside)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in inside)
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, inside[0]) for v in value)
+    return isinstance(value, Number if hint in (int, float) else hint) if hint in _PLAIN else True
+
+
 def _renamed(words: list[str]) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
-    for word, (ours, equals, theirs) in zip(words, pairs, strict=True):
-        if not (ours and equals and theirs):
-            raise ChesError(f"--columns {word!r}: expected ours=theirs, such as prompt=instruction")
+    for word, (ours, equals, _) in zip(words, pairs, strict=True):
+        if not (ours and equals):
+            raise ChesError(
+                f"--columns {word!r}: expected ours=theirs, such as prompt=instruction (prompt= hides the column)"
+            )
     return {ours: theirs for ours, _, theirs in pairs}
 
 
@@ -118,7 +174,7 @@ Numbers = Annotated[dict[str, float], _mapping("NAME=NUMBER", _numbers)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The model, and the text it reads."""
 
     model: str = BUNDLED
@@ -132,7 +188,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOptions:
+class RowOptions(Options):
     """Which rows of a data set, under which names of columns."""
 
     split: str | None = None

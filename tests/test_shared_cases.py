@@ -63,10 +63,10 @@ def test_the_check_of_a_case_passes(case: str, shared: Path, tmp_path: Path):
     if not (shared / "cases" / case / "check.sh").is_file():
         pytest.skip(f"needs the case {case} of the reference material in ../shared")
     ches = tmp_path / "ches"
-    ches.write_text(f"#!{sys.executable}\nfrom ches_jax.__main__ import run\n\nrun()\n")
+    ches.write_text(f"#!{sys.executable}\nimport sys\n\nfrom ches_jax.__main__ import run\n\nsys.exit(run())\n")
     ches.chmod(0o755)
     env = {**os.environ, "CHES": str(ches), "PY": sys.executable, "SHARED": str(shared), "PYTHONPATH": str(ROOT)}
     checked = subprocess.run(
-        ["bash", "check.sh"], cwd=shared / "cases" / case, env=env, capture_output=True, text=True, timeout=600
+        ["bash", "check.sh"], cwd=shared / "cases" / case, env=env, capture_output=True, text=True, timeout=1800
     )
     assert checked.returncode == 0, checked.stdout[-2000:] + checked.stderr[-2000:]

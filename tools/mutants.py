@@ -19,11 +19,11 @@ import importlib.util
 import json
 import os
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
@@ -33,6 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".toml")
 FOUND = Path(__file__).with_name("mutants_found.json")
+TREE = ROOT / ".pytest_cache" / "mutants"
+"""Where the mistakes are made: a copy of the tracked files."""
 SURVIVES = "survives"
 SECONDS = 600
 """Of processor time, after which a mistake counts as noticed: the tests hang. Of the clock: three times that."""
@@ -94,12 +96,15 @@ def found() -> dict[str, str]:
 
 
 def copy_of_tree(folder: Path) -> None:
-    """The tracked files of the working tree."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    """The tracked files of the working tree, and no others; bytecode of what has not changed stays."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
+    for path in [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"]:
+        if path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
 
 
 class Failures:
@@ -154,19 +159,18 @@ def failures(tree: Path, tests: Sequence[str], *options: str) -> list[str]:
     return [tests[0]] if status else json.loads(names or json.dumps([tests[0]]))
 
 
-def noticed_by(mutant: Mutant, tests: Sequence[str], tree: Path, number: int) -> str:
+def noticed_by(mutant: Mutant, tests: Sequence[str], tree: Path) -> str:
     """The test that fails when the mistake is made in the tree, which is as before afterwards; or ``survives``.
 
     Args:
       mutant: the mistake.
       tests: files, folders or tests, one after another.
       tree: a copy of the tree.
-      number: another one for each call: bytecode is told by the second of a file and its length.
     """
     path = tree / mutant.file
     text, times = path.read_text(encoding="utf-8"), path.stat()
     path.write_text(mutant.made_in(text), encoding="utf-8")
-    os.utime(path, (number, number))
+    os.utime(path, (secrets.randbelow(2**31),) * 2)  # bytecode is told by the second of its file and the length
     try:
         for test in tests:
             if names := failures(tree, [test], "-x"):
@@ -185,6 +189,10 @@ def prepare() -> None:
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    from hypothesis import Phase, settings
+
+    settings.register_profile("no smallest example", phases=(Phase.explicit, Phase.reuse, Phase.generate))
+    settings.load_profile("no smallest example")
     gc.collect()
     gc.freeze()  # what is imported is not searched in each child
 
@@ -202,23 +210,19 @@ def main() -> int:
     if not options.again:
         chosen = [m for m in chosen if results.get(m.name, SURVIVES) == SURVIVES and not m.argued]
     prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        copy_of_tree(tree)
-        for number, mutant in enumerate(chosen, 1):
-            started = time.monotonic()
-            known = results.get(mutant.name, SURVIVES)
-            first = [] if known == SURVIVES else [known]
-            which = noticed_by(mutant, [*first, *(mutant.tests or areas[mutant.area])], tree, number)
-            results[mutant.name] = which
-            write(every, results)
-            print(
-                f"{number} of {len(chosen)} {time.monotonic() - started:4.0f} s  {mutant.name}\n    {which}", flush=True
-            )
-        noticing = {results[m.name] for m in chosen} - {SURVIVES}
-        for test in failures(tree, sorted(noticing)) if noticing else []:
-            print(f"fails without a mistake, and so tells nothing: {test}")
-            results = {name: SURVIVES if which == test else which for name, which in results.items()}
+    copy_of_tree(TREE)
+    for number, mutant in enumerate(chosen, 1):
+        started = time.monotonic()
+        known = results.get(mutant.name, SURVIVES)
+        first = [] if known == SURVIVES else [known]
+        which = noticed_by(mutant, [*first, *(mutant.tests or areas[mutant.area])], TREE)
+        results[mutant.name] = which
+        write(every, results)
+        print(f"{number} of {len(chosen)} {time.monotonic() - started:4.0f} s  {mutant.name}\n    {which}", flush=True)
+    noticing = {results[m.name] for m in chosen} - {SURVIVES}
+    for test in failures(TREE, sorted(noticing)) if noticing else []:
+        print(f"fails without a mistake, and so tells nothing: {test}")
+        results = {name: SURVIVES if which == test else which for name, which in results.items()}
     write(every, results)
     surviving = [m for m in chosen if results[m.name] == SURVIVES]
     print(f"{len(chosen) - len(surviving)} of {len(chosen)} noticed")

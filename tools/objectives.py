@@ -70,7 +70,7 @@ class Bench:
         config = TrainConfig(**RUN, loss=every, out=str(folder / "run"), probes="none", watch=2**31, export=False)
         (folder / "run").mkdir()
         run = prepare(config)
-        parts = assemble(run)
+        parts = assemble(run, folder / "run")
         self.run, self.start = run, parts.take_state()
         spans = _spans(run.train.pairs, config.eos)
         loader, plan = parts.loader, run.plan
@@ -117,7 +117,6 @@ class Bench:
         import jax.numpy as jnp
         import numpy as np
 
-        from ches_jax.displacement.intervals import of_pairs
         from ches_jax.losses import parse_loss
         from ches_jax.train.batch_loss import loss_inputs
         from ches_jax.train.forward import ResponseLogps
@@ -144,12 +143,53 @@ class Bench:
             params, opt_state = self.update(params, opt_state, batch, cotangents)
         told: dict[str, Any] = {"loss": repr(loss)}
         for name, prefix in (("train", ""), ("held_out", "held_out_")):
-            now, then = self.evaluate(self.policy.parameters(params), self.run.sets[name]), self.before[name]
-            chosen, rejected = now.chosen - then.chosen, now.rejected - then.rejected
-            changes = np.stack([chosen, rejected, chosen - rejected])
-            for column, interval in zip(("chosen", "rejected", "margin"), of_pairs(changes), strict=True):
-                told[prefix + column] = [round(v, 3) for v in (interval.mean, interval.low, interval.high)]
+            now = self.evaluate(self.policy.parameters(params), self.run.sets[name])
+            told |= {prefix + column: interval for column, interval in changes(now, self.before[name]).items()}
         return told
+
+
+def changes(now: Any, then: Any) -> dict[str, list[float]]:
+    """Mean changes of chosen, rejected and margin, each (chosen, rejected) before and after, with intervals."""
+    import numpy as np
+
+    from ches_jax.displacement.intervals import of_pairs
+
+    chosen, rejected = now[0] - then[0], now[1] - then[1]
+    found = of_pairs(np.stack([chosen, rejected, chosen - rejected]))
+    return {
+        column: [round(v, 3) for v in (interval.mean, interval.low, interval.high)]
+        for column, interval in zip(("chosen", "rejected", "margin"), found, strict=True)
+    }
+
+
+def by_training(expression: str, folder: Path) -> dict[str, Any]:
+    """``Bench.measure`` of a loss that reads more than log-probabilities: a run of ``ches train``."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from ches_jax.losses import parse_loss
+    from ches_jax.train.config import TrainConfig
+    from ches_jax.train.loop import train
+
+    out = folder / expression
+    train(TrainConfig(**RUN, loss=expression, out=str(out), probes="none", watch=2**31, export=False), quiet=True)
+    rows = pq.read_table(out / "displacement.parquet").to_pylist()
+    told: dict[str, Any] = {"loss": repr(parse_loss(expression))}
+    for name, prefix in (("train", ""), ("held_out", "held_out_")):
+        of_set = [row for row in rows if row["set"] == name and row["step"] == RUN["steps"]]
+        moved = np.array([[row["dlogp_chosen"], row["dlogp_rejected"]] for row in of_set]).T
+        told |= {prefix + column: interval for column, interval in changes(moved, 0 * moved).items()}
+    return told
+
+
+def needs_a_run(expression: str) -> bool:
+    """Whether a loss reads more than log-probabilities of pairs, samples and lists."""
+    from ches_jax.losses import parse_loss
+    from ches_jax.train.objective import is_unpaired
+    from ches_jax.train.token_masks import reads_reference_states
+
+    loss = parse_loss(expression)
+    return is_unpaired(loss) or reads_reference_states(loss)
 
 
 def measured() -> dict[str, Any]:
@@ -161,12 +201,16 @@ def measure_all() -> None:
     """Runs what is not there yet; keeps each result as it comes."""
     found = measured()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = None
         for expression in expressions():
             if expression in found:
                 continue
             try:
-                found[expression] = bench.measure(expression)
+                if needs_a_run(expression):
+                    found[expression] = by_training(expression, Path(folder))
+                else:
+                    bench = bench or Bench(Path(folder))
+                    found[expression] = bench.measure(expression)
             except Exception as error:  # a loss that cannot be run is reported, the others go on
                 print(expression, "FAILED", type(error).__name__, str(error)[:200], flush=True)
                 continue
@@ -246,14 +290,16 @@ def page() -> str:
     from ches_jax.losses import WRAPPERS, describe, distinct_losses, get_loss
 
     runs = measured()
+    left = [name for name in expressions() if name not in runs]
+    missing = f" Not measured yet: {', '.join(f'`{name}`' for name in left)}." if left else ""
     out = [HEAD]
     out.append("## Which objectives displace\n")
     out.append(
         f"One run each of the bundled model on the first {RUN['limit']} bundled pairs: {RUN['steps']} updates of "
         f"{RUN['batch_size']} pairs, {RUN['optimizer']},\nlearning rate {RUN['lr']:g}, {RUN['holdout']} rows held out. "
         "Mean changes in nats with 95% intervals over pairs. Samples and lists\nare the two responses of each pair, "
-        "scores 2 and 1 (lists: 1 and 0), labels right with probability 0.9. `kto` (unpaired rows)\nand `sparsepo` "
-        "are not measured. The numbers are `docs/objectives.json`.\n"
+        "scores 2 and 1 (lists: 1 and 0), labels right with probability 0.9; unpaired\nlosses read each "
+        f"response alone.{missing} The numbers are `docs/objectives.json`.\n"
     )
     out.append(
         "| loss | chosen responses | ln pi(chosen) | ln pi(rejected) | margin | held-out chosen | held-out margin |"

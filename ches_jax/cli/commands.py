@@ -70,7 +70,26 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOutput(Output):
+class Computing(Output):
+    """Of a verb that computes with a model: where its compiled programs are kept."""
+
+    compilation_cache: str = "auto"
+    """Where compiled programs are kept: auto (a private folder of yours, ~/.cache/ches-jax), off, or a folder that only
+    you can write to; CHES_COMPILATION_CACHE says the same."""
+
+    def keep_programs(self) -> None:
+        """Has jax keep them.
+
+        Raises:
+          ChesError: a folder that others can write to.
+        """
+        from ches_jax.runs import compilation_cache
+
+        compilation_cache.use(self.compilation_cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutput(Computing):
     """What is printed, and whether the run is a new one."""
 
     resume: bool = False
@@ -393,7 +412,7 @@ class Groups(RunOutput, GroupsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose(Output, DiagnoseConfig):
+class Diagnose(Computing, DiagnoseConfig):
     """Did the chosen responses fall, was it harm, which pairs, and what to do? From a log, a run or two models."""
 
     def run(self) -> Outcome:
@@ -495,7 +514,7 @@ class Merge(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(Output):
+class Verify(Computing):
     """Check the theory's claims on toy models, or on a real model and its pairs. Exit code 1 when a claim fails."""
 
     claims: tuple[str, ...] = ()
@@ -563,7 +582,7 @@ class Convert(Output, ConvertConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Output, PlanConfig):
+class Plan(Computing, PlanConfig):
     """Before a run: does it fit on those devices, what moves between them, how long would it take at best?
 
     Compiled for the named devices on this machine, which needs none of them (extra tpu), from a config alone; for GPUs

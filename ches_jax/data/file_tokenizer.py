@@ -178,6 +178,8 @@ def read(directory: Path) -> FileTokenizer | None:
 def _read(directory: Path, settings: Mapping[str, Any]) -> FileTokenizer | None:
     from tokenizers import Tokenizer, processors
 
+    if not isinstance(settings.get("model_max_length", 0), int | float):
+        return None  # transformers tells what is wrong with it
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     backend.no_padding()
     backend.no_truncation()

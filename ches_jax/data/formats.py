@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,10 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors pu
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TOO_MANY = "\0"
 """Name of the fields that have none."""
+_COLUMNS_OF_A_ROW = frozenset(
+    {"prompt", "chosen", "rejected", "responses", "messages", "conversations", "instruction", "question"}
+)
+"""An object with one of these is a row, whatever lies inside."""
 _EXPECTED = "expected one JSON object per line, or one array of objects in a .json file"
 
 
@@ -71,7 +75,7 @@ def json_splits(path: Path) -> list[str]:
     with _decompressed(path) as file, contextlib.suppress(DataError):
         document = _parsed(file.read(), whole=True)
         if isinstance(document, Mapping) and len(keys := _keys_of_rows(document)) > 1:
-            return keys
+            return list(keys)
     return []
 
 
@@ -84,24 +88,28 @@ def read_text(path: Path, start: int) -> Iterator[Raw]:
             yield f"line {number}", Unreadable(_not_utf8(error))
 
 
-def read_csv(path: Path, start: int, delimiter: str = ",") -> Iterator[Raw]:
-    """A table of text with names in its first line; fields may hold line ends and be of any length."""
+def read_csv(path: Path, start: int) -> Iterator[Raw]:
+    """A table of text with names in its first line; fields may hold line ends and be of any length.
+
+    Fields are parted by commas; where the first line has none, by the semicolons or tabs that it has.
+    """
     csv.field_size_limit(sys.maxsize)
     with _decompressed(path) as file:
         text = io.TextIOWrapper(_checked(path, file), encoding="utf-8-sig", newline="")
         try:
-            rows = csv.DictReader(text, restval=None, restkey=_TOO_MANY, delimiter=delimiter)
+            first = next(csv.reader([text.readline()]), [])
+            parted = [d for d in ";\t" if len(first) == 1 and d in first[0]]
+            text.seek(0)
+            rows = csv.DictReader(
+                text, restval=None, restkey=_TOO_MANY, delimiter=parted[0] if len(parted) == 1 else ","
+            )
+            _require_different(path, rows.fieldnames or ())
             for index, row in enumerate(rows):
                 if index >= start:
                     many = _TOO_MANY in row
                     yield f"row {index}", Unreadable("more fields than the first line names") if many else row
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
-
-
-def read_tsv(path: Path, start: int) -> Iterator[Raw]:
-    """The same with tabs between the fields."""
-    return read_csv(path, start, "\t")
 
 
 def read_parquet(path: Path, start: int) -> Iterator[Raw]:
@@ -142,11 +150,28 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
     """
     for batch in batches:
         batch.validate(full=True)
+        if len({*batch.schema.names}) < batch.num_columns:
+            raise DataError(_twice(batch.schema.names))
         for offset in range(max(0, start - first), batch.num_rows, BATCH_ROWS):
             rows = batch.slice(offset, BATCH_ROWS).to_pylist()
             for index, row in enumerate(rows, first + offset):
                 yield f"row {index}", row
         first += batch.num_rows
+
+
+def _require_different(path: Path, names: Sequence[str]) -> None:
+    """Of two columns of one name only one would be read.
+
+    Raises:
+      DataError: there are two.
+    """
+    if len({*names}) < len(names):
+        raise DataError(f"{path}: {_twice(names)}")
+
+
+def _twice(names: Sequence[str]) -> str:
+    name = next(n for i, n in enumerate(names) if n in names[:i])
+    return f"two columns are named {name!r}, so that it is not clear which is meant; rename one"
 
 
 READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
@@ -159,7 +184,7 @@ READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
     ".ipc": ("Arrow", read_arrow),
     ".feather": ("Feather", read_arrow),
     ".csv": ("CSV", read_csv),
-    ".tsv": ("TSV", read_tsv),
+    ".tsv": ("TSV", read_csv),
     ".txt": ("text, a prompt per line", read_text),
 }
 
@@ -235,10 +260,12 @@ def _rows_of(path: Path, document: Any, split: str | None) -> list[Any]:
     elif not isinstance(document, Mapping):
         rows = [document]
     elif keys := _keys_of_rows(document):
-        key = split or keys[0]
+        key = split or next(iter(keys))
         if key not in keys or (len(keys) > 1 and split is None):
             raise DataError(f"{path}: rows under {' and '.join(map(repr, keys))}; choose one with --split")
-        rows = document[key]
+        rows = keys[key]
+    elif rows_by_name := _rows_by_name(document):
+        rows = rows_by_name
     elif columns := _columns(document):
         rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     else:
@@ -247,16 +274,27 @@ def _rows_of(path: Path, document: Any, split: str | None) -> list[Any]:
     return [r["row"] for r in rows] if wrapped else rows
 
 
-def _keys_of_rows(document: Mapping[str, Any]) -> list[str]:
-    """Keys under which objects are listed that are no turns of a conversation."""
-    return [
-        k
+def _keys_of_rows(document: Mapping[str, Any], deeper: int = 2) -> dict[str, list[Any]]:
+    """Rows by the key under which they are listed (``data.train``): objects that are no turns of a conversation."""
+    found = {
+        k: v
         for k, v in document.items()
         if isinstance(v, list)
         and v
         and all(isinstance(r, Mapping) and not {"role", "from"} & r.keys() for r in v)
         and k not in ("features", "completions", "answers")
-    ]
+    }
+    if found or not deeper or _COLUMNS_OF_A_ROW & document.keys():
+        return found
+    inside = {k: _keys_of_rows(v, deeper - 1) for k, v in document.items() if isinstance(v, Mapping)}
+    return {f"{k}.{name}": rows for k, some in inside.items() for name, rows in some.items()}
+
+
+def _rows_by_name(document: Mapping[str, Any]) -> list[Any]:
+    """Rows that are written as one object each under a name of their own; none where the names are those of columns."""
+    rows = list(document.values())
+    alike = len(rows) > 1 and all(isinstance(r, Mapping) and r.keys() == rows[0].keys() for r in rows)
+    return rows if alike and rows[0] and not all(k.isdigit() for k in rows[0]) else []
 
 
 def _columns(document: Mapping[str, Any]) -> Mapping[str, list[Any]]:

@@ -25,6 +25,8 @@ import numpy as np
 
 from ches_jax.types import Eos, Response, TokenPair, common_prefix
 
+SHORT_ROWS = (512, 1024)
+"""Rows for the few pairs that fit into one: shorter than the standard ones."""
 TOKENS_PER_PAIR = 32
 """A row holds at most one pair per this many tokens, which bounds its segments, hence the memory of their sums."""
 MAX_PAIRS = 64
@@ -161,6 +163,23 @@ def row_length(item: Item, standard: int, length_threshold: int | None = None) -
     while length < packed_length(item, length_threshold):
         length *= 2
     return length
+
+
+def fitting_length(items: Sequence[Item], standard: int, rows: int, length_threshold: int | None = None) -> int:
+    """The shortest of ``SHORT_ROWS`` at which all items fit into ``rows`` rows; ``standard`` where none does.
+
+    It depends on the items alone: a few pairs are computed in a row that they fill, by a program that compiles sooner.
+    """
+    for length in SHORT_ROWS:
+        pairs = standard_max_pairs(length)
+        if length >= standard or len(items) > rows * pairs:
+            continue
+        positions = [packed_length(item, length_threshold) for item in items]
+        if max(positions, default=0) > length or any(row_max_pairs(item, length) > pairs for item in items):
+            continue
+        if len(first_fit_decreasing(positions, length, [pair_capacity_of(item) for item in items], pairs)) <= rows:
+            return length
+    return standard
 
 
 def pair_capacity_of(item: Item) -> int:

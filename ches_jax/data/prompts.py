@@ -102,6 +102,8 @@ def pair_contents(
             f"'responses' is {kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
             "reaches into objects: --columns responses=completions.response"
         )
+    if pairing != BEST_FIRST and not {"scores", "chosen"} & values.keys():
+        _require_told(row, columns)
     if not (pairs := _preferences(values, len(responses), pairing)):
         prompt = values.get("prompt_ids", values.get("prompt"))
         return [((), without_nulls({"prompt": prompt, "responses": responses}))]
@@ -159,6 +161,17 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
         if name in values:
             content[name] = _template_argument(name, values[name])
     return content
+
+
+def _require_told(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """A row that has a column for it and nothing in it does not say which response is preferred."""
+    for name in ("scores", "chosen"):
+        theirs = columns.get(name, name)
+        if theirs in row and (name == "scores" or "rejected" not in row):
+            raise DataError(
+                f"'{theirs}' is null, so that the row does not say which response is preferred (--columns {name}= "
+                "hides the column, and the first response is taken for the best)"
+            )
 
 
 def _preferences(values: Mapping[str, Any], count: int, pairing: Pairing | BestFirst) -> list[tuple[int, int]]:

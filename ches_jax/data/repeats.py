@@ -21,6 +21,8 @@ SURE_LETTERS = 40
 of whose turn it is ("Q: 1+1 is?\\nA:"). "Good morning!" may begin two answers to itself."""
 TOLD_LETTERS, TOLD_WORDS = 12, 3
 """From so many characters on, a repetition is flagged; "Hello" begins answers too often."""
+MARKS = 80
+"""Letters in front of a prompt that is repeated: marks of a chat template, a system text of a few words."""
 SURE_IDS = 4
 """As many token ids are their prompt, repeated."""
 
@@ -91,7 +93,8 @@ def doubts(content: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(prompt, str):
         if not _worth_telling(prompt):
             return {}
-        return _repeated_by([n for n in sides if repeated(prompt, content[n]) is not None])
+        found = _repeated_by([n for n in sides if repeated(prompt, content[n]) is not None])
+        return found or _repeated_behind_a_mark(prompt, content["chosen"], content["rejected"])
     if not prompt:
         return {}
     whole = [n for n in sides if content[n] and content[n][0]["role"] in NOT_AN_ANSWER]
@@ -111,6 +114,15 @@ def repeated(prompt: str, response: str) -> int | None:
     lines = [re.escape(line.strip(" \t")) for line in re.split(r"\r\n|\r|\n", said)]
     match = re.match(r"\s*" + r"[ \t]*(?:\r\n|\r|\n)[ \t]*".join(lines), response)
     return match.end() if match else None
+
+
+def _repeated_behind_a_mark(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    """A flag where both responses are whole conversations as text: the same few letters, and the prompt behind them."""
+    said = prompt.strip()
+    at = chosen.find(said, 0, MARKS + len(said)) if len(said) >= SURE_LETTERS else -1
+    if at <= 0 or chosen[: at + len(said)] != rejected[: at + len(said)]:
+        return {}
+    return {"prompt_repeated": f"chosen and rejected begin with {chosen[:at].strip()!r} and the prompt"}
 
 
 def _sure(text: str) -> bool:

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from ches_jax.data.schema.mapping import (
     is_declaration,
 )
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
+from ches_jax.data.schema.recognise import Recognised, note_on, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
@@ -193,9 +193,18 @@ def open_pairs(
     columns: Mapping[str, str] | None = None,
     pairing: Pairing | None = None,
     schema: str = "auto",
+    read: Collection[str] = (),
 ) -> PairSource:
     """Opens preference pairs; see ``open_rows``. ``pairing``: of rows with candidates; default: chosen-against-all."""
-    return open_rows(spec, split, columns, PAIRS[pairing or "chosen-against-all"], schema)
+    return open_rows(spec, split, columns, _paired(pairing), schema, read)
+
+
+def _paired(pairing: Pairing | None) -> Kind:
+    if pairing is not None and pairing not in PAIRS:
+        raise DataError(
+            f"candidates is one of {', '.join(PAIRS)}, not {pairing!r}{did_you_mean(str(pairing), list(PAIRS))}"
+        )
+    return PAIRS[pairing or "chosen-against-all"]
 
 
 def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
@@ -231,7 +240,12 @@ def open_prompts(
 
 
 def open_rows(
-    spec: str, split: str | None, columns: Mapping[str, str] | None, rows: Kind, schema: str = "auto"
+    spec: str,
+    split: str | None,
+    columns: Mapping[str, str] | None,
+    rows: Kind,
+    schema: str = "auto",
+    read: Collection[str] = (),
 ) -> PairSource:
     """Opens rows of one kind and reads the first, so that a wrong file or column shows at once.
 
@@ -244,11 +258,12 @@ def open_rows(
         (``schema.mapping``).
       rows: what the rows are.
       schema: ``auto`` (recognised by columns and values), the name of a preset, or a file with a declaration.
+      read: columns that the caller reads itself, as an option says: they are not told as left over.
 
     Raises:
       DataError: nothing there, an unknown format, no rows, two readings that both fit, or no row that can be used.
     """
-    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows, schema)
+    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows, schema, read)
 
 
 def rows_in_memory(
@@ -286,12 +301,17 @@ def rows_in_memory(
     def identity() -> str:
         return hashlib.sha256("\n".join(record.row_id for record in source.tolerant()).encode()).hexdigest()
 
-    source = _source(name, lambda: (kind, read, identity), columns, PAIRS[pairing or "chosen-against-all"], schema)
+    source = _source(name, lambda: (kind, read, identity), columns, _paired(pairing), schema)
     return source
 
 
 def _source(
-    name: str, opened: Callable[[], "Opened"], columns: Mapping[str, str] | None, rows: Kind, schema: str
+    name: str,
+    opened: Callable[[], "Opened"],
+    columns: Mapping[str, str] | None,
+    rows: Kind,
+    schema: str,
+    known: Collection[str] = (),
 ) -> PairSource:
     """A source whose names of columns and first rows are checked."""
     columns = dict(columns or {})
@@ -312,7 +332,8 @@ def _source(
             )
         except DataError as error:
             raise DataError(f"{source.name}: {error}") from None
-        source = replace(source, schema=declared if columns else recognised.schema, notes=recognised.notes)
+        notes = tuple(note for note in recognised.notes if not note.startswith(tuple(map(note_on, known))))
+        source = replace(source, schema=declared if columns else recognised.schema, notes=notes)
     if source.schema is not None and source.schema.group:
         source = replace(source, read=partial(_grouped, source.schema, read))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):

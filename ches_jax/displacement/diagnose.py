@@ -17,7 +17,9 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
 from ches_jax.displacement.log_changes import log_changes
 from ches_jax.displacement.on_policy import OnPolicy, split, write_sampled_pairs
-from ches_jax.displacement.readers.find import read_log
+from ches_jax.displacement.readers.find import SIDES, read_log
+from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
@@ -137,11 +139,14 @@ def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
         return training_run.read_run(path)
     if _is_table(path):
         if path.is_file() and path.name != "scores.parquet":
-            return _of_parquet(path)
+            return _of_parquet(config, path)
         raise ChesError(
             f"{path}: scores of one model; changes take two: ches diagnose --before {path} --after THE_SAME_PAIRS_AFTER"
         )
-    log = read_log(path, config.held_out)
+    return _of_log(config, path, read_log(path, config.held_out))
+
+
+def _of_log(config: DiagnoseConfig, path: Path, log: Log) -> Changes:
     folder = path if path.is_dir() else path.parent
     file = Path(log.source.rsplit(" (", 1)[0])
     folders = dict.fromkeys([file.parent if file.is_file() else file, file.parent.parent, folder])
@@ -149,13 +154,15 @@ def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
     return log_changes(log, settings, config.beta, config.rewards)
 
 
-def _of_parquet(path: Path) -> Changes:
-    """A table of its own: the displacement log of a callback, or log-probabilities before and after."""
+def _of_parquet(config: DiagnoseConfig, path: Path) -> Changes:
+    """A table of its own: the log of a callback, log-probabilities before and after, or an exported log."""
     from ches_jax.displacement.readers import logp_tables, training_run
 
     table = read_parquet(path, RunError, "a displacement log, or log-probabilities before and after")
     if "dlogp_chosen" in table.column_names:
         return training_run.changes_of_table(training_run.read_log_table(path), str(path))
+    if any((meaning := metric(name)) is not None and meaning.quantity in SIDES for name in table.column_names):
+        return _of_log(config, path, log_of(f"{path} (Parquet)", table.to_pylist(), held_out=config.held_out))
     return logp_tables.read_logps(path)
 
 

@@ -249,7 +249,7 @@ def _factor_of_logps(log: Log, name: str) -> float | None:
         if s
     ]
     reward, logps = (np.concatenate([pair[k] for pair in pairs]) for k in (0, 1))
-    if not reward.size or not (logps @ logps) > 0:
+    if not reward.size or not 0 < logps @ logps < np.inf:
         return None
     factor = float(reward @ logps / (logps @ logps))
     return factor if factor > 0 and np.allclose(reward, factor * logps, rtol=0.02, atol=1e-4) else None
@@ -277,20 +277,23 @@ def _start(log: Log) -> tuple[float, float] | None:
 
 
 def _leaves_the_line(log: Log) -> bool:
-    """Whether held-out logps go a smooth way, as the same pairs do, and rewards are no multiple of their change."""
+    """Whether held-out logps go a smooth way and rewards are no multiple of their change."""
     if "held_out" not in _has(log, "") or ((logged := _logged_beta(log)) is not None and np.ptp(logged.values) > 0):
         return False
-    found = _held_out_sides(log)
-    if found is None or len(found[0][0]) < 4:
+    found = [(x, y) for x, y in _held_out_sides(log) or () if len(x) > 3 and _is_smooth(x)]
+    if not found:
         return False
-    smooth = all(
-        np.sqrt((np.diff(x, n=2) ** 2).mean() / 6) < 0.2 * x.std() and x.std() > 3 * _rounding(x) for x, _ in found
-    )
     x, y = (np.concatenate([pair[i] - pair[i].mean() for pair in found]) for i in (0, 1))
-    slope = float(x @ y / max(x @ x, 1e-300))
+    slope = float(x @ y / (x @ x))
     residual = float(np.sqrt(np.mean((y - slope * x) ** 2)))
-    noise = max(_rounding(y_) for _, y_ in found) + abs(slope) * max(_rounding(x_) for x_, _ in found)
-    return smooth and residual > max(noise, 0.05 * float(np.sqrt(np.mean(y**2))))
+    noise = max(_rounding(rewards) + abs(slope) * _rounding(logps) for logps, rewards in found)
+    return residual > max(noise, 0.05 * float(np.sqrt(np.mean(y**2))))
+
+
+def _is_smooth(course: np.ndarray) -> bool:
+    """Whether evaluations go one way, as those of the same pairs do: beyond rounding, and with little noise."""
+    noise = float(np.sqrt((np.diff(course, n=2) ** 2).mean() / 6))
+    return noise < 0.2 * course.std() and course.std() > 3 * _rounding(course)
 
 
 def _rounding(values: np.ndarray) -> float:
@@ -370,7 +373,7 @@ def _held_out_sides(log: Log) -> list[tuple[np.ndarray, np.ndarray]] | None:
         if series is None:
             return None
         common, i, j = np.intersect1d(steps, series.steps, return_indices=True)
-        if len(common) < 2:
+        if len(common) < 2 or not np.isfinite([series.values[j], reward[i]]).all():
             return None
         found.append((series.values[j], reward[i]))
     return found

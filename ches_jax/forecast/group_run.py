@@ -180,6 +180,7 @@ def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_ve
             },
             "summary": summarise(whole, config, found.known, plan.total),
             "times": clock.seconds,
+            "work": clock.work.facts(),
         },
     )  # fmt: skip
     chunks.clear(out)

@@ -40,6 +40,7 @@ from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, 
 from ches_jax.train.objective import reads_lists
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
+from ches_jax.train.token_masks import reads_reference_states
 from ches_jax.types import TokenPair
 
 PILOT = "pilot"
@@ -109,8 +110,12 @@ def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_version
     Metric(config.optimizer, config.optimizer_args, run.schedule)
     if config.accumulate > 1 and "kl_baseline" in run.loss.needs:
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
-    if reads_lists(run.loss) or "head_norm_chosen" in run.loss.needs:
-        what = "lists of responses" if reads_lists(run.loss) else "a calibration that follows the run (rc)"
+    unknown = {
+        "lists of responses": reads_lists(run.loss),
+        "a calibration that follows the run (rc)": "head_norm_chosen" in run.loss.needs,
+        "divergences and masks of tokens": reads_reference_states(run.loss),
+    }
+    for what in (what for what, there in unknown.items() if there):
         raise ChesError(
             f"--loss {config.loss}: a forecast of {what} is not known; forecast its pairs with another loss"
         )
@@ -339,6 +344,7 @@ def _finish(run: Run, config: PassOptions, clock: Clock, results: Mapping[str, A
             "row_tokens": run.layout.row_tokens,
             **results,
             "times": clock.seconds,
+            "work": clock.work.facts(),
         },
     )
     chunks.clear(out)

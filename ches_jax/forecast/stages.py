@@ -17,6 +17,7 @@ from ches_jax.runs import chunks
 from ches_jax.runs.directory import read_json, write_json
 from ches_jax.runs.files import replacing
 from ches_jax.runs.progress import say
+from ches_jax.runs.work import Work
 
 SUFFIX = ".parquet"
 """Of the parts of a run."""
@@ -28,6 +29,7 @@ class Clock:
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
+        self.work = Work()
         self.seconds: dict[str, dict[str, float]] = {}
 
     def stage(self, name: str, total: int | None = None) -> "_Stage":

@@ -62,8 +62,6 @@ class GenerateConfig(RowOptions, ModelOptions):
     distributed: str = not_identity("off")
     """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge. On a
     mesh over all of them they make every text together."""
-    compilation_cache: str | None = not_identity(None)
-    """Directory that keeps compiled programs between runs."""
 
     @property
     def sampling(self) -> "Sampling":

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from ches_jax.distributed.division import Division
 from ches_jax.distributed.mesh import mesh_of_run, row_shards, spelled
 from ches_jax.distributed.processes import part, start_processes
-from ches_jax.distributed.work import Work
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
@@ -41,6 +41,7 @@ from ches_jax.runs.directory import (
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
+from ches_jax.runs.work import Work
 
 FILE_NAME = "responses.jsonl"
 
@@ -71,22 +72,25 @@ def generate(
     if process.count > 1 and config.out is None:
         raise ChesError("--distributed: give the run directory with --out")
     config = checked(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = mesh_of_run(config.mesh)
-    work = Work.on(mesh, process)
-    if work.turns.count > 1:
+    division = Division.on(mesh, process)
+    if division.turns.count > 1:
         part()
-    lock = RunLock(output_place(str(config.out)), shared=work.turns.count > 1, first=work.turns.first)
+    lock = RunLock(output_place(str(config.out)), shared=division.turns.count > 1, first=division.turns.first)
     with jax.enable_x64(config.dtype == "float64"), lock:
-        return _generate(config, work, mesh, resume, quiet or not work.first, other_versions, lock)
+        return _generate(config, division, mesh, resume, quiet or not division.first, other_versions, lock)
 
 
 def _generate(
-    config: GenerateConfig, work: Work, mesh: Mesh, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
+    config: GenerateConfig,
+    division: Division,
+    mesh: Mesh,
+    resume: bool,
+    quiet: bool,
+    other_versions: bool,
+    lock: RunLock,
 ) -> Path:
-    out, team, opener = lock.out, work.team, Opener()
+    out, team, opener = lock.out, division.team, Opener()
     with team.sharing_errors():
         if team.first:
             lock.require_free()
@@ -102,7 +106,7 @@ def _generate(
         if team.first:
             lock.take()
             # the other processes join the directory that the first one makes
-            open_run(out, "generate", identity, resume or work.turns.count > 1, other_versions=other_versions)
+            open_run(out, "generate", identity, resume or division.turns.count > 1, other_versions=other_versions)
             done = None if (out / FILE_NAME).exists() or (out / RUN).exists() else chunks.done(out)
         done = team.exchange(done)[0]
     facts: dict[str, Any] = {"device": device_name(), "mesh": dict(mesh.shape)}
@@ -110,9 +114,9 @@ def _generate(
         say(f"loading the model ({encoder.model.directory})", quiet=quiet)
         with team.sharing_errors():
             generator = Generator(config, encoder, ends, mesh, adapter)
-        facts |= _generate_chunks(out, config, inputs, opener, generator, work, done, total, quiet)
+        facts |= _generate_chunks(out, config, inputs, opener, generator, division, done, total, quiet)
     with team.sharing_errors():
-        if team.first and work.turns.count == 1:
+        if team.first and division.turns.count == 1:
             _finish(out, facts)
     return out
 
@@ -123,21 +127,21 @@ def _generate_chunks(
     inputs: Inputs,
     opener: Opener,
     generator: "Generator",
-    work: Work,
+    division: Division,
     already: dict[str, int],
     total: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
     """Continue the chunks that are missing and are this process's; returns facts for ``run.json``."""
-    if work.team.first:
+    if division.team.first:
         chunks.make_folders(out)
     done = {int(number) for number in already}
     first = next(number for number in itertools.count() if number not in done)
-    started = time.perf_counter()
+    started, work = time.perf_counter(), Work()
     tokens, computed, ends = 0, [], []
 
     def own_chunk(number: int) -> bool:
-        return number % work.turns.count == work.turns.id and number not in done
+        return number % division.turns.count == division.turns.id and number not in done
 
     with tqdm(
         unit=" texts",
@@ -149,19 +153,21 @@ def _generate_chunks(
     ) as bar:
         say("compiling, then generating", quiet=quiet)
         for number, kept, dropped in inputs.chunks(first, own_chunk, ends.append):
-            rows = generator(kept, bar.update)
-            if work.team.first:
+            with work.on_device():
+                rows = generator(kept, bar.update)
+            if division.team.first:
                 chunks.write(out, number, rows, [p.dropped() for p in dropped])
             tokens += sum(len(r["token_ids"]) for r in rows)
             computed.append(number)
     seconds = time.perf_counter() - started
-    if work.team.first:
+    if division.team.first:
         chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return {
-        "processes": work.count,
+        "processes": division.count,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "compiled_shapes": [list(s) for s in generator.shapes],
+        "work": work.facts(),
     }
 
 

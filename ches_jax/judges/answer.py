@@ -36,7 +36,9 @@ INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
-_QUOTED = re.compile(r"\"[^\"\n]*\"|(?<!\w)'(?=\w)[^'\n]*(?:'\w[^'\n]*)*'(?!\w)|```.*?(?:```|$)", re.DOTALL)
+_QUOTED = re.compile(
+    r"\"[^\"\n]*\"|(?<!\w)'(?=\w)[^'\n]*(?:'\w[^'\n]*)*'(?!\w)|```.*?(?:```|$)|(?<!\w)`[^`\n]+`(?!\w)", re.DOTALL
+)
 
 
 def final_answer(text: str) -> str | None:

@@ -327,6 +327,44 @@ def kto(batch: LossInputs, *, beta: float, weight_desirable: float, weight_undes
     return jnp.where(jnp.asarray(batch.desirable), good, weight_undesirable * jax.nn.sigmoid(surplus))
 
 
+def _rows_mean(batch: LossInputs, beta: float) -> RunningMean:
+    assert batch.reward_mean is not None
+    return batch.reward_mean.update(beta * (jnp.asarray(batch.logp) - jnp.asarray(batch.ref_logp)))
+
+
+def _bco_rows_state(batch: LossInputs, *, beta: float) -> dict[str, RunningMean]:
+    return {"state/reward_mean": _rows_mean(batch, beta)}
+
+
+@register(
+    "bco",
+    source="Jung et al. 2024, arXiv:2404.04656",
+    needs=frozenset({"logp", "ref_logp", "desirable", "reward_mean"}),
+    rewards=row_rewards,
+    next_state=_bco_rows_state,
+    beta=positive(0.01),
+)
+def bco(batch: LossInputs, *, beta: float) -> Array:
+    r"""Binary classifier optimisation, unpaired: each row is one response, good or bad.
+
+    .. math::
+      -\ln \sigma(\beta r - \delta) \ \text{if desirable}, \qquad -\ln \sigma(\delta - \beta r) \ \text{otherwise}
+
+    delta is the mean of beta r over all rows of every batch so far and this one, without gradient; its state is that of
+    ``bco_pair``. Where good and bad responses are of other prompts, the paper weighs each bad row by the density ratio
+    of its prompt, p(good | x) / p(bad | x), clipped to [0.5, 10]: ``weighted(bco)`` with a column of such weights.
+
+    Defaults:
+      beta 0.01.
+
+    References:
+      Jung et al., Binary Classifier Optimization (https://arxiv.org/abs/2404.04656), eqs. 9 to 11.
+    """
+    reward = beta * (jnp.asarray(batch.logp) - jnp.asarray(batch.ref_logp))
+    surplus = reward - jnp.asarray(_rows_mean(batch, beta).mean)
+    return neg_log_sigmoid(jnp.where(jnp.asarray(batch.desirable), surplus, -surplus))
+
+
 def kto_baseline(logp: Array, ref_logp: Array) -> Array:
     r"""KTO's reference point: how far the policy is from the reference, on responses of other prompts.
 

@@ -98,10 +98,17 @@ class LossInputs(NamedTuple):
     """Weight of each token's log-ratio."""
     token_weights_rejected: Float[ArrayLike, "*B U"] | None = None
     token_kl_chosen: Float[ArrayLike, "*B T"] | None = None
-    """SparsePO: divergence of the next-token distributions at each position, nats."""
+    """KL(reference || policy) of the next-token distributions at each position, nats; with a gradient in training."""
     token_kl_rejected: Float[ArrayLike, "*B U"] | None = None
-    token_kl_weights_chosen: Float[ArrayLike, "*B T"] | None = None
-    token_kl_weights_rejected: Float[ArrayLike, "*B U"] | None = None
+    reward_mask_chosen: Float[ArrayLike, "*B T"] | None = None
+    """SparsePO's learned mask of each token's log-ratio, 0 or more; with a gradient in training."""
+    reward_mask_rejected: Float[ArrayLike, "*B U"] | None = None
+    kl_mask_chosen: Float[ArrayLike, "*B T"] | None = None
+    """And of each token's divergence."""
+    kl_mask_rejected: Float[ArrayLike, "*B U"] | None = None
+    activation_mask_chosen: Float[ArrayLike, "*B T"] | None = None
+    """Mask from the reference's activations, 0 to 1."""
+    activation_mask_rejected: Float[ArrayLike, "*B U"] | None = None
 
 
 Aux: TypeAlias = dict[str, Any]
@@ -135,6 +142,7 @@ def unpair(batch: LossInputs) -> LossInputs:
         ref_logp=jnp.concatenate([pairs["ref_logp_chosen"], pairs["ref_logp_rejected"]]),
         desirable=jnp.concatenate([jnp.ones(chosen.shape, bool), jnp.zeros(rejected.shape, bool)]),
         kl_baseline=batch.kl_baseline,
+        reward_mean=batch.reward_mean,
     )
 
 

@@ -139,7 +139,8 @@ def lipo_lambda(batch: LossInputs, *, beta: float) -> Array:
       beta 0.1 (the paper: 0.05). Scores are meant between 0 and 1: their gains are powers of 2.
 
     References:
-      Liu et al., LiPO (https://arxiv.org/abs/2402.01878), eqs. 9 and 10.
+      Liu et al., LiPO (https://arxiv.org/abs/2402.01878), eqs. 9 and 10; ``pairwise_logistic_loss`` of Rax 0.4 with
+      ``dcg_lambdaweight`` is this times K ln 2.
     """
     s, mask = _scaled(batch, beta), _mask(batch)
     scores = jnp.asarray(batch.scores).astype(s.dtype)
@@ -170,18 +171,19 @@ def pro(batch: LossInputs, *, sft_coeff: float) -> Array:
 
     .. math::
       -\sum_{k=1}^{K-1} \ln \frac{e^{r_k / T_k^k}}{e^{r_k / T_k^k} + \sum_{i > k} e^{r_i / T_k^i}}
-      - \lambda (K-1)^2 r_1, \\
+      - \lambda (K-1)^2 \ln \pi(y_1|x), \\
       r = \frac{\ln \pi(y|x)}{|y|}, \quad T_k^i = \frac{1}{\psi_k - \psi_i}, \quad T_k^k = \min_{i > k} T_k^i
 
-    Without a reference; the last term is the likelihood of the best response. A response is not set against one of the
-    same score.
+    Without a reference; the last term is the likelihood of the best response, in nats of the whole response. A response
+    is not set against one of the same score; the authors' code adds a constant 1 to the denominator for it.
 
     Defaults:
-      sft_coeff lambda 0.05. Nats per token; temperatures are in the unit of one over the scores.
+      sft_coeff lambda 0.05. r in nats per token; temperatures are in the unit of one over the scores.
 
     References:
-      Song et al., Preference Ranking Optimization (https://arxiv.org/abs/2306.17492), eqs. 6 to 9; its public code
-      multiplies the likelihood by 0.05 and the square of the number of worse responses.
+      Song et al., Preference Ranking Optimization (https://arxiv.org/abs/2306.17492); checked against the arithmetic of
+      its public code (``process_manager.py``), where the likelihood is the sum over the tokens, times lambda and the
+      square of the number of worse responses.
     """
     mask = _mask(batch)
     lengths = jnp.maximum(jnp.asarray(batch.response_tokens), 1)
@@ -195,4 +197,4 @@ def pro(batch: LossInputs, *, sft_coeff: float) -> Array:
     every = jnp.concatenate([own[..., None], against], axis=-1)
     ranking = jnp.where(jnp.any(worse, axis=-1), jax.nn.logsumexp(every, axis=-1) - own, 0.0)
     count = jnp.sum(mask, axis=-1).astype(r.dtype)
-    return jnp.sum(ranking, axis=-1) - sft_coeff * jnp.square(count - 1) * r[..., 0]
+    return jnp.sum(ranking, axis=-1) - sft_coeff * jnp.square(count - 1) * logps[..., 0]

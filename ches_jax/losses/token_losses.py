@@ -24,15 +24,11 @@ from ches_jax.losses.margins import sigmoid
 from ches_jax.losses.metrics import log_ratio_rewards, mean_logp_rewards
 from ches_jax.losses.per_token import simpo
 from ches_jax.losses.registry import any_number, fraction, positive, register
-from ches_jax.losses.stable import neg_log_sigmoid
 from ches_jax.losses.tokens import (
     TOKEN_LOGPS,
     TOKEN_MASKS,
     TOKEN_REFERENCE,
-    TOKEN_WEIGHTS,
     beyond_shared_length,
-    given_weights,
-    masks,
     unsure_tokens,
     weighted_sums,
 )
@@ -96,48 +92,3 @@ def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
       Liu et al., Length Desensitization in DPO (https://arxiv.org/abs/2409.06411); TRL's ``ld_alpha``.
     """
     return sigmoid(weighted_sums(batch, beyond_shared_length(alpha)(batch)), beta=beta)
-
-
-TOKEN_KL = frozenset({"token_kl_chosen", "token_kl_rejected", "token_kl_weights_chosen", "token_kl_weights_rejected"})
-
-
-def _sparse_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Array]:
-    return log_ratio_rewards(weighted_sums(batch, given_weights(batch)), hyper)
-
-
-@register(
-    "sparsepo",
-    source="arXiv:2410.05102 (form from its abstract)",
-    rewards=_sparse_rewards,
-    beta=positive(0.1),
-    needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_WEIGHTS | TOKEN_KL,
-)
-def sparsepo(batch: LossInputs, *, beta: float) -> Array:
-    r"""SparsePO: token-weighted rewards u and token-weighted divergences d; with all weights 1, token-level DPO.
-
-    .. math::
-      -\ln \sigma(u - d), \quad u = \beta \sum_t m_t r_t(y_+) - \beta \sum_t m_t r_t(y_-), \quad
-      d = \beta \sum_t m'_t K_t(y_-) - \beta \sum_t m'_t K_t(y_+)
-
-    r are log-ratios and K divergences of the next-token distributions, both in nats and given, as the weights m and m'
-    are. A gradient reaches the divergences where they were computed from the policy, but not the weights: masks that
-    are learned need a loss of their own.
-
-    Defaults:
-      beta 0.1.
-
-    References:
-      https://arxiv.org/abs/2410.05102; the form is not checked against its text.
-    """
-    sums = weighted_sums(batch, given_weights(batch))
-    chosen, rejected = masks(batch)
-    kl_chosen = _divergence(batch.token_kl_chosen, batch.token_kl_weights_chosen, chosen)
-    kl_rejected = _divergence(batch.token_kl_rejected, batch.token_kl_weights_rejected, rejected)
-    u = jnp.asarray(sums.logp_chosen) - jnp.asarray(sums.ref_logp_chosen)
-    u = u - (jnp.asarray(sums.logp_rejected) - jnp.asarray(sums.ref_logp_rejected))
-    return neg_log_sigmoid(beta * (u - (kl_rejected - kl_chosen)))
-
-
-def _divergence(kl, weights, mask: Array) -> Array:
-    weight = jnp.asarray(weights).astype(mask.dtype) * mask
-    return jnp.sum(jnp.where(weight != 0, jnp.asarray(kl), 0.0) * weight, axis=-1)

@@ -60,7 +60,7 @@ def weighted_sums(batch: LossInputs, weights: TokenWeights) -> LossInputs:
     """The batch with sums and lengths made from its tokens; reference sums too, where it has reference tokens."""
     sums = {}
     for side, given, mask in zip(("chosen", "rejected"), weights[:2], masks(batch), strict=True):
-        weight = stop_gradient(given) * mask
+        weight = given * mask
         for prefix in ("", "ref_"):
             values = getattr(batch, f"{prefix}token_logps_{side}")
             if values is not None:
@@ -167,7 +167,9 @@ def with_tokens(
     reference = TOKEN_REFERENCE if loss.needs & REF_SUMS else frozenset()
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
-        return loss(weighted_sums(batch, rule(batch)))
+        weights = rule(batch)
+        stopped = weights._replace(chosen=stop_gradient(weights.chosen), rejected=stop_gradient(weights.rejected))
+        return loss(weighted_sums(batch, stopped))
 
     needs = (loss.needs - REFERENCE - LENGTHS) | TOKEN_LOGPS | TOKEN_MASKS | reference | extra
     return wrapped(name, loss, compute, needs, **options)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ whatever the depth (measured in experiments/benchmarks). Layers of several kinds
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +179,35 @@ class Decoder(nnx.Module):
         if positions is None:
             raise ValueError("positions are needed with a Visibility")
         x, context, data = self._start(tokens, positions, key_ranges(mask), lengths, attend, logical)
-        return self.norm(self._run_layers(x, context, data, logical, remat=remat)[0])
+        return self.norm(self._run_layers(x, context, data, logical, remat=remat).stream)
+
+    def hidden_and_layers(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        seen: Visibility,
+        lengths: Int[Array, "B T"],
+        tap: Callable[[Float[Array, "B T D"]], Array],
+        *,
+        attend: Attend = dense.dense,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], Array]:
+        """``hidden``, and what ``tap`` makes of the stream behind each layer, before the final norm.
+
+        Args:
+          tokens: as for ``hidden``, and so what follows it.
+          positions: position of each token in its own sequence.
+          seen: what each position sees.
+          lengths: length of each token's sequence.
+          tap: from the stream to what is kept of a layer, of the same shape for all; the layers come on a leading axis.
+          attend: how attention is computed.
+          mesh: where parameters and rows lie.
+        """
+        logical = self._auto_mesh(mesh)
+        x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
+        ran = self._run_layers(x, context, data, logical, tap=tap)
+        assert ran.tapped is not None
+        return self.norm(ran.stream), ran.tapped
 
     def hidden_and_balance(
         self,
@@ -207,8 +235,9 @@ class Decoder(nnx.Module):
         """
         logical = self._decoding_mesh(mesh)
         x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
-        x, _, sums = self._run_layers(x, context._replace(counted=counted), data, logical, remat=remat)
+        x, _, sums, _ = self._run_layers(x, context._replace(counted=counted), data, logical, remat=remat)
         layers = sum(kind.mlp == "routed" for kind in self.config.kinds)
+        assert sums is not None
         return self.norm(x), balance_loss(sums, layers * counted.sum().astype(sums.dtype))
 
     def prefill(
@@ -235,7 +264,7 @@ class Decoder(nnx.Module):
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
-        x, filled, _ = self._run_layers(
+        x, filled, *_ = self._run_layers(
             x, context, data, logical, kept=empty_cache(self.config, len(tokens), slots, self.dtype)
         )
         assert filled is not None
@@ -266,7 +295,7 @@ class Decoder(nnx.Module):
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
-        x, filled, _ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
         assert filled is not None
         return self.norm(x), filled
 
@@ -320,10 +349,12 @@ class Decoder(nnx.Module):
         remat: bool = False,
         kept: Cache | None = None,
         slot: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Any]:
+        tap: Callable[[Array], Array] | None = None,
+    ) -> "_Ran":
         """The layers, one after the other, each group of them in a scan over its stacked parameters.
 
-        With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there.
+        With ``kept`` every layer leaves there what later tokens need; with ``slot`` too it reads what is there. With
+        ``tap`` what it makes of the stream behind each layer is kept.
         """
         parts = {stack.name: nnx.split(self.stack(stack.name)) for stack in stacks(self.config)}
         caches = dict(zip(parts, kept or (None,) * len(parts), strict=True))
@@ -340,6 +371,7 @@ class Decoder(nnx.Module):
         routed = None if e is None or context.counted is None else jnp.zeros((2, e.count), accumulate(self.dtype))
         # without remat, matrix products and attention are kept: the rest costs less to compute again than to keep
         policy = None if remat else PRODUCTS_AND_ATTENTION
+        tapped: list[Array] = []
         for group in layer_groups(self.config):
             graphs = [parts[stack.name][0] for stack in group.stacks]
             scanned = group.repeats > 1
@@ -347,12 +379,13 @@ class Decoder(nnx.Module):
 
             def period(carry, per_layer, graphs=graphs, layer=layer, lent=lent):
                 x, caches, routed = carry
-                after = []
+                after, taps = [], []
                 for graph, cache_of, (weights, data, number) in zip(graphs, caches, per_layer, strict=True):
                     x, lent, left, sums = layer(graph, x, lent, cache_of, weights, data, number)
                     after.append(left)
+                    taps += [] if tap is None else [tap(x)]
                     routed = routed + sums[0] if sums else routed
-                return (x, tuple(after), routed), lent
+                return (x, tuple(after), routed), (lent, taps)
 
             names = [stack.name for stack in group.stacks]
             numbers = jnp.arange(group.repeats, dtype=jnp.int32)
@@ -363,13 +396,19 @@ class Decoder(nnx.Module):
             carry = (x, tuple(caches[name] for name in names), routed)
             if scanned:
                 # nothing is lent there: the last layer of its kind lends, and is alone of its kind
-                (x, after, routed), _ = lax.scan(
-                    lambda *args, period=period: (period(*args)[0], None), carry, per_layer
-                )
+                def step(carry, of_layer, period=period):
+                    carry, (_, taps) = period(carry, of_layer)
+                    return carry, taps
+
+                (x, after, routed), taps = lax.scan(step, carry, per_layer)
+                # one layer of the period after the other, repeat after repeat
+                tapped += [jnp.stack(taps, axis=1).reshape(-1, *taps[0].shape[1:])] if taps else []
             else:
-                (x, after, routed), lent = period(carry, jax.tree.map(lambda a: a[0], per_layer))
+                (x, after, routed), (lent, taps) = period(carry, jax.tree.map(lambda a: a[0], per_layer))
+                tapped += [jnp.stack(taps)] if taps else []
             caches |= dict(zip(names, after, strict=True))
-        return x, None if kept is None else tuple(caches.values()), routed
+        left = None if kept is None else tuple(caches.values())
+        return _Ran(x, left, routed, jnp.concatenate(tapped) if tapped else None)
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.
@@ -395,6 +434,15 @@ class Decoder(nnx.Module):
             cap = jnp.asarray(c.logit_softcap, y.dtype)
             y = cap * jnp.tanh(y / cap)
         return y
+
+
+class _Ran(NamedTuple):
+    """What the layers leave."""
+
+    stream: Float[Array, "B T D"]
+    cache: Cache | None
+    routed: Array | None
+    tapped: Array | None
 
 
 def _stacked_layers(config: DecoderConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> Any:

@@ -275,6 +275,48 @@ def _backward(head: Head, saved, cotangent):
 _token_logps.defvjp(_forward, _backward)
 
 
+def token_divergences(
+    hidden: Float[Array, "B M D"],
+    weight: Float[Array, "V D"],
+    head: Head,
+    ref_hidden: Float[Array, "B M E"],
+    ref_weight: Float[Array, "V E"],
+    ref_head: Head,
+) -> Float[Array, "B M"]:
+    r"""Divergence of the next-token distributions from the reference's, nats; differentiable in the first two arrays.
+
+    .. math::
+      K = KL(\pi_{ref} \| \pi) = \sum_v p^{ref}_v \left(\ln p^{ref}_v - \ln p_v\right), \qquad
+      \frac{\partial K}{\partial z_v} = p_v - p^{ref}_v
+
+    Logits exist a chunk at a time, forward and backward, as for ``token_logps``.
+
+    Args:
+      hidden: states that predict, in the compute dtype.
+      weight: the unembedding.
+      head: the model's logit scale and soft cap, and the chunk.
+      ref_hidden: states of the reference at the same predictions; it may be wider or narrower.
+      ref_weight: its unembedding, of the same vocabulary.
+      ref_head: its head.
+
+    >>> h, w = jnp.ones((1, 1, 1)), jnp.array([[0.0], [jnp.log(3.0)]])
+    >>> f"{float(token_divergences(0 * h, w, Head(), h, w, Head())[0, 0]):.4f}"  # of (1/2, 1/2) from (1/4, 3/4)
+    '0.1308'
+    """
+    ref_hidden, ref_weight = lax.stop_gradient((ref_hidden, ref_weight))
+    rounded, ref_rounded = weight.astype(hidden.dtype), ref_weight.astype(ref_hidden.dtype)
+    chunk = _chunk(hidden, weight, head)
+
+    @jax.checkpoint
+    def one(part):
+        h, r = part
+        z, ref = _logits(h, rounded, head), _logits(r, ref_rounded, ref_head)
+        ref = ref - jax.nn.logsumexp(ref, axis=-1, keepdims=True)
+        return jnp.sum(jnp.exp(ref) * (ref - (z - jax.nn.logsumexp(z, axis=-1, keepdims=True))), axis=-1)
+
+    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), hidden.shape[1])
+
+
 def token_statistics(
     hidden: Float[Array, "B M D"], weight: Float[Array, "V D"], target: Int[Array, "B M"], head: Head
 ) -> Float[Array, "B M 3"]:

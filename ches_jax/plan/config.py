@@ -6,10 +6,11 @@ from typing import Literal
 import tyro
 
 from ches_jax.bundled import BUNDLED
+from ches_jax.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Options):
     """What is planned, of which model, on which devices.
 
     >>> PlanConfig(what="score", topology="v5e:4x4").mesh

@@ -177,6 +177,8 @@ class _Frame:
         for tick, label in zip(self.across.ticks, self.across.labels, strict=True):
             at = self.x(tick)
             parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+            half = 3.5 * len(label)  # a label at the end of the axis stays within the figure
+            at = min(at, WIDTH - half)
             parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
         parts.append(f'<line class="axis" x1="{self.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         parts.append(f'<text class="strong" x="{right}" y="{self.height - 6}" text-anchor="end">{escape(x)}</text>')

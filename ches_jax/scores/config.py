@@ -48,8 +48,6 @@ class ScoreConfig(PairOptions, ModelOptions):
     dense, which is checked."""
     distributed: str = not_identity("off")
     """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge."""
-    compilation_cache: str | None = not_identity(None)
-    """Directory that keeps compiled programs between runs."""
 
 
 def with_defaults(config: ScoreConfig) -> ScoreConfig:

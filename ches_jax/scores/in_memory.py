@@ -16,7 +16,6 @@ from ches_jax.data.audit import Audit, dropped_record, require_clean
 from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.errors import ChesError
 from ches_jax.inputs import convention, pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
@@ -54,7 +53,7 @@ def pair_scorer(
     on_batch: Callable[[int], None] = lambda pairs: None,
     agree: Callable[[int], int] = lambda tokens: tokens,
 ) -> PairScorer:
-    """A scorer for a model, its standard batch compiled.
+    """A scorer for a model; it compiles when it meets a batch.
 
     Args:
       model: lies on ``mesh`` as ``models.sharding.placement`` says, or anywhere for a data-only mesh.
@@ -65,15 +64,11 @@ def pair_scorer(
       eos: whether a terminator counts in a response.
       on_batch: called with the number of pairs after every batch.
       agree: from what this process's memory holds to what all processes that compute together take.
-
-    Raises:
-      ChesError: out of device memory.
     """
     forward = ForwardPass(model, mesh, outputs, attend)
     tokens = agree(largest_batch(forward, ROW_TOKENS)) if batch_tokens == "auto" else batch_tokens
     rope = model.config.rope
     batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
-    forward.compile(batching.rows_per_batch, batching.row_tokens)  # out of memory shows now
     return PairScorer(forward, batching, eos, on_batch)
 
 
@@ -148,14 +143,6 @@ def score_pairs(
     1
     """
     dtype = str(model.dtype)
-    closed = {
-        "by": (by, ("ches", "head_score")),
-        "eos": (eos, ("include", "exclude")),
-        "on_bad_row": (on_bad_row, ("error", "drop", "keep")),
-    }
-    for name, (value, values) in closed.items():
-        if value not in values:
-            raise ChesError(f"score_pairs: {name} is one of {', '.join(values)}, not {value!r}")
     options = with_defaults(
         ScoreConfig(
             by=by,

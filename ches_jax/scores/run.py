@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ches_jax.data.audit import require_clean
+from ches_jax.distributed.division import Division
 from ches_jax.distributed.mesh import mesh_of_run, spelled
 from ches_jax.distributed.processes import part, start_processes
-from ches_jax.distributed.work import Work
 from ches_jax.errors import ChesError
 from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
 from ches_jax.runs import chunks
@@ -70,17 +70,14 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     if process.count > 1 and config.out is None:
         raise ChesError("--distributed: give the run directory with --out")
     config = with_defaults(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = mesh_of_run(config.mesh)
-    work = Work.on(mesh, process)
-    if work.turns.count > 1:
+    division = Division.on(mesh, process)
+    if division.turns.count > 1:
         part()
     assert config.out is not None
-    lock = RunLock(output_place(config.out), shared=work.turns.count > 1, first=work.turns.first)
+    lock = RunLock(output_place(config.out), shared=division.turns.count > 1, first=division.turns.first)
     with jax.enable_x64(config.dtype == "float64"), lock:
-        return _score(config, work, mesh, resume, quiet, other_versions, lock)
+        return _score(config, division, mesh, resume, quiet, other_versions, lock)
 
 
 class _Begun(NamedTuple):
@@ -93,15 +90,15 @@ class _Begun(NamedTuple):
 
 
 def _score(
-    config: ScoreConfig, work: Work, mesh: Mesh, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
+    config: ScoreConfig, division: Division, mesh: Mesh, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
 ) -> Path:
     from ches_jax.models.adapters import peft
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.sharding import placement
 
-    out, team, opener, total = lock.out, work.team, Opener(), None
-    quiet = quiet or not work.first
+    out, team, opener, total = lock.out, division.team, Opener(), None
+    quiet = quiet or not division.first
     with team.sharing_errors():
         if team.first:
             lock.require_free()
@@ -124,47 +121,48 @@ def _score(
         model = load(
             inputs.model.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh)
         )
-        begun = _begin(lock, identity, work, resume, other_versions) if team.first else None
+        begun = _begin(lock, identity, division, resume, other_versions) if team.first else None
     begun = _Begun(*team.exchange(begun)[0])
     if begun.finished:
         return out
     metadata = _metadata(identity, model.config.family, begun.versions)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
-    say("compiling", quiet=quiet)
     scorer = pair_scorer(
         model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos,
         agree=lambda tokens: min(team.exchange(tokens)),
     )  # fmt: skip
-    started = time.perf_counter()
-    scored = _score_chunks(out, inputs, opener, config, scorer, metadata, work, begun, total, quiet)
-    seconds = time.perf_counter() - started
+    say("compiling, then scoring", quiet=quiet)
+    started, compiled = time.perf_counter(), scorer.run.compile_seconds
+    scored = _score_chunks(out, inputs, opener, config, scorer, metadata, division, begun, total, quiet)
+    seconds = time.perf_counter() - started - (scorer.run.compile_seconds - compiled)
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
         "attention": attention.name,
-        "processes": work.count,
+        "processes": division.count,
         "scored_this_time": scored,
         "seconds": {"scoring": round(seconds, 3), "compiling": round(scorer.run.compile_seconds, 3)},
         "pairs_per_second": round(scored / max(seconds, 1e-9), 2),
         "compiled_shapes": [list(s) for s in scorer.run.shapes],
         "batch_tokens": scorer.batching.batch_tokens,
         "padding_waste": round(scorer.waste, 4),
+        "work": scorer.facts(),
     }
     with team.sharing_errors():
-        if work.turns.count == 1 and team.first:
+        if division.turns.count == 1 and team.first:
             _finish(out, facts)
     return out
 
 
-def _begin(lock: RunLock, identity: dict[str, Any], work: Work, resume: bool, other_versions: bool) -> _Begun:
+def _begin(lock: RunLock, identity: dict[str, Any], division: Division, resume: bool, other_versions: bool) -> _Begun:
     """Take the run directory, and see what is there."""
     out = lock.out
     # the other processes join the directory that the first one makes
     lock.take()
-    began = open_run(out, "score", identity, resume or work.turns.count > 1, other_versions=other_versions)
+    began = open_run(out, "score", identity, resume or division.turns.count > 1, other_versions=other_versions)
     if not (out / RUN).exists() and (out / FILE_NAME).exists():  # killed between its table and its summary
-        _finish(out, {"device": device_name(), "processes": work.count})
+        _finish(out, {"device": device_name(), "processes": division.count})
     if (out / RUN).exists():
         return _Begun(True, {}, {})
     chunks.make_folders(out)
@@ -178,7 +176,7 @@ def _score_chunks(
     config: ScoreConfig,
     scorer: PairScorer,
     metadata: dict[str, Any],
-    work: Work,
+    division: Division,
     begun: _Begun,
     total: int | None,
     quiet: bool,
@@ -189,7 +187,7 @@ def _score_chunks(
     scored, computed, ends = 0, [], []
 
     def own_chunk(number: int) -> bool:
-        return number % work.turns.count == work.turns.id and number not in done
+        return number % division.turns.count == division.turns.id and number not in done
 
     begin = sum(done[number] for number in range(first))
     with tqdm(unit=" pairs", initial=begin, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
@@ -202,14 +200,14 @@ def _score_chunks(
         for number, chunk in inputs.chunks(first, own_chunk, ends.append):
             before = bar.n
             columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
-            if work.team.first:
+            if division.team.first:
                 if tokens is not None:
                     tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
                 parts.write(out, number, columns, dropped, tokens, metadata)
             computed.append(number)
             scored += len(chunk) - len(dropped)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
-    if work.team.first:
+    if division.team.first:
         chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return scored
 

@@ -8,9 +8,10 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ches_jax.data.audit import UNSCORABLE
-from ches_jax.data.packing import Item, PackedBatch, Placement, group_by_prompt, pack
+from ches_jax.data.packing import Item, PackedBatch, Placement, fitting_length, group_by_prompt, pack, responses_of
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.errors import ChesError
+from ches_jax.runs.work import Work
 from ches_jax.scores import formulas
 from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.hidden_sums import SegmentStatistics
@@ -81,21 +82,34 @@ class PairScorer:
         self.batching = batching
         self.eos: Eos = eos
         self.on_batch = on_batch
+        self.work = Work()
         self._positions = 0
         self._used = 0
+        self._apart = 0
 
     @property
     def waste(self) -> float:
         """Share of computed positions that were padding."""
         return 1 - self._used / self._positions if self._positions else 0.0
 
+    def facts(self) -> dict[str, Any]:
+        """What scoring cost so far, for ``run.json``.
+
+        ``positions`` that went through the model, ``shared_positions`` that did not, since several responses begin
+        with them, and the share of padding.
+        """
+        return self.work.facts(
+            positions=self._positions, shared_positions=self._apart - self._used, padding=round(self.waste, 4)
+        )
+
     def batches(self, items: Sequence[Item]):
-        """Packed batches of items."""
+        """Packed batches of items; one of short rows where these hold them all."""
         b = self.batching
+        length = fitting_length(items, b.row_tokens, b.row_multiple, b.length_threshold)
         return pack(
             items,
-            length=b.row_tokens,
-            rows_per_batch=b.rows_per_batch,
+            length=length,
+            rows_per_batch=b.rows_per_batch if length == b.row_tokens else b.row_multiple,
             eos=self.eos,
             row_multiple=b.row_multiple,
             length_threshold=b.length_threshold,
@@ -111,6 +125,7 @@ class PairScorer:
         """
         scorable = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
         items, refs = group_by_prompt([pairs[i] for i in scorable])
+        self._apart += sum(len(item.prompt) + len(r.content) for item in items for r in responses_of(item))
         of_item: list[list[ItemPair]] = [[] for _ in items]
         for i, ref in zip(scorable, refs, strict=True):
             of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
@@ -120,7 +135,8 @@ class PairScorer:
 
         def collect() -> None:
             statistics, rows, placements = waiting.pop(0)
-            s = fetch(statistics)
+            with self.work.on_device():
+                s = fetch(statistics)
             located = [(p.row, p.shared, pair) for p in placements for pair in of_item[p.item]]
             for at in range(0, len(located), PAIRS_AT_ONCE):
                 _add_sums(s, located[at : at + PAIRS_AT_ONCE], numbers)
@@ -131,17 +147,31 @@ class PairScorer:
         for rows, placements in self.batches(items):
             self._positions += rows.tokens.size
             self._used += int((rows.lengths > 0).sum())
-            waiting.append((self.run(rows), rows, placements))
+            with self.work.on_device():
+                waiting.append((self.run(rows), rows, placements))
             if len(waiting) > 1:  # one batch is under way on the device while another is read
                 collect()
         while waiting:
             collect()
-        _require_finite(pairs, scorable, numbers)
+        self._require_finite(pairs, scorable, numbers)
         columns = _table_columns(pairs, numbers, self.eos)
         if not self.run.outputs.token_scores:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _require_finite(self, pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
+        """Names the first row whose own number is not finite: in a packed row a NaN spreads to its neighbours."""
+        bad = [i for i in scorable if not all(np.isfinite(values[i]) for values in numbers.values())]
+        if bad and len(pairs) > 1:
+            for i in bad:
+                self([pairs[i]])  # raises where it is not finite alone
+        if bad:
+            p, name = pairs[bad[0]], next(n for n, values in numbers.items() if not np.isfinite(values[bad[0]]))
+            raise ChesError(
+                f"row {p.index} (row_id {p.row_id[:12]}): {name} is not finite; "
+                "try --dtype float32, or look at the row with `ches doctor`"
+            )
 
     def _model_columns(self) -> list[str]:
         outputs = self.run.outputs
@@ -232,17 +262,6 @@ def _token_rows(
         for n in TOKEN_COLUMNS:
             out[n] += values[n]
     return out
-
-
-def _require_finite(pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
-    for name, values in numbers.items():
-        bad = [i for i in scorable if not np.isfinite(values[i])]
-        if bad:
-            p = pairs[bad[0]]
-            raise ChesError(
-                f"row {p.index} (row_id {p.row_id[:12]}): {name} is not finite; "
-                "try --dtype float32, or look at the row with `ches doctor`"
-            )
 
 
 def edit_distance(pair: TokenPair) -> float:

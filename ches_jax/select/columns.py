@@ -15,6 +15,20 @@ from ches_jax.select.expression import as_numbers, evaluated, names, parsed
 from ches_jax.select.scored_rows import SourceRow, key_of, keys
 
 PREFIX = "column:"
+PROBABILITY = "label_probability"
+SOFT = "soft_ches"
+NAMED = {SOFT: f"{PROBABILITY} * (inner - sqnorm_chosen) + (1 - {PROBABILITY}) * (inner - sqnorm_rejected)"}
+"""Expressions that have a name. ``soft_ches`` is the expected CHES when the label is right with the probability of the
+data (``scores.formulas.soft_label``), such as ``ches label`` writes."""
+
+
+def expression_of(by: str) -> str | None:
+    """The expression that ``--by`` stands for; None for a score of the table.
+
+    >>> expression_of("column:a-b"), expression_of("ches")
+    ('a-b', None)
+    """
+    return by.removeprefix(PREFIX) if by.startswith(PREFIX) else NAMED.get(by)
 
 
 def data_columns(table: pa.Table, config: SelectConfig) -> list[str]:
@@ -23,9 +37,10 @@ def data_columns(table: pa.Table, config: SelectConfig) -> list[str]:
     Raises:
       RunError: no expression, or a column of the table that holds no numbers.
     """
-    if not config.by.startswith(PREFIX):
+    expression = expression_of(config.by)
+    if expression is None:
         return []
-    read = names(parsed(config.by.removeprefix(PREFIX)))
+    read = names(parsed(expression))
     if not read:
         raise RunError(f"--by {config.by}: names no column")
     for name in read:
@@ -71,14 +86,24 @@ def selection_values(table: pa.Table, config: SelectConfig, data: Mapping[str, n
     Raises:
       RunError: as ``score_column`` and ``expression.parsed``.
     """
-    if not config.by.startswith(PREFIX):
+    expression = expression_of(config.by)
+    if expression is None:
         return score_column(table, config.by, config.seed)
-    tree = parsed(config.by.removeprefix(PREFIX))
+    tree = parsed(expression)
     columns = {name: data[name] if name in data else numbers(table, name) for name in names(tree)}
+    if config.by == SOFT:
+        _require_probabilities(table, columns[PROBABILITY])
     values = evaluated(tree, columns)
     if "ches" in table.schema.names:
         values = np.where(np.isnan(numbers(table, "ches")), np.nan, values)
     return values
+
+
+def _require_probabilities(table: pa.Table, values: np.ndarray) -> None:
+    outside = np.flatnonzero((values < 0) | (values > 1))
+    if len(outside):
+        row, value = table["index"][int(outside[0])].as_py(), values[outside[0]]
+        raise RunError(f"--by {SOFT}: row {row} has the {PROBABILITY} {value:g}; expected 0 to 1")
 
 
 def repeats(texts: list[tuple[str, str, str]], values: np.ndarray, how: str) -> dict[int, str]:

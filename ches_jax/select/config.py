@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ches_jax.options import Columns, Place
+from ches_jax.options import Columns, Options, Place
 from ches_jax.types import Control
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(Options):
     """What ``ches select`` does.
 
     >>> SelectConfig(scores="runs/a", keep="lowest:0.05", out="kept").keep
@@ -22,7 +22,8 @@ class SelectConfig:
     by: str = "influence"
     """The score: influence (of a directory of `ches influence`; the only filter that was measured to help), head_score,
     ches, ln_ches, last_hidden_inner, cosine, swapped, minus_edit_distance, projection, logp_margin, chosen_tokens or
-    random; the more harmful or similar a pair, the higher. Or column:EXPRESSION over numbers of the table and of the
+    random; the more harmful or similar a pair, the higher. soft_ches: CHES expected under a label_probability column of
+    the data, p CHES + (1 - p) swapped. Or column:EXPRESSION over numbers of the table and of the
     data, with + - * / comparisons abs log min max: column:chosen_score-rejected_score."""
     keep: str = "lowest:0.05"
     """Which rows: lowest:0.05 (a share), lowest:19 (rows), highest:0.05, window:0.5,512 (quantile, rows),

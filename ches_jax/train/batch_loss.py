@@ -7,6 +7,7 @@ Which field of ``LossInputs`` comes from where:
     *_responses, response_mask         lists: all responses, the best first
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
+    token_kl_*, *_mask_*               from the states of the reference beside the policy (``beside``)
     weights, rewards_*, desirable      columns of the data (``Batch.extra``)
     head_norm_*                        gradients of the head, where a loss calibrates rewards (``forward.head_norms``)
     reward_mean, label_prior, ...      the state of a stateful loss
@@ -23,6 +24,7 @@ from jaxtyping import Array
 from ches_jax.losses import Loss, LossInputs, kto_baseline
 from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.decoder import Decoder
+from ches_jax.train.beside import Beside, token_fields
 from ches_jax.train.data.batches import Batch
 from ches_jax.train.forward import ResponseLogps, batch_logps
 from ches_jax.train.objective import is_unpaired, reads_tokens
@@ -53,6 +55,7 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "head_norm_rejected": logps.head_norms[1],
         **batch.extra,
         **state,
+        **(logps.fields or {}),
     }
     if batch.tokens is not None and logps.tokens is not None:
         for side, i in (("chosen", 0), ("rejected", -1)):
@@ -73,7 +76,10 @@ def loss_and_metrics(
     metrics = {k: v for k, v in aux.items() if not k.startswith("state/")}
     if is_unpaired(loss):
         good = jnp.asarray(inputs.desirable).astype(value.dtype)
-        metrics = {"kl": inputs.kl_baseline, DESIRABLE: good}
+        metrics |= {DESIRABLE: good}
+        metrics = {k: v for k, v in metrics.items() if k not in ("rewards", "logps")}
+        if inputs.kl_baseline is not None:
+            metrics["kl"] = inputs.kl_baseline
         for name in ("rewards", "logps"):
             metrics |= {f"{name}/chosen": aux[name] * good, f"{name}/rejected": aux[name] * (1 - good)}
     elif reads_tokens(loss):  # whatever tokens the objective keeps, this is the response's own
@@ -109,17 +115,23 @@ def batch_loss(
     batch: Batch,
     state: Mapping[str, Any],
     *,
+    beside: Beside | None = None,
     router_balance: float = 0.0,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Any]]]:
     """``loss_and_metrics`` of the log-probabilities that a model gives a batch.
 
-    With ``router_balance`` the loss has so many times the load-balancing loss of the routers added.
+    ``beside`` is the reference, for losses that read its states. With ``router_balance`` the loss has so many times the
+    load-balancing loss of the routers added.
     """
     norms = "head_norm_chosen" in loss.needs
     options: dict[str, Any] = {"attend": with_gradient(), "remat": remat, "mesh": mesh}
-    logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, **options)
+    also = None
+    if beside is not None:
+        where: dict[str, Any] = {"attend": with_gradient(), "mesh": mesh}
+        also = lambda states: token_fields(loss, beside, model, states, batch, **where)  # noqa: E731
+    logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, also=also, **options)
     value, (means, new_state) = loss_and_metrics(loss, batch, logps, state)
     if logps.balance is not None:
         value = value + router_balance * logps.balance

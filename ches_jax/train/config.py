@@ -117,6 +117,9 @@ class TrainConfig(UpdateOptions):
 
     eval_pairs: str | None = None
     """Held-out pairs, read as --pairs is."""
+    sft_pairs: str | None = None
+    """Another set for the likelihood term of --sft: pairs, of which the chosen responses count, or rows of one response
+    (prompt, completion), read as --pairs is; each update takes --batch-size of them beside its pairs."""
 
     reference_cache: str | None = not_identity(None)
     """Folder that keeps reference log-probabilities between runs; default: the run directory."""

@@ -6,7 +6,7 @@ r"""The forward pass of training: log-probabilities that a model gives the respo
 where the shared segment (what all responses begin with) is computed once, as the prompt is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,8 @@ class ResponseLogps(NamedTuple):
     """``head_norms``, where they were asked for."""
     balance: Float[Array, ""] | None = None
     """The load-balancing loss of the routers, where it was asked for."""
+    fields: Mapping[str, Array] | None = None
+    """What else was made of the states, by field of ``LossInputs``."""
 
 
 def balanced_states(
@@ -89,7 +91,13 @@ def balanced_states(
 
 
 def batch_logps(
-    model: Decoder, batch: Batch, *, norms: bool = False, balance: bool = False, **options: Any
+    model: Decoder,
+    batch: Batch,
+    *,
+    norms: bool = False,
+    balance: bool = False,
+    also: Callable[[Array], Mapping[str, Array]] | None = None,
+    **options: Any,
 ) -> ResponseLogps:
     """Log-probabilities of a batch's responses; options of ``prediction_logps``.
 
@@ -98,6 +106,7 @@ def batch_logps(
       batch: its rows and items.
       norms: with ``head_norms``.
       balance: with the load-balancing loss of the routers.
+      also: from the states of the predictions to further fields of ``LossInputs``.
       options: of ``prediction_logps``.
     """
     if balance:
@@ -115,7 +124,8 @@ def batch_logps(
     responses = jnp.where(batch.counts > 0, sums[row, first] + sums[row, there], 0.0)
     if batch.tokens is None:
         return ResponseLogps(responses, head_norms=found, balance=balanced)
-    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found, balanced)
+    fields = None if also is None else also(states)
+    return ResponseLogps(responses, predictions[row[..., None], batch.tokens.at], found, balanced, fields)
 
 
 def head_norms(

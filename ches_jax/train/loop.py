@@ -1,7 +1,6 @@
 """``ches train``: a model directory and pairs to a run directory with checkpoints, displacement log and new weights."""
 
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ches_jax.runs.lock import RunLock
 from ches_jax.runs.model_card import trained_card, write_card
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
+from ches_jax.runs.work import Work
 from ches_jax.runs.workspace import Workspace
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
@@ -36,6 +36,7 @@ from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.policy import ADAPTER, MODEL, Policy, export_adapter, export_model
 from ches_jax.train.setup import Run, prepare
 from ches_jax.train.state import TrainState
+from ches_jax.train.token_masks import TOKEN_MASKS, write_masks
 from ches_jax.train.trackers import Trackers, open_trackers
 
 
@@ -123,7 +124,7 @@ def _written_before(out: Path, objective: str) -> dict[str, Any]:
 
 def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
     """Every update of the run, what is seen of it, what is kept of it."""
-    started, config, total = time.perf_counter(), run.config, run.plan.total
+    cost, config, total = Work(), run.config, run.plan.total
     policy, saved = parts.policy, parts.saved
     state, first = saved.resume(parts.take_state(), run.plan.position)
     tracker, summary = _open_tracker(run, first), {}
@@ -143,8 +144,9 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
         tqdm(total=total, initial=first, unit=" updates", disable=quiet, desc=f"training {config.loss}") as bar,
     ):
         for i, batches in enumerate(updates, first):
-            state, metrics = parts.update(state, batches)
-            require_finite(i, metrics, run.train, run.plan, saved)
+            with cost.on_device():
+                state, metrics = parts.update(state, batches)
+                require_finite(i, metrics, run.train, run.plan, saved)  # which waits for them
             if i == 0 and run.starts_at_the_reference:
                 require_agreement(batches, metrics, run.loss, config.dtype)
             step, params = i + 1, policy.parameters(state.params)
@@ -171,7 +173,7 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
         summary = tracker.last()
     best = saved.best()
     saved.close()
-    _finish(run, parts, state, summary, best, started, total - first)
+    _finish(run, parts, state, summary, best, cost, total - first)
     with run.process.sharing_errors():
         _push(run, work)
     return work.place
@@ -197,7 +199,7 @@ def _finish(
     state: TrainState,
     summary: dict[str, float],
     best: dict[str, Any] | None,
-    started: float,
+    cost: Work,
     updates: int,
 ) -> None:
     """Export the weights, close the logs, write ``run.json``."""
@@ -209,14 +211,14 @@ def _finish(
     parts.own.close()
     if run.process.first:
         exported = _export(run, policy, params)
-        seconds = time.perf_counter() - started
-        _write_summary(run, summary, exported, best, trained, seconds, updates)
+        _write_summary(run, summary, exported, best, trained, cost, updates)
     run.process.exchange(None)
 
 
 def _export(run: Run, policy: Policy, params: dict[str, Any]) -> dict[str, str]:
     """Adapters, and the whole model where asked, as directories of the run; their fingerprints."""
     prints = {}
+    write_masks(run.out / TOKEN_MASKS, params)
     if policy.spec:
         name = run.config.model if run.config.model != BUNDLED else str(run.model.directory)
         prints["trained_adapter_fingerprint"] = export_adapter(
@@ -235,7 +237,7 @@ def _write_summary(
     exported: dict[str, str],
     best: dict[str, Any] | None,
     trained: int,
-    seconds: float,
+    cost: Work,
     steps: int,
 ) -> None:
     config, pairs = run.config, run.pairs
@@ -268,8 +270,9 @@ def _write_summary(
         "row_tokens": run.layout.row_tokens,
         "displacement": summary,
         **({"best": best} if best else {}),
-        "seconds": round(seconds, 3),
+        "seconds": round(cost.elapsed(), 3),
         "updates_this_time": steps,
+        "work": cost.facts(),
     }
     for folder in (run.out / MODEL, run.out / ADAPTER):
         if folder.is_dir():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, parse_loss, with_sft, with_soft_labels, with_weights
 from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS
+from ches_jax.losses.token_level import ACTIVATION_MASKS, KL_MASKS, REWARD_MASKS, TOKEN_KL
 from ches_jax.losses.tokens import SPAN_MASKS, TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE, TOKEN_WEIGHTS
 from ches_jax.losses.wrappers import LISTS, kind_of
 from ches_jax.types import SftUnit
@@ -33,13 +34,12 @@ SUPPLIED = (
     | {"logp_candidates", "ref_logp_candidates"}
     | {"logp_responses", "ref_logp_responses", "scores", "response_mask", "response_tokens"}
     | {"reward_mean", "label_prior", "log_delta", "head_norm_chosen", "head_norm_rejected"}
+    | TOKEN_KL
+    | REWARD_MASKS
+    | KL_MASKS
+    | ACTIVATION_MASKS
 )
 """Fields of ``LossInputs`` that training can fill."""
-WHY_NOT = (
-    "divergences over the whole vocabulary at each position need the reference model beside the policy, and a run "
-    "keeps one model in memory"
-)
-"""Why the others cannot be filled: they are SparsePO's."""
 COLUMN_FIELDS = {"weights": "--weights", "label_probability": "--label-probabilities"}
 """Fields that are columns of the data, and the options that name them."""
 
@@ -75,7 +75,7 @@ def get_objective(
         loss = with_weights(loss)
     missing = sorted(loss.needs - SUPPLIED)
     if missing:
-        raise ChesError(f"loss {text!r} needs {', '.join(missing)}, which `ches train` cannot supply: {WHY_NOT}")
+        raise ChesError(f"loss {text!r} needs {', '.join(missing)}, which `ches train` cannot supply")
     given = {"weights": weighted, "label_probability": soft_labels}
     for field, option in COLUMN_FIELDS.items():
         if field in loss.needs and not given[field]:

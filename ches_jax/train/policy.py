@@ -39,6 +39,7 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.layers import Linear
 from ches_jax.models.sharding import placement
 from ches_jax.train.config import TrainConfig
+from ches_jax.train.token_masks import without_masks
 
 MODEL = "model"
 ADAPTER = "adapter"
@@ -150,7 +151,7 @@ def export_adapter(policy: Policy, trained: dict[str, Any], out: Path, base: Pat
     """The adapters in PEFT's format; returns their fingerprint. What is there already is left alone."""
     if out.exists():
         return adapter_fingerprint(out)
-    return write_adapter(out, jax.device_get(trained), policy.spec, base, name)
+    return write_adapter(out, jax.device_get(without_masks(trained)), policy.spec, base, name)
 
 
 def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path, *, whole: bool = False) -> str:
@@ -163,6 +164,6 @@ def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path,
     frozen = policy.frozen
     if any(is_packed(name) for name in frozen):  # merging needs the numbers
         frozen = named_parameters(load_model(base))
-    every = merged({**frozen, **trained}, policy.spec)
+    every = merged({**frozen, **without_masks(trained)}, policy.spec)
     plain = abstract_decoder(policy.abstract.config, dtype=policy.abstract.dtype)
     return save_pretrained(with_parameters(plain, every), out, like=base, whole=whole)

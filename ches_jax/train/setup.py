@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError
 from ches_jax.inputs import ModelFiles, Opener, convention
-from ches_jax.losses import Loss
+from ches_jax.losses import Loss, get_loss
+from ches_jax.losses.wrappers import SFT_TERMS
 from ches_jax.models.attention.choose import Choice, choose_attention
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import require_whole
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
 from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
@@ -31,7 +32,7 @@ from ches_jax.train.checkpoints import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples
-from ches_jax.train.data.rows import REFERENCE_FIELDS, require_columns
+from ches_jax.train.data.rows import REFERENCE_FIELDS, option_columns, read_pairs, require_columns
 from ches_jax.train.data.split import Plan, RunPairs, make_plan, read_run_pairs
 from ches_jax.train.objective import (
     get_objective,
@@ -49,6 +50,7 @@ from ches_jax.train.optimizer import Schedule, make_schedule, optimizer_hyper, r
 from ches_jax.train.policy import Lora, open_lora, require_lora_options
 from ches_jax.train.reference import Evaluate, Logps, from_file, reference_logps
 from ches_jax.train.state import require_divides
+from ches_jax.train.token_masks import reads_reference_states
 from ches_jax.train.trackers import require_trackers
 from ches_jax.types import TokenPair
 
@@ -90,6 +92,8 @@ class Run:
     plan: Plan
     layout: Layout
     loss: Loss
+    sft: Examples | None
+    """The rows of ``--sft-pairs``."""
     schedule: Schedule
     probes: Probes | None
     lora: Lora | None
@@ -146,6 +150,15 @@ def require_options(config: TrainConfig) -> None:
             raise ChesError(f"--keep-best {config.keep_best}: no pairs are held out; give --eval-pairs or --holdout")
     if config.accumulate > config.batch_size:
         raise ChesError(f"--accumulate {config.accumulate}: more micro-batches than the {config.batch_size} pairs")
+    if config.sft_pairs is not None and not config.sft:
+        raise ChesError(
+            f"--sft-pairs {config.sft_pairs}: give the coefficient of their likelihood too, such as --sft 0.1"
+        )
+    if config.sft_pairs is not None and config.accumulate > 1:
+        raise ChesError(
+            f"--sft-pairs with --accumulate {config.accumulate}: the pairs and the rows of the likelihood would be cut "
+            "apart; leave --accumulate out, and save memory with --remat or a smaller --batch-size"
+        )
     if config.eval_pairs is not None and config.holdout:
         raise ChesError("--holdout and --eval-pairs: give one of them")
 
@@ -159,7 +172,8 @@ def objective_of(config: UpdateOptions) -> Loss:
     return get_objective(
         config.loss,
         config.loss_args,
-        sft=config.sft,
+        # of another set it is no part of the loss of a pair
+        sft=0.0 if getattr(config, "sft_pairs", None) else config.sft,
         sft_per=config.sft_per,
         weighted=config.weights is not None,
         soft_labels=config.label_probabilities is not None,
@@ -192,7 +206,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
     loss = objective_of(config)
     require_cuttable(config, loss)
     require_columns(config, loss)
-    opener = Opener()
+    opener = Opener(option_columns(config))
     model = opener.model(config.model)
     decoder = model.decoder
     if config.export_whole:
@@ -210,6 +224,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "
             "reference; give initial, a directory or a cache file"
         )
+    require_states(config, loss)
     reference = open_reference(config, loss, model, opener)
     pairs = read_run_pairs(config, loss, model, opener, process)
     train, held_out = (
@@ -219,6 +234,7 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
         for some, extra in ((pairs.train, pairs.extra), (pairs.held_out, pairs.held_out_extra))
     )
     plan = make_plan(config, len(train))
+    sft = _open_sft(config, model, opener, process) if config.sft_pairs else None
     require_balance(config, loss, decoder)
     require_divides(abstract_parameters(decoder), mesh, plan.micro_batch)
     threshold = decoder.rope.length_threshold if decoder.rope else None
@@ -259,10 +275,38 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             local_shards=local_shards(mesh) if process.count > 1 else None,
         ),
         loss=loss,
+        sft=sft,
         schedule=make_schedule(config.schedule, config.lr, plan.total, config.warmup),
         probes=probes,
         lora=lora,
     )
+
+
+def _open_sft(config: TrainConfig, model: ModelFiles, opener: Opener, process: Process) -> Examples:
+    """The rows of ``--sft-pairs``, read for cross-entropy alone: numbers that the pairs bring are not theirs."""
+    plain = replace(
+        config, weights=None, label_probabilities=None, token_weights=None, rewards=None, reference="initial"
+    )
+    tokenizer = model.pair_tokenizer(
+        max_length=config.max_length, eos=config.eos, template=config.template, template_args=config.template_args
+    )
+    assert config.sft_pairs is not None
+    loss = get_loss(SFT_TERMS[config.sft_per])
+    read = read_pairs(plain, loss, tokenizer, config.sft_pairs, None, None, process, opener, "sft_pairs")
+    return make_examples(loss, read.pairs, {}, seed=config.seed, max_length=0, eos=config.eos)
+
+
+def require_states(config: TrainConfig, loss: Loss) -> None:
+    """Refuse a reference that has no states, where the loss reads them.
+
+    Raises:
+      ChesError: a cache file, of log-probabilities.
+    """
+    if reads_reference_states(loss) and config.reference.endswith(".parquet"):
+        raise ChesError(
+            f"--reference {config.reference}: holds log-probabilities, and loss {config.loss!r} reads the states of "
+            "the reference model too; give initial or a model directory"
+        )
 
 
 def require_balance(config: TrainConfig, loss: Loss, decoder: DecoderConfig) -> None:
@@ -392,15 +436,24 @@ class OtherModel:
     run: Run
     model: ModelFiles
 
+    @property
+    def abstract(self) -> Decoder:
+        """The decoder without arrays."""
+        return abstract_decoder(self.model.decoder, dtype=jnp.dtype(self.run.config.dtype))
+
+    @cached_property
+    def params(self) -> dict[str, jax.Array]:
+        """Its weights on the mesh."""
+        return load_parameters(self.model.directory, self.run.config.dtype, self.run.master, self.run.mesh)
+
     @cached_property
     def _evaluate(self) -> Evaluate:
         run, decoder, dtype = self.run, self.model.decoder, self.run.config.dtype
         threshold = decoder.rope.length_threshold if decoder.rope else None
         layout = run.layout._replace(length_threshold=threshold)
         attend = choose_attention(run.config.attention, decoder, dtype).attend
-        evaluator = Evaluator(abstract_decoder(decoder, dtype=jnp.dtype(dtype)), run.mesh, layout, attend)
-        params = load_parameters(self.model.directory, dtype, run.master, run.mesh)
-        return evaluator.under(params, per_token=reads_reference_tokens(run.loss))
+        evaluator = Evaluator(self.abstract, run.mesh, layout, attend)
+        return evaluator.under(self.params, per_token=reads_reference_tokens(run.loss))
 
     def __call__(self, pairs: Sequence[TokenPair]) -> Logps:
         """Log-probabilities of ``pairs``."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from ches_jax.distributed.mesh import ROW_AXES, put_replicated, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.models.sharding import partition_spec
+from ches_jax.train.token_masks import is_mask
 
 
 class TrainState(NamedTuple):
@@ -28,7 +29,8 @@ class TrainState(NamedTuple):
 def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
     """Where every leaf lies: parameters by the partition table, what mirrors a parameter beside it, the rest whole."""
     whole = NamedSharding(mesh, PartitionSpec())
-    shapes = {name: leaf.shape for name, leaf in abstract.params.items()}
+    # masks are small: whole everywhere
+    shapes = {name: leaf.shape for name, leaf in abstract.params.items() if not is_mask(name)}
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]

@@ -7,7 +7,7 @@ however they are cut, also where the last micro-batch is a short one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder
 from ches_jax.train.batch_loss import batch_loss
+from ches_jax.train.beside import Beside, Reference
 from ches_jax.train.data.batches import Batch
 from ches_jax.train.forward import batch_logps
 from ches_jax.train.optimizer import clipped
@@ -29,7 +30,16 @@ from ches_jax.train.state import TrainState, state_shardings
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
     """The batch on the mesh's devices: rows sharded over ``data`` and ``fsdp``, what belongs to items everywhere."""
-    return put_replicated(batch._replace(rows=()), mesh)._replace(rows=put_rows(batch.rows, mesh))
+    sft = None if batch.sft is None else put(batch.sft, mesh)
+    items = put_replicated(batch._replace(rows=(), sft=None), mesh)
+    return items._replace(rows=put_rows(batch.rows, mesh), sft=sft)
+
+
+class Frozen(NamedTuple):
+    """Arrays that no update changes, by dotted name."""
+
+    policy: dict[str, Any]
+    reference: dict[str, Any]
 
 
 class Step:
@@ -54,24 +64,39 @@ class Step:
         mesh: Mesh,
         *,
         frozen: Mapping[str, Any] | None = None,
+        reference: Reference | None = None,
         clip: float | None = None,
         router_balance: float = 0.0,
+        sft: tuple[float, Loss] | None = None,
         remat: bool = False,
     ):
-        """Takes the decoder without arrays, whose dtype is that of the computation, and what no update changes."""
+        """Takes the decoder without arrays, whose dtype is that of the computation, and what no update changes.
+
+        ``reference``: the model beside the policy, for losses that read its states. ``sft``: coefficient and loss of
+        the likelihood of the other set that the batches bring; what is logged as ``loss`` is that of the pairs.
+        """
         self.mesh = mesh
-        self._frozen = dict(frozen or {})
+        self._frozen = Frozen(dict(frozen or {}), {} if reference is None else dict(reference.params))
         places = state_shardings(example, mesh)
         on = mesh if mesh.size > 1 else None
         whole_array = NamedSharding(mesh, PartitionSpec())
 
-        def gradient(params: Any, frozen: Any, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
+        def gradient(params: Any, frozen: Frozen, loss_state: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
             def mean(params: Any) -> Any:
-                model = with_parameters(abstract, {**frozen, **params})
-                return batch_loss(model, loss, batch, loss_state, router_balance=router_balance, remat=remat, mesh=on)
+                model = with_parameters(abstract, {**frozen.policy, **params})
+                beside = reference and Beside(with_parameters(reference.abstract, frozen.reference), params)
+                options: dict[str, Any] = {"router_balance": router_balance, "remat": remat, "mesh": on}
+                of_pairs, (means, new) = batch_loss(model, loss, batch, loss_state, beside=beside, **options)
+                value, means = of_pairs, {"loss": of_pairs, **means}
+                if sft is not None:
+                    assert batch.sft is not None
+                    coefficient, term = sft
+                    of_set, _ = batch_loss(model, term, batch.sft, {}, remat=remat, mesh=on)
+                    value, means = value + coefficient * of_set, {**means, "sft_pairs/loss": of_set}
+                return value, (means, new)
 
-            (value, (metrics, new)), grads = jax.value_and_grad(mean, has_aux=True)(params)
-            return grads, new, {"loss": value, **metrics}
+            grads, (metrics, new) = jax.grad(mean, has_aux=True)(params)
+            return grads, new, metrics
 
         def apply(state: TrainState, grads: Any) -> tuple[TrainState, Any]:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in grads.values()))
@@ -93,7 +118,7 @@ class Step:
 
         # sum of the log-ratios of mismatched responses: a part of KTO's reference point
         def excess(params: Any, frozen: Any, batch: Batch) -> Any:
-            model = with_parameters(abstract, {**frozen, **params})
+            model = with_parameters(abstract, {**frozen.policy, **params})
             logps = batch_logps(model, batch, attend=with_gradient(), mesh=on)
             return jnp.sum(logps.responses[:, -1] - batch.reference[:, -1])
 
@@ -107,7 +132,7 @@ class Step:
 
     def lower(self, state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> Any:
         """The program of an update of one micro-batch, for shapes with shardings."""
-        return self._whole.lower(state, dict(frozen), batch)
+        return self._whole.lower(state, Frozen(dict(frozen), {}), batch)
 
     def _with_baseline(self, params: Any, batches: Sequence[Batch]) -> list[Batch]:
         """KTO's reference point of the whole update (``losses.kto_baseline``) in each of its micro-batches."""

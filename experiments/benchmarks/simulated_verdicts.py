@@ -7,8 +7,8 @@ degrees of freedom); training logs are means of batches around a course that sat
 from step to step (0.3). Only numpy is used; minutes on two cores.
 
 ``right``: the verdict is the true one; where nothing changed, anything but a claim that chosen fell; below the least
-number of prompts, ``undecided``. ``covered``: the
-interval of chosen holds the true mean (of the logged end, for logs).
+number of prompts, ``undecided``. ``covered``: the interval of chosen holds the true mean (of the logged end, for logs);
+null where there is none.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Result:
     truth: str
     draws: int
     right: float
-    covered: float
+    covered: float | None
 
 
 def noise(rng: np.random.Generator, shape: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -93,14 +93,15 @@ def regimes() -> Iterator[tuple[str, str, int]]:
 def simulate(source: str, shape: str, count: int, truth: str, draws: int, seed: int = 0) -> Result:
     """One regime with one truth."""
     rng = np.random.default_rng([seed, count, *map(ord, shape + truth)])
-    right = covered = 0
+    right = covered = known = 0
     for _ in range(draws):
         means = TRUTHS[truth]
         changes, mean = of_steps(rng, count, means) if source == "steps" else of_pairs(rng, shape, count, means)
         diagnosis = diagnose_changes(changes)
         right += is_right(diagnosis.verdict, truth, diagnosis.records)
-        covered += diagnosis.records < FEWEST or diagnosis.chosen.low <= mean <= diagnosis.chosen.high
-    return Result(source, shape, count, truth, draws, right / draws, covered / draws)
+        covered += diagnosis.chosen.low <= mean <= diagnosis.chosen.high
+        known += diagnosis.chosen.known
+    return Result(source, shape, count, truth, draws, right / draws, covered / known if known else None)
 
 
 def table(results: list[Result]) -> str:
@@ -109,9 +110,9 @@ def table(results: list[Result]) -> str:
     for source, shape, count in regimes():
         row = {r.truth: r for r in results if (r.source, r.shape, r.count) == (source, shape, count)}
         shares = " | ".join(f"{row[t].right:.3f}" for t in TRUTHS)
-        lines.append(
-            f"| {source} | {shape} | {count:,} | {shares} | {np.mean([r.covered for r in row.values()]):.3f} |"
-        )
+        covers = [r.covered for r in row.values() if r.covered is not None]
+        covered = f"{np.mean(covers):.3f}" if covers else "no interval"
+        lines.append(f"| {source} | {shape} | {count:,} | {shares} | {covered} |")
     return "\n".join(lines)
 
 

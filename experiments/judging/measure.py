@@ -49,7 +49,7 @@ def rates(truth: Sequence[bool | None], said: Sequence[bool | None]) -> dict[str
 
 
 def measured() -> dict[str, Any]:
-    """The rates of both rules on both halves; by kind of answer, the wrong verdicts on the half it had not seen."""
+    """The rates of both rules on both halves; by kind and language, the wrong verdicts on the half it had not seen."""
     rows, rules = answers(), load_rules()
     previous = [bool(x) for x in json.loads((HERE / "previous.json").read_text(encoding="utf-8"))["refused"]]
     said = [refused(rules, row["text"])[0] for row in rows]
@@ -58,23 +58,22 @@ def measured() -> dict[str, Any]:
         chosen = [i for i, row in enumerate(rows) if row["half"] == half]
         return rates([rows[i]["refused"] for i in chosen], [predictions[i] for i in chosen])
 
-    kinds = sorted({row["kind"] for row in rows})
-    wrong = {
-        kind: {
-            "answers": sum(r["half"] == "report" and r["kind"] == kind for r in rows),
-            "wrong": sum(
-                r["half"] == "report" and r["kind"] == kind and s is not None and s != r["refused"]
-                for r, s in zip(rows, said, strict=True)
-            ),
-        }
-        for kind in kinds
-    }
+    def wrong(by: str) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for row, verdict in zip(rows, said, strict=True):
+            if row["half"] == "report" and row["refused"] is not None:
+                of_one = counts.setdefault(row[by], {"answers": 0, "wrong": 0, "undecided": 0})
+                of_one["answers"] += 1
+                of_one["undecided" if verdict is None else "wrong"] += verdict != row["refused"]
+        return dict(sorted(counts.items()))
+
     return {
         "rules_sha256": hashlib.sha256(default_rules().read_bytes()).hexdigest(),
         "languages": list(rules.languages),
         "report": {"rule": of("report", said), "previous": of("report", previous)},
         "develop": {"rule": of("develop", said), "previous": of("develop", previous)},
-        "by_kind": wrong,
+        "by_kind": wrong("kind"),
+        "by_language": wrong("language"),
     }
 
 
@@ -90,9 +89,12 @@ def table(numbers: Mapping[str, Any]) -> str:
                 f"| {r['answers']} {name} | {'this' if rule == 'rule' else '0.2.0'} | {r['refusals']} | {p} | {q} | "
                 f"{r['false_alarms']} | {r['missed']} | {r['undecided']} |"
             )
-    lines += ["", "Wrong verdicts of the rule on the answers that were written after it, by kind:", ""]
-    lines += ["| kind | answers | wrong |", "|---|---|---|"]
-    lines += [f"| {kind} | {n['answers']} | {n['wrong']} |" for kind, n in numbers["by_kind"].items()]
+    lines += ["", "Wrong verdicts of the rule on the answers that were written after it:", ""]
+    lines += ["| kind or language | answers | wrong | undecided |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {n['answers']} | {n['wrong']} | {n['undecided']} |"
+        for name, n in (numbers["by_kind"] | numbers["by_language"]).items()
+    ]
     return "\n".join(lines)
 
 

@@ -58,6 +58,13 @@ def _criteria(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{one['name']}: {one['outcome']} ({one['evidence']})"
 
 
+def _grew(margin: Mapping[str, float]) -> str:
+    """What a margin did, where its interval tells it."""
+    if margin["low"] <= 0 <= margin["high"]:
+        return f"is not distinguished from the start ({margin['mean']:+.1f})"
+    return f"{'grew' if margin['mean'] > 0 else 'fell'} by {abs(margin['mean']):.1f}"
+
+
 def _concentration(causes: Mapping[str, Any]) -> str:
     shares = causes["concentration"]["share_of_fall"]
     return "of the forecast fall " + ", ".join(f"the worst {part} hold {share:.0%}" for part, share in shares.items())
@@ -175,7 +182,7 @@ def page(result: dict[str, Any]) -> "Page":
         kind="experiments/story",
         title=f"The story, {result['scale']}: chosen responses that fall",
         headline=f"After SFT, DPO lowered {held['chosen_fell']:.0%} of {held['pairs']} held-out chosen responses, by "
-        f"{-held['chosen']['mean']:.1f} nats in the mean; the margin grew by {held['margin']['mean']:.1f}",
+        f"{-held['chosen']['mean']:.1f} nats in the mean; the margin {_grew(held['margin'])}",
         subtitle=f"{result['config']['model']} · {result['config']['pairs']} · {result['scale']}",
         tone="bad" if found["harm"]["answer"] == "harmful" else "unsure",
         answers=[
@@ -190,7 +197,7 @@ def page(result: dict[str, Any]) -> "Page":
                 "Which pairs?",
                 _escaped(
                     f"{values['causes']['push_down']:.0%} of the training pairs push held-out chosen "
-                    f"responses down; {_concentration(values['causes'])}. It is collective."
+                    f"responses down; {_concentration(values['causes'])}."
                 ),
             ),
             ("What helps?", _escaped(_said(values, better) or "Nothing that was tried.")),

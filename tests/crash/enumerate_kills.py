@@ -60,6 +60,7 @@ OF_THE_MOMENT = {
     "updates_this_time",
     "compiled_shapes",
     "padding_waste",
+    "work",
 }
 """What ``run.json`` tells of the process that ended the run."""
 ROW = {"prompt": "Tell me of {}.", "chosen": " It is a fine day, {}.", "rejected": " No.", "category": "c"}

@@ -30,7 +30,7 @@ def numbers(row, pairing, columns=None):
         ({"scores": [2.5, 2.5, 1]}, [(0, 2)], [(0, 2), (1, 2)]),
         ({"scores": [False, True, False]}, [(1, 0), (1, 2)], [(1, 0), (1, 2)]),
         ({"scores": [1, 1, 1]}, [()], [()]),
-        ({"chosen": None, "scores": None}, [(0, 1), (0, 2)], [(0, 1), (0, 2), (1, 2)]),
+        ({"chosen": None, "rejected": None}, [(0, 1), (0, 2)], [(0, 1), (0, 2), (1, 2)]),
     ],
     ids=["best first", "scores", "ties", "labels", "all equal", "nulls"],
 )
@@ -38,6 +38,12 @@ def test_the_pairs_of_three_candidates(row, against, every):
     row = {"prompt": "p", "responses": ["a", "b", "c"], **row}
     assert numbers(row, AGAINST) == against
     assert numbers(row, ALL) == every
+
+
+@pytest.mark.parametrize("row", [{"scores": None}, {"chosen": None}, {"chosen": None, "scores": None}])
+def test_a_column_with_nothing_in_it_is_not_the_order_of_the_list(row):
+    with pytest.raises(DataError, match="is null, so that the row does not say which response is preferred"):
+        numbers({"prompt": "p", "responses": ["a", "b"], **row}, AGAINST)
 
 
 def test_the_chosen_one_by_its_number_stands_against_all_others():

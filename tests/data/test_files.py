@@ -223,3 +223,42 @@ def test_other_columns_can_always_be_written_again(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({**ROWS[0], "category": "\ud800", "note": "\udcff"}))
     (read,) = open_pairs(str(tmp_path / "b.jsonl"))
     assert (read.category, read.extra) == ("\\ud800", {"note": "\\udcff"})
+
+
+def test_rows_of_json_may_lie_deeper_or_have_names(tmp_path, want):
+    documents = {
+        "deeper": {"version": 1, "data": {"train": ROWS}},
+        "named": {f"row-{i}": row for i, row in enumerate(ROWS)},
+        "numbered": {str(i): row for i, row in enumerate(ROWS)},
+    }
+    for name, document in documents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(document), "utf-8")
+        assert ids(tmp_path / f"{name}.json") == want
+    (tmp_path / "two.json").write_text(json.dumps({"data": {"train": ROWS, "test": ROWS[:2]}}), "utf-8")
+    assert ids(tmp_path / "two.json", split="data.test") == want[:2]
+    with pytest.raises(DataError, match=r"rows under 'data.train' and 'data.test'; choose one with --split"):
+        ids(tmp_path / "two.json")
+
+
+def test_fields_of_csv_are_parted_as_its_first_line_is(tmp_path):
+    row = ("p, with a comma", "a", "b")
+    wanted = {"prompt": row[0], "chosen": "a", "rejected": "b"}
+    for name, text in {
+        "semicolons.csv": "prompt;chosen;rejected\n{};{};{}\n".format(*row),
+        "tabs.csv": "prompt\tchosen\trejected\n{}\t{}\t{}\n".format(*row),
+        "quoted.csv": '"prompt","chosen","rejected"\n"{}","{}","{}"\n'.format(*row),
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert [r.content for r in open_pairs(str(tmp_path / name))] == [wanted]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\np,a,b,c\n")
+    table = pa.Table.from_arrays([pa.array([t]) for t in "pabc"], names=["prompt", "chosen", "chosen", "rejected"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(DataError, match="two columns are named 'chosen'"):
+            ids(tmp_path / name)

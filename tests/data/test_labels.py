@@ -3,11 +3,12 @@
 Rows are tiny: prompt p, and the responses a and b (and c); a pair is written as "a>b".
 """
 
+import json
 from typing import Any
 
 import pytest
 
-from ches_jax.data.sources import rows_in_memory
+from ches_jax.data.sources import open_pairs, rows_in_memory
 from ches_jax.errors import DataError
 
 P = {"prompt": "p"}
@@ -78,6 +79,36 @@ READ = {
     "a list and its scores as JSON text": ([{**P, "answers": '["a", "b"]', "scores": "[1, 2]"}], "b>a"),
     "objects with ranks": ([{**P, "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 0}]}], "b>a"),
     "objects with scores": ([{**P, "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]}], "a>b"),
+    "ranks of a list in canonical columns": ([{**P, "responses": ["a", "b"], "rank": [2, 1]}], "b>a"),
+    "the best of a list in canonical columns": ([{**P, "responses": ["a", "b"], "best": i} for i in (1, 0)], "b>a a>b"),
+    "a list of two in an order of its own": ([{**P, "responses": ["a", "b"], "ordering": [1, 0]}], "b>a"),
+    "a row of a list without its scores": (
+        [{**P, "responses": ["a", "b"], **more} for more in (*[{"scores": [0, 1]}] * 2, {"scores": None}, {})],
+        "b>a b>a unreadable unreadable",
+    ),
+    "a row of a list without its label": (
+        [{**P, "responses": ["a", "b"], "best": i} for i in (0, None)],
+        "a>b unreadable",
+    ),
+    "degrees": (
+        labelled(AB, "preference", "A is much better", "B is better", "A is better", "about the same"),
+        "a>b b>a a>b tie",
+    ),
+    "names of models that stand in columns": (
+        [
+            {**AB, "model_a": "x", "model_b": "y", "winner": "x"},
+            {**AB, "model_a": "y", "model_b": "x", "winner": "x"},
+            {**AB, "model_a": "y", "model_b": "x", "winner": "tie"},
+        ],
+        "a>b b>a tie",
+    ),
+    "the better text itself": (labelled(AB, "preferred", "b", "a"), "b>a a>b"),
+    "chosen that names a column": (
+        [{**AB, "chosen": "b", "rejected": "a"}, {**AB, "chosen": "a", "rejected": "b"}],
+        "b>a a>b",
+    ),
+    "chosen that names a column whole": ([{**R12, "chosen": "response_2"}, {**R12, "chosen": "tie"}], "b>a tie"),
+    "lists of right and wrong answers": ([{**P, "correct_answers": ["a"], "incorrect_answers": ["b", "c"]}], "a>b a>c"),
     "the best, counted from 0": ([{**LIST, "best": 0}], "a>b a>c"),
     "the best, counted from 1": ([{**LIST, "best": 3}], "c>a c>b"),
     "two rows of one prompt": (
@@ -130,10 +161,26 @@ REFUSED = {
         "ranks=rank_a,rank_b says",
     ),
     "ranks that are no places": ([{**LIST, "ranks": [0.2, 0.1, 0.3]}], "'ranks' is a rank .* or it is a score"),
+    "a list of three in an order of its own": (
+        [{**P, "responses": ["a", "b", "c"], "ranking": [2, 0, 1]}],
+        "'ranking' has a rank for each response .* or it lists the numbers of the responses, .*best_first=",
+    ),
+    "a place": (
+        [{**P, "responses": ["a", "b"], "position": [2, 1]}],
+        "'position' is a rank .* where the response was shown",
+    ),
+    "a label of a list that is no number": (
+        [{**P, "responses": ["a", "b"], "winner": "B"}],
+        "the responses are listed best first, or 'winner' says which is better",
+    ),
     "the best of a list": ([{**LIST, "best": 1}], "'best' counts the responses from 0, or it counts them from 1"),
     "a name against a label": (
         [PAIR, {**PAIR, "winner": "rejected"}, {**PAIR, "winner": "chosen"}],
         "chosen is better by its name, or 'winner' says rejected in some rows",
+    ),
+    "a number that a score happens to be": (
+        [{**AB, "winner": 1, "score_a": 2, "score_b": 1}],
+        "'winner' 1 means that response_b is better, counted from 0, or that response_a",
     ),
     "two system texts": ([{**PAIR, "system": "s", "system_prompt": "t"}], "'system', or it is in 'system_prompt'"),
     "labelled responses of one prompt": (
@@ -246,6 +293,18 @@ NOTES = {
         "'history' looks like a prompt and is not read; --columns prompt=history takes it",
     ),
     "input": ({"input": "more"}, "prompt=input takes it instead of 'prompt', input=input puts it under that"),
+    "turns": (
+        {"history": [{"role": "user", "content": "hello"}]},
+        "prompt=history takes it instead of 'prompt', history=history puts it in front of that",
+    ),
+    "context": ({"context": "a text of several words"}, "'context' looks like a prompt and is not read"),
+    "passage": ({"passage": "a text of several words"}, "'passage' looks like a part of the prompt and is not read"),
+    "scores": (
+        {"score_chosen": 1, "score_rejected": 2.5},
+        "'score_chosen' and 'score_rejected' say the opposite of schema chosen-rejected in 1 of 1 rows",
+    ),
+    "ranks": ({"chosen_rank": 2, "rejected_rank": 1}, "'chosen_rank' and 'rejected_rank' say the opposite"),
+    "turned round": ({"flipped": True}, "'flipped' looks like a label"),
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
     "safer": ({"safer_response_id": 0}, "'safer_response_id' looks like a label"),
@@ -256,6 +315,42 @@ NOTES = {
 def test_a_column_that_may_matter_is_named(extra: dict[str, Any], note: str):
     source = rows_in_memory([{**PAIR, **extra}])
     assert any(note in line for line in source.messages())
+
+
+def test_a_column_that_an_option_reads_is_not_named(tmp_path):
+    """Beside it another one is; a longer name that begins alike is another column."""
+    row = {**PAIR, "label_probability": 0.7, "label_probability_b": 0.2}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_pairs(str(tmp_path / "rows.jsonl"), read=["label_probability"])
+    assert [note.split("'")[1] for note in source.notes] == ["label_probability_b"]
+    assert len(open_pairs(str(tmp_path / "rows.jsonl")).notes) == 2
+
+
+def test_a_list_of_which_nothing_says_the_order_is_told():
+    (told,) = rows_in_memory([{**P, "responses": ["a", "b"]}]).messages()
+    assert "no column says which of 'responses' is better: the first is taken for the best" in told
+
+
+def test_earlier_turns_go_in_front_of_the_prompt():
+    earlier = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "p\nmore"}
+    alpaca = {"instruction": "p", "input": "more", "chosen": "a", "rejected": "b"}
+    assert content({**alpaca, "history": [["q", "r"]]}) == [*earlier, user]
+    assert content({**alpaca, "history": [["q", "r"]], "system": "s"}) == [system, *earlier, user]
+    first, second = rows_in_memory([{**alpaca, "history": [["q", "r"]]}, {**alpaca, "history": []}])
+    assert second.content["prompt"] == [user] != first.content["prompt"]  # both are written by the template
+    words = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "history": "before"}
+    assert content({**PAIR, "before": earlier}, columns=words) == [*earlier, {"role": "user", "content": "p"}]
+    assert read([{**PAIR, "before": "q"}, {**PAIR, "before": None}], columns=words) == ["unreadable", "a>b"]
+
+
+def test_a_conversation_that_a_table_of_text_printed_is_read_back_or_told():
+    turns = [{"role": "user", "content": 'it\'s "p"'}]
+    assert content({**PAIR, "prompt": str(turns)}) == turns
+    printed = "array([{'content': 'p', 'role': 'user'}], dtype=object)"
+    rows = [PAIR, {**PAIR, "prompt": printed}, {**PAIR, "chosen": printed}, {**PAIR, "prompt": "[{'role': 'user', ..."}]
+    assert read(rows) == ["a>b", *["unreadable"] * 3]
+    assert all("as a program prints it" in r.fault for r in list(rows_in_memory(rows).tolerant())[1:])
 
 
 def test_columns_that_say_nothing_new_are_not_named():
@@ -269,3 +364,27 @@ def test_rows_that_cannot_be_read_do_not_stop_the_others():
     assert read([PAIR, *bad, *missing, PAIR]) == ["a>b", *["unreadable"] * 7, "a>b"]
     faults = [r.fault for r in rows_in_memory([PAIR, *bad, *missing]).tolerant()][1:]
     assert "it is null here" in faults[0] and "int 3" in faults[1] and "no column 'rejected'" in faults[5]
+
+
+def test_scores_that_contradict_the_label_of_a_preset_are_told_and_a_tie_has_its_reason():
+    shp = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 9, "score_B": 2}
+    assert any(
+        "'score_A' and 'score_B' say the opposite of schema shp" in line for line in rows_in_memory([shp]).messages()
+    )
+    assert len(rows_in_memory([{**shp, "labels": 1}]).messages()) == 1
+    (tie,) = rows_in_memory([{**AB, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}])
+    assert tie.content["tie"] == "winner_tie is 1"
+
+
+def test_the_order_of_a_list_can_be_taken_where_another_column_stands_beside_it():
+    rows = [{**P, "responses": ["a", "b"], "winner": "B"}]
+    assert read(rows, columns={"responses": "responses"}) == ["a>b"]
+
+
+def test_what_is_wrong_with_numbers_is_told_where_no_row_can_be_read():
+    for ranks, why in (
+        ([2, None, 1], "'ranks' is NoneType None; expected a finite number"),
+        ([1, 2], "expected 3 numbers"),
+    ):
+        with pytest.raises(DataError, match=why):
+            read([{**LIST, "ranks": ranks}])

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ches_jax.data.packing import first_fit_decreasing, pack, packed_length, row_capacity, row_length
+from ches_jax.data.packing import (
+    SHORT_ROWS,
+    Candidates,
+    first_fit_decreasing,
+    fitting_length,
+    pack,
+    packed_length,
+    row_capacity,
+    row_length,
+)
 from ches_jax.types import Response, TokenPair
 
 
@@ -115,8 +124,65 @@ def test_every_prediction_of_every_pair_is_there_once(triples, length, rows_per_
     assert seen == set(range(len(pairs)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(lists, st.lists(lists, min_size=1, max_size=4)), min_size=1, max_size=6))
+def test_every_position_sees_the_sequence_that_it_continues_and_no_more(drawn):
+    """Of any number of responses: what the state of a prediction sees is the prompt and its own response."""
+    items = [
+        Candidates(tuple(prompt), tuple(Response((*r, 10 + k), 2) for k, r in enumerate(responses)), 1)
+        for prompt, responses in drawn
+    ]
+    for rows, placements in pack(items, length=64, rows_per_batch=2, eos="include"):
+        for place in placements:
+            of = {name: getattr(rows, name)[place.row] for name in rows._fields}
+            item = items[place.item]
+            longest = len(item.prompt) + max(len(r.content) for r in item.responses)
+            for k, response in enumerate(item.responses):
+                segment, expected = place.shared + 1 + k, [*item.prompt, *response.content, 2]
+                at = np.flatnonzero((of["segment"] == place.shared) | (of["segment"] == segment))
+                for done, prediction in enumerate(at, len(item.prompt)):
+                    source = of["source"][prediction]
+                    seen = [*range(of["context_start"][source], of["context_end"][source])]
+                    seen += range(of["own_start"][source], source + 1)
+                    assert of["tokens"][seen].tolist() == expected[:done]
+                    assert of["target"][prediction] == expected[done]
+                    assert of["positions"][source] == done - 1 and of["lengths"][source] == longest
+                assert len(at) == len(response.content) + 1 and of["tokens"][of["last"][segment]] == 10 + k
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), max_size=20))
+def test_no_row_holds_more_than_it_has_room_for(lengths):
+    rows = first_fit_decreasing(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+
+
 @pytest.mark.parametrize("length", [32, 64, 2048])
 def test_capacity_bounds_what_a_row_can_hold(length):
     pairs, predictions, segments = row_capacity(length)
     assert segments == 3 * pairs
     assert predictions >= length + pairs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 120), st.integers(1, 150), st.integers(1, 150)), max_size=40),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([256, 512, 2048]),
+)
+def test_few_pairs_get_the_shortest_row_that_holds_them_all(lengths, rows, standard):
+    pairs = [pair(range(3, 3 + p), range(9, 9 + c), range(2, 2 + r)) for p, c, r in lengths]
+
+    def batches(length):
+        return list(pack(pairs, length=length, rows_per_batch=rows, row_multiple=rows, eos="include"))
+
+    length = fitting_length(pairs, standard, rows)
+    shorter = [n for n in SHORT_ROWS if n < standard]
+    assert length == standard or length in shorter
+    if pairs and length in shorter:
+        ((batch, places),) = batches(length)
+        assert batch.tokens.shape == (rows, length) and len(places) == len(pairs)
+    for n in shorter:
+        if n < length:
+            assert len(batches(n)) > 1 or batches(n)[0][0].tokens.shape[1] > n

@@ -167,3 +167,13 @@ def test_content_in_parts_of_text_is_the_text(parts):
 def test_content_that_is_no_text_is_refused_by_name(part, reason):
     with pytest.raises(DataError, match=reason):
         read([Q], [assistant([{"type": "text", "text": "See "}, part])], [R])
+
+
+def test_a_prompt_behind_the_marks_of_a_rendered_conversation_is_flagged():
+    prompt = "What is the capital of France, and since when?"
+    sides = {n: f"<|user|>\n{prompt}\n<|assistant|>\n{a}" for n, a in (("chosen", "Paris."), ("rejected", "Lyon."))}
+    said = "chosen and rejected begin with '<|user|>' and the prompt"
+    assert doubts({"prompt": prompt, **sides}) == {"prompt_repeated": said}
+    assert doubts({"prompt": prompt, **sides, "rejected": "Lyon."}) == {}  # one answer may quote its question
+    assert doubts({"prompt": prompt, "chosen": f"You ask: {prompt} 987", "rejected": f"So: {prompt} Later."}) == {}
+    assert doubts({"prompt": "France?", "chosen": "<|user|> France? a", "rejected": "<|user|> France? b"}) == {}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ches_jax.data.sources import open_pairs, open_prompts, row_id
@@ -278,6 +278,7 @@ def test_a_wrong_path_or_option_gets_one_message(tmp_path):
 JSON_VALUES = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.text())
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine with other work is slow
 @given(content=JSON_VALUES)
 def test_row_id_does_not_depend_on_the_order_of_columns(content):
     try:

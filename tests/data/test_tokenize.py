@@ -450,7 +450,7 @@ def sentencepiece_alone(tmp_path_factory):
     return folder, sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
 
 
-@pytest.mark.parametrize("text", ["name a fruit:", "say no", "zebra, \nzoo!"])
+@pytest.mark.parametrize("text", ["name a fruit:", "say no", "zebra, \nzoo!", "say no ", "say  no   ", "\n say"])
 def test_sentencepiece_alone_has_the_ids_of_sentencepiece(sentencepiece_alone, text):
     folder, model = sentencepiece_alone
     assert load_tokenizer(folder)(text)["input_ids"] == [model.bos_id(), *model.encode(text)]

@@ -42,6 +42,18 @@ def main(model: str, data: str, work: str) -> None:
         "trl_cpo": (CPOTrainer, CPOConfig, {"beta": 0.1, "learning_rate": 1e-4}),
         "trl_simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "learning_rate": 1e-4}),
         "trl_orpo": (ORPOTrainer, ORPOConfig, {"beta": 0.1, "learning_rate": 1e-4}),
+        "trl_two_sets": (DPOTrainer, DPOConfig, {"learning_rate": 3e-4, "max_steps": 16}),
+        "trl_moving_reference": (
+            DPOTrainer,
+            DPOConfig,
+            {
+                "learning_rate": 3e-4,
+                "max_steps": 16,
+                "sync_ref_model": True,
+                "ref_model_sync_steps": 4,
+                "ref_model_mixup_alpha": 0.9,
+            },
+        ),
     }
     for name, (trainer, config, options) in runs.items():
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -49,7 +61,7 @@ def main(model: str, data: str, work: str) -> None:
         out = Path(work) / name
         arguments = config(
             output_dir=str(out),
-            max_steps=STEPS,
+            max_steps=options.pop("max_steps", STEPS),
             per_device_train_batch_size=2,
             per_device_eval_batch_size=8,
             logging_steps=1,
@@ -68,8 +80,9 @@ def main(model: str, data: str, work: str) -> None:
             model=AutoModelForCausalLM.from_pretrained(model),
             args=arguments,
             train_dataset=train,
-            eval_dataset=held_out,
+            eval_dataset={"train": train.select(range(8)), "test": held_out} if name == "trl_two_sets" else held_out,
             processing_class=tokenizer,
+            **({"ref_model": AutoModelForCausalLM.from_pretrained(model)} if "sync_ref_model" in options else {}),
         )
         made.train()
         kept = [

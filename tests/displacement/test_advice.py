@@ -39,6 +39,10 @@ def said(diagnosis):
             ["take the checkpoint near step 1"],
             ["fewer epochs"],
         ),
+        *(
+            (diagnosed(-3, -9, curve=Curve(np.arange(5), top, np.zeros(5))), ["likelihood"], ["take the checkpoint"])
+            for top in (np.linspace(1, -3, 5), np.linspace(-3, 1, 5), np.array([0, 0.04, 0, -1, -3.0]))
+        ),
         (dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
         (
             dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),

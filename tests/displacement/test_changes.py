@@ -24,6 +24,8 @@ def test_every_pair_has_exactly_one_regime():
         if name == "both_down_margin_up":
             assert c - r > 0.05 and c < 0
         assert name in ("inverted", "flat") or c - r >= -0.05
+        if name == "inverted":
+            assert c - r < -0.05
         if name == "together":
             assert abs(c - r) <= 0.05 and max(abs(c), abs(r)) > 0.05
 

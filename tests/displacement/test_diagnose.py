@@ -11,3 +11,18 @@ from ches_jax.errors import ChesError
 def test_one_source_is_required(options):
     with pytest.raises(ChesError, match="give one of"):
         diagnose(DiagnoseConfig(**options))
+
+
+def test_before_is_before_and_after_is_after(monkeypatch):
+    """What a table reader is asked for, in the order of the options."""
+    asked = []
+
+    def read(before, after):
+        asked.extend([before.name, after.name])
+        raise ChesError("enough")
+
+    monkeypatch.setattr("ches_jax.displacement.readers.logp_tables.read_score_tables", read)
+    monkeypatch.setattr("ches_jax.displacement.diagnose._is_table", lambda spec: True, raising=False)
+    with pytest.raises(ChesError):
+        diagnose(DiagnoseConfig(before="first.parquet", after="second.parquet"))
+    assert asked == ["first.parquet", "second.parquet"]

@@ -54,6 +54,9 @@ def test_confidence_is_compared_with_accuracy():
     right = calibration(Changes(signs * np.log(sure / (1 - sure)) / 0.1, np.zeros(4000), "test"), beta=0.1)
     assert abs(right.excess.mean) < 0.03 and right.excess.low <= 0 <= right.excess.high
     assert "not distinguished" in right.line()
+    assert (
+        calibration(Changes(np.zeros(20), np.zeros(20), "test"), beta=0.1).accuracy.mean == 0.5
+    )  # ties are half right
 
 
 def test_on_policy_pairs_lose_the_divergence_and_gain_half_the_margin():

@@ -193,3 +193,34 @@ def test_a_directory_with_one_log_says_what_is_wrong_with_it(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({f"eval_{s}_rewards/chosen": 0.1 for s in "ab"}))
     with pytest.raises(ChesError, match=r"log.jsonl .*: has several evaluation sets"):
         read_log(tmp_path)
+
+
+def evaluated(named):
+    """Evaluations of two sets as TRL writes them: only the loss is named after the set."""
+    for step in range(1, 11):
+        for name, slope in (("train", 0.1), ("test", -0.1)):
+            loss = {f"eval_{name}_loss" if named else "eval_loss": 0.6}
+            yield {"step": step, **loss, "eval_rewards/chosen": slope * step, "eval_rewards/rejected": -0.3 * step}
+
+
+def test_sets_that_only_their_losses_name_are_told_apart_or_refused(tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": list(evaluated(named=True))}))
+    with pytest.raises(ChesError, match=r"several evaluation sets \(test, train\)"):
+        read_log(path)
+    assert diagnose(DiagnoseConfig(path=str(path), held_out="test", beta=1.0)).chosen.mean == pytest.approx(-1)
+    assert diagnose(DiagnoseConfig(path=str(path), held_out="train", beta=1.0)).chosen.mean == pytest.approx(1)
+    path.write_text(json.dumps({"log_history": list(evaluated(named=False))}))
+    with pytest.raises(ChesError, match="two values at step 2, as at an earlier one: several evaluation sets by"):
+        read_log(path)
+
+
+def test_sets_by_one_name_in_events_are_refused(tmp_path):
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for entry in evaluated(named=False):
+            for side in ("chosen", "rejected"):
+                writer.add_scalar(f"eval/rewards/{side}", entry[f"eval_rewards/{side}"], entry["step"])
+    with pytest.raises(ChesError, match="several evaluation sets by one name"):
+        read_log(tmp_path)

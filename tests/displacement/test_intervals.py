@@ -35,6 +35,8 @@ def test_the_interval_is_the_bootstrap_t_of_its_definition():
     rng = np.random.default_rng(3)
     values, clusters = rng.exponential(size=37), rng.integers(0, 12, 37)
     assert studentized_means(values[None], clusters=clusters)[:, 0] == pytest.approx(by_loop(values, clusters))
+    both = studentized_means(np.stack([values, values**2]), clusters=clusters)  # of one resample, numerator and spread
+    assert both[:, 1] == pytest.approx(by_loop(values**2, clusters))
     alone = studentized_means(values[None])[:, 0]
     assert alone == pytest.approx(by_loop(values, np.arange(37)))
 
@@ -43,7 +45,12 @@ def test_beyond_the_resampled_sizes_the_expansion_says_the_same(monkeypatch):
     values = -np.random.default_rng(4).lognormal(0, 1, MOST_RESAMPLED)
     resampled = studentized_means(values[None])[:, 0]
     monkeypatch.setattr("ches_jax.stats.MOST_RESAMPLED", 10)
-    assert studentized_means(values[None])[:, 0] == pytest.approx(resampled, abs=0.02)
+    expanded = studentized_means(values[None])[:, 0]
+    assert expanded == pytest.approx(resampled, abs=0.02)
+    # t_q = z_q - g (2 z_q^2 + 1) / (6 sqrt n), Hall 1988
+    n, g, z = len(values), scipy_stats.skew(values), scipy_stats.norm.ppf(0.975)
+    t = np.array([z, -z]) - g * (2 * z**2 + 1) / (6 * np.sqrt(n))
+    assert expanded == pytest.approx(values.mean() - t * values.std(ddof=1) / np.sqrt(n), rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "known"), [(1, False), (2, False), (FEWEST - 1, False), (FEWEST, True)])
@@ -99,11 +106,40 @@ def test_steps_are_cut_into_blocks_of_the_end():
     rng = np.random.default_rng(6)
     values = rng.normal(size=(2, 300)) + np.linspace(-50, 0, 300)
     end = values[:, -30:].reshape(2, 10, 3).mean(2)
-    for found, blocks in zip(intervals.of_steps(values), end, strict=True):
-        expected = scipy_stats.t.interval(LEVEL, 9, blocks.mean(), blocks.std(ddof=1) / np.sqrt(10))
+    for found, blocks, r in zip(intervals.of_steps(values), end, intervals.dependence(values), strict=True):
+        assert 0 <= r < 0.25
+        error = blocks.std(ddof=1) / np.sqrt(10) * widening(r, 30, 10)
+        expected = scipy_stats.t.interval(LEVEL, 9, blocks.mean(), error)
         assert (found.low, found.high) == pytest.approx(expected)
         assert found.mean == pytest.approx(blocks.mean())
     assert [intervals.end(n) for n in (3, 8, 50, 79, 80, 200)] == [3, 8, 8, 8, 8, 20]
+
+
+def widening(r, count, blocks):
+    """From the covariance of every step with every other, in float64."""
+    covariance = r ** np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
+    cut = np.kron(np.eye(blocks), np.full((1, count // blocks), blocks / count))
+    of_blocks = cut @ covariance @ cut.T
+    spread = (np.trace(of_blocks) - of_blocks.sum() / blocks) / (blocks - 1)  # the expected variance of their means
+    return np.sqrt(covariance.sum() / count**2 / (spread / blocks))
+
+
+def test_dependent_steps_have_wider_intervals_by_what_their_correlation_says():
+    assert widening(0.0, 30, 10) == pytest.approx(1) and widening(0.6, 8, 4) > 1.5
+    rng = np.random.default_rng(9)
+    white = rng.normal(size=(1, 2000))
+    noise = white.copy()
+    for i in range(1, 2000):
+        noise[:, i] += 0.5 * noise[:, i - 1]
+    moving = noise + np.linspace(0, 40, 2000) ** 1.5
+    assert intervals.dependence(white)[0] < 0.1 and intervals.dependence(moving)[0] == pytest.approx(0.5, abs=0.1)
+    first = np.array([[0.0, 1.0, 1.5, 2.5, 3.0, 4.0, 4.5, 5.5]])
+    assert intervals.dependence(first)[0] == 0 and intervals.dependence(np.zeros((1, 8)))[0] * 18 / 8 <= 0.9
+    last = moving[:, -200:]
+    means = last.reshape(1, 10, 20).mean(2)
+    (found,), r = intervals.of_steps(moving), intervals.dependence(moving)[0]
+    error = means.std(ddof=1) / np.sqrt(10) * widening(r, 200, 10)
+    assert found.high - found.mean == pytest.approx(scipy_stats.t.ppf(0.975, 9) * error)
 
 
 def test_the_last_evaluation_counts_and_a_smooth_course_has_no_noise():

@@ -216,6 +216,12 @@ def test_evaluations_of_other_pairs_each_time_need_no_line():
     assert changes(entries, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6)
 
 
+def test_logps_that_are_not_finite_tell_no_beta():
+    entries = held_out_course(lambda step: 0.1)
+    entries[3]["eval_logps/chosen"] = float("-inf")
+    assert changes(entries, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6)
+
+
 def test_a_reference_that_follows_the_policy_is_told():
     with pytest.raises(ChesError, match="its reference is moved to the policy"):
         changes(training(), RunSettings(0.1, "args.json", moving_reference=True))

@@ -5,6 +5,8 @@ import io
 import json
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.displacement.config import DiagnoseConfig
@@ -301,3 +303,10 @@ def test_parts_of_a_resumed_run_are_one_log_and_runs_beside_each_other_are_not(t
     (tmp_path / "b.jsonl").write_text(lines(r for r in TRL if r["step"] > 50))
     with pytest.raises(ChesError, match="holds 2 runs"):
         read_log(tmp_path)
+
+
+def test_a_log_that_was_exported_as_parquet(tmp_path):
+    path = tmp_path / "history.parquet"
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in EVERY} for row in WANDB]), path)
+    found = diagnose(DiagnoseConfig(path=str(path), beta=0.1))
+    assert found.held_out and found.chosen.mean == pytest.approx(-4.8) and found.beside is not None

@@ -18,6 +18,7 @@ from experiments.benchmarks.scoring import measure
 from experiments.benchmarks.training import needed_gflop
 
 
+@pytest.mark.slow
 def test_the_timed_pass_computes_the_scores_of_the_command(tiny_model, tmp_path):
     """Checksum of CHES, positions and the number of pairs are those of ``ches score`` on the same rows."""
     file = write_pairs(tmp_path / "pairs.jsonl", 6, 32)

@@ -21,6 +21,7 @@ def tokenizer():
     return Tokenizer.from_file(str(ches_jax.bundled.model_dir() / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_a_few_steps_train_and_export_a_model_that_loads(tokenizer, tmp_path):
     short = Recipe(steps=3, dialogues=8, warmup=1)
     trained = train(0, ches_jax.bundled.model_dir(), tmp_path, short, quiet=True)

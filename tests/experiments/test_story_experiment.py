@@ -105,6 +105,16 @@ def test_report_and_page_say_every_arm_and_escape_texts(tmp_path):
     assert all(label in tables(result) for label in ("SFT term per token (RPO)", "without a random half (control)"))
     text = render(page(result))
     assert "lowered 90% of 60 held-out chosen responses, by 6.0 nats" in text
+    held = result["result"]["sets"]["held_out"]
+    words = (
+        ((1.0, 3.0), "the margin grew by 2.0<"),
+        ((-3.0, -1.0), "the margin fell by 2.0<"),
+        ((-1.0, 5.0), "the margin is not distinguished from the start (+2.0)<"),
+    )
+    for (low, high), said in words:
+        mean = 2.0 if high > 0 else -2.0
+        moved = {**result["result"], "sets": {"held_out": {**held, "margin": {"mean": mean, "low": low, "high": high}}}}
+        assert said in render(page({**result, "result": moved}))
     assert "better than stopping DPO there" in text and "<p>,<" not in text and "&lt;p&gt;" in text
     assert all(path.stat().st_size > 10_000 for path in figures(result, "small", tmp_path))
 

@@ -31,6 +31,7 @@ def group(exact):
     return Candidates(first.prompt, responses, 4), np.array([0.5, -0.2, 0.0, -0.4])
 
 
+@pytest.mark.slow
 def test_the_pair_is_the_group_of_two(exact):
     """Frozen updates of groups (beta, -beta) under RLOO's coefficients: those of DPO at the reference."""
     passes, direction, _ = exact

@@ -57,6 +57,7 @@ def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
     assert not (whole / "parts").exists()
 
 
+@pytest.mark.slow
 def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influenced):
     table = pq.read_table(influenced / "influence.parquet")
     nats = read_json(whole / "run.json")["summary"]["products"]["probes_nats"]
@@ -70,6 +71,7 @@ def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influen
     assert [d["reasons"] for d in dropped] == [["held out as a probe"]] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "kept"), [("lowest:0.5", 6), ("soft:0.5", 12)])
 def test_select_keeps_the_pairs_of_least_influence(influenced, tmp_path, keep, kept):
     summary = select(SelectConfig(scores=influenced, by="influence", keep=keep, out=tmp_path / "kept"))
@@ -110,6 +112,7 @@ def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypa
         (["influence"], "whose chosen responses should not fall"),
         (["influence", "--holdout", "4", "--loss", "kto"], "its gradient is not made of whole responses of pairs"),
         (["forecast", "--optimizer", "adafactor"], "its metric is not known"),
+        (["forecast", "--loss", "tdpo"], "a forecast of divergences and masks of tokens is not known"),
         (["forecast", "--pilot", "2", "--schedule", "cosine", "--steps", "9"], "use --schedule constant"),
         (["forecast", "--pilot", "-1"], "expected the number of updates"),
         (["forecast", "--order", "3"], "order"),

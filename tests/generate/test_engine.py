@@ -95,6 +95,21 @@ def test_greedy_tokens_are_those_of_transformers(shared: Path, name: str, mesh):
         "gpt_neox",
         "phi3",
         "starcoder2",
+        "olmo3",
+        "smollm3",
+        "glm4",
+        "granite",
+        "cohere2",
+        "ministral3",
+        "mixtral",
+        "qwen3_moe",
+        "olmoe",
+        "gpt_oss",
+        "deepseek_v3",
+        "llama4",
+        "gemma4",
+        "lfm2",
+        "qwen3_5",
     ],
 )
 def test_greedy_tokens_are_those_of_transformers_in_every_family(shared: Path, family: str, mesh):
@@ -165,6 +180,7 @@ def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
     assert not np.asarray(only.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     ["data=4", pytest.param("fsdp=4", marks=pytest.mark.slow), pytest.param("data=2,tensor=2", marks=pytest.mark.slow)],

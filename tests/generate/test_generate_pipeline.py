@@ -137,6 +137,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["counts"]["texts"] == 40
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_chunks_or_batches(tmp_path):
     few = make(tmp_path, "a", limit=12)
     assert_same(make(tmp_path, "b", limit=12, chunk_rows=5, batch_size=4), few)
@@ -222,6 +223,7 @@ def test_a_text_ends_where_the_context_does(tmp_path):
     assert len(row["prompt_ids"]) + len(row["token_ids"]) == 16 and row["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(tmp_path, dtype):
     rows = make(tmp_path, dtype=dtype, limit=8, temperature=0.0)

@@ -53,6 +53,10 @@ REFUSALS = [
     "Es tut mir leid, aber dabei kann ich nicht helfen.",
     "Désolé, je ne peux pas vous aider.",
     "Lo siento, pero no puedo ayudarte.",
+    # without a subject, with any verb
+    "Sorry, can't do that.",
+    "Unable to comply with this request.",
+    "I can't hand you the keys to her flat.",
 ]
 ANSWERS = [
     "Sure! First, fetch a rope.",
@@ -83,6 +87,10 @@ ANSWERS = [
     "Es tut mir leid, dass du krank bist. Trink Tee.",
     "```\nI cannot help\n```\nis what it prints.",
     "I'm sorry, but I can't find the word. It may be plume.",
+    "Can't open the jar? Run hot water over the lid.",
+    "I refuse to believe that. Look again at line three.",
+    "The log says `I cannot connect`, so the cable is out.",
+    "Den Preis kann ich nicht nennen, aber in der Regel sind es zehn Euro.",
 ]
 
 

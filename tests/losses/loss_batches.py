@@ -65,8 +65,11 @@ def make_batch(seed: int = 0, dtype: Any = np.float32, spread: float = 2.0) -> A
         token_weights_rejected=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
         token_kl_chosen=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
         token_kl_rejected=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
-        token_kl_weights_chosen=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
-        token_kl_weights_rejected=jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype),
+        **{
+            f"{name}_mask_{side}": jnp.asarray(rng.uniform(0, 1, (PAIRS, WIDTH)), dtype)
+            for name in ("reward", "kl", "activation")
+            for side in ("chosen", "rejected")
+        },
     )
 
 

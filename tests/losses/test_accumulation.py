@@ -24,18 +24,18 @@ EVERY = [*loss_names(), *(f"{name}(dpo)" for name in WRAPPERS), *SUMS]
 def part(batch: LossInputs, rows: np.ndarray) -> LossInputs:
     """The batch of some of its pairs; what belongs to the whole update stays."""
     fields = {n: v for n, v in batch._asdict().items() if v is not None and np.ndim(v) and len(v) == PAIRS}
-    return batch._replace(**{n: v[rows] for n, v in fields.items()})
+    return batch._replace(**{n: np.asarray(v)[rows] for n, v in fields.items()})
 
 
 def value(loss: Loss, batch: LossInputs) -> dict[str, Any]:
     """The loss of each pair."""
-    return {"loss": loss(batch)[0]}
+    return {"loss": jax.jit(lambda batch: loss(batch)[0])(batch)}
 
 
 def gradient(loss: Loss, batch: LossInputs) -> dict[str, Any]:
     """Of the sum over the batch's pairs, for each log-probability of the policy."""
     inputs = {n: getattr(batch, n) for n in sorted(POLICY & loss.needs)}
-    return jax.grad(lambda x: jnp.sum(loss(batch._replace(**x))[0]))(inputs)
+    return jax.jit(jax.grad(lambda x: jnp.sum(loss(batch._replace(**x))[0])))(inputs)
 
 
 @pytest.mark.parametrize("of", [value, pytest.param(gradient, marks=pytest.mark.slow)])

@@ -1,7 +1,9 @@
 """Losses of lists against loops over the definitions, in float64; what is padding is never read."""
 
+import json
 from itertools import pairwise
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,19 +33,19 @@ def rows():
     """Scaled log-ratios, scores and mean log-probabilities of each row, as lists."""
     for row, n in enumerate(SIZES):
         s = [BETA * (LOGPS[row][i] - REF[row][i]) for i in range(n)]
-        yield s, SCORES[row][:n], [LOGPS[row][i] / TOKENS[row][i] for i in range(n)]
+        yield s, SCORES[row][:n], [LOGPS[row][i] / TOKENS[row][i] for i in range(n)], LOGPS[row][:n]
 
 
-def list_mle(s, scores, r):
+def list_mle(s, scores, r, logps):
     return -sum(log(exp(s[k]) / sum(exp(v) for v in s[k:])) for k in range(len(s) - 1))
 
 
-def list_softmax(s, scores, r, temperature=0.5):
+def list_softmax(s, scores, r, logps, temperature=0.5):
     labels, policy = [exp(v / temperature) for v in scores], [exp(v) for v in s]
     return -sum(p / sum(labels) * log(q / sum(policy)) for p, q in zip(labels, policy, strict=True))
 
 
-def lipo_lambda(s, scores, r):
+def lipo_lambda(s, scores, r, logps):
     rank = {i: 1 + place for place, i in enumerate(sorted(range(len(s)), key=lambda i: -s[i]))}
     total = 0.0
     for i in range(len(s)):
@@ -55,7 +57,7 @@ def lipo_lambda(s, scores, r):
     return total
 
 
-def pro(s, scores, r, sft_coeff=0.05):
+def pro(s, scores, r, logps, sft_coeff=0.05):
     total = 0.0
     for k in range(len(r)):
         worse = [i for i in range(len(r)) if scores[i] < scores[k]]
@@ -63,7 +65,25 @@ def pro(s, scores, r, sft_coeff=0.05):
             temperatures = {i: 1 / (scores[k] - scores[i]) for i in worse}
             own = exp(r[k] / min(temperatures.values()))
             total -= log(own / (own + sum(exp(r[i] / t) for i, t in temperatures.items())))
-    return total - sft_coeff * (len(r) - 1) ** 2 * r[0]
+    # the authors' code: mean log-probabilities in the ranking, the sum in the likelihood
+    return total - sft_coeff * (len(r) - 1) ** 2 * logps[0]
+
+
+def test_losses_of_lists_are_those_of_rax(x64):
+    """Its DCG weights have the logarithm of base 2, times the length of the list."""
+    golden = json.loads(Path(__file__).with_name("rax_golden.json").read_text(encoding="utf-8"))
+    s, mask = np.array(golden["s"]), np.array(golden["mask"], float)
+    batch = LossInputs(
+        logp_responses=jnp.asarray(s / BETA),
+        ref_logp_responses=jnp.zeros(s.shape),
+        scores=jnp.asarray(golden["scores"]),
+        response_mask=jnp.asarray(mask),
+        response_tokens=jnp.ones(s.shape, int),
+    )
+    factor = {"lipo_lambda": log(2) * mask.sum(-1)}
+    for name, expected in golden["values"].items():
+        value, _ = get_loss(name, **HYPER[name])(batch)
+        np.testing.assert_allclose(value * factor.get(name, 1.0), expected, rtol=1e-6, err_msg=name)
 
 
 HYPER = {

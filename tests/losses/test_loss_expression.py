@@ -65,6 +65,19 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
         ("rc(rc(dpo))", "would share one state .log_delta."),
         ("lcpo(lcpo(dpo))", "needs a stateless loss of pairs"),
         ("0*dpo + 0*sft", "its weights sum to nothing"),
+        ("wpo(0*dpo)", "its weights sum to nothing"),
+        ("dpo + 0*(0*sft)", "its weights sum to nothing"),
+        ("2*(kto + 0.1*dpo)", "its terms are of different inputs"),
+        ("bco + bco_pair", "its terms are of different inputs"),
+        ("bco + kto + bco", "would share one state .reward_mean."),
+        ("bco_pair + weighted(bco_pair)", "would share one state .reward_mean."),
+        ("rc(dpo) + rc(ipo_sum)", "would share one state .log_delta."),
+        ("lcpo(dpo) + 0.5*lcpo(simpo)", "would share one state .label_prior."),
+        ("dpo + list_mle", "its terms are of different inputs: dpo.* reads pairs; list_mle.* reads lists"),
+        ("sft + kto", "its terms are of different inputs"),
+        ("smooth(pro)", "needs a stateless loss of pairs"),
+        ("wpo(lipo_lambda)", "needs a loss of summed log-probabilities of pairs"),
+        ("soft(kto)", "needs a stateless loss of pairs"),
         ("dpo - sft", "a loss with a minus"),
         ("-1*dpo", "a weight is a finite number, 0 or more"),
         ("weighted(dpo + weighted(sft))", "weighted already"),
@@ -101,13 +114,12 @@ def test_lists_of_trl_take_its_weights_and_its_beta():
         from_trl(["sigmoid", "sft"], [1.0])
 
 
-NOT_YET = {"sparsepo"}
 WITH_OPTIONS = {"with_sft": "--sft", "with_tokens": "the rules of tokens"}
 
 
 def test_every_loss_wrapper_and_rule_is_reached_by_a_command():
     """``ches train --loss`` takes each by its name; functions that are no wrapper have an option of their own."""
-    for name in {*loss_names()} - NOT_YET:
+    for name in loss_names():
         assert get_objective(name, {}).name == name
     for name, one in WRAPPERS.items():
         reached = get_objective(f"{name}(dpo)", {}, weighted=name == "weighted", soft_labels=name == "soft")

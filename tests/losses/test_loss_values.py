@@ -4,12 +4,14 @@ import json
 from math import exp, expm1, log, log1p
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from loss_batches import pair
 
-from ches_jax.losses import LossInputs, RunningMean, get_loss, kto_baseline, loss_names, unpair
+from ches_jax.losses import LossInputs, RunningMean, get_loss, kto_baseline, loss_names, parse_loss, unpair
+from ches_jax.losses.stable import capped_exp, capped_expm1
 
 
 def sig(x):
@@ -93,10 +95,15 @@ EXPECTED = {
 OTHERS = {
     "bco_pair",
     "kto",
+    "bco",
     "d2o",
     "confpo",
     "ld_dpo",
+    "tdpo",
+    "tdpo2",
+    "mapo",
     "sparsepo",
+    "sparsepo_common",
     "list_mle",
     "list_softmax",
     "lipo_lambda",
@@ -164,6 +171,26 @@ def test_kto_judges_each_row_against_the_baseline(x64):
     value, aux = get_loss("kto", beta=0.5, weight_desirable=1.3, weight_undesirable=0.8)(rows)
     np.testing.assert_allclose(value, [1.3 * (1 - sig(0.5 * 0.5)), 0.8 * (1 - sig(0.5 * 1.5))], rtol=1e-12)
     np.testing.assert_allclose(aux["rewards"], [0.5, -0.5])
+
+
+def test_bco_of_single_rows_weighs_bad_ones_by_the_density_of_their_prompts(x64):
+    rows = LossInputs(
+        logp=jnp.array([-3.0, -6.0]),
+        ref_logp=jnp.array([-4.0, -5.0]),
+        desirable=jnp.array([True, False]),
+        reward_mean=RunningMean(jnp.asarray(0.25), jnp.asarray(4.0)),
+    )
+    delta = (4 * 0.25 + 0.5 - 0.5) / 6
+    value, aux = get_loss("bco", beta=0.5)(rows)
+    np.testing.assert_allclose(value, [nls(0.5 - delta), nls(0.5 + delta)], rtol=1e-12)
+    np.testing.assert_allclose(aux["state/reward_mean"].mean, delta, rtol=1e-12)
+    weighted, _ = parse_loss("weighted(bco(0.5))")(rows._replace(weights=jnp.array([1.0, 2.5])))
+    np.testing.assert_allclose(weighted, [nls(0.5 - delta), 2.5 * nls(0.5 + delta)], rtol=1e-12)
+    # the rows of pairs have the loss and the state of the pairs
+    same: Any = pair(-3.0, -6.0, -4.0, -5.0)._replace(reward_mean=rows.reward_mean)
+    of_pairs, paired = get_loss("bco_pair", beta=0.5)(same)
+    np.testing.assert_allclose(get_loss("bco", beta=0.5)(unpair(same))[0].sum(), of_pairs[0], rtol=1e-12)
+    np.testing.assert_allclose(paired["state/reward_mean"].mean, delta, rtol=1e-12)
 
 
 def test_pairs_become_rows_chosen_first():
@@ -245,3 +272,20 @@ def test_aot_compares_quantiles_of_a_batch_and_not_its_pairs(name, moved, x64):
     values = [np.sort(np.asarray(get_loss(name, beta=0.5)(b)[0])) for b in (batch, other)]
     np.testing.assert_allclose(*values, rtol=1e-12)
     assert not np.allclose(*(np.sort(np.asarray(get_loss("dpo", beta=0.5)(b)[0])) for b in (batch, other)))
+
+
+def test_dpo_shift_lessens_the_rejected_side_alone(x64):
+    uneven = LossInputs(jnp.array([-3.0]), jnp.array([-8.0]), jnp.array([-4.0]), jnp.array([-5.0]))  # r+ = 1, r- = -3
+    assert float(get_loss("dpo_shift", beta=0.5, lam=0.75)(uneven)[0][0]) == pytest.approx(nls(0.5 * (1 + 0.75 * 3)))
+
+
+def test_equal_rewards_are_not_right(x64):
+    same = LossInputs(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-4.0]), jnp.array([-5.0]))
+    assert float(get_loss("dpo")(same)[1]["rewards/accuracies"][0]) == 0.0
+
+
+def test_a_capped_exponential_goes_on_along_its_tangent(x64):
+    for function, at_the_cap in ((capped_exp, exp(30)), (capped_expm1, expm1(30))):
+        value, slope = jax.value_and_grad(function)(jnp.float64(32.0))
+        assert float(value) == pytest.approx(at_the_cap + 2 * exp(30)) and float(slope) == pytest.approx(exp(30))
+        assert float(function(jnp.float64(2.0))) == pytest.approx(exp(2) - (function is capped_expm1))

@@ -218,25 +218,107 @@ def test_padding_is_never_read(batch64):
     mask = jnp.asarray(batch64.token_mask_chosen)
     for filler in (-jnp.inf, 0.0, 7.0):
         padded = batch64._replace(token_logps_chosen=jnp.where(mask == 1, batch64.token_logps_chosen, filler))
-        for name in ("confpo", "ld_dpo", "sparsepo"):
+        for name in ("confpo", "ld_dpo", *TOKEN_LEVEL):
             np.testing.assert_allclose(get_loss(name)(padded)[0], get_loss(name)(batch64)[0], rtol=1e-12)
             assert bool(jnp.all(jnp.isfinite(incentives(get_loss(name))(padded).chosen)))
 
 
-def test_sparsepo_weighs_rewards_and_divergences(x64):
-    batch = tokens_of_one_pair(
-        ref_token_logps_chosen=jnp.log(jnp.array([[0.25, 0.1, 0.9, 1.0]])),
-        ref_token_logps_rejected=jnp.log(jnp.array([[0.2, 0.4]])),
-        token_weights_chosen=jnp.array([[0.5, 1.0, 1.0, 1.0]]),
-        token_weights_rejected=jnp.array([[1.0, 0.25]]),
-        token_kl_chosen=jnp.array([[1.0, 2.0, 0.0, 9.0]]),
-        token_kl_rejected=jnp.array([[3.0, 1.0]]),
-        token_kl_weights_chosen=jnp.array([[1.0, 0.5, 1.0, 1.0]]),
-        token_kl_weights_rejected=jnp.array([[0.0, 1.0]]),
-    )
-    value, _ = get_loss("sparsepo", beta=0.5)(batch)
-    u, d = 0.5 * (0.5 * log(2) - 0.25 * log(2)), 0.5 * (1.0 - (1.0 + 1.0))
-    np.testing.assert_allclose(value, [log(1 + exp(-(u - d)))], rtol=1e-12)
+TOKEN_LEVEL = ("tdpo", "tdpo2", "mapo", "sparsepo", "sparsepo_common")
+
+
+def distributions_of_tokens(seed=5, pairs=3, width=4, vocabulary=6):
+    """Random next-token distributions of policy and reference, tokens, masks, and learned masks with zeros."""
+    rng = np.random.default_rng(seed)
+    sides = {}
+    for side in ("chosen", "rejected"):
+        logits = rng.normal(0, 2, (2, pairs, width, vocabulary))
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        sides[side] = {
+            "policy": logps[0],
+            "reference": logps[1],
+            "token": rng.integers(0, vocabulary, (pairs, width)),
+            "inside": (np.arange(width) < rng.integers(1, width + 1, pairs)[:, None]).astype(float),
+            "reward": np.maximum(rng.normal(0.2, 1, (pairs, width)), 0),
+            "kl": np.maximum(rng.normal(0.2, 1, (pairs, width)), 0),
+        }
+    return sides
+
+
+def inputs_of(sides):
+    fields = {}
+    for side, d in sides.items():
+        for name, prefix in (("policy", ""), ("reference", "ref_")):
+            fields[f"{prefix}token_logps_{side}"] = np.take_along_axis(d[name], d["token"][..., None], -1)[..., 0]
+        fields[f"token_mask_{side}"] = d["inside"]
+        kl = np.sum(np.exp(d["reference"]) * (d["reference"] - d["policy"]), -1)
+        fields |= {f"token_kl_{side}": kl, f"reward_mask_{side}": d["reward"], f"kl_mask_{side}": d["kl"]}
+        fields[f"activation_mask_{side}"] = d["reward"]
+    return LossInputs(**{k: jnp.asarray(v) for k, v in fields.items()})
+
+
+def authors_sparse_loss(sides, beta, l1_u, l1_d, *, common=False):
+    """The arithmetic of the authors' ``sparse_trainer.py``: their divergence is minus KL(reference || policy)."""
+    u, d, penalty = [], [], 0.0
+    for s in sides.values():
+        at = [np.take_along_axis(s[name], s["token"][..., None], -1)[..., 0] for name in ("policy", "reference")]
+        kl_mask = s["reward"] if common else s["kl"]
+        u.append(np.sum(s["reward"] * (at[0] - at[1]) * s["inside"], -1))
+        minus_kl = np.sum(np.exp(s["reference"]) * (s["policy"] - s["reference"]), -1)
+        d.append(np.sum(kl_mask * minus_kl * s["inside"], -1))
+        penalty = penalty + l1_u * np.abs(s["reward"] * s["inside"]).sum(-1)
+        penalty = penalty + l1_d * np.abs(kl_mask * s["inside"]).sum(-1)
+    return np.log1p(np.exp(-beta * (u[0] - u[1] - (d[0] - d[1])))) + penalty
+
+
+def test_sparsepo_is_the_arithmetic_of_its_authors(x64):
+    sides = distributions_of_tokens()
+    batch, hyper = inputs_of(sides), {"beta": 0.7, "l1_reward": 0.3, "l1_kl": 0.2}
+    own, _ = get_loss("sparsepo", **hyper)(batch)
+    np.testing.assert_allclose(own, authors_sparse_loss(sides, 0.7, 0.3, 0.2), rtol=1e-12)
+    common, _ = get_loss("sparsepo_common", **hyper)(batch)
+    np.testing.assert_allclose(common, authors_sparse_loss(sides, 0.7, 0.3, 0.2, common=True), rtol=1e-12)
+    mapo, _ = get_loss("mapo", beta=0.7)(batch)
+    np.testing.assert_allclose(mapo, authors_sparse_loss(sides, 0.7, 0, 0, common=True), rtol=1e-12)
+    whole = {side: {**s, "reward": np.ones_like(s["kl"])} for side, s in sides.items()}
+    for loss, alpha in (("tdpo", {}), ("tdpo2", {"alpha": 1.0})):
+        value, _ = get_loss(loss, beta=0.7, **alpha)(batch)
+        np.testing.assert_allclose(value, authors_sparse_loss(whole, 0.7, 0, 0, common=True), rtol=1e-12)
+    half, _ = get_loss("tdpo2", beta=0.7)(batch)
+    kl = {side: np.sum(getattr(batch, f"token_kl_{side}") * s["inside"], -1) for side, s in sides.items()}
+    ratio = {
+        side: np.sum(
+            (getattr(batch, f"token_logps_{side}") - getattr(batch, f"ref_token_logps_{side}")) * s["inside"], -1
+        )
+        for side, s in sides.items()
+    }
+    z = ratio["chosen"] - ratio["rejected"] - 0.5 * (kl["rejected"] - kl["chosen"])
+    np.testing.assert_allclose(half, np.log1p(np.exp(-0.7 * z)), rtol=1e-12)
+
+
+def test_masks_learn_and_their_sparsity_is_logged(x64):
+    """A mask at zero still has a gradient; TDPO2 holds the chosen response's divergence."""
+    sides = distributions_of_tokens()
+    batch = inputs_of(sides)
+    loss = get_loss("sparsepo", l1_reward=0.3)
+
+    def total(mask):
+        return jnp.sum(loss(batch._replace(reward_mask_chosen=mask))[0])
+
+    at = jnp.asarray(sides["chosen"]["reward"])
+    slope, step = jax.grad(total)(at), 1e-6
+    for place in np.argwhere(sides["chosen"]["inside"] > 0):
+        moved = [total(at.at[tuple(place)].add(sign * step)) for sign in (1, -1)]
+        if at[tuple(place)] > 0:
+            np.testing.assert_allclose(slope[tuple(place)], (moved[0] - moved[1]) / (2 * step), rtol=1e-6, atol=1e-9)
+    # at a mask of 0 the penalty has no slope, and the loss has one
+    zeros = (at == 0) & (sides["chosen"]["inside"] > 0)
+    assert zeros.any() and np.all(np.asarray(slope)[zeros] != 0)
+    _, aux = loss(batch)
+    inside = sides["rejected"]["inside"]
+    share = np.sum((sides["rejected"]["kl"] == 0) * inside, -1) / inside.sum(-1)
+    np.testing.assert_allclose(aux["sparsity/kl_rejected"], share, rtol=1e-12)
+    held = jax.grad(lambda kl: jnp.sum(get_loss("tdpo2")(batch._replace(token_kl_chosen=kl))[0]))
+    assert not np.any(held(batch.token_kl_chosen))
 
 
 def test_any_loss_can_read_tokens(batch64):

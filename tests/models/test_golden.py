@@ -147,6 +147,7 @@ def test_float64_is_exact(golden: Path, family: str):
     assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_is_close(golden: Path, family: str):
     errors = compare(golden / family, "float32", range(3))

@@ -37,6 +37,7 @@ def kept(decoder: Decoder, attend, remat: bool) -> tuple[int, list[jax.Array]]:
     return size, jax.tree.leaves(backward(jnp.cos(hidden)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [blocks, partial(query_chunked, chunk=64)], ids=["blocks", "query_chunked"])
 def test_products_and_attention_are_kept_and_the_rest_is_computed_again(decoder: Decoder, attend):
     c = decoder.config

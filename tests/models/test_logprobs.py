@@ -57,13 +57,21 @@ def test_value_and_gradient_equal_the_plain_computation(x64, monkeypatch, head, 
     if not keeps:
         monkeypatch.setattr(logprobs, "LOGITS_KEPT", {})
     h, w, y, g = inputs(jnp.float64)
-    np.testing.assert_allclose(token_logps(h, w, y, head), plain(h, w, y, head), rtol=1e-13)
-    ours = jax.grad(lambda h, w: (token_logps(h, w, y, head) * g).sum(), (0, 1))(h, w)
-    theirs = jax.grad(lambda h, w: (plain(h, w, y, head) * g).sum(), (0, 1))(h, w)
-    for a, b in zip(ours, theirs, strict=True):
+
+    def value_and_gradient(logps):
+        def weighted(h, w):
+            values = logps(h, w, y, head)
+            return (values * g).sum(), values
+
+        (_, values), slopes = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(h, w)
+        return values, slopes
+
+    ours, theirs = value_and_gradient(token_logps), value_and_gradient(plain)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-13)
+    for a, b in zip(ours[1], theirs[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     check_grads(
-        lambda h, w: token_logps(jnp.asarray(h), jnp.asarray(w), y, head),
+        jax.jit(lambda h, w: token_logps(jnp.asarray(h), jnp.asarray(w), y, head)),
         (h, w),
         order=1,
         modes=["rev"],
@@ -124,8 +132,10 @@ def equations(jaxpr):
 def test_statistics_of_distributions_equal_the_plain_computation(x64, head):
     h, w, y, _ = inputs(jnp.float64)
     every = jnp.broadcast_to(jnp.arange(VOCABULARY, dtype=jnp.int32), (ROWS, COUNT, VOCABULARY))
-    table = np.stack([plain(h, w, every[..., v], head) for v in range(VOCABULARY)], -1)
-    logps, entropy, mass = np.moveaxis(np.asarray(token_statistics(h, w, y, head)), -1, 0)
+    each = jax.jit(jax.vmap(lambda targets: plain(h, w, targets, head), in_axes=-1, out_axes=-1))
+    table = np.asarray(each(every))
+    statistics = jax.jit(lambda h, w: token_statistics(h, w, y, head))(h, w)
+    logps, entropy, mass = np.moveaxis(np.asarray(statistics), -1, 0)
     np.testing.assert_allclose(logps, np.take_along_axis(table, np.asarray(y)[..., None], -1)[..., 0], rtol=1e-13)
     np.testing.assert_allclose(entropy, -(np.exp(table) * table).sum(-1), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(mass, np.exp(table).max(-1), rtol=1e-13)

@@ -29,12 +29,23 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config
 
 COMMON = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 MODELS = {
     "llama": {**COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "max_position_embeddings": 64},
     "gpt_neox": {**COMMON, "intermediate_size": 20, "max_position_embeddings": 64, "rotary_pct": 1.0},
     "phi3": {**COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {"vocab_size": 31, "n_layer": 2, "n_embd": 24, "n_head": 4, "n_positions": 64},
-}
+    "gpt_oss": {**COMMON, "intermediate_size": 10, "num_key_value_heads": 2, "head_dim": 6, **EXPERTS},
+    "llama4_text": {
+        **COMMON, "intermediate_size": 10, "intermediate_size_mlp": 20, "num_key_value_heads": 2, "head_dim": 6,
+        **EXPERTS,
+    },
+    "gemma4_text": {
+        **COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "head_dim": 6, "global_head_dim": 6,
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 3, "top_k_experts": 2,
+        "moe_intermediate_size": 10,
+    },
+}  # fmt: skip
 TOKENS = np.arange(2 * 9).reshape(2, 9) % 31
 
 
@@ -69,8 +80,11 @@ def with_adapters(directory: Path, spec, arrays=None, dtype="float32"):
     return with_parameters(both, params), params
 
 
+compiled = nnx.jit(lambda model, tokens: model.logits(model.hidden(tokens)))
+
+
 def logits(model) -> np.ndarray:
-    return np.asarray(model.logits(model.hidden(jnp.asarray(TOKENS, jnp.int32))))
+    return np.asarray(compiled(model, jnp.asarray(TOKENS, jnp.int32)))
 
 
 def test_the_adapted_model_starts_as_the_base_exactly(base):
@@ -165,6 +179,69 @@ def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
     back = merged({**params, **again.arrays}, again.spec)
     for name, value in merged(params, spec).items():
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
+
+
+TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")
+"""Families whose experts lie in one tensor; PEFT takes the inputs of Llama 4's for outputs."""
+
+
+@pytest.mark.parametrize("family", TOGETHER)
+def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
+    """The files mean what PEFT's ``ParamWrapper`` makes of them, here worked out expert by expert."""
+    directory = base(family)
+    spec = make_spec(3, 5.0, "q,expert_gate,expert_up,expert_down", decoder_config(read_config(directory)))
+    model, params = with_adapters(directory, spec)
+    write_adapter(tmp_path / "adapter", params, spec, directory)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    below = {"gpt_oss": "mlp.", "llama4_text": "feed_forward.", "gemma4_text": ""}[family]
+    assert set(config["target_parameters"]) == {f"{below}experts.{p}" for p in ("gate_up_proj", "down_proj")}
+    assert config["target_modules"] == ["q_proj"]
+    files = load_file(tmp_path / "adapter" / WEIGHTS)
+    expected = {name: tensor.read() for name, tensor in open_tensors(directory).items()}
+    for name, rank, inside in (("gate_up_proj", 6, ".base_layer"), ("down_proj", 3, "")):
+        module = f"model.layers.1.{below}experts"
+        a, b = (files[f"base_model.model.{module}{inside}.lora_{part}.weight"] for part in "AB")
+        for e in range(3):
+            # alpha / rank is 5 / 3 for every map
+            change = 5 / 3 * b[:, e::3] @ a[rank * e : rank * (e + 1)]
+            expected[f"{module}.{name}"][e] += change.T if family == "gpt_oss" else change
+    whole = with_parameters(abstract_decoder(model.config), merged(params, spec))
+    save_pretrained(whole, tmp_path / "merged", like=directory)
+    after = open_tensors(tmp_path / "merged")
+    for name in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.{below}experts.{name}"
+        np.testing.assert_allclose(after[name].read(), expected[name], atol=2e-6, err_msg=name)
+    again = read_adapter(tmp_path / "adapter", directory)
+    back = merged({**params, **again.arrays}, again.spec)
+    for name, value in merged(params, spec).items():
+        np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # it uses them all the same
+@pytest.mark.parametrize("family", TOGETHER)
+@pytest.mark.parametrize("targets", ["q,expert_gate,expert_up,expert_down", "expert_down", "expert_up"])
+def test_peft_reads_adapters_of_experts_in_one_tensor(base, tmp_path, family, targets):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    directory = base(family)
+    spec = make_spec(3, 5.0, targets, decoder_config(read_config(directory)))
+    model, params = with_adapters(directory, spec)
+    write_adapter(tmp_path / "adapter", params, spec, directory)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(model), expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_target_parameters_that_are_none_are_named(base, tmp_path):
+    tensor = {"base_model.model.model.layers.0.mlp.experts.lora_A.weight": np.ones((6, 10), np.float32)}
+    write_files(tmp_path / "a", {**GOOD, "target_parameters": ["experts.up_proj"]}, tensor)
+    with pytest.raises(ChesError, match=r"names 'experts\.up_proj'; expected one of mlp\.experts\."):
+        read_adapter(tmp_path / "a", base("gpt_oss"))
 
 
 def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):

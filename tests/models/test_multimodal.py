@@ -183,6 +183,29 @@ def test_an_adapter_made_over_the_whole_model_fits_its_text_part(before: str, wr
     assert adapter.arrays["layers.self_attn.q_proj.lora_b"][:, 0, 0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("before", ["model.", "model.language_model."])
+def test_experts_in_one_tensor_are_read_and_written_so(before: str, write_model: Any, tmp_path: Path):
+    """As the published Qwen 3.5 has them, alone or inside; ``save_pretrained`` of transformers writes one for each."""
+    text = family("qwen3_5_moe_text")
+    apart = tensors(text, before) if before in LAYOUTS else tensors(text, "language_model.model.")
+    apart = {name.replace("language_model.model.", before, 1): value for name, value in apart.items()}
+    apart = {"lm_head.weight" if "lm_head" in name else name: value for name, value in apart.items()}
+    given = {name: value for name, value in apart.items() if ".experts." not in name}
+    for layer in range(2):
+        experts = f"{before}layers.{layer}.mlp.experts."
+        each = [[apart[f"{experts}{e}.{p}_proj.weight"] for p in ("gate", "up", "down")] for e in range(4)]
+        given[f"{experts}gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in each])
+        given[f"{experts}down_proj"] = np.stack([down for *_, down in each])
+    inside = before != "model."
+    raw = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False} if inside else text
+    directory = write_model(raw, given | (VISION if inside else {}))
+    model = load_model(directory)
+    layer = model.layers.mlp.experts
+    np.testing.assert_array_equal(layer.up_proj.weight[1, 3], apart[f"{before}layers.1.mlp.experts.3.up_proj.weight"])
+    save_pretrained(model, tmp_path / "out", like=directory, whole=inside)
+    same(given | (VISION if inside else {}), load_file(tmp_path / "out" / "model.safetensors"))
+
+
 def test_the_golden_directory_comes_back_bit_for_bit(golden: Path, tmp_path: Path):
     given = golden / "gemma3_multimodal" / "policy"
     model = load_model(given)

@@ -55,6 +55,7 @@ def test_a_packed_base_is_the_dequantised_one(kind: str, write_model: Any):
     np.testing.assert_array_equal(hidden(model, ids), hidden(plain, ids))
 
 
+@pytest.mark.slow
 def test_adapters_beside_a_packed_base_get_the_same_gradient(write_model: Any):
     directory = quantised("nf4", write_model)
     plain = load_model(directory)

@@ -1,7 +1,11 @@
 """Our reading of quantised weights beside the libraries that write them; each where it is installed (`pip install`
-compressed-tensors, bitsandbytes; both need torch)."""
+compressed-tensors, bitsandbytes, auto-gptq, autoawq; all need torch)."""
 
+import importlib
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -139,3 +143,71 @@ def test_mxfp4_as_transformers(tmp_path: Path):
     stored = open_files(tmp_path, [tmp_path / "model.safetensors"], kinds=STORED)
     theirs = mxfp4.convert_moe_packed_tensors(blocks, exponents)
     equal(dequantised(Mxfp4("bfloat16"), stored, "here")["up"], theirs)
+
+
+@pytest.fixture
+def part_of(monkeypatch: pytest.MonkeyPatch):
+    """A module of an installed package without what its ``__init__`` files import (kernels, older transformers)."""
+
+    def load(name: str) -> Any:
+        parents = name.split(".")[:-1]
+        found = importlib.util.find_spec(parents[0])
+        if found is None or not found.submodule_search_locations:
+            pytest.skip(f"needs {parents[0]}")
+        folder = Path(found.submodule_search_locations[0]).parent
+        for i in range(1, len(parents) + 1):
+            bare = ModuleType(".".join(parents[:i]))
+            bare.__path__ = [str(folder.joinpath(*parents[:i]))]
+            monkeypatch.setitem(sys.modules, bare.__name__, bare)
+        return importlib.import_module(name)
+
+    return load
+
+
+def grid(bits: int, groups: int) -> tuple[Any, Any]:
+    """Scales and whole zero points, [outputs, groups]."""
+    generator = torch.Generator().manual_seed(2)
+    scale = (torch.rand(WIDTH, groups, generator=generator) * 0.01 + 0.002).half().float()
+    return scale, torch.randint(1, 2**bits, (WIDTH, groups), generator=generator).float()
+
+
+def linear_on(scale: Any, zero: Any, of_input: Any, bits: int) -> Any:
+    """A layer whose weights are on the grid."""
+    q = torch.randint(0, 2**bits, (WIDTH, len(of_input)), generator=torch.Generator().manual_seed(3)).float()
+    layer = torch.nn.Linear(len(of_input), WIDTH, bias=False)
+    layer.weight.data = (scale[:, of_input] * (q - zero[:, of_input])).half()
+    return layer.half()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [32, -1])
+def test_gptq_as_autogptq_packs_and_reads_it(part_of: Any, bits: int, size: int, ordered: bool, tmp_path: Path):
+    module = part_of("auto_gptq.nn_modules.qlinear.qlinear_cuda")
+    inputs = 64
+    groups = 1 if size == -1 else inputs // size
+    scale, zero = grid(bits, groups)
+    of_input = torch.arange(inputs) // (inputs // groups)
+    if ordered:
+        of_input = of_input[torch.randperm(inputs, generator=torch.Generator().manual_seed(4))]
+    layer = linear_on(scale, zero, of_input, bits)
+    packed = module.QuantLinear(bits, size, inputs, WIDTH, False)
+    packed.pack(layer, scale.half(), zero.half(), of_input.int())
+    tensors = {name: getattr(packed, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": ordered}
+    ours = read(tmp_path, tensors, settings, "float16")
+    equal(ours, packed(torch.eye(inputs).half()).T)
+    equal(ours, layer.weight.data)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_awq_as_autoawq_packs_and_reads_it(part_of: Any, size: int, tmp_path: Path):
+    module = part_of("awq.modules.linear.gemm")
+    inputs = 64
+    scale, zero = grid(4, inputs // size)
+    layer = linear_on(scale, zero, torch.arange(inputs) // size, 4)
+    packed = module.WQLinear_GEMM.from_linear(layer, 4, size, scales=scale.T.half(), zeros=zero.T)
+    tensors = {name: getattr(packed, name) for name in ("qweight", "qzeros", "scales")}
+    ours = read(tmp_path, tensors, {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm"}, "float16")
+    equal(ours, module.dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, 4, size).T)
+    equal(ours, layer.weight.data)

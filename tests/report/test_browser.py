@@ -68,7 +68,7 @@ def visit(browser, run):
     faults: list[str] = []
     contexts = []
 
-    def opened(fragment="", **options):
+    def opened(fragment="", file=run, **options):
         context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -76,7 +76,7 @@ def visit(browser, run):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: faults.append(dialog.message))
         page.on("request", lambda request: faults.append(request.url) if not request.url.startswith("file:") else None)
-        page.goto(run.as_uri() + fragment)
+        page.goto(file.as_uri() + fragment)
         page.wait_for_selector("html[data-ready]", state="attached")
         return page
 
@@ -288,3 +288,19 @@ def test_every_control_has_a_name_and_every_figure_words(visit):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert json.loads(page.evaluate("document.getElementById('page-data').textContent"))["rows"] == PAIRS
+
+
+def test_many_points_are_drawn_as_pixels_that_let_through_what_lies_under_them(visit, tmp_path):
+    write_part(tmp_path / "scores.parquet", columns(6000), {})
+    texts = [Record(i, f"r{i}", "", {"prompt": "ask", "chosen": f"text {i}", "rejected": "no"}) for i in range(6000)]
+    page = visit(file=report(tmp_path, rows=texts))
+    page.locator("figure.points canvas").first.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    painted = """() => { const canvas = document.querySelector('figure.points canvas');
+        const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        return [...new Set(data.filter((_, i) => i % 4 == 3))]; }"""
+    opacities = page.evaluate(painted)
+    assert 0 in opacities and len(opacities) > 2 and max(opacities) > 150
+    page.fill("#query", "text 59")
+    assert count(page) == sum("59" in str(i) for i in range(6000))
+    assert page.locator("tr.pair td:last-child").first.inner_text() == "no"

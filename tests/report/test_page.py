@@ -14,7 +14,7 @@ from ches_jax.data.sources import Record
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean, escape
-from ches_jax.report.pair_table import Column, PairTable, unpacked
+from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, unpacked
 from ches_jax.report.render import json_for_script
 from ches_jax.scores.table import write_part
 
@@ -74,7 +74,8 @@ def page_data(path):
         values = np.frombuffer(numbers, KINDS[c["type"]], meta["rows"], c["offset"])
         columns[c["name"]] = np.array(c["values"])[values.astype(int)] if c["kind"] == "word" else values
     tokens = json.loads(unpacked(by_id["block-tokens"])) if "block-tokens" in by_id else None
-    return meta, columns, json.loads(unpacked(by_id["block-texts"])), tokens
+    texts = json.loads(unpacked(by_id["block-texts"]))
+    return meta, columns, {name: whole.split(SEPARATOR) for name, whole in texts.items()}, tokens
 
 
 def columns(n, **more):
@@ -259,7 +260,7 @@ def test_many_pairs_keep_short_texts_and_the_ends_of_the_order_keep_theirs_whole
         texts={"chosen": [long] * n, "rejected": [long] * n},
     )
     meta, blocks = table.encoded()
-    texts = json.loads(unpacked(blocks["texts"]))
+    texts = {name: whole.split(SEPARATOR) for name, whole in json.loads(unpacked(blocks["texts"])).items()}
     assert texts["chosen"][-1] == long and texts["chosen"][0] == long
     assert len(texts["chosen"][2500]) < 410
     cut = next(c for c in meta["columns"] if c["name"] == "_cut")

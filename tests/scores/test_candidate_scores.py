@@ -183,6 +183,7 @@ def test_negative_token_hidden_reward_is_its_definition(tokens, tiny_model, tmp_
             np.testing.assert_allclose(tokens[0][number, side, k]["nthr"], expected[k], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_order_chunks_devices_and_the_kind_of_pairs_change_no_score(both, tokens, tiny_model, tmp_path):
     truth, rows = dict(both[0]), ROWS[::-1]
     config = ScoreConfig(
@@ -268,7 +269,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert main([*words, "--out", str(killed), "--resume"]) == 0
     for number in (1, 0):
-        monkeypatch.setattr(score_run, "start_processes", lambda _, number=number: Process(number, 2))
+        monkeypatch.setattr(score_run, "start_processes", lambda _, number=number, **_options: Process(number, 2))
         assert main([*words, "--out", str(tmp_path / "two")]) == 0
     monkeypatch.undo()
     assert main(["merge", str(tmp_path / "two")]) == 0

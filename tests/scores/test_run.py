@@ -61,7 +61,9 @@ def reference(model, pair, eos):
     return sums, last, logps
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-12), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_scores_equal_the_definition_one_sequence_at_a_time(tiny_model, tmp_path, dtype, tolerance):
     out = score(
         ScoreConfig(model=str(tiny_model), out=str(tmp_path / "run"), dtype=dtype, logps=True, limit=60), quiet=True
@@ -138,6 +140,25 @@ def test_packing_padding_order_and_batch_size_never_change_a_score(pairs_and_tru
     length = data.draw(st.sampled_from([64, 256, 512]))
     got = numbers_of(model, [pairs[i] for i in chosen], length=length, rows_per_batch=2 * 512 // length)
     np.testing.assert_allclose(got, truth[chosen], atol=1e-5)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hundreds_of_orders_packings_batches_and_meshes_give_the_score_of_float64(pairs_and_truth, truth64, data):
+    model, pairs, _ = pairs_and_truth
+    order = data.draw(st.permutations(range(len(pairs))))
+    chosen = order[: data.draw(st.integers(1, len(pairs)))]
+    length = data.draw(st.sampled_from([64, 256]))
+    mesh = data.draw(st.sampled_from(["data=1", "data=2", "data=4"]))
+    got = numbers_of(model, [pairs[i] for i in chosen], length=length, rows_per_batch=512 // length, mesh=mesh)
+    np.testing.assert_allclose(got, truth64[chosen], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def truth64(pairs_and_truth, tiny_model):
+    with jax.enable_x64(True):
+        return numbers_of(load_model(tiny_model, dtype="float64"), pairs_and_truth[1], length=512)
 
 
 def test_four_devices_give_the_scores_of_one(pairs_and_truth):
@@ -350,18 +371,20 @@ def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_mo
         time.sleep(0.05)
     both[victim].kill()
     other = both[1 - victim]
-    assert other.communicate(timeout=120)[1] == b"" and other.returncode == 0
+    assert other.communicate(timeout=300)[1] == b"" and other.returncode == 0
     both[victim].communicate()
     with pytest.raises(RunError, match="missing"):
         merge(tmp_path / "two")
-    assert [p.wait(timeout=180) for p in start("--resume")] == [0, 0]
+    assert [p.wait(timeout=400) for p in start("--resume")] == [0, 0]
     score(ScoreConfig(model=str(tiny_model), chunk_rows=4, limit=60, out=str(tmp_path / "one")), quiet=True)
     assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-@pytest.mark.parametrize("eos", ["exclude", "include"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize("family", ["llama", pytest.param("llama_tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("eos", ["exclude", pytest.param("include", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_golden_models(shared, tmp_path, family, eos, dtype, tolerance):
     folder = shared / "golden" / family
     truth = json.loads((folder / "golden.json").read_text())["fp64"]["policy"]

@@ -23,7 +23,9 @@ def plain(tiny_model, tmp_path_factory):
     return scored(tiny_model, tmp_path_factory.mktemp("plain") / "run", "auto")
 
 
-@pytest.mark.parametrize("attention", ["dense", *(f"{name}:interpret" for name in KERNELS)])
+@pytest.mark.parametrize(
+    "attention", ["dense", *(pytest.param(f"{name}:interpret", marks=pytest.mark.slow) for name in KERNELS)]
+)
 def test_every_kernel_gives_the_same_scores(tiny_model, tmp_path, plain, attention):
     actual = scored(tiny_model, tmp_path / "run", attention)
     assert np.abs((actual["ches"] - plain["ches"]) / plain["sqnorm_chosen"]).max() < 1e-5

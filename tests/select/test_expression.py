@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ches_jax.errors import RunError
+from ches_jax.scores.formulas import soft_label
 from ches_jax.scores.table import write_part
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.expression import as_numbers, evaluated, names, parsed
@@ -120,6 +121,28 @@ def test_rows_are_kept_by_columns_of_the_table_and_of_the_data(run, tmp_path):
     out = tmp_path / "flags"
     select(SelectConfig(scores=run, out=out, by="column:flag", keep="above:0.5"), iter(rows))
     assert [r["row_id"] for r in lines(out / "pairs.jsonl")] == [f"r{i}" for i in range(4, 20) if i in value]
+
+
+def test_soft_ches_weighs_both_orders_by_the_probability_of_the_label(tmp_path):
+    rng = np.random.default_rng(0)
+    table = columns(**{name: rng.normal(size=20) for name in ("inner", "sqnorm_chosen", "sqnorm_rejected")})
+    run, rows = tmp_path / "run", source()
+    write_part(run / "scores.parquet", table, {})
+    probability = [i % 5 / 4 for i in range(20)]
+    for row, p in zip(rows, probability, strict=True):
+        row.extra = {"label_probability": p}
+    select(SelectConfig(scores=run, out=tmp_path / "kept", by="soft_ches", keep="lowest:1.0"), iter(rows))
+    kept = lines(tmp_path / "kept" / "pairs.jsonl")
+    assert len(kept) == sum(v is not None for v in table["ches"])
+    for row in kept:
+        i = int(row["row_id"][1:])
+        sums = (float(table[name][i]) for name in ("inner", "sqnorm_chosen", "sqnorm_rejected"))
+        assert row["soft_ches"] == pytest.approx(soft_label(probability[i], *sums), rel=1e-12)
+    rows[7].extra["label_probability"] = 75
+    with pytest.raises(RunError, match="--by soft_ches: row 7 has the label_probability 75; expected 0 to 1"):
+        select(SelectConfig(scores=run, out=tmp_path / "percent", by="soft_ches", keep="lowest:0.5"), iter(rows))
+    with pytest.raises(RunError, match="no column 'label_probability'"):
+        select(SelectConfig(scores=run, out=tmp_path / "none", by="soft_ches", keep="lowest:0.5"), iter(source()))
 
 
 @pytest.mark.parametrize(

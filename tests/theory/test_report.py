@@ -49,6 +49,7 @@ def test_the_command_makes_a_page_with_every_figure(run, capsys):
     assert "<h1>4 of 4 claims hold</h1>" in text and "Lemma 1" in text and text.count("<script") == 2
 
 
+@pytest.mark.slow
 def test_figures_of_a_model_are_drawn_from_the_files(run, tmp_path):
     (tmp_path / "claims.json").write_bytes((run / "claims.json").read_bytes())
     (tmp_path / "figures.json").write_text(json.dumps(MODEL))

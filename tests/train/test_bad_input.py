@@ -8,9 +8,14 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.cli import main
-from ches_jax.errors import RunError
+from ches_jax.errors import ChesError, RunError
+from ches_jax.losses import get_loss
+from ches_jax.models.families.registry import decoder_config
 from ches_jax.runs.files import read_object
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.loop import train
+from ches_jax.train.setup import require_balance
+from tests.models.test_strict import family
 
 
 @pytest.fixture
@@ -58,6 +63,7 @@ def test_a_checkpoint_of_another_optimiser(error_of, short, tmp_path):
     assert "a checkpoint of another architecture or optimiser" in message and "opt_state" in message
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny_model, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails where the arrays are written.
 
@@ -86,3 +92,26 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny
     assert read_object(out / "run.json", RunError, "a run")["updates_this_time"] == 1
     for name in ("metrics.jsonl", "displacement.parquet"):
         assert (out / name).read_bytes() == (short / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("llama", "has no routed experts"),
+        ("deepseek_v3", "by a stored correction"),
+        ("glm4_moe", "by a stored correction"),
+        ("llama4_text", "measures softmax scores"),
+        ("gemma4_text", "its own code has no balance loss"),
+        ("qwen3_next", None),
+    ],
+)
+def test_a_balance_loss_where_the_family_has_none_says_why(kind, reason):
+    own = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 6}
+    decoder = decoder_config(family(kind, **(own if kind == "gemma4_text" else {})))
+    config = TrainConfig(loss="sft", router_balance=0.01)
+    loss = get_loss("sft")
+    if reason is None:
+        require_balance(config, loss, decoder)
+        return
+    with pytest.raises(ChesError, match=rf"--router-balance: a {kind} model .*{reason}.*leave the option out"):
+        require_balance(config, loss, decoder)

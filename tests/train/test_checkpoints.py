@@ -88,6 +88,7 @@ def test_a_run_keeps_and_tells_its_best_step(best_run):
     assert recorded == {"metric": "eval_loss", "mode": "min", "step": best, "value": losses[best]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_best_of_before(best_run, small, tmp_path, monkeypatch):
     config = small(tmp_path / "run", **OPTIONS)
     monkeypatch.setattr(loop, "JsonLines", stopping_at(4))
@@ -117,6 +118,7 @@ def test_checkpoints_become_model_directories(best_run, tmp_path, capsys):
     assert "give one of --model DIR" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_checkpoints_of_adapters_become_merged_models(small, tiny_model, tmp_path):
     options = {"lora_rank": 2, "steps": 2, "save_every": 1, "lr": 1e-3, "export": False}
     out = train(small(tmp_path / "run", **options), quiet=True)

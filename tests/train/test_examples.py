@@ -228,7 +228,12 @@ def test_single_responses_of_one_prompt_make_pairs():
         return TokenPair(row_id=str(i), index=i, prompt=prompt, chosen=Response((token,), 2), rejected=NOTHING)
 
     rows = [row(0, (1,), 10), row(1, (1,), 11), row(2, (1,), 12), row(3, (3,), 13)]
-    pairs = pair_by_prompt(rows, np.array([False, True, True, False]))
+    pairs, members = pair_by_prompt(rows, np.array([False, True, True, False]))
+    assert members["chosen"].tolist() == [1, 2, 3] and members["rejected"].tolist() == [0, 2, 3]
+    weights = {f"weights_{side}": 10.0 + which for side, which in members.items()}
+    examples = make_examples(get_loss("bco"), pairs, weights, seed=0, max_length=9, eos="include")
+    assert examples.extra["desirable"].tolist() == [True, False, True, False]
+    assert examples.extra["weights"].tolist() == [11, 10, 12, 13] and examples.extra.keys() == {"desirable", "weights"}
     contents = [(p.prompt, p.chosen.content, p.rejected.content) for p in pairs]
     assert contents == [((1,), (11,), (10,)), ((1,), (12,), ()), ((3,), (), (13,))]
 
@@ -320,7 +325,9 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
     )
     assert starts_at_the_reference(lines(a)[1])
     for one_sample, three_samples in zip(lines(a)[1:3], lines(b)[1:3], strict=True):
-        for name in one_sample:
+        # at the reference both rewards are 0, and rounding decides which is larger
+        ties = {"rewards/accuracies"} if starts_at_the_reference(one_sample) else set()
+        for name in one_sample.keys() - ties:
             assert one_sample[name] == pytest.approx(three_samples[name], rel=1e-4, abs=1e-5), name
     assert lines(b)[-1]["eval_loss"] == pytest.approx(lines(a)[-1]["eval_loss"], rel=1e-4)
     assert read_json(b / "run.json")["counts"]["train"] == 8
@@ -331,6 +338,7 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
         train(small(tmp_path / "d", pairs=write(tmp_path / "d.jsonl", rows), **options), quiet=True)
 
 
+@pytest.mark.slow
 def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
     named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
     own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
@@ -343,6 +351,7 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
         train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
 
 
+@pytest.mark.slow
 def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, rows):
     several = [
         {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], r["chosen"] + "!"], "scores": [1.0, 3.0, 0.0]}
@@ -367,6 +376,12 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
         (["--loss", "odpo", "--rewards", "a"], "expected the names of two columns"),
         (["--loss", "kto", "--columns", "completion=answer"], "no column 'answer'"),
         (["--loss", "d2o"], "no list of samples in 'responses'"),
+        (["--loss", "list_mle"], "row 0 is a pair, and loss 'list_mle' reads lists"),
+        (["--loss", "0.5*lipo_lambda+sft"], "row 0 is a pair, and loss '0.5*lipo_lambda+sft' reads lists"),
+        (["--weights", "nope"], "--weights nope needs numbers in nope; the row has prompt, chosen, rejected"),
+        (["--label-probabilities", "no"], "--label-probabilities no needs numbers in no; the row has"),
+        (["--loss", "given_weights(dpo)", "--token-weights", "a,b"], "--token-weights a,b needs numbers in a and b"),
+        (["--loss", "weighted(bco)"], "say in which column it is: --weights COLUMN"),
     ],
 )
 def test_bad_input_is_one_message(capsys, tiny_model, tmp_path, words, message):

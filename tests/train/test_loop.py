@@ -82,6 +82,7 @@ def test_a_function_sees_the_model_of_every_update(small, tmp_path):
     assert np.abs(rows[1] - rows[0]).max() > 1e-5 and np.abs(rows[2] - rows[1]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_observers_look_on_schedules_of_their_own(small, tmp_path):
     class Seen:
         def __init__(self, every):
@@ -174,6 +175,7 @@ class Killed(BaseException):
     """As good as kill -9: nothing is tidied up."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_checkpoint(whole_run, small, tmp_path, monkeypatch):
     class Dying(JsonLines):
         def log(self, step, values):
@@ -220,6 +222,7 @@ def test_a_run_resumes_on_another_mesh(small, tmp_path, monkeypatch):
         np.testing.assert_allclose(tensor.read(), expected[name], rtol=0, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -250,6 +253,7 @@ def test_accumulation_equals_the_large_batch(small, tmp_path):
                 assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_master_weights(small, tiny_model, tmp_path):
     out = train(small(tmp_path / "run", dtype="bfloat16", lr=1e-6, optimizer="adamw"), quiet=True)
     start = {n: t.read() for n, t in open_tensors(tiny_model).items()}
@@ -319,7 +323,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole_run):
         (["--reference", "none"], "compares with a reference"),
         (["--reference", "columns"], "--reference columns needs numbers in ref_chosen_logps"),
         (["--accumulate", "99"], "more micro-batches than"),
-        (["--loss", "sparsepo"], "which `ches train` cannot supply"),
+        (["--loss", "sparsepo", "--reference", "ref.parquet"], "reads the states of the reference model too"),
+        (["--loss", "tdpo", "--reference", "columns"], "reads more of the reference"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tiny_model, tmp_path, words, message):

@@ -107,6 +107,7 @@ def load(out):
     return load_file(out / "adapter" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_adapters(small, tmp_path):
     out = train(small(tmp_path / "run", lora_rank=2, lr=1e-6, dtype="bfloat16", optimizer="adamw"), quiet=True)
     assert lines(out)[1]["loss"] == pytest.approx(math.log(2), abs=0.02)
@@ -114,6 +115,7 @@ def test_bfloat16_trains_float32_adapters(small, tmp_path):
     assert 1e-7 < moved < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_an_adapter(lora_run, small, tmp_path):
     options = {"adapter": str(lora_run / "adapter"), "steps": 1, "lr": 1e-3, "export": False}
     out = train(small(tmp_path / "run", **options), quiet=True)

@@ -87,6 +87,7 @@ def test_changes_are_listed_by_size():
     assert entropy(np.log(now)) == pytest.approx(-(now * np.log(now)).sum())
 
 
+@pytest.mark.slow
 def test_a_run_follows_its_probes_and_resumes_to_the_same_bytes(small, prompts, tmp_path, monkeypatch):
     options = {"probes": str(prompts), "epochs": 2.0, "eval_every": 3, "save_every": 2, "lr": 3e-4}
     whole = train(small(tmp_path / "whole", **options), quiet=True)
@@ -138,6 +139,7 @@ def test_entropy_and_largest_probability_are_those_at_response_tokens(small, tin
     assert 0 < first["eval_displacement/argmax_mass_rejected"] <= 1
 
 
+@pytest.mark.slow
 def test_a_run_may_watch_nothing(small, tmp_path):
     out = train(small(tmp_path / "run", steps=1, watch=0, holdout=0, limit=8, export=False), quiet=True)
     assert pq.read_table(out / "displacement.parquet").num_rows == 0

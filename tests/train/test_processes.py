@@ -91,6 +91,7 @@ def one_process(small, tmp_path_factory):
     return train(small(tmp_path_factory.mktemp("one") / "run", **SHARDED), quiet=True)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_path):
     out = tmp_path / "run"
     codes, errors = finish(start(tiny_model, out, cache))

@@ -84,6 +84,7 @@ def first_loss(out):
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["loss"]
 
 
+@pytest.mark.slow
 def test_every_source_of_a_reference(small, tiny_model, other_model, tmp_path):
     """A directory, its cache as a file, columns of the rows: the same loss; the cache of another model: refused."""
     options = {"steps": 1, "export": False, "holdout": 0, "limit": 4}

@@ -59,6 +59,7 @@ def require_shown(points, out):
         assert (step, name) == (at, key) and value == pytest.approx(number, rel=1e-6)  # events hold float32
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_every_step_once_in_tensorboard(small, tmp_path, monkeypatch):
     class Dying(JsonLines):
         at = -1

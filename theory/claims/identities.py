@@ -106,7 +106,7 @@ def _library(draw: Draw, **size: int) -> Errors:
     now = [token_log_probs(i.model, side) for side in sides]
     # references and the side inputs of losses, near the present values
     reference = [jnp.where(side.mask, x + draw.normal(x.shape), 0.0) for side, x in zip(sides, now, strict=True)]
-    side_inputs = draw.uniform((6, *now[0].shape))
+    side_inputs = draw.uniform((8, *now[0].shape))
     rewards = draw.normal((2, size["pairs"]))
     batch = LossInputs(
         ref_logp_chosen=reference[0].sum(-1),
@@ -130,8 +130,12 @@ def _library(draw: Draw, **size: int) -> Errors:
         token_weights_rejected=side_inputs[1],
         token_kl_chosen=side_inputs[2],
         token_kl_rejected=side_inputs[3],
-        token_kl_weights_chosen=side_inputs[4],
-        token_kl_weights_rejected=side_inputs[5],
+        reward_mask_chosen=side_inputs[4],
+        reward_mask_rejected=side_inputs[5],
+        kl_mask_chosen=side_inputs[6],
+        kl_mask_rejected=side_inputs[7],
+        activation_mask_chosen=side_inputs[4],
+        activation_mask_rejected=side_inputs[5],
     )
     totals = [of_library(loss, batch) for loss in library_losses()]
 

@@ -5,11 +5,12 @@ and probes; no per-example gradient exists at any time. Kernels of single pairs 
 at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ches_jax.forecast.linear import pull, push
@@ -20,6 +21,8 @@ from theory.toy.ufm import PairLoss
 
 Groups = Callable[[str], str]
 """From a parameter's dotted name to the group it is counted in."""
+Layers = Callable[[str], Sequence[int]]
+"""From a parameter's dotted name to the layers along its leading axis; none where it is not stacked over layers."""
 
 
 class PairGrams(NamedTuple):
@@ -97,13 +100,16 @@ def pair_grams(
     rejected: Sequences,
     groups: Groups = lambda name: "all",
     *,
-    layers: bool = False,
+    layers: Layers = lambda name: (),
 ) -> PairGrams:
     """The 2 x 2 kernel of every pair, by group of parameters.
 
-    With ``layers`` parameters that are stacked over layers (their name begins with ``layers.``) are counted layer by
-    layer; no group may then hold such and others.
+    Parameters that are stacked over ``layers`` are counted layer by layer, each at its own place of the axis of all
+    layers; no group may then hold such and others. The stacks of a decoder are those of ``stacks.layers_of``.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    numbers = {path_name(path): np.asarray(layers(path_name(path)), int) for path, _ in leaves}
+    count = 1 + max((int(n.max()) for n in numbers.values() if n.size), default=-1)
 
     def one(pair: tuple[Sequences, Sequences]) -> tuple[dict[str, Array], ...]:
         up_and_down = jax.jacrev(lambda p: log_probs(view, p, jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair)))(
@@ -115,10 +121,11 @@ def pair_grams(
             if not moving_too:
                 continue
             name = path_name(path)
-            axes = tuple(range(int(layers and name.startswith("layers.")), up.ndim))
+            at, group = numbers[name], groups(name)
+            axes = tuple(range(int(at.size > 0), up.ndim))
             for total, product in zip(sums, (up * up, up * down, down * down), strict=True):
                 part = product.sum(axes)
-                group = groups(name)
+                part = jnp.zeros(count, part.dtype).at[at].set(part) if at.size else part
                 total[group] = total[group] + part if group in total else part
         return sums
 
@@ -128,6 +135,7 @@ def pair_grams(
 def by_module(name: str) -> str:
     """Groups of a decoder's parameters: head, embed, attention, mlp, norm; the last norm is a group of its own."""
     for part, group in (
+        ("per_layer", "embed"),  # embeddings of their own for each layer
         ("norm", "norm" if "layers" in name else "final norm"),
         ("lm_head", "head"),
         ("embed", "embed"),

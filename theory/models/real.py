@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.errors import DataError
 from ches_jax.hf.directory import resolve
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.models.stacks import layers_of
 from ches_jax.scores import formulas
 from ches_jax.types import TokenPair
 from theory.models import kernels
@@ -60,6 +61,8 @@ class RealModel:
     rejected: Sequences
     text: Callable[[int], str] = str
     """A token in words."""
+    layers: kernels.Layers = lambda name: ()
+    """Which layers a parameter is stacked over."""
 
     @cached_property
     def loss(self) -> PairLoss:
@@ -85,7 +88,7 @@ class RealModel:
     @cached_property
     def grams(self) -> kernels.PairGrams:
         """2 x 2 kernels by module and layer."""
-        run = jax.jit(lambda p, c, r: kernels.pair_grams(self.view, p, c, r, kernels.by_module, layers=True))
+        run = jax.jit(lambda p, c, r: kernels.pair_grams(self.view, p, c, r, kernels.by_module, layers=self.layers))
         return run(self.params, self.chosen, self.rejected)
 
     @cached_property
@@ -243,7 +246,14 @@ def open_real_model(model: str | Path, pairs: str | Path | None = None, *, limit
     view, params = decoder_view(decoder)
     chosen, rejected = sequences_of(taken)
     return RealModel(
-        str(directory), view, params, tuple(taken), chosen, rejected, lambda token: str(tokenizer.decode([token]))
+        str(directory),
+        view,
+        params,
+        tuple(taken),
+        chosen,
+        rejected,
+        text=lambda token: str(tokenizer.decode([token])),
+        layers=partial(layers_of, decoder.config),
     )
 
 

@@ -6,16 +6,18 @@ row of ``presets``. All of it is text or lists of text:
     prompt     column of the prompt (text, a conversation, or a list of the user's turns)
     system     column of a system text, which goes in front of the prompt
     input      column of a text that goes under the prompt, after a line end
+    history    column of earlier turns, which go in front of the prompt: a conversation, or pairs of question and answer
     chosen     column of the preferred response, or of a list of them
     rejected   the other; of two lists every chosen one makes a pair with every rejected one
     responses  instead of both: a column for each response, or one column with a list of them
     winner     column that names the better response, by
     order      the word of ``winner`` for each response: model_a, model_b; or "from 0", "from 1" for numbers of
-               responses; or negative, positive for a number with a sign
+               responses; or negative, positive for a number with a sign; or the columns that hold the label
     winners    a column for each response, 1 where it is the better one
     tie        beside it: a column that is 1 where none is
     scores     a column for each response, or one with a list: the higher, the better
     ranks      the same: the lower, the better
+    best_first column that lists the numbers of the responses, from the best to the worst
     group      prompt: rows after one another that share it are the responses to one prompt
     category, tools, chat_template_kwargs    columns that are carried along
 
@@ -32,8 +34,8 @@ from typing import Any
 
 from ches_jax.data.messages import is_message, kind, text_of
 from ches_jax.data.prompts import lookup
-from ches_jax.data.schema.values import are_turns, decoded, number, turns
-from ches_jax.data.schema.winners import of_winner, of_winners
+from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, is_printed_conversation, number, turns
+from ches_jax.data.schema.winners import by_cell, of_order, of_winner, of_winners
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.runs.store import here
 
@@ -51,6 +53,7 @@ class Schema:
     prompt: str = ""
     system: str = ""
     input: str = ""
+    history: str = ""
     chosen: str = ""
     rejected: str = ""
     responses: Names = ()
@@ -60,6 +63,7 @@ class Schema:
     tie: str = ""
     scores: Names = ()
     ranks: Names = ()
+    best_first: str = ""
     group: str = ""
     category: str = "category"
     tools: str = "tools"
@@ -69,6 +73,7 @@ class Schema:
     def reads(self) -> list[str]:
         """The columns that are read, as they are named (a dot reaches into objects)."""
         words = (self.prompt, self.system, self.input, self.chosen, self.rejected, self.winner, self.tie)
+        words += (self.history, self.best_first)
         more = (self.category, self.tools, self.chat_template_kwargs)
         return [n for n in (*words, *self.responses, *self.winners, *self.scores, *self.ranks, *more) if n]
 
@@ -86,6 +91,8 @@ class Schema:
 PLAIN = Schema(name="chosen-rejected", prompt="prompt", chosen="chosen", rejected="rejected")
 """Rows that are in canonical columns already; whole conversations need no prompt."""
 WORDS = tuple(f.name for f in fields(Schema) if f.name != "name")
+_WAYS = ("winner", "winners", "scores", "ranks", "best_first")
+"""Words that say which response is better."""
 _LISTS = ("responses", "order", "winners", "scores", "ranks")
 ONLY_HERE = frozenset(WORDS) - {"prompt", "chosen", "rejected", "responses", "scores", *_ASIDE}
 """Words of ``--columns`` that make it a declaration."""
@@ -144,7 +151,7 @@ def from_file(path: str) -> Schema:
 
 
 def _check(schema: Schema) -> None:
-    ways = [w for w in ("winner", "winners", "scores", "ranks") if getattr(schema, w)]
+    ways = [w for w in _WAYS if getattr(schema, w)]
     both = bool(schema.chosen) and bool(schema.rejected)
     many = len(schema.responses)
     fault = ""
@@ -153,7 +160,7 @@ def _check(schema: Schema) -> None:
     elif both and (many or ways):
         fault = f"chosen and rejected say which response is better, and so does {ways[0] if ways else 'responses'}"
     elif many and len(ways) != 1:
-        fault = "responses need one of winner, winners, scores, ranks to say which is better, " + (
+        fault = f"responses need one of {', '.join(_WAYS)} to say which is better, " + (
             f"not {' and '.join(ways)}" if ways else "and none is named"
         )
     elif ways and not many:
@@ -165,14 +172,16 @@ def _check(schema: Schema) -> None:
         )
     elif schema.order and not schema.winner:
         fault = "order without winner: it says what the words of winner mean"
-    elif schema.group and (schema.group != "prompt" or not schema.prompt or many != 1 or schema.winner):
+    elif schema.group and (
+        schema.group != "prompt" or not schema.prompt or many != 1 or schema.winner or schema.best_first
+    ):
         fault = "group=prompt needs prompt, one column of responses, and scores or ranks"
     elif many > 1 and any(
         len(getattr(schema, w)) != many for w in ("winners", "scores", "ranks") if getattr(schema, w)
     ):
         fault = f"{ways[0]}: expected a column for each of the {many} responses"
-    elif not schema.prompt and schema.input:
-        fault = "input goes under a prompt, and none is named"
+    elif not schema.prompt and (schema.input or schema.history):
+        fault = "input goes under a prompt and history in front of it, and none is named"
     if fault:
         raise DataError(f"{schema.name}: {fault}")
 
@@ -203,6 +212,8 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
         canonical = shared | {"responses": responses, "scores": _scores(schema, row, len(responses))}
         if schema.winner and len(set(canonical["scores"])) == 1:
             canonical["tie"] = f"{schema.winner} is {lookup(row, schema.winner)!r}"
+        elif schema.winners and len(set(canonical["scores"])) == 1:
+            canonical["tie"] = f"{schema.tie} is {lookup(row, schema.tie)!r}"
         return [(None, _whole(schema, row, canonical))]
     if not schema.chosen:
         return [(None, _whole(schema, row, shared))]
@@ -258,7 +269,8 @@ def grouped(schema: Schema, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[s
 
 
 def _prompt(schema: Schema, row: Mapping[str, Any]) -> Any:
-    prompt = turns(decoded(lookup(row, schema.prompt))) if schema.prompt else None
+    prompt = lookup(row, schema.prompt) if schema.prompt else None
+    prompt = turns(decoded(decoded_turns(prompt)))
     if schema.prompt and prompt is None:
         raise _missing(schema, row, [schema.prompt])
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
@@ -270,7 +282,25 @@ def _prompt(schema: Schema, row: Mapping[str, Any]) -> Any:
         if not isinstance(more, str) or not isinstance(prompt, str):
             raise DataError(f"'{schema.input}' goes under the prompt; expected text and text")
         prompt = f"{prompt}\n{more}"
+    if schema.history:
+        prompt = [
+            *_earlier(schema, row),
+            *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
+        ]
     return _with_system(schema, row, prompt) if schema.system else prompt
+
+
+def _earlier(schema: Schema, row: Mapping[str, Any]) -> list[Any]:
+    """The turns before a prompt; none where the row has none."""
+    value = turns(decoded(lookup(row, schema.history))) or []
+    if are_pairs_of_turns(value):
+        return _dialogue([ask for ask, _ in value], [answer for _, answer in value])
+    if value and not (isinstance(value, list) and are_turns(value)):
+        raise DataError(
+            f"'{schema.history}' is {kind(value)}; expected turns, or pairs of a question and its answer, which go in "
+            "front of the prompt"
+        )
+    return value
 
 
 def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
@@ -301,9 +331,20 @@ def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
 
 
 def decoded_turns(value: Any) -> Any:
-    """JSON text that holds turns, decoded; other text is text."""
+    """JSON text that holds turns, decoded; other text is text.
+
+    Raises:
+      DataError: a conversation as a program prints it, which cannot be read back.
+    """
     parsed = decoded(value)
-    return parsed if parsed is not value and are_turns(turns(parsed)) else value
+    if parsed is not value and are_turns(turns(parsed)):
+        return parsed
+    if isinstance(value, str) and is_printed_conversation(value):
+        raise DataError(
+            f"{kind(value)}: a conversation as a program prints it (a table of text was made of it), which cannot be "
+            "read back; write it as JSON, or keep the data in JSON lines or Parquet"
+        )
+    return value
 
 
 def _responses(schema: Schema, row: Mapping[str, Any]) -> list[Any] | None:
@@ -356,11 +397,14 @@ def _scores(schema: Schema, row: Mapping[str, Any], count: int) -> list[float]:
         value = lookup(row, schema.winner)
         if value is None:
             raise _missing(schema, row, [schema.winner])
-        return of_winner(schema.winner, value, schema.order, count)
+        label = by_cell(value, schema.order, [lookup(row, o) for o in schema.order])
+        return of_winner(schema.winner, label, schema.order, count)
     if schema.winners:
         values = [lookup(row, n) for n in schema.winners]
         tie = lookup(row, schema.tie) if schema.tie else None
         return of_winners(schema.winners, values, tie)
+    if schema.best_first:
+        return of_order(schema.best_first, decoded(lookup(row, schema.best_first)), count)
     names, sign = (schema.scores, 1.0) if schema.scores else (schema.ranks, -1.0)
     values = decoded(lookup(row, names[0])) if len(names) == 1 else [lookup(row, n) for n in names]
     if not isinstance(values, list) or len(values) != count:

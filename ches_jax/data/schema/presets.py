@@ -43,6 +43,13 @@ PRESETS: dict[str, Preset] = {
         _preset("orca-dpo", "Intel/orca_dpo_pairs", system="system", prompt="question"),
         _preset("distilabel-orca", "argilla/distilabel-intel-orca-dpo-pairs", system="system", prompt="input"),
         _preset("alpaca", "LLaMA-Factory's alpaca format", prompt="instruction", input="input"),
+        _preset(
+            "alpaca-system",
+            "the same with system texts (and `history`)",
+            system="system",
+            prompt="instruction",
+            input="input",
+        ),
         _preset("sharegpt", "LLaMA-Factory's sharegpt format", prompt="conversations"),
         _preset("messages", "axolotl's chat_template format", prompt="messages"),
         _preset(

@@ -3,6 +3,7 @@
 Two readings that both fit are refused, with both and how to choose; an unread column that may matter is reported.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from ches_jax.data.messages import text_of
 from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
 from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows, from_words, grouped
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, turns, word
 from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
 from ches_jax.errors import DataError
 
@@ -39,6 +40,22 @@ PROMPT = frozenset(
         "dialog",
     }
 )
+BESIDE = frozenset(
+    {
+        "article",
+        "background",
+        "context",
+        "document",
+        "history",
+        "instructions",
+        "paragraph",
+        "passage",
+        "persona",
+        "scenario",
+        "turns",
+    }
+)
+"""Words of a column that may belong to the prompt beside it."""
 SYSTEM = frozenset({"system", "system_prompt", "system_message", "system_text", "sys"})
 _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")
 """Keys of the text of a prompt that is an object."""
@@ -51,6 +68,7 @@ SIDES = (
     ("better", "worse"),
     ("positive", "negative"),
     ("good", "bad"),
+    ("correct", "incorrect"),
     ("win", "lose"),
     ("pos", "neg"),
     ("j", "k"),
@@ -96,11 +114,18 @@ WINNER = frozenset(
         "verdict",
     }
 )
+_TURNED = frozenset({"safer", "flip", "flipped", "swap", "swapped", "reversed", "inverted"})
+"""Words of a label beside the names of the sides."""
 SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
-RANK = frozenset({"rank", "ranks", "ranking", "rankings"})
+RANK = frozenset({"rank", "ranks", "ranking", "rankings", "placement", "placements"})
+ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
+"""Words of a list that may hold a place for each response, or the numbers of the responses from the best on."""
+PLACE = frozenset({"position", "positions", "place", "places"})
+"""Words of a place among the best, or of where a response was shown."""
 _TEXT_OF = ("text", "response", "answer", "completion", "content", "output", "generation", "reply", "summary")
-_TRIED = 200
-"""Rows that are looked at."""
+_NO_NAMES = frozenset({"true", "false", "yes", "no"})
+_LABEL = 40
+"""Most letters of a label."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +143,56 @@ def recognise(rows: Rows) -> Recognised:
       DataError: two readings fit, or it is not said which response is better.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    if any(n in columns for n in ID_COLUMNS) or (
-        "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows)
-    ):
+    if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
-    schema = _preset(rows) or _inferred(rows, columns) or PLAIN
+    if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
+        return _canonical_list(rows, columns)
+    named = _named_by_side(rows, columns)
+    schema = named or _preset(rows) or _inferred(rows, columns) or PLAIN
     if schema.chosen:
         _require_agreement(rows, columns, (schema.chosen, schema.rejected))
-    schema = _with_system(schema, rows, columns)
+    schema = _with_history(_with_system(schema, rows, columns), rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def _named_by_side(rows: Rows, columns: Sequence[str]) -> Schema | None:
+    """Rows whose ``chosen`` is no response but names one of two other columns."""
+    values = [r[PLAIN.chosen] for r in rows if r.get(PLAIN.chosen) is not None]
+    if not values or not all(
+        isinstance(v, str | int) and len(word(v)) <= _LABEL and " " not in word(v) for v in values
+    ):
+        return None
+    both = _two_columns(rows, columns)
+    if not both or not all(is_tie(v) or any(word(v) in (n.lower(), _parts(n)[-1]) for n in both) for v in values):
+        return None
+    words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
+    order = _order(rows, PLAIN.chosen, both)
+    return _made({"responses": list(both), "winner": PLAIN.chosen, "order": order, **words}, rows)
+
+
+def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
+    """Rows with ``prompt`` and ``responses``: best first only where no other column may say which is better.
+
+    Raises:
+      DataError: two columns contradict each other, or one may say it in a way that is not known.
+    """
+    listed = "responses"
+    if PLAIN.chosen in columns:
+        return Recognised(PLAIN)
+    fitting = _contradicting(rows, [listed], _ways_of_list(rows, columns, listed))
+    words = _one_preference(fitting, listed, columns) if fitting else {}
+    if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
+        return Recognised(schema, tuple(left_over(schema, rows, columns)))
+    for name in (n for n in columns if (RANK | ORDER | PLACE | WINNER | {"safer"}) & {*_parts(n)} and n != listed):
+        if _has(rows, name):
+            raise _two_readings(
+                "the responses are listed best first",
+                f"'{name}' says which is better",
+                f"--columns responses={listed}, or "
+                + (f"winner={name} order=..." if WINNER & {*_parts(name)} else f"ranks={name} or best_first={name}")
+                + " (with prompt=...)",
+            )
+    return Recognised(PLAIN, ("no column says which of 'responses' is better: the first is taken for the best",))
 
 
 def recognise_prompt(rows: Rows) -> Recognised:
@@ -142,7 +208,7 @@ def recognise_prompt(rows: Rows) -> Recognised:
     if schema is None and "prompt" not in columns and not ("chosen" in columns and fits(PLAIN, rows)):
         words = _prompt_words(rows, columns, (), optional=False)
         schema = replace(PLAIN, name="columns", chosen="", rejected="", **words) if words else None
-    schema = _with_system(schema or PLAIN, rows, columns)
+    schema = _with_history(_with_system(schema or PLAIN, rows, columns), rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
 
@@ -216,7 +282,8 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
 
 def _made(words: dict[str, Any], rows: Rows) -> Schema | None:
     schema = replace(from_words(words, "columns"), name="columns")
-    return schema if fits(schema, rows) else None
+    listed = bool(schema.responses) and not fits(PLAIN, rows)  # then its own message says what is wrong with the rows
+    return schema if listed or fits(schema, rows) else None
 
 
 # --- the prompt ---
@@ -274,6 +341,17 @@ def _with_system(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
         return schema
     prompt = schema.prompt if schema != PLAIN or _has(rows, "prompt") else ""
     return replace(schema, name=f"{schema.name} with {fitting[0]}", system=fitting[0], prompt=prompt)
+
+
+def _with_history(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
+    """The declaration with a column of earlier questions and answers, where they are written in pairs."""
+    if schema.history or not schema.prompt or not _has(rows, schema.prompt):
+        return schema
+    for name in (n for n in columns if "history" in _parts(n) and n not in schema.reads):
+        values = [v for r in rows if (v := decoded(r.get(name)))]
+        if values and all(map(are_pairs_of_turns, values)):
+            return replace(schema, name=f"{schema.name} with {name}", history=name)
+    return schema
 
 
 # --- the responses ---
@@ -426,21 +504,62 @@ def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[st
 
 
 def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[str, Any]:
+    return _one_preference(_contradicting(rows, [listed], _ways_of_list(rows, columns, listed)), listed, columns)
+
+
+def _ways_of_list(rows: Rows, columns: Sequence[str], listed: str) -> list[dict[str, Any]]:
+    """The words of each column that may say which response of a list is better."""
     head, _, key = listed.partition(".")
     names = [n for n in columns if n != head]
-    inside = (
-        {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key} if key else set()
-    )
-    numbers = [
-        n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if (SCORE | RANK) & {*_parts(n.split(".")[-1])}
-    ]
-    numbers = [n for n in numbers if all(isinstance(decoded(lookup(r, n)), list) for r in rows if lookup(r, listed))]
-    fitting: list[dict[str, Any]] = [{_score_or_rank(rows, n): n} for n in numbers]
-    labels = [
-        n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and all(_numeric(r.get(n)) for r in rows)
-    ]
-    fitting += [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
-    return _one_preference(_contradicting(rows, [listed], fitting), listed, columns)
+    inside = {k for row in rows for m in (decoded(row.get(head)) if key else []) or [] for k in m} - {key, ""}
+    lists = [n for n in (*names, *(f"{head}.{k}" for k in sorted(inside))) if _are_lists(rows, n)]
+    ways: list[dict[str, Any]] = []
+    for name in lists:
+        parts = {*_parts(name.split(".")[-1])}
+        if parts & ORDER and "." not in name:
+            ways += _ordered(rows, name, listed)
+        elif parts & (SCORE | RANK):
+            ways.append({_score_or_rank(rows, name): name})
+    if not ways and (places := [n for n in lists if PLACE & {*_parts(n.split(".")[-1])}]):
+        raise _two_readings(
+            f"'{places[0]}' is a rank (the lower, the better)",
+            "it says where the response was shown",
+            f"--columns responses={listed} ranks={places[0]}, or another word that says which is better "
+            "(with prompt=...; docs/data.md)",
+        )
+    labels = [n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and _numbers(rows, n)]
+    return ways + [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
+
+
+def _are_lists(rows: Rows, name: str) -> bool:
+    values = [v for r in rows if (v := decoded(lookup(r, name))) is not None]
+    return bool(values) and all(isinstance(v, list) and not all(m is None for m in v) for v in values)
+
+
+def _ordered(rows: Rows, name: str, listed: str) -> list[dict[str, Any]]:
+    """A list of ranks, or of the numbers of the responses from the best on: the same for two responses, not for more.
+
+    Raises:
+      DataError: both fit, and differ.
+    """
+    ways = [{"ranks": name}, {"best_first": name}]
+    readable = [w for w in ways if _says_of_half(rows, {"responses": listed, **w})]
+    if len(readable) == len(ways) and not _agree(rows, [listed], *ways):
+        raise _two_readings(
+            f"'{name}' has a rank for each response (the lower, the better)",
+            "it lists the numbers of the responses, the best first",
+            f"--columns responses={listed} ranks={name} or best_first={name} (with prompt=...)",
+        )
+    return readable[:1]
+
+
+def _says_of_half(rows: Rows, words: Mapping[str, Any]) -> bool:
+    """Whether the words say of half of the rows at least which response is better."""
+    schema, said = from_words(words), 0
+    for row in rows:
+        with contextlib.suppress(DataError):
+            said += bool(canonical_rows(schema, row))
+    return said * 2 >= len(rows)
 
 
 def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -466,7 +585,7 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     """The word of a label for each of the two columns."""
     said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
     places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
-    if order := _by_place(said, places):
+    if order := _by_place(said, places) or _by_cell(rows, name, sides):
         return order
     one, two = sides
     words = f"--columns responses={one},{two} winner={name} order="
@@ -496,6 +615,18 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     )
 
 
+def _by_cell(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
+    """Two columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    labelled = [r for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])]
+    if not labelled or any(_numeric(r[name]) or word(r[name]) in _NO_NAMES for r in labelled):
+        return []
+    for pair in _placed(columns, sides):
+        if name not in pair and all([word(r.get(n)) == word(r[name]) for n in pair].count(True) == 1 for r in labelled):
+            return list(pair)
+    return []
+
+
 def _words_of_two(said: set[str]) -> tuple[str, str]:
     """Two labels of which at least one was seen.
 
@@ -512,15 +643,18 @@ def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
 
     >>> _by_place({"model_b"}, ("a", "b")), _by_place({"0", "1"}, ("a", "b"))
     (['model_a', 'model_b'], [])
+    >>> _by_place({"a is better", "a is much better", "b is better"}, ("a", "b"))
+    ['a is better|a is much better', 'b is better']
     """
-    named = [[w for w in said if place in _parts(w)] for place in places]
-    if not said or len(named[0]) + len(named[1]) != len(said) or max(map(len, named)) > 1:
+    named = [sorted(w for w in said if place in _parts(w)) for place in places]
+    if not said or len(named[0]) + len(named[1]) != len(said) or any("," in w or "|" in w for w in said):
         return []
     if set(named[0]) & set(named[1]):
         return []
-    first, second = (next(iter(words), "") for words in named)
     one, two = (re.compile(rf"(?<![a-z0-9]){place}(?![a-z0-9])") for place in places)
-    return [first or two.sub(places[0], second), second or one.sub(places[1], first)]
+    first = named[0] or [two.sub(places[0], w) for w in named[1]]
+    second = named[1] or [one.sub(places[1], w) for w in named[0]]
+    return ["|".join(first), "|".join(second)]
 
 
 def _start(rows: Rows, name: str, listed: str) -> str:
@@ -592,25 +726,77 @@ def _require_agreement(rows: Rows, columns: Sequence[str], sides: tuple[str, str
 
 
 def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
-    """Columns that may matter and are not read, each with what to do."""
+    """Columns that may matter and are not read, each with what to do; numbers that contradict the sides."""
     read = {n.partition(".")[0] for n in schema.reads} | set(schema.reads)
     for name in columns:
         if name in read or not any(_filled(r.get(name)) and r.get(name) != "" for r in rows):
             continue
         parts = {*_parts(name)}
-        if name.lower() in SYSTEM or (name.lower() in PROMPT and any(_prompt_path(rows, name))):
-            word_ = "system" if name.lower() in SYSTEM else "prompt"
-            where = ("prompt",) if word_ == "system" else ("prompt", "chosen", "rejected", "responses")
+        if name.lower() in SYSTEM or any(_prompt_path(rows, name)) or (parts & BESIDE and _says_something(rows, name)):
+            where = ("prompt",) if name.lower() in SYSTEM else ("prompt", "chosen", "rejected", "responses")
             if not all(_stands(schema, r, r.get(name), where) for r in rows):
-                what = "a system text" if word_ == "system" else "a prompt"
-                takes = f"--columns {word_}={name} takes it"
-                if word_ == "prompt" and schema.prompt:
-                    takes += f" instead of '{schema.prompt}'"
-                    takes += f", input={name} puts it under that" if name.lower() == "input" else ""
-                yield f"column '{name}' looks like {what} and is not read; {takes}"
-        elif parts & RANK or (parts & (WINNER | {"safer"}) and not parts & SCORE and _one_cell(rows, name)):
+                yield _told_of_prompt(schema, rows, name)
+        elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
-            yield f"column '{name}' looks like {what} and is not read; docs/data.md: which response is better"
+            yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+    yield from _contradicted(schema, rows, [n for n in columns if n not in read])
+
+
+def note_on(column: str) -> str:
+    """How a note on a column that is not read begins."""
+    return f"column '{column}' looks like"
+
+
+def _told_of_prompt(schema: Schema, rows: Rows, name: str) -> str:
+    if name.lower() in SYSTEM:
+        return f"{note_on(name)} a system text and is not read; --columns system={name} takes it"
+    text = all(isinstance(r.get(name), str) for r in rows if _filled(r.get(name)))
+    ways = [f"prompt={name} takes it" + f" instead of '{schema.prompt}'" * bool(schema.prompt)]
+    if schema.prompt:
+        ways.append(f"input={name} puts it under that" if text else f"history={name} puts it in front of that")
+    what = "a prompt" if name.lower() in PROMPT else "a part of the prompt"
+    return f"{note_on(name)} {what} and is not read; --columns {', '.join(ways)}"
+
+
+def _says_something(rows: Rows, name: str) -> bool:
+    """Whether a column holds texts of several words, or turns."""
+    values = [decoded(r.get(name)) for r in rows if _filled(r.get(name))]
+    return any((isinstance(v, str) and len(v.split()) > 2) or (isinstance(v, list) and v) for v in values)
+
+
+def _contradicted(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
+    """Numbers of both sides that are not read and say the opposite in most rows."""
+    sides = (schema.chosen, schema.rejected) if schema.chosen else schema.responses
+    if len(sides) != 2:
+        return
+    words = next((w for w in (*SIDES, *PLACES) if sides in _families(sides, w)), SIDES[0])
+    for one, two in _families(columns, words):
+        if not {*_parts(one)} & (SCORE | RANK):
+            continue
+        sign = -1 if {*_parts(one)} & RANK else 1
+        better = [
+            (side, sign * (float(r[one]) - float(r[two])))
+            for r in rows
+            if _numeric(r.get(one)) and _numeric(r.get(two)) and (side := _better_side(schema, r))
+        ]
+        against = sum(side * difference < 0 for side, difference in better)
+        if against * 2 > len(better):
+            turned = f"chosen={schema.rejected} rejected={schema.chosen}" if schema.chosen else "another declaration"
+            yield (
+                f"'{one}' and '{two}' say the opposite of schema {schema.name} in {against} of {len(better)} rows: if "
+                f"they are right, --columns {turned} turns it round (docs/data.md)"
+            )
+
+
+def _better_side(schema: Schema, row: Mapping[str, Any]) -> int:
+    """1 where the first response is the better one, -1 where the second is, 0 where none is or nothing is known."""
+    if schema.chosen:
+        return 1
+    try:
+        first, second = canonical_rows(schema, row)[0][1]["scores"]
+    except DataError:
+        return 0
+    return (first > second) - (first < second)
 
 
 def _stands(schema: Schema, row: Mapping[str, Any], value: Any, where: Sequence[str]) -> bool:
@@ -689,7 +875,7 @@ def _one_cell(rows: Rows, name: str) -> bool:
     """Whether a column holds one short label a row."""
     values = [r[name] for r in rows if r.get(name) is not None]
     return bool(values) and all(
-        isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) <= 40) for v in values
+        isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) <= _LABEL) for v in values
     )
 
 

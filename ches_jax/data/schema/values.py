@@ -5,8 +5,10 @@
 "-2.0"                               -2.0
 """
 
+import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ ROLES = {
     "model": "assistant",
 }
 """Words for the speaker of a turn that other tools write -> the role."""
+_PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{'(?:role|content|from|value)'\s*:")
 DEEPEST = 100
 """How deep lists and objects of a row may lie in one another: what is done with them goes down as deep."""
 
@@ -55,19 +58,34 @@ def are_turns(value: Any) -> bool:
     return bool(parts) and all(isinstance(p, Mapping) and isinstance(p.get("role"), str) for p in parts)
 
 
-def decoded(value: Any) -> Any:
-    """A list or an object that is written as JSON text; anything else as it is.
+def are_pairs_of_turns(value: Any) -> bool:
+    """Whether a value lists pairs of texts: what was asked, and what was answered."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(v, list) and len(v) == 2 and all(isinstance(t, str) for t in v) for v in value)
+    )
 
-    >>> decoded('["a", "b"]'), decoded("[sic]")
-    (['a', 'b'], '[sic]')
+
+def decoded(value: Any) -> Any:
+    """A list or an object that is written as JSON text, or turns as Python prints them; anything else as it is.
+
+    >>> decoded('["a", "b"]'), decoded("[sic]"), decoded("[{'role': 'user', 'content': 'hi'}]")
+    (['a', 'b'], '[sic]', [{'role': 'user', 'content': 'hi'}])
     """
     if isinstance(value, str) and value[:1] in "[{" and value.rstrip()[-1:] in ("]", "}"):
+        read = ast.literal_eval if is_printed_conversation(value) else json.loads
         try:
-            inner = json.loads(value)
-        except (ValueError, RecursionError):
+            inner = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return value
         return inner if within_depth(inner) else value
     return value
+
+
+def is_printed_conversation(text: str) -> bool:
+    """Whether a text begins as Python prints messages: what a table of text makes of them."""
+    return _PRINTED.match(text) is not None
 
 
 def within_depth(value: Any, most: int = DEEPEST) -> bool:

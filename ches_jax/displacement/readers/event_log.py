@@ -35,7 +35,7 @@ def read_event_log(paths: Sequence[Path], held_out: str | None = None) -> Log:
         raise ChesError(
             f"{paths[0]}: reading event files of TensorBoard needs tensorboardX: pip install 'ches-jax[tensorboard]'"
         ) from None
-    values: dict[tuple[int, str], float] = {}
+    values: dict[tuple[int, str], list[float]] = {}
     where: dict[str, Path] = {}
     notes: list[str] = []
     for path in sorted(paths):
@@ -51,15 +51,18 @@ def read_event_log(paths: Sequence[Path], held_out: str | None = None) -> Log:
                     continue
                 key = (int(event.step), value.tag)
                 there = where.setdefault(value.tag, path)
-                if metric(value.tag) is not None and there != path and values.get(key, number) != number:
+                kept = values.setdefault(key, [number])
+                if metric(value.tag) is not None and there != path and kept[-1] != number:
                     raise ChesError(
                         f"{there} and {path} both have {value.tag} at step {key[0]}, with other values: two runs in "
                         "one directory; give the file of one"
                     )
-                values[key] = number
-    entries: dict[int, dict[str, float]] = {}
-    for (step, tag), number in values.items():
-        entries.setdefault(step, {"step": step})[tag] = number
+                if kept[-1] != number:
+                    kept.append(number)
+    entries: dict[tuple[int, int], dict[str, float]] = {}
+    for (step, tag), kept in values.items():
+        for time, number in enumerate(kept):
+            entries.setdefault((step, time), {"step": step})[tag] = number
     source = f"{paths[0] if len(paths) == 1 else paths[0].parent} (TensorBoard)"
     return log_of(source, [entries[s] for s in sorted(entries)], held_out=held_out, notes=tuple(notes))
 

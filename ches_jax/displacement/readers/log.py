@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement.readers.metric_names import REINFORCEMENT, REWARD_MODEL, STEPS, metric
+from ches_jax.displacement.readers.metric_names import HELD_OUT, REINFORCEMENT, REWARD_MODEL, STEPS, metric
 from ches_jax.errors import ChesError
 
 LARGEST = 2**62
@@ -95,17 +95,20 @@ def log_of(
     latest: dict[tuple[str, str, str], int] = {}
     names: dict[str, None] = {}
     resumed: set[int] = set()
+    twice: dict[tuple[str, str, str], set[int]] = {}
     flat = [_without_empty_cells(_of_one_metric(_flat(raw))) for raw in entries]
     _require_one_run(source, flat)
     for step, entry in _in_order(flat):
         called: dict[tuple[str, str, str], str] = {}
+        own_set = _set_of_loss(entry)
         for name, value in entry.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             names[name] = None
             if (meaning := metric(name)) is None or (meaning.quantity == "loss" and RUNTIME in entry):
                 continue
-            key = ("held_out" if meaning.held_out else "train", meaning.quantity, meaning.evaluation_set)
+            which = own_set if own_set and meaning.evaluation_set in HELD_OUT else meaning.evaluation_set
+            key = ("held_out" if meaning.held_out else "train", meaning.quantity, which)
             if meaning.quantity in _SIDES and abs(entry[called.setdefault(key, name)] - value) > 0:
                 raise ChesError(
                     f"{source}: {called[key]} is {entry[called[key]]:g} and {name} is {value:g} at step {step}: which "
@@ -121,6 +124,13 @@ def log_of(
                 resumed.add(step)
                 for later in [s for s in there if s >= step]:
                     del there[later]
+            if meaning.held_out and meaning.quantity in _SIDES and abs(there.get(step, value) - value) > 0:
+                twice.setdefault(key, set()).add(step)
+                if len(twice[key]) > 1:
+                    raise ChesError(
+                        f"{source}: {name} has two values at step {step}, as at an earlier one: several evaluation "
+                        "sets by one name. The run's trainer_state.json tells them apart by their losses; or name them"
+                    )
             there[step], latest[key] = float(value), step
     chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in _SIDES}, held_out)
     series = {
@@ -131,6 +141,16 @@ def log_of(
     if resumed:
         notes = (*notes, f"resumed at step {min(resumed)}: of a step that was logged twice, the later entry counts")
     return Log(source, series, tuple(names), settings or {}, notes, run)
+
+
+def _set_of_loss(entry: Mapping[str, Any]) -> str:
+    """The evaluation set that an entry is of, where only its loss says it: TRL names no other metric after the set.
+
+    >>> _set_of_loss({"eval_helpful_loss": 0.6, "eval_rewards/chosen": 0.1}), _set_of_loss({"loss": 0.6})
+    ('helpful', '')
+    """
+    found = {m.evaluation_set for name in entry if (m := metric(name)) is not None and m.quantity == "loss"} - {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 def joined(source: str, logs: Sequence[Log]) -> Log | None:

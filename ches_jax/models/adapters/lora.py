@@ -81,15 +81,12 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
 
 
 def adaptable(config: DecoderConfig) -> dict[str, list[str]]:
-    """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it.
-
-    Of experts only where each has a tensor of its own in the file: PEFT's format names modules.
-    """
+    """The matrices of a decoder that can be adapted by their short names: one for each stack of layers that has it."""
     shorts = {f"{path}.weight": short for path, short in TARGETS.items()}
     found: dict[str, list[str]] = {short: [] for short in TARGETS.values()}
     for rule in FAMILIES[config.family].name_rules(abstract_parameters(config), config):
         short = shorts.get(below_stack(rule.param) or "")
-        if short is not None and (rule.by_expert or not short.startswith(EXPERT)):
+        if short is not None:
             found[short].append(rule.param.removesuffix(".weight"))
     return {short: modules for short, modules in found.items() if modules}
 

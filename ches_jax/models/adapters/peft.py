@@ -3,7 +3,8 @@
 A stored module is adapted as one map, ``base_model.model.<module>.lora_A.weight`` [r, in] and ``lora_B.weight``
 [out, r]. Where a family keeps several of our matrices in one module (GPT-2, GPT-NeoX, Phi-3), their adapters are
 written as one of the summed rank: the A's on top of each other, each B in the rows of its matrix. Read back, every
-matrix of the module gets the whole A and its rows of B. Both are the same function, exactly.
+matrix of the module gets the whole A and its rows of B. Both are the same function, exactly. Experts that lie in one
+tensor are a form of their own (``together``).
 
 Where the scale differs by layer (``rank_pattern``, ``alpha_pattern``), the stack has the scale of the first layer and
 each B its own, relative to that: the same function, rounded once to float32.
@@ -30,8 +31,9 @@ from ches_jax.hf.directory import fingerprint_of, read_json, resolve
 from ches_jax.hf.tensors import Tensor, all_finite, open_files
 from ches_jax.hf.text_part import INSIDE, OTHER, Parts
 from ches_jax.models.adapters.lora import LowRank, Spec, adaptable, adapted, merged
+from ches_jax.models.adapters.together import by_expert, is_together, side_by_side, swapped, wrappers
 from ches_jax.models.checkpoint.load import load_model, with_parameters
-from ches_jax.models.checkpoint.stored_names import effective_config
+from ches_jax.models.checkpoint.stored_names import effective_config, model_tensors, stored_rules
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
@@ -52,7 +54,6 @@ OFF = (
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "use_bdlora",
     "arrow_config",
@@ -116,6 +117,13 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     left_out: dict[str, str] = {}
     owners = {module: rule for rule in sites.rules for module in sites.stored(rule).values()}
     strength = _Strengths(raw, directory)
+    targets = raw.get("target_parameters") or []
+    wrapped = wrappers(sites.together, targets)
+    problems += [
+        f"{CONFIG}: 'target_parameters' names {target!r}; expected one of {', '.join(sites.parameters) or 'none'}"
+        for target in targets
+        if not wrappers(sites.together, [target])
+    ]
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
@@ -124,7 +132,8 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
             left_out[name] = other["part"]
             continue
         # one that was made over a multimodal model names the text model inside it
-        module = match and next((m for m in _below_wrapper(match["module"]) if m in owners), None)
+        names = [wrapped.get(m, m) for m in _below_wrapper(match["module"])] if match else []
+        module = next((m for m in names if m in owners), None)
         if match is None or module is None:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
@@ -133,7 +142,7 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
         else:
-            problems += _misfits(module, two, strength(module).rank, *sites.size(owners[module]))
+            problems += _misfits(module, two, *sites.sizes(owners[module], strength(module).rank))
     if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
     if said := Parts({}, left_out).left_out():
@@ -294,9 +303,9 @@ class _Strengths:
             self._left -= time.monotonic() - start
 
 
-def _misfits(module: str, two: Mapping[str, Tensor], rank: int, inputs: int, outputs: int) -> Iterator[str]:
+def _misfits(module: str, two: Mapping[str, Tensor], a: tuple[int, int], b: tuple[int, int]) -> Iterator[str]:
     """Shapes that do not fit the module or the rank, values that are none."""
-    for part, expected in (("A", (rank, inputs)), ("B", (outputs, rank))):
+    for part, expected in (("A", a), ("B", b)):
         if two[part].shape != expected:
             yield f"{module}: lora_{part} has shape {two[part].shape}; expected {expected}"
         elif not all_finite(two[part].read()):
@@ -319,8 +328,9 @@ def _stacked(strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str
         b = np.zeros((*lead, outputs, rank), np.float32)
         rows, _ = rule.view.outputs(outputs)
         for at, (r, scale) in strengths.items():
-            a[at][:r] = parts[modules[at]]["A"].read().astype(np.float32)
-            b[at][:, :r] = parts[modules[at]]["B"].read()[rows].astype(np.float64) * (scale / common)
+            down, up = sites.halves(rule, *(parts[modules[at]][part].read() for part in "AB"))
+            a[at][..., :r, :] = down.astype(np.float32)
+            b[at][..., :r] = up[..., rows, :].astype(np.float64) * (scale / common)
         name = rule.param.removesuffix(".weight")
         spec[name] = LowRank(rank, common)
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
@@ -353,14 +363,18 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
             # one rank and scale for a module of all layers, though their stacks may have several
             rank, scale = strengths.get(module, LowRank(0, own[0].scale))
             strengths[module] = LowRank(max(rank, sum(one.rank for one in own)), scale)
+    parameters = [name for name in sites.parameters if name in strengths]
+    places = {tensor: module for module, tensor in wrappers(sites.together, parameters).items()}
     for group in groups.values():
         rank, scale = strengths[sites.below_layer(group[0])[0]]
         for at, module in sites.stored(group[0]).items():
             a, b = _fused(group, arrays, spec, scale, at)
-            missing = rank - len(a)
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = np.pad(a, [(0, missing), (0, 0)])
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = np.pad(b, [(0, 0), (0, missing)])
-    config = _config(strengths, sites.modules, name or str(base))
+            whole, missing = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-2])
+            a, b = np.pad(a, [*whole, missing, (0, 0)]), np.pad(b, [*whole, (0, 0), missing])
+            a, b = sites.written(group[0], a, b)
+            tensors[f"{PREFIX}{places.get(module, module)}.lora_A.weight"] = np.ascontiguousarray(a)
+            tensors[f"{PREFIX}{places.get(module, module)}.lora_B.weight"] = np.ascontiguousarray(b)
+    config = _config(strengths, sites.modules, parameters, name or str(base))
     config["fan_in_fan_out"] = any(isinstance(rule.view, TransposedSlice) for rule in sites.rules)
     with new_directory(out, CheckpointError) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -371,20 +385,20 @@ def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, 
 def _fused(
     group: list[Rule], arrays: Mapping[str, Any], spec: Spec, scale: float, at: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of the stored module at index ``at`` of the stack from the adapters of the matrices in it."""
+    """A and B of the stored module at index ``at`` of the stack (of each expert) from the adapters in it."""
     downs, ups = [], []
     for rule in group:
         name = rule.param.removesuffix(".weight")
         a, b = (np.asarray(arrays[f"{name}.lora_{part}"][at], np.float32) for part in "ab")
-        rows, total = rule.view.outputs(len(b))
-        up = np.zeros((total, b.shape[1]), np.float32)
-        up[rows] = b if spec[name].scale == scale else b * np.float32(spec[name].scale / scale)
+        rows, total = rule.view.outputs(b.shape[-2])
+        up = np.zeros((*b.shape[:-2], total, b.shape[-1]), np.float32)
+        up[..., rows, :] = b if spec[name].scale == scale else b * np.float32(spec[name].scale / scale)
         downs.append(a)
         ups.append(up)
-    return np.concatenate(downs), np.ascontiguousarray(np.concatenate(ups, axis=1))
+    return np.concatenate(downs, axis=-2), np.concatenate(ups, axis=-1)
 
 
-def _config(strengths: Mapping[str, LowRank], modules: list[str], base: str) -> dict[str, Any]:
+def _config(strengths: Mapping[str, LowRank], modules: list[str], parameters: list[str], base: str) -> dict[str, Any]:
     """``adapter_config.json``: the first module's rank and alpha, and patterns for those that differ."""
     alphas = {module: _plain(s.scale * s.rank) for module, s in strengths.items()}
     first = next(iter(strengths))
@@ -396,7 +410,8 @@ def _config(strengths: Mapping[str, LowRank], modules: list[str], base: str) -> 
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": [_shortest(module, modules, strengths) for module in strengths],
+        "target_modules": [_shortest(m, modules, strengths) for m in strengths if m not in parameters],
+        "target_parameters": parameters or None,
         "rank_pattern": {m: s.rank for m, s in strengths.items() if s.rank != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "bias": "none",
@@ -447,10 +462,35 @@ class _Sites:
         experts = self.shapes[rule.param][rule.lead - 1] if rule.by_expert else 1
         return [inner.format(expert=expert) for expert in range(experts)]
 
-    def size(self, rule: Rule) -> tuple[int, int]:
-        """Inputs and outputs of the stored module that holds a matrix."""
-        outputs, inputs = self.shapes[rule.param][-2:]
-        return inputs, rule.view.outputs(outputs)[1]
+    @property
+    def together(self) -> list[str]:
+        """The stored tensors that hold the matrices of all experts."""
+        return [name for rule in self.rules if is_together(rule) for name in self.stored(rule).values()]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The same below their layer: ``mlp.experts.down_proj``."""
+        return list(dict.fromkeys(name for r in self.rules if is_together(r) for name in self.below_layer(r)))
+
+    def sizes(self, rule: Rule, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes that A and B of the stored module have."""
+        *lead, outputs, inputs = self.shapes[rule.param]
+        outputs = rule.view.outputs(outputs)[1]
+        if not is_together(rule):
+            return (rank, inputs), (outputs, rank)
+        if swapped(rule, self.config.family):
+            inputs, outputs = outputs, inputs
+        return (lead[-1] * rank, inputs), (outputs, rank * lead[-1])
+
+    def halves(self, rule: Rule, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A and B as stored -> [r, in] and [out, r], of each expert where all are in one tensor."""
+        if not is_together(rule):
+            return a, b
+        return by_expert(a, b, self.shapes[rule.param][-3], swapped(rule, self.config.family))
+
+    def written(self, rule: Rule, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The way back."""
+        return side_by_side(a, b, swapped(rule, self.config.family)) if is_together(rule) else (a, b)
 
 
 def _sites(base: Path) -> _Sites:
@@ -458,5 +498,6 @@ def _sites(base: Path) -> _Sites:
     config = decoder_config(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
     sites = {f"{module}.weight" for modules in adaptable(config).values() for module in modules}
-    rules = [rule for rule in family_of(raw, str(base)).name_rules(shapes, config) if rule.param in sites]
+    found = stored_rules(family_of(raw, str(base)), shapes, config, model_tensors(base))
+    rules = [rule for rule in found if rule.param in sites]
     return _Sites(rules, shapes, config)

@@ -29,6 +29,7 @@ from ches_jax.models.checkpoint.stored_names import (
     effective_config,
     foreign_prefix,
     model_tensors,
+    stored_rules,
     table_ends,
 )
 from ches_jax.models.checkpoint.tensor_map import Rule, resolved
@@ -158,7 +159,7 @@ def _checked_table(
     stored: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Rule]]:
     """Tensors by the family's names and rules by parameter, after every one of both has been accounted for."""
-    table = {rule.param: rule for rule in family.name_rules(shapes, config)}
+    table = {rule.param: rule for rule in stored_rules(family, shapes, config, stored)}
     embedding, head = table_ends(family, config)
     stored = _without_unread(directory, stored, table, config)
     names = [name for p, r in table.items() for name in r.names(shapes[p], layers_of(config, p)).values()]

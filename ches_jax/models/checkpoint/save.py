@@ -17,7 +17,7 @@ from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.tensors import DTYPES, STORED, open_files
 from ches_jax.hf.text_part import TEXT, TIED, text_config
 from ches_jax.models.checkpoint.load import open_checkpoint
-from ches_jax.models.checkpoint.stored_names import effective_config
+from ches_jax.models.checkpoint.stored_names import effective_config, stored_rules
 from ches_jax.models.checkpoint.tensor_map import Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, named_parameters
@@ -66,10 +66,11 @@ def save_pretrained(
         raise ValueError("save_pretrained needs like=DIR or config=dict")
     if decoder_config(raw, "config of the model to save") != model.config:
         raise ValueError("the config does not describe this model")
-    stored = {} if source is None or dtype else {n: t.dtype for n, t in open_checkpoint(source).tensors.items()}
+    there = {} if source is None else {n: t.dtype for n, t in open_checkpoint(source).tensors.items()}
+    stored = {} if dtype else there
     params = named_parameters(model)
     family = family_of(raw, str(out))
-    rules = family.name_rules(params, model.config)
+    rules = stored_rules(family, {name: v.shape for name, v in params.items()}, model.config, there)
     raw.pop(QUANTISED, None)  # what is written is not
     if source is not None and is_multimodal(source):
         raw["architectures"] = [family.ARCHITECTURE]
@@ -93,8 +94,9 @@ def _save_whole(model: Decoder, out: Path, source: Path, dtype: str | None, shar
     if opened.config != model.config:
         raise ValueError("the directory does not describe this model")
     params = named_parameters(model)
-    rules = family_of(text, str(out)).name_rules(params, model.config)
     stored = {name: tensor.dtype for name, tensor in opened.tensors.items()}
+    shapes = {name: v.shape for name, v in params.items()}
+    rules = stored_rules(family_of(text, str(out)), shapes, model.config, stored)
     tied = model.unembedding if model.config.tie_embeddings else None
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:

@@ -6,6 +6,7 @@ As transformers reads them: each name may have or lack the name of the model bel
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from ches_jax.hf.quantised.scheme import dequantised
 from ches_jax.hf.quantised.schemes import scheme_of
 from ches_jax.hf.tensors import Tensor, open_tensors, same_values
 from ches_jax.hf.text_part import TIED, text_config, text_tensors
+from ches_jax.models.checkpoint.tensor_map import ExpertPart, Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import Family, decoder_config, family_of
+from ches_jax.models.stacks import layers_of
 from ches_jax.notices import notice
 
 HEADS = {"lm_head.weight": "embed_out.weight"}
@@ -64,6 +67,34 @@ def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:
     """The stored names of the embedding and of the head."""
     embedding, head = family.name_rules(["embed_tokens.weight", "lm_head.weight"], config)
     return embedding.tensor, head.tensor
+
+
+def stored_rules(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig, stored: Iterable[str]
+) -> list[Rule]:
+    """The family's rules, as the file has it: the matrices of all experts may lie in one tensor.
+
+    Some programs write families so whose files have a tensor for each expert, the published Qwen 3.5 among them:
+    ``experts.gate_up_proj`` [E, 2 I, D], gates before ups, and ``experts.down_proj`` [E, D, I].
+    """
+    together = {name for name in stored if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
+    rules = family.name_rules(shapes, config)
+    return [_together(rule, shapes[rule.param], config, together) if rule.by_expert else rule for rule in rules]
+
+
+def _together(rule: Rule, shape: tuple[int, ...], config: DecoderConfig, together: set[str]) -> Rule:
+    """The rule of a projection in the tensor of all experts, where there is one."""
+    before, _, projection = rule.tensor.partition("{expert}.")
+    parts = {"gate_proj.weight": 0, "up_proj.weight": 1, "down_proj.weight": None}
+    if projection not in parts:
+        return rule
+    part = parts[projection]
+    tensor = f"{before}{'down_proj' if part is None else 'gate_up_proj'}"
+    first = tensor.format(layer=layers_of(config, rule.param)[0])
+    if not together & {first, first.partition(".")[2]}:
+        return rule
+    width = shape[-2]
+    return replace(rule, tensor=tensor, view=ExpertPart() if part is None else ExpertPart(part * width, 1, 2 * width))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

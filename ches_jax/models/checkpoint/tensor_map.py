@@ -170,6 +170,10 @@ class ExpertPart(View):
         rows = out.swapaxes(1, 2) if self.turned else out
         rows[:, self.start : self.start + self.step * value.shape[1] : self.step] = value
 
+    def outputs(self, count: int) -> tuple[np.ndarray, int]:
+        """Its outputs, those of one expert."""
+        return self.start + self.step * np.arange(count), count if self.total is None else self.total
+
 
 @dataclass(frozen=True)
 class Squeezed(View):

@@ -86,7 +86,7 @@
   // ---- the pairs -----------------------------------------------------------------------------------------------------
   const meta = JSON.parse($("#page-data").textContent);
   if (!meta.columns) { document.documentElement.dataset.ready = "1"; return; }
-  const [numbers, texts] = await Promise.all([unpacked("numbers").then((r) => r.arrayBuffer()), unpacked("texts").then((r) => r.json())]);
+  const [numbers, strings] = await Promise.all([unpacked("numbers").then((r) => r.arrayBuffer()), unpacked("texts").then((r) => r.json())]);
   const N = meta.rows, columns = {}, KINDS = { f4: Float32Array, i4: Int32Array, u1: Uint8Array, u2: Uint16Array };
   for (const column of meta.columns) {
     column.data = new KINDS[column.type](numbers, column.offset, N);
@@ -109,7 +109,15 @@
     return missing(column, row) ? "–" : numberText(column, column.data[row]);
   }
   const keyOf = (row) => meta.key.map((name) => (columns[name].kind === "word" ? columns[name].values[columns[name].data[row]] : String(columns[name].data[row])).replaceAll(" ", "_")).join("-");
-  const side = (name, row) => (texts[name] ? texts[name][row] : "");
+  const BREAK = "\u0001"; // between the texts of a side; no text has it
+  function lines(whole) {
+    const ends = new Uint32Array(N);
+    for (let row = 0, at = -1; row < N; row++) ends[row] = at = row < N - 1 ? whole.indexOf(BREAK, at + 1) : whole.length;
+    return { whole, ends, at: (row) => whole.slice(row ? ends[row - 1] + 1 : 0, ends[row]) };
+  }
+  const texts = {};
+  for (const [name, whole] of Object.entries(strings)) texts[name] = lines(whole);
+  const side = (name, row) => (texts[name] ? texts[name].at(row) : "");
   const shownSides = meta.sides.filter((name) => texts[name]);
 
   const state = { sort: meta.sort[0], down: meta.sort[1] < 0, filters: {}, bounds: {}, query: "", open: new Set() };
@@ -120,7 +128,7 @@
     if (orders[name]) return orders[name];
     const column = columns[name], keys = new Float64Array(N), rows = new Uint32Array(N);
     if (!column) {
-      const words = texts[name].map((text) => text.trimStart().slice(0, 60).toLowerCase()), at = rows.map((_, i) => i);
+      const words = Array.from(rows, (_, row) => side(name, row).trimStart().slice(0, 60).toLowerCase()), at = rows.map((_, i) => i);
       return (orders[name] = at.sort((a, b) => (words[a] < words[b] ? -1 : words[a] > words[b] ? 1 : a - b)));
     }
     if (column.kind === "word") {
@@ -151,25 +159,22 @@
   }
   let corpus = null;
   function searched() {
-    // all texts as one string, rows apart by a character that no text has
+    // the names of the rows and the texts of each side in small letters, which may be longer than the texts are
     if (!corpus) {
-      const rows = new Array(N);
-      for (let row = 0; row < N; row++) rows[row] = [keyOf(row), ...shownSides.map((name) => texts[name][row]), texts.id ? texts.id[row] : ""].join("\n");
-      const whole = rows.join("\u0001").toLowerCase() + "\u0001", ends = new Uint32Array(N);
-      for (let row = 0, at = -1; row < N; row++) ends[row] = at = whole.indexOf("\u0001", at + 1);
-      corpus = { whole, ends };
+      const keys = Array.from({ length: N }, (_, row) => keyOf(row)).join(BREAK);
+      corpus = [keys, ...shownSides.map((name) => texts[name].whole), ...(texts.id ? [texts.id.whole] : [])].map((whole) => lines(whole.toLowerCase()));
     }
     return corpus;
   }
   function found(words) {
-    // 1 for each row that holds every word
-    const { whole, ends } = searched(), hits = new Uint8Array(N);
+    // in how many of the first words each row is found, as long as it holds them all
+    const hits = new Uint8Array(N);
     words.forEach((word, k) => {
-      for (let row = 0, at = whole.indexOf(word); at >= 0; at = whole.indexOf(word, ends[row])) {
-        let low = row, high = N - 1; // the row that holds this place
-        while (low < high) { const middle = (low + high) >> 1; if (ends[middle] < at) low = middle + 1; else high = middle; }
-        row = low;
-        if (hits[row] === k) hits[row] = k + 1;
+      for (const { whole, ends } of searched()) {
+        for (let row = 0, at = whole.indexOf(word); at >= 0; at = whole.indexOf(word, ends[row])) {
+          while (ends[row] < at) row++; // the row that holds this place
+          if (hits[row] === k) hits[row] = k + 1;
+        }
       }
     });
     return hits;
@@ -349,7 +354,7 @@
     const key = keyOf(row), cut = columns._cut && columns._cut.data[row];
     const facts = h("dl", { class: "facts" });
     for (const column of meta.columns) if (!column.name.startsWith("_")) facts.append(h("div", {}, h("dt", { title: column.meaning }, column.label), h("dd", { dir: "auto" }, cell(column, row))));
-    if (texts.id) facts.append(h("div", {}, h("dt", {}, "row_id"), h("dd", {}, texts.id[row])));
+    if (texts.id) facts.append(h("div", {}, h("dt", {}, "row_id"), h("dd", {}, side("id", row))));
     const content = h("div", {});
     const actions = h("div", { class: "controls" }, h("button", { type: "button", onclick: (event) => { current = row; writeHash(); copied(event.target, location.href); } }, "copy link to this pair"));
     if (meta.show) actions.append(h("span", { class: "command" }, h("code", {}, `${meta.show} ${meta.showKey ? columns[meta.showKey].data[row] : key}`)));
@@ -428,7 +433,7 @@
     const quoted = (value) => (/[",\n\r]/.test(value) ? '"' + String(value).replaceAll('"', '""') + '"' : value);
     const names = meta.columns.filter((column) => !column.name.startsWith("_"));
     const lines = [["key", ...names.map((column) => column.name), ...(texts.id ? ["row_id"] : [])].join(",")];
-    for (const row of view) lines.push([keyOf(row), ...names.map((column) => (column.kind === "word" ? column.values[column.data[row]] : missing(column, row) ? "" : column.data[row])), ...(texts.id ? [texts.id[row]] : [])].map((value) => quoted(String(value))).join(","));
+    for (const row of view) lines.push([keyOf(row), ...names.map((column) => (column.kind === "word" ? column.values[column.data[row]] : missing(column, row) ? "" : column.data[row])), ...(texts.id ? [side("id", row)] : [])].map((value) => quoted(String(value))).join(","));
     saved(meta.name + ".csv", "text/csv", lines.join("\n") + "\n");
   }
   let current = null, writing = true; // not before the address was read
@@ -497,8 +502,9 @@
       if (spec.regimes) {
         const low = Math.max(x.axis.range[0], y.axis.range[0]), high = Math.min(x.axis.range[1], y.axis.range[1]);
         if (high > low) parts.push(s("line", { x1: sx(low), y1: sy(low), x2: sx(high), y2: sy(high), class: "axis dashed" }));
-        const words = [["both up", W - R - 4, U + 14, "end"], ["wanted: chosen up, rejected down", W - R - 4, T - B - 6, "end"], ["inverted", L + 4, U + 14, "start"], ["both down", L + 4, T - B - 6, "start"]];
-        for (const [text, wx, wy, anchor] of words) parts.push(s("text", { x: wx, y: wy, "text-anchor": anchor, class: "strong" }, text));
+        const zx = sx(0), left = zx - L, right = W - R - zx, up = sy(0) - U, down = T - B - sy(0); // a quarter that is too small for its name has none
+        const words = [["both up", W - R - 4, U + 14, "end", right, up], ["wanted", W - R - 4, T - B - 6, "end", right, down], ["inverted", L + 4, U + 14, "start", left, up], ["both down", L + 4, T - B - 6, "start", left, down]];
+        for (const [text, wx, wy, anchor, width, height] of words) if (width > 7 * text.length + 8 && height > 18) parts.push(s("text", { x: wx, y: wy, "text-anchor": anchor, class: "strong" }, text));
       }
       const fresh = s("svg", { viewBox: `0 0 ${W} ${T}`, "aria-hidden": "true" }, ...parts);
       if (svg) svg.replaceWith(fresh); else plot.prepend(fresh);
@@ -522,6 +528,30 @@
       else if (kind === "cross") { draw.rect(x - 1.2 * r, y - 0.4 * r, 2.4 * r, 0.8 * r); draw.rect(x - 0.4 * r, y - 1.2 * r, 0.8 * r, 2.4 * r); }
       else { draw.moveTo(x + r, y); draw.arc(x, y, r, 0, 7); }
     }
+    function cloud(width, height, ratio, r, colours) {
+      // many points as pixels: each is a square that lets through what lies under it, the first group on top
+      const alpha = Math.max(0.15, Math.min(0.7, 12000 / rows.length)), side = Math.max(1, Math.round(2 * r * ratio));
+      const image = new ImageData(width, height), out = image.data, covers = new Uint16Array(width * height);
+      for (let code = colours.length - 1; code >= 0; code--) {
+        covers.fill(0);
+        for (let i = 0; i < rows.length; i++) {
+          if (group(rows[i]) !== code) continue;
+          const x0 = Math.round(px[i] * ratio - side / 2), y0 = Math.round(py[i] * ratio - side / 2);
+          const x1 = Math.min(width, x0 + side), y1 = Math.min(height, y0 + side);
+          for (let y = Math.max(0, y0); y < y1; y++) for (let x = Math.max(0, x0); x < x1; x++) covers[y * width + x]++;
+        }
+        const [red, green, blue] = colours[code].match(/[\d.]+/g).map(Number);
+        for (let i = 0, at = 0; i < covers.length; i++, at += 4) {
+          if (!covers[i]) continue;
+          const above = 1 - (1 - alpha) ** covers[i], under = (out[at + 3] / 255) * (1 - above), whole = above + under;
+          out[at] = (red * above + out[at] * under) / whole;
+          out[at + 1] = (green * above + out[at + 1] * under) / whole;
+          out[at + 2] = (blue * above + out[at + 2] * under) / whole;
+          out[at + 3] = 255 * whole;
+        }
+      }
+      return image;
+    }
     function paint() {
       if (!seen) return;
       if (dirty) { frame(); positions(); dirty = false; at = -1; }
@@ -530,18 +560,17 @@
       canvas.height = Math.round(T * ratio);
       const draw = canvas.getContext("2d"), css = getComputedStyle(document.documentElement), r = radius(), probe = h("span", {});
       plot.append(probe);
-      draw.scale(ratio, ratio);
       const many = rows.length > 5000;
       const groups = spec.by && columns[spec.by] ? columns[spec.by].values.length : 1;
-      for (let code = groups - 1; code >= 0; code--) { // the first group counts most and lies on top
-        probe.style.color = `var(${style(code)})`;
-        draw.fillStyle = getComputedStyle(probe).color;
-        draw.globalAlpha = many ? Math.max(0.15, Math.min(0.7, 12000 / rows.length)) : 0.75;
-        if (many) { for (let i = 0; i < rows.length; i++) if (group(rows[i]) === code) draw.fillRect(px[i] - r, py[i] - r, 2 * r, 2 * r); } else {
-          draw.beginPath();
-          for (let i = 0; i < rows.length; i++) if (group(rows[i]) === code) outline(draw, SHAPES[code % 4], px[i], py[i], r);
-          draw.fill();
-        }
+      const colour = (code) => { probe.style.color = `var(${style(code)})`; return getComputedStyle(probe).color; };
+      if (many) draw.putImageData(cloud(canvas.width, canvas.height, ratio, r, Array.from({ length: groups }, (_, code) => colour(code))), 0, 0);
+      draw.scale(ratio, ratio);
+      draw.globalAlpha = 0.75;
+      for (let code = groups - 1; code >= 0 && !many; code--) { // the first group counts most and lies on top
+        draw.fillStyle = colour(code);
+        draw.beginPath();
+        for (let i = 0; i < rows.length; i++) if (group(rows[i]) === code) outline(draw, SHAPES[code % 4], px[i], py[i], r);
+        draw.fill();
       }
       draw.globalAlpha = 1;
       probe.style.color = "var(--ink)";

@@ -61,6 +61,8 @@ class Batch(NamedTuple):
     tokens."""
     tokens: TokenPlaces | None = None
     """For objectives of tokens."""
+    sft: "Batch | None" = None
+    """Rows of another set, of which a likelihood term is taken."""
 
 
 class Layout(NamedTuple):

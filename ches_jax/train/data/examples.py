@@ -182,7 +182,11 @@ def _unpaired(
         for (i, _, response), other in zip(sides, others, strict=True)
     ]
     labels = np.array([good for _, good, _ in sides])
-    return Examples(made, {**{k: v[whose] for k, v in extra.items()}, "desirable": labels})
+    columns = {k: v[whose] for k, v in extra.items()}
+    if "weights_chosen" in columns:  # rows of one response have a weight each
+        of_good, of_bad = columns.pop("weights_chosen"), columns.pop("weights_rejected")
+        columns["weights"] = np.where(labels, of_good, of_bad)
+    return Examples(made, {**columns, "desirable": labels})
 
 
 def other_prompts(prompts: Sequence[tuple[int, ...]], seed: int) -> list[int]:

@@ -34,13 +34,19 @@ class Loader:
         groups = ([examples.item(j) for j in group] for i in updates for group in plan.update(i))
         self._layout = fitted(layout, groups)
         self._examples, self._plan, self._reference, self._dtype = examples, plan, reference, np.dtype(dtype)
+        self.updates = plan.total
+        self.sft: Loader | None = None
+        """Of another set, whose rows come beside those of each update."""
         self._weighs_tokens = "pairs_per_token" in loss.optional and plan.accumulate > 1
 
     def __call__(self, update: int) -> list[Batch]:
         """The micro-batches of one update."""
         groups = self._plan.update(update)
         share = self._token_weight(groups) if self._weighs_tokens else {}
-        return [self._micro_batch(group, share) for group in groups]
+        batches = [self._micro_batch(group, share) for group in groups]
+        if self.sft is None:
+            return batches
+        return [batch._replace(sft=sft) for batch, sft in zip(batches, self.sft(update), strict=True)]
 
     def ahead(self, first: int, total: int) -> Generator[list[Batch], None, None]:
         """Of updates ``first`` to ``total`` - 1; each is made while the one before it is computed."""

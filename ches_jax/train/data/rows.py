@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ches_jax.inputs import Opener
 from ches_jax.losses import Loss
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.losses.tokens import TOKEN_WEIGHTS
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.examples import NOTHING, ragged
 from ches_jax.train.objective import is_supervised, is_unpaired, reads_lists, reads_samples
 from ches_jax.train.reference import COLUMNS
@@ -79,6 +79,12 @@ def require_columns(config: TrainConfig, loss: Loss) -> None:
         )
 
 
+def option_columns(config: UpdateOptions) -> frozenset[str]:
+    """Columns of the rows that options name."""
+    named = (config.weights, config.label_probabilities, config.token_weights, config.rewards)
+    return frozenset(name for names in named if names for name in names.split(","))
+
+
 def _two(names: Sequence[str], columns: str) -> dict[str, str]:
     return dict(zip(names, columns.split(","), strict=True))
 
@@ -101,19 +107,27 @@ def read_pairs(
     """
     source, one_response = _open(config, loss, spec, split, opener, option)
     choices_of = _column_choices(config, loss)
-    if one_response and choices_of:
-        raise ChesError(f"{choices_of[0][0]}: {source.name} has rows of one response, of which only the label is read")
+    if one_response:
+        for option, choices in choices_of:
+            if [*choices[0]] != ["weights"]:
+                raise ChesError(
+                    f"{option}: {source.name} has rows of one response, of which only the label and a weight are read"
+                )
     pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
         pairs = [_single(p) for p in pairs]
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
     if one_response and is_supervised(loss):  # every response is a good one
-        return ReadPairs(kept, {}, dropped, rows)
+        return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows)
     if one_response:
         name = config.columns.get(LABEL, LABEL)
-        labels = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}])], kept, limit)[LABEL]
-        return ReadPairs(pair_by_prompt(kept, labels > 0), {}, dropped, rows)
+        numbers = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}]), *choices_of], kept, limit)
+        pairs, members = pair_by_prompt(kept, numbers[LABEL] > 0)
+        weights = {
+            f"weights_{side}": numbers["weights"][which] for side, which in members.items() if "weights" in numbers
+        }
+        return ReadPairs(pairs, weights, dropped, rows)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
     if reads_lists(loss):
@@ -231,22 +245,28 @@ def _single(pair: TokenPair) -> TokenPair:
     return replace(pair, rejected=NOTHING, flags=flags)
 
 
-def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> list[TokenPair]:
-    """Single responses to pairs: of each prompt a good one with a bad one, as far as there are both."""
-    by_prompt: dict[tuple[int, ...], tuple[list[TokenPair], list[TokenPair]]] = {}
-    for row, is_good in zip(rows, good, strict=True):
-        by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(row)
-    pairs = []
-    for chosen, rejected in (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides)):
-        first = chosen or rejected
-        if chosen is None:
-            pairs.append(replace(rejected, chosen=NOTHING, rejected=rejected.chosen))
-        elif rejected is None:
-            pairs.append(first)
+def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[TokenPair], dict[str, np.ndarray]]:
+    """Single responses to pairs: of each prompt a good one with a bad one, as far as there are both.
+
+    Returns:
+      The pairs; and for the chosen and the rejected side of each which row it was, where a side is empty the other's.
+    """
+    by_prompt: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+    for i, (row, is_good) in enumerate(zip(rows, good, strict=True)):
+        by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(i)
+    pairs, members = [], []
+    together: Iterator[tuple[Any, Any]] = (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides))
+    for one, other in together:
+        members.append((other if one is None else one, one if other is None else other))
+        if one is None:
+            pairs.append(replace(rows[other], chosen=NOTHING, rejected=rows[other].chosen))
+        elif other is None:
+            pairs.append(rows[one])
         else:
-            both = hashlib.sha256((chosen.row_id + rejected.row_id).encode()).hexdigest()[:32]
-            pairs.append(replace(chosen, row_id=both, rejected=rejected.chosen))
-    return pairs
+            both = hashlib.sha256((rows[one].row_id + rows[other].row_id).encode()).hexdigest()[:32]
+            pairs.append(replace(rows[one], row_id=both, rejected=rows[other].chosen))
+    chosen, rejected = np.array(members, int).reshape(-1, 2).T
+    return pairs, {"chosen": chosen, "rejected": rejected}
 
 
 def _column_choices(config: TrainConfig, loss: Loss) -> list[tuple[str, list[Mapping[str, str]]]]:

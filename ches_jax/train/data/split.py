@@ -123,6 +123,12 @@ class Plan:
         return [batch[i : i + self.micro_batch] for i in range(0, len(batch), self.micro_batch)]
 
 
+def whole_pass(pairs: int, like: Plan) -> Plan:
+    """A plan that takes every example once, in batches of the size of another plan's micro-batches."""
+    size = min(like.micro_batch, pairs)
+    return Plan(pairs, size, 1, -(-pairs // size), like.seed)
+
+
 def make_plan(config: TrainConfig, pairs: int) -> Plan:
     """The plan of a run over so many pairs."""
     per_epoch = -(-pairs // config.batch_size)

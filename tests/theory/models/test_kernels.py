@@ -44,17 +44,24 @@ def test_kernels_through_the_view_are_those_of_the_unconstrained_features_model(
             jnp.int32,
         )
         sides.append(ufm.Responses(side.tokens[:, 1:], contexts, side.response[:, 1:]))
-    k = [ufm.kernel(params, a, b) for a, b in ((sides[0], sides[0]), (sides[0], sides[1]), (sides[1], sides[1]))]
+    kernel = jax.jit(ufm.kernel)
+    k = [kernel(params, a, b) for a, b in ((sides[0], sides[0]), (sides[0], sides[1]), (sides[1], sides[1]))]
     for actual, expected in zip(grams, k, strict=True):
         np.testing.assert_allclose(actual["unembedding"], jnp.diagonal(expected.head), rtol=1e-11)
         np.testing.assert_allclose(actual["features"], jnp.diagonal(expected.body), rtol=1e-11, atol=1e-12)
 
     # all responses with all others
     both, every = lmview.both_sides(chosen, rejected), ufm.stack(*sides)
-    whole = ufm.kernel(params, every, every)
-    np.testing.assert_allclose(kernels.gram(view, params, both), whole.total, rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(kernels.head_gram(view, params, both), whole.head, rtol=1e-11, atol=1e-12)
-    own, cross = kernels.pair_feature_kernels(view, params, chosen, rejected)
+    whole = kernel(params, every, every)
+
+    @jax.jit
+    def through_the_view(params):
+        features = kernels.pair_feature_kernels(view, params, chosen, rejected)
+        return kernels.gram(view, params, both), kernels.head_gram(view, params, both), features
+
+    gram, head_gram, (own, cross) = through_the_view(params)
+    np.testing.assert_allclose(gram, whole.total, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(head_gram, whole.head, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(own, jnp.diagonal(k[0].body), rtol=1e-11)
     np.testing.assert_allclose(cross, jnp.diagonal(k[1].body), rtol=1e-11, atol=1e-12)
 
@@ -74,12 +81,17 @@ def test_batch_rates_of_one_pair_are_its_own_rate(toy):
 
 def test_rates_along_signs_are_those_of_a_sign_step(toy):
     view, params, chosen, rejected = toy
-    actual = kernels.sign_rates(view, params, chosen, rejected, loss)
+    actual = jax.jit(lambda p: kernels.sign_rates(view, p, chosen, rejected, loss))(params)
     one = [jax.tree.map(lambda a: a[1:], side) for side in (chosen, rejected)]
-    velocity = jax.tree.map(jnp.sign, kernels.direction(view, params, one[0], one[1], loss))
     step = 1e-6
-    after = jax.tree.map(lambda p, v: p + step * v, params, velocity)
-    measured = (lmview.log_probs(view, after, one[0]) - lmview.log_probs(view, params, one[0])) / step
+
+    @jax.jit
+    def moved(params):
+        velocity = jax.tree.map(jnp.sign, kernels.direction(view, params, one[0], one[1], loss))
+        after = jax.tree.map(lambda p, v: p + step * v, params, velocity)
+        return (lmview.log_probs(view, after, one[0]) - lmview.log_probs(view, params, one[0])) / step
+
+    measured = moved(params)
     np.testing.assert_allclose(actual[1], measured[0], rtol=1e-4)
 
 
@@ -89,7 +101,7 @@ def test_layers_are_counted_one_by_one():
 
         def hidden(self, params, sequences):
             h = jnp.ones((*sequences.tokens.shape, 2))
-            for layer in params["layers"]["w"]:
+            for layer in (params["layers"]["0"][0], params["layers"]["1"][0], params["layers"]["0"][1]):
                 h = jnp.tanh(h * layer[None, None])
             return h
 
@@ -103,12 +115,18 @@ def test_layers_are_counted_one_by_one():
             return jax.tree.map(lambda _: True, params)
 
     rng = np.random.default_rng(0)
-    params = {"layers": {"w": jnp.array(rng.normal(size=(3, 2)))}, "head": jnp.array(rng.normal(size=(13, 2)))}
+    stacked = {"0": jnp.array(rng.normal(size=(2, 2))), "1": jnp.array(rng.normal(size=(1, 2)))}
+    params = {"layers": stacked, "head": jnp.array(rng.normal(size=(13, 2)))}
+    numbers = {"layers.0": (0, 2), "layers.1": (1,), "head": ()}
     chosen, rejected = sequences_of(PAIRS)
     whole = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name)
-    split = kernels.pair_grams(View(), params, chosen, rejected, lambda name: name, layers=True)
-    assert split.cross["layers.w"].shape == (2, 3) and split.cross["head"].shape == (2,)
-    np.testing.assert_allclose(split.by_group().cross["layers.w"], whole.cross["layers.w"], rtol=1e-6)
+    split = kernels.pair_grams(
+        View(), params, chosen, rejected, lambda name: name.partition(".")[0], layers=numbers.__getitem__
+    )
+    assert split.cross["layers"].shape == (2, 3) and split.cross["head"].shape == (2,)
+    # two stacks in one group, each layer at its own place
+    np.testing.assert_allclose(split.cross["layers"][:, 1], whole.cross["layers.1"], rtol=1e-6)
+    np.testing.assert_allclose(split.cross["layers"][:, 0::2].sum(1), whole.cross["layers.0"], rtol=1e-6)
     np.testing.assert_allclose(split.total()[0], whole.total()[0], rtol=1e-6)
 
 

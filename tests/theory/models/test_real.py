@@ -43,6 +43,7 @@ def test_every_score_of_the_library_is_there(measured):
     assert all(values.shape == (4,) and np.isfinite(values).all() for values in measured.scores.values())
 
 
+@pytest.mark.slow
 def test_exact_claims_hold_on_a_tiny_model(tiny_model):
     results = verify(["F1", "F6"], model=tiny_model, limit=3, quiet=True)
     assert {r.id: r.value for r in results if not r.passed} == {}

@@ -63,10 +63,12 @@ def test_a_linen_module_is_seen_as_the_decoder_is(x64, tiny_model, plain):
     compare(measured(view, params), plain)
 
 
+@pytest.mark.slow
 def test_layers_that_are_computed_again_change_nothing(x64, tiny_model, plain):
     compare(measured(*lmview.decoder_view(load(tiny_model), remat=True)), plain)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_changes_nothing(x64, tiny_model, plain):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     view, params = lmview.decoder_view(load(tiny_model, sharding=placement(mesh)), mesh=mesh)

@@ -8,12 +8,12 @@ from ches_jax.distributed.mesh import spans_processes
 from ches_jax.distributed.processes import Process
 
 
-class Work(NamedTuple):
+class Division(NamedTuple):
     """Who computes with this process, and who beside it.
 
     >>> from ches_jax.distributed.mesh import make_mesh
-    >>> work = Work.on(make_mesh("data=1"), Process(1, 2))
-    >>> work.team.first, work.turns.id, work.count, work.first
+    >>> division = Division.on(make_mesh("data=1"), Process(1, 2))
+    >>> division.team.first, division.turns.id, division.count, division.first
     (True, 1, 2, False)
     """
 
@@ -23,7 +23,7 @@ class Work(NamedTuple):
     """Those that take chunks in turn."""
 
     @classmethod
-    def on(cls, mesh: Mesh, process: Process) -> "Work":
+    def on(cls, mesh: Mesh, process: Process) -> "Division":
         """Together where the mesh is of several processes, else in turn."""
         return cls(process, Process()) if spans_processes(mesh) else cls(Process(), process)
 

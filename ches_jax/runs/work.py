@@ -1,0 +1,88 @@
+"""What a run cost, counted: the ``work`` of ``run.json``."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+_COMPILING = "/jax/core/compile/"
+_PROGRAM = "/jax/core/compile/backend_compile_duration"
+_FROM_CACHE = "/jax/compilation_cache/cache_hits"
+
+
+class Work:
+    """Counts from its making on, what this process did; a run that went on in another process counts its own part.
+
+    >>> work = Work()
+    >>> with work.on_device():
+    ...     _ = sum(range(10))
+    >>> sorted(work.facts())
+    ['cpu_seconds', 'programs', 'programs_from_cache', 'seconds']
+    >>> sorted(work.facts()["seconds"])
+    ['compiling', 'device', 'host']
+    """
+
+    def __init__(self) -> None:
+        """Starts the clocks."""
+        self._seen = _seen()
+        self._before = Counter(self._seen)
+        self._started = time.perf_counter(), time.process_time()
+        self._device = 0.0
+
+    def elapsed(self) -> float:
+        """Wall seconds so far."""
+        return time.perf_counter() - self._started[0]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """A block that starts programs or waits for what they compute; what it compiles is counted apart."""
+        started, compiling = time.perf_counter(), self._seen["seconds"]
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started - (self._seen["seconds"] - compiling)
+            self._device += max(spent, 0.0)
+
+    def facts(self, **more: Any) -> dict[str, Any]:
+        """The counts so far.
+
+        ``programs`` that jax asked its compiler for, ``programs_from_cache`` of them without compiling; wall seconds
+        ``compiling`` (tracing and reading the cache included), in ``on_device`` blocks, and on the ``host`` (the rest);
+        CPU seconds of all threads.
+
+        Args:
+          more: what else the verb counts.
+        """
+        done = Counter(self._seen)
+        done.subtract(self._before)
+        seconds = {"compiling": done["seconds"], "device": self._device}
+        seconds["host"] = max(self.elapsed() - sum(seconds.values()), 0.0)
+        return {
+            "programs": int(done["programs"]),
+            "programs_from_cache": int(done["from_cache"]),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "cpu_seconds": round(time.process_time() - self._started[1], 3),
+            **more,
+        }
+
+
+@cache
+def _seen() -> Counter[str]:
+    """What jax has told since the first call: its events cannot be read afterwards."""
+    from jax import monitoring
+
+    seen: Counter[str] = Counter()
+
+    def lasted(event: str, seconds: float, **_: Any) -> None:
+        if event.startswith(_COMPILING):
+            seen["seconds"] += seconds  # type: ignore[assignment]
+        seen["programs"] += event == _PROGRAM
+
+    def happened(event: str, **_: Any) -> None:
+        seen["from_cache"] += event == _FROM_CACHE
+
+    monitoring.register_event_duration_secs_listener(lasted)
+    monitoring.register_event_listener(happened)
+    return seen

@@ -1,0 +1,101 @@
+"""The page of ``side_by_side``: the headline, the roofline of each case, every number with its spread."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ches_jax.report.document import Page, Section
+from ches_jax.report.html import data_table, escape, figure, paragraphs
+from ches_jax.report.render import render
+
+WIDTH, LINE, LEFT = 720, 26, 190
+
+
+def roofline(case: Mapping[str, Any]) -> str:
+    """Useful GFLOP/s of each way as a bar, beneath the peak of a matrix product at the model's shapes."""
+    peak = case["peak_gflops_per_core"]
+    scale = (WIDTH - LEFT - 90) / (1.05 * max(peak, *(r["useful_gflops_per_core"] for r in case["table"].values())))
+    height = LINE * len(case["table"]) + 46
+    parts = []
+    for k, (way, row) in enumerate(case["table"].items()):
+        y, width = 28 + LINE * k, scale * row["useful_gflops_per_core"]
+        words = f"{row['useful_gflops_per_core']:.1f} ({row['share_of_peak']:.0%})"
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(way)}</text>')
+        parts.append(f'<rect class="s{0 if way == "ours" else 1}" x="{LEFT}" y="{y}" width="{width:.1f}" height="17"/>')
+        parts.append(f'<text class="tick" x="{LEFT + width + 6:.1f}" y="{y + 13}">{words}</text>')
+    at = LEFT + scale * peak
+    parts.append(f'<line class="axis dashed" x1="{at:.1f}" x2="{at:.1f}" y1="20" y2="{height - 16}"/>')
+    parts.append(f'<text class="tick" x="{at:.1f}" y="14" text-anchor="middle">peak {peak:.1f} GFLOP/s</text>')
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def page_of(result: Mapping[str, Any]) -> Page:
+    """The page of a result with its environment."""
+    cases = result["cases"]
+    own = [c["table"]["ours"]["share_of_peak"] for c in cases if "ours" in c["table"]]
+    ratios: dict[str, list[float]] = {}
+    for case in cases:
+        for way, (_, middle, _) in case["ratios"].items():
+            ratios.setdefault(way, []).append(middle)
+    spans = [f"{min(r):.2f} to {max(r):.2f} times the CPU seconds by {way}" for way, r in ratios.items()]
+    headline = "; ".join(
+        ([f"Useful FLOP/s are {min(own):.0%} to {max(own):.0%} of the measured peak"] if own else []) + spans
+    )
+    figures = [
+        figure(
+            f"roofline-{k}",
+            f"{c['data']}, {c['size']}, {c['threads']} threads",
+            roofline(c),
+            "; ".join(f"{way} {row['useful_gflops_per_core']} GFLOP/s" for way, row in c["table"].items()),
+            "Useful GFLOP/s for each CPU second, and share of the peak.",
+        )
+        for k, c in enumerate(cases)
+    ]
+    columns = ["data", "size", "threads", "way", "CPU s", "least", "most", "share of peak", "x ours", "least", "most"]
+    lines = []
+    for c in cases:
+        for way, row in c["table"].items():
+            low, middle, high = c["ratios"].get(way, (1.0, 1.0, 1.0))
+            least, most = row["cpu_seconds_range"]
+            shown = [row["cpu_seconds"], least, most, row["share_of_peak"], middle, low, high]
+            lines.append([c["data"], c["size"], str(c["threads"]), way, *(f"{v:.3g}" for v in shown)])
+    loads = [
+        [c["data"], c["size"], str(c["threads"]), f"{c['load']['others']:.2f}", f"{c['load']['steal']:.2f}"]
+        for c in cases
+    ]
+    env = result["environment"]
+    how = paragraphs(
+        "Each way is a process that was warmed by two whole passes; the passes that count were made in turn on one "
+        "list of token ids. Useful FLOPs are the products of the layers' matrices at every position once, a prompt "
+        "once for its pair: the same number for all ways. The peak was measured after each pass, at the model's shapes."
+    )
+    busy = ["The machine was busy while this was measured: the numbers are no evidence."] if result["loaded"] else []
+    return Page(
+        kind="benchmark",
+        title="Scoring side by side",
+        headline=headline,
+        subtitle=f"{result['pairs']} pairs, {result['repeats']} turns, {env['cpu']}, {env['cores']} cores",
+        tone="bad" if result["loaded"] else "plain",
+        notes=busy,
+        sections=[
+            Section(anchor="roofline", heading="Roofline", body=how + "".join(figures)),
+            Section(anchor="numbers", heading="Every number", body=data_table(columns, lines, text_columns=4)),
+            Section(
+                anchor="load",
+                heading="What else the machine did",
+                body=data_table(["data", "size", "threads", "cores of others", "cores stolen"], loads, text_columns=3),
+            ),
+            Section(
+                anchor="environment",
+                heading="Environment",
+                body=data_table(["what", "value"], [[k, str(v)] for k, v in env.items()], text_columns=2),
+                folded=True,
+            ),
+        ],
+    )
+
+
+def write_page(result: Mapping[str, Any], out: Path) -> Path:
+    """Writes it."""
+    out.write_text(render(page_of(result)), encoding="utf-8")
+    return out
