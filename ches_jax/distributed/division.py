@@ -1,6 +1,6 @@
 """How the processes of a run share its work: each for itself, or all on every batch."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
@@ -8,7 +8,8 @@ from ches_jax.distributed.mesh import spans_processes
 from ches_jax.distributed.processes import Process
 
 
-class Division(NamedTuple):
+@dataclass(frozen=True)
+class Division:
     """Who computes with this process, and who beside it.
 
     >>> from ches_jax.distributed.mesh import make_mesh

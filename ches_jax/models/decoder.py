@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
           attend: how attention is computed.
           mesh: where parameters and rows lie.
         """
-        logical = self._auto_mesh(mesh)
+        logical = self.auto_mesh(mesh)
         x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
         ran = self._run_layers(x, context, data, logical, tap=tap)
         assert ran.tapped is not None

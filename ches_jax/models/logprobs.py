@@ -305,7 +305,8 @@ def token_divergences(
     """
     ref_hidden, ref_weight = lax.stop_gradient((ref_hidden, ref_weight))
     rounded, ref_rounded = weight.astype(hidden.dtype), ref_weight.astype(ref_hidden.dtype)
-    chunk = _chunk(hidden, weight, head)
+    rows, count, _ = hidden.shape
+    chunk = head.chunk or chunk_size(rows, count, len(weight))
 
     @jax.checkpoint
     def one(part):
@@ -314,7 +315,7 @@ def token_divergences(
         ref = ref - jax.nn.logsumexp(ref, axis=-1, keepdims=True)
         return jnp.sum(jnp.exp(ref) * (ref - (z - jax.nn.logsumexp(z, axis=-1, keepdims=True))), axis=-1)
 
-    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), hidden.shape[1])
+    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), count)
 
 
 def token_statistics(
