@@ -52,7 +52,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) 
     *outer, module, leaf = name.split(".")
     if module == "packed":  # codes and factors lie as the matrix does
         module = outer.pop()
-    axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
+    axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp", None))
     if of_experts := "experts" in outer:
         # whole experts lie on devices, not parts of each
         axes = tuple(None if axis == "tensor" else axis for axis in axes)

@@ -101,6 +101,8 @@ def render() -> str:
                     absent.append(f"{model} on {pod.name}")
         none = len(absent) == len(MODELS) * len(PODS)
         missing += [f"{verb} ({'none' if none else 'not ' + ', '.join(absent)})"] if absent else []
+    if not versions:
+        return "No plan is kept yet."
     return "\n".join([
         *lines, "", f"Compiled with {'; '.join(sorted(versions))}.",
         f"Not all were compiled here: {'; '.join(missing)}." if missing else "All were compiled.",
