@@ -47,7 +47,9 @@ def test_a_batch_gives_its_first_response_as_chosen_and_its_last_as_rejected():
     batch: Any = SimpleNamespace(
         reference=np.array([[1.0, 2.0, 3.0]]), counts=np.array([[4, 5, 6]]), extra={}, tokens=None
     )
-    logps: Any = SimpleNamespace(responses=jnp.array([[-1.0, -2.0, -3.0]]), head_norms=(None, None), tokens=None)
+    logps: Any = SimpleNamespace(
+        responses=jnp.array([[-1.0, -2.0, -3.0]]), head_norms=(None, None), tokens=None, fields=None
+    )
     found = loss_inputs(get_loss("simpo"), batch, logps, {})
     assert (found.logp_chosen, found.logp_rejected) == (-1.0, -3.0)
     assert (found.chosen_tokens, found.rejected_tokens) == (4, 6)
