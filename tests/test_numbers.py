@@ -204,18 +204,6 @@ def scan() -> str:
     )
 
 
-def simulated() -> list[str]:
-    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for one in recorded(f"{BENCHMARKS}/simulated_verdicts.json").content:
-        cells.setdefault((one["source"], one["shape"], one["count"]), {})[one["truth"]] = one
-    rows = []
-    for (source, shape, count), of in cells.items():
-        right = " | ".join(f"{one['right']:.3f}" for one in of.values())
-        covered = sum(one["covered"] for one in of.values()) / len(of)
-        rows.append(f"| {source} | {shape} | {count:,} | {right} | {covered:.3f} |")
-    return rows
-
-
 PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
     "README.md": {"scoring speed": scoring, "a DPO step": step, "before training": forecast},
     "docs/results.md": {
@@ -229,7 +217,6 @@ PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
         "scan over layers": scan,
     },
     "docs/forecast.md": {"what was measured": forecast_page},
-    "docs/diagnose.md": {"simulated runs": simulated},
 }
 ELSEWHERE = {
     "the bundled world": "tests/experiments/test_bundled_training.py, on the model that ships",

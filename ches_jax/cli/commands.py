@@ -120,7 +120,7 @@ class Score(RunOutput, ScoreConfig):
         out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
         if not table.exists():
-            return Outcome(headline=f"this process's chunks are done; when all are, run: ches merge {out}", path=out)
+            return _own_chunks(out)
         record = read_json(out / RUN)
         return Outcome(
             headline=f"{_scored(record['counts'])} -> {table}",
@@ -131,6 +131,24 @@ class Score(RunOutput, ScoreConfig):
             details=record,
             page_of=out,
         )
+
+
+def _own_chunks(out: Any) -> Outcome:
+    """Of a process of several that leaves no result of its own."""
+    what = f"when all are, run: ches merge {out} (on a mesh over all processes the first one has the result)"
+    return Outcome(headline=f"this process's chunks are done; {what}", path=out)
+
+
+def _texts(out: Any, file: Any, record: dict[str, Any]) -> Outcome:
+    """Of a finished `ches generate`."""
+    n = record["counts"]
+    return Outcome(
+        headline=f"{n['texts']} texts of {n['prompts']} prompts, {n['dropped']} dropped -> {file}",
+        path=file,
+        counts=n,
+        paths={"run": out / "run.json"},
+        details=record,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,15 +297,7 @@ class Generate(RunOutput, GenerateConfig):
         from ches_jax.runs.directory import RUN, read_json
 
         out = generate(_only(GenerateConfig, self), **self.how)
-        record = read_json(out / RUN)
-        n = record["counts"]
-        return Outcome(
-            headline=f"{n['texts']} texts of {n['prompts']} prompts, {n['dropped']} dropped -> {out / FILE_NAME}",
-            path=out / FILE_NAME,
-            counts=n,
-            paths={"run": out / RUN},
-            details=record,
-        )
+        return _own_chunks(out) if not (out / RUN).exists() else _texts(out, out / FILE_NAME, read_json(out / RUN))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,16 +484,22 @@ class Show(Output):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Output):
-    """Join what the processes of a distributed `ches score` wrote; checks that every row is there once."""
+    """Join what the processes of a distributed `ches score` or `generate` wrote; every row must be there once."""
 
     run_dir: tyro.conf.Positional[Place]
     """The run directory of all of them."""
 
     def run(self) -> Outcome:
         """Merges."""
-        from ches_jax.runs.directory import RUN, read_json
-        from ches_jax.scores.run import merge
+        from ches_jax.runs.directory import CONFIG, RUN, read_json
         from ches_jax.scores.table import FILE_NAME
+
+        if read_json(self.run_dir / CONFIG).get("verb") == "generate":
+            from ches_jax.generate import run as generating
+
+            out = generating.merge(self.run_dir)
+            return _texts(out, out / generating.FILE_NAME, read_json(out / RUN))
+        from ches_jax.scores.run import merge
 
         out = merge(self.run_dir)
         record = read_json(out / RUN)

@@ -136,12 +136,16 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
 
 def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> set[str]:
     """The row's own columns that ``names`` stand for."""
+    if not columns:
+        return set(names)
     theirs = (columns.get(name, name) for name in names)
     return {name if name in row else name.partition(".")[0] for name in theirs}
 
 
 def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     """What the row holds under each of ``names``, nulls left out."""
+    if not columns:
+        return {name: value for name in names if (value := row.get(name)) is not None}
     cells = {name: lookup(row, columns.get(name, name)) for name in names}
     return {name: value for name, value in cells.items() if value is not None}
 

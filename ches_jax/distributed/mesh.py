@@ -99,6 +99,35 @@ def make_mesh(text: str | None = None, *, everywhere: bool = False) -> Mesh:
     return mesh_of(np.array(devices[:needed]), sizes)
 
 
+def mesh_of_run(text: str | None = None) -> Mesh:
+    """The mesh of a verb whose processes can work each for itself, or all on one model that none of them can hold.
+
+    As many devices as this process has, or fewer: its own. As many as all processes have: all of them together.
+
+    Raises:
+      ChesError: as ``make_mesh``; a number of devices that is neither.
+    """
+    here, everywhere = len(jax.local_devices()), len(jax.devices())
+    needed = here if text is None else math.prod(parse_mesh(text).values())
+    if needed <= here or everywhere == here:
+        return make_mesh(text)
+    if needed != everywhere:
+        raise ChesError(
+            f"--mesh {text!r} asks for {needed} devices: a process has {here}, with which it works for itself, and all "
+            f"{jax.process_count()} have {everywhere}, with which they work together; give one of these numbers"
+        )
+    return make_mesh(text, everywhere=True)
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are those of several processes.
+
+    >>> spans_processes(make_mesh("data=1"))
+    False
+    """
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 @dataclass(frozen=True)
 class LogicalMesh:
     """A mesh with any axis names, and which of them play the parts of ``data``, ``fsdp``, ``tensor`` and ``expert``."""
@@ -221,6 +250,14 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] // local * shards, *x.shape[1:]))
 
     return jax.tree.map(put, tree)
+
+
+def put_own_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of all rows, which every process has whole, as arrays sharded by rows."""
+    sharding = row_sharding(mesh)
+    if not spans_processes(mesh):
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree)
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:

@@ -106,15 +106,13 @@ class Process:
         return jax.tree.map(fetch, tree)
 
 
-def start_processes(option: str, *, apart: bool = False) -> Process:
+def start_processes(option: str) -> Process:
     """Join the processes of a run.
 
     Only on request: a guess from a half-set environment hangs or crashes.
 
     Args:
       option: ``off`` (one process), ``auto`` (from the cluster's environment), or ``coordinator:port,n,id``.
-      apart: they only deal out the work, and nothing is computed together: once all have met they part, so that one
-        that dies takes no other with it.
 
     Raises:
       ChesError: another option, no cluster environment, a coordinator that cannot be reached.
@@ -135,11 +133,8 @@ def start_processes(option: str, *, apart: bool = False) -> Process:
                 **known,
                 initialization_timeout=CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=CONNECT_SECONDS if apart else SHUTDOWN_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-            if apart:
-                jax.devices()  # tells each process of all devices, which needs the others
-                jax.distributed.shutdown()
         except (ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             hint = (
@@ -147,6 +142,13 @@ def start_processes(option: str, *, apart: bool = False) -> Process:
             )
             raise ChesError(f"--distributed {option!r}: {hint} ({reason})") from None
     return Process(jax.process_index(), jax.process_count())
+
+
+def part() -> None:
+    """Leave the others, where nothing is computed together: one that dies then takes no other with it."""
+    if jax.distributed.is_initialized():
+        jax.devices()  # tells each process of all devices, which needs the others
+        jax.distributed.shutdown()
 
 
 def parse_processes(option: str) -> dict[str, Any]:

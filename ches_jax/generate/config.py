@@ -26,6 +26,8 @@ class GenerateConfig(RowOptions, ModelOptions):
     """JSONL, JSON, Parquet, Arrow, CSV or text file, save_to_disk folder or hub name; preference pairs will do too."""
     schema: str = "auto"
     """What the columns mean: auto (recognised and reported), a preset by name, a JSON or TOML file (docs/data.md)."""
+    adapter: str | None = None
+    """PEFT adapter (directory or hub name) to continue with."""
     out: str | None = not_identity(None)
     """Run directory; default: the first free runs/generate-NNN."""
     samples: int = 1
@@ -57,6 +59,9 @@ class GenerateConfig(RowOptions, ModelOptions):
     """Prompts per part file: what a killed run loses at most."""
     mesh: str | None = not_identity(None)
     """Devices, such as data=4, fsdp=8 or data=2,tensor=2; default: all local devices on the data axis."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge. On a
+    mesh over all of them they make every text together."""
 
     @property
     def sampling(self) -> "Sampling":

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards, weights_are_whole
+from ches_jax.distributed.mesh import ROWS, put_own_rows, row_shards, spans_processes, weights_are_whole
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
@@ -266,21 +266,21 @@ class Engine:
         return completions
 
     def _run(self, prompts: Prompts, requests: Sequence[Request]) -> list[Completion]:
-        on_mesh = jax.device_put(prompts, row_sharding(self.mesh))
+        on_mesh = put_own_rows(prompts, self.mesh)
         state = self._prefill(self._state, on_mesh)
         most = int(prompts.limit.max())
         stopped = np.zeros(len(prompts.limit), bool)
         for begin in range(1, most, most if self.stop_check is None else SEGMENT):
             until = most if self.stop_check is None else min(begin + SEGMENT, most)
-            state = self._decode(self._state, on_mesh, state, jnp.int32(begin), jnp.int32(until))
+            state = self._decode(self._state, on_mesh, state, np.int32(begin), np.int32(until))
             if self.stop_check is not None:
                 stopped |= self._stopped(state, requests)
-                if (stopped | np.asarray(state.ended) | (np.asarray(state.count) >= prompts.limit)).all():
+                _, _, count, ended = self._fetch(state)
+                if (stopped | ended | (count >= prompts.limit)).all():
                     break
                 # ended rows make nothing more; whether a stop token ended them is decided below
-                ended = jax.device_put(np.asarray(state.ended) | stopped, row_sharding(self.mesh))
-                state = state._replace(ended=ended)
-        tokens, logps, count, ended = (np.asarray(a) for a in state[1:])
+                state = state._replace(ended=put_own_rows(ended | stopped, self.mesh))
+        tokens, logps, count, ended = self._fetch(state)
         return [
             Completion(
                 tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i])
@@ -288,10 +288,17 @@ class Engine:
             for i, n in enumerate(count[: len(requests)].tolist())
         ]
 
+    def _fetch(self, state: State) -> tuple[np.ndarray, ...]:
+        """Tokens, log-probabilities, counts and ends of all rows."""
+        found = state[1:]
+        if spans_processes(self.mesh):
+            found = jax.jit(lambda *a: a, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(*found)
+        return tuple(np.asarray(a) for a in found)
+
     def _stopped(self, state: State, requests: Sequence[Request]) -> np.ndarray:
         """Which texts that go on hold a stop string."""
         assert self.stop_check is not None
-        tokens, count, ended = (np.asarray(a) for a in (state.tokens, state.count, state.ended))
+        tokens, _, count, ended = self._fetch(state)
         out = np.zeros(len(count), bool)
         for i, request in enumerate(requests):
             out[i] = not ended[i] and self.stop_check(request.prompt, tokens[i, : count[i]].tolist())

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +119,16 @@ class Inputs:
     limit: int | None
     on_bad_row: OnBadRow
 
-    def chunks(self, first: int = 0) -> Iterator[tuple[int, list[Prompt], list[Prompt]]]:
-        """Numbered chunks from ``first`` on: prompts to continue, and prompts that are left out."""
+    def chunks(
+        self,
+        first: int = 0,
+        wanted: Callable[[int], bool] = lambda number: True,
+        at_end: Callable[[int], None] = lambda number: None,
+    ) -> Iterator[tuple[int, list[Prompt], list[Prompt]]]:
+        """Numbered chunks from ``first`` on, those that are wanted: prompts to continue, and prompts that are left out.
+
+        ``at_end`` is called with the number of all chunks when the data have come to their end.
+        """
         start = first * self.chunk_rows
         rows = itertools.islice(
             self.source.iter_from(start), None if self.limit is None else max(self.limit - start, 0)
@@ -128,7 +136,10 @@ class Inputs:
         for number in itertools.count(first):
             chunk = list(itertools.islice(rows, self.chunk_rows))
             if not chunk:
+                at_end(number)
                 return
+            if not wanted(number):
+                continue
             prompts = self.encoder(chunk, self.source.name)
             out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or p.impossible)]
             left = {id(p) for p in out}

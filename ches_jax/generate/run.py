@@ -5,16 +5,21 @@ from the row alone (to rounding: a batch of another size adds up in another orde
 it was and ends in the same bytes.
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ches_jax.distributed.mesh import make_mesh, row_shards
+from ches_jax.distributed.division import Division
+from ches_jax.distributed.mesh import mesh_of_run, row_shards, spelled
+from ches_jax.distributed.processes import part, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
@@ -24,10 +29,13 @@ from ches_jax.generate.stops import Finisher, stop_ids
 from ches_jax.inputs import Opener
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
+    CONFIG,
     RUN,
     as_dict,
     device_name,
     open_run,
+    read_json,
+    versions,
     write_summary,
 )
 from ches_jax.runs.lock import RunLock
@@ -60,31 +68,56 @@ def generate(
     """
     import jax
 
+    process = start_processes(config.distributed)
+    if process.count > 1 and config.out is None:
+        raise ChesError("--distributed: give the run directory with --out")
     config = checked(config)
-    with jax.enable_x64(config.dtype == "float64"), RunLock(output_place(str(config.out))) as lock:
-        return _generate(config, resume, quiet, other_versions, lock)
+    mesh = mesh_of_run(config.mesh)
+    division = Division.on(mesh, process)
+    if division.turns.count > 1:
+        part()
+    lock = RunLock(output_place(str(config.out)), shared=division.turns.count > 1, first=division.turns.first)
+    with jax.enable_x64(config.dtype == "float64"), lock:
+        return _generate(config, division, mesh, resume, quiet or not division.first, other_versions, lock)
 
 
-def _generate(config: GenerateConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
-    out = lock.out
-    lock.require_free()
-    mesh = make_mesh(config.mesh)
-    opener = Opener()
-    inputs = open_model_and_prompts(config, opener)
-    encoder = inputs.encoder
-    ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
-    total = inputs.require_clean() if config.on_bad_row == "error" else None
+def _generate(
+    config: GenerateConfig,
+    division: Division,
+    mesh: Mesh,
+    resume: bool,
+    quiet: bool,
+    other_versions: bool,
+    lock: RunLock,
+) -> Path:
+    out, team, opener = lock.out, division.team, Opener()
+    with team.sharing_errors():
+        if team.first:
+            lock.require_free()
+        inputs = open_model_and_prompts(config, opener)
+        adapter = None if config.adapter is None else opener.adapter(config.adapter)
+        encoder = inputs.encoder
+        ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
+        total = inputs.require_clean() if config.on_bad_row == "error" else None
     identity = {"config": as_dict(config), **opener.identity()}
-    lock.take()
-    open_run(out, "generate", identity, resume, other_versions=other_versions)
-    facts: dict[str, Any] = {}
-    if not (out / FILE_NAME).exists():
+    team.agree({**identity, "mesh": spelled(mesh.shape), "versions": versions()})
+    with team.sharing_errors():
+        done = None
+        if team.first:
+            lock.take()
+            # the other processes join the directory that the first one makes
+            open_run(out, "generate", identity, resume or division.turns.count > 1, other_versions=other_versions)
+            done = None if (out / FILE_NAME).exists() or (out / RUN).exists() else chunks.done(out)
+        done = team.exchange(done)[0]
+    facts: dict[str, Any] = {"device": device_name(), "mesh": dict(mesh.shape)}
+    if done is not None:
         say(f"loading the model ({encoder.model.directory})", quiet=quiet)
-        generator = Generator(config, encoder, ends, mesh)
-        facts = _generate_chunks(out, config, inputs, opener, generator, total, quiet)
-        facts |= {"device": device_name(), "mesh": dict(mesh.shape)}
-    chunks.clear(out)
-    _finish(out, facts)
+        with team.sharing_errors():
+            generator = Generator(config, encoder, ends, mesh, adapter)
+        facts |= _generate_chunks(out, config, inputs, opener, generator, division, done, total, quiet)
+    with team.sharing_errors():
+        if team.first and division.turns.count == 1:
+            _finish(out, facts)
     return out
 
 
@@ -94,14 +127,22 @@ def _generate_chunks(
     inputs: Inputs,
     opener: Opener,
     generator: "Generator",
+    division: Division,
+    already: dict[str, int],
     total: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Continue the chunks that are missing and join all; returns facts for ``run.json``."""
-    chunks.make_folders(out)
-    first = count = chunks.finished(out)
+    """Continue the chunks that are missing and are this process's; returns facts for ``run.json``."""
+    if division.team.first:
+        chunks.make_folders(out)
+    done = {int(number) for number in already}
+    first = next(number for number in itertools.count() if number not in done)
     started, work = time.perf_counter(), Work()
-    tokens = 0
+    tokens, computed, ends = 0, [], []
+
+    def own_chunk(number: int) -> bool:
+        return number % division.turns.count == division.turns.id and number not in done
+
     with tqdm(
         unit=" texts",
         total=total and total * config.samples,
@@ -111,16 +152,18 @@ def _generate_chunks(
         smoothing=0.1,
     ) as bar:
         say("compiling, then generating", quiet=quiet)
-        for number, kept, dropped in inputs.chunks(first):
+        for number, kept, dropped in inputs.chunks(first, own_chunk, ends.append):
             with work.on_device():
                 rows = generator(kept, bar.update)
-            chunks.write(out, number, rows, [p.dropped() for p in dropped])
+            if division.team.first:
+                chunks.write(out, number, rows, [p.dropped() for p in dropped])
             tokens += sum(len(r["token_ids"]) for r in rows)
-            count = number + 1
+            computed.append(number)
     seconds = time.perf_counter() - started
-    chunks.end_of_data(out, count, range(first, count), opener.require_unchanged)
-    chunks.join(out, FILE_NAME)
+    if division.team.first:
+        chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return {
+        "processes": division.count,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "compiled_shapes": [list(s) for s in generator.shapes],
@@ -128,10 +171,27 @@ def _generate_chunks(
     }
 
 
+def merge(out: Path) -> Path:
+    """``ches merge``: the chunks of several processes become one run.
+
+    Raises:
+      RunError: no run, a run at work, a chunk that is missing, damaged or of another run.
+    """
+    read_json(out / CONFIG)
+    if not (out / RUN).exists():
+        with RunLock(out) as lock:
+            lock.take()
+            _finish(out, {"merged": True})
+    return out
+
+
 class Generator:
     """Continues prompts; one output row for each text."""
 
-    def __init__(self, config: GenerateConfig, encoder: Encoder, ends: Sequence[int], mesh: Any):
+    def __init__(
+        self, config: GenerateConfig, encoder: Encoder, ends: Sequence[int], mesh: Mesh, adapter: Path | None = None
+    ):
+        from ches_jax.models.adapters import peft
         from ches_jax.models.checkpoint.load import load_model
         from ches_jax.models.sharding import placement
 
@@ -139,7 +199,8 @@ class Generator:
         self.encoder = encoder
         self.finish = Finisher(encoder.tokenizer, ends, config.stop)
         self.shards = row_shards(mesh)
-        model = load_model(
+        load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
+        model = load(
             encoder.model.directory,
             dtype=config.dtype,
             param_dtype=config.param_dtype or config.dtype,
@@ -204,7 +265,10 @@ class Generator:
 
 
 def _finish(out: Path, facts: dict[str, Any]) -> None:
-    """Write ``run.json``, unless it is there already."""
+    """Join the chunks, and write ``run.json`` last."""
+    if not (out / FILE_NAME).exists():
+        chunks.join(out, FILE_NAME)
+    chunks.clear(out)
     if (out / RUN).exists():
         return
     reasons: Counter[str] = Counter()

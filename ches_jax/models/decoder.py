@@ -38,10 +38,10 @@ from ches_jax.models.sharding import (
     explicit,
     keep_rows,
     mesh_here,
-    replicated,
     with_auto_axes,
 )
 from ches_jax.models.stacks import ROOT, Stack, layer_groups, stacks
+from ches_jax.models.vocabulary import looked_up
 
 ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
           attend: how attention is computed.
           mesh: where parameters and rows lie.
         """
-        logical = self._auto_mesh(mesh)
+        logical = self.auto_mesh(mesh)
         x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
         ran = self._run_layers(x, context, data, logical, tap=tap)
         assert ran.tapped is not None
@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
           remat: recompute layers in the backward pass.
           mesh: where parameters and rows lie.
         """
-        logical = self._auto_mesh(mesh)
+        logical = self._decoding_mesh(mesh)
         x, context, data = self._start(tokens, positions, key_ranges(seen), lengths, attend, logical)
         x, _, sums, _ = self._run_layers(x, context._replace(counted=counted), data, logical, remat=remat)
         layers = sum(kind.mlp == "routed" for kind in self.config.kinds)
@@ -260,7 +260,7 @@ class Decoder(nnx.Module):
           attend: how attention is computed.
           mesh: as for ``hidden``.
         """
-        logical = self._auto_mesh(mesh)
+        logical = self._decoding_mesh(mesh)
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ranges, positions = key_ranges(causal(index >= first[:, None])), jnp.maximum(index - first[:, None], 0)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), attend, logical)
@@ -290,7 +290,7 @@ class Decoder(nnx.Module):
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
           mesh: as for ``hidden``.
         """
-        logical = self._auto_mesh(mesh)
+        logical = self._decoding_mesh(mesh)
         slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
@@ -299,7 +299,12 @@ class Decoder(nnx.Module):
         assert filled is not None
         return self.norm(x), filled
 
-    def _auto_mesh(self, mesh: Mesh | None) -> LogicalMesh | None:
+    def auto_mesh(self, mesh: Mesh | None) -> LogicalMesh | None:
+        """``mesh_here``; None where the compiler does not choose shardings, on a mesh with explicit axes."""
+        logical = mesh_here(mesh, self.mesh)
+        return None if explicit(logical) else logical
+
+    def _decoding_mesh(self, mesh: Mesh | None) -> LogicalMesh | None:
         """``mesh_here`` for calls that leave shardings to the compiler."""
         logical = mesh_here(mesh, self.mesh)
         if explicit(logical):
@@ -322,12 +327,12 @@ class Decoder(nnx.Module):
         if lengths is None:
             lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
         positions, lengths = jnp.asarray(positions), jnp.asarray(lengths)
-        x = jnp.take(replicated(self.embed_tokens.weight[...], logical), tokens, axis=0).astype(self.dtype)
+        x = looked_up(self.embed_tokens.weight[...], jnp.asarray(tokens), self.dtype, logical)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if self.embed_positions is not None:
-            table = replicated(self.embed_positions.weight[...], logical)
-            x = x + jnp.take(table, positions, axis=0).astype(self.dtype)
+            table = self.embed_positions.weight[...]
+            x = x + looked_up(table, positions, self.dtype, logical, "embed_positions.weight")
         given = None if self.per_layer is None else self.per_layer(jnp.asarray(tokens), x, logical)
         ropes = [r for r in (c.rope, c.local_rope) if r is not None]
         rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)

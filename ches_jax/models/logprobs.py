@@ -9,20 +9,27 @@ Both directions walk over chunks of positions. The forward keeps one number per 
 chunks as a fixed amount of memory holds, never of all; the backward computes the others again. Largest arrays: those,
 [chunk, vocabulary] and the gradient of W.
 
+On a mesh (``Head.logical``) each device walks over a part of the vocabulary (``vocabulary.Vocabulary``), so that W and
+its gradient are nowhere whole.
+
 >>> h, w, y = jnp.ones((1, 3, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1, 3]])
 >>> token_logps(h, w, y, Head(chunk=2)).round(3).tolist()  # ln 1/4
 [[-1.3860000371932983, -1.3860000371932983, -1.3860000371932983]]
 """
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum, matmul_precision
+from ches_jax.models.vocabulary import Vocabulary, place_of
 
 LOGITS_PER_CHUNK = {"cpu": 2**22}
 """Logits of one chunk: on a CPU what stays near the caches."""
@@ -40,6 +47,8 @@ class Head(NamedTuple):
     """Positions of each row computed at a time; default: by the size of the vocabulary and the platform."""
     rounded: bool = False
     """Round ``h W^T`` to the dtype of the states, as ``Decoder.logits`` does; else it stays in float32 at least."""
+    logical: LogicalMesh | None = None
+    """The mesh that states and W lie on."""
 
 
 def chunk_size(rows: int, count: int, vocabulary: int) -> int:
@@ -79,13 +88,14 @@ def _logits(h: Array, weight: Array, head: Head) -> Array:
     return cap * jnp.tanh(z / cap)
 
 
-def _logit_gradient(z: Array, total: Array, y: Array, g: Array, head: Head) -> Array:
+def _logit_gradient(z: Array, total: Array, y: Array, g: Array, head: Head, parts: Vocabulary) -> Array:
     """Gradient by ``h W^T`` from the gradient g by the log-probabilities."""
     acc = z.dtype
-    at_target = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)[None, None]
+    at_target = y[..., None] == parts.number(z.shape[-1]).astype(y.dtype)[None, None]
     dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None]))
     if head.softcap is not None:
-        dz = dz * (1 - jnp.square(z / jnp.asarray(head.softcap, acc)))
+        # of padding of the vocabulary the logit is minus infinity, and dz is 0
+        dz = dz * (1 - jnp.square(jnp.maximum(z, -head.softcap) / jnp.asarray(head.softcap, acc)))
     return dz if head.scale is None else dz * jnp.asarray(head.scale, acc)
 
 
@@ -128,18 +138,54 @@ def forward_token_logps(
     A function with a backward pass of its own, as ``token_logps`` has, is closed to forward mode; here a backward pass
     would keep the logits of all chunks.
     """
-    chunk, rounded = _chunk(hidden, weight, head), weight.astype(hidden.dtype)
-    logps = lax.map(lambda part: _of_chunk(part, rounded, head)[1], (_split(hidden, chunk), _split(target, chunk)))
-    return _joined(logps, hidden.shape[1])
+    return _over_chunks(_logps_of_chunk, hidden, weight, target, head)
 
 
 _token_logps = jax.custom_vjp(forward_token_logps, nondiff_argnums=(3,))
 
 
-def _chunk(hidden: Array, weight: Array, head: Head) -> int:
+def _over_chunks(
+    of_chunk: Callable[..., Array], hidden: Array, weight: Array, target: Array, head: Head
+) -> Float[Array, "B M *n"]:
+    """What ``of_chunk`` gives of every position, wherever states and weight lie."""
+
+    def on_device(parts: Vocabulary, hidden: Array, weight: Array, target: Array) -> Array:
+        rounded = parts.part(weight.astype(hidden.dtype))
+        chunks = _split(hidden, _chunk(hidden, parts, head)), _split(target, _chunk(hidden, parts, head))
+        return _joined(lax.map(lambda part: of_chunk(part, rounded, head, parts), chunks), hidden.shape[1])
+
+    return _on_mesh(on_device, head, (hidden, weight, target), "rwr", "r")
+
+
+def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lies: str, gives: str) -> Any:
+    """``run(parts, *arrays)`` on each device of the mesh, or on the one there is.
+
+    Args:
+      run: of what a device holds.
+      head: says which mesh.
+      arrays: states, then W, then others.
+      lies: for each array r where it lies by rows, w where as W does.
+      gives: the same of each result.
+    """
+    if head.logical is None:
+        return run(Vocabulary(arrays[1].shape[0]), *arrays)
+    place = place_of(head.logical, arrays[0].shape[0], arrays[1].shape)
+    specs = {"r": place.rows, "w": place.weight}
+    results: Any = tuple(specs[kind] for kind in gives)
+    local = jax.shard_map(
+        partial(run, place.vocabulary),
+        mesh=head.logical.current,
+        in_specs=tuple(specs[kind] for kind in lies),
+        out_specs=results if len(results) > 1 else results[0],
+        check_vma=False,
+    )
+    return local(*arrays)
+
+
+def _chunk(hidden: Array, parts: Vocabulary, head: Head) -> int:
     """Positions of each row in a chunk."""
     rows, count, _ = hidden.shape
-    return head.chunk or chunk_size(rows, count, weight.shape[0])
+    return head.chunk or chunk_size(rows, count, parts.size)
 
 
 def _kept_and_rest(parts: tuple[Array, ...], kept: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -147,44 +193,83 @@ def _kept_and_rest(parts: tuple[Array, ...], kept: int) -> tuple[tuple[Array, ..
     return tuple(a[:kept] for a in parts), tuple(a[kept:] for a in parts)
 
 
-def _of_chunk(part: tuple[Array, ...], weight: Array, head: Head) -> tuple[Array, Array, Array]:
+def _logits_of_chunk(h: Array, weight: Array, head: Head, parts: Vocabulary) -> Array:
+    """Logits of these tokens of the vocabulary, of all rows that the devices which share it have."""
+    z = _logits(parts.all_rows(h), weight, head)
+    if not parts.turned:
+        return z
+    real = parts.number(z.shape[-1]) < parts.size
+    return jnp.where(real[None, None], z, jnp.asarray(-jnp.inf, z.dtype))
+
+
+def _of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabulary) -> tuple[Array, Array, Array]:
     """Logits of a chunk, log-probabilities of its targets, logs of the sums."""
     h, y = part
-    z = _logits(h, weight, head)
-    total = jax.nn.logsumexp(z, axis=-1)
-    return z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
+    z = _logits_of_chunk(h, weight, head, parts)
+    if not parts.over:
+        total = jax.nn.logsumexp(z, axis=-1)
+        return z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
+    most = parts.largest(z.max(-1))
+    total = most + jnp.log(parts.total(jnp.exp(z - most[..., None]).sum(-1)))
+    is_target = parts.all_rows(y)[..., None] == parts.number(z.shape[-1]).astype(y.dtype)[None, None]
+    at_target = parts.total(jnp.where(is_target, z, jnp.zeros_like(z)).sum(-1))
+    return z, parts.own_rows(at_target - total), parts.own_rows(total)
+
+
+def _logps_of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabulary) -> Array:
+    return _of_chunk(part, weight, head, parts)[1]
+
+
+def _kept(hidden: Array, head: Head, parts: Vocabulary) -> int:
+    """Chunks whose logits are kept for the backward pass: none on a mesh, whose devices keep what they must."""
+    rows, count, _ = hidden.shape
+    return 0 if head.logical else chunks_kept(rows, _chunk(hidden, parts, head), count, parts.size)
 
 
 def _forward(hidden, weight, target, head: Head):
-    (rows, count, _), chunk = hidden.shape, _chunk(hidden, weight, head)
-    rounded = weight.astype(hidden.dtype)
-    parts = _split(hidden, chunk), _split(target, chunk)
-    first, rest = _kept_and_rest(parts, chunks_kept(rows, chunk, count, weight.shape[0]))
-    logits, *of_first = lax.map(lambda part: _of_chunk(part, rounded, head), first)
-    of_rest = lax.map(lambda part: _of_chunk(part, rounded, head)[1:], rest)
-    logps, totals = (jnp.concatenate(a) for a in zip(of_first, of_rest, strict=True))
-    return _joined(logps, count), (hidden, weight, target, logits, totals)
+    def on_device(parts: Vocabulary, hidden: Array, weight: Array, target: Array) -> tuple[Array, ...]:
+        count, chunk = hidden.shape[1], _chunk(hidden, parts, head)
+        rounded = parts.part(weight.astype(hidden.dtype))
+        chunks = _split(hidden, chunk), _split(target, chunk)
+        first, rest = _kept_and_rest(chunks, _kept(hidden, head, parts))
+        logits, *of_first = lax.map(lambda part: _of_chunk(part, rounded, head, parts), first)
+        of_rest = lax.map(lambda part: _of_chunk(part, rounded, head, parts)[1:], rest)
+        logps, totals = (_joined(jnp.concatenate(a), count) for a in zip(of_first, of_rest, strict=True))
+        return (logps, totals) if head.logical else (logps, totals, logits)
+
+    logps, totals, *logits = _on_mesh(on_device, head, (hidden, weight, target), "rwr", "rr")
+    return logps, (hidden, weight, target, totals, *logits)
 
 
 def _backward(head: Head, saved, cotangent):
-    hidden, weight, target, logits, totals = saved
-    chunk = _chunk(hidden, weight, head)
-    rounded = weight.astype(hidden.dtype)
+    def on_device(parts: Vocabulary, hidden, weight, target, totals, cotangent, *logits: Array):
+        count, chunk = hidden.shape[1], _chunk(hidden, parts, head)
+        rounded = parts.part(weight.astype(hidden.dtype))
 
-    def one(dw, part, z=None):
-        h, y, total, g = part
-        dz = _logit_gradient(_logits(h, rounded, head) if z is None else z, total, y, g, head).astype(h.dtype)
-        # [D, V] with the smaller factor first: transposing the larger one is what would take long
-        return dw + einsum("bmd,bmv->dv", h, dz), einsum("bmv,vd->bmd", dz, rounded).astype(h.dtype)
+        def one(dw, part, z=None):
+            h, y, total, g = part[0], *map(parts.all_rows, part[1:])
+            z = _logits_of_chunk(h, rounded, head, parts) if z is None else z
+            dz = _logit_gradient(z, total, y, g, head, parts).astype(h.dtype)
+            # [D, V] with the smaller factor first: transposing the larger one is what would take long
+            more = einsum("bmd,bmv->dv", parts.all_rows(h), dz)
+            return dw + more, parts.sum_of_rows(einsum("bmv,vd->bmd", dz, rounded)).astype(h.dtype)
 
-    # padding beyond the last position has cotangent 0 and adds nothing
-    parts = _split(hidden, chunk), _split(target, chunk), totals, _split(cotangent, chunk)
-    first, rest = _kept_and_rest(parts, len(logits))
-    dw = jnp.zeros(weight.shape[::-1], accumulate(hidden.dtype))
-    dw, dh_first = lax.scan(lambda w, x: one(w, x[0], x[1]), dw, (first, logits))
-    dw, dh_rest = lax.scan(one, dw, rest)
-    dh = _joined(jnp.concatenate([dh_first, dh_rest]), hidden.shape[1])
-    return dh, dw.T.astype(weight.dtype), None
+        # padding beyond the last position has cotangent 0 and adds nothing
+        chunks = _split(hidden, chunk), _split(target, chunk), _split(totals, chunk), _split(cotangent, chunk)
+        first, rest = _kept_and_rest(chunks, _kept(hidden, head, parts))
+        dw: Array = jnp.zeros(rounded.shape[::-1], accumulate(hidden.dtype))
+        dh_first: list[Array] = []
+        if logits:
+            dw, of_first = lax.scan(lambda w, x: one(w, x[0], x[1]), dw, (first, logits[0]))
+            dh_first = [of_first]
+        dw, dh_rest = lax.scan(one, dw, rest)
+        dh = _joined(jnp.concatenate([*dh_first, dh_rest]), count)
+        return dh, parts.stored(dw.T, len(weight)).astype(weight.dtype)
+
+    hidden, weight, target, totals, *logits = saved
+    arrays = hidden, weight, target, totals, cotangent, *logits
+    dh, dw = _on_mesh(on_device, head, arrays, "rwrrr", "rw")
+    return dh, dw, None
 
 
 _token_logps.defvjp(_forward, _backward)
@@ -220,7 +305,8 @@ def token_divergences(
     """
     ref_hidden, ref_weight = lax.stop_gradient((ref_hidden, ref_weight))
     rounded, ref_rounded = weight.astype(hidden.dtype), ref_weight.astype(ref_hidden.dtype)
-    chunk = _chunk(hidden, weight, head)
+    rows, count, _ = hidden.shape
+    chunk = head.chunk or chunk_size(rows, count, len(weight))
 
     @jax.checkpoint
     def one(part):
@@ -229,7 +315,7 @@ def token_divergences(
         ref = ref - jax.nn.logsumexp(ref, axis=-1, keepdims=True)
         return jnp.sum(jnp.exp(ref) * (ref - (z - jax.nn.logsumexp(z, axis=-1, keepdims=True))), axis=-1)
 
-    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), hidden.shape[1])
+    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), count)
 
 
 def token_statistics(
@@ -241,11 +327,13 @@ def token_statistics(
 
     Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
     """
-    chunk, rounded = _chunk(hidden, weight, head), weight.astype(hidden.dtype)
+    return _over_chunks(_statistics_of_chunk, hidden, weight, target, head)
 
-    def one(part):
-        z, logp, total = _of_chunk(part, rounded, head)
-        centred = z - total[..., None]
-        return jnp.stack([logp, -(jnp.exp(centred) * centred).sum(-1), jnp.exp(z.max(-1) - total)], axis=-1)
 
-    return _joined(lax.map(one, (_split(hidden, chunk), _split(target, chunk))), hidden.shape[1])
+def _statistics_of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabulary) -> Array:
+    z, logp, own_total = _of_chunk(part, weight, head, parts)
+    centred = z - parts.all_rows(own_total)[..., None]
+    # of padding of the vocabulary p is 0 and z minus infinity
+    products = jnp.where(centred > -jnp.inf, jnp.exp(centred) * centred, jnp.zeros_like(centred))
+    entropy, most = -parts.total(products.sum(-1)), parts.largest(z.max(-1))
+    return jnp.stack([logp, parts.own_rows(entropy), jnp.exp(parts.own_rows(most) - own_total)], axis=-1)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.layers import ACTIVATIONS, Embedding, Linear, Norm
-from ches_jax.models.sharding import replicated
+from ches_jax.models.vocabulary import looked_up
 
 
 class PerLayer(nnx.Module):
@@ -31,8 +31,8 @@ class PerLayer(nnx.Module):
     ) -> Float[Array, "L B T W"]:
         """Of each layer, from token ids and their embeddings in the stream."""
         shape = (*tokens.shape, self.layers, self.width)
-        table = replicated(self.embed_tokens.weight[...], logical)
-        own = jnp.take(table, tokens, axis=0).astype(x.dtype) * jnp.asarray(self.width**0.5, x.dtype)
+        own = looked_up(self.embed_tokens.weight[...], tokens, x.dtype, logical)
+        own = own * jnp.asarray(self.width**0.5, x.dtype)
         seen = self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
         both = (self.norm(seen.reshape(shape)) + own.reshape(shape)) * jnp.asarray(2**-0.5, x.dtype)
         return jnp.moveaxis(both, 2, 0)

@@ -52,7 +52,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh | LogicalMesh) 
     *outer, module, leaf = name.split(".")
     if module == "packed":  # codes and factors lie as the matrix does
         module = outer.pop()
-    axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp",))
+    axes: tuple[Any, ...] = AXES_BY_MODULE.get(module, ("fsdp", None))
     if of_experts := "experts" in outer:
         # whole experts lie on devices, not parts of each
         axes = tuple(None if axis == "tensor" else axis for axis in axes)
@@ -148,13 +148,6 @@ def keep_rows(x: jax.Array, logical: LogicalMesh | None) -> jax.Array:
         return x
     spec = PartitionSpec(*logical.rows(x.shape[0]), *(None,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, logical.sharding(spec))
-
-
-def replicated(table: jax.Array, logical: LogicalMesh | None) -> jax.Array:
-    """An embedding table whole on every device while it is looked up in: lookups in parts of vectors travel badly."""
-    if logical is None:
-        return table
-    return jax.lax.with_sharding_constraint(table, logical.sharding(PartitionSpec()))
 
 
 def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:

@@ -1,6 +1,7 @@
 """What can be counted without compiling: bytes of weights and optimiser by the partition table, FLOPs, activations."""
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,28 +38,47 @@ def logical_mesh(sizes: dict[str, int]) -> LogicalMesh:
     return LogicalMesh(mesh, tuple((a, (a,)) for a in AXES))  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=4)
+def _shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in abstract_parameters(decoder).items()}
+
+
+def held(decoder: DecoderConfig, sizes: dict[str, int]) -> int:
+    """Parameters that one device holds."""
+    mesh, count = logical_mesh(sizes), 0
+    for name, shape in _shapes(decoder).items():
+        spec = partition_spec(name, shape, mesh)
+        used = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
+        count += math.prod(shape) // math.prod(sizes.get(a, 1) for a in used)
+    return count
+
+
 def bytes_of(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) -> Bytes:
     """Bytes a device; weights and optimiser exactly, activations roughly."""
-    mesh, width = logical_mesh(sizes), np.dtype("float16").itemsize if config.dtype != "float32" else 4
+    width, count = _width(config), held(decoder, sizes)
     full = config.what in ("train", "forecast") and config.lora_rank is None
-    held = 0
-    for name, leaf in abstract_parameters(decoder).items():
-        spec = partition_spec(name, leaf.shape, mesh)
-        used = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
-        held += math.prod(leaf.shape) // math.prod(sizes.get(a, 1) for a in used)
-    weights = held * (4 if full else width)
-    optimiser = held * 4 * OPTIMISER.get(config.optimizer, 2) if full and config.what == "train" else 0
+    weights = count * (4 if full else width)
+    optimiser = count * 4 * OPTIMISER.get(config.optimizer, 2) if full and config.what == "train" else 0
     if config.what == "forecast":
-        optimiser = held * 4  # the direction
-    return Bytes(weights, optimiser, _activations(decoder, config, sizes, width, full))
+        optimiser = count * 4  # the direction
+    return Bytes(weights, optimiser, _activations(decoder, config, sizes, width, 4 * count if full else 0))
 
 
-def _activations(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int], width: int, full: bool) -> int:
+def _width(config: PlanConfig) -> int:
+    """Bytes of a number of the computation."""
+    return np.dtype("float16").itemsize if config.dtype != "float32" else 4
+
+
+def _activations(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int], width: int, gradients: int) -> int:
     tokens = config.rows * (config.prompt_tokens if config.what == "generate" else config.row_tokens)
     tensor = sizes["tensor"]
     layer = (
         tokens * width * (6 * decoder.width + 3 * (decoder.mlp_width + decoder.num_heads * decoder.head_dim) // tensor)
     )
+    if decoder.experts is not None:
+        # the tokens of all devices of the axis, once for each of their experts
+        e = decoder.experts
+        layer += tokens * sizes["expert"] * e.per_token * width * (2 * decoder.width + 3 * e.width)
     if config.what == "generate":
         slots = config.prompt_tokens + config.new_tokens
         heads = decoder.num_kv_heads // math.gcd(decoder.num_kv_heads, tensor)
@@ -66,14 +86,7 @@ def _activations(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, in
     if config.what == "score":
         return layer
     kept = tokens * decoder.width * width * (1 if config.remat else 12) * decoder.num_layers
-    gradients = bytes_of_gradient(decoder, sizes) if full else 0
     return kept + 3 * layer + gradients
-
-
-def bytes_of_gradient(decoder: DecoderConfig, sizes: dict[str, int]) -> int:
-    """A float32 number for each weight that a device holds."""
-    count = sum(math.prod(leaf.shape) for leaf in abstract_parameters(decoder).values())
-    return 4 * count // (sizes["fsdp"] * sizes["tensor"])
 
 
 def flops_of_token(decoder: DecoderConfig, tokens: int, *, logits: bool) -> float:
@@ -86,12 +99,12 @@ def flops_of_token(decoder: DecoderConfig, tokens: int, *, logits: bool) -> floa
     2 d_h each.
     """
     matrices = 0.0
-    for name, leaf in abstract_parameters(decoder).items():
+    for name, shape in _shapes(decoder).items():
         table = name.split(".")[0] in ("embed_tokens", "embed_positions", "lm_head")
         routed = decoder.experts is not None and ".experts." in name
-        vector = len(leaf.shape) < 2 + name.startswith("layers.") + routed
+        vector = len(shape) < 2 + name.startswith("layers.") + routed
         share = decoder.experts.per_token / decoder.experts.count if routed and decoder.experts else 1.0
-        matrices += 0 if table or vector else share * math.prod(leaf.shape)
+        matrices += 0 if table or vector else share * math.prod(shape)
     matrices += decoder.vocab_size * decoder.width if logits else 0
     attention = 2 * decoder.num_heads * decoder.head_dim * (tokens + 1) * decoder.num_layers
     return 2.0 * matrices + attention
@@ -113,17 +126,44 @@ def flops_of_pair(decoder: DecoderConfig, config: PlanConfig) -> float:
     return forward * passes[config.what]
 
 
-def meshes(decoder: DecoderConfig, config: PlanConfig, size: int, slices: int) -> list[dict[str, int]]:
-    """Every mesh of ``size`` devices that divides the model, the one that moves least first.
+def moved(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) -> float:
+    """Bytes that reach a device in a forward pass, for as many rows as one device has alone.
 
-    Rows on as few axes as the memory allows: weights whole where they fit, then sharded within a slice, then heads too.
+    ``auto`` orders meshes by it, and asks the compiler about the first ones.
+
+    Weights that lie over ``fsdp`` are gathered; over ``tensor`` two sums of activations a layer; over ``expert`` the
+    tokens of all its devices, and what their experts give; over ``data`` the gradients of what is trained.
     """
+    tokens, passes = config.rows * config.row_tokens, 1
+    if config.what == "generate":
+        tokens, passes = config.rows, config.new_tokens
+    states = tokens * decoder.width * _width(config)
+    whole = held(decoder, {**sizes, "fsdp": 1}) - held(decoder, sizes)
+    routed = sum(kind.mlp != "dense" for kind in decoder.kinds) if decoder.experts is not None else 0
+    travels = whole * _width(config) + states * (
+        4 * decoder.num_layers * (1 - 1 / sizes["tensor"]) + 2 * routed * (sizes["expert"] - 1)
+    )
+    if config.what in ("train", "forecast") and config.lora_rank is None and sizes["data"] * sizes["expert"] > 1:
+        travels += 8 * held(decoder, sizes)
+    return passes * travels * sizes["tensor"]
+
+
+def meshes(decoder: DecoderConfig, config: PlanConfig, size: int, slices: int) -> list[dict[str, int]]:
+    """Every mesh of ``size`` devices that divides the model, the one that moves least first (``moved``)."""
     inside = size // slices
     heads = math.gcd(decoder.num_kv_heads, decoder.num_heads)
+    experts = 1 if decoder.experts is None else decoder.experts.count
     found = [
-        {"data": size // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-        for tensor in (n for n in range(1, inside + 1) if inside % n == 0 and heads % n == 0 and n <= 8)
-        for fsdp in (n for n in range(1, inside // tensor + 1) if (inside // tensor) % n == 0)
+        {"data": size // (fsdp * tensor * expert), "fsdp": fsdp, "tensor": tensor, "expert": expert}
+        for tensor in _divisors(inside)
+        if heads % tensor == 0 and tensor <= 8
+        for expert in _divisors(inside // tensor)
+        if experts % expert == 0
+        for fsdp in _divisors(inside // tensor // expert)
+        if decoder.width % fsdp == 0
     ]
-    divides = [s for s in found if s["fsdp"] == 1 or decoder.width % s["fsdp"] == 0]
-    return sorted(divides, key=lambda s: (s["tensor"], s["fsdp"]))
+    return sorted(found, key=lambda s: (moved(decoder, config, s), s["tensor"], s["expert"], s["fsdp"]))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

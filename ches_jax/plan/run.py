@@ -15,7 +15,7 @@ from ches_jax.distributed.mesh import mesh_of, parse_mesh, spelled
 from ches_jax.errors import ChesError
 from ches_jax.face import make_callable
 from ches_jax.hf.directory import CONFIG, read_json, resolve
-from ches_jax.models.attention.choose import KERNELS
+from ches_jax.models.attention.choose import planned_attention
 from ches_jax.models.checkpoint.stored_names import effective_config
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import parameter_count
@@ -179,7 +179,9 @@ def _refused(
 
 def _programs(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[programs.Program]:
     kinds: dict[str, Callable[[], list[programs.Program]]] = {
-        "score": lambda: programs.score(decoder, config, mesh, KERNELS["pallas-tpu"].make(False)),
+        "score": lambda: programs.score(
+            decoder, config, mesh, planned_attention(decoder, config.dtype, mesh.devices.flat[0]).attend
+        ),
         "generate": lambda: programs.generate(decoder, config, mesh),
         "train": lambda: programs.train(decoder, config, mesh),
         # a gradient with a direction in place of the optimiser's moments

@@ -95,6 +95,7 @@ def devices_of(topology: Topology) -> list[Any]:
             "'ches-jax[tpu]'; --arithmetic counts without it"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the compiler takes no device: others may run beside it
     from jax.experimental import topologies
 
     options = {"num_slices": topology.slices} if topology.slices > 1 else {}

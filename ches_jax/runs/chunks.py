@@ -88,6 +88,13 @@ def finished(out: Path) -> int:
     return number
 
 
+def done(out: Path) -> dict[str, int]:
+    """The number of rows of each chunk that is done, by the number of the chunk (as JSON has keys)."""
+    numbers = sorted(int(p.stem.rpartition("-")[2]) for p in files(out, "done", ".json"))
+    rows = {str(number): rows_done(out, number) for number in numbers}
+    return {number: count for number, count in rows.items() if count is not None}
+
+
 def end(out: Path, chunks: int) -> None:
     """The data have come to their end, after so many chunks."""
     with replacing(out / FOLDER / END) as temporary:

@@ -17,7 +17,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
-from ches_jax.distributed.mesh import ROWS, row_sharding, row_shards, weights_are_whole
+from ches_jax.distributed.mesh import (
+    ROW_AXES,
+    ROWS,
+    put_own_rows,
+    row_sharding,
+    row_shards,
+    spans_processes,
+    weights_are_whole,
+)
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import Attend
@@ -28,7 +36,7 @@ from ches_jax.scores.hidden_sums import SegmentStatistics, segment_statistics
 from ches_jax.scores.unembedding_gradients import ches_products, head_products
 
 LOGIT_TOKENS = 256
-"""Positions of a batch whose logits are computed at a time."""
+"""Positions of a device's rows whose logits are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def _statistics(
 ) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
     hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
-    logps = _token_logps_of(model) if outputs.logps else None
+    logps = _token_logps_of(model, mesh) if outputs.logps else None
     statistics = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     if outputs.token_scores:
@@ -58,12 +66,14 @@ def _statistics(
     return statistics
 
 
-def _token_logps_of(model: Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _token_logps_of(model: Decoder, mesh: Mesh | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Log-probabilities of targets from ``Decoder.logits``, a chunk at a time."""
 
     def compute(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        config, chunk = model.config, max(1, LOGIT_TOKENS // hidden.shape[0])
-        head = Head(config.logit_scale, config.logit_softcap, chunk, rounded=True)
+        config, rows, logical = model.config, hidden.shape[0], model.auto_mesh(mesh)
+        if logical is not None and logical.rows(rows) == ROWS:
+            rows //= logical.size(*ROW_AXES)
+        head = Head(config.logit_scale, config.logit_softcap, max(1, LOGIT_TOKENS // rows), True, logical)
         return token_logps(hidden, model.unembedding, target, head)
 
     return compute
@@ -80,7 +90,8 @@ def pass_program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Atte
     if whole:
         # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
         run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
-    return jax.jit(run)
+    # of a mesh over several processes each of them reads all statistics
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()) if spans_processes(mesh) else None)
 
 
 class ForwardPass:
@@ -134,7 +145,7 @@ class ForwardPass:
         """Statistics of the batch, not yet transferred from the device."""
         program = self.compile(*rows.tokens.shape, max_pairs=rows.last.shape[1] // 3)
         try:
-            return program(self._state, jax.device_put(rows, row_sharding(self.mesh)))
+            return program(self._state, put_own_rows(rows, self.mesh))
         except jax.errors.JaxRuntimeError as e:
             raise _memory_error(e, rows.tokens.shape) from e
 
@@ -154,7 +165,7 @@ def largest_batch(run: ForwardPass, row_tokens: int) -> int:
 
     Backends that do not report their memory (CPU) get one row per device.
     """
-    device = run.mesh.devices.flat[0]
+    device = run.mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return row_tokens

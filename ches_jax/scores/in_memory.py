@@ -51,6 +51,7 @@ def pair_scorer(
     batch_tokens: int | Literal["auto"],
     eos: Eos,
     on_batch: Callable[[int], None] = lambda pairs: None,
+    agree: Callable[[int], int] = lambda tokens: tokens,
 ) -> PairScorer:
     """A scorer for a model; it compiles when it meets a batch.
 
@@ -62,9 +63,10 @@ def pair_scorer(
       batch_tokens: tokens per device and step; auto: the largest batch that the memory holds.
       eos: whether a terminator counts in a response.
       on_batch: called with the number of pairs after every batch.
+      agree: from what this process's memory holds to what all processes that compute together take.
     """
     forward = ForwardPass(model, mesh, outputs, attend)
-    tokens = largest_batch(forward, ROW_TOKENS) if batch_tokens == "auto" else batch_tokens
+    tokens = agree(largest_batch(forward, ROW_TOKENS)) if batch_tokens == "auto" else batch_tokens
     rope = model.config.rope
     batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
     return PairScorer(forward, batching, eos, on_batch)

@@ -5,17 +5,20 @@ grow with the data and a killed run continues where it was. A chunk's numbers de
 or by which process it was computed: a resumed run ends in the same bytes.
 """
 
+import itertools
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ches_jax.data.audit import require_clean
-from ches_jax.distributed.mesh import make_mesh
-from ches_jax.distributed.processes import Process, start_processes
+from ches_jax.distributed.division import Division
+from ches_jax.distributed.mesh import mesh_of_run, spelled
+from ches_jax.distributed.processes import part, start_processes
 from ches_jax.errors import ChesError
 from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
 from ches_jax.runs import chunks
@@ -43,7 +46,8 @@ from ches_jax.scores.table import FILE_NAME
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Score every pair of a data set; returns the run directory.
 
-    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``).
+    With several processes each scores its own chunks and the table is made by ``ches merge`` (``merge``); on a mesh
+    over the devices of all of them they score every batch together, and the first one writes.
 
     Args:
       config: what to score with what.
@@ -62,67 +66,81 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     """
     import jax
 
-    process = start_processes(config.distributed, apart=True)
+    process = start_processes(config.distributed)
+    if process.count > 1 and config.out is None:
+        raise ChesError("--distributed: give the run directory with --out")
     config = with_defaults(config)
-    with jax.enable_x64(config.dtype == "float64"), _lock(config, process) as lock:
-        return _score(config, process, resume, quiet, other_versions, lock)
-
-
-def _lock(config: ScoreConfig, process: Process) -> RunLock:
+    mesh = mesh_of_run(config.mesh)
+    division = Division.on(mesh, process)
+    if division.turns.count > 1:
+        part()
     assert config.out is not None
-    return RunLock(output_place(config.out), shared=process.count > 1, first=process.first)
+    lock = RunLock(output_place(config.out), shared=division.turns.count > 1, first=division.turns.first)
+    with jax.enable_x64(config.dtype == "float64"), lock:
+        return _score(config, division, mesh, resume, quiet, other_versions, lock)
+
+
+class _Begun(NamedTuple):
+    """What a run directory holds at the start, for all of a team."""
+
+    finished: bool
+    versions: dict[str, str]
+    done: dict[str, int]
+    """Rows of the chunks that are done."""
 
 
 def _score(
-    config: ScoreConfig, process: Process, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
+    config: ScoreConfig, division: Division, mesh: Mesh, resume: bool, quiet: bool, other_versions: bool, lock: RunLock
 ) -> Path:
     from ches_jax.models.adapters import peft
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.sharding import placement
 
-    out = lock.out
-    lock.require_free()
-    mesh = make_mesh(config.mesh)
-    opener = Opener()
-    inputs = open_model_and_pairs(config, opener)
-    adapter = None if config.adapter is None else opener.adapter(config.adapter)
-    total = None
-    if config.on_bad_row == "error":
-        say(f"checking {inputs.source.name}", quiet=quiet)
-        # tokenised twice, so that a bad row shows now and not in hour two
-        audited = audit(inputs)
-        require_clean(audited, inputs.source.name)
-        total = audited.rows
-    attention = choose_attention(config.attention, inputs.model.decoder, config.dtype)
+    out, team, opener, total = lock.out, division.team, Opener(), None
+    quiet = quiet or not division.first
+    with team.sharing_errors():
+        if team.first:
+            lock.require_free()
+        inputs = open_model_and_pairs(config, opener)
+        adapter = None if config.adapter is None else opener.adapter(config.adapter)
+        if config.on_bad_row == "error":
+            say(f"checking {inputs.source.name}", quiet=quiet)
+            # tokenised twice, so that a bad row shows now and not in hour two
+            audited = audit(inputs)
+            require_clean(audited, inputs.source.name)
+            total = audited.rows
+        attention = choose_attention(config.attention, inputs.model.decoder, config.dtype)
     for fault in attention.rejected:
         print(f"ches: attention in plain jax: {fault}", file=sys.stderr)
+    identity = {"config": as_dict(config), **opener.identity()}
+    team.agree({**identity, "attention": attention.name, "mesh": spelled(mesh.shape), "versions": versions()})
     load = load_model if adapter is None else partial(peft.load_adapted, adapter=adapter)
     say(f"loading the model ({inputs.model.directory})", quiet=quiet)
-    model = load(inputs.model.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh))
-    identity = {"config": as_dict(config), **opener.identity()}
-    # the other processes join the directory that the first one makes
-    lock.take()
-    began = open_run(out, "score", identity, resume or process.count > 1, other_versions=other_versions)
-    if (out / RUN).exists():
+    with team.sharing_errors():
+        model = load(
+            inputs.model.directory, dtype=config.dtype, param_dtype=config.param_dtype, sharding=placement(mesh)
+        )
+        begun = _begin(lock, identity, division, resume, other_versions) if team.first else None
+    begun = _Begun(*team.exchange(begun)[0])
+    if begun.finished:
         return out
-    if (out / FILE_NAME).exists():  # killed between its table and its summary
-        _finish(out, {"device": device_name(), "processes": process.count})
-        return out
-    metadata = _metadata(identity, model.config.family, began.get("versions") or versions())
-    chunks.make_folders(out)
+    metadata = _metadata(identity, model.config.family, begun.versions)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
-    scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
+    scorer = pair_scorer(
+        model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos,
+        agree=lambda tokens: min(team.exchange(tokens)),
+    )  # fmt: skip
     say("compiling, then scoring", quiet=quiet)
     started, compiled = time.perf_counter(), scorer.run.compile_seconds
-    scored = _score_chunks(out, inputs, opener, config, scorer, metadata, process, total, quiet or process.id > 0)
+    scored = _score_chunks(out, inputs, opener, config, scorer, metadata, division, begun, total, quiet)
     seconds = time.perf_counter() - started - (scorer.run.compile_seconds - compiled)
     facts = {
         "device": device_name(),
         "mesh": dict(mesh.shape),
         "attention": attention.name,
-        "processes": process.count,
+        "processes": division.count,
         "scored_this_time": scored,
         "seconds": {"scoring": round(seconds, 3), "compiling": round(scorer.run.compile_seconds, 3)},
         "pairs_per_second": round(scored / max(seconds, 1e-9), 2),
@@ -131,9 +149,24 @@ def _score(
         "padding_waste": round(scorer.waste, 4),
         "work": scorer.facts(),
     }
-    if process.count == 1:
-        _finish(out, facts)
+    with team.sharing_errors():
+        if division.turns.count == 1 and team.first:
+            _finish(out, facts)
     return out
+
+
+def _begin(lock: RunLock, identity: dict[str, Any], division: Division, resume: bool, other_versions: bool) -> _Begun:
+    """Take the run directory, and see what is there."""
+    out = lock.out
+    # the other processes join the directory that the first one makes
+    lock.take()
+    began = open_run(out, "score", identity, resume or division.turns.count > 1, other_versions=other_versions)
+    if not (out / RUN).exists() and (out / FILE_NAME).exists():  # killed between its table and its summary
+        _finish(out, {"device": device_name(), "processes": division.count})
+    if (out / RUN).exists():
+        return _Begun(True, {}, {})
+    chunks.make_folders(out)
+    return _Begun(False, began.get("versions") or versions(), chunks.done(out))
 
 
 def _score_chunks(
@@ -143,19 +176,21 @@ def _score_chunks(
     config: ScoreConfig,
     scorer: PairScorer,
     metadata: dict[str, Any],
-    process: Process,
+    division: Division,
+    begun: _Begun,
     total: int | None,
     quiet: bool,
 ) -> int:
     """Score this process's missing chunks; returns the number of pairs scored."""
-    first = chunks.finished(out)
+    done = {int(number): rows for number, rows in begun.done.items()}
+    first = next(number for number in itertools.count() if number not in done)
     scored, computed, ends = 0, [], []
 
     def own_chunk(number: int) -> bool:
-        return number % process.count == process.id and chunks.rows_done(out, number) is None
+        return number % division.turns.count == division.turns.id and number not in done
 
-    begun = sum(chunks.rows_done(out, number) or 0 for number in range(first))
-    with tqdm(unit=" pairs", initial=begun, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
+    begin = sum(done[number] for number in range(first))
+    with tqdm(unit=" pairs", initial=begin, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:
 
         def advance(pairs: int) -> None:
             bar.set_postfix({"padding": f"{scorer.waste:.0%}"}, refresh=False)
@@ -165,13 +200,15 @@ def _score_chunks(
         for number, chunk in inputs.chunks(first, own_chunk, ends.append):
             before = bar.n
             columns, tokens, dropped = score_chunk(scorer, chunk, config.on_bad_row)
-            if tokens is not None:
-                tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
-            parts.write(out, number, columns, dropped, tokens, metadata)
+            if division.team.first:
+                if tokens is not None:
+                    tokens["text"] = inputs.tokenizer.tokenizer.batch_decode([[t] for t in tokens["token"]])
+                parts.write(out, number, columns, dropped, tokens, metadata)
             computed.append(number)
             scored += len(chunk) - len(dropped)
             bar.update(before + len(chunk) - bar.n)  # rows that needed no pass
-    chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
+    if division.team.first:
+        chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return scored
 
 

@@ -83,7 +83,12 @@ def token_fields(
 
     if loss.needs & TOKEN_KL:
         kl = token_divergences(
-            states, policy.unembedding, head_of(policy), hidden, beside.model.unembedding, head_of(beside.model)
+            states,
+            policy.unembedding,
+            head_of(policy, mesh),
+            hidden,
+            beside.model.unembedding,
+            head_of(beside.model, mesh),
         )
         sides("token_kl", kl[row, at])
     for kind in kinds:

@@ -45,12 +45,12 @@ def prediction_logps(
       mesh: where parameters and rows lie.
     """
     predicting = predicting_states(model, rows, attend=attend, remat=remat, mesh=mesh)
-    return per_token(predicting, model.unembedding, rows.target, head_of(model))
+    return per_token(predicting, model.unembedding, rows.target, head_of(model, mesh))
 
 
-def head_of(model: Decoder) -> Head:
-    """What turns a model's states into logits."""
-    return Head(model.config.logit_scale, model.config.logit_softcap)
+def head_of(model: Decoder, mesh: Mesh | None) -> Head:
+    """What turns a model's states into logits, where they lie."""
+    return Head(model.config.logit_scale, model.config.logit_softcap, logical=model.auto_mesh(mesh))
 
 
 def predicting_states(
@@ -113,8 +113,9 @@ def batch_logps(
         states, balanced = balanced_states(model, batch.rows, **options)
     else:
         states, balanced = predicting_states(model, batch.rows, **options), None
-    predictions = token_logps(states, model.unembedding, batch.rows.target, head_of(model))
-    found = head_norms(model, batch, states) if norms else (None, None)
+    mesh = options.get("mesh")
+    predictions = token_logps(states, model.unembedding, batch.rows.target, head_of(model, mesh))
+    found = head_norms(model, batch, states, mesh) if norms else (None, None)
     sums = segment_sums(predictions, batch.rows.segment, batch.rows.last.shape[1])
     row, first = batch.row[:, None], batch.shared[:, None]
     own = first + 1 + jnp.arange(batch.counts.shape[1], dtype=jnp.int32)[None]
@@ -128,7 +129,7 @@ def batch_logps(
 
 
 def head_norms(
-    model: Decoder, batch: Batch, states: Float[Array, "B M D"]
+    model: Decoder, batch: Batch, states: Float[Array, "B M D"], mesh: Mesh | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     r"""Norms of the gradients of the mean log-probabilities with respect to the unembedding matrix, without gradient.
 
@@ -144,7 +145,7 @@ def head_norms(
         of_side = jnp.zeros((batch.rows.segment.shape[0], segments + 1), bool)
         of_side = of_side.at[batch.row, batch.shared].set(True).at[batch.row, batch.shared + 1 + side].set(True)
         counted = jnp.take_along_axis(of_side, batch.rows.segment, axis=1)
-        _, back = jax.vjp(lambda w: token_logps(states, w, batch.rows.target, head_of(model)), weight)
+        _, back = jax.vjp(lambda w: token_logps(states, w, batch.rows.target, head_of(model, mesh)), weight)
         (gradient,) = back(counted.astype(jnp.promote_types(states.dtype, jnp.float32)) / items)
         return jnp.sqrt(jnp.sum(jnp.square(gradient)))
 

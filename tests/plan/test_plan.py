@@ -1,6 +1,7 @@
 """What a run would need: collectives from the compiled text, bytes and FLOPs by arithmetic, and the compiler's word."""
 
 import json
+import math
 from importlib.util import find_spec
 
 import jax
@@ -142,6 +143,37 @@ def test_auto_takes_the_mesh_that_moves_least_of_those_that_fit():
     assert "DOES NOT FIT" not in table(found)
 
 
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+    "moe_intermediate_size": 768, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "hidden_act": "silu", "tie_word_embeddings": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+def test_experts_lie_over_their_own_axis_where_gathering_them_would_move_more():
+    """Tokens to experts, not 57 GB of experts to tokens; of a model without experts the axis is never proposed."""
+    decoder = decoder_config(QWEN3_MOE)
+    config = PlanConfig(what="train", topology="v5e:16x16")
+    first = arithmetic.meshes(decoder, config, 256, 1)
+    assert first[0]["expert"] > 1 and all(math.prod(sizes.values()) == 256 for sizes in first)
+    gathered, sent = ({"data": 1, "fsdp": 256 // n, "tensor": 1, "expert": n} for n in (1, 8))
+    assert arithmetic.moved(decoder, config, sent) < arithmetic.moved(decoder, config, gathered) / 3
+    assert arithmetic.held(decoder, gathered) == pytest.approx(30.5e9 / 256, rel=0.01)
+    assert {s["expert"] for s in arithmetic.meshes(decoder_config(LLAMA_8B), config, 256, 1)} == {1}
+
+
+def test_what_auto_orders_by_is_what_travels():
+    decoder, score = decoder_config(LLAMA_8B), PlanConfig(what="score", topology="v5e:4x4", row_tokens=1000)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+    count = sum(int(np.prod(p.shape)) for p in abstract_parameters(decoder).values())
+    assert arithmetic.moved(decoder, score, sizes) == 0
+    assert arithmetic.moved(decoder, score, sizes | {"fsdp": 4}) == 2 * count * 3 / 4
+    # two sums a layer that each send and receive, of half of the devices' states
+    assert arithmetic.moved(decoder, score, sizes | {"tensor": 2}) == 2 * (4 * 32 * 1000 * 4096 * 2) / 2
+
+
 def test_a_config_alone_is_enough_and_what_does_not_fit_is_told(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_8B))
@@ -150,6 +182,18 @@ def test_a_config_alone_is_enough_and_what_does_not_fit_is_told(tmp_path, capsys
     record = json.loads(capsys.readouterr().out)
     assert not record["fits"] and record["mesh"] == "data=1" and record["counted"] == "by arithmetic"
     assert main([*words[:-2], "--lora-rank", "8", "--json", "--quiet"]) == 0
+
+
+def test_the_table_of_the_pods_is_that_of_the_plans():
+    """Rendered anew from the files, each of which the compiler made."""
+    from experiments.pods import __main__ as pods
+
+    assert pods.render() in (pods.HERE / "README.md").read_text(encoding="utf-8")
+    for file in (pods.HERE / "plans").glob("*.json"):
+        found = json.loads(file.read_text())
+        assert found["versions"].get("libtpu") and found["counted"] == "by the compiler"
+        if found["fits"]:
+            assert found["bytes"]["total"] <= 0.92 * found["bytes"]["of"]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_the_face_of_the_package_is_lazy():
     ("options", "message"),
     [
         ({"dtype": "int8"}, "--dtype 'int8': expected one of float32, bfloat16"),
-        ({"schedule": "step"}, "--schedule 'step': expected one of constant, linear, cosine"),
+        ({"schedule": "step"}, "schedule is one of constant, linear, cosine, not 'step'"),
         ({"eval_every": 0}, "--eval-every 0: expected a positive number"),
         ({"watch": -1}, "--watch -1: expected 0 or more"),
         ({"lora_alpha": 8.0}, "--lora-alpha: belongs to --lora-rank"),

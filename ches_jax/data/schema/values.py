@@ -94,8 +94,8 @@ def within_depth(value: Any, most: int = DEEPEST) -> bool:
     >>> within_depth([[]], 2), within_depth([[[]]], 2)
     (True, False)
     """
-    if not isinstance(value, Mapping | list | tuple):
-        return True
+    if isinstance(value, str | int | float) or not isinstance(value, Mapping | list | tuple):
+        return True  # texts first: most values are, and asking whether one is a Mapping takes long
     inside = value.values() if isinstance(value, Mapping) else value
     return most > 0 and all(within_depth(part, most - 1) for part in inside)
 

@@ -11,7 +11,7 @@ is used it is compared with ``dense`` on the device. Kernels have no gradient; t
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +103,9 @@ KERNELS = {"pallas-tpu": Kernel(_tpu, _why_not_tpu), "pallas-gpu": Kernel(_gpu, 
 PLAIN: dict[str, Attend] = {"blocks": blocks, "dense": dense.dense}
 
 
-def setting_of(config: DecoderConfig, dtype: DTypeLike) -> Setting:
-    """A model on this process's devices."""
-    device = jax.local_devices()[0]
+def setting_of(config: DecoderConfig, dtype: DTypeLike, device: Any = None) -> Setting:
+    """A model on a device; default: the first of this process."""
+    device = jax.local_devices()[0] if device is None else device
     try:
         capability = float(getattr(device, "compute_capability", 0))
     except ValueError:  # AMD's are names
@@ -114,6 +114,16 @@ def setting_of(config: DecoderConfig, dtype: DTypeLike) -> Setting:
     group, head_dim = (max(sizes) for sizes in zip(*shapes, strict=True))
     dtype_name = jnp.dtype(dtype).name
     return Setting(device.platform, device.device_kind, capability, dtype_name, head_dim, group, config.sinks)
+
+
+def planned_attention(config: DecoderConfig, dtype: DTypeLike, device: Any) -> Choice:
+    """What ``auto`` will be on a device that is not there, where its kernels do as they should."""
+    setting = setting_of(config, dtype, device)
+    reasons = {name: kernel.why_not(setting) for name, kernel in KERNELS.items()}
+    usable = next((name for name, reason in reasons.items() if reason is None), None)
+    if usable is None:
+        return Choice("blocks", blocks, tuple(f"{name}: {reason}" for name, reason in reasons.items()))
+    return Choice(usable, KERNELS[usable].make(False))
 
 
 def head_shapes(config: DecoderConfig) -> list[tuple[int, int]]:

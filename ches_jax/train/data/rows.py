@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -255,12 +255,12 @@ def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[To
     for i, (row, is_good) in enumerate(zip(rows, good, strict=True)):
         by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(i)
     pairs, members = [], []
-    together: Iterator[tuple[Any, Any]] = (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides))
+    together = (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides, fillvalue=-1))
     for one, other in together:
-        members.append((other if one is None else one, one if other is None else other))
-        if one is None:
+        members.append((one if one >= 0 else other, other if other >= 0 else one))
+        if one < 0:
             pairs.append(replace(rows[other], chosen=NOTHING, rejected=rows[other].chosen))
-        elif other is None:
+        elif other < 0:
             pairs.append(rows[one])
         else:
             both = hashlib.sha256((rows[one].row_id + rows[other].row_id).encode()).hexdigest()[:32]

@@ -1,0 +1,39 @@
+"""How the processes of a run share its work: each for itself, or all on every batch."""
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from ches_jax.distributed.mesh import spans_processes
+from ches_jax.distributed.processes import Process
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who computes with this process, and who beside it.
+
+    >>> from ches_jax.distributed.mesh import make_mesh
+    >>> division = Division.on(make_mesh("data=1"), Process(1, 2))
+    >>> division.team.first, division.turns.id, division.count, division.first
+    (True, 1, 2, False)
+    """
+
+    team: Process
+    """Those that compute each batch together; the first one writes."""
+    turns: Process
+    """Those that take chunks in turn."""
+
+    @classmethod
+    def on(cls, mesh: Mesh, process: Process) -> "Division":
+        """Together where the mesh is of several processes, else in turn."""
+        return cls(process, Process()) if spans_processes(mesh) else cls(Process(), process)
+
+    @property
+    def count(self) -> int:
+        """Processes in all."""
+        return self.team.count * self.turns.count
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0."""
+        return self.team.first and self.turns.first

@@ -1,0 +1,1 @@
+"""Plans of pod runs, compiled without a TPU."""

@@ -1,0 +1,127 @@
+"""Plans of pod runs: those that are missing are made, and the table of the README is written from all of them.
+
+python -m experiments.pods                    all that are missing (minutes each; needs 'ches-jax[tpu]', no TPU)
+python -m experiments.pods score train        of these verbs
+python -m experiments.pods --render           only the table
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- plans: begin (python -m experiments.pods --render) -->", "<!-- plans: end -->"
+MODELS = ("llama-3-8b", "llama-3-70b", "qwen3-30b-a3b", "deepseek-v3")
+
+
+class Pod(NamedTuple):
+    """Devices, by the name that users know."""
+
+    name: str
+    topology: str
+    slices: int = 1
+
+
+PODS = (
+    Pod("v5e-16", "v5e:4x4"),
+    Pod("v5e-256", "v5e:16x16"),
+    Pod("v5p-128", "v5p:4x4x4"),  # the name counts cores, two a chip
+    Pod("2 x v6e-256", "v6e:16x16", 2),
+)
+VERBS: dict[str, dict[str, Any]] = {
+    "score": {"what": "score"},
+    "score-logps": {"what": "score", "logps": True},
+    "train-lora": {"what": "train", "lora_rank": 16},
+    "train": {"what": "train"},
+    "forecast": {"what": "forecast"},
+    "generate": {"what": "generate"},
+}
+
+
+def file_of(verb: str, model: str, pod: Pod) -> Path:
+    """Where a plan lies."""
+    return HERE / "plans" / f"{verb}-{model}-{pod.name.replace(' ', '')}.json"
+
+
+def make(verbs: list[str], models: list[str]) -> None:
+    """Compile what is missing."""
+    from ches_jax.errors import ChesError
+    from ches_jax.plan.config import PlanConfig
+    from ches_jax.plan.run import plan
+
+    (HERE / "plans").mkdir(exist_ok=True)
+    for verb in verbs:
+        for pod in PODS:
+            for model in models:
+                out = file_of(verb, model, pod)
+                if not out.exists():
+                    config = f"experiments/pods/configs/{model}.json"
+                    options = {"topology": pod.topology, "slices": pod.slices, **VERBS[verb]}
+                    try:
+                        plan(PlanConfig(model=config, out=str(out), **options))
+                    except ChesError as error:
+                        print(f"{out.name}: {error}")
+
+
+def row(verb: str, model: str, pod: Pod, found: dict[str, Any]) -> str:
+    """A line of the table."""
+    gib, held = 2**30, found["bytes"]
+    total = "more than there is" if held["total"] is None else f"{held['total'] / gib:.1f}"
+    parts = " + ".join(
+        f"{name} {held[name] / gib:.1f}"
+        for name in ("weights", "optimiser", "temporaries")
+        if held.get(name) is not None
+    )
+    moved = ", ".join(f"{kind} {one['bytes'] / 1e9:.2f}" for kind, one in (found["collectives"] or {}).items())
+    e = found["estimate"]
+    speed = f"{e['pairs_a_second']:.3g} ({e['bound_by']})" if found["fits"] else ""
+    cells = (verb, model, pod.name, found["mesh"], "yes" if found["fits"] else "**no**",
+             f"{total} of {held['of'] / gib:.0f} ({parts})", moved or "none", speed)  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def render() -> str:
+    """The table of all plans that are there."""
+    lines = [
+        "| what | model | pod | mesh of `auto` | fits | GiB a device | GB moved a device and step | pairs/s at most |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    missing, versions = [], set()
+    for verb in VERBS:
+        absent = []
+        for model in MODELS:
+            for pod in PODS:
+                file = file_of(verb, model, pod)
+                if file.exists():
+                    found = json.loads(file.read_text())
+                    lines.append(row(verb, model, pod, found))
+                    versions.add(f"jax {found['versions']['jax']}, libtpu {found['versions'].get('libtpu')}")
+                else:
+                    absent.append(f"{model} on {pod.name}")
+        none = len(absent) == len(MODELS) * len(PODS)
+        missing += [f"{verb} ({'none' if none else 'not ' + ', '.join(absent)})"] if absent else []
+    if not versions:
+        return "No plan is kept yet."
+    return "\n".join([
+        *lines, "", f"Compiled with {'; '.join(sorted(versions))}.",
+        f"Not all were compiled here: {'; '.join(missing)}." if missing else "All were compiled.",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--verbs", nargs="+", choices=list(VERBS), default=list(VERBS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--render", action="store_true", help="only the table")
+    options = parser.parse_args()
+    if not options.render:
+        make(options.verbs, options.models)
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{render()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

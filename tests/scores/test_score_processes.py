@@ -1,0 +1,150 @@
+"""``score`` and ``generate`` on a mesh over several processes: the numbers of one, deaths noticed, refusals by name."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ches_jax.distributed.mesh import mesh_of_run
+from ches_jax.errors import ChesError
+from ches_jax.scores.table import FILE_NAME, read_table
+
+
+def test_a_mesh_is_of_this_process_or_of_all(monkeypatch):
+    """By its number of devices; of any other number both readings are named."""
+    everywhere = jax.devices()
+    monkeypatch.setattr(jax, "local_devices", lambda: everywhere[4:])
+    assert set(mesh_of_run().devices.flat) == set(everywhere[4:])
+    assert set(mesh_of_run("fsdp=2").devices.flat) == set(everywhere[4:6])
+    assert set(mesh_of_run("data=2,fsdp=4").devices.flat) == set(everywhere)
+    with pytest.raises(ChesError, match="a process has 4, with which it works for itself, and all 1 have 8"):
+        mesh_of_run("fsdp=6")
+
+
+def start(verb, count, devices, words, cache):
+    """The verb in ``count`` processes."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "ches_jax", verb, "--quiet", *words]
+    joined = [["--distributed", f"127.0.0.1:{port},{count},{i}"] if count > 1 else [] for i in range(count)]
+    options = {"env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([*command, *who], **options) for who in joined]
+
+
+def finish(processes, seconds=400):
+    """Exit codes and messages; nobody is left behind."""
+    try:
+        said = [p.communicate(timeout=seconds)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], said
+
+
+def same_scores(one, other):
+    a, b = (read_table(out)[0].to_pandas() for out in (one, other))
+    assert a.row_id.tolist() == b.row_id.tolist() and len(a)
+    for name in a.select_dtypes("float"):
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-3, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model):
+    return ["--model", str(tiny_model), "--limit", "24", "--chunk-rows", "4", "--batch-tokens", "512", "--logps"]
+
+
+@pytest.fixture(scope="module")
+def alone(words, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "run"
+    codes, said = finish(start("score", 1, 1, [*words, "--out", str(out)], cache))
+    assert codes == [0], said
+    return out
+
+
+@pytest.mark.slow
+def test_a_model_over_two_processes_scores_as_on_one_and_the_first_one_alone_writes(words, cache, alone, tmp_path):
+    """They see no disk in common: each is given a folder of its own."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    processes = []
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    for i, folder in enumerate(folders):
+        who = ["--mesh", "fsdp=4", "--out", str(folder), "--distributed", f"127.0.0.1:{port},2,{i}"]
+        processes += start("score", 1, 2, [*words, *who], cache)
+    codes, said = finish(processes)
+    assert codes == [0, 0], said
+    same_scores(folders[0], alone)
+    assert not folders[1].exists()
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert record["processes"] == 2 and record["mesh"]["fsdp"] == 4
+
+
+@pytest.mark.slow
+def test_a_death_ends_all_and_two_processes_go_on_where_four_were(words, cache, alone, tmp_path):
+    out = tmp_path / "run"
+    four = start("score", 4, 1, [*words, "--mesh", "fsdp=2,data=2", "--out", str(out)], cache)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("parts/done-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    four[2].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    codes, said = finish(four)
+    assert time.monotonic() - died < 60 and 0 not in codes, said
+    done = len(list(out.glob("parts/done-*.json")))
+    assert 0 < done < 6 and not (out / FILE_NAME).exists()
+    codes, said = finish(start("score", 2, 2, [*words, "--mesh", "fsdp=4", "--out", str(out), "--resume"], cache))
+    assert codes == [0, 0], said
+    same_scores(out, alone)
+    assert json.loads((out / "run.json").read_text())["scored_this_time"] == 24 - 4 * done
+
+
+@pytest.mark.slow
+def test_processes_that_run_something_else_are_refused_by_name(words, cache, tmp_path):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for i, eos in enumerate(("include", "exclude")):
+        who = ["--mesh", "fsdp=2", "--out", str(tmp_path / "run"), "--distributed", f"127.0.0.1:{port},2,{i}"]
+        processes += start("score", 1, 1, [*words, "--eos", eos, *who], cache)
+    codes, said = finish(processes)
+    assert codes == [2, 2] and "runs something else" in said[0] and "exclude" in said[0], said
+    assert not (tmp_path / "run").exists()
+
+
+def texts(out):
+    return [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [["--mesh", "data=2,tensor=2"], []])
+def test_two_processes_continue_prompts_as_one_does(tiny_model, cache, tmp_path, mesh):
+    """Together on one mesh, and each its own chunks."""
+    words = ["--model", str(tiny_model), "--limit", "6", "--chunk-rows", "2", "--batch-size", "4"]
+    words += ["--max-new-tokens", "6", "--temperature", "0"]
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    assert finish(start("generate", 1, 1, [*words, "--out", str(alone)], cache))[0] == [0]
+    codes, said = finish(start("generate", 2, 2, [*words, *mesh, "--out", str(out)], cache))
+    assert codes == [0, 0], said
+    if not mesh:
+        assert not (out / "run.json").exists()
+        assert finish(start("merge", 1, 1, [str(out)], cache))[0] == [0]
+    for one, other in zip(texts(out), texts(alone), strict=True):
+        assert one["token_ids"] == other["token_ids"]
+        assert one["logp"] == pytest.approx(other["logp"], rel=1e-4)
+    assert json.loads((out / "run.json").read_text())["counts"]["texts"] == 6
