@@ -170,7 +170,8 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], tree: Path) -> str:
     path = tree / mutant.file
     text, times = path.read_text(encoding="utf-8"), path.stat()
     path.write_text(mutant.made_in(text), encoding="utf-8")
-    os.utime(path, (secrets.randbelow(2**31),) * 2)  # bytecode is told by the second of its file and the length
+    second = secrets.randbelow(2**31)
+    os.utime(path, (second, second))  # bytecode is told by the second of its file and the length
     try:
         for test in tests:
             if names := failures(tree, [test], "-x"):

@@ -75,13 +75,14 @@ class Bench:
         spans = _spans(run.train.pairs, config.eos)
         loader, plan = parts.loader, run.plan
         self.batches = []
-        for update in range(plan.total):
-            (batch,), (group,) = loader(update), plan.update(update)
+        for step in range(plan.total):
+            (batch,), (group,) = loader(step), plan.update(step)
             n = len(group)
             extra = {"weights": np.ones(n), "label_probability": np.full(n, 0.9)}
             extra |= {"rewards_chosen": np.full(n, 2.0), "rewards_rejected": np.ones(n)}
             extra |= {"scores": np.tile([1.0, 0.0], (n, 1))}
             extra = {k: v.astype(np.float32) for k, v in extra.items()}
+            assert batch.tokens is not None
             width = batch.tokens.mask.shape[2]
             for name, values in spans.items():
                 mask = np.zeros((n, width), np.int32)
@@ -126,7 +127,8 @@ class Bench:
 
         def incentives(responses: Any, tokens: Any, norms: Any, batch: Any, state: Any) -> Any:
             def mean(sides: Any) -> Any:
-                value, aux = loss(loss_inputs(loss, batch, ResponseLogps(*sides, norms), state))
+                responses, tokens = sides
+                value, aux = loss(loss_inputs(loss, batch, ResponseLogps(responses, tokens, norms), state))
                 new = {k.removeprefix("state/"): v for k, v in aux.items() if k.startswith("state/")}
                 return jnp.mean(value), new
 

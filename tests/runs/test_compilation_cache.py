@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,15 @@ def settings(monkeypatch, tmp_path):
     return told
 
 
-def test_the_default_folder_is_private_and_of_this_machine(settings, monkeypatch):
+def used() -> Path:
+    """The folder that is used by default; there is one."""
     folder = use()
+    assert folder is not None
+    return folder
+
+
+def test_the_default_folder_is_private_and_of_this_machine(settings, monkeypatch):
+    folder = used()
     assert folder == default_folder() and settings["jax_compilation_cache_dir"] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700 and folder.parent.parent.stat().st_mode & 0o777 == 0o700
     assert "jaxlib" in folder.name
@@ -33,7 +41,7 @@ def test_the_default_folder_is_private_and_of_this_machine(settings, monkeypatch
 
 @pytest.mark.parametrize("mode", [0o770, 0o777, 0o1777, 0o702])
 def test_a_folder_that_others_can_write_to_is_not_used(settings, capsys, tmp_path, mode):
-    folder = use()
+    folder = used()
     folder.chmod(mode)
     settings.clear()
     assert use() is None and not settings and "chmod" in capsys.readouterr().err
@@ -45,7 +53,7 @@ def test_a_folder_that_can_be_replaced_or_is_a_link_or_no_folder_is_not_used(set
     open_place, link, file = tmp_path / "open", tmp_path / "link", tmp_path / "file"
     (open_place / "mine").mkdir(mode=0o700, parents=True)
     open_place.chmod(0o777)
-    assert "others can write" in prepared(open_place / "mine")
+    assert "others can write" in str(prepared(open_place / "mine"))
     open_place.chmod(0o1777)  # sticky: nobody renames what is another's
     assert prepared(open_place / "mine") is None
     link.symlink_to(open_place / "mine")
@@ -58,9 +66,9 @@ def test_a_folder_that_can_be_replaced_or_is_a_link_or_no_folder_is_not_used(set
 
 
 def test_a_folder_of_another_user_is_not_used(settings, monkeypatch):
-    folder = use()
+    folder = used()
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert "owned by user" in prepared(folder)
+    assert "owned by user" in str(prepared(folder))
 
 
 def test_who_says_where(settings, monkeypatch, tmp_path):

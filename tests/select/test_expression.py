@@ -125,7 +125,8 @@ def test_rows_are_kept_by_columns_of_the_table_and_of_the_data(run, tmp_path):
 
 def test_soft_ches_weighs_both_orders_by_the_probability_of_the_label(tmp_path):
     rng = np.random.default_rng(0)
-    table = columns(**{name: rng.normal(size=20) for name in ("inner", "sqnorm_chosen", "sqnorm_rejected")})
+    numbers = {name: rng.normal(size=20) for name in ("inner", "sqnorm_chosen", "sqnorm_rejected")}
+    table = columns(20, **numbers)
     run, rows = tmp_path / "run", source()
     write_part(run / "scores.parquet", table, {})
     probability = [i % 5 / 4 for i in range(20)]

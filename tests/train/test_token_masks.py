@@ -48,7 +48,7 @@ def test_divergences_are_of_the_reference_from_the_policy(x64):
 
     @jax.jit
     def both(h, w):
-        own = jax.value_and_grad(lambda *a: jnp.sum(weights * token_divergences(*a, head, r, v, ref_head)), (0, 1))
+        own = jax.value_and_grad(lambda h, w: jnp.sum(weights * token_divergences(h, w, head, r, v, ref_head)), (0, 1))
         return own(h, w), jax.value_and_grad(lambda *a: jnp.sum(weights * direct(*a)), (0, 1))(h, w)
 
     (own, slopes), (expected, expected_slopes) = both(h, w)
@@ -234,9 +234,8 @@ def test_one_program_whatever_the_expression(small, tmp_path):
         small(tmp_path / "run", loss=terms, lora_rank=1, steps=2, limit=10, holdout=0, watch=2, probes="none")
     )
     parts = assemble(run, tmp_path / "run")
-    state = parts.take_state()
-    for i in range(2):
-        state, metrics = parts.update(state, parts.loader(i))
+    state, _ = parts.update(parts.take_state(), parts.loader(0))
+    state, metrics = parts.update(state, parts.loader(1))
     assert {"terms/wpo", "terms/sparsepo", "terms/sft"} <= metrics.keys()
     programs = {name: one for name, one in vars(parts.update).items() if hasattr(one, "_cache_size")}
     assert {name: one._cache_size() for name, one in programs.items() if one._cache_size()} == {"_whole": 1}

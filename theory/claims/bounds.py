@@ -324,7 +324,7 @@ def displaced_needs_small_features(ctx: Context) -> Outcome:
     points = starts(ctx, V, 3, scale=0.7)
     searched = ascend(lambda x: {name: _size(*_unpack(x)) - 1}, points, slack=_displaced, steps=600)
     shown = slice(0, 2000)
-    figure = {k: seen[k][shown] for k in ("displaced", "size", "cosine")}
+    figure: dict[str, Any] = {k: seen[k][shown] for k in ("displaced", "size", "cosine")}
     return outcome({name: np.where(seen["displaced"], seen["size"] - 1, -1.0)}, searched, **figure)
 
 

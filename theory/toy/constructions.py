@@ -15,7 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from theory.statements import theorems
-from theory.toy.dynamics import Kind, displacement_kind, gradient_flow, mass_by_label, token_probabilities
+from theory.toy.dynamics import (
+    Kind,
+    displacement_kind,
+    gradient_flow,
+    mass_by_label,
+    token_log_probabilities,
+    token_probabilities,
+)
 from theory.toy.search import run_once
 from theory.toy.ufm import UFM, Pairs, Responses, gram, pair_log_probs, rescale
 
@@ -163,7 +170,7 @@ def _tell(c: Construction, times: np.ndarray, path: UFM, losses: Array, kernels:
     """The run in numbers and words."""
     probabilities = jax.vmap(token_probabilities)(path)
     masses = {name: np.asarray(mass) for name, mass in mass_by_label(probabilities, c.labels).items()}
-    log_probs = np.log(np.asarray(probabilities))
+    log_probs = np.asarray(jax.vmap(token_log_probabilities)(path))
     gains = {name: float(mass[-1] - mass[0]) for name, mass in masses.items() if name != "chosen"}
     chosen, rejected = TOKENS.index(c.chosen), TOKENS.index(c.rejected)
     w, h = c.model

@@ -167,7 +167,12 @@ def step_change(log_probs: Callable[[Any], Array], params: Any, update: Any, ord
 
 def token_probabilities(model: UFM, context: int = 0) -> Float[Array, " V"]:
     """Next-token distribution at one context."""
-    return jax.nn.softmax(model.unembedding @ model.features[context])
+    return jnp.exp(token_log_probabilities(model, context))
+
+
+def token_log_probabilities(model: UFM, context: int = 0) -> Float[Array, " V"]:
+    """Its logarithm, finite where a probability is smaller than any number of its dtype."""
+    return jax.nn.log_softmax(model.unembedding @ model.features[context])
 
 
 def mass_by_label(probabilities: Float[Array, "*S V"], labels: tuple[str, ...]) -> dict[str, Float[Array, "*S"]]:
