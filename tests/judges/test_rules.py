@@ -9,7 +9,7 @@ import pytest
 
 from ches_jax.bundled import refusal_openings_file
 from ches_jax.errors import DataError
-from ches_jax.judges.phrases import MEASURED, load_rules, refusal, refused
+from ches_jax.judges.phrases import MEASURED, NEAR, Rules, load_rules, refusal, refused
 from ches_jax.stats import wilson
 from experiments.judging import measure
 
@@ -174,3 +174,10 @@ def test_a_list_of_ones_own(tmp_path):
             load_rules(path)
     with pytest.raises(DataError, match="cannot be read"):
         load_rules(tmp_path / "none.txt")
+
+
+def test_a_phrase_counts_near_the_start_alone(tmp_path):
+    """One that begins within 300 characters counts; one behind them is part of an answer that has begun."""
+    rules = Rules(anywhere=("will not do",))
+    assert refused(rules, "x" * (NEAR - 1) + " will not do")[0]
+    assert not refused(rules, "x" * (NEAR + 1) + " will not do")[0]

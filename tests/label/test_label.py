@@ -203,3 +203,18 @@ def test_texts_of_other_prompts_are_refused(tmp_path, generated):
         gather(GatherConfig(pairs=generated[0], make="samples", responses=other, out=str(tmp_path / "a")))
     with pytest.raises(ChesError, match="--make samples needs --responses"):
         gather(GatherConfig(pairs=generated[0], make="samples", out=str(tmp_path / "a")))
+
+
+def test_flips_are_counted_each_way():
+    """Three of four pairs change their order: two to the label's, one away from it."""
+    reference = np.array([-1.0, -2.0, 3.0, 4.0]), np.zeros(4)
+    policy = np.array([1.0, 1.0, -1.0, 5.0]), np.zeros(4)
+    summary = ranking_summary(policy, reference, beta=1.0)
+    assert (summary["flipped_to_right"], summary["flipped_to_wrong"]) == (0.5, 0.25)
+
+
+def test_confidence_is_binned_from_a_half_to_one():
+    """Ten bins of width 0.05: those of 0.52 and of 0.58 are two, and one where bins begin at zero."""
+    probability = np.array([0.52, 0.48, 0.58, 0.58])
+    # bins [0.50, 0.55) and [0.55, 0.60): |0.52 - 1/2| and |0.58 - 1|, each of half of the pairs
+    assert calibration_error(probability) == pytest.approx(0.5 * 0.02 + 0.5 * 0.42, rel=1e-12)
