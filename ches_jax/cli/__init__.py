@@ -125,7 +125,7 @@ def _run(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words[1:]):
         print(verb_help(verb, command))
         return 0
-    options = _parsed(verb, command, corrected(verb, command, words[1:]))
+    options: Any = _parsed(verb, command, corrected(verb, command, words[1:]))
     quiet_libraries()
     if isinstance(options, Computing):
         options.keep_programs()

@@ -75,9 +75,9 @@ def _seen() -> Counter[str]:
 
     seen: Counter[str] = Counter()
 
-    def lasted(event: str, seconds: float, **_: Any) -> None:
+    def lasted(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith(_COMPILING):
-            seen["seconds"] += seconds  # type: ignore[assignment]
+            seen["seconds"] += duration_secs  # type: ignore[assignment]
         seen["programs"] += event == _PROGRAM
 
     def happened(event: str, **_: Any) -> None:

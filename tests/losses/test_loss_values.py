@@ -267,11 +267,13 @@ def test_a_hinge_is_flat_beyond_its_bound(name, x64):
 )
 def test_aot_compares_quantiles_of_a_batch_and_not_its_pairs(name, moved, x64):
     numbers = np.random.default_rng(0).normal(-5, 2, (4, 6))
-    batch = LossInputs(*(jnp.asarray(n) for n in numbers))
+    columns: Any = [jnp.asarray(n) for n in numbers]
+    batch = LossInputs(*columns)
     other = batch._replace(**{field: getattr(batch, field)[::-1] for field in moved})
     values = [np.sort(np.asarray(get_loss(name, beta=0.5)(b)[0])) for b in (batch, other)]
     np.testing.assert_allclose(*values, rtol=1e-12)
-    assert not np.allclose(*(np.sort(np.asarray(get_loss("dpo", beta=0.5)(b)[0])) for b in (batch, other)))
+    one, two = (np.sort(np.asarray(get_loss("dpo", beta=0.5)(b)[0])) for b in (batch, other))
+    assert not np.allclose(one, two)
 
 
 def test_dpo_shift_lessens_the_rejected_side_alone(x64):

@@ -253,7 +253,8 @@ def inputs_of(sides):
         kl = np.sum(np.exp(d["reference"]) * (d["reference"] - d["policy"]), -1)
         fields |= {f"token_kl_{side}": kl, f"reward_mask_{side}": d["reward"], f"kl_mask_{side}": d["kl"]}
         fields[f"activation_mask_{side}"] = d["reward"]
-    return LossInputs(**{k: jnp.asarray(v) for k, v in fields.items()})
+    columns: Any = {k: jnp.asarray(v) for k, v in fields.items()}
+    return LossInputs(**columns)
 
 
 def authors_sparse_loss(sides, beta, l1_u, l1_d, *, common=False):
