@@ -111,7 +111,7 @@ def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
-    from ches_jax.cli.commands import COMMANDS, Computing
+    from ches_jax.cli.commands import COMMANDS
     from ches_jax.cli.help import command_help, verb_help
     from ches_jax.cli.suggest import corrected, the_verb
 
@@ -125,10 +125,9 @@ def _run(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words[1:]):
         print(verb_help(verb, command))
         return 0
-    options: Any = _parsed(verb, command, corrected(verb, command, words[1:]))
+    options = _parsed(verb, command, corrected(verb, command, words[1:]))
     quiet_libraries()
-    if isinstance(options, Computing):
-        options.keep_programs()
+    options.keep_programs()
     outcome = options.run()
     if options.json:
         print(json.dumps(outcome.record(verb)))

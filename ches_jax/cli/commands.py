@@ -68,6 +68,9 @@ class Output:
     json: bool = False
     """Print one JSON record (paths, counts, headline) instead of the path."""
 
+    def keep_programs(self) -> None:
+        """Nothing to keep: the verb compiles no programs, unless it is ``Computing``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computing(Output):
