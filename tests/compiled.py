@@ -22,7 +22,7 @@ flag that XLA does not know ends the process)."""
 
 
 def processor() -> str:
-    """What the compiler sees of the processor: its architecture and instruction sets."""
+    """As ``ches_jax.runs.compilation_cache`` has it, which cannot be imported before the checker of shapes is there."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

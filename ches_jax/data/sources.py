@@ -258,7 +258,7 @@ def open_rows(
         (``schema.mapping``).
       rows: what the rows are.
       schema: ``auto`` (recognised by columns and values), the name of a preset, or a file with a declaration.
-      read: columns that the caller reads itself, as an option says: they are not told as left over.
+      read: columns that the caller reads itself, as an option says: they are not reported as left over.
 
     Raises:
       DataError: nothing there, an unknown format, no rows, two readings that both fit, or no row that can be used.

@@ -8,7 +8,7 @@ it was and ends in the same bytes.
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ from ches_jax.generate.stops import Finisher, stop_ids
 from ches_jax.inputs import Opener
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
-    CONFIG,
     RUN,
     as_dict,
     device_name,
+    merged,
     open_run,
-    read_json,
     versions,
     write_summary,
 )
@@ -177,12 +176,7 @@ def merge(out: Path) -> Path:
     Raises:
       RunError: no run, a run at work, a chunk that is missing, damaged or of another run.
     """
-    read_json(out / CONFIG)
-    if not (out / RUN).exists():
-        with RunLock(out) as lock:
-            lock.take()
-            _finish(out, {"merged": True})
-    return out
+    return merged(out, _finish)
 
 
 class Generator:
@@ -264,7 +258,7 @@ class Generator:
         return row | {name: value for name, value in more.items() if value}
 
 
-def _finish(out: Path, facts: dict[str, Any]) -> None:
+def _finish(out: Path, facts: Mapping[str, Any]) -> None:
     """Join the chunks, and write ``run.json`` last."""
     if not (out / FILE_NAME).exists():
         chunks.join(out, FILE_NAME)

@@ -6,13 +6,14 @@ A directory is made new, or resumed when asked and when it holds the same run; i
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import read_object, replacing
+from ches_jax.runs.lock import RunLock
 from ches_jax.runs.shapes import require_shape
 from ches_jax.runs.store import make_folder
 
@@ -169,3 +170,21 @@ def as_dict(config: Any) -> dict[str, Any]:
     decides = {f.name for f in dataclasses.fields(config) if f.metadata.get("identity", True)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in decides}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def merged(out: Path, finish: Callable[[Path, Mapping[str, Any]], None]) -> Path:
+    """One run of what several processes made in turn, under its lock; a run with a summary stays as it is.
+
+    Args:
+      out: the run directory.
+      finish: joins the chunks and writes the summary with these facts.
+
+    Raises:
+      RunError: no run, or a run at work; what ``finish`` finds missing, damaged or of another run.
+    """
+    read_json(out / CONFIG)
+    if not (out / RUN).exists():
+        with RunLock(out) as lock:
+            lock.take()
+            finish(out, {"merged": True})
+    return out

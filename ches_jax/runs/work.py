@@ -70,7 +70,7 @@ class Work:
 
 @cache
 def _seen() -> Counter[str]:
-    """What jax has told since the first call: its events cannot be read afterwards."""
+    """What jax has reported since the first call: its events cannot be read afterwards."""
     from jax import monitoring
 
     seen: Counter[str] = Counter()

@@ -8,6 +8,7 @@ or by which process it was computed: a resumed run ends in the same bytes.
 import itertools
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,11 @@ from ches_jax.errors import ChesError
 from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import (
-    CONFIG,
     RUN,
     as_dict,
     device_name,
+    merged,
     open_run,
-    read_json,
     versions,
     write_summary,
 )
@@ -218,15 +218,10 @@ def merge(out: Path) -> Path:
     Raises:
       RunError: no run, a run at work, a part that is missing, damaged or of another run.
     """
-    read_json(out / CONFIG)
-    if not (out / RUN).exists():
-        with RunLock(out) as lock:
-            lock.take()
-            _finish(out, {"merged": True})
-    return out
+    return merged(out, _finish)
 
 
-def _finish(out: Path, facts: dict[str, Any]) -> None:
+def _finish(out: Path, facts: Mapping[str, Any]) -> None:
     """Join the parts, and write ``run.json`` last."""
     if not (out / FILE_NAME).exists():
         parts.merge(out)

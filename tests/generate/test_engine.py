@@ -16,6 +16,7 @@ from ches_jax.generate.engine import Engine, Request, padded
 from ches_jax.generate.sampling import Sampling, key_data
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
+from tests.golden import TEXT
 
 LENGTHS = (7, 31, 20, 2, 13)
 NEW = 20
@@ -79,39 +80,7 @@ def test_greedy_tokens_are_those_of_transformers(shared: Path, name: str, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [
-        "llama",
-        "llama_tied",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "olmo",
-        "olmo2",
-        "gpt2",
-        "gpt_neox",
-        "phi3",
-        "starcoder2",
-        "olmo3",
-        "smollm3",
-        "glm4",
-        "granite",
-        "cohere2",
-        "ministral3",
-        "mixtral",
-        "qwen3_moe",
-        "olmoe",
-        "gpt_oss",
-        "deepseek_v3",
-        "llama4",
-        "gemma4",
-        "lfm2",
-        "qwen3_5",
-    ],
-)
+@pytest.mark.parametrize("family", TEXT)
 def test_greedy_tokens_are_those_of_transformers_in_every_family(shared: Path, family: str, mesh):
     check_against_transformers(shared / "golden" / family / "policy", (1, 4), mesh)
 

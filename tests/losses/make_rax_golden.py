@@ -2,7 +2,7 @@
 
 Rax is no dependency of the tests; this script is run by hand when its version moves:
 
-    pip install --no-deps --target /tmp/rax rax && PYTHONPATH=/tmp/rax python tests/losses/make_rax_golden.py
+    pip install --no-deps --target DIR rax && PYTHONPATH=DIR python tests/losses/make_rax_golden.py
 """
 
 import json

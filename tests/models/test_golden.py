@@ -16,42 +16,11 @@ from flax import nnx
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
+from tests.golden import EARLIER, GOLDEN, MULTIMODAL, WITH_A_STATE
 
-FAMILIES = (
-    "llama",
-    "llama_tied",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "olmo",
-    "olmo2",
-    "gpt2",
-    "gpt_neox",
-    "phi3",
-    "starcoder2",
-    "gemma3_multimodal",
-    "lfm2",
-    "qwen3_5",
-    "qwen3_5_multimodal",
-)
-NEWER = (
-    "olmo3",
-    "smollm3",
-    "glm4",
-    "granite",
-    "cohere2",
-    "ministral3",
-    "mixtral",
-    "qwen3_moe",
-    "olmoe",
-    "gpt_oss",
-    "deepseek_v3",
-    "llama4",
-    "gemma4",
-)
-"""Compared on all pairs only, when the slow tests run; a row in ``rows.py`` compares each with transformers."""
+FAMILIES = (*EARLIER, *WITH_A_STATE, *MULTIMODAL)
+"""The newer ones are compared on all pairs only, when the slow tests run; a row in ``rows.py`` compares each with
+transformers."""
 FLOAT32 = {"qwen3_5": 1e-4, "qwen3_5_multimodal": 1e-4, "gemma4": 1e-4}
 """Families whose float32 in transformers is further from float64 than that of the others."""
 SPELLINGS = ("config.v4.json", "config.min.json")
@@ -156,7 +125,7 @@ def test_float32_is_close(golden: Path, family: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
-@pytest.mark.parametrize("family", [*FAMILIES, *NEWER])
+@pytest.mark.parametrize("family", GOLDEN)
 def test_all_pairs(golden: Path, family: str, dtype: str, tolerance: float):
     with jax.enable_x64(dtype == "float64"):
         errors = compare(golden / family, dtype, range(24))

@@ -14,13 +14,13 @@ from ches_jax.runs.compilation_cache import JAX_VARIABLE, VARIABLE, default_fold
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
-    """What jax is told; the user's cache is in ``tmp_path``, which pytest makes private."""
-    told = {}
-    monkeypatch.setattr(compilation_cache, "_set", told.update)
+    """The settings that jax gets; the user's cache is in ``tmp_path``, which pytest makes private."""
+    given = {}
+    monkeypatch.setattr(compilation_cache, "_set", given.update)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in (VARIABLE, JAX_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    return told
+    return given
 
 
 def used() -> Path:
