@@ -258,8 +258,8 @@ class Ranged(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(part)))
         self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}")
         self.end_headers()
+        self.server.sent += len(part)  # before the bytes: who has read them reads this count
         self.wfile.write(part)
-        self.server.sent += len(part)
 
     def log_message(self, format, *args):
         pass
