@@ -52,9 +52,7 @@ def main(tokenizer: str, data: str, work: str) -> None:
         return made
 
     sizes = {"num_layers": 2, "embed_dim": 64, "hidden_dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    config = llama.ModelConfig(
-        vocab_size=len(words), rope_theta=1_000_000, norm_eps=1e-5, weight_tying=True, **sizes
-    )
+    config = llama.ModelConfig(vocab_size=len(words), rope_theta=1_000_000, norm_eps=1e-5, weight_tying=True, **sizes)
 
     def built() -> llama.Llama3:
         model = llama.Llama3(config, rngs=nnx.Rngs(0))
