@@ -5,8 +5,8 @@ Python runs between its noticing and the signal. So somebody else has to say wha
 anything is loaded and only waits; a signal that it gets goes on to the child, and the child dies with it.
 """
 
-import ctypes
 import io
+import itertools
 import os
 import re
 import signal
@@ -64,7 +64,7 @@ def of_several_processes(words: Sequence[str]) -> bool:
     (True, False)
     """
     values = [word.partition("=")[2] for word in words if word.startswith(f"{OPTION}=")]
-    values += [after for word, after in zip(words, words[1:], strict=False) if word == OPTION]
+    values += [after for word, after in itertools.pairwise(words) if word == OPTION]
     return bool(values) and values[-1] != "off"
 
 
@@ -104,6 +104,8 @@ def _pass_on(child: int, number: int) -> None:
 def _be_the_child(parent: int, log: int) -> None:
     """Die with the parent, take signals through it, and let C++ write to ``log`` while Python has the terminal."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
@@ -120,7 +122,7 @@ def _be_the_child(parent: int, log: int) -> None:
 
 
 class _ServiceLog:
-    """What C++ writes, line by line; lines of the coordination service are kept back, for the parent has better words."""
+    """What C++ writes, line by line; lines of the coordination service are kept back: the parent has better words."""
 
     told = False
 

@@ -1,9 +1,10 @@
-"""A command of several processes is a child: its exit code, its signals, its death and its last words are its parent's."""
+"""A command of several processes is a child; its parent passes on its exit code, its signals and its last words."""
 
 import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ SCRIPT = (
 SERVICE = "E1128 17:59:15.003419   13852 coordination_service_agent.cc:289] Polled an error\\n1\\nof this task\\n"
 
 
-def start(body):
+def start(body) -> Any:
     words = [sys.executable, "-c", SCRIPT.format(body)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
