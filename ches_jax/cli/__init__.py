@@ -126,6 +126,7 @@ def _run(words: Sequence[str]) -> int:
         print(verb_help(verb, command))
         return 0
     options = _parsed(verb, command, corrected(verb, command, words[1:]))
+    options.require_free()
     quiet_libraries()
     options.keep_programs()
     outcome = options.run()
