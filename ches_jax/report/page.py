@@ -91,8 +91,8 @@ def write_page(page: Page, out: Path) -> Path:
 def _what_is_there(folder: Path, has: set[str]) -> str:
     expected = (
         "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (diagnosis.json), "
-        "forecast (forecast.parquet), influence (influence.parquet), groups (groups.parquet), generate (responses.jsonl), "
-        "judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
+        "forecast (forecast.parquet), influence (influence.parquet), groups (groups.parquet), generate "
+        "(responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
     )
     if not folder.exists():
         return f"does not exist; {expected}"
