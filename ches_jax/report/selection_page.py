@@ -15,7 +15,7 @@ from ches_jax.report.html import data_table, escape, gallery
 from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.report.provenance import provenance, short_path
 from ches_jax.report.score_page import label
-from ches_jax.report.texts import SIDES, side_text
+from ches_jax.report.texts import SIDES
 from ches_jax.runs.files import read_object
 from ches_jax.runs.shapes import misfit, read_json_lines, require_shape
 
