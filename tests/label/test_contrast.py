@@ -1,6 +1,7 @@
 """Rewards of tokens by contrast, against the log-probabilities of the sequences written out."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
     rows = [record.content for record, _ in zip(open_pairs(str(bundled.pairs_file())), range(3), strict=False)]
     two = {"chosen_prompt": rows[0]["prompt"], "rejected_prompt": rows[1]["prompt"]}
     rows[2] = {**two, "chosen": rows[0]["chosen"], "rejected": rows[1]["rejected"]}
-    options = {"better": "Be good.\n{prompt}", "worse": "Be bad.\n{prompt}", "dtype": "float64"}
+    options: Any = {"better": "Be good.\n{prompt}", "worse": "Be bad.\n{prompt}", "dtype": "float64"}
     pairs = write(tmp_path / "pairs.jsonl", rows)
     record = label(
         LabelConfig(by="contrast", model=str(tiny_model), pairs=pairs, out=str(tmp_path / "out"), **options), quiet=True
@@ -40,7 +41,7 @@ def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
             for side in ("chosen", "rejected"):
                 logps = []
                 for frame in ("Be good.\n", "Be bad.\n"):
-                    prompt = frame + row.get("prompt", row.get(f"{side}_prompt"))
+                    prompt = frame + str(row.get("prompt", row.get(f"{side}_prompt")))
                     ids = tokenizer.tokenizer(prompt)["input_ids"]
                     response = tokenizer.tokenizer(row[side], add_special_tokens=False)["input_ids"]
                     whole = [*ids, *response, tokenizer.tokenizer.eos_token_id]
