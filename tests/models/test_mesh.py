@@ -37,7 +37,10 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 8}
-OWN = {"cohere2": {"head_dim": 12}, "olmoe": {"head_dim": 12}, "qwen3_5_text": DELTA, "qwen3_next": DELTA, "qwen3_5_moe_text": DELTA}
+OWN = {
+    **dict.fromkeys(("cohere2", "olmoe"), {"head_dim": 12}),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"), DELTA),
+}
 """What decides which arrays can be spread, where the sizes of all families do not."""
 GPT2 = {"vocab_size": 40, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
 
