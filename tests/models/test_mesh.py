@@ -38,7 +38,7 @@ SIZES = {
 }
 DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 8}
 OWN = {
-    **dict.fromkeys(("cohere2", "olmoe"), {"head_dim": 12}),
+    **{kind: {"head_dim": 12} for kind in ("cohere2", "olmoe")},
     **dict.fromkeys(("qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"), DELTA),
 }
 """What decides which arrays can be spread, where the sizes of all families do not."""
