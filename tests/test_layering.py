@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "errors": set(),
     "face": set(),
     "hugepages": set(),
+    "supervise": set(),
     "types": set(),
     "notices": set(),
     "languages": set(),

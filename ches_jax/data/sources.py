@@ -90,6 +90,8 @@ PAIRS: dict[Pairing, Kind] = {
 """By which pairs of a row's candidates are meant."""
 LISTS = Kind("lists of responses with scores", COLUMNS, partial(pair_contents, pairing=BEST_FIRST), recognise)
 PROMPTS = Kind("prompts", PROMPT_COLUMNS, _prompt_contents, recognise_prompt)
+LABELS = Kind("labels", (), lambda row, columns: [(None, {})])
+"""Rows as they are, which say something of rows that are elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,16 +224,6 @@ def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
     schema = options.get("schema") or "auto"
     source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema)
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
-
-
-def open_rows_of_labels(spec: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a file as they are, with their place: labels of pairs that are written elsewhere.
-
-    Raises:
-      DataError: nothing there, an unknown format, no rows.
-    """
-    source = open_rows(spec, None, None, Kind("labels", (), lambda row, columns: [(None, {})]))
-    return ((where, raw) for where, raw in source.read(0) if isinstance(raw, Mapping))
 
 
 def open_prompts(

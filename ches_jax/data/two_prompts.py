@@ -31,7 +31,11 @@ def halves(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = [f"{side}{end}" for side in SIDES for end in (f"_prompt{ids}", ids)]
     rest = {name: value for name, value in content.items() if name not in names}
     return [
-        {f"prompt{ids}": content[f"{side}_prompt{ids}"], **{f"{s}{ids}": content[f"{side}{ids}"] for s in SIDES}, **rest}
+        {
+            f"prompt{ids}": content[f"{side}_prompt{ids}"],
+            **{f"{s}{ids}": content[f"{side}{ids}"] for s in SIDES},
+            **rest,
+        }
         for side in SIDES
     ]
 

@@ -187,7 +187,9 @@ def of_empty_texts(texts: Mapping[str, Mapping[str, str]]) -> Check:
 
 def too_long(rows: Sequence[Row]) -> Check:
     """Prompts, alone or with their longer response, beyond the context that most models have; prompts are never cut."""
-    longest = {r.name: max(len(p) + len(t) for p, t in zip(r.prompts, (r.chosen, r.rejected), strict=True)) for r in rows}
+    longest = {
+        r.name: max(len(p) + len(t) for p, t in zip(r.prompts, (r.chosen, r.rejected), strict=True)) for r in rows
+    }
     return of_long_rows(longest, LONGEST)
 
 

@@ -76,7 +76,9 @@ def require_options(config: LabelConfig) -> None:
     if config.better is not None and config.better == config.worse:
         raise ChesError("--better and --worse ask for the same answer: every reward would be 0")
     if config.by == "contrast" and config.relabel:
-        raise ChesError("--by contrast gives rewards of tokens and no probability, so that --relabel has nothing to go by")
+        raise ChesError(
+            "--by contrast gives rewards of tokens and no probability, so that --relabel has nothing to go by"
+        )
     require_dtype("dtype", config.dtype)
     require_positive({"beta": config.beta, "limit": config.limit})
 

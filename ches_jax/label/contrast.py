@@ -39,14 +39,14 @@ COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
 
 
 def token_rewards(
-    config: LabelConfig, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
 ) -> dict[str, dict[str, list[float]]]:
     """``COLUMNS`` of each row by its id; rows that cannot be scored are left out.
 
     Raises:
       DataError: rows that are not fit, under the policy ``on_bad_row``; prompts that are token ids, or that do not fit into the model with what is asked.
     """
-    model = Opener().model(config.model)
+    model = opener.model(config.model)
     tokenizer = model.pair_tokenizer(
         max_length=config.max_length, eos=config.eos, template=config.template, template_args=config.template_args
     )

@@ -121,9 +121,7 @@ Aux: TypeAlias = dict[str, Any]
 
 LOGPS = frozenset({"logp_chosen", "logp_rejected"})
 REFERENCE = LOGPS | {"ref_logp_chosen", "ref_logp_rejected"}
-JOINT = frozenset(
-    {"logp_joint_chosen", "logp_joint_rejected", "ref_logp_joint_chosen", "ref_logp_joint_rejected"}
-)
+JOINT = frozenset({"logp_joint_chosen", "logp_joint_rejected", "ref_logp_joint_chosen", "ref_logp_joint_rejected"})
 LENGTHS = frozenset({"chosen_tokens", "rejected_tokens"})
 REWARDS = frozenset({"rewards_chosen", "rewards_rejected"})
 

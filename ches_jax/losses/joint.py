@@ -36,7 +36,9 @@ def _joint_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, A
     return {name.replace("logps/", "logps_joint/"): jnp.asarray(value) for name, value in logged.items()}
 
 
-@register("dove", source="Bansal et al. 2024, arXiv:2404.00530", needs=JOINT, rewards=_joint_rewards, beta=positive(0.1))
+@register(
+    "dove", source="Bansal et al. 2024, arXiv:2404.00530", needs=JOINT, rewards=_joint_rewards, beta=positive(0.1)
+)
 def dove(batch: LossInputs, *, beta: float) -> Array:
     r"""DOVE (later JPO): DPO on the joint log-probabilities of prompt and response.
 

@@ -109,7 +109,7 @@ def test_two_prompts_share_nothing_in_a_row(rows):
     pairs = tokenizer(list(rows_in_memory(rows[1])))
     items, refs = group_by_prompt(pairs)
     assert items == pairs and all(shared_tokens(item, None) is None for item in items)
-    expected = [len(p.prompt) + len(p.rejected_prompt) + len(p.chosen.content) + len(p.rejected.content) for p in pairs]
+    expected = [sum(map(len, (*p.prompts, p.chosen.content, p.rejected.content))) for p in pairs]
     assert [packed_length(item) for item in items] == expected
     ((batch, places),) = pack(items, length=1024, rows_per_batch=1, eos="include")
     assert int((batch.lengths > 0).sum()) == sum(expected) and len(refs) == len(places) == len(pairs)
