@@ -172,10 +172,9 @@ def by_training(expression: str, folder: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from ches_jax.losses import parse_loss
+    from ches_jax.losses.tokens import TOKEN_WEIGHTS
     from ches_jax.train.config import TrainConfig
     from ches_jax.train.loop import train
-
-    from ches_jax.losses.tokens import TOKEN_WEIGHTS
 
     out = folder / expression
     options: dict[str, Any] = {}

@@ -6,8 +6,8 @@ Between -0.5 and 0.5: above 0 where a token is likelier when a better answer is 
 theirs, a number for each token of the pair as it is trained on.
 
 References:
-  Zhou et al., T-REG (https://arxiv.org/abs/2412.02685), as a public reading note gives it; the paper's prompts could not
-  be had, so those of ``BETTER`` and ``WORSE`` are ours, after its four words: helpful, correct, coherent, concise.
+  Zhou et al., T-REG (https://arxiv.org/abs/2412.02685), as a public reading note gives it; the paper's prompts could
+  not be had, so those of ``BETTER`` and ``WORSE`` are ours, after its four words: helpful, correct, coherent, concise.
 """
 
 import json
@@ -44,7 +44,8 @@ def token_rewards(
     """``COLUMNS`` of each row by its id; rows that cannot be scored are left out.
 
     Raises:
-      DataError: rows that are not fit, under the policy ``on_bad_row``; prompts that are token ids, or that do not fit into the model with what is asked.
+      DataError: rows that are not fit, under the policy ``on_bad_row``; prompts that are token ids, or that do not fit
+        into the model with what is asked.
     """
     model = opener.model(config.model)
     tokenizer = model.pair_tokenizer(
@@ -118,8 +119,8 @@ def _framed(row: Record, prompt: Any, frame: str) -> dict[str, Any]:
     users = [n for n, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"]
     if not users:
         raise DataError(
-            f"{row.where}: --by contrast asks in front of a prompt that is text, or in the user's last message; this one "
-            "is token ids or has no message of a user"
+            f"{row.where}: --by contrast asks in front of a prompt that is text, or in the user's last message; this "
+            "one is token ids or has no message of a user"
         )
     last = messages[users[-1]]
     messages[users[-1]] = {**last, "content": frame.replace("{prompt}", text_of(last))}
@@ -132,6 +133,6 @@ def _require_room(
     needed = prompt_tokens + len(response.targets("include"))
     if needed > tokenizer.max_length:
         raise DataError(
-            f"{config.pairs}, {row.where}: with what is asked in front the prompt and its response are {needed} tokens, "
-            f"and at most {tokenizer.max_length} fit: make --better and --worse shorter, or leave the row out"
+            f"{config.pairs}, {row.where}: with what is asked in front the prompt and its response are {needed} "
+            f"tokens, and at most {tokenizer.max_length} fit: make --better and --worse shorter, or leave the row out"
         )

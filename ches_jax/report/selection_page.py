@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ches_jax.data.messages import side_text
 from ches_jax.errors import RunError
 from ches_jax.report import elements
 from ches_jax.report.axes import digits_of, percent, readable

@@ -1,6 +1,6 @@
 """The texts and the tokens of pairs in a report, read from the source that was scored."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
