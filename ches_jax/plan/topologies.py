@@ -28,15 +28,17 @@ class Chip:
     """Bytes a second to other chips of its slice."""
     dimensions: int
     """Of the grid of a slice."""
+    host: int
+    """Devices of a host."""
 
 
 GB = 1e9
 CHIPS = {
-    "v5e": Chip("tpu", 16 * 2**30, 197e12, 819 * GB, 200 * GB, 2),
-    "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765 * GB, 600 * GB, 3),
-    "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640 * GB, 448 * GB, 2),
-    "h100": Chip("gpu", 80 * GB, 989e12, 3350 * GB, 450 * GB, 1),
-    "a100": Chip("gpu", 80 * GB, 312e12, 2039 * GB, 300 * GB, 1),
+    "v5e": Chip("tpu", 16 * 2**30, 197e12, 819 * GB, 200 * GB, 2, 4),
+    "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765 * GB, 600 * GB, 3, 4),
+    "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640 * GB, 448 * GB, 2, 4),
+    "h100": Chip("gpu", 80 * GB, 989e12, 3350 * GB, 450 * GB, 1, 8),
+    "a100": Chip("gpu", 80 * GB, 312e12, 2039 * GB, 300 * GB, 1, 8),
 }
 BETWEEN_SLICES = 25 * GB / 8
 """Bytes a second and chip over the network of a data centre: 200 Gbit/s a host of eight chips."""
@@ -55,6 +57,15 @@ class Topology:
     def size(self) -> int:
         """Chips in all."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def hosts(self) -> int:
+        """Processes of a run: one a host.
+
+        >>> parse_topology("v5e:4x4").hosts, parse_topology("h100:8").hosts
+        (4, 1)
+        """
+        return max(1, self.size // self.chip.host)
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
