@@ -55,15 +55,17 @@ def plan(config: PlanConfig, *, quiet: bool = False) -> dict[str, Any]:
     topology = parse_topology(config.topology, config.slices)
     decoder = _decoder(config.model)
     compiles = topology.chip.platform == "tpu" and not config.arithmetic
-    devices = devices_of(topology) if compiles else None
-    if devices is not None and len(devices) != topology.size:
+    if compiles and len(devices := devices_of(topology)) != topology.size:
         raise ChesError(f"--topology {topology.name}: the compiler counts {len(devices)} devices in it")
     tried: list[dict[str, Any]] = []
     for number, layout in enumerate(_layouts(config, decoder, topology), 1):
         say(f"{_in_words(layout)} on {topology.size} x {topology.name.partition(':')[0]}", quiet=quiet)
-        found = _counted(decoder, config, topology, layout) if devices is None else _compiled(
-            decoder, config, topology, layout, devices
-        )  # fmt: skip
+        of_one = topology.of_host() if layout.meshes > 1 else topology
+        found = (
+            _compiled(decoder, config, topology, layout, devices_of(of_one))
+            if compiles and _may_fit(decoder, config, topology, layout)
+            else _counted(decoder, config, topology, layout)
+        )
         tried.append(found)
         if found["fits"] or number == TRIED:
             break
@@ -123,6 +125,12 @@ def _layouts(config: PlanConfig, decoder: DecoderConfig, topology: Topology) -> 
     return fitting or [min(every, key=lambda f: arithmetic.bytes_of(decoder, config, f.sizes).total)]
 
 
+def _may_fit(decoder: DecoderConfig, config: PlanConfig, topology: Topology, layout: Layout) -> bool:
+    """Whether weights and optimiser alone leave room, which is known without compiling."""
+    found = arithmetic.bytes_of(decoder, config, layout.sizes)
+    return found.weights + found.optimiser < topology.chip.memory
+
+
 def _in_words(layout: Layout) -> str:
     return spelled(layout.sizes) + (f" in each of {layout.meshes} processes" if layout.meshes > 1 else "")
 
@@ -147,8 +155,7 @@ def _counted(decoder: DecoderConfig, config: PlanConfig, topology: Topology, lay
 def _compiled(
     decoder: DecoderConfig, config: PlanConfig, topology: Topology, layout: Layout, devices: list[Any]
 ) -> dict[str, Any]:
-    first = [d for d in devices if d.process_index == devices[0].process_index]
-    mesh = mesh_of(np.asarray(first if layout.meshes > 1 else devices), layout.sizes)
+    mesh = mesh_of(np.asarray(devices), layout.sizes)
     began, moved, memory, parts = time.perf_counter(), [], [], {}
     try:
         with planned_for(topology.chip.platform):
