@@ -62,7 +62,7 @@ def gradients(attend, inputs: AttentionInputs, params: AttentionParams, cotangen
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(inputs.q, inputs.k, inputs.v)
 
 
-@pytest.mark.parametrize(("softcap", "group"), [(None, 5), (1.5, 2)])
+@pytest.mark.parametrize(("softcap", "group"), [pytest.param(None, 5, marks=pytest.mark.slow), (1.5, 2)])
 def test_the_gradient_of_the_tpu_kernel_is_that_of_the_plain_computation(softcap, group):
     """Of packed rows with and without a window, of lengths that divide no block, in float64."""
     ranges = choose._packed_rows()
