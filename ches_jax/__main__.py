@@ -4,6 +4,7 @@ import sys
 import warnings
 
 from ches_jax.hugepages import with_large_pages
+from ches_jax.supervise import supervised
 
 
 def run() -> int:
@@ -11,7 +12,11 @@ def run() -> int:
     with_large_pages()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    from ches_jax.cli import main  # after it: a process that starts again has loaded nothing
+    return supervised(_main, sys.argv[1:])
+
+
+def _main() -> int:
+    from ches_jax.cli import main  # late: a process that starts again, or waits for another, has loaded nothing
 
     return main()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax import bundled
 from ches_jax.data.audit import Audit
-from ches_jax.data.sources import Kind, PairSource, open_pairs, open_prompts, open_rows
+from ches_jax.data.sources import LABELS, Kind, PairSource, open_pairs, open_prompts, open_rows
 from ches_jax.data.template import with_template
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer, tokenizer_fingerprint
 from ches_jax.errors import ChesError, RunError, many
@@ -179,6 +179,15 @@ class Opener:
         """Rows of another kind; ``bundled`` for the pairs of the package."""
         path = bundled.located(spec, bundled.pairs_file)
         return self._data(option, open_rows(path, split, columns, kind, schema, self._columns))
+
+    def labels(self, spec: str, option: str = "labels") -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Rows of a file as they are, with their place: what is known of rows that are written elsewhere.
+
+        Raises:
+          DataError: nothing there, an unknown format, no rows.
+        """
+        source = self._data(option, open_rows(spec, None, None, LABELS))
+        return ((where, raw) for where, raw in source.read(0) if isinstance(raw, Mapping))
 
     def require_unchanged(self) -> None:
         """Compare everything opened with what lies there now: a run reads its data again and again.

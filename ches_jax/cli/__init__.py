@@ -58,7 +58,7 @@ def _main(words: Sequence[str]) -> int:
     except Exception as error:
         processes = _joined_processes()
         if processes is not None and (reason := processes.peer_failure(error)) is not None:
-            return _say(reason, 1)
+            return _say(reason, 2)
         if (reason := _known(error)) is not None:
             return _say(reason, 2)
         return _say(f"internal error: {type(error).__name__}: {str(error)[:300]}\n{_keep_traceback()}", INTERNAL_ERROR)
@@ -126,6 +126,7 @@ def _run(words: Sequence[str]) -> int:
         print(verb_help(verb, command))
         return 0
     options = _parsed(verb, command, corrected(verb, command, words[1:]))
+    options.require_free()
     quiet_libraries()
     options.keep_programs()
     outcome = options.run()

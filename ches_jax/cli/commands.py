@@ -71,6 +71,9 @@ class Output:
     def keep_programs(self) -> None:
         """Nothing to keep: the verb compiles no programs, unless it is ``Computing``."""
 
+    def require_free(self) -> None:
+        """Nobody else writes where it writes: it makes a new directory whole, unless it is ``RunOutput``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computing(Output):
@@ -99,6 +102,19 @@ class RunOutput(Computing):
     """Go on with the run that --out holds."""
     other_versions: bool = False
     """With --resume: go on although packages have other versions than at the start."""
+
+    def require_free(self) -> None:
+        """Says at once, before jax is loaded, that another process works in --out.
+
+        Raises:
+          RunError: tells which.
+        """
+        from ches_jax.runs.lock import require_unheld
+        from ches_jax.runs.store import is_address
+
+        out = getattr(self, "out", None)
+        if out and not is_address(str(out)):
+            require_unheld(Path(out))
 
     @property
     def how(self) -> dict[str, Any]:

@@ -28,13 +28,14 @@ from ches_jax.forecast.groups import GroupRates, HeadKernel, nthr, weighted
 from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.model import open_model
 from ches_jax.forecast.passes import Pull, Push, Rows
-from ches_jax.forecast.stages import SUFFIX, Clock, kept, write_table
+from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
 from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import RUN, as_dict, device_name, new_name, open_run, read_json, write_summary
 from ches_jax.runs.files import parquet_source
+from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.train.data.batches import Layout, standard_row
@@ -115,19 +116,20 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
             for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens")
         }
     )
-    with jax.enable_x64(config.dtype == "float64"):
-        return _groups(
-            config, output_place(config.out or new_name(Path("runs"), "groups")), resume, quiet, other_versions
-        )
+    out = output_place(config.out or new_name(Path("runs"), "groups"))
+    with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
+        return _groups(config, lock, resume, quiet, other_versions)
 
 
-def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_versions: bool) -> Path:
-    opener, clock = Opener(), Clock(quiet)
+def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, other_versions: bool) -> Path:
+    lock.require_free()
+    out, opener, clock = lock.out, Opener(), Clock(quiet)
     model, mesh = opener.model(config.model), make_mesh(config.mesh)
     found = read_responses(config, model, opener)
     plan = plan_of(config, len(found.items))
     metric = Metric(config.optimizer, config.optimizer_args, make_schedule("constant", config.lr, plan.total, 0))
     require_divides(abstract_parameters(model.decoder), mesh, row_shards(mesh))
+    lock.take()
     open_run(out, "groups", {"config": as_dict(config), **opener.identity()}, resume, other_versions=other_versions)
     if (out / RUN).exists() and read_json(out / RUN).get("status") == "done":
         return out
@@ -161,12 +163,11 @@ def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_ve
     parts = [range(i, min(i + CHUNK, len(found.items))) for i in range(0, len(found.items), CHUNK)]
     with clock.stage("groups", len(found.items)) as bar:
         for number, members in enumerate(parts):
-            if not chunks.path(out, number, SUFFIX).exists():
-                write_table(chunks.path(out, number, SUFFIX), table(members))
+            chunk(out, number, lambda path: write_table(path, table(members)))  # noqa: B023
             bar.update(len(members))
-    whole = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(parts))])
-    write_table(out / GROUPS, whole.replace_schema_metadata({b"ches_jax": b"groups"}))
-    opener.require_unchanged()
+    files = whole(out, len(parts), opener.require_unchanged)
+    every = pa.concat_tables([pq.read_table(parquet_source(file)) for file in files])
+    write_table(out / GROUPS, every.replace_schema_metadata({b"ches_jax": b"groups"}))
     write_summary(
         out,
         {
@@ -175,10 +176,10 @@ def _groups(config: GroupsConfig, out: Path, resume: bool, quiet: bool, other_ve
             "device": device_name(),
             "mesh": dict(mesh.shape),
             "counts": {
-                "rows": found.rows, "groups": len(found.items), "responses": whole.num_rows,
+                "rows": found.rows, "groups": len(found.items), "responses": every.num_rows,
                 "dropped": len(found.dropped), "updates": plan.total,
             },
-            "summary": summarise(whole, config, found.known, plan.total),
+            "summary": summarise(every, config, found.known, plan.total),
             "times": clock.seconds,
             "work": clock.work.facts(),
         },

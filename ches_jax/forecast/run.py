@@ -5,6 +5,7 @@ that a killed run continues where it was. Parts and direction go when all is joi
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ches_jax.forecast.frozen import Start
 from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
 from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
-from ches_jax.forecast.stages import SUFFIX, Clock, kept, write_table
+from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
 from ches_jax.forecast.summary import summarise
 from ches_jax.options import require_positive
 from ches_jax.runs import chunks
@@ -34,10 +35,11 @@ from ches_jax.runs.directory import (
     write_summary,
 )
 from ches_jax.runs.files import parquet_source
+from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
-from ches_jax.train.objective import reads_lists
+from ches_jax.train.objective import reads_joint, reads_lists
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
 from ches_jax.train.token_masks import reads_reference_states
@@ -69,8 +71,8 @@ def forecast(
     """
     out = output_place(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
-    with jax.enable_x64(config.dtype == "float64"):
-        run, done = _open(config, out, "forecast", resume, other_versions)
+    with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
+        run, done = _open(config, lock, "forecast", resume, other_versions)
         return out if done else _forecast(config, run, resume, quiet)
 
 
@@ -98,13 +100,15 @@ def influence(
     out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
         raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
-    with jax.enable_x64(config.dtype == "float64"):
-        run, done = _open(config, out, "influence", resume, other_versions)
+    with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
+        run, done = _open(config, lock, "influence", resume, other_versions)
         return out if done else _influence(config, run, quiet)
 
 
-def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_versions: bool) -> tuple[Run, bool]:
-    """The run that is forecast, checked; and whether ``out`` holds the finished forecast already."""
+def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_versions: bool) -> tuple[Run, bool]:
+    """The run that is forecast, checked; and whether its directory, now ours, holds the finished forecast already."""
+    out = lock.out
+    lock.require_free()
     require_positive({"chunk-rows": config.chunk_rows, "batch-tokens": config.batch_tokens})
     run = prepare(training(config, str(out)))
     Metric(config.optimizer, config.optimizer_args, run.schedule)
@@ -112,6 +116,7 @@ def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_version
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
     unknown = {
         "lists of responses": reads_lists(run.loss),
+        "prompts taken together with their responses": reads_joint(run.loss),
         "a calibration that follows the run (rc)": "head_norm_chosen" in run.loss.needs,
         "divergences and masks of tokens": reads_reference_states(run.loss),
     }
@@ -120,6 +125,7 @@ def _open(config: PassOptions, out: Path, verb: str, resume: bool, other_version
             f"--loss {config.loss}: a forecast of {what} is not known; forecast its pairs with another loss"
         )
     identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
+    lock.take()
     open_run(out, verb, identity, resume, other_versions=other_versions)
     done = out / RUN
     return run, done.exists() and read_json(done).get("status") == "done"
@@ -164,10 +170,10 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
     work = [(which, part) for which, pairs in sets.items() for part in _chunks(pairs, config.chunk_rows)]
     with clock.stage("forecasting", sum(map(len, sets.values()))) as bar:
         for number, (which, pairs) in enumerate(work):
-            if not chunks.path(out, number, SUFFIX).exists():
-                write_table(chunks.path(out, number, SUFFIX), pa.table(columns(which, pairs), schema=SCHEMA))
+            chunk(out, number, lambda path: write_table(path, pa.table(columns(which, pairs), schema=SCHEMA)))  # noqa: B023
             bar.update(len(pairs))
-    table = pa.concat_tables([pq.read_table(parquet_source(chunks.path(out, n, SUFFIX))) for n in range(len(work))])
+    parts = whole(out, len(work), run.opener.require_unchanged)
+    table = pa.concat_tables([pq.read_table(parquet_source(part)) for part in parts])
     with clock.stage("linear range"):
         errors = _linear_errors(passes, direction, sets, table)
     if config.pilot:
@@ -198,23 +204,26 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
     push, slopes = passes.push(direction), np.array(record["slopes"])
     metadata = {"verb": "influence", "model": config.model, "pairs": config.pairs, **_prints(run)}
     parts = _chunks(pairs, config.chunk_rows)
+
+    def write(path: Path, at: int, some: Sequence[TokenPair]) -> int:
+        found = influences.influence_of(push(some).first, slopes[at : at + len(some)], len(pairs))
+        influences.finite(found, some)
+        columns = {
+            **_identity_columns(some, config),
+            "influence": found.total,
+            "from_chosen": found.from_chosen,
+            "from_rejected": found.from_rejected,
+            "flags": [list(p.flags) for p in some],
+            "category": [p.category for p in some],
+        }
+        write_part(path, columns, metadata)
+        return len(some)
+
     with clock.stage("influences", len(pairs)) as bar:
         for number, some in enumerate(parts):
-            path, at = chunks.path(out, number, SUFFIX), number * config.chunk_rows
-            if not path.exists():
-                found = influences.influence_of(push(some).first, slopes[at : at + len(some)], len(pairs))
-                influences.finite(found, some)
-                columns = {
-                    **_identity_columns(some, config),
-                    "influence": found.total,
-                    "from_chosen": found.from_chosen,
-                    "from_rejected": found.from_rejected,
-                    "flags": [list(p.flags) for p in some],
-                    "category": [p.category for p in some],
-                }
-                write_part(path, columns, metadata)
+            chunk(out, number, partial(write, at=number * config.chunk_rows, some=some))
             bar.update(len(some))
-    merge_parts([chunks.path(out, n, SUFFIX) for n in range(len(parts))], out / INFLUENCE)
+    merge_parts(whole(out, len(parts), run.opener.require_unchanged), out / INFLUENCE)
     values = pq.read_table(parquet_source(out / INFLUENCE))["influence"].to_numpy()
     warnings = _overlap_warning(_overlap(run), len(probes))
     _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})

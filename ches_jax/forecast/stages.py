@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from ches_jax.errors import RunError
 from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.passes import on_mesh
 from ches_jax.runs import chunks
-from ches_jax.runs.directory import read_json, write_json
-from ches_jax.runs.files import replacing
+from ches_jax.runs.directory import write_json
+from ches_jax.runs.files import read_object, replacing, sha256
 from ches_jax.runs.progress import say
 from ches_jax.runs.work import Work
 
@@ -55,19 +56,58 @@ class _Stage:
 
 
 def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
-    """A direction and what is known of it: computed, or as a run that was stopped left them."""
+    """A direction and what is known of it: computed, or as a run that was stopped left them, undamaged."""
     from safetensors.numpy import load, save_file
 
     arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
-    if not record.exists():
+    if (found := _found(arrays, record)) is None:
         direction, found = compute()
         with replacing(arrays) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
-        write_json(record, found)
-    return on_mesh(load(arrays.read_bytes()), mesh), read_json(record)
+        write_json(record, {"sha256": sha256(arrays), "found": found})
+    return on_mesh(load(arrays.read_bytes()), mesh), found
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """A Parquet file, whole or not at all."""
+def _found(arrays: Path, record: Path) -> dict[str, Any] | None:
+    """What is known of the direction that is there; None where it is not, or is not as it was written."""
+    try:
+        written = read_object(record, RunError, "the record of a direction")
+        return written["found"] if sha256(arrays) == written["sha256"] else None
+    except (OSError, RunError, KeyError):
+        return None
+
+
+def chunk(out: Path, number: int, write: Callable[[Path], int]) -> None:
+    """A part of the table, and its number of rows, unless a run that was stopped left it whole."""
+    if chunks.rows_done(out, number) is None:
+        path = chunks.path(out, number, SUFFIX)
+        rows = write(path)
+        chunks.commit(out, number, rows, [path])
+
+
+def whole(out: Path, count: int, check: Callable[[], None]) -> list[Path]:
+    """All parts, in order.
+
+    Args:
+      out: the run directory.
+      count: how many there are.
+      check: raises where what was opened has changed; then nothing that was computed from it stays.
+
+    Raises:
+      RunError: what ``check`` raises; a part that is not as it was written.
+    """
+    try:
+        check()
+    except RunError:
+        chunks.clear(out)
+        raise
+    chunks.end(out, count)
+    chunks.require_whole(out)
+    return [chunks.path(out, number, SUFFIX) for number in range(count)]
+
+
+def write_table(path: Path, table: pa.Table) -> int:
+    """A Parquet file, whole or not at all; returns its number of rows."""
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+    return table.num_rows

@@ -6,9 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ches_jax.data.sources import Record, open_rows_of_labels, pairs_of_run, row_id
+from ches_jax.data.sources import Record, row_id
+from ches_jax.data.two_prompts import has_two_prompts
 from ches_jax.errors import ChesError, DataError
+from ches_jax.inputs import Opener
 from ches_jax.label.config import GatherConfig
+from ches_jax.label.run import rows_of
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 
@@ -31,22 +34,25 @@ def gather(config: GatherConfig) -> dict[str, Any]:
     for option in NEEDS[config.make]:
         if getattr(config, option) is None:
             raise ChesError(f"--make {config.make} needs --{option}")
-    rows = [record for group in pairs_of_run(asdict(config)) for record in group if not record.fault]
-    made = list(MAKE[config.make](config, rows))
+    opener = Opener()
+    rows = rows_of(config, opener)
+    made = list(MAKE[config.make](config, opener, rows))
     if not made:
         raise ChesError(f"--make {config.make}: none of {len(rows)} pairs makes a row")
-    record = json_value({"verb": "gather", "config": asdict(config), "counts": {"pairs": len(rows), "rows": len(made)}})
+    opener.require_unchanged()
+    counts = {"pairs": len(rows), "rows": len(made)}
+    record = json_value({"verb": "gather", "config": asdict(config), "counts": counts, **opener.identity()})
     with new_directory(Path(config.out), ChesError) as folder:
         (folder / PAIRS).write_bytes(b"".join(json_line(row).encode() for row in made))
         (folder / SUMMARY).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
 
 
-def texts_of(spec: str) -> dict[str, list[str]]:
+def texts_of(spec: str, opener: Opener) -> dict[str, list[str]]:
     """Generated texts by the id of their prompt, in the order of the samples."""
     path = Path(spec)
     found: dict[str, dict[int, str]] = {}
-    for where, row in open_rows_of_labels(str(path / "responses.jsonl" if path.is_dir() else path)):
+    for where, row in opener.labels(str(path / "responses.jsonl" if path.is_dir() else path), "responses"):
         if not isinstance(row.get("text"), str) or "row_id" not in row:
             raise DataError(f"--responses {spec}, {where}: expected row_id, sample and text, as `ches generate` writes")
         found.setdefault(str(row["row_id"]), {})[int(row.get("sample") or 0)] = row["text"]
@@ -60,13 +66,13 @@ def prompt_id(record: Record) -> str:
     return row_id({name: content[name] for name in names if name in content})
 
 
-def _with_texts(config: GatherConfig, rows: list[Record]) -> Iterator[tuple[Record, list[str]]]:
+def _with_texts(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[tuple[Record, list[str]]]:
     """Pairs with the texts of their prompts; a prompt that several pairs have comes once for each.
 
     Raises:
       DataError: none of the prompts was generated for.
     """
-    texts = texts_of(str(config.responses))
+    texts = texts_of(str(config.responses), opener)
     found = [(row, texts[prompt_id(row)]) for row in rows if prompt_id(row) in texts]
     if not found:
         raise DataError(
@@ -76,29 +82,29 @@ def _with_texts(config: GatherConfig, rows: list[Record]) -> Iterator[tuple[Reco
     yield from found
 
 
-def _pairs(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+def _pairs(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     for row in rows:
         category = {} if row.category is None else {"category": row.category}
         yield {**row.extra, **row.content, **category}
 
 
-def _samples(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
-    for row, texts in _with_texts(config, rows):
-        yield {"prompt": row.content["prompt"], "rejected": row.content["rejected"], "responses": texts}
+def _samples(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
+    for row, texts in _with_texts(config, opener, rows):
+        yield {"prompt": _prompt(config, row), "rejected": row.content["rejected"], "responses": texts}
 
 
-def _contests(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+def _contests(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     seen = set()
-    for row, texts in _with_texts(config, rows):
+    for row, texts in _with_texts(config, opener, rows):
         different = [t for t in dict.fromkeys(texts) if t.strip()]
         if len(different) > 1 and prompt_id(row) not in seen:
             seen.add(prompt_id(row))
-            yield {"prompt": row.content["prompt"], "chosen": different[0], "rejected": different[1]}
+            yield {"prompt": _prompt(config, row), "chosen": different[0], "rejected": different[1]}
 
 
-def _filtered(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     rewards: dict[str, float] = {}
-    for where, values in open_rows_of_labels(str(config.rewards)):
+    for where, values in opener.labels(str(config.rewards), "rewards"):
         reward = values.get(config.reward_column)
         if not isinstance(reward, int | float):
             raise DataError(
@@ -116,14 +122,30 @@ def _filtered(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
             yield {**row.extra, **row.content}
 
 
-def _goals(config: GatherConfig, rows: list[Record]) -> Iterator[Row]:
+def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     for row in rows:
         chosen, rejected = _rewards(config, row)
-        prompt, sides = row.content["prompt"], (row.content["chosen"], row.content["rejected"])
+        prompt = _prompt(config, row)
+        sides = row.content["chosen"], row.content["rejected"]
         if not isinstance(prompt, str):
             raise DataError(f"{config.pairs}, {row.where}: --make goals writes before prompts that are texts")
         for reward, (good, bad) in ((chosen, sides), (rejected, sides[::-1])):
             yield {"prompt": config.goal.format(reward=reward) + prompt, "chosen": good, "rejected": bad}
+
+
+def _prompt(config: GatherConfig, row: Record) -> Any:
+    """The prompt of a pair, text or messages.
+
+    Raises:
+      DataError: the row has two, or is token ids.
+    """
+    if "prompt" not in row.content:
+        what = "two prompts" if has_two_prompts(row.content) else "token ids"
+        raise DataError(
+            f"{config.pairs}, {row.where}: --make {config.make} reads one prompt for both responses, text or messages; "
+            f"this row has {what}"
+        )
+    return row.content["prompt"]
 
 
 def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:

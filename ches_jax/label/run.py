@@ -1,5 +1,6 @@
 """``ches label``: pairs to the same pairs with rewards of both responses and how likely each label is right."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.data.sources import Record, open_rows_of_labels, pairs_of_run
+from ches_jax.data.sources import Record
 from ches_jax.errors import ChesError, DataError
+from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
+from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
 from ches_jax.label.rewards import consistency, flip_budget, implicit_reward, label_probability, ranking_summary
+from ches_jax.options import PairOptions
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.config import ScoreConfig
@@ -60,12 +64,14 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     0.75
     """
     require_options(config)
-    rows = [record for group in pairs_of_run(asdict(config)) for record in group if not record.fault]
+    opener = Opener()
+    rows = rows_of(config, opener)
     with tempfile.TemporaryDirectory() as work:
-        columns, summary = BY[config.by](config, rows, Path(work), quiet)
+        columns, summary = BY[config.by](config, opener, rows, Path(work), quiet)
+    opener.require_unchanged()  # the pairs are read more than once
     with new_directory(Path(config.out), ChesError) as folder:
         flipped = _write(folder / PAIRS, rows, columns, relabel=config.relabel)
-        known = [c[PROBABILITY] for c in columns.values()]
+        known = [c[PROBABILITY] for c in columns.values() if PROBABILITY in c]
         record = json_value(
             {
                 "verb": "label",
@@ -73,11 +79,19 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
                 "counts": {"rows": len(rows), "labelled": len(columns), "unsure": sum(p < 0.5 for p in known)},
                 "relabelled": flipped,
                 "mean_probability": float(np.mean(known)) if known else None,
+                **opener.identity(),
                 **summary,
             }
         )
         (folder / SUMMARY).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
+
+
+def rows_of(config: PairOptions, opener: Opener) -> list[Record]:
+    """The pairs that can be read."""
+    source = opener.pairs(config.pairs, config.split, config.columns, config.candidates, schema=config.schema)
+    groups = itertools.islice(source.rows_from(0), config.limit)
+    return [record for group in groups for record in group if not record.fault]
 
 
 def _write(path: Path, rows: Iterable[Record], columns: Mapping[str, Mapping[str, float]], *, relabel: bool) -> int:
@@ -103,12 +117,12 @@ def _exchanged(values: Mapping[str, Any]) -> dict[str, Any]:
     return {n: values.get(other[n], value) for n, value in values.items()}
 
 
-Columns = dict[str, dict[str, float]]
+Columns = dict[str, dict[str, Any]]
 """New columns by the row's id."""
 
 
 def _by_implicit_reward(
-    config: LabelConfig, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
 ) -> tuple[Columns, dict[str, Any]]:
     """Rewards of --model relative to --reference, and what both rank rightly."""
     named = {"policy": config.model, "reference": config.reference, "previous": config.previous}
@@ -150,7 +164,7 @@ def _of_table(directory: Path) -> Logps:
 
 
 def _by_follow_up(
-    config: LabelConfig, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
 ) -> tuple[Columns, dict[str, Any]]:
     r"""Follow-up likelihood as reward: how likely the model finds good follow-ups after a response, and bad ones.
 
@@ -160,7 +174,7 @@ def _by_follow_up(
       Zhang et al., Aligning Language Models Using Follow-up Likelihood as Reward Signal
       (https://arxiv.org/abs/2409.13948).
     """
-    good, bad = read_phrases(Path(str(config.phrases)))
+    good, bad = read_phrases(opener.file(Path(str(config.phrases)), "phrases"))
     asked = []
     for number, row in enumerate(rows):
         if not all(isinstance(row.content.get(name), str) for name in ("prompt", "chosen", "rejected")):
@@ -218,11 +232,22 @@ def read_phrases(path: Path) -> tuple[list[str], list[str]]:
     return good, bad
 
 
-def _by_file(config: LabelConfig, rows: Sequence[Record], work: Path, quiet: bool) -> tuple[Columns, dict[str, Any]]:
+def _by_contrast(
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+) -> tuple[Columns, dict[str, Any]]:
+    """A reward of each token of both responses."""
+    columns: Any = token_rewards(config, opener, rows, work, quiet)
+    means = {name: float(np.mean([np.mean(c[name]) for c in columns.values()])) for name in COLUMNS if columns}
+    return columns, {"asked": {"better": config.better or BETTER, "worse": config.worse or WORSE}, "mean_reward": means}
+
+
+def _by_file(
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+) -> tuple[Columns, dict[str, Any]]:
     """Columns of --labels, joined by ``row_id``."""
     known = {row.row_id for row in rows}
     columns: Columns = {}
-    for where, values in open_rows_of_labels(str(config.labels)):
+    for where, values in opener.labels(str(config.labels)):
         row_id, subject = values.get("row_id"), f"--labels {config.labels}, {where}"
         if not isinstance(row_id, str) or row_id not in known:
             raise DataError(f"{subject}: row_id {row_id!r} is none of the pairs'")
@@ -246,13 +271,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-BY = {"implicit-reward": _by_implicit_reward, "follow-up": _by_follow_up, "file": _by_file}
+BY = {
+    "implicit-reward": _by_implicit_reward,
+    "follow-up": _by_follow_up,
+    "contrast": _by_contrast,
+    "file": _by_file,
+}
 
 
 def summary_text(record: Mapping[str, Any]) -> str:
     """The summary for a person."""
     n = record["counts"]
     lines = [f"{n['labelled']} of {n['rows']} pairs have a probability; {n['unsure']} labels are less likely than not"]
+    if "mean_reward" in record:
+        lines = [f"{n['labelled']} of {n['rows']} pairs have rewards of their tokens"]
+        lines += [f"{name}: mean {mean:+.3f}" for name, mean in record["mean_reward"].items()]
     if record.get("relabelled"):
         lines.append(f"{record['relabelled']} pairs were exchanged")
     words = {

@@ -81,7 +81,7 @@ class RunLock:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / NAME
         while True:
-            file = path.open("a+", encoding="utf-8")
+            file = open(path, "a+", encoding="utf-8", opener=_not_elsewhere)  # noqa: SIM115
             if not _flock(file, self._shared):
                 holder = _holder(file)
                 file.close()
@@ -107,6 +107,22 @@ class RunLock:
                 (self.out / NAME).unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+
+def require_unheld(out: Path) -> None:
+    """Look whether another process works in a directory, without taking its lock: before anything is loaded.
+
+    In a store nothing is looked at, for that takes long; nor does a process of a distributed run mind its siblings.
+
+    Raises:
+      RunError: somebody does; tells which.
+    """
+    path = out / NAME
+    if store.is_store(out) or not path.is_file():  # a pipe would wait for a writer
+        return
+    with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+        if not _flock(file, shared=True):
+            raise _occupied(out, _holder(file))
 
 
 class _StoreLock:
@@ -197,6 +213,11 @@ def _about() -> dict[str, Any]:
 
 def _occupied(out: Path, holder: str) -> RunError:
     return RunError(f"{out}: another process works here ({holder}); wait for its end, or give a new --out")
+
+
+def _not_elsewhere(path: str, flags: int) -> int:
+    """A stranger's link in place of the lock is not followed: what it names would be emptied."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _flock(file: IO[str], shared: bool) -> bool:

@@ -57,7 +57,9 @@ def _statistics(
     logps = _token_logps_of(model, mesh) if outputs.logps else None
     statistics = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    if outputs.token_scores:
+    if not outputs.token_scores:
+        statistics = statistics._replace(token_logps=None)
+    else:
         statistics = statistics._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
     if outputs.head_score:
         head = head_products(

@@ -9,7 +9,16 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ches_jax.data.audit import UNSCORABLE
-from ches_jax.data.packing import Item, PackedBatch, Placement, fitting_length, group_by_prompt, pack, responses_of
+from ches_jax.data.packing import (
+    Item,
+    PackedBatch,
+    Placement,
+    fitting_length,
+    group_by_prompt,
+    pack,
+    prompts_of,
+    responses_of,
+)
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
@@ -38,6 +47,7 @@ TOKEN_COLUMNS = (
     "response",
     "position",
     "token",
+    "logp",
     "ches",
     "head_score",
     "nthr",
@@ -131,7 +141,11 @@ class PairScorer:
         """
         scorable = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
         items, refs = group_by_prompt([pairs[i] for i in scorable])
-        self._apart += sum(len(item.prompt) + len(r.content) for item in items for r in responses_of(item))
+        self._apart += sum(
+            len(prompt) + len(r.content)
+            for item in items
+            for prompt, r in zip(prompts_of(item), responses_of(item), strict=True)
+        )
         of_item: list[list[ItemPair]] = [[] for _ in items]
         for i, ref in zip(scorable, refs, strict=True):
             of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
@@ -237,7 +251,8 @@ class PairScorer:
             pair = pairs[i]
             by_ches = pair_contributions(ches, role, 0, chosen, rejected)
             by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
-            tokens[i] = _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
+            target, logps = rows.target[place.row][at], None if s.token_logps is None else s.token_logps[place.row][at]
+            tokens[i] = _token_rows(pair, role, chosen, rejected, state, target, logps, by_ches, by_head)
 
 
 def _add_sums(s: SegmentStatistics, located: list[tuple[int, int, ItemPair]], numbers: dict[str, np.ndarray]) -> None:
@@ -261,12 +276,14 @@ def _token_rows(
     rejected: int,
     state: np.ndarray,
     target: np.ndarray,
+    logps: np.ndarray | None,
     ches: PairContributions,
     head: PairContributions | None,
 ) -> dict[str, list]:
     """One row per predicted token of each response; what both begin with is listed with the chosen one."""
     out: dict[str, list] = {n: [] for n in TOKEN_COLUMNS}
-    position = state - len(pair.prompt)
+    before = [len(prompt) for prompt in pair.prompts]
+    position = state - np.where(role == rejected, before[1], before[0])
     new = position >= shared_prefix(pair)
     numbers = pair.candidates or (None, None)
     for name, mine, part in (
@@ -281,6 +298,7 @@ def _token_rows(
             "response": [name] * len(at),
             "position": position[at].tolist(),
             "token": target[at].tolist(),
+            "logp": [None] * len(at) if logps is None else logps[at].tolist(),
             "ches": getattr(ches, part)[at].tolist(),
             "head_score": [None] * len(at) if head is None else getattr(head, part)[at].tolist(),
             "nthr": [None] * len(at) if head is None else head.with_chosen[at].tolist(),

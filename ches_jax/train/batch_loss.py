@@ -4,6 +4,7 @@ Which field of ``LossInputs`` comes from where:
 
     logp_*, ref_logp_*, *_tokens       the responses of an item: the chosen one first, the rejected one last
     logp_candidates                    all responses but the last: samples stand where the chosen one stood
+    *_joint_*                          the responses of an item, each with its prompt in front
     *_responses, response_mask         lists: all responses, the best first
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
@@ -40,6 +41,11 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "ref_logp_rejected": ref[:, -1],
         "chosen_tokens": batch.counts[:, 0],
         "rejected_tokens": batch.counts[:, -1],
+        # joint: the prompt is a part of each response (``examples``)
+        "logp_joint_chosen": responses[:, 0],
+        "logp_joint_rejected": responses[:, -1],
+        "ref_logp_joint_chosen": ref[:, 0],
+        "ref_logp_joint_rejected": ref[:, -1],
         # samples stand where the chosen response stood
         "logp_candidates": responses[:, :-1],
         "ref_logp_candidates": ref[:, :-1],

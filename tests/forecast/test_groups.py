@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     def stop_at_the_third(path, table):
         if path.name == "part-000002.parquet":
             raise KeyboardInterrupt
-        write(path, table)
+        return write(path, table)
 
     again = GroupsConfig(**{**vars(config), "out": str(tmp_path / "run")})
     monkeypatch.setattr(group_run, "write_table", stop_at_the_third)

@@ -96,7 +96,7 @@ def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypa
     def stop_at_the_third(path, table):
         if path.name == "part-000002.parquet":
             raise KeyboardInterrupt
-        write(path, table)
+        return write(path, table)
 
     monkeypatch.setattr(runs, "write_table", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,8 @@ import pytest
 
 from ches_jax.data.sources import pairs_of_run
 from ches_jax.errors import ChesError
+from ches_jax.label import gather as label_gather
+from ches_jax.label import run as label_run
 from ches_jax.label.config import GatherConfig, LabelConfig
 from ches_jax.label.gather import gather, prompt_id
 from ches_jax.label.rewards import (
@@ -218,3 +220,39 @@ def test_confidence_is_binned_from_a_half_to_one():
     probability = np.array([0.52, 0.48, 0.58, 0.58])
     # bins [0.50, 0.55) and [0.55, 0.60): |0.52 - 1/2| and |0.58 - 1|, each of half of the pairs
     assert calibration_error(probability) == pytest.approx(0.5 * 0.02 + 0.5 * 0.42, rel=1e-12)
+
+
+@pytest.mark.parametrize("changed", ["pairs.jsonl", "labels.jsonl"])
+def test_a_file_that_changes_while_it_is_read_makes_no_labels(tmp_path, monkeypatch, changed):
+    """Also where it is as long as before, and its rows have the same ids."""
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id, "label_probability": 0.5}
+    options = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
+    real = label_run.BY["file"]
+
+    def meanwhile(*args):
+        found = real(*args)
+        text = (tmp_path / changed).read_text()
+        (tmp_path / changed).write_text(text.replace("0.5", "0.6").replace(": ", ":  ", 1))
+        return found
+
+    monkeypatch.setitem(label_run.BY, "file", meanwhile)
+    with pytest.raises(ChesError, match=f"changed while the run read it.*{changed}"):
+        label(LabelConfig(**options, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    label(LabelConfig(**options, out=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "label.json").read_text())["opened"].keys() == {"pairs", "labels"}
+
+
+def test_pairs_that_change_while_rows_are_gathered_make_none(tmp_path, monkeypatch):
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+
+    def meanwhile(config, opener, rows):
+        write(tmp_path / "pairs.jsonl", PAIRS[:1])
+        return iter([{"prompt": "p"}])
+
+    monkeypatch.setitem(label_gather.MAKE, "pairs", meanwhile)
+    with pytest.raises(ChesError, match=r"changed while the run read it.*pairs\.jsonl"):
+        gather(GatherConfig(make="pairs", pairs=pairs, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

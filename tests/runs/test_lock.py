@@ -1,5 +1,6 @@
 """One process at a time in a run directory, named to others; what the dead leave is cleared by the next."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,9 +8,10 @@ import sys
 
 import pytest
 
+from ches_jax.cli import main
 from ches_jax.errors import RunError
 from ches_jax.runs import files
-from ches_jax.runs.lock import NAME, RunLock
+from ches_jax.runs.lock import NAME, RunLock, require_unheld
 
 HOLD = "import sys; from pathlib import Path; from ches_jax.runs.lock import RunLock; "
 HOLD += "lock = RunLock(Path(sys.argv[1])); lock.take(); print('held', flush=True); sys.stdin.read()"
@@ -27,13 +29,15 @@ def test_the_second_is_told_who_the_first_is_and_a_dead_one_holds_nothing(tmp_pa
     out = tmp_path / "run"
     process = held_elsewhere(out)
     try:
-        for act in (RunLock(out).take, RunLock(out).require_free, RunLock(out, shared=True).take):
+        look = functools.partial(require_unheld, out)
+        for act in (RunLock(out).take, RunLock(out).require_free, RunLock(out, shared=True).take, look):
             with pytest.raises(RunError, match=rf"another process works here \(process {process.pid} on .* -c"):
                 act()
     finally:
         process.kill()
         process.communicate()
     assert (out / NAME).exists(), "what kill -9 leaves"
+    require_unheld(out)
     with RunLock(out) as lock:
         lock.take()
         assert json.loads((out / NAME).read_text())["process"] == os.getpid()
@@ -61,6 +65,20 @@ def test_a_lock_that_says_nothing_readable_is_a_lock(tmp_path, text):
         (tmp_path / NAME).write_text(text)
         with pytest.raises(RunError, match="it has not said who it is"):
             RunLock(tmp_path).take()
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_empties_nothing_and_holds_nobody(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / NAME).symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic link"), RunLock(out) as lock:
+        lock.take()
+    assert precious.read_text() == "mine"
+    (out / NAME).unlink()
+    os.mkfifo(out / NAME)
+    require_unheld(out)
 
 
 def dead_process():
@@ -106,3 +124,11 @@ def test_two_writers_of_one_directory_end_in_words(tmp_path):
 
 def test_temporary_names_are_never_the_same_twice(tmp_path):
     assert len({files._temporary(tmp_path / "a") for _ in range(100)}) == 100
+
+
+def test_a_command_says_so_before_it_looks_at_anything_else(tmp_path, capsys):
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        for verb in ("score", "train", "forecast"):
+            assert main([verb, "--model", "no-such-model", "--out", str(tmp_path)]) == 2
+            assert "another process works here" in capsys.readouterr().err

@@ -128,6 +128,8 @@ def read_pairs(
             f"weights_{side}": numbers["weights"][which] for side, which in members.items() if "weights" in numbers
         }
         return ReadPairs(pairs, weights, dropped, rows)
+    if reads_samples(loss) or reads_lists(loss):
+        _require_one_prompt(source.name, config.loss, kept)
     if reads_samples(loss):
         _require_equal_samples(source.name, kept)
     if reads_lists(loss):
@@ -200,6 +202,20 @@ def _samples(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[N
 
 
 SAMPLES = Kind("rejected responses with samples", (*PAIR_COLUMNS, "responses"), _samples)
+
+
+def _require_one_prompt(name: str, loss: str, pairs: Sequence[TokenPair]) -> None:
+    """Every row a prompt with its responses.
+
+    Raises:
+      DataError: a row with a prompt for each response.
+    """
+    for pair in pairs:
+        if pair.rejected_prompt is not None:
+            raise DataError(
+                f"{name}: row {pair.index} has two prompts, chosen_prompt and rejected_prompt, and loss {loss!r} reads "
+                "several responses to one prompt; losses of pairs, such as dpo and dove, read such rows"
+            )
 
 
 def _require_equal_samples(name: str, pairs: Sequence[TokenPair]) -> None:

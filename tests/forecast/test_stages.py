@@ -1,0 +1,95 @@
+"""What a stopped forecast leaves is used again where it is as it was written, and computed again where it is not."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.errors import RunError
+from ches_jax.forecast import stages
+from ches_jax.runs import chunks
+from ches_jax.runs.lock import RunLock
+
+
+def counted(values):
+    """A function that gives values in turn and keeps count."""
+    calls = []
+
+    def act(*_):
+        calls.append(1)
+        return values[len(calls) - 1]
+
+    return act, calls
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def broken(path):
+    path.write_text('{"sha256": ')
+
+
+DAMAGE = [
+    (stages.DIRECTION, flip), (stages.START, flip), (stages.START, broken),
+    (stages.DIRECTION, lambda path: path.unlink()), (stages.START, lambda path: path.unlink()),
+    (stages.DIRECTION, lambda path: path.write_bytes(b"")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
+def test_a_direction_is_found_again_or_computed_again(tmp_path, name, damage):
+    mesh = make_mesh("data=1")
+    compute, calls = counted([({"norm.scale": np.arange(3.0, dtype=np.float32)}, {"slopes": [n]}) for n in (1, 2)])
+    for _ in range(2):
+        direction, found = stages.kept(tmp_path, mesh, compute)
+        assert np.array_equal(direction["norm.scale"], [0, 1, 2]) and found == {"slopes": [1]} and len(calls) == 1
+    damage(tmp_path / chunks.FOLDER / name)
+    assert stages.kept(tmp_path, mesh, compute)[1] == {"slopes": [2]}
+
+
+def test_a_part_that_is_damaged_is_written_again_and_one_that_is_whole_is_not(tmp_path):
+    table = pa.table({"n": [1, 2]})
+    written = []
+
+    def write(path):
+        written.append(path.name)
+        return stages.write_table(path, table)
+
+    for _ in range(2):
+        for number in range(2):
+            stages.chunk(tmp_path, number, write)
+    assert written == ["part-000000.parquet", "part-000001.parquet"]
+    flip(tmp_path / chunks.FOLDER / "part-000001.parquet")
+    with pytest.raises(RunError, match=r"part-000001.parquet is not as it was written"):
+        stages.whole(tmp_path, 2, lambda: None)
+    stages.chunk(tmp_path, 1, write)
+    parts = stages.whole(tmp_path, 2, lambda: None)
+    assert len(written) == 3 and all(pq.read_table(part).equals(table) for part in parts)
+
+
+def test_of_data_that_changed_nothing_stays(tmp_path):
+    stages.chunk(tmp_path, 0, lambda path: stages.write_table(path, pa.table({"n": [1]})))
+
+    def changed():
+        raise RunError("--pairs p.jsonl changed")
+
+    with pytest.raises(RunError, match="changed"):
+        stages.whole(tmp_path, 1, changed)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["forecast", "influence", "groups"])
+def test_two_at_once_are_not_let_in(verb, tmp_path):
+    from ches_jax.forecast import config as configs
+    from ches_jax.forecast import group_run, run
+
+    module = group_run if verb == "groups" else run
+    more = {"groups": {"groups": "none.jsonl"}, "influence": {"holdout": 4}}.get(verb, {})
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        with pytest.raises(RunError, match="another process works here"):
+            getattr(module, verb)(getattr(configs, f"{verb.title()}Config")(out=str(tmp_path), **more))
