@@ -135,7 +135,7 @@ def test_files_that_transformers_must_read(directory, name):
 
 
 def test_a_long_text_brings_no_line_of_transformers(directory, monkeypatch):
-    """Lengths are checked where they matter, with the row's number; this warning names none, and comes once a process."""
+    """Lengths are checked where they matter, with the row's number; this warning names none."""
     loaded = load_tokenizer(with_settings(directory, model_max_length=4, tokenizer_class="Qwen2Tokenizer"))
     assert not isinstance(loaded, file_tokenizer.FileTokenizer)
     from transformers import tokenization_utils_base as theirs
