@@ -44,12 +44,7 @@ def float64_for_float32() -> Iterator[None]:
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        yield
 
 
 def theirs(config_class: str, raw: dict[str, Any]) -> Theirs:
@@ -57,7 +52,7 @@ def theirs(config_class: str, raw: dict[str, Any]) -> Theirs:
     with float64_for_float32(), torch.no_grad():
         torch.manual_seed(0)
         config = getattr(transformers, config_class).from_dict(copy.deepcopy(raw))
-        model = transformers.AutoModelForCausalLM.from_config(config, **PLAIN).eval().double()
+        model = transformers.AutoModelForCausalLM.from_config(config, **PLAIN, dtype=torch.float64).eval().double()
         stored = model.state_dict()
         for name, a in [*model.named_parameters(), *model.named_buffers()]:
             if a.is_floating_point() and name in stored:  # other buffers follow from the config
