@@ -130,7 +130,7 @@ def _score(
     assert config.batch_tokens is not None
     scorer = pair_scorer(
         model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos,
-        agree=lambda tokens: min(team.exchange(tokens)),
+        agree=lambda tokens: min(team.exchange(tokens)), gradients=config.gradients,
     )  # fmt: skip
     say("compiling, then scoring", quiet=quiet)
     started, compiled = time.perf_counter(), scorer.run.compile_seconds
@@ -148,6 +148,7 @@ def _score(
         "batch_tokens": scorer.batching.batch_tokens,
         "padding_waste": round(scorer.waste, 4),
         "work": scorer.facts(),
+        **({} if scorer.gradients is None else {"gradients": scorer.gradients.facts()}),
     }
     with team.sharing_errors():
         if division.turns.count == 1 and team.first:
