@@ -1,9 +1,10 @@
 """Token pairs to the numbers of the score table: packed, passed through the model, added up in float64 on the host."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
@@ -18,7 +19,8 @@ from ches_jax.data.packing import (
     prompts_of,
     responses_of,
 )
-from ches_jax.distributed.mesh import row_shards
+from ches_jax.distributed.division import team_of
+from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.runs.work import Work
 from ches_jax.scores import formulas
@@ -85,7 +87,10 @@ class Batching:
 
 
 class PairScorer:
-    """Scores chunks of pairs by one forward pass per batch; counts computed positions and padding."""
+    """Scores chunks of pairs by one forward pass per batch; counts computed positions and padding.
+
+    Of processes that compute together each scores the pairs whose rows it has, and all learn all scores.
+    """
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class PairScorer:
         """``on_batch`` is called with the number of pairs after every batch; ``gradients`` adds their columns."""
         self.run = run
         self.gradients = gradients
+        self.team = team_of(run.mesh)
         self.batching = batching
         self.eos: Eos = eos
         self.on_batch = on_batch
@@ -160,12 +166,13 @@ class PairScorer:
             statistics, rows, placements = waiting.pop(0)
             with self.work.on_device():
                 s = fetch(statistics)
+            self.on_batch(sum(len(of_item[p.item]) for p in placements))
+            rows, placements = self._here(rows, placements)
             located = [(p.row, p.shared, pair) for p in placements for pair in of_item[p.item]]
             for at in range(0, len(located), PAIRS_AT_ONCE):
                 _add_sums(s, located[at : at + PAIRS_AT_ONCE], numbers)
             for p in placements:
                 self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
-            self.on_batch(len(located))
 
         for rows, placements in self.batches(items):
             self._positions += rows.tokens.size
@@ -176,6 +183,7 @@ class PairScorer:
                 collect()
         while waiting:
             collect()
+        numbers, tokens = self._of_team(numbers, tokens)
         if self.gradients is not None:
             with self.work.on_device():
                 gram = self.gradients([pairs[i] for i in scorable])
@@ -187,6 +195,24 @@ class PairScorer:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _here(self, rows: PackedBatch, placements: list[Placement]) -> tuple[PackedBatch, list[Placement]]:
+        """The rows of a batch that ``fetch`` gives, and what lies in them."""
+        here = numbers_here(self.run.mesh, len(rows.tokens))
+        at = {int(row): i for i, row in enumerate(here)}
+        return jax.tree.map(lambda a: a[here], rows), [replace(p, row=at[p.row]) for p in placements if p.row in at]
+
+    def _of_team(
+        self, numbers: dict[str, np.ndarray], tokens: dict[int, dict[str, list]]
+    ) -> tuple[dict[str, np.ndarray], dict[int, dict[str, list]]]:
+        """What all processes have found; a row that lies with several of them counts as the first one has it."""
+        if self.team.count == 1:
+            return numbers, tokens
+        found = self.team.exchange([{n: v.tolist() for n, v in numbers.items()}, list(tokens.items())])
+        joined = {n: np.array(v) for n, v in found[0][0].items()}
+        for others, _ in found[1:]:
+            joined = {n: np.where(np.isnan(v), others[n], v) for n, v in joined.items()}
+        return joined, {i: rows for _, rows_of in reversed(found) for i, rows in rows_of}
 
     def _require_finite(self, pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
         """Names the first row whose own number is not finite: in a packed row a NaN spreads to its neighbours."""

@@ -132,10 +132,11 @@ def batch_loss(
     load-balancing loss of the routers added.
     """
     norms = "head_norm_chosen" in loss.needs
-    options: dict[str, Any] = {"attend": with_gradient(), "remat": remat, "mesh": mesh}
+    attend = with_gradient(model.config, model.dtype)
+    options: dict[str, Any] = {"attend": attend, "remat": remat, "mesh": mesh}
     also = None
     if beside is not None:
-        where: dict[str, Any] = {"attend": with_gradient(), "mesh": mesh}
+        where: dict[str, Any] = {"attend": attend, "mesh": mesh}
         also = lambda states: token_fields(loss, beside, model, states, batch, **where)  # noqa: E731
     logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, also=also, **options)
     value, (means, new_state) = loss_and_metrics(loss, batch, logps, state)
