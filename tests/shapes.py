@@ -1,9 +1,9 @@
 """The checker that the tests put on every function of the library and the theory: arrays have their annotated shapes.
 
-``install`` (from the ``conftest.py`` beside this folder, before the library is imported) decorates the functions and dataclasses of a
-module when it is imported. Only those that name a shape are wrapped: jaxtyping's own hook, which wraps every function,
-made the tests a quarter dearer. Annotations without a shape are left to pyright, which reads them all: here a test may
-pass another object.
+``install`` (called by the ``conftest.py`` beside this folder, before the library is imported) decorates the functions
+and dataclasses of a module when it is imported. Only those that name a shape are wrapped: jaxtyping's own hook wraps
+every function, which made a training step a quarter dearer to trace. Annotations without a shape are left to pyright,
+which reads them all: here a test may pass another object.
 """
 
 import ast
