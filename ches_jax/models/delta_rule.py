@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from ches_jax.models.attention.mask import KeyRanges, visible
@@ -94,8 +94,9 @@ def gated_delta_rule(
 def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[Array, "B T N V"]]:
     """One chunk: the states after it, and its outputs."""
     dtype, precision = x.v.dtype, matmul_precision(x.v.dtype)
-    index = r.own_end[0] - 1  # the same tokens of every row
-    first, size = index[0], len(index)
+    # the same tokens of every row, and yet taken from each: on a mesh nothing is asked of another device's row
+    index = r.own_end - 1
+    first, size = index[:, :1], index.shape[1]
     sees = visible(r, index)
     related = sees.astype(dtype)
     diagonal = jnp.eye(size, dtype=dtype)[None]
@@ -109,7 +110,7 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
     from_start = jnp.exp(decay)[..., None]
     # which of the two carried states a token goes on from
     has_context = r.context_end > r.context_start
-    from_last = visible(r, first[None] - 1)[:, :, 0]
+    from_last = visible(r, first - 1)[:, :, 0]
     from_fork = ~from_last & has_context & (r.own_start >= first) & (r.context_end < first)
     which = [a.astype(dtype)[..., None, None] for a in (from_last, from_fork)]
 
@@ -120,7 +121,7 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
     beta = x.beta.swapaxes(1, 2)[..., None]
     lower = beta * gamma * (1 - diagonal[:, None]) * product("bink,bjnk->bnij", x.k, x.k)
     wanted = beta * (x.v - of_start(x.k)).swapaxes(1, 2)
-    u = solve_triangular(diagonal[:, None] + lower, wanted, lower=True, unit_diagonal=True)
+    u = product("bnij,bnjv->bniv", inverse(lower), wanted)
     out = of_start(x.q) + product("bnij,bnjv->binv", gamma * product("bink,bjnk->bnij", x.q, x.k), u)
 
     def state_after(place: Int[Array, " B"]) -> Float[Array, "B N K V"]:
@@ -135,11 +136,44 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
         return at(from_start)[:, 0, :, :, None] * carried + written
 
     end = r.context_end[:, -1]
-    place = end - 1 - first
+    place = end - 1 - first[:, 0]
     in_chunk = (has_context[:, -1] & (place >= 0))[:, None, None, None]
     before_chunk = (place == -1)[:, None, None, None]
     fork = jnp.where(in_chunk, state_after(jnp.maximum(place, 0)), jnp.where(before_chunk, states.last, states.fork))
     return States(state_after(jnp.full_like(place, size - 1)), fork), out
+
+
+@jax.custom_jvp
+def inverse(lower: Float[Array, "*n C C"]) -> Float[Array, "*n C C"]:
+    """The inverse of I + L for an L that is zero on and above its diagonal, by products of matrices alone.
+
+    The inverse of the blocks along the diagonal becomes that of blocks of twice the size: where L_s is what L has below
+    the blocks of size s within those of size 2 s, ``X_{2s} = X_s - X_s L_s X_s``. The solver of triangular systems that
+    XLA calls on CPUs shares the work of a batch among the threads that wait for it: as many devices as threads stop
+    each other for ever.
+
+    >>> inverse(jnp.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [3.0, 5.0, 0.0]])).tolist()
+    [[1.0, 0.0, 0.0], [-2.0, 1.0, 0.0], [7.0, -5.0, 1.0]]
+    """
+    size = lower.shape[-1]
+    x = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    block = np.arange(size)
+    while block.any():
+        outer = block // 2
+        within = (outer[:, None] == outer[None]) & (block[:, None] > block[None])
+        x = x - _product(_product(x, jnp.where(within, lower, 0)), x)
+        block = outer
+    return x
+
+
+@inverse.defjvp
+def _of_inverse(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    x = inverse(*primals)
+    return x, -_product(_product(x, tangents[0]), x)
+
+
+def _product(a: Float[Array, "*n C C"], b: Float[Array, "*n C C"]) -> Float[Array, "*n C C"]:
+    return jnp.matmul(a, b, precision=matmul_precision(a.dtype))
 
 
 class Kept(NamedTuple):

@@ -14,7 +14,7 @@ __all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"
 
 
 def stages(config: ForecastScale) -> list[Stage]:
-    """Pairs, SFT, scores, forecasts, costs, real runs from before and after SFT, filters."""
+    """Pairs, SFT, scores, forecasts, costs, real runs from before and after SFT, filters, other losses."""
     steps = [
         Stage("pairs", data.write_pairs),
         Stage("sft", runs.tune),
@@ -34,5 +34,11 @@ def stages(config: ForecastScale) -> list[Stage]:
         steps += [
             Stage(f"filter/{name}/{seed}", partial(runs.train_selected, name=name, lr=lr, seed=seed))
             for name in config.filters
+        ]
+    for name in config.variants:
+        steps += [Stage(f"forecast/{name}", partial(runs.forecast_pairs, lr=lr, order=1, variant=name))]
+        steps += [
+            Stage(runs.run_name(name, lr, seed), partial(runs.train_pairs, lr=lr, seed=seed, tuned=True, variant=name))
+            for seed in config.seeds
         ]
     return steps

@@ -1,6 +1,8 @@
 """The scales of the experiment on forecasts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from experiments.framework.item import Scale
 
@@ -18,6 +20,31 @@ FILTERS = (
 )
 """What a run leaves out: nothing, the highest of a score, the longest rejected, random pairs, the lowest influence;
 ``soft_influence`` weights all pairs, ``with_sft`` keeps all and adds an SFT term."""
+
+
+class Objective(NamedTuple):
+    """Another loss than DPO, with the coefficients of its paper where those are on this scale."""
+
+    label: str
+    options: Mapping[str, Any]
+    """Options of ``ches train`` that differ from plain DPO."""
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "rpo": Objective("SFT term per token (RPO)", {"sft": 1.0}),
+    "dpop": Objective("DPOP", {"loss": "dpop", "loss_args": {"beta": 0.1, "lam": 5.0}}),
+    "dpo_shift": Objective("DPO-Shift", {"loss": "dpo_shift", "loss_args": {"beta": 0.1, "lam": 0.75}}),
+    "cal_dpo": Objective("Cal-DPO", {"loss": "cal_dpo", "loss_args": {"beta": 0.05}}),
+    "ipo": Objective("IPO", {"loss": "ipo_sum", "loss_args": {"tau": 0.01}}),
+    "simpo": Objective("SimPO", {"loss": "simpo"}),
+}
+VARIANTS: Mapping[str, Objective] = {
+    **OBJECTIVES,
+    "adamw": Objective("DPO, AdamW", {"optimizer": "adamw"}),
+    "sgd": Objective("DPO, SGD at 1e-3", {"optimizer": "sgd", "lr": 1e-3}),
+    "lora": Objective("DPO, LoRA of rank 8 at 3e-4", {"lora_rank": 8, "lr": 3e-4}),
+}
+"""What the forecast is asked for besides plain DPO with RMSProp."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +74,8 @@ class ForecastScale(Scale):
     """Share of the pairs that a filter leaves out."""
     filters: tuple[str, ...] = FILTERS
     """Each is made anew for every seed, of the pairs that the seed draws: a draw of the pool and an order of it."""
+    variants: tuple[str, ...] = ()
+    """Other losses and optimisers, each with a forecast, a pilot and a run for every seed."""
 
     @property
     def steps(self) -> int:
@@ -72,6 +101,7 @@ SCALES: dict[str, ForecastScale] = {
         batch_size=16,
         pilot=2,
         filters=("all", "influence", "random"),
+        variants=("ipo", "lora"),
     ),
     "small": ForecastScale(
         model=None,
@@ -88,7 +118,24 @@ SCALES: dict[str, ForecastScale] = {
         sft_epochs=10.0,
         lrs=(3e-5,),
         pilot=4,
-        filters=("all", "influence", "random", "ln_ches", "rejected_tokens", "with_sft"),
+    ),
+    "small-objectives": ForecastScale(
+        model=None,
+        pairs=None,
+        seeds=(0, 1, 2),
+        hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
+        time="half a CPU hour for 260K parameters",
+        longest=160,
+        train=256,
+        tuned_on=320,
+        probes=96,
+        test=300,
+        sft_lr=2e-3,
+        sft_epochs=10.0,
+        lrs=(3e-5,),
+        pilot=4,
+        filters=(),
+        variants=tuple(VARIANTS),
     ),
     "small-dialogues": ForecastScale(
         model=None,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.forecast.config import VARIANTS
 from experiments.framework.intervals import interval
 from experiments.framework.item import ReportLine, ran_on, run_command
 
@@ -29,6 +30,8 @@ FILTERS = {
     "soft_influence": "nothing; weights by influence",
     "with_sft": "nothing; an SFT term",
 }
+COMPARED = ("first order", "pilot", "head_score", "ches", "ln_ches")
+"""Predictors of the table of objectives and optimisers."""
 GOAL = {"forecast": 8, "influence": 7}
 """Forward passes of the training pairs that each may cost."""
 
@@ -99,6 +102,18 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                     f"{_mean(one['margin_gain'])}; p {_p(one['p_holm'])} among {len(values['filters']) - 1}"
                 ),
                 "what all are compared with" if name == "all" else _filter_verdict(one),
+            )
+        )
+    for name, of in values.get("variants", {}).items():
+        predictors = of["sets"]["held_out"]["predictors"]
+        ours = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in COMPARED)
+        held = of["sets"]["held_out"]
+        lines.append(
+            line(
+                f"{VARIANTS[name].label}, held-out pairs",
+                f"nats: chosen {_mean(held['chosen'])}, margin {_mean(held['margin'])}; Spearman: {ours}",
+                f"{held['chosen_fell']:.0%} of held-out chosen fell; "
+                + _verdict(predictors["first order"], predictors["pilot"]),
             )
         )
     return lines
@@ -180,7 +195,39 @@ def tables(result: dict[str, Any]) -> str:
                     f"{_p(one['p_holm'])} | {one['less_fall']:z.0%} |"
                 )
             )
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *_variant_tables(result)]) + "\n"
+
+
+def _recipes(result: dict[str, Any]) -> dict[str, Any]:
+    """Plain DPO, then every other loss and optimiser; empty where there are no others."""
+    values = result["result"]
+    if not values.get("variants"):
+        return {}
+    plain = {f"DPO, RMSProp at {rate}": of for rate, of in values["lrs"].items()}
+    return {**plain, **{VARIANTS[name].label: of for name, of in values["variants"].items()}}
+
+
+def _variant_tables(result: dict[str, Any]) -> list[str]:
+    """Plain DPO and every other loss and optimiser, on held-out and on training pairs."""
+    recipes = _recipes(result)
+    if not recipes:
+        return []
+    parts = []
+    for which in ("held_out", "train"):
+        columns = ["loss and optimiser", "chosen, nats", "margin, nats", *(NAMES[n] for n in COMPARED), "slope, R2"]
+        parts.append(f"## Other losses and optimisers, {which.replace('_', '-')} pairs\n")
+        parts.append("Spearman with the change of ln pi(chosen); below it, at equal lengths.\n")
+        parts.append(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
+        for label, of in recipes.items():
+            one = of["sets"][which]
+            found = [one["predictors"][n] for n in COMPARED]
+            cal = found[0]["calibration"]
+            cells = [_mean(one["chosen"]), _mean(one["margin"])]
+            cells += [f"{_rho(p)}<br>{_rho(p['equal_lengths'])}" for p in found]
+            cells += [f"{cal['slope']:.2f}, {cal['r2']:.2f}"]
+            parts.append(f"| {' | '.join([label, *cells])} |")
+        parts.append("")
+    return parts
 
 
 def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
@@ -204,4 +251,30 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
         ax.set_title(f"DPO at {rate} after SFT")
         ax.set_xlabel("Spearman with the change of ln pi(chosen)")
     axes[0].legend(fontsize=8)
-    return [save(figure, folder / f"{name}-predictors.png")]
+    drawn = [save(figure, folder / f"{name}-predictors.png")]
+    return [*drawn, *_variant_figures(result, name, folder)]
+
+
+def _variant_figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """What tells the change of held-out pairs under each loss and optimiser."""
+    import numpy as np
+
+    from experiments.framework.figures import axes_row, save
+
+    recipes = _recipes(result)
+    if not recipes:
+        return []
+    figure, (ax,) = axes_row(1, width=5.0, height=4.2)
+    for k, predictor in enumerate(COMPARED):
+        found = [of["sets"]["held_out"]["predictors"][predictor] for of in recipes.values()]
+        rho = np.array([one["rho"] for one in found])
+        ends = np.array([[one["rho"] - one["low"], one["high"] - one["rho"]] for one in found]).T
+        y = np.arange(len(found)) + 0.14 * (k - (len(COMPARED) - 1) / 2)
+        ax.errorbar(rho, y, xerr=np.clip(ends, 0, None), fmt="osD^v"[k], ms=4, label=NAMES[predictor])
+    ax.set_yticks(np.arange(len(recipes)), list(recipes))
+    ax.invert_yaxis()
+    ax.axvline(0, lw=0.8, color="0.5")
+    ax.set_xlim(-1, 1)
+    ax.set_xlabel("Spearman with the change of ln pi(chosen), held-out pairs")
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    return [save(figure, folder / f"{name}-objectives.png")]

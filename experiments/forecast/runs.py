@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.forecast.config import ForecastScale
+from experiments.forecast.config import VARIANTS, ForecastScale
 from experiments.forecast.data import pairs_file, write_pool
 from experiments.framework.item import Work
 from experiments.framework.training import run_training
@@ -88,8 +88,8 @@ def score_pairs(work: Work) -> dict[str, Columns]:
     return tables
 
 
-def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
-    """The options of DPO that forecast, influence and training share."""
+def recipe(work: Work, lr: float, seed: int = 0, variant: str | None = None) -> dict[str, Any]:
+    """The options of DPO, or of a variant of it, that forecast, influence and training share."""
     config: ForecastScale = work.config
     return {
         "pairs": str(pairs_file(work, "train")),
@@ -101,11 +101,12 @@ def recipe(work: Work, lr: float, seed: int = 0) -> dict[str, Any]:
         "steps": config.steps,
         "on_bad_row": "drop",
         "mesh": config.mesh,
+        **(VARIANTS[variant].options if variant else {}),
     }
 
 
-def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
-    """``ches forecast --order 2 --pilot N`` of the tuned model: numbers by row, and what its summary says."""
+def forecast_pairs(work: Work, lr: float, order: int = 2, variant: str | None = None) -> dict[str, Any]:
+    """``ches forecast --order N --pilot M`` of the tuned model: numbers by row, and what its summary says."""
     import pyarrow.parquet as pq
 
     from ches_jax.forecast.config import ForecastConfig
@@ -113,10 +114,11 @@ def forecast_pairs(work: Work, lr: float) -> dict[str, Any]:
     from ches_jax.runs.directory import RUN, read_json
     from ches_jax.scores.table import FORECAST
 
-    out = work.folder(f"forecast-{lr:g}")
+    out = work.folder(f"forecast-{variant or f'{lr:g}'}")
     shutil.rmtree(out, ignore_errors=True)
     probes = str(pairs_file(work, "held"))
-    options = {"order": 2, "pilot": work.config.pilot, "probes": probes, "out": str(out), **recipe(work, lr)}
+    options = {"order": order, "pilot": work.config.pilot, "probes": probes, "out": str(out)}
+    options |= recipe(work, lr, variant=variant)
     forecast(ForecastConfig(model=str(tuned_model(work)), **options), quiet=work.quiet)
     table = pq.read_table(out / FORECAST)
     names = ("row_id", "set", "first_chosen", "forecast_chosen", "pilot_chosen")
@@ -168,8 +170,8 @@ def _cpu(part: Callable[[], Any], times: int = 3) -> float:
     return min(spent)
 
 
-def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]:
-    """DPO from the tuned model or from the model as it is; the changes of every pair."""
+def train_pairs(work: Work, lr: float, seed: int, tuned: bool, variant: str | None = None) -> dict[str, Any]:
+    """DPO, or a variant, from the tuned model or from the model as it is; the changes of every pair."""
     from ches_jax.train.config import TrainConfig
 
     model = str(tuned_model(work)) if tuned else str(work.config.model)
@@ -179,8 +181,8 @@ def train_pairs(work: Work, lr: float, seed: int, tuned: bool) -> dict[str, Any]
             eval_pairs=str(pairs_file(work, "held")),
             watch=work.config.train,
             export=False,
-            out=str(work.folder(run_name("tuned" if tuned else "untuned", lr, seed))),
-            **recipe(work, lr, seed),
+            out=str(work.folder(run_name(variant or ("tuned" if tuned else "untuned"), lr, seed))),
+            **recipe(work, lr, seed, variant),
         ),
         quiet=work.quiet,
     )

@@ -32,20 +32,21 @@ def summarise(work: Work) -> dict[str, Any]:
         "pairs": work.value("pairs"),
         "sft": work.value("sft"),
         "costs": work.value("costs")["in_forwards"],
-        "lrs": {f"{lr:g}": _of_rate(work, lr) for lr in config.lrs},
+        "lrs": {f"{lr:g}": _of_recipe(work, f"{lr:g}", "tuned", lr) for lr in config.lrs},
         "untuned": {
             which: _means(work.value(run_name("untuned", config.lrs[-1], 0))[which]) for which in SETS.values()
         },
         "filters": _filters(work),
+        "variants": {name: _of_recipe(work, name, name, config.lrs[-1]) for name in config.variants},
     }
 
 
-def _of_rate(work: Work, lr: float) -> dict[str, Any]:
-    forecast = work.value(f"forecast/{lr:g}")
-    runs = [work.value(run_name("tuned", lr, seed)) for seed in work.config.seeds]
+def _of_recipe(work: Work, forecast_name: str, start: str, lr: float) -> dict[str, Any]:
+    forecast = work.value(f"forecast/{forecast_name}")
+    runs = [work.value(run_name(start, lr, seed)) for seed in work.config.seeds]
     return {
-        "products": forecast["summary"]["products"],
-        "reason": forecast["summary"]["reason"],
+        "products": forecast["summary"].get("products"),
+        "reason": forecast["summary"].get("reason"),
         "linear_error": forecast["summary"]["linear_error"],
         "sets": {which: _of_set(work, forecast["columns"], runs, name, which) for name, which in SETS.items()},
     }
@@ -58,12 +59,10 @@ def _of_set(work: Work, columns: Mapping[str, Sequence], runs: list[dict], name:
     inside = [i for i, s in enumerate(columns["set"]) if s == name and columns["row_id"][i] in at]
     ids = [columns["row_id"][i] for i in inside]
     own = {n: sign * _numbers(scores, n, [at[r] for r in ids]) for n, sign in OWN.items()}
-    predictors = {
-        "first order": _numbers(columns, "first_chosen", inside),
-        "second order": _numbers(columns, "forecast_chosen", inside),
-        "pilot": _numbers(columns, "pilot_chosen", inside),
-        **own,
-    }
+    predictors = {"first order": _numbers(columns, "first_chosen", inside)}
+    if columns["forecast_chosen"] != columns["first_chosen"]:
+        predictors["second order"] = _numbers(columns, "forecast_chosen", inside)
+    predictors |= {"pilot": _numbers(columns, "pilot_chosen", inside), **own}
     lengths = [_numbers(scores, n, [at[r] for r in ids]) for n in ("chosen_tokens", "rejected_tokens")]
     actual = [aligned(run[which], ids) for run in runs]
     return {

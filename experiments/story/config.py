@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from experiments.forecast.config import OBJECTIVES, ForecastScale
 from experiments.forecast.config import SCALES as RECIPES
-from experiments.forecast.config import ForecastScale
 
 
 class Arm(NamedTuple):
@@ -29,17 +29,17 @@ ARMS: Mapping[str, Arm] = {
     "random": Arm("pairs", "without a random half", control=True),
     "least_influence": Arm("pairs", "without the half of lowest influence", control=True),
     "soft_influence": Arm("pairs", "all pairs, weighted by influence"),
-    "sft_term": Arm("remedies", "SFT term per token (RPO)", {"sft": 1.0}),
+    "sft_term": Arm("remedies", *OBJECTIVES["rpo"]),
     "sft_sum": Arm("remedies", "SFT term per response", {"loss": "dpo_sft_sum", "loss_args": {"sft_coeff": 0.1}}),
-    "dpop": Arm("remedies", "DPOP", {"loss": "dpop", "loss_args": {"beta": 0.1, "lam": 5.0}}),
-    "dpo_shift": Arm("remedies", "DPO-Shift", {"loss": "dpo_shift", "loss_args": {"beta": 0.1, "lam": 0.75}}),
+    "dpop": Arm("remedies", *OBJECTIVES["dpop"]),
+    "dpo_shift": Arm("remedies", *OBJECTIVES["dpo_shift"]),
     "lower_rate": Arm("remedies", "a third of the learning rate"),
     "higher_beta": Arm("remedies", "five times beta", {"loss_args": {"beta": 0.5}}),
-    "ipo": Arm("objectives", "IPO", {"loss": "ipo_sum", "loss_args": {"tau": 0.01}}),
-    "cal_dpo": Arm("objectives", "Cal-DPO", {"loss": "cal_dpo", "loss_args": {"beta": 0.05}}),
+    "ipo": Arm("objectives", *OBJECTIVES["ipo"]),
+    "cal_dpo": Arm("objectives", *OBJECTIVES["cal_dpo"]),
     "apo_zero": Arm("objectives", "APO-zero", {"loss": "apo_zero"}),
     "cpo": Arm("objectives", "CPO", {"loss": "cpo"}),
-    "simpo": Arm("objectives", "SimPO", {"loss": "simpo"}),
+    "simpo": Arm("objectives", *OBJECTIVES["simpo"]),
     "orpo": Arm("objectives", "ORPO", {"loss": "orpo"}),
 }
 """``dpo`` is what all others are compared with. A coefficient is its paper's where that is on this scale."""
@@ -63,7 +63,7 @@ class StoryScale(ForecastScale):
 
 
 def _scale(recipe: ForecastScale, **changes: Any) -> StoryScale:
-    unused = {"pilot": 0, "filters": ()}
+    unused = {"pilot": 0, "filters": (), "variants": ()}
     return StoryScale(**{**vars(recipe), **unused, **changes})
 
 
@@ -79,21 +79,7 @@ SCALES: dict[str, StoryScale] = {
     ),
     "small": _scale(
         RECIPES["small"],
-        time="10 CPU minutes for 260K parameters",
-        arms=(
-            "dpo",
-            "influence",
-            "ln_ches",
-            "rejected_tokens",
-            "random",
-            "sft_term",
-            "dpop",
-            "dpo_shift",
-            "lower_rate",
-            "ipo",
-            "cal_dpo",
-            "simpo",
-        ),
+        time="15 CPU minutes for 260K parameters",
         seeds=(0,),
         orders=(0,),
     ),

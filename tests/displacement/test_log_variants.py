@@ -232,7 +232,7 @@ def test_one_set_alone_is_enough(tmp_path):
             lines([{**TRL[0], "chosen_rewards": 3.0}]),
             "rewards/chosen is 0.01 and chosen_rewards is 3",
         ),
-        ("two.db", "SQLite format 3\0", "a database"),
+        ("two.db", "SQLite format 3\0", "no readable database"),
         ("orpo.jsonl", lines({**r, "odds_ratio_loss": 0.3, "sft_loss": 2.0} for r in TRL), "odds ratio of ORPO"),
     ],
 )

@@ -28,6 +28,12 @@ TINY: dict[str, Any] = {
 GPT2 = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 6}
 SQUARE = {"num_key_value_heads": 3, "head_dim": 4}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+}
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 24},
     "cohere2": SQUARE,
@@ -36,8 +42,9 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "decoder_sparse_step": 2},
     "qwen2_moe": {**SQUARE, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
-    "qwen3_next": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
-    "qwen3_5_moe_text": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
+    "qwen3_5_text": DELTA,
+    "qwen3_next": {**DELTA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 5},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 14, "interleave_moe_layer_step": 2},
     "gemma4_text": {
@@ -188,6 +195,12 @@ def test_values_that_cannot_be_in_a_family(kind: str, extra: dict[str, Any], wor
     assert words in message(family(kind, **extra))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if "experts" in str(family(kind))])
+@pytest.mark.parametrize("key", ["scoring_func", "routing_function", "router_type", "topk_method", "gating"])
+def test_a_routing_that_is_not_the_family_s_is_refused(kind: str, key: str):
+    assert f"{key!r} = 'sinkhorn'" in message(family(kind, **{key: "sinkhorn"}))
+
+
 def test_all_problems_come_together():
     raw = {k: v for k, v in TINY.items() if k != "vocab_size"}
     text = message(raw | {"hidden_act": "mish", "logit_bend": 3, "rope_scaling": {"type": "spiral"}})
@@ -205,6 +218,7 @@ def test_all_problems_come_together():
         ({"model_type": "new_moe", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "gemma3", "text_config": {}}, "describes no text model"),
         ({"model_type": "gemma3", "vision_config": {}}, "without a 'text_config'"),
+        ({"model_type": "gemma3", "text_config": None}, "without a 'text_config'"),
         ({"model_type": "new_eyes", "text_config": {"model_type": "bert"}}, "text model of type 'bert'"),
         ({"model_type": "mllama", "text_config": {"model_type": "llama"}}, "does more than its config says"),
         ({"model_type": "mllama"}, "multimodal"),
@@ -222,6 +236,7 @@ def test_all_problems_come_together():
         ({}, "no 'model_type'"),
         (TINY | {"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
         (TINY | {"quantization_config": {"bits": 4}}, "no 'quant_method'"),
+        (TINY | {"quantization_config": {}}, "no 'quant_method'"),
     ],
 )
 def test_other_kinds_of_model_are_refused_by_name(raw: dict[str, Any], words: str):
@@ -255,6 +270,29 @@ def test_every_tensor_and_every_parameter_is_accounted_for(write_model: Any):
     assert "'model.layers.1.mlp.up_proj.weight' is missing" in text
     assert "'model.norm.weight' has shape (13,)" in text
     assert "'model.layers.0.self_attn.q_proj.bias' matches no parameter" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "said", "words"),
+    [
+        ("lfm2", {"layer_types": ["conv"] * 2}, {"layer_types": ["full_attention", "conv"]}, "attention in layers 0, "),
+        ("lfm2", {"layer_types": ["full_attention"] * 2}, {"layer_types": ["conv"] * 2}, "short conv in layers 0, 1, "),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, {"decoder_sparse_step": 1}, "a routed MLP in layers 0, "),
+        ("llama", {"num_hidden_layers": 1}, {"num_hidden_layers": 2}, "attention in layers 1, "),
+    ],
+)
+def test_a_kind_of_layer_without_weights_is_one_line(
+    kind: str, stored: dict[str, Any], said: dict[str, Any], words: str, write_model: Any
+):
+    sizes = {"block_multiple_of": 8} if kind == "lfm2" else {}
+    with pytest.raises(CheckpointError) as e:
+        load_model(write_model(family(kind, **sizes, **said), weights(family(kind, **sizes, **stored))))
+    text = str(e.value)
+    assert words in text and "none of its weights (" in text
+    assert ("of another kind of layer" in text) == (kind != "llama")
+    # one line where tensors of that kind alone are missing
+    assert "is missing" not in text or kind == "llama"
+    assert "matches no parameter" not in text
 
 
 def test_a_fused_tensor_has_the_shape_of_its_parts_together(write_model: Any):

@@ -36,6 +36,7 @@ from ches_jax.data.messages import is_message, kind, text_of
 from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, is_printed_conversation, number, turns
 from ches_jax.data.schema.winners import by_cell, of_order, of_winner, of_winners
+from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.runs.files import read_text
 from ches_jax.runs.store import here
@@ -226,7 +227,8 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
-    row = {**row, **{n: turns(decoded_turns(row[n])) for n in ("prompt", "chosen", "rejected") if n in row}}
+    texts = ("prompt", "chosen", "rejected", *TWO_PROMPTS)
+    row = {**row, **{n: turns(decoded_turns(row[n])) for n in texts if n in row}}
     if not any(_several(row.get(n)) for n in ("chosen", "rejected")):
         return [(None, row)]
     return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]

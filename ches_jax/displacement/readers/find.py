@@ -1,8 +1,10 @@
 """Which file of a directory is the log of its run; two runs in one directory are refused."""
 
 import codecs
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from ches_jax.displacement.readers.event_log import is_event_file, read_event_lo
 from ches_jax.displacement.readers.json_log import ONE_ENTRY, NotALogError, read_json_log
 from ches_jax.displacement.readers.log import Log, joined
 from ches_jax.displacement.readers.metric_names import HELD_OUT
+from ches_jax.displacement.readers.tracker_log import DATABASE, read_run_folders, read_tracker_log
 from ches_jax.errors import ChesError
 
 STATE = "trainer_state.json"
@@ -50,11 +53,11 @@ CHECKPOINT = re.compile(
 EVALUATION = {"eval", "evaluation", "val", "validation"}
 """Words in the name of a file, by which metrics without a word for their set are those of evaluations."""
 BINARY = {
-    b"SQLite format 3": "a database, perhaps of trackio; export the run from its page as CSV",
     b":W&B": "the journal of a run of Weights & Biases; export the run's charts or history as CSV or JSON lines",
-    b"\x1f\x8b": "compressed; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
 }
 """First bytes -> what to do with a file that is no text."""
+GZIP = b"\x1f\x8b"
 SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
 OF_PAIRS = (*SIDES, "logp_chosen", "logp_rejected")
 
@@ -76,6 +79,8 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
         return read_file(_newest(path, states), held_out)
     if events := _event_files(path):
         return _one_run(path, _logs_of_events(events, held_out))
+    if log := read_run_folders(path, held_out):
+        return log
     logs, problems = [], []
     for file in _candidates(path):
         try:
@@ -92,7 +97,7 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
         return logs[0][1]  # what it lacks is reported where its metrics are read
     if not logs and len(of_logs := [p for p in problems if not isinstance(p, NotALogError)]) == 1:
         raise of_logs[0]
-    looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files"
+    looked = "trainer_state.json, JSON lines, CSV, TensorBoard's event files, runs of trackio and MLflow"
     problems += [f"{file}: no rewards/chosen (it has {', '.join(log.names[:6])})" for file, log in logs]
     more = "".join(f"\n  {problem}" for problem in problems[:5])
     raise ChesError(f"{path}: no log with rewards of chosen and rejected responses in it (looked for {looked}){more}")
@@ -155,11 +160,16 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
             raise NotALogError(f"{path}: is empty")
         if is_event_file(head):
             return read_event_log([path], held_out)
+        if head.startswith(DATABASE):
+            return read_tracker_log(path, held_out)
         if what := next((words for start, words in BINARY.items() if head.startswith(start)), None):
             raise NotALogError(f"{path}: {what}")
         if path.stat().st_size > LARGEST:
             raise NotALogError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a log")
-        text = path.read_bytes().decode(_encoding(head))
+        content = path.read_bytes()
+        if head.startswith(GZIP):
+            content = _unpacked(path)
+        text = content.decode(_encoding(content[:4096]))
     except UnicodeDecodeError:
         raise NotALogError(f"{path}: not a text file, and none of TensorBoard's event files") from None
     except OSError as error:
@@ -168,6 +178,18 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
         return (read_csv_log if looks_like_csv(text) else read_json_log)(path, text, held_out)
     except RecursionError:
         raise ChesError(f"{path}: nested too deeply for a log") from None
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a gzip file holds, never more than a log may."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(LARGEST + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise NotALogError(f"{path}: cut off or damaged, gzip cannot unpack it ({error})") from None
+    if len(content) > LARGEST:
+        raise NotALogError(f"{path}: unpacks to more than {LARGEST / 1e6:.0f} MB, which is too large for a log")
+    return content
 
 
 def _encoding(head: bytes) -> str:

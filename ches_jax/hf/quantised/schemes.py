@@ -34,7 +34,7 @@ def scheme_of(raw: Mapping[str, Any], where: str = "config.json") -> Scheme | No
       CheckpointError: a format that is unknown, half described, or more than a way to store weights.
     """
     settings = raw.get(KEY)
-    if not settings:
+    if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is None:

@@ -92,13 +92,13 @@ def within(r: KeyRanges, window: Int[Array, "*bq"]) -> KeyRanges:
     )
 
 
-def visible(r: KeyRanges, keys: Int[Array, " T"]) -> Bool[Array, "B Q T"]:
-    """The dense mask: whether each query sees the keys at indices ``keys``.
+def visible(r: KeyRanges, keys: Int[Array, "*rows T"]) -> Bool[Array, "B Q T"]:
+    """The dense mask: whether each query sees the keys at indices ``keys``, the same for all rows or some for each.
 
     >>> visible(key_ranges(causal(jnp.ones((1, 2), bool))), jnp.arange(2)).tolist()
     [[[True, False], [True, True]]]
     """
-    k = keys[None, None, :]
+    k = jnp.atleast_2d(keys)[:, None, :]
     context = (k >= r.context_start[..., None]) & (k < r.context_end[..., None])
     own = (k >= r.own_start[..., None]) & (k < r.own_end[..., None])
     return context | own

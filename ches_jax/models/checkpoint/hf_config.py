@@ -60,7 +60,7 @@ NUMBER_WORDS: dict[str, tuple[Any, ...]] = {
         _words(
             "logit logits attention attn rotary rope rotate theta position positions positional norm layernorm rms eps "
             "epsilon qk qkv kv mask causal activation act gate gated tie tied embed embedding embeddings layer layers "
-            "alpha beta gamma temperature weights"
+            "alpha beta gamma temperature weights scoring score routing route gating topk"
         ),
         (),
     ),

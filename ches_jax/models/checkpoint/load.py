@@ -28,6 +28,7 @@ from ches_jax.models.checkpoint.stored_names import (
     as_expected,
     effective_config,
     foreign_prefix,
+    kinds_without_weights,
     model_tensors,
     stored_rules,
     table_ends,
@@ -173,12 +174,16 @@ def _checked_table(
             f"{directory}: all tensor names begin with {prefix!r}, which transformers does not take off either; save "
             "the module inside, not its wrapper"
         )
-    used: Counter[str] = Counter()
+    kinds, spoken_for = kinds_without_weights(config, table, shapes, tensors)
+    problems += kinds
+    used: Counter[str] = Counter(spoken_for)
     for param, shape in shapes.items():
         rule = table[param]
         part = shape[rule.lead :]
         for name in rule.names(shape, layers_of(config, param)).values():
             used[name] += 1
+            if name in spoken_for:
+                continue
             if name not in tensors:
                 alone = {"lm_head.weight": embedding, "embed_tokens.weight": head}.get(param)
                 problems.append(

@@ -5,7 +5,8 @@ As transformers reads them: each name may have or lack the name of the model bel
 ``config.json`` says. Of a multimodal directory it is the text model that is read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from ches_jax.hf.text_part import TIED, text_config, text_tensors
 from ches_jax.models.checkpoint.tensor_map import ExpertPart, Rule
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.families.registry import Family, decoder_config, family_of
-from ches_jax.models.stacks import layers_of
+from ches_jax.models.stacks import below_stack, layers_of
 from ches_jax.notices import notice
 
 HEADS = {"lm_head.weight": "embed_out.weight"}
@@ -127,6 +128,43 @@ def as_expected(
             problems.append(f"tensors {out[name].name!r} and {stored!r} are the same parameter; remove one of the two")
         out[name] = tensor
     return out, problems
+
+
+def kinds_without_weights(
+    config: DecoderConfig, table: Mapping[str, Rule], shapes: Mapping[str, tuple[int, ...]], stored: Collection[str]
+) -> tuple[list[str], set[str]]:
+    """Layers whose mixer or MLP has no weight at all in the file: a line for those that lack the same.
+
+    Returns:
+      The problems, and the names (of what is missing, and of what is there instead) that they speak for.
+    """
+    wanted: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for param, rule in table.items():
+        layers = layers_of(config, param)
+        for index, name in rule.names(shapes[param], layers).items() if rule.stacked else ():
+            wanted[layers[index[0]], (below_stack(param) or "").partition(".")[0]].add(name)
+    expected = {name for names in wanted.values() for name in names}
+    first = next(rule.tensor.partition("{layer}")[0] for rule in table.values() if rule.stacked)
+    alike: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    spoken_for: set[str] = set()
+    for (layer, part), names in sorted(wanted.items()):
+        if part in ("self_attn", "mlp") and names.isdisjoint(stored):
+            before, kind = f"{first}{layer}.", config.kinds[layer]
+            instead = {name for name in stored if name.startswith(before) and name not in expected}
+            what = kind.mixer.replace("_", " ") if part == "self_attn" else f"a {kind.mlp.replace('_', ' ')} MLP"
+            alike[what, _few(names, before), _few(instead, before)].append(layer)
+            spoken_for |= names | instead
+    return [
+        f"{what} in layers {', '.join(map(str, layers))}, says config.json, and the file has none of its weights "
+        f"({names})" + (f"; it has those of another kind of layer ({instead})" if instead else "")
+        for (what, names, instead), layers in alike.items()
+    ], spoken_for
+
+
+def _few(names: Collection[str], before: str) -> str:
+    """The first of some names in a layer, and how many more there are."""
+    shown = sorted(name.removeprefix(before) for name in names)
+    return ", ".join(shown[:3]) + (f", {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def foreign_prefix(stored: Iterable[str], missing: Iterable[str]) -> str | None:

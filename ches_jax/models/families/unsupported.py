@@ -72,12 +72,12 @@ def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supporte
     "model_type 'bert' is an encoder, which does not predict the next token"
     """
     kind, known = raw.get("model_type"), sorted(supported)
-    if str(kind) in BENT and TEXT in raw:
+    if str(kind) in BENT and raw.get(TEXT) is not None:
         return f"model_type {kind!r} is {BENT_TEXT.format(supported=', '.join(known))}"
     if text.get("model_type") in known:
         return None
     listed = ", ".join(known)
-    if TEXT in raw:
+    if raw.get(TEXT) is not None:
         return f"model_type {kind!r} is {OTHER_TEXT.format(type=text['model_type'], supported=listed)}"
     if kind is None:
         return f"config.json has no 'model_type'; {GIVE.format(supported=listed)}"
