@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ches_jax.data.audit import Audit, dropped_record, require_clean
 from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
+from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.inputs import convention, pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
@@ -51,7 +52,6 @@ def pair_scorer(
     batch_tokens: int | Literal["auto"],
     eos: Eos,
     on_batch: Callable[[int], None] = lambda pairs: None,
-    agree: Callable[[int], int] = lambda tokens: tokens,
 ) -> PairScorer:
     """A scorer for a model; it compiles when it meets a batch.
 
@@ -63,10 +63,9 @@ def pair_scorer(
       batch_tokens: tokens per device and step; auto: the largest batch that the memory holds.
       eos: whether a terminator counts in a response.
       on_batch: called with the number of pairs after every batch.
-      agree: from what this process's memory holds to what all processes that compute together take.
     """
     forward = ForwardPass(model, mesh, outputs, attend)
-    tokens = agree(largest_batch(forward, ROW_TOKENS)) if batch_tokens == "auto" else batch_tokens
+    tokens = min(team_of(mesh).exchange(largest_batch(forward, ROW_TOKENS))) if batch_tokens == "auto" else batch_tokens
     rope = model.config.rope
     batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
     return PairScorer(forward, batching, eos, on_batch)

@@ -128,10 +128,7 @@ def _score(
     metadata = _metadata(identity, model.config.family, begun.versions)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
-    scorer = pair_scorer(
-        model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos,
-        agree=lambda tokens: min(team.exchange(tokens)),
-    )  # fmt: skip
+    scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
     say("compiling, then scoring", quiet=quiet)
     started, compiled = time.perf_counter(), scorer.run.compile_seconds
     scored = _score_chunks(out, inputs, opener, config, scorer, metadata, division, begun, total, quiet)

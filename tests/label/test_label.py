@@ -2,6 +2,7 @@
 
 import json
 from math import exp, log
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_labels(tmp_path, monkeypa
     """Also where it is as long as before, and its rows have the same ids."""
     pairs = write(tmp_path / "pairs.jsonl", PAIRS)
     row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id, "label_probability": 0.5}
-    options = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
+    options: Any = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
     real = label_run.BY["file"]
 
     def meanwhile(*args):
