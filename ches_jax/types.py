@@ -89,6 +89,17 @@ class TokenPair:
     """For each flag that has one: what was found, for messages."""
     candidates: tuple[int, int] | None = None
     """Numbers of chosen and rejected among the ``responses`` of the row; None where the row is one pair."""
+    rejected_prompt: tuple[int, ...] | None = None
+    """The prompt of the rejected response, where it has one of its own: then the two share nothing."""
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the chosen and of the rejected response.
+
+        >>> TokenPair(row_id="", index=0, prompt=(5,), chosen=Response((7,), 2), rejected=Response((8,), 2)).prompts
+        ((5,), (5,))
+        """
+        return self.prompt, self.prompt if self.rejected_prompt is None else self.rejected_prompt
 
 
 def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
@@ -102,5 +113,5 @@ def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 
 def shared_prefix(pair: TokenPair) -> int:
-    """Number of leading tokens that the contents of chosen and rejected have in common."""
-    return common_prefix(pair.chosen.content, pair.rejected.content)
+    """Number of leading tokens that the contents of chosen and rejected have in common; 0 after two prompts."""
+    return 0 if pair.rejected_prompt is not None else common_prefix(pair.chosen.content, pair.rejected.content)

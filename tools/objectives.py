@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "objectives.md"
 NUMBERS = ROOT / "docs" / "objectives.json"
+COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
+"""Rewards of tokens, as `ches label --by contrast` writes them."""
 RUN = {"limit": 128, "holdout": 32, "batch_size": 16, "steps": 12, "lr": 5e-5, "optimizer": "rmsprop", "seed": 0}
 """Options that all runs share."""
 WRAPPED = (
@@ -170,11 +172,16 @@ def by_training(expression: str, folder: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from ches_jax.losses import parse_loss
+    from ches_jax.losses.tokens import TOKEN_WEIGHTS
     from ches_jax.train.config import TrainConfig
     from ches_jax.train.loop import train
 
     out = folder / expression
-    train(TrainConfig(**RUN, loss=expression, out=str(out), probes="none", watch=2**31, export=False), quiet=True)
+    options: dict[str, Any] = {}
+    if parse_loss(expression).needs >= TOKEN_WEIGHTS:
+        options = {"pairs": str(_rewarded(folder / "rewarded")), "token_weights": ",".join(COLUMNS)}
+    config = TrainConfig(**RUN, **options, loss=expression, out=str(out), probes="none", watch=2**31, export=False)
+    train(config, quiet=True)
     rows = pq.read_table(out / "displacement.parquet").to_pylist()
     told: dict[str, Any] = {"loss": repr(parse_loss(expression))}
     for name, prefix in (("train", ""), ("held_out", "held_out_")):
@@ -184,14 +191,25 @@ def by_training(expression: str, folder: Path) -> dict[str, Any]:
     return told
 
 
+def _rewarded(out: Path) -> Path:
+    """The pairs with the rewards that the model gives their tokens."""
+    from ches_jax.label.config import LabelConfig
+    from ches_jax.label.run import PAIRS, label
+
+    if not out.exists():
+        label(LabelConfig(by="contrast", limit=RUN["limit"], out=str(out)), quiet=True)
+    return out / PAIRS
+
+
 def needs_a_run(expression: str) -> bool:
     """Whether a loss reads more than log-probabilities of pairs, samples and lists."""
     from ches_jax.losses import parse_loss
-    from ches_jax.train.objective import is_unpaired
+    from ches_jax.losses.tokens import TOKEN_WEIGHTS
+    from ches_jax.train.objective import is_unpaired, reads_joint
     from ches_jax.train.token_masks import reads_reference_states
 
     loss = parse_loss(expression)
-    return is_unpaired(loss) or reads_reference_states(loss)
+    return is_unpaired(loss) or reads_joint(loss) or reads_reference_states(loss) or loss.needs >= TOKEN_WEIGHTS
 
 
 def measured() -> dict[str, Any]:
@@ -265,6 +283,7 @@ def incentive_cells(name: str) -> str:
     logps = {"logp_chosen": -8.0, "logp_rejected": -15.0, "ref_logp_chosen": -8.0, "ref_logp_rejected": -15.0}
     numbers = {
         **logps,
+        **{name.replace("logp_", "logp_joint_"): value for name, value in logps.items()},
         "chosen_tokens": 4.0,
         "rejected_tokens": 6.0,
         "rewards_chosen": 2.0,

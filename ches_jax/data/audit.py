@@ -82,11 +82,13 @@ class Audit:
                 self.examples.setdefault(flag, []).append(_example(pair, flag))
         if not WITHOUT_TOKENS.isdisjoint(pair.flags):
             return
-        self._count(self.lengths, "prompt", len(pair.prompt))
+        prompts = pair.prompts if pair.rejected_prompt is not None else (pair.prompt,)
+        for prompt in prompts:
+            self._count(self.lengths, "prompt", len(prompt))
         self._count(self.lengths, "chosen", len(pair.chosen.targets("include")))
         self._count(self.lengths, "rejected", len(pair.rejected.targets("include")))
         self._count(self.lengths, "shared prefix", shared_prefix(pair))
-        self._count(self.specials, "BOS in prompt", pair.prompt.count(_none(self.bos_id)))
+        self._count(self.specials, "BOS in prompt", max(p.count(_none(self.bos_id)) for p in prompts))
         for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             if self.bos_id != self.eos_id:
                 inside = response.content.count(_none(self.bos_id))
@@ -190,14 +192,17 @@ def visible(tokenizer: "PreTrainedTokenizerBase", pair: TokenPair, limit: int = 
       pair: what to show.
       limit: characters of each part; a long prompt loses its middle, a long response its end.
     """
-    prompt = _decoded(tokenizer, pair.prompt)
     lines = [
         f"row {pair.index} ({pair.row_id[:12]}{_numbers(pair)})" + (f" {', '.join(pair.flags)}" if pair.flags else ""),
-        f"  prompt   [{len(pair.prompt)}] {_middle_cut(prompt, limit)} |<- response",
     ]
-    for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    shown = None
+    for name, ids, response in zip(("chosen", "rejected"), pair.prompts, (pair.chosen, pair.rejected), strict=True):
+        prompt = _decoded(tokenizer, ids)
+        if shown is None or pair.rejected_prompt is not None:
+            lines.append(f"  prompt   [{len(ids)}] {_middle_cut(prompt, limit)} |<- response")
+        shown = ids
         # Decoded after the prompt: alone, some decoders drop the space a response begins with.
-        both = _decoded(tokenizer, pair.prompt + response.content)
+        both = _decoded(tokenizer, ids + response.content)
         text = both.removeprefix(prompt) if both.startswith(prompt) else None
         text = _decoded(tokenizer, response.content) if text is None else text
         if len(text) > limit:

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from ches_jax.data.two_prompts import prompts_in
+
 NEAR = 0.8
 WIDTH = 3
 PERMUTATIONS = 128
@@ -48,10 +50,9 @@ def _content(message: Any) -> str:
 
 
 def pair_texts(content: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected of a row as text."""
-    return tuple(  # type: ignore[return-value]
-        text_of(content.get(name, content.get(f"{name}_ids"))) for name in ("prompt", "chosen", "rejected")
-    )
+    """Prompt (or both prompts, one under the other), chosen and rejected of a row as text."""
+    chosen, rejected = (text_of(content.get(name, content.get(f"{name}_ids"))) for name in ("chosen", "rejected"))
+    return "\n".join(map(text_of, prompts_in(content))), chosen, rejected
 
 
 def shingles(text: str) -> frozenset[int]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ches_jax.data.two_prompts import prompts_in
 from ches_jax.errors import DataError
 
 Message = dict[str, Any]
@@ -103,6 +104,16 @@ def as_text(value: Any) -> str:
     if all(isinstance(m, Mapping) for m in parts):
         return "\n".join(f"[{m.get('role', '?')}] {as_text(m.get('content'))}" for m in parts)
     return "token ids " + " ".join(map(str, parts))
+
+
+def side_text(content: Mapping[str, Any], side: str) -> str:
+    r"""The prompt (of two, both, one under the other) or a response of a canonical row, as text for a person.
+
+    >>> side_text({"chosen_prompt": "1+1?", "rejected_prompt": "1+2?", "chosen": " 2", "rejected": " 2"}, "prompt")
+    '1+1?\n\n1+2?'
+    """
+    values = prompts_in(content) if side == "prompt" else [content.get(side, content.get(f"{side}_ids"))]
+    return "\n\n".join(map(as_text, values))
 
 
 def without_nulls(value: Any) -> Any:

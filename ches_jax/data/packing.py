@@ -109,17 +109,18 @@ def group_by_prompt(pairs: Sequence[TokenPair]) -> tuple[list[Item], list[PairRe
     """The items that hold ``pairs``, and where every pair lies in them.
 
     Pairs of one record become one item where they have the same prompt tokens (they may not: tokens can merge
-    across its end, see ``data.tokenize``); equal responses of a record are there once.
+    across its end, see ``data.tokenize``, or each response has its own); equal responses of a record are there once.
     """
     members: dict[tuple, list[int]] = {}
     for i, pair in enumerate(pairs):
-        key = ("alone", i) if pair.candidates is None else (pair.index, pair.prompt)
+        alone = pair.candidates is None or pair.rejected_prompt is not None
+        key = ("alone", i) if alone else (pair.index, pair.prompt)
         members.setdefault(key, []).append(i)
     items: list[Item] = []
     refs = [PairRef(0, 0, 1)] * len(pairs)
     for group in members.values():
         first = pairs[group[0]]
-        if first.candidates is None:
+        if first.candidates is None or first.rejected_prompt is not None:
             refs[group[0]] = PairRef(len(items), 0, 1)
             items.append(first)
             continue
@@ -136,21 +137,29 @@ def responses_of(item: Item) -> tuple[Response, ...]:
     return item.responses if isinstance(item, Candidates) else (item.chosen, item.rejected)
 
 
+def prompts_of(item: Item) -> tuple[tuple[int, ...], ...]:
+    """The prompt of each response of an item."""
+    return (item.prompt,) * len(item.responses) if isinstance(item, Candidates) else item.prompts
+
+
 def packed_length(item: Item, length_threshold: int | None = None) -> int:
     """Positions the item takes in a row."""
     shared = shared_tokens(item, length_threshold)
     responses = responses_of(item)
     contents = sum(len(r.content) for r in responses)
     if shared is None:
-        return len(responses) * len(item.prompt) + contents
+        return sum(map(len, prompts_of(item))) + contents
     return len(item.prompt) + contents - (len(responses) - 1) * shared
 
 
 def shared_tokens(item: Item, length_threshold: int | None) -> int | None:
     """Tokens that all responses begin with; None where the sequences must be computed apart.
 
-    Rope kinds that depend on the length of the sequence give the prompt other states in a longer sequence.
+    So they are where each has a prompt of its own; and rope kinds that depend on the length of the sequence give the
+    prompt other states in a longer sequence.
     """
+    if isinstance(item, TokenPair) and item.rejected_prompt is not None:
+        return None
     contents = [r.content for r in responses_of(item)]
     if length_threshold is not None and len(item.prompt) + max(map(len, contents)) > length_threshold:
         return None
@@ -295,14 +304,14 @@ class _RowWriter:
         self.rows.item[self.row, first : self.segments] = first
         chosen = item.preferred if isinstance(item, Candidates) else 1
         self.rows.preferred[self.row, first : first + 1 + chosen] = 1
-        prompt = len(item.prompt)
         if shared is None:
-            for segment, response in enumerate(responses, first + 1):
-                whole = (*item.prompt, *response.content)
+            for segment, (prompt, response) in enumerate(zip(prompts_of(item), responses, strict=True), first + 1):
+                whole = (*prompt, *response.content)
                 a = self.write_tokens(whole, 0, len(whole))
-                self.predict(range(a + prompt - 1, a + len(whole)), response.targets(eos), segment)
+                self.predict(range(a + len(prompt) - 1, a + len(whole)), response.targets(eos), segment)
                 self.rows.last[self.row, segment] = a + len(whole) - 1
             return
+        prompt = len(item.prompt)
         total = prompt + max(len(r.content) for r in responses)
         common = (*item.prompt, *responses[0].content[:shared])
         a = self.write_tokens(common, 0, total)

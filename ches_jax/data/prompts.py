@@ -10,6 +10,7 @@
     chosen, rejected: whole conversations                 prompt = their common leading messages
     prompt, and responses that repeat it                  the prompt once (``repeats``)
     prompt_ids, chosen_ids, rejected_ids                  the same; they win over text beside them
+    chosen_prompt, rejected_prompt, chosen, rejected      the same (``two_prompts``); with equal prompts, a plain pair
     a prompt alone: prompt (str or messages), prompt_ids  the same (``canonical_prompt``)
 
 A row may hold several candidates instead: ``responses``, a list of any of these, after ``prompt`` or ``prompt_ids``
@@ -36,6 +37,7 @@ from typing import Any, Literal
 from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
 from ches_jax.data.schema.values import DEEPEST, within_depth
+from ches_jax.data.two_prompts import SIDES, TWO_PROMPT_IDS, TWO_PROMPTS
 from ches_jax.errors import DataError
 from ches_jax.types import Pairing
 
@@ -48,7 +50,7 @@ BEST_FIRST: BestFirst = "best-first"
 CANDIDATE_COLUMNS = ("responses", "scores")
 MOST_PAIRS = 100_000
 """Of one row: a chunk of them is held in memory."""
-PAIR_COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, "tools", "chat_template_kwargs", "category")
+PAIR_COLUMNS = (*TEXT_COLUMNS, *ID_COLUMNS, *TWO_PROMPTS, *TWO_PROMPT_IDS, "tools", "chat_template_kwargs", "category")
 COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 
 
@@ -97,6 +99,11 @@ def pair_contents(
     if "responses" not in values or (rejected and "responses" not in columns):
         return [(None, _content(values, row, columns))]
     responses = values["responses"]
+    if two := [name for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS) if name in values]:
+        raise DataError(
+            f"'responses' are answers to one prompt, and '{two[0]}' says that each response has its own: hide one with "
+            f"--columns responses= or --columns {two[0]}="
+        )
     if not isinstance(responses, list) or not all(isinstance(r, str | list) or is_message(r) for r in responses):
         raise DataError(
             f"'responses' is {kind(responses)}; expected a list of texts, of conversations or of token ids; a dot "
@@ -151,6 +158,8 @@ def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[
 
 
 def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if any(name in values for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS)):
+        return _content_of_two(values, row, columns)
     if all(name in values for name in ID_COLUMNS):
         ids = ids_without_prompt(*(_token_ids(name, values[name]) for name in ID_COLUMNS))
         return dict(zip(ID_COLUMNS, ids, strict=True))
@@ -165,6 +174,39 @@ def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping
         if name in values:
             content[name] = _template_argument(name, values[name])
     return content
+
+
+def _content_of_two(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with a prompt for each response: both as rows of their own, joined; with equal prompts a plain pair."""
+    of_ids = all(name in values for name in (*TWO_PROMPT_IDS, *ID_COLUMNS[1:]))
+    ids, names = ("_ids", TWO_PROMPT_IDS) if of_ids else ("", TWO_PROMPTS)
+    if missing := [name for name in names if name not in values]:
+        there = next(name for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS) if name in values)
+        raise DataError(
+            f"'{there}' without '{missing[0]}': a row has a prompt for each response, chosen_prompt and "
+            f"rejected_prompt, or one prompt for both (--columns {there}= hides the column)"
+        )
+    plain = {k: v for k, v in values.items() if k not in (*TWO_PROMPTS, *TWO_PROMPT_IDS)}
+    one = f"prompt{ids}"
+    for name in names:
+        if one in values and values[one] != values[name]:
+            raise DataError(
+                f"'{one}' and '{name}' are two prompts of one response: the pair may have the prompt of '{one}' "
+                f"(--columns {names[0]}=,{names[1]}= hides the others), or a prompt for each response (--columns "
+                f"{one}=)"
+            )
+    if values[names[0]] == values[names[1]]:
+        return _content({**plain, one: values[names[0]]}, row, {k: v for k, v in columns.items() if k != "prompt"})
+    halves = []
+    for side, name in zip(SIDES, names, strict=True):
+        both = {f"{s}{ids}": values[f"{side}{ids}"] for s in SIDES if f"{side}{ids}" in values}
+        halves.append(_content({**plain, one: values[name], **both}, row, columns))
+    chosen, rejected = halves
+    if type(chosen[one]) is not type(rejected[one]):
+        raise DataError(f"one of '{names[0]}' and '{names[1]}' is text and the other a conversation: give both alike")
+    aside = {k: v for k, v in chosen.items() if k not in (one, *(f"{s}{ids}" for s in SIDES))}
+    prompts = dict(zip(names, (chosen[one], rejected[one]), strict=True))
+    return {**prompts, f"chosen{ids}": chosen[f"chosen{ids}"], f"rejected{ids}": rejected[f"rejected{ids}"], **aside}
 
 
 def _require_told(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -248,6 +290,11 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
         return {"prompt_ids": _token_ids("prompt_ids", values["prompt_ids"])}
     if (asked := _prompt_of_pair(row, columns)) is not None:
         content = {"prompt": asked}
+    elif "prompt" not in values and any(row.get(name) is not None for name in TWO_PROMPTS):
+        raise DataError(
+            f"the row has two prompts, {' and '.join(TWO_PROMPTS)}, and one is asked for; say which with --columns "
+            f"prompt={TWO_PROMPTS[0]}"
+        )
     elif "prompt" in values:
         content = {"prompt": _text_or_messages("prompt", values["prompt"])}
     elif not columns.get("prompt") and row.get("chosen") is not None and row.get("rejected") is not None:

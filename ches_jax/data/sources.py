@@ -44,9 +44,11 @@ from ches_jax.data.schema.mapping import (
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, note_on, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
+from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
-from ches_jax.runs.store import is_address
+from ches_jax.runs.files import read_object
+from ches_jax.runs.store import is_address, is_store
 from ches_jax.types import Pairing
 
 _FORMATS = (
@@ -104,7 +106,8 @@ class Record:
     """For messages: "line 17" (from 1) of a text file, "row 17" (from 0) of a table."""
     content: dict[str, Any]
     """Of a pair: ``prompt, chosen, rejected`` (all text or all messages; with ``tools`` and
-    ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``. Of a prompt: ``prompt`` or
+    ``chat_template_kwargs`` where given), or ``prompt_ids, chosen_ids, rejected_ids``; of a pair of two prompts
+    ``chosen_prompt`` and ``rejected_prompt`` (or with ``_ids``) in place of ``prompt``. Of a prompt: ``prompt`` or
     ``prompt_ids``. Where the candidates of a row make no pair: ``prompt`` and ``responses`` as they are."""
     category: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -396,7 +399,8 @@ def _rows(index: int, where: str, raw: Any, source: PairSource) -> Iterator[Reco
 def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numbers, dict[str, Any]]]:
     """Contents of a row's pairs with their numbers, by the schema where there is one."""
     if source.schema is None:
-        theirs = {source.columns.get(n, n) for n in ("prompt", "chosen", "rejected", "responses")}
+        texts = ("prompt", "chosen", "rejected", "responses", *TWO_PROMPTS)
+        theirs = {source.columns.get(n, n) for n in texts}
         turned = {n: turns(decoded_turns(raw[n])) for n in theirs if n in raw}
         yield from source.rows.contents({**raw, **turned}, source.columns)
         return
@@ -462,6 +466,8 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     form, packed = files.kind_of(path)
     if form not in READERS:
         raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
+    if not path.is_file() and not is_store(path):
+        raise DataError(f"{path}: a pipe or a device; data are read more than once: write them to a file first")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one row")
     kind, read = READERS[form]
@@ -528,8 +534,8 @@ def _open_parts(path: Path, split: str | None) -> Opened:
 
 def _split_names(path: Path) -> list[str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["splits"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        names = read_object(path, DataError, "the splits of a datasets folder")["splits"]
+    except KeyError as error:
         raise DataError(f"{path}: is damaged ({error!r}); expected the splits of a datasets folder") from None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise DataError(f"{path}: 'splits' is no list of names; expected the splits of a datasets folder")

@@ -13,19 +13,20 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
 from ches_jax.data import file_tokenizer
-from ches_jax.data.audit import FLAGS
+from ches_jax.data.audit import FLAGS, WITHOUT_TOKENS
 from ches_jax.data.file_tokenizer import token_ids
 from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
+from ches_jax.data.two_prompts import SIDES, halves, has_two_prompts
 from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
 
@@ -160,7 +161,7 @@ class PairTokenizer:
         object.__setattr__(self, "_suffix", added_suffix(self.tokenizer))
 
     def __call__(self, rows: Sequence[Record]) -> list[TokenPair]:
-        """Tokenises and audits rows.
+        """Tokenises and audits rows; of a row with two prompts each response with its own.
 
         A row that cannot be read, written with the chat template, or found in the vocabulary is flagged and has no
         tokens.
@@ -168,6 +169,17 @@ class PairTokenizer:
         Raises:
           TemplateError: the chat template cannot be used, whatever the row.
         """
+        apart = [has_two_prompts(row.content) for row in rows]
+        parts = [
+            replace(row, content=content)
+            for row, two in zip(rows, apart, strict=True)
+            for content in (halves(row.content) if two else [row.content])
+        ]
+        pairs = iter(self._tokenised(parts))
+        return [_of_two_prompts(next(pairs), next(pairs)) if two else next(pairs) for two in apart]
+
+    def _tokenised(self, rows: Sequence[Record]) -> list[TokenPair]:
+        """The same for rows of one prompt."""
         written: dict[str, str] = {}
         rendered = [self._render(row, written) for row in rows]
         texts = [None if isinstance(text, str) else text for text in rendered]
@@ -409,6 +421,30 @@ def _unfit(row: Record, flag: str, detail: str) -> TokenPair:
         category=row.category,
         detail={flag: detail if flag == "no_pair" else f"{row.where}: {detail}"},
         candidates=row.candidates or None,
+    )
+
+
+def _of_two_prompts(chosen: TokenPair, rejected: TokenPair) -> TokenPair:
+    """A pair of two responses with their prompts, from each as a pair of two equal ones."""
+    for half in (chosen, rejected):
+        if not WITHOUT_TOKENS.isdisjoint(half.flags):
+            return half
+    detail: dict[str, str] = {}
+    for half, side in zip((chosen, rejected), SIDES, strict=True):
+        (other,) = {*SIDES} - {side}
+        for flag in half.flags:
+            if flag == "identical" or flag.endswith(f"_{other}"):
+                continue
+            # what was found in the half's other response, which is the same one, is not told twice
+            found = [p for p in half.detail.get(flag, "").split(", ") if p and other not in p]
+            detail[flag] = ", ".join(dict.fromkeys(p for p in (detail.get(flag, ""), *found) if p))
+    flags = tuple(flag for flag in FLAGS if flag in detail)
+    return replace(
+        chosen,
+        rejected=rejected.rejected,
+        rejected_prompt=rejected.prompt,
+        flags=flags,
+        detail={flag: detail[flag] for flag in flags if detail[flag]},
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax.data.messages import as_text
+from ches_jax.data.messages import side_text
 from ches_jax.data.sources import pairs_of_run
 from ches_jax.displacement.changes import Changes, regimes
 from ches_jax.errors import ChesError, RunError
@@ -138,7 +138,7 @@ def read_texts(source: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         rows = itertools.chain.from_iterable(pairs_of_run(source))
         return {
             row.row_id: {
-                **{side: as_text(row.content.get(side, row.content.get(f"{side}_ids"))) for side in SIDES},
+                **{side: side_text(row.content, side) for side in SIDES},
                 "category": row.category or "",
             }
             for row in rows

@@ -2,10 +2,33 @@
 
 from dataclasses import dataclass
 
+import jax
 from jax.sharding import Mesh
 
 from ches_jax.distributed.mesh import spans_processes
 from ches_jax.distributed.processes import Process
+from ches_jax.errors import ChesError
+
+
+def team_of(mesh: Mesh) -> Process:
+    """The processes that compute together what is computed on ``mesh``: this one alone, or all.
+
+    >>> from ches_jax.distributed.mesh import make_mesh
+    >>> team_of(make_mesh("data=1"))
+    Process(id=0, count=1)
+
+    Raises:
+      ChesError: the devices are those of some of the processes.
+    """
+    owners = {device.process_index for device in mesh.devices.flat}
+    if len(owners) == 1:
+        return Process()
+    if len(owners) < jax.process_count():
+        raise ChesError(
+            f"mesh={dict(mesh.shape)}: has devices of {len(owners)} of {jax.process_count()} processes; expected those "
+            "of one or of all"
+        )
+    return Process(jax.process_index(), jax.process_count())
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,27 @@ def put_own_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree)
 
 
+def rows_here(a: jax.Array) -> np.ndarray:
+    """Those rows of an array sharded by rows (``row_sharding``) that lie on this process's devices (``numbers_here``).
+
+    >>> rows_here(put_own_rows(np.arange(4), make_mesh("data=1"))).tolist()
+    [0, 1, 2, 3]
+    """
+    if a.is_fully_addressable:
+        return np.asarray(a)
+    parts = {shard.index[0].start: shard.data for shard in a.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def numbers_here(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of the ``count`` rows of a batch lie on this process's devices, in order.
+
+    >>> numbers_here(make_mesh("data=1"), 3).tolist()
+    [0, 1, 2]
+    """
+    return np.arange(count).reshape(row_shards(mesh), -1)[list(local_shards(mesh))].reshape(-1)
+
+
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Arrays that are equal in every process, replicated on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())

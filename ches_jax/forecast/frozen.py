@@ -59,7 +59,8 @@ class LossGradient:
         def compute(params: Tree, frozen: Tree, batch: Batch) -> tuple[Tree, jax.Array]:
             def logps_of(p: Tree) -> ResponseLogps:
                 decoder = with_parameters(model.trained, {**frozen, **p})
-                return batch_logps(decoder, batch, attend=with_gradient(), remat=model.remat, mesh=model.on)
+                attend = with_gradient(decoder.config, decoder.dtype)
+                return batch_logps(decoder, batch, attend=attend, remat=model.remat, mesh=model.on)
 
             logps, transposed = jax.vjp(logps_of, params)
             seen = _with_reference(batch, logps) if own else batch

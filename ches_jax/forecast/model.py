@@ -48,7 +48,8 @@ class Model:
     def backward(self, params: Any, frozen: Any, rows: PackedBatch) -> Array:
         """For ``pull``."""
         model = with_parameters(self.trained, {**frozen, **params})
-        return segment_logps(model, rows, attend=with_gradient(), remat=self.remat, mesh=self.on)
+        attend = with_gradient(model.config, model.dtype)
+        return segment_logps(model, rows, attend=attend, remat=self.remat, mesh=self.on)
 
     def forward(self, params: Any, frozen: Any, rows: PackedBatch) -> Array:
         """For ``push``."""

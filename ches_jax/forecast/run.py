@@ -39,7 +39,7 @@ from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
 from ches_jax.scores.table import CANDIDATES, FORECAST, INFLUENCE, merge_parts, write_part
-from ches_jax.train.objective import reads_lists
+from ches_jax.train.objective import reads_joint, reads_lists
 from ches_jax.train.optimizer import optimizer_hyper
 from ches_jax.train.setup import Run, prepare
 from ches_jax.train.token_masks import reads_reference_states
@@ -116,6 +116,7 @@ def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_ver
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
     unknown = {
         "lists of responses": reads_lists(run.loss),
+        "prompts taken together with their responses": reads_joint(run.loss),
         "a calibration that follows the run (rc)": "head_norm_chosen" in run.loss.needs,
         "divergences and masks of tokens": reads_reference_states(run.loss),
     }

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ches_jax.data.duplicates import NEAR, NearDuplicates, normalised, pair_texts
+from ches_jax.data.duplicates import NEAR, NearDuplicates, normalised, pair_texts, text_of
 from ches_jax.data.sources import Record
+from ches_jax.data.two_prompts import prompts_in
 from ches_jax.judges.phrases import load_rules, refused
 from ches_jax.languages import UNDETERMINED, language
 from ches_jax.stats import bootstrap, wilson
@@ -42,11 +43,20 @@ class Row:
     chosen: str
     rejected: str
     extra: Mapping[str, Any]
+    rejected_prompt: str | None = None
+    """Of the rejected response, where it has its own."""
 
     @classmethod
     def of(cls, record: Record) -> "Row":
         """Of a row as read."""
-        return cls(record.where, *pair_texts(record.content), record.extra)
+        _, chosen, rejected = pair_texts(record.content)
+        prompt, *other = map(text_of, prompts_in(record.content))
+        return cls(record.where, prompt, chosen, rejected, record.extra, other[0] if other else None)
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Of the chosen and of the rejected response."""
+        return self.prompt, self.prompt if self.rejected_prompt is None else self.rejected_prompt
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -157,7 +167,7 @@ def refusals(rows: Sequence[Row]) -> Check:
 
 def identical(rows: Sequence[Row]) -> Check:
     """Pairs whose sides say the same."""
-    same = [r.name for r in rows if r.chosen.strip() == r.rejected.strip()]
+    same = [r.name for r in rows if r.rejected_prompt is None and r.chosen.strip() == r.rejected.strip()]
     return Check("identical sides", bool(same), f"{len(same)} pairs with two equal responses", len(same), {}, same)
 
 
@@ -177,7 +187,10 @@ def of_empty_texts(texts: Mapping[str, Mapping[str, str]]) -> Check:
 
 def too_long(rows: Sequence[Row]) -> Check:
     """Prompts, alone or with their longer response, beyond the context that most models have; prompts are never cut."""
-    return of_long_rows({r.name: len(r.prompt) + max(len(r.chosen), len(r.rejected)) for r in rows}, LONGEST)
+    longest = {
+        r.name: max(len(p) + len(t) for p, t in zip(r.prompts, (r.chosen, r.rejected), strict=True)) for r in rows
+    }
+    return of_long_rows(longest, LONGEST)
 
 
 def of_long_rows(longest: Mapping[str, int], most: int) -> Check:
@@ -197,13 +210,14 @@ def unreadable(records: Sequence[Record]) -> Check:
 
 def contradictions(rows: Sequence[Row]) -> Check:
     """The same prompt and responses with the labels both ways round."""
-    known: dict[tuple[str, str, str], str] = {}
+    known: dict[tuple[str, str, str, str], str] = {}
     offending = []
     for r in rows:
-        prompt, (chosen, rejected) = normalised(r.prompt), r.sides
-        if chosen != rejected and (other := known.get((prompt, rejected, chosen))) is not None:
+        (asked, also), (chosen, rejected) = map(normalised, r.prompts), r.sides
+        key, other_way = (asked, also, chosen, rejected), (also, asked, rejected, chosen)
+        if key != other_way and (other := known.get(other_way)) is not None:
             offending.append(f"{r.name} against {other}")
-        known.setdefault((prompt, chosen, rejected), r.name)
+        known.setdefault(key, r.name)
     return Check(
         "contradictions",
         bool(offending),
@@ -216,16 +230,16 @@ def contradictions(rows: Sequence[Row]) -> Check:
 
 def duplicates(rows: Sequence[Row]) -> Check:
     """Rows that repeat an earlier one, exactly (but for case and punctuation) or nearly."""
-    known: dict[tuple[str, str, str], str] = {}
+    known: dict[tuple[str, ...], str] = {}
     near = NearDuplicates()
     exact, similar = [], []
     for r in rows:
-        key = (normalised(r.prompt), *r.sides)
+        key = (*map(normalised, r.prompts), *r.sides)
         if key in known:
             exact.append(f"{r.name} repeats {known[key]}")
             continue
         known[key] = r.name
-        if (other := near.first_like(r.name, r.prompt, r.chosen, r.rejected)) is not None:
+        if (other := near.first_like(r.name, "\n".join(dict.fromkeys(r.prompts)), r.chosen, r.rejected)) is not None:
             similar.append(f"{r.name} is nearly {other}")
     return of_repetitions(exact, similar, len(rows))
 
@@ -295,7 +309,7 @@ def languages(rows: Sequence[Row]) -> Check:
 
 
 class Prompted(Protocol):
-    """A row with a prompt."""
+    """A row with a prompt, or one for each response."""
 
     @property
     def name(self) -> str:
@@ -303,8 +317,8 @@ class Prompted(Protocol):
         ...
 
     @property
-    def prompt(self) -> str:
-        """As text."""
+    def prompts(self) -> tuple[str, ...]:
+        """As texts."""
         ...
 
 
@@ -319,9 +333,10 @@ def leaks(rows: Sequence[Prompted], against: Iterable[str], name: str) -> Check:
             near.first_like(f"row {i}", prompt)
     equal, similar = [], []
     for r in rows:
-        if (other := exact.get(normalised(r.prompt))) is not None:
+        own = dict.fromkeys(r.prompts)
+        if other := next((exact[key] for key in map(normalised, own) if key in exact), None):
             equal.append(f"{r.name} is {other} of {name}")
-        elif (other := near.like(r.prompt)) is not None:
+        elif other := next((place for prompt in own if (place := near.like(prompt)) is not None), None):
             similar.append(f"{r.name} is nearly {other} of {name}")
     n = len(equal) + len(similar)
     return Check(

@@ -41,6 +41,11 @@ class Single:
         content = record.content
         return cls(record.where, text_of(content["prompt"]), text_of(content["response"]), content["good"])
 
+    @property
+    def prompts(self) -> tuple[str]:
+        """The one there is."""
+        return (self.prompt,)
+
 
 def labels(rows: Sequence[Single]) -> Check:
     """How many responses are good. Without both labels there is nothing to prefer."""

@@ -18,9 +18,10 @@ class LabelConfig(PairOptions, ModelOptions):
 
     out: str = not_identity("")
     """The directory to write: pairs.jsonl with the new columns, label.json; must not exist, or be empty."""
-    by: Literal["implicit-reward", "follow-up", "file"] = "implicit-reward"
+    by: Literal["implicit-reward", "follow-up", "contrast", "file"] = "implicit-reward"
     """implicit-reward: beta times the log-ratio of --model to --reference; follow-up: how likely --model finds the good
-    --phrases after a response, and the bad ones; file: columns of --labels."""
+    --phrases after a response, and the bad ones; contrast: a reward of each token, from --model asked for a better and
+    for a worse answer (for --loss t_reg); file: columns of --labels."""
     reference: str | None = None
     """Model that implicit rewards are relative to."""
     previous: str | None = None
@@ -29,6 +30,11 @@ class LabelConfig(PairOptions, ModelOptions):
     """Of the implicit rewards, and of the probabilities made of rewards."""
     phrases: str | None = None
     """File of follow-ups, one a line: + before a good one, - before a bad one; as many of each."""
+    better: str | None = None
+    """For contrast: how a better answer is asked for, with {prompt} where the prompt stands; default: a request for a
+    helpful, correct, coherent and concise one."""
+    worse: str | None = None
+    """And a worse one; default: the opposite."""
     labels: str | None = None
     """File (JSONL, Parquet, CSV ...) with row_id and label_probability, or chosen_reward and rejected_reward."""
     relabel: bool = False
@@ -39,7 +45,14 @@ class LabelConfig(PairOptions, ModelOptions):
     """What becomes of flagged rows: error, drop or keep (where possible)."""
 
 
-NEEDS = {"reference": "implicit-reward", "previous": "implicit-reward", "phrases": "follow-up", "labels": "file"}
+NEEDS = {
+    "reference": "implicit-reward",
+    "previous": "implicit-reward",
+    "phrases": "follow-up",
+    "better": "contrast",
+    "worse": "contrast",
+    "labels": "file",
+}
 """Option -> the way of labelling it belongs to."""
 
 
@@ -54,9 +67,18 @@ def require_options(config: LabelConfig) -> None:
     for option, by in NEEDS.items():
         if getattr(config, option) is not None and config.by != by:
             raise ChesError(f"--{option} is for --by {by}, and this is --by {config.by}")
-    required = {"implicit-reward": "reference", "follow-up": "phrases", "file": "labels"}[config.by]
-    if getattr(config, required) is None:
+    required = {"implicit-reward": "reference", "follow-up": "phrases", "file": "labels"}.get(config.by)
+    if required is not None and getattr(config, required) is None:
         raise ChesError(f"--by {config.by} needs --{required}")
+    for option in ("better", "worse"):
+        if (frame := getattr(config, option)) is not None and "{prompt}" not in frame:
+            raise ChesError(f"--{option} {frame[:40]!r}: expected {{prompt}} in it, where the prompt stands")
+    if config.better is not None and config.better == config.worse:
+        raise ChesError("--better and --worse ask for the same answer: every reward would be 0")
+    if config.by == "contrast" and config.relabel:
+        raise ChesError(
+            "--by contrast gives rewards of tokens and no probability, so that --relabel has nothing to go by"
+        )
     require_dtype("dtype", config.dtype)
     require_positive({"beta": config.beta, "limit": config.limit})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.data.sources import Record, row_id
+from ches_jax.data.two_prompts import has_two_prompts
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import GatherConfig
@@ -89,7 +90,7 @@ def _pairs(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator
 
 def _samples(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     for row, texts in _with_texts(config, opener, rows):
-        yield {"prompt": row.content["prompt"], "rejected": row.content["rejected"], "responses": texts}
+        yield {"prompt": _prompt(config, row), "rejected": row.content["rejected"], "responses": texts}
 
 
 def _contests(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
@@ -98,7 +99,7 @@ def _contests(config: GatherConfig, opener: Opener, rows: list[Record]) -> Itera
         different = [t for t in dict.fromkeys(texts) if t.strip()]
         if len(different) > 1 and prompt_id(row) not in seen:
             seen.add(prompt_id(row))
-            yield {"prompt": row.content["prompt"], "chosen": different[0], "rejected": different[1]}
+            yield {"prompt": _prompt(config, row), "chosen": different[0], "rejected": different[1]}
 
 
 def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
@@ -124,11 +125,27 @@ def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Itera
 def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     for row in rows:
         chosen, rejected = _rewards(config, row)
-        prompt, sides = row.content["prompt"], (row.content["chosen"], row.content["rejected"])
+        prompt = _prompt(config, row)
+        sides = row.content["chosen"], row.content["rejected"]
         if not isinstance(prompt, str):
             raise DataError(f"{config.pairs}, {row.where}: --make goals writes before prompts that are texts")
         for reward, (good, bad) in ((chosen, sides), (rejected, sides[::-1])):
             yield {"prompt": config.goal.format(reward=reward) + prompt, "chosen": good, "rejected": bad}
+
+
+def _prompt(config: GatherConfig, row: Record) -> Any:
+    """The prompt of a pair, text or messages.
+
+    Raises:
+      DataError: the row has two, or is token ids.
+    """
+    if "prompt" not in row.content:
+        what = "two prompts" if has_two_prompts(row.content) else "token ids"
+        raise DataError(
+            f"{config.pairs}, {row.where}: --make {config.make} reads one prompt for both responses, text or messages; "
+            f"this row has {what}"
+        )
+    return row.content["prompt"]
 
 
 def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:

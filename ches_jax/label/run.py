@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from ches_jax.data.sources import Record
+from ches_jax.displacement.ranking import flip_budget, ranking_summary
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
-from ches_jax.label.rewards import consistency, flip_budget, implicit_reward, label_probability, ranking_summary
+from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
+from ches_jax.label.rewards import consistency, implicit_reward, label_probability
 from ches_jax.options import PairOptions
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
@@ -70,7 +72,7 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     opener.require_unchanged()  # the pairs are read more than once
     with new_directory(Path(config.out), ChesError) as folder:
         flipped = _write(folder / PAIRS, rows, columns, relabel=config.relabel)
-        known = [c[PROBABILITY] for c in columns.values()]
+        known = [c[PROBABILITY] for c in columns.values() if PROBABILITY in c]
         record = json_value(
             {
                 "verb": "label",
@@ -116,7 +118,7 @@ def _exchanged(values: Mapping[str, Any]) -> dict[str, Any]:
     return {n: values.get(other[n], value) for n, value in values.items()}
 
 
-Columns = dict[str, dict[str, float]]
+Columns = dict[str, dict[str, Any]]
 """New columns by the row's id."""
 
 
@@ -137,7 +139,7 @@ def _by_implicit_reward(
         summary["consistency"] = share
         # CREAM: every pair as its own policy ranks it, and all as sure as the two policies agree
         probability = np.where(probability >= 0.5, share, 1 - share)
-    budget = flip_budget(sides["reference"][1] - sides["reference"][0], config.beta)
+    budget = flip_budget(sides["reference"][0] - sides["reference"][1], config.beta)
     columns = {
         row_id: {
             "chosen_reward": float(c),
@@ -231,6 +233,15 @@ def read_phrases(path: Path) -> tuple[list[str], list[str]]:
     return good, bad
 
 
+def _by_contrast(
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+) -> tuple[Columns, dict[str, Any]]:
+    """A reward of each token of both responses."""
+    columns: Any = token_rewards(config, opener, rows, work, quiet)
+    means = {name: float(np.mean([np.mean(c[name]) for c in columns.values()])) for name in COLUMNS if columns}
+    return columns, {"asked": {"better": config.better or BETTER, "worse": config.worse or WORSE}, "mean_reward": means}
+
+
 def _by_file(
     config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
 ) -> tuple[Columns, dict[str, Any]]:
@@ -261,13 +272,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-BY = {"implicit-reward": _by_implicit_reward, "follow-up": _by_follow_up, "file": _by_file}
+BY = {
+    "implicit-reward": _by_implicit_reward,
+    "follow-up": _by_follow_up,
+    "contrast": _by_contrast,
+    "file": _by_file,
+}
 
 
 def summary_text(record: Mapping[str, Any]) -> str:
     """The summary for a person."""
     n = record["counts"]
     lines = [f"{n['labelled']} of {n['rows']} pairs have a probability; {n['unsure']} labels are less likely than not"]
+    if "mean_reward" in record:
+        lines = [f"{n['labelled']} of {n['rows']} pairs have rewards of their tokens"]
+        lines += [f"{name}: mean {mean:+.3f}" for name, mean in record["mean_reward"].items()]
     if record.get("relabelled"):
         lines.append(f"{record['relabelled']} pairs were exchanged")
     words = {
@@ -277,7 +296,6 @@ def summary_text(record: Mapping[str, Any]) -> str:
         "flipped_to_wrong": "pairs that became wrong",
         "implicit_reward_accuracy": "pairs whose implicit rewards agree with the label",
         "calibration_error": "calibration error of the implicit rewards",
-        "idealised_accuracy": "accuracy that labels as sure as these allow",
         "consistency": "pairs that policy and earlier policy rank alike",
     }
     lines += [f"{words[k]}: {v:.1%}" for k, v in record.get("ranking", {}).items()]

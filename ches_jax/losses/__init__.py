@@ -9,7 +9,7 @@
 """
 
 # these modules enter their losses in the list
-from ches_jax.losses import anchored, likelihood, listwise, margins, per_token, token_level, token_losses
+from ches_jax.losses import anchored, joint, likelihood, listwise, margins, per_token, token_level, token_losses
 from ches_jax.losses.anchored import kto_baseline
 from ches_jax.losses.expression import from_trl, parse_loss
 from ches_jax.losses.incentives import Incentives, incentives
@@ -84,6 +84,7 @@ __all__ = [
     "differing_spans",
     "weighted_sums",
     "anchored",
+    "joint",
     "likelihood",
     "listwise",
     "margins",

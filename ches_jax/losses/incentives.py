@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from ches_jax.losses.inputs import LossInputs
 from ches_jax.losses.registry import Loss
 
-READ_BY_CHOSEN = ("logp_chosen", "logp_candidates", "logp_responses", "token_logps_chosen")
-READ_BY_REJECTED = ("logp_rejected", "token_logps_rejected")
+READ_BY_CHOSEN = ("logp_chosen", "logp_joint_chosen", "logp_candidates", "logp_responses", "token_logps_chosen")
+READ_BY_REJECTED = ("logp_rejected", "logp_joint_rejected", "token_logps_rejected")
 
 
 class Incentives(NamedTuple):

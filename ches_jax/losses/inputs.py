@@ -72,6 +72,11 @@ class LossInputs(NamedTuple):
     """Unpaired: whether the row's response is a good one."""
     kl_baseline: Float[ArrayLike, ""] | None = None
     """KTO's reference point in nats, see ``kto_baseline``."""
+    logp_joint_chosen: Float[ArrayLike, "*B"] | None = None
+    """Joint: log-probability of prompt and response together, ln pi(x, y), from the prompt's second token on."""
+    logp_joint_rejected: Float[ArrayLike, "*B"] | None = None
+    ref_logp_joint_chosen: Float[ArrayLike, "*B"] | None = None
+    ref_logp_joint_rejected: Float[ArrayLike, "*B"] | None = None
     logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
     """D2O: log-probabilities of the policy's own samples."""
     ref_logp_candidates: Float[ArrayLike, "*B candidates"] | None = None
@@ -116,6 +121,7 @@ Aux: TypeAlias = dict[str, Any]
 
 LOGPS = frozenset({"logp_chosen", "logp_rejected"})
 REFERENCE = LOGPS | {"ref_logp_chosen", "ref_logp_rejected"}
+JOINT = frozenset({"logp_joint_chosen", "logp_joint_rejected", "ref_logp_joint_chosen", "ref_logp_joint_rejected"})
 LENGTHS = frozenset({"chosen_tokens", "rejected_tokens"})
 REWARDS = frozenset({"rewards_chosen", "rewards_rejected"})
 

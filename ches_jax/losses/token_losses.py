@@ -16,19 +16,24 @@ LD-DPO counts what a response has beyond the shorter one's length by ``alpha``; 
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array
 
-from ches_jax.losses.inputs import LossInputs
+from ches_jax.losses.inputs import LossInputs, log_ratios
 from ches_jax.losses.margins import sigmoid
 from ches_jax.losses.metrics import log_ratio_rewards, mean_logp_rewards
 from ches_jax.losses.per_token import simpo
-from ches_jax.losses.registry import any_number, fraction, positive, register
+from ches_jax.losses.registry import any_number, at_least_zero, fraction, positive, register
 from ches_jax.losses.tokens import (
     TOKEN_LOGPS,
     TOKEN_MASKS,
     TOKEN_REFERENCE,
+    TOKEN_WEIGHTS,
     beyond_shared_length,
+    every_token,
+    given_weights,
     unsure_tokens,
     weighted_sums,
 )
@@ -92,3 +97,41 @@ def ld_dpo(batch: LossInputs, *, beta: float, alpha: float) -> Array:
       Liu et al., Length Desensitization in DPO (https://arxiv.org/abs/2409.06411); TRL's ``ld_alpha``.
     """
     return sigmoid(weighted_sums(batch, beyond_shared_length(alpha)(batch)), beta=beta)
+
+
+def _t_reg_rewards(batch: LossInputs, hyper: Mapping[str, float]) -> dict[str, Array]:
+    return log_ratio_rewards(weighted_sums(batch, every_token(batch)), hyper)
+
+
+@register(
+    "t_reg",
+    source="Zhou et al. 2024, arXiv:2412.02685, as a reading note prints it",
+    needs=TOKEN_LOGPS | TOKEN_MASKS | TOKEN_REFERENCE | TOKEN_WEIGHTS,
+    rewards=_t_reg_rewards,
+    beta=positive(0.1),
+    alpha=at_least_zero(0.25),
+)
+def t_reg(batch: LossInputs, *, beta: float, alpha: float) -> Array:
+    r"""T-REG (DPO-REG): DPO, and a likelihood of each token times a reward that was known before.
+
+    .. math::
+      -\ln \sigma(\beta m) - \alpha\, \mathrm{sg}(\sigma(-\beta m))\, \beta \sum_{y \in \{y_+, y_-\}}
+      \sum_t \hat r_t \ln \pi(y_t | x, y_{<t})
+
+    The rewards are ``token_weights_*``: those that a model gives its own tokens when it is asked for a better and for a
+    worse answer, :math:`\hat r_t = \sigma(\ln \pi(y_t|x_{better}) - \ln \pi(y_t|x_{worse})) - \tfrac12`, which ``ches
+    label --by contrast`` writes. The regulariser counts as much as DPO still pushes the pair.
+
+    Defaults:
+      beta 0.1, alpha 0.25 (0.1, 0.25 and 0.5 in the paper; 0 is DPO).
+
+    References:
+      Zhou et al., T-REG (https://arxiv.org/abs/2412.02685). Neither the paper's text nor its code could be had here:
+      the equations are those of a public reading note on it, not checked against either.
+    """
+    sums = weighted_sums(batch, every_token(batch))
+    rewarded = weighted_sums(batch, given_weights(batch))
+    chosen, rejected = log_ratios(sums)
+    push = stop_gradient(jax.nn.sigmoid(-beta * (chosen - rejected)))
+    likelihood = jnp.asarray(rewarded.logp_chosen) + jnp.asarray(rewarded.logp_rejected)
+    return sigmoid(sums, beta=beta) - alpha * push * beta * likelihood

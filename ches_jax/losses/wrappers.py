@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ches_jax.errors import ChesError, many
 from ches_jax.losses.incentives import Incentives, incentives
 from ches_jax.losses.inputs import (
+    JOINT,
     LENGTHS,
     LOGPS,
     Aux,
@@ -132,10 +133,12 @@ def _in_range(wrapper: str, name: str, value: float, low: float, high: float) ->
 
 
 LISTS = "lists of responses with scores"
+JOINT_PAIRS = "pairs of prompts with their responses, taken together"
 KINDS = {
     "single responses with a label": frozenset({"logp", "desirable"}),
     "a rejected response with samples": frozenset({"logp_candidates"}),
     LISTS: frozenset({"logp_responses", "scores"}),
+    JOINT_PAIRS: JOINT,
 }
 """What a row of the data is for losses that are not of pairs, and fields that only such a loss reads."""
 

@@ -12,6 +12,7 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.sharding import partition_spec
 from ches_jax.plan.config import PlanConfig
+from ches_jax.plan.topologies import Topology
 
 OPTIMISER = {"adamw": 2, "rmsprop": 1, "sgd": 0, "adafactor": 0}
 """float32 numbers that an optimiser keeps beside each trained one (adafactor: rows and columns, next to none)."""
@@ -30,6 +31,28 @@ class Bytes(NamedTuple):
     def total(self) -> int:
         """All of it."""
         return sum(self)
+
+
+class Layout(NamedTuple):
+    """A mesh of every device, or one a host, each with a process that shares no batch with others."""
+
+    sizes: dict[str, int]
+    """Of the axes of a mesh."""
+    meshes: int = 1
+    """How many such meshes are side by side."""
+
+
+def layout(config: PlanConfig, sizes: dict[str, int], topology: Topology) -> Layout | None:
+    """How a verb computes on a mesh of these sizes (``distributed.mesh_of_run``); None: not on these devices.
+
+    >>> layout(PlanConfig(what="score", topology="v5e:4x4"), {"data": 4}, parse_topology("v5e:4x4")).meshes
+    4
+    """
+    count = math.prod(sizes.values())
+    if count == topology.size:
+        return Layout(sizes)
+    alone = config.what in ("score", "generate") and count * topology.hosts == topology.size
+    return Layout(sizes, topology.hosts) if alone else None
 
 
 def logical_mesh(sizes: dict[str, int]) -> LogicalMesh:
@@ -148,13 +171,16 @@ def moved(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) -> 
     return passes * travels * sizes["tensor"]
 
 
-def meshes(decoder: DecoderConfig, config: PlanConfig, size: int, slices: int) -> list[dict[str, int]]:
-    """Every mesh of ``size`` devices that divides the model, the one that moves least first (``moved``)."""
-    inside = size // slices
+def layouts(decoder: DecoderConfig, config: PlanConfig, topology: Topology) -> list[Layout]:
+    """Every mesh that divides the model, the one that moves least first (``moved``).
+
+    Of a verb whose processes can work each for itself those within a host are meshes of one host.
+    """
+    size, inside = topology.size, topology.size // topology.slices
     heads = math.gcd(decoder.num_kv_heads, decoder.num_heads)
     experts = 1 if decoder.experts is None else decoder.experts.count
-    found = [
-        {"data": size // (fsdp * tensor * expert), "fsdp": fsdp, "tensor": tensor, "expert": expert}
+    axes = [
+        {"fsdp": fsdp, "tensor": tensor, "expert": expert}
         for tensor in _divisors(inside)
         if heads % tensor == 0 and tensor <= 8
         for expert in _divisors(inside // tensor)
@@ -162,7 +188,14 @@ def meshes(decoder: DecoderConfig, config: PlanConfig, size: int, slices: int) -
         for fsdp in _divisors(inside // tensor // expert)
         if decoder.width % fsdp == 0
     ]
-    return sorted(found, key=lambda s: (moved(decoder, config, s), s["tensor"], s["expert"], s["fsdp"]))
+    host, found = size // topology.hosts, []
+    for one in axes:
+        model = math.prod(one.values())
+        alone = layout(config, {"data": host // model, **one}, topology) if host % model == 0 else None
+        found.append(alone or Layout({"data": size // model, **one}))
+    return sorted(
+        found, key=lambda f: (moved(decoder, config, f.sizes), *(f.sizes[a] for a in ("tensor", "expert", "fsdp")))
+    )
 
 
 def _divisors(number: int) -> list[int]:

@@ -37,7 +37,7 @@ class Program:
 
     lower: Callable[[], Any]
     parts: Mapping[str, int]
-    """Bytes a device of its arguments, by what they are."""
+    """Bytes a device of its arguments, by what they are, also of those that the program does not read."""
     times: float
     """How often it runs in one step."""
 
@@ -75,7 +75,8 @@ def score(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh, attend: Attend
     graph, state = _state(model, mesh)
     rows = _on_rows(empty_batch(config.rows * row_shards(mesh), config.row_tokens, None), mesh)
     run = pass_program(graph, mesh, Outputs(logps=config.logps), attend)
-    return [Program(lambda: run.lower(state, rows), {"weights": bytes_on_a_device(state)}, 1)]
+    parts = {"weights": bytes_on_a_device(state), "batch": bytes_on_a_device(rows)}
+    return [Program(lambda: run.lower(state, rows), parts, 1)]
 
 
 def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Program]:
@@ -92,7 +93,7 @@ def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Pro
     prompts = _on_rows(shapes, mesh)
     decoding = Decoding(graph, Sampling(), config.new_tokens, (), None if weights_are_whole(mesh) else mesh, False)
     prefill, decode = decoding_programs(decoding, mesh)
-    parts = {"weights": bytes_on_a_device(state)}
+    parts = {"weights": bytes_on_a_device(state), "batch": bytes_on_a_device(prompts)}
 
     def loop() -> Any:
         lowered = prefill.lower(state, prompts)
@@ -138,5 +139,6 @@ def train(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Progra
     step = Step(abstract, optimizer, loss, example, mesh, frozen=None, remat=config.remat)
     parts = {
         "weights": bytes_on_a_device((state.params, frozen)), "optimiser": bytes_on_a_device(state.opt_state),
+        "batch": bytes_on_a_device(batch),
     }  # fmt: skip
     return [Program(lambda: step.lower(state, frozen, batch), parts, 1)]

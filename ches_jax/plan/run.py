@@ -23,6 +23,7 @@ from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.platform import planned_for
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.plan import arithmetic, programs
+from ches_jax.plan.arithmetic import Layout
 from ches_jax.plan.compiled_text import collectives, totals
 from ches_jax.plan.config import PlanConfig
 from ches_jax.plan.topologies import BETWEEN_SLICES, Topology, devices_of, parse_topology
@@ -54,16 +55,17 @@ def plan(config: PlanConfig, *, quiet: bool = False) -> dict[str, Any]:
     topology = parse_topology(config.topology, config.slices)
     decoder = _decoder(config.model)
     compiles = topology.chip.platform == "tpu" and not config.arithmetic
-    devices = devices_of(topology) if compiles else None
-    if devices is not None and len(devices) != topology.size:
+    if compiles and len(devices := devices_of(topology)) != topology.size:
         raise ChesError(f"--topology {topology.name}: the compiler counts {len(devices)} devices in it")
-    sizes = _sizes(config, decoder, topology)
     tried: list[dict[str, Any]] = []
-    for number, mesh in enumerate(sizes, 1):
-        say(f"{spelled(mesh)} on {topology.size} x {topology.name.partition(':')[0]}", quiet=quiet)
-        found = _counted(decoder, config, topology, mesh) if devices is None else _compiled(
-            decoder, config, topology, mesh, devices
-        )  # fmt: skip
+    for number, layout in enumerate(_layouts(config, decoder, topology), 1):
+        say(f"{_in_words(layout)} on {topology.size} x {topology.name.partition(':')[0]}", quiet=quiet)
+        of_one = topology.of_host() if layout.meshes > 1 else topology
+        found = (
+            _compiled(decoder, config, topology, layout, devices_of(of_one))
+            if compiles and _may_fit(decoder, config, topology, layout)
+            else _counted(decoder, config, topology, layout)
+        )
         tried.append(found)
         if found["fits"] or number == TRIED:
             break
@@ -104,26 +106,46 @@ def _options(config: PlanConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in shown}
 
 
-def _sizes(config: PlanConfig, decoder: DecoderConfig, topology: Topology) -> list[dict[str, int]]:
+def _layouts(config: PlanConfig, decoder: DecoderConfig, topology: Topology) -> list[Layout]:
     """The mesh that is asked for, or those that arithmetic leaves, best first."""
     if config.mesh != "auto":
         sizes = parse_mesh(config.mesh)
-        asked = math.prod(sizes.values())
-        if asked != topology.size:
-            raise ChesError(f"--mesh {config.mesh}: has {asked} devices, {topology.name} has {topology.size}")
-        return [sizes]
-    every = arithmetic.meshes(decoder, config, topology.size, topology.slices)
+        layout = arithmetic.layout(config, sizes, topology)
+        if layout is None:
+            asked = math.prod(sizes.values())
+            raise ChesError(
+                f"--mesh {config.mesh}: has {asked} devices, {topology.name} has {topology.size}, a host of it "
+                f"{topology.size // topology.hosts}; score and generate take one of these numbers, other verbs all"
+            )
+        return [layout]
+    every = arithmetic.layouts(decoder, config, topology)
     room = topology.chip.memory * HEADROOM
-    fitting = [s for s in every if arithmetic.bytes_of(decoder, config, s).total <= room]
+    fitting = [f for f in every if arithmetic.bytes_of(decoder, config, f.sizes).total <= room]
     # where none fits by arithmetic, the one that holds least says how much is missing
-    return fitting or [min(every, key=lambda s: arithmetic.bytes_of(decoder, config, s).total)]
+    return fitting or [min(every, key=lambda f: arithmetic.bytes_of(decoder, config, f.sizes).total)]
 
 
-def _counted(decoder: DecoderConfig, config: PlanConfig, topology: Topology, sizes: dict[str, int]) -> dict[str, Any]:
-    found = arithmetic.bytes_of(decoder, config, sizes)
+def _may_fit(decoder: DecoderConfig, config: PlanConfig, topology: Topology, layout: Layout) -> bool:
+    """Whether weights and optimiser alone leave room, which is known without compiling."""
+    found = arithmetic.bytes_of(decoder, config, layout.sizes)
+    return found.weights + found.optimiser < topology.chip.memory
+
+
+def _in_words(layout: Layout) -> str:
+    return spelled(layout.sizes) + (f" in each of {layout.meshes} processes" if layout.meshes > 1 else "")
+
+
+def _place(layout: Layout, topology: Topology) -> dict[str, Any]:
+    """The mesh as the verb is given it, and what its processes share."""
+    share = "chunks" if layout.meshes > 1 else "batches" if topology.hosts > 1 else "nothing"
+    return {"mesh": spelled(layout.sizes), "processes": topology.hosts, "processes_share": share}
+
+
+def _counted(decoder: DecoderConfig, config: PlanConfig, topology: Topology, layout: Layout) -> dict[str, Any]:
+    found = arithmetic.bytes_of(decoder, config, layout.sizes)
     return {
         "counted": "by arithmetic",
-        "mesh": spelled(sizes),
+        **_place(layout, topology),
         "fits": bool(found.total <= topology.chip.memory * HEADROOM),
         "bytes": {**found._asdict(), "total": found.total, "of": int(topology.chip.memory)},
         "collectives": None,
@@ -131,19 +153,19 @@ def _counted(decoder: DecoderConfig, config: PlanConfig, topology: Topology, siz
 
 
 def _compiled(
-    decoder: DecoderConfig, config: PlanConfig, topology: Topology, sizes: dict[str, int], devices: list[Any]
+    decoder: DecoderConfig, config: PlanConfig, topology: Topology, layout: Layout, devices: list[Any]
 ) -> dict[str, Any]:
-    mesh = mesh_of(np.asarray(devices), sizes)
+    mesh = mesh_of(np.asarray(devices), layout.sizes)
     began, moved, memory, parts = time.perf_counter(), [], [], {}
     try:
         with planned_for(topology.chip.platform):
             for program in _programs(decoder, config, mesh):
+                parts = program.parts
                 compiled = program.lower().compile()
                 memory.append(_memory(compiled, program.parts))
                 moved.append((program.times, totals(collectives(compiled.as_text()))))
-                parts = program.parts
     except jax.errors.JaxRuntimeError as error:
-        return _refused(config, topology, sizes, parts, error)
+        return _refused(topology, layout, parts, error)
     most = max(memory, key=lambda m: m["total"])
     kinds = {kind for _, one in moved for kind in one}
     by_kind = {
@@ -152,7 +174,7 @@ def _compiled(
     }
     return {
         "counted": "by the compiler",
-        "mesh": spelled(sizes),
+        **_place(layout, topology),
         "fits": bool(most["total"] <= topology.chip.memory * HEADROOM),
         "bytes": {**most, "of": int(topology.chip.memory)},
         "collectives": by_kind,
@@ -160,16 +182,14 @@ def _compiled(
     }
 
 
-def _refused(
-    config: PlanConfig, topology: Topology, sizes: dict[str, int], parts: Any, error: Exception
-) -> dict[str, Any]:
+def _refused(topology: Topology, layout: Layout, parts: Any, error: Exception) -> dict[str, Any]:
     """The compiler says that a program does not fit."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
-        raise ChesError(f"--mesh {spelled(sizes)}: does not compile for {topology.name}: {text[:400]}") from None
+        raise ChesError(f"--mesh {spelled(layout.sizes)}: does not compile for {topology.name}: {text[:400]}") from None
     return {
         "counted": "by the compiler",
-        "mesh": spelled(sizes),
+        **_place(layout, topology),
         "fits": False,
         "bytes": {**dict(parts), "total": None, "of": int(topology.chip.memory)},
         "collectives": None,
@@ -193,33 +213,31 @@ def _programs(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[pr
 def _memory(compiled: Any, parts: Any) -> dict[str, int]:
     """Bytes of a device by what they are; the compiler counts arguments, results and temporaries."""
     found = compiled.memory_analysis()
-    known = sum(parts.values())
+    # an argument that the program does not read is on the device all the same; one that it reads may be padded
+    arguments = max(sum(parts.values()), int(found.argument_size_in_bytes))
     results = max(0, int(found.output_size_in_bytes - found.alias_size_in_bytes))
-    return {
-        **dict(parts),
-        "batch": max(0, int(found.argument_size_in_bytes) - known),
-        "temporaries": int(found.temp_size_in_bytes),
-        "results": results,
-        "total": int(found.argument_size_in_bytes + found.temp_size_in_bytes) + results,
-    }
+    temporaries = int(found.temp_size_in_bytes)
+    return {**parts, "temporaries": temporaries, "results": results, "total": arguments + temporaries + results}
 
 
 def _times(decoder: DecoderConfig, config: PlanConfig, topology: Topology, found: dict[str, Any]) -> dict[str, Any]:
     """The roofline: no run is faster than its arithmetic, its memory and its network allow."""
     chip, sizes = topology.chip, parse_mesh(found["mesh"])
     rows = config.rows * sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    rows *= topology.hosts if found["processes_share"] == "chunks" else 1
     pairs = rows if config.what == "generate" else rows * config.row_tokens * arithmetic.FILLED / config.pair_tokens
     pair = arithmetic.flops_of_pair(decoder, config)
     again = 4 / 3 if config.what == "train" and config.remat else 1.0
     work = found["bytes"].get("total") or arithmetic.bytes_of(decoder, config, sizes).total
     held = found["bytes"].get("weights", 0) + found["bytes"].get("optimiser", 0)
     reads = held * (config.new_tokens + 1) if config.what == "generate" else work
+    slow = topology.slices > 1 and found["processes_share"] == "batches"
     network = sum(one["bytes"] for one in (found["collectives"] or {}).values())
     passes = config.epochs if config.what == "train" else 8 if config.what == "forecast" else 1
     seconds = {
         "arithmetic": pairs * pair / passes * again / (topology.size * chip.flops),
         "memory": reads / chip.bandwidth,
-        "network": network / (chip.links if topology.slices == 1 else min(chip.links, BETWEEN_SLICES * topology.size)),
+        "network": network / (min(chip.links, BETWEEN_SLICES * topology.size) if slow else chip.links),
     }
     step = max(seconds.values()) * passes
     hours = config.pairs / pairs * step / 3600
@@ -253,6 +271,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['what']} of {found['model']} ({found['parameters'] / 1e9:.3g} B parameters) on "
         f"{found['devices']} devices, {found['topology']}" + (f" x {found['slices']}" if found["slices"] > 1 else ""),
         f"mesh            {found['mesh']}{'' if found['fits'] else '  DOES NOT FIT'}  ({found['counted']})",
+        f"processes       {found['processes']}, which share {found['processes_share']}",
         "",
         "bytes a device",
     ]

@@ -28,15 +28,17 @@ class Chip:
     """Bytes a second to other chips of its slice."""
     dimensions: int
     """Of the grid of a slice."""
+    host: tuple[int, ...]
+    """The grid of a host's devices."""
 
 
 GB = 1e9
 CHIPS = {
-    "v5e": Chip("tpu", 16 * 2**30, 197e12, 819 * GB, 200 * GB, 2),
-    "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765 * GB, 600 * GB, 3),
-    "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640 * GB, 448 * GB, 2),
-    "h100": Chip("gpu", 80 * GB, 989e12, 3350 * GB, 450 * GB, 1),
-    "a100": Chip("gpu", 80 * GB, 312e12, 2039 * GB, 300 * GB, 1),
+    "v5e": Chip("tpu", 16 * 2**30, 197e12, 819 * GB, 200 * GB, 2, (2, 2)),
+    "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765 * GB, 600 * GB, 3, (2, 2, 1)),
+    "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640 * GB, 448 * GB, 2, (2, 2)),
+    "h100": Chip("gpu", 80 * GB, 989e12, 3350 * GB, 450 * GB, 1, (8,)),
+    "a100": Chip("gpu", 80 * GB, 312e12, 2039 * GB, 300 * GB, 1, (8,)),
 }
 BETWEEN_SLICES = 25 * GB / 8
 """Bytes a second and chip over the network of a data centre: 200 Gbit/s a host of eight chips."""
@@ -55,6 +57,26 @@ class Topology:
     def size(self) -> int:
         """Chips in all."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def hosts(self) -> int:
+        """Processes of a run: one a host.
+
+        >>> parse_topology("v5e:4x4").hosts, parse_topology("h100:8").hosts
+        (4, 1)
+        """
+        return max(1, self.size // math.prod(self.chip.host))
+
+    def of_host(self) -> "Topology":
+        """The devices of one host, which compiles as a slice of its own: part of a slice is none.
+
+        >>> parse_topology("v5p:4x4x4").of_host().name
+        'v5p:2x2x1'
+        """
+        if self.hosts == 1:
+            return self
+        kind = self.name.partition(":")[0]
+        return Topology(f"{kind}:{'x'.join(map(str, self.chip.host))}", self.chip, self.chip.host, 1)
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ches_jax.data.messages import side_text
 from ches_jax.errors import RunError
 from ches_jax.report import elements
 from ches_jax.report.axes import digits_of, percent, readable
@@ -15,7 +16,7 @@ from ches_jax.report.html import data_table, escape, gallery
 from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.report.provenance import provenance, short_path
 from ches_jax.report.score_page import label
-from ches_jax.report.texts import SIDES, side_text
+from ches_jax.report.texts import SIDES
 from ches_jax.runs.files import read_object
 from ches_jax.runs.shapes import misfit, read_json_lines, require_shape
 

@@ -1,12 +1,12 @@
 """The texts and the tokens of pairs in a report, read from the source that was scored."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from ches_jax.data.messages import as_text
+from ches_jax.data.messages import side_text
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report.pair_table import Tokens
 from ches_jax.runs.files import read_parquet
@@ -63,11 +63,6 @@ def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[Texts, l
             for side in SIDES:
                 texts[side][i] = side_text(row.content, side)
     return texts, categories
-
-
-def side_text(content: Mapping[str, Any], side: str) -> str:
-    """The prompt or a response of a row, as text."""
-    return as_text(content.get(side, content.get(f"{side}_ids", "")))
 
 
 TokenScores = dict[Key, dict[str, list[tuple[str, float | None]]]]

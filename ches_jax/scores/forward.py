@@ -1,7 +1,8 @@
 """The jitted forward pass: a packed batch in, segment statistics out, compiled once per row length.
 
 On a data-only mesh each device takes its rows through the whole model, without a collective. With ``fsdp`` or
-``tensor`` the weights are sharded and the compiler places the collectives.
+``tensor`` the weights are sharded and the compiler places the collectives. The statistics lie as the rows do, whatever
+the number of processes: each reads those of its own rows (``fetch``), and only what is made of them travels.
 """
 
 import time
@@ -23,7 +24,7 @@ from ches_jax.distributed.mesh import (
     put_own_rows,
     row_sharding,
     row_shards,
-    spans_processes,
+    rows_here,
     weights_are_whole,
 )
 from ches_jax.errors import ChesError
@@ -56,7 +57,9 @@ def _statistics(
     logps = _token_logps_of(model, mesh) if outputs.logps else None
     statistics = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    if outputs.token_scores:
+    if not outputs.token_scores:
+        statistics = statistics._replace(token_logps=None)
+    else:
         statistics = statistics._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
     if outputs.head_score:
         head = head_products(
@@ -90,8 +93,7 @@ def pass_program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Atte
     if whole:
         # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
         run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
-    # of a mesh over several processes each of them reads all statistics
-    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()) if spans_processes(mesh) else None)
+    return jax.jit(run, out_shardings=row_sharding(mesh))
 
 
 class ForwardPass:
@@ -182,5 +184,5 @@ def largest_batch(run: ForwardPass, row_tokens: int) -> int:
 
 
 def fetch(statistics: SegmentStatistics) -> SegmentStatistics:
-    """The statistics as numpy arrays in float64, where all further arithmetic happens."""
-    return SegmentStatistics(*(None if a is None else np.asarray(a, np.float64) for a in statistics))  # type: ignore[arg-type]
+    """The statistics of this process's rows (``mesh.rows_here``) as numpy arrays in float64, for all that follows."""
+    return SegmentStatistics(*(None if a is None else np.asarray(rows_here(a), np.float64) for a in statistics))  # type: ignore[arg-type]

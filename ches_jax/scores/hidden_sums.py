@@ -29,6 +29,8 @@ class SegmentStatistics(NamedTuple):
     """Each prediction's inner product with the sum of each segment (``unembedding_gradients.ches_products``)."""
     head_products: Float[Array, "B M S"] | None = None
     """The same between unembedding gradients (``unembedding_gradients.head_products``)."""
+    token_logps: Float[Array, "B M"] | None = None
+    """Each prediction's log-probability."""
 
 
 def segment_statistics(
@@ -53,8 +55,8 @@ def segment_statistics(
     segments = last.shape[1]
     predicting = jnp.take_along_axis(hidden, source[..., None], axis=1)
     ends = jnp.take_along_axis(hidden, last[..., None], axis=1).astype(accumulate(hidden.dtype))
-    logps = None
+    logps = per_token = None
     if token_logps is not None:
         per_token = token_logps(predicting, target)
         logps = segment_sums(per_token[..., None], segment, segments)[..., 0]
-    return SegmentStatistics(segment_sums(predicting, segment, segments), ends, logps)
+    return SegmentStatistics(segment_sums(predicting, segment, segments), ends, logps, token_logps=per_token)

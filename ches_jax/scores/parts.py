@@ -30,6 +30,7 @@ TOKEN_SCHEMA = pa.schema(
         "position": pa.int32(),
         "token": pa.int32(),
         "text": pa.string(),
+        "logp": pa.float64(),
         "ches": pa.float64(),
         "head_score": pa.float64(),
         "nthr": pa.float64(),
@@ -40,6 +41,8 @@ r"""One row per predicted token of a pair; tokens that both responses begin with
 ``ches`` and ``head_score``: of a chosen token what it adds to the pair's score, of a rejected one its product with the
 chosen response (``unembedding_gradients.pair_contributions``). ``*_candidate``: as in the score table, where it has
 them.
+
+``logp`` (null without ``--logps``): its log-probability, nats.
 
 ``nthr`` (null without ``--by head_score``): how far unlearning the token pulls the chosen response down through the
 unembedding, and for the chosen response's own tokens how far learning it pushes that up,

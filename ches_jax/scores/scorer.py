@@ -1,19 +1,32 @@
 """Token pairs to the numbers of the score table: packed, passed through the model, added up in float64 on the host."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ches_jax.data.audit import UNSCORABLE
-from ches_jax.data.packing import Item, PackedBatch, Placement, fitting_length, group_by_prompt, pack, responses_of
-from ches_jax.distributed.mesh import row_shards
+from ches_jax.data.packing import (
+    Item,
+    PackedBatch,
+    Placement,
+    fitting_length,
+    group_by_prompt,
+    pack,
+    prompts_of,
+    responses_of,
+)
+from ches_jax.distributed.division import team_of
+from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
 from ches_jax.runs.work import Work
 from ches_jax.scores import formulas
 from ches_jax.scores.forward import ForwardPass, fetch
+from ches_jax.scores.gradients import Gradients, Gram, band
+from ches_jax.scores.gradients import cosine as gradient_cosine
 from ches_jax.scores.hidden_sums import SegmentStatistics
 from ches_jax.scores.table import CANDIDATES, COLUMNS
 from ches_jax.scores.unembedding_gradients import PairContributions, pair_contributions
@@ -29,6 +42,7 @@ MODEL_COLUMNS = (
     "logp_rejected",
 )
 """What the model gives; everything else is derived or counted."""
+GRADIENT_COLUMNS = ("grad_norm_chosen", "grad_norm_rejected", "grad_inner")
 TOKEN_COLUMNS = (
     "row_id",
     "index",
@@ -36,6 +50,7 @@ TOKEN_COLUMNS = (
     "response",
     "position",
     "token",
+    "logp",
     "ches",
     "head_score",
     "nthr",
@@ -72,13 +87,23 @@ class Batching:
 
 
 class PairScorer:
-    """Scores chunks of pairs by one forward pass per batch; counts computed positions and padding."""
+    """Scores chunks of pairs by one forward pass per batch; counts computed positions and padding.
+
+    Of processes that compute together each scores the pairs whose rows it has, and all learn all scores.
+    """
 
     def __init__(
-        self, run: ForwardPass, batching: Batching, eos: Eos, on_batch: Callable[[int], None] = lambda pairs: None
+        self,
+        run: ForwardPass,
+        batching: Batching,
+        eos: Eos,
+        on_batch: Callable[[int], None] = lambda pairs: None,
+        gradients: Gradients | None = None,
     ):
-        """``on_batch`` is called with the number of pairs after every batch."""
+        """``on_batch`` is called with the number of pairs after every batch; ``gradients`` adds their columns."""
         self.run = run
+        self.gradients = gradients
+        self.team = team_of(run.mesh)
         self.batching = batching
         self.eos: Eos = eos
         self.on_batch = on_batch
@@ -125,7 +150,11 @@ class PairScorer:
         """
         scorable = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
         items, refs = group_by_prompt([pairs[i] for i in scorable])
-        self._apart += sum(len(item.prompt) + len(r.content) for item in items for r in responses_of(item))
+        self._apart += sum(
+            len(prompt) + len(r.content)
+            for item in items
+            for prompt, r in zip(prompts_of(item), responses_of(item), strict=True)
+        )
         of_item: list[list[ItemPair]] = [[] for _ in items]
         for i, ref in zip(scorable, refs, strict=True):
             of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
@@ -137,12 +166,13 @@ class PairScorer:
             statistics, rows, placements = waiting.pop(0)
             with self.work.on_device():
                 s = fetch(statistics)
+            self.on_batch(sum(len(of_item[p.item]) for p in placements))
+            rows, placements = self._here(rows, placements)
             located = [(p.row, p.shared, pair) for p in placements for pair in of_item[p.item]]
             for at in range(0, len(located), PAIRS_AT_ONCE):
                 _add_sums(s, located[at : at + PAIRS_AT_ONCE], numbers)
             for p in placements:
                 self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
-            self.on_batch(len(located))
 
         for rows, placements in self.batches(items):
             self._positions += rows.tokens.size
@@ -153,12 +183,36 @@ class PairScorer:
                 collect()
         while waiting:
             collect()
+        numbers, tokens = self._of_team(numbers, tokens)
+        if self.gradients is not None:
+            with self.work.on_device():
+                gram = self.gradients([pairs[i] for i in scorable])
+            for name, values in zip(GRADIENT_COLUMNS, gram, strict=True):
+                numbers[name][scorable] = values if name == "grad_inner" else np.sqrt(values)
         self._require_finite(pairs, scorable, numbers)
         columns = _table_columns(pairs, numbers, self.eos)
         if not self.run.outputs.token_scores:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _here(self, rows: PackedBatch, placements: list[Placement]) -> tuple[PackedBatch, list[Placement]]:
+        """The rows of a batch that ``fetch`` gives, and what lies in them."""
+        here = numbers_here(self.run.mesh, len(rows.tokens))
+        at = {int(row): i for i, row in enumerate(here)}
+        return jax.tree.map(lambda a: a[here], rows), [replace(p, row=at[p.row]) for p in placements if p.row in at]
+
+    def _of_team(
+        self, numbers: dict[str, np.ndarray], tokens: dict[int, dict[str, list]]
+    ) -> tuple[dict[str, np.ndarray], dict[int, dict[str, list]]]:
+        """What all processes have found; a row that lies with several of them counts as the first one has it."""
+        if self.team.count == 1:
+            return numbers, tokens
+        found = self.team.exchange([{n: v.tolist() for n, v in numbers.items()}, list(tokens.items())])
+        joined = {n: np.array(v) for n, v in found[0][0].items()}
+        for others, _ in found[1:]:
+            joined = {n: np.where(np.isnan(v), others[n], v) for n, v in joined.items()}
+        return joined, {i: rows for _, rows_of in reversed(found) for i, rows in rows_of}
 
     def _require_finite(self, pairs: list[TokenPair], scorable: list[int], numbers: dict[str, np.ndarray]) -> None:
         """Names the first row whose own number is not finite: in a packed row a NaN spreads to its neighbours."""
@@ -177,7 +231,8 @@ class PairScorer:
         outputs = self.run.outputs
         left_out = set() if outputs.logps else {"logp_chosen", "logp_rejected"}
         left_out |= set() if outputs.head_score else {"head_score"}
-        return [n for n in MODEL_COLUMNS if n not in left_out]
+        gradients = () if self.gradients is None else GRADIENT_COLUMNS
+        return [*(n for n in MODEL_COLUMNS if n not in left_out), *gradients]
 
     def _add_products(
         self,
@@ -211,7 +266,8 @@ class PairScorer:
             pair = pairs[i]
             by_ches = pair_contributions(ches, role, 0, chosen, rejected)
             by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
-            tokens[i] = _token_rows(pair, role, chosen, rejected, state, rows.target[place.row][at], by_ches, by_head)
+            target, logps = rows.target[place.row][at], None if s.token_logps is None else s.token_logps[place.row][at]
+            tokens[i] = _token_rows(pair, role, chosen, rejected, state, target, logps, by_ches, by_head)
 
 
 def _add_sums(s: SegmentStatistics, located: list[tuple[int, int, ItemPair]], numbers: dict[str, np.ndarray]) -> None:
@@ -235,12 +291,14 @@ def _token_rows(
     rejected: int,
     state: np.ndarray,
     target: np.ndarray,
+    logps: np.ndarray | None,
     ches: PairContributions,
     head: PairContributions | None,
 ) -> dict[str, list]:
     """One row per predicted token of each response; what both begin with is listed with the chosen one."""
     out: dict[str, list] = {n: [] for n in TOKEN_COLUMNS}
-    position = state - len(pair.prompt)
+    before = [len(prompt) for prompt in pair.prompts]
+    position = state - np.where(role == rejected, before[1], before[0])
     new = position >= shared_prefix(pair)
     numbers = pair.candidates or (None, None)
     for name, mine, part in (
@@ -255,6 +313,7 @@ def _token_rows(
             "response": [name] * len(at),
             "position": position[at].tolist(),
             "token": target[at].tolist(),
+            "logp": [None] * len(at) if logps is None else logps[at].tolist(),
             "ches": getattr(ches, part)[at].tolist(),
             "head_score": [None] * len(at) if head is None else getattr(head, part)[at].tolist(),
             "nthr": [None] * len(at) if head is None else head.with_chosen[at].tolist(),
@@ -282,6 +341,10 @@ def _table_columns(pairs: list[TokenPair], numbers: dict[str, np.ndarray], eos: 
             "ln_ches": formulas.ln_ches(inner, plus, n_chosen, n_rejected),
             "cosine": formulas.cosine(inner, plus, minus),
         }
+    if "grad_inner" in numbers:
+        gram = Gram(numbers["grad_norm_chosen"] ** 2, numbers["grad_norm_rejected"] ** 2, numbers["grad_inner"])
+        scores["grad_cosine"] = gradient_cosine(gram)
+        scores["band_low"], scores["band_high"] = band(gram)
     candidates = {}
     if any(p.candidates for p in pairs):
         candidates = {n: [p.candidates and p.candidates[k] for p in pairs] for k, n in enumerate(CANDIDATES)}

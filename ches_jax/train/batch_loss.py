@@ -4,6 +4,7 @@ Which field of ``LossInputs`` comes from where:
 
     logp_*, ref_logp_*, *_tokens       the responses of an item: the chosen one first, the rejected one last
     logp_candidates                    all responses but the last: samples stand where the chosen one stood
+    *_joint_*                          the responses of an item, each with its prompt in front
     *_responses, response_mask         lists: all responses, the best first
     logp, kl_baseline                  unpaired: the row's own response first, another row's beside it
     token_*                            where the objective reads tokens
@@ -40,6 +41,11 @@ def loss_inputs(loss: Loss, batch: Batch, logps: ResponseLogps, state: Mapping[s
         "ref_logp_rejected": ref[:, -1],
         "chosen_tokens": batch.counts[:, 0],
         "rejected_tokens": batch.counts[:, -1],
+        # joint: the prompt is a part of each response (``examples``)
+        "logp_joint_chosen": responses[:, 0],
+        "logp_joint_rejected": responses[:, -1],
+        "ref_logp_joint_chosen": ref[:, 0],
+        "ref_logp_joint_rejected": ref[:, -1],
         # samples stand where the chosen response stood
         "logp_candidates": responses[:, :-1],
         "ref_logp_candidates": ref[:, :-1],
@@ -126,10 +132,11 @@ def batch_loss(
     load-balancing loss of the routers added.
     """
     norms = "head_norm_chosen" in loss.needs
-    options: dict[str, Any] = {"attend": with_gradient(), "remat": remat, "mesh": mesh}
+    attend = with_gradient(model.config, model.dtype)
+    options: dict[str, Any] = {"attend": attend, "remat": remat, "mesh": mesh}
     also = None
     if beside is not None:
-        where: dict[str, Any] = {"attend": with_gradient(), "mesh": mesh}
+        where: dict[str, Any] = {"attend": attend, "mesh": mesh}
         also = lambda states: token_fields(loss, beside, model, states, batch, **where)  # noqa: E731
     logps = batch_logps(model, batch, norms=norms, balance=router_balance > 0, also=also, **options)
     value, (means, new_state) = loss_and_metrics(loss, batch, logps, state)

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss, parse_loss, with_sft, with_soft_labels, with_weights
-from ches_jax.losses.inputs import LENGTHS, REFERENCE, REWARDS
+from ches_jax.losses.inputs import JOINT, LENGTHS, REFERENCE, REWARDS
 from ches_jax.losses.token_level import ACTIVATION_MASKS, KL_MASKS, REWARD_MASKS, TOKEN_KL
 from ches_jax.losses.tokens import SPAN_MASKS, TOKEN_LOGPS, TOKEN_MASKS, TOKEN_REFERENCE, TOKEN_WEIGHTS
-from ches_jax.losses.wrappers import LISTS, kind_of
+from ches_jax.losses.wrappers import JOINT_PAIRS, LISTS, kind_of
 from ches_jax.types import SftUnit
 
 SUPPLIED = (
     REFERENCE
+    | JOINT
     | LENGTHS
     | REWARDS
     | TOKEN_LOGPS
@@ -106,6 +107,11 @@ def reads_samples(loss: Loss) -> bool:
 def reads_lists(loss: Loss) -> bool:
     """Whether an example is a list of responses with scores."""
     return kind_of(loss) == LISTS
+
+
+def reads_joint(loss: Loss) -> bool:
+    """Whether the prompt's tokens count with the response's, as in DOVE."""
+    return kind_of(loss) == JOINT_PAIRS
 
 
 def reads_tokens(loss: Loss) -> bool:

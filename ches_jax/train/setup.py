@@ -39,6 +39,7 @@ from ches_jax.train.objective import (
     is_supervised,
     is_unpaired,
     needs_reference,
+    reads_joint,
     reads_lists,
     reads_reference_tokens,
     reads_samples,
@@ -218,7 +219,11 @@ def prepare(config: TrainConfig, process: Process | None = None) -> Run:
             f"--reference none: loss {config.loss!r} compares with a reference; give initial or a directory"
         )
     if config.reference == "columns" and (
-        is_unpaired(loss) or reads_samples(loss) or reads_lists(loss) or reads_reference_tokens(loss)
+        is_unpaired(loss)
+        or reads_samples(loss)
+        or reads_lists(loss)
+        or reads_joint(loss)
+        or reads_reference_tokens(loss)
     ):
         raise ChesError(
             f"--reference columns: holds sums of the rows' own responses, and loss {config.loss!r} reads more of the "

@@ -119,7 +119,7 @@ class Step:
         # sum of the log-ratios of mismatched responses: a part of KTO's reference point
         def excess(params: Any, frozen: Any, batch: Batch) -> Any:
             model = with_parameters(abstract, {**frozen.policy, **params})
-            logps = batch_logps(model, batch, attend=with_gradient(), mesh=on)
+            logps = batch_logps(model, batch, attend=with_gradient(model.config, model.dtype), mesh=on)
             return jnp.sum(logps.responses[:, -1] - batch.reference[:, -1])
 
         # an objective that compares examples with all of their update needs it before the first micro-batch

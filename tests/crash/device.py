@@ -25,6 +25,10 @@ class Scorer:
     batching = SimpleNamespace(batch_tokens=1)
     on_batch: Callable[[int], None]
 
+    def facts(self) -> dict[str, Any]:
+        """Nothing was done."""
+        return {}
+
     def __call__(self, pairs: Sequence[Any]) -> tuple[dict[str, Any], dict[str, list]]:
         columns: dict[str, Any] = {
             "row_id": [p.row_id for p in pairs],

@@ -33,6 +33,10 @@ PAIR = {
     "rejected_tokens": 3.0,
     "rewards_chosen": 1.5,
     "rewards_rejected": 1.0,
+    "logp_joint_chosen": -8.0,
+    "logp_joint_rejected": -20.0,
+    "ref_logp_joint_chosen": -10.0,
+    "ref_logp_joint_rejected": -19.0,
 }
 
 EXPECTED = {
@@ -91,6 +95,7 @@ EXPECTED = {
     "sft_token": ({}, 3 / 2),
     "sft_sum": ({}, 3.0),
     "slic": ({"delta": 5.0, "lam": 0.1}, (5 - 3) + 0.1 * 3),
+    "dove": ({"beta": 0.5}, nls(0.5 * ((-8 + 10) - (-20 + 19)))),
 }
 OTHERS = {
     "bco_pair",
@@ -99,6 +104,7 @@ OTHERS = {
     "d2o",
     "confpo",
     "ld_dpo",
+    "t_reg",
     "tdpo",
     "tdpo2",
     "mapo",

@@ -296,6 +296,27 @@ def test_sparsepo_is_the_arithmetic_of_its_authors(x64):
     np.testing.assert_allclose(half, np.log1p(np.exp(-0.7 * z)), rtol=1e-12)
 
 
+def test_t_reg_is_dpo_with_a_rewarded_likelihood_that_counts_as_much_as_dpo_pushes(x64):
+    sides, rng = distributions_of_tokens(), np.random.default_rng(3)
+    batch = inputs_of(sides)
+    rewards = {side: rng.uniform(-0.5, 0.5, s["inside"].shape) for side, s in sides.items()}
+    batch = batch._replace(**{f"token_weights_{side}": jnp.asarray(r) for side, r in rewards.items()})
+    ratios, likelihood = [], 0.0
+    for side, s in sides.items():
+        at = [np.take_along_axis(s[name], s["token"][..., None], -1)[..., 0] for name in ("policy", "reference")]
+        ratios.append(np.sum((at[0] - at[1]) * s["inside"], -1))
+        likelihood = likelihood + np.sum(rewards[side] * at[0] * s["inside"], -1)
+    z = 0.7 * (ratios[0] - ratios[1])
+    weight = 1 / (1 + np.exp(z))
+    value, logged = get_loss("t_reg", beta=0.7, alpha=0.3)(batch)
+    np.testing.assert_allclose(value, np.log1p(np.exp(-z)) - 0.3 * weight * 0.7 * likelihood, rtol=1e-12)
+    np.testing.assert_allclose(logged["rewards/margins"], z, rtol=1e-12)
+    push = incentives(get_loss("t_reg", beta=0.7, alpha=0.3))(batch)  # the weight is held
+    inside = sides["chosen"]["inside"]
+    expected = (0.7 * weight)[:, None] * (1 + 0.3 * rewards["chosen"]) * inside
+    np.testing.assert_allclose(push.chosen, expected, rtol=1e-12)
+
+
 def test_masks_learn_and_their_sparsity_is_logged(x64):
     """A mask at zero still has a gradient; TDPO2 holds the chosen response's divergence."""
     sides = distributions_of_tokens()

@@ -53,6 +53,32 @@ def test_the_cpu_computes_in_blocks():
     assert choose_attention("dense", LLAMA, "float32").attend is dense
 
 
+def gradients(attend, inputs: AttentionInputs, params: AttentionParams, cotangent):
+    """By queries, keys and values; what padding sees has no weight in the sum."""
+
+    def weighted(q, k, v):
+        return jnp.sum(attend(inputs._replace(q=q, k=k, v=v), params) * cotangent)
+
+    return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(inputs.q, inputs.k, inputs.v)
+
+
+@pytest.mark.parametrize(("softcap", "group"), [pytest.param(None, 5, marks=pytest.mark.slow), (1.5, 2)])
+def test_the_gradient_of_the_tpu_kernel_is_that_of_the_plain_computation(softcap, group):
+    """Of packed rows with and without a window, of lengths that divide no block, in float64."""
+    ranges = choose._packed_rows()
+    rows, length = ranges.own_start.shape
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(1), 4)
+        shapes = ((rows, length, 2, group, 8), (rows, length, 2, 8), (rows, length, 2, 8), (rows, length, 2, group, 8))
+        q, k, v, cotangent = (jax.random.normal(key, s, jnp.float64) for key, s in zip(keys, shapes, strict=True))
+        inputs, params = AttentionInputs(q, k, v, ranges), AttentionParams(0.7, softcap)
+        expected, by_hand = gradients(dense, inputs, params, cotangent)
+        actual, by_kernel = gradients(KERNELS["pallas-tpu"].make(True), inputs, params, cotangent)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    for ours, theirs in zip(by_kernel, by_hand, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-13 * np.abs(theirs).max() * length)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_agree_in_bfloat16_when_interpreted(name: str):
     assert check(KERNELS[name].make(True), LLAMA, "bfloat16") is None

@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.cli import main
+from ches_jax.distributed.mesh import ROW_AXES, make_mesh
 from ches_jax.errors import ChesError
+from ches_jax.models.attention.dense import dense
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import decoder_config
-from ches_jax.plan import arithmetic
+from ches_jax.plan import arithmetic, programs
 from ches_jax.plan.compiled_text import Collective, collectives, totals
 from ches_jax.plan.config import PlanConfig
 from ches_jax.plan.run import plan, table
@@ -155,13 +157,51 @@ QWEN3_MOE = {
 def test_experts_lie_over_their_own_axis_where_gathering_them_would_move_more():
     """Tokens to experts, not 57 GB of experts to tokens; of a model without experts the axis is never proposed."""
     decoder = decoder_config(QWEN3_MOE)
-    config = PlanConfig(what="train", topology="v5e:16x16")
-    first = arithmetic.meshes(decoder, config, 256, 1)
+    config, pod = PlanConfig(what="train", topology="v5e:16x16"), parse_topology("v5e:16x16")
+    first = [found.sizes for found in arithmetic.layouts(decoder, config, pod)]
     assert first[0]["expert"] > 1 and all(math.prod(sizes.values()) == 256 for sizes in first)
     gathered, sent = ({"data": 1, "fsdp": 256 // n, "tensor": 1, "expert": n} for n in (1, 8))
     assert arithmetic.moved(decoder, config, sent) < arithmetic.moved(decoder, config, gathered) / 3
     assert arithmetic.held(decoder, gathered) == pytest.approx(30.5e9 / 256, rel=0.01)
-    assert {s["expert"] for s in arithmetic.meshes(decoder_config(LLAMA_8B), config, 256, 1)} == {1}
+    assert {f.sizes["expert"] for f in arithmetic.layouts(decoder_config(LLAMA_8B), config, pod)} == {1}
+
+
+def test_a_model_that_a_host_holds_is_planned_for_processes_that_share_no_batch():
+    """What is within a host is a mesh of a host; what is not, or is trained, takes all devices."""
+    decoder, pod = decoder_config(LLAMA_8B), parse_topology("v5e:4x4")
+    score = PlanConfig(what="score", topology=pod.name)
+    found = {tuple(f.sizes.values()): f.meshes for f in arithmetic.layouts(decoder, score, pod)}
+    assert found[4, 1, 1, 1] == found[2, 2, 1, 1] == found[1, 1, 4, 1] == 4
+    assert found[2, 8, 1, 1] == found[1, 16, 1, 1] == found[2, 1, 8, 1] == 1
+    assert all(math.prod(sizes) * meshes == 16 for sizes, meshes in found.items())
+    train = PlanConfig(what="train", topology=pod.name)
+    assert {f.meshes for f in arithmetic.layouts(decoder, train, pod)} == {1}
+    plans = {
+        mesh: plan(PlanConfig(what="score", topology=pod.name, mesh=mesh, arithmetic=True), quiet=True)
+        for mesh in ("data=4", "data=16")
+    }
+    assert [p["processes_share"] for p in plans.values()] == ["chunks", "batches"]
+    one, other = (p["estimate"]["pairs_a_step"] for p in plans.values())
+    assert one == other
+    with pytest.raises(ChesError, match="has 4 devices, v5e:4x4 has 16, a host of it 4"):
+        plan(PlanConfig(what="train", topology=pod.name, mesh="data=4", arithmetic=True), quiet=True)
+
+
+def test_what_the_pass_gives_lies_as_its_rows_do_and_no_statistic_is_gathered():
+    """Whatever the number of processes, so that a plan compiles the program of the run."""
+    decoder = decoder_config({**LLAMA_8B, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+                              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 4096})  # fmt: skip
+    config = PlanConfig(what="score", topology="h100:8", row_tokens=128, dtype="float32", logps=True)
+    for text in ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"):
+        (program,) = programs.score(decoder, config, make_mesh(text), dense)
+        lowered = program.lower()
+        compiled = lowered.compile()
+        assert {result.spec[0] for result in jax.tree.leaves(compiled.output_shardings)} == {ROW_AXES}
+        statistics = {math.prod(a.shape) for a in jax.tree.leaves(lowered.out_info)}
+        gathered = {c.bytes // 4 for c in collectives(compiled.as_text()) if c.kind == "all-gather"}
+        assert not gathered if text == "data=8" else gathered
+        # matrices of a layer, and states of a piece of the rows: no table of the vocabulary, no sum of a segment
+        assert not gathered & statistics and max(gathered, default=0) < decoder.vocab_size * decoder.width / 2
 
 
 def test_what_auto_orders_by_is_what_travels():

@@ -42,6 +42,7 @@ def run(tmp_path_factory):
         "ches": [1.0, 0.0, -2.0],
         "head_score": [5.0, 0.0, -10.0],
         "nthr": [0.0] * 3,
+        "logp": [-1.0] * 3,
         "chosen_candidate": [None] * 3,
         "rejected_candidate": [None] * 3,
     }

@@ -39,6 +39,7 @@ def run(tmp_path):
         "ches": [0.0] * 3,
         "head_score": [3.0, 0.1, -4.0],
         "nthr": [0.0] * 3,
+        "logp": [-1.0] * 3,
         "chosen_candidate": [None] * 3,
         "rejected_candidate": [None] * 3,
     }

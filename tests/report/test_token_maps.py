@@ -19,6 +19,7 @@ def write(run, head, candidates=(None, None, None)):
         "ches": [2.0, -1.0, 0.0],
         "head_score": head,
         "nthr": head,
+        "logp": head,
         "chosen_candidate": candidates,
         "rejected_candidate": candidates,
     }

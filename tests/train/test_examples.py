@@ -1,6 +1,7 @@
 """What each kind of objective is computed on, against the plain loss of plain log-probabilities."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,11 @@ LOSSES = {
     "odpo": {"alpha": 0.7},
     "kto": {"beta": 0.2, "weight_undesirable": 1.5},
     "d2o": {"beta": 0.3},
+    "dove": {"beta": 0.3},
     "ipo_mean": {"tau": 0.5},
 }
+TWO_PROMPTS = [PAIRS[0], *(replace(pair, rejected_prompt=(30, 31, 32)) for pair in PAIRS[1:])]
+"""One pair of one prompt, two of two."""
 SAMPLED = [
     TokenPair(
         row_id=f"{i}{k}",
@@ -98,7 +102,7 @@ class Plain:
         step = self.ROWS // 2
         assert len(pairs) % step == 0
         for i in range(0, len(pairs), step):
-            some = [(p.prompt, r) for p in pairs[i : i + step] for r in (p.chosen, p.rejected)]
+            some = [both for p in pairs[i : i + step] for both in zip(p.prompts, (p.chosen, p.rejected), strict=True)]
             rows = [(*prompt, *response.targets("include")) for prompt, response in some]
             tokens = np.array([[*row, *[0] * (self.LENGTH - len(row))] for row in rows], np.int32)
             yield tokens, np.array([[len(p) - 1 + k for k in range(WIDTH)] for p, _ in some], np.int32)
@@ -132,7 +136,7 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     policy, reference = models
     loss = get_loss(name, **LOSSES[name])
     numbers = REWARD_VALUES if loss.needs >= REWARDS else {}
-    pairs = SAMPLED if name == "d2o" else PAIRS
+    pairs = {"d2o": SAMPLED, "dove": TWO_PROMPTS, "ipo_mean": TWO_PROMPTS}.get(name, PAIRS)
     examples = make_examples(loss, pairs, numbers, seed=0, max_length=16, eos="include")
     everyone = range(len(examples))
     layout = Layout(standard_row(examples.items()), 1, "include", response_tokens=5 if reads_tokens(loss) else 0)
@@ -160,7 +164,8 @@ def test_a_packed_batch_has_the_value_and_gradient_of_the_plain_loss(models, pla
     assert scale > 1e-4
     for actual, want in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
         np.testing.assert_allclose(actual, want, rtol=0, atol=1e-10 * scale)
-    assert update_metrics({k: float(v) for k, v in metrics.items()}).keys() >= {"logps/chosen", "rewards/chosen"}
+    logps = "logps_joint/chosen" if name == "dove" else "logps/chosen"
+    assert update_metrics({k: float(v) for k, v in metrics.items()}).keys() >= {logps, "rewards/chosen"}
 
 
 def pure_loss(loss, tokens, ref_tokens, masks, extra):
@@ -179,6 +184,10 @@ def pure_loss(loss, tokens, ref_tokens, masks, extra):
         "ref_token_logps_rejected": ref_tokens[1],
         "token_mask_chosen": masks[0],
         "token_mask_rejected": masks[1],
+        "logp_joint_chosen": sums[0],
+        "logp_joint_rejected": sums[1],
+        "ref_logp_joint_chosen": ref[0],
+        "ref_logp_joint_rejected": ref[1],
         "logp": sums[0],
         "ref_logp": ref[0],
         "kl_baseline": kto_baseline(sums[1], ref[1]),
@@ -190,6 +199,21 @@ def pure_loss(loss, tokens, ref_tokens, masks, extra):
             every[f"{prefix}logp_rejected"] = rejected.reshape(2, 3)[:, 0]
     inputs = LossInputs(**{k: v for k, v in every.items() if k in loss.needs})
     return jnp.mean(loss(inputs)[0])
+
+
+def test_a_joint_example_has_the_prompt_in_its_responses():
+    """What follows the first token is predicted; the terminators stay, and equal first tokens are one prompt."""
+    one, two, _ = make_examples(get_loss("dove"), TWO_PROMPTS, {}, seed=0, max_length=16, eos="include").pairs
+    assert (one.prompt, one.rejected_prompt, one.rejected) == ((5,), None, Response((6, 7, 8, 4), 2))
+    assert (two.prompts, two.chosen) == (((12,), (30,)), Response((13, 14), 2))
+    assert two.rejected == Response((31, 32, 15, 16, 17), None)
+    assert len({p.row_id for p in (one, two, *TWO_PROMPTS)}) == 5
+
+
+def test_an_unpaired_example_of_two_prompts_is_each_response_with_its_own():
+    examples = make_examples(get_loss("kto"), TWO_PROMPTS, {}, seed=3, max_length=16, eos="include")
+    assert [p.prompt for p in examples.pairs] == [(5, 6, 7)] * 2 + [(12, 13), (30, 31, 32), (5, 5), (30, 31, 32)]
+    assert all(p.rejected_prompt is None for p in examples.pairs)
 
 
 def test_an_unpaired_example_is_one_response_beside_that_of_another_prompt():

@@ -16,6 +16,7 @@ from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows, from_wor
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, turns, word
 from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
+from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
@@ -145,6 +146,8 @@ def recognise(rows: Rows) -> Recognised:
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
+    if all(_has(rows, n) for n in TWO_PROMPTS) and fits(PLAIN, rows):
+        return Recognised(PLAIN, tuple(left_over(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])))
     if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
         return _canonical_list(rows, columns)
     named = _named_by_side(rows, columns)

@@ -6,11 +6,13 @@ pallas-tpu  ``pallas_tpu``
 pallas-gpu  ``pallas_gpu``
 
 ``NAME:interpret`` runs a kernel of another device in emulation, which is slow: for debugging and tests. Before a kernel
-is used it is compared with ``dense`` on the device. Kernels have no gradient; training uses ``with_gradient``.
+is used it is compared with ``dense`` on the device. Training uses ``with_gradient``: only the TPU's kernel has one.
 """
 
+import sys
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +102,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {"pallas-tpu": Kernel(_tpu, _why_not_tpu), "pallas-gpu": Kernel(_gpu, _why_not_gpu)}
+DIFFERENTIABLE = "pallas-tpu"
 PLAIN: dict[str, Attend] = {"blocks": blocks, "dense": dense.dense}
 
 
@@ -176,18 +179,42 @@ def choose_attention(name: str, config: DecoderConfig, dtype: DTypeLike) -> Choi
     return Choice(name, attend)
 
 
-def with_gradient() -> Attend:
-    """Attention for training: ``blocks`` on a CPU; elsewhere ``query_chunked``, whose control flow is static."""
-    return blocks if platform() == "cpu" else dense.query_chunked
+def with_gradient(config: DecoderConfig, dtype: DTypeLike) -> Attend:
+    """Attention for training.
+
+    On a TPU its kernel, where it takes the model's heads and has the gradient of ``dense``; on a CPU ``blocks``;
+    elsewhere ``query_chunked``, whose control flow is static.
+    """
+    if platform() == "cpu":
+        return blocks
+    setting = setting_of(config, dtype)._replace(platform=platform())
+    usable = KERNELS[DIFFERENTIABLE].why_not(setting) is None
+    # of devices that are not there nothing can be checked
+    if usable and (setting.platform != jax.default_backend() or _has_gradient(config, setting.dtype)):
+        return KERNELS[DIFFERENTIABLE].make(False)
+    return dense.query_chunked
 
 
-def check(attend: Attend, config: DecoderConfig, dtype: str) -> str | None:
+@lru_cache(maxsize=16)
+def _has_gradient(config: DecoderConfig, dtype: str) -> bool:
+    """Whether the kernel computes what ``dense`` does, forward and backward; tells why not."""
+    attend = KERNELS[DIFFERENTIABLE].make(False)
+    with ThreadPoolExecutor(1) as elsewhere:  # a training step asks while it is traced, which is a matter of its thread
+        fault = elsewhere.submit(check, attend, config, dtype, gradient=True).result()
+    if fault is not None:
+        print(f"ches: attention in plain jax for training: {DIFFERENTIABLE}: {fault}", file=sys.stderr)
+    return fault is None
+
+
+def check(attend: Attend, config: DecoderConfig, dtype: str, *, gradient: bool = False) -> str | None:
     """What is wrong with ``attend`` on a small packed batch with the model's heads; None where it equals ``dense``."""
-    faults = (_check_heads(attend, heads, config, dtype) for heads in head_shapes(config))
+    faults = (_check_heads(attend, heads, config, dtype, gradient) for heads in head_shapes(config))
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _check_heads(attend: Attend, heads: tuple[int, int], config: DecoderConfig, dtype: str) -> str | None:
+def _check_heads(
+    attend: Attend, heads: tuple[int, int], config: DecoderConfig, dtype: str, gradient: bool
+) -> str | None:
     """``check`` for heads of one shape."""
     ranges = _packed_rows()
     rows, length = ranges.own_start.shape
@@ -198,19 +225,33 @@ def _check_heads(attend: Attend, heads: tuple[int, int], config: DecoderConfig, 
     )
     params = AttentionParams(config.attention_scale, config.attention_softcap)
     exact = jnp.float64 if dtype == "float64" else jnp.float32
+    compute = _with_gradients if gradient else _outputs
     exact_inputs = AttentionInputs(q.astype(exact), k.astype(exact), v.astype(exact), ranges)
-    expected = jax.jit(partial(dense.dense, params=params))(exact_inputs)
+    expected = jax.jit(partial(compute, dense.dense, params=params))(exact_inputs)
     try:
-        out = jax.jit(partial(attend, params=params))(AttentionInputs(q, k, v, ranges)).astype(exact)
-        error = float(jnp.abs(out - expected).max() / jnp.abs(expected).max())
+        found = jax.jit(partial(compute, attend, params=params))(AttentionInputs(q, k, v, ranges))
+        error = max(
+            float(jnp.abs(a.astype(exact) - b).max() / jnp.abs(b).max()) for a, b in zip(found, expected, strict=True)
+        )
     except Exception as e:  # whatever the compiler of a kernel raises
         return f"does not run: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
     limit = TOLERANCE[dtype]
     if error <= limit:
         return None
+    what = "output or gradient" if gradient else "output"
     return (
-        f"differs from the plain computation by {error:.1e} of the largest output, where rounding is below {limit:.0e}"
+        f"differs from the plain computation by {error:.1e} of the largest {what}, where rounding is below {limit:.0e}"
     )
+
+
+def _outputs(attend: Attend, inputs: AttentionInputs, params: AttentionParams) -> tuple[jax.Array, ...]:
+    return (attend(inputs, params),)
+
+
+def _with_gradients(attend: Attend, inputs: AttentionInputs, params: AttentionParams) -> tuple[jax.Array, ...]:
+    """Outputs, and gradients of half of their sum of squares by queries, keys and values."""
+    out, back = jax.vjp(lambda q, k, v: attend(inputs._replace(q=q, k=k, v=v), params), *inputs[:3])
+    return out, *back(out)
 
 
 def _packed_rows() -> KeyRanges:

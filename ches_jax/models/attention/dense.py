@@ -95,7 +95,7 @@ def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q
 def query_chunked(
     inputs: AttentionInputs, params: AttentionParams, chunk: int = QUERY_CHUNK
 ) -> Float[Array, "B Q K G H"]:
-    """Attention for training: ``chunk`` queries at a time against the keys up to their end, scores never kept.
+    """Attention for training where there is no kernel: ``chunk`` queries at a time against the keys up to their end.
 
     No query sees a key after itself, so half of the scores are never computed; the backward pass computes the scores of
     a chunk again.

@@ -13,6 +13,11 @@ sample; the example is all of them, the rejected response once and last.
     pairs      x: s1 y-      x: s2 y-      x: s3 y-
     example    x: s1 s2 s3 y-
 
+A joint objective (DOVE) counts a prompt with its response: its example is a pair whose prompt is the first token alone.
+
+    pair       x1 x2 x3: y+    z1 z2: y-
+    example    x1: x2 x3 y+    z1: z2 y-
+
 A listwise objective takes rows of responses with scores, which come as the best response beside each other one; the
 example is the list, the best first, each response once.
 
@@ -31,7 +36,7 @@ from ches_jax.data.spans import differing_spans
 from ches_jax.errors import ChesError
 from ches_jax.losses import Loss
 from ches_jax.losses.tokens import SPAN_MASKS
-from ches_jax.train.objective import is_supervised, is_unpaired, reads_lists, reads_samples
+from ches_jax.train.objective import is_supervised, is_unpaired, reads_joint, reads_lists, reads_samples
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import Eos, Response, TokenPair
 
@@ -113,9 +118,11 @@ def make_examples(
       ChesError: pairs of which no such examples can be made.
     """
     if is_supervised(loss):
-        return Examples([replace(p, rejected=NOTHING) for p in pairs], dict(extra))
+        return Examples([replace(p, rejected=NOTHING, rejected_prompt=None) for p in pairs], dict(extra))
     if is_unpaired(loss) and pairs:
         return _unpaired(pairs, extra, seed, max_length, eos)
+    if reads_joint(loss):
+        return Examples([_joint(p) for p in pairs], dict(extra))
     if reads_samples(loss) and pairs:
         size = len({p.candidates for p in pairs})
         return Examples(list(pairs), {k: v[::size] for k, v in extra.items()}, size)
@@ -123,6 +130,23 @@ def make_examples(
         return _lists(pairs, extra)
     spans = _spans(pairs, eos) if loss.needs >= SPAN_MASKS else {}
     return Examples(list(pairs), {**extra, **spans})
+
+
+def _joint(pair: TokenPair) -> TokenPair:
+    """Prompt and response of each side as one response to the prompt's first token."""
+    sides = [
+        Response((*prompt[1:], *response.content), response.terminator)
+        for prompt, response in zip(pair.prompts, (pair.chosen, pair.rejected), strict=True)
+    ]
+    starts = [prompt[:1] for prompt in pair.prompts]
+    return replace(
+        pair,
+        prompt=starts[0],
+        rejected_prompt=None if starts[1] == starts[0] else starts[1],
+        chosen=sides[0],
+        rejected=sides[1],
+        row_id=hashlib.sha256(f"joint {pair.row_id}".encode()).hexdigest()[:32],
+    )
 
 
 def _lists(pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray]) -> Examples:
@@ -170,18 +194,18 @@ def _unpaired(
     pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray], seed: int, max_length: int, eos: Eos
 ) -> Examples:
     sides = [
-        (i, good, response)
+        (i, good, prompt, response)
         for i, pair in enumerate(pairs)
-        for good, response in ((True, pair.chosen), (False, pair.rejected))
+        for good, prompt, response in zip((True, False), pair.prompts, (pair.chosen, pair.rejected), strict=True)
         if response != NOTHING
     ]
-    whose = [i for i, _, _ in sides]
-    others = other_prompts([pairs[i].prompt for i in whose], seed)
+    whose = [i for i, *_ in sides]
+    others = other_prompts([prompt for _, _, prompt, _ in sides], seed)
     made = [
-        _beside(pairs[i], response, sides[other][2], max_length, eos)
-        for (i, _, response), other in zip(sides, others, strict=True)
+        _beside(replace(pairs[i], prompt=prompt, rejected_prompt=None), response, sides[other][3], max_length, eos)
+        for (i, _, prompt, response), other in zip(sides, others, strict=True)
     ]
-    labels = np.array([good for _, good, _ in sides])
+    labels = np.array([good for _, good, *_ in sides])
     columns = {k: v[whose] for k, v in extra.items()}
     if "weights_chosen" in columns:  # rows of one response have a weight each
         of_good, of_bad = columns.pop("weights_chosen"), columns.pop("weights_rejected")

@@ -19,7 +19,7 @@ from ches_jax.train.data.batches import Batch, Layout, padded, without_rows
 from ches_jax.train.data.examples import Examples
 from ches_jax.train.data.loader import Loader
 from ches_jax.train.forward import ResponseLogps
-from ches_jax.train.objective import is_unpaired, reads_lists, reads_tokens
+from ches_jax.train.objective import is_unpaired, reads_joint, reads_lists, reads_tokens
 from ches_jax.train.observe.observer import Params
 from ches_jax.train.observe.pair_logprobs import Evaluator, WatchedPairs
 from ches_jax.train.reference import Logps
@@ -60,7 +60,7 @@ class EvalLoss:
             logps, width = tokens.sums(), self.layout.response_tokens
             sides = examples.by_response(tokens, everyone)
             per_token = jnp.asarray(np.stack([padded(side, width, self.dtype) for side in sides], axis=1))
-        elif is_unpaired(loss) or reads_lists(loss):
+        elif is_unpaired(loss) or reads_lists(loss) or reads_joint(loss):
             logps = self.evaluate(params, examples.pairs)
         else:
             logps = self.watched.statistics(step, params)["held_out"].logps
