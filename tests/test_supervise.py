@@ -54,7 +54,7 @@ def test_who_is_supervised(words, several):
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "takes too much memory"),
     ],
 )
-def test_how_a_child_ended_is_said_by_its_parent(body, code, said):
+def test_how_a_child_ended_is_reported_by_its_parent(body, code, said):
     process = start(body)
     stderr = process.communicate(timeout=300)[1]
     assert process.returncode == code and said in stderr
