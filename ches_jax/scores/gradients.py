@@ -124,7 +124,8 @@ class Gradients:
             frozen = params
             params = {k: jnp.asarray(v) for k, v in initial_adapters(adapter_shapes(abstract), estimator.seed).items()}
         self._params, self._frozen = params, frozen
-        self._gram = jax.jit(_gram_of_a_pair(abstract, estimator.name))
+        attend = with_gradient(model.config, str(model.dtype))
+        self._gram = jax.jit(_gram_of_a_pair(abstract, estimator.name, attend))
         self._projected = jax.jit(_projections(abstract, estimator))
 
     def facts(self) -> dict[str, Any]:
@@ -173,16 +174,16 @@ class Gradients:
         return out
 
 
-def _gram_of_a_pair(abstract: Decoder, name: str) -> Callable[[Tree, Tree, PackedBatch], Array]:
+def _gram_of_a_pair(abstract: Decoder, name: str, attend: Attend) -> Callable[[Tree, Tree, PackedBatch], Array]:
     """[3] of the pair that a row holds: both squared norms and the inner product."""
 
     def logps(params: Tree, frozen: Tree, rows: PackedBatch) -> Array:
         if name == "head":
             model = with_parameters(abstract, frozen)
-            states = lax.stop_gradient(_states(model, rows, with_gradient()))
+            states = lax.stop_gradient(_states(model, rows, attend))
             return _of_the_pair(_segments(model, params["unembedding"], states, rows, token_logps))
         model = with_parameters(abstract, {**frozen, **params})
-        states = _states(model, rows, with_gradient())
+        states = _states(model, rows, attend)
         return _of_the_pair(_segments(model, model.unembedding, states, rows, token_logps))
 
     def gram(params: Tree, frozen: Tree, rows: PackedBatch) -> Array:

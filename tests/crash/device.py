@@ -50,6 +50,7 @@ class Scorer:
             "ches": [_number(p.row_id, t) for p, t in tokens],
             "head_score": [None] * len(tokens),
             "nthr": [None] * len(tokens),
+            "logp": [_number("logp", p.row_id, t) for p, t in tokens],
         }
 
 
