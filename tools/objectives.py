@@ -269,6 +269,12 @@ the reference, for one pair of 4 and 6 tokens (-8 and -15 nats): what pushes fir
 TRL's `loss_type=["sigmoid", "bco_pair", "sft"]` with `loss_weights=[0.8, 0.2, 1]` is
 `0.8*sigmoid + 0.2*bco_pair_unshifted + sft`; `--loss '["sigmoid", "sft"]'` is read too, with all weights 1. TRL's `ipo`
 is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `use_weighting` is `wpo(...)`, `rpo_alpha` is `+ ALPHA*sft`.
+
+![How hard each loss of pairs pushes, by the margin](images/incentives.svg)
+
+The picture has every loss whose rows are single pairs; `python tools/incentive_plots.py` draws it from the registry.
+Where the two curves are one, a loss pushes both responses equally; where the solid one lies below the line, it lowers
+the chosen response.
 """
 
 
