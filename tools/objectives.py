@@ -145,11 +145,11 @@ class Bench:
             )
             cotangents, state = program(found.responses, found.tokens, found.head_norms, thin, state)
             params, opt_state = self.update(params, opt_state, batch, cotangents)
-        told: dict[str, Any] = {"loss": repr(loss)}
+        numbers: dict[str, Any] = {"loss": repr(loss)}
         for name, prefix in (("train", ""), ("held_out", "held_out_")):
             now = self.evaluate(self.policy.parameters(params), self.run.sets[name])
-            told |= {prefix + column: interval for column, interval in changes(now, self.before[name]).items()}
-        return told
+            numbers |= {prefix + column: interval for column, interval in changes(now, self.before[name]).items()}
+        return numbers
 
 
 def changes(now: Any, then: Any) -> dict[str, list[float]]:
@@ -183,12 +183,12 @@ def by_training(expression: str, folder: Path) -> dict[str, Any]:
     config = TrainConfig(**RUN, **options, loss=expression, out=str(out), probes="none", watch=2**31, export=False)
     train(config, quiet=True)
     rows = pq.read_table(out / "displacement.parquet").to_pylist()
-    told: dict[str, Any] = {"loss": repr(parse_loss(expression))}
+    numbers: dict[str, Any] = {"loss": repr(parse_loss(expression))}
     for name, prefix in (("train", ""), ("held_out", "held_out_")):
         of_set = [row for row in rows if row["set"] == name and row["step"] == RUN["steps"]]
         moved = np.array([[row["dlogp_chosen"], row["dlogp_rejected"]] for row in of_set]).T
-        told |= {prefix + column: interval for column, interval in changes(moved, 0 * moved).items()}
-    return told
+        numbers |= {prefix + column: interval for column, interval in changes(moved, 0 * moved).items()}
+    return numbers
 
 
 def _rewarded(out: Path) -> Path:
