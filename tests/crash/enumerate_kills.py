@@ -1,6 +1,6 @@
 """A command is killed before each of its operations on files in turn, and started again: the same bytes, no leftovers.
 
-    python -m tests.crash.enumerate_kills VERB MODEL [--most N] [--record tests/crash/counts.json]
+    python -m tests.crash.enumerate_kills VERB MODEL [--jobs N] [--most N] [--record tests/crash/counts.json]
 
 This process imports everything and computes nothing, so that it may fork: each run is a child, which neither imports
 nor (with the compilation cache) compiles much. One line of JSON at the end: the operations, and what went wrong after
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     return None
 
 
-def main(verb: str, model: str, most: int | None = None, record: Path | None = None) -> None:
+def main(verb: str, model: str, most: int | None = None, record: Path | None = None, jobs: int = 1) -> None:
     """Enumerate the kills of one command, and note the counts in a file."""
     code = commit()
     for name in IMPORTED:
@@ -226,7 +227,7 @@ def main(verb: str, model: str, most: int | None = None, record: Path | None = N
         for words in plan.get("before", ()):
             run(start, command(words))
         again = command([*plan["words"], *plan.get("again", ())])
-        operations, problems = enumerated(start, command(plan["words"]), again, "again" not in plan, most)
+        operations, problems = enumerated(start, command(plan["words"]), again, "again" not in plan, most, jobs)
     print(json.dumps({"operations": operations, "problems": problems}))
     if record is not None:
         killed = len(operations[:most])
@@ -256,7 +257,12 @@ def note(record: Path, verb: str, counts: dict[str, Any]) -> None:
 
 
 def enumerated(
-    start: Path, act: Callable[[], int], again: Callable[[], int], at_once: bool = False, most: int | None = None
+    start: Path,
+    act: Callable[[], int],
+    again: Callable[[], int],
+    at_once: bool = False,
+    most: int | None = None,
+    jobs: int = 1,
 ) -> tuple[list[str], list[str]]:
     """Kills before every operation in turn.
 
@@ -266,6 +272,7 @@ def enumerated(
       again: what is done afterwards, until its end.
       at_once: what it makes is there whole or not at all: where it is there, doing it again is refused.
       most: only so many operations.
+      jobs: kills at once; each has a folder of its own.
 
     Returns:
       The operations of a run that nobody kills, and what went wrong after which.
@@ -274,8 +281,8 @@ def enumerated(
     shutil.copytree(start, whole)
     operations = run(whole, act)
     expected = content(whole)
-    problems: list[str] = []
-    for at, operation in enumerate(operations[:most]):
+
+    def problem_of(at: int) -> str | None:
         folder = start.parent / f"case{at}" / "here"
         shutil.copytree(start, folder)
         try:
@@ -285,12 +292,15 @@ def enumerated(
             except Refused as refusal:
                 if not at_once or "exists and is not an empty directory" not in str(refusal):
                     raise
-            if problem := different(expected, content(folder)):
-                problems.append(f"{at} {operation}: {problem}")
+            return different(expected, content(folder))
         except Refused as refusal:
-            problems.append(f"{at} {operation}: {refusal}")
+            return str(refusal)
         finally:
             shutil.rmtree(folder.parent)
+
+    with ThreadPoolExecutor(jobs) as several:
+        found = list(several.map(problem_of, range(len(operations[:most]))))
+    problems = [f"{at} {operations[at]}: {problem}" for at, problem in enumerate(found) if problem]
     return operations, problems
 
 
@@ -299,7 +309,8 @@ if __name__ == "__main__":
     parser.add_argument("verb", choices=list(verbs("MODEL")))
     parser.add_argument("model")
     parser.add_argument("--most", type=int, help="only so many operations")
+    parser.add_argument("--jobs", type=int, default=1, help="kills at once")
     parser.add_argument("--record", type=Path, help="where the counts are noted")
     options = parser.parse_args()
     with contextlib.suppress(BrokenPipeError):
-        main(options.verb, options.model, options.most, options.record)
+        main(options.verb, options.model, options.most, options.record, options.jobs)
