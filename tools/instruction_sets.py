@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
 import numpy as np
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
@@ -89,8 +90,8 @@ def of_claims(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def weights(place: Path) -> dict[str, np.ndarray]:
-    """Of the exported model."""
-    return load_file(place / "model" / "model.safetensors")
+    """Of the exported model, as numbers that can be compared."""
+    return {name: w.astype(np.float32) for name, w in load_file(place / "model" / "model.safetensors").items()}
 
 
 def bytes_below(folder: Path) -> Iterator[tuple[str, bytes]]:
