@@ -89,9 +89,7 @@ def row(verb: str, model: str, pod: Pod, found: dict[str, Any]) -> str:
     gib, held = 2**30, found["bytes"]
     total = "more than there is" if held["total"] is None else f"{held['total'] / gib:.1f}"
     parts = " + ".join(
-        f"{name} {held[name] / gib:.1f}"
-        for name in ("weights", "optimiser", "temporaries")
-        if held.get(name) is not None
+        f"{name} {held[name] / gib:.1f}" for name in ("weights", "optimiser", "temporaries") if held.get(name)
     )
     kinds = (found["collectives"] or {}).items()
     moved = ", ".join(f"{kind} {one['bytes'] / 1e9:.2f}" for kind, one in kinds) or "none"
