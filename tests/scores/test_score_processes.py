@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,15 +10,10 @@ import time
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from flax import nnx
 
 from ches_jax.distributed.mesh import mesh_of_run
 from ches_jax.errors import ChesError
-from ches_jax.models.checkpoint.save import save_pretrained
-from ches_jax.models.decoder import Decoder
-from ches_jax.models.families.registry import decoder_config
 from ches_jax.scores.table import FILE_NAME, read_table
 
 
@@ -131,36 +125,6 @@ def test_processes_that_run_something_else_are_refused_by_name(words, cache, tmp
     codes, said = finish(processes)
     assert codes == [2, 2] and "runs something else" in said[0] and "exclude" in said[0], said
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def seventy(tiny_model, tmp_path_factory):
-    """80 layers, 64 query and 8 key heads, as Llama-3-70B has them, a tiny width, random weights."""
-    raw = json.loads((tiny_model / "config.json").read_text())
-    shape = {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4}
-    raw |= {**shape, "hidden_size": 64, "intermediate_size": 112}
-    out = tmp_path_factory.mktemp("models") / "seventy"
-    save_pretrained(Decoder(decoder_config(raw), rngs=nnx.Rngs(3)), out, config=raw)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny_model / name, out / name)
-    return out
-
-
-@pytest.mark.slow
-def test_eighty_layers_over_four_processes_score_as_on_one(seventy, cache, tmp_path):
-    """Weights over all, the vocabulary too; head scores, log-probabilities and scores of tokens."""
-    words = ["--model", str(seventy), "--limit", "8", "--chunk-rows", "8", "--batch-tokens", "512"]
-    words += ["--logps", "--by", "head_score", "--token-scores"]
-    codes, said = finish(start("score", 1, 1, [*words, "--out", str(tmp_path / "alone")], cache))
-    assert codes == [0], said
-    four = start("score", 4, 2, [*words, "--mesh", "fsdp=4,tensor=2", "--out", str(tmp_path / "run")], cache)
-    codes, said = finish(four, 900)
-    assert codes == [0] * 4, said
-    same_scores(tmp_path / "run", tmp_path / "alone")
-    one, other = (pq.read_table(tmp_path / n / "token_scores.parquet").to_pydict() for n in ("run", "alone"))
-    assert one["token"] == other["token"] and one["position"] == other["position"]
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["processes"] == 4 and record["mesh"]["fsdp"] == 4 and record["mesh"]["tensor"] == 2
 
 
 def texts(out):
