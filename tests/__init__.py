@@ -1,5 +1,5 @@
-"""The tests: their environment is set, and the checker of shapes at hand, before jax and the library are imported."""
+"""The tests: their environment is set before jax is imported."""
 
-from tests import compiled, shapes
+from tests import compiled
 
-__all__ = ["compiled", "shapes"]
+__all__ = ["compiled"]

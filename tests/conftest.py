@@ -1,5 +1,6 @@
 """What all tests share: compiled programs, strict arithmetic, the tiny model."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -26,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for module in ("torch", "transformers", "huggingface_hub"):
         for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{module}")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays; it is not searched again
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "displacement": PURE | {"scores", "inputs", "generate", "judges"},
     "integrations": LEAVES | {"displacement"},
     "select": PURE | {"scores"},
-    "label": PURE | {"scores", "inputs"},
+    "label": PURE | {"scores", "inputs", "displacement"},
     "train": PURE | {"models", "inputs", "displacement"},
     "forecast": PURE | {"models", "inputs", "scores", "displacement", "train"},
     "generate": PURE | {"models", "inputs"},

@@ -99,7 +99,7 @@ class Bench:
 
         def logps(params: Any, batch: Any) -> Any:
             model = policy.with_parameters(policy.parameters(params))
-            return batch_logps(model, batch, norms=True, attend=with_gradient())
+            return batch_logps(model, batch, norms=True, attend=with_gradient(model.config, model.dtype))
 
         def update(params: Any, opt_state: Any, batch: Any, cotangents: Any) -> Any:
             def of(params: Any) -> Any:

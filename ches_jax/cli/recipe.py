@@ -29,7 +29,7 @@ from typing import Any
 
 from ches_jax.errors import ChesError, did_you_mean
 from ches_jax.runs.directory import write_json
-from ches_jax.runs.files import read_object
+from ches_jax.runs.files import read_object, read_text
 
 RECORD = "recipe.json"
 PLACE = re.compile(r"\{([^{}]+)\}")
@@ -73,10 +73,8 @@ def read_recipe(path: Path, verbs: Sequence[str]) -> Recipe:
       ChesError: no such file, no TOML, a stage without name or verb, an unknown verb, two stages of one name.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ChesError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_text(path, ChesError, "a recipe in TOML"))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ChesError(f"{path}: is no TOML ({error})") from None
     if unknown := values.keys() - {"stage", "rounds", "first"}:
         raise ChesError(f"{path}: {', '.join(sorted(unknown))}: a recipe has rounds, [first] and [[stage]]")

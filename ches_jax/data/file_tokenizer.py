@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.errors import DataError
-from ches_jax.runs.files import read_object
+from ches_jax.runs.files import read_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -220,7 +220,7 @@ def _agrees(declared: Any, added: Mapping[str, Any]) -> bool:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The chat template of a directory: its own file, or else what the settings hold."""
     file = directory / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    template = read_text(file, DataError, "a template") if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
         return {one["name"]: one["template"] for one in template}
     if template is None or isinstance(template, str):

@@ -47,7 +47,8 @@ from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
-from ches_jax.runs.store import is_address
+from ches_jax.runs.files import read_object
+from ches_jax.runs.store import is_address, is_store
 from ches_jax.types import Pairing
 
 _FORMATS = (
@@ -465,6 +466,8 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     form, packed = files.kind_of(path)
     if form not in READERS:
         raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
+    if not path.is_file() and not is_store(path):
+        raise DataError(f"{path}: a pipe or a device; data are read more than once: write them to a file first")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one row")
     kind, read = READERS[form]
@@ -531,8 +534,8 @@ def _open_parts(path: Path, split: str | None) -> Opened:
 
 def _split_names(path: Path) -> list[str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["splits"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        names = read_object(path, DataError, "the splits of a datasets folder")["splits"]
+    except KeyError as error:
         raise DataError(f"{path}: is damaged ({error!r}); expected the splits of a datasets folder") from None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise DataError(f"{path}: 'splits' is no list of names; expected the splits of a datasets folder")

@@ -83,6 +83,8 @@ class Changes:
     """Columns about the pairs, [pairs]: ``row_id``, ``index``, ``chosen_tokens``, ``rejected_tokens``, ``category``."""
     beside: "Changes | None" = None
     """The training pairs beside the held-out ones."""
+    start: tuple[np.ndarray, np.ndarray] | None = None
+    """Log-probabilities of chosen and rejected under the first model, [pairs] in nats, where they are known."""
 
 
 def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:

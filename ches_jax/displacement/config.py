@@ -52,6 +52,10 @@ class DiagnoseConfig(RowOptions):
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows, when models are scored: error, drop or keep."""
 
+    label_noise: float | None = None
+    """Share of the labels that is wrong: then the accuracy is told that the optimum of DPO would have."""
+    unseen: str | None = None
+    """Other pairs whose responses no training saw, scored with --before and --after as models: how far those moved."""
     on_policy: bool = False
     """Both responses of each pair were drawn from the first model (temperature 1) and judged afterwards: the fall is
     split into the divergence KL(before || after) and half the margin."""

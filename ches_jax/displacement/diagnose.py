@@ -15,8 +15,10 @@ from ches_jax.displacement.calibration import calibration
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
+from ches_jax.displacement.intervals import Interval, of_pairs
 from ches_jax.displacement.log_changes import log_changes
-from ches_jax.displacement.on_policy import OnPolicy, split, write_sampled_pairs
+from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, split, write_sampled_pairs
+from ches_jax.displacement.ranking import Ranking, ranking
 from ches_jax.displacement.readers.find import SIDES, read_log
 from ches_jax.displacement.readers.log import Log, log_of
 from ches_jax.displacement.readers.metric_names import metric
@@ -52,6 +54,8 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     """
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
+    if config.label_noise is not None and not 0 < config.label_noise < 1:
+        raise ChesError(f"--label-noise {config.label_noise}: expected a share between 0 and 1")
     if config.out is None:
         return _diagnose(_with_copies(config), quiet)
     with staged(output_place(config.out), RESULT) as out:
@@ -97,6 +101,8 @@ def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
                 parts=breakdown(changes, config.tolerance),
                 calibration=None if beta is None else calibration(changes, beta),
                 on_policy=split(changes) if config.on_policy else answers,
+                ranking=_ranking(config, changes, beta),
+                unseen=None if config.unseen is None else _unseen(config, work, quiet),
             )
         diagnosis = replace(diagnosis, advice=advice(diagnosis))
     if config.out is not None:
@@ -188,20 +194,46 @@ def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> tuple[Diagno
     from ches_jax.displacement.models import changes_between_models, generated_and_judged
 
     responses, judgments = generated_and_judged(config, work, quiet=quiet)
-    pairs = write_sampled_pairs(Path(responses[0]), work / "answers.jsonl")
-    scored = replace(
-        config,
-        pairs=str(pairs),
-        columns={},
-        candidates=None,
-        split=None,
-        limit=None,
-        on_bad_row="keep",
-        template="auto",
-    )
-    changes = changes_between_models(scored, work / "answers", quiet=quiet)
+    found = []
+    for name, folder in zip(("answers", "answers-after"), responses, strict=True):
+        pairs = write_sampled_pairs(Path(folder), work / f"{name}.jsonl")
+        changes = changes_between_models(_scoring(config, str(pairs)), work / name, quiet=quiet)
+        found.append(split(changes, own=False))
+    lengths = mean_tokens(Path(responses[0])), mean_tokens(Path(responses[1]))
+    # what the second model's own answers gained is its divergence from the first
+    gained = found[1].kl
+    reverse = Interval(-gained.mean, -gained.high, -gained.low)
     config = replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
-    return config, split(changes, own=False)
+    return config, replace(found[0], reverse_kl=reverse, tokens=lengths)
+
+
+def _scoring(config: DiagnoseConfig, pairs: str) -> DiagnoseConfig:
+    """The config with other pairs, in canonical columns, in place of those that are diagnosed."""
+    plain: dict[str, Any] = {"columns": {}, "candidates": None, "split": None, "limit": None}
+    return replace(config, pairs=pairs, on_bad_row="keep", template="auto", **plain)
+
+
+def _unseen(config: DiagnoseConfig, work: Path, quiet: bool) -> Interval:
+    """Mean change of both responses of each pair of --unseen.
+
+    Raises:
+      ChesError: no two models to score them with.
+    """
+    from ches_jax.displacement.models import changes_between_models
+
+    assert config.unseen is not None
+    if config.before is None or config.after is None or _is_table(Path(config.before)):
+        raise ChesError("--unseen needs --before MODEL and --after MODEL, which score its responses")
+    changes = changes_between_models(_scoring(config, config.unseen), work / "unseen", quiet=quiet)
+    return of_pairs(np.stack([(changes.chosen + changes.rejected) / 2]), changes.records)[0]
+
+
+def _ranking(config: DiagnoseConfig, changes: Changes, beta: float | None) -> Ranking | None:
+    """What both models rank rightly, where their log-probabilities are known."""
+    if changes.start is None:
+        return None
+    after = changes.start[0] + changes.chosen, changes.start[1] + changes.rejected
+    return ranking(changes.start, after, beta, config.label_noise, changes.records)
 
 
 def _beta_of_run(config: DiagnoseConfig) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ches_jax.errors import ChesError
+from ches_jax.runs.files import read_text
 
 HARM = ("harmful", "benign")
 LONGER = 1.5
@@ -189,7 +190,7 @@ def _read(path: Path, name: str, column: str) -> dict[tuple[str, int], Any]:
     file = path / name if path.is_dir() else path
     try:
         rows: list[Mapping[str, Any]] = [
-            json.loads(x) for x in file.read_text(encoding="utf-8").splitlines() if x.strip()
+            json.loads(x) for x in read_text(file, ChesError, "JSON lines").splitlines() if x.strip()
         ]
         return {(str(r.get("row_id") or r["prompt"]), int(r.get("sample") or 0)): r[column] for r in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

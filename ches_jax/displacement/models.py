@@ -54,7 +54,7 @@ def _require_same_tokens(first: "Inputs", second: "Inputs") -> None:
     """Refuses models whose tokenizers read a pair differently."""
     one, other = (chain.from_iterable(pairs for _, pairs in inputs.chunks()) for inputs in (first, second))
     for a, b in zip_longest(one, other):
-        sides = ("prompt", "chosen", "rejected")
+        sides = ("prompts", "chosen", "rejected")
         differ = [s for s in sides if a is None or b is None or getattr(a, s) != getattr(b, s)]
         if differ:
             row = a.index if a is not None else b.index if b is not None else 0

@@ -35,6 +35,10 @@ class OnPolicy:
     pairs: int
     own: bool
     """Whether these are the pairs that are diagnosed; else answers that the first model gave for the comparison."""
+    reverse_kl: Interval | None = None
+    """KL(after || before) of an answer of the second model, nats, where it gave some."""
+    tokens: tuple[Interval, Interval] | None = None
+    """Mean length of the answers of the first and of the second model, tokens."""
 
     def line(self, chosen: float) -> str:
         """For a person; ``chosen``: mean change of the chosen responses that are diagnosed."""
@@ -45,16 +49,23 @@ class OnPolicy:
                 "half the margin"
             )
         more = -chosen - self.kl.mean
-        return (
+        told = (
             f"on policy: {2 * self.pairs} answers of the first model itself fell by KL(before || after) = {self.kl} "
             f"nats; the chosen responses here fell by {abs(more):.3f} {'more' if more > 0 else 'less'}"
         )
+        if self.reverse_kl is not None:
+            told += f"; of the second model's answers KL(after || before) = {self.reverse_kl} nats"
+        if self.tokens is not None:
+            told += f"; answers of {self.tokens[0].mean:.1f} tokens before, {self.tokens[1].mean:.1f} after"
+        return told
 
     def to_json(self) -> dict[str, Any]:
         """For a script."""
         return {
             "kl": self.kl.to_json(),
             "half_margin": self.half_margin.to_json(),
+            "reverse_kl": None if self.reverse_kl is None else self.reverse_kl.to_json(),
+            "tokens": None if self.tokens is None else [side.to_json() for side in self.tokens],
             "pairs": self.pairs,
             "of": "the pairs" if self.own else "answers of the first model",
         }
@@ -70,6 +81,13 @@ def split(changes: Changes, *, own: bool = True) -> OnPolicy:
     both = np.stack([-(changes.chosen + changes.rejected) / 2, (changes.chosen - changes.rejected) / 2])
     kl, half_margin = of_pairs(both, changes.records)
     return OnPolicy(kl, half_margin, len(changes.chosen), own)
+
+
+def mean_tokens(responses: Path) -> Interval:
+    """Mean length of the answers in a directory of `ches generate`, over prompts."""
+    rows = [json.loads(x) for x in (responses / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = np.unique([row["row_id"] for row in rows], return_inverse=True)[1]
+    return of_pairs(np.array([[float(len(row["token_ids"])) for row in rows]]), prompts)[0]
 
 
 def write_sampled_pairs(responses: Path, out: Path) -> Path:

@@ -34,6 +34,7 @@ from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Changes, Curve, Di
 from ches_jax.displacement.evidence import HARM, UNMEASURED, Harm
 from ches_jax.displacement.intervals import FEWEST, Interval
 from ches_jax.displacement.on_policy import OnPolicy
+from ches_jax.displacement.ranking import Ranking
 from ches_jax.errors import ChesError
 from ches_jax.stats import LEVEL
 
@@ -86,6 +87,10 @@ class Diagnosis:
     calibration: Calibration | None = None
     on_policy: OnPolicy | None = None
     """The split of a fall into the divergence and half the margin."""
+    ranking: Ranking | None = None
+    """Which pairs the models rank rightly."""
+    unseen: Interval | None = None
+    """Mean change of responses that no training saw, nats."""
     advice: tuple[tuple[str, str, str], ...] = ()
     """What to do, from what it follows, and its price."""
     worst: tuple[Mapping[str, Any], ...] = ()
@@ -95,6 +100,21 @@ class Diagnosis:
     def directions(self) -> dict[str, Direction]:
         """What chosen, rejected and margin did; all ``undecided`` where there are too few units."""
         return {name: getattr(self, name).direction(self.tolerance) for name in NAMES}
+
+    @property
+    def three_properties(self) -> dict[str, Interval] | None:
+        """Changes of the rejected, the chosen and unseen responses, where there are unseen ones.
+
+        Unseen are the responses of ``--unseen``, else answers of the first model. Yan et al., 3D-Properties
+        (https://arxiv.org/abs/2406.07327): drastic drop, degradation into suppression, dispersion.
+        """
+        unseen = self.unseen
+        if unseen is None and self.on_policy is not None and not self.on_policy.own:
+            kl = self.on_policy.kl
+            unseen = Interval(-kl.mean, -kl.high, -kl.low)
+        if unseen is None or self.scale != "nats":
+            return None
+        return {"drop": self.rejected, "degradation": self.chosen, "dispersion": unseen}
 
     @property
     def headline(self) -> str:
@@ -128,6 +148,13 @@ class Diagnosis:
                 lines += part.lines(counts=part is self and self.beside is not None)
         if self.calibration is not None:
             lines.append(f"    {self.calibration.line()}")
+        if self.ranking is not None:
+            lines.append(f"    {self.ranking.line()}")
+        if (moved := self.three_properties) is not None:
+            lines.append(
+                f"    3D-properties: drop of the rejected {moved['drop']}, of the chosen {moved['degradation']}, "
+                f"of unseen responses {moved['dispersion']} nats"
+            )
         if self.on_policy is not None:
             lines.append(f"    {self.on_policy.line(self.chosen.mean)}")
         lines += [f"    {part.line()}" for part in self.parts]
@@ -188,6 +215,8 @@ class Diagnosis:
             "parts": [part.to_json() for part in self.parts],
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             "on_policy": None if self.on_policy is None else self.on_policy.to_json(),
+            "ranking": None if self.ranking is None else self.ranking.to_json(),
+            "three_properties": {k: v.to_json() for k, v in (self.three_properties or {}).items()} or None,
             "advice": [dict(zip(("do", "because", "price"), line, strict=True)) for line in self.advice],
             "worst": [dict(row) for row in self.worst],
             "caveats": list(self.caveats),

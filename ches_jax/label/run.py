@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ches_jax.data.sources import Record
+from ches_jax.displacement.ranking import flip_budget, ranking_summary
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
 from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
-from ches_jax.label.rewards import consistency, flip_budget, implicit_reward, label_probability, ranking_summary
+from ches_jax.label.rewards import consistency, implicit_reward, label_probability
 from ches_jax.options import PairOptions
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
@@ -138,7 +139,7 @@ def _by_implicit_reward(
         summary["consistency"] = share
         # CREAM: every pair as its own policy ranks it, and all as sure as the two policies agree
         probability = np.where(probability >= 0.5, share, 1 - share)
-    budget = flip_budget(sides["reference"][1] - sides["reference"][0], config.beta)
+    budget = flip_budget(sides["reference"][0] - sides["reference"][1], config.beta)
     columns = {
         row_id: {
             "chosen_reward": float(c),
@@ -295,7 +296,6 @@ def summary_text(record: Mapping[str, Any]) -> str:
         "flipped_to_wrong": "pairs that became wrong",
         "implicit_reward_accuracy": "pairs whose implicit rewards agree with the label",
         "calibration_error": "calibration error of the implicit rewards",
-        "idealised_accuracy": "accuracy that labels as sure as these allow",
         "consistency": "pairs that policy and earlier policy rank alike",
     }
     lines += [f"{words[k]}: {v:.1%}" for k, v in record.get("ranking", {}).items()]

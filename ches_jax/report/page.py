@@ -64,6 +64,10 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
         from ches_jax.report.forecast_page import influence_page
 
         return influence_page(folder)
+    if "groups.parquet" in has:
+        from ches_jax.report.groups_page import groups_page
+
+        return groups_page(folder)
     if has & {"responses.jsonl", "judgments.jsonl"}:
         from ches_jax.report.response_page import response_page
 
@@ -87,8 +91,8 @@ def write_page(page: Page, out: Path) -> Path:
 def _what_is_there(folder: Path, has: set[str]) -> str:
     expected = (
         "expected a directory of ches score (scores.parquet), train (displacement.parquet), diagnose (diagnosis.json), "
-        "forecast (forecast.parquet), influence (influence.parquet), generate (responses.jsonl), judge "
-        "(judgments.jsonl), select (selection.json) or verify (claims.json)"
+        "forecast (forecast.parquet), influence (influence.parquet), groups (groups.parquet), generate "
+        "(responses.jsonl), judge (judgments.jsonl), select (selection.json) or verify (claims.json)"
     )
     if not folder.exists():
         return f"does not exist; {expected}"

@@ -1,6 +1,5 @@
 """How the numbers of a page came to be."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ from ches_jax.errors import RunError
 from ches_jax.report.document import Section
 from ches_jax.report.html import data_table
 from ches_jax.runs.directory import CONFIG, RUN
+from ches_jax.runs.files import read_json
 from ches_jax.runs.shapes import require_shape
+from ches_jax.runs.store import is_there
 
 _RATE = {"refusal_rate?": float, "interval?": [float], "responses?": int}
 _SHAPE = {
@@ -33,10 +34,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    if not is_there(path):
         return {}
+    value = read_json(path, RunError, "a run directory")
     return require_shape(path, value, _SHAPE, RunError)
 
 

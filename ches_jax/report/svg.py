@@ -75,7 +75,7 @@ def histogram(values: np.ndarray, *, x: str, of: str = "pairs", bins: int = 48) 
     return place.svg(parts)
 
 
-def two_histograms(values: Mapping[str, np.ndarray], *, x: str, bins: int = 40) -> str:
+def two_histograms(values: Mapping[str, np.ndarray], *, x: str, of: str = "pairs", bins: int = 40) -> str:
     """The distributions of two or three columns on one axis, as outlines."""
     across = axis(np.concatenate([*values.values()]))
     histograms = {
@@ -83,7 +83,7 @@ def two_histograms(values: Mapping[str, np.ndarray], *, x: str, bins: int = 40) 
         for name, v in values.items()
     }
     place = _Frame(across, _counts(np.concatenate([c for c, _ in histograms.values()])))
-    parts, series = [place.grid(x, "pairs")], []
+    parts, series = [place.grid(x, of)], []
     for k, (name, (counts, edges)) in enumerate(histograms.items()):
         steps = " ".join(
             f"{place.x(e):.1f},{place.y(c):.1f}"

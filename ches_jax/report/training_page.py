@@ -26,6 +26,7 @@ from ches_jax.report.html import figure, gallery, paragraphs
 from ches_jax.report.probe_section import probe_section
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.texts import texts_by_id
+from ches_jax.runs.files import open_regular
 from ches_jax.runs.shapes import misfit
 from ches_jax.select.scored_rows import SourceRow
 
@@ -222,7 +223,9 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     losses: dict[str, list[tuple[int, float]]] = {}
     if not path.exists():
         return losses
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_regular(path, RunError, "JSON lines") as file:
+        text = file.read().decode("utf-8", "replace")
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a run that was killed

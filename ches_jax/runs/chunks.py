@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
-from ches_jax.runs.files import read_object, replacing, sha256
+from ches_jax.runs.files import open_regular, read_object, replacing, sha256
 from ches_jax.runs.store import make_folder, remove
 
 FOLDER = "parts"
@@ -251,7 +251,7 @@ def read_lines(source: Path) -> Iterator[dict[str, Any]]:
     Raises:
       RunError: a line that is no JSON object.
     """
-    with source.open(encoding="utf-8") as f:
+    with open_regular(source, RunError, "JSON lines") as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)

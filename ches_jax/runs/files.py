@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ches_jax.errors import ChesError
 from ches_jax.runs import store
@@ -165,21 +165,48 @@ def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
         raise error(f"{path}: not valid JSON ({str(e).partition(';')[0]})") from None
 
 
-def _bounded(path: Path, error: type[ChesError]) -> bytes:
+def read_text(path: Path, error: type[ChesError], expected: str, encoding: str = "utf-8") -> str:
+    """The text of a small file, whoever made it.
+
+    Raises:
+      error: it is missing or cannot be read, is no regular file, is larger than ``JSON_BYTES``, or is not in
+        ``encoding``; ``expected`` says what it should be.
+    """
+    try:
+        return _bounded(path, error, expected).decode(encoding)
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror or e}); expected {expected}") from None
+    except UnicodeDecodeError as e:
+        raise error(f"{path}: is no text in {encoding.upper()} (byte {e.start}); expected {expected}") from None
+
+
+def _bounded(path: Path, error: type[ChesError], expected: str = "JSON") -> bytes:
     """The bytes of a regular file of at most ``JSON_BYTES``."""
     if store.is_store(path):
         size, data = store.size_of(path), b""
         if size <= JSON_BYTES:
             data = store.read_range(path, 0, size, error)
     else:
-        with open(path, "rb", opener=_without_waiting) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise error(f"{path}: not a regular file; expected JSON")
-            size, data = about.st_size, file.read(JSON_BYTES + 1) if about.st_size <= JSON_BYTES else b""
+        with open_regular(path, error, expected) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(JSON_BYTES + 1) if size <= JSON_BYTES else b""
     if size > JSON_BYTES:
-        raise error(f"{path}: {size} bytes; expected at most {JSON_BYTES} of JSON")
+        raise error(f"{path}: {size} bytes; expected at most {JSON_BYTES} of {expected}")
     return data
+
+
+def open_regular(path: Path, error: type[ChesError], expected: str) -> BinaryIO:
+    """A file opened for reading: a stranger's pipe or device in its place would wait, or never end.
+
+    Raises:
+      OSError: it cannot be opened.
+      error: it is no regular file.
+    """
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise error(f"{path}: not a regular file; expected {expected}")
+    return file
 
 
 def _without_waiting(path: str, flags: int) -> int:

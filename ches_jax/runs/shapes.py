@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import ChesError
+from ches_jax.runs.files import read_text
 
 Shape = Any
 
@@ -95,12 +96,8 @@ def read_json_lines(path: Path, shape: Shape, error: type[ChesError]) -> list[An
     Raises:
       error: it cannot be read, or a line is of another shape; names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise error(f"{path}: cannot be read ({e})") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, error, "JSON lines").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from ches_jax.errors import ChesError, did_you_mean
 from ches_jax.options import ModelOptions, PairOptions, not_identity, require_dtype, require_positive
 from ches_jax.runs.directory import new_name
 from ches_jax.types import OnBadRow
@@ -31,6 +32,9 @@ class ScoreConfig(PairOptions, ModelOptions):
     (negative token hidden reward) too."""
     logps: bool = False
     """Log-probabilities of both responses too."""
+    gradients: str | None = None
+    """Entanglement of both responses' gradients (norms, inner product, cosine, band of incentives), by an estimator:
+    head, lora,rank=8,seed=0, projected,directions=64,seed=0 or full. Two backward passes a pair, but for projected."""
     dtype: str = "float32"
     """Dtype of the computation: float32, bfloat16, float16 or float64. Sums are float32 at least."""
     param_dtype: str | None = None
@@ -50,6 +54,49 @@ class ScoreConfig(PairOptions, ModelOptions):
     """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge."""
 
 
+class GradientEstimator(NamedTuple):
+    """What stands in for the gradient of a log-probability (``scores.gradients``)."""
+
+    name: str
+    size: int = 0
+    """Rank of adapters, number of directions; 0 where there is none."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        word = SIZES.get(self.name)
+        return f"{self.name},{word[0]}={self.size},seed={self.seed}" if word else self.name
+
+
+SIZES = {"lora": ("rank", 8), "projected": ("directions", 64)}
+"""Estimators with a size: its word, and what it is by default."""
+ESTIMATORS = ("head", "lora", "projected", "full")
+
+
+def parse_gradients(text: str) -> GradientEstimator:
+    """The estimator that ``--gradients`` names.
+
+    >>> str(parse_gradients("lora,rank=4"))
+    'lora,rank=4,seed=0'
+
+    Raises:
+      ChesError: no such estimator, or a number that it does not have.
+    """
+    name, *numbers = text.split(",")
+    if name not in ESTIMATORS:
+        raise ChesError(
+            f"--gradients {text!r}: expected one of {', '.join(ESTIMATORS)}{did_you_mean(name, ESTIMATORS)}"
+        )
+    word, default = SIZES.get(name, ("", 0))
+    found = {word: default, "seed": 0} if word else {}
+    for number in numbers:
+        key, _, value = number.partition("=")
+        if key not in found or not value.isdecimal() or (key == word and not 0 < int(value) < 2**16):
+            there = f"{word} (default {default}) and seed, such as {name},{word}={default}" if word else "no numbers"
+            raise ChesError(f"--gradients {text!r}: {number!r} is none of its numbers; {name} has {there}")
+        found[key] = int(value)
+    return GradientEstimator(name, found.get(word, 0), found.get("seed", 0))
+
+
 def with_defaults(config: ScoreConfig) -> ScoreConfig:
     """The config with its open options filled in.
 
@@ -60,9 +107,12 @@ def with_defaults(config: ScoreConfig) -> ScoreConfig:
 
     require_dtype("dtype", config.dtype)
     require_dtype("param-dtype", config.param_dtype)
+    gradients = None if config.gradients is None else str(parse_gradients(config.gradients))
     tokens = config.batch_tokens
     if tokens is None:
         tokens = ROW_TOKENS if jax.default_backend() == "cpu" else 8 * ROW_TOKENS
     counted = None if tokens == "auto" else tokens
     require_positive({"batch-tokens": counted, "chunk-rows": config.chunk_rows, "limit": config.limit})
-    return replace(config, batch_tokens=tokens, out=config.out or str(new_name(Path("runs"), "score")))
+    return replace(
+        config, batch_tokens=tokens, gradients=gradients, out=config.out or str(new_name(Path("runs"), "score"))
+    )

@@ -98,6 +98,20 @@ def soft_label(p: Numbers, inner: Numbers, sqnorm_chosen: Numbers, sqnorm_reject
     return p * ches(inner, sqnorm_chosen) + (1.0 - p) * swapped(inner, sqnorm_rejected)
 
 
+def gradient_score(inner: Any, norm_chosen: Any) -> Any:
+    r"""How far a step of a loss with equal incentives lowers the chosen response.
+
+    .. math:: \langle g_+, g_- \rangle - \|g_+\|^2
+
+    >>> float(gradient_score(3.0, 2.0))
+    -1.0
+
+    References:
+      Yuan et al. (https://arxiv.org/abs/2410.13828), the condition under which ln pi(chosen) falls.
+    """
+    return np.asarray(inner) - np.square(norm_chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """A number of a pair that ``--by`` can name."""
@@ -129,6 +143,10 @@ SCORES: dict[str, Score] = {
         "log-probability of chosen less rejected, nats",
         similarity=False,
     ),
+    "grad_cosine": Score(("grad_cosine",), _same, "cosine of the gradients of both log-probabilities"),
+    "gradient_score": Score(
+        ("grad_inner", "grad_norm_chosen"), gradient_score, "how far a step of DPO lowers the chosen response"
+    ),
     "influence": Score(
         ("influence",),
         _same,
@@ -146,6 +164,9 @@ _FLAG_OF = {
     "head_score": "--by head_score",
     "logp_chosen": "--logps",
     "logp_rejected": "--logps",
+    "grad_cosine": "--gradients head",
+    "grad_inner": "--gradients head",
+    "grad_norm_chosen": "--gradients head",
 }
 
 

@@ -22,8 +22,9 @@ from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.decoder import Decoder
 from ches_jax.runs.directory import versions
-from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, with_defaults
+from ches_jax.scores.config import ROW_TOKENS, ScoreConfig, parse_gradients, with_defaults
 from ches_jax.scores.forward import ForwardPass, Outputs, largest_batch
+from ches_jax.scores.gradients import Gradients
 from ches_jax.scores.scorer import Batching, PairScorer
 from ches_jax.scores.table import CANDIDATES, table_of, with_columns
 from ches_jax.scores.table import schema as table_schema
@@ -52,6 +53,7 @@ def pair_scorer(
     batch_tokens: int | Literal["auto"],
     eos: Eos,
     on_batch: Callable[[int], None] = lambda pairs: None,
+    gradients: str | None = None,
 ) -> PairScorer:
     """A scorer for a model; it compiles when it meets a batch.
 
@@ -63,12 +65,14 @@ def pair_scorer(
       batch_tokens: tokens per device and step; auto: the largest batch that the memory holds.
       eos: whether a terminator counts in a response.
       on_batch: called with the number of pairs after every batch.
+      gradients: an estimator of the entanglement of gradients (``scores.gradients``); None: without.
     """
     forward = ForwardPass(model, mesh, outputs, attend)
     tokens = min(team_of(mesh).exchange(largest_batch(forward, ROW_TOKENS))) if batch_tokens == "auto" else batch_tokens
     rope = model.config.rope
     batching = Batching.of(tokens, ROW_TOKENS, forward, rope.length_threshold if rope else None)
-    return PairScorer(forward, batching, eos, on_batch)
+    entangled = None if gradients is None else Gradients(model, mesh, parse_gradients(gradients), eos)
+    return PairScorer(forward, batching, eos, on_batch, entangled)
 
 
 def score_chunk(scorer: PairScorer, chunk: list[TokenPair], on_bad_row: OnBadRow) -> ScoredChunk:
@@ -89,6 +93,7 @@ def score_pairs(
     *,
     by: Literal["ches", "head_score"] = "ches",
     logps: bool = False,
+    gradients: str | None = None,
     eos: Eos = "include",
     max_length: int | None = None,
     template: Template = "auto",
@@ -112,6 +117,7 @@ def score_pairs(
         ``columns`` explain.
       by: ``head_score`` computes the exact score of the unembedding's gradient beside CHES.
       logps: log-probabilities of both responses too, in nats.
+      gradients: entanglement of both responses' gradients by an estimator, as ``ScoreConfig.gradients``.
       eos: whether the terminator of a complete response counts in its length.
       max_length: most tokens of prompt and response together; default: the model's context.
       template: when the chat template is used: auto (conversations only), always, none; or which: a name or a file.
@@ -146,6 +152,7 @@ def score_pairs(
         ScoreConfig(
             by=by,
             logps=logps,
+            gradients=gradients,
             eos=eos,
             max_length=max_length,
             template=template,
@@ -180,6 +187,7 @@ def score_pairs(
             choose_attention(attention, model.config, dtype).attend,
             batch_tokens=options.batch_tokens,  # type: ignore[arg-type]
             eos=eos,
+            gradients=options.gradients,
         )
         scored = [score_chunk(scorer, chunk, on_bad_row) for chunk in chunks]
     metadata = {

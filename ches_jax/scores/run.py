@@ -128,7 +128,15 @@ def _score(
     metadata = _metadata(identity, model.config.family, begun.versions)
     outputs = Outputs(logps=config.logps, head_score=config.by == "head_score", token_scores=config.token_scores)
     assert config.batch_tokens is not None
-    scorer = pair_scorer(model, mesh, outputs, attention.attend, batch_tokens=config.batch_tokens, eos=config.eos)
+    scorer = pair_scorer(
+        model,
+        mesh,
+        outputs,
+        attention.attend,
+        batch_tokens=config.batch_tokens,
+        eos=config.eos,
+        gradients=config.gradients,
+    )
     say("compiling, then scoring", quiet=quiet)
     started, compiled = time.perf_counter(), scorer.run.compile_seconds
     scored = _score_chunks(out, inputs, opener, config, scorer, metadata, division, begun, total, quiet)
@@ -145,6 +153,7 @@ def _score(
         "batch_tokens": scorer.batching.batch_tokens,
         "padding_waste": round(scorer.waste, 4),
         "work": scorer.facts(),
+        **({} if scorer.gradients is None else {"gradients": scorer.gradients.facts()}),
     }
     with team.sharing_errors():
         if division.turns.count == 1 and team.first:

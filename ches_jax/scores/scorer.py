@@ -25,6 +25,8 @@ from ches_jax.errors import ChesError
 from ches_jax.runs.work import Work
 from ches_jax.scores import formulas
 from ches_jax.scores.forward import ForwardPass, fetch
+from ches_jax.scores.gradients import Gradients, Gram, band
+from ches_jax.scores.gradients import cosine as gradient_cosine
 from ches_jax.scores.hidden_sums import SegmentStatistics
 from ches_jax.scores.table import CANDIDATES, COLUMNS
 from ches_jax.scores.unembedding_gradients import PairContributions, pair_contributions
@@ -40,6 +42,7 @@ MODEL_COLUMNS = (
     "logp_rejected",
 )
 """What the model gives; everything else is derived or counted."""
+GRADIENT_COLUMNS = ("grad_norm_chosen", "grad_norm_rejected", "grad_inner")
 TOKEN_COLUMNS = (
     "row_id",
     "index",
@@ -90,10 +93,16 @@ class PairScorer:
     """
 
     def __init__(
-        self, run: ForwardPass, batching: Batching, eos: Eos, on_batch: Callable[[int], None] = lambda pairs: None
+        self,
+        run: ForwardPass,
+        batching: Batching,
+        eos: Eos,
+        on_batch: Callable[[int], None] = lambda pairs: None,
+        gradients: Gradients | None = None,
     ):
-        """``on_batch`` is called with the number of pairs after every batch."""
+        """``on_batch`` is called with the number of pairs after every batch; ``gradients`` adds their columns."""
         self.run = run
+        self.gradients = gradients
         self.team = team_of(run.mesh)
         self.batching = batching
         self.eos: Eos = eos
@@ -175,6 +184,11 @@ class PairScorer:
         while waiting:
             collect()
         numbers, tokens = self._of_team(numbers, tokens)
+        if self.gradients is not None:
+            with self.work.on_device():
+                gram = self.gradients([pairs[i] for i in scorable])
+            for name, values in zip(GRADIENT_COLUMNS, gram, strict=True):
+                numbers[name][scorable] = values if name == "grad_inner" else np.sqrt(values)
         self._require_finite(pairs, scorable, numbers)
         columns = _table_columns(pairs, numbers, self.eos)
         if not self.run.outputs.token_scores:
@@ -217,7 +231,8 @@ class PairScorer:
         outputs = self.run.outputs
         left_out = set() if outputs.logps else {"logp_chosen", "logp_rejected"}
         left_out |= set() if outputs.head_score else {"head_score"}
-        return [n for n in MODEL_COLUMNS if n not in left_out]
+        gradients = () if self.gradients is None else GRADIENT_COLUMNS
+        return [*(n for n in MODEL_COLUMNS if n not in left_out), *gradients]
 
     def _add_products(
         self,
@@ -326,6 +341,10 @@ def _table_columns(pairs: list[TokenPair], numbers: dict[str, np.ndarray], eos: 
             "ln_ches": formulas.ln_ches(inner, plus, n_chosen, n_rejected),
             "cosine": formulas.cosine(inner, plus, minus),
         }
+    if "grad_inner" in numbers:
+        gram = Gram(numbers["grad_norm_chosen"] ** 2, numbers["grad_norm_rejected"] ** 2, numbers["grad_inner"])
+        scores["grad_cosine"] = gradient_cosine(gram)
+        scores["band_low"], scores["band_high"] = band(gram)
     candidates = {}
     if any(p.candidates for p in pairs):
         candidates = {n: [p.candidates and p.candidates[k] for p in pairs] for k, n in enumerate(CANDIDATES)}

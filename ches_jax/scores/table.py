@@ -42,13 +42,20 @@ COLUMNS: dict[str, pa.DataType] = {
     "shared_prefix_tokens": pa.int32(),
     "logp_chosen": pa.float64(),
     "logp_rejected": pa.float64(),
+    "grad_norm_chosen": pa.float64(),
+    "grad_norm_rejected": pa.float64(),
+    "grad_inner": pa.float64(),
+    "grad_cosine": pa.float64(),
+    "band_low": pa.float64(),
+    "band_high": pa.float64(),
     "influence": pa.float64(),
     "from_chosen": pa.float64(),
     "from_rejected": pa.float64(),
     "flags": pa.list_(pa.string()),
     "category": pa.string(),
 }
-"""Every column a table can have. ``head_score`` and ``logp_*`` are there when asked, the ``*_candidate`` columns when
+"""Every column a table can have. ``head_score``, ``logp_*`` and, of ``scores.gradients``, ``grad_*`` and ``band_*``
+(null where the band has no such end) are there when asked, the ``*_candidate`` columns when
 some row of the data has candidates, ``influence`` and its parts in tables of ``ches influence``; the scores of a row
 that could not be scored (kept with a flag) are null."""
 

@@ -184,7 +184,9 @@ def _evaluations(
     """Displacement, loss on the held-out pairs, probes; all look every ``eval_every`` updates."""
     config, write = run.config, run.process.first
     watched = WatchedPairs(evaluate, run.sets)
-    log = DisplacementLog(run.out, config.eos, config.tolerance, write=write, ranks=ranks_of(run.train, run.held_out))
+    beta = run.loss.hyper.get("beta") if run.starts_at_the_reference else None
+    ranks = ranks_of(run.train, run.held_out)
+    log = DisplacementLog(run.out, config.eos, config.tolerance, write=write, ranks=ranks, beta=beta)
     observers: list[Observer] = [DisplacementObserver(config.eval_every, watched, log, posteriors)]
     if run.pairs.held_out and beside is not None and not run.loss.stateful:
         held_out = Loader(

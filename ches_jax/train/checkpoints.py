@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -115,6 +116,7 @@ class Checkpoints:
         """
         _log_failures_once()
         self.folder = _folder(out)
+        _require_regular(out / FOLDER)
         self._best = best
         self._every = every
         self._last = time.monotonic()
@@ -295,6 +297,20 @@ def _folder(out: Path) -> Any:
     return epath.Path(str(out / FOLDER))
 
 
+def _require_regular(folder: Path) -> None:
+    """Refuse a stranger's pipe or device among the files of checkpoints, which orbax would wait for.
+
+    Raises:
+      RunError: names it.
+    """
+    if is_store(folder):
+        return
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if not path.is_file():
+                raise RunError(f"{path}: not a regular file; remove this checkpoint, or start again with a new --out")
+
+
 def saved_steps(out: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, rising; the run may be under way."""
     folder = _folder(out)
@@ -306,6 +322,7 @@ def saved_steps(out: Path) -> list[int]:
 def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
     """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written."""
     folder = _folder(out) / str(step)
+    _require_regular(out / FOLDER / str(step))
     shapes = read_object(out / FOLDER / str(step) / "about" / "metadata", RunError, "a checkpoint of a run")["shapes"]
     place = SingleDeviceSharding(jax.local_devices()[0])
     target = {}

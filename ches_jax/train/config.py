@@ -45,7 +45,7 @@ class UpdateOptions(PairOptions, ModelOptions):
     """Weight of the load-balancing loss of a mixture of experts, for sft losses; 0: without it."""
     weights: str | None = None
     """Column with the weight of each pair's loss, such as the `weight` that a soft `ches select` writes. Weighs the
-    whole loss, or what weighted(...) wraps in it."""
+    whole loss, or what weighted(...) wraps in it. Held-out pairs without the column count 1 each."""
     label_probabilities: str | None = None
     """Column with the probability that the label of each pair is right: the loss of the flipped pair has the rest."""
     token_weights: str | None = None

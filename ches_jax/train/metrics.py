@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ches_jax.errors import RunError
-from ches_jax.runs.files import replacing
+from ches_jax.runs.files import open_regular, replacing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -60,7 +60,8 @@ class JsonLines:
         self.path = path
         kept = b""
         if resume_step is not None and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
+            with open_regular(path, RunError, "the numbers of a run") as file:
+                lines = file.read().splitlines(keepends=True)
             for number, line in enumerate(lines, 1):
                 step = _step(line)
                 if step is None and number == len(lines):

@@ -74,7 +74,7 @@ def reference_logps(
         if write:
             write_cache(parts / f"{i:06d}.parquet", new, identity)
         known |= new
-    if missing and write:
+    if write and (missing or parts.exists()):  # also where a run was killed between its last part and the whole
         write_cache(final, known, identity)
         shutil.rmtree(parts, ignore_errors=True)
     return ordered(pairs, known, identity)

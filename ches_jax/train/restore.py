@@ -1,6 +1,5 @@
 """The model of any checkpoint of a run, for those who come after it."""
 
-import json
 from pathlib import Path
 
 from ches_jax.errors import RunError
@@ -10,6 +9,7 @@ from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.runs.model_card import trained_card
+from ches_jax.runs.shapes import read_json_lines
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
@@ -62,8 +62,7 @@ def card_at(out: Path, step: int) -> str | None:
     if not (out / RUN).exists():
         return None
     numbers: dict[str, float] = {}
-    for line in (out / METRICS).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
+    for values in read_json_lines(out / METRICS, {"step": int}, RunError):
         if values["step"] == step:
             numbers |= {name: value for name, value in values.items() if "displacement/" in name}
     return trained_card(read_json(out / RUN), step, numbers)

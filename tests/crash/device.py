@@ -25,6 +25,10 @@ class Scorer:
     batching = SimpleNamespace(batch_tokens=1)
     on_batch: Callable[[int], None]
 
+    def facts(self) -> dict[str, Any]:
+        """Nothing was done."""
+        return {}
+
     def __call__(self, pairs: Sequence[Any]) -> tuple[dict[str, Any], dict[str, list]]:
         columns: dict[str, Any] = {
             "row_id": [p.row_id for p in pairs],
@@ -46,6 +50,7 @@ class Scorer:
             "ches": [_number(p.row_id, t) for p, t in tokens],
             "head_score": [None] * len(tokens),
             "nthr": [None] * len(tokens),
+            "logp": [_number("logp", p.row_id, t) for p, t in tokens],
         }
 
 

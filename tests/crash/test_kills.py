@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.enumerate_kills import verbs
+from tests.crash.enumerate_kills import ROW, command, verbs
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,14 @@ def test_the_files_of_a_run(tmp_path):
     kinds = {operation.split()[0] for operation in operations}
     assert len(operations) > 60 and kinds == {"open", "fsync", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
     assert not problems
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_the_runs_without_a_device_are_runs(verb, tiny_model, tmp_path, monkeypatch):
+    """The stand-ins fit what they stand for."""
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text(json.dumps({k: v.format("bread") for k, v in ROW.items()}) + "\n")
+    assert command(verbs(str(tiny_model))[verb]["words"])() == 0 and Path("out/run.json").exists()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.data import file_tokenizer
-from ches_jax.data.file_tokenizer import NAMED, REBUILT, token_ids
+from ches_jax.data.file_tokenizer import NAMED, REBUILT, FileTokenizer, token_ids
 from ches_jax.data.template import RESERVED
 from ches_jax.data.tokenize import load_tokenizer, tokenizer_fingerprint
 
@@ -156,6 +156,27 @@ def test_names_that_rendering_takes_are_reserved():
 
     for taken in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
         assert set(inspect.signature(taken).parameters) - {"conversations"} <= RESERVED
+
+
+def test_added_tokens_are_tokens(directory):
+    """Also those that the vocabulary does not hold."""
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    number = 1 + max(t["id"] for t in content["added_tokens"] + [{"id": max(content["model"]["vocab"].values())}])
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": number, "content": "<|more|>"})
+    file.write_text(json.dumps(content))
+    light = file_tokenizer.read(directory)
+    assert light is not None and len(light) == number + 1 == len(load_tokenizer("bundled")) + 1
+    assert light.get_vocab()["<|more|>"] == number
+
+
+def test_the_template_for_tools_is_for_tools():
+    light = load_tokenizer("bundled")
+    several = FileTokenizer(Path(), light.backend_tokenizer, {}, {"default": "d", "tool_use": "t", "x": "y"})
+    found = [several.get_chat_template(), several.get_chat_template(tools=[{}]), several.get_chat_template("x")]
+    assert found == ["d", "t", "y"] and several.get_chat_template("{{ own }}") == "{{ own }}"
+    with pytest.raises(ValueError, match="no default chat template"):
+        FileTokenizer(Path(), light.backend_tokenizer, {}, {"x": "y"}).get_chat_template()
 
 
 def test_what_is_not_read_here_comes_from_transformers():

@@ -1,6 +1,7 @@
 """What a diagnosis says of pairs beside the verdict: kinds of pairs, calibration, and the split of on-policy pairs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from ches_jax.displacement.calibration import calibration
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
+from ches_jax.displacement.intervals import Interval
 from ches_jax.displacement.on_policy import split, write_sampled_pairs
+from ches_jax.displacement.ranking import ranking, ranking_rates
+from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError
 
 RNG = np.random.default_rng(0)
@@ -123,3 +127,56 @@ def test_a_diagnosis_says_all_three(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "rewards/chosen": 0.1, "rewards/rejected": 0.1}\n')
     with pytest.raises(ChesError, match="--on-policy needs pairs"):
         diagnose(DiagnoseConfig(path=str(tmp_path / "log.jsonl"), on_policy=True))
+
+
+def test_pairs_that_each_model_ranks_rightly_and_what_it_would_cost():
+    """Thirty prompts, a third of each kind: right before and after, put right, put wrong."""
+    first = np.repeat([2.0, -1.0, 3.0], 10)
+    second = np.repeat([5.0, 1.0, -1.0], 10)
+    zeros = np.zeros(30)
+    found = ranking((first, zeros), (second, zeros), 0.5, noise=0.2)
+    n = {name: interval.mean for name, interval in found.numbers.items()}
+    assert (n["reference"], n["policy"], n["to_right"], n["to_wrong"]) == pytest.approx((2 / 3, 2 / 3, 1 / 3, 1 / 3))
+    assert n["flip_budget"] == pytest.approx(np.mean(np.log1p(np.exp(-0.5 * first))))
+    assert n["idealised"] == 1.0  # -1 + ln 4 / 0.5 > 0
+    low, high = ranking((first, zeros), (second, zeros), 0.5, noise=0.45).numbers["idealised"], 2 / 3
+    assert low.mean == pytest.approx(high)  # -1 + ln(0.55 / 0.45) / 0.5 < 0
+    p = 1 / (1 + np.exp(-0.5 * (second - first)))
+    gaps = [abs(p[0] - 1), abs(p[10] - 1), abs((1 - p[20]) - 0)]  # of three bins: 0.82, 0.73 and, wrong, 0.88
+    error = found.numbers["calibration_error"]
+    assert error.mean == pytest.approx(np.mean(gaps)) and error.low < error.mean < error.high
+    assert "became right 33%, wrong 33%" in found.line() and "20% wrong labels" in found.line()
+    json.dumps(found.to_json())
+    without = ranking((first, zeros), (second, zeros), None, records=np.repeat(np.arange(5), 6))
+    assert without.numbers.keys() == {"reference", "policy", "to_right", "to_wrong"}
+    assert not without.numbers["policy"].known
+
+
+def test_a_training_log_counts_pairs_and_no_single_responses():
+    start = np.array([1.0, -1.0, np.nan]), np.array([0.0, 0.0, 0.0])
+    now = np.array([-1.0, 1.0, 3.0]), np.array([0.0, 0.0, 0.0])
+    rates = ranking_rates(start, now, 0.1)
+    assert (rates["ranking/accuracy"], rates["ranking/accuracy_start"]) == (0.5, 0.5)
+    assert (rates["ranking/flipped_to_right"], rates["ranking/flipped_to_wrong"]) == (0.5, 0.5)
+    assert "ranking/calibration_error" in rates and "ranking/calibration_error" not in ranking_rates(start, now, None)
+    assert ranking_rates((start[0][2:], start[1][2:]), (now[0][2:], now[1][2:]), 0.1) == {}
+
+
+def test_the_three_properties_take_unseen_responses_or_own_answers():
+    changes = Changes(np.full(10, -1.0), np.full(10, -3.0), "test")
+    diagnosis = diagnose_changes(changes)
+    assert diagnosis.three_properties is None
+    own = split(Changes(np.full(10, -2.0), np.full(10, -4.0), "test"), own=False)
+    answered = replace(diagnosis, on_policy=own)
+    moved = answered.three_properties
+    assert moved is not None
+    assert {name: i.mean for name, i in moved.items()} == {"drop": -3.0, "degradation": -1.0, "dispersion": -3.0}
+    given = replace(answered, unseen=Interval(-0.5, -0.6, -0.4)).three_properties
+    assert given is not None and given["dispersion"].mean == -0.5
+    assert "of unseen responses -3.000" in answered.text()
+    assert answered.to_json()["three_properties"]["drop"]["mean"] == -3.0
+
+
+def test_label_noise_is_a_share():
+    with pytest.raises(ChesError, match="expected a share between 0 and 1"):
+        diagnose(DiagnoseConfig(path="x", label_noise=1.0))

@@ -94,5 +94,7 @@ def test_a_tiny_run_ends_in_a_report(tmp_path):
     result = json.loads(execute("forecast", "tiny", config, tmp_path / "run", resume=False, quiet=True).read_text())
     found = result["result"]["lrs"]["3e-05"]["sets"]["held_out"]["predictors"]
     assert {"first order", "second order", "pilot", "ches"} <= found.keys()
-    assert len(rows(result)) == 11 and "at equal lengths" in tables(result)
-    assert all(path.exists() for path in figures(result, "tiny", tmp_path))
+    assert len(rows(result)) == 13 and "at equal lengths" in tables(result)
+    assert tables(result).count("| IPO |") == 2, "held-out and training pairs"
+    drawn = figures(result, "tiny", tmp_path)
+    assert len(drawn) == 2 and all(path.exists() for path in drawn)

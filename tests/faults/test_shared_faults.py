@@ -28,6 +28,8 @@ KINDS = {
         "tests/runs/test_chunks.py::test_a_part_of_another_run_is_named",
         "tests/runs/test_chunks.py::test_chunks_computed_from_data_that_changed_are_not_done",
         "tests/scores/test_run.py::test_two_processes_take_turns_and_merge_into_the_same_bytes",
+        "tests/forecast/test_stages.py::test_a_part_that_is_damaged_is_written_again_and_one_that_is_whole_is_not",
+        "tests/label/test_label.py::test_a_file_that_changes_while_it_is_read_makes_no_labels",
     ],
     "the identity of a run is all that it opened": [
         "tests/test_identity.py::test_any_file_that_a_run_opened_is_named_when_it_is_another_one_now",
@@ -48,12 +50,16 @@ KINDS = {
         "tests/runs/test_lock.py::test_half_written_files_of_the_dead_go_and_those_of_the_living_stay",
         "tests/runs/test_lock.py::test_two_writers_of_one_directory_end_in_words",
         "tests/runs/test_lock.py::test_temporary_names_are_never_the_same_twice",
+        "tests/runs/test_lock.py::test_a_lock_that_is_a_link_or_a_pipe_empties_nothing_and_holds_nobody",
+        "tests/forecast/test_stages.py::test_two_at_once_are_not_let_in",
     ],
     "what a stranger's file may cost is bounded": [
         "tests/models/test_readings.py::test_sizes_beyond_all_models_are_refused_at_once",
         "tests/models/test_lora.py::test_a_pattern_that_would_take_for_ever_is_refused",
         "tests/data/test_time_limit.py::test_a_template_that_costs_too_much_is_refused",
         "tests/runs/test_files.py::test_json_of_any_size_is_not_read_into_memory",
+        "tests/test_pipes.py::test_of_a_command",
+        "tests/test_pipes.py::test_of_a_directory",
         "tests/test_rendezvous.py::test_a_stranger_at_the_port_changes_nothing",
     ],
     "a row of data does not decide how it is read": [
@@ -70,6 +76,12 @@ KINDS = {
         "tests/data/test_files.py::test_other_columns_can_always_be_written_again",
         "tests/runs/test_chunks.py::test_whatever_a_row_holds_is_a_line_of_json",
         "tests/select/test_select.py::test_odd_contents_become_json",
+    ],
+    "who survives ends in words": [
+        "tests/test_supervise.py::test_how_a_child_ended_is_told_by_its_parent",
+        "tests/test_supervise.py::test_a_child_does_not_outlive_its_parent",
+        "tests/train/test_processes.py::test_a_process_that_dies_makes_the_other_exit_within_a_minute",
+        "tests/scores/test_run.py::test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it",
     ],
     "the restart in large pages ends": [
         "tests/test_hugepages.py::test_a_setting_that_is_lost_on_the_way_does_not_start_it_again_and_again",

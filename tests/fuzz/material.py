@@ -76,6 +76,7 @@ def write_runs(folder: Path) -> None:
         "ches": [1.0, 2.0],
         "head_score": [0.0, 1.0],
         "nthr": [0.0, 1.0],
+        "logp": [-1.0, -2.0],
         "chosen_candidate": [None] * 2,
         "rejected_candidate": [None] * 2,
     }

@@ -2,24 +2,22 @@
 
 import json
 from math import exp, log
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ches_jax.data.sources import pairs_of_run
+from ches_jax.displacement.ranking import calibration_error, flip_budget, idealised_right, ranking_summary
 from ches_jax.errors import ChesError
 from ches_jax.label import gather as label_gather
 from ches_jax.label import run as label_run
 from ches_jax.label.config import GatherConfig, LabelConfig
 from ches_jax.label.gather import gather, prompt_id
 from ches_jax.label.rewards import (
-    calibration_error,
     consistency,
-    flip_budget,
-    idealised_accuracy,
     implicit_reward,
     label_probability,
-    ranking_summary,
 )
 from ches_jax.label.run import label, read_phrases
 
@@ -48,7 +46,7 @@ def test_rewards_are_beta_times_log_ratios_and_probabilities_their_logistic_diff
     policy, ref = np.array([-4.0, -9.0]), np.array([-6.0, -9.5])
     np.testing.assert_allclose(implicit_reward(policy, ref, 0.5), [1.0, 0.25])
     np.testing.assert_allclose(label_probability(np.array([1.0]), np.array([0.25])), [1 / (1 + exp(-0.75))])
-    np.testing.assert_allclose(flip_budget(np.array([4.0, -4.0]), 0.5), [log(1 + exp(2)), log(1 + exp(-2))])
+    np.testing.assert_allclose(flip_budget(np.array([-4.0, 4.0]), 0.5), [log(1 + exp(2)), log(1 + exp(-2))])
 
 
 def test_what_two_models_say_of_a_set():
@@ -59,7 +57,8 @@ def test_what_two_models_say_of_a_set():
     assert (found["ranking_accuracy_reference"], found["ranking_accuracy_policy"]) == (0.5, 0.5)
     assert (found["flipped_to_right"], found["flipped_to_wrong"]) == (0.25, 0.25)
     assert found["implicit_reward_accuracy"] == (1 + 1 + 0 + 0.5) / 4
-    assert idealised_accuracy(np.array([0.9, 0.4])) == pytest.approx(0.75)
+    # at the optimum the margin is the reference's and ln(0.8 / 0.2) / beta; a tie is half right
+    assert idealised_right(np.array([-3.0, -2.0, log(0.25) / 0.5, 1.0]), 0.5, 0.2).tolist() == [0, 1, 0.5, 1]
     assert consistency(np.array([1.0, -1.0, 2.0]), np.array([1.0, 1.0, 0.5])) == pytest.approx(2 / 3)
 
 
@@ -227,7 +226,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_labels(tmp_path, monkeypa
     """Also where it is as long as before, and its rows have the same ids."""
     pairs = write(tmp_path / "pairs.jsonl", PAIRS)
     row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id, "label_probability": 0.5}
-    options = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
+    options: Any = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
     real = label_run.BY["file"]
 
     def meanwhile(*args):

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.data.sources import row_id
+from ches_jax.data.rollouts import ROLLOUTS, read_groups
+from ches_jax.data.sources import open_rows, row_id
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.scores.table import write_part
@@ -91,6 +92,48 @@ def test_influences_have_a_page_with_the_command_that_follows(tmp_path):
     meta, found, *_ = page_data(page)
     assert meta["sort"] == ["influence", -1] and meta["showKey"] == "index" and found["influence"].tolist() == values
     assert text.index('href="#row-2"') < text.index('href="#row-3"') < text.index('href="#row-0"')
+
+
+def test_groups_have_a_page_that_leads_with_the_winners_that_fall(tmp_path):
+    folder, answers = tmp_path / "g", ["yes", "no", "<b>maybe</b>", "never"]
+    folder.mkdir()
+    rollouts = tmp_path / "rollouts.jsonl"
+    rollouts.write_text(json.dumps({"prompt": "Is it?", "responses": answers, "rewards": [1, 0, 1, 0]}) + "\n")
+    every = [r.record.row_id for g in read_groups(open_rows(str(rollouts), None, None, ROLLOUTS)) for r in g.rollouts]
+    columns = {
+        "group": [0] * 4,
+        "response": np.arange(4, dtype=np.int32),
+        "row_id": every,
+        "index": [0] * 4,
+        "reward": [1.0, 0.0, 1.0, 0.0],
+        "advantage": [1.0, -1.0, 1.0, -1.0],
+        "coefficient": [0.5, -0.5, 0.5, -0.5],
+        "tokens": np.full(4, 2, np.int32),
+        "logp": [-3.0] * 4,
+        "forecast": [0.5, -1.0, -0.25, -2.0],
+        "rate": [3.0, -4.0, -1.5, -6.0],
+        "rate_own": [4.0, -5.0, 2.0, -7.0],
+        "rate_winners": [0.5, 0.5, -0.5, 0.5],
+        "rate_losers": [-1.5, 0.5, -3.0, 0.5],
+        "head_rate": [1.0, -1.0, 1.0, -1.0],
+        "nthr": pa.array([None, 0.1, None, 0.2], pa.float64()),
+        "falls": [False, False, True, False],
+    }
+    pq.write_table(pa.table(columns), folder / "groups.parquet")
+    config = {"model": "bundled", "groups": str(rollouts), "columns": {}}
+    summary = {"objective": "grpo", "optimizer": "sgd", "lr": 1e-3, "groups": 1, "winners_forecast_to_fall": 1}
+    (folder / "run.json").write_text(json.dumps({"status": "done", "config": config, "summary": summary}))
+    page = report(folder)
+    tags(page)
+    text = page.read_text(encoding="utf-8")
+    assert (
+        "1 of 2 winners would fall by the update of their own group" in text and "1 of 2 winners are forecast" in text
+    )
+    assert "own part is +2.00, other winners add -0.50 and losers -3.00: the losers take most" in text
+    assert 'href="#row-0-2"' in text and 'href="#row-0-0"' not in text, "the winner that falls, and no other"
+    meta, found, texts, _ = page_data(page)
+    assert meta["sort"] == ["lead", 1] and np.nan_to_num(found["lead"], nan=9).tolist() == [3.0, 9, -1.5, 9]
+    assert texts["response"] == answers and "<b>maybe" not in text
 
 
 def test_a_table_without_rows_has_no_page(tmp_path):

@@ -59,5 +59,5 @@ def test_lines_are_named(tmp_path):
         with pytest.raises(RunError, match=rf"rows.jsonl, line 2: .*{message}"):
             read_json_lines(path, {"n": int}, RunError)
     path.write_bytes(b"\xff")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="is no text in UTF-8"):
         read_json_lines(path, {}, RunError)

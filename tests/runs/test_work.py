@@ -23,8 +23,11 @@ def test_programs_are_counted_and_seconds_add_up_to_the_whole():
     assert again["programs"] == 0 and again["seconds"]["compiling"] == 0
 
 
-def test_a_program_that_is_there_is_not_counted_again():
-    double = jax.jit(lambda x: 2 * x)
+def test_a_program_is_counted_once_and_one_that_is_there_not_again():
+    double, three = jax.jit(lambda x: 2 * x), jnp.float32(3.0)
+    work = Work()
+    double(three)
+    assert work.facts()["programs"] == 1
     double(3.0)
     work = Work()
     with work.on_device():

@@ -357,6 +357,27 @@ def test_rows_of_weight_zero_do_not_train(small, tmp_path):
         train(small(tmp_path / "other", **{**options, "weights": "other"}), quiet=True)
 
 
+def test_held_out_pairs_without_weights_count_alike(small, tiny_model, tmp_path):
+    """A soft selection writes weights of the pairs it was made of; the held-out pairs are another file."""
+    rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:6]]
+    weighted = [{**r, "weight": 0.25 + i / 4} for i, r in enumerate(rows[:4])]
+    for name, some in (("train", weighted), ("plain", rows[4:]), ("both", weighted), ("torn", [weighted[0], rows[5]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    options = {"pairs": str(tmp_path / "train.jsonl"), "weights": "weight", "holdout": 0, "limit": None}
+    loss = get_loss("dpo")
+
+    def held_out(name):
+        opener = Opener()
+        config = small(tmp_path / "run", **options, eval_pairs=str(tmp_path / f"{name}.jsonl"))
+        return read_run_pairs(config, loss, opener.model(tiny_model), opener)
+
+    assert held_out("plain").held_out_extra["weights"].tolist() == [1.0, 1.0]
+    assert held_out("plain").extra["weights"].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert held_out("both").held_out_extra["weights"].tolist() == [0.25, 0.5, 0.75, 1.0]
+    with pytest.raises(ChesError, match=r"torn\.jsonl, line 2: --weights weight needs numbers in weight"):
+        held_out("torn")
+
+
 def test_stateful_losses_carry_their_state(small, tmp_path):
     config = small(tmp_path / "run", loss="bco_pair", loss_args={"beta": 0.1}, save_every=1)
     out = train(replace(config, steps=2), quiet=True)

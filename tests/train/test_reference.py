@@ -1,6 +1,7 @@
 """Reference log-probabilities: computed once, found again, never another model's."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -57,6 +58,21 @@ def test_parts_of_a_killed_run_are_used(tmp_path):
     reference_logps([pair(i) for i in range(5)], model, IDENTITY, tmp_path)
     assert [i for i in model.requested if i > 2] == [3, 4]
     assert not list(tmp_path.glob(".*.parts"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_that_hold_all_rows_become_the_whole_and_are_gone(tmp_path, whole):
+    """Of a run that was killed between its last part and the file of all, or between that and the end of its parts."""
+    rows, name = [pair(i) for i in range(5)], f"reference-{cache_key(IDENTITY)}"
+    expected = reference_logps(rows, Model(), IDENTITY, tmp_path)
+    before = (tmp_path / f"{name}.parquet").read_bytes()
+    (tmp_path / f".{name}.parts").mkdir()
+    (shutil.copy if whole else shutil.move)(
+        tmp_path / f"{name}.parquet", tmp_path / f".{name}.parts" / "000000.parquet"
+    )
+    assert np.array_equal(reference_logps(rows, Model(), IDENTITY, tmp_path), expected)
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.parquet"]
+    assert (tmp_path / f"{name}.parquet").read_bytes() == before
 
 
 def test_a_cache_whose_rows_are_not_the_models_is_refused(tmp_path):

@@ -38,6 +38,7 @@ from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, 
 from ches_jax.data.schema.winners import by_cell, of_order, of_winner, of_winners
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
+from ches_jax.runs.files import read_text
 from ches_jax.runs.store import here
 
 Names = tuple[str, ...]
@@ -139,13 +140,12 @@ def from_file(path: str) -> Schema:
     Raises:
       DataError: not there, not readable, or not a declaration.
     """
+    expected = 'JSON or TOML with words such as prompt = "question"'
+    text = read_text(Path(here(path, DataError)), DataError, expected, "utf-8-sig")
     try:
-        text = Path(here(path, DataError)).read_text(encoding="utf-8-sig")
         words = tomllib.loads(text) if path.lower().endswith(".toml") else json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f'--schema {path}: cannot be read ({error}); expected JSON or TOML with words such as prompt = "question"'
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--schema {path}: cannot be read ({error}); expected {expected}") from None
     if not isinstance(words, dict):
         raise DataError(f"--schema {path}: {kind(words)}; expected an object with words such as prompt, responses")
     return from_words(words, str(path))

@@ -73,6 +73,8 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     if path.is_file():
         log = read_file(path, held_out)
         return _of_evaluations(path, log) if _words(path.stem) & EVALUATION else log
+    if not path.is_dir():
+        raise ChesError(f"{path}: a pipe or a device; expected a file or a directory")
     if states := _states(path):
         return read_file(_newest(path, states), held_out)
     if events := _event_files(path):

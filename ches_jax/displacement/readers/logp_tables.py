@@ -57,7 +57,9 @@ def read_score_tables(before: Path, after: Path, *, same_tokens: bool = False) -
     take = ~(unscored & null)
     rows = {name: np.array(first[name].to_pylist())[take] for name in ABOUT if name in first.column_names}
     chosen, rejected = (change[take] for change in changes)
-    return Changes(chosen, rejected, f"{before} to {after}", caveats, _numbers(first, "index")[take], rows=rows)
+    start = _numbers(first, "logp_chosen")[take], _numbers(first, "logp_rejected")[take]
+    index = _numbers(first, "index")[take]
+    return Changes(chosen, rejected, f"{before} to {after}", caveats, index, rows=rows, start=start)
 
 
 def _null(table: pa.Table) -> np.ndarray:
@@ -97,7 +99,8 @@ def read_logps(path: Path) -> Changes:
     _require(file, table.column_names, [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")])
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}
-    return Changes(chosen, rejected, str(path), records=rows.get("index"), rows=rows)
+    start = _numbers(table, "ref_chosen_logps"), _numbers(table, "ref_rejected_logps")
+    return Changes(chosen, rejected, str(path), records=rows.get("index"), rows=rows, start=start)
 
 
 def _require(file: Path, columns: Sequence[str], names: Sequence[str]) -> None:

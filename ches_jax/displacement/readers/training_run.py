@@ -117,4 +117,15 @@ def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.
         held_out=name == "held_out",
         curve=curve,
         rows={n: np.array(table[n].to_pylist())[take] for n in ABOUT if n in table.column_names},
+        start=_start(table, numbers, take),
     )
+
+
+def _start(table: pa.Table, changes: dict[str, np.ndarray], take: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Log-probabilities at step 0: what they are now less their change."""
+    if not {"logp_chosen", "logp_rejected"} <= set(table.column_names):
+        return None
+    chosen, rejected = (
+        np.array(table[n], float)[take] - changes[f"d{n}"][take] for n in ("logp_chosen", "logp_rejected")
+    )
+    return chosen, rejected

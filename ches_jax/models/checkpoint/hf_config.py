@@ -7,6 +7,7 @@ that is silently wrong; the rest are keys that no code of the model reads, that 
 
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -482,7 +483,7 @@ def _number_or(value: Any, default: float) -> float:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _rope_value(key: str, value: Any) -> bool:
@@ -490,7 +491,7 @@ def _rope_value(key: str, value: Any) -> bool:
     if key == "truncate":
         return isinstance(value, bool)
     if key == "original_max_position_embeddings":
-        return isinstance(value, int) and value > 1
+        return isinstance(value, int) and 1 < value <= LARGEST
     if key in {"short_factor", "long_factor"}:
         return isinstance(value, list) and all(_positive(v) for v in value)
     return _positive(value)

@@ -106,12 +106,16 @@ def read_pairs(
       ChesError: data that cannot be read or is not fit, under the policy ``on_bad_row``.
     """
     source, one_response = _open(config, loss, spec, split, opener, option)
+    if option == "eval_pairs" and _counts_alike(source, config.weights):
+        config, alike = replace(config, weights=None), ("weights",)
+    else:
+        alike = ()
     choices_of = _column_choices(config, loss)
     if one_response:
-        for option, choices in choices_of:
+        for asked, choices in choices_of:
             if [*choices[0]] != ["weights"]:
                 raise ChesError(
-                    f"{option}: {source.name} has rows of one response, of which only the label and a weight are read"
+                    f"{asked}: {source.name} has rows of one response, of which only the label and a weight are read"
                 )
     pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
@@ -119,10 +123,10 @@ def read_pairs(
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
     if one_response and is_supervised(loss):  # every response is a good one
-        return ReadPairs(kept, _numbers(source, choices_of, kept, limit), dropped, rows)
+        return ReadPairs(kept, _numbers(source, choices_of, kept, limit, alike), dropped, rows)
     if one_response:
         name = config.columns.get(LABEL, LABEL)
-        numbers = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}]), *choices_of], kept, limit)
+        numbers = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}]), *choices_of], kept, limit, alike)
         pairs, members = pair_by_prompt(kept, numbers[LABEL] > 0)
         weights = {
             f"weights_{side}": numbers["weights"][which] for side, which in members.items() if "weights" in numbers
@@ -134,7 +138,7 @@ def read_pairs(
         _require_equal_samples(source.name, kept)
     if reads_lists(loss):
         _require_lists(source.name, config.loss, kept)
-    numbers = _numbers(source, choices_of, kept, limit)
+    numbers = _numbers(source, choices_of, kept, limit, alike)
     _require_label_probabilities(source.name, kept, numbers)
     return ReadPairs(kept, _token_weights(source.name, kept, numbers, config.eos), dropped, rows)
 
@@ -154,6 +158,14 @@ def _open(
     if reads_lists(loss):
         return opener.rows(spec, split, config.columns, LISTS, option, config.schema), False
     return opener.pairs(spec, split, config.columns, config.candidates, option, config.schema), False
+
+
+def _counts_alike(source: PairSource, weights: str | None) -> bool:
+    """Whether held-out rows have no weights: those say how much a row is trained on, and each of these counts 1."""
+    if weights is None:
+        return False
+    _, first = next(iter(source.read(0)))
+    return lookup(first, weights) is None
 
 
 def _require_label_probabilities(name: str, pairs: Sequence[TokenPair], numbers: Mapping[str, np.ndarray]) -> None:
@@ -361,10 +373,12 @@ def _numbers(
     choices_of: Sequence[tuple[str, list[Mapping[str, str]]]],
     pairs: Sequence[TokenPair],
     limit: int | None,
+    alike: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Numbers that the rows themselves bring, for each of ``pairs``."""
+    """Numbers that the rows themselves bring, for each of ``pairs``; 1 in the fields in which all are ``alike``."""
+    ones = {field: np.ones(len(pairs)) for field in alike}
     if not choices_of:
-        return {}
+        return ones
     by_row: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
         by_row.setdefault(pair.index, []).append(position)
@@ -376,7 +390,7 @@ def _numbers(
             for option, choices in choices_of:
                 subject = f"{source.name}, {where}: {option}"
                 values[position] |= _row_numbers(subject, choices, raw, pairs[position].candidates)
-    return {field: _column([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
+    return ones | {field: _column([numbers[field] for numbers in values]) for field in (values[0] if values else {})}
 
 
 def _column(values: list[Any]) -> np.ndarray:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
+from ches_jax.displacement.ranking import ranking_rates
 from ches_jax.errors import RunError
 from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
@@ -119,6 +120,7 @@ class DisplacementLog:
         *,
         write: bool = True,
         ranks: Mapping[str, int] | None = None,
+        beta: float | None = None,
     ):
         """A log of nothing yet.
 
@@ -128,7 +130,9 @@ class DisplacementLog:
           tolerance: changes up to so many nats count as none.
           write: whether this process keeps the log; of several only the first does.
           ranks: of lists, the rank of each pair's rejected response, by ``row_id``.
+          beta: of a loss of log-ratios to the model of step 0; None for others.
         """
+        self.beta = beta
         self.ranks = ranks or {}
         self.write = write
         self.out = out
@@ -172,6 +176,8 @@ class DisplacementLog:
             rejected = now[name].logps.rejected - self.start[name].rejected
             prefix = "" if name == "train" else "eval_"
             summary |= {f"{prefix}{k}": v for k, v in displacement_summary(chosen, rejected, self.tolerance).items()}
+            rates = ranking_rates(self.start[name], now[name].logps, self.beta)
+            summary |= {f"{prefix}{k}": v for k, v in rates.items()}
             summary |= {f"{prefix}displacement/{k}": v for k, v in by_rank(pairs, chosen, rejected, self.ranks).items()}
             if posterior is not None:
                 summary[f"{prefix}label/posterior_mean"] = float(np.mean(posterior))

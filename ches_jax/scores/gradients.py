@@ -1,0 +1,233 @@
+r"""Gradient entanglement of pairs: how the gradients of ln pi(y+|x) and ln pi(y-|x) lie to each other.
+
+.. math:: \|g_+\|, \quad \|g_-\|, \quad \langle g_+, g_- \rangle, \quad
+  \cos = \frac{\langle g_+, g_- \rangle}{\|g_+\| \|g_-\|}
+
+A step along the gradient of a loss moves the log-probabilities by :math:`d_+ \|g_+\|^2 - d_- \langle g_+, g_- \rangle`
+and :math:`d_+ \langle g_+, g_- \rangle - d_- \|g_-\|^2`, with the loss's incentives d. So the chosen response rises and
+the rejected one falls while the ratio :math:`d_+ / d_-` (1 for DPO) lies inside the band
+
+.. math:: \frac{\langle g_+, g_- \rangle}{\|g_+\|^2} < \frac{d_+}{d_-} < \frac{\|g_-\|^2}{\langle g_+, g_- \rangle},
+
+and beyond it both move the same way. Four estimators, by what is differentiated; for each pair a forward pass and
+
+    head       the unembedding matrix alone, counted apart where it is tied: two backward passes of the head
+    lora       fresh adapters of a rank, drawn by a seed: two backward passes, gradients as small as the adapters
+    full       every parameter: two backward passes, memory for two gradients beside the weights
+    projected  every parameter, through K random directions: no backward pass, K forward-mode passes for all pairs of a
+               batch; an inner product has a standard error of about :math:`\|g_+\|\|g_-\| \sqrt{(1 + \cos^2) / K}`
+
+References:
+  Yuan et al., A Common Pitfall of Margin-based Language Model Alignment (https://arxiv.org/abs/2410.13828); the band as
+  in Disentangled Preference Optimization (https://arxiv.org/abs/2604.18239).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from ches_jax.data.packing import PackedBatch, pack, packed_length
+from ches_jax.distributed.mesh import spans_processes, weights_are_whole
+from ches_jax.errors import ChesError
+from ches_jax.models.adapters.lora import ALL_LINEAR, adapted, adapter_shapes, initial_adapters, make_spec
+from ches_jax.models.attention.choose import with_gradient
+from ches_jax.models.attention.dense import Attend, query_chunked
+from ches_jax.models.attention.mask import Visibility
+from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.logprobs import Head, forward_token_logps, token_logps
+from ches_jax.models.precision import accumulate
+from ches_jax.models.segment_sums import segment_sums
+from ches_jax.scores.config import GradientEstimator
+from ches_jax.types import Eos, TokenPair
+
+SHORTEST = 64
+"""Positions of the row of a short pair; longer ones take doubled rows, so that few programs are compiled."""
+PACKED_ROW = 512
+"""Positions of the rows that projected gradients are taken of, where there are so many."""
+
+Tree = dict[str, Array]
+
+
+class Gram(NamedTuple):
+    """Of N pairs the squared norms and the inner product of the two gradients, float64."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    inner: np.ndarray
+
+
+def _inner(a: Any, b: Any) -> Array:
+    """Inner product of two trees, summed in float32 at least."""
+
+    def product(x: Array, y: Array) -> Array:
+        wide = accumulate(x.dtype)
+        return jnp.sum(x.astype(wide) * y.astype(wide))
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(product, a, b))
+
+
+def _states(model: Decoder, rows: PackedBatch, attend: Attend) -> Float[Array, "B M D"]:
+    seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
+    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend)
+    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+
+
+def _segments(
+    model: Decoder, weight: Array, states: Array, rows: PackedBatch, per_token: Callable[..., Array]
+) -> Float[Array, "B S"]:
+    """Summed log-probabilities of every segment."""
+    head = Head(model.config.logit_scale, model.config.logit_softcap)
+    return segment_sums(per_token(states, weight, rows.target, head)[..., None], rows.segment, rows.last.shape[1])[
+        ..., 0
+    ]
+
+
+def _of_the_pair(sums: Float[Array, "1 S"]) -> Float[Array, " 2"]:
+    """Chosen and rejected of a row that holds one pair: what both share, and the part of each."""
+    return sums[0, 0] + sums[0, 1:3]
+
+
+class Gradients:
+    """``gradients(pairs)``: the Gram matrix of each pair's two gradients; counts what it cost."""
+
+    def __init__(self, model: Decoder, mesh: Mesh, estimator: GradientEstimator, eos: Eos):
+        """Takes the model as it lies; its parameters are differentiated in float32 at least.
+
+        Raises:
+          ChesError: weights that are cut over devices; targets that a model does not have.
+        """
+        if not weights_are_whole(mesh) or spans_processes(mesh):
+            raise ChesError(
+                f"--gradients {estimator}: reads whole weights on one machine; give --mesh data=N, or leave it out"
+            )
+        wide = accumulate(model.dtype)
+        self.estimator, self.eos = estimator, eos
+        rope = model.config.rope
+        self._threshold = rope.length_threshold if rope else None
+        self.seconds, self.pairs = 0.0, 0
+        abstract = abstract_decoder(model.config, dtype=model.dtype, param_dtype=wide)
+        params = {name: value.astype(wide) for name, value in named_parameters(model).items()}
+        frozen: Tree = {}
+        if estimator.name == "head":
+            params, frozen = {"unembedding": model.unembedding.astype(wide)}, params
+        elif estimator.name == "lora":
+            rank = estimator.size
+            abstract = adapted(abstract, make_spec(rank, 2.0 * rank, ALL_LINEAR, model.config), wide)
+            frozen = params
+            params = {k: jnp.asarray(v) for k, v in initial_adapters(adapter_shapes(abstract), estimator.seed).items()}
+        self._params, self._frozen = params, frozen
+        attend = with_gradient(model.config, str(model.dtype))
+        self._gram = jax.jit(_gram_of_a_pair(abstract, estimator.name, attend))
+        self._projected = jax.jit(_projections(abstract, estimator))
+
+    def facts(self) -> dict[str, Any]:
+        """What it cost so far, for ``run.json``."""
+        each = {"forward": 1, "backward": 2}
+        if self.estimator.name == "projected":
+            each = {"forward_mode": self.estimator.size}
+        return {
+            "estimator": str(self.estimator),
+            "parameters": sum(int(v.size) for v in self._params.values()),
+            "passes_of_a_pair": each,
+            "pairs": self.pairs,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __call__(self, pairs: Sequence[TokenPair]) -> Gram:
+        """Of scorable pairs, in their order."""
+        started = time.perf_counter()
+        found = self._by_projection(pairs) if self.estimator.name == "projected" else self._by_pair(pairs)
+        self.seconds += time.perf_counter() - started
+        self.pairs += len(pairs)
+        return Gram(*found.T)
+
+    def _by_pair(self, pairs: Sequence[TokenPair]) -> np.ndarray:
+        out = np.zeros((len(pairs), 3))
+        for i, pair in enumerate(pairs):
+            ((rows, _),) = pack(
+                [pair], length=SHORTEST, rows_per_batch=1, eos=self.eos, length_threshold=self._threshold
+            )
+            out[i] = self._gram(self._params, self._frozen, rows)
+        return out
+
+    def _by_projection(self, pairs: Sequence[TokenPair]) -> np.ndarray:
+        out = np.zeros((len(pairs), 3))
+        needed, length = sum(packed_length(pair, self._threshold) for pair in pairs), SHORTEST
+        while length < min(needed, PACKED_ROW):
+            length *= 2
+        for rows, places in pack(
+            pairs, length=length, rows_per_batch=1, eos=self.eos, length_threshold=self._threshold
+        ):
+            along = np.asarray(self._projected(self._params, rows), np.float64)
+            for p in places:
+                shared = along[:, p.row, p.shared]
+                chosen, rejected = (shared + along[:, p.row, side] for side in (p.chosen, p.rejected))
+                out[p.item] = [np.mean(chosen**2), np.mean(rejected**2), np.mean(chosen * rejected)]
+        return out
+
+
+def _gram_of_a_pair(abstract: Decoder, name: str, attend: Attend) -> Callable[[Tree, Tree, PackedBatch], Array]:
+    """[3] of the pair that a row holds: both squared norms and the inner product."""
+
+    def logps(params: Tree, frozen: Tree, rows: PackedBatch) -> Array:
+        if name == "head":
+            model = with_parameters(abstract, frozen)
+            states = lax.stop_gradient(_states(model, rows, attend))
+            return _of_the_pair(_segments(model, params["unembedding"], states, rows, token_logps))
+        model = with_parameters(abstract, {**frozen, **params})
+        states = _states(model, rows, attend)
+        return _of_the_pair(_segments(model, model.unembedding, states, rows, token_logps))
+
+    def gram(params: Tree, frozen: Tree, rows: PackedBatch) -> Array:
+        value, back = jax.vjp(lambda p: logps(p, frozen, rows), params)
+        (chosen,), (rejected,) = (back(one) for one in jnp.eye(2, dtype=value.dtype))
+        return jnp.stack([_inner(chosen, chosen), _inner(rejected, rejected), _inner(chosen, rejected)])
+
+    return gram
+
+
+def _projections(abstract: Decoder, estimator: GradientEstimator) -> Callable[[Tree, PackedBatch], Array]:
+    """[K, B, S] derivatives of all segments along K directions, each parameter of which is drawn from N(0, 1)."""
+
+    def run(params: Tree, rows: PackedBatch) -> Array:
+        def logps(p: Tree) -> Array:
+            model = with_parameters(abstract, p)
+            states = _states(model, rows, query_chunked)
+            return _segments(model, model.unembedding, states, rows, forward_token_logps)
+
+        def along(number: Array) -> Array:
+            key = jax.random.fold_in(jax.random.key(estimator.seed), number)
+            keys = dict(zip(sorted(params), jax.random.split(key, len(params)), strict=True))
+            direction = {n: jax.random.normal(keys[n], v.shape, v.dtype) for n, v in params.items()}
+            return jax.jvp(logps, (params,), (direction,))[1]
+
+        return lax.map(along, jnp.arange(estimator.size))
+
+    return run
+
+
+def band(gram: Gram) -> tuple[np.ndarray, np.ndarray]:
+    """The ratios of incentives between which chosen rises and rejected falls; NaN: no bound (or no gradient).
+
+    >>> low, high = band(Gram(np.array([4.0]), np.array([9.0]), np.array([2.0])))
+    >>> low.tolist(), high.tolist()
+    ([0.5], [4.5])
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = np.where(gram.chosen > 0, gram.inner / gram.chosen, np.nan)
+        high = np.where(gram.inner > 0, gram.rejected / gram.inner, np.nan)
+    return low, high
+
+
+def cosine(gram: Gram) -> np.ndarray:
+    """Of the two gradients; NaN where one vanishes."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return gram.inner / np.sqrt(gram.chosen * gram.rejected)
