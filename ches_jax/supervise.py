@@ -52,7 +52,7 @@ def supervised(command: Callable[[], int], words: Sequence[str]) -> int:
     reader.join(1.0)  # a process that the child has left behind may hold the other end
     if status >= 0:
         return status
-    text, code = ending(-status, log.told)
+    text, code = ending(-status, log.seen)
     print(f"ches: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -124,7 +124,7 @@ def _be_the_child(parent: int, log: int) -> None:
 class _ServiceLog:
     """What C++ writes, line by line; lines of the coordination service are kept back: the parent has better words."""
 
-    told = False
+    seen = False
 
     def copy(self, source: int, target: int) -> None:
         """All that comes from one descriptor to another, but for the service's lines and what continues them."""
@@ -133,6 +133,6 @@ class _ServiceLog:
             for line in lines:
                 if _LINE.match(line):
                     held = any(word in line for word in _SERVICE)
-                    self.told |= held
+                    self.seen |= held
                 if not held:
                     os.write(target, line)

@@ -13,9 +13,13 @@ from ches_jax import bundled
 from ches_jax.cli import main
 from tests.test_docs_run import PAGES, ROOT, commands_of
 
-MODELS = ("M", "MODEL", "my-model", "my-sft-model", "DIR")
-PAIRS = ("D", "FILE", "pairs.jsonl", "train.jsonl")
-HELD_OUT = ("P", "held-out.jsonl", "test.jsonl")
+MODELS = ("M", "MODEL", "my-model", "my-sft-model")
+PAIRS = ("pairs.jsonl", "train.jsonl")
+HELD_OUT = ("held-out.jsonl", "test.jsonl")
+STANDS_FOR = {"D": "pairs.jsonl", "FILE": "pairs.jsonl", "P": "held-out.jsonl"}
+"""Words of a page that are no names of files."""
+FINDINGS = ("doctor", "verify")
+"""Verbs that end with 1 where they have something to say against the data, or a claim."""
 EXTRA = {"pods.md": "plan compiles for a TPU: tests/plan"}
 """Pages whose commands need what a reader's machine may lack -> where they are run."""
 
@@ -34,7 +38,7 @@ def desk(tmp_path_factory) -> Path:
     """The files of a reader: models, an adapter, pairs with and without judgments, a trainer's output."""
     desk = tmp_path_factory.mktemp("desk")
     for name in MODELS:
-        (desk / name).symlink_to(bundled.model_dir())
+        shutil.copytree(bundled.model_dir(), desk / name)  # a command may write beside it
     for name in PAIRS:
         write(desk / name, rows(0, 216))
     for name in HELD_OUT:
@@ -74,7 +78,7 @@ def test_the_commands_of_a_page_run(page, desk, tmp_path, monkeypatch, capsys):
     if page.name == "CHANGELOG.md":
         pytest.skip("history")
     work = tmp_path / "work"
-    shutil.copytree(desk, work, symlinks=True)
+    shutil.copytree(desk, work)
     (work / "tests").symlink_to(ROOT / "tests")
     (work / "runs").mkdir()
     shutil.copytree(desk / "scored", work / "runs/score-001")
@@ -82,5 +86,6 @@ def test_the_commands_of_a_page_run(page, desk, tmp_path, monkeypatch, capsys):
         shutil.copytree(desk / "best-run", work / "runs/t")
     monkeypatch.chdir(work)
     for line in commands_of(page.read_text(encoding="utf-8")):
-        code = main(shlex.split(line, comments=True)[1:])
-        assert code == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
+        words = [STANDS_FOR.get(word, word) for word in shlex.split(line, comments=True)[1:]]
+        said = main(words), capsys.readouterr().err[-2000:]
+        assert said[0] in ((0, 1) if words[0] in FINDINGS else (0,)), f"{line}\n{said[1]}"

@@ -130,7 +130,7 @@ def test_an_option_that_differs_is_named_alone(files):
         score(ScoreConfig(**{**config.__dict__, "limit": 7}), resume=True)
 
 
-def test_other_versions_are_told_before_any_work_and_can_be_accepted(tmp_path, monkeypatch):
+def test_other_versions_are_reported_before_any_work_and_can_be_accepted(tmp_path, monkeypatch):
     open_run(tmp_path / "run", "score", {"config": {}}, resume=False)
     monkeypatch.setattr(directory, "versions", lambda: {"python": "3", "jax": "9.9"})
     with pytest.raises(RunError, match=r"(?s)begun with other versions.*jax: .* there, '9.9' now.*--other-versions"):

@@ -25,7 +25,7 @@ KINDS = {
     "test_a_header_that_is_never_asked_for_belongs_to_the_prompt",
     "end_token_not_marked_special": "data/test_template.py::test_an_added_token_that_is_not_special_ends_an_answer_too",
     "file_csv_long_field": "data/test_files.py::test_tables_of_text_have_long_fields_and_line_ends",
-    "file_gzip_jsonl": "data/test_files.py::test_compressed_files_are_read_and_a_cut_one_is_told",
+    "file_gzip_jsonl": "data/test_files.py::test_compressed_files_are_read_and_a_cut_one_is_reported",
     "file_json_one_object": "data/test_files.py::test_json_holds_rows_under_a_key_or_as_columns",
     "generate_prefilled_answer": "data/test_template.py::test_an_answer_that_the_prompt_begins_goes_on",
     "judge_apology_is_no_refusal": "judges/test_rules.py::test_answers_are_no_refusals",
@@ -40,8 +40,8 @@ KINDS = {
     "template_reads_the_clock": "data/test_template.py::test_a_clock_is_refused_until_it_is_pinned",
     "tokenizer_sentencepiece_alone": "data/test_tokenize.py::test_without_the_package_the_message_names_sentencepiece",
     "weights_bool_mask_buffers": "models/test_readings.py::test_it_is_read_as_transformers_reads_it",
-    "weights_single_file_and_old_index": "models/test_readings.py::test_the_old_index_beside_a_single_file_is_told",
-    "weights_tied_config_other_head": "models/test_readings.py::test_a_head_that_differs_is_told_and_stays_apart",
+    "weights_single_file_and_old_index": "models/test_readings.py::test_the_old_index_beside_a_single_file_is_reported",
+    "weights_tied_config_other_head": "models/test_readings.py::test_a_head_that_differs_is_reported_and_stays_apart",
 }
 """Case -> a test of its right value on rows, logs or files that are written here; it needs nothing of ``../shared``."""
 

@@ -46,7 +46,7 @@ COLUMNS = ("ches", "ln_ches", "head_score", "last_hidden_inner", "logp_chosen", 
 
 
 def python(isa: str, *words: str) -> None:
-    """Python compiled for an instruction set; claims that fail are told by their result.
+    """Python compiled for an instruction set; claims that fail show in their result.
 
     Raises:
       SystemExit: another error.

@@ -171,7 +171,7 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], tree: Path) -> str:
     text, times = path.read_text(encoding="utf-8"), path.stat()
     path.write_text(mutant.made_in(text), encoding="utf-8")
     second = secrets.randbelow(2**31)
-    os.utime(path, (second, second))  # bytecode is told by the second of its file and the length
+    os.utime(path, (second, second))  # bytecode is matched by the second of its file and the length
     try:
         for test in tests:
             if names := failures(tree, [test], "-x"):

@@ -145,11 +145,11 @@ class Bench:
             )
             cotangents, state = program(found.responses, found.tokens, found.head_norms, thin, state)
             params, opt_state = self.update(params, opt_state, batch, cotangents)
-        told: dict[str, Any] = {"loss": repr(loss)}
+        numbers: dict[str, Any] = {"loss": repr(loss)}
         for name, prefix in (("train", ""), ("held_out", "held_out_")):
             now = self.evaluate(self.policy.parameters(params), self.run.sets[name])
-            told |= {prefix + column: interval for column, interval in changes(now, self.before[name]).items()}
-        return told
+            numbers |= {prefix + column: interval for column, interval in changes(now, self.before[name]).items()}
+        return numbers
 
 
 def changes(now: Any, then: Any) -> dict[str, list[float]]:
@@ -183,12 +183,12 @@ def by_training(expression: str, folder: Path) -> dict[str, Any]:
     config = TrainConfig(**RUN, **options, loss=expression, out=str(out), probes="none", watch=2**31, export=False)
     train(config, quiet=True)
     rows = pq.read_table(out / "displacement.parquet").to_pylist()
-    told: dict[str, Any] = {"loss": repr(parse_loss(expression))}
+    numbers: dict[str, Any] = {"loss": repr(parse_loss(expression))}
     for name, prefix in (("train", ""), ("held_out", "held_out_")):
         of_set = [row for row in rows if row["set"] == name and row["step"] == RUN["steps"]]
         moved = np.array([[row["dlogp_chosen"], row["dlogp_rejected"]] for row in of_set]).T
-        told |= {prefix + column: interval for column, interval in changes(moved, 0 * moved).items()}
-    return told
+        numbers |= {prefix + column: interval for column, interval in changes(moved, 0 * moved).items()}
+    return numbers
 
 
 def _rewarded(out: Path) -> Path:
@@ -269,6 +269,12 @@ the reference, for one pair of 4 and 6 tokens (-8 and -15 nats): what pushes fir
 TRL's `loss_type=["sigmoid", "bco_pair", "sft"]` with `loss_weights=[0.8, 0.2, 1]` is
 `0.8*sigmoid + 0.2*bco_pair_unshifted + sft`; `--loss '["sigmoid", "sft"]'` is read too, with all weights 1. TRL's `ipo`
 is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `use_weighting` is `wpo(...)`, `rpo_alpha` is `+ ALPHA*sft`.
+
+![How hard each loss of pairs pushes, by the margin](images/incentives.svg)
+
+The picture has every loss whose rows are single pairs; `python tools/incentive_plots.py` draws it from the registry.
+Where the two curves are one, a loss pushes both responses equally; where the solid one lies below the line, it lowers
+the chosen response.
 """
 
 

@@ -64,6 +64,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
+    # Long texts are counted and refused where that matters (--max-length); transformers' own warning names no row.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     try:
         token_ids(tokenizer, "a", add_special_tokens=True)
     except Exception as error:
@@ -435,7 +437,7 @@ def _of_two_prompts(chosen: TokenPair, rejected: TokenPair) -> TokenPair:
         for flag in half.flags:
             if flag == "identical" or flag.endswith(f"_{other}"):
                 continue
-            # what was found in the half's other response, which is the same one, is not told twice
+            # what was found in the half's other response, which is the same one, is not reported twice
             found = [p for p in half.detail.get(flag, "").split(", ") if p and other not in p]
             detail[flag] = ", ".join(dict.fromkeys(p for p in (detail.get(flag, ""), *found) if p))
     flags = tuple(flag for flag in FLAGS if flag in detail)

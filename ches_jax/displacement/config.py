@@ -53,7 +53,7 @@ class DiagnoseConfig(RowOptions):
     """What becomes of flagged rows, when models are scored: error, drop or keep."""
 
     label_noise: float | None = None
-    """Share of the labels that is wrong: then the accuracy is told that the optimum of DPO would have."""
+    """Share of the labels that is wrong: then the accuracy that the optimum of DPO would have is reported too."""
     unseen: str | None = None
     """Other pairs whose responses no training saw, scored with --before and --after as models: how far those moved."""
     on_policy: bool = False

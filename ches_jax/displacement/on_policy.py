@@ -49,15 +49,15 @@ class OnPolicy:
                 "half the margin"
             )
         more = -chosen - self.kl.mean
-        told = (
+        text = (
             f"on policy: {2 * self.pairs} answers of the first model itself fell by KL(before || after) = {self.kl} "
             f"nats; the chosen responses here fell by {abs(more):.3f} {'more' if more > 0 else 'less'}"
         )
         if self.reverse_kl is not None:
-            told += f"; of the second model's answers KL(after || before) = {self.reverse_kl} nats"
+            text += f"; of the second model's answers KL(after || before) = {self.reverse_kl} nats"
         if self.tokens is not None:
-            told += f"; answers of {self.tokens[0].mean:.1f} tokens before, {self.tokens[1].mean:.1f} after"
-        return told
+            text += f"; answers of {self.tokens[0].mean:.1f} tokens before, {self.tokens[1].mean:.1f} after"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """For a script."""

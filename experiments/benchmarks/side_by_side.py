@@ -100,7 +100,7 @@ def work_of(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, int]:
 
 
 class Worker:
-    """A way in a process of its own, warmed, that makes a pass when it is told to."""
+    """A way in a process of its own, warmed, that makes a pass when it is asked to."""
 
     def __init__(self, way: str, model: Path, rows: Path, threads: int):
         """Starts it; ``ready`` waits until it is warm."""

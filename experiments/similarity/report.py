@@ -222,16 +222,16 @@ def _at_equal(c: dict[str, float] | float | None) -> str:
 
 
 def agreement(measure: str, v: dict[str, Any]) -> str:
-    """What the windows of a measure say to the paper's statement of it: agree, opposite or not told."""
+    """What the windows of a measure say to the paper's statement of it: agree, opposite or undecided."""
     low, high = _ends(v)
     rho = v["spearman_dlogp_chosen"]["of_means"]
     if measure == "ches":
         if high["high"] < 0 < low["low"] and rho < -0.999:
             return "agree"
-        return "opposite" if high["low"] > low["high"] else "not told"
+        return "opposite" if high["low"] > low["high"] else "undecided"
     if abs(rho) < 0.999 and high["low"] > 0 and low["low"] > 0:
         return "agree"
-    return "opposite" if rho < -0.999 and high["high"] < 0 < low["low"] else "not told"
+    return "opposite" if rho < -0.999 and high["high"] < 0 < low["low"] else "undecided"
 
 
 def _ends(v: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -251,8 +251,8 @@ def _items(values: dict[str, Any]) -> str:
     c = values["coefficients"]
     found += ["agree" if c["inner"]["mean"] > 0.99 else "opposite"]
     alphas = [(c["alpha_minus"][end] + c["alpha_plus"][end]) / 2 for end in ("low", "high")]
-    found += ["agree" if alphas[0] > 0.69 else "opposite" if alphas[1] < 0.69 else "not told"]
-    counts = ", ".join(f"{found.count(word)} {word}" for word in ("agree", "opposite", "not told"))
+    found += ["agree" if alphas[0] > 0.69 else "opposite" if alphas[1] < 0.69 else "undecided"]
+    counts = ", ".join(f"{found.count(word)} {word}" for word in ("agree", "opposite", "undecided"))
     return f"of {len(found)} items of the paper: {counts}"
 
 

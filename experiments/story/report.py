@@ -1,5 +1,6 @@
 """The lines of the report, the table, the figures and the page, from a result alone."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,10 @@ def _plane_figure(values: dict[str, Any]) -> Any:
     return figure
 
 
+STOPPING = re.compile("stopping DPO (there does as much|earlier does more)")
+"""Verdicts of arms that give no more than fewer updates of plain DPO."""
+
+
 def page(result: dict[str, Any]) -> "Page":
     """The story on one page."""
     from ches_jax.report.document import Page
@@ -176,8 +181,10 @@ def page(result: dict[str, Any]) -> "Page":
 
     values = result["result"]
     held, found = values["sets"]["held_out"], values["diagnosis"]
-    better = [n for n, one in values["arms"].items() if n != "dpo" and verdict(one).startswith("chosen falls less")]
-    other = [n for n in values["arms"] if n != "dpo" and n not in better]
+    found_of = {n: verdict(one) for n, one in values["arms"].items() if n != "dpo"}
+    stopping = [n for n, words in found_of.items() if STOPPING.search(words)]
+    better = [n for n, words in found_of.items() if words.startswith("chosen falls less") and n not in stopping]
+    other = [n for n in found_of if n not in better and n not in stopping]
     return Page(
         kind="experiments/story",
         title=f"The story, {result['scale']}: chosen responses that fall",
@@ -201,6 +208,7 @@ def page(result: dict[str, Any]) -> "Page":
                 ),
             ),
             ("What helps?", _escaped(_said(values, better) or "Nothing that was tried.")),
+            ("What does no more than stopping DPO earlier?", _escaped(_said(values, stopping) or "Nothing.")),
             ("What does not?", _escaped(_said(values, other) or "All that was tried helps.")),
         ],
         notes=(

@@ -134,6 +134,17 @@ def test_files_that_transformers_must_read(directory, name):
     assert file_tokenizer.read(directory) is None
 
 
+def test_a_long_text_brings_no_line_of_transformers(directory, monkeypatch):
+    """Lengths are checked where they matter, with the row's number; this warning names none."""
+    loaded = load_tokenizer(with_settings(directory, model_max_length=4, tokenizer_class="Qwen2Tokenizer"))
+    assert not isinstance(loaded, file_tokenizer.FileTokenizer)
+    from transformers import tokenization_utils_base as theirs
+
+    said = []
+    monkeypatch.setattr(theirs.logger, "warning", lambda *words: said.append(words))
+    assert len(loaded("one two three four five six seven")["input_ids"]) > 4 and not said
+
+
 def test_models_whose_tokenizer_transformers_builds_anew(directory):
     from transformers.models.auto import tokenization_auto as theirs
 
@@ -195,7 +206,7 @@ def test_no_transformers_is_imported():
         "PairTokenizer(load_tokenizer('bundled'), 512)(list(open_pairs(str(bundled.pairs_file())))[:3])\n"
         "assert not {'transformers', 'torch', 'jax'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.slow

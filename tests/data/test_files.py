@@ -42,7 +42,7 @@ PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zs
 
 
 @pytest.mark.parametrize("suffix", PACKED)
-def test_compressed_files_are_read_and_a_cut_one_is_told(tmp_path, want, suffix):
+def test_compressed_files_are_read_and_a_cut_one_is_reported(tmp_path, want, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(PACKED[suffix](lines()))
     assert ids(path) == want
@@ -171,7 +171,7 @@ def test_what_is_no_data_is_an_error_in_words(tmp_path, name, data, message):
 
 
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
-def test_damaged_tables_are_read_or_told_in_words(tmp_path, form):
+def test_damaged_tables_are_read_or_reported_in_words(tmp_path, form):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

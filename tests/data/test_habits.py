@@ -59,7 +59,7 @@ def test_every_habit_is_found_somewhere():
     assert set(HABITS) == {h for found in KNOWN.values() for h in found} | set(MADE)
 
 
-def test_the_end_of_an_answer_is_told(tokenizers):  # noqa: F811
+def test_the_end_of_an_answer_is_reported(tokenizers):  # noqa: F811
     assert describe(ChatTemplate(tokenizers["phi4"])) == "ends an answer with '<|im_end|>'"
     assert "today's date" in describe(ChatTemplate(tokenizers["llama3"]))
     assert text_of("phi4") == tokenizers["phi4"].chat_template

@@ -326,9 +326,9 @@ def test_a_column_that_an_option_reads_is_not_named(tmp_path):
     assert len(open_pairs(str(tmp_path / "rows.jsonl")).notes) == 2
 
 
-def test_a_list_of_which_nothing_says_the_order_is_told():
-    (told,) = rows_in_memory([{**P, "responses": ["a", "b"]}]).messages()
-    assert "no column says which of 'responses' is better: the first is taken for the best" in told
+def test_a_list_of_which_nothing_says_the_order_is_reported():
+    (warning,) = rows_in_memory([{**P, "responses": ["a", "b"]}]).messages()
+    assert "no column says which of 'responses' is better: the first is taken for the best" in warning
 
 
 def test_earlier_turns_go_in_front_of_the_prompt():
@@ -344,7 +344,7 @@ def test_earlier_turns_go_in_front_of_the_prompt():
     assert read([{**PAIR, "before": "q"}, {**PAIR, "before": None}], columns=words) == ["unreadable", "a>b"]
 
 
-def test_a_conversation_that_a_table_of_text_printed_is_read_back_or_told():
+def test_a_conversation_that_a_table_of_text_printed_is_read_back_or_reported():
     turns = [{"role": "user", "content": 'it\'s "p"'}]
     assert content({**PAIR, "prompt": str(turns)}) == turns
     printed = "array([{'content': 'p', 'role': 'user'}], dtype=object)"
@@ -366,7 +366,7 @@ def test_rows_that_cannot_be_read_do_not_stop_the_others():
     assert "it is null here" in faults[0] and "int 3" in faults[1] and "no column 'rejected'" in faults[5]
 
 
-def test_scores_that_contradict_the_label_of_a_preset_are_told_and_a_tie_has_its_reason():
+def test_scores_that_contradict_the_label_of_a_preset_are_reported_and_a_tie_has_its_reason():
     shp = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 9, "score_B": 2}
     assert any(
         "'score_A' and 'score_B' say the opposite of schema shp" in line for line in rows_in_memory([shp]).messages()
@@ -381,7 +381,7 @@ def test_the_order_of_a_list_can_be_taken_where_another_column_stands_beside_it(
     assert read(rows, columns={"responses": "responses"}) == ["a>b"]
 
 
-def test_what_is_wrong_with_numbers_is_told_where_no_row_can_be_read():
+def test_what_is_wrong_with_numbers_is_reported_where_no_row_can_be_read():
     for ranks, why in (
         ([2, None, 1], "'ranks' is NoneType None; expected a finite number"),
         ([1, 2], "expected 3 numbers"),

@@ -161,7 +161,7 @@ def test_a_conversation_needs_a_template(bare):
         Writer.of(bare, "auto").pair(EXPLICIT)
 
 
-def test_what_the_template_says_is_told(tokenizer, monkeypatch):
+def test_what_the_template_says_is_reported(tokenizer, monkeypatch):
     refuses = "{{ raise_exception('roles must alternate') }}"
     monkeypatch.setattr(tokenizer, "chat_template", refuses)
     with pytest.raises(DataError, match="refuses the row: roles must alternate; its roles are user"):

@@ -142,7 +142,7 @@ def test_prompt_chosen_and_rejected_have_the_tokens_of_transformers(name, tokeni
         ([{"role": "user", "content": "a"}] * 2, "two messages of one role follow each other"),
     ],
 )
-def test_why_a_published_template_refuses_a_conversation_is_told(prompt, why, tokenizers):
+def test_why_a_published_template_refuses_a_conversation_is_reported(prompt, why, tokenizers):
     (encoded,) = encode_prompts(Writer.of(tokenizers["gemma"]), [Record(0, "r", "line 1", {"prompt": prompt})])
     assert encoded.ids == () and list(encoded.found) == ["template_refuses"]
     assert re.search(f"refuses the row: .*{why}", encoded.found["template_refuses"])

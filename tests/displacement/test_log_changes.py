@@ -60,7 +60,7 @@ def test_a_slope_that_the_log_does_not_tell_is_not_taken():
     assert recovered_beta(log_of("log", evaluations(count=1))) is None
 
 
-def test_without_beta_only_directions_are_told():
+def test_without_beta_only_directions_are_reported():
     found = changes(training())
     assert found.scale == "sign" and any("--beta NUMBER" in note for note in found.caveats)
     assert changes(training(), RunSettings(0.5, "args.json")).chosen[-1] == pytest.approx(-0.02 * 39 / 0.5)
@@ -159,14 +159,14 @@ def test_a_log_of_something_else_is_refused(entries, message):
         changes([dict(e) for e in entries])
 
 
-def test_nan_is_told_with_its_first_step():
+def test_nan_is_reported_with_its_first_step():
     entries = training()
     entries[7]["rewards/chosen"] = float("nan")
     with pytest.raises(ChesError, match=r"rewards/chosen is NaN or infinite at 1 of 40 entries, first at step 40"):
         changes(entries, beta=0.1)
 
 
-def test_unpaired_losses_are_told():
+def test_unpaired_losses_are_reported():
     assert any("kto: chosen and rejected" in note for note in changes(training(), RunSettings(0.1, "x", "kto")).caveats)
 
 
@@ -222,7 +222,7 @@ def test_logps_that_are_not_finite_tell_no_beta():
     assert changes(entries, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6)
 
 
-def test_a_reference_that_follows_the_policy_is_told():
+def test_a_reference_that_follows_the_policy_is_reported():
     with pytest.raises(ChesError, match="its reference is moved to the policy"):
         changes(training(), RunSettings(0.1, "args.json", moving_reference=True))
 

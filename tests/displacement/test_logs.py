@@ -88,7 +88,7 @@ def test_a_log_is_diagnosed_without_what_a_model_needs():
         "heavy = ('jax', 'flax', 'optax', 'orbax', 'transformers', 'datasets', 'matplotlib')\n"
         "print([m for m in heavy if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     record, loaded = done.stdout.splitlines()
     assert loaded == "[]", done.stderr
     answer = json.loads(record)

@@ -66,6 +66,6 @@ def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one
     assert [c["share"] for c in costs] == sorted((c["share"] for c in costs), reverse=True)
 
 
-def test_a_folder_without_a_trace_is_told(tmp_path):
+def test_a_folder_without_a_trace_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \*\.trace\.json\.gz below it"):
         top_costs(tmp_path)

@@ -237,5 +237,5 @@ def test_a_window_is_judged_over_its_pairs_and_items_are_counted():
     paper = {"over_pairs": {"0": low, "1": high}, "spearman_dlogp_chosen": {"of_means": -1.0}}
     turned = {"over_pairs": {"0": high, "1": low}, "spearman_dlogp_chosen": {"of_means": 1.0}}
     unclear = {"over_pairs": {"0": low, "1": low}, "spearman_dlogp_chosen": {"of_means": -0.5}}
-    assert [report.agreement("ches", v) for v in (paper, turned, unclear)] == ["agree", "opposite", "not told"]
+    assert [report.agreement("ches", v) for v in (paper, turned, unclear)] == ["agree", "opposite", "undecided"]
     assert [report.agreement("last_hidden_inner", v) for v in (paper, unclear)] == ["opposite", "agree"]

@@ -115,7 +115,9 @@ def test_report_and_page_say_every_arm_and_escape_texts(tmp_path):
         mean = 2.0 if high > 0 else -2.0
         moved = {**result["result"], "sets": {"held_out": {**held, "margin": {"mean": mean, "low": low, "high": high}}}}
         assert said in render(page({**result, "result": moved}))
-    assert "better than stopping DPO there" in text and "<p>,<" not in text and "&lt;p&gt;" in text
+    helps, _, rest = text.partition("What does no more than stopping DPO earlier?")
+    assert "better than stopping DPO there" in helps and "stopping DPO there does as much" not in helps
+    assert "What does not?" in rest and "<p>,<" not in text and "&lt;p&gt;" in text
     assert all(path.stat().st_size > 10_000 for path in figures(result, "small", tmp_path))
 
 

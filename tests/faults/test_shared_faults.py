@@ -16,7 +16,7 @@ from tests.conftest import SHARED
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((SHARED / "faults").glob("*.sh"))
 CARRIED_OVER = {
-    "damaged_arrow_crashes": "tests/data/test_files.py::test_damaged_tables_are_read_or_told_in_words",
+    "damaged_arrow_crashes": "tests/data/test_files.py::test_damaged_tables_are_read_or_reported_in_words",
     "rendezvous_stranger": "tests/test_rendezvous.py::test_a_stranger_does_not_hold_process_0_beyond_its_deadline",
 }
 """Scripts that import modules by names of before, and the test that does the same."""
@@ -24,7 +24,7 @@ CARRIED_OVER = {
 KINDS = {
     "a whole is known to be whole": [
         "tests/runs/test_chunks.py::test_a_run_that_lost_its_tail_is_not_joined",
-        "tests/runs/test_chunks.py::test_a_chunk_that_is_not_as_it_was_written_is_told_and_computed_again",
+        "tests/runs/test_chunks.py::test_a_chunk_that_is_not_as_it_was_written_is_reported_and_computed_again",
         "tests/runs/test_chunks.py::test_a_part_of_another_run_is_named",
         "tests/runs/test_chunks.py::test_chunks_computed_from_data_that_changed_are_not_done",
         "tests/scores/test_run.py::test_two_processes_take_turns_and_merge_into_the_same_bytes",
@@ -34,7 +34,7 @@ KINDS = {
     "the identity of a run is all that it opened": [
         "tests/test_identity.py::test_any_file_that_a_run_opened_is_named_when_it_is_another_one_now",
         "tests/test_identity.py::test_a_file_that_was_not_there_counts_too",
-        "tests/test_identity.py::test_other_versions_are_told_before_any_work_and_can_be_accepted",
+        "tests/test_identity.py::test_other_versions_are_reported_before_any_work_and_can_be_accepted",
         "tests/train/test_reference.py::test_a_cache_of_another_identity_names_the_differences",
     ],
     "every error leaves by one door": [
@@ -72,13 +72,13 @@ KINDS = {
         "tests/test_one_door.py::test_letters_of_all_scripts_stay",
         "tests/report/test_page.py::test_markup_in_the_data_stays_text",
     ],
-    "what cannot be written is told before the work": [
+    "what cannot be written is refused before the work": [
         "tests/data/test_files.py::test_other_columns_can_always_be_written_again",
         "tests/runs/test_chunks.py::test_whatever_a_row_holds_is_a_line_of_json",
         "tests/select/test_select.py::test_odd_contents_become_json",
     ],
     "who survives ends in words": [
-        "tests/test_supervise.py::test_how_a_child_ended_is_told_by_its_parent",
+        "tests/test_supervise.py::test_how_a_child_ended_is_reported_by_its_parent",
         "tests/test_supervise.py::test_a_child_does_not_outlive_its_parent",
         "tests/train/test_processes.py::test_a_process_that_dies_makes_the_other_exit_within_a_minute",
         "tests/scores/test_run.py::test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it",
@@ -102,7 +102,7 @@ def test_a_kind_of_fault_has_three_tests_beside_its_script(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_fault_is_told_or_mended(script, shared, tmp_path):
+def test_a_fault_is_reported_or_mended(script, shared, tmp_path):
     if script.stem in CARRIED_OVER:
         pytest.skip(f"imports modules by names of before; carried over: {CARRIED_OVER[script.stem]}")
     command = tmp_path / "ches"

@@ -132,7 +132,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_message(tiny_model, tmp_path,
 
 
 @pytest.mark.slow
-def test_probes_that_are_training_pairs_are_told(small, tmp_path):
+def test_probes_that_are_training_pairs_are_reported(small, tmp_path):
     from ches_jax.bundled import pairs_file
 
     lines = pairs_file().read_text(encoding="utf-8").splitlines()[:12]

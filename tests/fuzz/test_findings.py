@@ -241,7 +241,7 @@ def test_half_a_surrogate_pair_that_a_template_writes_is_refused_in_words():
 
 
 @pytest.mark.parametrize("largest", [2**31, 2**63, 10**60])
-def test_a_token_id_that_no_array_holds_is_told_with_its_row(tmp_path, largest):
+def test_a_token_id_that_no_array_holds_is_reported_with_its_row(tmp_path, largest):
     rows = [{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7]}] * 2
     rows[1] = rows[1] | {"chosen_ids": [6, largest]}
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -188,7 +188,7 @@ def test_languages_that_differ_between_the_sides():
         ("", "und"),
     ],
 )
-def test_a_language_is_told_by_letters_and_function_words(words: str, code: str):
+def test_a_language_is_recognised_by_letters_and_function_words(words: str, code: str):
     assert language(words) == code
 
 

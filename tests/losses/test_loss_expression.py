@@ -11,6 +11,7 @@ import pytest
 import ches_jax.losses as losses
 from ches_jax.errors import ChesError
 from ches_jax.losses import WRAPPERS, distinct_losses, from_trl, get_loss, loss_names, parse_loss
+from ches_jax.losses.inputs import JOINT, LENGTHS, REFERENCE, REWARDS
 from ches_jax.losses.registry import hyper_names
 from ches_jax.train.objective import get_objective
 
@@ -157,6 +158,15 @@ def test_every_loss_and_wrapper_is_on_the_page():
         assert f"\n### {names[0]}\n" in page
     for name in WRAPPERS:
         assert f"\n### {name}\n" in page
+
+
+def test_every_loss_of_single_pairs_is_in_the_picture():
+    """``python tools/incentive_plots.py`` was run after the registry changed."""
+    picture = (Path(losses.__file__).parents[2] / "docs" / "images" / "incentives.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'font-weight="bold">(\w+)</text>', picture)
+    read = REFERENCE | LENGTHS | REWARDS | JOINT
+    single = (get_loss(name) for name in distinct_losses())
+    assert drawn == [one.name for one in single if one.needs <= read and not one.needs_whole_batches]
 
 
 def test_every_loss_reads_back_from_what_it_shows():

@@ -19,7 +19,7 @@ def test_an_unknown_name_lists_the_names():
         get_loss("ipo")
 
 
-def test_problems_of_hyper_parameters_are_told_together():
+def test_problems_of_hyper_parameters_are_reported_together():
     with pytest.raises(ChesError) as raised:
         get_loss("cdpo", beta=0.0, label_smoothing=1.5, lam=1.0)
     message = str(raised.value)

@@ -1,6 +1,8 @@
 """Losses made of losses, and rules that weigh tokens."""
 
+import json
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -294,6 +296,28 @@ def test_sparsepo_is_the_arithmetic_of_its_authors(x64):
     }
     z = ratio["chosen"] - ratio["rejected"] - 0.5 * (kl["rejected"] - kl["chosen"])
     np.testing.assert_allclose(half, np.log1p(np.exp(-0.7 * z)), rtol=1e-12)
+
+
+AUTHORS = json.loads(Path(__file__).with_name("authors_golden.json").read_text(encoding="utf-8"))
+"""What authors' own code gives on random numbers; ``make_authors_golden.py`` names the commits."""
+
+
+@pytest.mark.parametrize("case", AUTHORS["cases"], ids=lambda case: case["loss"])
+def test_token_level_dpo_is_that_of_its_authors_code(x64, case):
+    """From the same logits and labels: our log-ratios and divergences by numpy, their losses by torch."""
+    fields: dict[str, Any] = {}
+    for side, d in AUTHORS["sides"].items():
+        labels = np.array(d["labels"])[:, 1:]
+        logps = [np.array(d[name])[:, :-1] for name in ("logits", "reference")]
+        logps = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logps]
+        at = np.maximum(labels, 0)[..., None]
+        for prefix, table in zip(("", "ref_"), logps, strict=True):
+            fields[f"{prefix}token_logps_{side}"] = np.take_along_axis(table, at, -1)[..., 0]
+        fields[f"token_mask_{side}"] = (labels >= 0).astype(float)
+        fields[f"token_kl_{side}"] = np.sum(np.exp(logps[1]) * (logps[1] - logps[0]), -1)
+    batch = LossInputs(**{name: jnp.asarray(value) for name, value in fields.items()})
+    value, _ = get_loss(case["loss"], **case["hyper"])(batch)
+    np.testing.assert_allclose(value, case["per_pair"], rtol=1e-9)
 
 
 def test_t_reg_is_dpo_with_a_rewarded_likelihood_that_counts_as_much_as_dpo_pushes(x64):

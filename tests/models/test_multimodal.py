@@ -1,5 +1,6 @@
 """The text model inside a multimodal directory: found, loaded, written back alone or in its place."""
 
+import copy
 import json
 import logging
 import shutil
@@ -11,12 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ches_jax import notices
+from ches_jax.convert import ConvertConfig, convert
 from ches_jax.errors import CheckpointError
 from ches_jax.hf.text_part import parts, text_config
 from ches_jax.models.adapters.peft import read_adapter
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import save_pretrained
 
+from .rows import ROWS
 from .test_strict import family, weights
 
 VISION = {
@@ -204,6 +207,60 @@ def test_experts_in_one_tensor_are_read_and_written_so(before: str, write_model:
     np.testing.assert_array_equal(layer.up_proj.weight[1, 3], apart[f"{before}layers.1.mlp.experts.3.up_proj.weight"])
     save_pretrained(model, tmp_path / "out", like=directory, whole=inside)
     same(given | (VISION if inside else {}), load_file(tmp_path / "out" / "model.safetensors"))
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+VISUAL = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 63}
+AROUND: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3Config", "gemma3_text", {**SMALL, "model_type": "siglip_vision_model"}),
+    "mistral3": ("Mistral3Config", "mistral", {**SMALL, "model_type": "pixtral", "head_dim": 8}),
+    "mistral3-ministral3": ("Mistral3Config", "ministral3", {**SMALL, "model_type": "pixtral", "head_dim": 8}),
+    "qwen3_5": ("Qwen3_5Config", "qwen3_5_text", VISUAL),
+    "qwen3_5_moe": ("Qwen3_5MoeConfig", "qwen3_5_moe_text", VISUAL),
+    "gemma4": ("Gemma4Config", "gemma4_text", {**SMALL, "head_dim": 8, "num_key_value_heads": 2}),
+    "llama4": ("Llama4Config", "llama4_text", {**SMALL, "vision_output_dim": 16, "projector_input_dim": 16}),
+}
+"""Each multimodal type: its config class, the text model's type in ``rows.py``, its vision tower."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_directory_of_transformers_is_read_and_comes_back_whole_and_as_text(kind: str, tmp_path: Path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    name, text_type, vision = AROUND[kind]
+    row = next(row for row in ROWS if row.family == text_type)
+    text = {"model_type": text_type, **row.base}
+    config = getattr(transformers, name)(text_config=copy.deepcopy(text), vision_config=vision)
+    plain: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, **plain).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape)
+            p.add_(0.3 * noise) if p.ndim < 2 else p.copy_(noise * p.shape[-1] ** -0.5)
+    ids = np.random.default_rng(0).integers(3, 90, (1, 32))
+
+    def logits(any_model: Any) -> np.ndarray:
+        # the outer forward pass of Llama 4 asks its text model for outputs of pictures
+        inner = any_model.language_model if kind == "llama4" and hasattr(any_model, "vision_model") else any_model
+        with torch.no_grad():
+            return inner(input_ids=torch.tensor(ids)).logits.numpy()
+
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "in")
+    actual = np.asarray(load_model(tmp_path / "in")(ids.astype(np.int32)))
+    np.testing.assert_allclose(actual, expected, atol=5 * row.tolerance * np.abs(expected).max())
+    given = load_file(tmp_path / "in" / "model.safetensors")
+    assert any(parts([n]).other for n in given)
+    convert(ConvertConfig(model=str(tmp_path / "in"), out=tmp_path / "whole", whole=True))
+    convert(ConvertConfig(model=str(tmp_path / "in"), out=tmp_path / "text"))
+    same(given, load_file(tmp_path / "whole" / "model.safetensors"))
+    for directory, auto in (("whole", "AutoModelForImageTextToText"), ("text", "AutoModelForCausalLM")):
+        again = getattr(transformers, auto).from_pretrained(tmp_path / directory, **plain).eval()
+        np.testing.assert_array_equal(logits(again), expected)
 
 
 def test_the_golden_directory_comes_back_bit_for_bit(golden: Path, tmp_path: Path):

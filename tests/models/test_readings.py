@@ -171,7 +171,7 @@ def test_it_is_read_as_transformers_reads_it(make: Any, tmp_path: Path):
     assert_same_logits(make(tmp_path / "model"))
 
 
-def test_a_head_that_differs_is_told_and_stays_apart(tmp_path: Path, caplog: Any):
+def test_a_head_that_differs_is_reported_and_stays_apart(tmp_path: Path, caplog: Any):
     directory = tied_other_head(tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         model = load_model(directory)
@@ -213,7 +213,7 @@ def test_one_of_two_that_are_not_tied_is_refused_with_both_readings(gone: str, l
     assert "as tied" in text and "at random" in text
 
 
-def test_the_old_index_beside_a_single_file_is_told(tmp_path: Path, caplog: Any):
+def test_the_old_index_beside_a_single_file_is_reported(tmp_path: Path, caplog: Any):
     directory = single_and_old_index(tmp_path / "model")
     assert weight_files(directory) == [directory / "model.safetensors"]
     assert "model.safetensors is read, as transformers does; model.safetensors.index.json beside it" in caplog.text
@@ -241,7 +241,7 @@ def test_a_tensor_of_two_shards_that_differ_is_refused_where_index_and_transform
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model.", "module."])
-def test_a_wrapper_is_told_by_its_prefix(prefix: str, tmp_path: Path):
+def test_a_wrapper_is_recognised_by_its_prefix(prefix: str, tmp_path: Path):
     tensors = {prefix + n: v for n, v in random_weights(LLAMA).items()}
     with pytest.raises(CheckpointError, match=f"all tensor names begin with '{prefix}'.*save the module inside"):
         open_checkpoint(single(tmp_path / "model", LLAMA, tensors))

@@ -43,7 +43,7 @@ def test_mixed_dtypes_come_back_bit_for_bit(mixed: Path, tmp_path: Path, shard_b
     assert (out / "model.safetensors.index.json").exists() == (shard_bytes < 2**30)
 
 
-def test_a_dtype_for_all_is_written_and_told_in_the_config(mixed: Path, tmp_path: Path):
+def test_a_dtype_for_all_is_written_and_reported_in_the_config(mixed: Path, tmp_path: Path):
     out = tmp_path / "out"
     save_pretrained(load_model(mixed), out, like=mixed, dtype="float32")
     assert {t.dtype for t in open_tensors(out).values()} == {"float32"}

@@ -214,7 +214,7 @@ def test_what_auto_orders_by_is_what_travels():
     assert arithmetic.moved(decoder, score, sizes | {"tensor": 2}) == 2 * (4 * 32 * 1000 * 4096 * 2) / 2
 
 
-def test_a_config_alone_is_enough_and_what_does_not_fit_is_told(tmp_path, capsys):
+def test_a_config_alone_is_enough_and_what_does_not_fit_is_reported(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_8B))
     words = ["plan", "train", "--model", str(path), "--topology", "h100:1", "--json", "--quiet"]
@@ -251,12 +251,12 @@ def test_the_table_of_the_pods_is_that_of_the_plans():
         ("v5e", "its grid"),
     ],
 )
-def test_a_topology_that_is_none_is_told(topology, said):
+def test_a_topology_that_is_none_is_reported(topology, said):
     with pytest.raises(ChesError, match=said):
         parse_topology(topology)
 
 
-def test_a_mesh_that_does_not_take_all_devices_is_told():
+def test_a_mesh_that_does_not_take_all_devices_is_reported():
     with pytest.raises(ChesError, match="has 4 devices, h100:8 has 8"):
         plan(PlanConfig(what="score", topology="h100:8", mesh="fsdp=4"), quiet=True)
 

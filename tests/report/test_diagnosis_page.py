@@ -107,12 +107,12 @@ def test_a_log_alone_has_a_page(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [{}, {"verdict": "displaced"}, {"verdict": "displaced", "chosen": 3}])
-def test_a_damaged_answer_is_told(tmp_path, answer):
+def test_a_damaged_answer_is_reported(tmp_path, answer):
     with pytest.raises(RunError, match=r"diagnosis\.json: is damaged"):
         report(written(tmp_path, answer))
 
 
-def test_pairs_that_cannot_be_read_are_told(run):
+def test_pairs_that_cannot_be_read_are_reported(run):
     (run / "pairs.parquet").write_bytes(b"no")
     with pytest.raises(RunError, match=r"pairs\.parquet: cannot be read"):
         report(run)

@@ -86,7 +86,7 @@ def test_a_selection_has_a_page(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[1]\n", "{\n"])
-def test_files_that_are_not_what_they_should_be_are_told(tmp_path, content):
+def test_files_that_are_not_what_they_should_be_are_reported(tmp_path, content):
     (tmp_path / "responses.jsonl").write_text(content)
     with pytest.raises(RunError, match=r"responses\.jsonl"):
         report(tmp_path)

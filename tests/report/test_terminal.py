@@ -66,7 +66,7 @@ def test_texts_of_strangers_do_not_reach_the_terminal_raw(run):
     assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown and "evil" in shown
 
 
-def test_a_pair_that_is_not_there_is_told_with_those_that_are(run):
+def test_a_pair_that_is_not_there_is_reported_with_those_that_are(run):
     with pytest.raises(RunError, match=r"no pair 7; there are 3, such as 0, 1, 2"):
         pair_text(run, "7")
 

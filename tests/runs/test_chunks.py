@@ -69,7 +69,7 @@ def test_a_run_that_lost_its_tail_is_not_joined(tmp_path):
 
 @pytest.mark.parametrize("name", ["part-000001.jsonl", "dropped-000001.jsonl"])
 @pytest.mark.parametrize("fault", ["a flipped bit", "no bytes", "gone"])
-def test_a_chunk_that_is_not_as_it_was_written_is_told_and_computed_again(tmp_path, name, fault):
+def test_a_chunk_that_is_not_as_it_was_written_is_reported_and_computed_again(tmp_path, name, fault):
     path = whole(tmp_path) / name
     before = path.read_bytes()
     path.write_bytes(bytes([before[0] ^ 1]) + before[1:] if fault == "a flipped bit" else b"")

@@ -98,6 +98,6 @@ def test_the_command_sets_it_before_jax_and_without_it():
     )
     folder = default_folder().parent / "test"
     try:
-        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=300)
     finally:
         folder.rmdir()

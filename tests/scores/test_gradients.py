@@ -135,7 +135,7 @@ def test_the_band_is_where_chosen_rises_and_rejected_falls():
 
 
 def test_the_columns_of_a_run(tmp_path, tiny_model):
-    """The head's numbers make the head score; what it cost is told, and --by takes the new scores."""
+    """The head's numbers make the head score; what it cost is reported, and --by takes the new scores."""
     options = {"model": str(tiny_model), "limit": 4, "dtype": "float64", "by": "head_score", "gradients": "head"}
     table, _ = read_table(score(ScoreConfig(**options, out=str(tmp_path / "run")), quiet=True))
     columns = {name: np.array(table[name].to_pylist(), float) for name in table.column_names if name[:4] in GRAD}

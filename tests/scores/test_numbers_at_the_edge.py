@@ -146,9 +146,9 @@ def test_one_number_that_is_none_names_its_row_and_no_other():
     table[...] = table[...].at[50].set(jnp.nan)
     sides = [((10, 11), (12,)), ((13,), (14, 50, 15)), ((16, 17), (18,))]
     pairs = [pair_of(f"r{i}", i, (5, 6), *both) for i, both in enumerate(sides)]
-    with pytest.raises(ChesError, match=r"row 1 \(row_id r1\).*not finite") as told:
+    with pytest.raises(ChesError, match=r"row 1 \(row_id r1\).*not finite") as error:
         scored(model, pairs, 64)
-    assert "r0" not in str(told.value) and "r2" not in str(told.value)
+    assert "r0" not in str(error.value) and "r2" not in str(error.value)
 
 
 def test_weights_of_a_float16_file_are_its_numbers(tiny_model, tmp_path):

@@ -290,7 +290,7 @@ def test_categories_are_counted(tmp_path):
     assert "| a\\|b | 10 | 10 |" in (out / "README.md").read_text()
 
 
-def test_rows_dropped_when_scored_are_told_again(tmp_path):
+def test_rows_dropped_when_scored_are_reported_again(tmp_path):
     short = {k: np.delete(np.asarray(v, dtype=object), 4) for k, v in columns().items()}
     run = tmp_path / "run"
     write_part(run / "scores.parquet", short, {})

@@ -1,6 +1,6 @@
 """Every verb against emulators of stores on loopback: S3 (moto) and Google Cloud Storage; slow.
 
-The S3 emulator answers 503 for a while when it is told to.
+The S3 emulator answers 503 for a while when a test asks it to.
 """
 
 import json
@@ -24,7 +24,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFA
 
 
 class Busy:
-    """A WSGI application that answers 503 while it is told to."""
+    """A WSGI application that answers 503 while a test asks it to."""
 
     def __init__(self, app: Callable):
         self.app, self.busy, self.refused = app, False, 0

@@ -66,7 +66,7 @@ def test_every_figure_belongs_to_a_claim():
     assert set(DRAWN) <= {c.id for c in all_claims()}
 
 
-def test_a_directory_without_claims_is_told(tmp_path):
+def test_a_directory_without_claims_is_reported(tmp_path):
     with pytest.raises(RunError, match="ches verify --out"):
         report(tmp_path)
     (tmp_path / "claims.json").write_text('{"claims": []}')

@@ -204,7 +204,7 @@ def test_a_checkpoint_is_due_by_the_clock_unless_its_updates_are_counted(tmp_pat
     counted.close()
 
 
-def test_a_log_is_cut_behind_its_checkpoint_and_a_damaged_line_is_told(tmp_path):
+def test_a_log_is_cut_behind_its_checkpoint_and_a_damaged_line_is_reported(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "a": 1}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     JsonLines(path, 1)

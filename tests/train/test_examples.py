@@ -310,8 +310,12 @@ def equal_logs(a, b):
             assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-11), name
 
 
-def test_kto_trains_on_pairs_and_accumulation_changes_nothing(kto, kto_on_pairs):
+@pytest.mark.slow
+def test_accumulation_changes_nothing_of_a_kto_run(kto, kto_on_pairs):
     equal_logs(kto_on_pairs, kto("cut", accumulate=2))
+
+
+def test_kto_trains_on_pairs(kto, kto_on_pairs):
     _, first, second, last = lines(kto_on_pairs)
     # policy and reference agree: every surplus and the divergence are 0, and the loss is one half
     assert first["loss"] == pytest.approx(0.5) and first["kl"] == pytest.approx(0, abs=1e-12) and second["kl"] > 0

@@ -242,8 +242,9 @@ def test_meshes_and_layouts_give_the_same_run_to_rounding(small, tmp_path, optio
         np.testing.assert_allclose(other[name], value, rtol=0, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(small, tmp_path):
-    """Micro-batches of 3 and 2 pairs, in float64: nothing but rounding."""
+    """Micro-batches of 3 and 2 pairs, in float64: nothing but rounding. Fast: the same of a run of adapters."""
     options = {"optimizer": "sgd", "lr": 1e-2, "dtype": "float64", "steps": 2, "batch_size": 5, "export": False}
     logs = [lines(train(small(tmp_path / str(n), accumulate=n, **options), quiet=True)) for n in (1, 2)]
     for a, b in zip(*logs, strict=True):

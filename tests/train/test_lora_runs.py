@@ -78,8 +78,10 @@ def test_a_stopped_run_of_adapters_resumes_to_the_same_bytes(lora_run, small, tm
 
 
 def test_meshes_accumulation_and_remat_give_the_same_adapters(small, tmp_path):
-    """In float64, with plain steps: nothing but rounding, and that of the files, which hold float32."""
+    """In float64, with plain steps, micro-batches of 3 and 2 pairs: nothing but rounding, and that of the files,
+    which hold float32."""
     options = {
+        "batch_size": 5,
         "lora_rank": 3,
         "lora_targets": "q,v,o,down",
         "optimizer": "sgd",

@@ -56,7 +56,7 @@ def test_distributions_are_those_after_each_prompt_alone(tiny_model, prompts, me
         np.testing.assert_allclose(row, one_sequence(model, ids)[1][-1], atol=2e-5)
 
 
-def test_what_is_told_of_a_distribution(tmp_path, tiny_model):
+def test_what_is_said_of_a_distribution(tmp_path, tiny_model):
     before = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]]))
     with np.errstate(divide="ignore"):
         now = np.log(np.array([[0.25, 0.625, 0.125, 0.0], [0.25, 0.25, 0.25, 0.25]]))

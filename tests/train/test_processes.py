@@ -121,7 +121,7 @@ def test_other_runs_of_two_processes(small, tiny_model, cache, tmp_path, options
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_told_by_both(tiny_model, cache, tmp_path):
+def test_an_error_of_one_process_is_reported_by_both(tiny_model, cache, tmp_path):
     """The bad row lies in the chunk that process 1 tokenises: the first has 256 rows."""
     rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()]
     rows = (rows * (300 // len(rows) + 1))[:300]

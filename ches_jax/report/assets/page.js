@@ -383,7 +383,7 @@
       const group = h("div", { class: "text tokens", dir: "auto", role: "group", "aria-label": `${name}, token by token` });
       const spans = (mine[name] || []).map(([text, value], i) => {
         const share = Math.abs(value ?? 0) / largest, red = value > 0;
-        const words = value === null ? `“${text}”: shared with the other response, told there` : `“${text}”: ${value > 0 ? "+" : ""}${Number(value.toPrecision(4))} (${by.name}), ${value > 0 ? by.up : value < 0 ? by.down : "neither"}`;
+        const words = value === null ? `“${text}”: shared with the other response, shown there` : `“${text}”: ${value > 0 ? "+" : ""}${Number(value.toPrecision(4))} (${by.name}), ${value > 0 ? by.up : value < 0 ? by.down : "neither"}`;
         const span = h("span", { tabindex: i ? "-1" : "0", title: words, class: share > 0.5 ? (red ? "up" : "down") : "" }, text);
         span.style.backgroundColor = `rgba(${red ? "215,48,39" : "69,117,180"},${(0.75 * share).toFixed(3)})`;
         const pick = () => (readout.textContent = words);

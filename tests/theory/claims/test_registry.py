@@ -45,7 +45,7 @@ def test_every_claim_names_its_source_and_no_id_is_used_twice():
     assert len({c.id for c in claims}) == len(claims)
 
 
-def test_unknown_ids_are_told_together():
+def test_unknown_ids_are_reported_together():
     with pytest.raises(ChesError, match=r"(?s)'Q1'.*'Q2'"):
         find(["Q1", "T4", "Q2"])
 

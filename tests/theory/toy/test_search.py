@@ -14,6 +14,6 @@ def test_a_known_maximum_is_found_under_a_constraint(x64):
     assert all(side.feasible == 4 for side in highest.values())
 
 
-def test_nothing_feasible_is_told(x64):
+def test_nothing_feasible_is_reported(x64):
     highest = ascend(lambda x: {"x": x[0]}, jnp.zeros((2, 1)), slack=lambda x: -jnp.ones(()), steps=3)["x"]
     assert highest.feasible == 0 and highest.best == -np.inf
