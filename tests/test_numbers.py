@@ -150,8 +150,8 @@ def forecast_page() -> list[str]:
         f"held-out). The mean forecast was {fit['mean_forecast']:.1f}",
         f"{pairs['test']} test pairs, {len(of('seeds'))} draws of the pool, against all pairs: highest influence "
         f"{of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall, margin "
-        f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), highest "
-        f"CHES {of.nats(gain.format('ches'))}, head score {of.nats(gain.format('head_score'))}, random "
+        f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), "
+        f"highest CHES {of.nats(gain.format('ches'))}, head score {of.nats(gain.format('head_score'))}, random "
         f"{of.nats(gain.format('random'))}, longest rejected {of.nats(gain.format('rejected_tokens'))}, highest "
         f"length-normalised CHES {of.nats(gain.format('ln_ches'))}, lowest influence (the wrong half) "
         f"{of.nats(gain.format('least_influence'))}; all pairs with weights by influence "
