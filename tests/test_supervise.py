@@ -72,7 +72,7 @@ def test_a_signal_to_the_parent_reaches_the_child():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a death signal is of Linux")
 def test_a_child_does_not_outlive_its_parent():
-    with start("print(os.getpid(), flush=True); time.sleep(600)") as process:
+    with start("print(os.getpid(), flush=True); time.sleep(20); print('outlived')") as process:
         process.stdout.readline()
         process.kill()
         assert process.stdout.read() == ""  # comes when nobody holds the other end any more

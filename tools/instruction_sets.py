@@ -37,6 +37,7 @@ small = dict(limit=24, holdout=6, steps=4, batch_size=4, lr=1e-4, eval_every=2, 
 def see(done, model):
     if done == dies:
         os._exit(0)
+    return {}
 train(TrainConfig(**small, on_bad_row="drop", out=out), resume=resume, quiet=True, observers=[see])
 """
 """Four updates; the process ends without a word after ``dies`` of them."""
@@ -55,7 +56,7 @@ def python(isa: str, *words: str) -> None:
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program of another set would be taken from it
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode not in (0, 1):
+    if done.returncode not in ((0, 1) if "verify" in words else (0,)):
         raise SystemExit(f"{isa}: {' '.join(words)}\n{done.stderr}")
 
 

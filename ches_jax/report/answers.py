@@ -100,7 +100,11 @@ def interval(estimate: Mapping[str, Any]) -> str:
 
     >>> interval({"mean": -0.5, "low": -0.6, "high": -0.4})
     '-0.50 <small>[-0.60, -0.40]</small>'
+    >>> interval({"mean": None, "low": None, "high": None})
+    'not known'
     """
+    if estimate["mean"] is None:
+        return "not known"
     if estimate.get("low") is None or estimate.get("high") is None:
         return nats(estimate["mean"])
     return f"{nats(estimate['mean'])} <small>[{nats(estimate['low'])}, {nats(estimate['high'])}]</small>"

@@ -24,7 +24,7 @@ ANSWER, PAIRS = "diagnosis.json", "pairs.parquet"
 _COLUMNS = pa.schema([pa.field("dlogp_chosen", pa.float64()), pa.field("dlogp_rejected", pa.float64())])
 _TEXTS = [pa.field(name, pa.string()) for name in ("set", "row_id", "regime", "category", *SIDES)]
 _MORE = pa.schema([*_TEXTS, pa.field("index", pa.int64()), pa.field("flags", pa.list_(pa.string()))])
-_INTERVAL = {"mean?": float, "low?": float, "high?": float}
+_INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, None))
 _SHAPE = {
     "verdict": str, "unit": str, "pairs": int, "source?": str, "set?": str, "criterion?": {"tolerance?": float},
     "chosen": _INTERVAL, "rejected": _INTERVAL, "margin": _INTERVAL, "displacement/lld_rate?": float,

@@ -5,6 +5,7 @@ A shape is written as the value it describes:
     str, bool, int     of that type; an int has 64 bits
     float              a finite number
     object             anything
+    (shape, None)      such a value, or null
     [shape]            a list of such values
     {str: shape}       an object of such values, under any names
     {"name": shape}    an object that has these names; ``"name?"`` may be absent or null, names beside them are free
@@ -27,6 +28,8 @@ def misfit(value: Any, shape: Shape, where: str = "") -> str | None:
     >>> misfit({"counts": {"rows": "3"}}, {"counts": {str: int}, "note?": str})
     'counts.rows is text; expected a whole number'
     """
+    if isinstance(shape, tuple):
+        return None if value is None else misfit(value, shape[0], where)
     if isinstance(shape, list):
         if not isinstance(value, list):
             return _not(value, where, "a list")
@@ -42,7 +45,7 @@ def misfit(value: Any, shape: Shape, where: str = "") -> str | None:
                 name = word.removesuffix("?")
                 if value.get(name) is not None:
                     inner.append((kind, value[name], _below(where, name)))
-                elif name == word:
+                elif name == word and not (name in value and isinstance(kind, tuple)):
                     return f"{_below(where, name)} is missing"
     else:
         return None if _is(value, shape) else _not(value, where, _WORDS[shape])

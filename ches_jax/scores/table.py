@@ -284,7 +284,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise RunError(f"{path}: no such file")
     try:
         return pq.ParquetFile(parquet_source(path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
 
 

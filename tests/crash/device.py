@@ -21,6 +21,7 @@ class Scorer:
     """Stands for ``scores.scorer.PairScorer``."""
 
     waste = 0.0
+    gradients = None
     run = SimpleNamespace(compile_seconds=0.0, shapes=[])
     batching = SimpleNamespace(batch_tokens=1)
     on_batch: Callable[[int], None]

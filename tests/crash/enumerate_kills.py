@@ -1,18 +1,21 @@
 """A command is killed before each of its operations on files in turn, and started again: the same bytes, no leftovers.
 
-    python -m tests.crash.enumerate_kills VERB MODEL
+    python -m tests.crash.enumerate_kills VERB MODEL [--most N] [--record tests/crash/counts.json]
 
 This process imports everything and computes nothing, so that it may fork: each run is a child, which neither imports
 nor (with the compilation cache) compiles much. One line of JSON at the end: the operations, and what went wrong after
 which.
 """
 
+import argparse
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -208,8 +211,9 @@ def different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     return None
 
 
-def main(verb: str, model: str, most: int | None = None) -> None:
-    """Enumerate the kills of one command."""
+def main(verb: str, model: str, most: int | None = None, record: Path | None = None) -> None:
+    """Enumerate the kills of one command, and note the counts in a file."""
+    code = commit()
     for name in IMPORTED:
         importlib.import_module(name)
     load_tokenizer("bundled")  # transformers imports the rest then
@@ -224,6 +228,31 @@ def main(verb: str, model: str, most: int | None = None) -> None:
         again = command([*plan["words"], *plan.get("again", ())])
         operations, problems = enumerated(start, command(plan["words"]), again, "again" not in plan, most)
     print(json.dumps({"operations": operations, "problems": problems}))
+    if record is not None:
+        killed = len(operations[:most])
+        counts = {"operations": len(operations), "killed_before": killed, "problems": len(problems), "commit": code}
+        note(record, verb, counts)
+
+
+def commit() -> str:
+    """The commit of the code that runs; with a word where files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/ches_jax", ":/tests/crash/*.py")
+    return git("rev-parse", "--short=10", "HEAD") + (" with changes" if changed else "")
+
+
+def note(record: Path, verb: str, counts: dict[str, Any]) -> None:
+    """Puts the counts of a command beside those of the others; several processes may do so at once."""
+    with record.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = json.loads(file.read() or "{}") | {verb: counts}
+        file.truncate(0)
+        file.write(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def enumerated(
@@ -266,5 +295,11 @@ def enumerated(
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=list(verbs("MODEL")))
+    parser.add_argument("model")
+    parser.add_argument("--most", type=int, help="only so many operations")
+    parser.add_argument("--record", type=Path, help="where the counts are noted")
+    options = parser.parse_args()
     with contextlib.suppress(BrokenPipeError):
-        main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
+        main(options.verb, options.model, options.most, options.record)

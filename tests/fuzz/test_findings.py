@@ -57,6 +57,9 @@ def changed(path, change):
         ("selection", "selection.json", lambda v: v.update(categories={"c": []}), r"categories\.c is a list"),
         ("diagnosis", "diagnosis.json", lambda v: v["criterion"].update(tolerance="pairs"), "tolerance is text"),
         ("diagnosis", "diagnosis.json", lambda v: v.pop("chosen"), "chosen is missing"),
+        ("diagnosis", "diagnosis.json", lambda v: v["margin"].pop("mean"), r"margin\.mean is missing"),
+        ("diagnosis", "diagnosis.json", lambda v: v["chosen"].pop("low"), r"chosen\.low is missing"),
+        ("diagnosis", "diagnosis.json", lambda v: v["chosen"].update(mean=[]), r"chosen\.mean is a list"),
     ],
 )
 def test_a_page_refuses_an_answer_of_another_shape(run, kind, file, change, message):
@@ -64,6 +67,12 @@ def test_a_page_refuses_an_answer_of_another_shape(run, kind, file, change, mess
     changed(folder / file, change)
     with pytest.raises(RunError, match=rf"{file}: is damaged, or not written by this program: .*{message}"):
         report(folder)
+
+
+def test_a_margin_that_is_not_known_is_no_damage(run):
+    folder = run("diagnosis")
+    changed(folder / "diagnosis.json", lambda v: v.update(margin=dict.fromkeys(("mean", "low", "high"))))
+    assert "margin not known" in report(folder).read_text(encoding="utf-8")
 
 
 def test_a_page_leaves_out_what_a_selection_does_not_tell(run):

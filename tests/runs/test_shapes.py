@@ -6,6 +6,7 @@ from ches_jax.errors import RunError
 from ches_jax.runs.shapes import misfit, read_json_lines, require_shape
 
 SHAPE = {"name": str, "rate?": float, "counts?": {str: int}, "parts?": [{"on": bool}], "any?": object}
+UNKNOWN = {"mean": (float, None)}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,12 @@ def test_what_does_not(value, message, tmp_path):
     with pytest.raises(RunError) as caught:
         require_shape(tmp_path / "run.json", value, SHAPE, RunError)
     assert str(caught.value).startswith(str(tmp_path / "run.json")) and str(caught.value).endswith(message)
+
+
+def test_what_is_not_known_is_null_and_what_is_missing_is_damage():
+    assert misfit({"mean": None}, UNKNOWN) is misfit({"mean": 1.5}, UNKNOWN) is misfit([None], [(float, None)]) is None
+    assert misfit({}, UNKNOWN) == "mean is missing"
+    assert misfit({"mean": "x"}, UNKNOWN) == "mean is text; expected a finite number"
 
 
 def test_lines_are_named(tmp_path):
