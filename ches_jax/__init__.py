@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ches_jax.train.loop import train as train
     from ches_jax.verify import verify as verify
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     # a model, its tokenizer, and what ships with the package

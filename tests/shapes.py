@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import cache_from_source, decode_source
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 from unittest.mock import patch
 
 from beartype import beartype
@@ -28,6 +28,8 @@ NAME = "__checked__"
 
 def tells_a_shape(annotation: Any) -> bool:
     """Whether a jaxtyping array is part of the annotation; what is still a string may name one."""
+    if get_origin(annotation) is Literal:  # its words are no annotations
+        return False
     if isinstance(annotation, str) or (isinstance(annotation, type) and issubclass(annotation, AbstractArray)):
         return True
     return any(tells_a_shape(part) for part in get_args(annotation))

@@ -150,10 +150,12 @@ def forecast_page() -> list[str]:
         f"held-out). The mean forecast was {fit['mean_forecast']:.1f}",
         f"{pairs['test']} test pairs, {len(of('seeds'))} draws of the pool, against all pairs: highest influence "
         f"{of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall, margin "
-        f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), random "
+        f"{of('result|filters|influence|margin|mean'):.2f} against {of('result|filters|all|margin|mean'):.2f}), "
+        f"highest CHES {of.nats(gain.format('ches'))}, head score {of.nats(gain.format('head_score'))}, random "
         f"{of.nats(gain.format('random'))}, longest rejected {of.nats(gain.format('rejected_tokens'))}, highest "
-        f"length-normalised CHES {of.nats(gain.format('ln_ches'))}, an SFT term instead "
-        f"{of.nats(gain.format('with_sft'))}",
+        f"length-normalised CHES {of.nats(gain.format('ln_ches'))}, lowest influence (the wrong half) "
+        f"{of.nats(gain.format('least_influence'))}; all pairs with weights by influence "
+        f"{of.nats(gain.format('soft_influence'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
         f"forecast {of('result|costs|forecast'):.1f}, influence {of('result|costs|influence'):.1f} with "
         f"{pairs['probes']} probes, second order {of('result|costs|push_twice'):.1f} more",
     ]

@@ -64,8 +64,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
-    # Long texts are counted and refused where that matters (--max-length); transformers' own warning names no row.
-    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if not isinstance(tokenizer, file_tokenizer.FileTokenizer):
+        # long texts are counted and refused where that matters (--max-length); this warning names no row
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     try:
         token_ids(tokenizer, "a", add_special_tokens=True)
     except Exception as error:

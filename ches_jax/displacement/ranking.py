@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
 
 from ches_jax.displacement.intervals import FEWEST, Interval, of_pairs
 from ches_jax.stats import bootstrap
@@ -46,6 +45,13 @@ def flip_budget(reference_margin: np.ndarray, beta: float) -> np.ndarray:
     [0.6931]
     """
     return np.logaddexp(0.0, -beta * reference_margin)
+
+
+def _preferred(margin: np.ndarray) -> np.ndarray:
+    """The probability that the chosen response is preferred, of Bradley and Terry."""
+    from scipy.special import expit
+
+    return expit(margin)
 
 
 def idealised_right(reference_margin: np.ndarray, beta: float, noise: float) -> np.ndarray:
@@ -99,7 +105,7 @@ def ranking_summary(logps: Sides, reference: Sides, beta: float) -> dict[str, fl
         "flipped_to_right": float(np.mean(to_right)),
         "flipped_to_wrong": float(np.mean(to_wrong)),
         "implicit_reward_accuracy": float(np.mean(_right(after - before))),
-        "calibration_error": calibration_error(expit(beta * (after - before))),
+        "calibration_error": calibration_error(_preferred(beta * (after - before))),
     }
 
 
@@ -176,7 +182,7 @@ def ranking(
             values["idealised"] = idealised_right(first, beta, noise)
     numbers = dict(zip(values, of_pairs(np.stack(list(values.values())), records), strict=True))
     if beta is not None:
-        numbers["calibration_error"] = _error_interval(expit(beta * (second - first)), records)
+        numbers["calibration_error"] = _error_interval(_preferred(beta * (second - first)), records)
     return Ranking(numbers, beta, noise)
 
 

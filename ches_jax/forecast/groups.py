@@ -102,7 +102,7 @@ class HeadKernel:
             predicting = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
             head = head_products(
                 predicting, batch.target, batch.segment, batch.item, batch.preferred, decoder.unembedding,
-                decoder.logit_transform,
+                decoder.logit_transform, logical=decoder.auto_mesh(model.on),
             )  # fmt: skip
             return segment_sums(head, batch.segment, batch.last.shape[1])
 

@@ -45,6 +45,7 @@ class Layout(NamedTuple):
 def layout(config: PlanConfig, sizes: dict[str, int], topology: Topology) -> Layout | None:
     """How a verb computes on a mesh of these sizes (``distributed.mesh_of_run``); None: not on these devices.
 
+    >>> from ches_jax.plan.topologies import parse_topology
     >>> layout(PlanConfig(what="score", topology="v5e:4x4"), {"data": 4}, parse_topology("v5e:4x4")).meshes
     4
     """

@@ -19,9 +19,10 @@ SCORE_LIMITS = (
     "Plain CHES goes with length: hidden states mostly have positive inner products, so a rejected response that "
     "is longer than the chosen one raises it. Look at the correlations before a selection by CHES is "
     "credited to similarity, and compare with the length and random controls of ches select.",
-    "Leaving pairs out by a score of a pair alone was not found to help here: after fine-tuning on the chosen "
-    "responses, the half of lowest ln-CHES made held-out ones fall more than all pairs did, and the half of lowest "
-    "influence made them fall less (experiments/README.md).",
+    "Leaving pairs out, after fine-tuning on the chosen responses: without the half of highest influence held-out ones "
+    "fell by 1.8 nats less than with all pairs, without the half of highest CHES by 1.4 less, of highest head score by "
+    "0.9 less, of longest rejected by 0.5 less, of highest ln-CHES by 0.5 more; all at less margin "
+    "(experiments/README.md).",
     "Whether similar pairs should be dropped is debated. The paper found that keeping the 5% of pairs with the "
     "lowest ln-CHES kept safety-tuned models from unlearning refusals, although the chosen responses still lost "
     "probability. Others find pairs with a minimal surface difference the most instructive. The two agree where "

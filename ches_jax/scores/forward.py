@@ -63,8 +63,9 @@ def _statistics(
         statistics = statistics._replace(ches_products=ches_products(predicting, rows.segment, rows.last.shape[1]))
     if outputs.head_score:
         head = head_products(
-            predicting, rows.target, rows.segment, rows.item, rows.preferred, model.unembedding, model.logit_transform
-        )
+            predicting, rows.target, rows.segment, rows.item, rows.preferred, model.unembedding, model.logit_transform,
+            logical=model.auto_mesh(mesh),
+        )  # fmt: skip
         statistics = statistics._replace(head_products=head)
     return statistics
 

@@ -109,7 +109,8 @@ class Gradients:
                 f"--gradients {estimator}: reads whole weights on one machine; give --mesh data=N, or leave it out"
             )
         wide = accumulate(model.dtype)
-        self.estimator, self.eos = estimator, eos
+        self.estimator = estimator
+        self.eos: Eos = eos
         rope = model.config.rope
         self._threshold = rope.length_threshold if rope else None
         self.seconds, self.pairs = 0.0, 0

@@ -266,7 +266,8 @@ class PairScorer:
             pair = pairs[i]
             by_ches = pair_contributions(ches, role, 0, chosen, rejected)
             by_head = None if head is None else pair_contributions(head, role, 0, chosen, rejected)
-            target, logps = rows.target[place.row][at], None if s.token_logps is None else s.token_logps[place.row][at]
+            target = rows.target[place.row][at]
+            logps = None if s.token_logps is None else np.asarray(s.token_logps[place.row][at])
             tokens[i] = _token_rows(pair, role, chosen, rejected, state, target, logps, by_ches, by_head)
 
 

@@ -16,9 +16,13 @@ unembedding. The vocabulary is walked in chunks; what is kept is one number for 
 Works on packed rows (``data.packing``), whose items have one segment that all responses share and one for each: the
 inner products of every prediction with every segment of its item (``head_products``) hold the scores of all pairs of
 the item and the shares of their tokens (``pair_contributions``). What a pair shares drops out of :math:`A^- - A^+`.
+
+On a mesh each device walks over its part of the vocabulary for the states of all devices that have other parts
+(``models.vocabulary``): states and coefficients travel, and neither W nor logits.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +30,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models.precision import accumulate
 from ches_jax.models.segment_sums import segment_sums
+from ches_jax.models.vocabulary import Vocabulary, place_of
 
 CHUNK = 2048
 """Vocabulary rows at a time."""
@@ -123,18 +129,19 @@ class _VocabularyChunk(NamedTuple):
 def _vocabulary_chunk(
     hidden: Float[Array, "M D"],
     target: Int[Array, " M"],
-    unembedding: Float[Array, "V D"],
+    unembedding: Float[Array, "V_p D"],
+    vocabulary: Vocabulary,
     transform: Logits,
     start: Int[Array, ""],
     size: int,
 ) -> _VocabularyChunk:
     # the last chunk reaches back over rows already counted, so that W is never padded (a copy); they are masked
     at = jnp.minimum(start, unembedding.shape[0] - size)
-    ids = at + jnp.arange(size, dtype=jnp.int32)
+    ids = lax.dynamic_slice_in_dim(vocabulary.number(unembedding.shape[0]), at, size)
     w = lax.dynamic_slice_in_dim(unembedding, at, size).astype(hidden.dtype)
     raw = jnp.einsum("md,cd->mc", hidden, w, precision=lax.Precision.HIGHEST)
     logits, derivative = jax.jvp(transform, (raw,), (jnp.ones_like(raw),))
-    new = (ids >= start)[None, :]
+    new = ((at + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocabulary.size))[None, :]
     is_target = (ids[None, :] == target[:, None]) & new
     return _VocabularyChunk(logits, derivative, is_target, new & ~is_target)
 
@@ -161,11 +168,12 @@ def token_gram(
     target: Int[Array, " M"],
     tile_pairs: Int[Array, "2 N"],
     count: Int[Array, ""],
-    unembedding: Float[Array, "V D"],
+    unembedding: Float[Array, "V_p D"],
     transform: Logits = identity,
     *,
     tile: int,
     chunk: int = CHUNK,
+    vocabulary: Vocabulary | None = None,
 ) -> Float[Array, "N tile tile"]:
     r"""The coefficients :math:`\alpha_{m,m'} = \langle E_m, E_{m'} \rangle` of one row, in the listed pairs of tiles.
 
@@ -177,31 +185,57 @@ def token_gram(
       target: the token each predicts.
       tile_pairs: (first, second) tile of each product; only the first ``count`` are computed.
       count: how many they are.
-      unembedding: W.
+      unembedding: W; of a vocabulary that lies on a mesh the part of this device (``Vocabulary.part``).
       transform: from :math:`h W^\top` to the logits, elementwise.
       tile: predictions of a tile; M is a multiple.
       chunk: vocabulary rows at a time.
+      vocabulary: which part it is, inside ``shard_map``; default: all of it.
 
     Returns:
       Symmetric in all, in [-2, 2] where ``transform`` is the identity.
     """
-    acc = accumulate(hidden.dtype)
-    vocabulary = unembedding.shape[0]
-    size = min(chunk, vocabulary)
-    starts = jnp.arange(-(-vocabulary // size), dtype=jnp.int32) * size
-    h, target = hidden.astype(acc), target.astype(jnp.int32)
+    acc, held = accumulate(hidden.dtype), unembedding.shape[0]
+    vocabulary = Vocabulary(held) if vocabulary is None else vocabulary
+    size = min(chunk, held)
+    starts = jnp.arange(-(-held // size), dtype=jnp.int32) * size
+    # the rows of all devices that have other parts of the vocabulary
+    rows = tuple(
+        vocabulary.all_rows(a[None])
+        for a in (hidden.astype(acc), target.astype(jnp.int32), tile_pairs, jnp.asarray(count))
+    )
 
-    def chunk_at(start):
-        return _vocabulary_chunk(h, target, unembedding, transform, start, size)
+    def normalise(row):
+        h, target, *_ = row
+        chunk_at = partial(_vocabulary_chunk, h, target, unembedding, vocabulary, transform, size=size)
+        return _normalisers(chunk_at, starts, jnp.full(target.shape, -jnp.inf, acc))
 
-    log_z, log_others = _normalisers(chunk_at, starts, jnp.full(target.shape, -jnp.inf, acc))
+    log_z, log_others = (_log_total(vocabulary, a) for a in lax.map(normalise, rows))
     # 1 - pi(y) as the sum of the other probabilities: by subtraction nothing would be left of it near pi(y) = 1
     missing = jnp.exp(log_others - log_z)
 
+    def products(args):
+        row, log_z, missing = args
+        return _row_gram(row, log_z, missing, unembedding, vocabulary, transform, starts, size, tile)
+
+    return vocabulary.sum_of_rows(lax.map(products, (rows, log_z, missing)))[0]
+
+
+def _log_total(vocabulary: Vocabulary, parts: Float[Array, "rows M"]) -> Float[Array, "rows M"]:
+    """The logarithm of the sum of exponentials over all parts of the vocabulary."""
+    if not vocabulary.over:
+        return parts
+    top = vocabulary.largest(parts)
+    return top + jnp.log(vocabulary.total(jnp.exp(parts - top)))
+
+
+def _row_gram(row, log_z, missing, unembedding, vocabulary, transform, starts, size, tile) -> Float[Array, "N t t"]:
+    """What a part of the vocabulary adds to the coefficients of one row."""
+    h, target, tile_pairs, count = row
+
     def add_products(total, start):
-        c = chunk_at(start)
+        c = _vocabulary_chunk(h, target, unembedding, vocabulary, transform, start, size)
         probability = jnp.exp(c.logits - log_z[:, None])
-        zero = jnp.zeros((), acc)
+        zero = jnp.zeros((), h.dtype)
         residual = c.derivative * (
             jnp.where(c.is_target, missing[:, None], zero) - jnp.where(c.is_other, probability, zero)
         )
@@ -214,7 +248,7 @@ def token_gram(
 
         return lax.fori_loop(0, count, one_pair, total), None
 
-    return lax.scan(add_products, jnp.zeros((tile_pairs.shape[1], tile, tile), acc), starts)[0]
+    return lax.scan(add_products, jnp.zeros((tile_pairs.shape[1], tile, tile), h.dtype), starts)[0]
 
 
 def head_products(
@@ -226,6 +260,7 @@ def head_products(
     unembedding: Float[Array, "V D"],
     transform: Logits = identity,
     chunk: int = CHUNK,
+    logical: LogicalMesh | None = None,
 ) -> Float[Array, "B M S"]:
     r"""Inner products of the unembedding gradients of single predictions with those of the segments of their item.
 
@@ -243,13 +278,25 @@ def head_products(
       unembedding: ``Decoder.unembedding``.
       transform: the model's logit scale and soft-cap.
       chunk: vocabulary rows at a time.
+      logical: the mesh on which rows and unembedding lie; None: on one device.
     """
 
-    def row(args):
-        states, targets, ids, items, some = args
-        return _row_products(states, targets, ids, items, some, unembedding, transform, chunk)
+    def on_device(vocabulary: Vocabulary, unembedding: Array, *rows: Array) -> Array:
+        part = vocabulary.part(unembedding)
+        return lax.map(lambda row: _row_products(*row, part, vocabulary, transform, chunk), rows)
 
-    return lax.map(row, (hidden, target, segment, item, preferred))
+    arrays = unembedding, hidden, target, segment, item, preferred
+    if logical is None:
+        return on_device(Vocabulary(unembedding.shape[0]), *arrays)
+    place = place_of(logical, hidden.shape[0], unembedding.shape)
+    run = jax.shard_map(
+        partial(on_device, place.vocabulary),
+        mesh=logical.current,
+        in_specs=(place.weight, *[place.rows] * 5),
+        out_specs=place.rows,
+        check_vma=False,
+    )
+    return run(*arrays)
 
 
 def ches_products(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], segments: int) -> Float[Array, "B M S"]:
@@ -259,7 +306,9 @@ def ches_products(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], seg
     return jnp.einsum("bmd,bsd->bms", h, sums, precision=lax.Precision.HIGHEST)
 
 
-def _row_products(hidden, target, segment, item, preferred, unembedding, transform, chunk) -> Float[Array, "M S"]:
+def _row_products(
+    hidden, target, segment, item, preferred, unembedding, vocabulary, transform, chunk
+) -> Float[Array, "M S"]:
     count, segments = hidden.shape[0], item.shape[0]
     tile = min(TILE, count)
     pad = -count % tile
@@ -271,7 +320,9 @@ def _row_products(hidden, target, segment, item, preferred, unembedding, transfo
     # padding gets items of its own behind all others, so that it shares no tile with an item
     own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
     tile_pairs, tile_pair_count = item_tiles(own, jnp.where(real, preferred[place], 0), tile)
-    alpha = token_gram(h, target, tile_pairs, tile_pair_count, unembedding, transform, tile=tile, chunk=chunk)
+    alpha = token_gram(
+        h, target, tile_pairs, tile_pair_count, unembedding, transform, tile=tile, chunk=chunk, vocabulary=vocabulary
+    )
     member = segment[:, None] == jnp.arange(segments, dtype=segment.dtype)[None, :]
     h_tiles, own_tiles, member_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, own, member.astype(h.dtype)))
 

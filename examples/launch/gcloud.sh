@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A TPU VM slice by gcloud: the same command on every host; --distributed auto finds the others.
-#   NAME=ches ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=gs://my-bucket ./gcloud.sh create|run|watch|resume|delete
+#   NAME=ches ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=gs://my-bucket ./gcloud.sh create|run|watch|resume|merge|delete
 set -euo pipefail
 : "${NAME:=ches}" "${ZONE:?the zone}" "${TYPE:=v5litepod-16}" "${BUCKET:?gs://...}"
 : "${MODEL:=$BUCKET/models/llama-3-8b}" "${PAIRS:=$BUCKET/pairs.jsonl}" "${OUT:=$BUCKET/runs/score}"

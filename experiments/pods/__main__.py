@@ -1,4 +1,4 @@
-"""Plans of pod runs: those that are missing are made, and the table of the README is written from all of them.
+"""Plans of pod runs: those that are missing are made, and the table of docs/pods.md is written from all of them.
 
 python -m experiments.pods                    all that are missing (minutes each; needs 'ches-jax[tpu]', no TPU)
 python -m experiments.pods --verbs score      of these verbs
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "pods.md"
 BEGIN, END = "<!-- plans: begin (python -m experiments.pods --render) -->", "<!-- plans: end -->"
 MODELS = ("llama-3-8b", "llama-3-70b", "qwen3-30b-a3b", "deepseek-v3")
 
@@ -88,15 +89,17 @@ def row(verb: str, model: str, pod: Pod, found: dict[str, Any]) -> str:
     gib, held = 2**30, found["bytes"]
     total = "more than there is" if held["total"] is None else f"{held['total'] / gib:.1f}"
     parts = " + ".join(
-        f"{name} {held[name] / gib:.1f}"
-        for name in ("weights", "optimiser", "temporaries")
-        if held.get(name) is not None
+        f"{name} {held[name] / gib:.1f}" for name in ("weights", "optimiser", "temporaries") if held.get(name)
     )
-    moved = ", ".join(f"{kind} {one['bytes'] / 1e9:.2f}" for kind, one in (found["collectives"] or {}).items())
+    kinds = (found["collectives"] or {}).items()
+    moved = ", ".join(f"{kind} {one['bytes'] / 1e9:.2f}" for kind, one in kinds) or "none"
+    if found["counted"] != "by the compiler":
+        moved = f"*counted: {found['not_compiled']}*" if "not_compiled" in found else "*counted: too large*"
     e = found["estimate"]
     speed = f"{e['pairs_a_second']:.3g} ({e['bound_by']})" if found["fits"] else ""
-    cells = (verb, model, pod.name, found["mesh"], "yes" if found["fits"] else "**no**",
-             f"{total} of {held['of'] / gib:.0f} ({parts})", moved or "none", speed)  # fmt: skip
+    mesh = found["mesh"] + (f", each of {found['processes']}" if found["processes_share"] == "chunks" else "")
+    cells = (verb, model, pod.name, mesh, "yes" if found["fits"] else "**no**",
+             f"{total} of {held['of'] / gib:.0f} ({parts})", moved, speed)  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
@@ -115,7 +118,8 @@ def render() -> str:
                 if file.exists():
                     found = json.loads(file.read_text())
                     lines.append(row(verb, model, pod, found))
-                    versions.add(f"jax {found['versions']['jax']}, libtpu {found['versions'].get('libtpu')}")
+                    if found["counted"] == "by the compiler":
+                        versions.add(f"jax {found['versions']['jax']}, libtpu {found['versions'].get('libtpu')}")
                 else:
                     absent.append(f"{model} on {pod.name}")
         none = len(absent) == len(MODELS) * len(PODS)
@@ -138,9 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.render:
         make(options.verbs, options.models, options.seconds)
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{render()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{render()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ IGNORED = -100
 def authors_functions(path: Path) -> dict[str, Any]:
     """``FUNCTIONS`` of a file, without what else it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    kept = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS]
+    kept: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS]
     names: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
     exec("from typing import *", names)
     exec(compile(ast.Module(kept, []), str(path), "exec"), names)

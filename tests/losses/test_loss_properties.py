@@ -14,7 +14,7 @@ from ches_jax.losses.incentives import READ_BY_CHOSEN, READ_BY_REJECTED
 
 KINKED = {"hinge", "gpo_hinge", "slic"}  # derivatives checked once; their second ones are zero or absent
 SORTING = {"aot", "aot_unpaired"}
-STOPPED = {"bco_pair", "bco"}  # part of the value carries no gradient on purpose
+STOPPED = {"bco_pair", "bco", "t_reg"}  # part of the value carries no gradient on purpose
 
 
 def policy_fields(loss):

@@ -315,7 +315,8 @@ def test_token_level_dpo_is_that_of_its_authors_code(x64, case):
             fields[f"{prefix}token_logps_{side}"] = np.take_along_axis(table, at, -1)[..., 0]
         fields[f"token_mask_{side}"] = (labels >= 0).astype(float)
         fields[f"token_kl_{side}"] = np.sum(np.exp(logps[1]) * (logps[1] - logps[0]), -1)
-    batch = LossInputs(**{name: jnp.asarray(value) for name, value in fields.items()})
+    arrays: dict[str, Any] = {name: jnp.asarray(value) for name, value in fields.items()}
+    batch = LossInputs(**arrays)
     value, _ = get_loss(case["loss"], **case["hyper"])(batch)
     np.testing.assert_allclose(value, case["per_pair"], rtol=1e-9)
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +34,25 @@ def device(request):
     return devices_of(parse_topology(request.param))[0]
 
 
-def compiled(device, attend, heads, dtype, params, gradient):
+def compiled(device, attend, heads, dtype, params, gradient) -> str:
     """Text of the program for two rows of 2,048 tokens."""
     (group, width), rows, length, kv = heads, 2, 2048, 2
     shape = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     q, k = shape((rows, length, kv, group, width), dtype), shape((rows, length, kv, width), dtype)
-    ranges = KeyRanges(*[shape((rows, length), jnp.int32)] * 4)
+    ends: Any = shape((rows, length), jnp.int32)  # stands for an array
+    ranges = KeyRanges(ends, ends, ends, ends)
 
     def run(q, k, v, ranges):
         return attend(AttentionInputs(q, k, v, ranges), params)
 
     def pulled(q, k, v, ranges):
-        out, back = jax.vjp(lambda *a: run(*a, ranges), q, k, v)
+        out, back = jax.vjp(lambda q, k, v: run(q, k, v, ranges), q, k, v)
         return back(out)
 
     with planned_for("tpu"):
-        return jax.jit(pulled if gradient else run).lower(q, k, k, ranges).compile().as_text()
+        text = jax.jit(pulled if gradient else run).lower(q, k, k, ranges).compile().as_text()
+    assert text is not None
+    return text
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])

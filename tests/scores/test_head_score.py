@@ -4,7 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from ches_jax.distributed.mesh import LogicalMesh, make_mesh
+from ches_jax.models.sharding import partition_spec
+from ches_jax.models.vocabulary import TABLE
+from ches_jax.plan.compiled_text import collectives
 from ches_jax.scores import unembedding_gradients
 from ches_jax.scores.formulas import ches
 from ches_jax.scores.unembedding_gradients import (
@@ -59,6 +64,23 @@ def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, tran
         np.testing.assert_allclose(out.sqnorm_chosen, (a[0] ** 2).sum(), rtol=1e-12)
         np.testing.assert_allclose(out.score, (a[0] * (a[1] - a[0])).sum(), rtol=1e-11)
         np.testing.assert_allclose(out.shares[shared | chosen].sum(), out.score, rtol=1e-11)
+
+
+@pytest.mark.parametrize("text", ["fsdp=4,tensor=2", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)])
+def test_a_vocabulary_in_parts_gives_the_same_products(x64, text):
+    """Parts that their devices do not divide, too; W is not gathered."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    rows, count, width, words = 8, 7, 8, 10
+    h, w = jax.random.normal(keys[0], (rows, count, width)), jax.random.normal(keys[1], (words, width))
+    target = jax.random.randint(keys[2], (rows, count), 0, words)
+    segment, item, preferred = (jnp.tile(a, (4, 1)) for a in (SEGMENT, ITEM, PREFERRED))
+    arrays = h, target, segment, item, preferred
+    logical = LogicalMesh.of(make_mesh(text))
+    on_mesh = jax.device_put(w, NamedSharding(logical.mesh, partition_spec(TABLE, w.shape, logical)))
+    run = jax.jit(lambda w, *a: head_products(*a, w, softcap, 4, logical)).lower(on_mesh, *arrays).compile()
+    expected = jax.jit(lambda w, *a: head_products(*a, w, softcap, 4))(w, *arrays)
+    np.testing.assert_allclose(run(on_mesh, *arrays), expected, rtol=1e-12, atol=1e-12)
+    assert w.nbytes not in {c.bytes for c in collectives(run.as_text()) if c.kind == "all-gather"}
 
 
 def whole_gram(hidden, target, w, **options):

@@ -56,7 +56,7 @@ class Seen(NamedTuple):
     """For each block of keys the blocks of queries between the first and the last one that sees a key of it."""
 
     first: Int[Array, "B key_blocks"]
-    count: Int[Array, "B key_blocks"]
+    blocks: Int[Array, "B key_blocks"]
 
 
 def query_block(group: int) -> int:
@@ -79,7 +79,7 @@ def attend(inputs: AttentionInputs, params: AttentionParams, interpret: bool = F
     whole_blocks = to_multiple(q, queries), to_multiple(k, keys), to_multiple(v, keys)
     # heads first: a block of queries is then one piece of memory
     q_heads, k_heads, v_heads = (jnp.moveaxis(a, 1, -2) for a in whole_blocks)
-    out = _attend(q_heads, k_heads, v_heads, padded(ranges, queries), static)
+    out: Array = _attend(q_heads, k_heads, v_heads, padded(ranges, queries), static)
     return jnp.moveaxis(out, -2, 1)[:, : q.shape[1]]
 
 
@@ -149,7 +149,7 @@ def _key_gradients(q, k, v, ranges, total, mean, cotangent, static: Static) -> S
     by_block, shape = call.columns_by(_query_block), (static.keys, k.shape[-1])
     return call.run(
         partial(_key_kernel, params=static.params),
-        (call.rows, call.heads, key_blocks, jnp.maximum(seen.count.max(), 1)),
+        (call.rows, call.heads, key_blocks, jnp.maximum(seen.blocks.max(), 1)),
         (*call.spans, *seen),
         [call.ranges_by(_query_block), call.queries_by(_query_block), *[call.keys_by(_block)] * 2,
          call.queries_by(_query_block), by_block, by_block],
@@ -222,7 +222,7 @@ def _key_block(row: Any, block: Any, *rest: Any) -> Any:
 def _query_block(row: Any, block: Any, step: Any, *scalars: Any) -> Any:
     """The block of queries of a step, the same way."""
     seen = _of(Seen, scalars[len(BlockSpans._fields) :], row, block)
-    return seen.first + jnp.clip(step, 0, jnp.maximum(seen.count - 1, 0))
+    return seen.first + jnp.clip(step, 0, jnp.maximum(seen.blocks - 1, 0))
 
 
 def _of(kind: Any, scalars: Sequence[Any], row: Any, block: Any) -> Any:
@@ -363,7 +363,7 @@ def _key_kernel(*refs: Any, params: AttentionParams) -> None:
         k_sum_ref[...] = jnp.zeros(k_sum_ref.shape, acc)
         v_sum_ref[...] = jnp.zeros(v_sum_ref.shape, acc)
 
-    @pl.when((step < seen.count) & _holds(spans, block))
+    @pl.when((step < seen.blocks) & _holds(spans, block))
     def _():
         q, g = _flat(q_ref), _flat(g_ref)
         p, dp, slope = _gradients_of_scores(
