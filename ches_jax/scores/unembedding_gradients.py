@@ -283,7 +283,12 @@ def head_products(
 
     def on_device(vocabulary: Vocabulary, unembedding: Array, *rows: Array) -> Array:
         part = vocabulary.part(unembedding)
-        return lax.map(lambda row: _row_products(*row, part, vocabulary, transform, chunk), rows)
+
+        def products(row: tuple[Array, ...]) -> Array:
+            states, targets, ids, items, some = row
+            return _row_products(states, targets, ids, items, some, part, vocabulary, transform, chunk)
+
+        return lax.map(products, rows)
 
     arrays = unembedding, hidden, target, segment, item, preferred
     if logical is None:
