@@ -12,6 +12,7 @@ import numpy as np
 
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.intervals import Interval, of_pairs
+from ches_jax.displacement.ranking import preferred, right
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,5 @@ def calibration(changes: Changes, beta: float) -> Calibration:
     (1.0, 0.881)
     """
     margin = changes.chosen - changes.rejected
-    right = np.where(margin > 0, 1.0, np.where(margin < 0, 0.0, 0.5))
-    confidence = 1 / (1 + np.exp(-beta * np.abs(margin)))
-    return Calibration(beta, *of_pairs(np.stack([right, confidence, confidence - right]), changes.records))
+    accurate, confidence = right(margin), preferred(beta * np.abs(margin))
+    return Calibration(beta, *of_pairs(np.stack([accurate, confidence, confidence - accurate]), changes.records))

@@ -201,10 +201,8 @@ def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> tuple[Diagno
         found.append(split(changes, own=False))
     lengths = mean_tokens(Path(responses[0])), mean_tokens(Path(responses[1]))
     # what the second model's own answers gained is its divergence from the first
-    gained = found[1].kl
-    reverse = Interval(-gained.mean, -gained.high, -gained.low)
     config = replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
-    return config, replace(found[0], reverse_kl=reverse, tokens=lengths)
+    return config, replace(found[0], reverse_kl=-found[1].kl, tokens=lengths)
 
 
 def _scoring(config: DiagnoseConfig, pairs: str) -> DiagnoseConfig:

@@ -60,6 +60,10 @@ class Interval:
         """Numbers, ``null`` where they are not known."""
         return {name: float(v) if np.isfinite(v) else None for name, v in vars(self).items()}
 
+    def __neg__(self) -> "Interval":
+        """Of the number with the other sign."""
+        return Interval(-self.mean, -self.high, -self.low)
+
     def __str__(self) -> str:
         """As in a line of text: ``-0.350 [-1.060, +0.410]``."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]" if self.known else f"{self.mean:+.3f} [-]"

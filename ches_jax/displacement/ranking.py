@@ -47,7 +47,7 @@ def flip_budget(reference_margin: np.ndarray, beta: float) -> np.ndarray:
     return np.logaddexp(0.0, -beta * reference_margin)
 
 
-def _preferred(margin: np.ndarray) -> np.ndarray:
+def preferred(margin: np.ndarray) -> np.ndarray:
     """The probability that the chosen response is preferred, of Bradley and Terry."""
     from scipy.special import expit
 
@@ -62,7 +62,7 @@ def idealised_right(reference_margin: np.ndarray, beta: float, noise: float) -> 
     >>> idealised_right(np.array([-3.0, -1.0, 5.0]), beta=0.5, noise=0.25).tolist()  # ln 3 / 0.5 = 2.2
     [0.0, 1.0, 1.0]
     """
-    return _right(reference_margin + (np.log1p(-noise) - np.log(noise)) / beta)
+    return right(reference_margin + (np.log1p(-noise) - np.log(noise)) / beta)
 
 
 def calibration_error(probability: np.ndarray, bins: int = BINS) -> float:
@@ -75,13 +75,13 @@ def calibration_error(probability: np.ndarray, bins: int = BINS) -> float:
     >>> calibration_error(np.array([0.75, 0.75, 0.75, 0.25]))
     0.0
     """
-    confidence, right = np.maximum(probability, 1 - probability), probability > 0.5
+    confidence, accurate = np.maximum(probability, 1 - probability), probability > 0.5
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gap = np.bincount(place, confidence - right, minlength=bins)
+    gap = np.bincount(place, confidence - accurate, minlength=bins)
     return float(np.sum(np.abs(gap)) / len(probability))
 
 
-def _right(margin: np.ndarray) -> np.ndarray:
+def right(margin: np.ndarray) -> np.ndarray:
     """1 for a positive margin, 0 for a negative one, a half for none."""
     return (np.sign(margin) + 1) / 2
 
@@ -100,12 +100,12 @@ def ranking_summary(logps: Sides, reference: Sides, beta: float) -> dict[str, fl
     after, before = logps[0] - logps[1], reference[0] - reference[1]
     to_right, to_wrong = _flips(before, after)
     return {
-        "ranking_accuracy_reference": float(np.mean(_right(before))),
-        "ranking_accuracy_policy": float(np.mean(_right(after))),
+        "ranking_accuracy_reference": float(np.mean(right(before))),
+        "ranking_accuracy_policy": float(np.mean(right(after))),
         "flipped_to_right": float(np.mean(to_right)),
         "flipped_to_wrong": float(np.mean(to_wrong)),
-        "implicit_reward_accuracy": float(np.mean(_right(after - before))),
-        "calibration_error": calibration_error(_preferred(beta * (after - before))),
+        "implicit_reward_accuracy": float(np.mean(right(after - before))),
+        "calibration_error": calibration_error(preferred(beta * (after - before))),
     }
 
 
@@ -175,14 +175,14 @@ def ranking(
     """
     first, second = before[0] - before[1], after[0] - after[1]
     to_right, to_wrong = _flips(first, second)
-    values = {"reference": _right(first), "policy": _right(second), "to_right": to_right, "to_wrong": to_wrong}
+    values = {"reference": right(first), "policy": right(second), "to_right": to_right, "to_wrong": to_wrong}
     if beta is not None:
         values["flip_budget"] = flip_budget(first, beta)
         if noise is not None:
             values["idealised"] = idealised_right(first, beta, noise)
     numbers = dict(zip(values, of_pairs(np.stack(list(values.values())), records), strict=True))
     if beta is not None:
-        numbers["calibration_error"] = _error_interval(_preferred(beta * (second - first)), records)
+        numbers["calibration_error"] = _error_interval(preferred(beta * (second - first)), records)
     return Ranking(numbers, beta, noise)
 
 

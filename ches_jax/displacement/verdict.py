@@ -110,8 +110,7 @@ class Diagnosis:
         """
         unseen = self.unseen
         if unseen is None and self.on_policy is not None and not self.on_policy.own:
-            kl = self.on_policy.kl
-            unseen = Interval(-kl.mean, -kl.high, -kl.low)
+            unseen = -self.on_policy.kl
         if unseen is None or self.scale != "nats":
             return None
         return {"drop": self.rejected, "degradation": self.chosen, "dispersion": unseen}

@@ -26,13 +26,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import Candidates, PackedBatch
 from ches_jax.distributed.mesh import put_rows
-from ches_jax.forecast.linear import inner
 from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.model import Model
 from ches_jax.forecast.passes import PerItem, Pull, Push, Rows
 from ches_jax.models.attention.dense import query_chunked
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.precision import inner
 from ches_jax.models.segment_sums import segment_sums
 from ches_jax.scores.unembedding_gradients import head_products
 

@@ -18,10 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
-
-from ches_jax.models.precision import accumulate
 
 Logps = Callable[[Any], Any]
 """From parameters to log-probabilities in nats, an array of any shape (or a tree of them)."""
@@ -51,13 +47,3 @@ def pull(logps: Logps, params: Any, coefficients: Any) -> tuple[Any, Any]:
     """Log-probabilities, and the gradient of their sum with these coefficients; a tree like ``params``."""
     values, transposed = jax.vjp(logps, params)
     return values, transposed(coefficients)[0]
-
-
-def inner(a: Any, b: Any) -> Array:
-    """Inner product of two trees of arrays, summed in float32 at least."""
-
-    def product(x: Array, y: Array) -> Array:
-        wide = accumulate(x.dtype)
-        return jnp.sum(x.astype(wide) * y.astype(wide))
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(product, a, b))

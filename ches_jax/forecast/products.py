@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from ches_jax.forecast.linear import inner
+from ches_jax.models.precision import inner
 
 Tree = dict[str, jax.Array]
 NEARLY = 0.1

@@ -10,7 +10,6 @@ References:
   not be had, so those of ``BETTER`` and ``WORSE`` are ours, after its four words: helpful, correct, coherent, concise.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from ches_jax.data.two_prompts import SIDES, prompts_in
 from ches_jax.errors import DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig
+from ches_jax.runs.chunks import write_lines
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.parts import TOKENS
 from ches_jax.scores.run import score
@@ -71,12 +71,10 @@ def token_rewards(
         better, worse = ids[2 * number], ids[2 * number + 1]
         _require_room(config, rows[i], tokenizer, max(len(better), len(worse)), response)
         whole = list(response.targets("include"))
-        lines.append(
-            {"chosen_prompt_ids": list(better), "rejected_prompt_ids": list(worse), "chosen_ids": whole}
-            | {"rejected_ids": whole}
-        )
+        asked_both = {"chosen_prompt_ids": list(better), "rejected_prompt_ids": list(worse)}
+        lines.append({**asked_both, "chosen_ids": whole, "rejected_ids": whole})
     file = work / "asked.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_lines(file, lines)
     out = score(
         ScoreConfig(
             model=config.model,

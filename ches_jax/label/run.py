@@ -18,7 +18,7 @@ from ches_jax.label.config import LabelConfig, require_options
 from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
 from ches_jax.label.rewards import consistency, implicit_reward, label_probability
 from ches_jax.options import PairOptions
-from ches_jax.runs.chunks import json_line, json_value
+from ches_jax.runs.chunks import json_line, json_value, write_lines
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.run import score
@@ -188,7 +188,7 @@ def _by_follow_up(
             for one, other in zip(good, bad, strict=True):
                 asked.append({"prompt": text, "chosen": one, "rejected": other, "row": number, "side": side})
     file = work / "follow_ups.jsonl"
-    file.write_text("".join(json.dumps(a) + "\n" for a in asked), encoding="utf-8")
+    write_lines(file, asked)
     how = {name: getattr(config, name) for name in ("template", "template_args", "max_length", *SCORED_HOW)}
     out = score(
         ScoreConfig(model=config.model, pairs=str(file), logps=True, eos="exclude", out=str(work / "asked"), **how),

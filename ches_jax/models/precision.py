@@ -1,5 +1,8 @@
 """Which dtype sums accumulate in, and how precisely matrices are multiplied, by the dtype of the computation."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,3 +33,13 @@ def einsum(subscripts: str, a: Array, b: Array) -> Array:
         # XLA's CPU backend has no 16-bit matmul with 32-bit sums for a matrix of one row; the result is the same
         a, b = a.astype(acc), b.astype(acc)
     return jnp.einsum(subscripts, a, b, preferred_element_type=acc, precision=precision)
+
+
+def inner(a: Any, b: Any) -> Array:
+    """Inner product of two trees of arrays, summed in float32 at least."""
+
+    def product(x: Array, y: Array) -> Array:
+        wide = accumulate(x.dtype)
+        return jnp.sum(x.astype(wide) * y.astype(wide))
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(product, a, b))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.data.messages import as_text
+from ches_jax.data.messages import side_text
 from ches_jax.data.rollouts import ROLLOUTS, read_groups
 from ches_jax.data.sources import open_rows
 from ches_jax.errors import ChesError, RunError
@@ -192,6 +192,5 @@ def _texts(rows: Sequence[str], config: Mapping[str, Any]) -> dict[str, Sequence
     found = {r.row_id: r.content for r in records}
     texts: dict[str, Sequence[str]] = {}
     for side, name in (("prompt", "prompt"), ("response", "chosen")):
-        values = [found.get(row, {}) for row in rows]
-        texts[side] = [as_text(v.get(name, v.get(f"{name}_ids", ""))) for v in values]
+        texts[side] = [side_text(found[row], name) if row in found else "" for row in rows]
     return texts if any(texts["response"]) else {}

@@ -43,8 +43,9 @@ from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.logprobs import Head, forward_token_logps, token_logps
-from ches_jax.models.precision import accumulate
+from ches_jax.models.precision import accumulate, inner
 from ches_jax.models.segment_sums import segment_sums
+from ches_jax.scores import formulas
 from ches_jax.scores.config import GradientEstimator
 from ches_jax.types import Eos, TokenPair
 
@@ -62,16 +63,6 @@ class Gram(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
     inner: np.ndarray
-
-
-def _inner(a: Any, b: Any) -> Array:
-    """Inner product of two trees, summed in float32 at least."""
-
-    def product(x: Array, y: Array) -> Array:
-        wide = accumulate(x.dtype)
-        return jnp.sum(x.astype(wide) * y.astype(wide))
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(product, a, b))
 
 
 def _states(model: Decoder, rows: PackedBatch, attend: Attend) -> Float[Array, "B M D"]:
@@ -190,7 +181,7 @@ def _gram_of_a_pair(abstract: Decoder, name: str, attend: Attend) -> Callable[[T
     def gram(params: Tree, frozen: Tree, rows: PackedBatch) -> Array:
         value, back = jax.vjp(lambda p: logps(p, frozen, rows), params)
         (chosen,), (rejected,) = (back(one) for one in jnp.eye(2, dtype=value.dtype))
-        return jnp.stack([_inner(chosen, chosen), _inner(rejected, rejected), _inner(chosen, rejected)])
+        return jnp.stack([inner(chosen, chosen), inner(rejected, rejected), inner(chosen, rejected)])
 
     return gram
 
@@ -231,4 +222,4 @@ def band(gram: Gram) -> tuple[np.ndarray, np.ndarray]:
 def cosine(gram: Gram) -> np.ndarray:
     """Of the two gradients; NaN where one vanishes."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return gram.inner / np.sqrt(gram.chosen * gram.rejected)
+        return formulas.cosine(gram.inner, gram.chosen, gram.rejected)

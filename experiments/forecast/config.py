@@ -1,7 +1,7 @@
 """The scales of the experiment on forecasts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from experiments.framework.item import Scale
@@ -83,6 +83,22 @@ class ForecastScale(Scale):
         return round(self.epochs * self.train / self.batch_size)
 
 
+SMALL = ForecastScale(
+    model=None,
+    pairs=None,
+    seeds=(0, 1, 2, 3, 4),
+    hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
+    time="half a CPU hour for 260K parameters",
+    longest=160,
+    train=256,
+    tuned_on=320,
+    probes=96,
+    test=300,
+    sft_lr=2e-3,
+    sft_epochs=10.0,
+    lrs=(3e-5,),
+    pilot=4,
+)
 SCALES: dict[str, ForecastScale] = {
     "tiny": ForecastScale(
         model="bundled",
@@ -103,40 +119,8 @@ SCALES: dict[str, ForecastScale] = {
         filters=("all", "influence", "random"),
         variants=("ipo", "lora"),
     ),
-    "small": ForecastScale(
-        model=None,
-        pairs=None,
-        seeds=(0, 1, 2, 3, 4),
-        hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
-        time="half a CPU hour for 260K parameters",
-        longest=160,
-        train=256,
-        tuned_on=320,
-        probes=96,
-        test=300,
-        sft_lr=2e-3,
-        sft_epochs=10.0,
-        lrs=(3e-5,),
-        pilot=4,
-    ),
-    "small-objectives": ForecastScale(
-        model=None,
-        pairs=None,
-        seeds=(0, 1, 2),
-        hardware="two CPU cores (a model of up to a few million parameters), or one GPU",
-        time="half a CPU hour for 260K parameters",
-        longest=160,
-        train=256,
-        tuned_on=320,
-        probes=96,
-        test=300,
-        sft_lr=2e-3,
-        sft_epochs=10.0,
-        lrs=(3e-5,),
-        pilot=4,
-        filters=(),
-        variants=tuple(VARIANTS),
-    ),
+    "small": SMALL,
+    "small-objectives": replace(SMALL, seeds=(0, 1, 2), filters=(), variants=tuple(VARIANTS)),
     "small-dialogues": ForecastScale(
         model=None,
         pairs=None,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ches_jax.forecast.linear import inner, push_twice
+from ches_jax.forecast.linear import push_twice
 from ches_jax.forecast.passes import Measure, Pull, Push, Rows
 from ches_jax.forecast.setup import changes
 from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.precision import inner
 from theory.models import kernels
 from theory.models.lmview import decoder_view, sequences_of
 

@@ -2,9 +2,9 @@
 
 No code of theirs is kept here; this script is run by hand, with the checkout whose commit is named:
 
-    git clone https://github.com/Vance0124/Token-level-Direct-Preference-Optimization /tmp/tdpo
-    git -C /tmp/tdpo checkout 2a736ecb285394a8419b461816bce1ba3b093cc9
-    python tests/losses/make_authors_golden.py /tmp/tdpo/trainers.py
+    git clone https://github.com/Vance0124/Token-level-Direct-Preference-Optimization tdpo
+    git -C tdpo checkout 2a736ecb285394a8419b461816bce1ba3b093cc9
+    python tests/losses/make_authors_golden.py tdpo/trainers.py
 
 The two functions that make TDPO's loss are taken out of their file, which imports more than is installed.
 """

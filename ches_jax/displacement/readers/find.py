@@ -166,9 +166,7 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
             raise NotALogError(f"{path}: {what}")
         if path.stat().st_size > LARGEST:
             raise NotALogError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a log")
-        content = path.read_bytes()
-        if head.startswith(GZIP):
-            content = _unpacked(path)
+        content = _unpacked(path) if head.startswith(GZIP) else path.read_bytes()
         text = content.decode(_encoding(content[:4096]))
     except UnicodeDecodeError:
         raise NotALogError(f"{path}: not a text file, and none of TensorBoard's event files") from None
