@@ -8,6 +8,7 @@ They are transposes of each other: :math:`\sum_i c_i\, \mathrm{push}(u)_i = \lan
 is one backward pass and a push one forward-mode pass, whatever the number of responses; no gradient of a single
 response is ever formed.
 
+>>> import jax.numpy as jnp
 >>> logps = lambda p: jnp.log(jax.nn.softmax(p))
 >>> p, u = jnp.zeros(2), jnp.array([1.0, 0.0])
 >>> push(logps, p, u)[1].tolist(), pull(logps, p, jnp.array([1.0, 0.0]))[1].tolist()
