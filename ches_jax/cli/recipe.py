@@ -1,7 +1,7 @@
 """``ches recipe FILE``: commands in a row, each with what the ones before it made; goes on where it was stopped.
 
 A recipe is TOML. ``{stage/path}`` in a value is what another stage made: of this round if it has run, else of the round
-before; ``[first]`` says what stands there where neither is.
+before; ``[first]`` says what stands there where neither is. ``{{`` and ``}}`` are single braces.
 
     rounds = 2
     [first]
@@ -32,7 +32,7 @@ from ches_jax.runs.directory import write_json
 from ches_jax.runs.files import read_object, read_text
 
 RECORD = "recipe.json"
-PLACE = re.compile(r"\{([^{}]+)\}")
+PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 MOST_ROUNDS = 100
 
 
@@ -123,6 +123,8 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             key = f"{number}-{stage.name}"
 
             def place(match: re.Match[str], stage: Stage = stage) -> str:
+                if match[1] is None:
+                    return match[0][0]
                 name, _, rest = match[1].partition("/")
                 if name in made:
                     return str(made[name] / rest) if rest else str(made[name])

@@ -127,7 +127,8 @@ def t_reg(batch: LossInputs, *, beta: float, alpha: float) -> Array:
 
     References:
       Zhou et al., T-REG (https://arxiv.org/abs/2412.02685). Neither the paper's text nor its code could be had here:
-      the equations are those of a public reading note on it, not checked against either.
+      loss, weight, rewards and values of alpha are those of a public reading note on its ACL 2025 version, compared
+      with this function term by term; not checked against the paper itself.
     """
     sums = weighted_sums(batch, every_token(batch))
     rewarded = weighted_sums(batch, given_weights(batch))
