@@ -49,7 +49,8 @@ def curves() -> dict[str, tuple[Any, Any, Any]]:
         loss = get_loss(name)
         if loss.couples_rows or loss.stateful or not loss.needs <= fields.keys():
             continue
-        batch = LossInputs(**{k: jnp.asarray(v) for k, v in fields.items() if k in loss.needs})
+        read: dict[str, Any] = {k: jnp.asarray(v) for k, v in fields.items() if k in loss.needs}
+        batch = LossInputs(**read)
         push = incentives(loss)(batch)
         found[repr(loss)] = (margins, np.asarray(push.chosen), np.asarray(push.rejected))
     return found

@@ -130,6 +130,8 @@ def read_pairs(
         name = config.columns.get(LABEL, LABEL)
         numbers = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}]), *choices_of], kept, limit, alike)
         _require_weights(source.name, config.weights, kept, numbers)
+        if option == "pairs":
+            _require_both_kinds(source.name, loss, numbers[LABEL] > 0)
         pairs, members = pair_by_prompt(kept, numbers[LABEL] > 0)
         weights = {
             f"weights_{side}": numbers["weights"][which] for side, which in members.items() if "weights" in numbers
@@ -143,6 +145,8 @@ def read_pairs(
         _require_lists(source.name, config.loss, kept)
     numbers = _numbers(source, choices_of, kept, limit, alike)
     _require_label_probabilities(source.name, kept, numbers)
+    if reads_lists(loss) and option == "pairs":
+        _require_an_order(source.name, config.loss, numbers)
     _require_weights(source.name, config.weights, kept, numbers)
     return ReadPairs(kept, _token_weights(source.name, kept, numbers, config.eos), dropped, rows)
 
@@ -287,6 +291,33 @@ def _require_lists(name: str, loss: str, pairs: Sequence[TokenPair]) -> None:
             raise DataError(
                 f"{name}: row {pair.index}: tokens merge across the prompt's end, in some responses and not in all"
             )
+
+
+def _require_an_order(name: str, loss: str, numbers: Mapping[str, np.ndarray]) -> None:
+    """Some list whose scores differ.
+
+    Raises:
+      DataError: every response is as good as the others of its row, so that nothing would be learned.
+    """
+    best, other = (numbers[field] for field in REWARD_FIELDS)
+    if len(best) and (best == other).all():
+        raise DataError(
+            f"{name}: the scores of each row are all equal, and loss {loss!r} learns from their order; are they in "
+            "another column? Name it with --columns scores=NAME"
+        )
+
+
+def _require_both_kinds(name: str, loss: Loss, good: np.ndarray) -> None:
+    """Rows of both kinds for a loss that tells them apart by the mean of all rewards.
+
+    Raises:
+      DataError: all are good, or all bad.
+    """
+    if "reward_mean" in loss.needs and good.all() == good.any():
+        raise DataError(
+            f"{name}: all {len(good)} rows are {'good' if good.all() else 'bad'}, and {loss!r} is a classifier of good "
+            "and bad responses; kto takes rows of one kind"
+        )
 
 
 def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[TokenPair], dict[str, np.ndarray]]:
