@@ -1,4 +1,4 @@
-"""The checker that the tests put on the library: a wrong shape is noticed, and what names none is left as it is."""
+"""The checker that the tests put on the library: a wrong shape is an error, and annotations without shapes are left alone."""
 
 import ast
 import inspect

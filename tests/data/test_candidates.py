@@ -102,7 +102,7 @@ def test_a_pair_beside_a_column_called_responses_stays_a_pair(tmp_path):
     path = write(tmp_path / "a.jsonl", [row])
     (read,) = open_pairs(path)
     assert (read.candidates, read.extra) == (None, {"responses": [" x", " y"], "scores": [1, 2]})
-    hidden = {"responses": "responses", "chosen": "", "rejected": ""}  # asked for by name
+    hidden = {"responses": "responses", "chosen": "", "rejected": ""}  # named explicitly
     (read,) = open_pairs(path, columns=hidden)
     assert (read.candidates, read.content) == ((1, 0), {"prompt": "p", "chosen": " y", "rejected": " x"})
 

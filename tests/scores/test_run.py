@@ -354,7 +354,7 @@ def test_two_real_processes(tiny_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_model, tmp_path, victim):
-    """It ends its own chunks, the merge tells what is missing, and the run goes on to the bytes of one process."""
+    """It ends its own chunks, the merge names what is missing, and the resumed run gives the bytes of one process."""
 
     def start(*more):
         with socket.create_server(("localhost", 0)) as server:
