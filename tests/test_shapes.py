@@ -1,4 +1,4 @@
-"""The checker that the tests put on the library: a wrong shape is an error, and annotations without shapes are left alone."""
+"""The checker that the tests put on the library: a wrong shape is an error, annotations without shapes are left."""
 
 import ast
 import inspect

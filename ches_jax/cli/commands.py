@@ -256,7 +256,7 @@ class Gather(Output, GatherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOf(Output):
-    """Run the commands of a TOML file in a row: generate, label or judge, select, train, diagnose; --resume continues."""
+    """Run the commands of a TOML file one after another: generate, label or judge, select, train, diagnose."""
 
     file: tyro.conf.Positional[Path]
     """The recipe: [[stage]] tables with name, verb and options; examples are in examples/recipes."""

@@ -31,8 +31,8 @@ class LabelConfig(PairOptions, ModelOptions):
     phrases: str | None = None
     """File of follow-ups, one a line: + before a good one, - before a bad one; as many of each."""
     better: str | None = None
-    """For contrast: the prompt that requests a better answer, with {prompt} in the place of the prompt; default: one for a
-    helpful, correct, coherent and concise one."""
+    """For contrast: the prompt that requests a better answer, with {prompt} where the prompt goes; default: for a
+    helpful, correct, coherent and concise answer."""
     worse: str | None = None
     """And a worse one; default: the opposite."""
     labels: str | None = None

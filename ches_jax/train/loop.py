@@ -167,7 +167,9 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
                 saved.wait()
-                raise Stopped(f"{work.place}: stopped by SIGTERM after update {step} of {total}; continue with --resume")
+                raise Stopped(
+                    f"{work.place}: stopped by SIGTERM after update {step} of {total}; continue with --resume"
+                )
     saved.wait()
     if first == total:  # killed between its last checkpoint and its summary
         summary = tracker.last()
