@@ -14,7 +14,7 @@ from ches_jax.label.density import density_ratio, fitted, weights_of
 from ches_jax.label.run import headline, label, summary_text
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.scores.prompt_states import prompt_states
-from tests.helpers import one_sequence
+from tests.helpers import one_sequence, write_lines
 
 
 def newton(x, good, penalty):
@@ -80,9 +80,7 @@ def feedback(tmp_path):
         for kind, prompt in ((0, f"{i}+{i}?"), (1, f"Write letter {i}")):
             rows.append({"prompt": prompt, "completion": " yes", "label": (i % 4 == 0) == bool(kind), "from": "a"})
     rows.append({**rows[0], "label": not rows[0]["label"]})
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file), rows
+    return write_lines(tmp_path / "rows.jsonl", rows), rows
 
 
 def test_the_command_weighs_rows_by_states_of_their_prompts(tmp_path, tiny_model, feedback):

@@ -201,11 +201,11 @@ def test_pairs_that_a_text_beats_in_the_same_unit_go(tmp_path, generated):
     assert [r["pair"] for r in against] == [ids[0], ids[1], ids[1], ids[2], ids[2]]
     for row, reward in zip(against, (1.0, 0.5, 2.0, 0.0, 1.0), strict=True):
         row |= {"chosen_reward": 1.0, "rejected_reward": reward}
-    labelled = write(tmp_path / "labelled.jsonl", against)
+    labelled = write_lines(tmp_path / "labelled.jsonl", against)
     gather(GatherConfig(pairs=pairs, make="filtered", rewards=labelled, out=str(tmp_path / "b")))
     assert [row["prompt"] for row in read(tmp_path / "b" / "pairs.jsonl")] == ["Q0?", "Q2?"]
     for damage in ({"pair": "x"}, {"chosen_reward": None}):
-        other = write(tmp_path / "other.jsonl", [against[0] | damage])
+        other = write_lines(tmp_path / "other.jsonl", [against[0] | damage])
         with pytest.raises(ChesError, match="line 1: expected the id of one of the pairs in 'pair' and numbers"):
             gather(GatherConfig(pairs=pairs, make="filtered", rewards=other, out=str(tmp_path / "c")))
 
@@ -218,7 +218,7 @@ def test_a_goal_in_which_no_reward_can_stand_is_refused(tmp_path, generated, goa
 
 def test_goals_that_read_alike_make_no_rows(tmp_path):
     """They would ask the same thing of two opposite answers."""
-    pairs = write(tmp_path / "pairs.jsonl", [{**PAIRS[0], "rejected_reward": 2.0}])
+    pairs = write_lines(tmp_path / "pairs.jsonl", [{**PAIRS[0], "rejected_reward": 2.0}])
     with pytest.raises(ChesError, match=r"none of 1 pairs makes a row .the rewards of each one's responses are"):
         gather(GatherConfig(pairs=pairs, make="goals", out=str(tmp_path / "a")))
 
