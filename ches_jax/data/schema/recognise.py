@@ -395,9 +395,9 @@ def _beside_rejected(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[str, 
     """Columns of a response and of its rejected counterpart: ``response``, ``rejected_response``."""
     parts = {name: _parts(name) for name in columns}
     for one, two in itertools.permutations(columns, 2):
-        if STEM & {*parts[one]} and parts[two] == ["rejected", *parts[one]]:
-            if _are_responses(rows, one, several=True) and _are_responses(rows, two, several=True):
-                yield one, two
+        named = STEM & {*parts[one]} and parts[two] == ["rejected", *parts[one]]
+        if named and _are_responses(rows, one, several=True) and _are_responses(rows, two, several=True):
+            yield one, two
 
 
 def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
@@ -638,11 +638,11 @@ def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequ
         one, two = (_described(f) for f in fitting[:2])
         raise _two_readings(f"{one} says which response is better", f"{two} does", f"--columns {one} ... or {two} ...")
     if not fitting:
+        best_first = f"; if they are listed best first, --columns prompt=... responses={responses} says so"
         raise DataError(
             f"responses in {responses}, but no column says which is better; found: {', '.join(columns)}; name it with "
             "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=..."
-            + (f"; if they are listed best first, --columns prompt=... responses={responses} says so" * (" " not in responses))
-            + " (docs/data.md)"
+            + f"{best_first if ' and ' not in responses else ''} (docs/data.md)"
         )
     return fitting[0]
 

@@ -5,6 +5,8 @@ too) of framed pieces, as LevelDB writes its log:
 
     checksum 4 bytes | length 2 | kind 1: whole, first, middle, last | length bytes      a block ends in zeros
 
+The checksum is the CRC-32 of kind and bytes.
+
 Pieces make records, messages of protocol buffers, of which few fields matter here; the rest is passed over:
 
     Record         history 2, config 4, run 17
@@ -18,6 +20,7 @@ The library of Weights & Biases is not needed for it, and nothing of the file is
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ def read_wandb_journal(path: Path, held_out: str | None = None) -> Log:
         for record in _records(path.read_bytes(), notes):
             for field, value in _fields(record):
                 if field == 2:
-                    entries.append(_items(value, 1) | {"_step": s for s in _step(value)})
+                    entries.append(_items(value, 1) | dict(_step(value)))
                 elif field == 4:
                     config |= _items(value, 1)
                 elif field == 17:
@@ -71,13 +74,13 @@ def _records(data: bytes, notes: list[str]) -> Iterator[bytes]:
             continue
         if at + PIECE.size > len(data):
             break
-        _, length, kind = PIECE.unpack_from(data, at)
+        checksum, length, kind = PIECE.unpack_from(data, at)
         piece = data[at + PIECE.size : at + PIECE.size + length]
-        if length > left - PIECE.size or (kind == 0 and length):
-            raise ValueError(f"at byte {at} no record begins")
-        at += PIECE.size + length
         if len(piece) < length:
             break
+        if length > left - PIECE.size or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(f"what stands at byte {at} has another checksum")
+        at += PIECE.size + length
         begun = piece if kind in (WHOLE, FIRST) else begun + piece
         if kind in (WHOLE, LAST):
             yield begun
@@ -136,7 +139,7 @@ def _items(message: bytes, repeated: int) -> dict[str, Any]:
     return out
 
 
-def _step(history: bytes) -> Iterator[int]:
+def _step(history: bytes) -> Iterator[tuple[str, int]]:
     for field, value in _fields(history):
         if field == 2:
-            yield from (n for number, n in _fields(value) if number == 1)
+            yield from (("_step", n) for number, n in _fields(value) if number == 1)
