@@ -231,7 +231,7 @@ def measure_all() -> None:
                 else:
                     bench = bench or Bench(Path(folder))
                     found[expression] = bench.measure(expression)
-            except Exception as error:  # a loss that cannot be run is reported, the others go on
+            except Exception as error:  # a loss that cannot be run is reported, the others are still run
                 print(expression, "FAILED", type(error).__name__, str(error)[:200], flush=True)
                 continue
             print(expression, found[expression], flush=True)

@@ -101,7 +101,7 @@ class RunOutput(Computing):
     resume: bool = False
     """Go on with the run that --out holds."""
     other_versions: bool = False
-    """With --resume: go on although packages have other versions than at the start."""
+    """With --resume: continue although package versions differ from those at the start."""
 
     def require_free(self) -> None:
         """Says at once, before jax is loaded, that another process works in --out.
@@ -256,7 +256,7 @@ class Gather(Output, GatherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOf(Output):
-    """Run the commands of a TOML file in a row: generate, label or judge, select, train, diagnose; --resume goes on."""
+    """Run the commands of a TOML file one after another: generate, label or judge, select, train, diagnose."""
 
     file: tyro.conf.Positional[Path]
     """The recipe: [[stage]] tables with name, verb and options; examples are in examples/recipes."""

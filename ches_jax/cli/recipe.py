@@ -1,4 +1,4 @@
-"""``ches recipe FILE``: commands in a row, each with what the ones before it made; goes on where it was stopped.
+"""``ches recipe FILE``: commands in a row, each with what the ones before it made; continues where it was stopped.
 
 A recipe is TOML. ``{stage/path}`` in a value is what another stage made: of this round if it has run, else of the round
 before; ``[first]`` says what stands there where neither is.
@@ -171,7 +171,7 @@ def run_recipe(
       out: the directory of all its stages.
       command: runs a verb with words; returns an ``Outcome``.
       verbs: that a stage may name.
-      resume: go on with what ``out`` holds.
+      resume: continue what ``out`` holds.
       say: where the stages are announced.
 
     Raises:
@@ -180,7 +180,7 @@ def run_recipe(
     steps = steps_of(read_recipe(path, verbs), out)
     there = read_object(out / RECORD, ChesError, "a recipe's directory")["done"] if (out / RECORD).exists() else {}
     if out.exists() and any(out.iterdir()) and not resume:
-        raise ChesError(f"{out}: is not empty; add --resume to go on with it, or give a new --out")
+        raise ChesError(f"{out}: is not empty; add --resume to continue it, or give a new --out")
     for step in steps:
         if step.key in there and there[step.key]["words"] != [step.verb, *step.words]:
             raise ChesError(

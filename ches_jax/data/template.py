@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.file_tokenizer import token_ids
+from ches_jax.data.file_tokenizer import is_blank, token_ids
 from ches_jax.data.messages import SYSTEM, Message, as_parts, kind, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
@@ -211,7 +211,7 @@ class ChatTemplate:
             middle = self._behind_mark(self.write([*probe, _NEXT], row))
         except DataError:
             middle = behind  # no conversation continues here
-        first = next((i for i in range(common_prefix(behind, middle)) if not self._blank(behind[i])), 0)
+        first = next((i for i in range(common_prefix(behind, middle)) if not is_blank(self.tokenizer, behind[i])), 0)
         return End(text[text.rfind(MARK) + len(MARK) :], behind[first:])
 
     def _behind_mark(self, text: str) -> Ids:
@@ -232,14 +232,11 @@ class ChatTemplate:
         ids = self.encode(text)
         added = self.tokenizer.added_tokens_decoder
         last = next((i for i in reversed(range(len(ids))) if ids[i] in added), None)
-        if last is None or not all(map(self._blank, ids[last + 1 :])):
+        if last is None or not all(is_blank(self.tokenizer, i) for i in ids[last + 1 :]):
             raise DataError(
                 "the chat template ends a call of a tool otherwise than a text, and in a way that is not known"
             )
         return End(str(self.tokenizer.decode(list(ids[last:]))), ids[last:])
-
-    def _blank(self, token_id: int) -> bool:
-        return not str(self.tokenizer.decode([token_id])).strip()
 
     def _learn_opening(self, messages: Sequence[Message], row: Row) -> tuple[str, str] | None:
         if continues(messages):

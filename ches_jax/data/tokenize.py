@@ -14,14 +14,14 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
 from ches_jax.data import file_tokenizer
 from ches_jax.data.audit import FLAGS, WITHOUT_TOKENS
-from ches_jax.data.file_tokenizer import token_ids
+from ches_jax.data.file_tokenizer import is_blank, token_ids
 from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
@@ -326,8 +326,8 @@ class PairTokenizer:
 
     def _split_given(self, row: Record, name: str, ids: Ids, details: dict[str, str]) -> tuple[Ids, Ids]:
         """The content of token ids in the data, and what ends them: what ends an answer of the template, or EOS."""
-        content, run = _without_run(ids, self._known_ends, self._blank)
-        last = next((i for i in reversed(ids) if not self._blank(i)), None)
+        content, run = _without_run(ids, self._known_ends, partial(is_blank, self.tokenizer))
+        last = next((i for i in reversed(ids) if not is_blank(self.tokenizer, i)), None)
         if not run and last in self.tokenizer.added_tokens_decoder and last != _single(self.tokenizer.unk_token_id):
             token = self.tokenizer.decode([last])  # type: ignore[list-item]
             _note(details, "end_unclear", f"{name} ends with {token!r}, which is not known to end a response")
@@ -341,9 +341,6 @@ class PairTokenizer:
             with contextlib.suppress(DataError):
                 ends |= set(self.writer.chat.end(_EXCHANGE).ids[:1])
         return frozenset(ends)  # type: ignore[arg-type]
-
-    def _blank(self, token_id: int) -> bool:
-        return not str(self.tokenizer.decode([token_id])).strip()
 
     def _truncated(self, name: str, response: Response, prompt_tokens: int, details: dict[str, str]) -> Response:
         room = self.max_length - prompt_tokens

@@ -47,7 +47,7 @@ from ches_jax.types import TokenPair
 GROUPS = "groups.parquet"
 """The table of ``ches groups``."""
 CHUNK = 16
-"""Groups between two points that --resume goes on from."""
+"""Groups between two points from which --resume continues."""
 SCHEMA = pa.schema(
     {
         "group": pa.int64(),

@@ -80,7 +80,7 @@ def plain(text: str) -> str:
 
 
 def without_quotations(text: str) -> str:
-    """``text`` without what stands in quotation marks or in code: words of somebody else.
+    """``text`` without quotations and code: words of somebody else.
 
     >>> without_quotations('He said "I cannot" and left.')
     'He said  and left.'

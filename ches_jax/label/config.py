@@ -20,8 +20,8 @@ class LabelConfig(PairOptions, ModelOptions):
     """The directory to write: pairs.jsonl with the new columns, label.json; must not exist, or be empty."""
     by: Literal["implicit-reward", "follow-up", "contrast", "file"] = "implicit-reward"
     """implicit-reward: beta times the log-ratio of --model to --reference; follow-up: how likely --model finds the good
-    --phrases after a response, and the bad ones; contrast: a reward of each token, from --model asked for a better and
-    for a worse answer (for --loss t_reg); file: columns of --labels."""
+    --phrases after a response, and the bad ones; contrast: a reward of each token, from --model prompted for a better
+    and for a worse answer (for --loss t_reg); file: columns of --labels."""
     reference: str | None = None
     """Model that implicit rewards are relative to."""
     previous: str | None = None
@@ -31,8 +31,8 @@ class LabelConfig(PairOptions, ModelOptions):
     phrases: str | None = None
     """File of follow-ups, one a line: + before a good one, - before a bad one; as many of each."""
     better: str | None = None
-    """For contrast: how a better answer is asked for, with {prompt} where the prompt stands; default: a request for a
-    helpful, correct, coherent and concise one."""
+    """For contrast: the prompt that requests a better answer, with {prompt} where the prompt goes; default: for a
+    helpful, correct, coherent and concise answer."""
     worse: str | None = None
     """And a worse one; default: the opposite."""
     labels: str | None = None
@@ -96,8 +96,8 @@ class GatherConfig(PairOptions):
     make: Literal["pairs", "samples", "contests", "filtered", "goals"] = "samples"
     """pairs: the pairs as they are, in one file; samples: prompt, rejected, and the texts as responses (D2O); contests:
     pairs of each prompt's first two different texts, to be labelled (iterative DPO); filtered: the pairs whose chosen
-    response has a reward no lower than the text's (fDPO); goals: two rows of each pair, asked for the reward of its one
-    or its other response, which is then the chosen one (reward-augmented data)."""
+    response has a reward no lower than the text's (fDPO); goals: two rows of each pair, one for the reward of each
+    response, which is then the chosen one (reward-augmented data)."""
     responses: str | None = None
     """Directory of `ches generate` whose --prompts were these pairs (or its responses.jsonl)."""
     rewards: str | None = None

@@ -1,9 +1,9 @@
-r"""Rewards of single tokens from one model that is asked in two ways (T-REG).
+r"""Rewards of single tokens from one model with two prompts (T-REG).
 
 .. math:: \hat r_t = \sigma\left(\ln \pi(y_t|x_{better}, y_{<t}) - \ln \pi(y_t|x_{worse}, y_{<t})\right) - \tfrac12
 
-Between -0.5 and 0.5: above 0 where a token is likelier when a better answer is asked for. Both responses of a pair get
-theirs, a number for each token of the pair as it is trained on.
+Between -0.5 and 0.5: above 0 where a token is likelier when the prompt requests a better answer. Both responses of a
+pair get a number for each token of the pair as it is trained on.
 
 References:
   Zhou et al., T-REG (https://arxiv.org/abs/2412.02685), as a public reading note gives it; the paper's prompts could

@@ -29,7 +29,7 @@ from ches_jax.train.loop import train
 from ches_jax.train.objective import reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
 from ches_jax.types import Response, TokenPair
-from tests.helpers import starts_at_the_reference
+from tests.helpers import starts_at_the_reference, write_lines
 
 PAIRS = [
     # both responses begin with the same token; a response of one token; a response that was cut
@@ -267,11 +267,6 @@ def rows():
     return [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:10]]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -291,7 +286,7 @@ def kto(small, tmp_path_factory, rows):
             "limit": None,
             "export": False,
             "dtype": "float64",
-            "pairs": write(folder / f"{name}.jsonl", data),
+            "pairs": write_lines(folder / f"{name}.jsonl", data),
         }
         return train(small(folder / name, **{**options, **more}), quiet=True)
 
@@ -348,7 +343,7 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
     three = [{**r, "responses": r["responses"] * 3} for r in one]
     options = {"loss": "d2o", "optimizer": "sgd", "lr": 1e-2, "steps": 2, "holdout": 2, "limit": None, "export": False}
     a, b = (
-        train(small(tmp_path / n, pairs=write(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
+        train(small(tmp_path / n, pairs=write_lines(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
         for n, data in (("one", one), ("three", three))
     )
     assert starts_at_the_reference(lines(a)[1])
@@ -359,11 +354,11 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
             assert one_sample[name] == pytest.approx(three_samples[name], rel=1e-4, abs=1e-5), name
     assert lines(b)[-1]["eval_loss"] == pytest.approx(lines(a)[-1]["eval_loss"], rel=1e-4)
     assert read_json(b / "run.json")["counts"]["train"] == 8
-    unequal = write(tmp_path / "unequal.jsonl", [one[0], three[1]])
+    unequal = write_lines(tmp_path / "unequal.jsonl", [one[0], three[1]])
     with pytest.raises(ChesError, match=r"row 1 has other samples \(3\) than the first \(1\)"):
         train(small(tmp_path / "c", pairs=unequal, **{**options, "holdout": 0}), quiet=True)
     with pytest.raises(ChesError, match="no list of samples in 'responses'; found: prompt"):
-        train(small(tmp_path / "d", pairs=write(tmp_path / "d.jsonl", rows), **options), quiet=True)
+        train(small(tmp_path / "d", pairs=write_lines(tmp_path / "d.jsonl", rows), **options), quiet=True)
 
 
 @pytest.mark.slow
@@ -371,12 +366,14 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
     named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
     own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
     options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
-    a = train(small(tmp_path / "a", pairs=write(tmp_path / "a.jsonl", named_rows), **options), quiet=True)
-    b = train(small(tmp_path / "b", pairs=write(tmp_path / "b.jsonl", own), rewards="good,bad", **options), quiet=True)
+    a = train(small(tmp_path / "a", pairs=write_lines(tmp_path / "a.jsonl", named_rows), **options), quiet=True)
+    b = train(
+        small(tmp_path / "b", pairs=write_lines(tmp_path / "b.jsonl", own), rewards="good,bad", **options), quiet=True
+    )
     expected = np.mean([(1.0 + i) ** 2 for i in range(10)])
     assert lines(a)[1]["loss"] == pytest.approx(expected, rel=1e-5) == lines(b)[1]["loss"]
     with pytest.raises(ChesError, match=r"line 1: --loss rebel needs numbers in chosen_reward and rejected_reward, or"):
-        train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
+        train(small(tmp_path / "c", pairs=write_lines(tmp_path / "c.jsonl", rows), **options), quiet=True)
 
 
 @pytest.mark.slow
@@ -385,11 +382,11 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
         {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], r["chosen"] + "!"], "scores": [1.0, 3.0, 0.0]}
         for r in rows[:5]
     ]
-    pairs = write(tmp_path / "several.jsonl", several)
+    pairs = write_lines(tmp_path / "several.jsonl", several)
     options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
     run = train(small(tmp_path / "a", pairs=pairs, **options), quiet=True)
     assert lines(run)[1]["loss"] == pytest.approx((2.0**2 + 3.0**2) / 2, rel=1e-5)
-    one_for_all = write(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
+    one_for_all = write_lines(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
     with pytest.raises(ChesError, match=r"needs numbers in good and bad .*lists, a number for each response"):
         train(small(tmp_path / "b", pairs=one_for_all, rewards="good,bad", **options), quiet=True)
 
