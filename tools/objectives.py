@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from equations import from_sphinx
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "objectives.md"
 NUMBERS = ROOT / "docs" / "objectives.json"
@@ -360,10 +362,7 @@ def page() -> str:
 
 def markdown(docstring: str) -> str:
     """A docstring with its equations as blocks, and its sections as words in bold."""
-    text = inspect.cleandoc(docstring)
-    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
-    text = re.sub(r"\.\. math:: (.*(?:\n(?!\n).*)*?)(?=\n\n|\Z)", lambda m: f"$$ {' '.join(m[1].split())} $$", text)
-    text = re.sub(r"\.\. math::\n((?:[ ]+.*(?:\n|\Z))+)", lambda m: f"$$ {' '.join(m[1].split())} $$\n", text)
+    text = from_sphinx(inspect.cleandoc(docstring))
     text = re.sub(r"^(Defaults|References|Args):\n((?:[ ]+.*(?:\n|\Z))+)", _section, text, flags=re.M)
     return text.replace("``", "`") + "\n"
 
