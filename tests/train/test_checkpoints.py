@@ -236,8 +236,8 @@ def test_only_numbers_name_checkpoints(tmp_path):
         ({"shapes": {"params.a": "float31[2]"}}, "is no dtype and sizes"),
         ({"shapes": {"params.a": "float32[2, -1]"}}, "is no dtype and sizes"),
         ({"shapes": {"params.a": "float32[99999999999999]"}}, "is no dtype and sizes"),
-        ({"shapes": {"params.b": "float32[2]"}}, "the checkpoint cannot be read .*other checkpoints: steps 1"),
-        ({"shapes": {"params.a.weight": "float32[200]"}}, "the checkpoint cannot be read "),
+        ({"shapes": {"params.b": "float32[2]"}}, "lacks arrays that it names"),
+        ({"shapes": {"params.a.weight": "float32[200]"}}, "cannot be read .*other checkpoints: steps 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_told_in_words_where_it_is_converted(tmp_path, about, message):
