@@ -131,6 +131,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     lock.take()
     open_run(out, "groups", {"config": as_dict(config), **opener.identity()}, resume, other_versions=other_versions)
     if (out / RUN).exists() and read_json(out / RUN).get("status") == "done":
+        chunks.clear(out)
         return out
     if found.dropped:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)

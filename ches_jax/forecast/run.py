@@ -127,8 +127,10 @@ def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_ver
     identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
     lock.take()
     open_run(out, verb, identity, resume, other_versions=other_versions)
-    done = out / RUN
-    return run, done.exists() and read_json(done).get("status") == "done"
+    done = (out / RUN).exists() and read_json(out / RUN).get("status") == "done"
+    if done:
+        chunks.clear(out)
+    return run, done
 
 
 def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Path:
