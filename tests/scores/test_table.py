@@ -78,9 +78,9 @@ def test_a_number_that_is_not_finite_names_its_row_and_leaves_no_file(tmp_path, 
 def test_rows_twice_or_out_of_order_are_refused(tmp_path):
     tables.write_part(tmp_path / "a", rows(0, 3), METADATA)
     tables.write_part(tmp_path / "b", rows(2, 4), METADATA)
-    for parts in (["a", "b"], ["b", "a"], ["a", "a"]):
+    for names in (["a", "b"], ["b", "a"], ["a", "a"]):
         with pytest.raises(RunError, match="every row must occur once"):
-            tables.merge_parts([tmp_path / p for p in parts], tmp_path / "t")
+            tables.merge_parts([tmp_path / p for p in names], tmp_path / "t")
     with pytest.raises(RunError, match="row index 4 comes after 4"):
         tables.write_part(tmp_path / "t", rows(0, 2, index=[4, 4]), METADATA)
     assert not (tmp_path / "t").exists()
