@@ -11,12 +11,13 @@ from ches_jax.cli import main
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.adapters.peft import load_merged
 from ches_jax.models.checkpoint.load import load_model
-from ches_jax.models.decoder import named_parameters
+from ches_jax.models.decoder import abstract_decoder, named_parameters
 from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
 from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, read_trained, saved_steps
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
+from ches_jax.train.policy import Policy, export_model
 from ches_jax.train.restore import step_of
 from ches_jax.train.state import TrainState
 
@@ -250,3 +251,15 @@ def test_a_damaged_checkpoint_is_told_in_words_where_it_is_converted(tmp_path, a
     (tmp_path / "checkpoints" / "2" / "about" / "metadata").write_text(json.dumps(about))
     with pytest.raises(RunError, match=message):
         read_trained(tmp_path, 2)
+
+
+def test_what_a_stopped_run_has_exported_is_exported_again(tiny_model, tmp_path):
+    """A run that has no summary yet does not take what lies in the place of its model for its own."""
+    loaded = load_model(tiny_model)
+    policy, params = Policy(abstract_decoder(loaded.config)), named_parameters(loaded)
+    expected = export_model(policy, params, tmp_path / "new", tiny_model)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "model.safetensors").write_bytes(b"of somebody")
+    assert export_model(policy, params, tmp_path / "left", tiny_model) == expected
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {path.name for path in (tmp_path / "left").iterdir()} == names
