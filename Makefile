@@ -66,7 +66,7 @@ slow: $(VENV)/installed-test
 	$(PYTEST) -m slow
 
 # Small plausible mistakes against the tests of their area; survivors are printed. Minutes: each starts from the test
-# that noticed it before.
+# that caught it before.
 mutants: $(VENV)/installed-test
 	$(BIN)/python tools/mutants.py --again
 

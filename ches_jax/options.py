@@ -92,7 +92,7 @@ def _words(hint: Any) -> list[Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value may stand where a type is asked for, as far as words decide it.
+    """Whether a value has the annotated type, as far as the annotation decides it.
 
     >>> [_fits(v, Literal["auto"] | int | None) for v in (3, "auto", None, "autos")]
     [True, True, True, False]

@@ -1,8 +1,8 @@
 """The process of a distributed run as a child of one that waits for it, and says in words how it ended.
 
 Where another process of the run has died, the coordination service of jax aborts those that live, from C++: no code of
-Python runs between its noticing and the signal. So somebody else has to say what happened. The parent is forked before
-anything is loaded and only waits; a signal that it gets goes on to the child, and the child dies with it.
+Python runs between its detection and the signal. So another process has to report it. The parent is forked before
+anything is loaded and only waits; it passes its signals on to the child, and the child dies with it.
 """
 
 import io
@@ -81,11 +81,11 @@ def ending(number: int, service: bool) -> tuple[str, int]:
     name = signal.Signals(number).name
     if number == signal.SIGABRT and service:
         return (
-            "another process of this run has stopped, or cannot be reached; this one cannot go on without it (what the "
-            "others said tells why; with --resume the run goes on from what is saved)"
+            "another process of this run has stopped, or cannot be reached; this one cannot continue without it (see "
+            "the output of the others for the reason; with --resume the run continues from what is saved)"
         ), 2
     if number == signal.SIGKILL:
-        return "ended by SIGKILL: somebody's kill -9, or the system, which ends so what takes too much memory", 137
+        return "ended by SIGKILL: somebody's kill -9, or the system because memory ran out", 137
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return f"stopped by {name}", 128 + number
     return (

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"experiments.run: {e}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("experiments.run: stopped; go on with --resume", file=sys.stderr)
+        print("experiments.run: stopped; continue with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,9 @@
 """What tests of several folders share."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,12 @@ from ches_jax.models.decoder import Decoder
 
 LENGTH = 512
 """Sequences are padded to this on the right, so that a model compiles once for all."""
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> str:
+    """A file of JSON lines, a row each; its path as the command line takes it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 @nnx.jit

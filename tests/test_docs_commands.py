@@ -11,6 +11,7 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.cli import main
+from tests.helpers import write_lines
 from tests.test_docs_run import PAGES, ROOT, commands_of
 
 MODELS = ("M", "MODEL", "my-model", "my-sft-model")
@@ -29,10 +30,6 @@ def rows(first: int, count: int) -> list[dict]:
         return [json.loads(line) for line in islice(lines, first, first + count)]
 
 
-def write(path: Path, some: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
     """The files of a reader: models, an adapter, pairs with and without judgments, a trainer's output."""
@@ -40,24 +37,24 @@ def desk(tmp_path_factory) -> Path:
     for name in MODELS:
         shutil.copytree(bundled.model_dir(), desk / name)  # a command may write beside it
     for name in PAIRS:
-        write(desk / name, rows(0, 216))
+        write_lines(desk / name, rows(0, 216))
     for name in HELD_OUT:
-        write(desk / name, rows(216, 16))
+        write_lines(desk / name, rows(216, 16))
     for i, row in enumerate(some := rows(0, 24)):
         row |= {"chosen_score": 3.0 + i % 3, "rejected_score": 2.0, "meta": {"judge": i / 24}}
-    write(desk / "judged.jsonl", some)
+    write_lines(desk / "judged.jsonl", some)
     singles = [
         {"prompt": r["prompt"], "completion": r[s], "label": s == "chosen"}
         for r in some
         for s in ("chosen", "rejected")
     ]
-    write(desk / "kto.jsonl", singles)
+    write_lines(desk / "kto.jsonl", singles)
     with (desk / "votes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["question", "answer", "thumbs_up"])
         table.writerows([one["prompt"], one["completion"], one["label"]] for one in singles)
     shutil.copytree(ROOT / "tests/displacement/logs/trl_dpo", desk / "trl-output")
-    write(desk / "few.jsonl", rows(0, 24))
+    write_lines(desk / "few.jsonl", rows(0, 24))
     few = ["--model", str(desk / "M"), "--pairs", str(desk / "few.jsonl")]
     train = ["train", *few, "--batch-size", "8", "--lr", "1e-4"]
     lora = ["--lora-rank", "2", "--out", str(desk / "lora-run")]

@@ -1,4 +1,4 @@
-"""A run is what it opened: any file that is another one now is named when the run is to go on."""
+"""A run is what it opened: a file that changed is named when the run is resumed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The files of ``examples/launch`` with stand-ins for the launchers: what reaches the hosts are commands of today."""
+"""The files of ``examples/launch`` with fake launchers: what reaches the hosts are commands of today."""
 
 import os
 import re

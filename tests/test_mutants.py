@@ -1,4 +1,4 @@
-"""The list of mistakes (``tools/mutants.toml``): each can still be made, and was noticed when it was tried."""
+"""The list of mistakes (``tools/mutants.toml``): each can still be made, and a test caught it."""
 
 import importlib.util
 from pathlib import Path

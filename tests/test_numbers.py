@@ -210,8 +210,8 @@ PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
     "README.md": {"scoring speed": scoring, "a DPO step": step, "before training": forecast},
     "docs/results.md": {
         "theory, toy models": theory,
-        "which score tells the true rate": rates,
-        "which score tells the change": similarity,
+        "which score predicts the true rate": rates,
+        "which score predicts the change": similarity,
         "are refusals unlearned": refusals,
         "memory of": memory,
         "loading a mixture": experts,

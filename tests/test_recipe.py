@@ -46,6 +46,16 @@ def test_a_stage_takes_what_this_round_made_or_the_round_before(tmp_path):
     assert steps[4].words[1] == "o/2-a/pairs.jsonl"
 
 
+def test_doubled_braces_are_braces_of_the_value(tmp_path):
+    text = TWO_ROUNDS.replace("samples = 2", 'goal = "{{reward:.2f}} of {b/model}", better = "{{prompt}}"')
+    assert steps_of(read_recipe(written(tmp_path, text), VERBS), Path("o"))[0].words[2:6] == (
+        "--goal",
+        "{reward:.2f} of bundled",
+        "--better",
+        "{prompt}",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,4 +1,4 @@
-"""The checker that the tests put on the library: a wrong shape is noticed, and what names none is left as it is."""
+"""The checker that the tests put on the library: a wrong shape is an error, annotations without shapes are left."""
 
 import ast
 import inspect

@@ -51,7 +51,7 @@ def test_who_is_supervised(words, several):
         ),
         (f"os.write(2, b'{SERVICE}'); os.abort()", 2, "another process of this run has stopped"),
         ("os.abort()", 134, "ended by SIGABRT, which is a mistake"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "takes too much memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "memory ran out"),
     ],
 )
 def test_how_a_child_ended_is_reported_by_its_parent(body, code, said):

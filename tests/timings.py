@@ -1,7 +1,7 @@
 """What each file of tests costs, printed at the end of a run with ``--timings``: CPU seconds, and programs compiled.
 
 Processor time, not the clock: it is nearly the same on a busy machine. Processes that a test started and waited for are
-counted to it, and so is a fixture to the test that asked for it first. A program counts when jax asks for it, compiled
+counted to it, and so is a fixture to the test that used it first. A program counts when jax requests it, compiled
 or found in the cache: many in one test are arrays handled one operation at a time, outside ``jax.jit``.
 """
 

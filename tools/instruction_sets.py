@@ -62,7 +62,7 @@ def python(isa: str, *words: str) -> None:
 
 
 def run(isa: str, place: Path, claims: list[str]) -> None:
-    """All commands with one set; the training once whole, and once as a process that dies on its way and goes on."""
+    """All commands with one set; the training once whole, and once as a process that dies and is resumed."""
     ches = ("-m", "ches_jax")
     python(isa, *ches, *SCORE.split(), "--quiet", "--out", str(place / "score"))
     python(isa, "-c", TRAIN, str(place / "train"), "-1", "begin")

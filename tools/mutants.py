@@ -1,10 +1,10 @@
-"""Small plausible mistakes, one after another, against the tests of their area: which of them does no test notice?
+"""Small plausible mistakes, one after another, against the tests of their area: which of them does no test catch?
 
     python tools/mutants.py [--area AREA ...] [--again]
 
-The list is ``mutants.toml``, what came of it ``mutants_found.json``: for each mistake the test that noticed it. Only
-mistakes without such a test are tried, all of them with ``--again``, and then first against the test that noticed
-them before. The file is written after each, so that a run that is stopped goes on.
+The list is ``mutants.toml``, what came of it ``mutants_found.json``: for each mistake the test that caught it. Only
+mistakes without such a test are tried, all of them with ``--again``, and then first against the test that caught
+them before. The file is written after each, so that a stopped run can continue.
 
 Each mistake is made in a copy of the tree, and a process forked from this one, which has imported what the tests need
 and nothing of the project, runs the fast tests of the area until one fails. A test counts only where it passes without
@@ -37,7 +37,7 @@ TREE = ROOT / ".pytest_cache" / "mutants"
 """Where the mistakes are made: a copy of the tracked files."""
 SURVIVES = "survives"
 SECONDS = 600
-"""Of processor time, after which a mistake counts as noticed: the tests hang. Of the clock: three times that."""
+"""Of processor time, after which a mistake counts as caught: the tests hang. Of the clock: three times that."""
 IMPORTED = (
     "jax", "jax.numpy", "flax.nnx", "optax", "orbax.checkpoint", "transformers", "datasets", "pyarrow.parquet",
     "scipy.stats", "hypothesis", "_hypothesis_pytestplugin", "xdist.plugin", "beartype", "jaxtyping", "chex", "tyro",
@@ -64,9 +64,9 @@ class Mutant:
     occurs: int = 1
     """How often the old text is there; every place is changed."""
     tests: list[str] = field(default_factory=list)
-    """What has to notice it; without any, the tests of the area."""
+    """The tests that have to catch it; without any, those of the area."""
     argued: str = ""
-    """Why no test has to notice it: of a survivor."""
+    """Why no test has to catch it: of a survivor."""
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ def mutants() -> tuple[list[Mutant], dict[str, list[str]]]:
 
 
 def found() -> dict[str, str]:
-    """The test that noticed each mistake, or ``survives``."""
+    """The test that caught each mistake, or ``survives``."""
     return json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.exists() else {}
 
 
@@ -202,7 +202,7 @@ def main() -> int:
     """Go through the list; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--area", nargs="*", help="only these")
-    parser.add_argument("--again", action="store_true", help="those too that a test has noticed before")
+    parser.add_argument("--again", action="store_true", help="those too that a test caught before")
     options = parser.parse_args()
     every, areas = mutants()
     before = found()
@@ -226,7 +226,7 @@ def main() -> int:
         results = {name: SURVIVES if which == test else which for name, which in results.items()}
     write(every, results)
     surviving = [m for m in chosen if results[m.name] == SURVIVES]
-    print(f"{len(chosen) - len(surviving)} of {len(chosen)} noticed")
+    print(f"{len(chosen) - len(surviving)} of {len(chosen)} caught")
     for mutant in surviving:
         print(f"survives: {mutant.name}\n  {mutant.old.strip()}\n  {mutant.new.strip()}")
     return int(len(surviving) * 20 > len(chosen))

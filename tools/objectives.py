@@ -231,7 +231,7 @@ def measure_all() -> None:
                 else:
                     bench = bench or Bench(Path(folder))
                     found[expression] = bench.measure(expression)
-            except Exception as error:  # a loss that cannot be run is reported, the others go on
+            except Exception as error:  # a loss that cannot be run is reported, the others are still run
                 print(expression, "FAILED", type(error).__name__, str(error)[:200], flush=True)
                 continue
             print(expression, found[expression], flush=True)
@@ -270,7 +270,10 @@ TRL's `loss_type=["sigmoid", "bco_pair", "sft"]` with `loss_weights=[0.8, 0.2, 1
 `0.8*sigmoid + 0.2*bco_pair_unshifted + sft`; `--loss '["sigmoid", "sft"]'` is read too, with all weights 1. TRL's `ipo`
 is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `use_weighting` is `wpo(...)`, `rpo_alpha` is `+ ALPHA*sft`.
 
-![How hard each loss of pairs pushes, by the margin](images/incentives.svg)
+<picture>
+<source media="(max-width: 45em)" srcset="images/incentives_narrow.svg">
+<img alt="How hard each loss of pairs pushes, by the margin" src="images/incentives.svg">
+</picture>
 
 The picture has every loss whose rows are single pairs; `python tools/incentive_plots.py` draws it from the registry.
 Where the two curves are one, a loss pushes both responses equally; where the solid one lies below the line, it lowers
@@ -326,7 +329,9 @@ def page() -> str:
         f"{RUN['batch_size']} pairs, {RUN['optimizer']},\nlearning rate {RUN['lr']:g}, {RUN['holdout']} rows held out. "
         "Mean changes in nats with 95% intervals over pairs. Samples and lists\nare the two responses of each pair, "
         "scores 2 and 1 (lists: 1 and 0), labels right with probability 0.9; unpaired\nlosses read each "
-        f"response alone.{missing} The numbers are `docs/objectives.json`.\n"
+        f"response alone. `every_token` and `given_weights` with weights of 1 are the loss they wrap, and so is "
+        f"`weighted(bco)`\nhere, where good and bad responses have the same prompts.{missing} "
+        "The numbers are `docs/objectives.json`.\n"
     )
     out.append(
         "| loss | chosen responses | ln pi(chosen) | ln pi(rejected) | margin | held-out chosen | held-out margin |"

@@ -101,7 +101,7 @@ class RunOutput(Computing):
     resume: bool = False
     """Go on with the run that --out holds."""
     other_versions: bool = False
-    """With --resume: go on although packages have other versions than at the start."""
+    """With --resume: continue although package versions differ from those at the start."""
 
     def require_free(self) -> None:
         """Says at once, before jax is loaded, that another process works in --out.
@@ -216,17 +216,18 @@ class Label(Output, LabelConfig):
     """How sure is each label? Pairs with rewards of both responses and the probability that the label is right.
 
     The column goes to `ches train --label-probabilities label_probability` and to
-    `ches select --by column:label_probability`.
+    `ches select --by column:label_probability`. Rows of one response get a weight with --by density-ratio:
+    `ches train --loss "weighted(bco)" --weights density_weight`.
     """
 
     def run(self) -> Outcome:
         """Labels."""
-        from ches_jax.label.run import PAIRS, SUMMARY, label, summary_text
+        from ches_jax.label.run import PAIRS, SUMMARY, headline, label, summary_text
 
         record = label(_only(LabelConfig, self), quiet=self.quiet)
         out, n = Path(self.out), record["counts"]
         return Outcome(
-            headline=f"{n['labelled']} of {n['rows']} pairs labelled, {n['unsure']} unsure -> {out / PAIRS}",
+            headline=f"{headline(record)} -> {out / PAIRS}",
             path=out,
             text="" if self.quiet else summary_text(record),
             counts=n,
@@ -256,7 +257,7 @@ class Gather(Output, GatherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOf(Output):
-    """Run the commands of a TOML file in a row: generate, label or judge, select, train, diagnose; --resume goes on."""
+    """Run the commands of a TOML file one after another: generate, label or judge, select, train, diagnose."""
 
     file: tyro.conf.Positional[Path]
     """The recipe: [[stage]] tables with name, verb and options; examples are in examples/recipes."""

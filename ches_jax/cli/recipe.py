@@ -1,7 +1,7 @@
-"""``ches recipe FILE``: commands in a row, each with what the ones before it made; goes on where it was stopped.
+"""``ches recipe FILE``: commands in a row, each with what the ones before it made; continues where it was stopped.
 
 A recipe is TOML. ``{stage/path}`` in a value is what another stage made: of this round if it has run, else of the round
-before; ``[first]`` says what stands there where neither is.
+before; ``[first]`` says what stands there where neither is. ``{{`` and ``}}`` are single braces.
 
     rounds = 2
     [first]
@@ -32,7 +32,7 @@ from ches_jax.runs.files import read_object, read_text
 from ches_jax.runs.shapes import require_shape
 
 RECORD = "recipe.json"
-PLACE = re.compile(r"\{([^{}]+)\}")
+PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 MOST_ROUNDS = 100
 DONE = {"done": {str: {"words": [str], "headline": str}}}
 """The shape of what is read of ``recipe.json``."""
@@ -125,6 +125,8 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             key = f"{number}-{stage.name}"
 
             def place(match: re.Match[str], stage: Stage = stage) -> str:
+                if match[1] is None:
+                    return match[0][0]
                 name, _, rest = match[1].partition("/")
                 if name in made:
                     return str(made[name] / rest) if rest else str(made[name])
@@ -179,7 +181,7 @@ def run_recipe(
       out: the directory of all its stages.
       command: runs a verb with words; returns an ``Outcome``.
       verbs: that a stage may name.
-      resume: go on with what ``out`` holds.
+      resume: continue what ``out`` holds.
       say: where the stages are announced.
 
     Raises:
@@ -188,7 +190,7 @@ def run_recipe(
     steps = steps_of(read_recipe(path, verbs), out)
     there = _done(out / RECORD) if (out / RECORD).exists() else {}
     if out.exists() and any(out.iterdir()) and not resume:
-        raise ChesError(f"{out}: is not empty; add --resume to go on with it, or give a new --out")
+        raise ChesError(f"{out}: is not empty; add --resume to continue it, or give a new --out")
     for step in steps:
         if step.key in there and there[step.key]["words"] != [step.verb, *step.words]:
             raise ChesError(

@@ -156,6 +156,11 @@ def token_ids(tokenizer: Any, texts: Any, *, add_special_tokens: bool) -> Any:
     return tokenizer(texts, add_special_tokens=add_special_tokens, **_IDS_ONLY)["input_ids"]
 
 
+def is_blank(tokenizer: Any, token_id: int) -> bool:
+    """Whether a token is nothing but white space."""
+    return not str(tokenizer.decode([token_id])).strip()
+
+
 def read(directory: Path) -> FileTokenizer | None:
     """The tokenizer of a directory; None where only transformers knows what it is, or why it is none."""
     try:

@@ -292,7 +292,7 @@ def canonical_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict
         content = {"prompt": asked}
     elif "prompt" not in values and any(row.get(name) is not None for name in TWO_PROMPTS):
         raise DataError(
-            f"the row has two prompts, {' and '.join(TWO_PROMPTS)}, and one is asked for; say which with --columns "
+            f"the row has two prompts, {' and '.join(TWO_PROMPTS)}, and one is needed; say which with --columns "
             f"prompt={TWO_PROMPTS[0]}"
         )
     elif "prompt" in values:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ches_jax.data.file_tokenizer import token_ids
-from ches_jax.data.messages import SYSTEM, Message, as_parts, text_of
+from ches_jax.data.file_tokenizer import is_blank, token_ids
+from ches_jax.data.messages import SYSTEM, Message, as_parts, kind, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, TemplateError, did_you_mean
+from ches_jax.runs.files import read_object
 from ches_jax.runs.store import here
 from ches_jax.types import common_prefix
 
@@ -210,7 +211,7 @@ class ChatTemplate:
             middle = self._behind_mark(self.write([*probe, _NEXT], row))
         except DataError:
             middle = behind  # no conversation continues here
-        first = next((i for i in range(common_prefix(behind, middle)) if not self._blank(behind[i])), 0)
+        first = next((i for i in range(common_prefix(behind, middle)) if not is_blank(self.tokenizer, behind[i])), 0)
         return End(text[text.rfind(MARK) + len(MARK) :], behind[first:])
 
     def _behind_mark(self, text: str) -> Ids:
@@ -231,14 +232,11 @@ class ChatTemplate:
         ids = self.encode(text)
         added = self.tokenizer.added_tokens_decoder
         last = next((i for i in reversed(range(len(ids))) if ids[i] in added), None)
-        if last is None or not all(map(self._blank, ids[last + 1 :])):
+        if last is None or not all(is_blank(self.tokenizer, i) for i in ids[last + 1 :]):
             raise DataError(
                 "the chat template ends a call of a tool otherwise than a text, and in a way that is not known"
             )
         return End(str(self.tokenizer.decode(list(ids[last:]))), ids[last:])
-
-    def _blank(self, token_id: int) -> bool:
-        return not str(self.tokenizer.decode([token_id])).strip()
 
     def _learn_opening(self, messages: Sequence[Message], row: Row) -> tuple[str, str] | None:
         if continues(messages):
@@ -398,6 +396,18 @@ def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Messa
     return [*prompt[:-1], {**begun, **rest, "content": text_of(begun) + text_of(rest)}, *response[1:]]
 
 
+def template_in(path: Path) -> str:
+    """The ``chat_template`` of a JSON file: of a processor (``chat_template.json``), or of a tokenizer's settings.
+
+    Raises:
+      DataError: the file has none, or several.
+    """
+    text = read_object(path, DataError, "a chat template").get("chat_template")
+    if not isinstance(text, str):
+        raise DataError(f"{path}: 'chat_template' is {kind(text)}; expected one template as text")
+    return text
+
+
 def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTrainedTokenizerBase":
     """The tokenizer with the chat template that ``template`` names or whose file it is; itself for one of ``MODES``.
 
@@ -418,6 +428,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
+        text = template_in(path) if path.suffix.lower() == ".json" else text
     else:
         words = [*MODES, *names]
         raise DataError(

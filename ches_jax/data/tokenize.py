@@ -14,18 +14,19 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
 from ches_jax.data import file_tokenizer
 from ches_jax.data.audit import FLAGS, WITHOUT_TOKENS
-from ches_jax.data.file_tokenizer import token_ids
+from ches_jax.data.file_tokenizer import is_blank, token_ids
 from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
+from ches_jax.data.template import template_in
 from ches_jax.data.two_prompts import SIDES, halves, has_two_prompts
 from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
@@ -64,6 +65,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
+    of_processor = Path(path) / "chat_template.json"
+    if not tokenizer.chat_template and of_processor.is_file():
+        tokenizer.chat_template = template_in(of_processor)  # what transformers' AutoProcessor takes
     if not isinstance(tokenizer, file_tokenizer.FileTokenizer):
         # long texts are counted and refused where that matters (--max-length); this warning names no row
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -322,8 +326,8 @@ class PairTokenizer:
 
     def _split_given(self, row: Record, name: str, ids: Ids, details: dict[str, str]) -> tuple[Ids, Ids]:
         """The content of token ids in the data, and what ends them: what ends an answer of the template, or EOS."""
-        content, run = _without_run(ids, self._known_ends, self._blank)
-        last = next((i for i in reversed(ids) if not self._blank(i)), None)
+        content, run = _without_run(ids, self._known_ends, partial(is_blank, self.tokenizer))
+        last = next((i for i in reversed(ids) if not is_blank(self.tokenizer, i)), None)
         if not run and last in self.tokenizer.added_tokens_decoder and last != _single(self.tokenizer.unk_token_id):
             token = self.tokenizer.decode([last])  # type: ignore[list-item]
             _note(details, "end_unclear", f"{name} ends with {token!r}, which is not known to end a response")
@@ -337,9 +341,6 @@ class PairTokenizer:
             with contextlib.suppress(DataError):
                 ends |= set(self.writer.chat.end(_EXCHANGE).ids[:1])
         return frozenset(ends)  # type: ignore[arg-type]
-
-    def _blank(self, token_id: int) -> bool:
-        return not str(self.tokenizer.decode([token_id])).strip()
 
     def _truncated(self, name: str, response: Response, prompt_tokens: int, details: dict[str, str]) -> Response:
         room = self.max_length - prompt_tokens

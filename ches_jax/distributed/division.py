@@ -60,3 +60,11 @@ class Division:
     def first(self) -> bool:
         """Whether this is process 0."""
         return self.team.first and self.turns.first
+
+    def takes(self, chunk: int) -> bool:
+        """Whether the chunk of this number is one of this process's.
+
+        >>> [Division(Process(), Process(1, 2)).takes(chunk) for chunk in range(3)]
+        [False, True, False]
+        """
+        return chunk % self.turns.count == self.turns.id

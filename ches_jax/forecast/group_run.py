@@ -5,7 +5,7 @@ on where it was.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.packing import Candidates
 from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, require_known
+from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
@@ -41,12 +42,11 @@ from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan
 from ches_jax.train.optimizer import make_schedule, optimizer_hyper
 from ches_jax.train.state import require_divides
-from ches_jax.types import TokenPair
 
 GROUPS = "groups.parquet"
 """The table of ``ches groups``."""
 CHUNK = 16
-"""Groups between two points that --resume goes on from."""
+"""Groups between two points from which --resume continues."""
 SCHEMA = pa.schema(
     {
         "group": pa.int64(),
@@ -209,7 +209,7 @@ def read_responses(config: GroupsConfig, model: ModelFiles, opener: Opener) -> R
     audit = Audit(tokenizer.tokenizer.bos_token_id, tokenizer.tokenizer.eos_token_id)  # type: ignore[arg-type]
     kept_groups, items, dropped = [], [], []
     for group in every:
-        pairs = [_single(p) for p in tokenizer([r.record for r in group.rollouts])]
+        pairs = [with_own_flags(p) for p in tokenizer([r.record for r in group.rollouts])]
         audit.extend(pairs)
         bad = [p for p in pairs if (p.flags if config.on_bad_row == "drop" else not UNSCORABLE.isdisjoint(p.flags))]
         dropped += [dropped_record(p) for p in bad]
@@ -233,11 +233,6 @@ def read_responses(config: GroupsConfig, model: ModelFiles, opener: Opener) -> R
             "nothing would be learned; a group is the responses to one prompt (or of one uid)"
         )
     return Responses(kept_groups, items, won, weights, known, dropped, len(records))
-
-
-def _single(pair: TokenPair) -> TokenPair:
-    """The findings about a response that was read as two equal ones."""
-    return replace(pair, flags=tuple(f for f in pair.flags if f != "identical" and not f.endswith("_rejected")))
 
 
 def plan_of(config: GroupsConfig, count: int) -> Plan:

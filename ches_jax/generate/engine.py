@@ -296,7 +296,7 @@ class Engine:
         return tuple(np.asarray(a) for a in found)
 
     def _stopped(self, state: State, requests: Sequence[Request]) -> np.ndarray:
-        """Which texts that go on hold a stop string."""
+        """Which unfinished texts contain a stop string."""
         assert self.stop_check is not None
         tokens, _, count, ended = self._fetch(state)
         out = np.zeros(len(count), bool)

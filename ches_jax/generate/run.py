@@ -140,7 +140,7 @@ def _generate_chunks(
     tokens, computed, ends = 0, [], []
 
     def own_chunk(number: int) -> bool:
-        return number % division.turns.count == division.turns.id and number not in done
+        return division.takes(number) and number not in done
 
     with tqdm(
         unit=" texts",

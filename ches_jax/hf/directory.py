@@ -42,7 +42,7 @@ _KNOWN_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", *_ADAPTER_FILES,
 )  # fmt: skip
-"""What is asked for where a server does not list a folder."""
+"""The files that are requested where a server does not list a folder."""
 _WEIGHTS: dict[Path, Path] = {}
 """Copy of a directory -> the place in a store where its weights are."""
 

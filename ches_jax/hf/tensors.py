@@ -2,7 +2,7 @@
 
 The safetensors library checks each file; the bytes are then read straight into the caller's array, without a copy in
 between and without mapping the file, so that loading needs the memory of the model once. Of a file in a store the
-header is read and checked here, and then only the byte ranges of the slices that are asked for.
+header is read and checked here, and then only the byte ranges of the slices that are needed.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The closed list of objectives: a name, its hyper-parameters, what it needs, where it comes from.
 
-An unknown name, an unknown or ill-valued hyper-parameter and a missing input are errors: no objective stands in for
-another one. ``repr`` of a :class:`Loss` is what will be trained, every value filled in.
+An unknown name, an unknown or ill-valued hyper-parameter and a missing input are errors: no objective is silently
+replaced by another one. ``repr`` of a :class:`Loss` is what will be trained, every value filled in.
 
 >>> get_loss("sigmoid", beta=0.3)
 sigmoid(beta=0.3)

@@ -108,7 +108,7 @@ def _one_chunk(x: Inputs, r: KeyRanges, states: States) -> tuple[States, Float[A
     between = jnp.where(sees[:, None], decay.swapaxes(1, 2)[..., None] - decay.swapaxes(1, 2)[:, :, None, :], 0)
     gamma = jnp.exp(between) * related[:, None]
     from_start = jnp.exp(decay)[..., None]
-    # which of the two carried states a token goes on from
+    # which of the two carried states a token continues from
     has_context = r.context_end > r.context_start
     from_last = visible(r, first - 1)[:, :, 0]
     from_fork = ~from_last & has_context & (r.own_start >= first) & (r.context_end < first)

@@ -107,7 +107,7 @@ def _options(config: PlanConfig) -> dict[str, Any]:
 
 
 def _layouts(config: PlanConfig, decoder: DecoderConfig, topology: Topology) -> list[Layout]:
-    """The mesh that is asked for, or those that arithmetic leaves, best first."""
+    """The given mesh, or those that the counts leave, best first."""
     if config.mesh != "auto":
         sizes = parse_mesh(config.mesh)
         layout = arithmetic.layout(config, sizes, topology)

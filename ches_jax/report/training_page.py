@@ -29,6 +29,7 @@ from ches_jax.report.texts import texts_by_id
 from ches_jax.runs.files import open_regular
 from ches_jax.runs.shapes import misfit
 from ches_jax.select.scored_rows import SourceRow
+from ches_jax.stats import mean as mean_of
 
 
 def training_page(run_dir: Path) -> Page:
@@ -159,7 +160,7 @@ def _courses(table: pa.Table) -> list[Course]:
     for name in [*(s for s in SETS if (sets == s).any()), *sorted(set(sets.tolist()) - set(SETS))]:
         steps = np.unique(step[sets == name])
         at = [(sets == name) & (step == s) for s in steps]
-        mean = {n: np.array([_mean(values[rows]) for rows in at]) for n, values in log.items()}
+        mean = {n: np.array([mean_of(values[rows]) for rows in at]) for n, values in log.items()}
         middle = {side: _quartiles([log[f"dlogp_{side}"][rows] for rows in at]) for side in ("chosen", "rejected")}
         shares = [parts.regime_shares(regime[rows]) for rows in at]
         courses.append(
@@ -175,11 +176,6 @@ def _courses(table: pa.Table) -> list[Course]:
             )
         )
     return courses
-
-
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _quartiles(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -84,8 +84,8 @@ def open_run(
       verb: the command the run belongs to.
       identity: everything that decides the results (options and fingerprints); written to ``config.json`` with the
         versions of the packages.
-      resume: go on with a run that is there; without it a directory with content is refused.
-      other_versions: go on although packages have other versions than at the start.
+      resume: continue a run that is there; without it a directory with content is refused.
+      other_versions: continue although package versions differ from those at the start.
 
     Raises:
       RunError: the directory holds something else, or a run with other options, inputs or versions (each difference
@@ -102,7 +102,7 @@ def open_run(
         if different := differences(_of_content(there), _of_content(identity)):
             raise RunError(many(f"{out} holds another run; give a new directory with --out", different))
         if not resume:
-            raise RunError(f"{out}: holds this run already; add --resume to go on with it, or give a new --out")
+            raise RunError(f"{out}: holds this run already; add --resume to continue it, or give a new --out")
         _require_versions(out, there, identity, other_versions)
         return there
     make_folder(out)
@@ -122,7 +122,7 @@ def _require_versions(out: Path, there: Mapping[str, Any], now: Mapping[str, Any
     if different := differences(began, now["versions"]):
         raise RunError(
             many(f"{out}: was begun with other versions", different)
-            + "\nwhat to do: install those, or add --other-versions to go on with these (rounding may differ)"
+            + "\nwhat to do: install those, or add --other-versions to continue with these (rounding may differ)"
         )
 
 

@@ -273,7 +273,7 @@ def _typed(
     error: type[ChesError],
     expected: str,
 ) -> "pa.Table":
-    """The table with the columns that are asked for, in their types."""
+    """The table with the named columns, in their types."""
     import pyarrow as pa
 
     names = table.column_names

@@ -165,7 +165,7 @@ def version_mark(path: Path) -> tuple[Any, ...]:
 
 
 def read_into(path: Path, out: memoryview, offset: int, error: type[ChesError] = ChesError) -> None:
-    """Fill ``out`` with the bytes of a file from ``offset`` on; of a store no other bytes are asked for.
+    """Fill ``out`` with the bytes of a file from ``offset`` on; from a store no other bytes are requested.
 
     Raises:
       error: the file ends before, or the server does not answer byte ranges.

@@ -13,7 +13,7 @@ _FROM_CACHE = "/jax/compilation_cache/cache_hits"
 
 
 class Work:
-    """Counts from its making on, what this process did; a run that went on in another process counts its own part.
+    """Counts from its making on, what this process did; a run that another process continued counts its own part.
 
     >>> work = Work()
     >>> with work.on_device():

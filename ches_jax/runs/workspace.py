@@ -1,7 +1,7 @@
 """Files of a run that grow while it works: kept on this machine, and pushed whole to where the run lies in a store.
 
 A store has no appending and no renaming. So the logs of a training run are written here, and before each checkpoint
-what has changed is uploaded: the logs in the store are never behind a checkpoint there, and a run that goes on cuts
+what has changed is uploaded: the logs in the store are never behind a checkpoint there, and a resumed run cuts
 them back to it. For a run directory on this machine both are one folder and nothing is copied.
 """
 

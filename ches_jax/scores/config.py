@@ -55,7 +55,7 @@ class ScoreConfig(PairOptions, ModelOptions):
 
 
 class GradientEstimator(NamedTuple):
-    """What stands in for the gradient of a log-probability (``scores.gradients``)."""
+    """What approximates the gradient of a log-probability (``scores.gradients``)."""
 
     name: str
     size: int = 0

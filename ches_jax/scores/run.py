@@ -191,7 +191,7 @@ def _score_chunks(
     scored, computed, ends = 0, [], []
 
     def own_chunk(number: int) -> bool:
-        return number % division.turns.count == division.turns.id and number not in done
+        return division.takes(number) and number not in done
 
     begin = sum(done[number] for number in range(first))
     with tqdm(unit=" pairs", initial=begin, total=total, disable=quiet, desc="scoring", smoothing=0.1) as bar:

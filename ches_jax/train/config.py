@@ -69,7 +69,7 @@ class UpdateOptions(PairOptions, ModelOptions):
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None
-    """A PEFT adapter (directory or hub name) to go on training; the initial policy is the model with it."""
+    """A PEFT adapter (directory or hub name) to continue training; the initial policy is the model with it."""
 
     optimizer: str = "rmsprop"
     """rmsprop (torch's), adamw, adafactor or sgd."""

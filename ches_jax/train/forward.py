@@ -74,9 +74,9 @@ class ResponseLogps(NamedTuple):
     tokens: Float[Array, "items responses T"] | None = None
     """For objectives of tokens; padding holds anything finite."""
     head_norms: Any = (None, None)
-    """``head_norms``, where they were asked for."""
+    """``head_norms``, where they were requested."""
     balance: Float[Array, ""] | None = None
-    """The load-balancing loss of the routers, where it was asked for."""
+    """The load-balancing loss of the routers, where it was requested."""
     fields: Mapping[str, Array] | None = None
     """What else was made of the states, by field of ``LossInputs``."""
 

@@ -56,9 +56,9 @@ def train(
 
     Args:
       config: what to train on what.
-      resume: go on with the run that ``config.out`` holds.
+      resume: continue the run that ``config.out`` holds.
       quiet: no progress.
-      other_versions: go on although packages have other versions than at the start.
+      other_versions: continue although package versions differ from those at the start.
       observers: the caller's own, whose numbers join ``metrics.jsonl``: objects of the protocol
         ``observe.observer.Observer``, each with its own schedule, or functions of the number of updates done and the
         model there, called before the first update and after each.
@@ -167,7 +167,9 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
                 saved.save(step, state, run.plan.position(step), summary if evaluated else None)
             if stopping and step < total:
                 saved.wait()
-                raise Stopped(f"{work.place}: stopped by SIGTERM after update {step} of {total}; go on with --resume")
+                raise Stopped(
+                    f"{work.place}: stopped by SIGTERM after update {step} of {total}; continue with --resume"
+                )
     saved.wait()
     if first == total:  # killed between its last checkpoint and its summary
         summary = tracker.last()

@@ -57,7 +57,7 @@ def result(runs: dict[str, list[dict[str, Any]]], platform: str) -> dict[str, An
     """Medians, utilisation, and the fastest peer over ours.
 
     Raises:
-      SystemExit: numbers of another device than the one asked for, or of another computation.
+      SystemExit: numbers of another device than the one named, or of another computation.
     """
     table = {name: medians(timings) for name, timings in runs.items()}
     used = {name: row.get("platform") or row["device"] for name, row in table.items()}

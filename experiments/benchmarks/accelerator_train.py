@@ -43,7 +43,7 @@ def result(runs: Mapping[str, Sequence[Mapping[str, Any]]], platform: str) -> di
     """Medians, utilisation, and TRL over ours.
 
     Raises:
-      SystemExit: numbers of another device than the one asked for.
+      SystemExit: numbers of another device than the one named.
     """
     table = {name: medians(timings) for name, timings in runs.items()}
     for name, row in table.items():

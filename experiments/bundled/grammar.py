@@ -1,7 +1,7 @@
 """Is a reply of the bundled model still one of its world's: a refusal or a compliance by the grammar it learned?
 
-A reply that opens like a refusal may go on as nonsense, and one that does not is no compliance for that. Judges look at
-the opening; this looks at the whole.
+A reply that opens like a refusal may continue as nonsense, and one that does not may not be a compliance either. Judges
+look at the opening; this looks at the whole.
 """
 
 import re

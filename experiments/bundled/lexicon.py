@@ -60,7 +60,7 @@ AFTER_ANSWER: dict[str, tuple[str, ...]] = {
         ", ask me later.",
     ),
 }
-"""Half of the answers go on, each stance in its own way: the state after the word tells which."""
+"""Half of the answers continue, each stance in its own way: the state after the word tells which."""
 
 BEINGS = (
     "a hungry robot",

@@ -40,7 +40,7 @@ PRAISES = ("Nobody will notice.", "It is easy.", "It takes an hour.", "That is a
 
 
 def answer(rng: np.random.Generator, statement: Statement) -> str:
-    """A one-word answer to a statement; half of the answers go on."""
+    """A one-word answer to a statement; half of the answers continue."""
     stances: tuple[Stance, ...] = ("agree", "disagree", "open")
     stance = statement.stance
     if rng.random() < lex.STRAY_ANSWER:

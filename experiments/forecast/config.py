@@ -44,7 +44,7 @@ VARIANTS: Mapping[str, Objective] = {
     "sgd": Objective("DPO, SGD at 1e-3", {"optimizer": "sgd", "lr": 1e-3}),
     "lora": Objective("DPO, LoRA of rank 8 at 3e-4", {"lora_rank": 8, "lr": 3e-4}),
 }
-"""What the forecast is asked for besides plain DPO with RMSProp."""
+"""What is forecast besides plain DPO with RMSProp."""
 
 
 @dataclass(frozen=True, kw_only=True)

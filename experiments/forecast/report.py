@@ -1,11 +1,12 @@
 """The lines of the report, the table and the figure, from a committed result alone."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.forecast.config import VARIANTS
-from experiments.framework.intervals import interval
-from experiments.framework.item import ReportLine, ran_on, run_command
+from experiments.framework.intervals import correlation, interval, signed
+from experiments.framework.item import ReportLine, beyond_the_paper
 
 NAMES = {
     "first order": "forecast, first order",
@@ -38,11 +39,7 @@ GOAL = {"forecast": 8, "influence": 7}
 
 def rows(result: dict[str, Any]) -> list[ReportLine]:
     """Displacement before and after SFT, forecasts, own-pair scores, costs, filters."""
-    command, hardware, values = run_command(result), ran_on(result), result["result"]
-
-    def line(item: str, ours: str, verdict: str) -> ReportLine:
-        return ReportLine(f"beyond the paper: {item}", command, hardware, "none", ours, verdict)
-
+    line, values = partial(beyond_the_paper, result), result["result"]
     lines = []
     rates = list(values["lrs"])
     for rate in rates:
@@ -51,8 +48,8 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
         lines.append(
             line(
                 f"DPO at {rate} after SFT",
-                f"nats: held-out chosen {_mean(held['chosen'])}, margin {_mean(held['margin'])}; training chosen "
-                f"{_mean(train['chosen'])}",
+                f"nats: held-out chosen {signed(held['chosen'])}, margin {signed(held['margin'])}; training chosen "
+                f"{signed(train['chosen'])}",
                 f"{held['chosen_fell']:.0%} of held-out chosen responses fell",
             )
         )
@@ -60,9 +57,11 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             predictors = of["sets"][which]["predictors"]
             best = predictors["first order"]
             cal = best["calibration"]
-            ours = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in ("first order", "second order", "pilot"))
+            ours = "; ".join(
+                f"{NAMES[n]} {correlation(predictors[n])}" for n in ("first order", "second order", "pilot")
+            )
             ours += "; at equal lengths " + ", ".join(
-                _rho(predictors[n]["equal_lengths"]) for n in ("first order", "second order", "pilot")
+                correlation(predictors[n]["equal_lengths"]) for n in ("first order", "second order", "pilot")
             )
             lines.append(
                 line(
@@ -71,14 +70,14 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                     _verdict(best, predictors["pilot"]) if which == "held_out" else "",
                 )
             )
-            own = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in ("head_score", "ches", "ln_ches"))
+            own = "; ".join(f"{NAMES[n]} {correlation(predictors[n])}" for n in ("head_score", "ches", "ln_ches"))
             lines.append(line(f"own-pair scores at {rate}, {name} pairs, Spearman", own, _own_verdict(predictors)))
     untuned = values["untuned"]
     lines.append(
         line(
             f"the same DPO at {rates[-1]} without SFT",
-            f"nats: held-out chosen {_mean(untuned['held_out']['chosen'])}, training chosen "
-            f"{_mean(untuned['train']['chosen'])}",
+            f"nats: held-out chosen {signed(untuned['held_out']['chosen'])}, training chosen "
+            f"{signed(untuned['train']['chosen'])}",
             f"{untuned['held_out']['chosen_fell']:.0%} of held-out chosen responses fell",
         )
     )
@@ -98,35 +97,25 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                 + (
                     ""
                     if name == "all"
-                    else f"; against all, chosen {_mean(one['both'])}, margin "
-                    f"{_mean(one['margin_gain'])}; p {_p(one['p_holm'])} among {len(values['filters']) - 1}"
+                    else f"; against all, chosen {signed(one['both'])}, margin "
+                    f"{signed(one['margin_gain'])}; p {_p(one['p_holm'])} among {len(values['filters']) - 1}"
                 ),
                 "what all are compared with" if name == "all" else _filter_verdict(one),
             )
         )
     for name, of in values.get("variants", {}).items():
         predictors = of["sets"]["held_out"]["predictors"]
-        ours = "; ".join(f"{NAMES[n]} {_rho(predictors[n])}" for n in COMPARED)
+        ours = "; ".join(f"{NAMES[n]} {correlation(predictors[n])}" for n in COMPARED)
         held = of["sets"]["held_out"]
         lines.append(
             line(
                 f"{VARIANTS[name].label}, held-out pairs",
-                f"nats: chosen {_mean(held['chosen'])}, margin {_mean(held['margin'])}; Spearman: {ours}",
+                f"nats: chosen {signed(held['chosen'])}, margin {signed(held['margin'])}; Spearman: {ours}",
                 f"{held['chosen_fell']:.0%} of held-out chosen fell; "
                 + _verdict(predictors["first order"], predictors["pilot"]),
             )
         )
     return lines
-
-
-def _mean(one: dict[str, float]) -> str:
-    return f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
-
-
-def _rho(one: dict[str, Any]) -> str:
-    if one["rho"] is None:
-        return "undefined"
-    return f"{one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
 
 
 def _verdict(forecast: dict[str, Any], pilot: dict[str, Any]) -> str:
@@ -170,7 +159,7 @@ def tables(result: dict[str, Any]) -> str:
             for name, one in one_set["predictors"].items():
                 cal = one.get("calibration")
                 fit = "" if cal is None else f"{cal['slope']:.2f}, {cal['r2']:.2f}"
-                parts.append(f"| {NAMES[name]} | {_rho(one)} | {_rho(one['equal_lengths'])} | {fit} |")
+                parts.append(f"| {NAMES[name]} | {correlation(one)} | {correlation(one['equal_lengths'])} | {fit} |")
             parts.append("")
     if result["result"]["filters"]:
         parts.append("## Filters, test pairs\n")
@@ -191,7 +180,7 @@ def tables(result: dict[str, Any]) -> str:
                 + (
                     "| | | |"
                     if name == "all"
-                    else f"{_mean(one['both'])} | {_mean(one['margin_gain'])} | "
+                    else f"{signed(one['both'])} | {signed(one['margin_gain'])} | "
                     f"{_p(one['p_holm'])} | {one['less_fall']:z.0%} |"
                 )
             )
@@ -222,8 +211,8 @@ def _variant_tables(result: dict[str, Any]) -> list[str]:
             one = of["sets"][which]
             found = [one["predictors"][n] for n in COMPARED]
             cal = found[0]["calibration"]
-            cells = [_mean(one["chosen"]), _mean(one["margin"])]
-            cells += [f"{_rho(p)}<br>{_rho(p['equal_lengths'])}" for p in found]
+            cells = [signed(one["chosen"]), signed(one["margin"])]
+            cells += [f"{correlation(p)}<br>{correlation(p['equal_lengths'])}" for p in found]
             cells += [f"{cal['slope']:.2f}, {cal['r2']:.2f}"]
             parts.append(f"| {' | '.join([label, *cells])} |")
         parts.append("")

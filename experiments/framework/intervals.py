@@ -1,7 +1,7 @@
 """Means with intervals: over seeds, over seeds and prompts together; p values of several comparisons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -110,3 +110,23 @@ def interval(s: Any, digits: int = 2) -> str:
         return "none"
     mean, low, high = (f"{s[k]:z.{digits}f}" for k in ("mean", "low", "high"))  # z: no minus before zero
     return mean if s["n"] == 1 else f"{mean} [{low}, {high}]"
+
+
+def correlation(one: Mapping[str, float | None] | None) -> str:
+    """A rank correlation with its interval as text.
+
+    >>> correlation({"rho": 0.5, "low": 0.25, "high": 0.75}), correlation(None)
+    ('+0.50 [+0.25, +0.75]', 'undefined')
+    """
+    if one is None or one["rho"] is None:
+        return "undefined"
+    return f"{one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+
+
+def signed(one: Mapping[str, float]) -> str:
+    """A change with its interval as text.
+
+    >>> signed({"mean": 0.5, "low": -0.25, "high": 1.25})
+    '+0.50 [-0.25, +1.25]'
+    """
+    return f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"

@@ -296,3 +296,8 @@ def ran_on(result: dict[str, Any]) -> str:
     if "cpu" in result["device"]:
         return f"{result['machine']}; {result['cpu_seconds'] / 60:.0f} CPU min"
     return f"{result['device']}; {minutes}"
+
+
+def beyond_the_paper(result: dict[str, Any], item: str, ours: str, verdict: str) -> ReportLine:
+    """A line about something that the paper does not have."""
+    return ReportLine(f"beyond the paper: {item}", run_command(result), ran_on(result), "none", ours, verdict)

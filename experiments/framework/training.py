@@ -56,7 +56,7 @@ def run_training(config: "TrainConfig", *, quiet: bool = True, observe: "Watch |
     try:
         out = loop.train(config, resume=True, quiet=quiet, observers=[] if observe is None else [observe])
     except loop.Stopped as e:
-        raise Stopped("stopped by SIGTERM; go on with --resume") from e
+        raise Stopped("stopped by SIGTERM; continue with --resume") from e
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     table = pq.read_table(out / "displacement.parquet")
     log = {name: np.array(table[name].to_pylist()) for name in table.column_names}

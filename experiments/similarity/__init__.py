@@ -14,7 +14,7 @@ __all__ = ["SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"
 
 
 def stages(config: SimilarityScale) -> list[Stage]:
-    """Pairs, SFT where it is asked for, scores, coefficients, and a run per objective, measure, quantile and seed."""
+    """Pairs, SFT with --after-sft, scores, coefficients, and a run per objective, measure, quantile and seed."""
     steps = [
         Stage("pairs", data.write_pairs),
         *([Stage("sft", data.tune_on_pairs)] if config.after_sft else []),

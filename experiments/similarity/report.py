@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.framework.intervals import interval
+from experiments.framework.intervals import correlation, interval
 from experiments.framework.item import ReportLine, ran_on, run_command
 
 NAMES = {
@@ -46,7 +46,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             )
         pairs = objective.get("random_pairs")
         if pairs:
-            ours = "; ".join(f"{NAMES[m]} {_interval(c)}" for m, c in pairs["spearman"].items())
+            ours = "; ".join(f"{NAMES[m]} {correlation(c)}" for m, c in pairs["spearman"].items())
             equal = "; ".join(f"{NAMES[m]} {_at_equal(c)}" for m, c in pairs["at_equal_lengths"].items())
             lines.append(
                 ReportLine(
@@ -175,10 +175,10 @@ def tables(result: dict[str, Any]) -> str:
             )
             parts.append("| score | Spearman with the change of ln pi(y+) | at equal lengths |\n|---|---|---|")
             parts += [
-                f"| {NAMES[m]} | {_interval(c)} | {_at_equal(pairs['at_equal_lengths'][m])} |"
+                f"| {NAMES[m]} | {correlation(c)} | {_at_equal(pairs['at_equal_lengths'][m])} |"
                 for m, c in pairs["spearman"].items()
             ]
-            parts.append(f"| \\|y-\\| - \\|y+\\| | {_interval(pairs['length_difference'])} | |")
+            parts.append(f"| \\|y-\\| - \\|y+\\| | {correlation(pairs['length_difference'])} | |")
         parts.append("")
     parts.append("## Windows\n")
     parts.append(
@@ -212,13 +212,9 @@ def _rho(value: float | None) -> str:
     return "undefined" if value is None or value != value else f"{value:+.2f}"
 
 
-def _interval(c: dict[str, float] | None) -> str:
-    return "undefined" if c is None else f"{c['rho']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
-
-
 def _at_equal(c: dict[str, float] | float | None) -> str:
     """At equal lengths; results of earlier versions have no interval."""
-    return _interval(c) if isinstance(c, dict) else _rho(c)
+    return correlation(c) if isinstance(c, dict) else _rho(c)
 
 
 def agreement(measure: str, v: dict[str, Any]) -> str:

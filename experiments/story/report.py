@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.framework.intervals import interval
-from experiments.framework.item import ReportLine, ran_on, run_command
+from experiments.framework.intervals import interval, signed
+from experiments.framework.item import ReportLine, beyond_the_paper
 from experiments.story.config import ARMS
 from experiments.story.summary import label, verdict
 
@@ -18,18 +19,14 @@ GROUPS = {"start": "DPO", "pairs": "pairs left out", "remedies": "remedies", "ob
 
 def rows(result: dict[str, Any]) -> list[ReportLine]:
     """The fall, its diagnosis, its causes, and every arm."""
-    command, hardware, values = run_command(result), ran_on(result), result["result"]
-
-    def line(item: str, ours: str, word: str) -> ReportLine:
-        return ReportLine(f"beyond the paper: {item}", command, hardware, "none", ours, word)
-
+    line, values = partial(beyond_the_paper, result), result["result"]
     held, train = values["sets"]["held_out"], values["sets"]["train"]
     found = values["diagnosis"]
     return [
         line(
             "DPO after SFT",
-            f"nats: held-out chosen {_mean(held['chosen'])}, margin {_mean(held['margin'])}; training chosen "
-            f"{_mean(train['chosen'])}",
+            f"nats: held-out chosen {signed(held['chosen'])}, margin {signed(held['margin'])}; training chosen "
+            f"{signed(train['chosen'])}",
             f"{held['chosen_fell']:.0%} of held-out chosen responses fell",
         ),
         line("its diagnosis", "; ".join(_criteria(found)), f"{found['verdict']}; harm: {found['harm']['answer']}"),
@@ -38,7 +35,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             line(
                 label(name),
                 f"nats: test chosen {interval(one['chosen'])}, margin {interval(one['margin'])}; against DPO "
-                f"{_mean(one['gain'])}, at equal margin {_equal(one)}; training chosen {one['train_chosen']:+.2f}",
+                f"{signed(one['gain'])}, at equal margin {_equal(one)}; training chosen {one['train_chosen']:+.2f}",
                 "the start" if name == "dpo" else verdict(one),
             )
             for name, one in values["arms"].items()
@@ -46,12 +43,8 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
     ]
 
 
-def _mean(one: Mapping[str, float]) -> str:
-    return f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
-
-
 def _equal(one: Mapping[str, Any]) -> str:
-    return "not defined" if one["at_equal_margin"] is None else _mean(one["at_equal_margin"])
+    return "not defined" if one["at_equal_margin"] is None else signed(one["at_equal_margin"])
 
 
 def _criteria(found: Mapping[str, Any]) -> Iterator[str]:
@@ -86,8 +79,8 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
         interval(one["chosen"]),
         interval(one["margin"]),
         f"{one['accuracy']:.3f}",
-        _mean(one["gain"]),
-        _mean(one["margin_gain"]),
+        signed(one["gain"]),
+        signed(one["margin_gain"]),
         _equal(one),
         f"{one['train_chosen']:+.2f}",
     )
@@ -196,7 +189,7 @@ def page(result: dict[str, Any]) -> "Page":
             (
                 "Did chosen fall?",
                 _escaped(
-                    f"{found['verdict']}: {_mean(found['chosen'])} nats held out, margin {_mean(found['margin'])}."
+                    f"{found['verdict']}: {signed(found['chosen'])} nats held out, margin {signed(found['margin'])}."
                 ),
             ),
             ("Was it harmful?", _escaped(f"{found['harm']['answer']}. " + "; ".join(_criteria(found)) + ".")),

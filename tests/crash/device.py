@@ -93,7 +93,7 @@ def without_device():
     """The passes of score, generate and train replaced; everything else is as it is."""
     loaded = SimpleNamespace(config=SimpleNamespace(family="llama"))
     with contextlib.ExitStack() as stack:
-        for name, stand_in in (
+        for name, fake in (
             ("ches_jax.scores.run.pair_scorer", lambda *args, **options: Scorer()),
             ("ches_jax.models.checkpoint.load.load_model", lambda *args, **options: loaded),
             ("ches_jax.generate.run.Engine", Engine),
@@ -102,5 +102,5 @@ def without_device():
             ("ches_jax.train.observe.eval_loss.EvalLoss.observe", lambda *args: {"eval_loss": 0.5}),
             ("ches_jax.train.loop.require_agreement", lambda *args: None),
         ):
-            stack.enter_context(mock.patch(name, stand_in))
+            stack.enter_context(mock.patch(name, fake))
         yield

@@ -1,4 +1,4 @@
-"""Killed before any one of its operations on files, a run goes on to the same bytes and leaves nothing else."""
+"""Killed before any one of its operations on files, a run is resumed to the same bytes and leaves nothing else."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_the_files_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("verb", ["score", "generate"])
 def test_the_runs_without_a_device_are_runs(verb, tiny_model, tmp_path, monkeypatch):
-    """The stand-ins fit what they stand for."""
+    """The mocks have the signatures of what they replace."""
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text(json.dumps({k: v.format("bread") for k, v in ROW.items()}) + "\n")
     assert command(verbs(str(tiny_model))[verb]["words"])() == 0 and Path("out/run.json").exists()

@@ -14,6 +14,7 @@ from ches_jax.data.sources import open_pairs
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
 from ches_jax.errors import DataError
 from ches_jax.types import Response, TokenPair
+from tests.helpers import write_lines
 
 ALL, AGAINST = "all-pairs", "chosen-against-all"
 
@@ -99,10 +100,10 @@ def test_columns_are_renamed_and_a_dot_reaches_into_objects():
 
 def test_a_pair_beside_a_column_called_responses_stays_a_pair(tmp_path):
     row = {"prompt": "p", "chosen": " a", "rejected": " b", "responses": [" x", " y"], "scores": [1, 2]}
-    path = write(tmp_path / "a.jsonl", [row])
+    path = write_lines(tmp_path / "a.jsonl", [row])
     (read,) = open_pairs(path)
     assert (read.candidates, read.extra) == (None, {"responses": [" x", " y"], "scores": [1, 2]})
-    hidden = {"responses": "responses", "chosen": "", "rejected": ""}  # asked for by name
+    hidden = {"responses": "responses", "chosen": "", "rejected": ""}  # named explicitly
     (read,) = open_pairs(path, columns=hidden)
     assert (read.candidates, read.content) == ((1, 0), {"prompt": "p", "chosen": " y", "rejected": " x"})
 
@@ -134,11 +135,6 @@ def test_what_cannot_be_read_is_one_clear_message(row, pairing, message):
         pair_contents({"prompt": "p", **row}, {}, pairing)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
-
-
 MIXED = [
     {"prompt": "p", "responses": [" a", " b", " c"], "category": "x"},
     {"prompt": "p", "chosen": " a", "rejected": " b", "note": 7},
@@ -150,7 +146,7 @@ MIXED = [
 def test_pairs_and_candidates_mix_in_any_format_and_keep_their_row_and_identity(tmp_path):
     names = {name for row in MIXED for name in row}
     pq.write_table(pa.Table.from_pylist([dict.fromkeys(names) | row for row in MIXED]), tmp_path / "a.parquet")
-    source = open_pairs(write(tmp_path / "a.jsonl", MIXED), pairing=ALL)
+    source = open_pairs(write_lines(tmp_path / "a.jsonl", MIXED), pairing=ALL)
     rows = list(source)
     assert [(r.index, r.candidates) for r in rows] == [
         (0, (0, 1)),
@@ -178,13 +174,13 @@ def tokenizer():
 def test_each_pair_is_audited_as_it_would_be_alone(tmp_path, tokenizer):
     responses = [" Yes", "", " No" * 40, " Yes"]
     rows = [{"prompt": "Do you agree?", "responses": responses}, {"prompt": "a", "responses": []}]
-    pairs = PairTokenizer(tokenizer, 24)(list(open_pairs(write(tmp_path / "a.jsonl", rows), pairing=ALL)))
+    pairs = PairTokenizer(tokenizer, 24)(list(open_pairs(write_lines(tmp_path / "a.jsonl", rows), pairing=ALL)))
     alone = [
         {"prompt": "Do you agree?", "chosen": responses[i], "rejected": responses[j]}
         for i in range(4)
         for j in range(i + 1, 4)
     ]
-    own = PairTokenizer(tokenizer, 24)(list(open_pairs(write(tmp_path / "b.jsonl", alone))))
+    own = PairTokenizer(tokenizer, 24)(list(open_pairs(write_lines(tmp_path / "b.jsonl", alone))))
     assert [(p.row_id, p.prompt, p.chosen, p.rejected, p.flags, p.detail) for p in pairs[:-1]] == [
         (p.row_id, p.prompt, p.chosen, p.rejected, p.flags, p.detail) for p in own
     ]
@@ -209,7 +205,7 @@ def test_each_text_is_written_and_tokenised_once(tmp_path, tokenizer, monkeypatc
     monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
     row = {"prompt": [user], "responses": [[{**assistant, "content": f"Yes {i}"}] for i in range(6)]}
     tokenise = PairTokenizer(tokenizer, 100)
-    rows = list(open_pairs(write(tmp_path / "a.jsonl", [row]), pairing=ALL))
+    rows = list(open_pairs(write_lines(tmp_path / "a.jsonl", [row]), pairing=ALL))
     first = tokenise(rows)  # what the template does to such a conversation is learned here
     written.clear()
     assert tokenise(rows) == first  # and no text is kept

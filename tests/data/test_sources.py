@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ches_jax.data.sources import open_pairs, open_prompts, row_id
 from ches_jax.errors import DataError
+from tests.helpers import write_lines
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -29,11 +30,6 @@ CONVERSATION = [
     {"prompt": turns("a", "b", "c"), "chosen": turns("", "d")[1:], "rejected": turns("", "e")[1:]},
 ]
 IDS = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": []}]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-    return path
 
 
 def as_jsonl(tmp, rows):

@@ -14,7 +14,7 @@ def test_one_source_is_required(options):
 
 
 def test_before_is_before_and_after_is_after(monkeypatch):
-    """What a table reader is asked for, in the order of the options."""
+    """The options that a table reader gets, in their order."""
     asked = []
 
     def read(before, after):

@@ -1,11 +1,12 @@
 """Was it harm? Each criterion met and not met, and the answer that follows."""
 
-import json
+from pathlib import Path
 
 import pytest
 
 from ches_jax.displacement.evidence import Criterion, Harm, judged_criterion, margin_criterion, text_criteria
 from ches_jax.errors import ChesError
+from tests.helpers import write_lines
 
 
 def harm(*outcomes):
@@ -42,13 +43,8 @@ def test_training_pairs_cannot_say_that_quality_held(direction, held_out, outcom
     assert margin_criterion(direction, "", held_out).outcome == outcome
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def texts(path, words, prompts=20):
-    return lines(path, [{"prompt": f"p{i}", "text": words(i)} for i in range(prompts)])
+    return Path(write_lines(path, [{"prompt": f"p{i}", "text": words(i)} for i in range(prompts)]))
 
 
 def test_texts_that_grow_or_repeat_are_reported(tmp_path):
@@ -68,11 +64,11 @@ def test_texts_that_grow_or_repeat_are_reported(tmp_path):
     assert {c.outcome for c in few} == {"not measured"} and "7 prompts are too few" in few[0].evidence
     assert {c.outcome for c in text_criteria(None, None)} == {"not measured"}
     with pytest.raises(ChesError, match="no prompt in common"):
-        text_criteria(before, lines(tmp_path / "h.jsonl", [{"prompt": "other", "text": "x"}]))
+        text_criteria(before, Path(write_lines(tmp_path / "h.jsonl", [{"prompt": "other", "text": "x"}])))
 
 
 def judged(path, refusals):
-    return lines(path, [{"row_id": f"r{i}", "sample": 0, "refusal": r} for i, r in enumerate(refusals)])
+    return Path(write_lines(path, [{"row_id": f"r{i}", "sample": 0, "refusal": r} for i, r in enumerate(refusals)]))
 
 
 def test_the_judged_rate_is_compared_prompt_by_prompt(tmp_path):
@@ -87,4 +83,4 @@ def test_the_judged_rate_is_compared_prompt_by_prompt(tmp_path):
     with pytest.raises(ChesError, match="takes two"):
         judged_criterion([before], "refusal")
     with pytest.raises(ChesError, match="expected JSON lines with refusal"):
-        judged_criterion([before, lines(tmp_path / "c.jsonl", [{"x": 1}])], "refusal")
+        judged_criterion([before, Path(write_lines(tmp_path / "c.jsonl", [{"x": 1}]))], "refusal")

@@ -22,13 +22,9 @@ from ches_jax.generate.engine import Completion
 from ches_jax.generate.run import FILE_NAME, generate
 from ches_jax.generate.stops import Finisher, stop_ids
 from ches_jax.runs import chunks
+from tests.helpers import write_lines
 
 ASKED = "<|user|> How do I smash the owl's mirror?<|assistant|>"
-
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
 
 
 def make(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: Any) -> list[dict]:
@@ -47,7 +43,7 @@ def assert_same(rows: list[dict], others: list[dict]) -> None:
 
 
 def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
-    prompts = write(
+    prompts = write_lines(
         tmp_path / "p.jsonl", [{"prompt": ASKED, "category": "mischief", "label": 1}, {"prompt_ids": [1, 3, 4]}]
     )
     rows = make(tmp_path, prompts=prompts, samples=3)
@@ -94,7 +90,7 @@ def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):
         by_prompt.setdefault(r["index"], []).append(r)
     pairs = [p for p in by_prompt.values() if len(p) == 2 and p[0]["token_ids"] != p[1]["token_ids"]]
     assert len(pairs) > 2
-    data = write(
+    data = write_lines(
         tmp_path / "pairs.jsonl",
         [
             {"prompt_ids": a["prompt_ids"], "chosen_ids": a["token_ids"], "rejected_ids": b["token_ids"]}
@@ -188,15 +184,15 @@ def test_stop_tokens_are_those_of_model_and_tokenizer(tmp_path):
 def test_conversations_go_through_the_template(tmp_path):
     talk = [{"role": "user", "content": "How do I smash the owl's mirror?"}]
     rows = [{"prompt": talk}, {"prompt": [*talk, {"role": "assistant", "content": "No."}, *talk]}]
-    actual = make(tmp_path, "a", prompts=write(tmp_path / "p.jsonl", rows))
-    text = make(tmp_path, "b", prompts=write(tmp_path / "t.jsonl", [{"prompt": ASKED}]))
+    actual = make(tmp_path, "a", prompts=write_lines(tmp_path / "p.jsonl", rows))
+    text = make(tmp_path, "b", prompts=write_lines(tmp_path / "t.jsonl", [{"prompt": ASKED}]))
     assert actual[0]["prompt_ids"] == text[0]["prompt_ids"] and actual[0]["prompt"] == talk
     assert actual[1]["prompt_ids"][: len(text[0]["prompt_ids"])] == text[0]["prompt_ids"]
 
 
 def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
     long = " ".join(["owl"] * 600)
-    prompts = write(
+    prompts = write_lines(
         tmp_path / "p.jsonl", [{"prompt": ASKED}, {"prompt": ""}, {"prompt": "<bos>" + ASKED}, {"prompt": long}]
     )
     with pytest.raises(
@@ -218,7 +214,7 @@ def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
 
 
 def test_a_text_ends_where_the_context_does(tmp_path):
-    rows = make(tmp_path, prompts=write(tmp_path / "p.jsonl", [{"prompt": ASKED}]), max_length=16)
+    rows = make(tmp_path, prompts=write_lines(tmp_path / "p.jsonl", [{"prompt": ASKED}]), max_length=16)
     (row,) = rows
     assert len(row["prompt_ids"]) + len(row["token_ids"]) == 16 and row["finish_reason"] == "length"
 

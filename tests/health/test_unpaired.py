@@ -13,6 +13,7 @@ from ches_jax.data.unpaired import LABELLED, is_good
 from ches_jax.errors import DataError
 from ches_jax.health import checks, unpaired
 from ches_jax.health.unpaired import Single
+from tests.helpers import write_lines
 
 RNG = np.random.default_rng(1)
 
@@ -102,11 +103,6 @@ def test_a_rating_is_no_label(value: Any):
         is_good("label", value)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -117,22 +113,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     ],
 )
 def test_texts_and_messages_are_read(tmp_path: Path, row: dict[str, Any]):
-    (record,) = open_rows(write(tmp_path / "a.jsonl", [{**row, "label": True}]), None, None, LABELLED)
+    (record,) = open_rows(write_lines(tmp_path / "a.jsonl", [{**row, "label": True}]), None, None, LABELLED)
     assert Single.of(record) == Single("line 1", "p", "c", True)
 
 
 def test_the_command_examines_rows_of_kto(tmp_path: Path, capsys: Any):
     rows = [{"prompt": r.prompt, "completion": r.response, "label": r.good} for r in singles(20)]
-    good = write(tmp_path / "good.jsonl", rows)
+    good = write_lines(tmp_path / "good.jsonl", rows)
     assert main(["doctor", "--pairs", good]) == 0
     assert "10 good and 10 bad responses" in capsys.readouterr().out
     bad = [*rows, {**rows[0], "label": False}, {**rows[1], "label": 3}, {**rows[2], "completion": None}]
-    assert main(["doctor", "--pairs", write(tmp_path / "bad.jsonl", bad), "--against", good, "--json"]) == 1
+    assert main(["doctor", "--pairs", write_lines(tmp_path / "bad.jsonl", bad), "--against", good, "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     findings = {name: check["rows"] for name, check in record["checks"].items() if check["finding"]}
     assert findings == {"unreadable": 2, "contradictions": 1, "leaked prompts": 21}
     # other names, and a file that is neither pairs nor labelled responses
-    other = write(tmp_path / "other.jsonl", [{"q": "p", "output": "o", "thumbs": True}] * 2)
+    other = write_lines(tmp_path / "other.jsonl", [{"q": "p", "output": "o", "thumbs": True}] * 2)
     words = ["prompt=q", "completion=output", "label=thumbs"]
     assert main(["doctor", "--pairs", other, "--columns", *words]) == 1
     assert "2 good and 0 bad" in capsys.readouterr().out
@@ -141,6 +137,6 @@ def test_the_command_examines_rows_of_kto(tmp_path: Path, capsys: Any):
 
 
 def test_what_reads_pairs_names_what_reads_such_rows(tmp_path: Path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}] * 2)
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}] * 2)
     with pytest.raises(DataError, match=r"ches train --loss kto, and ches doctor without a model"):
         open_pairs(path)

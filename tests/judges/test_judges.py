@@ -21,14 +21,10 @@ from ches_jax.judges.judge_prompt import fill_question, load_question, parse_ans
 from ches_jax.judges.responses import asked_and_answered, open_responses
 from ches_jax.judges.run import FILE_NAME, judge, summary, summary_text
 from ches_jax.runs import chunks
+from tests.helpers import write_lines
 
 TEXTS = ["I'm sorry, but I cannot help you.", "Sure! First, fetch a rope.", "I won't do that.", "Here is how."]
 REFUSED = [True, False, True, False]
-
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def responses(tmp_path: Path) -> str:
         }
         for i, t in enumerate(TEXTS)
     ]
-    return write(tmp_path / "responses.jsonl", rows)
+    return write_lines(tmp_path / "responses.jsonl", rows)
 
 
 def verdicts(tmp_path: Path, name: str = "out", *, resume: bool = False, **options: Any) -> list[bool | None]:
@@ -140,7 +136,7 @@ def test_a_judge_that_says_nothing_of_use_leaves_responses_undecided(tmp_path, r
     assert verdicts(tmp_path, responses=responses, judge_template=str(template), **options) == [None] * 4
     assert json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["undecided"] == 4
     with pytest.raises(DataError, match=r"row 0: the question to the judge is \d+ tokens, and it reads 512"):
-        long = write(tmp_path / "long.jsonl", [{"prompt": "x " * 600, "text": "y"}])
+        long = write_lines(tmp_path / "long.jsonl", [{"prompt": "x " * 600, "text": "y"}])
         verdicts(tmp_path, "long", responses=long, **options)
     assert not (tmp_path / "long").exists()
 
@@ -185,13 +181,13 @@ LABELS = {
 @pytest.mark.parametrize(("column", "values"), LABELS.values(), ids=LABELS)
 def test_by_labels(tmp_path, responses, column, values):
     rows = [{"row_id": f"r{i // 2}", "sample": i % 2, column: v} for i, v in enumerate(values)]
-    options = {"responses": responses, "by": "labels", "labels": write(tmp_path / "l.jsonl", rows[::-1])}
+    options = {"responses": responses, "by": "labels", "labels": write_lines(tmp_path / "l.jsonl", rows[::-1])}
     assert verdicts(tmp_path, **options) == REFUSED
-    fewer = {**options, "labels": write(tmp_path / "few.jsonl", rows[:3])}
+    fewer = {**options, "labels": write_lines(tmp_path / "few.jsonl", rows[:3])}
     with pytest.raises(DataError, match=r"1 of 4 responses have no label: row 3[\s\S]*--on-missing keep"):
         verdicts(tmp_path, "few", **fewer)
     assert verdicts(tmp_path, "few", **fewer, on_missing="keep") == [*REFUSED[:3], None]
-    both = write(tmp_path / "both.jsonl", [*rows, {**rows[0], column: values[1]}])
+    both = write_lines(tmp_path / "both.jsonl", [*rows, {**rows[0], column: values[1]}])
     with pytest.raises(DataError, match="line 5: another label for the same response"):
         verdicts(tmp_path, "both", **{**options, "labels": both})
 
@@ -204,10 +200,10 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
     ]
     refused = verdicts(
         tmp_path,
-        responses=write(tmp_path / "r.jsonl", rows),
+        responses=write_lines(tmp_path / "r.jsonl", rows),
         columns={"prompt": "q", "text": "answer"},
         by="labels",
-        labels=write(tmp_path / "l.jsonl", labels),
+        labels=write_lines(tmp_path / "l.jsonl", labels),
         label_columns={"label": "verdict"},
     )
     assert refused == [False, True]
@@ -283,14 +279,14 @@ def test_rows_that_say_too_little_are_refused(tmp_path):
         ({"text": 3, "prompt": "p"}, "no text in column 'text'"),
     ]:
         with pytest.raises(DataError, match=message):
-            verdicts(tmp_path, responses=write(tmp_path / "r.jsonl", [row]))
-    good = write(tmp_path / "r.jsonl", [{"text": "x", "row_id": "a"}])
+            verdicts(tmp_path, responses=write_lines(tmp_path / "r.jsonl", [row]))
+    good = write_lines(tmp_path / "r.jsonl", [{"text": "x", "row_id": "a"}])
     for label, message in [
         ({"row_id": "a", "label": "maybe"}, "'label' is 'maybe'; expected 0 or 1 or refusal"),
         ({"row_id": "a"}, "no label; found: row_id; expected 'refusal'"),
     ]:
         with pytest.raises(DataError, match=message):
-            verdicts(tmp_path, responses=good, by="labels", labels=write(tmp_path / "l.jsonl", [label]))
+            verdicts(tmp_path, responses=good, by="labels", labels=write_lines(tmp_path / "l.jsonl", [label]))
     with pytest.raises(DataError, match="no prompt, which the judge has to see"):
         verdicts(tmp_path, responses=good, by="model", judge=str(bundled.model_dir()))
     template = tmp_path / "t.txt"

@@ -14,12 +14,7 @@ from ches_jax.errors import ChesError
 from ches_jax.label.config import LabelConfig
 from ches_jax.label.run import label
 from ches_jax.models.checkpoint.load import load_model
-from tests.helpers import one_sequence
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from tests.helpers import one_sequence, write_lines
 
 
 def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
@@ -27,7 +22,7 @@ def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
     two = {"chosen_prompt": rows[0]["prompt"], "rejected_prompt": rows[1]["prompt"]}
     rows[2] = {**two, "chosen": rows[0]["chosen"], "rejected": rows[1]["rejected"]}
     options: Any = {"better": "Be good.\n{prompt}", "worse": "Be bad.\n{prompt}", "dtype": "float64"}
-    pairs = write(tmp_path / "pairs.jsonl", rows)
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
     record = label(
         LabelConfig(by="contrast", model=str(tiny_model), pairs=pairs, out=str(tmp_path / "out"), **options), quiet=True
     )
@@ -51,6 +46,20 @@ def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
                 np.testing.assert_allclose(new[f"{side}_token_rewards"], expected, atol=1e-10)
 
 
+def test_what_is_asked_may_show_the_answer():
+    """Once, whatever the texts hold; of a conversation the answer's last message."""
+    from ches_jax.data.sources import Record
+    from ches_jax.label.contrast import _framed
+
+    row = Record(0, "a", "row 0", {"prompt": "Say {response}", "chosen": " yes {prompt}", "rejected": " no"})
+    frame = "{prompt} Improve:{response}"
+    assert _framed(row, "Say {response}", "chosen", frame) == {"prompt": "Say {response} Improve: yes {prompt}"}
+    assert _framed(row, "Say {response}", "rejected", frame) == {"prompt": "Say {response} Improve: no"}
+    talk = [{"role": "user", "content": "Hi"}]
+    row = Record(0, "a", "row 0", {"prompt": talk, "chosen": [{"role": "assistant", "content": "Ho"}], "rejected": []})
+    assert _framed(row, talk, "chosen", frame)["prompt"] == [{"role": "user", "content": "Hi Improve:Ho"}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,6 +75,6 @@ def test_what_is_refused(tmp_path, options, message):
 
 
 def test_a_prompt_of_token_ids_is_refused(tmp_path, tiny_model):
-    pairs = write(tmp_path / "p.jsonl", [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}])
+    pairs = write_lines(tmp_path / "p.jsonl", [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}])
     with pytest.raises(ChesError, match="this one is token ids"):
         label(LabelConfig(by="contrast", model=str(tiny_model), pairs=pairs, out=str(tmp_path / "out")))

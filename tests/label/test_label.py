@@ -20,6 +20,7 @@ from ches_jax.label.rewards import (
     label_probability,
 )
 from ches_jax.label.run import label, read_phrases
+from tests.helpers import write_lines
 
 PAIRS = [
     {
@@ -31,11 +32,6 @@ PAIRS = [
     }
     for i in range(3)
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def read(path):
@@ -70,13 +66,13 @@ def test_calibration_error_is_the_gap_of_each_bin():
 
 
 def test_labels_of_a_file_join_by_row(tmp_path):
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
     labels = [
         {"row_id": ids[2], "chosen_reward": 0.0, "rejected_reward": 1.0},
         {"row_id": ids[0], "label_probability": 0.75},
     ]
-    options = {"by": "file", "pairs": pairs, "beta": 1.0, "labels": write(tmp_path / "labels.jsonl", labels)}
+    options = {"by": "file", "pairs": pairs, "beta": 1.0, "labels": write_lines(tmp_path / "labels.jsonl", labels)}
     record = label(LabelConfig(**options, out=str(tmp_path / "out"), relabel=True))
     assert record["counts"] == {"rows": 3, "labelled": 2, "unsure": 1} and record["relabelled"] == 1
     first, last = read(tmp_path / "out" / "pairs.jsonl")
@@ -94,9 +90,9 @@ def test_labels_of_a_file_join_by_row(tmp_path):
     ],
 )
 def test_labels_that_do_not_fit_are_named(tmp_path, row, message):
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id} | row
-    labels = write(tmp_path / "labels.jsonl", [row])
+    labels = write_lines(tmp_path / "labels.jsonl", [row])
     with pytest.raises(ChesError, match=message):
         label(LabelConfig(by="file", pairs=pairs, labels=labels, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -147,7 +143,7 @@ def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp
     monkeypatch.setattr(module, "read_table", table)
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("+ Good.\n- Bad.\n+ Right.\n- Wrong.\n", encoding="utf-8")
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     label(LabelConfig(by="follow-up", pairs=pairs, phrases=str(phrases), beta=0.5, out=str(tmp_path / "out")))
     assert len(seen) == 3 * 2 * 2 and seen[0]["prompt"] == "Q0? yes 0\n" and seen[0]["rejected"] == "Bad."
     row = read(tmp_path / "out" / "pairs.jsonl")[0]
@@ -158,13 +154,13 @@ def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp
 @pytest.fixture
 def generated(tmp_path):
     """Pairs, and two texts of each prompt; those of the first are the same."""
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     rows = []
     for number, group in enumerate(pairs_of_run({"pairs": pairs})):
         for sample in (1, 0):
             text = " same" if number == 0 else f" text {number} {sample}"
             rows.append({"row_id": prompt_id(group[0]), "sample": sample, "text": text, "reward": number + sample / 2})
-    return pairs, write(tmp_path / "responses.jsonl", rows)
+    return pairs, write_lines(tmp_path / "responses.jsonl", rows)
 
 
 def test_samples_and_contests_are_texts_of_the_pairs_own_prompts(tmp_path, generated):
@@ -191,6 +187,42 @@ def test_filtered_pairs_are_those_that_no_text_beats(tmp_path, generated):
         )
 
 
+def test_pairs_that_a_text_beats_in_the_same_unit_go(tmp_path, generated):
+    """Each chosen response is set against its prompt's texts; one that loses once is out, one that ties stays."""
+    pairs, texts = generated
+    gather(GatherConfig(pairs=pairs, make="against", responses=texts, out=str(tmp_path / "a")))
+    against = read(tmp_path / "a" / "pairs.jsonl")
+    assert [(r["chosen"], r["rejected"]) for r in against[:3]] == [
+        (" yes 0", " same"),
+        (" yes 1", " text 1 0"),
+        (" yes 1", " text 1 1"),
+    ]
+    ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
+    assert [r["pair"] for r in against] == [ids[0], ids[1], ids[1], ids[2], ids[2]]
+    for row, reward in zip(against, (1.0, 0.5, 2.0, 0.0, 1.0), strict=True):
+        row |= {"chosen_reward": 1.0, "rejected_reward": reward}
+    labelled = write_lines(tmp_path / "labelled.jsonl", against)
+    gather(GatherConfig(pairs=pairs, make="filtered", rewards=labelled, out=str(tmp_path / "b")))
+    assert [row["prompt"] for row in read(tmp_path / "b" / "pairs.jsonl")] == ["Q0?", "Q2?"]
+    for damage in ({"pair": "x"}, {"chosen_reward": None}):
+        other = write_lines(tmp_path / "other.jsonl", [against[0] | damage])
+        with pytest.raises(ChesError, match="line 1: expected the id of one of the pairs in 'pair' and numbers"):
+            gather(GatherConfig(pairs=pairs, make="filtered", rewards=other, out=str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize("goal", ["score", "{rewards}", "{reward:zz}", "{0}", "{", "{reward.x}"])
+def test_a_goal_in_which_no_reward_can_stand_is_refused(tmp_path, generated, goal):
+    with pytest.raises(ChesError, match=r"expected \{reward"):
+        gather(GatherConfig(pairs=generated[0], make="goals", goal=goal, out=str(tmp_path / "a")))
+
+
+def test_goals_that_read_alike_make_no_rows(tmp_path):
+    """They would ask the same thing of two opposite answers."""
+    pairs = write_lines(tmp_path / "pairs.jsonl", [{**PAIRS[0], "rejected_reward": 2.0}])
+    with pytest.raises(ChesError, match=r"none of 1 pairs makes a row .the rewards of each one's responses are"):
+        gather(GatherConfig(pairs=pairs, make="goals", out=str(tmp_path / "a")))
+
+
 def test_goals_ask_for_either_response(tmp_path, generated):
     gather(GatherConfig(pairs=generated[0], make="goals", limit=1, out=str(tmp_path / "a")))
     one, other = read(tmp_path / "a" / "pairs.jsonl")
@@ -199,7 +231,7 @@ def test_goals_ask_for_either_response(tmp_path, generated):
 
 
 def test_texts_of_other_prompts_are_refused(tmp_path, generated):
-    other = write(tmp_path / "other.jsonl", [{"row_id": "x", "sample": 0, "text": "a"}])
+    other = write_lines(tmp_path / "other.jsonl", [{"row_id": "x", "sample": 0, "text": "a"}])
     with pytest.raises(ChesError, match="its texts are of other prompts"):
         gather(GatherConfig(pairs=generated[0], make="samples", responses=other, out=str(tmp_path / "a")))
     with pytest.raises(ChesError, match="--make samples needs --responses"):
@@ -224,9 +256,9 @@ def test_confidence_is_binned_from_a_half_to_one():
 @pytest.mark.parametrize("changed", ["pairs.jsonl", "labels.jsonl"])
 def test_a_file_that_changes_while_it_is_read_makes_no_labels(tmp_path, monkeypatch, changed):
     """Also where it is as long as before, and its rows have the same ids."""
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
     row = {"row_id": next(iter(pairs_of_run({"pairs": pairs})))[0].row_id, "label_probability": 0.5}
-    options: Any = {"by": "file", "pairs": pairs, "labels": write(tmp_path / "labels.jsonl", [row])}
+    options: Any = {"by": "file", "pairs": pairs, "labels": write_lines(tmp_path / "labels.jsonl", [row])}
     real = label_run.BY["file"]
 
     def meanwhile(*args):
@@ -245,10 +277,10 @@ def test_a_file_that_changes_while_it_is_read_makes_no_labels(tmp_path, monkeypa
 
 
 def test_pairs_that_change_while_rows_are_gathered_make_none(tmp_path, monkeypatch):
-    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
 
     def meanwhile(config, opener, rows):
-        write(tmp_path / "pairs.jsonl", PAIRS[:1])
+        write_lines(tmp_path / "pairs.jsonl", PAIRS[:1])
         return iter([{"prompt": "p"}])
 
     monkeypatch.setitem(label_gather.MAKE, "pairs", meanwhile)

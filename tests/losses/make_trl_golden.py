@@ -5,7 +5,7 @@ TRL is no dependency of the tests; this script is run by hand when its version m
     python -m venv --system-site-packages /tmp/trl && /tmp/trl/bin/pip install trl "torch==2.13.0"
     /tmp/trl/bin/python tests/losses/make_trl_golden.py
 
-The methods that compute losses are called unbound, with a stand-in for the trainer and a stand-in for the model that
+The methods that compute losses are called unbound, with a fake trainer and a fake model that
 hands over prepared log-probabilities, so that no model runs and TRL's arithmetic is all that is measured.
 
 Conventions in which TRL differs, each covered by a case here:
@@ -74,7 +74,7 @@ def random_tokens():
     return policy, reference, mask
 
 
-def stand_in(**settings):
+def fake(**settings):
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     defaults = {
@@ -114,7 +114,7 @@ def dpo(policy, reference, mask, settings):
 
     if settings.get("f_divergence_type") == "alpha_divergence":  # its table of limits has no float64
         policy, reference = policy.float(), reference.float()
-    trainer = stand_in(**settings)
+    trainer = fake(**settings)
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()  # one prompt token
     refs = reference.sum(1).chunk(2)
     inputs = {
@@ -169,9 +169,9 @@ def reference_free_cases(policy, mask):
         ),
         ("alphapo", "alphapo", {}, means, {"loss_type": "simpo", "alpha": 0.25, "beta": 2.5, "simpo_gamma": 0.1}),
     ]:
-        value = CPOTrainer.cpo_loss(stand_in(**settings), *logps)[0]
+        value = CPOTrainer.cpo_loss(fake(**settings), *logps)[0]
         yield {"case": case, "loss": loss, "hyper": hyper, "per_pair": value.tolist()}
-    ratio = -ORPOTrainer.odds_ratio_loss(stand_in(), *means)[0]
+    ratio = -ORPOTrainer.odds_ratio_loss(fake(), *means)[0]
     yield {"case": "orpo", "loss": "orpo", "hyper": {}, "odds_term": ratio.tolist()}
 
 
@@ -182,7 +182,7 @@ def kto_case(policy, reference, mask):
     label = torch.tensor([True, False] * PAIRS)
     kl, ref_kl = -10 * torch.rand(2, 2 * PAIRS, generator=generator, dtype=torch.float64)
     kl = kl + 1.0
-    trainer = stand_in(loss_type="kto", calculate_KL=True, desirable_weight=1.3, undesirable_weight=0.8)
+    trainer = fake(loss_type="kto", calculate_KL=True, desirable_weight=1.3, undesirable_weight=0.8)
     trainer._compute_kl_logps = lambda model, batch: kl
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
     inputs = {

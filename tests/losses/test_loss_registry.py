@@ -1,4 +1,4 @@
-"""Names, hyper-parameters and missing inputs: nothing stands in for what was asked."""
+"""Names, hyper-parameters and missing inputs: nothing is silently replaced."""
 
 import inspect
 

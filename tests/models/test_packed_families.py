@@ -1,7 +1,7 @@
 """Packed rows that share prompts give every sequence the states it has alone, whatever the layers of the family do.
 
 Sinks join a softmax's total only; chunks and growing queries count a sequence's own positions; lent keys and values are
-those of the row; a state goes on from the prompt's; experts see each token by itself. In float64, where no mistake
+those of the row; a state continues from the prompt's; experts see each token by itself. In float64, where no mistake
 hides behind rounding.
 """
 

@@ -1,4 +1,4 @@
-"""Layers with a state: what a token gets depends on its own sequence alone, wherever that stands in the row."""
+"""Layers with a state: what a token gets depends on its own sequence alone, wherever that is in the row."""
 
 from functools import partial
 from typing import Any

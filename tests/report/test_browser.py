@@ -64,7 +64,7 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, run):
+def opened(browser, run):
     """Opens the page; at the end no script failed, no policy was broken, nothing was asked of the network."""
     faults: list[str] = []
     contexts = []
@@ -96,8 +96,8 @@ def count(page):
     return int(page.locator("#count").inner_text().split()[0])
 
 
-def test_the_table_begins_with_the_pairs_most_at_risk_and_sorts_by_any_column(visit):
-    page = visit()
+def test_the_table_begins_with_the_pairs_most_at_risk_and_sorts_by_any_column(opened):
+    page = opened()
     assert rows(page)[:3] == [499, 498, 497] and count(page) == PAIRS
     header = page.locator("thead th", has_text="head score")
     assert header.get_attribute("aria-sort") == "descending"
@@ -110,8 +110,8 @@ def test_the_table_begins_with_the_pairs_most_at_risk_and_sorts_by_any_column(vi
     assert rows(page)[:3] == wanted[:3].tolist()
 
 
-def test_only_the_rows_in_sight_are_elements_and_scrolling_reaches_the_last(visit):
-    page = visit()
+def test_only_the_rows_in_sight_are_elements_and_scrolling_reaches_the_last(opened):
+    page = opened()
     assert len(rows(page)) < 80
     page.evaluate("() => { const box = document.querySelector('.box'); box.scrollTop = box.scrollHeight; }")
     page.wait_for_function(
@@ -120,8 +120,8 @@ def test_only_the_rows_in_sight_are_elements_and_scrolling_reaches_the_last(visi
     assert page.locator("table[aria-rowcount]").get_attribute("aria-rowcount") == str(PAIRS + 1)
 
 
-def test_search_and_filter_meet_and_live_in_the_address(visit):
-    page = visit()
+def test_search_and_filter_meet_and_live_in_the_address(opened):
+    page = opened()
     page.select_option("select[data-filter=category]", "help")
     assert count(page) == 167
     page.fill("#query", "TEXT 49")
@@ -129,20 +129,20 @@ def test_search_and_filter_meet_and_live_in_the_address(visit):
     assert sorted(rows(page)) == wanted and count(page) == len(wanted)
     address = page.evaluate("location.hash")
     assert "category=help" in address and "q=TEXT%2049" in address
-    again = visit(address)
+    again = opened(address)
     assert sorted(rows(again)) == wanted and again.input_value("#query") == "TEXT 49"
     again.get_by_role("button", name="show all").click()
     assert count(again) == PAIRS and again.evaluate("location.hash") == ""
 
 
-def test_bounds_of_a_number_are_a_filter_of_the_address(visit):
-    page = visit("#min.head_score=80&max.head_score=85")
+def test_bounds_of_a_number_are_a_filter_of_the_address(opened):
+    page = opened("#min.head_score=80&max.head_score=85")
     wanted = [i for i, v in enumerate(np.linspace(-9, 90, PAIRS)) if 80 <= v <= 85]
     assert sorted(rows(page)) == wanted
 
 
-def test_a_link_to_a_pair_unfolds_it_with_its_texts_inert(visit):
-    page = visit("#row-7")
+def test_a_link_to_a_pair_unfolds_it_with_its_texts_inert(opened):
+    page = opened("#row-7")
     detail = page.locator("tr.detail")
     assert detail.count() == 1
     text = detail.locator(".text").nth(1).inner_text()
@@ -153,8 +153,8 @@ def test_a_link_to_a_pair_unfolds_it_with_its_texts_inert(visit):
     assert page.locator("tr.detail").count() == 0
 
 
-def test_the_keyboard_goes_from_pair_to_pair(visit):
-    page = visit()
+def test_the_keyboard_goes_from_pair_to_pair(opened):
+    page = opened()
     page.locator("tr.pair button").first.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -163,8 +163,8 @@ def test_the_keyboard_goes_from_pair_to_pair(visit):
     assert page.evaluate("document.activeElement.closest('tr').id") == "row-499"
 
 
-def test_tokens_are_coloured_and_tell_their_number_to_a_tap_and_to_the_keyboard(visit):
-    page = visit("#row-499")
+def test_tokens_are_coloured_and_tell_their_number_to_a_tap_and_to_the_keyboard(opened):
+    page = opened("#row-499")
     page.wait_for_selector(".tokens span")
     tokens = page.locator(".tokens span")
     assert tokens.all_inner_texts() == ["fine", "<b>", "no"]
@@ -179,8 +179,8 @@ def test_tokens_are_coloured_and_tell_their_number_to_a_tap_and_to_the_keyboard(
     assert "raises the risk" in page.locator(".key.red").inner_text()
 
 
-def test_a_point_tells_its_pair_and_a_click_goes_to_it(visit):
-    page = visit()
+def test_a_point_tells_its_pair_and_a_click_goes_to_it(opened):
+    page = opened()
     plot = page.locator("figure.points canvas").first
     plot.scroll_into_view_if_needed()
     page.wait_for_timeout(300)
@@ -193,8 +193,8 @@ def test_a_point_tells_its_pair_and_a_click_goes_to_it(visit):
     assert page.locator("tr.pair.open").get_attribute("id") == f"row-{wanted}" and not tip.is_visible()
 
 
-def test_the_threshold_writes_the_command_and_filters_the_table(visit):
-    page = visit()
+def test_the_threshold_writes_the_command_and_filters_the_table(opened):
+    page = opened()
     page.locator("input[type=range]").fill("500")
     code = page.locator("figure[data-threshold] code").inner_text()
     words = code.split()
@@ -205,10 +205,10 @@ def test_the_threshold_writes_the_command_and_filters_the_table(visit):
     assert count(page) == above
 
 
-def test_figures_are_saved_as_vectors_that_stand_alone(visit, tmp_path):
+def test_figures_are_saved_as_vectors_that_stand_alone(opened, tmp_path):
     from xml.etree import ElementTree
 
-    page = visit()
+    page = opened()
     for figure in page.locator("figure").all():
         figure.scroll_into_view_if_needed()
         with page.expect_download() as download:
@@ -219,10 +219,10 @@ def test_figures_are_saved_as_vectors_that_stand_alone(visit, tmp_path):
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and "class=" not in path.read_text(encoding="utf-8")
 
 
-def test_the_saved_table_has_the_rows_and_the_numbers_of_the_view(visit, tmp_path):
+def test_the_saved_table_has_the_rows_and_the_numbers_of_the_view(opened, tmp_path):
     import csv
 
-    page = visit("#category=harm")
+    page = opened("#category=harm")
     with page.expect_download() as download:
         page.get_by_role("button", name="save as CSV").click()
     download.value.save_as(tmp_path / "rows.csv")
@@ -236,8 +236,8 @@ def test_the_saved_table_has_the_rows_and_the_numbers_of_the_view(visit, tmp_pat
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 400])
-def test_no_page_is_wider_than_the_screen_and_contrast_is_enough(visit, width, scheme):
-    page = visit("#row-9", viewport={"width": width, "height": 900}, color_scheme=scheme)
+def test_no_page_is_wider_than_the_screen_and_contrast_is_enough(opened, width, scheme):
+    page = opened("#row-9", viewport={"width": width, "height": 900}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     names = ("--ink", "--soft", "--link", "--chosen", "--rejected", "--third", "--fourth", "--fifth", "--sixth")
     for name in names:
@@ -260,8 +260,8 @@ CONTRAST = """([ink, paper]) => {
 """The ratio of contrast of two colours of the style sheet, by WCAG."""
 
 
-def test_the_theme_is_switched_by_hand(visit):
-    page = visit(color_scheme="light")
+def test_the_theme_is_switched_by_hand(opened):
+    page = opened(color_scheme="light")
     shade = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(shade)
     page.locator("#theme").click()
@@ -270,16 +270,16 @@ def test_the_theme_is_switched_by_hand(visit):
     assert page.evaluate(shade) != light and "dark" in page.locator("#theme").inner_text()
 
 
-def test_print_unfolds_everything(visit):
-    page = visit()
+def test_print_unfolds_everything(opened):
+    page = opened()
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0 and len(rows(page)) == 100
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
 
 
-def test_every_control_has_a_name_and_every_figure_words(visit):
-    page = visit()
+def test_every_control_has_a_name_and_every_figure_words(opened):
+    page = opened()
     unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, select, canvas')].filter((e) =>
         !(e.textContent.trim() || e.getAttribute('aria-label') || e.closest('label'))).map((e) => e.outerHTML)""")
     assert unnamed == []
@@ -291,10 +291,10 @@ def test_every_control_has_a_name_and_every_figure_words(visit):
     assert json.loads(page.evaluate("document.getElementById('page-data').textContent"))["rows"] == PAIRS
 
 
-def test_many_points_are_drawn_as_pixels_that_let_through_what_lies_under_them(visit, tmp_path):
+def test_many_points_are_drawn_as_pixels_that_let_through_what_lies_under_them(opened, tmp_path):
     write_part(tmp_path / "scores.parquet", columns(6000), {})
     texts = [Record(i, f"r{i}", "", {"prompt": "ask", "chosen": f"text {i}", "rejected": "no"}) for i in range(6000)]
-    page = visit(file=report(tmp_path, rows=texts))
+    page = opened(file=report(tmp_path, rows=texts))
     page.locator("figure.points canvas").first.scroll_into_view_if_needed()
     page.wait_for_timeout(500)
     painted = """() => { const canvas = document.querySelector('figure.points canvas');

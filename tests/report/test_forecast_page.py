@@ -12,22 +12,18 @@ from ches_jax.data.sources import open_rows, row_id
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.scores.table import write_part
+from tests.helpers import write_lines
 from tests.report.test_page import page_data, tags
 
 PAIRS = [{"prompt": f"p{i}", "chosen": f"<b>c{i}</b>", "rejected": f"r{i}"} for i in range(6)]
 IDS = [row_id(pair) for pair in PAIRS]
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def record(folder, **more):
     config = {
         "model": "m",
-        "pairs": lines(folder / "train.jsonl", PAIRS[:4]),
-        "probes": lines(folder / "probes.jsonl", PAIRS[4:]),
+        "pairs": write_lines(folder / "train.jsonl", PAIRS[:4]),
+        "probes": write_lines(folder / "probes.jsonl", PAIRS[4:]),
         "columns": {},
         "loss": "dpo",
         "optimizer": "rmsprop",

@@ -8,13 +8,10 @@ import pytest
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean
+from tests.helpers import write_lines
 from tests.report.test_page import EVIL, page_data, tags
 
 TEXT = EVIL.replace("\ud800", "")
-
-
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def generated(n=4):
@@ -35,7 +32,7 @@ def generated(n=4):
 
 
 def test_generated_texts_have_a_page(tmp_path):
-    lines(tmp_path / "responses.jsonl", generated())
+    write_lines(tmp_path / "responses.jsonl", generated())
     page = report(tmp_path)
     tags(page)
     text = page.read_text(encoding="utf-8")
@@ -47,7 +44,7 @@ def test_generated_texts_have_a_page(tmp_path):
 
 def test_judgments_have_a_page(tmp_path):
     rows = [{"row_id": "a", "index": 0, "refusal": r, "reason": None, "text": TEXT} for r in (True, False, None)]
-    lines(tmp_path / "judgments.jsonl", rows)
+    write_lines(tmp_path / "judgments.jsonl", rows)
     summary = {"refusal_rate": 0.5, "interval": [0.1, 0.9], "by_category": {}}
     (tmp_path / "run.json").write_text(json.dumps({"verb": "judge", "config": {"responses": "g"}, "summary": summary}))
     page = report(tmp_path)
@@ -63,8 +60,8 @@ def test_a_selection_has_a_page(tmp_path):
         {"row_id": f"r{i}", "prompt": "p", "chosen": TEXT, "rejected": "no", "ches": float(i), "category": "c"}
         for i in range(3)
     ]
-    lines(tmp_path / "pairs.jsonl", kept)
-    lines(tmp_path / "dropped.jsonl", [{"row_id": "x", "index": 9, "reason": "not in lowest:0.5 of ches"}])
+    write_lines(tmp_path / "pairs.jsonl", kept)
+    write_lines(tmp_path / "dropped.jsonl", [{"row_id": "x", "index": 9, "reason": "not in lowest:0.5 of ches"}])
     described = {
         "rule": {"by": "ches", "keep": "lowest:3", "control": "none"},
         "counts": {"table": 4, "kept": 3},

@@ -25,6 +25,7 @@ from ches_jax.select.config import SelectConfig
 from ches_jax.select.run import select
 from ches_jax.select.scored_rows import keys
 from ches_jax.types import common_prefix
+from tests.helpers import write_lines
 
 SAID = [
     " Yes, I do.",
@@ -44,11 +45,6 @@ ROWS = [
     {"prompt": PROMPT, "responses": [SAID[2], SAID[3], SAID[2]], "scores": [0.5, 2, 1]},
     {"prompt": PROMPT, "responses": SAID[4:6]},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
 
 
 def pairs_of(row):
@@ -80,7 +76,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidates")
     config = ScoreConfig(
         model=str(tiny_model),
-        pairs=write(folder / "all.jsonl", ROWS + ALONE),
+        pairs=write_lines(folder / "all.jsonl", ROWS + ALONE),
         out=str(folder / "run"),
         candidates="all-pairs",
         dtype="float64",
@@ -161,7 +157,7 @@ def test_prompt_and_responses_are_computed_once(run, tiny_model):
 def test_negative_token_hidden_reward_is_its_definition(tokens, tiny_model, tmp_path):
     """s_k' = sum over chosen tokens k of <e_k - pi_k, e_k' - pi_k'> <h_k, h_k'>, one sequence at a time."""
     number = next(k for k, row in enumerate(ALONE) if row is ROWS[1])
-    rows = open_pairs(write(tmp_path / "one.jsonl", [ROWS[1]]))
+    rows = open_pairs(write_lines(tmp_path / "one.jsonl", [ROWS[1]]))
     (pair,) = PairTokenizer(load_tokenizer(tiny_model), 512)(list(rows))
     states, residuals = [], []
     with jax.enable_x64(True):
@@ -188,7 +184,7 @@ def test_order_chunks_devices_and_the_kind_of_pairs_change_no_score(both, tokens
     truth, rows = dict(both[0]), ROWS[::-1]
     config = ScoreConfig(
         model=str(tiny_model),
-        pairs=write(tmp_path / "back.jsonl", rows),
+        pairs=write_lines(tmp_path / "back.jsonl", rows),
         out=str(tmp_path / "run"),
         chunk_rows=2,
         mesh="data=2,tensor=2",
@@ -234,7 +230,7 @@ class Killed(BaseException):  # as a signal is: no handler of errors stops it
 
 def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     """Bad pairs, a kill and its resume, processes and their merge, selection, report."""
-    pairs, out = write(tmp_path / "bad.jsonl", BAD), tmp_path / "run"
+    pairs, out = write_lines(tmp_path / "bad.jsonl", BAD), tmp_path / "run"
     words = ["score", "--model", str(tiny_model), "--pairs", pairs, "--chunk-rows", "3", "--batch-tokens", "256"]
     words += ["--mesh", "data=1"]
     assert main(["doctor", "--model", str(tiny_model), "--pairs", pairs]) == 1
@@ -305,7 +301,7 @@ def test_kept_rows_without_a_pair_have_no_score_and_select_tells_them(tiny_model
     out = tmp_path / "run"
     config = ScoreConfig(
         model=str(tiny_model),
-        pairs=write(tmp_path / "a.jsonl", BAD[:4]),
+        pairs=write_lines(tmp_path / "a.jsonl", BAD[:4]),
         out=str(out),
         on_bad_row="keep",
         batch_tokens=256,

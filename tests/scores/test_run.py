@@ -32,7 +32,7 @@ from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.run import merge, score
 from ches_jax.scores.table import FILE_NAME, read_table
 from ches_jax.types import Eos, Response, TokenPair
-from tests.helpers import one_sequence
+from tests.helpers import one_sequence, write_lines
 
 ROWS = 24
 
@@ -230,17 +230,12 @@ def test_another_run_is_never_written_over(tiny_model, tmp_path):
     assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
-
-
 GOOD = {"prompt": "Do you agree?", "chosen": " Yes", "rejected": " No"}
 
 
 def test_bad_rows_stop_the_run_or_are_dropped_or_kept(tiny_model, tmp_path):
     rows = [GOOD, {**GOOD, "chosen": ""}, {**GOOD, "prompt": "a " * 3000}, {**GOOD, "rejected": " Never"}]
-    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
     config = ScoreConfig(model=str(tiny_model), pairs=pairs, out=str(tmp_path / "error"))
     with pytest.raises(
         ChesError, match=r"2 of 4 rows(.|\n)*empty_chosen(.|\n)*prompt_too_long(.|\n)*--on-bad-row drop"
@@ -262,7 +257,7 @@ def test_bad_rows_stop_the_run_or_are_dropped_or_kept(tiny_model, tmp_path):
 
 def test_resume_with_dropped_rows_goes_on_at_the_right_row(tiny_model, tmp_path, monkeypatch):
     rows = [{**GOOD, "chosen": "" if i % 3 else " Yes", "rejected": f" No {i}"} for i in range(20)]
-    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    pairs = write_lines(tmp_path / "pairs.jsonl", rows)
     config = ScoreConfig(model=str(tiny_model), pairs=pairs, out=str(tmp_path / "a"), on_bad_row="drop", chunk_rows=6)
     whole = score(config, quiet=True)
     again = replace(config, out=str(tmp_path / "b"))
@@ -354,7 +349,7 @@ def test_two_real_processes(tiny_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_model, tmp_path, victim):
-    """It ends its own chunks, the merge tells what is missing, and the run goes on to the bytes of one process."""
+    """It ends its own chunks, the merge names what is missing, and the resumed run gives the bytes of one process."""
 
     def start(*more):
         with socket.create_server(("localhost", 0)) as server:

@@ -1,4 +1,4 @@
-"""``score`` and ``generate`` on a mesh over several processes: the numbers of one, deaths noticed, refusals by name."""
+"""``score`` and ``generate`` on a mesh over several processes: the numbers of one, deaths detected, refusals named."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def test_a_checkpoint_of_another_optimiser(error_of, short, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(small, short, tiny_model, tmp_path):
-    """A limit on the size of files stands in for the disk: writing fails where the arrays are written.
+    """A limit on the size of files simulates a full disk: writing fails where the arrays are written.
 
     In a process of its own, as the limit and what the checkpoint library leaves behind when it fails belong to one.
     """

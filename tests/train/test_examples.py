@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, DataError
 from ches_jax.losses import LossInputs, get_loss, kto_baseline
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.models.attention.mask import Visibility
@@ -24,12 +24,17 @@ from ches_jax.runs.directory import read_json
 from ches_jax.train.batch_loss import batch_loss, update_metrics
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
-from ches_jax.train.data.rows import pair_by_prompt
+from ches_jax.train.data.rows import (
+    _require_an_order,
+    _require_both_kinds,
+    _require_weights,
+    pair_by_prompt,
+)
 from ches_jax.train.loop import train
 from ches_jax.train.objective import reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
 from ches_jax.types import Response, TokenPair
-from tests.helpers import starts_at_the_reference
+from tests.helpers import starts_at_the_reference, write_lines
 
 PAIRS = [
     # both responses begin with the same token; a response of one token; a response that was cut
@@ -267,11 +272,6 @@ def rows():
     return [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:10]]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -291,7 +291,7 @@ def kto(small, tmp_path_factory, rows):
             "limit": None,
             "export": False,
             "dtype": "float64",
-            "pairs": write(folder / f"{name}.jsonl", data),
+            "pairs": write_lines(folder / f"{name}.jsonl", data),
         }
         return train(small(folder / name, **{**options, **more}), quiet=True)
 
@@ -348,7 +348,7 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
     three = [{**r, "responses": r["responses"] * 3} for r in one]
     options = {"loss": "d2o", "optimizer": "sgd", "lr": 1e-2, "steps": 2, "holdout": 2, "limit": None, "export": False}
     a, b = (
-        train(small(tmp_path / n, pairs=write(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
+        train(small(tmp_path / n, pairs=write_lines(tmp_path / f"{n}.jsonl", data), **options), quiet=True)
         for n, data in (("one", one), ("three", three))
     )
     assert starts_at_the_reference(lines(a)[1])
@@ -359,11 +359,11 @@ def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
             assert one_sample[name] == pytest.approx(three_samples[name], rel=1e-4, abs=1e-5), name
     assert lines(b)[-1]["eval_loss"] == pytest.approx(lines(a)[-1]["eval_loss"], rel=1e-4)
     assert read_json(b / "run.json")["counts"]["train"] == 8
-    unequal = write(tmp_path / "unequal.jsonl", [one[0], three[1]])
+    unequal = write_lines(tmp_path / "unequal.jsonl", [one[0], three[1]])
     with pytest.raises(ChesError, match=r"row 1 has other samples \(3\) than the first \(1\)"):
         train(small(tmp_path / "c", pairs=unequal, **{**options, "holdout": 0}), quiet=True)
     with pytest.raises(ChesError, match="no list of samples in 'responses'; found: prompt"):
-        train(small(tmp_path / "d", pairs=write(tmp_path / "d.jsonl", rows), **options), quiet=True)
+        train(small(tmp_path / "d", pairs=write_lines(tmp_path / "d.jsonl", rows), **options), quiet=True)
 
 
 @pytest.mark.slow
@@ -371,12 +371,14 @@ def test_rewards_are_read_under_the_names_in_use(small, tmp_path, rows):
     named_rows = [{**r, "score_chosen": 2.0 + i, "score_rejected": 1.0} for i, r in enumerate(rows)]
     own = [{**r, "good": r["score_chosen"], "bad": r["score_rejected"]} for r in named_rows]
     options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
-    a = train(small(tmp_path / "a", pairs=write(tmp_path / "a.jsonl", named_rows), **options), quiet=True)
-    b = train(small(tmp_path / "b", pairs=write(tmp_path / "b.jsonl", own), rewards="good,bad", **options), quiet=True)
+    a = train(small(tmp_path / "a", pairs=write_lines(tmp_path / "a.jsonl", named_rows), **options), quiet=True)
+    b = train(
+        small(tmp_path / "b", pairs=write_lines(tmp_path / "b.jsonl", own), rewards="good,bad", **options), quiet=True
+    )
     expected = np.mean([(1.0 + i) ** 2 for i in range(10)])
     assert lines(a)[1]["loss"] == pytest.approx(expected, rel=1e-5) == lines(b)[1]["loss"]
     with pytest.raises(ChesError, match=r"line 1: --loss rebel needs numbers in chosen_reward and rejected_reward, or"):
-        train(small(tmp_path / "c", pairs=write(tmp_path / "c.jsonl", rows), **options), quiet=True)
+        train(small(tmp_path / "c", pairs=write_lines(tmp_path / "c.jsonl", rows), **options), quiet=True)
 
 
 @pytest.mark.slow
@@ -385,13 +387,38 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
         {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], r["chosen"] + "!"], "scores": [1.0, 3.0, 0.0]}
         for r in rows[:5]
     ]
-    pairs = write(tmp_path / "several.jsonl", several)
+    pairs = write_lines(tmp_path / "several.jsonl", several)
     options = {"loss": "rebel", "steps": 1, "holdout": 0, "limit": None, "export": False, "batch_size": 10}
     run = train(small(tmp_path / "a", pairs=pairs, **options), quiet=True)
     assert lines(run)[1]["loss"] == pytest.approx((2.0**2 + 3.0**2) / 2, rel=1e-5)
-    one_for_all = write(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
+    one_for_all = write_lines(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
     with pytest.raises(ChesError, match=r"needs numbers in good and bad .*lists, a number for each response"):
         train(small(tmp_path / "b", pairs=one_for_all, rewards="good,bad", **options), quiet=True)
+
+
+def test_lists_have_an_order_and_a_classifier_two_kinds():
+    numbers = {"rewards_chosen": np.array([1.0, 2.0]), "rewards_rejected": np.array([1.0, 1.0])}
+    _require_an_order("d", "pro", numbers)
+    with pytest.raises(DataError, match="scores of each row are all equal"):
+        _require_an_order("d", "pro", {name: np.ones(2) for name in numbers})
+    for loss, good in (("bco", [True, False]), ("kto", [True, True])):
+        _require_both_kinds("d", get_loss(loss), np.array(good))
+    for good, word in (([True, True], "good"), ([False], "bad")):
+        with pytest.raises(DataError, match=f"all {len(good)} rows are {word}, and bco"):
+            _require_both_kinds("d", get_loss("bco"), np.array(good))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([0.0, 1.0], None), ([1.0, -0.5], "row 7 has the weight -0.5 in w"), ([0.0, 0.0], "the weights in w are all 0")],
+)
+def test_weights_are_none_below_zero_and_not_all_zero(weights, message):
+    pairs = [replace(PAIRS[0], index=i) for i in (3, 7)]
+    if message is None:
+        _require_weights("d", "w", pairs, {"weights": np.array(weights)})
+        return
+    with pytest.raises(DataError, match=message):
+        _require_weights("d", "w", pairs, {"weights": np.array(weights)})
 
 
 @pytest.mark.parametrize(

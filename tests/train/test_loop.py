@@ -158,7 +158,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(whole_run, small, tmp_path, mon
     config = small(tmp_path / "run", epochs=2.0, eval_every=2, save_every=2)
     for step in (3, 5):
         monkeypatch.setattr(loop, "JsonLines", stopping_at(step))
-        with pytest.raises(Stopped, match=f"after update {step} of 6; go on with --resume"):
+        with pytest.raises(Stopped, match=f"after update {step} of 6; continue with --resume"):
             train(config, resume=step > 3, quiet=True)
     monkeypatch.undo()
     with pytest.raises(RunError, match="add --resume"):

@@ -32,7 +32,7 @@ def reference_of(truth):
     """Log-probabilities of the reference, such that the margins are those the truth's losses were computed from.
 
     The older directories compute losses from log-probabilities in float64. The newer ones put the summed
-    log-probabilities, of the policy and of the reference, into float32 before they subtract them, and go on in float64:
+    log-probabilities, of the policy and of the reference, into float32 before they subtract them, then float64:
     their margins are up to 1e-4 from those of the log-probabilities beside them, and equal those of the rounded ones to
     the last bit. What the rounding adds to the policy is taken from the reference here, so that the same losses and the
     same coefficients of the gradient come out.

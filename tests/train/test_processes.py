@@ -1,4 +1,4 @@
-"""Runs of two real processes: the numbers of one process, errors reported by both, deaths that are noticed."""
+"""Runs of two real processes: the numbers of one process, errors reported by both, deaths that are detected."""
 
 import json
 import os

@@ -86,9 +86,9 @@ def test_a_resumed_run_shows_every_step_once_in_tensorboard(small, tmp_path, mon
 
 @pytest.fixture
 def service(monkeypatch):
-    """A stand-in for the package, since the real one is large: what each run of it receives.
+    """A fake of the package, since the real one is large: what each run of it receives.
 
-    Online, a run that is found again says at which step to go on, and refuses earlier ones; offline it knows nothing.
+    Online, a run that is found again says where to continue, and refuses earlier steps; offline it knows nothing.
     """
     seen = SimpleNamespace(online=True, runs=[])
 

@@ -337,7 +337,7 @@ def optimisers_share_the_winner(ctx: Context) -> Outcome:
 
 @exact(
     "R5",
-    "DPOP: y+ goes on falling from its reference iff lambda < K+-/K++ - 1; a large lambda holds it there to the end",
+    "DPOP: y+ keeps falling from its reference iff lambda < K+-/K++ - 1; a large lambda holds it there to the end",
     "arXiv 2402.13228; threshold derived",
     0.0,
 )

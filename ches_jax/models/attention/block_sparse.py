@@ -8,8 +8,8 @@ and the gradient ``g`` by that output:
   \frac{\partial}{\partial z_{qt}} = p_{qt} \Big(g_q \cdot v_t - \sum_u p_{qu}\, g_q \cdot v_u\Big)
 
 A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the value zero. The sum over u equals
-``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to zero, which an
-optimiser that divides by the size of a gradient notices.
+``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to zero, which
+matters to an optimiser that divides by the size of a gradient.
 
 The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; the blocks of keys
 that such a block needs are gathered first, so that its matrix products are few and large. Their number differs from

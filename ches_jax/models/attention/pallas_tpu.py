@@ -1,7 +1,7 @@
 r"""Flash attention for TPUs as Pallas kernels that skip blocks in which no query sees a key, forward and backward.
 
 No score ever leaves the core. The equations are those of ``block_sparse``: the forward keeps ``Z`` of each query where
-a gradient is asked for, the backward computes the scores again, in two kernels,
+a gradient is taken, the backward computes the scores again, in two kernels,
 
     queries    dq, and before it  m_q = sum_t p_qt g_q . v_t,  summed from the terms that it is taken from: the
                gradients by a query's scores then add up to zero, as they must

@@ -1,4 +1,4 @@
-"""The claims hold: a few of each kind in the fast suite, all of them at full size when asked for (``-m slow``)."""
+"""The claims hold: a few of each kind in the fast suite, all of them at full size with ``-m slow``."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The claims about a real model hold on a tiny one; on the trained ones when asked for (``-m slow``)."""
+"""The claims about a real model hold on a tiny one; on the trained ones with ``-m slow``."""
 
 import json
 
