@@ -119,3 +119,13 @@ def test_the_recipes_that_ship_are_recipes():
     for file in files:
         for step in steps_of(read_recipe(file, tuple(COMMANDS)), Path("o")):
             corrected(step.verb, COMMANDS[step.verb], step.words)
+
+
+@pytest.mark.parametrize("record", [{}, {"done": 3}, {"done": {"1-a": {"words": "ches"}}}, {"done": {"1-a": None}}, []])
+def test_a_damaged_record_of_stages_is_told(tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ChesError, match=f"{RECORD}: "):
+        run_recipe(
+            written(tmp_path, TWO_ROUNDS), tmp_path / "out", lambda *_: None, VERBS, resume=True, say=lambda _: None
+        )

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
@@ -20,7 +19,7 @@ from ches_jax.data.packing import Candidates
 from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, require_known
 from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
-from ches_jax.errors import ChesError, DataError
+from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
 from ches_jax.forecast.frozen import FrozenSteps, not_finite
@@ -35,7 +34,7 @@ from ches_jax.models.decoder import abstract_parameters
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import RUN, as_dict, device_name, new_name, open_run, read_json, write_summary
-from ches_jax.runs.files import parquet_source
+from ches_jax.runs.files import read_parquet
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
@@ -101,7 +100,7 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
 
-    >>> import json; from tempfile import TemporaryDirectory
+    >>> import json; import pyarrow.parquet as pq; from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     rows = [{"prompt": "1+1? ", "response": str(n), "score": n == 2} for n in (1, 2, 3)]
     ...     _ = Path(f"{folder}/1.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in rows))
@@ -132,6 +131,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     lock.take()
     open_run(out, "groups", {"config": as_dict(config), **opener.identity()}, resume, other_versions=other_versions)
     if (out / RUN).exists() and read_json(out / RUN).get("status") == "done":
+        chunks.clear(out)
         return out
     if found.dropped:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
@@ -166,7 +166,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
             chunk(out, number, lambda path: write_table(path, table(members)))  # noqa: B023
             bar.update(len(members))
     files = whole(out, len(parts), opener.require_unchanged)
-    every = pa.concat_tables([pq.read_table(parquet_source(file)) for file in files])
+    every = pa.concat_tables([read_parquet(file, RunError, "a part of this run", SCHEMA) for file in files])
     write_table(out / GROUPS, every.replace_schema_metadata({b"ches_jax": b"groups"}))
     write_summary(
         out,
