@@ -212,18 +212,19 @@ def _paired(pairing: Pairing | None) -> Kind:
     return PAIRS[pairing or "chosen-against-all"]
 
 
-def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
+def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iterator[list[Record]]:
     """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
 
     Args:
       options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
+      read: columns that the caller reads itself.
 
     Raises:
       DataError: as ``open_rows``.
     """
     spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
     schema = options.get("schema") or "auto"
-    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema)
+    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema, read)
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 
