@@ -1,6 +1,7 @@
 """The documents say what is so: every file they name exists, every link leads somewhere, ten questions have answers."""
 
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def test_every_link_leads_somewhere(page):
         sorted(n for n in links if "://" not in n and not (page.parent / n).exists() and page.parent / n not in MADE)
         == []
     )
+
+
+def test_equations_become_mathml(monkeypatch):
+    """Every equation of the page of objectives, as Markdown's extension boxes it, is drawn; none is left as TeX."""
+    pytest.importorskip("latex2mathml", reason="equations of the site: pip install .[docs]")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from equations import drawn, from_sphinx
+
+    assert from_sphinx("A.\n\n.. math::\n  a_1\n  b\n\nWith :math:`c`.") == "A.\n\n$$ a_1 b $$\n\nWith $c$."
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    equations = re.findall(r"\$\$(.*?)\$\$", page)
+    assert len(equations) > 60
+    html = drawn("".join(f'<div class="arithmatex">\\[{escape(tex)}\\]</div>' for tex in equations))
+    assert html.count("<math") == len(equations) and "\\" not in html
+    assert "<mtr>" in drawn(r'<div class="arithmatex">\[a \\ b\]</div>')
 
 
 def test_the_ten_questions_have_one_answer_each():

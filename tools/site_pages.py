@@ -9,10 +9,14 @@ A hook of mkdocs (`mkdocs.yml` names it): nothing that it makes is committed, so
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from ches_jax.cli import help as cli_help
+
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
+from equations import drawn
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
@@ -107,3 +111,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if source in ELSEWHERE or source.endswith(".ipynb"):
         return markdown
     return moved_links(markdown, f"docs/{source}", source)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs: equations as MathML."""
+    return drawn(html)

@@ -216,17 +216,18 @@ class Label(Output, LabelConfig):
     """How sure is each label? Pairs with rewards of both responses and the probability that the label is right.
 
     The column goes to `ches train --label-probabilities label_probability` and to
-    `ches select --by column:label_probability`.
+    `ches select --by column:label_probability`. Rows of one response get a weight with --by density-ratio:
+    `ches train --loss "weighted(bco)" --weights density_weight`.
     """
 
     def run(self) -> Outcome:
         """Labels."""
-        from ches_jax.label.run import PAIRS, SUMMARY, label, summary_text
+        from ches_jax.label.run import PAIRS, SUMMARY, headline, label, summary_text
 
         record = label(_only(LabelConfig, self), quiet=self.quiet)
         out, n = Path(self.out), record["counts"]
         return Outcome(
-            headline=f"{n['labelled']} of {n['rows']} pairs labelled, {n['unsure']} unsure -> {out / PAIRS}",
+            headline=f"{headline(record)} -> {out / PAIRS}",
             path=out,
             text="" if self.quiet else summary_text(record),
             counts=n,

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from ches_jax import bundled
 from ches_jax.data import files
-from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
+from ches_jax.data.formats import ARCHIVE, BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -465,6 +465,8 @@ def _is_hub_name(spec: str) -> bool:
 
 def _open_file(path: Path, split: str | None = None) -> Opened:
     form, packed = files.kind_of(path)
+    if {form, packed} & {*files.ARCHIVES}:
+        raise DataError(f"{path}: {ARCHIVE}")
     if form not in READERS:
         raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
     if not path.is_file() and not is_store(path):
@@ -479,15 +481,15 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     return (f"{kind}, {packed}" if packed else kind), partial(read, path), lambda: files.digest([path])
 
 
-def _open_several(paths: list[Path]) -> Opened:
+def _open_several(paths: list[Path], one: Callable[[Path], Opened] = _open_file) -> Opened:
     """Files one after another; where a row stands is said with the file."""
-    opened = [_open_file(path) for path in paths]
+    opened = [one(path) for path in paths]
 
     def read(start: int) -> Iterator[Raw]:
         rows = (
             (f"{path.name}, {where}", raw)
-            for path, (_, one, _) in zip(paths, opened, strict=True)
-            for where, raw in one(0)
+            for path, (_, read_one, _) in zip(paths, opened, strict=True)
+            for where, raw in read_one(0)
         )
         return itertools.islice(rows, start, None)
 
@@ -498,6 +500,8 @@ def _open_several(paths: list[Path]) -> Opened:
 def _open_folder(path: Path, split: str | None) -> Opened:
     if (path / "dataset_dict.json").exists():
         splits = _split_names(path / "dataset_dict.json")
+        if split is None and len(splits) == 1:
+            (split,) = splits
         if split not in splits:
             fault = f"no split '{split}'" if split else "several splits"
             raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
@@ -530,7 +534,19 @@ def _open_parts(path: Path, split: str | None) -> Opened:
         fault = "several splits" if split is None else f"no split '{split}'" if not fitting else f"several '{split}'"
         raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(n or '(no name)' for n in splits)}")
     parts = splits[fitting[0]]
-    return _open_several(parts) if len(parts) > 1 else _open_file(parts[0])
+    part = partial(_open_part, path)
+    return _open_several(parts, part) if len(parts) > 1 else part(parts[0])
+
+
+def _open_part(folder: Path, path: Path) -> Opened:
+    """A file of a folder, whose rows have the columns that the folders around it tell too."""
+    kind, read, identity = _open_file(path)
+    told = files.partition_values(path.relative_to(folder))
+
+    def rows(start: int) -> Iterator[Raw]:
+        return ((where, {**told, **raw} if isinstance(raw, Mapping) else raw) for where, raw in read(start))
+
+    return kind, rows if told else read, identity
 
 
 def _split_names(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
+from ches_jax.data.template import template_in
 from ches_jax.data.two_prompts import SIDES, halves, has_two_prompts
 from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
@@ -64,6 +65,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
+    of_processor = Path(path) / "chat_template.json"
+    if not tokenizer.chat_template and of_processor.is_file():
+        tokenizer.chat_template = template_in(of_processor)  # what transformers' AutoProcessor takes
     if not isinstance(tokenizer, file_tokenizer.FileTokenizer):
         # long texts are counted and refused where that matters (--max-length); this warning names no row
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -389,7 +389,9 @@ def with_label_posterior(loss: Loss, prior: float = 0.9, decay: float = 0.9) -> 
       decay: gamma, from 0 up to 1; at 1 eta stays where it is.
 
     References:
-      Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159); the equations from a summary of it.
+      Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159), for one annotator (the paper has a reliability
+      for each). Neither the paper's equations nor its code could be had here: these follow its abstract and two public
+      notes, which agree on Gibbs probabilities of losses, posteriors as soft labels, and a moving average over batches.
     """
     _require_swappable("with_label_posterior", loss)
     if not 0.0 < prior < 1.0:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
+from ches_jax.runs.chunks import FOLDER as PARTS
 from ches_jax.runs.files import read_object, replacing
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.shapes import require_shape
-from ches_jax.runs.store import make_folder
+from ches_jax.runs.store import make_folder, remove
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -183,8 +184,10 @@ def merged(out: Path, finish: Callable[[Path, Mapping[str, Any]], None]) -> Path
       RunError: no run, or a run at work; what ``finish`` finds missing, damaged or of another run.
     """
     read_json(out / CONFIG)
-    if not (out / RUN).exists():
+    if not (out / RUN).exists() or (out / PARTS).exists():
         with RunLock(out) as lock:
             lock.take()
-            finish(out, {"merged": True})
+            if not (out / RUN).exists():
+                finish(out, {"merged": True})
+            remove(out / PARTS)
     return out

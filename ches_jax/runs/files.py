@@ -141,8 +141,12 @@ def staged(out: Path, marker: str) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of the bytes of a file."""
-    with path.open("rb") as file:
+    """Of the bytes of a file.
+
+    Raises:
+      ChesError: it is no regular file.
+    """
+    with open_regular(path, ChesError, "a file of a run") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ def step_of(out: Path, words: str) -> int:
         if best is None:
             raise RunError(f"{out}: no best step is known (a finished run with --keep-best tells one); {there}")
         return int(best["step"])
-    step = steps[-1] if words == "last" and steps else int(words) if words.isdigit() else None
+    step = steps[-1] if words == "last" and steps else int(words) if words.isdecimal() else None
     if step not in steps:
         raise RunError(f"{out / FOLDER}: no step {words!r}; {there}")
     return step

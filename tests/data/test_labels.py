@@ -17,6 +17,8 @@ R01 = {**P, "response_0": "a", "response_1": "b"}
 R12 = {**P, "response_1": "a", "response_2": "b"}
 LIST = {**P, "answers": ["a", "b", "c"]}
 PAIR = {**P, "chosen": "a", "rejected": "b"}
+U = {"role": "user", "content": "p"}
+OTHERS = ("b", {"role": "assistant", "content": "b"})
 
 
 def text(value: Any) -> str:
@@ -123,6 +125,51 @@ READ = {
     "other words for the sides": ([{"question": "p", "accepted": "a", "rejected": "b"}], "a>b"),
     "preferred and dispreferred": ([{"question": "p", "preferred": "a", "dispreferred": "b"}], "a>b"),
     "response_j and response_k": ([{"question": "p", "response_j": "a", "response_k": "b"}], "a>b"),
+    "winning and losing": ([{**P, "winning_response": "a", "losing_response": "b"}], "a>b"),
+    "chosen and reject": ([{**P, "chosen": "a", "reject": "b"}], "a>b"),
+    "preferred and non-preferred": ([{**P, "preferred_answer": "a", "non_preferred_answer": "b"}], "a>b"),
+    "one chosen and several rejected": ([{**P, "chosen_response": "a", "rejected_responses": ["b", "c"]}], "a>b a>c"),
+    "a response and its rejected one": ([{"query": "p", "response": "a", "rejected_response": "b"}], "a>b"),
+    "a conversation and another last answer": (
+        [{"messages": [U, {"role": "assistant", "content": "a"}], "rejected_response": other} for other in OTHERS],
+        "a>b a>b",
+    ),
+    "two whole conversations": (
+        [{n: [U, {"role": "assistant", "content": t}] for n, t in (("messages", "a"), ("rejected_messages", "b"))}],
+        "a>b",
+    ),
+    "the preference format of OpenAI": (
+        [
+            {
+                "input": {"messages": [U], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [{"role": "assistant", "content": "a"}],
+                "non_preferred_output": [{"role": "assistant", "content": "b"}],
+            }
+        ],
+        "a>b",
+    ),
+    "objects with messages and ranks": (
+        [
+            {
+                "context": [U],
+                "completions": [
+                    {"rank": rank, "completion": [{"role": "assistant", "content": t}]}
+                    for rank, t in ((1, "b"), (0, "a"))
+                ],
+            }
+        ],
+        "a>b",
+    ),
+    "the number of the chosen one": ([{**P, "responses": ["a", "b"], "chosen_idx": i} for i in (1, 0)], "b>a a>b"),
+    "a label beside one in degrees": (
+        [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 2), (2, 3))],
+        "a>b b>a a>b b>a",
+    ),
+    "a vote": (labelled(AB, "vote", "B", "A", "unsure", "can't tell"), "b>a a>b tie tie"),
+    "rows of one prompt by longer names": (
+        [{"user_prompt": "p", "model_response": t, "score": s} for t, s in (("b", 10), ("a", 90))],
+        "a>b",
+    ),
 }
 
 
@@ -148,6 +195,12 @@ REFUSED = {
     "left and right": (labelled(AB, "choice", "left"), "order=left,right or order=right,left"),
     "a sign": (labelled(AB, "preference", -1, 2), "order=negative,positive or order=positive,negative"),
     "0 and 1 of columns that count from 1": (labelled(R12, "winner", 0, 1), "order=0,1 or order=1,0"),
+    "a sign beside columns 1 and 2": (labelled(R12, "label", -1, 1), "a negative 'label' means"),
+    "a fraction beside columns 1 and 2": (labelled(R12, "preference", 1.02, 1.98), "'preference' 1.02 means"),
+    "a label in degrees against another one": (
+        [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 4), (2, 3))],
+        "'raw_preference' 1 means",
+    ),
     "two labels that disagree": (
         [{**AB, "winner": "A", "better": "B"}],
         "winner=winner order=a,b says which response is better, or winner=better order=a,b does",
@@ -215,6 +268,22 @@ def test_rows_of_one_prompt_that_lie_apart_are_not_lost():
     rows = [{"prompt": q, "response": r, "score": s} for q, r, s in (("p", "a", 1), ("q", "c", 2), ("p", "b", 2))]
     with pytest.raises(DataError, match="same 'prompt' are not next to each other: sort the data by it"):
         read(rows)
+
+
+def test_an_alone_standing_answer_takes_the_place_of_the_last_one_and_of_no_other():
+    turns = [U, {"role": "assistant", "content": "z"}, U, {"role": "assistant", "content": "a"}]
+    (record,) = rows_in_memory([{"messages": turns, "rejected_response": "b"}])
+    assert record.content["prompt"] == turns[:3] and text(record.content["rejected"]) == "b"
+    for messages in ([U], turns[:3]):  # no answer that the other could replace
+        with pytest.raises(DataError):
+            list(rows_in_memory([{"messages": messages, "rejected_response": "b"}]))
+
+
+def test_a_list_that_is_best_first_can_be_said_so():
+    rows = [{"instruction": "p", "output": ["a", "b"]}]
+    with pytest.raises(DataError, match=r"listed best first, --columns prompt=\.\.\. responses=output says so"):
+        read(rows)
+    assert read(rows, columns={"prompt": "instruction", "responses": "output"}) == ["a>b"]
 
 
 def test_nothing_says_which_is_better():
@@ -307,6 +376,11 @@ NOTES = {
     "turned round": ({"flipped": True}, "'flipped' looks like a label"),
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
+    "images": ({"image": {"bytes": b"x"}}, "'image' looks like what a prompt shows or plays"),
+    "other sides": (
+        {"full_chosen": "a text of words", "full_rejected": "another one of words"},
+        "'full_chosen' and 'full_rejected' look like responses and are not read; --columns chosen=full_chosen",
+    ),
     "safer": ({"safer_response_id": 0}, "'safer_response_id' looks like a label"),
 }
 

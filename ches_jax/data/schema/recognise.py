@@ -39,6 +39,7 @@ PROMPT = frozenset(
         "conversation",
         "dialogue",
         "dialog",
+        "trajectory",
     }
 )
 BESIDE = frozenset(
@@ -62,10 +63,14 @@ _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question"
 """Keys of the text of a prompt that is an object."""
 SIDES = (
     ("chosen", "rejected"),
+    ("chosen", "reject"),
     ("preferred", "dispreferred"),
+    ("preferred", "nonpreferred"),
+    ("preferred", "unpreferred"),
     ("preferred", "rejected"),
     ("accepted", "rejected"),
     ("winner", "loser"),
+    ("winning", "losing"),
     ("better", "worse"),
     ("positive", "negative"),
     ("good", "bad"),
@@ -97,7 +102,8 @@ _RESPONSE = frozenset(
         "choice",
     }
 )
-STEM = _RESPONSE | {f"{w}s" for w in _RESPONSE} | {"replies", "summaries"}
+_SINGULAR = {"replies": "reply", "summaries": "summary", **{f"{w}s": w for w in _RESPONSE}}
+STEM = _RESPONSE | _SINGULAR.keys()
 """Words in the name of a column of responses."""
 WINNER = frozenset(
     {
@@ -113,11 +119,23 @@ WINNER = frozenset(
         "label",
         "labels",
         "verdict",
+        "vote",
+        "selected",
+        "selection",
     }
 )
+_NUMBER = frozenset({"index", "idx", "id", "number", "num"})
+"""Words of the number of a response: ``chosen_idx``."""
+SEEN_OR_HEARD = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Last words of columns that hold what no text says."""
 _TURNED = frozenset({"safer", "flip", "flipped", "swap", "swapped", "reversed", "inverted"})
 """Words of a label beside the names of the sides."""
-SCORE = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "points", "upvotes", "grade", "grades"})
+SCORE = frozenset(
+    {
+        *("score", "scores", "rating", "ratings", "reward", "rewards"),
+        *("points", "votes", "upvotes", "grade", "grades"),
+    }
+)
 RANK = frozenset({"rank", "ranks", "ranking", "rankings", "placement", "placements"})
 ORDER = frozenset({"ranking", "rankings", "order", "ordering", "permutation"})
 """Words of a list that may hold a place for each response, or the numbers of the responses from the best on."""
@@ -186,13 +204,13 @@ def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
     words = _one_preference(fitting, listed, columns) if fitting else {}
     if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
         return Recognised(schema, tuple(left_over(schema, rows, columns)))
-    for name in (n for n in columns if (RANK | ORDER | PLACE | WINNER | {"safer"}) & {*_parts(n)} and n != listed):
+    for name in (n for n in columns if _orders(n) and n != listed):
         if _has(rows, name):
             raise _two_readings(
                 "the responses are listed best first",
                 f"'{name}' says which is better",
                 f"--columns responses={listed}, or "
-                + (f"winner={name} order=..." if WINNER & {*_parts(name)} else f"ranks={name} or best_first={name}")
+                + (f"winner={name} order=..." if _names_winner(name) else f"ranks={name} or best_first={name}")
                 + " (with prompt=...)",
             )
     return Recognised(PLAIN, ("no column says which of 'responses' is better: the first is taken for the best",))
@@ -370,7 +388,16 @@ def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
         and (len(words[0]) > 1 or STEM & {*_parts(one)})
     ]
     exact = [pair for pair in fitting if pair in SIDES]
-    return _only(exact or fitting)
+    return _only(exact or fitting or list(_beside_rejected(rows, columns)))
+
+
+def _beside_rejected(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Columns of a response and of its rejected counterpart: ``response``, ``rejected_response``."""
+    parts = {name: _parts(name) for name in columns}
+    for one, two in itertools.permutations(columns, 2):
+        named = STEM & {*parts[one]} and parts[two] == ["rejected", *parts[one]]
+        if named and _are_responses(rows, one, several=True) and _are_responses(rows, two, several=True):
+            yield one, two
 
 
 def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
@@ -388,12 +415,22 @@ def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
 
 def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[str, str]]:
     """Pairs of columns whose names differ in one word only, these two."""
-    parts = {name: _parts(name) for name in columns}
+    parts = {name: [_SINGULAR.get(w, w) for w in _joined(_parts(name))] for name in columns}
     for one, two in itertools.permutations(columns, 2):
         if len(parts[one]) == len(parts[two]):
             different = [(a, b) for a, b in zip(parts[one], parts[two], strict=True) if a != b]
             if different == [words]:
                 yield one, two
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Words of a name with a "non" or "not" as part of the next one.
+
+    >>> _joined(["non", "preferred", "output"])
+    ['nonpreferred', 'output']
+    """
+    negated = [i for i, w in enumerate(words[:-1]) if w in ("non", "not")]
+    return ["non" * (i - 1 in negated) + w for i, w in enumerate(words) if i not in negated]
 
 
 def _only(fitting: list[tuple[str, str]]) -> tuple[str, str] | None:
@@ -427,7 +464,7 @@ def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
         if all(isinstance(m, str) or (isinstance(m, list) and are_turns(m)) for m in members):
             fitting.append(name)
         elif all(isinstance(m, Mapping) and "role" not in m for m in members):
-            keys = [k for k in _TEXT_OF if all(isinstance(m.get(k), str) for m in members)]
+            keys = [k for k in _TEXT_OF if all(isinstance(v := m.get(k), str) or are_turns(turns(v)) for m in members)]
             fitting += [f"{name}.{k}" for k in keys[:1]]
     if len(fitting) > 1:
         raise _two_readings(
@@ -440,7 +477,8 @@ def _one_list(rows: Rows, columns: Sequence[str]) -> str | None:
 
 def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
     """One response a row with a number, and rows after one another that share a prompt."""
-    alone = [n for n in columns if n.lower() in STEM and _are_responses(rows, n)]
+    texts = [n for n in columns if STEM & {*_parts(n)[-1:]} and _are_responses(rows, n)]
+    alone = [n for n in texts if n.lower() in STEM] or texts
     numbers = [n for n in columns if (SCORE | RANK) & {*_parts(n)} and _numbers(rows, n)]
     if len(alone) != 1:
         return None
@@ -488,15 +526,45 @@ def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str])
         and all(_flags(rows, n) for n in pair)
     ]
     if not fitting:
-        labels = [n for n in rest if WINNER & {*_parts(n)} and _one_cell(rows, n)]
-        labels = [n for n in labels if not (SCORE | RANK) & {*_parts(n)}]
-        fitting = [{"winner": n, "order": _order(rows, n, sides)} for n in labels]
+        labels = [n for n in rest if _names_winner(n) and _one_cell(rows, n)]
+        fitting = _labels(rows, [n for n in labels if not (SCORE | RANK) & {*_parts(n)}], sides)
     numbers = [
         {_score_or_rank(rows, *pair): list(pair)}
         for pair in _placed(rest, sides)
         if (SCORE | RANK) & {*_parts(pair[0])} and all(_numbers(rows, n) for n in pair)
     ]
     return _one_preference(_contradicting(rows, list(sides), [*fitting, *numbers]), " and ".join(sides), columns)
+
+
+def _labels(rows: Rows, names: Sequence[str], sides: tuple[str, str]) -> list[dict[str, Any]]:
+    """The labels whose words are understood; beside them one that is not has to prefer the same responses.
+
+    Raises:
+      DataError: two readings of a label, where no other one says which is meant.
+    """
+    known: list[dict[str, Any]] = []
+    unclear: dict[str, DataError] = {}
+    for name in names:
+        try:
+            known.append({"winner": name, "order": _order(rows, name, sides)})
+        except DataError as error:
+            unclear[name] = error
+    for name, error in unclear.items():
+        if not known or not _goes_with(rows, name, {"responses": list(sides), **known[0]}):
+            raise error
+    return known
+
+
+def _goes_with(rows: Rows, name: str, words: Mapping[str, Any]) -> bool:
+    """Whether a label never has the same word where the one response is better and where the other is."""
+    schema = from_words(words)
+    said: dict[bool, set[str]] = {True: set(), False: set()}
+    for row in rows:
+        with contextlib.suppress(DataError):
+            first, second = canonical_rows(schema, row)[0][1]["scores"]
+            if first != second and row.get(name) not in (None, ""):
+                said[first > second].add(word(row[name]))
+    return not said[True] & said[False]
 
 
 def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -530,7 +598,7 @@ def _ways_of_list(rows: Rows, columns: Sequence[str], listed: str) -> list[dict[
             f"--columns responses={listed} ranks={places[0]}, or another word that says which is better "
             "(with prompt=...; docs/data.md)",
         )
-    labels = [n for n in names if WINNER & {*_parts(n)} and _one_cell(rows, n) and _numbers(rows, n)]
+    labels = [n for n in names if _names_winner(n) and _one_cell(rows, n) and _numbers(rows, n)]
     return ways + [{"winner": n, "order": [_start(rows, n, listed)]} for n in labels]
 
 
@@ -570,9 +638,11 @@ def _one_preference(fitting: list[dict[str, Any]], responses: str, columns: Sequ
         one, two = (_described(f) for f in fitting[:2])
         raise _two_readings(f"{one} says which response is better", f"{two} does", f"--columns {one} ... or {two} ...")
     if not fitting:
+        best_first = f"; if they are listed best first, --columns prompt=... responses={responses} says so"
         raise DataError(
             f"responses in {responses}, but no column says which is better; found: {', '.join(columns)}; name it with "
-            "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=... (docs/data.md)"
+            "--columns prompt=... responses=... and winner=... order=..., or scores=..., or ranks=..."
+            + f"{best_first if ' and ' not in responses else ''} (docs/data.md)"
         )
     return fitting[0]
 
@@ -649,7 +719,8 @@ def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
     >>> _by_place({"a is better", "a is much better", "b is better"}, ("a", "b"))
     ['a is better|a is much better', 'b is better']
     """
-    named = [sorted(w for w in said if place in _parts(w)) for place in places]
+    # of a number only the place itself is a word: 1.98 is no "1", and neither is -1
+    named = [sorted(w for w in said if place == w or (place in _parts(w) and not _numeric(w))) for place in places]
     if not said or len(named[0]) + len(named[1]) != len(said) or any("," in w or "|" in w for w in said):
         return []
     if set(named[0]) & set(named[1]):
@@ -742,7 +813,23 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
         elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
             yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
-    yield from _contradicted(schema, rows, [n for n in columns if n not in read])
+        elif SEEN_OR_HEARD & {*_parts(name)[-1:]}:
+            yield f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears: it is not read"
+    unread = [n for n in columns if n not in read]
+    yield from _other_sides(schema, rows, unread)
+    yield from _contradicted(schema, rows, unread)
+
+
+def _other_sides(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:
+    """Two more columns of responses, beside those that are read."""
+    taken = (schema.chosen, *schema.responses)[bool(not schema.chosen) :]
+    for pair in (pair for words in SIDES for pair in _families(columns, words)):
+        if taken and all(_are_responses(rows, name) and _says_something(rows, name) for name in pair):
+            one, two = pair
+            yield (
+                f"columns '{one}' and '{two}' look like responses and are not read; --columns chosen={one} "
+                f"rejected={two} takes them instead of '{taken[0]}'"
+            )
 
 
 def note_on(column: str) -> str:
@@ -829,6 +916,17 @@ def _holds(text: str, part: str) -> bool:
 
 
 # --- small tests ---
+
+
+def _names_winner(name: str) -> bool:
+    """Whether a name is one of a label, or of the number of the better response: ``winner``, ``chosen_idx``."""
+    parts = {*_parts(name)}
+    return bool(WINNER & parts) or ("chosen" in parts and bool(_NUMBER & parts))
+
+
+def _orders(name: str) -> bool:
+    """Whether a name is one of something that may say which response of a list is better."""
+    return _names_winner(name) or bool((RANK | ORDER | PLACE | {"safer"}) & {*_parts(name)})
 
 
 def _parts(name: str) -> list[str]:

@@ -17,6 +17,7 @@ from ches_jax.displacement.readers.json_log import ONE_ENTRY, NotALogError, read
 from ches_jax.displacement.readers.log import Log, joined
 from ches_jax.displacement.readers.metric_names import HELD_OUT
 from ches_jax.displacement.readers.tracker_log import DATABASE, read_run_folders, read_tracker_log
+from ches_jax.displacement.readers.wandb_journal import MAGIC, read_wandb_journal
 from ches_jax.errors import ChesError
 
 STATE = "trainer_state.json"
@@ -52,10 +53,8 @@ CHECKPOINT = re.compile(
 """Names of the folders of a run's checkpoints."""
 EVALUATION = {"eval", "evaluation", "val", "validation"}
 """Words in the name of a file, by which metrics without a word for their set are those of evaluations."""
-BINARY = {
-    b":W&B": "the journal of a run of Weights & Biases; export the run's charts or history as CSV or JSON lines",
-    b"PK\x03\x04": "a zip archive; unpack it first",
-}
+JOURNAL = ".wandb"
+BINARY = {b"PK\x03\x04": "a zip archive; unpack it first"}
 """First bytes -> what to do with a file that is no text."""
 GZIP = b"\x1f\x8b"
 SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
@@ -92,7 +91,9 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
         else:
             logs += [(file, log)] if log.names else []
     if any(quantity in SIDES for _, log in logs for _, quantity in log.series):
-        return _one_run(path, [(file, log) for file, log in logs if any(q in OF_PAIRS for _, q in log.series)])
+        of_pairs = [(file, log) for file, log in logs if any(q in OF_PAIRS for _, q in log.series)]
+        # what was printed, and the summary, lie beside the journal of a run
+        return _one_run(path, [item for item in of_pairs if item[0].suffix == JOURNAL] or of_pairs)
     if len(logs) == 1:
         return logs[0][1]  # what it lacks is reported where its metrics are read
     if not logs and len(of_logs := [p for p in problems if not isinstance(p, NotALogError)]) == 1:
@@ -162,6 +163,8 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
             return read_event_log([path], held_out)
         if head.startswith(DATABASE):
             return read_tracker_log(path, held_out)
+        if head.startswith(MAGIC):
+            return read_wandb_journal(path, held_out)
         if what := next((words for start, words in BINARY.items() if head.startswith(start)), None):
             raise NotALogError(f"{path}: {what}")
         if path.stat().st_size > LARGEST:

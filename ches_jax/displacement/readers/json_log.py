@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, log_of, tag_of_download
 from ches_jax.displacement.readers.metric_names import STEPS, metric
 from ches_jax.errors import ChesError
 
@@ -54,6 +54,9 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
         return columns, "JSON, by column", ()
     if isinstance(whole, Mapping):
         return [whole], ONE_ENTRY, ()
+    if isinstance(whole, list) and whole and all(map(_is_point, whole)):
+        tag = tag_of_download(path)
+        return [{"step": step, tag: value} for _, step, value in whole], "JSON of TensorBoard", ()
     if isinstance(whole, list):
         entries = [e for e in whole if isinstance(e, Mapping)]
         if len(entries) < len(whole):
@@ -74,6 +77,11 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
     if printed := _of_messages(text) or _printed_dicts(text) or _printed_names(text):
         return printed, "printed entries", ()
     raise NotALogError(f"{path}: neither JSON, nor CSV, nor printed entries of a trainer")
+
+
+def _is_point(item: Any) -> bool:
+    """Whether an item is time, step and value: a chart that TensorBoard saved is a list of these."""
+    return isinstance(item, list) and len(item) == 3 and all(isinstance(n, (int, float)) for n in item)
 
 
 def _of_lines(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple[str, ...]] | None:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,24 @@ def _of_one_metric(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     if name is None or value is None or not isinstance(entry[name], str):
         return entry
     return {**{k: v for k, v in entry.items() if k not in (name, value)}, entry[name]: entry[value]}
+
+
+def tag_of_download(path: Path) -> str:
+    """The metric of one chart that TensorBoard saved, which only the name of its file tells.
+
+    >>> tag_of_download(Path("run-.-tag-eval_rewards_chosen.csv"))
+    'eval_rewards_chosen'
+
+    Raises:
+      ChesError: it does not tell one.
+    """
+    _, found, tag = path.stem.rpartition("-tag-")
+    if not found:
+        raise ChesError(
+            f"{path}: one chart of TensorBoard, and nothing says of which metric; name the file after it, "
+            f"run-tag-eval_rewards_chosen{path.suffix}"
+        )
+    return tag
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
