@@ -89,7 +89,7 @@ def _candidates(numbers: Any) -> tuple[int, ...] | None:
 
 
 def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow]:
-    """The rows that were scored, from the source that the run or the configuration names; ``read``: its other columns."""
+    """The rows that were scored, from the source that the run or the configuration names, with columns to read."""
     scored = read_run(config.scores).get("config") or {}
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
