@@ -499,7 +499,13 @@ class Show(Output):
 
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         text = pair_text(self.run_dir, self.row, colour=colour)
-        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
+        return Outcome(
+            headline=f"row {self.row} of {self.run_dir}",
+            text=text,
+            coloured=colour,
+            details={"text": text},
+            page_of=self.run_dir,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,7 +566,7 @@ class Verify(Computing):
 
         if self.list:
             claims = theory("theory.claims").all_claims()
-            lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in claims]
+            lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement} [{c.source}]" for c in claims]
             return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
         verification = theory("theory.verify")
         options = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
@@ -573,6 +579,7 @@ class Verify(Computing):
             headline=held + (f" -> {path}" if path else ""),
             path=path,
             text=text,
+            page_of=None if path is None else path.parent,
             counts={"claims": len(results), "held": len(results) - len(failed), "failed": len(failed)},
             details={"claims": [{"id": r.id, "passed": r.passed, "value": r.value} for r in results]},
             code=1 if failed else 0,

@@ -37,7 +37,8 @@ class LabelConfig(PairOptions, ModelOptions):
     worse: str | None = None
     """And a worse one; default: the opposite."""
     labels: str | None = None
-    """File (JSONL, Parquet, CSV ...) with row_id and label_probability, or chosen_reward and rejected_reward."""
+    """File (JSONL, Parquet, CSV ...) with row_id and label_probability, or chosen_reward and rejected_reward; or a run
+    of `ches train --loss "lcpo(LOSS)"`, whose posteriors of the pairs it watched are the probabilities."""
     representation: Literal["mean", "last"] = "mean"
     """For density-ratio: which of the model's states stand for a prompt: their mean, or the last one."""
     folds: int = 5

@@ -64,7 +64,7 @@ def density_ratio(
       penalty: strength of the penalty; default: by the loss on unseen prompts.
 
     Raises:
-      ChesError: so few prompts of one kind that some classifier would see none.
+      ChesError: features that are not finite; so few rows of one kind that some classifier would see none.
 
     >>> sort = np.repeat([0.0, 1.0], 200)  # of three good responses in four, and of one
     >>> good = np.arange(400) % 4 < np.where(sort == 0, 3, 1)
@@ -72,6 +72,11 @@ def density_ratio(
     >>> bool(2 < found.ratio[0] < 4 and 1 / 4 < found.ratio[-1] < 1 / 2)
     True
     """
+    best = DensityRatio(np.ones(len(good)), None, float(np.log(2)), 0.5)
+    if not np.isfinite(features).all():
+        raise ChesError("the model's states of a prompt are not finite; try --dtype float32")
+    if len(set(prompts)) == 1:
+        return best
     rng = np.random.default_rng(seed)
     fold = _dealt(prompts, folds, rng)
     parts = []
@@ -86,7 +91,6 @@ def density_ratio(
             others = _drawn(others, good, most_rows, rng)
         parts.append((np.flatnonzero(fold == number), others))
     weights = balanced(good)
-    best = DensityRatio(np.ones(len(good)), None, float(np.log(2)), 0.5)
     for strength in PENALTIES if penalty is None else (penalty,):
         logits = np.zeros(len(good))
         for held_out, others in parts:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import numpy as np
 
 from ches_jax.data.sources import Record
 from ches_jax.data.unpaired import as_one_response
+from ches_jax.displacement.changes import FILE_NAME as LOG
 from ches_jax.displacement.ranking import flip_budget, ranking_summary
+from ches_jax.displacement.readers.training_run import is_run, read_log_of_run
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
@@ -28,7 +30,7 @@ from ches_jax.scores.table import read_table
 
 PAIRS = "pairs.jsonl"
 SUMMARY = "label.json"
-PROBABILITY = "label_probability"
+PROBABILITY, POSTERIOR = "label_probability", "label_posterior"
 SCORED = (
     "pairs",
     "split",
@@ -260,6 +262,9 @@ def _by_file(
     """Columns of --labels, joined by ``row_id``."""
     known = {row.row_id for row in rows}
     columns: Columns = {}
+    place = Path(str(config.labels))
+    if is_run(place):
+        return _posteriors(place, opener, known), {"labels": str(place)}
     for where, values in opener.labels(str(config.labels)):
         row_id, subject = values.get("row_id"), f"--labels {config.labels}, {where}"
         if not isinstance(row_id, str) or row_id not in known:
@@ -278,6 +283,24 @@ def _by_file(
         found = {name: reward for name, reward in found.items() if _is_number(reward)}
         columns[row_id] = {**found, PROBABILITY: float(probability)}
     return columns, {"labels": str(config.labels)}
+
+
+def _posteriors(run: Path, opener: Opener, known: Collection[str]) -> Columns:
+    """LCPO's posteriors of the pairs that a training run watched, as its last evaluation has them.
+
+    Raises:
+      ChesError: the run is not finished, has none, or has none of these pairs.
+    """
+    opener.file(run / LOG, "labels")
+    table = read_log_of_run(run)
+    if POSTERIOR not in table.column_names or table[POSTERIOR].null_count == len(table):
+        raise DataError(f"--labels {run}: a run without posteriors of labels; train with --loss 'lcpo(LOSS)'")
+    rows = zip(*(table[name].to_pylist() for name in ("step", "row_id", POSTERIOR)), strict=True)
+    last = {row_id: p for _, row_id, p in sorted(rows, key=lambda row: row[0]) if p is not None}
+    columns: Columns = {row_id: {PROBABILITY: p} for row_id, p in last.items() if row_id in known}
+    if not columns:
+        raise DataError(f"--labels {run}: its posteriors are of other pairs than those of --pairs")
+    return columns
 
 
 def _is_number(value: Any) -> bool:

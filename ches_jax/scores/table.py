@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
-from ches_jax.runs.files import parquet_source, replacing
+from ches_jax.runs.files import found_below, parquet_source, replacing
 from ches_jax.runs.store import is_there, place
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -313,7 +313,8 @@ def table_path(run: Path | str) -> Path:
     for name in (FILE_NAME, INFLUENCE):
         if is_there(path / name):
             return path / name
-    raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
+    there = found_below(path, FILE_NAME)
+    raise RunError(f"{path}: no {FILE_NAME} in it; expected a directory of a finished `ches score`{there}")
 
 
 def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,8 +88,8 @@ def _candidates(numbers: Any) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(int(number) for number in numbers)
 
 
-def source_rows(config: Where) -> Iterator[SourceRow]:
-    """The rows that were scored, from the source named in the run or in the configuration."""
+def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source that the run or the configuration names, with columns to read."""
     scored = read_run(config.scores).get("config") or {}
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
@@ -97,4 +97,5 @@ def source_rows(config: Where) -> Iterator[SourceRow]:
     columns = config.columns or scored.get("columns")
     how = {"pairs": pairs, "split": config.split or scored.get("split"), "columns": columns}
     # the schema of the run is not that of columns with other names
-    return itertools.chain.from_iterable(pairs_of_run({**scored, **how, **({"schema": "auto"} if columns else {})}))
+    options = {**scored, **how, **({"schema": "auto"} if columns else {})}
+    return itertools.chain.from_iterable(pairs_of_run(options, read))

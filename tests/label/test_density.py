@@ -68,6 +68,9 @@ def test_rows_are_drawn_of_both_kinds_and_the_seed_decides():
     few, again, other = (density_ratio(x, good, range(400), most_rows=50, seed=s).ratio for s in (0, 0, 1))
     assert (few == again).all() and not np.allclose(few, other)
     assert (weights_of(few, good)[good] == 1).all() and weights_of(few, good)[~good].min() >= 0.5
+    assert (density_ratio(x, good, ["one"] * 400).ratio == 1).all()  # good and bad answers to one prompt
+    with pytest.raises(ChesError, match="states of a prompt are not finite; try --dtype float32"):
+        density_ratio(x * np.nan, good, range(400))
     with pytest.raises(ChesError, match="1 rows of 400 have good responses"):
         density_ratio(x, np.arange(400) == 0, range(400))
 

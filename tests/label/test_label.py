@@ -81,6 +81,38 @@ def test_labels_of_a_file_join_by_row(tmp_path):
     assert last["label_probability"] == pytest.approx(1 / (1 + exp(-1))) and last["chosen_reward"] == 1.0
 
 
+def test_posteriors_of_a_run_label_its_pairs(tmp_path):
+    """Of the last evaluation that has one; pairs that were not watched have none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def log(posteriors):
+        rows = [(4, ids[0]), (2, ids[0]), (0, ids[1]), (4, "x")]
+        columns = {"step": [s for s, _ in rows], "row_id": [i for _, i in rows], "set": ["train"] * 4}
+        columns |= {"index": [0] * 4, "regime": ["flat"] * 4, "label_posterior": pa.array(posteriors, pa.float64())}
+        columns |= {name: [1] * 4 for name in ("chosen_tokens", "rejected_tokens")}
+        columns |= {f"{d}logp_{side}": [0.0] * 4 for d in ("", "d") for side in ("chosen", "rejected")}
+        pq.write_table(pa.table(columns), run / "displacement.parquet")
+
+    options: Any = {"by": "file", "pairs": pairs, "labels": str(run)}
+    log([0.25, 0.75, None, 0.5])
+    record = label(LabelConfig(**options, out=str(tmp_path / "out")))
+    (row,) = read(tmp_path / "out" / "pairs.jsonl")
+    assert (row["row_id"], row["label_probability"]) == (ids[0], 0.25) and record["counts"]["unsure"] == 1
+    for posteriors, message in (
+        ([None] * 4, "without posteriors of labels"),
+        ([None, None, None, 1], "of other pairs"),
+    ):
+        log(posteriors)
+        with pytest.raises(ChesError, match=message):
+            label(LabelConfig(**options, out=str(tmp_path / "b")))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
