@@ -27,6 +27,8 @@ import pyarrow.parquet as pq
 
 from ches_jax import bundled
 from ches_jax.errors import ChesError
+from tests.displacement.test_log_variants import WANDB, journal
+from tests.displacement.test_log_variants import messages_of as journal_messages
 from tests.fuzz.mutate import as_json, in_bytes, in_table, in_text, in_value, odd
 
 REFUSED = ChesError
@@ -831,6 +833,10 @@ def training_logs(rng: Random, folder: Path) -> Read:
         (folder / name).write_bytes(data)
     name = rng.choice(list(files))
     path, data = folder / name, files[name]
+    if rng.random() < 0.06:
+        name, data = "run.wandb", b""
+        path = folder / name
+        path.write_bytes(damaged_journal(rng))
     words = (
         "rewards/chosen",
         "rewards/rejected",
@@ -841,7 +847,9 @@ def training_logs(rng: Random, folder: Path) -> Read:
         "beta",
         "logps",
     )
-    if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
+    if not data:
+        pass
+    elif path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         try:
             path.write_bytes(damaged_json(rng, data, name))
         except ValueError:
@@ -854,6 +862,15 @@ def training_logs(rng: Random, folder: Path) -> Read:
         path.write_bytes(in_bytes(rng, data))
     beta = rng.choice([None, None, 0.1])
     return lambda: diagnose(DiagnoseConfig(path=str(folder if rng.random() < 0.5 else path), beta=beta)).to_json()
+
+
+def damaged_journal(rng: Random) -> bytes:
+    """A journal of Weights & Biases whose sums are right, and whose messages are not."""
+    messages = journal_messages(WANDB[:4], {"beta": 0.1})
+    del messages[1]  # long, and passed over
+    at = rng.randrange(len(messages))
+    messages[at] = in_bytes(rng, messages[at])
+    return journal(messages)
 
 
 @cache

@@ -18,7 +18,7 @@ from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, read_train
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
 from ches_jax.train.policy import Policy, export_model
-from ches_jax.train.restore import step_of
+from ches_jax.train.restore import card_at, model_at, step_of
 from ches_jax.train.state import TrainState
 
 from .test_loop import lines, stopping_at
@@ -263,3 +263,28 @@ def test_what_a_stopped_run_has_exported_is_exported_again(tiny_model, tmp_path)
     assert export_model(policy, params, tmp_path / "left", tiny_model) == expected
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert {path.name for path in (tmp_path / "left").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"verb": "score"}, "a run of `ches score`"),
+        ({"verb": "train"}, "model is missing"),
+        ({"verb": "train", "model": "bundled"}, "model_fingerprint is missing"),
+        ({"verb": "train", "model": "bundled", "model_fingerprint": "f", "lora_rank": "8"}, "lora_rank is text"),
+        ({"verb": "train", "model": "bundled", "model_fingerprint": "f"}, "not the weights that the run"),
+    ],
+)
+def test_a_run_that_tells_no_model_has_no_checkpoints_of_one(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=message):
+        model_at(tmp_path, 1)
+
+
+@pytest.mark.parametrize("summary", [{}, {"best": {"step": "1"}}, {"config": {}}, {"loss": "dpo", "counts": {}}])
+def test_a_damaged_summary_makes_no_card_and_names_no_best_step(tmp_path, summary):
+    (tmp_path / "run.json").write_text(json.dumps(summary))
+    (tmp_path / "metrics.jsonl").write_text("")
+    for read in (lambda: card_at(tmp_path, 1), lambda: step_of(tmp_path, "best")):
+        with pytest.raises(RunError, match=r"run\.json: is damaged"):
+            read()
