@@ -84,6 +84,8 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
         ("smooth(pro)", "needs a stateless loss of pairs"),
         ("wpo(lipo_lambda)", "needs a loss of summed log-probabilities of pairs"),
         ("soft(kto)", "needs a stateless loss of pairs"),
+        ("lcpo(odpo)", "reads scores, and these say which response is better"),
+        ("soft(dpo + 0.1*rebel)", "reads scores"),
         ("dpo - sft", "a loss with a minus"),
         ("-1*dpo", "a weight is a finite number, 0 or more"),
         ("weighted(dpo + weighted(sft))", "weighted already"),
@@ -106,6 +108,14 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
 def test_what_is_refused(text, message):
     with pytest.raises(ChesError, match=message):
         parse_loss(text)
+
+
+def test_labels_in_doubt_exchange_prompts_too(x64):
+    """Of a pair of two prompts each response keeps its own."""
+    nats = {"logp_joint_chosen": -20.0, "logp_joint_rejected": -31.0}
+    nats |= {"ref_logp_joint_chosen": -22.0, "ref_logp_joint_rejected": -32.0, "label_probability": 0.75}
+    value, _ = parse_loss("soft(dove(0.5))")(losses.LossInputs(**{k: jnp.array([v]) for k, v in nats.items()}))
+    np.testing.assert_allclose(value, 0.75 * np.log1p(np.exp(-0.5)) + 0.25 * np.log1p(np.exp(0.5)), rtol=1e-12)
 
 
 def test_numbers_beside_an_expression_are_those_of_one_bare_name():
