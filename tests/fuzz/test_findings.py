@@ -256,3 +256,10 @@ def test_a_token_id_that_no_array_holds_is_reported_with_its_row(tmp_path, large
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"line 2: 'chosen_ids' holds the token id .*; ids are at most 2147483647"):
         list(open_pairs(str(tmp_path / "ids.jsonl")))
+
+
+def test_a_score_table_without_lengths_is_reported_by_its_column(run, tmp_path):
+    path = run("score") / "scores.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["rejected_tokens"]), path)
+    with pytest.raises(RunError, match="no column rejected_tokens"):
+        report(path.parent, tmp_path / "page")
