@@ -1,6 +1,7 @@
 """The documents say what is so: every file they name exists, every link leads somewhere, ten questions have answers."""
 
 import re
+import tomllib
 from html import escape
 from pathlib import Path
 
