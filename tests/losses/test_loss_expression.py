@@ -1,6 +1,7 @@
 """Losses as they are written: what an expression means, what it refuses, and that commands reach every loss."""
 
 import inspect
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -211,6 +212,18 @@ def test_every_loss_and_wrapper_is_on_the_page():
         assert f"\n### {names[0]}\n" in page
     for name in WRAPPERS:
         assert f"\n### {name}\n" in page
+
+
+def test_every_loss_and_wrapper_has_a_run_in_the_table():
+    """``python tools/objectives.py measure`` was run, and the page written, after the registry changed."""
+    docs = Path(losses.__file__).parents[2] / "docs"
+    runs = json.loads((docs / "objectives.json").read_text(encoding="utf-8"))["runs"]
+    same = {"every_token", "given_weights"}  # with weights of 1 what they wrap
+    assert {*distinct_losses()} | {f"{name}(dpo)" for name in WRAPPERS.keys() - same} <= runs.keys()
+    page = (docs / "objectives.md").read_text(encoding="utf-8")
+    assert all(f"| `{run['loss']}` |" in page for run in runs.values())
+    columns = [f"{prefix}{name}" for prefix in ("", "held_out_") for name in ("chosen", "rejected", "margin")]
+    assert all(run[c][1] <= run[c][0] <= run[c][2] for run in runs.values() for c in columns)
 
 
 def test_every_loss_of_single_pairs_is_in_the_picture():
