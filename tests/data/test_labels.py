@@ -376,6 +376,7 @@ NOTES = {
     "turned round": ({"flipped": True}, "'flipped' looks like a label"),
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
+    "ties": ({"status": "tie"}, "'status' says tie in 1 of 1 rows and is not read"),
     "images": ({"image": {"bytes": b"x"}}, "'image' looks like what a prompt shows or plays"),
     "other sides": (
         {"full_chosen": "a text of words", "full_rejected": "another one of words"},

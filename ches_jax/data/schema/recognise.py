@@ -128,6 +128,7 @@ _NUMBER = frozenset({"index", "idx", "id", "number", "num"})
 """Words of the number of a response: ``chosen_idx``."""
 SEEN_OR_HEARD = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Last words of columns that hold what no text says."""
+TIED = ("tie", "tied", "draw")
 _TURNED = frozenset({"safer", "flip", "flipped", "swap", "swapped", "reversed", "inverted"})
 """Words of a label beside the names of the sides."""
 SCORE = frozenset(
@@ -813,6 +814,8 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
         elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
             yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+        elif ties := sum(isinstance(r.get(name), str) and word(r[name]) in TIED for r in rows):
+            yield f"column '{name}' says tie in {ties} of {len(rows)} rows and is not read: they make pairs all the same"
         elif SEEN_OR_HEARD & {*_parts(name)[-1:]}:
             yield f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears: it is not read"
     unread = [n for n in columns if n not in read]
