@@ -89,8 +89,8 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
         if _of_own_code(folder):
             raise DataError(
-                f"{path}: the tokenizer is a program in the directory (auto_map in tokenizer_config.json), and no code of "
-                "a directory is run; convert the tokenizer to tokenizer.json, or take the directory of a conversion"
+                f"{path}: the tokenizer is a program in the directory (auto_map in tokenizer_config.json), and no code "
+                "of a directory is run; convert the tokenizer to tokenizer.json, or take the directory of a conversion"
             )
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
     alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()

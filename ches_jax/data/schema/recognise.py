@@ -815,7 +815,7 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
             what = "a rank" if parts & RANK else "a label"
             yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
         elif ties := sum(isinstance(r.get(name), str) and word(r[name]) in TIED for r in rows):
-            yield f"column '{name}' says tie in {ties} of {len(rows)} rows and is not read: they make pairs all the same"
+            yield f"column '{name}' says tie in {ties} of {len(rows)} rows and is not read: these rows make pairs"
         elif SEEN_OR_HEARD & {*_parts(name)[-1:]}:
             yield f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears: it is not read"
     unread = [n for n in columns if n not in read]
