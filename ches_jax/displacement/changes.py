@@ -77,6 +77,8 @@ class Changes:
     """``sign``: in an unknown unit, so that only directions are known; ``per token``: means over tokens."""
     held_out: bool = False
     """Whether the pairs were watched and not trained on."""
+    given: bool = False
+    """Whether nothing says which of both they are: pairs of two models or tables."""
     curve: Curve | None = None
     """The course over steps, where it is known."""
     rows: Mapping[str, Any] | None = None
@@ -85,6 +87,16 @@ class Changes:
     """The training pairs beside the held-out ones."""
     start: tuple[np.ndarray, np.ndarray] | None = None
     """Log-probabilities of chosen and rejected under the first model, [pairs] in nats, where they are known."""
+
+    @property
+    def set(self) -> str:
+        """``held_out``, ``given`` or ``train``."""
+        return set_of(self.held_out, self.given)
+
+
+def set_of(held_out: bool, given: bool) -> str:
+    """The name of a set of pairs in files: ``held_out``, ``given`` or ``train``."""
+    return "held_out" if held_out else "given" if given else "train"
 
 
 def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:

@@ -64,7 +64,10 @@ class Harm:
     def quality(self) -> str:
         """The third question."""
         measured = [c for c in self.criteria if not c.of_texts and c.outcome != "not measured"]
-        return "; ".join(f"{c.evidence}" for c in measured) or "not measured (needs held-out pairs)"
+        if measured:
+            return "; ".join(c.evidence for c in measured)
+        others = [c.evidence for c in self.criteria if not c.of_texts]
+        return f"not measured ({'; '.join(others) or 'needs held-out pairs'})"
 
     def lines(self) -> Iterator[str]:
         """For a person."""

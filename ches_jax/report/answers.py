@@ -16,7 +16,7 @@ from ches_jax.report.html import escape
 Answer = Mapping[str, Any]
 Diagnoses = Mapping[str, Answer | str]
 """By set."""
-SETS = {"held_out": "held out", "train": "training"}
+SETS = {"held_out": "held out", "given": "the given", "train": "training"}
 """Sets of pairs, what counts first, and what the page calls them."""
 VERDICT_WORDS: dict[str, tuple[str, Tone]] = {
     "displaced": ("The chosen responses fell", "bad"),

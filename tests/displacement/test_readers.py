@@ -9,6 +9,7 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.displacement.readers.logp_tables import read_logps, read_score_tables
 from ches_jax.displacement.readers.training_run import read_run
+from ches_jax.displacement.verdict import diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.scores.table import write_part
 
@@ -92,6 +93,8 @@ def test_two_score_tables_are_matched_by_row(tmp_path):
     changes = read_score_tables(before, after)
     assert changes.chosen.tolist() == [-2, -1] and changes.rejected.tolist() == [-4, -3]
     assert changes.caveats == ("2 rows are in one table only",)
+    assert changes.set == "given"  # nothing says whether they were trained on
+    assert "training" not in (found := diagnose_changes(changes)).text() and "(2 pairs)" in found.headline
 
 
 def test_before_and_after_are_not_swapped_on_the_way(tmp_path):

@@ -729,8 +729,8 @@ def _order_of_several(said: set[str], name: str, sides: Names) -> list[str]:
     listed = ",".join(sides)
     if not said <= {*numbers}:
         raise DataError(
-            f"'{name}' says {', '.join(sorted(said)[:3])}, and it is not clear which of {listed} that is; name its word "
-            f"for each with --columns responses={listed} winner={name} order=... (with prompt=...)"
+            f"'{name}' says {', '.join(sorted(said)[:3])}, and it is not clear which of {listed} that is; name its "
+            f"word for each with --columns responses={listed} winner={name} order=... (with prompt=...)"
         )
     if ("0" in said) == (numbers[-1] in said):
         raise _two_readings(

@@ -59,7 +59,7 @@ def read_score_tables(before: Path, after: Path, *, same_tokens: bool = False) -
     chosen, rejected = (change[take] for change in changes)
     start = _numbers(first, "logp_chosen")[take], _numbers(first, "logp_rejected")[take]
     index = _numbers(first, "index")[take]
-    return Changes(chosen, rejected, f"{before} to {after}", caveats, index, rows=rows, start=start)
+    return Changes(chosen, rejected, f"{before} to {after}", caveats, index, rows=rows, start=start, given=True)
 
 
 def _null(table: pa.Table) -> np.ndarray:
@@ -100,7 +100,7 @@ def read_logps(path: Path) -> Changes:
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}
     start = _numbers(table, "ref_chosen_logps"), _numbers(table, "ref_rejected_logps")
-    return Changes(chosen, rejected, str(path), records=rows.get("index"), rows=rows, start=start)
+    return Changes(chosen, rejected, str(path), records=rows.get("index"), rows=rows, start=start, given=True)
 
 
 def _require(file: Path, columns: Sequence[str], names: Sequence[str]) -> None:
