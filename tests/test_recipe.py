@@ -46,6 +46,16 @@ def test_a_stage_takes_what_this_round_made_or_the_round_before(tmp_path):
     assert steps[4].words[1] == "o/2-a/pairs.jsonl"
 
 
+def test_doubled_braces_are_braces_of_the_value(tmp_path):
+    text = TWO_ROUNDS.replace("samples = 2", 'goal = "{{reward:.2f}} of {b/model}", better = "{{prompt}}"')
+    assert steps_of(read_recipe(written(tmp_path, text), VERBS), Path("o"))[0].words[2:6] == (
+        "--goal",
+        "{reward:.2f} of bundled",
+        "--better",
+        "{prompt}",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -109,3 +119,13 @@ def test_the_recipes_that_ship_are_recipes():
     for file in files:
         for step in steps_of(read_recipe(file, tuple(COMMANDS)), Path("o")):
             corrected(step.verb, COMMANDS[step.verb], step.words)
+
+
+@pytest.mark.parametrize("record", [{}, {"done": 3}, {"done": {"1-a": {"words": "ches"}}}, {"done": {"1-a": None}}, []])
+def test_a_damaged_record_of_stages_is_told(tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ChesError, match=f"{RECORD}: "):
+        run_recipe(
+            written(tmp_path, TWO_ROUNDS), tmp_path / "out", lambda *_: None, VERBS, resume=True, say=lambda _: None
+        )

@@ -88,6 +88,7 @@ EXAMPLES = {
     "completion": ("ches completion bash", "ches completion fish"),
 }
 FIRST = (
+    "ches diagnose trl-output",
     "ches score --out runs/first",
     "ches report runs/first",
     "ches train --steps 20 --lr 1e-5",

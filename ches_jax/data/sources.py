@@ -4,6 +4,7 @@ What lies where is opened by ``files``, read by ``formats``, and understood by `
 """
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -212,18 +213,19 @@ def _paired(pairing: Pairing | None) -> Kind:
     return PAIRS[pairing or "chosen-against-all"]
 
 
-def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
+def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iterator[list[Record]]:
     """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
 
     Args:
       options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
+      read: columns that the caller reads itself.
 
     Raises:
       DataError: as ``open_rows``.
     """
     spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
     schema = options.get("schema") or "auto"
-    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema)
+    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema, read)
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 
@@ -558,16 +560,48 @@ def _split_names(path: Path) -> list[str]:
     return names
 
 
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be reached at all; what it answers is left to ``load_dataset``."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return True
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _from_the_cache() -> Iterator[None]:
+    """The clients of the hub read their caches only: without a network they would try for a minute first."""
+    import datasets
+    from huggingface_hub import constants
+
+    clients: tuple[Any, ...] = (constants, datasets.config)
+    before = [client.HF_HUB_OFFLINE for client in clients]
+    for client in clients:
+        client.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for client, value in zip(clients, before, strict=True):
+            client.HF_HUB_OFFLINE = value
+
+
 def _open_hub(name: str, split: str) -> Opened:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        with contextlib.nullcontext() if _hub_answers(name) else _from_the_cache():
+            dataset = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise DataError(
-            f"{name}: no such file, and split '{split}' of a hub dataset of that name could not be "
-            f"reached ({type(error).__name__}: {str(error).partition(chr(10))[0]}); give "
-            " the path of a local file or folder"
+            f"{name}: no such file, and split '{split}' of a hub dataset of that name could not be loaded "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name, the split and the network, "
+            "or give the path of a local file or folder"
         ) from error
     identity = f"{name}\n{split}\n{getattr(dataset, '_fingerprint', '')}"
     return (

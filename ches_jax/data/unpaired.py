@@ -1,6 +1,7 @@
 """Rows of one response with a label, as KTO reads them: ``prompt, completion, label`` (or ``completion_ids``)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ches_jax.data.messages import kind
@@ -9,6 +10,7 @@ from ches_jax.data.schema.mapping import decoded_turns
 from ches_jax.data.schema.values import turns, word
 from ches_jax.data.sources import Kind
 from ches_jax.errors import DataError
+from ches_jax.types import TokenPair
 
 COMPLETION = ("completion", "completion_ids")
 LABEL = "label"
@@ -60,6 +62,21 @@ def is_good(name: str, value: Any) -> bool:
             "rating needs a threshold first"
         )
     return known[word(value)]
+
+
+def with_own_flags(pair: TokenPair) -> TokenPair:
+    """A response that was tokenised as two equal ones, with the findings about one."""
+    return replace(pair, flags=tuple(f for f in pair.flags if f != "identical" and not f.endswith("_rejected")))
+
+
+def as_one_response(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row of one response from its content as a pair of two equal ones.
+
+    >>> as_one_response({"prompt": "1+1?", "chosen": " 2", "rejected": " 2"})
+    {'prompt': '1+1?', 'completion': ' 2'}
+    """
+    names = {"chosen": "completion", "chosen_ids": "completion_ids"}
+    return {names.get(n, n): v for n, v in content.items() if n not in ("rejected", "rejected_ids")}
 
 
 ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), one_response)

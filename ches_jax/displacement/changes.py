@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "together", "flat")
 TOLERANCE = 0.05
@@ -77,8 +78,6 @@ class Changes:
     """``sign``: in an unknown unit, so that only directions are known; ``per token``: means over tokens."""
     held_out: bool = False
     """Whether the pairs were watched and not trained on."""
-    given: bool = False
-    """Whether nothing says which of both they are: pairs of two models or tables."""
     curve: Curve | None = None
     """The course over steps, where it is known."""
     rows: Mapping[str, Any] | None = None
@@ -87,16 +86,6 @@ class Changes:
     """The training pairs beside the held-out ones."""
     start: tuple[np.ndarray, np.ndarray] | None = None
     """Log-probabilities of chosen and rejected under the first model, [pairs] in nats, where they are known."""
-
-    @property
-    def set(self) -> str:
-        """``held_out``, ``given`` or ``train``."""
-        return set_of(self.held_out, self.given)
-
-
-def set_of(held_out: bool, given: bool) -> str:
-    """The name of a set of pairs in files: ``held_out``, ``given`` or ``train``."""
-    return "held_out" if held_out else "given" if given else "train"
 
 
 def direction(low: float, high: float, tolerance: float = TOLERANCE) -> Direction:
@@ -130,7 +119,7 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
     return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
 
-def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
+def displacement_summary(chosen: ArrayLike, rejected: ArrayLike, tolerance: float = TOLERANCE) -> dict[str, float]:
     r"""How far the log-probabilities of preference pairs moved, in numbers to log.
 
     .. math:: \Delta_\pm = \ln \pi_{\mathrm{after}}(y_\pm|x) - \ln \pi_{\mathrm{before}}(y_\pm|x)
@@ -163,6 +152,7 @@ def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: fl
     >>> summary["displacement/dlogp_chosen"], summary["displacement/margin"], summary["displacement/lld_rate"]
     (-1.5, 3.0, 1.0)
     """
+    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     both = ~np.isnan(chosen - rejected)
     out: dict[str, float] = {}
     for name, change in (("chosen", chosen[~np.isnan(chosen)]), ("rejected", rejected[~np.isnan(rejected)])):

@@ -103,18 +103,12 @@ def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) ->
 
 def _changes(log: Log, name: str, curve: Curve, scale: Scale, notes: tuple[str, ...]) -> Changes:
     held_out = name == "held_out"
-    what = "held-out" if held_out else "training"
-    notes = (*notes, f"means of {what} batches: what single pairs did is hidden")
-    if held_out:
-        notes = (
-            *notes,
-            "intervals hold the noise from evaluation to evaluation of these pairs, not the choice of pairs",
-        )
-    else:
-        notes = (
-            *notes,
-            "intervals are over blocks of steps, each on other pairs; training pairs tell less than held-out",
-        )
+    intervals = (
+        "held-out intervals are the noise between evaluations of these pairs; other held-out pairs may differ more"
+        if held_out
+        else "training intervals are over blocks of steps; training pairs say less than held-out ones"
+    )
+    notes = (*notes, "the log has means of batches; single pairs may have done otherwise", intervals)
     return Changes(
         curve.chosen,
         curve.rejected,

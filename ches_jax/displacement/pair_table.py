@@ -48,7 +48,7 @@ def pair_table(
         block = {
             "row_id": rows.pop("row_id", [None] * count),
             **rows,
-            "set": [part.set] * count,
+            "set": ["held_out" if part.held_out else "train"] * count,
             "dlogp_chosen": part.chosen.tolist(),
             "dlogp_rejected": part.rejected.tolist(),
             "dmargin": (part.chosen - part.rejected).tolist(),

@@ -30,15 +30,7 @@ import numpy as np
 from ches_jax.displacement import intervals
 from ches_jax.displacement.breakdown import Part
 from ches_jax.displacement.calibration import Calibration
-from ches_jax.displacement.changes import (
-    SUMMARY,
-    TOLERANCE,
-    Changes,
-    Curve,
-    Direction,
-    displacement_summary,
-    set_of,
-)
+from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Changes, Curve, Direction, displacement_summary
 from ches_jax.displacement.evidence import HARM, UNMEASURED, Harm
 from ches_jax.displacement.intervals import FEWEST, Interval
 from ches_jax.displacement.on_policy import OnPolicy
@@ -58,8 +50,6 @@ FORMER = {
     "inverted": "margin<0",
 }
 """Verdicts on a run until 0.1, and what says the same now."""
-SET_WORDS = {"held_out": "held out, ", "given": "", "train": "training, "}
-"""What stands before a number of pairs."""
 METHODS = {
     "pairs": "bootstrap-t or Student's t, the wider, over records",
     "steps": "blocks of the last steps",
@@ -88,8 +78,6 @@ class Diagnosis:
     caveats: tuple[str, ...]
     scale: str = "nats"
     held_out: bool = False
-    given: bool = False
-    """Whether nothing says if the pairs were trained on."""
     curve: Curve | None = None
     beside: "Diagnosis | None" = None
     """The training pairs beside the held-out ones."""
@@ -107,11 +95,6 @@ class Diagnosis:
     """What to do, from what it follows, and its price."""
     worst: tuple[Mapping[str, Any], ...] = ()
     """The pairs whose chosen responses fell most."""
-
-    @property
-    def set(self) -> str:
-        """``held_out``, ``given`` or ``train``."""
-        return set_of(self.held_out, self.given)
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -136,7 +119,7 @@ class Diagnosis:
     def headline(self) -> str:
         """The answer in one line."""
         unit = self.unit if self.pairs != 1 else self.unit.removesuffix("s")
-        where = f"{SET_WORDS[self.set]}{self.pairs} {unit}"
+        where = f"{'held out' if self.held_out else 'training'}, {self.pairs} {unit}"
         if self.scale != "nats":
             return f"{self.verdict}: chosen {self.directions['chosen']} ({where}; {_SCALES[self.scale]})"
         return f"{self.verdict}: chosen {self.chosen} nats ({where})"
@@ -189,7 +172,7 @@ class Diagnosis:
         count = f"{self.pairs} {self.unit}"
         if self.records < self.pairs:
             count += f" of {self.records} records"
-        lines = [f"  {SET_WORDS[self.set]}{count}" + ("   <- what counts" if counts else "")]
+        lines = [f"  {'held out' if self.held_out else 'training'}, {count}" + ("   <- what counts" if counts else "")]
         medians = _short(self.summary)
         for name in NAMES:
             interval, did = getattr(self, name), self.directions[name]
@@ -219,7 +202,7 @@ class Diagnosis:
             "pairs": self.pairs,
             "records": self.records,
             "unit": self.unit,
-            "set": self.set,
+            "set": "held_out" if self.held_out else "train",
             "source": self.source,
             "scale": self.scale,
             "criterion": {"tolerance": self.tolerance, "level": LEVEL, "method": METHODS[self.unit], "fewest": FEWEST},
@@ -323,7 +306,6 @@ def diagnose_changes(changes: Changes, tolerance: float = TOLERANCE) -> Diagnosi
         caveats=caveats,
         scale=changes.scale,
         held_out=changes.held_out,
-        given=changes.given,
         curve=changes.curve,
         beside=None if changes.beside is None else diagnose_changes(changes.beside, tolerance),
     )

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, did_you_mean
 from ches_jax.scores.leading import why_no_other_default
 
 Numbers: TypeAlias = Any
@@ -190,8 +190,8 @@ def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
       RunError: an unknown name, or a score whose columns this table was not given.
     """
     if by not in SCORES:
-        hint = "; for the edit distance say minus_edit_distance" if by == "edit_distance" else ""
-        raise RunError(f"unknown score {by!r}: this table has {', '.join(available(table))}{hint}")
+        names = available(table)
+        raise RunError(f"unknown score {by!r}: this table has {', '.join(names)}{did_you_mean(by, tuple(SCORES))}")
     missing = [name for name in SCORES[by].columns if name not in table.schema.names]
     if missing:
         flags = sorted({_FLAG_OF[name] for name in missing if name in _FLAG_OF})

@@ -28,12 +28,6 @@ def test_the_answer_follows_from_the_criteria(outcomes, answer):
     assert harm(*outcomes) == answer
 
 
-def test_what_an_undecided_margin_was_is_reported():
-    found = Harm((margin_criterion("undecided", "+0.1 [-0.4, +0.6]", True),))
-    assert found.quality == "not measured (margin +0.1 [-0.4, +0.6]: undecided)"
-    assert Harm(()).quality == "not measured (needs held-out pairs)"
-
-
 @pytest.mark.parametrize(
     ("direction", "held_out", "outcome"),
     [

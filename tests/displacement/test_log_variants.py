@@ -1,9 +1,11 @@
 """One course of a run, written in the ways in which people's logs come: each is read as the same course."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import struct
 import zlib
 
@@ -316,11 +318,15 @@ def items(values):
     return b"".join(field(1, field(1, k.encode()) + field(16, json.dumps(v).encode())) for k, v in values.items())
 
 
-def journal(entries, config):
-    """A run as Weights & Biases keeps it on the machine: records cut into framed pieces, in blocks of 32 KiB."""
-    out = bytearray(b":W&B\xe1\xbe\x00")
+def messages_of(entries, config):
+    """The records of a run as Weights & Biases keeps it on the machine."""
     messages = [field(1, 1) + field(17, field(1, b"id") + field(4, items(config))), field(13, b"x" * 70_000)]
-    messages += [field(2, items(e) + field(2, field(1, i))) + field(16, b"") for i, e in enumerate(entries)]
+    return messages + [field(2, items(e) + field(2, field(1, i))) + field(16, b"") for i, e in enumerate(entries)]
+
+
+def journal(messages):
+    """Records cut into framed pieces, in blocks of 32 KiB."""
+    out = bytearray(b":W&B\xe1\xbe\x00")
     for message in messages:
         at = 0
         while at == 0 or at < len(message):
@@ -340,7 +346,7 @@ def test_the_journal_of_weights_and_biases_is_read_with_its_config(tmp_path):
     """What lies beside it (what was printed, the summary) is no second run."""
     folder = tmp_path / "wandb/run-1"
     (folder / "files").mkdir(parents=True)
-    data = journal(WANDB, {"beta": 0.1, "args": {"loss_type": ["sigmoid"]}})
+    data = journal(messages_of(WANDB, {"beta": 0.1, "args": {"loss_type": ["sigmoid"]}}))
     path = folder / "run-1.wandb"
     path.write_bytes(data)
     (folder / "files/output.log").write_text("".join(f"{row!r}\n" for row in WANDB[:8]))
@@ -354,6 +360,33 @@ def test_the_journal_of_weights_and_biases_is_read_with_its_config(tmp_path):
     path.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
     with pytest.raises(ChesError, match=r"damaged journal .* has another checksum.*\.history\("):
         read_log(path)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        field(2, 7),  # a history that is a number
+        field(17, 1),
+        field(2, field(2, field(1, b"x"))),
+        field(2, field(1, field(16, b"1" * 5000))),
+        b"\x13",  # a field of a kind that there is none of
+        b"\x16\x01",
+        b"\xff" * 40_000,  # a number without end
+        field(2, field(1, field(16, b"[" * 30_000))),
+    ],
+)
+def test_a_journal_with_right_sums_and_odd_messages_is_read_or_refused_in_words(tmp_path, message):
+    (tmp_path / "a.wandb").write_bytes(journal([*messages_of(WANDB[:2], {}), message]))
+    with contextlib.suppress(ChesError):
+        read_log(tmp_path / "a.wandb")
+
+
+def test_a_log_that_is_larger_than_any_is_not_read_into_memory(tmp_path):
+    for name, begin in (("a.wandb", b":W&B\xe1\xbe\x00"), ("a.jsonl", b"{")):
+        (tmp_path / name).write_bytes(begin)
+        os.truncate(tmp_path / name, 10**11)  # without a byte on the disk
+        with pytest.raises(ChesError, match="are too large for a log"):
+            read_log(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,29 @@ import numpy as np
 
 from ches_jax.displacement.readers.metric_names import HELD_OUT, REINFORCEMENT, REWARD_MODEL, STEPS, metric
 from ches_jax.errors import ChesError
+from ches_jax.runs.files import open_regular
 
+MOST_BYTES = 200_000_000
+"""Of a file; a log is never larger, a data set may be."""
 LARGEST = 2**62
 """A step, or a whole number, beyond it is none."""
+
+
+class NotALogError(ChesError):
+    """A file in none of the formats of logs; one of many in a directory."""
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a log.
+
+    Raises:
+      NotALogError: it is no regular file, or larger than any log.
+      OSError: it cannot be read.
+    """
+    with open_regular(path, NotALogError, "a log") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+            raise NotALogError(f"{path}: {size / 1e6:.0f} MB are too large for a log")
+        return file.read()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, log_of, read_whole
 from ches_jax.errors import ChesError
 
 MAGIC = b":W&B"
@@ -46,14 +46,14 @@ def read_wandb_journal(path: Path, held_out: str | None = None) -> Log:
     config: dict[str, Any] = {}
     notes: list[str] = []
     try:
-        for record in _records(path.read_bytes(), notes):
-            for field, value in _fields(record):
+        for record in _records(read_whole(path), notes):
+            for field, value in _messages(record):
                 if field == 2:
                     entries.append(_items(value, 1) | dict(_step(value)))
                 elif field == 4:
                     config |= _items(value, 1)
                 elif field == 17:
-                    for inner in (v for n, v in _fields(value) if n == 4):
+                    for inner in (v for n, v in _messages(value) if n == 4):
                         config |= _items(inner, 1)
     except (ValueError, IndexError, struct.error, RecursionError) as error:
         raise ChesError(
@@ -66,7 +66,8 @@ def read_wandb_journal(path: Path, held_out: str | None = None) -> Log:
 
 def _records(data: bytes, notes: list[str]) -> Iterator[bytes]:
     """Whole records; one that is cut off, as of a run that still goes on, is left out."""
-    at, begun = BEGINNING, b""
+    at = BEGINNING
+    begun: list[bytes] = []
     while at < len(data):
         left = BLOCK - at % BLOCK
         if left < PIECE.size:
@@ -81,10 +82,10 @@ def _records(data: bytes, notes: list[str]) -> Iterator[bytes]:
         if length > left - PIECE.size or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
             raise ValueError(f"what stands at byte {at} has another checksum")
         at += PIECE.size + length
-        begun = piece if kind in (WHOLE, FIRST) else begun + piece
+        begun = [piece] if kind in (WHOLE, FIRST) else [*begun, piece]
         if kind in (WHOLE, LAST):
-            yield begun
-            begun = b""
+            yield b"".join(begun)
+            begun = []
     else:
         if not begun:
             return
@@ -101,11 +102,18 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             value, at = _varint(data, at)
             yield key >> 3, value
             continue
+        if kind not in (FIXED64, BYTES, FIXED32):
+            raise ValueError(f"a field of no kind ({kind})")
         size, at = _varint(data, at) if kind == BYTES else ({FIXED64: 8, FIXED32: 4}[kind], at)
         if at + size > len(data):
             raise ValueError("a field is longer than its message")
         yield key >> 3, data[at : at + size]
         at += size
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a message that are messages or texts themselves."""
+    return ((field, value) for field, value in _fields(data) if isinstance(value, bytes))
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -115,22 +123,23 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     (300, 2)
     """
     value = shift = 0
-    while True:
+    while shift < 64:
         value |= (data[at] & 0x7F) << shift
         at += 1
         if data[at - 1] < 0x80:
             return value, at
         shift += 7
+    raise ValueError("a number of more than 64 bits")
 
 
 def _items(message: bytes, repeated: int) -> dict[str, Any]:
     """Names and values of the items of a message."""
     out: dict[str, Any] = {}
-    for field, item in _fields(message):
+    for field, item in _messages(message):
         if field == repeated:
             names: dict[int, list[str]] = {1: [], 2: []}
             text = "null"
-            for number, value in _fields(item):
+            for number, value in _messages(item):
                 if number in names:
                     names[number].append(value.decode())
                 elif number == 16:
@@ -140,6 +149,6 @@ def _items(message: bytes, repeated: int) -> dict[str, Any]:
 
 
 def _step(history: bytes) -> Iterator[tuple[str, int]]:
-    for field, value in _fields(history):
+    for field, value in _messages(history):
         if field == 2:
-            yield from (("_step", n) for number, n in _fields(value) if number == 1)
+            yield from (("_step", n) for number, n in _fields(value) if number == 1 and isinstance(n, int))
