@@ -87,6 +87,11 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
         raise DataError(f"{path}: no such directory; expected a model directory or a hub name")
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        if _of_own_code(folder):
+            raise DataError(
+                f"{path}: the tokenizer is a program in the directory (auto_map in tokenizer_config.json), and no code "
+                "of a directory is run; convert the tokenizer to tokenizer.json, or take the directory of a conversion"
+            )
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
     alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     sentencepiece = importlib.util.find_spec("sentencepiece") is not None
@@ -114,6 +119,14 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             + (f"not there: {', '.join(missing)}; " if missing and local else "")
             + "give a directory with tokenizer.json and tokenizer_config.json"
         ) from error
+
+
+def _of_own_code(folder: Path) -> bool:
+    """Whether a directory names Python files of its own as its tokenizer."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in settings.get("auto_map", {})
+    return False
 
 
 def _without_sentencepiece(path: str | Path) -> DataError:

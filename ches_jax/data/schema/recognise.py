@@ -12,7 +12,7 @@ from typing import Any
 
 from ches_jax.data.messages import text_of
 from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
-from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows, from_words, grouped
+from ches_jax.data.schema.mapping import PLAIN, Names, Schema, canonical_rows, from_words, grouped
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, turns, word
 from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
@@ -81,8 +81,14 @@ SIDES = (
     ("w", "l"),
 )
 """Words of the better and of the worse response, as columns are named."""
-PLACES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"), ("first", "second"))
-"""How the names of two columns of responses differ."""
+SEQUENCES = (
+    tuple("abcdefghij"),
+    tuple("0123456789"),
+    tuple("123456789"),
+    ("left", "right"),
+    ("first", "second", "third", "fourth"),
+)
+"""How the names of columns of responses differ, from the first on."""
 _RESPONSE = frozenset(
     {
         "response",
@@ -128,6 +134,7 @@ _NUMBER = frozenset({"index", "idx", "id", "number", "num"})
 """Words of the number of a response: ``chosen_idx``."""
 SEEN_OR_HEARD = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Last words of columns that hold what no text says."""
+TIED = ("tie", "tied", "draw")
 _TURNED = frozenset({"safer", "flip", "flipped", "swap", "swapped", "reversed", "inverted"})
 """Words of a label beside the names of the sides."""
 SCORE = frozenset(
@@ -183,7 +190,7 @@ def _named_by_side(rows: Rows, columns: Sequence[str]) -> Schema | None:
         isinstance(v, str | int) and len(word(v)) <= _LABEL and " " not in word(v) for v in values
     ):
         return None
-    both = _two_columns(rows, columns)
+    both = _placed_columns(rows, columns)
     if not both or not all(is_tie(v) or any(word(v) in (n.lower(), _parts(n)[-1]) for n in both) for v in values):
         return None
     words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
@@ -281,7 +288,7 @@ def _filled(value: Any) -> bool:
 
 def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
     sides = _two_sides(rows, columns)
-    both = _two_columns(rows, columns)
+    both = _placed_columns(rows, columns)
     listed = _one_list(rows, columns)
     if sides:
         words = _prompt_words(rows, columns, sides, optional=_whole(rows, sides[0]))
@@ -294,7 +301,7 @@ def _inferred(rows: Rows, columns: Sequence[str]) -> Schema | None:
         )
     if both:
         words = _prompt_words(rows, columns, both, optional=_whole(rows, both[0]))
-        return _made({"responses": list(both), **words, **_two_preferences(rows, columns, both)}, rows)
+        return _made({"responses": list(both), **words, **_preferences(rows, columns, both)}, rows)
     if listed:
         words = _prompt_words(rows, columns, (listed,), optional=_whole(rows, listed, many=True))
         return _made({"responses": listed, **words, **_list_preferences(rows, columns, listed)}, rows)
@@ -378,8 +385,8 @@ def _with_history(schema: Schema, rows: Rows, columns: Sequence[str]) -> Schema:
 # --- the responses ---
 
 
-def _two_sides(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
-    fitting = [
+def _two_sides(rows: Rows, columns: Sequence[str]) -> Names | None:
+    fitting: list[Names] = [
         (one, two)
         for words in SIDES
         for one, two in _families(columns, words)
@@ -400,27 +407,50 @@ def _beside_rejected(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[str, 
             yield one, two
 
 
-def _two_columns(rows: Rows, columns: Sequence[str]) -> tuple[str, str] | None:
+def _placed_columns(rows: Rows, columns: Sequence[str]) -> Names | None:
+    """The columns of two responses, or of more."""
     fitting = [
-        (one, two)
-        for words in PLACES
-        for one, two in _families(columns, words)
-        if STEM & {*_parts(one)}
-        and not {"model", "id", "source"} & {*_parts(one)}
-        and _are_responses(rows, one)
-        and _are_responses(rows, two)
+        names
+        for sequence in SEQUENCES
+        for names in _in_sequence([n for n in columns if _may_hold_responses(rows, n)], sequence)
     ]
-    return _only(fitting)
+    return _only([names for names in fitting if not any(set(names) < set(others) for others in fitting)])
+
+
+def _may_hold_responses(rows: Rows, name: str) -> bool:
+    parts = {*_parts(name)}
+    return bool(STEM & parts) and not {"model", "id", "source"} & parts and _are_responses(rows, name)
+
+
+def _in_sequence(columns: Sequence[str], sequence: Sequence[str]) -> Iterator[Names]:
+    """Columns whose names differ in one word only, which goes through a sequence."""
+    parts = {name: _words_of_name(name) for name in columns}
+    for one, two in _families(columns, (sequence[0], sequence[1])):
+        at = next(i for i, (a, b) in enumerate(zip(parts[one], parts[two], strict=True)) if a != b)
+        wanted = ([*parts[one][:at], w, *parts[one][at + 1 :]] for w in sequence[2:])
+        more = (next((n for n in columns if parts[n] == words), None) for words in wanted)
+        yield (one, two, *itertools.takewhile(lambda n: n is not None, more))  # type: ignore[misc]
+
+
+def _sequence_of(sides: Names) -> tuple[str, ...]:
+    """The words in which the names of the columns differ; letters where they differ in another way."""
+    fitting = (s[: len(sides)] for s in SEQUENCES if any(names == sides for names in _in_sequence(sides, s)))
+    return next(fitting, SEQUENCES[0][: len(sides)])
 
 
 def _families(columns: Sequence[str], words: tuple[str, str]) -> Iterator[tuple[str, str]]:
     """Pairs of columns whose names differ in one word only, these two."""
-    parts = {name: [_SINGULAR.get(w, w) for w in _joined(_parts(name))] for name in columns}
+    parts = {name: _words_of_name(name) for name in columns}
     for one, two in itertools.permutations(columns, 2):
         if len(parts[one]) == len(parts[two]):
             different = [(a, b) for a, b in zip(parts[one], parts[two], strict=True) if a != b]
             if different == [words]:
                 yield one, two
+
+
+def _words_of_name(name: str) -> list[str]:
+    """The words in which the names of columns of responses are compared."""
+    return [_SINGULAR.get(w, w) for w in _joined(_parts(name))]
 
 
 def _joined(words: list[str]) -> list[str]:
@@ -433,9 +463,9 @@ def _joined(words: list[str]) -> list[str]:
     return ["non" * (i - 1 in negated) + w for i, w in enumerate(words) if i not in negated]
 
 
-def _only(fitting: list[tuple[str, str]]) -> tuple[str, str] | None:
+def _only(fitting: list[Names]) -> Names | None:
     if len(fitting) > 1:
-        (a, b), (c, d) = fitting[:2]
+        (a, b, *_), (c, d, *_) = fitting[:2]
         raise _two_readings(
             f"the responses are in {a} and {b}",
             f"they are in {c} and {d}",
@@ -515,28 +545,28 @@ def _by_prompt(rows: Rows, columns: Sequence[str]) -> Schema | None:
 # --- which is better ---
 
 
-def _two_preferences(rows: Rows, columns: Sequence[str], sides: tuple[str, str]) -> dict[str, Any]:
-    """The words that say which of two columns is better."""
+def _preferences(rows: Rows, columns: Sequence[str], sides: Names) -> dict[str, Any]:
+    """The words that say which of some columns is better."""
     rest = [n for n in columns if n not in sides]
     fitting = [
-        {"winners": list(pair), **({"tie": tie[0]} if (tie := [n for n in rest if _parts(n)[-1:] == ["tie"]]) else {})}
-        for pair in _placed(rest, sides)
-        if (WINNER | {"is", "wins"}) & {*_parts(pair[0])}
-        and not RANK & {*_parts(pair[0])}
-        and all(_flags(rows, n) for n in pair)
+        {"winners": list(those), **({"tie": tie[0]} if (tie := [n for n in rest if _parts(n)[-1:] == ["tie"]]) else {})}
+        for those in _placed(rest, sides)
+        if (WINNER | {"is", "wins"}) & {*_parts(those[0])}
+        and not RANK & {*_parts(those[0])}
+        and all(_flags(rows, n) for n in those)
     ]
     if not fitting:
         labels = [n for n in rest if _names_winner(n) and _one_cell(rows, n)]
         fitting = _labels(rows, [n for n in labels if not (SCORE | RANK) & {*_parts(n)}], sides)
     numbers = [
-        {_score_or_rank(rows, *pair): list(pair)}
-        for pair in _placed(rest, sides)
-        if (SCORE | RANK) & {*_parts(pair[0])} and all(_numbers(rows, n) for n in pair)
+        {_score_or_rank(rows, *those): list(those)}
+        for those in _placed(rest, sides)
+        if (SCORE | RANK) & {*_parts(those[0])} and all(_numbers(rows, n) for n in those)
     ]
     return _one_preference(_contradicting(rows, list(sides), [*fitting, *numbers]), " and ".join(sides), columns)
 
 
-def _labels(rows: Rows, names: Sequence[str], sides: tuple[str, str]) -> list[dict[str, Any]]:
+def _labels(rows: Rows, names: Sequence[str], sides: Names) -> list[dict[str, Any]]:
     """The labels whose words are understood; beside them one that is not has to prefer the same responses.
 
     Raises:
@@ -556,22 +586,21 @@ def _labels(rows: Rows, names: Sequence[str], sides: tuple[str, str]) -> list[di
 
 
 def _goes_with(rows: Rows, name: str, words: Mapping[str, Any]) -> bool:
-    """Whether a label never has the same word where the one response is better and where the other is."""
+    """Whether a label never has the same word where one response is the best and where another one is."""
     schema = from_words(words)
-    said: dict[bool, set[str]] = {True: set(), False: set()}
+    best_of: dict[str, set[int]] = {}
     for row in rows:
         with contextlib.suppress(DataError):
-            first, second = canonical_rows(schema, row)[0][1]["scores"]
-            if first != second and row.get(name) not in (None, ""):
-                said[first > second].add(word(row[name]))
-    return not said[True] & said[False]
+            scores = canonical_rows(schema, row)[0][1]["scores"]
+            if len({*scores}) > 1 and row.get(name) not in (None, ""):
+                best_of.setdefault(word(row[name]), set()).add(scores.index(max(scores)))
+    return all(len(best) == 1 for best in best_of.values())
 
 
-def _placed(columns: Sequence[str], sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Pairs of columns whose names differ as those of the responses do."""
-    for words in PLACES:
-        if any(True for _ in _families(sides, words)):
-            yield from _families(columns, words)
+def _placed(columns: Sequence[str], sides: Names) -> Iterator[Names]:
+    """Columns, as many as there are responses, whose names differ as those do."""
+    for sequence in (q for q in SEQUENCES if any(names == sides for names in _in_sequence(sides, q))):
+        yield from (names[: len(sides)] for names in _in_sequence(columns, sequence) if len(names) >= len(sides))
 
 
 def _list_preferences(rows: Rows, columns: Sequence[str], listed: str) -> dict[str, Any]:
@@ -654,12 +683,18 @@ def _described(words: Mapping[str, Any]) -> str:
     return Schema(**fields).describe().replace(", ", " ")
 
 
-def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
-    """The word of a label for each of the two columns."""
+def _order(rows: Rows, name: str, sides: Names) -> list[str]:
+    """The word of a label for each of the columns.
+
+    Raises:
+      DataError: two readings of the label, or none.
+    """
     said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
-    places = next((words for words in PLACES if any(True for _ in _families(sides, words))), PLACES[0])
+    places = _sequence_of(sides)
     if order := _by_place(said, places) or _by_cell(rows, name, sides):
         return order
+    if len(sides) > 2:
+        return _order_of_several(said, name, sides)
     one, two = sides
     words = f"--columns responses={one},{two} winner={name} order="
     if all(map(_numeric, said)) and any(float(w) < 0 for w in said):
@@ -688,8 +723,27 @@ def _order(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
     )
 
 
-def _by_cell(rows: Rows, name: str, sides: tuple[str, str]) -> list[str]:
-    """Two columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
+def _order_of_several(said: set[str], name: str, sides: Names) -> list[str]:
+    """The number of the better one of more than two columns, counted as some row shows."""
+    numbers = [str(i) for i in range(len(sides) + 1)]
+    listed = ",".join(sides)
+    if not said <= {*numbers}:
+        raise DataError(
+            f"'{name}' says {', '.join(sorted(said)[:3])}, and it is not clear which of {listed} that is; name its "
+            f"word for each with --columns responses={listed} winner={name} order=... (with prompt=...)"
+        )
+    if ("0" in said) == (numbers[-1] in said):
+        raise _two_readings(
+            f"'{name}' counts {listed} from 0",
+            "it counts them from 1",
+            f"--columns responses={listed} winner={name} order={','.join(numbers[:-1])} or "
+            f"order={','.join(numbers[1:])} (with prompt=...)",
+        )
+    return numbers[:-1] if "0" in said else numbers[1:]
+
+
+def _by_cell(rows: Rows, name: str, sides: Names) -> list[str]:
+    """Columns that differ as the responses do, one of which holds the label of each row: names of models, texts."""
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     labelled = [r for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])]
     if not labelled or any(_numeric(r[name]) or word(r[name]) in _NO_NAMES for r in labelled):
@@ -706,13 +760,13 @@ def _words_of_two(said: set[str]) -> tuple[str, str]:
     >>> _words_of_two({"second"}), _words_of_two({"1"}), _words_of_two({"up", "down"}), _words_of_two({"up"})
     (('first', 'second'), ('0', '1'), ('down', 'up'), ('up', 'OTHER'))
     """
-    pairs = (("0", "1"), ("1", "2"), ("false", "true"), ("no", "yes"), *PLACES)
+    pairs = (("0", "1"), ("1", "2"), ("false", "true"), ("no", "yes"), *((a, b) for a, b, *_ in SEQUENCES))
     first, second, *_ = next((pair for pair in pairs if said <= {*pair}), (*sorted(said), "OTHER", "OTHER"))
     return first, second
 
 
-def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
-    """The labels in the order of the columns, where each names its column by the word that tells the two apart.
+def _by_place(said: set[str], places: Names) -> list[str]:
+    """The labels in the order of the columns, where each names its column by the word that tells it from the others.
 
     >>> _by_place({"model_b"}, ("a", "b")), _by_place({"0", "1"}, ("a", "b"))
     (['model_a', 'model_b'], [])
@@ -721,14 +775,13 @@ def _by_place(said: set[str], places: tuple[str, str]) -> list[str]:
     """
     # of a number only the place itself is a word: 1.98 is no "1", and neither is -1
     named = [sorted(w for w in said if place == w or (place in _parts(w) and not _numeric(w))) for place in places]
-    if not said or len(named[0]) + len(named[1]) != len(said) or any("," in w or "|" in w for w in said):
+    if not said or sorted(itertools.chain(*named)) != sorted(said) or any("," in w or "|" in w for w in said):
         return []
-    if set(named[0]) & set(named[1]):
-        return []
-    one, two = (re.compile(rf"(?<![a-z0-9]){place}(?![a-z0-9])") for place in places)
-    first = named[0] or [two.sub(places[0], w) for w in named[1]]
-    second = named[1] or [one.sub(places[1], w) for w in named[0]]
-    return ["|".join(first), "|".join(second)]
+    at = next(i for i, words in enumerate(named) if words)
+    there = re.compile(rf"(?<![a-z0-9]){places[at]}(?![a-z0-9])")
+    return [
+        "|".join(words or [there.sub(place, w) for w in named[at]]) for place, words in zip(places, named, strict=True)
+    ]
 
 
 def _start(rows: Rows, name: str, listed: str) -> str:
@@ -813,6 +866,8 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
         elif parts & RANK or (parts & (WINNER | _TURNED) and not parts & SCORE and _one_cell(rows, name)):
             what = "a rank" if parts & RANK else "a label"
             yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
+        elif ties := sum(isinstance(r.get(name), str) and word(r[name]) in TIED for r in rows):
+            yield f"column '{name}' says tie in {ties} of {len(rows)} rows and is not read: these rows make pairs"
         elif SEEN_OR_HEARD & {*_parts(name)[-1:]}:
             yield f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears: it is not read"
     unread = [n for n in columns if n not in read]
@@ -859,7 +914,7 @@ def _contradicted(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterato
     sides = (schema.chosen, schema.rejected) if schema.chosen else schema.responses
     if len(sides) != 2:
         return
-    words = next((w for w in (*SIDES, *PLACES) if sides in _families(sides, w)), SIDES[0])
+    words = next((w for w in (*SIDES, _sequence_of(sides)) if sides in _families(sides, w)), SIDES[0])
     for one, two in _families(columns, words):
         if not {*_parts(one)} & (SCORE | RANK):
             continue
