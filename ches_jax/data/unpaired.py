@@ -23,8 +23,8 @@ _BAD = {"0": False, "-1": False, "false": False, "no": False, "bad": False, "und
 def one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
     """A row of one response, as a pair of two equal ones.
 
-    The response of a labelled row without ``completion`` is ``response``, or the last message of ``messages``; not where
-    the row has a chosen or a rejected one.
+    The response of a labelled row without ``completion`` is ``response``, or the last message of ``messages``, but not
+    where the row has a chosen or a rejected one.
 
     Raises:
       DataError: as ``canonical_content``; there is no response.

@@ -42,6 +42,9 @@ def test_a_response_by_another_name_is_read_and_a_missing_one_is_refused_in_word
     asked = labelled({"prompt": turns[:1], "completion": turns[1:], "label": 1}, {})
     assert labelled({"messages": turns, "label": 1}, {}) == asked
     assert labelled({"conversations": {"messages": turns}, "label": 1}, {}) == asked
+    for pair in ({"chosen": "a"}, {"rejected_response": "b"}):  # what a pair has beside its responses is none of them
+        with pytest.raises(DataError, match="no column 'completion'"):
+            labelled({"messages": turns, "label": 1, **pair}, {})
     with pytest.raises(DataError, match=r"no column 'completion' .* found: prompt, text, .* --columns completion="):
         labelled({"prompt": "p", "text": "a", "label": 1}, {})
 
