@@ -1,6 +1,7 @@
 """The documents say what is so: every file they name exists, every link leads somewhere, ten questions have answers."""
 
 import re
+import tomllib
 from html import escape
 from pathlib import Path
 
@@ -62,3 +63,19 @@ def test_the_python_of_the_readme_runs(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert len(re.findall(r"\d+\.\d+", capsys.readouterr().out)) == 4, "two scores of two pairs"
+
+
+def test_the_readme_counts_the_families():
+    from ches_jax.models.families.registry import FAMILIES
+
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/families.md"))
+    assert f"{len(FAMILIES)} families" in readme
+    assert len(re.findall(r"^\| `(?!model_type)\w+` \|", page, re.M)) == len(FAMILIES)
+
+
+def test_every_extra_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    install = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").partition("## Install")[2]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", install, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(project["optional-dependencies"])
+    assert f"ches_jax-{project['version']}-" in install

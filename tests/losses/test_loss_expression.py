@@ -1,9 +1,11 @@
 """Losses as they are written: what an expression means, what it refuses, and that commands reach every loss."""
 
 import inspect
+import json
 import re
-from dataclasses import fields
+from dataclasses import fields as fields_of
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,8 @@ def test_labels_in_doubt_exchange_prompts_too(x64):
     """Of a pair of two prompts each response keeps its own."""
     nats = {"logp_joint_chosen": -20.0, "logp_joint_rejected": -31.0}
     nats |= {"ref_logp_joint_chosen": -22.0, "ref_logp_joint_rejected": -32.0, "label_probability": 0.75}
-    value, _ = parse_loss("soft(dove(0.5))")(losses.LossInputs(**{k: jnp.array([v]) for k, v in nats.items()}))
+    fields: Any = {k: jnp.array([v]) for k, v in nats.items()}
+    value, _ = parse_loss("soft(dove(0.5))")(losses.LossInputs(**fields))
     np.testing.assert_allclose(value, 0.75 * np.log1p(np.exp(-0.5)) + 0.25 * np.log1p(np.exp(0.5)), rtol=1e-12)
 
 
@@ -185,7 +188,7 @@ def test_every_field_that_a_loss_reads_has_its_source_in_the_command():
     assert read == SUPPLIED
     assert {"dove", "t_reg", "bco", "list_mle", "lipo_lambda", "pro", "sparsepo", "d2o"} <= {*loss_names()}
     options = {option.removeprefix("--").replace("-", "_") for option in COLUMN_FIELDS.values()}
-    assert options | {"token_weights", "rewards", "loss", "sft_pairs"} <= {f.name for f in fields(TrainConfig)}
+    assert options | {"token_weights", "rewards", "loss", "sft_pairs"} <= {f.name for f in fields_of(TrainConfig)}
 
 
 def test_a_wrapper_of_a_column_asks_for_it():
@@ -211,6 +214,18 @@ def test_every_loss_and_wrapper_is_on_the_page():
         assert f"\n### {names[0]}\n" in page
     for name in WRAPPERS:
         assert f"\n### {name}\n" in page
+
+
+def test_every_loss_and_wrapper_has_a_run_in_the_table():
+    """``python tools/objectives.py measure`` was run, and the page written, after the registry changed."""
+    docs = Path(losses.__file__).parents[2] / "docs"
+    runs = json.loads((docs / "objectives.json").read_text(encoding="utf-8"))["runs"]
+    same = {"every_token", "given_weights"}  # with weights of 1 what they wrap
+    assert {*distinct_losses()} | {f"{name}(dpo)" for name in WRAPPERS.keys() - same} <= runs.keys()
+    page = (docs / "objectives.md").read_text(encoding="utf-8")
+    assert all(f"| `{run['loss']}` |" in page for run in runs.values())
+    columns = [f"{prefix}{name}" for prefix in ("", "held_out_") for name in ("chosen", "rejected", "margin")]
+    assert all(run[c][1] <= run[c][0] <= run[c][2] for run in runs.values() for c in columns)
 
 
 def test_every_loss_of_single_pairs_is_in_the_picture():
