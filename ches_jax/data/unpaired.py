@@ -26,6 +26,12 @@ def one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tup
       DataError: as ``canonical_content``.
     """
     text, ids = (columns.get(name, name) for name in COMPLETION)
+    if lookup(row, text) is None and lookup(row, ids) is None:
+        raise DataError(
+            f"no column '{text}'; found: {', '.join(map(str, row)) or 'none'}; expected rows of one response: prompt, "
+            "completion and label (or prompt_ids, completion_ids and label); say which column is which with --columns "
+            "completion=NAME label=NAME"
+        )
     names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
     names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
     prompt = columns.get("prompt") or "prompt"
