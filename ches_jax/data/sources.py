@@ -31,6 +31,7 @@ from ches_jax.data.prompts import (
     lookup,
     pair_contents,
 )
+from ches_jax.data.schema.left_over import note_on
 from ches_jax.data.schema.mapping import (
     PLAIN,
     WORDS,
@@ -43,7 +44,7 @@ from ches_jax.data.schema.mapping import (
     is_declaration,
 )
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.recognise import Recognised, note_on, recognise, recognise_prompt, told_of_columns
+from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
