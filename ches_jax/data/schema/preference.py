@@ -185,7 +185,7 @@ def order_of_label(rows: Rows, name: str, sides: Names) -> list[str]:
         return order
     if len(sides) > 2:
         return _order_of_several(said, name, sides)
-    one, two = sides[:2]
+    one, two = sides[0], sides[1]
     words = f"--columns responses={one},{two} winner={name} order="
     if all(map(is_numeric, said)) and any(float(w) < 0 for w in said):
         raise two_readings(
