@@ -578,10 +578,10 @@ def _hub_answers(name: str) -> bool:
 @contextlib.contextmanager
 def _from_the_cache() -> Iterator[None]:
     """The clients of the hub read their caches only: without a network they would try for a minute first."""
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
-    clients: tuple[Any, ...] = (constants, datasets.config)
+    clients: tuple[Any, ...] = (constants, config)
     before = [client.HF_HUB_OFFLINE for client in clients]
     for client in clients:
         client.HF_HUB_OFFLINE = True
