@@ -446,6 +446,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
+    spec = files.behind_page(spec)
     if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)

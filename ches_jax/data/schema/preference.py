@@ -183,9 +183,10 @@ def order_of_label(rows: Rows, name: str, sides: Names) -> list[str]:
     places = sequence_of(sides)
     if order := _by_place(said, places) or _by_cell(rows, name, sides):
         return order
-    if len(sides) > 2:
+    one, *others = sides
+    if len(others) > 1:
         return _order_of_several(said, name, sides)
-    one, two = sides[0], sides[1]
+    (two,) = others
     words = f"--columns responses={one},{two} winner={name} order="
     if all(map(is_numeric, said)) and any(float(w) < 0 for w in said):
         raise two_readings(
