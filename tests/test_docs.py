@@ -33,7 +33,7 @@ def test_equations_become_mathml(monkeypatch):
     """Every equation of the page of objectives, as Markdown's extension boxes it, is drawn; none is left as TeX."""
     pytest.importorskip("latex2mathml", reason="equations of the site: pip install .[docs]")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from equations import drawn, from_sphinx
+    from equations import drawn, from_sphinx  # pyright: ignore[reportMissingImports]
 
     assert from_sphinx("A.\n\n.. math::\n  a_1\n  b\n\nWith :math:`c`.") == "A.\n\n$$ a_1 b $$\n\nWith $c$."
     page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")

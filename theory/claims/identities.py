@@ -6,7 +6,6 @@ one setting share their instances and one compiled call; what is printed wrongly
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxtyping import Array
 
 from ches_jax.losses import LossInputs, RunningMean
 from ches_jax.scores.formulas import ches
-from theory.claims.registry import Context, exact, largest, sweep
+from theory.claims.registry import exact, largest, shared_sweeps
 from theory.statements import theorems
 from theory.statements.coefficients import coefficients, head_score
 from theory.statements.objectives import library_losses, mean_of, of_library, plus_sft, weighted
@@ -295,15 +294,7 @@ SETTINGS: dict[str, tuple[Callable[..., Errors], list[dict[str, int]]]] = {
 }
 
 
-@lru_cache(maxsize=16)
-def _errors(setting: str, seed: int, count: int) -> Errors:
-    check, sizes = SETTINGS[setting]
-    return sweep(Context(seed=seed).key(setting), count, check, sizes)
-
-
-def errors_of(ctx: Context, setting: str) -> Errors:
-    """What all statements of a setting saw; remembered, since several claims read it."""
-    return _errors(setting, ctx.seed, ctx.instances)
+errors_of = shared_sweeps(SETTINGS)
 
 
 def _same(id: str, setting: str, statement: str, source: str) -> None:
