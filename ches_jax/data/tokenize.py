@@ -43,6 +43,8 @@ _NO_EOS = (
     "--eos exclude, or set eos_token in tokenizer_config.json"
 )
 _EXCHANGE = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+MOST_TOKENS = 1 << 24
+"""In a vocabulary, as in the sizes of a model."""
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -65,6 +67,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:
+        # the library writes down each id that is missing below the largest
+        raise DataError(f"{path}: a token of its vocabulary has the id {largest}; expected ids below {MOST_TOKENS}")
     of_processor = Path(path) / "chat_template.json"
     if not tokenizer.chat_template and of_processor.is_file():
         tokenizer.chat_template = template_in(of_processor)  # what transformers' AutoProcessor takes
