@@ -302,9 +302,12 @@ def _same(id: str, setting: str, statement: str, source: str) -> None:
 
 
 _same(
-    "K0", "batch", "(*): kernel times incentives is the rate; repeated prompts, any prefixes, SFT, weights", "derived"
+    "K0",
+    "batch",
+    "identity (*): the rate is kernel times incentives; any prefixes, repeated prompts, SFT, weights",
+    "derived",
 )
-_same("K0L", "library", "(*) for every loss of ches_jax.losses, by tokens where the loss reads tokens", "derived")
+_same("K0L", "library", "identity (*) for every loss of ches_jax, by tokens where the loss reads tokens", "derived")
 _same("T4", "single", "Theorem 4: single tokens, the chosen token's rate is -l'[m + S]", "Theorem 4")
 _same("T4c", "single", "Theorem 4 in the centred gauge", "derived")
 _same("T4r", "single", "the rejected token's rate is Theorem 4 with the roles exchanged", "derived")
