@@ -48,7 +48,10 @@ TEXT = """\
   %w = bf16[8,64]{1,0} get-tuple-element(%p), index=1
   %ring = (bf16[8,64]{1,0}, bf16[8,64]{1,0}, u32[], u32[]) collective-permute-start(%w), metadata={op_name="ring"}
   %done = bf16[8,64]{1,0} collective-permute-done(%ring)
-  ROOT %t = (u32[], bf16[8,64]) tuple(%p, %done)
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="ring"}
+  ROOT %t = (u32[], /*index=1*/bf16[8,64]) tuple(%next, /*index=1*/%done)
 }
 
 %condition (p: (s32[], bf16[8,64])) -> pred[] {
@@ -74,11 +77,12 @@ ENTRY %main (x: bf16[8,64]) -> f32[16] {
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-    """Each layer of a scan, each piece of a ring; the result of what starts and is done later counts once."""
+    """Each layer of a scan, every second piece of a ring; what starts and is done later counts once."""
     assert collectives(TEXT) == [
-        Collective("collective-permute", 8 * 64 * 2, 32 * 8, "ring"), Collective("all-reduce", 64, 1, "sum"),
+        Collective("collective-permute", 8 * 64 * 2, 32 * 4, "ring"), Collective("all-reduce", 64, 1, "sum"),
     ]  # fmt: skip
-    assert totals(collectives(TEXT))["collective-permute"] == {"runs": 256, "bytes": 256 * 1024}
+    expected = {"runs": 128, "bytes": 128 * 1024, "largest": 1024}
+    assert totals(collectives(TEXT))["collective-permute"] == expected
 
 
 def test_the_text_of_this_machine_s_compiler_is_read():
