@@ -24,6 +24,7 @@ _COMPARED = re.compile(r"ROOT .* compare\(%(?P<counter>[\w.\-]+), %(?P<bound>[\w
 _PLACE = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* get-tuple-element\(.*\), index=(?P<index>\d+)")
 _ADDED = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* add\(%(?P<one>[\w.\-]+), %(?P<other>[\w.\-]+)\)")
 _RESULT = re.compile(r"ROOT .* tuple\((?P<names>[^()]*)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _REGIONS = re.compile(r"condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
 
 
@@ -55,23 +56,29 @@ def collectives(text: str) -> list[Collective]:
     entry = next((name for name in bodies if re.search(rf"^ENTRY %?{re.escape(name)} ", text, re.MULTILINE)), None)
     found: list[Collective] = []
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, seen: set[tuple[str, str]]) -> None:
         for line in bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
             if match is None:
                 continue
             op = match["op"].removesuffix("-start")
-            if op in KINDS:
+            channel = _CHANNEL.search(line)
+            key = (op, channel[1] if channel else match["name"])
+            # the fusions that start, carry on and end a collective beside other work each hold all of it
+            if op in KINDS and key not in seen:
+                seen.add(key)
                 source = re.search(r'op_name="([^"]*)"', line)
                 size = _result_bytes(match["type"], match["op"].endswith("-start"))
                 found.append(Collective(op, size, times, source[1] if source else ""))
-            inside = times * (_trips(bodies, line) if op == "while" else 1)
+            loops = op == "while"
+            inside = times * (_trips(bodies, line) if loops else 1)
+            seen_inside = set() if loops else seen
             for called in _CALLED.finditer(match["rest"]):
                 for inner in re.findall(r"%([\w.\-]+)", called["names"]):
-                    walk(inner, inside)
+                    walk(inner, inside, seen_inside)
 
     if entry is not None:
-        walk(entry, 1)
+        walk(entry, 1, set())
     return found
 
 

@@ -7,10 +7,8 @@ python -m experiments.pods --render           only the table
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,22 +60,20 @@ def words_of(verb: str, model: str, pod: Pod) -> list[str]:
 def make(verbs: list[str], models: list[str], seconds: float) -> None:
     """Compile what is missing, each in a process that is given so many seconds; what takes longer is counted."""
     (HERE / "plans").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as cache:  # a host's program is the same on pods of any number of hosts
-        for verb in verbs:
-            for pod in PODS:
-                for model in models:
-                    out = file_of(verb, model, pod)
-                    if not out.exists():
-                        found = compiled(words_of(verb, model, pod), out, seconds, cache)
-                        print(out.name, "" if found else "is counted", flush=True)
+    for verb in verbs:
+        for pod in PODS:
+            for model in models:
+                out = file_of(verb, model, pod)
+                if not out.exists():
+                    found = compiled(words_of(verb, model, pod), out, seconds)
+                    print(out.name, "" if found else "is counted", flush=True)
 
 
-def compiled(words: list[str], out: Path, seconds: float, cache: str) -> bool:
+def compiled(words: list[str], out: Path, seconds: float) -> bool:
     """Whether a plan was compiled; if not, ``out`` has what can be counted, and why."""
     command = [sys.executable, "-m", "ches_jax", *words, "--out", str(out), "--quiet"]
-    kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     try:
-        done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, env={**kept, **os.environ})
+        done = subprocess.run(command, timeout=seconds, capture_output=True, text=True)
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:
         reason = f"not compiled within {seconds:.0f} s"
