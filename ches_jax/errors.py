@@ -64,8 +64,8 @@ def many(subject: str, problems: Sequence[str], limit: int = 20) -> str:
     return "\n".join([f"{subject}: {len(problems)} problems", *shown])
 
 
-def did_you_mean(word: str, names: Sequence[str]) -> str:
-    """The nearest names as the end of a message; nothing where none is near.
+def did_you_mean(word: str, names: Sequence[str], prefix: str = "") -> str:
+    """The nearest names, each behind ``prefix``, as the end of a message; nothing where none is near.
 
     >>> did_you_mean("ipo", ["dpo", "ipo_mean", "ipo_sum"])
     '; did you mean ipo_mean or ipo_sum?'
@@ -74,4 +74,4 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
     """
     longer = [name for name in names if name.startswith(word) and len(word) > 2]
     near = longer or difflib.get_close_matches(word, names, n=2, cutoff=0.55)
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    return f"; did you mean {' or '.join(prefix + name for name in near[:3])}?" if near else ""

@@ -46,6 +46,13 @@ WORDS = {
     "pl": "nie i w na z się to jest że do jak ale co po tak za od dla przez mogę czy są tym tego jestem być",
     "tr": "ve bir bu için ile de da ne değil ama çok gibi daha ben sen mi olarak var yok olan",
     "sv": "och att det som en på är av för med den till inte jag om har de ett men vi kan du så här",
+    "da": "og jeg ikke det er på af til med kan dig har hvad beklager desværre hjælpe denne",
+    "fi": "ja ei että voi mutta olen sinun tämä tässä kanssa anteeksi auttaa pysty valitettavasti",
+    "hu": "és nem hogy egy ez sajnálom sajnos tudok segíteni ebben vagy van ezt csak",
+    "cs": "že jsem není nemohu mohu vám vás jsou jako pro ale nebo který bohužel omlouvám pomoci",
+    "ro": "nu că și să pot cu dar sunt din acest această vă îmi rău ajuta",
+    "id": "dan yang tidak saya anda untuk dengan ini itu dari dalam bisa dapat maaf adalah tersebut membantu",
+    "vi": "không tôi bạn và là của có thể với cho này được những các một việc xin lỗi giúp",
 }
 _FUNCTION_WORDS = {language: frozenset(words.split()) for language, words in WORDS.items()}
 LAST_LATIN = "\u024f"

@@ -197,7 +197,9 @@ MISTYPED = {
     ("score", "--by", "chess"): "--by 'chess': expected one of ches, head_score; did you mean ches",
     ("score", "--limit", "ten"): "--limit 'ten': expected a whole number",
     ("score", "--limit"): "--limit takes a value",
-    ("score", "pairs.jsonl"): "'pairs.jsonl' belongs to no option",
+    ("score", "pairs.jsonl"): "'pairs.jsonl' belongs to no option; did you mean --pairs pairs.jsonl?",
+    ("select", "runs/s"): "did you mean --scores runs/s?",
+    ("diagnose", "log", "--tasks", "x"): "ches diagnose: no option --tasks; ches diagnose --help names all",
     ("score", "--dtype", "bf16"): "did you mean bfloat16",
     ("score", "--batch-size", "8"): "--batch-tokens",
     ("select", "--out", "x"): "--scores must be given",
@@ -222,7 +224,7 @@ def test_names_of_other_trainers_work():
     assert corrected("generate", COMMANDS["generate"], ["--dataset-name", "d"]) == ["--prompts", "d"]
 
 
-@pytest.mark.parametrize("words", [["--trl-log", "x"], ["--run", "x"], ["--run=x"]])
+@pytest.mark.parametrize("words", [["--trl-log", "x"], ["--run", "x"], ["--run=x"], ["--logging_dir", "x"]])
 def test_a_name_that_is_gone_is_answered_with_the_new_spelling(words, capsys):
     assert corrected("diagnose", COMMANDS["diagnose"], [*words, "--beta", "0.1"]) == ["x", "--beta", "0.1"]
     assert "ches diagnose PATH" in capsys.readouterr().err

@@ -1,18 +1,30 @@
-"""docs/images/incentives.svg: how hard each loss of pairs pushes; ``python tools/incentive_plots.py`` draws it.
+"""docs/images/incentives*.svg: how hard each loss of pairs pushes; ``python tools/incentive_plots.py`` draws them.
 
 A panel for each loss: minus the derivative by ln pi(chosen) and the derivative by ln pi(rejected), scaled to the larger
 of both, where the log-ratios are r+ = m/2 and r- = -m/2 and the margin m goes from -20 to 20 nats. Above the line the
-loss raises the chosen response and lowers the rejected one; below it does the opposite.
+loss raises the chosen response and lowers the rejected one; below it does the opposite. One picture is for a desk, one
+for a phone: its letters are as large as those of the page.
 """
 
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PICTURE = ROOT / "docs" / "images" / "incentives.svg"
 MARGINS = (-20.0, 20.0, 41)
-COLUMNS, WIDTH, HEIGHT, GAP = 6, 150, 86, 10
+HEIGHT, GAP = 86, 10
+
+
+class Layout(NamedTuple):
+    """How panels are laid out."""
+
+    file: str
+    columns: int
+    width: int
+    """Of a panel."""
+
+
+LAYOUTS = (Layout("incentives.svg", 4, 190), Layout("incentives_narrow.svg", 2, 165))
 CHOSEN, REJECTED = "#1f77b4", "#d62728"
 
 
@@ -37,13 +49,14 @@ def curves() -> dict[str, tuple[Any, Any, Any]]:
         loss = get_loss(name)
         if loss.couples_rows or loss.stateful or not loss.needs <= fields.keys():
             continue
-        batch = LossInputs(**{k: jnp.asarray(v) for k, v in fields.items() if k in loss.needs})
+        read: dict[str, Any] = {k: jnp.asarray(v) for k, v in fields.items() if k in loss.needs}
+        batch = LossInputs(**read)
         push = incentives(loss)(batch)
         found[repr(loss)] = (margins, np.asarray(push.chosen), np.asarray(push.rejected))
     return found
 
 
-def panel(name: str, margins: Any, chosen: Any, rejected: Any, at: tuple[float, float]) -> str:
+def panel(name: str, margins: Any, chosen: Any, rejected: Any, at: tuple[float, float], width: int) -> str:
     """One loss."""
     import numpy as np
 
@@ -53,7 +66,7 @@ def panel(name: str, margins: Any, chosen: Any, rejected: Any, at: tuple[float, 
     middle = top + plot / 2
 
     def line(values: Any, colour: str, dashes: str) -> str:
-        xs = x0 + (margins - margins[0]) / (margins[-1] - margins[0]) * WIDTH
+        xs = x0 + (margins - margins[0]) / (margins[-1] - margins[0]) * width
         ys = middle - values / largest * plot / 2
         points = " ".join(f"{x:.0f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
         return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>'
@@ -61,31 +74,39 @@ def panel(name: str, margins: Any, chosen: Any, rejected: Any, at: tuple[float, 
     return "".join(
         (
             f'<text x="{x0}" y="{y0 + 9}" font-weight="bold">{escape(name.partition("(")[0])}</text>',
-            f'<text x="{x0 + WIDTH}" y="{y0 + 9}" text-anchor="end" fill="#888">{largest:.3g}</text>',
-            f'<path d="M{x0} {middle}h{WIDTH}M{x0 + WIDTH / 2} {top}v{plot}" stroke="#bbb" stroke-width="0.7"/>',
+            f'<text x="{x0 + width}" y="{y0 + 9}" text-anchor="end" fill="#888">{largest:.3g}</text>',
+            f'<path d="M{x0} {middle}h{width}M{x0 + width / 2} {top}v{plot}" stroke="#bbb" stroke-width="0.7"/>',
             line(chosen, CHOSEN, ""),
             line(rejected, REJECTED, ' stroke-dasharray="4 2"'),
         )
     )
 
 
-def picture() -> str:
+def picture(found: dict[str, tuple[Any, Any, Any]], layout: Layout) -> str:
     """All panels."""
-    found = curves()
-    rows = -(-len(found) // COLUMNS)
-    wide, high = COLUMNS * (WIDTH + GAP) + GAP, rows * (HEIGHT + GAP) + GAP + 22
+    rows = -(-len(found) // layout.columns)
+    head = (
+        f'<tspan fill="{CHOSEN}">solid: push up on the chosen</tspan>, '
+        f'<tspan fill="{REJECTED}">dashed: push down on the rejected</tspan>;',
+        f"margin {MARGINS[0]:g} to {MARGINS[1]:g} nats from left to right;",
+        "in grey the largest push, per nat",
+    )
+    lines = head if layout.columns < 4 else (" ".join(head),)
+    top = 8 + 14 * len(lines)
+    wide = layout.columns * (layout.width + GAP) + GAP
+    high = rows * (HEIGHT + GAP) + GAP + top
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="9">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="10">',
         f'<rect width="{wide}" height="{high}" fill="#fff"/>',
-        f'<text x="{GAP}" y="15" font-size="11"><tspan fill="{CHOSEN}">solid: push up on the chosen</tspan>, '
-        f'<tspan fill="{REJECTED}">dashed: push down on the rejected</tspan>; margin {MARGINS[0]:g} to {MARGINS[1]:g} '
-        "nats from left to right; in grey the largest push, per nat</text>",
+        *(f'<text x="{GAP}" y="{15 + 14 * i}" font-size="11">{line}</text>' for i, line in enumerate(lines)),
     ]
     for i, (name, values) in enumerate(found.items()):
-        at = GAP + i % COLUMNS * (WIDTH + GAP), 22 + GAP + i // COLUMNS * (HEIGHT + GAP)
-        out.append(panel(name, *values, at))
+        at = GAP + i % layout.columns * (layout.width + GAP), top + GAP + i // layout.columns * (HEIGHT + GAP)
+        out.append(panel(name, *values, at, layout.width))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture(), encoding="utf-8")
+    drawn = curves()
+    for layout in LAYOUTS:
+        (ROOT / "docs" / "images" / layout.file).write_text(picture(drawn, layout), encoding="utf-8")

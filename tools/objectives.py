@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from equations import from_sphinx
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "objectives.md"
 NUMBERS = ROOT / "docs" / "objectives.json"
@@ -270,7 +272,10 @@ TRL's `loss_type=["sigmoid", "bco_pair", "sft"]` with `loss_weights=[0.8, 0.2, 1
 `0.8*sigmoid + 0.2*bco_pair_unshifted + sft`; `--loss '["sigmoid", "sft"]'` is read too, with all weights 1. TRL's `ipo`
 is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `use_weighting` is `wpo(...)`, `rpo_alpha` is `+ ALPHA*sft`.
 
-![How hard each loss of pairs pushes, by the margin](images/incentives.svg)
+<picture>
+<source media="(max-width: 45em)" srcset="images/incentives_narrow.svg">
+<img alt="How hard each loss of pairs pushes, by the margin" src="images/incentives.svg">
+</picture>
 
 The picture has every loss whose rows are single pairs; `python tools/incentive_plots.py` draws it from the registry.
 Where the two curves are one, a loss pushes both responses equally; where the solid one lies below the line, it lowers
@@ -326,7 +331,9 @@ def page() -> str:
         f"{RUN['batch_size']} pairs, {RUN['optimizer']},\nlearning rate {RUN['lr']:g}, {RUN['holdout']} rows held out. "
         "Mean changes in nats with 95% intervals over pairs. Samples and lists\nare the two responses of each pair, "
         "scores 2 and 1 (lists: 1 and 0), labels right with probability 0.9; unpaired\nlosses read each "
-        f"response alone.{missing} The numbers are `docs/objectives.json`.\n"
+        f"response alone. `every_token` and `given_weights` with weights of 1 are the loss they wrap, and so is "
+        f"`weighted(bco)`\nhere, where good and bad responses have the same prompts.{missing} "
+        "The numbers are `docs/objectives.json`.\n"
     )
     out.append(
         "| loss | chosen responses | ln pi(chosen) | ln pi(rejected) | margin | held-out chosen | held-out margin |"
@@ -355,10 +362,7 @@ def page() -> str:
 
 def markdown(docstring: str) -> str:
     """A docstring with its equations as blocks, and its sections as words in bold."""
-    text = inspect.cleandoc(docstring)
-    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
-    text = re.sub(r"\.\. math:: (.*(?:\n(?!\n).*)*?)(?=\n\n|\Z)", lambda m: f"$$ {' '.join(m[1].split())} $$", text)
-    text = re.sub(r"\.\. math::\n((?:[ ]+.*(?:\n|\Z))+)", lambda m: f"$$ {' '.join(m[1].split())} $$\n", text)
+    text = from_sphinx(inspect.cleandoc(docstring))
     text = re.sub(r"^(Defaults|References|Args):\n((?:[ ]+.*(?:\n|\Z))+)", _section, text, flags=re.M)
     return text.replace("``", "`") + "\n"
 

@@ -1,12 +1,17 @@
-"""Docstrings as Markdown, for the reference pages: examples become code blocks, roles of Sphinx become code words.
+"""Docstrings as Markdown, for the reference pages: examples as code blocks, Sphinx's roles as code words and equations.
 
 An extension of griffe (`mkdocs.yml` names it).
 """
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import griffe
+
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
+from equations import from_sphinx
 
 ROLE = re.compile(r":(?:func|class|data|mod|meth):`~?([^`]+)`")
 
@@ -22,7 +27,7 @@ def as_markdown(text: str) -> str:
     2
     ```
     """
-    parts = re.split(r"\n[ \t]*\n", ROLE.sub(r"`\1`", text))
+    parts = re.split(r"\n[ \t]*\n", ROLE.sub(r"`\1`", from_sphinx(text)))
     fenced = [f"```pycon\n{part.strip(chr(10))}\n```" if part.lstrip().startswith(">>>") else part for part in parts]
     return "\n\n".join(fenced)
 

@@ -216,17 +216,18 @@ class Label(Output, LabelConfig):
     """How sure is each label? Pairs with rewards of both responses and the probability that the label is right.
 
     The column goes to `ches train --label-probabilities label_probability` and to
-    `ches select --by column:label_probability`.
+    `ches select --by column:label_probability`. Rows of one response get a weight with --by density-ratio:
+    `ches train --loss "weighted(bco)" --weights density_weight`.
     """
 
     def run(self) -> Outcome:
         """Labels."""
-        from ches_jax.label.run import PAIRS, SUMMARY, label, summary_text
+        from ches_jax.label.run import PAIRS, SUMMARY, headline, label, summary_text
 
         record = label(_only(LabelConfig, self), quiet=self.quiet)
         out, n = Path(self.out), record["counts"]
         return Outcome(
-            headline=f"{n['labelled']} of {n['rows']} pairs labelled, {n['unsure']} unsure -> {out / PAIRS}",
+            headline=f"{headline(record)} -> {out / PAIRS}",
             path=out,
             text="" if self.quiet else summary_text(record),
             counts=n,
@@ -498,7 +499,13 @@ class Show(Output):
 
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         text = pair_text(self.run_dir, self.row, colour=colour)
-        return Outcome(headline="one pair", text=text, coloured=colour, details={"text": text}, page_of=self.run_dir)
+        return Outcome(
+            headline=f"row {self.row} of {self.run_dir}",
+            text=text,
+            coloured=colour,
+            details={"text": text},
+            page_of=self.run_dir,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -559,7 +566,7 @@ class Verify(Computing):
 
         if self.list:
             claims = theory("theory.claims").all_claims()
-            lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in claims]
+            lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement} [{c.source}]" for c in claims]
             return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
         verification = theory("theory.verify")
         options = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
@@ -572,6 +579,7 @@ class Verify(Computing):
             headline=held + (f" -> {path}" if path else ""),
             path=path,
             text=text,
+            page_of=None if path is None else path.parent,
             counts={"claims": len(results), "held": len(results) - len(failed), "failed": len(failed)},
             details={"claims": [{"id": r.id, "passed": r.passed, "value": r.value} for r in results]},
             code=1 if failed else 0,

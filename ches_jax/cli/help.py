@@ -42,6 +42,7 @@ EXAMPLES = {
     "label": (
         "ches label --model runs/train-001/model --reference bundled --out labelled",
         "ches label --by file --labels labels.jsonl --pairs pairs.jsonl --out labelled",
+        "ches label --by density-ratio --pairs feedback.jsonl --out weighed",
     ),
     "gather": (
         "ches gather --pairs pairs.jsonl --make samples --responses runs/generate-001 --out rows",
@@ -88,6 +89,7 @@ EXAMPLES = {
     "completion": ("ches completion bash", "ches completion fish"),
 }
 FIRST = (
+    "ches diagnose trl-output",
     "ches score --out runs/first",
     "ches report runs/first",
     "ches train --steps 20 --lr 1e-5",

@@ -1,7 +1,7 @@
 """``ches recipe FILE``: commands in a row, each with what the ones before it made; continues where it was stopped.
 
 A recipe is TOML. ``{stage/path}`` in a value is what another stage made: of this round if it has run, else of the round
-before; ``[first]`` says what stands there where neither is.
+before; ``[first]`` says what stands there where neither is. ``{{`` and ``}}`` are single braces.
 
     rounds = 2
     [first]
@@ -19,7 +19,6 @@ Each stage writes OUT/ROUND-NAME. ``recipe.json`` says which are done; a stage w
 refused, and nothing is made twice.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +29,13 @@ from typing import Any
 from ches_jax.errors import ChesError, did_you_mean
 from ches_jax.runs.directory import write_json
 from ches_jax.runs.files import read_object, read_text
+from ches_jax.runs.shapes import require_shape
 
 RECORD = "recipe.json"
-PLACE = re.compile(r"\{([^{}]+)\}")
+PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 MOST_ROUNDS = 100
+DONE = {"done": {str: {"words": [str], "headline": str}}}
+"""The shape of what is read of ``recipe.json``."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             key = f"{number}-{stage.name}"
 
             def place(match: re.Match[str], stage: Stage = stage) -> str:
+                if match[1] is None:
+                    return match[0][0]
                 name, _, rest = match[1].partition("/")
                 if name in made:
                     return str(made[name] / rest) if rest else str(made[name])
@@ -141,6 +145,12 @@ def steps_of(recipe: Recipe, out: Path) -> list[Step]:
             made[stage.name] = out / key
             steps.append(Step(key, stage.verb, (*words, "--out", str(out / key))))
     return steps
+
+
+def _done(path: Path) -> dict[str, Any]:
+    """The stages that ``recipe.json`` says are done."""
+    record = require_shape(path, read_object(path, ChesError, "a recipe's directory"), DONE, ChesError)
+    return record["done"]
 
 
 def _words(option: str, value: Any, filled: Callable[[str], str]) -> list[str]:
@@ -178,7 +188,7 @@ def run_recipe(
       ChesError: a recipe that is none, a directory that holds another one, or what a stage refuses.
     """
     steps = steps_of(read_recipe(path, verbs), out)
-    there = read_object(out / RECORD, ChesError, "a recipe's directory")["done"] if (out / RECORD).exists() else {}
+    there = _done(out / RECORD) if (out / RECORD).exists() else {}
     if out.exists() and any(out.iterdir()) and not resume:
         raise ChesError(f"{out}: is not empty; add --resume to continue it, or give a new --out")
     for step in steps:
@@ -200,4 +210,4 @@ def run_recipe(
             raise ChesError(f"stage {step.key}: {outcome.headline} (exit code {outcome.code})")
         done[step.key] = {"words": words, "headline": outcome.headline}
         write_json(out / RECORD, {"verb": "recipe", "recipe": str(path), "stages": len(steps), "done": done})
-    return json.loads((out / RECORD).read_text(encoding="utf-8"))
+    return read_object(out / RECORD, ChesError, "a recipe's directory")

@@ -55,8 +55,12 @@ SAME = {
     "stop-sequences": "stop",
 }
 """A name elsewhere -> the option that takes the same value (the first that the verb has)."""
-WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir", "trl-log": "path", "log": "path"}
+WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir"} | dict.fromkeys(
+    ("trl-log", "log", "log-dir", "logdir", "logging-dir", "log-file"), "path"
+)
 """A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
+SUBJECTS = ("scores", "responses", "groups", "pairs", "prompts")
+"""Options that a verb is about: a path without a name is most likely meant for the first that it has."""
 DIFFERENT = {
     "per-device-train-batch-size": "--batch-size N is the pairs of an update over all devices, and --accumulate K cuts "
     "it into K micro-batches",
@@ -122,7 +126,8 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
             elif places:
                 seen.add(places.pop(0).field)
             else:
-                raise ChesError(f"ches {verb}: {word!r} belongs to no option; ches {verb} --help names all")
+                meant = next((f"; did you mean --{o} {word}?" for o in SUBJECTS if f"--{o}" in flags), "")
+                raise ChesError(f"ches {verb}: {word!r} belongs to no option{meant}; ches {verb} --help names all")
             continue
         typed, equals, value = word.partition("=")
         if (place := _place(typed, flags, places)) is not None:
@@ -173,7 +178,8 @@ def _flag(verb: str, typed: str, options: Mapping[str, Option]) -> str:
     mentioned = [word for word in DIFFERENT.get(name, "").replace(",", " ").split() if word.startswith("--")]
     if name in DIFFERENT and (not mentioned or mentioned[0] in options):
         raise ChesError(f"{subject}: {DIFFERENT[name]}")
-    raise ChesError(f"{subject}{did_you_mean(flag, tuple(options))}; ches {verb} --help names all")
+    near = did_you_mean(name, tuple(option.removeprefix("--") for option in options), "--")
+    raise ChesError(f"{subject}{near}; ches {verb} --help names all")
 
 
 def _require_value(verb: str, option: Option, flag: str, given: Sequence[str]) -> None:

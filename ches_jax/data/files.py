@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from ches_jax.errors import DataError
 from ches_jax.runs.store import fetched, is_address, matching, place, scheme_of
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
+"""Suffixes of files that hold other files."""
 _PART = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d{3,})(-of-(?P<count>\d+))?(-[0-9a-f]{8,})?")
 """Names of the parts of a split, as the hub and Spark write them."""
 
@@ -36,6 +39,20 @@ _OPENERS: Mapping[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
 }
+
+
+def behind_page(spec: str) -> str:
+    """What the page of a data set or of a file shows, as it is read: a name on the hub, or the address of the bytes.
+
+    >>> behind_page("https://huggingface.co/datasets/Anthropic/hh-rlhf"), behind_page("pairs.jsonl")
+    ('Anthropic/hh-rlhf', 'pairs.jsonl')
+    >>> behind_page("https://github.com/o/r/blob/main/a.jsonl")
+    'https://raw.githubusercontent.com/o/r/main/a.jsonl'
+    """
+    if page := re.fullmatch(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+?)/?(?:tree/main/?|viewer.*)?", spec):
+        return page[1]
+    spec = re.sub(r"^(https://huggingface\.co/(?:datasets/)?[^/]+/[^/]+)/blob/", r"\1/resolve/", spec)
+    return re.sub(r"^https://github\.com/([^/]+/[^/]+)/blob/", r"https://raw.githubusercontent.com/\1/", spec)
 
 
 def located(spec: str) -> list[Path]:
@@ -101,7 +118,8 @@ def digest(files: Iterable[Path]) -> str:
 def splits_of(folder: Path, formats: Iterable[str]) -> dict[str, list[Path]]:
     """Files of a folder by split: ``data/train-00000-of-00002.parquet``, ``train/0.parquet``, ``train.jsonl``.
 
-    Files of a folder with a name (a configuration of the hub) are "name/split".
+    Files of a folder with a name (a configuration of the hub) are "name/split"; those of ``lang=de`` hold the rows of
+    which a column has that value (``partition_values``), and are of one split.
 
     Raises:
       DataError: parts of a split are not there.
@@ -112,11 +130,12 @@ def splits_of(folder: Path, formats: Iterable[str]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     parts: dict[str, list[re.Match[str]]] = {}
     for path in files:
-        folders = [part for part in path.relative_to(folder).parts[:-1] if part != "data"]
+        below = [part for part in path.relative_to(folder).parts[:-1] if part != "data"]
+        folders = [part.removeprefix("split=") for part in below if "=" not in part or part.startswith("split=")]
         stem = path.name.partition(".")[0]
         match = _PART.fullmatch(stem)
         name = match["split"] if match else stem
-        split = "/".join([*folders, *([name] if name not in ("", "data", "part") and (match or not folders) else [])])
+        split = "/".join([*folders, *([name] if name not in ("", "data", "part") and (match or not below) else [])])
         splits.setdefault(split, []).append(path)
         if match and match["count"]:
             parts.setdefault(split, []).append(match)
@@ -129,6 +148,16 @@ def splits_of(folder: Path, formats: Iterable[str]) -> dict[str, list[Path]]:
                 "download the folder again"
             )
     return splits
+
+
+def partition_values(inside: Path) -> dict[str, str]:
+    """Columns that the folders of a file tell, as Hive, Spark and pyarrow lay them out.
+
+    >>> partition_values(Path("split=train/lang=de/part-0.parquet"))
+    {'lang': 'de'}
+    """
+    pairs = [part.partition("=") for part in inside.parts[:-1] if "=" in part]
+    return {name: unquote(value) for name, _, value in pairs if name != "split"}
 
 
 def _is_glob(name: str) -> bool:

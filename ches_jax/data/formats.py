@@ -31,6 +31,7 @@ _COLUMNS_OF_A_ROW = frozenset(
     {"prompt", "chosen", "rejected", "responses", "messages", "conversations", "instruction", "question"}
 )
 """An object with one of these is a row, whatever lies inside."""
+ARCHIVE = "an archive of other files; unpack it and give the file that holds the rows"
 _EXPECTED = "expected one JSON object per line, or one array of objects in a .json file"
 
 
@@ -220,7 +221,10 @@ def _decompressed(path: Path) -> Iterator[BinaryIO]:
 def _checked(path: Path, file: BinaryIO) -> BinaryIO:
     """The same file where it can be UTF-8."""
     buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]
-    if buffered.peek(2)[:2] in _UTF16:  # type: ignore[attr-defined]
+    begin: bytes = buffered.peek(512)  # type: ignore[attr-defined]
+    if begin[257:262] == b"ustar" or begin.startswith(b"PK\x03\x04"):
+        raise DataError(f"{path}: {ARCHIVE}")
+    if begin[:2] in _UTF16:
         raise DataError(f"{path}: the text is UTF-16; convert the file to UTF-8 (iconv -f UTF-16 -t UTF-8)")
     return buffered  # type: ignore[return-value]
 

@@ -4,6 +4,7 @@ What lies where is opened by ``files``, read by ``formats``, and understood by `
 """
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from typing import Any, get_args
 
 from ches_jax import bundled
 from ches_jax.data import files
-from ches_jax.data.formats import BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
+from ches_jax.data.formats import ARCHIVE, BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -30,6 +31,7 @@ from ches_jax.data.prompts import (
     lookup,
     pair_contents,
 )
+from ches_jax.data.schema.left_over import note_on
 from ches_jax.data.schema.mapping import (
     PLAIN,
     WORDS,
@@ -42,7 +44,7 @@ from ches_jax.data.schema.mapping import (
     is_declaration,
 )
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.recognise import Recognised, note_on, recognise, recognise_prompt, told_of_columns
+from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
@@ -212,18 +214,19 @@ def _paired(pairing: Pairing | None) -> Kind:
     return PAIRS[pairing or "chosen-against-all"]
 
 
-def pairs_of_run(options: Mapping[str, Any]) -> Iterator[list[Record]]:
+def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iterator[list[Record]]:
     """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
 
     Args:
       options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
+      read: columns that the caller reads itself.
 
     Raises:
       DataError: as ``open_rows``.
     """
     spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
     schema = options.get("schema") or "auto"
-    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema)
+    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema, read)
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 
@@ -443,6 +446,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
+    spec = files.behind_page(spec)
     if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)
@@ -464,6 +468,8 @@ def _is_hub_name(spec: str) -> bool:
 
 def _open_file(path: Path, split: str | None = None) -> Opened:
     form, packed = files.kind_of(path)
+    if {form, packed} & {*files.ARCHIVES}:
+        raise DataError(f"{path}: {ARCHIVE}")
     if form not in READERS:
         raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
     if not path.is_file() and not is_store(path):
@@ -478,15 +484,15 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     return (f"{kind}, {packed}" if packed else kind), partial(read, path), lambda: files.digest([path])
 
 
-def _open_several(paths: list[Path]) -> Opened:
+def _open_several(paths: list[Path], one: Callable[[Path], Opened] = _open_file) -> Opened:
     """Files one after another; where a row stands is said with the file."""
-    opened = [_open_file(path) for path in paths]
+    opened = [one(path) for path in paths]
 
     def read(start: int) -> Iterator[Raw]:
         rows = (
             (f"{path.name}, {where}", raw)
-            for path, (_, one, _) in zip(paths, opened, strict=True)
-            for where, raw in one(0)
+            for path, (_, read_one, _) in zip(paths, opened, strict=True)
+            for where, raw in read_one(0)
         )
         return itertools.islice(rows, start, None)
 
@@ -497,6 +503,8 @@ def _open_several(paths: list[Path]) -> Opened:
 def _open_folder(path: Path, split: str | None) -> Opened:
     if (path / "dataset_dict.json").exists():
         splits = _split_names(path / "dataset_dict.json")
+        if split is None and len(splits) == 1:
+            (split,) = splits
         if split not in splits:
             fault = f"no split '{split}'" if split else "several splits"
             raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
@@ -529,7 +537,19 @@ def _open_parts(path: Path, split: str | None) -> Opened:
         fault = "several splits" if split is None else f"no split '{split}'" if not fitting else f"several '{split}'"
         raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(n or '(no name)' for n in splits)}")
     parts = splits[fitting[0]]
-    return _open_several(parts) if len(parts) > 1 else _open_file(parts[0])
+    part = partial(_open_part, path)
+    return _open_several(parts, part) if len(parts) > 1 else part(parts[0])
+
+
+def _open_part(folder: Path, path: Path) -> Opened:
+    """A file of a folder, whose rows have the columns that the folders around it tell too."""
+    kind, read, identity = _open_file(path)
+    told = files.partition_values(path.relative_to(folder))
+
+    def rows(start: int) -> Iterator[Raw]:
+        return ((where, {**told, **raw} if isinstance(raw, Mapping) else raw) for where, raw in read(start))
+
+    return kind, rows if told else read, identity
 
 
 def _split_names(path: Path) -> list[str]:
@@ -542,16 +562,48 @@ def _split_names(path: Path) -> list[str]:
     return names
 
 
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be reached at all; what it answers is left to ``load_dataset``."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return True
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _from_the_cache() -> Iterator[None]:
+    """The clients of the hub read their caches only: without a network they would try for a minute first."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    clients: tuple[Any, ...] = (constants, config)
+    before = [client.HF_HUB_OFFLINE for client in clients]
+    for client in clients:
+        client.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for client, value in zip(clients, before, strict=True):
+            client.HF_HUB_OFFLINE = value
+
+
 def _open_hub(name: str, split: str) -> Opened:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        with contextlib.nullcontext() if _hub_answers(name) else _from_the_cache():
+            dataset = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise DataError(
-            f"{name}: no such file, and split '{split}' of a hub dataset of that name could not be "
-            f"reached ({type(error).__name__}: {str(error).partition(chr(10))[0]}); give "
-            " the path of a local file or folder"
+            f"{name}: no such file, and split '{split}' of a hub dataset of that name could not be loaded "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name, the split and the network, "
+            "or give the path of a local file or folder"
         ) from error
     identity = f"{name}\n{split}\n{getattr(dataset, '_fingerprint', '')}"
     return (

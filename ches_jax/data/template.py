@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.file_tokenizer import is_blank, token_ids
-from ches_jax.data.messages import SYSTEM, Message, as_parts, text_of
+from ches_jax.data.messages import SYSTEM, Message, as_parts, kind, text_of
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, TemplateError, did_you_mean
+from ches_jax.runs.files import read_object
 from ches_jax.runs.store import here
 from ches_jax.types import common_prefix
 
@@ -395,6 +396,18 @@ def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Messa
     return [*prompt[:-1], {**begun, **rest, "content": text_of(begun) + text_of(rest)}, *response[1:]]
 
 
+def template_in(path: Path) -> str:
+    """The ``chat_template`` of a JSON file: of a processor (``chat_template.json``), or of a tokenizer's settings.
+
+    Raises:
+      DataError: the file has none, or several.
+    """
+    text = read_object(path, DataError, "a chat template").get("chat_template")
+    if not isinstance(text, str):
+        raise DataError(f"{path}: 'chat_template' is {kind(text)}; expected one template as text")
+    return text
+
+
 def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTrainedTokenizerBase":
     """The tokenizer with the chat template that ``template`` names or whose file it is; itself for one of ``MODES``.
 
@@ -415,6 +428,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
+        text = template_in(path) if path.suffix.lower() == ".json" else text
     else:
         words = [*MODES, *names]
         raise DataError(

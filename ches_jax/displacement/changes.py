@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "together", "flat")
 TOLERANCE = 0.05
@@ -118,7 +119,7 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
     return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
 
-def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERANCE) -> dict[str, float]:
+def displacement_summary(chosen: ArrayLike, rejected: ArrayLike, tolerance: float = TOLERANCE) -> dict[str, float]:
     r"""How far the log-probabilities of preference pairs moved, in numbers to log.
 
     .. math:: \Delta_\pm = \ln \pi_{\mathrm{after}}(y_\pm|x) - \ln \pi_{\mathrm{before}}(y_\pm|x)
@@ -151,6 +152,7 @@ def displacement_summary(chosen: np.ndarray, rejected: np.ndarray, tolerance: fl
     >>> summary["displacement/dlogp_chosen"], summary["displacement/margin"], summary["displacement/lld_rate"]
     (-1.5, 3.0, 1.0)
     """
+    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     both = ~np.isnan(chosen - rejected)
     out: dict[str, float] = {}
     for name, change in (("chosen", chosen[~np.isnan(chosen)]), ("rejected", rejected[~np.isnan(rejected)])):

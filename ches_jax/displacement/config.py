@@ -27,7 +27,7 @@ class DiagnoseConfig(RowOptions):
     logps: str | None = None
     """Parquet file with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected (after)."""
     pairs: str | None = None
-    """Pairs that --before and --after score, best held-out ones; otherwise where the texts of a run's pairs are."""
+    """Held-out pairs that --before and --after score; otherwise where the texts of a run's pairs are."""
 
     beta: float | None = None
     """The beta of the run, which turns its rewards into nats and margins into preferences; default: from the log, the

@@ -118,7 +118,9 @@ def read_changes(config: DiagnoseConfig, work: Path, *, quiet: bool = True) -> C
     """The changes of log-probabilities in the one source that the options name; models are scored below ``work``."""
     named = [n for n in ("path", "before", "logps") if getattr(config, n) is not None]
     if len(named) != 1 or (config.before is None) != (config.after is None):
-        raise ChesError(f"give one of {SOURCES}")
+        given = [f"--{n}" if n != "path" else f"PATH ({config.path})" for n in named]
+        given += ["--after"] if config.after is not None else []
+        raise ChesError(f"give one of {SOURCES}" + (f"; got {' and '.join(given)}" if given else ""))
     if config.before is not None and config.after is not None:
         tables = [_is_table(Path(p)) for p in (config.before, config.after)]
         if tables == [False, False]:
@@ -276,10 +278,9 @@ def _with_source(changes: Changes, texts: Mapping[str, Any]) -> Changes:
 
 def _harm(config: DiagnoseConfig, diagnosis: Diagnosis) -> Harm:
     before, after = (None if p is None else Path(p) for p in (config.responses_before, config.responses_after))
-    held_out = diagnosis.held_out or config.path is None
     return Harm(
         (
-            margin_criterion(diagnosis.directions["margin"], str(diagnosis.margin), held_out),
+            margin_criterion(diagnosis.directions["margin"], str(diagnosis.margin), diagnosis.held_out),
             *text_criteria(before, after),
             judged_criterion([Path(p) for p in config.judgments], config.want),
         )

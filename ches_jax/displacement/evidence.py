@@ -64,7 +64,7 @@ class Harm:
     def quality(self) -> str:
         """The third question."""
         measured = [c for c in self.criteria if not c.of_texts and c.outcome != "not measured"]
-        return "; ".join(f"{c.evidence}" for c in measured) or "not measured (needs held-out pairs)"
+        return "; ".join(f"{c.evidence}" for c in measured) or "unclear (needs more held-out pairs or evaluations)"
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -88,7 +88,7 @@ def margin_criterion(direction: str, interval: str, held_out: bool) -> Criterion
         "met" if direction == "down" else "not met" if direction in ("up", "level") and held_out else "not measured"
     )
     return Criterion(
-        name, outcome, f"margin {interval}: {direction}" + ("" if held_out else "; held-out pairs tell more")
+        name, outcome, f"margin {interval}: {direction}" + ("" if held_out else "; held-out pairs say more")
     )
 
 

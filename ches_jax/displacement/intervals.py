@@ -66,7 +66,9 @@ class Interval:
 
     def __str__(self) -> str:
         """As in a line of text: ``-0.350 [-1.060, +0.410]``."""
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]" if self.known else f"{self.mean:+.3f} [-]"
+        return (
+            f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]" if self.known else f"{self.mean:+.3f} (no interval)"
+        )
 
 
 def of_pairs(values: np.ndarray, records: np.ndarray | None = None, seed: int = 0) -> list[Interval]:

@@ -5,21 +5,21 @@ on where it was.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.packing import Candidates
 from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, require_known
+from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
-from ches_jax.errors import ChesError, DataError
+from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
 from ches_jax.forecast.frozen import FrozenSteps, not_finite
@@ -34,7 +34,7 @@ from ches_jax.models.decoder import abstract_parameters
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import RUN, as_dict, device_name, new_name, open_run, read_json, write_summary
-from ches_jax.runs.files import parquet_source
+from ches_jax.runs.files import read_parquet
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
@@ -42,7 +42,6 @@ from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan
 from ches_jax.train.optimizer import make_schedule, optimizer_hyper
 from ches_jax.train.state import require_divides
-from ches_jax.types import TokenPair
 
 GROUPS = "groups.parquet"
 """The table of ``ches groups``."""
@@ -101,7 +100,7 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
 
-    >>> import json; from tempfile import TemporaryDirectory
+    >>> import json; import pyarrow.parquet as pq; from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     rows = [{"prompt": "1+1? ", "response": str(n), "score": n == 2} for n in (1, 2, 3)]
     ...     _ = Path(f"{folder}/1.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in rows))
@@ -132,6 +131,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     lock.take()
     open_run(out, "groups", {"config": as_dict(config), **opener.identity()}, resume, other_versions=other_versions)
     if (out / RUN).exists() and read_json(out / RUN).get("status") == "done":
+        chunks.clear(out)
         return out
     if found.dropped:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
@@ -166,7 +166,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
             chunk(out, number, lambda path: write_table(path, table(members)))  # noqa: B023
             bar.update(len(members))
     files = whole(out, len(parts), opener.require_unchanged)
-    every = pa.concat_tables([pq.read_table(parquet_source(file)) for file in files])
+    every = pa.concat_tables([read_parquet(file, RunError, "a part of this run", SCHEMA) for file in files])
     write_table(out / GROUPS, every.replace_schema_metadata({b"ches_jax": b"groups"}))
     write_summary(
         out,
@@ -209,7 +209,7 @@ def read_responses(config: GroupsConfig, model: ModelFiles, opener: Opener) -> R
     audit = Audit(tokenizer.tokenizer.bos_token_id, tokenizer.tokenizer.eos_token_id)  # type: ignore[arg-type]
     kept_groups, items, dropped = [], [], []
     for group in every:
-        pairs = [_single(p) for p in tokenizer([r.record for r in group.rollouts])]
+        pairs = [with_own_flags(p) for p in tokenizer([r.record for r in group.rollouts])]
         audit.extend(pairs)
         bad = [p for p in pairs if (p.flags if config.on_bad_row == "drop" else not UNSCORABLE.isdisjoint(p.flags))]
         dropped += [dropped_record(p) for p in bad]
@@ -233,11 +233,6 @@ def read_responses(config: GroupsConfig, model: ModelFiles, opener: Opener) -> R
             "nothing would be learned; a group is the responses to one prompt (or of one uid)"
         )
     return Responses(kept_groups, items, won, weights, known, dropped, len(records))
-
-
-def _single(pair: TokenPair) -> TokenPair:
-    """The findings about a response that was read as two equal ones."""
-    return replace(pair, flags=tuple(f for f in pair.flags if f != "identical" and not f.endswith("_rejected")))
 
 
 def plan_of(config: GroupsConfig, count: int) -> Plan:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.forecast import influence as influences
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
 from ches_jax.forecast.frozen import Start
@@ -34,7 +34,7 @@ from ches_jax.runs.directory import (
     read_json,
     write_summary,
 )
-from ches_jax.runs.files import parquet_source
+from ches_jax.runs.files import parquet_source, read_parquet
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
@@ -127,8 +127,10 @@ def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_ver
     identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
     lock.take()
     open_run(out, verb, identity, resume, other_versions=other_versions)
-    done = out / RUN
-    return run, done.exists() and read_json(done).get("status") == "done"
+    done = (out / RUN).exists() and read_json(out / RUN).get("status") == "done"
+    if done:
+        chunks.clear(out)
+    return run, done
 
 
 def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Path:
@@ -173,7 +175,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             chunk(out, number, lambda path: write_table(path, pa.table(columns(which, pairs), schema=SCHEMA)))  # noqa: B023
             bar.update(len(pairs))
     parts = whole(out, len(work), run.opener.require_unchanged)
-    table = pa.concat_tables([pq.read_table(parquet_source(part)) for part in parts])
+    table = pa.concat_tables([read_parquet(part, RunError, "a part of this run", SCHEMA) for part in parts])
     with clock.stage("linear range"):
         errors = _linear_errors(passes, direction, sets, table)
     if config.pilot:

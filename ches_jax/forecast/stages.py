@@ -1,5 +1,7 @@
 """The stages of a forecast's run: how long each took, and the direction that a stopped run finds again."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ches_jax.errors import RunError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.passes import on_mesh
 from ches_jax.runs import chunks
@@ -64,7 +66,7 @@ def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]
         direction, found = compute()
         with replacing(arrays) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
-        write_json(record, {"sha256": sha256(arrays), "found": found})
+        write_json(record, {"sha256": sha256(arrays), "found": found, "sha256_of_found": _digest(found)})
     return on_mesh(load(arrays.read_bytes()), mesh), found
 
 
@@ -72,9 +74,14 @@ def _found(arrays: Path, record: Path) -> dict[str, Any] | None:
     """What is known of the direction that is there; None where it is not, or is not as it was written."""
     try:
         written = read_object(record, RunError, "the record of a direction")
-        return written["found"] if sha256(arrays) == written["sha256"] else None
-    except (OSError, RunError, KeyError):
+        found, undamaged = written["found"], sha256(arrays) == written["sha256"]
+        return found if undamaged and _digest(found) == written["sha256_of_found"] else None
+    except (OSError, ChesError, KeyError):
         return None
+
+
+def _digest(found: Any) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def chunk(out: Path, number: int, write: Callable[[Path], int]) -> None:

@@ -106,7 +106,7 @@ def _generate(
             lock.take()
             # the other processes join the directory that the first one makes
             open_run(out, "generate", identity, resume or division.turns.count > 1, other_versions=other_versions)
-            done = None if (out / FILE_NAME).exists() or (out / RUN).exists() else chunks.done(out)
+            done = None if (out / RUN).exists() else chunks.done(out)
         done = team.exchange(done)[0]
     facts: dict[str, Any] = {"device": device_name(), "mesh": dict(mesh.shape)}
     if done is not None:
@@ -259,12 +259,11 @@ class Generator:
 
 
 def _finish(out: Path, facts: Mapping[str, Any]) -> None:
-    """Join the chunks, and write ``run.json`` last."""
-    if not (out / FILE_NAME).exists():
-        chunks.join(out, FILE_NAME)
-    chunks.clear(out)
+    """Join the chunks, write ``run.json``, and remove the chunks: until it is there they are joined again."""
     if (out / RUN).exists():
+        chunks.clear(out)
         return
+    chunks.join(out, FILE_NAME)
     reasons: Counter[str] = Counter()
     texts = tokens = 0
     prompts = set()
@@ -276,3 +275,4 @@ def _finish(out: Path, facts: Mapping[str, Any]) -> None:
         raise ChesError(f"{out}: no prompt was continued; dropped.jsonl says why")
     counts = {"prompts": len(prompts), "texts": texts, "tokens": tokens, "dropped": chunks.count_dropped(out)}
     write_summary(out, {"counts": counts, "finish_reasons": dict(sorted(reasons.items())), **facts})
+    chunks.clear(out)

@@ -13,6 +13,22 @@ from ches_jax.health import unpaired
 from ches_jax.health.checks import CHECKS, Check, Row, leaks, unreadable
 from ches_jax.runs.chunks import json_value
 
+WHAT_TO_DO = {
+    "unreadable": "repair these rows or leave them out",
+    "length": "expect a model that prefers this length: a loss with length normalisation, ches select --control length",
+    "refusals": "look at the examples: the label may mean that the response refuses",
+    "identical sides": "leave these pairs out: they have no preferred side",
+    "empty texts": "repair these rows or leave them out",
+    "prompt_too_long": "leave these rows out, or score with a longer --max-length",
+    "contradictions": "keep the label that you trust, or neither row",
+    "duplicates": "ches select --dedup exact, or near",
+    "scores": "find out which column made the label: one of the two is wrong",
+    "languages": "look at the examples: the label may mean a language",
+    "leaked prompts": "leave these prompts out of the training set",
+    "labels": "find rows with the other label: with one alone nothing can be learned",
+}
+"""For each check, if it is a finding."""
+
 
 @dataclass(frozen=True)
 class Health:
@@ -32,7 +48,8 @@ class Health:
     def headline(self) -> str:
         """One line."""
         findings = [c.name for c in self.checks if c.finding]
-        return f"{self.rows} rows, {len(findings)} findings" + (f": {', '.join(findings)}" if findings else "")
+        count = f"{len(findings)} finding{'s' * (len(findings) != 1)}"
+        return f"{self.rows} rows, {count}" + (f": {', '.join(findings)}" if findings else "")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -44,7 +61,10 @@ class Health:
         lines = [self.source, ""]
         for check in self.checks:
             lines.append(f"{'FINDING' if check.finding else 'ok':<9}{check.name:<16}{check.text}")
-            lines += [f"{'':<25}{example}" for example in check.examples[: self.show]]
+            if examples := check.examples[: self.show]:
+                lines += [f"{'':<25}such as {examples[0]}", *(f"{'':<33}{example}" for example in examples[1:])]
+            if check.finding:
+                lines.append(f"{'':<25}do: {WHAT_TO_DO[check.name]}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

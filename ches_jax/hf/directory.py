@@ -102,8 +102,8 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as e:  # the hub client raises dozens of types; all mean "not to be had"
         raise CheckpointError(
-            f"{name}: not a local directory, and the hub did not give it ({type(e).__name__}); check the name, the "
-            "network and the licence, or give a local directory"
+            f"{name}: not a local directory, and it cannot be downloaded from the hub ({type(e).__name__}); check the "
+            "name, the network and the licence, or give a local directory"
         ) from e
 
 

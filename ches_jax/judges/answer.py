@@ -9,9 +9,19 @@
 import re
 import unicodedata
 
-TAGS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|inner_monologue|seed:think"
-_OPEN = rf"(?:<(?:{TAGS})>|\[THINK\]|<\|(?:begin_of_thought|START_THINKING|thinking)\|>|◁think▷)"
-_CLOSE = rf"(?:</(?:{TAGS})>|\[/THINK\]|<\|(?:end_of_thought|END_THINKING|/thinking)\|>|◁/think▷)"
+_WORDS = "think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|monologue"
+TAGS = rf"(?:(?:\w+[:_])?(?:{_WORDS})(?:_content)?|cot)"
+"""Also with the name of who writes it in front: ``seed:think``."""
+_OPEN = (
+    rf"(?:<{TAGS}>|<\|{TAGS}\|>|\[THINK\]|<\|(?:begin[_▁]of[_▁]thought|thinking_start|START_THINKING|inner_prefix)\|>|<\|channel>|◁think▷"
+    r"|<unused94>|<details type=\"reasoning\")"
+)
+_CLOSE = (
+    rf"(?:</{TAGS}>|<\|/{TAGS}\|>|\[/THINK\]|<\|(?:end[_▁]of[_▁]thought|thinking_end|END_THINKING|inner_suffix)\|>|<channel\|>|◁/think▷"
+    r"|<unused95>)"
+)
+FOLDED = re.compile(r"<details type=\"reasoning\".*?</details>", re.DOTALL)
+"""Reasoning that a web page folds away."""
 OPENED = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 CLOSED = re.compile(rf".*{_CLOSE}", re.IGNORECASE | re.DOTALL)
 """Up to the last end of a block: also where the template opened it, so that only the end is in the text."""
@@ -36,6 +46,9 @@ INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
+WITHOUT_APOSTROPHE = re.compile(
+    r"\b(i|we|you|they|he|she|it|that|this) (ca|wo|do|did|does|could|would|should|is|was)nt\b", re.IGNORECASE
+)
 _QUOTED = re.compile(
     r"\"[^\"\n]*\"|(?<!\w)'(?=\w)[^'\n]*(?:'\w[^'\n]*)*'(?!\w)|```.*?(?:```|$)|(?<!\w)`[^`\n]+`(?!\w)", re.DOTALL
 )
@@ -48,6 +61,7 @@ def final_answer(text: str) -> str | None:
         return "".join(final) if final else None
     if stripped := STRIPPED_CHANNELS.match(text):
         return stripped[2]
+    text = FOLDED.sub("", text)
     if closed := CLOSED.match(text):
         text = text[closed.end() :]
     if OPENED.match(text):
@@ -59,6 +73,7 @@ def plain(text: str) -> str:
     """Lower case, straight quotes and apostrophes, single spaces; nothing invisible, no Markdown or HTML marks."""
     text = re.sub(r"(?<=\w)[`\u00b4](?=\w)", "'", text.translate(TYPOGRAPHIC))
     text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    text = WITHOUT_APOSTROPHE.sub(r"\1 \2n't", re.sub(r"(?<=\w)''(?=\w)", "'", text))
     text = re.sub(r"</?(?:b|i|em|strong|p|br|u)\s*/?>", " ", text)
     text = re.sub(r"(?m)^\s*(?:[>#]+|[-*+]\s)\s*", "", text)
     text = re.sub(r"[*_~]+(?=\S)|(?<=\S)[*_~]+", "", text)

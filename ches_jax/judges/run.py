@@ -98,13 +98,12 @@ def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool,
     identity = {"config": as_dict(config), **opener.identity()}
     lock.take()
     open_run(out, "judge", identity, resume, other_versions=other_versions)
-    if not (out / FILE_NAME).exists():
+    if not (out / RUN).exists():  # until it is there the chunks are joined again
         _judge_chunks(out, config, source, opener, method, quiet)
-    chunks.clear(out)
-    if not (out / RUN).exists():
         counts = summary(chunks.read_lines(out / FILE_NAME))
         measured = {} if method.rates is None else {"rules_measured": dict(method.rates)}
         write_summary(out, {"device": device_name(), "summary": counts | measured})
+    chunks.clear(out)
     return out
 
 

@@ -6,10 +6,13 @@ Between -0.5 and 0.5: above 0 where a token is likelier when the prompt requests
 pair get a number for each token of the pair as it is trained on.
 
 References:
-  Zhou et al., T-REG (https://arxiv.org/abs/2412.02685), as a public reading note gives it; the paper's prompts could
-  not be had, so those of ``BETTER`` and ``WORSE`` are ours, after its four words: helpful, correct, coherent, concise.
+  Zhou et al., T-REG (https://arxiv.org/abs/2412.02685), as a public reading note gives it: the reference model is asked
+  to improve an answer and to spoil it. The paper's prompts could not be had; ``BETTER`` and ``WORSE`` are ours, after
+  its four words (helpful, correct, coherent, concise), and do not show the answer, which a small model would copy under
+  both. A prompt that shows it has ``{response}`` where it stands.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +66,7 @@ def token_rewards(
         prompts = prompts_in(rows[i].content)
         for side, prompt in zip(SIDES, prompts * (2 // len(prompts)), strict=True):
             for frame in (config.better or BETTER, config.worse or WORSE):
-                asked.append(replace(rows[i], content=_framed(rows[i], prompt, frame)))
+                asked.append(replace(rows[i], content=_framed(rows[i], prompt, side, frame)))
             responses.append((i, side, getattr(pairs[i], side)))
     ids = [found.ids for found in encode_prompts(tokenizer.writer, asked)]
     lines = []
@@ -108,11 +111,20 @@ def _token_logps(path: Path) -> dict[tuple[int, str], list[float]]:
     return {key: [logp for _, logp in sorted(some)] for key, some in found.items()}
 
 
-def _framed(row: Record, prompt: Any, frame: str) -> dict[str, Any]:
+def _framed(row: Record, prompt: Any, side: str, frame: str) -> dict[str, Any]:
     """A prompt with what is asked of its answer: of a conversation in the user's last message."""
+
+    def filled(text: str) -> str:
+        places = {"{prompt}": text}
+        if "{response}" in frame:
+            response = row.content[side]
+            places["{response}"] = response if isinstance(response, str) else text_of(response[-1])
+        # both at once: a prompt may itself hold such a word
+        return re.sub(r"\{prompt\}|\{response\}", lambda place: places[place[0]], frame)
+
     rest = {k: row.content[k] for k in ("tools", "chat_template_kwargs") if k in row.content}
     if isinstance(prompt, str):
-        return {"prompt": frame.replace("{prompt}", prompt), **rest}
+        return {"prompt": filled(prompt), **rest}
     messages: list[Message] = list(prompt)
     users = [n for n, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"]
     if not users:
@@ -121,7 +133,7 @@ def _framed(row: Record, prompt: Any, frame: str) -> dict[str, Any]:
             "one is token ids or has no message of a user"
         )
     last = messages[users[-1]]
-    messages[users[-1]] = {**last, "content": frame.replace("{prompt}", text_of(last))}
+    messages[users[-1]] = {**last, "content": filled(text_of(last))}
     return {"prompt": messages, **rest}
 
 

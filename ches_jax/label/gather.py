@@ -18,7 +18,16 @@ from ches_jax.runs.files import new_directory
 PAIRS = "pairs.jsonl"
 SUMMARY = "gather.json"
 REWARDS = ("chosen_reward", "rejected_reward")
-NEEDS = {"pairs": (), "samples": ("responses",), "contests": ("responses",), "filtered": ("rewards",), "goals": ()}
+PAIR = "pair"
+"""Of a row that sets a pair's chosen response against a text: the pair's id."""
+NEEDS = {
+    "pairs": (),
+    "samples": ("responses",),
+    "contests": ("responses",),
+    "against": ("responses",),
+    "filtered": ("rewards",),
+    "goals": (),
+}
 
 Row = dict[str, Any]
 
@@ -34,11 +43,13 @@ def gather(config: GatherConfig) -> dict[str, Any]:
     for option in NEEDS[config.make]:
         if getattr(config, option) is None:
             raise ChesError(f"--make {config.make} needs --{option}")
+    _require_goal(config.goal)
     opener = Opener()
     rows = rows_of(config, opener)
     made = list(MAKE[config.make](config, opener, rows))
     if not made:
-        raise ChesError(f"--make {config.make}: none of {len(rows)} pairs makes a row")
+        why = " (the rewards of each one's responses are written alike)" if config.make == "goals" else ""
+        raise ChesError(f"--make {config.make}: none of {len(rows)} pairs makes a row{why}")
     opener.require_unchanged()
     counts = {"pairs": len(rows), "rows": len(made)}
     record = json_value({"verb": "gather", "config": asdict(config), "counts": counts, **opener.identity()})
@@ -46,6 +57,20 @@ def gather(config: GatherConfig) -> dict[str, Any]:
         (folder / PAIRS).write_bytes(b"".join(json_line(row).encode() for row in made))
         (folder / SUMMARY).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
+
+
+def _require_goal(goal: str) -> None:
+    """Refuse a goal in which no reward can be written.
+
+    Raises:
+      ChesError: another place than {reward}, or a format that is none.
+    """
+    try:
+        differs = goal.format(reward=1.0) != goal.format(reward=2.0)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise ChesError(f"--goal {goal!r}: expected {{reward}} or {{reward:.2f}} in it ({error})") from None
+    if not differs:
+        raise ChesError(f"--goal {goal!r}: expected {{reward}} in it, where the reward stands")
 
 
 def texts_of(spec: str, opener: Opener) -> dict[str, list[str]]:
@@ -102,9 +127,21 @@ def _contests(config: GatherConfig, opener: Opener, rows: list[Record]) -> Itera
             yield {"prompt": _prompt(config, row), "chosen": different[0], "rejected": different[1]}
 
 
+def _against(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
+    for row, texts in _with_texts(config, opener, rows):
+        chosen = row.content["chosen"]
+        for text in dict.fromkeys(texts):
+            if text.strip() and text != chosen:
+                yield {"prompt": _prompt(config, row), "chosen": chosen, "rejected": text, PAIR: row.row_id}
+
+
 def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
+    found = list(opener.labels(str(config.rewards), "rewards"))
+    if all(PAIR in values for _, values in found):
+        yield from _unbeaten(config, found, rows)
+        return
     rewards: dict[str, float] = {}
-    for where, values in opener.labels(str(config.rewards), "rewards"):
+    for where, values in found:
         reward = values.get(config.reward_column)
         if not isinstance(reward, int | float):
             raise DataError(
@@ -122,6 +159,24 @@ def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Itera
             yield {**row.extra, **row.content}
 
 
+def _unbeaten(config: GatherConfig, found: list[tuple[str, Mapping[str, Any]]], rows: list[Record]) -> Iterator[Row]:
+    """The pairs whose chosen response no text has a higher reward than, by the labels of ``--make against``."""
+    known = {row.row_id for row in rows}
+    beaten = set()
+    for where, values in found:
+        sides = [values.get(name) for name in REWARDS]
+        if values[PAIR] not in known or not all(isinstance(v, int | float) for v in sides):
+            raise DataError(
+                f"--rewards {config.rewards}, {where}: expected the id of one of the pairs in {PAIR!r} and numbers in "
+                f"{' and '.join(REWARDS)}: what `ches label` makes of `ches gather --make against` of the same --pairs"
+            )
+        if sides[1] > sides[0]:  # type: ignore[operator]
+            beaten.add(values[PAIR])
+    for row in rows:
+        if row.row_id not in beaten:
+            yield {**row.extra, **row.content}
+
+
 def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator[Row]:
     for row in rows:
         chosen, rejected = _rewards(config, row)
@@ -129,8 +184,11 @@ def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator
         sides = row.content["chosen"], row.content["rejected"]
         if not isinstance(prompt, str):
             raise DataError(f"{config.pairs}, {row.where}: --make goals writes before prompts that are texts")
-        for reward, (good, bad) in ((chosen, sides), (rejected, sides[::-1])):
-            yield {"prompt": config.goal.format(reward=reward) + prompt, "chosen": good, "rejected": bad}
+        goals = [config.goal.format(reward=reward) for reward in (chosen, rejected)]
+        if goals[0] == goals[1]:  # the two rows would contradict each other
+            continue
+        for goal, (good, bad) in zip(goals, (sides, sides[::-1]), strict=True):
+            yield {"prompt": goal + prompt, "chosen": good, "rejected": bad}
 
 
 def _prompt(config: GatherConfig, row: Record) -> Any:
@@ -159,4 +217,11 @@ def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:
     return float(found[0]), float(found[1])  # type: ignore[arg-type]
 
 
-MAKE = {"pairs": _pairs, "samples": _samples, "contests": _contests, "filtered": _filtered, "goals": _goals}
+MAKE = {
+    "pairs": _pairs,
+    "samples": _samples,
+    "contests": _contests,
+    "against": _against,
+    "filtered": _filtered,
+    "goals": _goals,
+}

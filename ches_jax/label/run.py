@@ -3,7 +3,7 @@
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 
 from ches_jax.data.sources import Record
+from ches_jax.data.unpaired import as_one_response
+from ches_jax.displacement.changes import FILE_NAME as LOG
 from ches_jax.displacement.ranking import flip_budget, ranking_summary
+from ches_jax.displacement.readers.training_run import is_run, read_log_of_run
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
 from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
 from ches_jax.label.rewards import consistency, implicit_reward, label_probability
+from ches_jax.label.weights import density_weights, rows_of_one_response
 from ches_jax.options import PairOptions
 from ches_jax.runs.chunks import json_line, json_value, write_lines
 from ches_jax.runs.files import new_directory
@@ -26,7 +30,7 @@ from ches_jax.scores.table import read_table
 
 PAIRS = "pairs.jsonl"
 SUMMARY = "label.json"
-PROBABILITY = "label_probability"
+PROBABILITY, POSTERIOR = "label_probability", "label_posterior"
 SCORED = (
     "pairs",
     "split",
@@ -66,12 +70,13 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     require_options(config)
     opener = Opener()
-    rows = rows_of(config, opener)
+    singles = config.by == "density-ratio"
+    rows = rows_of_one_response(config, opener) if singles else rows_of(config, opener)
     with tempfile.TemporaryDirectory() as work:
         columns, summary = BY[config.by](config, opener, rows, Path(work), quiet)
     opener.require_unchanged()  # the pairs are read more than once
     with new_directory(Path(config.out), ChesError) as folder:
-        flipped = _write(folder / PAIRS, rows, columns, relabel=config.relabel)
+        flipped = _write(folder / PAIRS, rows, columns, relabel=config.relabel, singles=singles)
         known = [c[PROBABILITY] for c in columns.values() if PROBABILITY in c]
         record = json_value(
             {
@@ -95,15 +100,17 @@ def rows_of(config: PairOptions, opener: Opener) -> list[Record]:
     return [record for group in groups for record in group if not record.fault]
 
 
-def _write(path: Path, rows: Iterable[Record], columns: Mapping[str, Mapping[str, float]], *, relabel: bool) -> int:
-    """The labelled rows, in order; how many were exchanged."""
+def _write(
+    path: Path, rows: Iterable[Record], columns: Mapping[str, Mapping[str, float]], *, relabel: bool, singles: bool
+) -> int:
+    """The labelled rows (``singles``: of one response each), in order; how many were exchanged."""
     flipped = 0
     with open(path, "wb") as file:
         for row in rows:
             if row.row_id not in columns:
                 continue
             new = dict(columns[row.row_id])
-            content = {**row.extra, **row.content}
+            content = {**row.extra, **(as_one_response(row.content) if singles else row.content)}
             if relabel and new[PROBABILITY] < 0.5:
                 content, new, flipped = _exchanged(content), _exchanged(new), flipped + 1
                 new[PROBABILITY] = 1 - new[PROBABILITY]
@@ -242,12 +249,22 @@ def _by_contrast(
     return columns, {"asked": {"better": config.better or BETTER, "worse": config.worse or WORSE}, "mean_reward": means}
 
 
+def _by_density_ratio(
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+) -> tuple[Columns, dict[str, Any]]:
+    """A weight of each row of one response."""
+    return density_weights(config, opener, rows, quiet)
+
+
 def _by_file(
     config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
 ) -> tuple[Columns, dict[str, Any]]:
     """Columns of --labels, joined by ``row_id``."""
     known = {row.row_id for row in rows}
     columns: Columns = {}
+    place = Path(str(config.labels))
+    if is_run(place):
+        return _posteriors(place, opener, known), {"labels": str(place)}
     for where, values in opener.labels(str(config.labels)):
         row_id, subject = values.get("row_id"), f"--labels {config.labels}, {where}"
         if not isinstance(row_id, str) or row_id not in known:
@@ -268,6 +285,24 @@ def _by_file(
     return columns, {"labels": str(config.labels)}
 
 
+def _posteriors(run: Path, opener: Opener, known: Collection[str]) -> Columns:
+    """LCPO's posteriors of the pairs that a training run watched, as its last evaluation has them.
+
+    Raises:
+      ChesError: the run is not finished, has none, or has none of these pairs.
+    """
+    opener.file(run / LOG, "labels")
+    table = read_log_of_run(run)
+    if POSTERIOR not in table.column_names or table[POSTERIOR].null_count == len(table):
+        raise DataError(f"--labels {run}: a run without posteriors of labels; train with --loss 'lcpo(LOSS)'")
+    rows = zip(*(table[name].to_pylist() for name in ("step", "row_id", POSTERIOR)), strict=True)
+    last = {row_id: p for _, row_id, p in sorted(rows, key=lambda row: row[0]) if p is not None}
+    columns: Columns = {row_id: {PROBABILITY: p} for row_id, p in last.items() if row_id in known}
+    if not columns:
+        raise DataError(f"--labels {run}: its posteriors are of other pairs than those of --pairs")
+    return columns
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
@@ -276,13 +311,24 @@ BY = {
     "implicit-reward": _by_implicit_reward,
     "follow-up": _by_follow_up,
     "contrast": _by_contrast,
+    "density-ratio": _by_density_ratio,
     "file": _by_file,
 }
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """One line of results."""
+    n = record["counts"]
+    if "density" in record:
+        return f"{n['labelled']} of {n['rows']} rows have a weight"
+    return f"{n['labelled']} of {n['rows']} pairs labelled, {n['unsure']} unsure"
 
 
 def summary_text(record: Mapping[str, Any]) -> str:
     """The summary for a person."""
     n = record["counts"]
+    if "density" in record:
+        return _density_text(record["density"])
     lines = [f"{n['labelled']} of {n['rows']} pairs have a probability; {n['unsure']} labels are less likely than not"]
     if "mean_reward" in record:
         lines = [f"{n['labelled']} of {n['rows']} pairs have rewards of their tokens"]
@@ -300,3 +346,19 @@ def summary_text(record: Mapping[str, Any]) -> str:
     }
     lines += [f"{words[k]}: {v:.1%}" for k, v in record.get("ranking", {}).items()]
     return "\n".join(lines)
+
+
+def _density_text(found: Mapping[str, Any]) -> str:
+    """What the classifier of prompts knows, and what became of the weights."""
+    rows = f"{found['good']} good and {found['bad']} bad rows of {found['prompts']} prompts"
+    if found["penalty"] is None:
+        return f"{rows}: no classifier tells their prompts apart, so that every ratio is 1"
+    low, high = found["bounds"]
+    return "\n".join(
+        [
+            f"{rows}; of unseen prompts the classifier ranks {found['held_out_auc']:.1%} of pairs of rows rightly "
+            f"(loss {found['held_out_loss']:.3f} nats, a coin's {np.log(2):.3f}; penalty {found['penalty']:g})",
+            f"bad rows: {found['at_lower_bound']:.1%} at the lower bound {low:g}, {found['at_upper_bound']:.1%} at the "
+            f"upper one {high:g}; they count like {found['effective_bad']:.1f} rows of one weight",
+        ]
+    )

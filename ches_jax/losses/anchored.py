@@ -352,7 +352,8 @@ def bco(batch: LossInputs, *, beta: float) -> Array:
 
     delta is the mean of beta r over all rows of every batch so far and this one, without gradient; its state is that of
     ``bco_pair``. Where good and bad responses are of other prompts, the paper weighs each bad row by the density ratio
-    of its prompt, p(good | x) / p(bad | x), clipped to [0.5, 10]: ``weighted(bco)`` with a column of such weights.
+    of its prompt, p(x | good) / p(x | bad), clipped to [0.5, 10]: ``weighted(bco)`` with the column of weights that
+    ``ches label --by density-ratio`` writes.
 
     Defaults:
       beta 0.01.

@@ -108,7 +108,15 @@ class Loss:
         numbers = ", ".join(f"{k}={exactly(v)}" for k, v in self.hyper.items())
         return f"{self.name}({numbers})" if numbers else self.name
 
-    def __call__(self, batch: LossInputs) -> tuple[Array, Aux]:
+    def __call__(self, batch: LossInputs, *more: Any) -> tuple[Array, Aux]:
+        """The loss of each pair, and what to log.
+
+        Raises:
+          ChesError: inputs that are missing, or that are no ``LossInputs``.
+        """
+        if more or not isinstance(batch, LossInputs):
+            fields = ", ".join(f"{name}=..." for name in sorted(self.needs))
+            raise ChesError(f"loss {self.name!r}: expected one ches_jax.losses.LossInputs({fields})")
         check_inputs(self, batch)
         return self.compute(batch)
 
@@ -238,8 +246,8 @@ def unknown_name(name: str, names: Sequence[str], what: str = "loss") -> str:
     >>> unknown_name("ipo", ["dpo", "ipo_mean", "ipo_sum", "kto"])
     "no loss is named 'ipo'; the nearest are ipo_mean, ipo_sum; the names are: dpo, ipo_mean, ipo_sum, kto"
     """
-    variants = [n for n in names if n.rpartition("_")[0] == name]
-    near = variants or difflib.get_close_matches(name, names)
+    small = name.lower()
+    near = [n for n in names if small in (n, n.rpartition("_")[0])] or difflib.get_close_matches(small, names)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
     return f"no {what} is named {name!r}{hint}; the names are: {', '.join(names)}"
 

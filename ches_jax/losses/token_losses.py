@@ -119,15 +119,19 @@ def t_reg(batch: LossInputs, *, beta: float, alpha: float) -> Array:
       \sum_t \hat r_t \ln \pi(y_t | x, y_{<t})
 
     The rewards are ``token_weights_*``: those that a model gives its own tokens when it is prompted for a better and
-    for a worse answer, :math:`\hat r_t = \sigma(\ln \pi(y_t|x_{better}) - \ln \pi(y_t|x_{worse})) - \tfrac12`, which
-    ``ches label --by contrast`` writes. The regulariser counts as much as DPO still pushes the pair.
+    for a worse answer, which ``ches label --by contrast`` writes:
+
+    .. math:: \hat r_t = \sigma\left(\ln \pi(y_t|x_{better}, y_{<t}) - \ln \pi(y_t|x_{worse}, y_{<t})\right) - \tfrac12
+
+    The regulariser counts as much as DPO still pushes the pair.
 
     Defaults:
       beta 0.1, alpha 0.25 (0.1, 0.25 and 0.5 in the paper; 0 is DPO).
 
     References:
       Zhou et al., T-REG (https://arxiv.org/abs/2412.02685). Neither the paper's text nor its code could be had here:
-      the equations are those of a public reading note on it, not checked against either.
+      loss, weight, rewards and values of alpha are those of a public reading note on its ACL 2025 version, compared
+      with this function term by term; not checked against the paper itself.
     """
     sums = weighted_sums(batch, every_token(batch))
     rewarded = weighted_sums(batch, given_weights(batch))

@@ -24,6 +24,7 @@ from ches_jax.losses.inputs import (
     JOINT,
     LENGTHS,
     LOGPS,
+    REWARDS,
     Aux,
     LossInputs,
     logps,
@@ -389,7 +390,9 @@ def with_label_posterior(loss: Loss, prior: float = 0.9, decay: float = 0.9) -> 
       decay: gamma, from 0 up to 1; at 1 eta stays where it is.
 
     References:
-      Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159); the equations from a summary of it.
+      Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159), for one annotator (the paper has a reliability
+      for each). Neither the paper's equations nor its code could be had here: these follow its abstract and two public
+      notes, which agree on Gibbs probabilities of losses, posteriors as soft labels, and a moving average over batches.
     """
     _require_swappable("with_label_posterior", loss)
     if not 0.0 < prior < 1.0:
@@ -428,7 +431,13 @@ def label_posterior(
 
 def _require_swappable(wrapper: str, loss: Loss) -> None:
     _require(wrapper, loss, rows=True)
-    if loss.stateful or not any(loss.needs >= {f"{n}_chosen", f"{n}_rejected"} for n in ("logp", "token_logps")):
+    if loss.needs & REWARDS:
+        raise ChesError(
+            f"{wrapper}: {loss!r} reads scores, and these say which response is better; with labels in doubt beside "
+            "them a pair would have two opinions of its order"
+        )
+    sides = ("logp", "logp_joint", "token_logps")
+    if loss.stateful or not any(loss.needs >= {f"{n}_chosen", f"{n}_rejected"} for n in sides):
         raise ChesError(f"{wrapper} needs a stateless loss of pairs whose sides can change places; {loss!r} is none")
 
 

@@ -52,6 +52,21 @@ PRODUCTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
 """Checkpoint policy of the layers: matmuls and attention are kept for the backward pass; the rest is elementwise."""
 
 
+def two_axes(tokens: Any) -> Array:
+    """Token ids as an array [rows, tokens].
+
+    Raises:
+      ChesError: they have another number of axes.
+
+    >>> two_axes([[1, 2]]).shape
+    (1, 2)
+    """
+    ids = jnp.asarray(tokens)
+    if ids.ndim != 2:
+        raise ChesError(f"tokens have the shape {ids.shape}; expected [rows, tokens] (one sequence: tokens[None])")
+    return ids
+
+
 class Decoder(nnx.Module):
     """A decoder of any supported family; see ``DecoderConfig`` for what can differ.
 
@@ -118,7 +133,7 @@ class Decoder(nnx.Module):
         token of the vocabulary at every position: for log-probabilities of given tokens ``models.logprobs`` never holds
         it whole.
         """
-        h = self.hidden(jnp.asarray(tokens), positions, mask, lengths, attend=attend, remat=remat, mesh=mesh)
+        h = self.hidden(two_axes(tokens), positions, mask, lengths, attend=attend, remat=remat, mesh=mesh)
         return self._logits(h, mesh)
 
     def stack(self, name: str) -> Layer:
@@ -159,8 +174,9 @@ class Decoder(nnx.Module):
 
         Raises:
           ValueError: a ``Visibility`` without positions.
-          ChesError: the context mesh (``jax.set_mesh``) is not the model's.
+          ChesError: tokens of another shape, or the context mesh (``jax.set_mesh``) is not the model's.
         """
+        tokens = two_axes(tokens)
         logical = mesh_here(mesh, self.mesh)
         if logical is not None and explicit(logical):
             return with_auto_axes(

@@ -6,7 +6,8 @@ from pathlib import Path
 from ches_jax.errors import RunError
 from ches_jax.report.document import Page
 from ches_jax.report.render import render
-from ches_jax.runs.files import remove_leftovers, replacing
+from ches_jax.runs.directory import CONFIG
+from ches_jax.runs.files import found_below, remove_leftovers, replacing
 from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.scores.table import FORECAST, INFLUENCE
 from ches_jax.select.scored_rows import SourceRow
@@ -105,4 +106,4 @@ def _what_is_there(folder: Path, has: set[str]) -> str:
     ):
         return f"is a directory of another trainer; `ches diagnose {folder}` reads its log"
     shown = ", ".join(sorted(n for n in has if not n.startswith("."))[:8])
-    return f"nothing in it can be drawn: it has {shown}; {expected}"
+    return f"nothing in it can be drawn: it has {shown}; {expected}{found_below(folder, CONFIG)}"

@@ -11,21 +11,24 @@ computed again; a run is joined when every chunk up to the end is there as it wa
 ``run.json`` is there: until then everything before that is repeated.
 """
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
-from ches_jax.runs.files import open_regular, read_object, replacing, sha256
-from ches_jax.runs.store import make_folder, remove
+from ches_jax.runs.files import JSON_BYTES, open_regular, read_object, replacing, sha256
+from ches_jax.runs.store import is_there, make_folder, remove
 
 FOLDER = "parts"
 DROPPED = "dropped.jsonl"
 """Rows that the run left out, each with its reason."""
 LINES = ".jsonl"
 END = "end.json"
+_DONE = re.compile(r"done-(\d{6,18})\.json", re.ASCII)
 
 
 def make_folders(out: Path) -> None:
@@ -90,8 +93,7 @@ def finished(out: Path) -> int:
 
 def done(out: Path) -> dict[str, int]:
     """The number of rows of each chunk that is done, by the number of the chunk (as JSON has keys)."""
-    numbers = sorted(int(p.stem.rpartition("-")[2]) for p in files(out, "done", ".json"))
-    rows = {str(number): rows_done(out, number) for number in numbers}
+    rows = {str(number): rows_done(out, number) for number in sorted(_marked(out))}
     return {number: count for number, count in rows.items() if count is not None}
 
 
@@ -129,11 +131,10 @@ def require_whole(out: Path) -> int:
       RunError: the data have not come to their end, a chunk is missing or damaged, or there is one too many.
     """
     folder = out / FOLDER
-    numbers = {int(p.stem.rpartition("-")[2]) for p in files(out, "done", ".json")}
+    numbers = _marked(out)
     if not numbers and not (folder / END).is_file():
         raise RunError(f"{out}: no parts to merge; was anything computed?")
-    if missing := sorted(set(range(max(numbers, default=-1) + 1)) - numbers):
-        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
+    _require_all(out, numbers, max(numbers, default=-1) + 1)
     if not (folder / END).is_file():
         raise RunError(
             f"{out}: the run has not come to the end of its data ({len(numbers)} chunks are done): start it again with "
@@ -142,8 +143,7 @@ def require_whole(out: Path) -> int:
     count = read_object(folder / END, RunError, "the parts of a run").get("chunks")
     if type(count) is not int or count < 0:
         raise RunError(f"{folder / END}: expected the number of chunks")
-    if missing := sorted(set(range(count)) - numbers):
-        raise RunError(f"{out}: {_missing(missing)}: start the run again with --resume")
+    _require_all(out, numbers, count)
     problems = [problem for number in range(count) if (problem := _problem(out, number))]
     problems += [f"part {number} is behind the end of the data" for number in sorted(numbers) if number >= count]
     if problems:
@@ -151,8 +151,19 @@ def require_whole(out: Path) -> int:
     return count
 
 
-def _missing(numbers: Sequence[int]) -> str:
-    return f"{len(numbers)} parts are missing ({', '.join(map(str, numbers[:10]))})"
+def _marked(out: Path) -> set[int]:
+    """Numbers of the chunks that are marked as done; files of other names are none of ours."""
+    names = (_DONE.fullmatch(path.name) for path in files(out, "done", ".json"))
+    return {int(name[1]) for name in names if name}
+
+
+def _require_all(out: Path, numbers: set[int], count: int) -> None:
+    """Every chunk below ``count`` is among those; whatever count a damaged file tells, nothing of that size is made."""
+    if missing := count - sum(number < count for number in numbers):
+        first = itertools.islice((number for number in range(count) if number not in numbers), 10)
+        raise RunError(
+            f"{out}: {missing} parts are missing ({', '.join(map(str, first))}): start the run again with --resume"
+        )
 
 
 def write(out: Path, number: int, rows: Iterable[Mapping[str, Any]], dropped: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -231,7 +242,7 @@ def join_dropped(out: Path, count: int) -> None:
 
 def count_dropped(out: Path) -> int:
     """How many rows a joined run left out."""
-    return (out / DROPPED).read_bytes().count(b"\n") if (out / DROPPED).exists() else 0
+    return (out / DROPPED).read_bytes().count(b"\n") if is_there(out / DROPPED) else 0
 
 
 def _concatenate(paths: list[Path], target: Path) -> None:
@@ -252,9 +263,10 @@ def read_lines(source: Path) -> Iterator[dict[str, Any]]:
       RunError: a line that is no JSON object.
     """
     with open_regular(source, RunError, "JSON lines") as f:
-        for number, line in enumerate(f, 1):
+        lines = iter(lambda: f.readline(JSON_BYTES), b"")
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line) if len(line) < JSON_BYTES else None
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):

@@ -141,8 +141,12 @@ def staged(out: Path, marker: str) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of the bytes of a file."""
-    with path.open("rb") as file:
+    """Of the bytes of a file.
+
+    Raises:
+      ChesError: it is no regular file.
+    """
+    with open_regular(path, ChesError, "a file of a run") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -156,13 +160,27 @@ def read_json(path: Path, error: type[ChesError], expected: str) -> Any:
     try:
         return json.loads(_bounded(path, error).decode("utf-8"))
     except FileNotFoundError:
-        raise error(f"{path.parent}: no {path.name}; expected {expected}") from None
+        there = found_below(path.parent, path.name)
+        raise error(f"{path.parent}: no {path.name}; expected {expected}{there}") from None
     except OSError as e:
         raise error(f"{path}: cannot be read ({e.strerror or e})") from None
     except RecursionError:
         raise error(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as e:  # bytes that are no UTF-8, words that are no JSON, numbers of thousands of digits
         raise error(f"{path}: not valid JSON ({str(e).partition(';')[0]})") from None
+
+
+def found_below(folder: Path, name: str) -> str:
+    """The directories in ``folder`` that have the file, as the end of a message that ``folder`` has none.
+
+    >>> found_below(Path("no-such-folder"), "config.json")
+    ''
+    """
+    try:
+        found = sorted(str(file.parent) for file in folder.glob(f"*/{name}"))
+    except OSError:
+        return ""
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def read_text(path: Path, error: type[ChesError], expected: str, encoding: str = "utf-8") -> str:
@@ -202,6 +220,8 @@ def open_regular(path: Path, error: type[ChesError], expected: str) -> BinaryIO:
       OSError: it cannot be opened.
       error: it is no regular file.
     """
+    if store.is_store(path):  # which has nothing but files
+        return path.open("rb")
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -81,7 +82,7 @@ class RunLock:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / NAME
         while True:
-            file = open(path, "a+", encoding="utf-8", opener=_not_elsewhere)  # noqa: SIM115
+            file = _opened(path)
             if not _flock(file, self._shared):
                 holder = _holder(file)
                 file.close()
@@ -213,6 +214,18 @@ def _about() -> dict[str, Any]:
 
 def _occupied(out: Path, holder: str) -> RunError:
     return RunError(f"{out}: another process works here ({holder}); wait for its end, or give a new --out")
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file of the lock, made where there is none.
+
+    Raises:
+      RunError: something else is there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise RunError(f"{path}: is no regular file, as the lock of a run is; remove it")
+    return open(path, "a+", encoding="utf-8", opener=_not_elsewhere)
 
 
 def _not_elsewhere(path: str, flags: int) -> int:

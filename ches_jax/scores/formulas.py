@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, did_you_mean
 from ches_jax.scores.leading import why_no_other_default
 
 Numbers: TypeAlias = Any
@@ -171,7 +171,13 @@ _FLAG_OF = {
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:
-    """A numeric column as float64; NaN where the table has null."""
+    """A numeric column as float64; NaN where the table has null.
+
+    Raises:
+      RunError: there is no such column.
+    """
+    if column not in table.schema.names:
+        raise RunError(f"the score table has no column {column}; is it one of `ches score`, whole?")
     return table[column].cast(pa.float64()).to_numpy()
 
 
@@ -190,8 +196,8 @@ def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
       RunError: an unknown name, or a score whose columns this table was not given.
     """
     if by not in SCORES:
-        hint = "; for the edit distance say minus_edit_distance" if by == "edit_distance" else ""
-        raise RunError(f"unknown score {by!r}: this table has {', '.join(available(table))}{hint}")
+        names = available(table)
+        raise RunError(f"unknown score {by!r}: this table has {', '.join(names)}{did_you_mean(by, tuple(SCORES))}")
     missing = [name for name in SCORES[by].columns if name not in table.schema.names]
     if missing:
         flags = sorted({_FLAG_OF[name] for name in missing if name in _FLAG_OF})

@@ -6,6 +6,7 @@ same to the bit.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from ches_jax.data.prompts import Pairing
 from ches_jax.data.sources import rows_in_memory
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import make_mesh
+from ches_jax.errors import ChesError
 from ches_jax.inputs import convention, pair_tokenizer
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.attention.dense import Attend
@@ -147,6 +149,9 @@ def score_pairs(
     >>> score_pairs(model, tokenizer, rows).num_rows
     1
     """
+    for name, value in (("model", model), ("tokenizer", tokenizer)):
+        if isinstance(value, str | Path | None):
+            raise ChesError(f"score_pairs: {name}={value!r}; load it first: load_{name}(...)")
     dtype = str(model.dtype)
     options = with_defaults(
         ScoreConfig(

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.data.audit import dropped_record
+from ches_jax.errors import RunError
 from ches_jax.runs import chunks
-from ches_jax.runs.files import parquet_source, replacing
-from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, with_columns, write_part
+from ches_jax.runs.files import parquet_source, read_parquet, replacing
+from ches_jax.scores.table import CANDIDATES, FILE_NAME, merge_parts, open_parquet, with_columns, write_part
 from ches_jax.types import TokenPair
 
 SUFFIX = ".parquet"
@@ -95,12 +96,18 @@ def merge(out: Path) -> None:
     chunks.join_dropped(out, count)
     tokens = [p for n in range(count) if (p := chunks.path(out, n, SUFFIX, "tokens")).is_file()]
     if tokens:
-        names = {name for path in tokens for name in pq.read_schema(parquet_source(path)).names}
+        names = {name for path in tokens for name in _names(path)}
         schema = _without(set(TOKEN_SCHEMA.names) - names)
         with replacing(out / TOKENS) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for path in tokens:
-                writer.write_table(with_columns(pq.read_table(parquet_source(path)), schema))
+                table = read_parquet(path, RunError, "the token scores of a chunk", optional=schema)
+                writer.write_table(with_columns(table, schema))
     merge_parts([part(out, n) for n in range(count)], out / FILE_NAME)
+
+
+def _names(path: Path) -> list[str]:
+    with open_parquet(path) as file:
+        return file.schema_arrow.names
 
 
 def counts(out: Path) -> dict[str, int]:

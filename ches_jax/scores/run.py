@@ -40,7 +40,6 @@ from ches_jax.scores.config import ScoreConfig, with_defaults
 from ches_jax.scores.forward import Outputs
 from ches_jax.scores.in_memory import pair_scorer, score_chunk
 from ches_jax.scores.scorer import PairScorer
-from ches_jax.scores.table import FILE_NAME
 
 
 def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
@@ -167,9 +166,8 @@ def _begin(lock: RunLock, identity: dict[str, Any], division: Division, resume: 
     # the other processes join the directory that the first one makes
     lock.take()
     began = open_run(out, "score", identity, resume or division.turns.count > 1, other_versions=other_versions)
-    if not (out / RUN).exists() and (out / FILE_NAME).exists():  # killed between its table and its summary
-        _finish(out, {"device": device_name(), "processes": division.count})
     if (out / RUN).exists():
+        chunks.clear(out)
         return _Begun(True, {}, {})
     chunks.make_folders(out)
     return _Begun(False, began.get("versions") or versions(), chunks.done(out))
@@ -228,14 +226,13 @@ def merge(out: Path) -> Path:
 
 
 def _finish(out: Path, facts: Mapping[str, Any]) -> None:
-    """Join the parts, and write ``run.json`` last."""
-    if not (out / FILE_NAME).exists():
-        parts.merge(out)
+    """Join the parts, write ``run.json``, and remove the parts: until it is there they are joined again."""
+    parts.merge(out)
     counts = parts.counts(out)
-    chunks.clear(out)
     if not counts["rows"]:
         raise ChesError(f"{out}: the pairs have no rows")
     write_summary(out, {"counts": counts, **facts})
+    chunks.clear(out)
 
 
 def _metadata(identity: dict[str, Any], family: str, at_start: dict[str, str]) -> dict[str, Any]:

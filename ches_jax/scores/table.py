@@ -9,7 +9,7 @@ time is stored.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
-from ches_jax.runs.files import parquet_source, replacing
+from ches_jax.runs.files import found_below, parquet_source, replacing
 from ches_jax.runs.store import is_there, place
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -229,25 +229,35 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
     """
     if not parts:
         raise RunError(f"{out}: no parts to merge")
-    with _open(place(parts[0])) as file:
+    with open_parquet(place(parts[0])) as file:
         first = file.schema_arrow
     metadata = metadata_of(first, str(parts[0]))
     rows = 0
     with TableWriter(out, [*first.names, *_candidate_columns(parts)], metadata) as writer:
         for part in parts:  # one open at a time: a long run has more parts than a process may have files
-            with _open(place(part)) as file:
+            with open_parquet(place(part)) as file:
                 _check_agrees(part, file.schema_arrow, parts[0], first, metadata)
-                for batch in file.iter_batches(batch_size=ROW_GROUP):
+                for batch in _batches(file, part):
                     writer.write_table(with_columns(pa.Table.from_batches([batch]), writer.schema))
                 rows += file.metadata.num_rows
     return rows
+
+
+def _batches(file: pq.ParquetFile, path: Path | str) -> Iterator[pa.RecordBatch]:
+    """What a part holds; what cannot be read of it is its damage, and what the reader of this raises is not."""
+    try:
+        for batch in file.iter_batches(batch_size=ROW_GROUP):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowException, OSError, ValueError, SystemError) as error:
+        raise RunError(f"{path}: is damaged ({error})") from error
 
 
 def _candidate_columns(parts: Sequence[Path | str]) -> set[str]:
     """``CANDIDATES`` where some part has them: one without such a row does not."""
     present: set[str] = set()
     for part in parts:
-        with _open(place(part)) as file:
+        with open_parquet(place(part)) as file:
             present |= set(CANDIDATES) & set(file.schema_arrow.names)
     return present
 
@@ -279,7 +289,12 @@ def _check_agrees(
         raise RunError(f"{part}: has columns {got.names}, {reference} has {want.names}")
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file of a run, opened and not read.
+
+    Raises:
+      RunError: it is missing, or none.
+    """
     if not is_there(path):
         raise RunError(f"{path}: no such file")
     try:
@@ -298,7 +313,8 @@ def table_path(run: Path | str) -> Path:
     for name in (FILE_NAME, INFLUENCE):
         if is_there(path / name):
             return path / name
-    raise RunError(f"{path}: no {FILE_NAME} in it; is it a directory of a finished `ches score`?")
+    there = found_below(path, FILE_NAME)
+    raise RunError(f"{path}: no {FILE_NAME} in it; expected a directory of a finished `ches score`{there}")
 
 
 def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
@@ -308,7 +324,7 @@ def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
       RunError: missing, damaged, or not a table that this package wrote.
     """
     path = table_path(run)
-    with _open(path) as file:
+    with open_parquet(path) as file:
         metadata = metadata_of(file.schema_arrow, str(path))
         try:
             table = file.read()

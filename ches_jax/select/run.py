@@ -160,13 +160,14 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     """
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
     table, metadata = read_table(_table(config))
+    columns = data_columns(table, config)
     if needs_data(table, config):
         rows = None if rows is None else list(rows)  # read twice
-        decision = decide(table, config, source_rows(config) if rows is None else rows)
+        decision = decide(table, config, source_rows(config, columns) if rows is None else rows)
     else:
         decision = decide(table, config)
     with new_directory(output_place(config.out, RunError), RunError, SUMMARY) as folder:
-        rows = source_rows(config) if rows is None else rows
+        rows = source_rows(config, columns) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
         scored_with = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {

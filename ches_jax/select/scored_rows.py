@@ -1,8 +1,7 @@
 """From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from ches_jax.data.sources import pairs_of_run
 from ches_jax.errors import RunError
+from ches_jax.runs.chunks import read_lines
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.scores.table import CANDIDATES, table_path
 
@@ -63,10 +63,9 @@ def dropped_when_scored(scores: Path | str) -> dict[Key, str]:
     if not path.is_file():
         return {}
     try:
-        with open(path, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
+        rows = read_lines(path)
         return {(int(r["index"]), _candidates(r.get("candidates"))): ", ".join(r["reasons"]) for r in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{path}: is damaged ({error!r})") from None
 
 
@@ -88,8 +87,8 @@ def _candidates(numbers: Any) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(int(number) for number in numbers)
 
 
-def source_rows(config: Where) -> Iterator[SourceRow]:
-    """The rows that were scored, from the source named in the run or in the configuration."""
+def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source that the run or the configuration names, with columns to read."""
     scored = read_run(config.scores).get("config") or {}
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
@@ -97,4 +96,5 @@ def source_rows(config: Where) -> Iterator[SourceRow]:
     columns = config.columns or scored.get("columns")
     how = {"pairs": pairs, "split": config.split or scored.get("split"), "columns": columns}
     # the schema of the run is not that of columns with other names
-    return itertools.chain.from_iterable(pairs_of_run({**scored, **how, **({"schema": "auto"} if columns else {})}))
+    options = {**scored, **how, **({"schema": "auto"} if columns else {})}
+    return itertools.chain.from_iterable(pairs_of_run(options, read))

@@ -5,7 +5,6 @@ refused by name, and restored straight onto the shards of whatever mesh the run 
 """
 
 import functools
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.files import read_object
 from ches_jax.runs.progress import say
+from ches_jax.runs.shapes import require_shape
 from ches_jax.runs.store import is_store, scheme_of
 from ches_jax.train.state import TrainState
 
@@ -33,6 +33,11 @@ COMMITTED = "commit_success.txt"
 """What orbax writes last into a checkpoint in a store."""
 UNREADABLE = "unreadable-"
 """Before the step, in the name of a checkpoint that could not be read and was put aside."""
+ABOUT = {"shapes": {str: str}}
+"""The shape of what is read of the metadata of a checkpoint."""
+MOST_NUMBERS = 2**40
+"""In an array of a checkpoint."""
+_SHAPE = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<sizes>[0-9, ]*)\]", re.ASCII)
 SECONDS = 600.0
 """Without ``save_every``: how long after a checkpoint the next one is due, so that no death costs more than that."""
 
@@ -262,8 +267,7 @@ class Checkpoints:
           RunError: several processes are at work, whose last checkpoints must not differ; a store, which does not
             rename.
         """
-        reason = str(error).partition("\n")[0][:200]
-        what = f"{self.folder / str(step)}: the checkpoint cannot be read ({type(error).__name__}: {reason})"
+        what = _unreadable(self.folder / str(step), error)
         if jax.process_count() > 1 or not isinstance(self.folder, Path):
             raise RunError(f"{what}; move it away and --resume from the one before it") from None
         aside = self.folder / f"{UNREADABLE}{step}"
@@ -314,27 +318,59 @@ def _require_regular(folder: Path) -> None:
 def saved_steps(out: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, rising; the run may be under way."""
     folder = _folder(out)
-    named = (p for p in folder.glob("*") if p.name.isdigit()) if folder.exists() else ()
+    named = (p for p in folder.glob("*") if p.name.isascii() and p.name.isdigit()) if folder.exists() else ()
     # in a store a checkpoint has its name from the first byte on, and this file when it is whole
     return sorted(int(p.name) for p in named if not is_store(out) or (p / COMMITTED).exists())
 
 
 def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
-    """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written."""
-    folder = _folder(out) / str(step)
+    """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written.
+
+    Raises:
+      RunError: it is damaged; steps of the other checkpoints are told.
+    """
+    folder, about = _folder(out) / str(step), out / FOLDER / str(step) / "about" / "metadata"
     _require_regular(out / FOLDER / str(step))
-    shapes = read_object(out / FOLDER / str(step) / "about" / "metadata", RunError, "a checkpoint of a run")["shapes"]
+    written = require_shape(about, read_object(about, RunError, "a checkpoint of a run"), ABOUT, RunError)
     place = SingleDeviceSharding(jax.local_devices()[0])
-    target = {}
-    for name, text in shapes.items():
-        if name.startswith("params."):
-            dtype, _, sizes = text.partition("[")
-            shape = tuple(json.loads(f"[{sizes}"))
-            target[name] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=place)
-    with ocp.PyTreeCheckpointer() as reader:
-        arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        leaves = reader.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
-        )
+    target = {
+        name: jax.ShapeDtypeStruct(*_written(about, text), sharding=place)
+        for name, text in written["shapes"].items()
+        if name.startswith("params.")
+    }
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            arguments = ocp.checkpoint_utils.construct_restore_args(target)
+            leaves = reader.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True),
+            )
+    except Exception as error:  # orbax, tensorstore, JSON and zstd each have types of their own
+        others = ", ".join(str(other) for other in saved_steps(out) if other != step) or "none"
+        raise RunError(f"{_unreadable(folder, error)}; other checkpoints: steps {others}") from None
+    # of an array that is not there, orbax gives back what was asked for
+    if lacking := [name for name in target if not isinstance(leaves.get(name), jax.Array)]:
+        raise RunError(many(f"{folder}: the checkpoint lacks arrays that it names", lacking))
     return {name.removeprefix("params."): value for name, value in leaves.items()}
+
+
+def _written(about: Path, text: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of an array, from what ``_shapes`` wrote.
+
+    Raises:
+      RunError: it did not write that.
+    """
+    match = _SHAPE.fullmatch(text)
+    try:
+        sizes = tuple(int(size) for size in match["sizes"].split(", ") if size) if match else (-1,)
+        dtype = jax.numpy.dtype(match["dtype"] if match else "")
+    except (TypeError, ValueError):
+        sizes, dtype = (-1,), None
+    if dtype is None or min(sizes, default=0) < 0 or math.prod(sizes) > MOST_NUMBERS:
+        raise RunError(f"{about}: is damaged, or not written by this program: {text[:60]!r} is no dtype and sizes")
+    return sizes, dtype
+
+
+def _unreadable(folder: Any, error: Exception) -> str:
+    reason = str(error).partition("\n")[0][:200]
+    return f"{folder}: the checkpoint cannot be read ({type(error).__name__}: {reason})"

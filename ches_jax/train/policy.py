@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ches_jax.errors import ChesError
-from ches_jax.hf.directory import fingerprint
 from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.adapters.lora import (
     ALL_LINEAR,
@@ -28,7 +27,6 @@ from ches_jax.models.adapters.lora import (
 from ches_jax.models.adapters.packed import is_packed, with_packed
 from ches_jax.models.adapters.peft import (
     Adapter,
-    adapter_fingerprint,
     read_adapter,
     write_adapter,
 )
@@ -38,6 +36,7 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.layers import Linear
 from ches_jax.models.sharding import placement
+from ches_jax.runs.store import remove
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.token_masks import without_masks
 
@@ -148,19 +147,17 @@ def make_policy(
 
 
 def export_adapter(policy: Policy, trained: dict[str, Any], out: Path, base: Path, name: str) -> str:
-    """The adapters in PEFT's format; returns their fingerprint. What is there already is left alone."""
-    if out.exists():
-        return adapter_fingerprint(out)
+    """The adapters in PEFT's format, in place of what a run that was stopped has left; returns their fingerprint."""
+    remove(out)
     return write_adapter(out, jax.device_get(without_masks(trained)), policy.spec, base, name)
 
 
 def export_model(policy: Policy, trained: dict[str, Any], out: Path, base: Path, *, whole: bool = False) -> str:
-    """The whole model, adapters merged, as a Hugging Face directory; returns its fingerprint.
+    """The whole model, adapters merged, as a Hugging Face directory, in place of what a stopped run has left.
 
-    ``whole`` writes all of a multimodal base, with the trained model inside.
+    ``whole`` writes all of a multimodal base, with the trained model inside. Returns its fingerprint.
     """
-    if out.exists():
-        return fingerprint(out)
+    remove(out)
     frozen = policy.frozen
     if any(is_packed(name) for name in frozen):  # merging needs the numbers
         frozen = named_parameters(load_model(base))

@@ -20,11 +20,19 @@ import pyarrow.parquet as pq
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.directory import differences
 from ches_jax.runs.files import read_parquet, replacing
+from ches_jax.runs.shapes import misfit
 from ches_jax.train.observe.pair_logprobs import PairLogps, TokenLogps
 from ches_jax.types import TokenPair
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+TYPES = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        *(pa.field(name, pa.float64(), nullable=False) for name in COLUMNS),
+        *(pa.field(name, pa.list_(pa.float64()), nullable=False) for name in TOKEN_COLUMNS),
+    ]
+)
 METADATA_KEY = b"ches_jax"
 PART_ROWS = 1024
 CHECKED_ROWS = 4
@@ -135,25 +143,31 @@ def read_cache(path: Path, identity: Mapping[str, Any]) -> Known:
     Raises:
       RunError: not a cache, or of another identity; every difference is named.
     """
-    table = read_parquet(path, RunError, "a reference cache")
-    raw = (table.schema.metadata or {}).get(METADATA_KEY)
+    table = read_parquet(path, RunError, "a reference cache", optional=TYPES)
+    there = _identity_in(table)
     names = _columns(identity)
-    if raw is None or not any({"row_id", *some} <= set(table.column_names) for some in (COLUMNS, TOKEN_COLUMNS)):
+    if there is None or not any({"row_id", *some} <= set(table.column_names) for some in (COLUMNS, TOKEN_COLUMNS)):
         raise RunError(f"{path}: not a reference cache (expected columns row_id, {', '.join(names)} and metadata)")
-    if different := differences(json.loads(raw), json.loads(json.dumps(dict(identity)))):
+    if different := differences(there, json.loads(json.dumps(dict(identity)))):
         raise RunError(many(f"{path}: the reference cache of another run", different))
     columns = (table.column(n).to_pylist() for n in ("row_id", *names))
     return {row_id: (c, r) for row_id, c, r in zip(*columns, strict=True)}
 
 
+def _identity_in(table: pa.Table) -> dict[str, Any] | None:
+    """The identity that a table says it is of."""
+    try:
+        value = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b""))
+    except (ValueError, RecursionError):
+        return None
+    return value if misfit(value, {"config?": {}, "opened?": {str: {str: str}}}) is None else None
+
+
 def write_cache(path: Path, known: Known, identity: Mapping[str, Any]) -> None:
     """Write rows whole or not at all."""
     names = _columns(identity)
-    kind = pa.list_(pa.float64()) if names == TOKEN_COLUMNS else pa.float64()
-    schema = pa.schema(
-        [pa.field("row_id", pa.string()), *(pa.field(n, kind) for n in names)],
-        metadata={METADATA_KEY: json.dumps(dict(identity), sort_keys=True).encode()},
-    )
+    metadata = {METADATA_KEY: json.dumps(dict(identity), sort_keys=True).encode()}
+    schema = pa.schema([TYPES.field(name) for name in ("row_id", *names)], metadata=metadata)
     values = list(known.values())
     table = pa.table([list(known), [v[0] for v in values], [v[1] for v in values]], schema=schema)
     with replacing(path) as temporary:

@@ -1,6 +1,7 @@
 """The model of any checkpoint of a run, for those who come after it."""
 
 from pathlib import Path
+from typing import Any
 
 from ches_jax.errors import RunError
 from ches_jax.inputs import Opener
@@ -9,13 +10,17 @@ from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.runs.model_card import trained_card
-from ches_jax.runs.shapes import read_json_lines
+from ches_jax.runs.shapes import read_json_lines, require_shape
 from ches_jax.train.checkpoints import FOLDER, read_trained, saved_steps
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.policy import open_lora
 
-LORA_OPTIONS = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "lora_rslora")
+LORA_OPTIONS = {"adapter?": str, "lora_rank?": int, "lora_alpha?": float, "lora_targets?": str, "lora_rslora?": bool}
+BEGUN = {"model": str, "model_fingerprint": str, **LORA_OPTIONS}
+"""The shape of what is read of the ``config.json`` of a run of training."""
+DONE = {"config": {"model": str, "pairs": str}, "loss": str, "counts": {"updates": int}, "best?": {"step": int}}
+"""The shape of what is read of its ``run.json``."""
 
 
 def step_of(out: Path, words: str) -> int:
@@ -27,11 +32,11 @@ def step_of(out: Path, words: str) -> int:
     steps = saved_steps(out)
     there = f"checkpoints are there of steps {', '.join(map(str, steps))}" if steps else "there are no checkpoints"
     if words == "best":
-        best = read_json(out / RUN).get("best") if (out / RUN).exists() else None
+        best = _summary(out).get("best") if (out / RUN).exists() else None
         if best is None:
             raise RunError(f"{out}: no best step is known (a finished run with --keep-best tells one); {there}")
-        return int(best["step"])
-    step = steps[-1] if words == "last" and steps else int(words) if words.isdigit() else None
+        words = str(best["step"])
+    step = steps[-1] if words == "last" and steps else int(words) if words.isdecimal() else None
     if step not in steps:
         raise RunError(f"{out / FOLDER}: no step {words!r}; {there}")
     return step
@@ -46,12 +51,14 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     options = read_json(out / CONFIG)
     if options.get("verb") != "train":
         raise RunError(f"{out}: a run of `ches {options.get('verb')}`; only those of `ches train` have checkpoints")
+    require_shape(out / CONFIG, options, BEGUN, RunError)
     opener = Opener()
     model = opener.model(options["model"])
     if opener.identity()["model_fingerprint"] != options["model_fingerprint"]:
         raise RunError(f"{model.directory}: not the weights that the run {out} started from")
     params = read_trained(out, step)
-    lora = open_lora(TrainConfig(**{name: options.get(name) for name in LORA_OPTIONS}), model, opener)  # type: ignore[arg-type]
+    adapters = {name: options.get(name) for name in (option.rstrip("?") for option in LORA_OPTIONS)}
+    lora = open_lora(TrainConfig(**adapters), model, opener)  # type: ignore[arg-type]
     if lora is not None:
         params = merged({**named_parameters(load_model(model.directory)), **params}, lora.spec)
     return with_parameters(abstract_decoder(model.decoder), params), model.directory
@@ -64,5 +71,10 @@ def card_at(out: Path, step: int) -> str | None:
     numbers: dict[str, float] = {}
     for values in read_json_lines(out / METRICS, {"step": int}, RunError):
         if values["step"] == step:
-            numbers |= {name: value for name, value in values.items() if "displacement/" in name}
-    return trained_card(read_json(out / RUN), step, numbers)
+            measured = {k: v for k, v in values.items() if "displacement/" in k and isinstance(v, int | float)}
+            numbers |= measured
+    return trained_card(_summary(out), step, numbers)
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    return require_shape(out / RUN, read_json(out / RUN), DONE, RunError)

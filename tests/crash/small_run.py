@@ -22,15 +22,14 @@ def small_run(resume: bool) -> Callable[[], int]:
         with RunLock(out) as lock:
             lock.take()
             open_run(out, "judge", {"config": {}}, resume)
-            if not (out / "rows.jsonl").exists():
+            if not (out / RUN).exists():
                 (out / chunks.FOLDER).mkdir(exist_ok=True)
                 for number in range(chunks.finished(out), 3):
                     chunks.write(out, number, [{"n": number}], [{"row": number}] * (number % 2))
                 chunks.end_of_data(out, 3, range(3), lambda: None)
                 chunks.join(out, "rows.jsonl")
-            chunks.clear(out)
-            if not (out / RUN).exists():
                 write_summary(out, {"rows": 3})
+            chunks.clear(out)
         return 0
 
     return act

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from ches_jax.data import files
 from ches_jax.data.sources import open_pairs, open_prompts
 from ches_jax.errors import DataError
 
@@ -130,6 +131,55 @@ def test_a_folder_as_the_hub_lays_it_out_is_read_by_split(tmp_path, want):
     (folder / "data/train_prefs-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="'train_prefs' lacks 1 of its 2 parts"):
         ids(folder, split="train_prefs")
+
+
+def test_columns_that_folders_tell_are_columns_of_the_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for i, row in enumerate(ROWS):
+        folder = tmp_path / f"split={'test' if i == 3 else 'train'}" / f"category={i % 2}%2F"
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"{i}-a.parquet")
+    rows = list(open_pairs(str(tmp_path), "train"))
+    assert {(r.content["prompt"], r.category) for r in rows} == {
+        (row["prompt"], f"{i % 2}/") for i, row in enumerate(ROWS) if i != 3
+    }
+    with pytest.raises(DataError, match="several splits; choose one with --split: test, train"):
+        open_pairs(str(tmp_path))
+
+
+def test_the_only_split_of_a_saved_dictionary_is_taken(tmp_path, want):
+    import datasets
+
+    datasets.DatasetDict({"train_prefs": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
+    assert ids(tmp_path / "d") == ids(tmp_path / "d", split="train_prefs") == want
+
+
+def test_archives_are_refused_by_what_they_are(tmp_path):
+    """Also one that has the name of something else, compressed or not."""
+    import tarfile
+    import zipfile
+
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    for name in ("a.tar", "a.tgz", "b.jsonl.gz"):
+        with tarfile.open(tmp_path / name, "w" if name == "a.tar" else "w:gz") as archive:
+            archive.add(tmp_path / "a.jsonl", "a.jsonl")
+    for name in ("a.zip", "b.jsonl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / "a.jsonl", "a.jsonl")
+    for name in ("a.tar", "a.tgz", "b.jsonl.gz", "a.zip", "b.jsonl"):
+        with pytest.raises(DataError, match=f"{name}: an archive of other files; unpack it"):
+            open_pairs(str(tmp_path / name))
+
+
+def test_pages_are_read_as_what_they_show():
+    hub, page = "https://huggingface.co/datasets/o/n", files.behind_page
+    assert [page(hub + end) for end in ("", "/", "/tree/main", "/viewer/default/train")] == ["o/n"] * 4
+    assert page(f"{hub}/blob/main/a.jsonl") == f"{hub}/resolve/main/a.jsonl" == page(f"{hub}/resolve/main/a.jsonl")
+    assert page("https://github.com/o/r/blob/v1/d/a.csv") == "https://raw.githubusercontent.com/o/r/v1/d/a.csv"
+    for same in ("https://github.com/o/r/releases/a.csv", "o/n", "a/blob/b.jsonl", "https://huggingface.co/o/n"):
+        assert page(same) == same
 
 
 def test_feather_is_read(tmp_path, want):

@@ -15,8 +15,12 @@ P = {"prompt": "p"}
 AB = {**P, "response_a": "a", "response_b": "b"}
 R01 = {**P, "response_0": "a", "response_1": "b"}
 R12 = {**P, "response_1": "a", "response_2": "b"}
+ABC = {**AB, "response_c": "c"}
+Z012 = {**P, "answer_0": "a", "answer_1": "b", "answer_2": "c"}
 LIST = {**P, "answers": ["a", "b", "c"]}
 PAIR = {**P, "chosen": "a", "rejected": "b"}
+U = {"role": "user", "content": "p"}
+OTHERS = ("b", {"role": "assistant", "content": "b"})
 
 
 def text(value: Any) -> str:
@@ -123,6 +127,62 @@ READ = {
     "other words for the sides": ([{"question": "p", "accepted": "a", "rejected": "b"}], "a>b"),
     "preferred and dispreferred": ([{"question": "p", "preferred": "a", "dispreferred": "b"}], "a>b"),
     "response_j and response_k": ([{"question": "p", "response_j": "a", "response_k": "b"}], "a>b"),
+    "winning and losing": ([{**P, "winning_response": "a", "losing_response": "b"}], "a>b"),
+    "chosen and reject": ([{**P, "chosen": "a", "reject": "b"}], "a>b"),
+    "preferred and non-preferred": ([{**P, "preferred_answer": "a", "non_preferred_answer": "b"}], "a>b"),
+    "one chosen and several rejected": ([{**P, "chosen_response": "a", "rejected_responses": ["b", "c"]}], "a>b a>c"),
+    "a response and its rejected one": ([{"query": "p", "response": "a", "rejected_response": "b"}], "a>b"),
+    "a conversation and another last answer": (
+        [{"messages": [U, {"role": "assistant", "content": "a"}], "rejected_response": other} for other in OTHERS],
+        "a>b a>b",
+    ),
+    "two whole conversations": (
+        [{n: [U, {"role": "assistant", "content": t}] for n, t in (("messages", "a"), ("rejected_messages", "b"))}],
+        "a>b",
+    ),
+    "the preference format of OpenAI": (
+        [
+            {
+                "input": {"messages": [U], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [{"role": "assistant", "content": "a"}],
+                "non_preferred_output": [{"role": "assistant", "content": "b"}],
+            }
+        ],
+        "a>b",
+    ),
+    "objects with messages and ranks": (
+        [
+            {
+                "context": [U],
+                "completions": [
+                    {"rank": rank, "completion": [{"role": "assistant", "content": t}]}
+                    for rank, t in ((1, "b"), (0, "a"))
+                ],
+            }
+        ],
+        "a>b",
+    ),
+    "the number of the chosen one": ([{**P, "responses": ["a", "b"], "chosen_idx": i} for i in (1, 0)], "b>a a>b"),
+    "a label beside one in degrees": (
+        [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 2), (2, 3))],
+        "a>b b>a a>b b>a",
+    ),
+    "a vote": (labelled(AB, "vote", "B", "A", "unsure", "can't tell"), "b>a a>b tie tie"),
+    "three columns and the letter of the best": (labelled(ABC, "best", "C", "A"), "c>a c>b a>b a>c"),
+    "three columns and its number, from 0": (labelled(ABC, "best", 0, 2), "a>b a>c c>a c>b"),
+    "three columns and its number, from 1": (labelled(ABC, "best", 1, 3), "a>b a>c c>a c>b"),
+    "columns 0 to 2 and its number": (labelled(Z012, "best", 1), "b>a b>c"),
+    "columns 0 to 2 and their scores": ([{**Z012, "score_0": 1, "score_1": 5, "score_2": 3}], "b>a b>c"),
+    "three columns and their ranks": ([{**ABC, "rank_a": 2, "rank_b": 3, "rank_c": 1}], "c>a c>b"),
+    "three columns and their flags": ([{**ABC, "winner_a": 0, "winner_b": 0, "winner_c": 1}], "c>a c>b"),
+    "three columns and names of models": (
+        [{**ABC, "model_a": "x", "model_b": "y", "model_c": "z", "winner": w} for w in "zx"],
+        "c>a c>b a>b a>c",
+    ),
+    "rows of one prompt by longer names": (
+        [{"user_prompt": "p", "model_response": t, "score": s} for t, s in (("b", 10), ("a", 90))],
+        "a>b",
+    ),
 }
 
 
@@ -148,6 +208,13 @@ REFUSED = {
     "left and right": (labelled(AB, "choice", "left"), "order=left,right or order=right,left"),
     "a sign": (labelled(AB, "preference", -1, 2), "order=negative,positive or order=positive,negative"),
     "0 and 1 of columns that count from 1": (labelled(R12, "winner", 0, 1), "order=0,1 or order=1,0"),
+    "the number of one of three, 1 and 2": (labelled(ABC, "best", 1, 2), "'best' counts .* from 0, or it counts them"),
+    "a sign beside columns 1 and 2": (labelled(R12, "label", -1, 1), "a negative 'label' means"),
+    "a fraction beside columns 1 and 2": (labelled(R12, "preference", 1.02, 1.98), "'preference' 1.02 means"),
+    "a label in degrees against another one": (
+        [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 4), (2, 3))],
+        "'raw_preference' 1 means",
+    ),
     "two labels that disagree": (
         [{**AB, "winner": "A", "better": "B"}],
         "winner=winner order=a,b says which response is better, or winner=better order=a,b does",
@@ -217,7 +284,25 @@ def test_rows_of_one_prompt_that_lie_apart_are_not_lost():
         read(rows)
 
 
+def test_an_alone_standing_answer_takes_the_place_of_the_last_one_and_of_no_other():
+    turns = [U, {"role": "assistant", "content": "z"}, U, {"role": "assistant", "content": "a"}]
+    (record,) = rows_in_memory([{"messages": turns, "rejected_response": "b"}])
+    assert record.content["prompt"] == turns[:3] and text(record.content["rejected"]) == "b"
+    for messages in ([U], turns[:3]):  # no answer that the other could replace
+        with pytest.raises(DataError):
+            list(rows_in_memory([{"messages": messages, "rejected_response": "b"}]))
+
+
+def test_a_list_that_is_best_first_can_be_said_so():
+    rows = [{"instruction": "p", "output": ["a", "b"]}]
+    with pytest.raises(DataError, match=r"listed best first, --columns prompt=\.\.\. responses=output says so"):
+        read(rows)
+    assert read(rows, columns={"prompt": "instruction", "responses": "output"}) == ["a>b"]
+
+
 def test_nothing_says_which_is_better():
+    with pytest.raises(DataError, match=r"'best' says x, y, and it is not clear which of response_a,response_b,"):
+        read(labelled(ABC, "best", "x", "y"))
     with pytest.raises(DataError, match="no column says which is better; found: prompt, response_a, response_b"):
         read([AB])
 
@@ -307,6 +392,12 @@ NOTES = {
     "turned round": ({"flipped": True}, "'flipped' looks like a label"),
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
+    "ties": ({"status": "tie"}, "'status' says tie in 1 of 1 rows and is not read"),
+    "images": ({"image": {"bytes": b"x"}}, "'image' looks like what a prompt shows or plays"),
+    "other sides": (
+        {"full_chosen": "a text of words", "full_rejected": "another one of words"},
+        "'full_chosen' and 'full_rejected' look like responses and are not read; --columns chosen=full_chosen",
+    ),
     "safer": ({"safer_response_id": 0}, "'safer_response_id' looks like a label"),
 }
 

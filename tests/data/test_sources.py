@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,7 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
         return datasets.Dataset.from_list(TEXT)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **options: None)
     source = open_pairs("owner/name")
     assert next(iter(source)).content["chosen"] == TEXT[0]["chosen"]
     assert len(source.fingerprint()) == 64
@@ -171,13 +173,22 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
 
 def test_an_unreachable_hub_says_to_use_a_local_path(monkeypatch):
     import datasets
+    from datasets import config
 
-    def load_dataset(name, split):
+    offline = []
+
+    def load_dataset(*args, **options):
+        offline.append((constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE))
         raise ConnectionError("no route\nto host")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"could not be reached \(ConnectionError: no route\); give"):
+    monkeypatch.setattr(HfApi, "dataset_info", load_dataset)
+    with pytest.raises(DataError, match=r"could not be loaded \(ConnectionError: no route\); check"):
         open_pairs("owner/name")
+    assert offline == [(False, False), (True, True)], "asked once; then the clients read their caches"
+    assert not constants.HF_HUB_OFFLINE
 
 
 GOOD = json.dumps(TEXT[0]).encode() + b"\n"

@@ -379,6 +379,23 @@ def test_templates_beside_a_tokenizer_are_found_by_name(plain, tmp_path):
     assert loaded.decode(list(one(loaded, *row, template="short").prompt)) == "Name a fruit.</s>"
 
 
+def test_the_template_of_a_processor_is_taken_where_the_tokenizer_has_none(tiny_model, tmp_path):
+    """``chat_template.json``, as AutoProcessor reads it; named with --template it is its template and not its text."""
+    text = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    assert not load_tokenizer(tmp_path).chat_template
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    assert load_tokenizer(tmp_path).chat_template == text
+    other = load_tokenizer(tiny_model)
+    assert Writer.of(other, str(tmp_path / "chat_template.json")).chat.write([Q]) == "[Name a fruit.]"
+    (tmp_path / "chat_template.json").write_text("{}")
+    with pytest.raises(DataError, match=r"chat_template\.json: 'chat_template' is NoneType None; expected one"):
+        Writer.of(other, str(tmp_path / "chat_template.json"))
+    (tmp_path / "chat_template.jinja").write_text("own")
+    assert load_tokenizer(tmp_path).chat_template == "own"
+
+
 def test_a_template_that_fails_refuses_the_row_in_words(plain):
     for body in ("{{ 1 / 0 }}", "{{ raise_exception('system comes first') }}", "{{ 'a' * 10 ** 12 }}"):
         pair = one(plain(body), [Q], [assistant("a")], [assistant("b")])

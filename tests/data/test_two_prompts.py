@@ -11,6 +11,7 @@ from ches_jax.data.packing import group_by_prompt, pack, packed_length, shared_t
 from ches_jax.data.prompts import canonical_content, canonical_prompt, pair_contents
 from ches_jax.data.sources import open_pairs, rows_in_memory
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+from ches_jax.data.two_prompts import has_two_prompts
 from ches_jax.errors import DataError
 from ches_jax.health.checks import Row, contradictions, duplicates, identical
 from ches_jax.scores.run import score
@@ -38,6 +39,7 @@ def test_a_row_with_two_prompts_keeps_both_in_every_shape():
     assert (whole["rejected_prompt"], whole["rejected"]) == (talk("1+2?"), [{"role": "assistant", "content": "4"}])
     ids = {"chosen_prompt_ids": [5], "chosen_ids": [6], "rejected_prompt_ids": [7], "rejected_ids": [8]}
     assert canonical_content({**TWO, **ids}, {}) == ids  # ids win over text beside them
+    assert has_two_prompts(ids) and not has_two_prompts({"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [8]})
     assert pair_contents({**TWO, "tools": '[{"name": "f"}]'}, {}, "all-pairs")[0][1]["tools"] == [{"name": "f"}]
 
 

@@ -30,7 +30,7 @@ def said(diagnosis):
         (diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x")), ["watch more held-out"], ["influence"]),
         (
             diagnose_changes(Changes(np.full(5, -3.0), np.full(5, -9.0), "x", unit="evaluations")),
-            ["ches diagnose --before MODEL --after MODEL"],
+            ["ches diagnose --before BASE --after TRAINED"],
             ["influence"],
         ),
         (diagnosed(-3, -9, beside=Changes(2 + NOISE[0], NOISE[1] - 2, "t")), ["fewer epochs"], []),
@@ -43,11 +43,11 @@ def said(diagnosis):
             (diagnosed(-3, -9, curve=Curve(np.arange(5), top, np.zeros(5))), ["likelihood"], ["take the checkpoint"])
             for top in (np.linspace(1, -3, 5), np.linspace(-3, 1, 5), np.array([0, 0.04, 0, -1, -3.0]))
         ),
-        (dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not ship"], []),
+        (dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "met", "b"),))), ["do not use"], []),
         (
             dataclasses.replace(diagnosed(-3, -9), harm=Harm((Criterion("a", "not measured", "--judgments", True),))),
             ["find out where the mass went"],
-            ["do not ship"],
+            ["do not use"],
         ),
     ],
 )

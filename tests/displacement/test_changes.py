@@ -52,6 +52,12 @@ def test_shares_of_the_margin_sum_to_one():
     assert "displacement/chosen_share" not in displacement_summary(np.zeros(2), np.zeros(2))
 
 
+def test_lists_are_read_as_arrays():
+    assert displacement_summary([-2, -4], [-6.0, -9.0]) == displacement_summary(
+        np.array([-2.0, -4.0]), np.array([-6.0, -9.0])
+    )
+
+
 def test_every_number_of_a_summary_has_a_listed_name():
     out = displacement_summary(np.array([-2.0, -4.0]), np.array([-6.0, -9.0]))
     assert [f"displacement/{name}" for name in SUMMARY] == sorted(out, key=[*out].index)

@@ -150,11 +150,13 @@ def test_pairs_that_each_model_ranks_rightly_and_what_it_would_cost():
     without = ranking((first, zeros), (second, zeros), None, records=np.repeat(np.arange(5), 6))
     assert without.numbers.keys() == {"reference", "policy", "to_right", "to_wrong"}
     assert not without.numbers["policy"].known
+    few = ranking((first, zeros), (second, zeros), 0.5, records=np.repeat(np.arange(5), 6)).numbers
+    assert few["calibration_error"].mean == pytest.approx(np.mean(gaps)) and not few["calibration_error"].known
 
 
 def test_a_training_log_counts_pairs_and_no_single_responses():
-    start = np.array([1.0, -1.0, np.nan]), np.array([0.0, 0.0, 0.0])
-    now = np.array([-1.0, 1.0, 3.0]), np.array([0.0, 0.0, 0.0])
+    start = np.array([1.0, -1.0, np.nan, 1.0]), np.array([0.0, 0.0, 0.0, np.nan])
+    now = np.array([-1.0, 1.0, 3.0, 1.0]), np.array([0.0, 0.0, 0.0, 2.0])
     rates = ranking_rates(start, now, 0.1)
     assert (rates["ranking/accuracy"], rates["ranking/accuracy_start"]) == (0.5, 0.5)
     assert (rates["ranking/flipped_to_right"], rates["ranking/flipped_to_wrong"]) == (0.5, 0.5)

@@ -155,4 +155,4 @@ def test_the_last_evaluation_counts_and_a_smooth_course_has_no_noise():
 
 def test_an_interval_in_words():
     assert str(Interval(-0.5, -1.0, 0.25)) == "-0.500 [-1.000, +0.250]"
-    assert str(Interval(-0.5, float("nan"), float("nan"))) == "-0.500 [-]"
+    assert str(Interval(-0.5, float("nan"), float("nan"))) == "-0.500 (no interval)"

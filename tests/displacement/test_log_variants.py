@@ -1,9 +1,13 @@
 """One course of a run, written in the ways in which people's logs come: each is read as the same course."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
+import struct
+import zlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,6 +67,7 @@ def nested(row):
 WANDB = mixed(prefixed("train/"), prefixed("eval/"), step="train/global_step")
 TRL = mixed(NAMES, prefixed("eval_"))
 SETS = ("train", "eval")
+POINT = ("Wall time", "Step", "Value")
 EVERY = list(dict.fromkeys(k for row in WANDB for k in row))
 VARIANTS = {
     "trainer_state.json": json.dumps({"log_history": [*TRL, {"step": 120, "train_runtime": 9.5, "train_loss": 5.0}]}),
@@ -281,6 +286,107 @@ def test_charts_that_were_saved_one_by_one_are_one_log(tmp_path):
     (tmp_path / "rejected.csv").write_text(chart("eval/", "rejected", run="another"))
     with pytest.raises(ChesError, match="holds 2 runs"):
         read_log(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_charts_that_tensorboard_saved_are_called_by_their_files(tmp_path, form):
+    for side in ("chosen", "rejected"):
+        points = [(1.7e9 + e["step"], e["step"], e[side]) for e in HELD_OUT]
+        text = json.dumps(points) if form == "json" else table([dict(zip(POINT, p, strict=True)) for p in points])
+        (tmp_path / f"run-dpo-tag-eval_rewards_{side}.{form}").write_text(text)
+    found = diagnose(DiagnoseConfig(path=str(tmp_path), beta=0.1))
+    assert found.held_out and found.pairs == len(STEPS) and found.chosen.mean == pytest.approx(-4.8)
+    (tmp_path / f"run-dpo-tag-eval_rewards_chosen.{form}").rename(tmp_path / f"download.{form}")
+    with pytest.raises(ChesError, match=f"download.{form}: one chart of TensorBoard, .* name the file after it"):
+        read_log(tmp_path / f"download.{form}")
+
+
+def varint(number):
+    """A whole number as protocol buffers write it."""
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def field(number, value):
+    """A field of a message: a whole number, or bytes."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def items(values):
+    """Names and values, as histories and configs of Weights & Biases hold them."""
+    return b"".join(field(1, field(1, k.encode()) + field(16, json.dumps(v).encode())) for k, v in values.items())
+
+
+def messages_of(entries, config):
+    """The records of a run as Weights & Biases keeps it on the machine."""
+    messages = [field(1, 1) + field(17, field(1, b"id") + field(4, items(config))), field(13, b"x" * 70_000)]
+    return messages + [field(2, items(e) + field(2, field(1, i))) + field(16, b"") for i, e in enumerate(entries)]
+
+
+def journal(messages):
+    """Records cut into framed pieces, in blocks of 32 KiB."""
+    out = bytearray(b":W&B\xe1\xbe\x00")
+    for message in messages:
+        at = 0
+        while at == 0 or at < len(message):
+            left = 32768 - len(out) % 32768
+            if left < 7:
+                out += bytes(left)
+                continue
+            piece = message[at : at + left - 7]
+            whole = len(piece) == len(message) - at
+            kind = (1 if whole else 2) if at == 0 else (4 if whole else 3)
+            out += struct.pack("<IHB", zlib.crc32(bytes([kind]) + piece), len(piece), kind) + piece
+            at += len(piece)
+    return bytes(out)
+
+
+def test_the_journal_of_weights_and_biases_is_read_with_its_config(tmp_path):
+    """What lies beside it (what was printed, the summary) is no second run."""
+    folder = tmp_path / "wandb/run-1"
+    (folder / "files").mkdir(parents=True)
+    data = journal(messages_of(WANDB, {"beta": 0.1, "args": {"loss_type": ["sigmoid"]}}))
+    path = folder / "run-1.wandb"
+    path.write_bytes(data)
+    (folder / "files/output.log").write_text("".join(f"{row!r}\n" for row in WANDB[:8]))
+    (folder / "files/wandb-summary.json").write_text(json.dumps(WANDB[-1]))
+    found = diagnose(DiagnoseConfig(path=str(tmp_path)))
+    assert found.scale == "nats" and found.held_out and found.chosen.mean == pytest.approx(-4.8)
+    assert found.beside is not None and found.beside.pairs == len(STEPS)
+    path.write_bytes(data[:-10])  # of a run that still goes on
+    log = read_log(path)
+    assert "cut off and was left out" in log.notes[0] and log.last_step == STEPS[-1]
+    path.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
+    with pytest.raises(ChesError, match=r"damaged journal .* has another checksum.*\.history\("):
+        read_log(path)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        field(2, 7),  # a history that is a number
+        field(17, 1),
+        field(2, field(2, field(1, b"x"))),
+        field(2, field(1, field(16, b"1" * 5000))),
+        b"\x13",  # a field of a kind that there is none of
+        b"\x16\x01",
+        b"\xff" * 40_000,  # a number without end
+        field(2, field(1, field(16, b"[" * 30_000))),
+    ],
+)
+def test_a_journal_with_right_sums_and_odd_messages_is_read_or_refused_in_words(tmp_path, message):
+    (tmp_path / "a.wandb").write_bytes(journal([*messages_of(WANDB[:2], {}), message]))
+    with contextlib.suppress(ChesError):
+        read_log(tmp_path / "a.wandb")
+
+
+def test_a_log_that_is_larger_than_any_is_not_read_into_memory(tmp_path):
+    for name, begin in (("a.wandb", b":W&B\xe1\xbe\x00"), ("a.jsonl", b"{")):
+        (tmp_path / name).write_bytes(begin)
+        os.truncate(tmp_path / name, 10**11)  # without a byte on the disk
+        with pytest.raises(ChesError, match="are too large for a log"):
+            read_log(tmp_path / name)
 
 
 @pytest.mark.parametrize(

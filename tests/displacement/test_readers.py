@@ -7,7 +7,7 @@ import pytest
 
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
-from ches_jax.displacement.readers.logp_tables import read_logps, read_score_tables
+from ches_jax.displacement.readers.logp_tables import HELD_OUT, read_logps, read_score_tables
 from ches_jax.displacement.readers.training_run import read_run
 from ches_jax.errors import ChesError, RunError
 from ches_jax.scores.table import write_part
@@ -91,7 +91,7 @@ def test_two_score_tables_are_matched_by_row(tmp_path):
     after = score_table(tmp_path / "b", ["z", "x", "w"], [-31.0, -12.0, -1.0], [-34.0, -15.0, -1.0], model="other")
     changes = read_score_tables(before, after)
     assert changes.chosen.tolist() == [-2, -1] and changes.rejected.tolist() == [-4, -3]
-    assert changes.caveats == ("2 rows are in one table only",)
+    assert changes.caveats == ("2 rows are in one table only", HELD_OUT) and changes.held_out
 
 
 def test_before_and_after_are_not_swapped_on_the_way(tmp_path):
@@ -106,7 +106,7 @@ def test_copies_of_a_row_are_matched_in_order(tmp_path):
     before = score_table(tmp_path / "a", ["x", "x"], [-10.0, -10.0], [-11.0, -11.0])
     after = score_table(tmp_path / "b", ["x"], [-12.0], [-15.0])
     changes = read_score_tables(before, after)
-    assert changes.chosen.tolist() == [-2] and changes.caveats == ("1 rows are in one table only",)
+    assert changes.chosen.tolist() == [-2] and changes.caveats == ("1 rows are in one table only", HELD_OUT)
 
 
 def test_pairs_that_were_kept_and_not_scored_are_left_out(tmp_path):

@@ -92,6 +92,18 @@ def test_what_diverged_is_no_change_of_zero(tmp_path, name):
         diagnose(DiagnoseConfig(path=str(WRITERS[name](tmp_path / name, metrics=metrics))))
 
 
+def test_of_a_step_that_was_logged_twice_the_later_value_counts(tmp_path):
+    """Later by the clock, wherever the row lies."""
+    path = mlflow(tmp_path / "mlflow.db")
+    with sqlite3.connect(path) as database:
+        for when, value in ((10**6, -7.0), (119, -8.0)):
+            row = ("id-a", "eval_rewards/chosen", value, when, 120, False)
+            database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
+    database.close()
+    chosen = read_log(path).get("held_out", "chosen")
+    assert chosen is not None and chosen.values[-1] == -7.0
+
+
 def test_what_stands_in_the_journal_alone_is_read(tmp_path):
     """A run that is still being written has its newest entries beside the database."""
     path = trackio(tmp_path / "project.db")

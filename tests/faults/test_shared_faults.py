@@ -30,6 +30,9 @@ KINDS = {
         "tests/scores/test_run.py::test_two_processes_take_turns_and_merge_into_the_same_bytes",
         "tests/forecast/test_stages.py::test_a_part_that_is_damaged_is_written_again_and_one_that_is_whole_is_not",
         "tests/label/test_label.py::test_a_file_that_changes_while_it_is_read_makes_no_labels",
+        "tests/scores/test_table.py::test_until_a_run_has_its_summary_its_table_is_made_again",
+        "tests/train/test_checkpoints.py::test_what_a_stopped_run_has_exported_is_exported_again",
+        "tests/forecast/test_stages.py::test_a_digit_of_what_is_known_of_a_direction_does_not_flip_unseen",
     ],
     "the identity of a run is all that it opened": [
         "tests/test_identity.py::test_any_file_that_a_run_opened_is_named_when_it_is_another_one_now",
@@ -44,6 +47,9 @@ KINDS = {
         "tests/runs/test_files.py::test_damaged_parquet_is_one_message",
         "tests/data/test_files.py::test_what_is_no_data_is_an_error_in_words",
         "tests/train/test_bad_input.py::test_a_disk_that_is_full_leaves_the_last_checkpoint_whole",
+        "tests/train/test_checkpoints.py::test_a_damaged_checkpoint_is_told_in_words_where_it_is_converted",
+        "tests/runs/test_chunks.py::test_a_stranger_among_the_records_is_no_chunk",
+        "tests/test_recipe.py::test_a_damaged_record_of_stages_is_told",
     ],
     "one writer at a time, and nothing of the dead stays": [
         "tests/runs/test_lock.py::test_the_second_is_told_who_the_first_is_and_a_dead_one_holds_nothing",
@@ -61,6 +67,8 @@ KINDS = {
         "tests/test_pipes.py::test_of_a_command",
         "tests/test_pipes.py::test_of_a_directory",
         "tests/test_rendezvous.py::test_a_stranger_at_the_port_changes_nothing",
+        "tests/displacement/test_log_variants.py::test_a_log_that_is_larger_than_any_is_not_read_into_memory",
+        "tests/runs/test_chunks.py::test_a_number_of_chunks_that_nobody_has_is_told_without_counting_to_it",
     ],
     "a row of data does not decide how it is read": [
         "tests/data/test_template.py::test_a_row_sets_variables_of_the_template_and_nothing_else",

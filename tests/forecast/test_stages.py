@@ -1,5 +1,7 @@
 """What a stopped forecast leaves is used again where it is as it was written, and computed again where it is not."""
 
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,3 +95,21 @@ def test_two_at_once_are_not_let_in(verb, tmp_path):
         lock.take()
         with pytest.raises(RunError, match="another process works here"):
             getattr(module, verb)(getattr(configs, f"{verb.title()}Config")(out=str(tmp_path), **more))
+
+
+def test_a_digit_of_what_is_known_of_a_direction_does_not_flip_unseen(tmp_path):
+    compute, calls = counted([({"norm.scale": np.ones(2, np.float32)}, {"slopes": [0.25]}) for _ in range(2)])
+    stages.kept(tmp_path, make_mesh("data=1"), compute)
+    record = tmp_path / chunks.FOLDER / stages.START
+    assert record.read_text().count("0.25") == 1
+    record.write_text(record.read_text().replace("0.25", "0.35"))
+    assert stages.kept(tmp_path, make_mesh("data=1"), compute)[1] == {"slopes": [0.25]} and len(calls) == 2
+
+
+def test_a_pipe_in_place_of_a_direction_holds_nobody(tmp_path):
+    compute, calls = counted([({"norm.scale": np.ones(2, np.float32)}, {}) for _ in range(2)])
+    stages.kept(tmp_path, make_mesh("data=1"), compute)
+    (tmp_path / chunks.FOLDER / stages.DIRECTION).unlink()
+    os.mkfifo(tmp_path / chunks.FOLDER / stages.DIRECTION)
+    stages.kept(tmp_path, make_mesh("data=1"), compute)
+    assert len(calls) == 2

@@ -5,11 +5,14 @@ that reads it. Everything that reads files of others has one; ``REFUSED`` is the
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +27,8 @@ import pyarrow.parquet as pq
 
 from ches_jax import bundled
 from ches_jax.errors import ChesError
+from tests.displacement.test_log_variants import WANDB, journal
+from tests.displacement.test_log_variants import messages_of as journal_messages
 from tests.fuzz.mutate import as_json, in_bytes, in_table, in_text, in_value, odd
 
 REFUSED = ChesError
@@ -700,9 +705,48 @@ def damaged_parquet(rng: Random, data: bytes, path: Path) -> bytes:
     return path.read_bytes()
 
 
+ODD_NAMES = ("{}x", "{}-x", "{}-\u00b2", "{}-99999999999999999", "{}-000009", "{} ", ".{}", "{}-1")
+NO_FILES: tuple[Callable[[Path], None], ...] = (
+    os.mkfifo,
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to(path.name),
+    Path.mkdir,
+)
+
+
+def damage_file(rng: Random, path: Path, data: bytes) -> None:
+    """A file of a run is damaged, gone, under another name, or no file."""
+    roll = rng.random()
+    if roll < 0.08:
+        path.unlink()
+    elif roll < 0.14:
+        stem = path.stem.rstrip("0123456789").rstrip("-")
+        path.rename(path.with_name(rng.choice(ODD_NAMES).format(stem) + path.suffix))
+    elif roll < 0.2:
+        path.unlink()
+        rng.choice(NO_FILES)(path)
+    elif path.suffix == ".parquet":
+        path.write_bytes(damaged_parquet(rng, data, path))
+    else:
+        path.write_bytes(damaged_json(rng, data, path.name))
+
+
+def forge(run: Path) -> None:
+    """The sums of the parts are those of the files that lie there, as a stranger would write them."""
+    for record in (run / "parts").glob("done-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            about = json.loads(record.read_text()) if record.is_file() else {}
+            parts = [run / "parts" / name for name in about["sha256"]]
+            sums = {part.name: hashlib.sha256(part.read_bytes()).hexdigest() for part in parts if part.is_file()}
+            record.write_text(json.dumps({**about, "sha256": sums}))
+
+
 @harness
 def run_directories(rng: Random, folder: Path) -> Read:
     """One or two files of a run damaged or gone; then everything that reads such a run."""
+    from ches_jax.cli import os_error_text
+    from ches_jax.cli.commands import Outcome
+    from ches_jax.cli.recipe import run_recipe
     from ches_jax.displacement.config import DiagnoseConfig
     from ches_jax.displacement.diagnose import diagnose
     from ches_jax.report import report
@@ -713,6 +757,10 @@ def run_directories(rng: Random, folder: Path) -> Read:
     from ches_jax.select.config import SelectConfig
     from ches_jax.select.run import select
     from ches_jax.train.metrics import JsonLines
+    from ches_jax.train.observe.displacement_log import DisplacementLog
+    from ches_jax.train.observe.pair_logprobs import PairLogps
+    from ches_jax.train.reference import reference_logps
+    from tests.fuzz.material import REFERENCED, nothing_known
 
     kind = rng.choice(list(runs()))
     run = folder / "run"
@@ -720,13 +768,9 @@ def run_directories(rng: Random, folder: Path) -> Read:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(data)
     for name in rng.sample(list(runs()[kind]), min(rng.choice([1, 1, 2]), len(runs()[kind]))):
-        path, data = run / name, runs()[kind][name]
-        if rng.random() < 0.08:
-            path.unlink()
-        elif path.suffix == ".parquet":
-            path.write_bytes(damaged_parquet(rng, data, path))
-        else:
-            path.write_bytes(damaged_json(rng, data, name))
+        damage_file(rng, run / name, runs()[kind][name])
+    if rng.random() < 0.3:
+        forge(run)
     score = {"keep": rng.choice(["lowest:0.5", "soft:0.5"]), "by": rng.choice(["ches", "ln_ches", "column:score"])}
     ways: dict[str, Read] = {
         "report": lambda: report(run, folder / "page"),
@@ -748,6 +792,12 @@ def run_directories(rng: Random, folder: Path) -> Read:
         "merge": lambda: merge(run),
         "chunks": lambda: (chunks.finished(run), chunks.require_whole(run)),
         "metrics": lambda: JsonLines(run / "metrics.jsonl", 3).last(),
+        "reference": lambda: reference_logps(REFERENCED, lambda pairs: PairLogps(*np.ones((2, len(pairs)))), {}, run),
+        "start": lambda: DisplacementLog(run, "include")._read_start({"train": REFERENCED}),
+        "recipe": lambda: run_recipe(
+            run / "a.toml", run / "out", lambda *_: Outcome(headline=""), ["report"], resume=True, say=lambda _: None
+        ),
+        "direction": lambda: nothing_known(run),
     }
     fit = {
         "score": ["report", "select", "select", "table", "before", "logps", "resume"],
@@ -758,8 +808,19 @@ def run_directories(rng: Random, folder: Path) -> Read:
         "selection": ["report"],
         "diagnosis": ["report"],
         "training": ["report", "diagnose"],
+        "resumed": ["reference", "start", "recipe", "direction"],
     }
-    return ways[rng.choice(fit.get(kind, ["report"]))]
+    way = ways[rng.choice(fit.get(kind, ["report"]))]
+
+    def read() -> None:
+        try:
+            way()
+        except OSError as error:  # the door of the command tells those that name their file
+            if error.filename is None:
+                raise
+            raise ChesError(os_error_text(error)) from None
+
+    return read
 
 
 @harness
@@ -773,6 +834,10 @@ def training_logs(rng: Random, folder: Path) -> Read:
         (folder / name).write_bytes(data)
     name = rng.choice(list(files))
     path, data = folder / name, files[name]
+    if rng.random() < 0.06:
+        name, data = "run.wandb", b""
+        path = folder / name
+        path.write_bytes(damaged_journal(rng))
     words = (
         "rewards/chosen",
         "rewards/rejected",
@@ -783,7 +848,9 @@ def training_logs(rng: Random, folder: Path) -> Read:
         "beta",
         "logps",
     )
-    if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
+    if not data:
+        pass
+    elif path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         try:
             path.write_bytes(damaged_json(rng, data, name))
         except ValueError:
@@ -796,6 +863,15 @@ def training_logs(rng: Random, folder: Path) -> Read:
         path.write_bytes(in_bytes(rng, data))
     beta = rng.choice([None, None, 0.1])
     return lambda: diagnose(DiagnoseConfig(path=str(folder if rng.random() < 0.5 else path), beta=beta)).to_json()
+
+
+def damaged_journal(rng: Random) -> bytes:
+    """A journal of Weights & Biases whose sums are right, and whose messages are not."""
+    messages = journal_messages(WANDB[:4], {"beta": 0.1})
+    del messages[1]  # long, and passed over
+    at = rng.randrange(len(messages))
+    messages[at] = in_bytes(rng, messages[at])
+    return journal(messages)
 
 
 @cache

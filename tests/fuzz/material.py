@@ -3,22 +3,33 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ches_jax.cli.recipe import RECORD
 from ches_jax.data.sources import open_pairs
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.diagnose import RESULT
 from ches_jax.displacement.verdict import diagnose_changes
+from ches_jax.distributed.mesh import make_mesh
+from ches_jax.forecast.stages import kept
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import open_run, write_json, write_summary
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS, part
 from ches_jax.scores.table import FILE_NAME, write_part
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.run import select
+from ches_jax.train.reference import cache_key, write_cache
+from ches_jax.types import Response, TokenPair
 
 PAIRS = 6
+REFERENCED = [
+    TokenPair(row_id=f"row{i}", index=i, prompt=(1,), chosen=Response((2,), 3), rejected=Response((4,), 3))
+    for i in range(2)
+]
+"""What a run that is resumed finds its reference and its step 0 of."""
 
 
 def _rows(folder: Path) -> list[dict]:
@@ -186,3 +197,24 @@ def write_runs(folder: Path) -> None:
         "rejected": ["b"] * PAIRS,
     }
     pq.write_table(pa.table(pairs), answer / "pairs.parquet")
+    _resumed(folder / "resumed")
+
+
+def _resumed(run: Path) -> None:
+    """What commands that are resumed read of a run that was not finished."""
+    key = f"reference-{cache_key({})}"
+    for place, pair in ((run / f"{key}.parquet", REFERENCED[0]), (run / f".{key}.parts/000000.parquet", REFERENCED[1])):
+        write_cache(place, {pair.row_id: (1.0, 1.0)}, {})
+    log = {"set": ["train"] * 2, "row_id": [p.row_id for p in REFERENCED], "logp_chosen": [-1.0] * 2}
+    (run / "displacement").mkdir()
+    pq.write_table(pa.table({**log, "logp_rejected": [-2.0] * 2}), run / "displacement" / "step-00000000.parquet")
+    (run / "a.toml").write_text('[[stage]]\nname = "a"\nverb = "report"\npath = "x"\n')
+    (run / "out").mkdir()
+    done = {"1-a": {"words": ["report", "x", "--out", str(run / "out" / "1-a")], "headline": "done"}}
+    write_json(run / "out" / RECORD, {"verb": "recipe", "done": done})
+    nothing_known(run)
+
+
+def nothing_known(run: Path) -> None:
+    """The direction of a forecast, found in a run or computed."""
+    kept(run, make_mesh("data=1"), lambda: ({"norm.scale": jnp.ones(2)}, {"slopes": [1.0]}))

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.run HARNESS FIRST COUNT
 
-An input follows from its number alone. Each has ten seconds of processor time and two gigabytes of memory beyond what
-the process had at its start: the process dies of more, and its father (``findings``) counts from the number where it
-died.
+An input follows from its number alone. Each has ten seconds of processor time, a hundred of the clock (what waits uses
+no processor), and two gigabytes of memory beyond what the process had at its start: the process dies of more, and its
+father (``findings``) counts from the number where it died.
 """
 
 import json
@@ -89,8 +89,10 @@ def main(name: str, first: int, count: int) -> None:
                 limit = pages * resource.getpagesize() + MEMORY
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             signal.setitimer(signal.ITIMER_PROF, SECONDS if number > first else 60)
+            signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS if number > first else 600)
             what = attempt(name, number, Path(place) / "case")
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            for clock in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                signal.setitimer(clock, 0)
             answers.write(json.dumps([number, what]) + "\n")
             answers.flush()
 

@@ -14,7 +14,7 @@ from ches_jax.data.duplicates import NEAR, NearDuplicates, jaccard, normalised, 
 from ches_jax.data.sources import open_pairs
 from ches_jax.health import checks
 from ches_jax.health.checks import Row
-from ches_jax.health.examine import examine
+from ches_jax.health.examine import WHAT_TO_DO, Health, examine
 from ches_jax.languages import language
 
 WORDS = [
@@ -190,6 +190,20 @@ def test_languages_that_differ_between_the_sides():
 )
 def test_a_language_is_recognised_by_letters_and_function_words(words: str, code: str):
     assert language(words) == code
+
+
+def test_every_finding_says_what_to_do():
+    base = rows(4)
+    names = {check(base).name for check in checks.CHECKS} | {"unreadable", "leaked prompts", "labels"}
+    assert names == set(WHAT_TO_DO)
+    bad = checks.identical([*base, row("line 9", chosen="a", rejected="a"), row("line 10", chosen="b", rejected="b")])
+    assert Health("f", 6, [bad, checks.empty(base)]).text().splitlines()[2:] == [
+        "FINDING  identical sides 2 pairs with two equal responses",
+        f"{'':25}such as line 9",
+        f"{'':33}line 10",
+        f"{'':25}do: {WHAT_TO_DO['identical sides']}",
+        "ok       empty texts     0 rows with an empty text",
+    ]
 
 
 def write(path: Path, data: list[Row]) -> str:

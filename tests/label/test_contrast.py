@@ -46,6 +46,20 @@ def test_rewards_are_those_of_the_two_sequences(tmp_path, tiny_model):
                 np.testing.assert_allclose(new[f"{side}_token_rewards"], expected, atol=1e-10)
 
 
+def test_what_is_asked_may_show_the_answer():
+    """Once, whatever the texts hold; of a conversation the answer's last message."""
+    from ches_jax.data.sources import Record
+    from ches_jax.label.contrast import _framed
+
+    row = Record(0, "a", "row 0", {"prompt": "Say {response}", "chosen": " yes {prompt}", "rejected": " no"})
+    frame = "{prompt} Improve:{response}"
+    assert _framed(row, "Say {response}", "chosen", frame) == {"prompt": "Say {response} Improve: yes {prompt}"}
+    assert _framed(row, "Say {response}", "rejected", frame) == {"prompt": "Say {response} Improve: no"}
+    talk = [{"role": "user", "content": "Hi"}]
+    row = Record(0, "a", "row 0", {"prompt": talk, "chosen": [{"role": "assistant", "content": "Ho"}], "rejected": []})
+    assert _framed(row, talk, "chosen", frame)["prompt"] == [{"role": "user", "content": "Hi Improve:Ho"}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -81,6 +81,38 @@ def test_labels_of_a_file_join_by_row(tmp_path):
     assert last["label_probability"] == pytest.approx(1 / (1 + exp(-1))) and last["chosen_reward"] == 1.0
 
 
+def test_posteriors_of_a_run_label_its_pairs(tmp_path):
+    """Of the last evaluation that has one; pairs that were not watched have none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def log(posteriors):
+        rows = [(4, ids[0]), (2, ids[0]), (0, ids[1]), (4, "x")]
+        columns = {"step": [s for s, _ in rows], "row_id": [i for _, i in rows], "set": ["train"] * 4}
+        columns |= {"index": [0] * 4, "regime": ["flat"] * 4, "label_posterior": pa.array(posteriors, pa.float64())}
+        columns |= {name: [1] * 4 for name in ("chosen_tokens", "rejected_tokens")}
+        columns |= {f"{d}logp_{side}": [0.0] * 4 for d in ("", "d") for side in ("chosen", "rejected")}
+        pq.write_table(pa.table(columns), run / "displacement.parquet")
+
+    options: Any = {"by": "file", "pairs": pairs, "labels": str(run)}
+    log([0.25, 0.75, None, 0.5])
+    record = label(LabelConfig(**options, out=str(tmp_path / "out")))
+    (row,) = read(tmp_path / "out" / "pairs.jsonl")
+    assert (row["row_id"], row["label_probability"]) == (ids[0], 0.25) and record["counts"]["unsure"] == 1
+    for posteriors, message in (
+        ([None] * 4, "without posteriors of labels"),
+        ([None, None, None, 1], "of other pairs"),
+    ):
+        log(posteriors)
+        with pytest.raises(ChesError, match=message):
+            label(LabelConfig(**options, out=str(tmp_path / "b")))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -185,6 +217,42 @@ def test_filtered_pairs_are_those_that_no_text_beats(tmp_path, generated):
         gather(
             GatherConfig(pairs=pairs, make="filtered", rewards=texts, reward_column="score", out=str(tmp_path / "b"))
         )
+
+
+def test_pairs_that_a_text_beats_in_the_same_unit_go(tmp_path, generated):
+    """Each chosen response is set against its prompt's texts; one that loses once is out, one that ties stays."""
+    pairs, texts = generated
+    gather(GatherConfig(pairs=pairs, make="against", responses=texts, out=str(tmp_path / "a")))
+    against = read(tmp_path / "a" / "pairs.jsonl")
+    assert [(r["chosen"], r["rejected"]) for r in against[:3]] == [
+        (" yes 0", " same"),
+        (" yes 1", " text 1 0"),
+        (" yes 1", " text 1 1"),
+    ]
+    ids = [group[0].row_id for group in pairs_of_run({"pairs": pairs})]
+    assert [r["pair"] for r in against] == [ids[0], ids[1], ids[1], ids[2], ids[2]]
+    for row, reward in zip(against, (1.0, 0.5, 2.0, 0.0, 1.0), strict=True):
+        row |= {"chosen_reward": 1.0, "rejected_reward": reward}
+    labelled = write_lines(tmp_path / "labelled.jsonl", against)
+    gather(GatherConfig(pairs=pairs, make="filtered", rewards=labelled, out=str(tmp_path / "b")))
+    assert [row["prompt"] for row in read(tmp_path / "b" / "pairs.jsonl")] == ["Q0?", "Q2?"]
+    for damage in ({"pair": "x"}, {"chosen_reward": None}):
+        other = write_lines(tmp_path / "other.jsonl", [against[0] | damage])
+        with pytest.raises(ChesError, match="line 1: expected the id of one of the pairs in 'pair' and numbers"):
+            gather(GatherConfig(pairs=pairs, make="filtered", rewards=other, out=str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize("goal", ["score", "{rewards}", "{reward:zz}", "{0}", "{", "{reward.x}"])
+def test_a_goal_in_which_no_reward_can_stand_is_refused(tmp_path, generated, goal):
+    with pytest.raises(ChesError, match=r"expected \{reward"):
+        gather(GatherConfig(pairs=generated[0], make="goals", goal=goal, out=str(tmp_path / "a")))
+
+
+def test_goals_that_read_alike_make_no_rows(tmp_path):
+    """They would ask the same thing of two opposite answers."""
+    pairs = write_lines(tmp_path / "pairs.jsonl", [{**PAIRS[0], "rejected_reward": 2.0}])
+    with pytest.raises(ChesError, match=r"none of 1 pairs makes a row .the rewards of each one's responses are"):
+        gather(GatherConfig(pairs=pairs, make="goals", out=str(tmp_path / "a")))
 
 
 def test_goals_ask_for_either_response(tmp_path, generated):

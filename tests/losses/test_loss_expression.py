@@ -1,8 +1,11 @@
 """Losses as they are written: what an expression means, what it refuses, and that commands reach every loss."""
 
 import inspect
+import json
 import re
+from dataclasses import fields as fields_of
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,8 @@ from ches_jax.errors import ChesError
 from ches_jax.losses import WRAPPERS, distinct_losses, from_trl, get_loss, loss_names, parse_loss
 from ches_jax.losses.inputs import JOINT, LENGTHS, REFERENCE, REWARDS
 from ches_jax.losses.registry import hyper_names
-from ches_jax.train.objective import get_objective
+from ches_jax.train.config import TrainConfig
+from ches_jax.train.objective import COLUMN_FIELDS, SUPPLIED, get_objective
 
 
 def test_a_weighted_sum_of_a_wrapper_and_a_loss_is_its_arithmetic(batch64):
@@ -82,6 +86,8 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
         ("smooth(pro)", "needs a stateless loss of pairs"),
         ("wpo(lipo_lambda)", "needs a loss of summed log-probabilities of pairs"),
         ("soft(kto)", "needs a stateless loss of pairs"),
+        ("lcpo(odpo)", "reads scores, and these say which response is better"),
+        ("soft(dpo + 0.1*rebel)", "reads scores"),
         ("dpo - sft", "a loss with a minus"),
         ("-1*dpo", "a weight is a finite number, 0 or more"),
         ("weighted(dpo + weighted(sft))", "weighted already"),
@@ -104,6 +110,15 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
 def test_what_is_refused(text, message):
     with pytest.raises(ChesError, match=message):
         parse_loss(text)
+
+
+def test_labels_in_doubt_exchange_prompts_too(x64):
+    """Of a pair of two prompts each response keeps its own."""
+    nats = {"logp_joint_chosen": -20.0, "logp_joint_rejected": -31.0}
+    nats |= {"ref_logp_joint_chosen": -22.0, "ref_logp_joint_rejected": -32.0, "label_probability": 0.75}
+    fields: Any = {k: jnp.array([v]) for k, v in nats.items()}
+    value, _ = parse_loss("soft(dove(0.5))")(losses.LossInputs(**fields))
+    np.testing.assert_allclose(value, 0.75 * np.log1p(np.exp(-0.5)) + 0.25 * np.log1p(np.exp(0.5)), rtol=1e-12)
 
 
 def test_numbers_beside_an_expression_are_those_of_one_bare_name():
@@ -135,6 +150,47 @@ def test_every_loss_wrapper_and_rule_is_reached_by_a_command():
     assert rules <= WRAPPERS.keys() and rules <= {*losses.__all__}
 
 
+HELPERS = {
+    "get_loss": "--loss",
+    "parse_loss": "--loss",
+    "from_trl": "--loss '[...]'",
+    "weighted_sum": "+ in an expression",
+    "kind_of": "what rows --pairs must have",
+    "mean_loss": "a loop of one's own",
+    "loss_names": "the message of an unknown name",
+    "describe": "the page of objectives",
+    "distinct_losses": "the page of objectives",
+    "incentives": "ches diagnose, ches report",
+    "swap": "soft, smooth, unbiased, lcpo",
+    "unpair": "ches verify, a loop of one's own",
+    "kto_baseline": "kto",
+    "label_posterior": "lcpo",
+    "log_calibration": "rc",
+    "moving_average": "rc",
+    "weighted_sums": "the rules of tokens",
+}
+"""Public functions that are no loss, wrapper or rule, and what they are a part of."""
+
+
+def test_every_public_name_is_a_part_of_some_command():
+    """A new function of the package without a name in expressions, an option or a place in this list is found."""
+    made = {one.make.__name__ for one in WRAPPERS.values()} | {*WRAPPERS, *WITH_OPTIONS}
+    functions = {n for n in losses.__all__ if inspect.isfunction(getattr(losses, n))}
+    assert functions - made == HELPERS.keys()
+
+
+def test_every_field_that_a_loss_reads_has_its_source_in_the_command():
+    """What training fills is what losses and wrappers read, no more and no less, newest ones included."""
+    every = [get_loss(name) for name in loss_names()] + [
+        WRAPPERS[name].make(get_loss("dpo"), **WRAPPERS[name].defaults) for name in WRAPPERS
+    ]
+    read = frozenset().union(*(loss.needs for loss in every))
+    assert read == SUPPLIED
+    assert {"dove", "t_reg", "bco", "list_mle", "lipo_lambda", "pro", "sparsepo", "d2o"} <= {*loss_names()}
+    options = {option.removeprefix("--").replace("-", "_") for option in COLUMN_FIELDS.values()}
+    assert options | {"token_weights", "rewards", "loss", "sft_pairs"} <= {f.name for f in fields_of(TrainConfig)}
+
+
 def test_a_wrapper_of_a_column_asks_for_it():
     for name, option in (("weighted", "--weights"), ("soft", "--label-probabilities")):
         with pytest.raises(ChesError, match=f"say in which column it is: {option} COLUMN"):
@@ -160,13 +216,26 @@ def test_every_loss_and_wrapper_is_on_the_page():
         assert f"\n### {name}\n" in page
 
 
+def test_every_loss_and_wrapper_has_a_run_in_the_table():
+    """``python tools/objectives.py measure`` was run, and the page written, after the registry changed."""
+    docs = Path(losses.__file__).parents[2] / "docs"
+    runs = json.loads((docs / "objectives.json").read_text(encoding="utf-8"))["runs"]
+    same = {"every_token", "given_weights"}  # with weights of 1 what they wrap
+    assert {*distinct_losses()} | {f"{name}(dpo)" for name in WRAPPERS.keys() - same} <= runs.keys()
+    page = (docs / "objectives.md").read_text(encoding="utf-8")
+    assert all(f"| `{run['loss']}` |" in page for run in runs.values())
+    columns = [f"{prefix}{name}" for prefix in ("", "held_out_") for name in ("chosen", "rejected", "margin")]
+    assert all(run[c][1] <= run[c][0] <= run[c][2] for run in runs.values() for c in columns)
+
+
 def test_every_loss_of_single_pairs_is_in_the_picture():
     """``python tools/incentive_plots.py`` was run after the registry changed."""
-    picture = (Path(losses.__file__).parents[2] / "docs" / "images" / "incentives.svg").read_text(encoding="utf-8")
-    drawn = re.findall(r'font-weight="bold">(\w+)</text>', picture)
+    images = Path(losses.__file__).parents[2] / "docs" / "images"
+    pictures = [images / f"incentives{width}.svg" for width in ("", "_narrow")]
+    drawn, narrow = (re.findall(r'font-weight="bold">(\w+)</text>', p.read_text(encoding="utf-8")) for p in pictures)
     read = REFERENCE | LENGTHS | REWARDS | JOINT
     single = (get_loss(name) for name in distinct_losses())
-    assert drawn == [one.name for one in single if one.needs <= read and not one.needs_whole_batches]
+    assert drawn == narrow == [one.name for one in single if one.needs <= read and not one.needs_whole_batches]
 
 
 def test_every_loss_reads_back_from_what_it_shows():

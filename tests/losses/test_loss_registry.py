@@ -19,6 +19,17 @@ def test_an_unknown_name_lists_the_names():
         get_loss("ipo")
 
 
+def test_a_name_in_capitals_is_answered_with_the_small_one():
+    with pytest.raises(ChesError, match="no loss is named 'DPO'; the nearest are dpo,"):
+        get_loss("DPO")
+
+
+def test_arrays_in_place_of_the_inputs_are_answered_with_what_it_takes():
+    one = jnp.zeros(2)
+    with pytest.raises(ChesError, match="expected one ches_jax"):
+        get_loss("dpo")(one, one, one, one)  # type: ignore[arg-type]
+
+
 def test_problems_of_hyper_parameters_are_reported_together():
     with pytest.raises(ChesError) as raised:
         get_loss("cdpo", beta=0.0, label_smoothing=1.5, lam=1.0)

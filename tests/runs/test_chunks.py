@@ -1,6 +1,7 @@
 """Chunks of a run: whole or not there, in order, apart from what a killed run left."""
 
 import json
+import os
 from datetime import datetime
 
 import pytest
@@ -132,3 +133,41 @@ def test_lines_are_plain_json(tmp_path):
     chunks.write(tmp_path, 0, [{"text": "grün\n"}])
     assert chunks.path(tmp_path, 0).read_bytes() == '{"text": "grün\\n"}\n'.encode()
     assert json.loads(chunks.path(tmp_path, 0).read_text(encoding="utf-8")) == {"text": "grün\n"}
+
+
+@pytest.mark.parametrize("name", ["done-x.json", "done-.json", "done-\u00b2.json", f"done-{'9' * 40}.json"])
+def test_a_stranger_among_the_records_is_no_chunk(tmp_path, name):
+    parts = whole(tmp_path)
+    (parts / name).write_text("{}")
+    assert chunks.require_whole(tmp_path) == 3 and chunks.done(tmp_path) == {"0": 1, "1": 1, "2": 1}
+
+
+def test_a_number_of_chunks_that_nobody_has_is_told_without_counting_to_it(tmp_path):
+    parts = whole(tmp_path)
+    (parts / chunks.END).write_text(json.dumps({"chunks": 10**18}))
+    with pytest.raises(RunError, match=f"{10**18 - 3} parts are missing \\(3, 4, 5, "):
+        chunks.require_whole(tmp_path)
+    (parts / f"done-{10**17}.json").write_text("{}")
+    with pytest.raises(RunError, match=f"{10**17 - 3} parts are missing \\(3, 4, 5, "):
+        chunks.require_whole(tmp_path)
+
+
+def test_a_pipe_among_the_parts_holds_nobody(tmp_path):
+    parts = whole(tmp_path)
+    (parts / "part-000001.jsonl").unlink()
+    os.mkfifo(parts / "part-000001.jsonl")
+    os.mkfifo(tmp_path / chunks.DROPPED)
+    assert chunks.finished(tmp_path) == 1 and chunks.count_dropped(tmp_path) == 0
+    chunks.write(tmp_path, 1, [{"n": 1}])
+    chunks.join(tmp_path, "rows.jsonl")
+    assert [r["n"] for r in chunks.read_lines(tmp_path / "rows.jsonl")] == [0, 1, 2]
+    assert chunks.count_dropped(tmp_path) == 2
+
+
+def test_a_line_that_is_longer_than_any_is_not_read_into_memory(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"n": 1}\n')
+    os.truncate(tmp_path / "rows.jsonl", 10**11)  # without a byte on the disk
+    rows = chunks.read_lines(tmp_path / "rows.jsonl")
+    assert next(rows) == {"n": 1}
+    with pytest.raises(RunError, match="line 2: not a JSON object"):
+        next(rows)

@@ -1,12 +1,13 @@
 """Readers of JSON and Parquet: whatever is wrong with a file is one message that names it."""
 
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.errors import RunError
+from ches_jax.errors import ChesError, RunError
 from ches_jax.runs import files
 from ches_jax.runs.files import read_object, read_parquet, replacing
 
@@ -46,6 +47,15 @@ def test_json_of_any_size_is_not_read_into_memory(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('{"abcdefghijkl": 1}')
     with pytest.raises(RunError, match="19 bytes; expected at most 10 of JSON"):
         read_object(tmp_path / "a.json", RunError, "a run")
+
+
+def test_a_folder_that_holds_the_folder_that_is_meant_names_it(tmp_path):
+    for name in ("fp32", "bf16"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    expected = f"no config.json; expected a model; did you mean {tmp_path / 'bf16'} or {tmp_path / 'fp32'}?"
+    with pytest.raises(ChesError, match=re.escape(expected)):
+        read_object(tmp_path / "config.json", ChesError, "a model")
 
 
 def test_damaged_parquet_is_one_message(tmp_path):

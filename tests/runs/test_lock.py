@@ -73,12 +73,14 @@ def test_a_lock_that_is_a_link_or_a_pipe_empties_nothing_and_holds_nobody(tmp_pa
     out = tmp_path / "run"
     out.mkdir()
     (out / NAME).symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic link"), RunLock(out) as lock:
+    with pytest.raises(RunError, match=f"{NAME}: is no regular file"), RunLock(out) as lock:
         lock.take()
     assert precious.read_text() == "mine"
     (out / NAME).unlink()
     os.mkfifo(out / NAME)
     require_unheld(out)
+    with pytest.raises(RunError, match=f"{NAME}: is no regular file"), RunLock(out) as lock:
+        lock.take()
 
 
 def dead_process():

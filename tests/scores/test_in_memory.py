@@ -104,6 +104,13 @@ def test_two_sayings_of_what_columns_mean_are_refused(model, tokenizer):
         score_pairs(model, tokenizer, ROWS, schema="shp", columns={"prompt": "prompt"})
 
 
+def test_a_name_in_the_place_of_a_model_is_answered_with_how_to_load_it(model):
+    with pytest.raises(ChesError, match=r"score_pairs: model='bundled'; load it first: load_model\(...\)"):
+        score_pairs("bundled", None, [])  # type: ignore[arg-type]
+    with pytest.raises(ChesError, match=r"score_pairs: tokenizer=None; load it first: load_tokenizer\(...\)"):
+        score_pairs(model, None, [])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"), [([], "no rows"), (3, "a int; expected a list"), ([{"prompt": "x"}], "row 0")]
 )

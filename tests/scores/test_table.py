@@ -1,6 +1,7 @@
 """The score table: bytes, order, provenance and the errors a user can meet."""
 
 import itertools
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.errors import RunError
+from ches_jax.runs import chunks
+from ches_jax.runs.directory import open_run
+from ches_jax.scores import parts
 from ches_jax.scores import table as tables
+from ches_jax.scores.run import merge as merge_run
 
 METADATA = {"model": {"sha256": "ab"}, "eos": "include"}
 
@@ -73,9 +78,9 @@ def test_a_number_that_is_not_finite_names_its_row_and_leaves_no_file(tmp_path, 
 def test_rows_twice_or_out_of_order_are_refused(tmp_path):
     tables.write_part(tmp_path / "a", rows(0, 3), METADATA)
     tables.write_part(tmp_path / "b", rows(2, 4), METADATA)
-    for parts in (["a", "b"], ["b", "a"], ["a", "a"]):
+    for names in (["a", "b"], ["b", "a"], ["a", "a"]):
         with pytest.raises(RunError, match="every row must occur once"):
-            tables.merge_parts([tmp_path / p for p in parts], tmp_path / "t")
+            tables.merge_parts([tmp_path / p for p in names], tmp_path / "t")
     with pytest.raises(RunError, match="row index 4 comes after 4"):
         tables.write_part(tmp_path / "t", rows(0, 2, index=[4, 4]), METADATA)
     assert not (tmp_path / "t").exists()
@@ -164,3 +169,33 @@ def test_tables_join_by_id_and_copies_in_order():
     assert first.tolist() == [0, 2, 3]
     assert second.tolist() == [1, 3, 0]
     assert tables.align(left, pa.table({"row_id": pa.array([], pa.string())}))[0].size == 0
+
+
+def unfinished(out):
+    """A run of one chunk that was killed before its summary."""
+    open_run(out, "score", {"config": {}}, resume=False)
+    tables.write_part(parts.part(out, 0), rows(0, 2), METADATA)
+    chunks.commit(out, 0, 2, [parts.part(out, 0)])
+    chunks.end(out, 1)
+    return out
+
+
+@pytest.mark.parametrize(
+    "left",
+    [lambda path: path.write_bytes(b""), lambda path: path.symlink_to("/dev/zero"), lambda path: None, os.mkfifo],
+)
+def test_until_a_run_has_its_summary_its_table_is_made_again(tmp_path, left):
+    out = unfinished(tmp_path / "run")
+    left(out / tables.FILE_NAME)
+    merge_run(out)
+    assert tables.read_table(out)[0]["row_id"].to_pylist() == ["r0", "r1"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "run.json", tables.FILE_NAME]
+
+
+def test_parts_that_outlived_the_summary_go_and_the_table_stays(tmp_path):
+    out = unfinished(tmp_path / "run")
+    merge_run(out)
+    table = (out / tables.FILE_NAME).read_bytes()
+    (out / "parts").mkdir()
+    merge_run(out)
+    assert not (out / "parts").exists() and (out / tables.FILE_NAME).read_bytes() == table

@@ -1,5 +1,6 @@
 """Which checkpoints stay, what the best one is, and models made of them."""
 
+import json
 import math
 
 import numpy as np
@@ -10,12 +11,14 @@ from ches_jax.cli import main
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.adapters.peft import load_merged
 from ches_jax.models.checkpoint.load import load_model
-from ches_jax.models.decoder import named_parameters
+from ches_jax.models.decoder import abstract_decoder, named_parameters
 from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
-from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, saved_steps
+from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, read_trained, saved_steps
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
+from ches_jax.train.policy import Policy, export_model
+from ches_jax.train.restore import card_at, model_at, step_of
 from ches_jax.train.state import TrainState
 
 from .test_loop import lines, stopping_at
@@ -215,3 +218,73 @@ def test_a_log_is_cut_behind_its_checkpoint_and_a_damaged_line_is_reported(tmp_p
             JsonLines(path, 1)
     JsonLines(path)
     assert path.read_bytes() == b"" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_numbers_name_checkpoints(tmp_path):
+    for name in ("3", "12", "\u00b2", "x", "4.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert saved_steps(tmp_path) == [3, 12]
+    with pytest.raises(RunError, match="no step '\u00b2'"):
+        step_of(tmp_path, "\u00b2")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({}, "shapes is missing"),
+        ({"shapes": {"params.a": 3}}, "shapes.params.a is a number; expected text"),
+        ({"shapes": {"params.a": "float32"}}, "'float32' is no dtype and sizes"),
+        ({"shapes": {"params.a": "float31[2]"}}, "is no dtype and sizes"),
+        ({"shapes": {"params.a": "float32[2, -1]"}}, "is no dtype and sizes"),
+        ({"shapes": {"params.a": "float32[99999999999999]"}}, "is no dtype and sizes"),
+        ({"shapes": {"params.b": "float32[2]"}}, "lacks arrays that it names"),
+        ({"shapes": {"params.a.weight": "float32[200]"}}, "cannot be read .*other checkpoints: steps 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_words_where_it_is_converted(tmp_path, about, message):
+    saved = Checkpoints(tmp_path, 3)
+    for step in (1, 2):
+        saved.save(step, state(step), {})
+    saved.wait()
+    saved.close()
+    assert read_trained(tmp_path, 2).keys() == {"a.weight"}
+    (tmp_path / "checkpoints" / "2" / "about" / "metadata").write_text(json.dumps(about))
+    with pytest.raises(RunError, match=message):
+        read_trained(tmp_path, 2)
+
+
+def test_what_a_stopped_run_has_exported_is_exported_again(tiny_model, tmp_path):
+    """A run that has no summary yet does not take what lies in the place of its model for its own."""
+    loaded = load_model(tiny_model)
+    policy, params = Policy(abstract_decoder(loaded.config)), named_parameters(loaded)
+    expected = export_model(policy, params, tmp_path / "new", tiny_model)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "model.safetensors").write_bytes(b"of somebody")
+    assert export_model(policy, params, tmp_path / "left", tiny_model) == expected
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {path.name for path in (tmp_path / "left").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"verb": "score"}, "a run of `ches score`"),
+        ({"verb": "train"}, "model is missing"),
+        ({"verb": "train", "model": "bundled"}, "model_fingerprint is missing"),
+        ({"verb": "train", "model": "bundled", "model_fingerprint": "f", "lora_rank": "8"}, "lora_rank is text"),
+        ({"verb": "train", "model": "bundled", "model_fingerprint": "f"}, "not the weights that the run"),
+    ],
+)
+def test_a_run_that_tells_no_model_has_no_checkpoints_of_one(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=message):
+        model_at(tmp_path, 1)
+
+
+@pytest.mark.parametrize("summary", [{}, {"best": {"step": "1"}}, {"config": {}}, {"loss": "dpo", "counts": {}}])
+def test_a_damaged_summary_makes_no_card_and_names_no_best_step(tmp_path, summary):
+    (tmp_path / "run.json").write_text(json.dumps(summary))
+    (tmp_path / "metrics.jsonl").write_text("")
+    for read in (lambda: card_at(tmp_path, 1), lambda: step_of(tmp_path, "best")):
+        with pytest.raises(RunError, match=r"run\.json: is damaged"):
+            read()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, DataError
 from ches_jax.losses import LossInputs, get_loss, kto_baseline
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.models.attention.mask import Visibility
@@ -24,7 +24,12 @@ from ches_jax.runs.directory import read_json
 from ches_jax.train.batch_loss import batch_loss, update_metrics
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
-from ches_jax.train.data.rows import pair_by_prompt
+from ches_jax.train.data.rows import (
+    _require_an_order,
+    _require_both_kinds,
+    _require_weights,
+    pair_by_prompt,
+)
 from ches_jax.train.loop import train
 from ches_jax.train.objective import reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
@@ -389,6 +394,31 @@ def test_a_pair_of_several_responses_takes_their_own_numbers(small, tmp_path, ro
     one_for_all = write_lines(tmp_path / "b.jsonl", [{**r, "good": 1.0, "bad": 0.5} for r in several])
     with pytest.raises(ChesError, match=r"needs numbers in good and bad .*lists, a number for each response"):
         train(small(tmp_path / "b", pairs=one_for_all, rewards="good,bad", **options), quiet=True)
+
+
+def test_lists_have_an_order_and_a_classifier_two_kinds():
+    numbers = {"rewards_chosen": np.array([1.0, 2.0]), "rewards_rejected": np.array([1.0, 1.0])}
+    _require_an_order("d", "pro", numbers)
+    with pytest.raises(DataError, match="scores of each row are all equal"):
+        _require_an_order("d", "pro", {name: np.ones(2) for name in numbers})
+    for loss, good in (("bco", [True, False]), ("kto", [True, True])):
+        _require_both_kinds("d", get_loss(loss), np.array(good))
+    for good, word in (([True, True], "good"), ([False], "bad")):
+        with pytest.raises(DataError, match=f"all {len(good)} rows are {word}, and bco"):
+            _require_both_kinds("d", get_loss("bco"), np.array(good))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([0.0, 1.0], None), ([1.0, -0.5], "row 7 has the weight -0.5 in w"), ([0.0, 0.0], "the weights in w are all 0")],
+)
+def test_weights_are_none_below_zero_and_not_all_zero(weights, message):
+    pairs = [replace(PAIRS[0], index=i) for i in (3, 7)]
+    if message is None:
+        _require_weights("d", "w", pairs, {"weights": np.array(weights)})
+        return
+    with pytest.raises(DataError, match=message):
+        _require_weights("d", "w", pairs, {"weights": np.array(weights)})
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_stopped_run_of_adapters_resumes_to_the_same_bytes(lora_run, small, tm
     assert (out / "adapter" / WEIGHTS).read_bytes() == (lora_run / "adapter" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_meshes_accumulation_and_remat_give_the_same_adapters(small, tmp_path):
     """In float64, with plain steps, micro-batches of 3 and 2 pairs: nothing but rounding, and that of the files,
     which hold float32."""

@@ -12,11 +12,12 @@ from flax import nnx
 from ches_jax.errors import ChesError
 from ches_jax.hf.directory import read_config
 from ches_jax.losses import get_loss
+from ches_jax.models.attention.choose import with_gradient
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import stored_tensors
 from ches_jax.models.decoder import named_parameters
 from ches_jax.models.families.registry import family_of
-from ches_jax.train.batch_loss import batch_loss
+from ches_jax.train.batch_loss import loss_and_metrics
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.forward import batch_logps
 from ches_jax.train.objective import get_objective
@@ -93,8 +94,9 @@ def errors(folder, dtype) -> dict[str, float]:
     def run(state):
         def dpo(state):
             model = nnx.merge(graph, state)
-            value, (metrics, _) = batch_loss(model, get_loss("dpo", beta=0.1), batch, {})
-            return value, (metrics, batch_logps(model, batch))
+            logps = batch_logps(model, batch, attend=with_gradient(model.config, model.dtype))
+            value, (metrics, _) = loss_and_metrics(get_loss("dpo", beta=0.1), batch, logps, {})
+            return value, (metrics, logps)
 
         (value, (metrics, logps)), grads = jax.value_and_grad(dpo, has_aux=True)(state)
         return value, metrics, logps, grads

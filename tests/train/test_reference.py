@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flax import nnx
@@ -140,3 +141,30 @@ def test_a_reference_that_is_not_the_policys_is_noticed(small, tmp_path, monkeyp
     monkeypatch.setattr(setup, "reference_logps", shifted)
     with pytest.raises(Exception, match="before the first update the policy gives the responses"):
         train(small(tmp_path / "run", steps=1, export=False, holdout=0, limit=4), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array(["a", "b"]), "column ref_chosen_logps is string; expected double"),
+        (pa.array([1.0, None]), "column ref_chosen_logps lacks 1 of 2 values"),
+        (pa.array([[1.0], [2.0]]), "column ref_chosen_logps is list"),
+    ],
+)
+def test_a_cache_of_other_values_is_refused(tmp_path, column, message):
+    write_cache(tmp_path / "c.parquet", {"a": (-1.0, -2.0), "b": (-1.0, -2.0)}, IDENTITY)
+    table = pq.read_table(tmp_path / "c.parquet")
+    pq.write_table(table.set_column(1, "ref_chosen_logps", column), tmp_path / "c.parquet")
+    with pytest.raises(RunError, match=message):
+        read_cache(tmp_path / "c.parquet", IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"", b"{", b"[" * 100_000, b"[1]", b'{"config": 3}', b'{"opened": {"a": [1]}}', b"\xff"]
+)
+def test_a_cache_that_tells_no_identity_is_none(tmp_path, metadata):
+    write_cache(tmp_path / "c.parquet", {"a": (-1.0, -2.0)}, IDENTITY)
+    table = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata({b"ches_jax": metadata})
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(RunError, match="not a reference cache"):
+        read_cache(tmp_path / "c.parquet", IDENTITY)

@@ -108,7 +108,7 @@ def service(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("online", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_sends_every_line_once(small, tmp_path, monkeypatch, service, online):
     class Dying(JsonLines):
         def log(self, step, values):

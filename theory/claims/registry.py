@@ -5,8 +5,10 @@ A claim's check returns a number that is compared with the claim's tolerance: a 
 then must be *above* the tolerance.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -123,15 +125,37 @@ def all_claims(scope: Scope | None = None) -> tuple[Claim, ...]:
 
 
 def find(ids: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims of those ids.
+    """The claims of those ids, which may have commas between them and be written in any case.
+
+    >>> [claim.id for claim in find(["t4,T5", "theorem 6"])]
+    ['T4', 'T5', 'T6']
 
     Raises:
       ChesError: for ids that there are none of.
     """
-    problems = [f"no claim {i!r}; the claims are: {', '.join(_CLAIMS)}" for i in ids if i not in _CLAIMS]
+    words = [
+        re.sub(r"^(theorem|proposition) *", lambda m: m[0][0], w.strip(), flags=re.I) for i in ids for w in i.split(",")
+    ]
+    known = {claim.casefold(): claim for claim in _CLAIMS}
+    problems = [f"no claim {w!r}; the claims are: {', '.join(_CLAIMS)}" for w in words if w.casefold() not in known]
     if problems:
         raise ChesError(many("--claims", problems))
-    return tuple(_CLAIMS[i] for i in ids)
+    return tuple(_CLAIMS[known[w.casefold()]] for w in words)
+
+
+def shared_sweeps(settings: Mapping[str, tuple[Callable[..., Any], Sequence[dict[str, int]]]]) -> Callable[..., Any]:
+    """What sweeps saw that several claims read, by context and setting: each is made once for a seed and a count.
+
+    Args:
+      settings: name -> the check and the sizes, as for ``sweep``.
+    """
+
+    @lru_cache(maxsize=16)
+    def seen(setting: str, seed: int, count: int) -> Any:
+        check, sizes = settings[setting]
+        return sweep(Context(seed=seed).key(setting), count, check, sizes)
+
+    return lambda ctx, setting: seen(setting, ctx.seed, ctx.instances)
 
 
 def sweep(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ches_jax.errors import ChesError
 from theory.statements import theorems
 from theory.toy.dynamics import (
     Kind,
@@ -37,7 +38,7 @@ DURATION, REPORTS = 60.0, 121
 
 
 class Construction(NamedTuple):
-    """A pair in a toy model, and what the theory says will become of it."""
+    """A pair in a toy model, and what the theory says will happen to it."""
 
     name: str
     chosen: str
@@ -47,8 +48,10 @@ class Construction(NamedTuple):
     pairs: Pairs
     labels: tuple[str, ...]
     """Of each token, seen from y+: "chosen", "same", "opposite" or "other"."""
-    kind: str
-    winner: str
+    kind: Kind | None = None
+    """What the theory says: how y+ is displaced."""
+    winner: str | None = None
+    """And which token gains most."""
     linear: bool = False
     """Whether the features are frozen: then nothing is displaced."""
 
@@ -109,9 +112,36 @@ def label_tokens(chosen: str) -> tuple[str, ...]:
 
 
 def construct(
-    name: str, chosen: str, rejected: str, companion: str, scale: float, kind: str, winner: str
+    name: str,
+    chosen: str,
+    rejected: str,
+    companion: str,
+    scale: float,
+    kind: Kind | None = None,
+    winner: str | None = None,
 ) -> Construction:
-    """A pair of single tokens on the only prompt."""
+    """A pair of single tokens of ``TOKENS`` on the only prompt, to be trained by ``flows``.
+
+    Args:
+      name: of the construction, under which ``flows`` returns its run.
+      chosen: the preferred token.
+      rejected: the dispreferred token.
+      companion: a third token, as likely at the start as the chosen one.
+      scale: s, which makes W into s W and h into h / s: the larger, the more is displaced.
+      kind: what the theory predicts, for a claim that compares; ``Run.kind`` is what happens.
+      winner: the token that the theory predicts to gain most; ``Run.winner`` is what happens.
+
+    Raises:
+      ChesError: a token that is none of ``TOKENS``, or fewer than three tokens.
+
+    >>> construct("mild", "No", "Never", "Yes", scale=2.0).labels[:5]
+    ('opposite', 'opposite', 'opposite', 'opposite', 'chosen')
+    """
+    unknown = [t for t in (chosen, rejected, companion) if t not in TOKENS]
+    if unknown or len({chosen, rejected, companion}) < 3:
+        raise ChesError(
+            f"{name}: expected three different tokens of {', '.join(TOKENS)}; got {chosen}, {rejected}, {companion}"
+        )
     one, context = jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32)
     sides = [Responses(jnp.full((1, 1), TOKENS.index(t), jnp.int32), context, one) for t in (chosen, rejected)]
     model = rescale(semantic_model(chosen, rejected, companion), scale)

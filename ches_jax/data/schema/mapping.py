@@ -204,7 +204,7 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
     if schema == PLAIN:
         return _plain(row)
     prompt = _prompt(schema, row)
-    aside = {w: v for w in _ASIDE[:2] if (v := lookup(row, getattr(schema, w))) is not None}
+    aside = {w: v for w in _ASIDE[:2] if (v := lookup(row, getattr(schema, w))) not in (None, [])}
     shared = aside if prompt is None else {"prompt": prompt, **aside}
     if schema.responses:
         responses = _responses(schema, row)
@@ -223,7 +223,17 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
         raise _missing(
             schema, row, [n for n, v in zip((schema.chosen, schema.rejected), sides, strict=True) if v is None]
         )
+    if prompt is None:
+        sides[1] = _in_place_of_last(sides[0], sides[1])
     return [(numbers, _whole(schema, row, shared | both)) for numbers, both in _sides(*sides)]
+
+
+def _in_place_of_last(chosen: Any, rejected: Any) -> Any:
+    """A rejected answer that stands alone beside a whole conversation, as the conversation that it would make."""
+    answer = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected
+    alone = isinstance(answer, list) and are_turns(answer) and answer[0]["role"] == "assistant"
+    whole = isinstance(chosen, list) and are_turns(chosen) and [m["role"] for m in chosen[-2:]] == ["user", "assistant"]
+    return [*chosen[:-1], *answer] if alone and whole else rejected
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:

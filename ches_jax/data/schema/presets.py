@@ -22,7 +22,7 @@ class Preset:
 
 def _preset(name: str, sets: str, also: tuple[str, ...] = (), **words: Any) -> Preset:
     """``words`` without sides and responses: chosen and rejected."""
-    sides = {} if "responses" in words else {"chosen": "chosen", "rejected": "rejected"}
+    sides = {} if {"responses", "chosen"} & words.keys() else {"chosen": "chosen", "rejected": "rejected"}
     schema = from_words({**words, **sides}, name)
     aside = {schema.category, schema.tools, schema.chat_template_kwargs}
     return Preset(schema, sets, tuple(dict.fromkeys([*(n for n in schema.reads if n not in aside), *also])))
@@ -52,6 +52,20 @@ PRESETS: dict[str, Preset] = {
         ),
         _preset("sharegpt", "LLaMA-Factory's sharegpt format", prompt="conversations"),
         _preset("messages", "axolotl's chat_template format", prompt="messages"),
+        _preset(
+            "swift",
+            "ms-swift's messages with a rejected_response",
+            chosen="messages",
+            rejected="rejected_response",
+        ),
+        _preset(
+            "openai",
+            "OpenAI's preference format (Azure, Together, Fireworks)",
+            prompt="input.messages",
+            tools="input.tools",
+            chosen="preferred_output",
+            rejected="non_preferred_output",
+        ),
         _preset(
             "ultrafeedback",
             "openbmb/UltraFeedback",
@@ -98,6 +112,14 @@ PRESETS: dict[str, Preset] = {
             prompt="context",
             responses=["response1", "response2"],
             winner="overall_preference",
+            order=["negative", "positive"],
+        ),
+        _preset(
+            "helpsteer2-preference",
+            "nvidia/HelpSteer2, preference (negative: response_1 is better)",
+            prompt="prompt",
+            responses=["response_1", "response_2"],
+            winner="preference_strength",
             order=["negative", "positive"],
         ),
         _preset(

@@ -23,7 +23,7 @@ SIGNS = ("negative", "positive")
 """An ``order`` of these two words, either first: the winner is a number with a sign, and 0 is a tie."""
 _TIE = re.compile(
     r"(?:a )?(?:tie|tied|ties|both|neither|draw|equal|equally|(?:about |roughly |the )*same|similar|none|bothbad|"
-    r"no[ _-]?preference|no[ _-]?difference|indifferent)\b.*"
+    r"no[ _-]?preference|no[ _-]?difference|indifferent|unsure|not sure|undecided|can(?:'t|not) (?:tell|decide))\b.*"
 )
 
 

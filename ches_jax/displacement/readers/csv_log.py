@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, log_of, tag_of_download
 from ches_jax.displacement.readers.metric_names import STEPS, metric
 from ches_jax.errors import ChesError
 
 SPREAD = ("__MIN", "__MAX")
 """Columns beside each metric in an export of Weights & Biases."""
+ONE_CHART = {"wall time", "step", "value"}
+"""Columns of one chart that TensorBoard saved."""
 DECIMAL_COMMA = re.compile(r"-?\d+,\d+([eE][-+]?\d+)?")
 
 
@@ -31,6 +33,8 @@ def read_csv_log(path: Path, text: str, held_out: str | None = None) -> Log:
         raise ChesError(f"{path}: a CSV file without rows")
     runs: dict[str, None] = {}
     renamed: dict[str, str] = {}
+    if {str(column).lower() for column in rows[0]} == ONE_CHART:
+        rows = [{tag_of_download(path) if c == "Value" else c: v for c, v in row.items()} for row in rows]
     for column in rows[0]:
         if column is None or column.endswith(SPREAD):
             continue

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, log_of, read_whole
 from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.errors import ChesError
 
@@ -39,7 +39,7 @@ def read_event_log(paths: Sequence[Path], held_out: str | None = None) -> Log:
     where: dict[str, Path] = {}
     notes: list[str] = []
     for path in sorted(paths):
-        data = path.read_bytes()
+        data = read_whole(path)
         for record in _records(data, path, notes):
             try:
                 event = event_pb2.Event.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,6 +75,8 @@ def _records(data: bytes, path: Path, notes: list[str]) -> Iterator[bytes]:
         if end + length + 4 > len(data):
             notes.append(f"{path.name} is cut off; its last record was left out")
             return
+        if not length:
+            raise ChesError(f"{path}: an empty record at byte {at}; it was an event file of TensorBoard")
         yield data[end : end + length]
         at = end + length + 4
 

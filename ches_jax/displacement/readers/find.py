@@ -13,10 +13,11 @@ import numpy as np
 
 from ches_jax.displacement.readers.csv_log import looks_like_csv, read_csv_log
 from ches_jax.displacement.readers.event_log import is_event_file, read_event_log
-from ches_jax.displacement.readers.json_log import ONE_ENTRY, NotALogError, read_json_log
-from ches_jax.displacement.readers.log import Log, joined
+from ches_jax.displacement.readers.json_log import ONE_ENTRY, read_json_log
+from ches_jax.displacement.readers.log import MOST_BYTES, Log, NotALogError, joined, read_whole
 from ches_jax.displacement.readers.metric_names import HELD_OUT
 from ches_jax.displacement.readers.tracker_log import DATABASE, read_run_folders, read_tracker_log
+from ches_jax.displacement.readers.wandb_journal import MAGIC, read_wandb_journal
 from ches_jax.errors import ChesError
 
 STATE = "trainer_state.json"
@@ -43,8 +44,6 @@ SKIPPED = {
     "wandb-metadata.json",
 }
 """Files of a run's directory that are no logs."""
-LARGEST = 200_000_000
-"""Bytes; a log is never larger, a data set may be."""
 CHECKPOINT = re.compile(
     r"^(checkpoint|ckpt|global_step|step|epoch|iter)[-_]?\d*$|^(best|last|final)([-_](model|checkpoint|ckpt))?$"
     r"|^(tmp-)?checkpoint|[-_]checkpoint$"
@@ -52,10 +51,8 @@ CHECKPOINT = re.compile(
 """Names of the folders of a run's checkpoints."""
 EVALUATION = {"eval", "evaluation", "val", "validation"}
 """Words in the name of a file, by which metrics without a word for their set are those of evaluations."""
-BINARY = {
-    b":W&B": "the journal of a run of Weights & Biases; export the run's charts or history as CSV or JSON lines",
-    b"PK\x03\x04": "a zip archive; unpack it first",
-}
+JOURNAL = ".wandb"
+BINARY = {b"PK\x03\x04": "a zip archive; unpack it first"}
 """First bytes -> what to do with a file that is no text."""
 GZIP = b"\x1f\x8b"
 SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
@@ -92,7 +89,9 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
         else:
             logs += [(file, log)] if log.names else []
     if any(quantity in SIDES for _, log in logs for _, quantity in log.series):
-        return _one_run(path, [(file, log) for file, log in logs if any(q in OF_PAIRS for _, q in log.series)])
+        of_pairs = [(file, log) for file, log in logs if any(q in OF_PAIRS for _, q in log.series)]
+        # what was printed, and the summary, lie beside the journal of a run
+        return _one_run(path, [item for item in of_pairs if item[0].suffix == JOURNAL] or of_pairs)
     if len(logs) == 1:
         return logs[0][1]  # what it lacks is reported where its metrics are read
     if not logs and len(of_logs := [p for p in problems if not isinstance(p, NotALogError)]) == 1:
@@ -162,11 +161,11 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
             return read_event_log([path], held_out)
         if head.startswith(DATABASE):
             return read_tracker_log(path, held_out)
+        if head.startswith(MAGIC):
+            return read_wandb_journal(path, held_out)
         if what := next((words for start, words in BINARY.items() if head.startswith(start)), None):
             raise NotALogError(f"{path}: {what}")
-        if path.stat().st_size > LARGEST:
-            raise NotALogError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too large for a log")
-        content = _unpacked(path) if head.startswith(GZIP) else path.read_bytes()
+        content = _unpacked(path) if head.startswith(GZIP) else read_whole(path)
         text = content.decode(_encoding(content[:4096]))
     except UnicodeDecodeError:
         raise NotALogError(f"{path}: not a text file, and none of TensorBoard's event files") from None
@@ -182,11 +181,11 @@ def _unpacked(path: Path) -> bytes:
     """What a gzip file holds, never more than a log may."""
     try:
         with gzip.open(path) as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MOST_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise NotALogError(f"{path}: cut off or damaged, gzip cannot unpack it ({error})") from None
-    if len(content) > LARGEST:
-        raise NotALogError(f"{path}: unpacks to more than {LARGEST / 1e6:.0f} MB, which is too large for a log")
+    if len(content) > MOST_BYTES:
+        raise NotALogError(f"{path}: unpacks to more than {MOST_BYTES / 1e6:.0f} MB, which is too large for a log")
     return content
 
 
@@ -230,10 +229,10 @@ def _newest(path: Path, states: Sequence[Path]) -> Path:
     by_step: list[tuple[int, int, Path, dict[int, object]]] = []
     for state in states:
         try:
-            content = json.loads(state.read_text(encoding="utf-8"))
+            content = json.loads(read_whole(state).decode())
             history = {int(e["step"]): e.get("loss") for e in content["log_history"] if "loss" in e}
             by_step.append((int(content.get("global_step") or 0), -len(state.parts), state, history))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (NotALogError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if len(states) == 1:
                 return state  # its reader says what is wrong
     if not by_step:
@@ -264,7 +263,7 @@ def _candidates(path: Path) -> list[Path]:
     return [
         file
         for file in _below(path)
-        if file.suffix.lower() in SUFFIXES and file.name not in SKIPPED and file.stat().st_size <= LARGEST
+        if file.suffix.lower() in SUFFIXES and file.name not in SKIPPED and file.stat().st_size <= MOST_BYTES
     ]
 
 

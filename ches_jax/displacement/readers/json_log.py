@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, NotALogError, log_of, tag_of_download
 from ches_jax.displacement.readers.metric_names import STEPS, metric
 from ches_jax.errors import ChesError
 
@@ -20,10 +20,6 @@ NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)\b"
 NAMED = re.compile(rf"([A-Za-z_][\w/.-]*)\s*[:=]\s*(?:\w+\.\w+\()?({NUMBER})")
 """A metric as verl (``step:3 - val/loss:0.7``), torchtune (``Step 3 | loss:0.7 ...``) and other loops print it."""
 PRINTED_STEP = re.compile(r"\b(?:global[ _])?(?:step|iter(?:ation)?)\b\W{0,3}(\d+)", re.IGNORECASE)
-
-
-class NotALogError(ChesError):
-    """A file in none of the formats of logs; one of many in a directory."""
 
 
 def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
@@ -47,13 +43,16 @@ def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
 def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple[str, ...]]:
     whole = _whole(text)
     if isinstance(whole, Mapping) and isinstance(whole.get("log_history"), list):
-        return [e for e in whole["log_history"] if isinstance(e, Mapping)], "trainer_state.json", ()
+        return [e for e in whole["log_history"] if isinstance(e, Mapping)], "log of transformers", ()
     if isinstance(whole, Mapping) and "log_history" in whole:
         raise ChesError(f"{path}: log_history is no list of entries; is the file written by transformers?")
     if isinstance(whole, Mapping) and (columns := _columns(whole)):
         return columns, "JSON, by column", ()
     if isinstance(whole, Mapping):
         return [whole], ONE_ENTRY, ()
+    if isinstance(whole, list) and whole and all(map(_is_point, whole)):
+        tag = tag_of_download(path)
+        return [{"step": step, tag: value} for _, step, value in whole], "JSON of TensorBoard", ()
     if isinstance(whole, list):
         entries = [e for e in whole if isinstance(e, Mapping)]
         if len(entries) < len(whole):
@@ -74,6 +73,11 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
     if printed := _of_messages(text) or _printed_dicts(text) or _printed_names(text):
         return printed, "printed entries", ()
     raise NotALogError(f"{path}: neither JSON, nor CSV, nor printed entries of a trainer")
+
+
+def _is_point(item: Any) -> bool:
+    """Whether an item is time, step and value: a chart that TensorBoard saved is a list of these."""
+    return isinstance(item, list) and len(item) == 3 and all(isinstance(n, (int, float)) for n in item)
 
 
 def _of_lines(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple[str, ...]] | None:

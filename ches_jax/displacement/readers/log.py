@@ -2,18 +2,40 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ches_jax.displacement.readers.metric_names import HELD_OUT, REINFORCEMENT, REWARD_MODEL, STEPS, metric
 from ches_jax.errors import ChesError
+from ches_jax.runs.files import open_regular
 
+MOST_BYTES = 200_000_000
+"""Of a file; a log is never larger, a data set may be."""
 LARGEST = 2**62
 """A step, or a whole number, beyond it is none."""
+
+
+class NotALogError(ChesError):
+    """A file in none of the formats of logs; one of many in a directory."""
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a log.
+
+    Raises:
+      NotALogError: it is no regular file, or larger than any log.
+      OSError: it cannot be read.
+    """
+    with open_regular(path, NotALogError, "a log") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+            raise NotALogError(f"{path}: {size / 1e6:.0f} MB are too large for a log")
+        return file.read()
 
 
 @dataclass(frozen=True)
@@ -250,6 +272,24 @@ def _of_one_metric(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     if name is None or value is None or not isinstance(entry[name], str):
         return entry
     return {**{k: v for k, v in entry.items() if k not in (name, value)}, entry[name]: entry[value]}
+
+
+def tag_of_download(path: Path) -> str:
+    """The metric of one chart that TensorBoard saved, which only the name of its file tells.
+
+    >>> tag_of_download(Path("run-.-tag-eval_rewards_chosen.csv"))
+    'eval_rewards_chosen'
+
+    Raises:
+      ChesError: it does not tell one.
+    """
+    _, found, tag = path.stem.rpartition("-tag-")
+    if not found:
+        raise ChesError(
+            f"{path}: one chart of TensorBoard, and nothing says of which metric; name the file after it, "
+            f"run-tag-eval_rewards_chosen{path.suffix}"
+        )
+    return tag
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

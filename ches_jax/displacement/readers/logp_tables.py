@@ -13,6 +13,7 @@ from ches_jax.runs.files import read_parquet
 
 SIDES = ("chosen", "rejected")
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+HELD_OUT = "the pairs are taken as held-out ones; if the model was trained on them, other pairs may have fallen"
 ABOUT = ("row_id", "index", "chosen_tokens", "rejected_tokens", "category")
 
 
@@ -59,7 +60,9 @@ def read_score_tables(before: Path, after: Path, *, same_tokens: bool = False) -
     chosen, rejected = (change[take] for change in changes)
     start = _numbers(first, "logp_chosen")[take], _numbers(first, "logp_rejected")[take]
     index = _numbers(first, "index")[take]
-    return Changes(chosen, rejected, f"{before} to {after}", caveats, index, rows=rows, start=start)
+    caveats = (*caveats, HELD_OUT)
+    source = f"{before} to {after}"
+    return Changes(chosen, rejected, source, caveats, index, held_out=True, rows=rows, start=start)
 
 
 def _null(table: pa.Table) -> np.ndarray:
@@ -100,7 +103,8 @@ def read_logps(path: Path) -> Changes:
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}
     start = _numbers(table, "ref_chosen_logps"), _numbers(table, "ref_rejected_logps")
-    return Changes(chosen, rejected, str(path), records=rows.get("index"), rows=rows, start=start)
+    records = rows.get("index")
+    return Changes(chosen, rejected, str(path), (HELD_OUT,), records, held_out=True, rows=rows, start=start)
 
 
 def _require(file: Path, columns: Sequence[str], names: Sequence[str]) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.readers.json_log import NotALogError
-from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log import Log, NotALogError, log_of, read_whole
 from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.errors import ChesError
 
@@ -141,7 +140,7 @@ def _of_folder(folder: Path) -> Tracked:
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
+    return read_whole(file).decode("utf-8", "replace")
 
 
 def _object(text: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
 from ches_jax.data.sources import LISTS, Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
-from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE
+from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE, with_own_flags
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
@@ -119,14 +119,19 @@ def read_pairs(
                 )
     pairs = _tokenised(source, tokenizer, limit, process)
     if one_response:
-        pairs = [_single(p) for p in pairs]
+        pairs = [replace(with_own_flags(p), rejected=NOTHING) for p in pairs]
     rows = len({p.index for p in pairs})
     kept, dropped = _fit(source, tokenizer, pairs, config.on_bad_row)
     if one_response and is_supervised(loss):  # every response is a good one
-        return ReadPairs(kept, _numbers(source, choices_of, kept, limit, alike), dropped, rows)
+        numbers = _numbers(source, choices_of, kept, limit, alike)
+        _require_weights(source.name, config.weights, kept, numbers)
+        return ReadPairs(kept, numbers, dropped, rows)
     if one_response:
         name = config.columns.get(LABEL, LABEL)
         numbers = _numbers(source, [(f"--loss {config.loss}", [{LABEL: name}]), *choices_of], kept, limit, alike)
+        _require_weights(source.name, config.weights, kept, numbers)
+        if option == "pairs":
+            _require_both_kinds(source.name, loss, numbers[LABEL] > 0)
         pairs, members = pair_by_prompt(kept, numbers[LABEL] > 0)
         weights = {
             f"weights_{side}": numbers["weights"][which] for side, which in members.items() if "weights" in numbers
@@ -140,6 +145,9 @@ def read_pairs(
         _require_lists(source.name, config.loss, kept)
     numbers = _numbers(source, choices_of, kept, limit, alike)
     _require_label_probabilities(source.name, kept, numbers)
+    if reads_lists(loss) and option == "pairs":
+        _require_an_order(source.name, config.loss, numbers)
+    _require_weights(source.name, config.weights, kept, numbers)
     return ReadPairs(kept, _token_weights(source.name, kept, numbers, config.eos), dropped, rows)
 
 
@@ -177,6 +185,24 @@ def _require_label_probabilities(name: str, pairs: Sequence[TokenPair], numbers:
     for pair, value in zip(pairs, numbers.get("label_probability", ()), strict=False):
         if not 0.0 <= value <= 1.0:
             raise DataError(f"{name}: row {pair.index} has the label probability {value:g}; expected 0 to 1")
+
+
+def _require_weights(
+    name: str, column: str | None, pairs: Sequence[TokenPair], numbers: Mapping[str, np.ndarray]
+) -> None:
+    """Weights are 0 or more, and some are more.
+
+    Raises:
+      DataError: the first that is less, which would raise its loss; or nothing but zeros.
+    """
+    weights = numbers.get("weights", np.ones(1))
+    if (below := np.flatnonzero(weights < 0)).size:
+        raise DataError(
+            f"{name}: row {pairs[below[0]].index} has the weight {weights[below[0]]:g} in {column}; expected 0 or "
+            "more, since the row's loss would be raised"
+        )
+    if not weights.any():
+        raise DataError(f"{name}: the weights in {column} are all 0, and nothing would be learned")
 
 
 def _token_weights(
@@ -267,10 +293,31 @@ def _require_lists(name: str, loss: str, pairs: Sequence[TokenPair]) -> None:
             )
 
 
-def _single(pair: TokenPair) -> TokenPair:
-    """A row that was read as two equal responses: one of them, and the findings about it."""
-    flags = tuple(f for f in pair.flags if f != "identical" and not f.endswith("_rejected"))
-    return replace(pair, rejected=NOTHING, flags=flags)
+def _require_an_order(name: str, loss: str, numbers: Mapping[str, np.ndarray]) -> None:
+    """Some list whose scores differ.
+
+    Raises:
+      DataError: every response is as good as the others of its row, so that nothing would be learned.
+    """
+    best, other = (numbers[field] for field in REWARD_FIELDS)
+    if len(best) and (best == other).all():
+        raise DataError(
+            f"{name}: the scores of each row are all equal, and loss {loss!r} learns from their order; are they in "
+            "another column? Name it with --columns scores=NAME"
+        )
+
+
+def _require_both_kinds(name: str, loss: Loss, good: np.ndarray) -> None:
+    """Rows of both kinds for a loss that tells them apart by the mean of all rewards.
+
+    Raises:
+      DataError: all are good, or all bad.
+    """
+    if "reward_mean" in loss.needs and good.all() == good.any():
+        raise DataError(
+            f"{name}: all {len(good)} rows are {'good' if good.all() else 'bad'}, and {loss!r} is a classifier of good "
+            "and bad responses; kto takes rows of one kind"
+        )
 
 
 def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[TokenPair], dict[str, np.ndarray]]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
 from ches_jax.displacement.ranking import ranking_rates
 from ches_jax.errors import RunError
+from ches_jax.runs.files import read_parquet
 from ches_jax.train.observe.evaluations import join, part, write_table
 from ches_jax.train.observe.observer import Params
 from ches_jax.train.observe.pair_logprobs import PairLogps, PairStatistics, WatchedPairs
@@ -42,6 +42,9 @@ SCHEMA = pa.schema(
 """One row per pair, set and evaluation; ``margin`` is the change of the margin, nats; entropies (nats) and arg-max
 masses are means over the tokens of a response. ``rank_rejected``: of lists, the place of the rejected response among
 those of its row, from 2. ``label_posterior``: LCPO's probability that the label is right."""
+
+START = pa.schema([SCHEMA.field(name) for name in ("set", "row_id", "logp_chosen", "logp_rejected")])
+"""What a run that is resumed reads of step 0."""
 
 
 def present(pairs: Sequence[TokenPair], logps: PairLogps) -> PairLogps:
@@ -192,7 +195,7 @@ class DisplacementLog:
         """Step 0 of a run that is resumed."""
         if not self.part(0).exists():
             raise RunError(f"{self.part(0)}: missing, so no change since step 0 is known; start the run anew")
-        table = pq.read_table(self.part(0))
+        table = read_parquet(self.part(0), RunError, "the log of step 0 of this run", START)
         for name, pairs in sets.items():
             of_set = table.filter(pa.array([s == name for s in table.column("set").to_pylist()]))
             if of_set.column("row_id").to_pylist() != [p.row_id for p in pairs]:
