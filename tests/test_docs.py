@@ -1,6 +1,7 @@
 """The documents say what is so: every file they name exists, every link leads somewhere, ten questions have answers."""
 
 import re
+import tomllib
 from html import escape
 from pathlib import Path
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("theory/*.md"), *ROOT.glob("experiments/*.md")])
 PLACE = re.compile(r"`((?:ches_jax|theory|experiments|tests|docs|tools)/[\w./-]+?)`")
 """Paths in words of code; one with a word in capitals stands for many."""
-MADE = {ROOT / "docs" / "api.md", ROOT / "docs" / "commands.md"}
+MADE = {(ROOT / "docs" / name).resolve() for name in ("api.md", "commands.md", "statements.md")}
 """Pages of the site that are made from the code when it is built (`tools/site_pages.py`)."""
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 
@@ -24,17 +25,15 @@ def test_every_file_that_a_page_names_is_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_link_leads_somewhere(page):
     links = {m.group(1) for m in LINK.finditer(page.read_text(encoding="utf-8"))}
-    assert (
-        sorted(n for n in links if "://" not in n and not (page.parent / n).exists() and page.parent / n not in MADE)
-        == []
-    )
+    places = {n: (page.parent / n).resolve() for n in links if "://" not in n}
+    assert sorted(n for n, place in places.items() if not place.exists() and place not in MADE) == []
 
 
 def test_equations_become_mathml(monkeypatch):
     """Every equation of the page of objectives, as Markdown's extension boxes it, is drawn; none is left as TeX."""
     pytest.importorskip("latex2mathml", reason="equations of the site: pip install .[docs]")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from equations import drawn, from_sphinx
+    from equations import drawn, from_sphinx  # pyright: ignore[reportMissingImports]
 
     assert from_sphinx("A.\n\n.. math::\n  a_1\n  b\n\nWith :math:`c`.") == "A.\n\n$$ a_1 b $$\n\nWith $c$."
     page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
@@ -64,3 +63,19 @@ def test_the_python_of_the_readme_runs(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert len(re.findall(r"\d+\.\d+", capsys.readouterr().out)) == 4, "two scores of two pairs"
+
+
+def test_the_readme_counts_the_families():
+    from ches_jax.models.families.registry import FAMILIES
+
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/families.md"))
+    assert f"{len(FAMILIES)} families" in readme
+    assert len(re.findall(r"^\| `(?!model_type)\w+` \|", page, re.M)) == len(FAMILIES)
+
+
+def test_every_extra_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    install = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").partition("## Install")[2]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", install, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(project["optional-dependencies"])
+    assert f"ches_jax-{project['version']}-" in install

@@ -54,6 +54,7 @@ def desk(tmp_path_factory) -> Path:
         table.writerow(["question", "answer", "thumbs_up"])
         table.writerows([one["prompt"], one["completion"], one["label"]] for one in singles)
     shutil.copytree(ROOT / "tests/displacement/logs/trl_dpo", desk / "trl-output")
+    shutil.copytree(bundled.model_dir(), desk / "trl-output", dirs_exist_ok=True)  # the trained model, beside its log
     write_lines(desk / "few.jsonl", rows(0, 24))
     few = ["--model", str(desk / "M"), "--pairs", str(desk / "few.jsonl")]
     train = ["train", *few, "--batch-size", "8", "--lr", "1e-4"]

@@ -1,9 +1,11 @@
 """What the documentation tells people to type: commands parse, Python runs, notebooks run and are whole."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,12 +62,32 @@ def test_the_commands_are_found():
     ]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "docs"], ids=lambda p: p.name)
+@contextlib.contextmanager
+def session_of_a_reader() -> Iterator[None]:
+    """jax as it is outside the tests, which are stricter; what a page changes is changed back."""
+    import jax
+
+    as_it_is = jax.enable_x64(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+    with as_it_is, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "0") in ("1", "true", "True"))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p.parent.name == "theory" else ())
+        for p in PAGES
+        if p.parent.name in ("docs", "theory")
+    ],
+    ids=lambda p: p.name,
+)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
-        exec(compile(block, page.name, "exec"), names)
+    with session_of_a_reader():
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+            exec(compile(block, page.name, "exec"), names)
 
 
 def code_of(path: Path) -> list[str]:
@@ -89,18 +111,14 @@ def test_a_notebook_is_kept_with_what_it_printed(path):
 )
 def test_a_notebook_runs(path, monkeypatch):
     """All cells in one namespace, as a kernel would."""
-    import jax
     import matplotlib
 
     matplotlib.use("agg")
     monkeypatch.chdir(path.parent)
     names: dict[str, object] = {}
-    as_it_is = jax.enable_x64(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-    # a reader's session is not as strict as the tests
-    with as_it_is, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with session_of_a_reader():
         for number, cell in enumerate(code_of(path)):
             exec(compile(cell, f"{path.stem}[{number}]", "exec"), names)
-    jax.config.update("jax_enable_x64", os.environ.get("JAX_ENABLE_X64", "0") in ("1", "true", "True"))
 
 
 def test_every_page_and_notebook_is_in_the_contents_of_the_site():

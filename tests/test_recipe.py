@@ -129,3 +129,56 @@ def test_a_damaged_record_of_stages_is_told(tmp_path, record):
         run_recipe(
             written(tmp_path, TWO_ROUNDS), tmp_path / "out", lambda *_: None, VERBS, resume=True, say=lambda _: None
         )
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def goals(run):
+    """Two rows of each pair, which ask for different rewards and have each other's responses."""
+    rows = rows_of(run / "1-goals")
+    assert rows
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one["prompt"] != other["prompt"] and one["prompt"].startswith("(score: ")
+        assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
+
+
+def curriculum(run):
+    """Every pair is easy or hard, and all easy ones have a larger gap."""
+    parts = [rows_of(run / f"1-{part}") for part in ("easy", "hard")]
+    gaps = [[row["chosen_reward"] - row["rejected_reward"] for row in part] for part in parts]
+    assert [len(part) for part in gaps] == [16, 16] and min(gaps[0]) >= max(gaps[1]) > -1 and max(gaps[0]) > 0
+
+
+def filtered_dpo(run):
+    """What is left is what no text beats."""
+    against = rows_of(run / "1-rewards")
+    beaten = {row["pair"] for row in against if row["rejected_reward"] > row["chosen_reward"]}
+    assert against and len(rows_of(run / "1-kept")) == len(rows_of(run / "1-pairs")) - len(beaten)
+
+
+def d2o(run):
+    """The policy's own samples stand beside each rejected response."""
+    assert all(len(row["responses"]) == 3 and row["rejected"] for row in rows_of(run / "1-rows"))
+
+
+def iterative_dpo(run):
+    """The second round samples from what the first one trained, and no label is less likely than not."""
+    assert "1-train" in json.loads((run / "2-samples" / "config.json").read_text())["config"]["model"]
+    assert all(row["label_probability"] >= 0.5 for row in rows_of(run / "2-labels"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("holds", [goals, curriculum, filtered_dpo, d2o, iterative_dpo], ids=lambda f: f.__name__)
+def test_a_recipe_runs_on_the_bundled_world(tmp_path, monkeypatch, holds):
+    """And makes nothing again when it is resumed."""
+    from ches_jax.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).parents[1] / "examples" / "recipes" / f"{holds.__name__}.toml"
+    assert main(["recipe", str(file), "--out", "run", "--quiet"]) == 0
+    holds(tmp_path / "run")
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != RECORD}
+    assert main(["recipe", str(file), "--out", "run", "--quiet", "--resume"]) == 0
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != RECORD}

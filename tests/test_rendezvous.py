@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ches_jax.distributed.processes import parse_processes, part, start_processes
-from ches_jax.distributed.rendezvous import rendezvous
+from ches_jax.distributed.rendezvous import LINE_BYTES, _Caller, rendezvous
 from ches_jax.errors import ChesError
 
 
@@ -138,6 +138,15 @@ def test_silent_strangers_are_heard_beside_the_others_and_hold_nobody_up(strange
             open_connections.enter_context(connected(port))
         rendezvous("words", "127.0.0.1", port, 2, 1, 60.0)
         first.result(60)
+
+
+def test_a_line_without_an_end_is_not_read_whole():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        caller = _Caller(ours, time.monotonic() + 60)
+        theirs.sendall(b"x" * (LINE_BYTES + 1))
+        assert [caller.listen(), caller.listen()] == [None, {}]  # hung up on, with no end of the line in sight
 
 
 def test_a_silent_stranger_is_hung_up_on(monkeypatch):

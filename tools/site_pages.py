@@ -4,7 +4,8 @@ A hook of mkdocs (`mkdocs.yml` names it): nothing that it makes is committed, so
 
 - ``commands.md``: what ``ches --help`` and ``ches VERB --help`` print.
 - ``api.md``: the names of ``import ches_jax``, in the order of the package's face.
-- pages that live beside the code they speak of: :data:`ELSEWHERE`.
+- ``statements.md``: every claim of the theory, and the theorems with their equations, from the code of ``theory``.
+- pages that live beside the code they speak of: :data:`ELSEWHERE`, with their figures.
 """
 
 import os
@@ -27,6 +28,10 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
 }
 """Page of the site -> file of the repository."""
+STATEMENTS = ("theorems", "coefficients", "entanglement", "related", "dataset")
+"""Modules of ``theory.statements`` in the order of the page."""
+FIGURES = "repository"
+"""Where the site keeps figures of pages that live elsewhere."""
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -50,6 +55,21 @@ def api_page() -> str:
         if name != "__version__":
             options = "options: {heading_level: 3, show_root_heading: false}"
             parts.append(f"## {name}\n\n::: {definition(name)}\n    {options}\n")
+    return "\n".join(parts)
+
+
+def statements_page() -> str:
+    """The claims as a table, then each theorem as its docstring has it."""
+    from theory.claims import all_claims
+
+    parts = ["# Claims and theorems\n\nMade from the code. `ches verify --claims ID` checks a claim.\n\n## Claims\n"]
+    parts += ["| id | claim | about | checked as | source |", "|---|---|---|---|---|"]
+    for c in all_claims():
+        cells = (c.id, f"`{c.statement}`", f"{c.scope} models", c.status, c.source)
+        parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for name in STATEMENTS:
+        options = "options: {heading_level: 3, show_root_heading: false, members_order: source}"
+        parts.append(f"\n## {name.capitalize()}\n\n::: theory.statements.{name}\n    {options}\n")
     return "\n".join(parts)
 
 
@@ -83,25 +103,41 @@ def moved_links(text: str, source: str, page: str) -> str:
             new = of_source[file]
         elif file.startswith("docs/"):
             new = file.removeprefix("docs/")
+        elif mark:
+            new = f"{FIGURES}/{file}"
         else:
-            return words if not mark else f"*{words}* (a figure of the repository: `{file}`)"
+            return words
         new = os.path.relpath(new, os.path.dirname(page) or ".").replace(os.sep, "/")
         return f"{mark}[{words}]({new}{anchor or ''})"
 
     return LINK.sub(moved, text)
 
 
+def figures_of(text: str, source: str) -> list[str]:
+    """Files of the figures of a page, from the root of the repository.
+
+    >>> figures_of("![a](figures/a.png) [b](b.md) ![c](../docs/images/c.svg)", "theory/README.md")
+    ['theory/figures/a.png']
+    """
+    folder = os.path.dirname(source)
+    files = [os.path.normpath(os.path.join(folder, m[3])).replace(os.sep, "/") for m in LINK.finditer(text) if m[1]]
+    return [file for file in files if not file.startswith("docs/")]
+
+
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: add the pages that no file of ``docs/`` holds."""
+    """mkdocs: add the pages that no file of ``docs/`` holds, and their figures."""
     from mkdocs.structure.files import File
 
-    made = {"commands.md": commands_page(), "api.md": api_page()}
-    made |= {
-        page: moved_links((ROOT / source).read_text(encoding="utf-8"), source, page)
-        for page, source in ELSEWHERE.items()
-    }
+    made = {"commands.md": commands_page(), "api.md": api_page(), "statements.md": statements_page()}
+    figures = set()
+    for page, source in ELSEWHERE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        made[page] = moved_links(text, source, page)
+        figures.update(figures_of(text, source))
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
+    for figure in sorted(figures):
+        files.append(File.generated(config, f"{FIGURES}/{figure}", abs_src_path=str(ROOT / figure)))
     return files
 
 

@@ -42,6 +42,7 @@ EXAMPLES = {
     "label": (
         "ches label --model runs/train-001/model --reference bundled --out labelled",
         "ches label --by file --labels labels.jsonl --pairs pairs.jsonl --out labelled",
+        "ches label --by density-ratio --pairs feedback.jsonl --out weighed",
     ),
     "gather": (
         "ches gather --pairs pairs.jsonl --make samples --responses runs/generate-001 --out rows",

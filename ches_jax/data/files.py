@@ -41,6 +41,20 @@ _OPENERS: Mapping[bytes, Callable[[Path], Any]] = {
 }
 
 
+def behind_page(spec: str) -> str:
+    """What the page of a data set or of a file shows, as it is read: a name on the hub, or the address of the bytes.
+
+    >>> behind_page("https://huggingface.co/datasets/Anthropic/hh-rlhf"), behind_page("pairs.jsonl")
+    ('Anthropic/hh-rlhf', 'pairs.jsonl')
+    >>> behind_page("https://github.com/o/r/blob/main/a.jsonl")
+    'https://raw.githubusercontent.com/o/r/main/a.jsonl'
+    """
+    if page := re.fullmatch(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+?)/?(?:tree/main/?|viewer.*)?", spec):
+        return page[1]
+    spec = re.sub(r"^(https://huggingface\.co/(?:datasets/)?[^/]+/[^/]+)/blob/", r"\1/resolve/", spec)
+    return re.sub(r"^https://github\.com/([^/]+/[^/]+)/blob/", r"https://raw.githubusercontent.com/\1/", spec)
+
+
 def located(spec: str) -> list[Path]:
     """Paths that a specification stands for: one of a file or folder, several of a glob or of names with commas.
 

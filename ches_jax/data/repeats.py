@@ -21,6 +21,8 @@ SURE_LETTERS = 40
 of whose turn it is ("Q: 1+1 is?\\nA:"). "Good morning!" may begin two answers to itself."""
 TOLD_LETTERS, TOLD_WORDS = 12, 3
 """From so many characters on, a repetition is flagged; "Hello" begins answers too often."""
+ENDS_OF_MARKS = (":", "]", ">")
+"""Ends of marks of whose turn it is: ``Human:``, ``[INST]``, ``<|user|>``."""
 MARKS = 80
 """Letters in front of a prompt that is repeated: marks of a chat template, a system text of a few words."""
 SURE_IDS = 4
@@ -119,8 +121,9 @@ def repeated(prompt: str, response: str) -> int | None:
 def _repeated_behind_a_mark(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
     """A flag where both responses are whole conversations as text: the same few letters, and the prompt behind them."""
     said = prompt.strip()
-    at = chosen.find(said, 0, MARKS + len(said)) if len(said) >= SURE_LETTERS else -1
-    if at <= 0 or chosen[: at + len(said)] != rejected[: at + len(said)]:
+    at = chosen.find(said, 0, MARKS + len(said))
+    sure = len(said) >= SURE_LETTERS or chosen[: max(at, 0)].rstrip().endswith(ENDS_OF_MARKS)
+    if at <= 0 or not sure or chosen[: at + len(said)] != rejected[: at + len(said)]:
         return {}
     return {"prompt_repeated": f"chosen and rejected begin with {chosen[:at].strip()!r} and the prompt"}
 
@@ -128,7 +131,7 @@ def _repeated_behind_a_mark(prompt: str, chosen: str, rejected: str) -> dict[str
 def _sure(text: str) -> bool:
     """Whether a text is too much, or too much of a prompt, to begin two answers by chance."""
     said = text.strip()
-    return len(said) >= SURE_LETTERS or (len(said) >= TOLD_LETTERS and ("\n" in said or said.endswith((":", "]", ">"))))
+    return len(said) >= SURE_LETTERS or (len(said) >= TOLD_LETTERS and ("\n" in said or said.endswith(ENDS_OF_MARKS)))
 
 
 def _worth_telling(text: str) -> bool:

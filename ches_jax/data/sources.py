@@ -31,6 +31,7 @@ from ches_jax.data.prompts import (
     lookup,
     pair_contents,
 )
+from ches_jax.data.schema.left_over import note_on
 from ches_jax.data.schema.mapping import (
     PLAIN,
     WORDS,
@@ -43,7 +44,7 @@ from ches_jax.data.schema.mapping import (
     is_declaration,
 )
 from ches_jax.data.schema.presets import PRESETS
-from ches_jax.data.schema.recognise import Recognised, note_on, recognise, recognise_prompt, told_of_columns
+from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
@@ -445,6 +446,7 @@ Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 
 
 def _open(spec: str, split: str | None) -> Opened:
+    spec = files.behind_page(spec)
     if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
         return _open_hub(spec, split or "train")
     paths = files.located(spec)
@@ -577,10 +579,10 @@ def _hub_answers(name: str) -> bool:
 @contextlib.contextmanager
 def _from_the_cache() -> Iterator[None]:
     """The clients of the hub read their caches only: without a network they would try for a minute first."""
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
-    clients: tuple[Any, ...] = (constants, datasets.config)
+    clients: tuple[Any, ...] = (constants, config)
     before = [client.HF_HUB_OFFLINE for client in clients]
     for client in clients:
         client.HF_HUB_OFFLINE = True

@@ -43,6 +43,8 @@ _NO_EOS = (
     "--eos exclude, or set eos_token in tokenizer_config.json"
 )
 _EXCHANGE = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+MOST_TOKENS = 1 << 24
+"""In a vocabulary, as in the sizes of a model."""
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -65,6 +67,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:
+        # the library writes down each id that is missing below the largest
+        raise DataError(f"{path}: a token of its vocabulary has the id {largest}; expected ids below {MOST_TOKENS}")
     of_processor = Path(path) / "chat_template.json"
     if not tokenizer.chat_template and of_processor.is_file():
         tokenizer.chat_template = template_in(of_processor)  # what transformers' AutoProcessor takes
@@ -87,6 +92,11 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if not local and (folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2):
         raise DataError(f"{path}: no such directory; expected a model directory or a hub name")
     if local and not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        if _of_own_code(folder):
+            raise DataError(
+                f"{path}: the tokenizer is a program in the directory (auto_map in tokenizer_config.json), and no code "
+                "of a directory is run; convert the tokenizer to tokenizer.json, or take the directory of a conversion"
+            )
         raise DataError(f"{path}: no tokenizer in this directory; expected {_VOCABULARY_FILES[0]}")
     alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     sentencepiece = importlib.util.find_spec("sentencepiece") is not None
@@ -114,6 +124,14 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             + (f"not there: {', '.join(missing)}; " if missing and local else "")
             + "give a directory with tokenizer.json and tokenizer_config.json"
         ) from error
+
+
+def _of_own_code(folder: Path) -> bool:
+    """Whether a directory names Python files of its own as its tokenizer."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in settings.get("auto_map", {})
+    return False
 
 
 def _without_sentencepiece(path: str | Path) -> DataError:

@@ -13,6 +13,7 @@ from ches_jax.errors import DataError
 from ches_jax.types import TokenPair
 
 COMPLETION = ("completion", "completion_ids")
+OTHER_NAMES = ("response", "messages", "conversations")
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
 _GOOD = {"1": True, "true": True, "yes": True, "good": True, "desirable": True}
@@ -22,10 +23,23 @@ _BAD = {"0": False, "-1": False, "false": False, "no": False, "bad": False, "und
 def one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
     """A row of one response, as a pair of two equal ones.
 
+    The response of a labelled row without ``completion`` is ``response``, or the last message of ``messages``, but not
+    where the row has a chosen or a rejected one.
+
     Raises:
-      DataError: as ``canonical_content``.
+      DataError: as ``canonical_content``; there is no response.
     """
     text, ids = (columns.get(name, name) for name in COMPLETION)
+    named = {*COMPLETION} & columns.keys() or any(row.get(name) is not None for name in COMPLETION)
+    pair = any(side in name.lower() for name in map(str, row) for side in ("chosen", "reject"))
+    if not named and not pair and row.get(columns.get(LABEL) or LABEL) is not None:
+        text = next((other for other in OTHER_NAMES if row.get(other) is not None), text)
+    if lookup(row, text) is None and lookup(row, ids) is None:
+        raise DataError(
+            f"no column '{text}' with the response{' (it is null here)' if text in row else ''}; found: "
+            f"{', '.join(map(str, row)) or 'none'}; expected prompt, completion, label: say which column is which with "
+            "--columns completion=NAME label=NAME"
+        )
     names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
     names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
     prompt = columns.get("prompt") or "prompt"

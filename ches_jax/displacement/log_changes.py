@@ -36,6 +36,9 @@ SHORT = 8.0
 """Nats: log-probabilities of whole responses are below minus this, those of a token above it."""
 EARLY, NEAR = 0.05, 0.2
 """The first entry is of the start, or near it, where its step is within this share of the run."""
+REACH = 8
+"""Times the pace of the entries that follow by which rewards may have left 0 before the first one. Of rewards that
+approach their end as 1 - exp(-t / T), it is exceeded where T is shorter than the first entry."""
 BETA_ERROR = 0.02
 """Relative error up to which a recovered beta is taken, and two betas are called the same."""
 HOW_TO_LOG = (
@@ -253,7 +256,7 @@ def _start(log: Log) -> tuple[float, float] | None:
     """The first rewards, where they are of the start and as large as the later ones.
 
     Near the start, a policy that left its reference may have moved: there they have to be twice as large as all that
-    came later.
+    came later, or (where no logps tell it) out of reach of the pace at which the first half of the entries went on.
     """
     for name in _has(log, ""):
         steps, *sides = _both(log, name)
@@ -265,9 +268,17 @@ def _start(log: Log) -> tuple[float, float] | None:
             bounds = [0.5 * np.median(np.abs(side[1:])) for side in sides]
         else:
             bounds = [2 * abs(np.median(side[-(len(side) // 3) :]) - side[0]) for side in sides]
+            if log.get(name, "logp_chosen") is None:  # of which they would be a multiple
+                bounds = [min(b, REACH * _pace(steps, side)) for b, side in zip(bounds, sides, strict=True)]
         if all(abs(f) > max(bound, 0.02) for f, bound in zip(first, bounds, strict=True)):
             return first[0], first[1]
     return None
+
+
+def _pace(steps: np.ndarray, side: np.ndarray) -> float:
+    """How far a side would have come by the first entry, at the mean pace of the first half of the entries."""
+    half = max(len(steps) // 2, 2)
+    return abs(float(np.polyfit(steps[:half], side[:half], 1)[0])) * float(steps[0])
 
 
 def _leaves_the_line(log: Log) -> bool:

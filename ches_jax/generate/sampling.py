@@ -3,7 +3,7 @@ r"""From logits to the next token: temperature, top-k, top-p, and one stream of 
 The order is that of transformers: the logits are divided by the temperature, then cut to the k largest, then to the
 smallest set of tokens whose probability reaches p. A token is drawn by the Gumbel maximum,
 
-.. math:: y = \arg\max_z \big( \ell_z + g_z \big), \qquad g_z \sim \mathrm{Gumbel}(0, 1),
+.. math:: y = \operatorname{argmax}_z \big( \ell_z + g_z \big), \qquad g_z \sim \mathrm{Gumbel}(0, 1),
 
 with noise that depends on nothing but the row's own key and the number of the token: not on the batch, the rows beside
 it or the padding. Temperature 0 is greedy; of logits that are equal the first is taken.

@@ -9,14 +9,15 @@
 import re
 import unicodedata
 
-TAGS = r"(?:\w+[:_])?(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|monologue)"
+_WORDS = "think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|monologue"
+TAGS = rf"(?:(?:\w+[:_])?(?:{_WORDS})(?:_content)?|cot)"
 """Also with the name of who writes it in front: ``seed:think``."""
 _OPEN = (
-    rf"(?:<{TAGS}>|<\|{TAGS}\|>|\[THINK\]|<\|(?:begin_of_thought|START_THINKING|inner_prefix)\|>|<\|channel>|◁think▷"
+    rf"(?:<{TAGS}>|<\|{TAGS}\|>|\[THINK\]|<\|(?:begin[_▁]of[_▁]thought|thinking_start|START_THINKING|inner_prefix)\|>|<\|channel>|◁think▷"
     r"|<unused94>|<details type=\"reasoning\")"
 )
 _CLOSE = (
-    rf"(?:</{TAGS}>|<\|/{TAGS}\|>|\[/THINK\]|<\|(?:end_of_thought|END_THINKING|inner_suffix)\|>|<channel\|>|◁/think▷"
+    rf"(?:</{TAGS}>|<\|/{TAGS}\|>|\[/THINK\]|<\|(?:end[_▁]of[_▁]thought|thinking_end|END_THINKING|inner_suffix)\|>|<channel\|>|◁/think▷"
     r"|<unused95>)"
 )
 FOLDED = re.compile(r"<details type=\"reasoning\".*?</details>", re.DOTALL)

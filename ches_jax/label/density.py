@@ -27,6 +27,8 @@ from ches_jax.stats import auc
 
 PENALTIES = tuple(10.0**power for power in range(-2, 5))
 """What is tried, strengths of the penalty on coefficients of features of variance 1, whose loss is summed over rows."""
+LARGEST = 700.0
+"""A log-ratio whose exponential is still a number."""
 
 
 class DensityRatio(NamedTuple):
@@ -78,31 +80,44 @@ def density_ratio(
     if len(set(prompts)) == 1:
         return best
     rng = np.random.default_rng(seed)
-    fold = _dealt(prompts, folds, rng)
-    parts = []
-    for number in range(folds):
-        others = np.flatnonzero(fold != number)
+    strengths = PENALTIES if penalty is None else (penalty,)
+    weights = balanced(good)
+    for strength, logits in zip(
+        strengths, _unseen_logits(features, good, _dealt(prompts, folds, rng), strengths, most_rows, rng), strict=True
+    ):
+        loss = float(np.average(np.logaddexp(0.0, np.where(good, -logits, logits)), weights=weights))
+        if penalty is not None or loss < best.held_out_loss:
+            best = DensityRatio(np.exp(np.clip(logits, -LARGEST, LARGEST)), strength, loss, auc(logits, good))
+    return best
+
+
+def _unseen_logits(
+    features: np.ndarray,
+    good: np.ndarray,
+    fold: np.ndarray,
+    strengths: Sequence[float],
+    most_rows: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """[strengths, N] log-odds of each row by classifiers of the other folds."""
+    logits = np.zeros((len(strengths), len(good)))
+    for number in range(fold.max() + 1):
+        held_out, others = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         if good[others].all() or not good[others].any():
             raise ChesError(
-                f"{int(good.sum())} rows of {len(good)} have good responses: in some of {folds} folds a classifier of "
-                "prompts would see rows of one kind only; give more rows, or fewer --folds"
+                f"{int(good.sum())} rows of {len(good)} have good responses: in some of {fold.max() + 1} folds a "
+                "classifier of prompts would see rows of one kind only; give more rows, or fewer --folds"
             )
         if len(others) > most_rows:
             others = _drawn(others, good, most_rows, rng)
-        parts.append((np.flatnonzero(fold == number), others))
-    weights = balanced(good)
-    for strength in PENALTIES if penalty is None else (penalty,):
-        logits = np.zeros(len(good))
-        for held_out, others in parts:
-            mean, scale = features[others].mean(0), features[others].std(0)
-            scale = np.where(scale > 0, scale, 1.0)
-            x = (features - mean) / scale
-            coefficients, constant = fitted(x[others], good[others], strength)
-            logits[held_out] = x[held_out] @ coefficients + constant
-        loss = float(np.average(np.logaddexp(0.0, np.where(good, -logits, logits)), weights=weights))
-        if penalty is not None or loss < best.held_out_loss:
-            best = DensityRatio(np.exp(logits), strength, loss, auc(logits, good))
-    return best
+        mean, scale = features[others].mean(0), features[others].std(0)
+        scale = np.where(scale > 0, scale, 1.0)
+        x = (features[others] - mean) / scale
+        for of_strength, strength in zip(logits, strengths, strict=True):
+            coefficients, constant = fitted(x, good[others], strength)
+            by_feature = coefficients / scale
+            of_strength[held_out] = features[held_out] @ by_feature + constant - mean @ by_feature
+    return logits
 
 
 def weights_of(ratio: np.ndarray, good: np.ndarray, low: float = 0.5, high: float = 10.0) -> np.ndarray:

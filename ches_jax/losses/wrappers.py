@@ -24,6 +24,7 @@ from ches_jax.losses.inputs import (
     JOINT,
     LENGTHS,
     LOGPS,
+    REWARDS,
     Aux,
     LossInputs,
     logps,
@@ -430,7 +431,13 @@ def label_posterior(
 
 def _require_swappable(wrapper: str, loss: Loss) -> None:
     _require(wrapper, loss, rows=True)
-    if loss.stateful or not any(loss.needs >= {f"{n}_chosen", f"{n}_rejected"} for n in ("logp", "token_logps")):
+    if loss.needs & REWARDS:
+        raise ChesError(
+            f"{wrapper}: {loss!r} reads scores, and these say which response is better; with labels in doubt beside "
+            "them a pair would have two opinions of its order"
+        )
+    sides = ("logp", "logp_joint", "token_logps")
+    if loss.stateful or not any(loss.needs >= {f"{n}_chosen", f"{n}_rejected"} for n in sides):
         raise ChesError(f"{wrapper} needs a stateless loss of pairs whose sides can change places; {loss!r} is none")
 
 

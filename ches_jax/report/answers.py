@@ -126,18 +126,18 @@ def advice(diagnoses: Diagnoses, links: Sequence[str]) -> str:
     known = answers_of(diagnoses)
     worst = f" Look first at {', '.join(links)}." if links else ""
     if not known:
-        return "Go on until there is an evaluation after the first."
+        return "Train until there is an evaluation after the first one."
     lines = known[0][1].get("advice") or ()
     if lines:
-        text = "; ".join(f"{line['do']} ({line['because']}; costs {line['price']})" for line in lines[:3])
-        if not text.startswith("ches "):  # a command is typed as it stands
-            text = text[:1].upper() + text[1:]
-        return f"{escape(text)}.{worst}"
+        texts = [f"{line['do']} ({line['because']}; costs {line['price']})." for line in lines[:3]]
+        # a command is typed as it stands
+        texts = [text if text.startswith("ches ") else text[:1].upper() + text[1:] for text in texts]
+        return "<br>".join(map(escape, texts)) + worst
     verdict = known[0][1]["verdict"]
     if verdict == "not_displaced":
-        return f"Nothing for the chosen responses' sake.{worst}"
+        return f"Nothing needs to change for the chosen responses.{worst}"
     if verdict == "undecided":
-        return f"Hold out more pairs or train longer before a change: the interval holds falls and rises.{worst}"
+        return f"Hold out more pairs or train longer before a change: the interval contains falls and rises.{worst}"
     beside = dict(known).get("train")
     if known[0][0] == "held_out" and beside is not None and beside["verdict"] == "not_displaced":
         return (

@@ -108,11 +108,11 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
     answers = [
         (
             "What stands out?",
-            f"{escape(kept)}. The bound is {bound}, beyond the middle half of the pairs by 1.5 times its width. "
+            f"{escape(kept)}. The bound is {bound}: 1.5 times the width of the middle half of the pairs beyond it. "
             f"{worst}",
         ),
         (
-            "Which score orders?",
+            "Which score sorts the pairs?",
             f'{escape(name[0].upper() + name[1:])}: {escape(leading.why)}. <a href="#reading">How to read it</a>.',
         ),
         ("Is it length?", _length_words(name, by_length)),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.errors import RunError, many
-from ches_jax.runs.files import open_regular, read_object, replacing, sha256
+from ches_jax.runs.files import JSON_BYTES, open_regular, read_object, replacing, sha256
 from ches_jax.runs.store import is_there, make_folder, remove
 
 FOLDER = "parts"
@@ -263,9 +263,10 @@ def read_lines(source: Path) -> Iterator[dict[str, Any]]:
       RunError: a line that is no JSON object.
     """
     with open_regular(source, RunError, "JSON lines") as f:
-        for number, line in enumerate(f, 1):
+        lines = iter(lambda: f.readline(JSON_BYTES), b"")
+        for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line) if len(line) < JSON_BYTES else None
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ches_jax
 from ches_jax.errors import RunError, many
 from ches_jax.runs.chunks import FOLDER as PARTS
 from ches_jax.runs.files import read_object, replacing
@@ -26,12 +27,13 @@ RECORD = {**_OPTIONS, "config?": _OPTIONS, "opened?": {str: {str: str}}, "versio
 """The shape of what is read of ``config.json`` and ``run.json`` (version 0.1 wrote the options outside ``config``)."""
 SPECS = ("model", "pairs", "prompts", "probes", "responses")
 """Options that may name what ships with the package."""
-PACKAGES = ("ches-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide numbers."""
-    names = {"python": platform.python_version()}
+    # of the code that runs, whatever is installed beside it, or is being installed just now
+    names = {"python": platform.python_version(), "ches-jax": ches_jax.__version__}
     for name in PACKAGES:
         try:
             names[name] = version(name)

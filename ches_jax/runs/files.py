@@ -220,6 +220,8 @@ def open_regular(path: Path, error: type[ChesError], expected: str) -> BinaryIO:
       OSError: it cannot be opened.
       error: it is no regular file.
     """
+    if store.is_store(path):  # which has nothing but files
+        return path.open("rb")
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -171,7 +171,13 @@ _FLAG_OF = {
 
 
 def numbers(table: pa.Table, column: str) -> np.ndarray:
-    """A numeric column as float64; NaN where the table has null."""
+    """A numeric column as float64; NaN where the table has null.
+
+    Raises:
+      RunError: there is no such column.
+    """
+    if column not in table.schema.names:
+        raise RunError(f"the score table has no column {column}; is it one of `ches score`, whole?")
     return table[column].cast(pa.float64()).to_numpy()
 
 

@@ -51,7 +51,7 @@ def leading_score(names: Collection[str]) -> Leading | None:
     if "forecast_chosen" in names:
         return Leading(
             "forecast_chosen",
-            "it is the change of the chosen response that the gradients of the whole data set forecast; scores of a "
+            "it is the forecast change of the chosen response, from the gradients of the whole data set; scores of a "
             "pair alone do not see the other pairs",
         )
     if "influence" in names:
@@ -63,9 +63,9 @@ def leading_score(names: Collection[str]) -> Leading | None:
     others = [f"{n} {a:+.2f} and {b:+.2f}" for n, (a, b) in ALONE.items() if n in ("ches", "ln_ches") and n != leader]
     return Leading(
         leader,
-        f"of the scores here its ranks went best with the fall of chosen responses where each pair was trained alone "
-        f"({'; '.join([f'{first:+.2f} and {second:+.2f} on two sets of pairs', *others])}). In a run on many pairs "
-        f"after SFT no score of a pair alone said which fall ({_together()}); ches forecast did",
+        f"of the scores here it predicted best which chosen responses fell when each pair was trained alone (rank "
+        f"correlations {'; '.join([f'{first:+.2f} and {second:+.2f} on two sets of pairs', *others])}). In a run on "
+        f"many pairs after SFT no score of a pair alone predicted it ({_together()}); ches forecast did",
     )
 
 
@@ -83,7 +83,7 @@ def why_no_other_default() -> str:
     gains = ", ".join(f"{name} {nats:+.1f}" for name, nats in FILTERS.items())
     alone = ", ".join(f"{name} {values[0]:+.2f}" for name, values in TOGETHER.items())
     return (
-        f"of the filters that were measured after SFT influence held chosen responses up most (nats against all pairs: "
-        f"{gains}); without SFT scores of a pair alone went with its own fall ({alone}), after it they did not. "
-        "experiments/README.md has the tables"
+        f"of the filters that were measured after SFT, influence reduced the fall of chosen responses most (nats "
+        f"against all pairs: {gains}); without SFT scores of a pair alone predicted its own fall ({alone}), after SFT "
+        "they did not"
     )

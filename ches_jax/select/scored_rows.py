@@ -1,7 +1,6 @@
 """From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
 
 import itertools
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from ches_jax.data.sources import pairs_of_run
 from ches_jax.errors import RunError
+from ches_jax.runs.chunks import read_lines
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.scores.table import CANDIDATES, table_path
 
@@ -63,10 +63,9 @@ def dropped_when_scored(scores: Path | str) -> dict[Key, str]:
     if not path.is_file():
         return {}
     try:
-        with open(path, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
+        rows = read_lines(path)
         return {(int(r["index"]), _candidates(r.get("candidates"))): ", ".join(r["reasons"]) for r in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{path}: is damaged ({error!r})") from None
 
 

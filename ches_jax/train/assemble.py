@@ -106,7 +106,9 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
         write=run.process.first,
     )
     total = run.plan.total
-    posteriors = LabelPosteriors(run.loss, run.sets, run.train, run.held_out, reference) if in_doubt(run.loss) else None
+    posteriors = None
+    if in_doubt(run.loss):
+        posteriors = LabelPosteriors(run.loss, run.sets, run.train, run.held_out, reference, config.eos)
     evaluations = Observers(
         _evaluations(run, policy, evaluate, reference.get("held_out"), initial, posteriors, beside), total
     )

@@ -67,6 +67,8 @@ OF_THE_MOMENT = {
     "work",
 }
 """What ``run.json`` tells of the process that ended the run."""
+SECONDS = 600
+"""After which a run hangs; of the clock, on a busy machine."""
 ROW = {"prompt": "Tell me of {}.", "chosen": " It is a fine day, {}.", "rejected": " No.", "category": "c"}
 SMALL = ["--limit", "5", "--quiet"]
 
@@ -158,6 +160,7 @@ def run(folder: Path, act: Callable[[], int], at: int | None = None) -> list[str
         code = 1
         try:
             os.chdir(folder)
+            signal.alarm(SECONDS)
             said = os.open("../said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1)
             os.dup2(said, 2)
@@ -215,17 +218,9 @@ def different(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
 def main(verb: str, model: str, most: int | None = None, record: Path | None = None, jobs: int = 1) -> None:
     """Enumerate the kills of one command, and note the counts in a file."""
     code = commit()
-    for name in IMPORTED:
-        importlib.import_module(name)
-    load_tokenizer("bundled")  # transformers imports the rest then
     with tempfile.TemporaryDirectory(prefix="crash-") as place:
-        start, plan = Path(place) / "start", verbs(model)[verb]
-        start.mkdir()
-        rows = [{k: v.format(n) for k, v in ROW.items()} for n in ("bread", "rain", "wood", "song")]
-        rows.insert(1, {"prompt": "Bad.", "chosen": " same", "rejected": " same"})
-        (start / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for words in plan.get("before", ()):
-            run(start, command(words))
+        plan = verbs(model)[verb]
+        start = prepared(Path(place), plan)
         again = command([*plan["words"], *plan.get("again", ())])
         operations, problems = enumerated(start, command(plan["words"]), again, "again" not in plan, most, jobs)
     print(json.dumps({"operations": operations, "problems": problems}))
@@ -233,6 +228,21 @@ def main(verb: str, model: str, most: int | None = None, record: Path | None = N
         killed = len(operations[:most])
         counts = {"operations": len(operations), "killed_before": killed, "problems": len(problems), "commit": code}
         note(record, verb, counts)
+
+
+def prepared(place: Path, plan: dict[str, Any]) -> Path:
+    """Everything is imported, and a folder holds what a command reads."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    load_tokenizer("bundled")  # transformers imports the rest then
+    start = place / "start"
+    start.mkdir()
+    rows = [{k: v.format(n) for k, v in ROW.items()} for n in ("bread", "rain", "wood", "song")]
+    rows.insert(1, {"prompt": "Bad.", "chosen": " same", "rejected": " same"})
+    (start / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words in plan.get("before", ()):
+        run(start, command(words))
+    return start
 
 
 def commit() -> str:

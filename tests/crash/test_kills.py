@@ -38,6 +38,17 @@ def test_the_runs_without_a_device_are_runs(verb, tiny_model, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", [verb for verb, plan in verbs("MODEL").items() if "again" in plan])
+def test_whatever_lies_in_the_place_of_a_file_a_run_is_refused_or_ends_in_the_same_bytes(verb, tiny_model):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.crash.replace_files", verb, str(tiny_model)],
+        capture_output=True, text=True, timeout=7200, cwd=ROOT,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["replaced"] > 20 and not found["problems"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", verbs("MODEL"))
 def test_every_command(verb, tiny_model):
     operations, problems = enumerated("tests.crash.enumerate_kills", verb, str(tiny_model), seconds=7200)

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from ches_jax.data import files
 from ches_jax.data.sources import open_pairs, open_prompts
 from ches_jax.errors import DataError
 
@@ -170,6 +171,15 @@ def test_archives_are_refused_by_what_they_are(tmp_path):
     for name in ("a.tar", "a.tgz", "b.jsonl.gz", "a.zip", "b.jsonl"):
         with pytest.raises(DataError, match=f"{name}: an archive of other files; unpack it"):
             open_pairs(str(tmp_path / name))
+
+
+def test_pages_are_read_as_what_they_show():
+    hub, page = "https://huggingface.co/datasets/o/n", files.behind_page
+    assert [page(hub + end) for end in ("", "/", "/tree/main", "/viewer/default/train")] == ["o/n"] * 4
+    assert page(f"{hub}/blob/main/a.jsonl") == f"{hub}/resolve/main/a.jsonl" == page(f"{hub}/resolve/main/a.jsonl")
+    assert page("https://github.com/o/r/blob/v1/d/a.csv") == "https://raw.githubusercontent.com/o/r/v1/d/a.csv"
+    for same in ("https://github.com/o/r/releases/a.csv", "o/n", "a/blob/b.jsonl", "https://huggingface.co/o/n"):
+        assert page(same) == same
 
 
 def test_feather_is_read(tmp_path, want):

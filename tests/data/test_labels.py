@@ -15,6 +15,8 @@ P = {"prompt": "p"}
 AB = {**P, "response_a": "a", "response_b": "b"}
 R01 = {**P, "response_0": "a", "response_1": "b"}
 R12 = {**P, "response_1": "a", "response_2": "b"}
+ABC = {**AB, "response_c": "c"}
+Z012 = {**P, "answer_0": "a", "answer_1": "b", "answer_2": "c"}
 LIST = {**P, "answers": ["a", "b", "c"]}
 PAIR = {**P, "chosen": "a", "rejected": "b"}
 U = {"role": "user", "content": "p"}
@@ -166,6 +168,17 @@ READ = {
         "a>b b>a a>b b>a",
     ),
     "a vote": (labelled(AB, "vote", "B", "A", "unsure", "can't tell"), "b>a a>b tie tie"),
+    "three columns and the letter of the best": (labelled(ABC, "best", "C", "A"), "c>a c>b a>b a>c"),
+    "three columns and its number, from 0": (labelled(ABC, "best", 0, 2), "a>b a>c c>a c>b"),
+    "three columns and its number, from 1": (labelled(ABC, "best", 1, 3), "a>b a>c c>a c>b"),
+    "columns 0 to 2 and its number": (labelled(Z012, "best", 1), "b>a b>c"),
+    "columns 0 to 2 and their scores": ([{**Z012, "score_0": 1, "score_1": 5, "score_2": 3}], "b>a b>c"),
+    "three columns and their ranks": ([{**ABC, "rank_a": 2, "rank_b": 3, "rank_c": 1}], "c>a c>b"),
+    "three columns and their flags": ([{**ABC, "winner_a": 0, "winner_b": 0, "winner_c": 1}], "c>a c>b"),
+    "three columns and names of models": (
+        [{**ABC, "model_a": "x", "model_b": "y", "model_c": "z", "winner": w} for w in "zx"],
+        "c>a c>b a>b a>c",
+    ),
     "rows of one prompt by longer names": (
         [{"user_prompt": "p", "model_response": t, "score": s} for t, s in (("b", 10), ("a", 90))],
         "a>b",
@@ -195,6 +208,7 @@ REFUSED = {
     "left and right": (labelled(AB, "choice", "left"), "order=left,right or order=right,left"),
     "a sign": (labelled(AB, "preference", -1, 2), "order=negative,positive or order=positive,negative"),
     "0 and 1 of columns that count from 1": (labelled(R12, "winner", 0, 1), "order=0,1 or order=1,0"),
+    "the number of one of three, 1 and 2": (labelled(ABC, "best", 1, 2), "'best' counts .* from 0, or it counts them"),
     "a sign beside columns 1 and 2": (labelled(R12, "label", -1, 1), "a negative 'label' means"),
     "a fraction beside columns 1 and 2": (labelled(R12, "preference", 1.02, 1.98), "'preference' 1.02 means"),
     "a label in degrees against another one": (
@@ -287,6 +301,8 @@ def test_a_list_that_is_best_first_can_be_said_so():
 
 
 def test_nothing_says_which_is_better():
+    with pytest.raises(DataError, match=r"'best' says x, y, and it is not clear which of response_a,response_b,"):
+        read(labelled(ABC, "best", "x", "y"))
     with pytest.raises(DataError, match="no column says which is better; found: prompt, response_a, response_b"):
         read([AB])
 
@@ -376,6 +392,7 @@ NOTES = {
     "turned round": ({"flipped": True}, "'flipped' looks like a label"),
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
+    "ties": ({"status": "tie"}, "'status' says tie in 1 of 1 rows and is not read"),
     "images": ({"image": {"bytes": b"x"}}, "'image' looks like what a prompt shows or plays"),
     "other sides": (
         {"full_chosen": "a text of words", "full_rejected": "another one of words"},

@@ -182,3 +182,8 @@ def test_a_prompt_behind_the_marks_of_a_rendered_conversation_is_flagged():
     assert doubts({"prompt": prompt, **sides, "rejected": "Lyon."}) == {}  # one answer may quote its question
     assert doubts({"prompt": prompt, "chosen": f"You ask: {prompt} 987", "rejected": f"So: {prompt} Later."}) == {}
     assert doubts({"prompt": "France?", "chosen": "<|user|> France? a", "rejected": "<|user|> France? b"}) == {}
+    short = {n: f"\n\nHuman: hi there you\n\nAssistant: {a}" for n, a in (("chosen", "a"), ("rejected", "b"))}
+    said = "chosen and rejected begin with 'Human:' and the prompt"
+    assert doubts({"prompt": "hi there you", **short}) == {"prompt_repeated": said}
+    quoted = {n: f"Good day, hi there you {a}" for n, a in (("chosen", "a"), ("rejected", "b"))}
+    assert doubts({"prompt": "hi there you", **quoted}) == {}

@@ -173,15 +173,16 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch):
 
 def test_an_unreachable_hub_says_to_use_a_local_path(monkeypatch):
     import datasets
+    from datasets import config
 
     offline = []
 
     def load_dataset(*args, **options):
-        offline.append((constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        offline.append((constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE))
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(HfApi, "dataset_info", load_dataset)
     with pytest.raises(DataError, match=r"could not be loaded \(ConnectionError: no route\); check"):

@@ -477,6 +477,17 @@ def test_without_the_package_the_message_names_sentencepiece(sentencepiece_alone
         load_tokenizer(sentencepiece_alone[0])
 
 
+def test_a_tokenizer_that_is_a_program_in_the_directory_is_refused_as_one(tmp_path):
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tiktoken.model").write_text("x")
+    with pytest.raises(DataError, match=r"a program in the directory \(auto_map .* convert the tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"no tokenizer in this directory; expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 def golden(family):
     folder = SHARED / "golden" / family
     tokenizer = load_tokenizer(folder / "policy")

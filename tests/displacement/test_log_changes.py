@@ -86,11 +86,32 @@ def reference_free(first=-0.12, last=-0.10, count=40, logps=True):
     return out
 
 
+def few_entries(rewards):
+    """Ten entries, the first at a tenth of the run, of a function from the number of the entry to both rewards."""
+    both = ((10 * t, rewards(t)) for t in range(1, 11))
+    return [{"step": step, "rewards/chosen": chosen, "rewards/rejected": rejected} for step, (chosen, rejected) in both]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        lambda t: (-0.3 * t, -0.5 * t),
+        lambda t: (-0.3 * t**0.5, -0.5 * t**0.5),
+        lambda t: (-(1 - np.exp(-t)), -3 * (1 - np.exp(-t))),
+        lambda t: (-1.5, -1.5 - 0.35 * t),  # chosen fell at once and stayed, rejected goes on
+    ],
+    ids=["straight", "slower and slower", "at its end after three entries", "one side alone at its end"],
+)
+def test_a_policy_that_left_its_reference_before_the_first_entry_is_believed(rewards):
+    assert changes(few_entries(rewards), beta=0.1).scale == "nats"
+
+
 @pytest.mark.parametrize(
     ("entries", "settings", "reason"),
     [
         (reference_free(), NOTHING, "its rewards are 0.1 times its logps"),
         (reference_free(logps=False), NOTHING, r"first rewards are -0.12 and -0.15.*without a reference"),
+        (few_entries(lambda t: (-1.5 - 0.075 * t, -1.75 - 0.15 * t)), NOTHING, r"first rewards are -1.57 and -1.9.*"),
         (training(extra={"log_odds_ratio": -0.6}), NOTHING, "the odds ratio of ORPO"),
         (training(), RunSettings(loss="simpo"), "trained with SIMPO, which has no reference"),
         (reference_free(-30.0, -12.0), NOTHING, "its rewards are 0.1 times its logps"),

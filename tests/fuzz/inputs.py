@@ -736,7 +736,8 @@ def forge(run: Path) -> None:
     for record in (run / "parts").glob("done-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             about = json.loads(record.read_text()) if record.is_file() else {}
-            sums = {name: hashlib.sha256((run / "parts" / name).read_bytes()).hexdigest() for name in about["sha256"]}
+            parts = [run / "parts" / name for name in about["sha256"]]
+            sums = {part.name: hashlib.sha256(part.read_bytes()).hexdigest() for part in parts if part.is_file()}
             record.write_text(json.dumps({**about, "sha256": sums}))
 
 
@@ -794,7 +795,7 @@ def run_directories(rng: Random, folder: Path) -> Read:
         "reference": lambda: reference_logps(REFERENCED, lambda pairs: PairLogps(*np.ones((2, len(pairs)))), {}, run),
         "start": lambda: DisplacementLog(run, "include")._read_start({"train": REFERENCED}),
         "recipe": lambda: run_recipe(
-            run / "a.toml", run / "out", lambda *_: Outcome("done"), ["report"], resume=True, say=lambda text: None
+            run / "a.toml", run / "out", lambda *_: Outcome(headline=""), ["report"], resume=True, say=lambda _: None
         ),
         "direction": lambda: nothing_known(run),
     }

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -216,4 +217,4 @@ def _resumed(run: Path) -> None:
 
 def nothing_known(run: Path) -> None:
     """The direction of a forecast, found in a run or computed."""
-    kept(run, make_mesh("data=1"), lambda: ({"norm.scale": np.ones(2, np.float32)}, {"slopes": [1.0]}))
+    kept(run, make_mesh("data=1"), lambda: ({"norm.scale": jnp.ones(2)}, {"slopes": [1.0]}))

@@ -256,3 +256,20 @@ def test_a_token_id_that_no_array_holds_is_reported_with_its_row(tmp_path, large
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"line 2: 'chosen_ids' holds the token id .*; ids are at most 2147483647"):
         list(open_pairs(str(tmp_path / "ids.jsonl")))
+
+
+def test_a_score_table_without_lengths_is_reported_by_its_column(run, tmp_path):
+    path = run("score") / "scores.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["rejected_tokens"]), path)
+    with pytest.raises(RunError, match="no column rejected_tokens"):
+        report(path.parent, tmp_path / "page")
+
+
+def test_a_token_id_beyond_all_vocabularies_is_refused_before_memory_is_taken_for_those_below(tmp_path):
+    shutil.copytree(bundled.model_dir(), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["qq"] = 2**32 - 2
+    path.write_text(json.dumps(state))
+    with pytest.raises(DataError, match="has the id 4294967294"):
+        load_tokenizer(tmp_path / "model")

@@ -5,7 +5,8 @@ An input follows from the name of its harness and a number, so that a finding is
     python -m tests.fuzz.run HARNESS NUMBER 1
 
 The slow test goes through ``COUNTS`` inputs of each harness in processes of their own, with a limit of time and memory;
-``counts.json`` is what came of it last.
+``counts.json`` is what came of as many inputs last, from another number on; ``mended`` is what they found, and in which
+run of the same inputs it was gone.
 """
 
 import json

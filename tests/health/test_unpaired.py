@@ -9,7 +9,7 @@ import pytest
 
 from ches_jax.cli import main
 from ches_jax.data.sources import open_pairs, open_rows
-from ches_jax.data.unpaired import LABELLED, is_good
+from ches_jax.data.unpaired import LABELLED, is_good, labelled
 from ches_jax.errors import DataError
 from ches_jax.health import checks, unpaired
 from ches_jax.health.unpaired import Single
@@ -33,6 +33,20 @@ def test_labels_are_counted_and_one_label_alone_is_a_finding():
     check = unpaired.labels(singles(7))
     assert (check.numbers["good"], check.numbers["bad"], check.finding) == (4, 3, False)
     assert unpaired.labels(singles(7, good=True)).finding and unpaired.labels(singles(7, good=False)).finding
+
+
+def test_a_response_by_another_name_is_read_and_a_missing_one_is_refused_in_words_of_its_kind():
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    plain = labelled({"prompt": "p", "completion": "a", "label": 1}, {})
+    assert labelled({"prompt": "p", "response": "a", "label": 1}, {}) == plain
+    asked = labelled({"prompt": turns[:1], "completion": turns[1:], "label": 1}, {})
+    assert labelled({"messages": turns, "label": 1}, {}) == asked
+    assert labelled({"conversations": {"messages": turns}, "label": 1}, {}) == asked
+    for pair in ({"chosen": "a"}, {"rejected_response": "b"}):  # what a pair has beside its responses is none of them
+        with pytest.raises(DataError, match="no column 'completion'"):
+            labelled({"messages": turns, "label": 1, **pair}, {})
+    with pytest.raises(DataError, match=r"no column 'completion' .* found: prompt, text, .* --columns completion="):
+        labelled({"prompt": "p", "text": "a", "label": 1}, {})
 
 
 @pytest.mark.parametrize("longer", [True, False])

@@ -127,7 +127,10 @@ def test_states_of_prompts_are_those_of_each_alone(tiny_model):
         ({"relabel": True}, "gives weights and no probability"),
         ({"candidates": "all-pairs"}, "reads rows of one response"),
         ({"by": "implicit-reward", "reference": "m", "fit_rows": 9}, "--fit-rows is for --by density-ratio"),
-        ({"pairs": "bundled"}, "completion"),
+        (
+            {"pairs": "bundled"},
+            "no column 'completion' with the response; found: prompt, chosen",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, options, message):

@@ -1,9 +1,11 @@
 """Losses as they are written: what an expression means, what it refuses, and that commands reach every loss."""
 
 import inspect
+import json
 import re
-from dataclasses import fields
+from dataclasses import fields as fields_of
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,8 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
         ("smooth(pro)", "needs a stateless loss of pairs"),
         ("wpo(lipo_lambda)", "needs a loss of summed log-probabilities of pairs"),
         ("soft(kto)", "needs a stateless loss of pairs"),
+        ("lcpo(odpo)", "reads scores, and these say which response is better"),
+        ("soft(dpo + 0.1*rebel)", "reads scores"),
         ("dpo - sft", "a loss with a minus"),
         ("-1*dpo", "a weight is a finite number, 0 or more"),
         ("weighted(dpo + weighted(sft))", "weighted already"),
@@ -106,6 +110,15 @@ def test_what_is_resolved_shows_every_value_and_reads_back(text, resolved):
 def test_what_is_refused(text, message):
     with pytest.raises(ChesError, match=message):
         parse_loss(text)
+
+
+def test_labels_in_doubt_exchange_prompts_too(x64):
+    """Of a pair of two prompts each response keeps its own."""
+    nats = {"logp_joint_chosen": -20.0, "logp_joint_rejected": -31.0}
+    nats |= {"ref_logp_joint_chosen": -22.0, "ref_logp_joint_rejected": -32.0, "label_probability": 0.75}
+    fields: Any = {k: jnp.array([v]) for k, v in nats.items()}
+    value, _ = parse_loss("soft(dove(0.5))")(losses.LossInputs(**fields))
+    np.testing.assert_allclose(value, 0.75 * np.log1p(np.exp(-0.5)) + 0.25 * np.log1p(np.exp(0.5)), rtol=1e-12)
 
 
 def test_numbers_beside_an_expression_are_those_of_one_bare_name():
@@ -175,7 +188,7 @@ def test_every_field_that_a_loss_reads_has_its_source_in_the_command():
     assert read == SUPPLIED
     assert {"dove", "t_reg", "bco", "list_mle", "lipo_lambda", "pro", "sparsepo", "d2o"} <= {*loss_names()}
     options = {option.removeprefix("--").replace("-", "_") for option in COLUMN_FIELDS.values()}
-    assert options | {"token_weights", "rewards", "loss", "sft_pairs"} <= {f.name for f in fields(TrainConfig)}
+    assert options | {"token_weights", "rewards", "loss", "sft_pairs"} <= {f.name for f in fields_of(TrainConfig)}
 
 
 def test_a_wrapper_of_a_column_asks_for_it():
@@ -201,6 +214,18 @@ def test_every_loss_and_wrapper_is_on_the_page():
         assert f"\n### {names[0]}\n" in page
     for name in WRAPPERS:
         assert f"\n### {name}\n" in page
+
+
+def test_every_loss_and_wrapper_has_a_run_in_the_table():
+    """``python tools/objectives.py measure`` was run, and the page written, after the registry changed."""
+    docs = Path(losses.__file__).parents[2] / "docs"
+    runs = json.loads((docs / "objectives.json").read_text(encoding="utf-8"))["runs"]
+    same = {"every_token", "given_weights"}  # with weights of 1 what they wrap
+    assert {*distinct_losses()} | {f"{name}(dpo)" for name in WRAPPERS.keys() - same} <= runs.keys()
+    page = (docs / "objectives.md").read_text(encoding="utf-8")
+    assert all(f"| `{run['loss']}` |" in page for run in runs.values())
+    columns = [f"{prefix}{name}" for prefix in ("", "held_out_") for name in ("chosen", "rejected", "margin")]
+    assert all(run[c][1] <= run[c][0] <= run[c][2] for run in runs.values() for c in columns)
 
 
 def test_every_loss_of_single_pairs_is_in_the_picture():

@@ -144,7 +144,9 @@ def gpt2_buffers(d: Path) -> Path:
 
 
 def llama_buffers(d: Path) -> Path:
+    """And the value head of TRL's PPO."""
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.full(2, 3, np.float32)}
+    more |= {"v_head.summary.weight": np.ones((1, 12), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
     return single(d, LLAMA, random_weights(LLAMA) | more)
 
 
@@ -273,6 +275,7 @@ UNREAD = {
     "unknown_scaling": {},
     "logit_scale": 1.0,
     "own_bias": False,
+    "layer_types": ["full_attention", "full_attention"],
 }
 
 
@@ -298,6 +301,7 @@ def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any)
         ("attnTemperatureTuning", True),
         ("embedding_scale", True),
         ("num_experts", 4),
+        ("layer_types", ["full_attention", "linear_attention"]),
         ("final_norm", False),
         ("transformers_weights", "other.safetensors"),
     ],

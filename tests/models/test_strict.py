@@ -181,6 +181,7 @@ def test_values_that_cannot_be(extra: dict[str, Any], words: str):
         ("deepseek_v3", {"scoring_func": "softmax"}, "supported: 'sigmoid'"),
         ("deepseek_v3", {"topk_method": "greedy"}, "supported: 'noaux_tc'"),
         ("gemma4_text", {"num_kv_shared_layers": 2}, "a layer of each type among them"),
+        ("gemma4_text", {"num_kv_shared_layers": -1}, "expected fewer than"),
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "of the full layers ([1])"),
         ("gemma4_text", {"per_layer_config": {"1": {"mlp": 4}}}, "of the full layers ([1])"),
         ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "lacks the settings of sliding"),

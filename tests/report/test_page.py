@@ -149,7 +149,7 @@ def test_the_page_tells_what_a_reader_needs(page):
     text = page.read_text(encoding="utf-8")
     for words in (
         "What stands out?",
-        "Which score orders?",
+        "Which score sorts the pairs?",
         "debated",
         "sha256:12",
         "was cut to --max-length",

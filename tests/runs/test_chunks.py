@@ -162,3 +162,12 @@ def test_a_pipe_among_the_parts_holds_nobody(tmp_path):
     chunks.join(tmp_path, "rows.jsonl")
     assert [r["n"] for r in chunks.read_lines(tmp_path / "rows.jsonl")] == [0, 1, 2]
     assert chunks.count_dropped(tmp_path) == 2
+
+
+def test_a_line_that_is_longer_than_any_is_not_read_into_memory(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"n": 1}\n')
+    os.truncate(tmp_path / "rows.jsonl", 10**11)  # without a byte on the disk
+    rows = chunks.read_lines(tmp_path / "rows.jsonl")
+    assert next(rows) == {"n": 1}
+    with pytest.raises(RunError, match="line 2: not a JSON object"):
+        next(rows)

@@ -37,6 +37,6 @@ def test_a_forecast_goes_first_then_influence_then_the_best_of_a_pair_alone():
         found = leading_score(order[k:][::-1])
         assert found is not None and found.name == name
     alone = leading_score(["ln_ches", "ches"])
-    assert alone is not None and "after SFT no score of a pair alone said" in alone.why
+    assert alone is not None and "after SFT no score of a pair alone predicted" in alone.why
     assert leading_score(["something"]) is None
     assert "influence +1.8" in why_no_other_default() and "ln_ches -0.5" in why_no_other_default()

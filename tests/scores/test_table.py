@@ -182,7 +182,7 @@ def unfinished(out):
 
 @pytest.mark.parametrize(
     "left",
-    [os.mkfifo, lambda path: path.write_bytes(b""), lambda path: path.symlink_to("/dev/zero"), lambda path: None],
+    [lambda path: path.write_bytes(b""), lambda path: path.symlink_to("/dev/zero"), lambda path: None, os.mkfifo],
 )
 def test_until_a_run_has_its_summary_its_table_is_made_again(tmp_path, left):
     out = unfinished(tmp_path / "run")

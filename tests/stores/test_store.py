@@ -295,3 +295,14 @@ def test_a_server_without_byte_ranges_is_reported(web):
     server.ranges = False
     with pytest.raises(CheckpointError, match="does not answer byte ranges"):
         open_tensors(resolve(f"{address}/model"))
+
+
+def test_a_file_that_ends_early_is_reported(bucket):
+    (bucket / "three.bin").write_bytes(b"abc")
+    assert store.read_range(bucket / "three.bin", 1, 2) == b"bc"
+    with pytest.raises(ChesError, match=r"three\.bin: ends early"):
+        store.read_range(bucket / "three.bin", 1, 3)
+
+
+def test_a_holder_misses_several_signs_of_life_before_it_counts_as_dead():
+    assert locks.DEAD >= 4 * locks.BEAT

@@ -11,9 +11,11 @@ from ches_jax.train.data.examples import Examples
 from ches_jax.train.observe.label_posteriors import LabelPosteriors, in_doubt
 from ches_jax.train.observe.pair_logprobs import PairLogps
 
+SIDES = ("chosen", "rejected")
+
 
 def pair(row_id: str) -> Any:
-    sides = {side: SimpleNamespace(targets=lambda eos: (1, 2)) for side in ("chosen", "rejected")}
+    sides = {side: SimpleNamespace(targets=lambda eos: (1, 2)) for side in SIDES}
     return SimpleNamespace(row_id=row_id, **sides)
 
 
@@ -34,6 +36,19 @@ def test_posteriors_are_bayes_rule_with_the_share_of_right_labels_of_the_state()
         posteriors.state = state
         right, wrong = eta / (1 + np.exp(-z)), (1 - eta) / (1 + np.exp(z))
         np.testing.assert_allclose(posteriors(now)["train"], right / (right + wrong), rtol=1e-5)
+
+
+def test_posteriors_count_the_tokens_that_the_run_counts():
+    """Of a loss by token, where a terminator counts or not."""
+    sides = {side: SimpleNamespace(targets=lambda eos: (1, 2) if eos == "include" else (1,)) for side in SIDES}
+    loss = parse_loss("lcpo(simpo(beta=1, gamma=0))")
+    one: Any = SimpleNamespace(row_id="a", **sides)
+    for eos, tokens in (("include", 2), ("exclude", 1)):
+        posteriors = LabelPosteriors(loss, {"train": [one]}, Examples([one], {}), Examples([], {}), {}, eos)  # type: ignore[arg-type]
+        z = (-2.0 + 4.0) / tokens
+        now = {"train": PairLogps(np.array([-2.0]), np.array([-4.0]))}
+        expected = 0.9 / (1 + np.exp(-z)) / (0.9 / (1 + np.exp(-z)) + 0.1 / (1 + np.exp(z)))
+        np.testing.assert_allclose(posteriors(now)["train"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -346,16 +346,17 @@ def test_the_command_line_trains_and_diagnoses(capsys, tiny_model, tmp_path):
 
 
 def test_rows_of_weight_zero_do_not_train(small, tmp_path):
-
+    """One row of four counts; where none does, nothing would be learned, which is refused."""
     rows = [json.loads(line) for line in bundled.pairs_file().read_text().splitlines()[:4]]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({**r, "weight": 0.0}) + "\n" for r in rows))
-    options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None}
+    path.write_text("".join(json.dumps({**r, "weight": float(i == 2), "none": 0}) + "\n" for i, r in enumerate(rows)))
+    options = {"pairs": str(path), "weights": "weight", "holdout": 0, "limit": None, "batch_size": 4, "steps": 1}
     out = train(small(tmp_path / "run", **options), quiet=True)
-    assert lines(out)[1]["loss"] == lines(out)[1]["grad_norm"] == 0
+    assert lines(out)[1]["loss"] == pytest.approx(math.log(2) / 4, rel=1e-5)
     assert read_json(out / "run.json")["loss"] == "weighted(dpo(beta=0.1))"
-    with pytest.raises(ChesError, match="line 1: --weights other needs numbers in other"):
-        train(small(tmp_path / "other", **{**options, "weights": "other"}), quiet=True)
+    for column, message in (("other", "line 1: --weights other needs numbers in other"), ("none", "in none are all 0")):
+        with pytest.raises(ChesError, match=message):
+            train(small(tmp_path / column, **{**options, "weights": column}), quiet=True)
 
 
 def test_held_out_pairs_without_weights_count_alike(small, tiny_model, tmp_path):

@@ -1,14 +1,12 @@
 """Claims about a data set as a whole: three inner products, pairs that the policy itself wrote, groups of responses."""
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from theory.claims.identities import BATCH, Errors, relative
-from theory.claims.registry import Context, Outcome, exact, exceptions, largest, sweep
+from theory.claims.registry import Context, Outcome, exact, exceptions, largest, shared_sweeps
 from theory.statements import dataset
 from theory.statements.objectives import mean_of
 from theory.toy import instances
@@ -101,15 +99,7 @@ def _groups(draw: Draw, **size: int) -> Errors:
 SETTINGS = {"products": (_products, BATCH), "on policy": (_on_policy, OUTCOMES), "groups": (_groups, BATCH)}
 
 
-@lru_cache(maxsize=8)
-def _seen(setting: str, seed: int, count: int) -> Errors:
-    check, sizes = SETTINGS[setting]
-    return sweep(Context(seed=seed).key(setting), count, check, sizes)
-
-
-def _seen_by(ctx: Context, setting: str) -> Errors:
-    """What all statements of a setting saw."""
-    return _seen(setting, ctx.seed, ctx.instances)
+_seen_by = shared_sweeps(SETTINGS)
 
 
 @exact(

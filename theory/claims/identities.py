@@ -6,7 +6,6 @@ one setting share their instances and one compiled call; what is printed wrongly
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxtyping import Array
 
 from ches_jax.losses import LossInputs, RunningMean
 from ches_jax.scores.formulas import ches
-from theory.claims.registry import Context, exact, largest, sweep
+from theory.claims.registry import exact, largest, shared_sweeps
 from theory.statements import theorems
 from theory.statements.coefficients import coefficients, head_score
 from theory.statements.objectives import library_losses, mean_of, of_library, plus_sft, weighted
@@ -295,15 +294,7 @@ SETTINGS: dict[str, tuple[Callable[..., Errors], list[dict[str, int]]]] = {
 }
 
 
-@lru_cache(maxsize=16)
-def _errors(setting: str, seed: int, count: int) -> Errors:
-    check, sizes = SETTINGS[setting]
-    return sweep(Context(seed=seed).key(setting), count, check, sizes)
-
-
-def errors_of(ctx: Context, setting: str) -> Errors:
-    """What all statements of a setting saw; remembered, since several claims read it."""
-    return _errors(setting, ctx.seed, ctx.instances)
+errors_of = shared_sweeps(SETTINGS)
 
 
 def _same(id: str, setting: str, statement: str, source: str) -> None:
@@ -311,9 +302,12 @@ def _same(id: str, setting: str, statement: str, source: str) -> None:
 
 
 _same(
-    "K0", "batch", "(*): kernel times incentives is the rate; repeated prompts, any prefixes, SFT, weights", "derived"
+    "K0",
+    "batch",
+    "identity (*): the rate is kernel times incentives; any prefixes, repeated prompts, SFT, weights",
+    "derived",
 )
-_same("K0L", "library", "(*) for every loss of ches_jax.losses, by tokens where the loss reads tokens", "derived")
+_same("K0L", "library", "identity (*) for every loss of ches_jax, by tokens where the loss reads tokens", "derived")
 _same("T4", "single", "Theorem 4: single tokens, the chosen token's rate is -l'[m + S]", "Theorem 4")
 _same("T4c", "single", "Theorem 4 in the centred gauge", "derived")
 _same("T4r", "single", "the rejected token's rate is Theorem 4 with the roles exchanged", "derived")

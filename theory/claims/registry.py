@@ -6,8 +6,9 @@ then must be *above* the tolerance.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -140,6 +141,21 @@ def find(ids: Sequence[str]) -> tuple[Claim, ...]:
     if problems:
         raise ChesError(many("--claims", problems))
     return tuple(_CLAIMS[known[w.casefold()]] for w in words)
+
+
+def shared_sweeps(settings: Mapping[str, tuple[Callable[..., Any], Sequence[dict[str, int]]]]) -> Callable[..., Any]:
+    """What sweeps saw that several claims read, by context and setting: each is made once for a seed and a count.
+
+    Args:
+      settings: name -> the check and the sizes, as for ``sweep``.
+    """
+
+    @lru_cache(maxsize=16)
+    def seen(setting: str, seed: int, count: int) -> Any:
+        check, sizes = settings[setting]
+        return sweep(Context(seed=seed).key(setting), count, check, sizes)
+
+    return lambda ctx, setting: seen(setting, ctx.seed, ctx.instances)
 
 
 def sweep(

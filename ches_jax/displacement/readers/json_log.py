@@ -43,7 +43,7 @@ def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
 def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple[str, ...]]:
     whole = _whole(text)
     if isinstance(whole, Mapping) and isinstance(whole.get("log_history"), list):
-        return [e for e in whole["log_history"] if isinstance(e, Mapping)], "trainer_state.json", ()
+        return [e for e in whole["log_history"] if isinstance(e, Mapping)], "log of transformers", ()
     if isinstance(whole, Mapping) and "log_history" in whole:
         raise ChesError(f"{path}: log_history is no list of entries; is the file written by transformers?")
     if isinstance(whole, Mapping) and (columns := _columns(whole)):

@@ -40,11 +40,6 @@ class Awq(Scheme):
         """Bits and groups."""
         return f"awq gemm (4 bits, groups of {'all inputs' if self.group == -1 else self.group})"
 
-    def part(self, name: str) -> tuple[str, str] | None:
-        """``X.qweight`` and so on."""
-        module, _, leaf = name.rpartition(".")
-        return (module, leaf) if leaf in self.needed else None
-
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight: s (q - z), transposed to [outputs, inputs]."""
         weight, zeros, scales = (parts[part] for part in self.needed)

@@ -139,16 +139,12 @@ class Int8(Scheme):
 
     dtype: str
     needed: ClassVar = ("weight", "SCB")
+    more: ClassVar = ("weight_format",)
 
     @property
     def name(self) -> str:
         """The format's name."""
         return "bitsandbytes int8"
-
-    def part(self, name: str) -> tuple[str, str] | None:
-        """``X.weight``, ``X.SCB`` and ``X.weight_format``."""
-        module, _, leaf = name.rpartition(".")
-        return (module, leaf) if leaf in ("weight", "SCB", "weight_format") else None
 
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight: q c / 127."""

@@ -27,7 +27,6 @@ from ches_jax.hf.tensors import Tensor
 
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 LATER = "is another function than that of the weights; only weight-only checkpoints are read"
 
 
@@ -44,6 +43,7 @@ class Compressed(Scheme):
     symmetric: bool
     ordered: bool
     needed: ClassVar = ("weight_scale",)
+    more: ClassVar = ("weight", "weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     @property
     def name(self) -> str:
@@ -53,11 +53,6 @@ class Compressed(Scheme):
         return (
             f"compressed-tensors {self.format} ({self.kind}{self.bits}, a scale for each {self.strategy}{size}{zero})"
         )
-
-    def part(self, name: str) -> tuple[str, str] | None:
-        """``X.weight_packed``, ``X.weight_scale`` and so on."""
-        module, _, leaf = name.rpartition(".")
-        return (module, leaf) if leaf in PARTS else None
 
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight: (q - z) s."""

@@ -30,11 +30,6 @@ class Fp8(Scheme):
         per = "tensor" if self.block is None else f"block of {self.block[0]}x{self.block[1]}"
         return f"fp8 (e4m3, a scale for each {per})"
 
-    def part(self, name: str) -> tuple[str, str] | None:
-        """``X.weight`` and ``X.weight_scale_inv``."""
-        module, _, leaf = name.rpartition(".")
-        return (module, leaf) if leaf in self.needed else None
-
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight: q times its block's scale."""
         weight, scale = (parts[part] for part in self.needed)

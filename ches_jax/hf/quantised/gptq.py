@@ -37,6 +37,7 @@ class Gptq(Scheme):
     ordered: bool
     version: int
     needed: ClassVar = ("qweight", "qzeros", "scales")
+    more: ClassVar = ("g_idx",)
 
     @property
     def name(self) -> str:
@@ -44,11 +45,6 @@ class Gptq(Scheme):
         order = ", activation order" if self.ordered else ""
         size = "all inputs" if self.group == -1 else str(self.group)
         return f"gptq v{self.version} ({self.bits} bits, groups of {size}{order})"
-
-    def part(self, name: str) -> tuple[str, str] | None:
-        """``X.qweight`` and so on."""
-        module, _, leaf = name.rpartition(".")
-        return (module, leaf) if leaf in (*self.needed, "g_idx") else None
 
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight: s (q - z), transposed to [outputs, inputs]."""

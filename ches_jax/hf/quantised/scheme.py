@@ -27,6 +27,8 @@ class Scheme(ABC):
 
     needed: ClassVar[tuple[str, ...]]
     """Parts without which a weight is half described."""
+    more: ClassVar[tuple[str, ...]] = ()
+    """Parts that a weight may have."""
     leaf: ClassVar[str] = "weight"
     """What the module's tensor is called; empty where the module's name is the tensor's."""
 
@@ -35,9 +37,10 @@ class Scheme(ABC):
     def name(self) -> str:
         """The scheme and its settings, for people and for ``run.json``."""
 
-    @abstractmethod
     def part(self, name: str) -> tuple[str, str] | None:
         """The module and the part that a stored name is; None where it is a tensor as any other."""
+        module, _, leaf = name.rpartition(".")
+        return (module, leaf) if leaf in (*self.needed, *self.more) else None
 
     @abstractmethod
     def tensor(self, module: str, parts: Mapping[str, Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ IGNORED = _words(
     # training only
     "initializer_range pretraining_tp attention_dropout attention_probs_dropout_prob hidden_dropout "
     "hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop resid_dropout embedding_dropout residual_dropout "
-    "classifier_dropout gradient_checkpointing "
+    "classifier_dropout gradient_checkpointing neftune_noise_alpha dpo_beta tensor_parallel_degree "
     # text generation
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length do_sample "
     "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
@@ -462,6 +462,8 @@ def _changes_numbers(key: str, value: Any) -> bool:
         return False
     if value in ("", [], {}):
         return False
+    if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+        return False  # all alike, as in a family that has one kind
     # a truth value is no number: True is not a scale of 1
     return not any(value == off and isinstance(value, bool) == isinstance(off, bool) for offs in values for off in offs)
 

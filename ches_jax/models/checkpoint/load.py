@@ -241,10 +241,11 @@ def _without_unread(
         "of keys and values in layers that borrow them": tuple(
             f"{first}{i}.self_attn.{name}." for i in borrowing for name in ("k_proj", "v_proj", "k_norm", "v_norm")
         ),
+        "of a value head, which reinforcement learning trains beside the model": ("v_head.",),
     }
     out = dict(stored)
     for reason, prefixes in reasons.items():
-        without_model = tuple(prefix.partition(".")[2] for prefix in prefixes)
+        without_model = tuple(rest for prefix in prefixes if (rest := prefix.partition(".")[2]))
         unread = {name for name in out if prefixes and name.startswith((*prefixes, *without_model))}
         if unread:
             notice(f"{directory}: {len(unread)} tensors are left out: {reason}")

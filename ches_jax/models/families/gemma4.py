@@ -118,7 +118,7 @@ def _kinds(
     mlp = "dense_and_routed" if r.get("enable_moe_block", bool, False) else "dense"
     own_sizes = _full_sizes(r, windows, same)
     lenders = {}
-    for i in range(first_shared):
+    for i in range(min(first_shared, layers)):  # a negative number of them is refused below
         lenders[windows[i] is not None] = i
     borrowers = {windows[i] is not None for i in range(max(first_shared, 0), layers)}
     if shared < 0 or not borrowers <= lenders.keys():

@@ -12,7 +12,7 @@ from ches_jax.losses import Loss, LossInputs
 from ches_jax.losses.inputs import LENGTHS, REFERENCE
 from ches_jax.train.data.examples import Examples
 from ches_jax.train.observe.pair_logprobs import PairLogps
-from ches_jax.types import TokenPair
+from ches_jax.types import Eos, TokenPair
 
 POSTERIOR = "label/posterior"
 OF_PAIRS = REFERENCE | LENGTHS
@@ -38,6 +38,7 @@ class LabelPosteriors:
     held_out: Examples
     reference: Mapping[str, Any]
     """Log-probabilities of all examples under the reference, by the name of their set; empty where there is none."""
+    eos: Eos = "include"
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,8 +63,8 @@ class LabelPosteriors:
             "logp_rejected": now.rejected,
             "ref_logp_chosen": ref.chosen,
             "ref_logp_rejected": ref.rejected,
-            "chosen_tokens": np.array([len(p.chosen.targets("include")) for p in pairs]),
-            "rejected_tokens": np.array([len(p.rejected.targets("include")) for p in pairs]),
+            "chosen_tokens": np.array([len(p.chosen.targets(self.eos)) for p in pairs]),
+            "rejected_tokens": np.array([len(p.rejected.targets(self.eos)) for p in pairs]),
             "weights": np.ones(len(pairs)),
             "head_norm_chosen": one,
             "head_norm_rejected": one,
