@@ -1,8 +1,8 @@
 """What a compiled program moves between devices, read from its text: collectives by kind, with their bytes.
 
-A collective inside a loop counts as often as the loop runs (its condition compares a counter from 0 with a constant),
-so that the layers of a scanned model are all counted. Rings of ``collective-permute`` that feed a product piece by
-piece are the compiler's way to gather a sharded weight while it multiplies.
+A collective inside a loop counts as often as the loop runs (its condition compares a counter from 0 with a constant,
+its body adds a constant to it), so that the layers of a scanned model are all counted. Rings of ``collective-permute``
+that feed a product piece by piece are the compiler's way to gather a sharded weight while it multiplies.
 """
 
 import math
@@ -19,9 +19,13 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)")
-_BOUND = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* constant\((?P<value>\d+)\)")
-_COMPARED = re.compile(r"ROOT .* compare\(.*%(?P<name>[\w.\-]+)\), direction=LT")
-_CONDITION = re.compile(r"condition=%(?P<name>[\w.\-]+)")
+_CONSTANT = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* constant\((?P<value>\d+)\)")
+_COMPARED = re.compile(r"ROOT .* compare\(%(?P<counter>[\w.\-]+), %(?P<bound>[\w.\-]+)\), direction=LT")
+_PLACE = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* get-tuple-element\(.*\), index=(?P<index>\d+)")
+_ADDED = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* add\(%(?P<one>[\w.\-]+), %(?P<other>[\w.\-]+)\)")
+_RESULT = re.compile(r"ROOT .* tuple\((?P<names>[^()]*)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_REGIONS = re.compile(r"condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
 
 
 class Collective(NamedTuple):
@@ -52,33 +56,58 @@ def collectives(text: str) -> list[Collective]:
     entry = next((name for name in bodies if re.search(rf"^ENTRY %?{re.escape(name)} ", text, re.MULTILINE)), None)
     found: list[Collective] = []
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, seen: set[tuple[str, str]]) -> None:
         for line in bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
             if match is None:
                 continue
             op = match["op"].removesuffix("-start")
-            if op in KINDS:
+            channel = _CHANNEL.search(line)
+            key = (op, channel[1] if channel else match["name"])
+            # the fusions that start, carry on and end a collective beside other work each hold all of it
+            if op in KINDS and key not in seen:
+                seen.add(key)
                 source = re.search(r'op_name="([^"]*)"', line)
                 size = _result_bytes(match["type"], match["op"].endswith("-start"))
                 found.append(Collective(op, size, times, source[1] if source else ""))
-            inside = times * (_trips(bodies, line) if op == "while" else 1)
+            loops = op == "while"
+            inside = times * (_trips(bodies, line) if loops else 1)
+            seen_inside = set() if loops else seen
             for called in _CALLED.finditer(match["rest"]):
                 for inner in re.findall(r"%([\w.\-]+)", called["names"]):
-                    walk(inner, inside)
+                    walk(inner, inside, seen_inside)
 
     if entry is not None:
-        walk(entry, 1)
+        walk(entry, 1, set())
     return found
 
 
 def _trips(bodies: dict[str, list[str]], line: str) -> int:
-    """How often a loop runs, from its condition; 1 where that is another than a counter below a constant."""
-    condition = _CONDITION.search(line)
-    lines = bodies.get(condition["name"], []) if condition else []
-    bounds = {m["name"]: int(m["value"]) for one in lines if (m := _BOUND.search(one))}
-    compared = next((m["name"] for one in lines if (m := _COMPARED.search(one))), "")
-    return bounds.get(compared, 1)
+    """How often a loop runs; 1 where that is decided by another than a counter below a constant."""
+    regions = _REGIONS.search(line)
+    condition = bodies.get(regions["condition"], []) if regions else []
+    compared = next((m for one in condition if (m := _COMPARED.search(one))), None)
+    bound = None if compared is None else _constants(condition).get(compared["bound"])
+    if regions is None or compared is None or bound is None:
+        return 1
+    places = {m["name"]: int(m["index"]) for one in condition if (m := _PLACE.search(one))}
+    return -(-bound // _step(bodies.get(regions["body"], []), places.get(compared["counter"])))
+
+
+def _step(body: list[str], place: int | None) -> int:
+    """What a loop adds to its counter, which is at ``place`` of its values; 1 where that is not a constant."""
+    result = next((m["names"] for one in body if (m := _RESULT.search(one))), "")
+    names = re.findall(r"%([\w.\-]+)", result)
+    if place is None or place >= len(names):
+        return 1
+    constants = _constants(body)
+    added = (m for one in body if (m := _ADDED.search(one)) and m["name"] == names[place])
+    steps = (constants.get(m[term]) for m in added for term in ("one", "other"))
+    return next((step for step in steps if step), 1)
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    return {m["name"]: int(m["value"]) for one in lines if (m := _CONSTANT.search(one))}
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -106,14 +135,15 @@ def _result_bytes(kind: str, starts: bool) -> int:
 
 
 def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """By kind: how many run, and their bytes on a device.
+    """By kind: how many run, their bytes on a device, and those of the largest one.
 
-    >>> totals([Collective("all-reduce", 8, 3, "")])
-    {'all-reduce': {'runs': 3, 'bytes': 24}}
+    >>> totals([Collective("all-reduce", 8, 3, ""), Collective("all-reduce", 4, 1, "")])
+    {'all-reduce': {'runs': 4, 'bytes': 28, 'largest': 8}}
     """
     by_kind: dict[str, dict[str, int]] = {}
     for one in found:
-        kind = by_kind.setdefault(one.kind, {"runs": 0, "bytes": 0})
+        kind = by_kind.setdefault(one.kind, {"runs": 0, "bytes": 0, "largest": 0})
         kind["runs"] += one.times
         kind["bytes"] += one.times * one.bytes
+        kind["largest"] = max(kind["largest"], one.bytes)
     return by_kind

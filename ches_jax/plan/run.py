@@ -167,10 +167,12 @@ def _compiled(
     except jax.errors.JaxRuntimeError as error:
         return _refused(topology, layout, parts, error)
     most = max(memory, key=lambda m: m["total"])
-    kinds = {kind for _, one in moved for kind in one}
     by_kind = {
-        kind: {n: int(sum(times * one[kind][n] for times, one in moved if kind in one)) for n in ("runs", "bytes")}
-        for kind in sorted(kinds)
+        kind: {
+            **{n: int(sum(times * one[kind][n] for times, one in moved if kind in one)) for n in ("runs", "bytes")},
+            "largest": max(one[kind]["largest"] for _, one in moved if kind in one),
+        }
+        for kind in sorted({kind for _, one in moved for kind in one})
     }
     return {
         "counted": "by the compiler",

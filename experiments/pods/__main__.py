@@ -65,7 +65,8 @@ def make(verbs: list[str], models: list[str], seconds: float) -> None:
             for model in models:
                 out = file_of(verb, model, pod)
                 if not out.exists():
-                    print(out.name, "" if compiled(words_of(verb, model, pod), out, seconds) else "is counted")
+                    found = compiled(words_of(verb, model, pod), out, seconds)
+                    print(out.name, "" if found else "is counted", flush=True)
 
 
 def compiled(words: list[str], out: Path, seconds: float) -> bool:

@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.cli import main
-from ches_jax.distributed.mesh import ROW_AXES, make_mesh
+from ches_jax.distributed.mesh import ROW_AXES, make_mesh, parse_mesh
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.dense import dense
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.models.families.registry import decoder_config
+from ches_jax.models.sharding import partition_spec
 from ches_jax.plan import arithmetic, programs
 from ches_jax.plan.compiled_text import Collective, collectives, totals
 from ches_jax.plan.config import PlanConfig
@@ -48,7 +50,10 @@ TEXT = """\
   %w = bf16[8,64]{1,0} get-tuple-element(%p), index=1
   %ring = (bf16[8,64]{1,0}, bf16[8,64]{1,0}, u32[], u32[]) collective-permute-start(%w), metadata={op_name="ring"}
   %done = bf16[8,64]{1,0} collective-permute-done(%ring)
-  ROOT %t = (u32[], bf16[8,64]) tuple(%p, %done)
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="ring"}
+  ROOT %t = (u32[], /*index=1*/bf16[8,64]) tuple(%next, /*index=1*/%done)
 }
 
 %condition (p: (s32[], bf16[8,64])) -> pred[] {
@@ -74,11 +79,27 @@ ENTRY %main (x: bf16[8,64]) -> f32[16] {
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-    """Each layer of a scan, each piece of a ring; the result of what starts and is done later counts once."""
+    """Each layer of a scan, every second piece of a ring; what starts and is done later counts once."""
     assert collectives(TEXT) == [
-        Collective("collective-permute", 8 * 64 * 2, 32 * 8, "ring"), Collective("all-reduce", 64, 1, "sum"),
+        Collective("collective-permute", 8 * 64 * 2, 32 * 4, "ring"), Collective("all-reduce", 64, 1, "sum"),
     ]  # fmt: skip
-    assert totals(collectives(TEXT))["collective-permute"] == {"runs": 256, "bytes": 256 * 1024}
+    expected = {"runs": 128, "bytes": 128 * 1024, "largest": 1024}
+    assert totals(collectives(TEXT))["collective-permute"] == expected
+
+
+def test_a_collective_in_the_parts_of_a_chain_counts_once():
+    """Beside other work it is in the fusion that starts it and in each that carries it on, under one channel."""
+    part = """
+%part.{n} (a: f32[4]) -> f32[16] {{
+  %a = f32[4]{{0}} parameter(0)
+  ROOT %g.{n} = f32[16]{{0}} all-gather(%a), channel_id={channel}, dimensions={{0}}
+}}
+"""
+    calls = "".join(f"  %f.{n} = f32[16]{{0}} fusion(%a), kind=kCustom, calls=%part.{n}\n" for n in range(3))
+    entry = f"ENTRY %main (a: f32[4]) -> f32[16] {{\n  %a = f32[4]{{0}} parameter(0)\n{calls}}}\n"
+    for channels, runs in ((7, 7, 7), 1), ((7, 7, 8), 2):
+        text = "".join(part.format(n=n, channel=channel) for n, channel in enumerate(channels)) + entry
+        assert totals(collectives(text))["all-gather"]["runs"] == runs
 
 
 def test_the_text_of_this_machine_s_compiler_is_read():
@@ -240,6 +261,26 @@ def test_the_table_of_the_pods_is_that_of_the_plans():
         elif found["fits"]:
             assert found["bytes"]["weights"] < found["bytes"]["total"]
             assert found["bytes"]["total"] <= 0.92 * found["bytes"]["of"]
+            nothing_sharded_is_gathered(pods.HERE / "configs" / f"{Path(found['model']).name}", found)
+
+
+def axes_of(entry):
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def nothing_sharded_is_gathered(config, found):
+    """A layer's matrix over ``fsdp`` is, when it is used; no table, no stack of layers, nothing over other axes."""
+    decoder, sizes = decoder_config(json.loads(config.read_text())), parse_mesh(found["mesh"])
+    gathered = found["collectives"].get("all-gather", {"largest": 0})
+    layers = {n: leaf for n, leaf in abstract_parameters(decoder).items() if n.startswith("layers.")}
+    mesh = arithmetic.logical_mesh({**sizes, "fsdp": 1})
+    of_layer = [
+        2
+        * math.prod(leaf.shape[1:])
+        // math.prod(mesh.size(*axes) for axes in map(axes_of, partition_spec(n, leaf.shape, mesh)))
+        for n, leaf in layers.items()
+    ]
+    assert gathered["largest"] <= (max(of_layer) if sizes["fsdp"] > 1 else 0), found["mesh"]
 
 
 @pytest.mark.parametrize(
