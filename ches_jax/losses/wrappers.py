@@ -391,8 +391,8 @@ def with_label_posterior(loss: Loss, prior: float = 0.9, decay: float = 0.9) -> 
 
     References:
       Cao et al., LCPO, later RE-PO (https://arxiv.org/abs/2509.24159), for one annotator (the paper has a reliability
-      for each). Neither the paper's equations nor its code could be had here: these follow its abstract and two public
-      notes, which agree on Gibbs probabilities of losses, posteriors as soft labels, and a moving average over batches.
+      for each). Neither the paper's equations nor its code could be had here: these follow its abstract and a public
+      note, which has Gibbs probabilities of losses, posteriors as soft labels, and a moving average over batches.
     """
     _require_swappable("with_label_posterior", loss)
     if not 0.0 < prior < 1.0:
