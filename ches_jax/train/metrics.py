@@ -55,10 +55,11 @@ class JsonLines:
         """Begin a file, or cut the one that is there behind the lines of ``resume_step``.
 
         Raises:
-          RunError: a line of it is damaged; only the last one may be cut short, as a killed run leaves it.
+          RunError: a line of it is damaged; only the last one may be cut short, as a killed run leaves it. Lines of
+            updates before the checkpoint are missing.
         """
         self.path = path
-        kept = b""
+        kept, steps = b"", set()
         if resume_step is not None and path.exists():
             with open_regular(path, RunError, "the numbers of a run") as file:
                 lines = file.read().splitlines(keepends=True)
@@ -70,6 +71,12 @@ class JsonLines:
                     raise RunError(f"{path}, line {number}: damaged; start again with a new --out")
                 if step <= resume_step:
                     kept += line
+                    steps.add(step)
+        if resume_step is not None and (missing := set(range(resume_step + 1)) - steps):
+            raise RunError(
+                f"{path}: has no lines of {len(missing)} steps up to the checkpoint of step {resume_step} (such as "
+                f"{min(missing)}); put the file back, or remove checkpoints/{resume_step} to go on from the one before"
+            )
         with replacing(path) as temporary:
             temporary.write_bytes(kept)
 

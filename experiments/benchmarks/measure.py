@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 
-def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run one command; its last line of output as JSON, with the process's CPU seconds and peak memory added."""
+def spent(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[str, dict[str, float]]:
+    """Run one command; what it printed, and the seconds, CPU seconds and peak memory of its process."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})}
@@ -39,13 +39,17 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[st
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[0][-2000:]}")
-    record = json.loads(output.strip().splitlines()[-1])
-    return {
-        **record,
+    return output, {
         "process_seconds": round(time.perf_counter() - started, 3),
         "process_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_rss_mb": round(usage.ru_maxrss / 1024, 1),
     }
+
+
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run one command; its last line of output as JSON, with what its process spent."""
+    output, usage = spent(command, env)
+    return {**json.loads(output.strip().splitlines()[-1]), **usage}
 
 
 def interleaved(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[dict[str, Any]]]:

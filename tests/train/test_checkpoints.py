@@ -216,6 +216,12 @@ def test_a_log_is_cut_behind_its_checkpoint_and_a_damaged_line_is_reported(tmp_p
         path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
         with pytest.raises(RunError, match=r"metrics.jsonl, line 2: damaged"):
             JsonLines(path, 1)
+    for text in ("", '{"step": 1}\n', '{"step": 0}\n{"step": 2}\n'):
+        path.write_text(text)
+        with pytest.raises(
+            RunError, match=r"no lines of [12] steps up to the checkpoint of step 1 .*remove checkpoints/1"
+        ):
+            JsonLines(path, 1)
     JsonLines(path)
     assert path.read_bytes() == b"" and len(list(tmp_path.iterdir())) == 1
 
