@@ -274,8 +274,9 @@ def nothing_sharded_is_gathered(config, found):
     gathered = found["collectives"].get("all-gather", {"largest": 0})
     layers = {n: leaf for n, leaf in abstract_parameters(decoder).items() if n.startswith("layers.")}
     mesh = arithmetic.logical_mesh({**sizes, "fsdp": 1})
+    width = 2 if found["what"] == "score" else 4  # master weights
     of_layer = [
-        2
+        width
         * math.prod(leaf.shape[1:])
         // math.prod(mesh.size(*axes) for axes in map(axes_of, partition_spec(n, leaf.shape, mesh)))
         for n, leaf in layers.items()
