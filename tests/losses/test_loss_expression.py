@@ -202,7 +202,7 @@ def test_aliases_are_counted_once():
     names = distinct_losses()
     assert sorted(n for all_names in names.values() for n in all_names) == sorted(loss_names())
     readme = (Path(losses.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"one of (\d+) objectives", readme) == [str(len(names))]
+    assert re.findall(r"one of (\d+) \[objectives", readme) == [str(len(names))]
 
 
 def test_every_loss_and_wrapper_is_on_the_page():
