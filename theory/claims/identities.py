@@ -110,6 +110,8 @@ def _library(draw: Draw, **size: int) -> Errors:
     batch = LossInputs(
         ref_logp_chosen=reference[0].sum(-1),
         ref_logp_rejected=reference[1].sum(-1),
+        ref_logp_joint_chosen=reference[0].sum(-1),
+        ref_logp_joint_rejected=reference[1].sum(-1),
         ref_logp_candidates=reference[2].sum(-1)[:, None],
         ref_logp_responses=jnp.stack([r.sum(-1) for r in reference], axis=-1),
         response_mask=jnp.ones((size["pairs"], 3)),

@@ -117,7 +117,8 @@ def of_library(loss: Loss, batch: LossInputs) -> TokenLoss:
     """A loss of ``ches_jax.losses`` as a function of log-probabilities; ``batch`` gives its other inputs.
 
     Sampled responses (one for each pair) are the candidates of the losses that have any; a loss of lists reads chosen,
-    rejected and sampled response as a list of three.
+    rejected and sampled response as a list of three. Both sequences of a joint loss have the prompt that the model has,
+    whose own log-probability is a constant: it is left out.
     """
 
     def total(chosen: Array, rejected: Array, sampled: Array) -> Array:
@@ -125,6 +126,8 @@ def of_library(loss: Loss, batch: LossInputs) -> TokenLoss:
         pairs = batch._replace(
             logp_chosen=sums[0],
             logp_rejected=sums[1],
+            logp_joint_chosen=sums[0],
+            logp_joint_rejected=sums[1],
             logp_candidates=sums[2][:, None],
             logp_responses=jnp.stack(sums, axis=-1),
             token_logps_chosen=chosen,
