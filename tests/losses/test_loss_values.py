@@ -293,9 +293,13 @@ def test_equal_rewards_are_not_right(x64):
 
 
 def test_joint_log_probabilities_are_logged_under_a_name_that_says_so(x64):
-    joint = {"logp_joint_chosen": -8.0, "logp_joint_rejected": -20.0}
-    joint |= {"ref_logp_joint_chosen": -10.0, "ref_logp_joint_rejected": -19.0}
-    logged = get_loss("dove", beta=0.5)(LossInputs(**{name: jnp.array([v]) for name, v in joint.items()}))[1]
+    joint = LossInputs(
+        logp_joint_chosen=jnp.array([-8.0]),
+        logp_joint_rejected=jnp.array([-20.0]),
+        ref_logp_joint_chosen=jnp.array([-10.0]),
+        ref_logp_joint_rejected=jnp.array([-19.0]),
+    )
+    logged = get_loss("dove", beta=0.5)(joint)[1]
     assert float(logged["logps_joint/chosen"][0]) == -8 and float(logged["rewards/chosen"][0]) == 1
     assert not [name for name in logged if name.startswith("logps/")]
 
