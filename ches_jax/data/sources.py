@@ -544,12 +544,12 @@ def _open_parts(path: Path, split: str | None) -> Opened:
 def _open_part(folder: Path, path: Path) -> Opened:
     """A file of a folder, whose rows have the columns that the folders around it tell too."""
     kind, read, identity = _open_file(path)
-    told = files.partition_values(path.relative_to(folder))
+    partition = files.partition_values(path.relative_to(folder))
 
     def rows(start: int) -> Iterator[Raw]:
-        return ((where, {**told, **raw} if isinstance(raw, Mapping) else raw) for where, raw in read(start))
+        return ((where, {**partition, **raw} if isinstance(raw, Mapping) else raw) for where, raw in read(start))
 
-    return kind, rows if told else read, identity
+    return kind, rows if partition else read, identity
 
 
 def _split_names(path: Path) -> list[str]:

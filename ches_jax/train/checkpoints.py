@@ -327,7 +327,7 @@ def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
     """The trained parameters of a checkpoint by name, on the first device; nothing else is read, nothing is written.
 
     Raises:
-      RunError: it is damaged; steps of the other checkpoints are told.
+      RunError: it is damaged; steps of the other checkpoints are named.
     """
     folder, about = _folder(out) / str(step), out / FOLDER / str(step) / "about" / "metadata"
     _require_regular(out / FOLDER / str(step))
@@ -348,7 +348,7 @@ def read_trained(out: Path, step: int) -> dict[str, jax.Array]:
     except Exception as error:  # orbax, tensorstore, JSON and zstd each have types of their own
         others = ", ".join(str(other) for other in saved_steps(out) if other != step) or "none"
         raise RunError(f"{_unreadable(folder, error)}; other checkpoints: steps {others}") from None
-    # of an array that is not there, orbax gives back what was asked for
+    # of an array that is not there, orbax gives back what was passed in
     if lacking := [name for name in target if not isinstance(leaves.get(name), jax.Array)]:
         raise RunError(many(f"{folder}: the checkpoint lacks arrays that it names", lacking))
     return {name.removeprefix("params."): value for name, value in leaves.items()}

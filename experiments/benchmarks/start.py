@@ -31,8 +31,6 @@ IMPORTS = {
     "jax, flax, pyarrow and tokenizers": "import jax, flax.nnx, pyarrow.parquet, tokenizers; jax.devices()",
     "torch and transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer",
 }
-SMALL = 100_000
-"""Runs of more rows are read once, whatever ``--repeats`` says."""
 
 
 def made(folder: Path, rows: int) -> Path:
@@ -83,11 +81,9 @@ def main() -> None:
         folder = Path(name)
         able = commands(args.model, args.pairs, args.rows, folder)
         runs: dict[str, list[dict[str, float]]] = {what: [] for what in able}
-        for turn in range(args.repeats):
+        for _ in range(args.repeats):
             shutil.rmtree(folder / "cache", ignore_errors=True)
             for what, (command, env) in able.items():
-                if turn and any(f"{count:,} rows" in what for count in args.rows if count > SMALL):
-                    continue
                 for out in ("cold", "warm", *(f"kept-{count}" for count in args.rows)):
                     shutil.rmtree(folder / out, ignore_errors=True)
                 runs[what].append(spent(command, env)[1])

@@ -121,21 +121,14 @@ SCALES: dict[str, ForecastScale] = {
     ),
     "small": SMALL,
     "small-objectives": replace(SMALL, seeds=(0, 1, 2), filters=(), variants=tuple(VARIANTS)),
-    "small-dialogues": ForecastScale(
-        model=None,
-        pairs=None,
-        seeds=(0, 1, 2, 3, 4),
+    "small-dialogues": replace(
+        SMALL,
         hardware="two CPU cores (a model of a few million parameters), or one GPU",
         time="one CPU hour for 3.1M parameters",
         longest=130,
-        train=256,
-        tuned_on=320,
-        probes=96,
-        test=300,
         sft_lr=1e-3,
         sft_epochs=6.0,
         lrs=(1e-5,),
-        pilot=4,
         filters=(
             "all",
             "influence",
