@@ -168,10 +168,18 @@ def shared_tokens(item: Item, length_threshold: int | None) -> int | None:
 
 def row_length(item: Item, standard: int, length_threshold: int | None = None) -> int:
     """``standard``, or the next doubling of it that holds the item."""
-    length = standard
-    while length < packed_length(item, length_threshold):
-        length *= 2
-    return length
+    return doubled(standard, packed_length(item, length_threshold))
+
+
+def doubled(size: int, needed: int) -> int:
+    """``size``, or the next doubling of it that is as large as needed: few sizes, few compiled programs.
+
+    >>> doubled(64, 10), doubled(64, 65)
+    (64, 128)
+    """
+    while size < needed:
+        size *= 2
+    return size
 
 
 def fitting_length(items: Sequence[Item], standard: int, rows: int, length_threshold: int | None = None) -> int:
@@ -203,10 +211,7 @@ def standard_max_pairs(length: int) -> int:
 
 def row_max_pairs(item: Item, length: int) -> int:
     """``standard_max_pairs``, or the next doubling of it that holds the item's responses."""
-    max_pairs = standard_max_pairs(length)
-    while max_pairs < pair_capacity_of(item):
-        max_pairs *= 2
-    return max_pairs
+    return doubled(standard_max_pairs(length), pair_capacity_of(item))
 
 
 def row_capacity(length: int, max_pairs: int | None = None) -> tuple[int, int, int]:

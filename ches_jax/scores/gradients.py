@@ -33,7 +33,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ches_jax.data.packing import PackedBatch, pack, packed_length
+from ches_jax.data.packing import PackedBatch, doubled, pack, packed_length
 from ches_jax.distributed.mesh import spans_processes, weights_are_whole
 from ches_jax.errors import ChesError
 from ches_jax.models.adapters.lora import ALL_LINEAR, adapted, adapter_shapes, initial_adapters, make_spec
@@ -152,9 +152,8 @@ class Gradients:
 
     def _by_projection(self, pairs: Sequence[TokenPair]) -> np.ndarray:
         out = np.zeros((len(pairs), 3))
-        needed, length = sum(packed_length(pair, self._threshold) for pair in pairs), SHORTEST
-        while length < min(needed, PACKED_ROW):
-            length *= 2
+        needed = sum(packed_length(pair, self._threshold) for pair in pairs)
+        length = doubled(SHORTEST, min(needed, PACKED_ROW))
         for rows, places in pack(
             pairs, length=length, rows_per_batch=1, eos=self.eos, length_threshold=self._threshold
         ):

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ches_jax.data.packing import doubled
 from ches_jax.models.attention.choose import choose_attention
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.config import DecoderConfig
@@ -64,10 +65,7 @@ def _batches(prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[tuple[in
     """Different prompts with their padded rows and lengths, batches of one shape for each length of a row."""
     of_length: dict[int, list[tuple[int, ...]]] = {}
     for prompt in dict.fromkeys(prompts):
-        length = SHORTEST
-        while length < len(prompt):
-            length *= 2
-        of_length.setdefault(length, []).append(prompt)
+        of_length.setdefault(doubled(SHORTEST, len(prompt)), []).append(prompt)
     for length, some in sorted(of_length.items()):
         count = min(max(1, TOKENS_AT_ONCE // length), len(some))
         for at in range(0, len(some), count):

@@ -75,7 +75,7 @@ class JsonLines:
         if resume_step is not None and (missing := set(range(resume_step + 1)) - steps):
             raise RunError(
                 f"{path}: has no lines of {len(missing)} steps up to the checkpoint of step {resume_step} (such as "
-                f"{min(missing)}); put the file back, or remove checkpoints/{resume_step} to go on from the one before"
+                f"{min(missing)}); put the file back, or remove checkpoints/{resume_step} to resume from the one before"
             )
         with replacing(path) as temporary:
             temporary.write_bytes(kept)
