@@ -2,10 +2,11 @@
 
     python tools/version_matrix.py [--python python3.12 ...] [--jax 0.10.2 newest ...] [--out FILE.json]
 
-Each environment has the wheel, what it requires, and the jax that is asked for, whatever the wheel's upper bound says:
-the bound is raised to a version that passes here. Then a few tests, `ches score`, `ches train` and claims of
-`ches verify` run, away from the checkout. The record keeps what other pairs gave before; a pair that fails has the
-last line of what failed. Exit code 1 when one fails.
+Each environment has the wheel, what it requires, and the jax that is asked for, whatever the wheel's upper bound says.
+Then a few tests, `ches score`, `ches train` and claims of `ches verify` run, away from the checkout. The record keeps
+what other pairs gave before; a pair that fails has the last line of what failed. If a jax passes with every Python
+that was tried with it, and is not below the bound of pyproject.toml, the bound is raised to the next minor version.
+Exit code 1 when one fails.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).with_suffix(".json")
+BOUND = re.compile(r'("jax(?:\[\w+\])?>=[\d.]+,<)(\d+\.\d+)"')
+"""The upper bound of jax, in each place where pyproject.toml has it."""
 TESTS = ("tests/models/test_logprobs.py", "tests/models/test_segments.py", "tests/scores/test_formulas.py")
 NEEDED = ("pytest>=9", "hypothesis>=6.100", "beartype>=0.20")
 STEPS = {
@@ -71,6 +74,27 @@ def try_pair(python: str, jax: str, built: Path, place: Path) -> dict[str, Any]:
     return {"versions": versions, **steps, "seconds": round(time.monotonic() - began)}
 
 
+def raised(project: str, record: dict[str, Any]) -> str:
+    """pyproject.toml with the bound above the newest jax that passed everything, wherever it was tried; never lowered.
+
+    >>> passed = dict.fromkeys(STEPS, "passed")
+    >>> raised('"jax[tpu]>=0.10.2,<0.12"', {"a": {"versions": {"jax": "0.12.1"}, **passed}})
+    '"jax[tpu]>=0.10.2,<0.13"'
+    """
+    passes: dict[str, bool] = {}
+    for found in record.values():
+        if jax := found.get("versions", {}).get("jax"):
+            passes[jax] = passes.get(jax, True) and all(found.get(step) == "passed" for step in STEPS)
+    good = [tuple(int(n) for n in jax.split(".")[:2]) for jax, all_passed in passes.items() if all_passed]
+    major, minor = max(good, default=(0, 0))
+
+    def above(match: re.Match[str]) -> str:
+        before = tuple(int(n) for n in match[2].split("."))
+        return f'{match[1]}{".".join(map(str, max(before, (major, minor + 1))))}"'
+
+    return BOUND.sub(above, project)
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +116,8 @@ def main() -> int:
                 record[f"Python {name}, jax {found.get('versions', {}).get('jax', jax)}"] = found
                 options.out.write_text(json.dumps(record, indent=2) + "\n")
                 print(json.dumps({name: found}), flush=True)
+    project = ROOT / "pyproject.toml"
+    project.write_text(raised(project.read_text(encoding="utf-8"), record), encoding="utf-8")
     return 0 if good else 1
 
 

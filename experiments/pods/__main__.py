@@ -98,7 +98,7 @@ def row(verb: str, model: str, pod: Pod, found: dict[str, Any]) -> str:
         moved = f"*counted: {found['not_compiled']}*" if "not_compiled" in found else "*counted: too large*"
     e = found["estimate"]
     speed = f"{e['pairs_a_second']:.3g} ({e['bound_by']})" if found["fits"] else ""
-    mesh = found["mesh"] + (f", each of {found['processes']}" if found["processes_share"] == "chunks" else "")
+    mesh = found["mesh"] + (f" in each of {found['processes']} hosts" if found["processes_share"] == "chunks" else "")
     cells = (verb, model, pod.name, mesh, "yes" if found["fits"] else "**no**",
              f"{total} of {held['of'] / gib:.0f} ({parts})", moved, speed)  # fmt: skip
     return f"| {' | '.join(cells)} |"
