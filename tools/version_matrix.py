@@ -59,7 +59,9 @@ def try_pair(python: str, jax: str, built: Path, place: Path) -> dict[str, Any]:
     own = str(place / "venv" / "bin" / "python")
     install = [own, "-m", "pip", "install", "-q"]
     wanted = ["-U", "jax", "jaxlib"] if jax == "newest" else [f"jax=={jax}", f"jaxlib=={jax}"]
-    failed = failed or run([*install, str(built), *NEEDED], place) or run([*install, *wanted], place)
+    # the pip that comes with an older Python tries every version of a library where a newer one sees what conflicts
+    installs = [["-U", "pip"], [str(built), *NEEDED], wanted]
+    failed = failed or next((said for words in installs if (said := run([*install, *words], place))), None)
     if failed:
         return {"installs": failed}
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
