@@ -13,9 +13,7 @@ _SIDES = {"eval_displacement/": "held-out pairs", "displacement/": "watched trai
 _COLUMNS = ("dlogp_chosen", "dlogp_rejected", "margin", "lld_rate")
 
 
-def trained_card(
-    run: Mapping[str, Any], step: int, numbers: Mapping[str, float], library: str = "transformers"
-) -> str:
+def trained_card(run: Mapping[str, Any], step: int, numbers: Mapping[str, float], library: str = "transformers") -> str:
     """The card of a checkpoint of ``ches train``.
 
     Args:
