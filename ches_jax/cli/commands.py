@@ -447,9 +447,13 @@ class Diagnose(Computing, DiagnoseConfig):
         """The verdict; exit code 1 when --fail-if holds."""
         from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
+        from ches_jax.distributed.lead import Followed
         from ches_jax.runs.store import is_there, place
 
-        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
+        try:
+            diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
+        except Followed as done:
+            return Outcome(headline=f"process 0 has the diagnosis: {done.note['verdict']}", code=done.note["code"])
         failed = rule_holds(diagnosis, self.fail_if)
         out = None if self.out is None else place(self.out)
         paths = {} if out is None else {"diagnosis": out / RESULT}
