@@ -85,12 +85,6 @@ def placement(mesh: Mesh | LogicalMesh) -> Callable[[str, tuple[int, ...]], Name
     return lambda name, shape: NamedSharding(logical.mesh, partition_spec(name, shape, logical))
 
 
-def bytes_here(model: nnx.Module) -> int:
-    """Bytes of the parameters that lie on this process's devices; what several of them have counts several times."""
-    arrays = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
-
-
 def _logical(mesh: Mesh | LogicalMesh) -> LogicalMesh:
     return mesh if isinstance(mesh, LogicalMesh) else LogicalMesh.of(mesh)
 

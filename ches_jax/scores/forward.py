@@ -21,6 +21,7 @@ from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
 from ches_jax.distributed.mesh import (
     ROW_AXES,
     ROWS,
+    bytes_here,
     put_own_rows,
     row_sharding,
     row_shards,
@@ -117,6 +118,11 @@ class ForwardPass:
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
         self._jitted = pass_program(graph, mesh, outputs, attend)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on this process's devices."""
+        return bytes_here(self._state)
 
     def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
         """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.

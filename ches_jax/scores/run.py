@@ -65,7 +65,7 @@ def _score(config: ScoreConfig, run: ChunkedRun, resume: bool, quiet: bool, othe
     from ches_jax.models.adapters import peft
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
-    from ches_jax.models.sharding import bytes_here, placement
+    from ches_jax.models.sharding import placement
 
     opener, total = Opener(), None
     with run.opening():
@@ -109,7 +109,6 @@ def _score(config: ScoreConfig, run: ChunkedRun, resume: bool, quiet: bool, othe
     seconds = time.perf_counter() - started - (scorer.run.compile_seconds - compiled)
     facts = {
         "attention": attention.name,
-        "weight_bytes_of_processes": run.team.exchange(bytes_here(model)),
         "scored_this_time": scored,
         "seconds": {"scoring": round(seconds, 3), "compiling": round(scorer.run.compile_seconds, 3)},
         "pairs_per_second": round(scored / max(seconds, 1e-9), 2),

@@ -1,4 +1,4 @@
-"""``score``, ``generate``, ``judge`` and ``diagnose`` by several processes: numbers of one, deaths, refusals by name."""
+"""``score``, ``generate``, ``judge`` and ``diagnose`` by several processes: numbers of one, deaths, refusals."""
 
 import json
 import os
@@ -12,10 +12,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ches_jax.distributed.mesh import mesh_of_run
 from ches_jax.errors import ChesError
+from ches_jax.models.checkpoint.save import save_pretrained
+from ches_jax.models.decoder import Decoder
+from ches_jax.models.families.registry import decoder_config
 from ches_jax.scores.table import FILE_NAME, read_table
 
 
@@ -30,6 +34,13 @@ def test_a_mesh_is_of_this_process_or_of_all(monkeypatch):
         mesh_of_run("fsdp=6")
 
 
+PATIENT = " ".join(
+    f"--xla_cpu_collective_{name}_seconds=1800"
+    for name in ("call_warn_stuck_timeout", "call_terminate_timeout", "timeout")
+)
+"""Of XLA on a CPU, whose devices are threads: a loaded machine may keep one of them waiting for long."""
+
+
 def start(verb, count, devices, words, cache):
     """The verb in ``count`` processes."""
     with socket.create_server(("", 0)) as server:
@@ -37,6 +48,7 @@ def start(verb, count, devices, words, cache):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": PATIENT,
     }  # fmt: skip
     command = [sys.executable, "-m", "ches_jax", verb, "--quiet", *words]
     joined = [["--distributed", f"127.0.0.1:{port},{count},{i}"] if count > 1 else [] for i in range(count)]
@@ -127,6 +139,36 @@ def test_processes_that_run_something_else_are_refused_by_name(words, cache, tmp
     codes, said = finish(processes)
     assert codes == [2, 2] and "runs something else" in said[0] and "exclude" in said[0], said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def seventy(tiny_model, tmp_path_factory):
+    """80 layers, 64 query and 8 key heads, as Llama-3-70B has them, a tiny width, random weights."""
+    raw = json.loads((tiny_model / "config.json").read_text())
+    shape = {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 4}
+    raw |= {**shape, "hidden_size": 64, "intermediate_size": 128}
+    out = tmp_path_factory.mktemp("models") / "seventy"
+    save_pretrained(Decoder(decoder_config(raw), rngs=nnx.Rngs(3)), out, config=raw)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model / name, out / name)
+    return out
+
+
+@pytest.mark.slow
+def test_eighty_layers_over_four_processes_score_as_on_one(seventy, cache, tmp_path):
+    """Each process holds a quarter of the weights, and the first one's devices could not hold them all."""
+    words = ["--model", str(seventy), "--limit", "8", "--chunk-rows", "8", "--batch-tokens", "256", "--logps"]
+    codes, said = finish(start("score", 1, 1, [*words, "--out", str(tmp_path / "alone")], cache), 900)
+    assert codes == [0], said
+    four = start("score", 4, 4, [*words, "--mesh", "fsdp=16", "--out", str(tmp_path / "run")], cache)
+    codes, said = finish(four, 1500)
+    assert codes == [0] * 4, said
+    same_scores(tmp_path / "run", tmp_path / "alone")
+    one, other = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("run", "alone"))
+    assert one["processes"] == 4 and one["mesh"]["fsdp"] == 16
+    (whole,) = other["work"]["weight_bytes"]
+    parts = one["work"]["weight_bytes"]
+    assert len(parts) == 4 and max(parts) < 1.02 * whole / 4 and sum(parts) >= whole
 
 
 def texts(out):
