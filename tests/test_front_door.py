@@ -207,6 +207,10 @@ MISTYPED = {
     ("train", "--per_device_train_batch_size", "4"): "--batch-size N",
     ("train", "--loss", "ipo"): "ipo_mean",
     ("train", "--lr", "fast"): "--lr 'fast': expected a number",
+    ("train", "--loss", "dpo", "--loss=simpo"): "--loss dpo and simpo are both given: write the option once",
+    ("score", "--model", "a", "--model_name_or_path", "b"): "--model a and b are both given",
+    ("score", "--columns", "chosen=a", "--columns", "rejected=b"): "once, all its values after it",
+    ("train", "--remat", "--no-remat"): "--remat and --no-remat are both given",
 }
 
 
@@ -222,6 +226,13 @@ def test_names_of_other_trainers_work():
     ours = ["--model", "m", "--pairs=d", "--out", "o", "--lr", "1e-5", "--epochs", "2", "--remat"]
     assert corrected("train", COMMANDS["train"], words) == ours
     assert corrected("generate", COMMANDS["generate"], ["--dataset-name", "d"]) == ["--prompts", "d"]
+
+
+def test_an_option_may_be_given_again_where_nothing_changes():
+    for words in (["--pairs", "d", "--pairs=d"], ["--quiet", "--quiet"], ["--columns", "chosen=a", "rejected=b"]):
+        assert corrected("score", COMMANDS["score"], words) == words
+    trackers = ["--model", "m", "--pairs", "d", "--out", "o", "--tracker", "wandb", "--tracker", "tensorboard"]
+    assert corrected("train", COMMANDS["train"], trackers) == trackers
 
 
 @pytest.mark.parametrize("words", [["--trl-log", "x"], ["--run", "x"], ["--run=x"], ["--logging_dir", "x"]])

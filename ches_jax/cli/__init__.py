@@ -21,6 +21,7 @@ from typing import Any
 
 from ches_jax import __version__
 from ches_jax.errors import ChesError, printable
+from ches_jax.runs.arrow import leave_pandas_out
 
 HELP = ("--help", "-h", "help")
 
@@ -128,6 +129,7 @@ def _run(words: Sequence[str]) -> int:
     options = _parsed(verb, command, corrected(verb, command, words[1:]))
     options.require_free()
     quiet_libraries()
+    leave_pandas_out()
     options.keep_programs()
     outcome = options.run()
     if options.json:

@@ -30,6 +30,7 @@ GROUPS = {
 }
 """Group -> its options (of all verbs, or of the named one); the rest say what is computed."""
 POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+REPEATED = get_args(tyro.conf.UseAppendAction[int])[1]
 COMPUTED = "what is computed"
 ORDER = ("model", "data", COMPUTED, "where it runs", "output")
 
@@ -47,6 +48,8 @@ class Option:
     positional: bool
     switch: bool
     """Takes no value: ``--name`` or ``--no-name``."""
+    repeats: bool
+    """Written once for each of its values: ``--tracker wandb --tracker tensorboard``."""
     choices: tuple[str, ...]
     """The values it takes, where they are a closed list."""
     metavar: str
@@ -75,9 +78,9 @@ def options_of(verb: str, command: type[Any]) -> tuple[Option, ...]:
 
 
 def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
-    name, positional = field.name, False
+    name, positional, repeats = field.name, False, False
     if get_origin(hint) is Annotated:
-        positional = POSITIONAL in hint.__metadata__
+        positional, repeats = POSITIONAL in hint.__metadata__, REPEATED in hint.__metadata__
         if hint == Columns or any("Primitive" in type(extra).__name__ for extra in hint.__metadata__):
             metavar = next(x.metavar for x in hint.__metadata__ if hasattr(x, "metavar") and x.metavar)
             hint = Annotated[str, metavar]
@@ -92,6 +95,7 @@ def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
         required=required,
         positional=positional,
         switch=hint is bool,
+        repeats=repeats,
         choices=choices,
         metavar=metavar,
         group=_group(verb, field.name),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from ches_jax.cli.options import Option, options_of
@@ -110,12 +111,13 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
 
     Raises:
       ChesError: an option that the verb does not have, a value that the option does not take or none where it takes
-        one, a word that belongs to no option, or a required option that is not there.
+        one, two values of an option that takes one, a word that belongs to no option, or a required option that is not
+        there.
     """
     options = options_of(verb, command)
     flags = {flag: option for option in options for flag in option.flags}
     places = [option for option in options if option.positional]
-    seen: set[str] = set()
+    seen: dict[str, list[str]] = {}  # the field of an option -> how it was given
     out: list[str] = []
     takes = 0  # values that the option before a word still takes
     for i, word in enumerate(words):
@@ -124,7 +126,7 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
             if takes:
                 takes -= 1
             elif places:
-                seen.add(places.pop(0).field)
+                seen[places.pop(0).field] = [word]
             else:
                 meant = next((f"; did you mean --{o} {word}?" for o in SUBJECTS if f"--{o}" in flags), "")
                 raise ChesError(f"ches {verb}: {word!r} belongs to no option{meant}; ches {verb} --help names all")
@@ -134,15 +136,16 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
             print(f"ches: {typed} PATH is written without a name: ches {verb} PATH", file=sys.stderr)
             out += [value] if equals else []
             if equals:
-                seen.add(places.pop(places.index(place)).field)
+                seen[places.pop(places.index(place)).field] = [value]
             takes = 0
             continue
         flag = _flag(verb, typed, flags)
         option = flags[flag]
-        seen.add(option.field)
-        given = [value] if equals else [w for w in words[i + 1 : i + 2] if not _is_option(w)]
+        given = [value] if equals else [*takewhile(lambda w: not _is_option(w), words[i + 1 :])]
         if not option.switch:
+            given = given if option.many else given[:1]
             _require_value(verb, option, flag, given)
+        _require_once(verb, option, [flag] if option.switch else given, seen)
         takes = 0 if equals or option.switch else len(words) if option.many else 1
         out.append(f"{flag}{equals}{value}")
     missing = [
@@ -151,6 +154,18 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
     if missing:
         raise ChesError(f"ches {verb}: {' and '.join(missing)} must be given; ches {verb} --help says what it is")
     return out
+
+
+def _require_once(verb: str, option: Option, given: list[str], seen: dict[str, list[str]]) -> None:
+    """Note how the option was given; of two different ways the parser would silently take the last."""
+    before = seen.setdefault(option.field, given)
+    if before == given or option.repeats:
+        return
+    name = "" if option.switch else f"--{option.name} "
+    how = ", all its values after it" if option.many else ""
+    raise ChesError(
+        f"ches {verb}: {name}{' '.join(before)} and {' '.join(given)} are both given: write the option once{how}"
+    )
 
 
 def _is_option(word: str) -> bool:

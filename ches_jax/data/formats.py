@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ches_jax.data.files import is_compressed, kind_of, open_bytes
 from ches_jax.errors import DataError
+from ches_jax.runs.arrow import python_rows
 
 Raw = tuple[str, Any]
 """Where a row was found ("line 17"), and what was found there."""
@@ -154,7 +155,7 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
         if len({*batch.schema.names}) < batch.num_columns:
             raise DataError(_twice(batch.schema.names))
         for offset in range(max(0, start - first), batch.num_rows, BATCH_ROWS):
-            rows = batch.slice(offset, BATCH_ROWS).to_pylist()
+            rows = python_rows(batch.slice(offset, BATCH_ROWS))
             for index, row in enumerate(rows, first + offset):
                 yield f"row {index}", row
         first += batch.num_rows

@@ -26,7 +26,9 @@ import numpy as np
 from ches_jax.types import Eos, Response, TokenPair, common_prefix
 
 SHORT_ROWS = (512, 1024)
-"""Rows for the few pairs that fit into one: shorter than the standard ones."""
+"""Rows for few pairs, that less of them is padding: shorter than the standard ones."""
+FEW_BATCHES = 4
+"""How many batches of standard rows the pairs of such a job fill at most."""
 TOKENS_PER_PAIR = 32
 """A row holds at most one pair per this many tokens, which bounds its segments, hence the memory of their sums."""
 MAX_PAIRS = 64
@@ -183,20 +185,29 @@ def doubled(size: int, needed: int) -> int:
 
 
 def fitting_length(items: Sequence[Item], standard: int, rows: int, length_threshold: int | None = None) -> int:
-    """The shortest of ``SHORT_ROWS`` at which all items fit into ``rows`` rows; ``standard`` where none does.
+    """The row length, of ``SHORT_ROWS`` and ``standard``, at which a few items take the fewest positions.
 
-    It depends on the items alone: a few pairs are computed in a row that they fill, by a program that compiles sooner.
+    It depends on the items alone. Where they are more than ``FEW_BATCHES`` of ``rows`` standard rows, little of those
+    is padding, and they stay.
     """
-    for length in SHORT_ROWS:
-        pairs = standard_max_pairs(length)
-        if length >= standard or len(items) > rows * pairs:
-            continue
-        positions = [packed_length(item, length_threshold) for item in items]
-        if max(positions, default=0) > length or any(row_max_pairs(item, length) > pairs for item in items):
-            continue
-        if len(first_fit_decreasing(positions, length, [pair_capacity_of(item) for item in items], pairs)) <= rows:
-            return length
-    return standard
+    positions = [packed_length(item, length_threshold) for item in items]
+    pairs = [pair_capacity_of(item) for item in items]
+    if sum(positions) > FEW_BATCHES * rows * standard:
+        return standard
+
+    def computed(length: int) -> int:
+        batches = -(-len(first_fit_decreasing(positions, length, pairs)) // rows)
+        return max(1, batches) * rows * length
+
+    fitting = [
+        length
+        for length in SHORT_ROWS
+        if length < standard
+        and max(positions, default=0) <= length
+        and max(pairs, default=0) <= standard_max_pairs(length)
+    ]
+    # of equal ones the shortest, whose program compiles soonest
+    return min((*fitting, standard), key=lambda length: (computed(length), length)) if fitting else standard
 
 
 def pair_capacity_of(item: Item) -> int:

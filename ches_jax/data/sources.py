@@ -49,6 +49,7 @@ from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
+from ches_jax.runs.arrow import take_pandas_in
 from ches_jax.runs.files import read_object
 from ches_jax.runs.store import is_address, is_store
 from ches_jax.types import Pairing
@@ -513,8 +514,7 @@ def _open_folder(path: Path, split: str | None) -> Opened:
         return _open_parts(path, split)
     elif split is not None:
         raise DataError(f"{path}: --split {split}, but the folder holds one split: leave --split out")
-    import datasets
-
+    datasets = _datasets()
     try:
         dataset = datasets.Dataset.load_from_disk(str(path))
         dataset.data.table.validate(full=True)
@@ -522,6 +522,14 @@ def _open_folder(path: Path, split: str | None) -> Opened:
         raise DataError(f"{path}: datasets cannot load the folder ({error})") from error
     stored = sorted(Path(f["filename"]) for f in dataset.cache_files)
     return "save_to_disk folder", lambda start: _read_dataset(dataset, start), lambda: files.digest(stored)
+
+
+def _datasets() -> Any:
+    """The library, which needs pandas and has pyarrow know it too."""
+    import datasets
+
+    take_pandas_in()
+    return datasets
 
 
 def _open_parts(path: Path, split: str | None) -> Opened:
@@ -594,8 +602,7 @@ def _from_the_cache() -> Iterator[None]:
 
 
 def _open_hub(name: str, split: str) -> Opened:
-    import datasets
-
+    datasets = _datasets()
     try:
         with contextlib.nullcontext() if _hub_answers(name) else _from_the_cache():
             dataset = datasets.load_dataset(name, split=split)

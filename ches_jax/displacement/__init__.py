@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ches_jax.displacement.verdict import Diagnosis as Diagnosis
     from ches_jax.displacement.verdict import diagnose_changes as diagnose_changes
 
+TOLERANCE = 0.05
+"""Default eps in nats: above the rounding of float32 sums, below what changes a text."""
+
 _HOMES = {
     "diagnose": ".diagnose",
     "DiagnoseConfig": ".config",

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement.changes import TOLERANCE, Changes
+from ches_jax.displacement import TOLERANCE
+from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.intervals import Interval, of_pairs
 
 LENGTHS = ("shortest third", "middle third", "longest third")

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ches_jax.displacement import TOLERANCE
+
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "together", "flat")
-TOLERANCE = 0.05
-"""Default eps in nats: above the rounding of float32 sums, below what changes a text."""
 FILE_NAME = "displacement.parquet"
 """Where a training run keeps the changes of each pair at each evaluation."""
 PARTS = "displacement"

@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from ches_jax.displacement.changes import TOLERANCE
+from ches_jax.displacement import TOLERANCE
 from ches_jax.options import RowOptions, not_identity
 from ches_jax.types import Eos, OnBadRow, Pairing, Template
 

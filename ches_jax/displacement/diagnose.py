@@ -27,6 +27,7 @@ from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError
 from ches_jax.face import make_callable
+from ches_jax.runs.arrow import python_rows
 from ches_jax.runs.files import read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
@@ -178,7 +179,7 @@ def _of_parquet(config: DiagnoseConfig, path: Path) -> Changes:
     if "dlogp_chosen" in table.column_names:
         return training_run.changes_of_table(training_run.read_log_table(path), str(path))
     if any((meaning := metric(name)) is not None and meaning.quantity in SIDES for name in table.column_names):
-        return _of_log(config, path, log_of(f"{path} (Parquet)", table.to_pylist(), held_out=config.held_out))
+        return _of_log(config, path, log_of(f"{path} (Parquet)", python_rows(table), held_out=config.held_out))
     return logp_tables.read_logps(path)
 
 

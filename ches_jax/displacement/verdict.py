@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement import intervals
+from ches_jax.displacement import TOLERANCE, intervals
 from ches_jax.displacement.breakdown import Part
 from ches_jax.displacement.calibration import Calibration
-from ches_jax.displacement.changes import SUMMARY, TOLERANCE, Changes, Curve, Direction, displacement_summary
+from ches_jax.displacement.changes import SUMMARY, Changes, Curve, Direction, displacement_summary
 from ches_jax.displacement.evidence import HARM, UNMEASURED, Harm
 from ches_jax.displacement.intervals import FEWEST, Interval
 from ches_jax.displacement.on_policy import OnPolicy

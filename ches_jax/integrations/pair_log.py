@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ches_jax.displacement.changes import FILE_NAME, SUMMARY, TOLERANCE, displacement_summary, regimes
+from ches_jax.displacement import TOLERANCE
+from ches_jax.displacement.changes import FILE_NAME, SUMMARY, displacement_summary, regimes
 from ches_jax.errors import ChesError
 from ches_jax.runs.files import replacing
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement.changes import TOLERANCE
+from ches_jax.displacement import TOLERANCE
 from ches_jax.errors import ChesError
 from ches_jax.integrations.pair_log import PairLog
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ches_jax.displacement.changes import TOLERANCE
+from ches_jax.displacement import TOLERANCE
 from ches_jax.integrations.arrays import HeldOutPairs
 from ches_jax.integrations.pair_log import PairLog
 

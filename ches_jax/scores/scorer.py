@@ -131,7 +131,7 @@ class PairScorer:
         )
 
     def batches(self, items: Sequence[Item]):
-        """Packed batches of items; one of short rows where these hold them all."""
+        """Packed batches of items, of short rows where few items then take fewer positions."""
         b = self.batching
         length = fitting_length(items, b.row_tokens, b.row_multiple, b.length_threshold)
         return pack(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from ches_jax.displacement.changes import TOLERANCE
+from ches_jax.displacement import TOLERANCE
 from ches_jax.options import ModelOptions, Numbers, PairOptions, not_identity
 from ches_jax.types import OnBadRow, SftUnit
 

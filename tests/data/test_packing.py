@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ches_jax.data.packing import (
+    FEW_BATCHES,
     SHORT_ROWS,
     Candidates,
     first_fit_decreasing,
@@ -171,18 +172,21 @@ def test_capacity_bounds_what_a_row_can_hold(length):
     st.sampled_from([1, 2, 8]),
     st.sampled_from([256, 512, 2048]),
 )
-def test_few_pairs_get_the_shortest_row_that_holds_them_all(lengths, rows, standard):
+def test_few_pairs_get_the_row_length_with_the_fewest_positions(lengths, rows, standard):
     pairs = [pair(range(3, 3 + p), range(9, 9 + c), range(2, 2 + r)) for p, c, r in lengths]
 
-    def batches(length):
-        return list(pack(pairs, length=length, rows_per_batch=rows, row_multiple=rows, eos="include"))
+    def computed(length):
+        batches = list(pack(pairs, length=length, rows_per_batch=rows, row_multiple=rows, eos="include"))
+        assert sum(len(places) for _, places in batches) == len(pairs)
+        return sum(batch.tokens.size for batch, _ in batches), {batch.tokens.shape[1] for batch, _ in batches}
 
     length = fitting_length(pairs, standard, rows)
-    shorter = [n for n in SHORT_ROWS if n < standard]
-    assert length == standard or length in shorter
-    if pairs and length in shorter:
-        ((batch, places),) = batches(length)
-        assert batch.tokens.shape == (rows, length) and len(places) == len(pairs)
-    for n in shorter:
-        if n < length:
-            assert len(batches(n)) > 1 or batches(n)[0][0].tokens.shape[1] > n
+    if sum(map(packed_length, pairs)) > FEW_BATCHES * rows * standard:
+        assert length == standard
+    elif pairs:
+        positions, shapes = computed(length)
+        assert length in (*SHORT_ROWS, standard) and length <= standard and (shapes == {length} or length == standard)
+        for other in (*SHORT_ROWS, standard):
+            theirs, shapes = computed(other)
+            # a row that cannot hold the longest pair would be a second shape
+            assert other > standard or shapes != {other} or (positions, length) <= (theirs, other)

@@ -80,13 +80,12 @@ def test_successive_tokens_of_a_row_are_independent():
 
 
 def test_a_row_draws_what_it_draws_alone():
-    logits, how = jnp.asarray(random_logits(8, 50)), Sampling(top_p=0.9)
-    together = draw(keys_of(8), jnp.int32(5), logits, how)[0]
+    logits, keys = random_logits(8, 50), keys_of(8)
+    drawn = jax.jit(lambda keys, logits: draw(keys, jnp.int32(5), logits, Sampling(top_p=0.9))[0])
+    together = np.asarray(drawn(keys, logits))
     for i in (0, 3, 7):
-        alone = draw(keys_of(8)[i : i + 1], jnp.int32(5), logits[i : i + 1], how)[0]
-        assert alone[0] == together[i]
-    other = draw(keys_of(8, seed=1), jnp.int32(5), logits, how)[0]
-    assert (np.asarray(other) != np.asarray(together)).any()
+        assert np.asarray(drawn(keys[i : i + 1], logits[i : i + 1]))[0] == together[i]
+    assert (np.asarray(drawn(keys_of(8, seed=1), logits)) != together).any()
 
 
 def test_log_probabilities_are_those_of_the_model_itself():

@@ -223,7 +223,7 @@ ROWS = (
             "norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         },
         "yarn": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}, "first_k_dense_replace": 3},
-    }),
+    }, tolerance=5e-6),
     Row("llama4_text", "Llama4TextConfig", WIDE | {
         "num_hidden_layers": 4, "intermediate_size": 23, "intermediate_size_mlp": 73, "num_local_experts": 4,
         "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "floor_scale": 5, "attn_scale": 0.7,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.displacement.changes import FILE_NAME, PARTS, TOLERANCE, displacement_summary, regimes
+from ches_jax.displacement import TOLERANCE
+from ches_jax.displacement.changes import FILE_NAME, PARTS, displacement_summary, regimes
 from ches_jax.displacement.ranking import ranking_rates
 from ches_jax.errors import RunError
 from ches_jax.runs.files import read_parquet
