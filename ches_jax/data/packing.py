@@ -59,9 +59,9 @@ class PackedBatch(NamedTuple):
     """[B, S] first segment of the item that a segment belongs to."""
     preferred: Ints
     """[B, S] 1 for the segments of responses that are chosen in some pair, the shared one among them."""
-    own_end: Ints | None = None
+    own_end: Ints = None
     """[B, T] end of the own range; None: a position's key is the one with its own index."""
-    keys: Ints | None = None
+    keys: Ints = None
     """[B, keys] which of the keys of a prefix (``data.prefix``) and, after them, of the row each key of the row is."""
 
 

@@ -21,7 +21,7 @@ from ches_jax.types import TokenPair, common_prefix
 
 STEP = 64
 """A prefix is cut to a multiple of this many tokens: few lengths, few compiled programs."""
-LEAST_POSITIONS = 2048
+LEAST_POSITIONS = 1024
 """Positions that must be saved, or what is compiled besides costs more."""
 LEAST_SHARE = 0.25
 """And of all positions that share: copying keys and a wider choice of them cost a little too."""

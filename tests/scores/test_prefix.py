@@ -64,7 +64,7 @@ def scorer_of(model: Decoder, attend, share: bool) -> PairScorer:
     return PairScorer(run, Batching.of(128, 128, run, None), "include")
 
 
-# ---- which prefix ------------------------------------------------------------------------------------------------------
+# ---- which prefix ----
 
 
 def test_the_prefix_is_the_one_that_saves_most(small_steps):
@@ -73,7 +73,7 @@ def test_the_prefix_is_the_one_that_saves_most(small_steps):
 
     rng = np.random.default_rng(1)
     for _ in range(30):
-        prompts = [tuple(rng.integers(0, 2, rng.integers(1, 5)).repeat(8).tolist()) + (5,) for _ in range(6)]
+        prompts = [(*rng.integers(0, 2, rng.integers(1, 5)).repeat(8).tolist(), 5) for _ in range(6)]
         items = [Candidates((*p, 9), (Response((4,), 2), Response((6,), 2)), 1) for p in prompts]
         every = [sum(q[:n] == p[:n] for q in prompts if len(q) >= n) for p in prompts for n in range(0, len(p), 8)]
         lengths = [n for p in prompts for n in range(0, len(p), 8)]
@@ -91,7 +91,7 @@ def test_few_positions_are_not_worth_a_prefix():
     long = some_pairs(9, tuple(range(3, 403)))
     found = best_prefix(long)
     assert found is not None and len(found.tokens) == 384 and len(found.members) == 9
-    assert best_prefix(long[:5]) is None, "4 x 384 positions are fewer than 2,048"
+    assert best_prefix(long[:3]) is None, "2 x 384 positions are fewer than 1,024"
 
 
 def test_a_prompt_that_is_all_prefix_keeps_its_last_token(small_steps):
@@ -105,7 +105,7 @@ def test_a_prompt_that_is_all_prefix_keeps_its_last_token(small_steps):
     assert all(len(item.prompt) == 8 for item in without(pairs, found))
 
 
-# ---- where keys lie ----------------------------------------------------------------------------------------------------
+# ---- where keys lie ----
 
 
 def test_every_position_sees_the_tokens_that_come_before_it(small_steps):
@@ -136,7 +136,7 @@ def test_every_position_sees_the_tokens_that_come_before_it(small_steps):
     assert seen == sum(int((rows.lengths > 0).sum()) for rows, _ in batches)
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------------
+# ---- scores ----
 
 
 @pytest.mark.parametrize(("family", "attend"), [("llama", blocks), ("mistral", dense)])
@@ -179,7 +179,8 @@ def test_where_layers_keep_more_than_keys_nothing_is_shared():
 def test_positions_fall_and_are_counted(small_steps, x64):
     model, pairs = model_of("llama"), some_pairs(10)
     shared, whole = (scorer_of(model, blocks, share) for share in (True, False))
-    shared(pairs), whole(pairs)
+    for scorer in (shared, whole):
+        scorer(pairs)
     a, b = shared.facts(), whole.facts()
     assert a["shared_positions"] - b["shared_positions"] == 9 * 24
     assert a["positions"] < b["positions"]
