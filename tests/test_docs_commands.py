@@ -17,8 +17,8 @@ from tests.test_docs_run import PAGES, ROOT, commands_of
 MODELS = ("M", "MODEL", "my-model", "my-sft-model")
 PAIRS = ("pairs.jsonl", "train.jsonl")
 HELD_OUT = ("held-out.jsonl", "test.jsonl")
-STANDS_FOR = {"D": "pairs.jsonl", "FILE": "pairs.jsonl", "P": "held-out.jsonl"}
-"""Words of a page that are no names of files."""
+STANDS_FOR = {"D": "pairs.jsonl", "FILE": "pairs.jsonl", "P": "held-out.jsonl", "200": "24"}
+"""Words of a page that are no names of files, and a held-out set that the few pairs of the desk do not have."""
 FINDINGS = ("doctor", "verify")
 """Verbs that end with 1 where they have something to say against the data, or a claim."""
 EXTRA = {"pods.md": "plan compiles for a TPU: tests/plan"}
@@ -37,7 +37,7 @@ def desk(tmp_path_factory) -> Path:
     for name in MODELS:
         shutil.copytree(bundled.model_dir(), desk / name)  # a command may write beside it
     for name in PAIRS:
-        write_lines(desk / name, rows(0, 216))
+        write_lines(desk / name, rows(0, 48))
     for name in HELD_OUT:
         write_lines(desk / name, rows(216, 16))
     for i, row in enumerate(some := rows(0, 24)):

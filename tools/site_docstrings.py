@@ -6,6 +6,7 @@ An extension of griffe (`mkdocs.yml` names it).
 import re
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import griffe
@@ -14,21 +15,21 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its 
 from equations import from_sphinx
 
 ROLE = re.compile(r":(?:func|class|data|mod|meth):`~?([^`]+)`")
+HEADING = re.compile(r"^\s*Examples?:[ \t]*\n")
 
 
 def as_markdown(text: str) -> str:
-    r"""Fence what stands as ``>>>`` lines with their output.
+    r"""Fence what stands as ``>>>`` lines with their output, also below a heading ``Example:``.
 
-    >>> print(as_markdown("Adds.\n\n>>> 1 + 1\n2"))
-    Adds.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> as_markdown("Adds.\n\nExample:\n  >>> 1 + 1\n  2").splitlines()
+    ['Adds.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     parts = re.split(r"\n[ \t]*\n", ROLE.sub(r"`\1`", from_sphinx(text)))
-    fenced = [f"```pycon\n{part.strip(chr(10))}\n```" if part.lstrip().startswith(">>>") else part for part in parts]
+    examples = [dedent(HEADING.sub("", part).strip("\n")) for part in parts]
+    fenced = [
+        f"```pycon\n{example}\n```" if example.startswith(">>>") else part
+        for part, example in zip(parts, examples, strict=True)
+    ]
     return "\n\n".join(fenced)
 
 

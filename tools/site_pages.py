@@ -53,8 +53,7 @@ def api_page() -> str:
     parts = ["# Python\n\n`import ches_jax as cj` loads nothing; a name's module is imported when it is first used.\n"]
     for name in ches_jax.__all__:
         if name != "__version__":
-            options = "options: {heading_level: 3, show_root_heading: false}"
-            parts.append(f"## {name}\n\n::: {definition(name)}\n    {options}\n")
+            parts.append(f"::: {definition(name)}\n    options: {{heading_level: 2}}\n")
     return "\n".join(parts)
 
 

@@ -2,10 +2,11 @@
 
     python tools/version_matrix.py [--python python3.12 ...] [--jax 0.10.2 newest ...] [--out FILE.json]
 
-Each environment has the wheel, what it requires, and the jax that is asked for, whatever the wheel's upper bound says:
-the bound is raised to a version that passes here. Then a few tests, `ches score`, `ches train` and claims of
-`ches verify` run, away from the checkout. The record keeps what other pairs gave before; a pair that fails has the
-last line of what failed. Exit code 1 when one fails.
+Each environment has the wheel, what it requires, and the jax that is asked for, whatever the wheel's upper bound says.
+Then a few tests, `ches score`, `ches train` and claims of `ches verify` run, away from the checkout. The record keeps
+what other pairs gave before; a pair that fails has the last line of what failed. If a jax passes with every Python
+that was tried with it, and is not below the bound of pyproject.toml, the bound is raised to the next minor version.
+Exit code 1 when one fails.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).with_suffix(".json")
+BOUND = re.compile(r'("jax(?:\[\w+\])?>=[\d.]+,<)(\d+\.\d+)"')
+"""The upper bound of jax, in each place where pyproject.toml has it."""
 TESTS = ("tests/models/test_logprobs.py", "tests/models/test_segments.py", "tests/scores/test_formulas.py")
 NEEDED = ("pytest>=9", "hypothesis>=6.100", "beartype>=0.20")
 STEPS = {
@@ -56,7 +59,9 @@ def try_pair(python: str, jax: str, built: Path, place: Path) -> dict[str, Any]:
     own = str(place / "venv" / "bin" / "python")
     install = [own, "-m", "pip", "install", "-q"]
     wanted = ["-U", "jax", "jaxlib"] if jax == "newest" else [f"jax=={jax}", f"jaxlib=={jax}"]
-    failed = failed or run([*install, str(built), *NEEDED], place) or run([*install, *wanted], place)
+    # the pip that comes with an older Python tries every version of a library where a newer one sees what conflicts
+    installs = [["-U", "pip"], [str(built), *NEEDED], wanted]
+    failed = failed or next((said for words in installs if (said := run([*install, *words], place))), None)
     if failed:
         return {"installs": failed}
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -69,6 +74,27 @@ def try_pair(python: str, jax: str, built: Path, place: Path) -> dict[str, Any]:
     versions = json.loads(subprocess.run([own, "-c", asked], capture_output=True, text=True, check=True).stdout)
     steps = {name: run([own, *words.split()], place, environment) or "passed" for name, words in STEPS.items()}
     return {"versions": versions, **steps, "seconds": round(time.monotonic() - began)}
+
+
+def raised(project: str, record: dict[str, Any]) -> str:
+    """pyproject.toml with the bound above the newest jax that passed everything, wherever it was tried; never lowered.
+
+    >>> passed = dict.fromkeys(STEPS, "passed")
+    >>> raised('"jax[tpu]>=0.10.2,<0.12"', {"a": {"versions": {"jax": "0.12.1"}, **passed}})
+    '"jax[tpu]>=0.10.2,<0.13"'
+    """
+    passes: dict[str, bool] = {}
+    for found in record.values():
+        if jax := found.get("versions", {}).get("jax"):
+            passes[jax] = passes.get(jax, True) and all(found.get(step) == "passed" for step in STEPS)
+    good = [tuple(int(n) for n in jax.split(".")[:2]) for jax, all_passed in passes.items() if all_passed]
+    major, minor = max(good, default=(0, 0))
+
+    def above(match: re.Match[str]) -> str:
+        before = tuple(int(n) for n in match[2].split("."))
+        return f'{match[1]}{".".join(map(str, max(before, (major, minor + 1))))}"'
+
+    return BOUND.sub(above, project)
 
 
 def main() -> int:
@@ -92,6 +118,8 @@ def main() -> int:
                 record[f"Python {name}, jax {found.get('versions', {}).get('jax', jax)}"] = found
                 options.out.write_text(json.dumps(record, indent=2) + "\n")
                 print(json.dumps({name: found}), flush=True)
+    project = ROOT / "pyproject.toml"
+    project.write_text(raised(project.read_text(encoding="utf-8"), record), encoding="utf-8")
     return 0 if good else 1
 
 

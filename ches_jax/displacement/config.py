@@ -42,7 +42,8 @@ class DiagnoseConfig(RowOptions):
     candidates: Pairing | None = None
     """Pairs of rows with several responses: chosen-against-all or all-pairs."""
     eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|, when models are scored."""
+    """Whether the terminator of a response counts in |y|, when models are scored: include, exclude or given (where the
+    row has it). Answers of --generate count theirs where the model wrote it."""
     template: Template = "auto"
     """Chat template, when models are scored: auto (conversations only), always, or none."""
     max_length: int | None = None

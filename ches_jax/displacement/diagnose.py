@@ -17,7 +17,7 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
 from ches_jax.displacement.intervals import Interval, of_pairs
 from ches_jax.displacement.log_changes import log_changes
-from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, split, write_sampled_pairs
+from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, prompts_of, split, write_sampled_pairs
 from ches_jax.displacement.ranking import Ranking, ranking
 from ches_jax.displacement.readers.find import SIDES, read_log
 from ches_jax.displacement.readers.log import Log, log_of
@@ -200,8 +200,8 @@ def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> tuple[Diagno
     found = []
     for name, folder in zip(("answers", "answers-after"), responses, strict=True):
         pairs = write_sampled_pairs(Path(folder), work / f"{name}.jsonl")
-        changes = changes_between_models(_scoring(config, str(pairs)), work / name, quiet=quiet)
-        found.append(split(changes, own=False))
+        changes = changes_between_models(replace(_scoring(config, str(pairs)), eos="given"), work / name, quiet=quiet)
+        found.append(replace(split(changes, own=False), left_out=prompts_of(Path(folder)) - len(changes.chosen)))
     lengths = mean_tokens(Path(responses[0])), mean_tokens(Path(responses[1]))
     # what the second model's own answers gained is its divergence from the first
     config = replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)

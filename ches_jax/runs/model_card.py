@@ -13,13 +13,14 @@ _SIDES = {"eval_displacement/": "held-out pairs", "displacement/": "watched trai
 _COLUMNS = ("dlogp_chosen", "dlogp_rejected", "margin", "lld_rate")
 
 
-def trained_card(run: Mapping[str, Any], step: int, numbers: Mapping[str, float]) -> str:
+def trained_card(run: Mapping[str, Any], step: int, numbers: Mapping[str, float], library: str = "transformers") -> str:
     """The card of a checkpoint of ``ches train``.
 
     Args:
       run: its ``run.json``.
       step: updates that the checkpoint has seen.
       numbers: what was measured at this step (``displacement/*``, ``eval_displacement/*``); may be empty.
+      library: what loads it, by its name on the hub: ``peft`` for an adapter.
     """
     config = run["config"]
     lines = [
@@ -50,7 +51,7 @@ def trained_card(run: Mapping[str, Any], step: int, numbers: Mapping[str, float]
             }
         ),
     ]
-    return _card(lines, config["model"], "preference-optimisation")
+    return _card(lines, config["model"], "trained", "preference-optimisation", library)
 
 
 def converted_card(model: str, adapter: str | None, dtype: str | None) -> str:
@@ -60,7 +61,7 @@ def converted_card(model: str, adapter: str | None, dtype: str | None) -> str:
         "",
         *table({"from": _name(model), "adapter, merged": adapter and _name(adapter), "dtype": dtype or "as it was"}),
     ]
-    return _card(lines, model, "converted")
+    return _card(lines, model, "converted", "converted", "transformers")
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -90,9 +91,9 @@ def _displacement(numbers: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _card(lines: list[str], model: str, tag: str) -> str:
+def _card(lines: list[str], model: str, done: str, tag: str, library: str) -> str:
     hub = f"base_model: {model}\n" if model.count("/") == 1 and not Path(model).exists() else ""
-    head = f"---\nlibrary_name: transformers\n{hub}tags:\n- ches\n- {tag}\n---\n# {_name(model)}\n\n"
+    head = f"---\nlibrary_name: {library}\n{hub}tags:\n- ches\n- {tag}\n---\n# {_name(model)}, {done}\n\n"
     return head + "\n".join(lines) + "\n"
 
 

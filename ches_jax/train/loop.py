@@ -276,9 +276,9 @@ def _write_summary(
         "updates_this_time": steps,
         "work": cost.facts(),
     }
-    for folder in (run.out / MODEL, run.out / ADAPTER):
+    for folder, library in ((run.out / MODEL, "transformers"), (run.out / ADAPTER, "peft")):
         if folder.is_dir():
-            write_card(folder, trained_card(facts, run.plan.total, summary))
+            write_card(folder, trained_card(facts, run.plan.total, summary, library))
     write_json(run.out / RUN, facts)  # last: with it the run is finished
 
 

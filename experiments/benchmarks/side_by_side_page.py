@@ -5,23 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.report.document import Page, Section
-from ches_jax.report.html import data_table, escape, figure, paragraphs
+from ches_jax.report.html import data_table, escape, figure, gallery, paragraphs
 from ches_jax.report.render import render
 
-WIDTH, LINE, LEFT = 720, 26, 190
+WIDTH, LINE, LEFT = 400, 26, 100
 
 
 def roofline(case: Mapping[str, Any]) -> str:
     """Useful GFLOP/s of each way as a bar, beneath the peak of a matrix product at the model's shapes."""
     peak = case["peak_gflops_per_core"]
-    scale = (WIDTH - LEFT - 90) / (1.05 * max(peak, *(r["useful_gflops_per_core"] for r in case["table"].values())))
+    scale = (WIDTH - LEFT - 60) / (1.05 * max(peak, *(r["useful_gflops_per_core"] for r in case["table"].values())))
     height = LINE * len(case["table"]) + 46
     parts = []
     for k, (way, row) in enumerate(case["table"].items()):
         y, width = 28 + LINE * k, scale * row["useful_gflops_per_core"]
         words = f"{row['useful_gflops_per_core']:.1f} ({row['share_of_peak']:.0%})"
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(way)}</text>')
-        parts.append(f'<rect class="s{0 if way == "ours" else 1}" x="{LEFT}" y="{y}" width="{width:.1f}" height="17"/>')
+        parts.append(
+            f'<rect class="fillbar s{0 if way == "ours" else 1}" x="{LEFT}" y="{y}" width="{width:.1f}" height="17"/>'
+        )
         parts.append(f'<text class="tick" x="{LEFT + width + 6:.1f}" y="{y + 13}">{words}</text>')
     at = LEFT + scale * peak
     parts.append(f'<line class="axis dashed" x1="{at:.1f}" x2="{at:.1f}" y1="20" y2="{height - 16}"/>')
@@ -37,7 +39,7 @@ def page_of(result: Mapping[str, Any]) -> Page:
     for case in cases:
         for way, (_, middle, _) in case["ratios"].items():
             ratios.setdefault(way, []).append(middle)
-    spans = [f"{min(r):.2f} to {max(r):.2f} times the CPU seconds by {way}" for way, r in ratios.items()]
+    spans = [f"{way} takes {min(r):.2f} to {max(r):.2f} times our CPU seconds" for way, r in ratios.items()]
     headline = "; ".join(
         ([f"Useful FLOP/s are {min(own):.0%} to {max(own):.0%} of the measured peak"] if own else []) + spans
     )
@@ -78,7 +80,7 @@ def page_of(result: Mapping[str, Any]) -> Page:
         tone="bad" if result["loaded"] else "plain",
         notes=busy,
         sections=[
-            Section(anchor="roofline", heading="Roofline", body=how + "".join(figures)),
+            Section(anchor="roofline", heading="Roofline", body=how + gallery(figures)),
             Section(anchor="numbers", heading="Every number", body=data_table(columns, lines, text_columns=4)),
             Section(
                 anchor="load",

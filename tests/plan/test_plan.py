@@ -274,7 +274,8 @@ def nothing_sharded_is_gathered(config, found):
     gathered = found["collectives"].get("all-gather", {"largest": 0})
     layers = {n: leaf for n, leaf in abstract_parameters(decoder).items() if n.startswith("layers.")}
     mesh = arithmetic.logical_mesh({**sizes, "fsdp": 1})
-    width = 2 if found["what"] == "score" else 4  # master weights
+    trained = found["what"] != "score" and found["options"]["lora_rank"] is None
+    width = 4 if trained else 2  # master weights; under adapters the weights stay bfloat16
     of_layer = [
         width
         * math.prod(leaf.shape[1:])

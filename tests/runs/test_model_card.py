@@ -24,6 +24,14 @@ def test_numbers_stand_at_the_pairs_they_are_of():
     assert "| held-out pairs | -2.500 |  | +0.250 | 75% |" in text
     assert "| watched training pairs | +1.500 |  |  |  |" in text
     assert "| updates | 10 of 20 |" in text
+    assert "| optimizer | name rmsprop, alpha 0.99 |" in text and "| versions | jax 0.10.2 |" in text
+
+
+def test_the_head_says_what_it_is_and_what_loads_it():
+    whole, adapter = trained_card(RUN, 10, {}), trained_card(RUN, 10, {}, "peft")
+    assert "# models/my base, trained\n" in whole and whole.startswith("---\nlibrary_name: transformers\n")
+    assert adapter == whole.replace("library_name: transformers", "library_name: peft")
+    assert "# base, converted\n" in converted_card("/home/me/base", None, None)
 
 
 def test_a_step_without_numbers_says_so_and_how_to_get_them():

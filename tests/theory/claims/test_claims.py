@@ -1,7 +1,11 @@
 """The claims hold: a few of each kind in the fast suite, all of them at full size with ``-m slow``."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from theory.claims.identities import BATCH, _library
+from theory.toy.instances import Draw, Noise, noise
 from theory.verify import verify
 
 FAST = {
@@ -29,3 +33,10 @@ def test_every_claim_about_toy_models_holds_at_full_size(seed):
     results = verify(seed=seed, quiet=True)
     assert {r.id: r.value for r in results if not r.passed} == {}
     assert all(r.n >= 1000 for r in results if r.status == "exact" and r.tolerance == 1e-10)
+
+
+def test_every_loss_of_the_library_can_be_asked(x64):
+    """Traced, not run: a loss that reads what the claim of all losses does not give ends here."""
+    draw = Draw(Noise(*(jnp.asarray(part[0]) for part in noise((0,), 1))))
+    value = jax.eval_shape(lambda: _library(draw, **BATCH[0] | {"pairs": 3}))
+    assert value["K0L"].shape == ()
