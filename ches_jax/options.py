@@ -213,4 +213,5 @@ class PairOptions(RowOptions):
     """Pairs of rows with several `responses`: chosen-against-all (the default: the one that `chosen` numbers, with the
     highest of `scores`, or else the first) or all-pairs (every better one against every worse one)."""
     eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|."""
+    """Whether the terminator of a response counts in |y|. include: a response that nothing ends gets one; given: only
+    where the row has it (responses that a sampler cut have none)."""

@@ -34,7 +34,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Eos = Literal["include", "exclude"]
+Eos = Literal["include", "exclude", "given"]
+"""Whether what ends a response counts in |y|. include: yes, and a response that nothing ends gets the end-of-sequence
+token; exclude: no; given: where it is there, for responses of which some were cut before their end."""
 OnBadRow = Literal["error", "drop", "keep"]
 Template = str
 """auto: conversations go through the chat template, text stays text; always: text becomes one user
@@ -57,7 +59,7 @@ class Response:
 
     content: tuple[int, ...]
     terminator: int | None
-    """The id of the end-of-sequence (or end-of-turn) token; None when truncation cut the response."""
+    """The id of the end-of-sequence (or end-of-turn) token; None when the response was cut."""
 
     def targets(self, eos: Eos) -> tuple[int, ...]:
         """The tokens that count in |y| under the convention ``eos``.
@@ -65,7 +67,7 @@ class Response:
         >>> Response((7, 8), 2).targets("include"), Response((7, 8), 2).targets("exclude")
         ((7, 8, 2), (7, 8))
         """
-        if eos == "include" and self.terminator is not None:
+        if eos != "exclude" and self.terminator is not None:
             return (*self.content, self.terminator)
         return self.content
 

@@ -24,7 +24,7 @@ def completed(tmp_path, *words: str) -> list[str]:
     [
         (("ches", "sc"), ["score"]),
         (("ches", "score", "--mo"), ["--model"]),
-        (("ches", "score", "--eos", ""), ["include", "exclude"]),
+        (("ches", "score", "--eos", ""), ["include", "exclude", "given"]),
         (("ches", "score", "--eos", "ex"), ["exclude"]),
         (("ches", "score", "--eos", "--mo"), ["--model"]),
         (("ches", "score", "--pairs", "x"), []),  # files: bash's own

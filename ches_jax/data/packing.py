@@ -40,7 +40,7 @@ Ints: TypeAlias = Any
 
 
 class PackedBatch(NamedTuple):
-    """A batch of packed rows; all int32. B rows, T positions, M predictions, S segments."""
+    """A batch of packed rows; all int32. B rows, T positions, M predictions, S segments. Ranges are of keys."""
 
     tokens: Ints
     positions: Ints
@@ -59,6 +59,10 @@ class PackedBatch(NamedTuple):
     """[B, S] first segment of the item that a segment belongs to."""
     preferred: Ints
     """[B, S] 1 for the segments of responses that are chosen in some pair, the shared one among them."""
+    own_end: Ints = None
+    """[B, T] end of the own range; None: a position's key is the one with its own index."""
+    keys: Ints = None
+    """[B, keys] which of the keys of a prefix (``data.prefix``) and, after them, of the row each key of the row is."""
 
 
 @dataclass(frozen=True, slots=True)

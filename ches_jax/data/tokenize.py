@@ -159,7 +159,7 @@ class PairTokenizer:
     Attributes:
       tokenizer: a transformers tokenizer.
       max_length: most tokens of prompt and response together; longer responses are cut and flagged.
-      eos: whether the terminator counts in a response's length.
+      eos: whether the terminator counts in a response's length (``types.Eos``).
       vocab_size: rows of the model's embedding; ids beyond are an error. None: not checked.
       template: see ``types.Template``.
       template_args: variables of the chat template, for every row.
@@ -300,7 +300,7 @@ class PairTokenizer:
     ) -> Response:
         """Splits a response into its content and what ends it, which is where the chat template or EOS says.
 
-        A response that nothing ends gets EOS.
+        A response that nothing ends gets EOS, but for ``eos`` as given.
         """
         eos, bos = self._eos_id, _single(self.tokenizer.bos_token_id)
         turns = 1
@@ -312,7 +312,7 @@ class PairTokenizer:
         else:
             content, run = self._split_written(name, ids, text, prompt_tokens, details)
             turns = text.turns[name]
-        terminator = run[0] if run else eos
+        terminator = run[0] if run else None if self.eos == "given" else eos
         if terminator is None and self.eos == "include":
             raise DataError(f"{_name(row)}: {_NO_EOS}")
         extra = len(run) - len(set(run))

@@ -39,6 +39,8 @@ class OnPolicy:
     """KL(after || before) of an answer of the second model, nats, where it gave some."""
     tokens: tuple[Interval, Interval] | None = None
     """Mean length of the answers of the first and of the second model, tokens."""
+    left_out: int = 0
+    """Prompts that are not among ``pairs`` because an answer was empty."""
 
     def line(self, chosen: float) -> str:
         """For a person; ``chosen``: mean change of the chosen responses that are diagnosed."""
@@ -57,6 +59,8 @@ class OnPolicy:
             text += f"; of the second model's answers KL(after || before) = {self.reverse_kl} nats"
         if self.tokens is not None:
             text += f"; answers of {self.tokens[0].mean:.1f} tokens before, {self.tokens[1].mean:.1f} after"
+        if self.left_out:
+            text += f"; {self.left_out} prompts with an empty answer are left out"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +71,7 @@ class OnPolicy:
             "reverse_kl": None if self.reverse_kl is None else self.reverse_kl.to_json(),
             "tokens": None if self.tokens is None else [side.to_json() for side in self.tokens],
             "pairs": self.pairs,
+            "left_out": self.left_out,
             "of": "the pairs" if self.own else "answers of the first model",
         }
 
@@ -83,9 +88,19 @@ def split(changes: Changes, *, own: bool = True) -> OnPolicy:
     return OnPolicy(kl, half_margin, len(changes.chosen), own)
 
 
+def rows_of(responses: Path) -> list[dict[str, Any]]:
+    """The answers in a directory of `ches generate`."""
+    return [json.loads(x) for x in (responses / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def prompts_of(responses: Path) -> int:
+    """How many prompts were answered."""
+    return len({row["row_id"] for row in rows_of(responses)})
+
+
 def mean_tokens(responses: Path) -> Interval:
     """Mean length of the answers in a directory of `ches generate`, over prompts."""
-    rows = [json.loads(x) for x in (responses / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(responses)
     prompts = np.unique([row["row_id"] for row in rows], return_inverse=True)[1]
     return of_pairs(np.array([[float(len(row["token_ids"])) for row in rows]]), prompts)[0]
 
@@ -101,8 +116,7 @@ def write_sampled_pairs(responses: Path, out: Path) -> Path:
       ChesError: no prompt has two samples that differ.
     """
     samples: dict[str, list[dict[str, Any]]] = {}
-    for line in (responses / "responses.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows_of(responses):
         samples.setdefault(row["row_id"], []).append(row)
     pairs = [
         {"prompt_ids": a["prompt_ids"], "chosen_ids": a["token_ids"], "rejected_ids": b["token_ids"]}

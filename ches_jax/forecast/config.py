@@ -64,7 +64,8 @@ class GroupsConfig(RowOptions, ModelOptions):
     """What makes advantages of rewards, and coefficients of advantages: grpo, dapo, dr_grpo or rloo. Advantages in the
     rows are taken as they are."""
     eos: Eos = "include"
-    """Whether the terminator of a complete response counts in |y|."""
+    """Whether the terminator of a response counts in |y|. include: a response that nothing ends gets one; given: only
+    where the row has it (rollouts that were cut have none)."""
     optimizer: str = "adamw"
     """adamw, rmsprop (torch's) or sgd: those whose metric is known."""
     optimizer_args: Numbers = field(default_factory=dict)

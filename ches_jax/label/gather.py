@@ -12,6 +12,7 @@ from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import GatherConfig
 from ches_jax.label.run import rows_of
+from ches_jax.notices import notice
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 
@@ -74,13 +75,20 @@ def _require_goal(goal: str) -> None:
 
 
 def texts_of(spec: str, opener: Opener) -> dict[str, list[str]]:
-    """Generated texts by the id of their prompt, in the order of the samples."""
+    """Generated texts by the id of their prompt, in the order of the samples; says how many were cut."""
     path = Path(spec)
     found: dict[str, dict[int, str]] = {}
+    cut = count = 0
     for where, row in opener.labels(str(path / "responses.jsonl" if path.is_dir() else path), "responses"):
         if not isinstance(row.get("text"), str) or "row_id" not in row:
             raise DataError(f"--responses {spec}, {where}: expected row_id, sample and text, as `ches generate` writes")
         found.setdefault(str(row["row_id"]), {})[int(row.get("sample") or 0)] = row["text"]
+        count, cut = count + 1, cut + (row.get("finish_reason") == "length")
+    if cut:
+        notice(
+            f"--responses {spec}: {cut} of {count} texts were cut at their largest number of tokens, and as responses "
+            "they are trained to end there; ches generate --max-new-tokens N allows longer ones"
+        )
     return {key: [texts[k] for k in sorted(texts)] for key, texts in found.items()}
 
 

@@ -51,6 +51,8 @@ class Memory:
     slot: Int[Array, ""] | None = None
     """Where the tokens of this call go; None: they are the first ones, and nothing is read."""
     logical: LogicalMesh | None = None
+    keys: Int[Array, "B S"] | None = None
+    """What the tokens attend to, by number: of what is kept and, after it, of this call; nothing is written then."""
     lent: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     """Keys and values that the layer lends to later ones, by the kind of layer that may borrow them."""
 
@@ -60,6 +62,9 @@ class Memory:
         """What the tokens attend to: the keys and values of this call, after those in the cache where it has some."""
         if self.kept is None:
             return k, v
+        if self.keys is not None:
+            before = self._of_layer()
+            return _taken(before.k, k, self.keys), _taken(before.v, v, self.keys)
         assert self.layer is not None
         none = jnp.int32(0)
         at = (self.layer, none, none, none if self.slot is None else self.slot, none)
@@ -83,6 +88,15 @@ class Memory:
 
     def _of_layer(self) -> Any:
         return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, self.layer, 0, keepdims=False), self.kept)
+
+
+def _taken(
+    before: Float[Array, "one K P H"], new: Float[Array, "B T K H"], keys: Int[Array, "B S"]
+) -> Float[Array, "B S K H"]:
+    """The keys (or values) with these numbers, of one text that comes before all rows and then of each row."""
+    first = jnp.repeat(before.swapaxes(1, 2), len(new), axis=0)
+    whole = jnp.concatenate([first, new], axis=1)
+    return jax.vmap(lambda row, numbers: row[numbers])(whole, keys)
 
 
 def keep_heads(pair: KeysValues, logical: LogicalMesh | None) -> KeysValues:

@@ -315,6 +315,31 @@ class Decoder(nnx.Module):
         assert filled is not None
         return self.norm(x), filled
 
+    def hidden_behind(
+        self,
+        before: Cache,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        ranges: KeyRanges,
+        keys: Int[Array, "B S"],
+        lengths: Int[Array, "B T"],
+        *,
+        attend: Attend = dense.dense,
+    ) -> Float[Array, "B T D"]:
+        """``hidden`` of rows that attend to a text besides themselves; layers must all attend.
+
+        Args:
+          before: the text, from ``prefill`` of one row.
+          tokens: as for ``hidden``, and so the positions and lengths.
+          positions: position of each token in its own sequence.
+          ranges: which of the keys each token sees.
+          keys: the keys of each row, numbered from the first of the text through to the last of the row.
+          lengths: length of each token's sequence.
+          attend: how attention is computed.
+        """
+        x, context, data = self._start(tokens, positions, ranges, lengths, attend, None)
+        return self.norm(self._run_layers(x, context._replace(keys=keys), data, None, kept=before).stream)
+
     def auto_mesh(self, mesh: Mesh | None) -> LogicalMesh | None:
         """``mesh_here``; None where the compiler does not choose shardings, on a mesh with explicit axes."""
         logical = mesh_here(mesh, self.mesh)
@@ -376,7 +401,7 @@ class Decoder(nnx.Module):
         caches = dict(zip(parts, kept or (None,) * len(parts), strict=True))
 
         def one_layer(graph, x, lent, memory_of, weights, data, number):
-            memory = Memory(memory_of, number, slot, logical)
+            memory = Memory(memory_of, number, slot, logical, context.keys)
             routing: list[Array] = []
             here = context._replace(lent=lent, routing=routing)
             x = keep_rows(nnx.merge(graph, weights)(x, here, data, memory), logical)

@@ -162,6 +162,8 @@ class Context(NamedTuple):
     """Where a layer puts the sums of its router (``experts.routing_sums``) while it is traced."""
     lent: Mapping[str, tuple[Array, Array]] = MappingProxyType({})
     """Keys and values of earlier layers that later ones borrow, by the kind of layer."""
+    keys: Int[Array, "B S"] | None = None
+    """Which keys the tokens attend to, where they are not those of the tokens (``cache.Memory``)."""
 
 
 class LayerData(NamedTuple):

@@ -76,7 +76,7 @@ def score(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh, attend: Attend
     rows = _on_rows(empty_batch(config.rows * row_shards(mesh), config.row_tokens, None), mesh)
     run = pass_program(graph, mesh, Outputs(logps=config.logps), attend)
     parts = {"weights": bytes_on_a_device(state), "batch": bytes_on_a_device(rows)}
-    return [Program(lambda: run.lower(state, rows), parts, 1)]
+    return [Program(lambda: run.lower(state, None, rows), parts, 1)]
 
 
 def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Program]:

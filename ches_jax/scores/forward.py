@@ -6,7 +6,7 @@ the number of processes: each reads those of its own rows (``fetch``), and only 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,16 +21,20 @@ from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
 from ches_jax.distributed.mesh import (
     ROW_AXES,
     ROWS,
+    bytes_here,
     put_own_rows,
     row_sharding,
     row_shards,
     rows_here,
+    spans_processes,
     weights_are_whole,
 )
 from ches_jax.errors import ChesError
 from ches_jax.models.attention.block_sparse import blocks
-from ches_jax.models.attention.dense import Attend
-from ches_jax.models.attention.mask import Visibility
+from ches_jax.models.attention.dense import Attend, dense
+from ches_jax.models.attention.mask import KeyRanges, Visibility
+from ches_jax.models.cache import Cache
+from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.logprobs import Head, token_logps
 from ches_jax.scores.hidden_sums import SegmentStatistics, segment_statistics
@@ -50,10 +54,16 @@ class Outputs:
 
 
 def _statistics(
-    model: Decoder, rows: PackedBatch, outputs: Outputs, mesh: Mesh | None, attend: Attend
+    model: Decoder, before: Cache | None, rows: PackedBatch, outputs: Outputs, mesh: Mesh | None, attend: Attend
 ) -> SegmentStatistics:
     seen = Visibility(rows.context_start, rows.context_end, rows.own_start)
-    hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
+    if before is None:
+        hidden = model.hidden(rows.tokens, rows.positions, seen, rows.lengths, attend=attend, mesh=mesh)
+    else:
+        ranges = KeyRanges(*seen, rows.own_end)
+        hidden = model.hidden_behind(
+            before, rows.tokens, rows.positions, ranges, rows.keys, rows.lengths, attend=attend
+        )
     logps = _token_logps_of(model, mesh) if outputs.logps else None
     statistics = segment_statistics(hidden, rows.source, rows.target, rows.segment, rows.last, logps)
     predicting = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
@@ -88,13 +98,25 @@ def pass_program(graph: nnx.GraphDef, mesh: Mesh, outputs: Outputs, attend: Atte
     """The pass as a function of arrays alone: models of one architecture share it, and what jax compiles of it."""
     whole = weights_are_whole(mesh)
 
-    def run(state, rows: PackedBatch) -> SegmentStatistics:
-        return _statistics(nnx.merge(graph, state), rows, outputs, None if whole else mesh, attend)
+    def run(state, before: Cache | None, rows: PackedBatch) -> SegmentStatistics:
+        return _statistics(nnx.merge(graph, state), before, rows, outputs, None if whole else mesh, attend)
 
     if whole:
         # check_vma off: the loops of block-skipping attention carry per-device values from constant initial ones
-        run = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), ROWS), out_specs=ROWS, check_vma=False)
+        specs = (PartitionSpec(), PartitionSpec(), ROWS)
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
     return jax.jit(run, out_shardings=row_sharding(mesh))
+
+
+@lru_cache(maxsize=16)
+def prefix_program(graph: nnx.GraphDef, mesh: Mesh, attend: Attend) -> Any:
+    """What the layers keep of a text, on every device, as a function of the weights and its tokens, [1, P]."""
+
+    def run(state, tokens: jax.Array) -> Cache:
+        model: Decoder = nnx.merge(graph, state)
+        return model.prefill(tokens, jnp.zeros(1, jnp.int32), tokens.shape[1], attend=attend)[1]
+
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 class ForwardPass:
@@ -103,6 +125,7 @@ class ForwardPass:
     Attributes:
       compile_seconds: time spent compiling so far.
       shapes: the batch shapes compiled so far.
+      shares_prefix: whether rows may be behind a prefix here (``data.prefix``).
     """
 
     def __init__(self, model: Decoder, mesh: Mesh, outputs: Outputs = Outputs(), attend: Attend = blocks):
@@ -117,6 +140,14 @@ class ForwardPass:
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
 
         self._jitted = pass_program(graph, mesh, outputs, attend)
+        self._prefix = prefix_program(graph, mesh, attend)
+        own = whole and not spans_processes(mesh) and model.mesh is None
+        self.shares_prefix = own and _may_share_prefix(model.config, attend)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on this process's devices."""
+        return bytes_here(self._state)
 
     def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
         """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.
@@ -125,14 +156,19 @@ class ForwardPass:
           ChesError: the device has not enough memory; says what helps.
         """
         shape = (rows, length) if max_pairs in (None, standard_max_pairs(length)) else (rows, length, max_pairs)
+        return self._program(shape, None, empty_batch(rows, length, max_pairs))
+
+    def _program(
+        self, shape: tuple[int, ...], before: Cache | None, rows: PackedBatch
+    ) -> Callable[..., SegmentStatistics]:
+        """The program for arrays like these, which ``shape`` tells apart from all others."""
         if shape not in self._compiled:
             start = time.perf_counter()
             like = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=row_sharding(self.mesh)),
-                empty_batch(rows, length, max_pairs),
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=row_sharding(self.mesh)), rows
             )
             try:
-                self._compiled[shape] = self._jitted.lower(self._state, like).compile()
+                self._compiled[shape] = self._jitted.lower(self._state, before, like).compile()
             except jax.errors.JaxRuntimeError as e:
                 raise _memory_error(e, shape) from e
             self.compile_seconds += time.perf_counter() - start
@@ -144,13 +180,29 @@ class ForwardPass:
         analysis = self.compile(rows, length).memory_analysis()  # type: ignore[attr-defined]
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes) if analysis else 0
 
-    def __call__(self, rows: PackedBatch) -> SegmentStatistics:
-        """Statistics of the batch, not yet transferred from the device."""
-        program = self.compile(*rows.tokens.shape, max_pairs=rows.last.shape[1] // 3)
+    def prefix(self, tokens: Sequence[int]) -> Cache:
+        """What the layers keep of a text that rows are behind; compiles at the first one of each length."""
+        return self._prefix(self._state, np.array([tokens], np.int32))
+
+    def __call__(self, rows: PackedBatch, before: Cache | None = None) -> SegmentStatistics:
+        """Statistics of the batch, not yet transferred from the device; ``before`` is what its ``keys`` begin with."""
+        pairs = rows.last.shape[1] // 3
+        if before is None:
+            program = self.compile(*rows.tokens.shape, max_pairs=pairs)
+        else:
+            assert rows.keys is not None
+            sizes = (jax.tree.leaves(before)[0].shape[-2], rows.keys.shape[1])
+            program = self._program((*rows.tokens.shape, pairs, *sizes), before, rows)
         try:
-            return program(self._state, put_own_rows(rows, self.mesh))
+            return program(self._state, before, put_own_rows(rows, self.mesh))
         except jax.errors.JaxRuntimeError as e:
             raise _memory_error(e, rows.tokens.shape) from e
+
+
+def _may_share_prefix(config: DecoderConfig, attend: Attend) -> bool:
+    """Whether layers keep nothing of a text but keys and values, and ``attend`` takes keys without queries."""
+    lengths = config.rope is not None and config.rope.length_threshold is not None
+    return attend in (dense, blocks) and not lengths and all(k.mixer in ("attention", "latent") for k in config.kinds)
 
 
 def _memory_error(error: Exception, shape: tuple[int, ...]) -> Exception:

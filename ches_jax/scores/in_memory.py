@@ -120,7 +120,7 @@ def score_pairs(
       by: ``head_score`` computes the exact score of the unembedding's gradient beside CHES.
       logps: log-probabilities of both responses too, in nats.
       gradients: entanglement of both responses' gradients by an estimator, as ``ScoreConfig.gradients``.
-      eos: whether the terminator of a complete response counts in its length.
+      eos: whether the terminator of a response counts in its length; ``given``: where the row has one.
       max_length: most tokens of prompt and response together; default: the model's context.
       template: when the chat template is used: auto (conversations only), always, none; or which: a name or a file.
       template_args: variables of the chat template, for every row; ``now`` stops its clock at a date.

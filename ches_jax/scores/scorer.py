@@ -1,6 +1,6 @@
 """Token pairs to the numbers of the score table: packed, passed through the model, added up in float64 on the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ches_jax.data.packing import (
     prompts_of,
     responses_of,
 )
+from ches_jax.data.prefix import Prefix, behind, best_prefix, most_copies, without
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
@@ -118,20 +119,27 @@ class PairScorer:
         return 1 - self._used / self._positions if self._positions else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What scoring cost so far, for ``run.json``.
+        """What scoring cost so far, for ``run.json``; all processes that compute together call it.
 
         ``positions`` that went through the model, ``shared_positions`` that did not, since several responses begin
-        with them, and the share of padding.
+        with them, the share of padding, and the bytes of the weights that each process holds.
         """
         return self.work.facts(
-            positions=self._positions, shared_positions=self._apart - self._used, padding=round(self.waste, 4)
+            positions=self._positions,
+            shared_positions=self._apart - self._used,
+            padding=round(self.waste, 4),
+            weight_bytes=self.team.exchange(self.run.weight_bytes),
         )
 
-    def batches(self, items: Sequence[Item]):
+    def batches(
+        self, items: Sequence[Item], prefix: Prefix | None = None
+    ) -> Iterator[tuple[PackedBatch, list[Placement]]]:
         """Packed batches of items, of short rows where few items then take fewer positions."""
+        if prefix is not None:
+            items = without(items, prefix)
         b = self.batching
         length = fitting_length(items, b.row_tokens, b.row_multiple, b.length_threshold)
-        return pack(
+        packed = pack(
             items,
             length=length,
             rows_per_batch=b.rows_per_batch if length == b.row_tokens else b.row_multiple,
@@ -139,6 +147,11 @@ class PairScorer:
             row_multiple=b.row_multiple,
             length_threshold=b.length_threshold,
         )
+        if prefix is None:
+            return packed
+        batches = list(packed)
+        copies = most_copies(batches, prefix)
+        return ((behind(rows, places, items, prefix, copies), places) for rows, places in batches)
 
     def __call__(self, pairs: list[TokenPair]) -> tuple[dict[str, Any], dict[str, list] | None]:
         """The chunk's columns of the table, and of the token table with ``--token-scores``.
@@ -174,11 +187,18 @@ class PairScorer:
             for p in placements:
                 self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
 
-        for rows, placements in self.batches(items):
+        prefix = best_prefix(items) if self.run.shares_prefix else None
+        before = None
+        if prefix is not None:
+            self._positions += len(prefix.tokens)
+            self._used += len(prefix.tokens)
+            with self.work.on_device():
+                before = self.run.prefix(prefix.tokens)
+        for rows, placements in self.batches(items, prefix):
             self._positions += rows.tokens.size
             self._used += int((rows.lengths > 0).sum())
             with self.work.on_device():
-                waiting.append((self.run(rows), rows, placements))
+                waiting.append((self.run(rows, before), rows, placements))
             if len(waiting) > 1:  # one batch is under way on the device while another is read
                 collect()
         while waiting:

@@ -295,6 +295,14 @@ def test_a_response_is_cut_on_the_right_and_loses_its_end(words):
     assert (without.chosen, without.flags) == (Response((B, C), EOS), ())
 
 
+def test_a_terminator_that_is_given_counts_and_none_is_added(words):
+    cut, ended = one(words, "a", " b c", " d</s>", eos="given"), one(words, [A], [B, C], [D, EOS], eos="given")
+    for pair in (cut, ended):
+        assert (pair.chosen, pair.rejected) == (Response((B, C), None), Response((D,), EOS))
+        assert [r.targets("given") for r in (pair.chosen, pair.rejected)] == [(B, C), (D, EOS)]
+    assert one(words, [A], [B, C], [D, EOS]).chosen == Response((B, C), EOS)
+
+
 def test_responses_that_truncation_makes_equal_are_identical(words):
     pair = one(words, "a", " b c", " b d", max_length=3)
     assert pair.flags == ("identical", "truncated_chosen", "truncated_rejected")

@@ -2,6 +2,7 @@
 
 import json
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,16 @@ def generated(tmp_path):
             text = " same" if number == 0 else f" text {number} {sample}"
             rows.append({"row_id": prompt_id(group[0]), "sample": sample, "text": text, "reward": number + sample / 2})
     return pairs, write_lines(tmp_path / "responses.jsonl", rows)
+
+
+def test_texts_that_were_cut_are_counted(tmp_path, generated, caplog):
+    pairs, texts = generated
+    cut = [row | {"finish_reason": "length" if row["sample"] else "stop"} for row in read(Path(texts))]
+    for rows, words in ((cut, "3 of 6 texts were cut"), (read(Path(texts)), None)):
+        caplog.clear()
+        some = write_lines(tmp_path / f"{words}.jsonl", rows)
+        gather(GatherConfig(pairs=pairs, make="samples", responses=some, out=str(tmp_path / f"out {words}")))
+        assert words in caplog.text if words else not caplog.text
 
 
 def test_samples_and_contests_are_texts_of_the_pairs_own_prompts(tmp_path, generated):

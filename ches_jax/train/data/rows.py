@@ -219,7 +219,7 @@ def _token_weights(
             if len(weights) != tokens:
                 raise DataError(
                     f"{name}: row {pair.index} has {len(weights)} {field}, and {tokens} tokens in that response"
-                    f"{' (its terminator among them)' if eos == 'include' else ''}"
+                    f"{'' if eos == 'exclude' else ' (its terminator among them)'}"
                 )
     return dict(numbers)
 
