@@ -144,9 +144,9 @@ def dialogues() -> list[str]:
         f"{of(f'{TALKS}|margin|mean'):+.1f}). Spearman: forecast {of.rho(f'{p}|first order')}, at equal lengths "
         f"{equal[0]:.2f}; pilot {of(f'{p}|pilot|rho'):.2f}; head score {of(f'{p}|head_score|rho'):.2f}, CHES "
         f"{of(f'{p}|ches|rho'):.2f} ({equal[1]:+.2f} and {equal[2]:+.2f} at equal lengths). actual = "
-        f"{fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f}. Without the highest influence "
-        f"{of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall), random "
-        f"{of.nats(gain.format('random'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
+        f"{fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f}. Without the highest "
+        f"influence {of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall), "
+        f"random {of.nats(gain.format('random'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
     ]
 
 
