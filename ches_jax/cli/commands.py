@@ -170,6 +170,25 @@ def _texts(out: Any, file: Any, record: dict[str, Any]) -> Outcome:
     )
 
 
+def _judged(out: Path, *, quiet: bool) -> Outcome:
+    """Of a finished `ches judge`."""
+    from ches_jax.judges.run import FILE_NAME, summary_text
+    from ches_jax.runs.directory import RUN, read_json
+
+    record = read_json(out / RUN)
+    summary = record["summary"]
+    counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
+    return Outcome(
+        headline=f"{counts['refusals']} of {counts['responses']} refused, {counts['undecided']} undecided "
+        f"-> {out / FILE_NAME}",
+        path=out / FILE_NAME,
+        text="" if quiet else summary_text(summary),
+        counts=counts,
+        paths={"run": out / RUN},
+        details=record,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Output, DoctorConfig):
     """Audit a model directory and preference pairs, or the pairs alone as data; no forward pass.
@@ -326,22 +345,11 @@ class Judge(RunOutput, JudgeConfig):
 
     def run(self) -> Outcome:
         """Judges; the refusal rate."""
-        from ches_jax.judges.run import FILE_NAME, judge, summary_text
-        from ches_jax.runs.directory import RUN, read_json
+        from ches_jax.judges.run import judge
+        from ches_jax.runs.directory import RUN
 
         out = judge(_only(JudgeConfig, self), **self.how)
-        record = read_json(out / RUN)
-        summary = record["summary"]
-        counts = {name: summary[name] for name in ("responses", "refusals", "undecided")}
-        return Outcome(
-            headline=f"{counts['refusals']} of {counts['responses']} refused, {counts['undecided']} undecided "
-            f"-> {out / FILE_NAME}",
-            path=out / FILE_NAME,
-            text="" if self.quiet else summary_text(summary),
-            counts=counts,
-            paths={"run": out / RUN},
-            details=record,
-        )
+        return _judged(out, quiet=self.quiet) if (out / RUN).exists() else _own_chunks(out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,9 +447,13 @@ class Diagnose(Computing, DiagnoseConfig):
         """The verdict; exit code 1 when --fail-if holds."""
         from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
+        from ches_jax.distributed.lead import Followed
         from ches_jax.runs.store import is_there, place
 
-        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
+        try:
+            diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
+        except Followed as done:
+            return Outcome(headline=f"process 0 has the diagnosis: {done.note['verdict']}", code=done.note["code"])
         failed = rule_holds(diagnosis, self.fail_if)
         out = None if self.out is None else place(self.out)
         paths = {} if out is None else {"diagnosis": out / RESULT}
@@ -510,7 +522,7 @@ class Show(Output):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Output):
-    """Join what the processes of a distributed `ches score` or `generate` wrote; every row must be there once."""
+    """Join what processes of a distributed `ches score`, `generate` or `judge` wrote; each row must be there once."""
 
     run_dir: tyro.conf.Positional[Place]
     """The run directory of all of them."""
@@ -520,7 +532,12 @@ class Merge(Output):
         from ches_jax.runs.directory import CONFIG, RUN, read_json
         from ches_jax.scores.table import FILE_NAME
 
-        if read_json(self.run_dir / CONFIG).get("verb") == "generate":
+        verb = read_json(self.run_dir / CONFIG).get("verb")
+        if verb == "judge":
+            from ches_jax.judges import run as judging
+
+            return _judged(judging.merge(self.run_dir), quiet=self.quiet)
+        if verb == "generate":
             from ches_jax.generate import run as generating
 
             out = generating.merge(self.run_dir)

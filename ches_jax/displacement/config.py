@@ -6,7 +6,7 @@ from typing import Literal
 import tyro
 
 from ches_jax.displacement import TOLERANCE
-from ches_jax.options import RowOptions
+from ches_jax.options import RowOptions, not_identity
 from ches_jax.types import Eos, OnBadRow, Pairing, Template
 
 
@@ -53,6 +53,12 @@ class DiagnoseConfig(RowOptions):
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows, when models are scored: error, drop or keep."""
 
+    mesh: str | None = not_identity(None)
+    """Devices for the models, such as fsdp=8 or data=2,tensor=2; default: all of them on the data axis."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They run the models together; the first
+    one reads and writes everything else."""
+
     label_noise: float | None = None
     """Share of the labels that is wrong: then the accuracy that the optimum of DPO would have is reported too."""
     unseen: str | None = None
@@ -75,7 +81,7 @@ class DiagnoseConfig(RowOptions):
     """Prompts that both models answer (twice, drawn at temperature 1, so that KL(before || after) is known) and that
     are judged by rules; with --before and --after as models."""
 
-    out: str | None = None
+    out: str | None = not_identity(None)
     """Directory for pairs.parquet (every pair with its numbers and texts), diagnosis.json and score runs."""
     fail_if: str | None = None
     """Exit with 1 when a number is beyond a bound (lld_rate>0.2, margin<=1e-3), or on a word (displaced, harmful)."""

@@ -17,6 +17,7 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criterion, text_criteria
 from ches_jax.displacement.intervals import Interval, of_pairs
 from ches_jax.displacement.log_changes import log_changes
+from ches_jax.displacement.models import Models, changes_between_models, generated_and_judged
 from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, prompts_of, split, write_sampled_pairs
 from ches_jax.displacement.ranking import Ranking, ranking
 from ches_jax.displacement.readers.find import SIDES, read_log
@@ -44,6 +45,7 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
 
     Raises:
       ChesError: no source or several; a source without the numbers that are needed.
+      Followed: with ``distributed``, in all processes but the first (``distributed.lead``).
 
     >>> from tempfile import TemporaryDirectory
     >>> from ches_jax import TrainConfig, train
@@ -57,10 +59,19 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
         raise ChesError("--responses-before and --responses-after go together")
     if config.label_noise is not None and not 0 < config.label_noise < 1:
         raise ChesError(f"--label-noise {config.label_noise}: expected a share between 0 and 1")
+    if config.distributed == "off":
+        return _diagnose_into(config, Models.here(config.mesh, quiet))
+    from ches_jax.displacement.together import together
+
+    return together(config, quiet, lambda models: _diagnose_into(config, models))
+
+
+def _diagnose_into(config: DiagnoseConfig, models: Models) -> Diagnosis:
+    """The diagnosis, in --out where that is given."""
     if config.out is None:
-        return _diagnose(_with_copies(config), quiet)
+        return _diagnose(_with_copies(config), models)
     with staged(output_place(config.out), RESULT) as out:
-        return _diagnose(_with_copies(replace(config, out=str(out))), quiet)
+        return _diagnose(_with_copies(replace(config, out=str(out))), models)
 
 
 def _with_copies(config: DiagnoseConfig) -> DiagnoseConfig:
@@ -72,22 +83,21 @@ def _with_copies(config: DiagnoseConfig) -> DiagnoseConfig:
 
 
 def _copied_table(spec: str | None) -> str | None:
-    """A copy of a score table or an adapter; a model in a store is left where it is."""
+    """A copy of a score table; a model or an adapter in a store is left where it is."""
     if spec is None or not is_address(spec):
         return spec
-    found = place(spec, RunError)
-    small = any(is_there(found / name) for name in ("scores.parquet", "adapter_config.json"))
-    return here(spec, RunError) if small or spec.endswith(".parquet") else spec
+    is_table = spec.endswith(".parquet") or is_there(place(spec, RunError) / "scores.parquet")
+    return here(spec, RunError) if is_table else spec
 
 
-def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
+def _diagnose(config: DiagnoseConfig, models: Models) -> Diagnosis:
     with _work(config) as work:
-        changes = read_changes(config, work, quiet=quiet)
+        changes = read_changes(config, work, models)
         if config.on_policy and changes.unit != "pairs":
             raise ChesError("--on-policy needs pairs: means of batches in a log do not say which responses were drawn")
         answers = None
         if config.generate is not None:
-            config, answers = _with_texts(config, work, quiet)
+            config, answers = _with_texts(config, work, models)
         texts: Mapping[str, Any] = {}
         if changes.unit == "pairs" and changes.rows is not None and "row_id" in changes.rows:
             texts = _texts(config)
@@ -103,7 +113,7 @@ def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
                 calibration=None if beta is None else calibration(changes, beta),
                 on_policy=split(changes) if config.on_policy else answers,
                 ranking=_ranking(config, changes, beta),
-                unseen=None if config.unseen is None else _unseen(config, work, quiet),
+                unseen=None if config.unseen is None else _unseen(config, work, models),
             )
         diagnosis = replace(diagnosis, advice=advice(diagnosis))
     if config.out is not None:
@@ -115,7 +125,7 @@ def _diagnose(config: DiagnoseConfig, quiet: bool) -> Diagnosis:
     return diagnosis
 
 
-def read_changes(config: DiagnoseConfig, work: Path, *, quiet: bool = True) -> Changes:
+def read_changes(config: DiagnoseConfig, work: Path, models: Models) -> Changes:
     """The changes of log-probabilities in the one source that the options name; models are scored below ``work``."""
     named = [n for n in ("path", "before", "logps") if getattr(config, n) is not None]
     if len(named) != 1 or (config.before is None) != (config.after is None):
@@ -125,9 +135,7 @@ def read_changes(config: DiagnoseConfig, work: Path, *, quiet: bool = True) -> C
     if config.before is not None and config.after is not None:
         tables = [_is_table(Path(p)) for p in (config.before, config.after)]
         if tables == [False, False]:
-            from ches_jax.displacement.models import changes_between_models
-
-            return changes_between_models(config, work, quiet=quiet)
+            return changes_between_models(config, work, models)
         if not all(tables):
             model = (config.before, config.after)[tables.index(False)]
             raise ChesError(f"--before and --after: {model} is no score table; give two models, or two score tables")
@@ -192,15 +200,14 @@ def _work(config: DiagnoseConfig) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _with_texts(config: DiagnoseConfig, work: Path, quiet: bool) -> tuple[DiagnoseConfig, OnPolicy]:
+def _with_texts(config: DiagnoseConfig, work: Path, models: Models) -> tuple[DiagnoseConfig, OnPolicy]:
     """Generates and judges with both models, and measures how far the first model's own answers fell."""
-    from ches_jax.displacement.models import changes_between_models, generated_and_judged
-
-    responses, judgments = generated_and_judged(config, work, quiet=quiet)
+    responses, judgments = generated_and_judged(config, work, models)
     found = []
     for name, folder in zip(("answers", "answers-after"), responses, strict=True):
         pairs = write_sampled_pairs(Path(folder), work / f"{name}.jsonl")
-        changes = changes_between_models(replace(_scoring(config, str(pairs)), eos="given"), work / name, quiet=quiet)
+        models.share(pairs)
+        changes = changes_between_models(replace(_scoring(config, str(pairs)), eos="given"), work / name, models)
         found.append(replace(split(changes, own=False), left_out=prompts_of(Path(folder)) - len(changes.chosen)))
     lengths = mean_tokens(Path(responses[0])), mean_tokens(Path(responses[1]))
     # what the second model's own answers gained is its divergence from the first
@@ -214,18 +221,16 @@ def _scoring(config: DiagnoseConfig, pairs: str) -> DiagnoseConfig:
     return replace(config, pairs=pairs, on_bad_row="keep", template="auto", **plain)
 
 
-def _unseen(config: DiagnoseConfig, work: Path, quiet: bool) -> Interval:
+def _unseen(config: DiagnoseConfig, work: Path, models: Models) -> Interval:
     """Mean change of both responses of each pair of --unseen.
 
     Raises:
       ChesError: no two models to score them with.
     """
-    from ches_jax.displacement.models import changes_between_models
-
     assert config.unseen is not None
     if config.before is None or config.after is None or _is_table(Path(config.before)):
         raise ChesError("--unseen needs --before MODEL and --after MODEL, which score its responses")
-    changes = changes_between_models(_scoring(config, config.unseen), work / "unseen", quiet=quiet)
+    changes = changes_between_models(_scoring(config, config.unseen), work / "unseen", models)
     return of_pairs(np.stack([(changes.chosen + changes.rejected) / 2]), changes.records)[0]
 
 

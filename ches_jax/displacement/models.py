@@ -1,29 +1,57 @@
 """The changes between two models: both score the same pairs, as the same tokens."""
 
 import dataclasses
+from collections.abc import Callable
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ches_jax.displacement.changes import Changes
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.errors import ChesError, RunError
+from ches_jax.runs.store import is_address, is_there, place
 
 if TYPE_CHECKING:
+    from ches_jax.generate.config import GenerateConfig
     from ches_jax.inputs import Inputs
+    from ches_jax.scores.config import ScoreConfig
 
 ADAPTER = "adapter_config.json"
 OPTIONS = ("pairs", "split", "columns", "candidates", "limit", "eos", "template", "max_length", "dtype", "on_bad_row")
 """Of a diagnosis, which decide how models score."""
 
 
-def changes_between_models(config: DiagnoseConfig, work: Path, *, quiet: bool = False) -> Changes:
+class Models(NamedTuple):
+    """How models are run: functions from a config to a run directory, and a way to show them a file that was made."""
+
+    score: "Callable[[ScoreConfig], Path]"
+    generate: "Callable[[GenerateConfig], Path]"
+    share: Callable[[Path], None]
+
+    @classmethod
+    def here(cls, mesh: str | None, quiet: bool) -> "Models":
+        """In this process alone."""
+
+        def score(config: "ScoreConfig") -> Path:
+            from ches_jax.scores.run import score
+
+            return score(dataclasses.replace(config, mesh=mesh), quiet=quiet)
+
+        def generate(config: "GenerateConfig") -> Path:
+            from ches_jax.generate.run import generate
+
+            return generate(dataclasses.replace(config, mesh=mesh), quiet=quiet)
+
+        return cls(score, generate, share=lambda path: None)
+
+
+def changes_between_models(config: DiagnoseConfig, work: Path, models: Models) -> Changes:
     """Scores --pairs with both models, in two runs below ``work``, and compares.
 
     Args:
       config: ``before`` and ``after`` are model directories or hub names; ``after`` may be an adapter for ``before``.
       work: directory for the two score runs.
-      quiet: no progress.
+      models: how they are run.
 
     Raises:
       ChesError: what scoring refuses; a pair whose tokens are not the same for both models.
@@ -31,23 +59,23 @@ def changes_between_models(config: DiagnoseConfig, work: Path, *, quiet: bool = 
     from ches_jax.displacement.readers.logp_tables import read_score_tables
     from ches_jax.inputs import Opener, open_model_and_pairs
     from ches_jax.scores.config import ScoreConfig
-    from ches_jax.scores.run import score
 
     assert config.before is not None and config.after is not None
     if config.pairs is None:
         raise ChesError("--before MODEL --after MODEL needs --pairs FILE: the pairs that both models score")
     options = {name: getattr(config, name) for name in OPTIONS}
-    adapted = (Path(config.after) / ADAPTER).is_file()
     first = ScoreConfig(model=config.before, logps=True, out=str(work / "before"), **options)
-    second = dataclasses.replace(
-        first,
-        model=config.before if adapted else config.after,
-        adapter=config.after if adapted else None,
-        out=str(work / "after"),
-    )
+    second = dataclasses.replace(first, **_second(config), out=str(work / "after"))
     _require_same_tokens(*(open_model_and_pairs(run, Opener()) for run in (first, second)))
-    tables = [score(run, quiet=quiet) for run in (first, second)]
+    tables = [models.score(run) for run in (first, second)]
     return read_score_tables(tables[0], tables[1], same_tokens=True)
+
+
+def _second(config: DiagnoseConfig) -> dict[str, Any]:
+    """The options that name the second model: an adapter goes on the first one."""
+    assert config.after is not None
+    after = place(config.after) if is_address(config.after) else Path(config.after)
+    return {"model": config.before, "adapter": config.after} if is_there(after / ADAPTER) else {"model": config.after}
 
 
 def _require_same_tokens(first: "Inputs", second: "Inputs") -> None:
@@ -65,35 +93,32 @@ def _require_same_tokens(first: "Inputs", second: "Inputs") -> None:
             )
 
 
-def generated_and_judged(
-    config: DiagnoseConfig, work: Path, *, quiet: bool = False
-) -> tuple[tuple[str, str], tuple[str, str]]:
+def generated_and_judged(config: DiagnoseConfig, work: Path, models: Models) -> tuple[tuple[str, str], tuple[str, str]]:
     """Both models answer --generate, and rules judge whether they refused; directories of responses and judgments.
 
     Raises:
       ChesError: --before and --after are no models; what generating refuses.
     """
     from ches_jax.generate.config import GenerateConfig
-    from ches_jax.generate.run import generate
     from ches_jax.judges.config import JudgeConfig
     from ches_jax.judges.run import judge
 
-    if config.before is None or config.after is None or (Path(config.after) / ADAPTER).is_file():
-        raise ChesError("--generate needs --before MODEL and --after MODEL (an adapter is merged by ches convert)")
+    if config.before is None or config.after is None:
+        raise ChesError("--generate needs --before MODEL and --after MODEL")
+    named: dict[str, dict[str, Any]] = {"before": {"model": config.before}, "after": _second(config)}
     out = []
-    for name, model in (("before", config.before), ("after", config.after)):
-        responses = generate(
+    for name, model in named.items():
+        responses = models.generate(
             GenerateConfig(
-                model=model,
+                **model,
                 prompts=str(config.generate),
                 template=config.template,
                 dtype=config.dtype,
                 samples=2,
                 out=str(work / f"responses-{name}"),
-            ),
-            quiet=quiet,
+            )
         )
-        judged = judge(JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=quiet)
+        judged = judge(JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=True)
         out.append((str(responses), str(judged)))
     (first, one), (second, other) = out
     return (first, second), (one, other)

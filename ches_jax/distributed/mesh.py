@@ -272,6 +272,15 @@ def rows_here(a: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
+def bytes_here(tree: Any) -> int:
+    """Bytes of arrays on this process's devices; what several of these hold counts several times.
+
+    >>> bytes_here(put_replicated(np.zeros(3, np.float32), make_mesh("data=1")))
+    12
+    """
+    return sum(shard.data.nbytes for array in jax.tree.leaves(tree) for shard in array.addressable_shards)
+
+
 def numbers_here(mesh: Mesh, count: int) -> np.ndarray:
     """Which of the ``count`` rows of a batch lie on this process's devices, in order.
 

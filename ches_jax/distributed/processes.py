@@ -144,6 +144,18 @@ def start_processes(option: str) -> Process:
     return Process(jax.process_index(), jax.process_count())
 
 
+def start_run(option: str, out: str | None) -> Process:
+    """``start_processes`` of a verb whose processes write one run directory.
+
+    Raises:
+      ChesError: as ``start_processes``; several processes that have not been told which directory.
+    """
+    process = start_processes(option)
+    if process.count > 1 and out is None:
+        raise ChesError("--distributed: give the run directory with --out")
+    return process
+
+
 def part() -> None:
     """Leave the others, where nothing is computed together: one that dies then takes no other with it."""
     if jax.distributed.is_initialized():

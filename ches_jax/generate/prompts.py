@@ -13,6 +13,7 @@ from ches_jax.data.tokenize import EncodedPrompt, encode_prompts
 from ches_jax.errors import ChesError, DataError, many
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.inputs import ModelFiles, Opener, sequence_length
+from ches_jax.runs import chunks
 from ches_jax.types import OnBadRow, Template
 
 if TYPE_CHECKING:
@@ -133,13 +134,7 @@ class Inputs:
         rows = itertools.islice(
             self.source.iter_from(start), None if self.limit is None else max(self.limit - start, 0)
         )
-        for number in itertools.count(first):
-            chunk = list(itertools.islice(rows, self.chunk_rows))
-            if not chunk:
-                at_end(number)
-                return
-            if not wanted(number):
-                continue
+        for number, chunk in chunks.numbered(rows, self.chunk_rows, first, wanted, at_end):
             prompts = self.encoder(chunk, self.source.name)
             out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or p.impossible)]
             left = {id(p) for p in out}

@@ -5,7 +5,6 @@ from the row alone (to rounding: a batch of another size adds up in another orde
 it was and ends in the same bytes.
 """
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ches_jax.distributed.division import Division
-from ches_jax.distributed.mesh import mesh_of_run, row_shards, spelled
-from ches_jax.distributed.processes import part, start_processes
+from ches_jax.distributed.chunked_run import ChunkedRun
+from ches_jax.distributed.mesh import row_shards
+from ches_jax.distributed.processes import start_run
 from ches_jax.errors import ChesError
 from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
@@ -28,18 +27,8 @@ from ches_jax.generate.sampling import key_data
 from ches_jax.generate.stops import Finisher, stop_ids
 from ches_jax.inputs import Opener
 from ches_jax.runs import chunks
-from ches_jax.runs.directory import (
-    RUN,
-    as_dict,
-    device_name,
-    merged,
-    open_run,
-    versions,
-    write_summary,
-)
-from ches_jax.runs.lock import RunLock
+from ches_jax.runs.directory import as_dict, merged, write_summary
 from ches_jax.runs.progress import say
-from ches_jax.runs.store import output_place
 from ches_jax.runs.work import Work
 
 FILE_NAME = "responses.jsonl"
@@ -67,102 +56,63 @@ def generate(
     """
     import jax
 
-    process = start_processes(config.distributed)
-    if process.count > 1 and config.out is None:
-        raise ChesError("--distributed: give the run directory with --out")
+    process = start_run(config.distributed, config.out)
     config = checked(config)
-    mesh = mesh_of_run(config.mesh)
-    division = Division.on(mesh, process)
-    if division.turns.count > 1:
-        part()
-    lock = RunLock(output_place(str(config.out)), shared=division.turns.count > 1, first=division.turns.first)
-    with jax.enable_x64(config.dtype == "float64"), lock:
-        return _generate(config, division, mesh, resume, quiet or not division.first, other_versions, lock)
+    with (
+        jax.enable_x64(config.dtype == "float64"),
+        ChunkedRun("generate", str(config.out), config.mesh, process) as run,
+    ):
+        return _generate(config, run, resume, quiet or not run.division.first, other_versions)
 
 
-def _generate(
-    config: GenerateConfig,
-    division: Division,
-    mesh: Mesh,
-    resume: bool,
-    quiet: bool,
-    other_versions: bool,
-    lock: RunLock,
-) -> Path:
-    out, team, opener = lock.out, division.team, Opener()
-    with team.sharing_errors():
-        if team.first:
-            lock.require_free()
+def _generate(config: GenerateConfig, run: ChunkedRun, resume: bool, quiet: bool, other_versions: bool) -> Path:
+    opener = Opener()
+    with run.opening():
         inputs = open_model_and_prompts(config, opener)
         adapter = None if config.adapter is None else opener.adapter(config.adapter)
         encoder = inputs.encoder
         ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
         total = inputs.require_clean() if config.on_bad_row == "error" else None
     identity = {"config": as_dict(config), **opener.identity()}
-    team.agree({**identity, "mesh": spelled(mesh.shape), "versions": versions()})
-    with team.sharing_errors():
-        done = None
-        if team.first:
-            lock.take()
-            # the other processes join the directory that the first one makes
-            open_run(out, "generate", identity, resume or division.turns.count > 1, other_versions=other_versions)
-            done = None if (out / RUN).exists() else chunks.done(out)
-        done = team.exchange(done)[0]
-    facts: dict[str, Any] = {"device": device_name(), "mesh": dict(mesh.shape)}
-    if done is not None:
-        say(f"loading the model ({encoder.model.directory})", quiet=quiet)
-        with team.sharing_errors():
-            generator = Generator(config, encoder, ends, mesh, adapter)
-        facts |= _generate_chunks(out, config, inputs, opener, generator, division, done, total, quiet)
-    with team.sharing_errors():
-        if team.first and division.turns.count == 1:
-            _finish(out, facts)
-    return out
+    run.agree(identity)
+    run.begin(identity, resume, other_versions)
+    if run.finished:
+        return run.out
+    say(f"loading the model ({encoder.model.directory})", quiet=quiet)
+    with run.team.sharing_errors():
+        generator = Generator(config, encoder, ends, run.mesh, adapter)
+    run.end(_finish, _generate_chunks(run, config, inputs, opener, generator, total, quiet))
+    return run.out
 
 
 def _generate_chunks(
-    out: Path,
+    run: ChunkedRun,
     config: GenerateConfig,
     inputs: Inputs,
     opener: Opener,
     generator: "Generator",
-    division: Division,
-    already: dict[str, int],
     total: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
     """Continue the chunks that are missing and are this process's; returns facts for ``run.json``."""
-    if division.team.first:
-        chunks.make_folders(out)
-    done = {int(number) for number in already}
-    first = next(number for number in itertools.count() if number not in done)
-    started, work = time.perf_counter(), Work()
-    tokens, computed, ends = 0, [], []
-
-    def own_chunk(number: int) -> bool:
-        return division.takes(number) and number not in done
-
+    started, work, tokens = time.perf_counter(), Work(), 0
     with tqdm(
         unit=" texts",
         total=total and total * config.samples,
-        initial=first * config.chunk_rows * config.samples,
+        initial=run.first_missing * config.chunk_rows * config.samples,
         disable=quiet,
         desc="generating",
         smoothing=0.1,
     ) as bar:
         say("compiling, then generating", quiet=quiet)
-        for number, kept, dropped in inputs.chunks(first, own_chunk, ends.append):
+        for number, kept, dropped in run.missing(inputs.chunks, opener.require_unchanged):
             with work.on_device():
                 rows = generator(kept, bar.update)
-            if division.team.first:
-                chunks.write(out, number, rows, [p.dropped() for p in dropped])
+            if run.team.first:
+                chunks.write(run.out, number, rows, [p.dropped() for p in dropped])
             tokens += sum(len(r["token_ids"]) for r in rows)
-            computed.append(number)
     seconds = time.perf_counter() - started
-    if division.team.first:
-        chunks.end_of_data(out, ends[0], computed, opener.require_unchanged)
     return {
-        "processes": division.count,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "compiled_shapes": [list(s) for s in generator.shapes],
@@ -260,9 +210,6 @@ class Generator:
 
 def _finish(out: Path, facts: Mapping[str, Any]) -> None:
     """Join the chunks, write ``run.json``, and remove the chunks: until it is there they are joined again."""
-    if (out / RUN).exists():
-        chunks.clear(out)
-        return
     chunks.join(out, FILE_NAME)
     reasons: Counter[str] = Counter()
     texts = tokens = 0

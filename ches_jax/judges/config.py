@@ -30,6 +30,8 @@ class JudgeConfig(RowOptions):
 
     judge: str | None = None
     """The judge: Hugging Face model directory or hub name."""
+    adapter: str | None = None
+    """PEFT adapter (directory or hub name) of the judge."""
     judge_template: str | None = None
     """File with the question to the judge, with {prompt} and {response}; default: our wording."""
     wrap: Literal["auto", "chat", "inst", "none"] = "auto"
@@ -44,7 +46,10 @@ class JudgeConfig(RowOptions):
     batch_size: int = 16
     """Responses judged together."""
     mesh: str | None = not_identity(None)
-    """Devices for the judge, such as data=4 or fsdp=8."""
+    """Devices for the judge, such as data=4 or fsdp=8; default: all local devices on the data axis."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. Each takes chunks; then ches merge. On a
+    mesh over all of them they judge together."""
 
     labels: str | None = None
     """File with refusal, score or label for each response, joined by row_id (or prompt) and sample."""
@@ -60,7 +65,11 @@ class JudgeConfig(RowOptions):
     """Responses per part file: what a killed run loses at most."""
 
 
-NEEDS = {"rules": "rules", "judge": "model", "judge_template": "model", "template_args": "model", "labels": "labels"}
+NEEDS = {
+    "rules": "rules",
+    **dict.fromkeys(("judge", "adapter", "judge_template", "template_args"), "model"),
+    "labels": "labels",
+}
 """Option -> the way of judging it belongs to."""
 
 

@@ -5,13 +5,16 @@ Responses are judged and written a chunk at a time, so a killed run continues wh
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ches_jax.data.sources import PairSource, Record
+from ches_jax.distributed.chunked_run import ChunkedRun
+from ches_jax.distributed.processes import start_run
 from ches_jax.errors import DataError
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
@@ -31,15 +34,8 @@ from ches_jax.judges.responses import (
     require_readable,
 )
 from ches_jax.runs import chunks
-from ches_jax.runs.directory import (
-    RUN,
-    as_dict,
-    device_name,
-    open_run,
-    write_summary,
-)
-from ches_jax.runs.lock import RunLock
-from ches_jax.runs.store import here, output_place
+from ches_jax.runs.directory import CONFIG, as_dict, merged, read_json, write_summary
+from ches_jax.runs.store import here
 from ches_jax.stats import wilson
 
 FILE_NAME = "judgments.jsonl"
@@ -48,15 +44,17 @@ Verdict = tuple[bool | None, str | None]
 
 
 class Method(NamedTuple):
-    """How to judge: a check of all responses, the judge of a chunk (made when it is needed), how well it does."""
+    """How to judge: a check of all responses, and the judge of a chunk, made when it is needed."""
 
     check: Callable[[PairSource], None]
-    start: Callable[[], Callable[[list[Record]], list[Verdict]]]
-    rates: Mapping[str, Any] | None = None
+    start: Callable[[Mesh], Callable[[list[Record]], list[Verdict]]]
 
 
 def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, other_versions: bool = False) -> Path:
     """Judge every response; returns the run directory.
+
+    With several processes each judges its own chunks and ``ches merge`` joins them (``merge``); on a mesh over the
+    devices of all of them they judge every batch together, and the first one writes.
 
     Args:
       config: the responses, and who judges them.
@@ -78,46 +76,71 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     """
     import jax
 
+    process = start_run(config.distributed, config.out)
     config = checked(config)
     with (
         jax.enable_x64(config.by == "model" and config.dtype == "float64"),
-        RunLock(output_place(str(config.out))) as lock,
+        ChunkedRun("judge", str(config.out), config.mesh, process) as run,
     ):
-        return _judge(config, resume, quiet, other_versions, lock)
+        return _judge(config, run, resume, quiet or not run.division.first, other_versions)
 
 
-def _judge(config: JudgeConfig, resume: bool, quiet: bool, other_versions: bool, lock: RunLock) -> Path:
-    out = lock.out
-    lock.require_free()
+def _judge(config: JudgeConfig, run: ChunkedRun, resume: bool, quiet: bool, other_versions: bool) -> Path:
     opener = Opener()
-    source = open_responses(opener, config.responses, config.split, config.columns)
-    method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
-    if config.on_bad_row == "error":
-        require_readable(itertools.islice(source, config.limit), source.name)
-    method.check(source)
+    with run.opening():
+        source = open_responses(opener, config.responses, config.split, config.columns)
+        method = {"rules": _by_rules, "model": _by_model, "labels": _by_labels}[config.by](config, opener)
+        if config.on_bad_row == "error":
+            require_readable(itertools.islice(source, config.limit), source.name)
+        method.check(source)
     identity = {"config": as_dict(config), **opener.identity()}
-    lock.take()
-    open_run(out, "judge", identity, resume, other_versions=other_versions)
-    if not (out / RUN).exists():  # until it is there the chunks are joined again
-        _judge_chunks(out, config, source, opener, method, quiet)
-        counts = summary(chunks.read_lines(out / FILE_NAME))
-        measured = {} if method.rates is None else {"rules_measured": dict(method.rates)}
-        write_summary(out, {"device": device_name(), "summary": counts | measured})
+    run.agree(identity)
+    run.begin(identity, resume, other_versions)
+    if not run.finished:
+        _judge_chunks(run, config, source, opener, method, quiet)
+        run.end(_finish, {})
+    return run.out
+
+
+def merge(out: Path) -> Path:
+    """``ches merge``: the chunks of several processes become one run.
+
+    Raises:
+      RunError: no run, a run at work, a chunk that is missing, damaged or of another run.
+    """
+    return merged(out, _finish)
+
+
+def _finish(out: Path, facts: Mapping[str, Any]) -> None:
+    """Join the chunks, write ``run.json``, and remove the chunks: until it is there they are joined again."""
+    chunks.join(out, FILE_NAME)
+    counts = summary(chunks.read_lines(out / FILE_NAME))
+    options = read_json(out / CONFIG).get("config", {})
+    by_own_rules = options.get("by") == "rules" and options.get("rules") is None
+    measured = {"rules_measured": dict(measured_rates())} if by_own_rules else {}
+    write_summary(out, {"summary": counts | measured, **facts})
     chunks.clear(out)
-    return out
 
 
 def _judge_chunks(
-    out: Path, config: JudgeConfig, source: PairSource, opener: Opener, method: Method, quiet: bool
+    run: ChunkedRun, config: JudgeConfig, source: PairSource, opener: Opener, method: Method, quiet: bool
 ) -> None:
-    chunks.make_folders(out)
-    first = number = chunks.finished(out)
-    start = number * config.chunk_rows
-    rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
+    """Judge the chunks that are missing and are this process's."""
+
+    def numbered(
+        first: int, wanted: Callable[[int], bool], at_end: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Record]]]:
+        start = first * config.chunk_rows
+        rows = itertools.islice(source.iter_from(start), None if config.limit is None else max(config.limit - start, 0))
+        return chunks.numbered(rows, config.chunk_rows, first, wanted, at_end)
+
     verdict = None
-    with tqdm(unit=" responses", initial=start, disable=quiet, desc=f"judging by {config.by}") as bar:
-        while chunk := list(itertools.islice(rows, config.chunk_rows)):
-            verdict = verdict or method.start()
+    begin = run.first_missing * config.chunk_rows
+    with tqdm(unit=" responses", initial=begin, disable=quiet, desc=f"judging by {config.by}") as bar:
+        for number, chunk in run.missing(numbered, opener.require_unchanged):
+            if verdict is None:
+                with run.team.sharing_errors():
+                    verdict = method.start(run.mesh)
             verdicts = iter(verdict([row for row in chunk if not row.fault]))
             unread = [row for row in chunk if row.fault]
             judged = [
@@ -126,11 +149,9 @@ def _judge_chunks(
                 if not row.fault or config.on_bad_row == "keep"
             ]
             dropped = unread if config.on_bad_row == "drop" else []
-            chunks.write(out, number, judged, [dropped_row(row) for row in dropped])
+            if run.team.first:
+                chunks.write(run.out, number, judged, [dropped_row(row) for row in dropped])
             bar.update(len(chunk))
-            number += 1
-    chunks.end_of_data(out, number, range(first, number), opener.require_unchanged)
-    chunks.join(out, FILE_NAME)
 
 
 def _record(row: Record, verdict: Verdict) -> dict[str, Any]:
@@ -153,7 +174,7 @@ def _by_rules(config: JudgeConfig, opener: Opener) -> Method:
     def verdicts(chunk: list[Record]) -> list[Verdict]:
         return [refused(rules, asked_and_answered(row)[1]) for row in chunk]
 
-    return Method(lambda source: None, lambda: verdicts, None if config.rules else measured_rates())
+    return Method(lambda source: None, lambda mesh: verdicts)
 
 
 def _by_labels(config: JudgeConfig, opener: Opener) -> Method:
@@ -167,13 +188,14 @@ def _by_labels(config: JudgeConfig, opener: Opener) -> Method:
     def verdict(chunk: list[Record]) -> list[Verdict]:
         return [(labels.get(key(row)), None) for row in chunk]
 
-    return Method(check, lambda: verdict)
+    return Method(check, lambda mesh: verdict)
 
 
 def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     assert config.judge is not None
     path = Path(here(config.judge_template)) if config.judge_template else default_question()
     question = load_question(opener.file(path, "judge_template"))
+    adapter = None if config.adapter is None else opener.adapter(config.adapter)
     encoder = open_encoder(opener, config.judge, None, "auto", config.template_args, option="judge")
     wrap = config.wrap
     if wrap == "auto":
@@ -199,8 +221,8 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
                         f"and it reads {encoder.max_length}; use a judge with a longer context"
                     )
 
-    def start() -> Callable[[list[Record]], list[Verdict]]:
-        answers = _judge_model(config, encoder)
+    def start(mesh: Mesh) -> Callable[[list[Record]], list[Verdict]]:
+        answers = _judge_model(config, encoder, mesh, adapter)
 
         def verdict(chunk: list[Record]) -> list[Verdict]:
             replies = answers(encoder([prompt(row) for row in chunk], config.responses))
@@ -211,10 +233,8 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     return Method(check, start)
 
 
-def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
+def _judge_model(config: JudgeConfig, encoder: Encoder, mesh: Mesh, adapter: Path | None) -> Generator:
     """The judge model, which answers greedily."""
-    from ches_jax.distributed.mesh import make_mesh
-
     how = GenerateConfig(
         temperature=0.0,
         max_new_tokens=config.max_new_tokens,
@@ -222,7 +242,8 @@ def _judge_model(config: JudgeConfig, encoder: Encoder) -> Generator:
         batch_size=config.batch_size,
         chunk_rows=config.chunk_rows,
     )
-    return Generator(how, encoder, stop_ids(encoder.model.directory, encoder.tokenizer, ()), make_mesh(config.mesh))
+    ends = stop_ids(encoder.model.directory, encoder.tokenizer, ())
+    return Generator(how, encoder, ends, mesh, adapter)
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

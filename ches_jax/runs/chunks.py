@@ -17,12 +17,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import JSON_BYTES, open_regular, read_object, replacing, sha256
 from ches_jax.runs.store import is_there, make_folder, remove
 
+T = TypeVar("T")
 FOLDER = "parts"
 DROPPED = "dropped.jsonl"
 """Rows that the run left out, each with its reason."""
@@ -34,6 +35,36 @@ _DONE = re.compile(r"done-(\d{6,18})\.json", re.ASCII)
 def make_folders(out: Path) -> None:
     """Where parts will lie."""
     make_folder(out / FOLDER)
+
+
+def numbered(
+    rows: Iterable[T],
+    size: int,
+    first: int = 0,
+    wanted: Callable[[int], bool] = lambda number: True,
+    at_end: Callable[[int], None] = lambda number: None,
+) -> Iterator[tuple[int, list[T]]]:
+    """The chunks of ``size`` rows that are wanted, with their numbers.
+
+    Args:
+      rows: from the chunk ``first`` on.
+      size: rows of a chunk.
+      first: number of the first chunk.
+      wanted: whether the chunk of a number is.
+      at_end: called with the number of all chunks when the rows have come to their end.
+
+    >>> list(numbered("abcde", 2, wanted=lambda number: number != 1, at_end=print))
+    3
+    [(0, ['a', 'b']), (2, ['e'])]
+    """
+    left = iter(rows)
+    for number in itertools.count(first):
+        chunk = list(itertools.islice(left, size))
+        if not chunk:
+            at_end(number)
+            return
+        if wanted(number):
+            yield number, chunk
 
 
 def path(out: Path, number: int, suffix: str = LINES, name: str = "part") -> Path:
@@ -81,14 +112,6 @@ def _problem(out: Path, number: int) -> str | None:
         if sha256(file) != digest:
             return f"{name} is not as it was written"
     return None
-
-
-def finished(out: Path) -> int:
-    """How many chunks from the first on are done without a gap."""
-    number = 0
-    while rows_done(out, number) is not None:
-        number += 1
-    return number
 
 
 def done(out: Path) -> dict[str, int]:

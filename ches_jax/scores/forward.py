@@ -21,6 +21,7 @@ from ches_jax.data.packing import PackedBatch, empty_batch, standard_max_pairs
 from ches_jax.distributed.mesh import (
     ROW_AXES,
     ROWS,
+    bytes_here,
     put_own_rows,
     row_sharding,
     row_shards,
@@ -142,6 +143,11 @@ class ForwardPass:
         self._prefix = prefix_program(graph, mesh, attend)
         own = whole and not spans_processes(mesh) and model.mesh is None
         self.shares_prefix = own and _may_share_prefix(model.config, attend)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on this process's devices."""
+        return bytes_here(self._state)
 
     def compile(self, rows: int, length: int, max_pairs: int | None = None) -> Callable[..., SegmentStatistics]:
         """The program for batches of ``rows`` x ``length`` with at most ``max_pairs`` a row, compiled once.

@@ -119,13 +119,16 @@ class PairScorer:
         return 1 - self._used / self._positions if self._positions else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What scoring cost so far, for ``run.json``.
+        """What scoring cost so far, for ``run.json``; all processes that compute together call it.
 
         ``positions`` that went through the model, ``shared_positions`` that did not, since several responses begin
-        with them, and the share of padding.
+        with them, the share of padding, and the bytes of the weights that each process holds.
         """
         return self.work.facts(
-            positions=self._positions, shared_positions=self._apart - self._used, padding=round(self.waste, 4)
+            positions=self._positions,
+            shared_positions=self._apart - self._used,
+            padding=round(self.waste, 4),
+            weight_bytes=self.team.exchange(self.run.weight_bytes),
         )
 
     def batches(

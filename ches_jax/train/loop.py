@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from ches_jax.bundled import BUNDLED
-from ches_jax.distributed.processes import start_processes
-from ches_jax.errors import ChesError, RunError
+from ches_jax.distributed.processes import start_run
+from ches_jax.errors import RunError
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
@@ -73,9 +73,7 @@ def train(
     ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
     True
     """
-    process = start_processes(config.distributed)
-    if process.count > 1 and config.out is None:
-        raise ChesError("--distributed: give the run directory with --out; all processes must see it")
+    process = start_run(config.distributed, config.out)
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
     place = output_place(str(config.out))
     require_place(place)

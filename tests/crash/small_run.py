@@ -24,7 +24,7 @@ def small_run(resume: bool) -> Callable[[], int]:
             open_run(out, "judge", {"config": {}}, resume)
             if not (out / RUN).exists():
                 (out / chunks.FOLDER).mkdir(exist_ok=True)
-                for number in range(chunks.finished(out), 3):
+                for number in sorted({0, 1, 2} - set(map(int, chunks.done(out)))):
                     chunks.write(out, number, [{"n": number}], [{"row": number}] * (number % 2))
                 chunks.end_of_data(out, 3, range(3), lambda: None)
                 chunks.join(out, "rows.jsonl")

@@ -790,7 +790,7 @@ def run_directories(rng: Random, folder: Path) -> Read:
         "table": lambda: read_table(run),
         "resume": lambda: open_run(run, "score", {"config": {"model": "bundled"}}, resume=True),
         "merge": lambda: merge(run),
-        "chunks": lambda: (chunks.finished(run), chunks.require_whole(run)),
+        "chunks": lambda: (chunks.done(run), chunks.require_whole(run)),
         "metrics": lambda: JsonLines(run / "metrics.jsonl", 3).last(),
         "reference": lambda: reference_logps(REFERENCED, lambda pairs: PairLogps(*np.ones((2, len(pairs)))), {}, run),
         "start": lambda: DisplacementLog(run, "include")._read_start({"train": REFERENCED}),

@@ -14,8 +14,10 @@ from ches_jax import bundled
 from ches_jax.cli import main
 from ches_jax.data.sources import row_id
 from ches_jax.data.tokenize import load_tokenizer
+from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.inputs import Opener
+from ches_jax.judges import run as judging
 from ches_jax.judges.config import JudgeConfig
 from ches_jax.judges.judge_prompt import fill_question, load_question, parse_answer
 from ches_jax.judges.responses import asked_and_answered, open_responses
@@ -62,6 +64,22 @@ def test_by_rules(tmp_path, responses):
     counts = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
     assert (counts["responses"], counts["refusals"], counts["undecided"], counts["refusal_rate"]) == (4, 2, 0, 0.5)
     assert counts["by_category"]["a"]["refusal_rate"] == 0.5
+
+
+def test_two_processes_take_turns_and_merge_into_the_same_bytes(tmp_path, responses, monkeypatch):
+    options: dict[str, Any] = {"responses": responses, "chunk_rows": 1}
+    whole = judge(JudgeConfig(**options, out=str(tmp_path / "one")), quiet=True)
+    for number in (1, 0):
+        monkeypatch.setattr(judging, "start_run", lambda *_, number=number: Process(number, 2))
+        out = judge(JudgeConfig(**options, out=str(tmp_path / "two")), quiet=True)
+        assert not (out / FILE_NAME).exists()
+        if number == 1:
+            with pytest.raises(RunError, match=r"parts are missing \(0, 2\)"):
+                judging.merge(out)
+    assert main(["merge", str(out), "--quiet"]) == 0
+    assert (out / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    one, other = (json.loads((folder / "run.json").read_text())["summary"] for folder in (whole, out))
+    assert one == other and "rules_measured" in one
 
 
 def test_without_a_decided_response_there_is_no_rate():

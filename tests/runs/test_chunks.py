@@ -10,11 +10,11 @@ from ches_jax.errors import RunError
 from ches_jax.runs import chunks
 
 
-def test_a_run_goes_on_after_the_first_gap(tmp_path):
-    assert chunks.finished(tmp_path) == 0
+def test_a_run_goes_on_where_chunks_are_missing(tmp_path):
+    assert not chunks.done(tmp_path)
     for number in (0, 1, 3):
         chunks.write(tmp_path, number, [{"n": number}])
-    assert chunks.finished(tmp_path) == 2
+    assert list(chunks.done(tmp_path)) == ["0", "1", "3"]
     with pytest.raises(RunError, match=r"1 parts are missing \(2\)"):
         chunks.require_whole(tmp_path)
 
@@ -37,7 +37,7 @@ def test_a_chunk_that_died_while_it_was_written_is_not_there(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         chunks.write(tmp_path, 0, rows(), [{"row": 0}])
-    assert chunks.finished(tmp_path) == 0 and not list((tmp_path / chunks.FOLDER).glob("part-*"))
+    assert not chunks.done(tmp_path) and not list((tmp_path / chunks.FOLDER).glob("part-*"))
 
 
 def test_the_part_is_written_last(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_chunk_that_is_not_as_it_was_written_is_reported_and_computed_again(tm
         path.unlink()
     with pytest.raises(RunError, match=rf"(?s)--resume: {name} is (not as it was written|missing)"):
         chunks.require_whole(tmp_path)
-    assert chunks.finished(tmp_path) == 1
+    assert list(chunks.done(tmp_path)) == ["0", "2"]
     chunks.write(tmp_path, 1, [{"n": 1}], [{"row": 1}])
     assert chunks.require_whole(tmp_path) == 3 and path.read_bytes() == before
 
@@ -86,7 +86,7 @@ def test_a_chunk_that_is_not_as_it_was_written_is_reported_and_computed_again(tm
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 1}', "[" * 10_000, '{"rows": "1", "sha256": {"a": "b"}}'])
 def test_a_damaged_record_of_a_chunk_is_a_chunk_that_is_not_done(tmp_path, text):
     (whole(tmp_path) / "done-000001.json").write_text(text)
-    assert chunks.finished(tmp_path) == 1
+    assert list(chunks.done(tmp_path)) == ["0", "2"]
     with pytest.raises(RunError, match="done-000001"):
         chunks.require_whole(tmp_path)
 
@@ -107,7 +107,7 @@ def test_chunks_computed_from_data_that_changed_are_not_done(tmp_path):
 
     with pytest.raises(RunError, match="changed"):
         chunks.end_of_data(tmp_path, 2, [1], changed)
-    assert chunks.finished(tmp_path) == 1 and not (tmp_path / chunks.FOLDER / chunks.END).exists()
+    assert list(chunks.done(tmp_path)) == ["0"] and not (tmp_path / chunks.FOLDER / chunks.END).exists()
 
 
 def test_a_chunk_that_drops_nothing_the_second_time_leaves_no_list_of_the_first(tmp_path):
@@ -157,7 +157,7 @@ def test_a_pipe_among_the_parts_holds_nobody(tmp_path):
     (parts / "part-000001.jsonl").unlink()
     os.mkfifo(parts / "part-000001.jsonl")
     os.mkfifo(tmp_path / chunks.DROPPED)
-    assert chunks.finished(tmp_path) == 1 and chunks.count_dropped(tmp_path) == 0
+    assert list(chunks.done(tmp_path)) == ["0", "2"] and chunks.count_dropped(tmp_path) == 0
     chunks.write(tmp_path, 1, [{"n": 1}])
     chunks.join(tmp_path, "rows.jsonl")
     assert [r["n"] for r in chunks.read_lines(tmp_path / "rows.jsonl")] == [0, 1, 2]

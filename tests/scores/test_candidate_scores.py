@@ -265,7 +265,7 @@ def test_from_the_command_line(capsys, tiny_model, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert main([*words, "--out", str(killed), "--resume"]) == 0
     for number in (1, 0):
-        monkeypatch.setattr(score_run, "start_processes", lambda _, number=number, **_options: Process(number, 2))
+        monkeypatch.setattr(score_run, "start_run", lambda *_, number=number: Process(number, 2))
         assert main([*words, "--out", str(tmp_path / "two")]) == 0
     monkeypatch.undo()
     assert main(["merge", str(tmp_path / "two")]) == 0

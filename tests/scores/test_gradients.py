@@ -14,6 +14,7 @@ from ches_jax.models.adapters.lora import ALL_LINEAR, adapted, adapter_shapes, i
 from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder
+from ches_jax.models.sharding import placement
 from ches_jax.scores.config import ScoreConfig, parse_gradients
 from ches_jax.scores.formulas import gradient_score
 from ches_jax.scores.gradients import Gradients, Gram, band, cosine
@@ -73,8 +74,8 @@ def gram_of(pairs) -> Gram:
     return Gram(*np.array([[inner(g, g), inner(h, h), inner(g, h)] for g, h in pairs]).T)
 
 
-def found(model, spec) -> Gram:
-    return Gradients(model, make_mesh("data=1"), parse_gradients(spec), "include")(PAIRS)
+def found(model, spec, mesh="data=1") -> Gram:
+    return Gradients(model, make_mesh(mesh), parse_gradients(spec), "include")(PAIRS)
 
 
 def agrees(one: Gram, other: Gram) -> None:
@@ -85,6 +86,23 @@ def agrees(one: Gram, other: Gram) -> None:
 def test_the_head_is_the_gradient_by_the_unembedding(model, written_out, x64):
     head = [tuple({"w": side["lm_head.weight"]} for side in pair) for pair in written_out]
     agrees(found(model, "head"), gram_of(head))
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2"])
+def test_devices_give_the_numbers_of_one(tiny_model, model, x64, mesh):
+    """Each its own pairs, of which one stays idle at the end; or each pair together."""
+    sharding = placement(make_mesh(mesh))
+    sharded = load_model(tiny_model, dtype="float64", param_dtype="float64", sharding=sharding)
+    agrees(found(sharded, "head", mesh), found(model, "head"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("spec", ["full", "lora,rank=3", "projected,directions=5"])
+def test_every_estimator_on_several_devices(tiny_model, model, x64, mesh, spec):
+    sharding = placement(make_mesh(mesh))
+    sharded = load_model(tiny_model, dtype="float64", param_dtype="float64", sharding=sharding)
+    agrees(found(sharded, spec, mesh), found(model, spec))
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ def test_two_processes_take_turns_and_merge_into_the_same_bytes(tiny_model, tmp_
     config = ScoreConfig(model=str(tiny_model), limit=40, chunk_rows=8)
     whole = score(replace(config, out=str(tmp_path / "one")), quiet=True)
     for number in (1, 0):
-        monkeypatch.setattr(score_run, "start_processes", lambda words, number=number: Process(number, 2))
+        monkeypatch.setattr(score_run, "start_run", lambda *_, number=number: Process(number, 2))
         out = score(replace(config, out=str(tmp_path / "two")), quiet=True)
         assert not (out / FILE_NAME).exists()
         if number == 1:

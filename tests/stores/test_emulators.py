@@ -6,6 +6,7 @@ The S3 emulator answers 503 for a while when a test asks it to.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,14 +166,66 @@ def test_a_killed_run_goes_on_after_its_last_chunk_and_takes_the_lock_of_the_dea
     assert table(store.place("s3://pod/runs/killed/scores.parquet")) == table(store.place(scored) / "scores.parquet")
 
 
+def together(count: int, devices: int, *words: str) -> list[subprocess.Popen[str]]:
+    """A verb in ``count`` processes."""
+    port = free_port()
+    environment = {**without_devices(), "JAX_NUM_CPU_DEVICES": str(devices)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ches_jax", *words, "--distributed", f"127.0.0.1:{port},{count},{i}"],
+            text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def without_devices() -> dict[str, str]:
+    """The environment without the devices of the tests."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def wait_for(path: Path, *processes: subprocess.Popen[str]) -> None:
+    """Until a file is there, while the processes live."""
+    deadline = time.monotonic() + 600
+    while not store.is_there(path):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
+            p.stderr.read() for p in processes if p.poll() is not None and p.stderr
+        ]
+        time.sleep(0.05)
+
+
+def test_a_process_that_is_stopped_takes_no_other_with_it(s3, scored):
+    """The first one, which holds the lock for both; a third one takes up what it left."""
+    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--out", "s3://pod/runs/two"]
+    first, second = together(2, 1, *words)
+    out = store.place("s3://pod/runs/two")
+    try:
+        wait_for(out / "parts" / "done-000000.json", first, second)
+        first.send_signal(signal.SIGTERM)
+        said = [p.communicate(timeout=600)[1] for p in (first, second)]
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert [first.returncode, second.returncode] == [143, 0], said
+    done = {int(p.name[5:11]) for p in (out / "parts").iterdir() if p.name.startswith("done-")}
+    assert {1, 3, 5, 7, 9, 11} <= done < set(range(12)), "all of the second one's, some of the first one's"
+    ches(*words, "--resume")
+    found, expected = (table(folder / "scores.parquet") for folder in (out, store.place(scored)))
+    assert found["row_id"] == expected["row_id"]
+    for name in ("ches", "logp_chosen", "logp_rejected"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
+
+
 @pytest.fixture
 def gs() -> Iterator[dict[str, str]]:
     """An emulator of Google Cloud Storage on loopback with the bucket ``pod``."""
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pod")
     server.start()
     address = f"http://127.0.0.1:{port}"
@@ -214,3 +267,34 @@ def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs
     ches("diagnose", str(out))
     ches("score", "--model", "gs://pod/copy", "--limit", "4", "--out", "gs://pod/runs/score")
     ches("score", "--adapter", str(out / "adapter"), "--limit", "4", "--out", "gs://pod/runs/adapted")
+
+
+def test_training_of_two_processes_that_both_die_goes_on_in_one(gs, tmp_path):
+    """From its last checkpoint in the store, on as many devices: the run that nothing disturbed, to rounding."""
+    words = [*TRAIN, "--mesh", "fsdp=2", "--steps", "16"]
+    one = {**without_devices(), "JAX_NUM_CPU_DEVICES": "2"}
+    out = store.place("gs://pod/runs/two")
+    both = together(2, 1, *words, "--out", str(out))
+    try:
+        wait_for(out / "checkpoints/4/commit_success.txt", *both)
+    finally:
+        for process in both:
+            process.kill()
+    assert [p.wait() for p in both] == [-signal.SIGKILL] * 2
+    assert not store.is_there(out / "run.json") and not (out / "checkpoints/16").exists()
+    run = subprocess.run(
+        [sys.executable, "-m", "ches_jax", *words, "--out", str(out), "--resume"],
+        env=one, timeout=900, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    whole = [sys.executable, "-m", "ches_jax", *words, "--out", str(tmp_path / "whole"), "--quiet"]
+    subprocess.run(whole, env=one, timeout=900, check=True)
+    here = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    there = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in here] == [m["step"] for m in there]
+    for name in ("loss", "eval_loss"):
+        values = [[m[name] for m in lines if name in m] for lines in (here, there)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6)
+    found, expected = (table(folder / "displacement.parquet") for folder in (out, tmp_path / "whole"))
+    assert found["row_id"] == expected["row_id"]
+    assert found["logp_chosen"] == pytest.approx(expected["logp_chosen"], rel=1e-5)

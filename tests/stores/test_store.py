@@ -15,7 +15,7 @@ from ches_jax.hf.directory import resolve, weight_files
 from ches_jax.hf.tensors import open_tensors
 from ches_jax.runs import lock as locks
 from ches_jax.runs import store
-from ches_jax.runs.chunks import commit, finished, join, make_folders, rows_done, write
+from ches_jax.runs.chunks import commit, done, join, make_folders, rows_done, write
 from ches_jax.runs.directory import open_run
 from ches_jax.runs.files import new_directory, read_json, replacing
 from ches_jax.runs.lock import RunLock
@@ -98,9 +98,9 @@ def test_parts_of_a_run_resume_and_join(bucket):
     make_folders(out)
     for number in range(2):
         write(out, number, [{"n": number}])
-    assert finished(out) == 2 and rows_done(out, 2) is None
+    assert len(done(out)) == 2 and rows_done(out, 2) is None
     (out / "parts" / "part-000001.jsonl").write_text("damaged")
-    assert finished(out) == 1, "a part that is not as it was written is not done"
+    assert len(done(out)) == 1, "a part that is not as it was written is not done"
     write(out, 1, [{"n": 1}])
     (out / "parts" / "end.json").write_text('{"chunks": 2}')
     join(out, "all.jsonl")
