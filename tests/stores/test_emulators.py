@@ -240,10 +240,8 @@ def gs() -> Iterator[dict[str, str]]:
     server.stop()
 
 
-TRAIN = (
-    "train", "--limit", "8", "--batch-size", "4", "--steps", "6", "--save-every", "2", "--mesh", "data=1",
-    "--lora-rank", "2", "--eval-every", "2",
-)  # fmt: skip
+ADAPT = ("train", "--limit", "8", "--batch-size", "4", "--save-every", "2", "--lora-rank", "2", "--eval-every", "2")
+TRAIN = (*ADAPT, "--steps", "6", "--mesh", "data=1")
 
 
 def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs, tmp_path):
@@ -271,7 +269,7 @@ def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs
 
 def test_training_of_two_processes_that_both_die_goes_on_in_one(gs, tmp_path):
     """From its last checkpoint in the store, on as many devices: the run that nothing disturbed, to rounding."""
-    words = [*TRAIN, "--mesh", "fsdp=2", "--steps", "16"]
+    words = [*ADAPT, "--steps", "16", "--mesh", "fsdp=2"]
     one = {**without_devices(), "JAX_NUM_CPU_DEVICES": "2"}
     out = store.place("gs://pod/runs/two")
     both = together(2, 1, *words, "--out", str(out))
