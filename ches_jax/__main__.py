@@ -1,18 +1,25 @@
 """The ``ches`` command as a process: ``python -m ches_jax`` is ``ches``."""
 
+import gc
 import sys
 import warnings
 
 from ches_jax.hugepages import with_large_pages
 from ches_jax.supervise import supervised
 
+MORE_OBJECTS = 10_000
+"""New objects between two searches of Python for garbage in cycles; its 700 are soon there while a pass is traced."""
+
 
 def run() -> int:
     """The command, in large pages, without the warnings of other libraries (``python -W`` brings them back)."""
     with_large_pages()
+    gc.set_threshold(MORE_OBJECTS)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    return supervised(_main, sys.argv[1:])
+    code = supervised(_main, sys.argv[1:])
+    gc.freeze()  # nothing is searched as the process ends: half a second after jax
+    return code
 
 
 def _main() -> int:

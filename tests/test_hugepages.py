@@ -1,14 +1,17 @@
 """The command starts itself again once, as the same process with the same words."""
 
 import array
+import gc
 import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
+from ches_jax import __main__ as command
 from ches_jax import hugepages
 
 SCRIPT = (
@@ -54,3 +57,14 @@ def test_a_program_with_more_rights_than_its_user_and_a_script_from_a_pipe_stay_
     monkeypatch.setattr("builtins.open", lambda *args, **options: io.BytesIO(vector))
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     assert hugepages._may_restart() is may
+
+
+def test_python_searches_for_garbage_seldom_and_not_at_the_end(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(gc, "set_threshold", said.append)
+    monkeypatch.setattr(gc, "freeze", lambda: said.append("freeze"))
+    monkeypatch.setattr(command, "with_large_pages", lambda: said.append("pages"))
+    monkeypatch.setattr(sys, "argv", ["ches", "--version"])
+    with warnings.catch_warnings():
+        assert command.run() == 0
+    assert said == ["pages", command.MORE_OBJECTS, "freeze"] and "ches-jax" in capsys.readouterr().out

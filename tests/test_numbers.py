@@ -115,16 +115,38 @@ def similarity() -> str:
 
 
 HELD, OWN = "result|lrs|3e-05|sets|held_out", "result|lrs|3e-05|sets|train"
+TALKS = "result|lrs|1e-05|sets|held_out"
 
 
 def forecast() -> list[str]:
-    of = experiment("forecast")
-    p = f"{HELD}|predictors"
+    of, talks = experiment("forecast"), experiment("forecast", "small-dialogues")
+    p, q = f"{HELD}|predictors", f"{TALKS}|predictors"
     return [
         f"{of('result|pairs|held')} TruthfulQA pairs, stories260K after SFT, DPO (chosen fell by "
         f"{of.nats(f'{HELD}|chosen', 'fall', spread=False)} nats)",
         f"forecast {of.rho(f'{p}|first order')}, a pilot of 4 updates {of(f'{p}|pilot|rho'):.2f}, head score "
         f"{of(f'{p}|head_score|rho'):.2f}, CHES {of(f'{p}|ches|rho'):.2f} (the wrong sign)",
+        f"HH-RLHF dialogues, 3.1M Llama (fell by {talks.nats(f'{TALKS}|chosen', 'fall', spread=False)} nats): forecast "
+        f"{talks.rho(f'{q}|first order')}, pilot {talks(f'{q}|pilot|rho'):.2f}, head score "
+        f"{talks(f'{q}|head_score|rho'):.2f}, CHES {talks(f'{q}|ches|rho'):.2f}",
+    ]
+
+
+def dialogues() -> list[str]:
+    of = experiment("forecast", "small-dialogues")
+    p, gain = f"{TALKS}|predictors", "result|filters|{}|both"
+    fit = of(f"{p}|first order|calibration")
+    fall = 1 - of("result|filters|influence|chosen|mean") / of("result|filters|all|chosen|mean")
+    lowered = of.nats(f"{TALKS}|chosen", "fall").replace(" ", " nats ", 1)
+    equal = [of(f"{p}|{name}|equal_lengths|rho") for name in ("first order", "head_score", "ches")]
+    return [
+        f"{of('result|pairs|held')} held-out pairs by {lowered} ({of(f'{TALKS}|chosen_fell') * 100:.0f} % fell; margin "
+        f"{of(f'{TALKS}|margin|mean'):+.1f}). Spearman: forecast {of.rho(f'{p}|first order')}, at equal lengths "
+        f"{equal[0]:.2f}; pilot {of(f'{p}|pilot|rho'):.2f}; head score {of(f'{p}|head_score|rho'):.2f}, CHES "
+        f"{of(f'{p}|ches|rho'):.2f} ({equal[1]:+.2f} and {equal[2]:+.2f} at equal lengths). actual = "
+        f"{fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f}. Without the highest "
+        f"influence {of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall), "
+        f"random {of.nats(gain.format('random'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
     ]
 
 
@@ -219,7 +241,7 @@ PAGES: dict[str, dict[str, Callable[[], str | list[str]]]] = {
         "loading 1.2 billion": loading,
         "scan over layers": scan,
     },
-    "docs/forecast.md": {"what was measured": forecast_page},
+    "docs/forecast.md": {"what was measured": forecast_page, "dialogues": dialogues},
 }
 ELSEWHERE = {
     "the bundled world": "tests/experiments/test_bundled_training.py, on the model that ships",

@@ -238,8 +238,10 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
         ax.set_ylim(len(NAMES) - 0.5, -0.5)
         ax.axvline(0, lw=0.8, color="0.5")
         ax.set_title(f"DPO at {rate} after SFT")
-        ax.set_xlabel("Spearman with the change of ln pi(chosen)")
-    axes[0].legend(fontsize=8)
+        ax.set_xlim(-1, 1.05)
+        ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+        ax.set_xlabel("Spearman with the change\nof ln pi(chosen)")
+    axes[0].legend(fontsize=8, loc="lower left")
     drawn = [save(figure, folder / f"{name}-predictors.png")]
     return [*drawn, *_variant_figures(result, name, folder)]
 
