@@ -191,6 +191,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise self._failed(step, error) from None
+        except ValueError as error:  # of tensorstore: the checkpoint before, which is waited for
+            raise self._failed(None, error) from None
 
     def wait(self) -> None:
         """Wait until what was begun is whole.

@@ -1,6 +1,6 @@
 """Ray: one task a host, each of which holds the host's chips; `python ray_job.py HOSTS -- score --out gs://... ...`.
 
-Of score and generate whose processes took chunks in turn, `ches merge OUT` on any machine then makes one run.
+Of score, generate and judge whose processes took chunks in turn, `ches merge OUT` on any machine then makes one run.
 """
 
 import socket

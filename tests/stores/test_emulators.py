@@ -267,34 +267,3 @@ def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs
     ches("diagnose", str(out))
     ches("score", "--model", "gs://pod/copy", "--limit", "4", "--out", "gs://pod/runs/score")
     ches("score", "--adapter", str(out / "adapter"), "--limit", "4", "--out", "gs://pod/runs/adapted")
-
-
-def test_training_of_two_processes_that_both_die_goes_on_in_one(gs, tmp_path):
-    """From its last checkpoint in the store, on as many devices: the run that nothing disturbed, to rounding."""
-    words = [*TRAIN, "--mesh", "fsdp=2", "--steps", "16"]
-    one = {**without_devices(), "JAX_NUM_CPU_DEVICES": "2"}
-    out = store.place("gs://pod/runs/two")
-    both = together(2, 1, *words, "--out", str(out))
-    try:
-        wait_for(out / "checkpoints/4/commit_success.txt", *both)
-    finally:
-        for process in both:
-            process.kill()
-    assert [p.wait() for p in both] == [-signal.SIGKILL] * 2
-    assert not store.is_there(out / "run.json") and not (out / "checkpoints/16").exists()
-    run = subprocess.run(
-        [sys.executable, "-m", "ches_jax", *words, "--out", str(out), "--resume"],
-        env=one, timeout=900, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    whole = [sys.executable, "-m", "ches_jax", *words, "--out", str(tmp_path / "whole"), "--quiet"]
-    subprocess.run(whole, env=one, timeout=900, check=True)
-    here = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    there = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in here] == [m["step"] for m in there]
-    for name in ("loss", "eval_loss"):
-        values = [[m[name] for m in lines if name in m] for lines in (here, there)]
-        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6)
-    found, expected = (table(folder / "displacement.parquet") for folder in (out, tmp_path / "whole"))
-    assert found["row_id"] == expected["row_id"]
-    assert found["logp_chosen"] == pytest.approx(expected["logp_chosen"], rel=1e-5)
