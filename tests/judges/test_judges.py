@@ -147,6 +147,25 @@ def test_by_a_model(tmp_path, responses, knowing_judge, wrap):
     assert [r["reason"] for r in chunks.read_lines(tmp_path / "out" / FILE_NAME)] == ["0", "1", "0", "1"]
 
 
+def test_by_a_model_with_an_adapter(tmp_path, responses, knowing_judge):
+    """The adapter takes away what the judge has seen: then nothing is a refusal."""
+    from ches_jax.hf.directory import read_config
+    from ches_jax.models.adapters.lora import adapted, adapter_shapes, make_spec
+    from ches_jax.models.adapters.peft import write_adapter
+    from ches_jax.models.decoder import abstract_decoder
+    from ches_jax.models.families.registry import decoder_config
+
+    config = decoder_config(read_config(knowing_judge))
+    spec = make_spec(1, 1.0, "o", config)
+    shapes = adapter_shapes(adapted(abstract_decoder(config), spec))
+    arrays = {name: np.zeros(like.shape, np.float32) for name, like in shapes.items()}
+    for name, array in arrays.items():
+        array[(0, 0, 0) if name.endswith("lora_a") else (0, 2, 0)] = 1 if name.endswith("lora_a") else -1
+    write_adapter(tmp_path / "adapter", arrays, spec, knowing_judge)
+    options: dict[str, Any] = {"by": "model", "judge": str(knowing_judge), "max_new_tokens": 1, "mesh": "data=1"}
+    assert verdicts(tmp_path, responses=responses, adapter=str(tmp_path / "adapter"), **options) == [False] * 4
+
+
 def test_a_judge_that_says_nothing_of_use_leaves_responses_undecided(tmp_path, responses, tiny_model):
     options: dict[str, Any] = {"by": "model", "judge": str(tiny_model), "max_new_tokens": 4, "mesh": "data=1"}
     template = tmp_path / "q.txt"
