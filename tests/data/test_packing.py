@@ -135,7 +135,7 @@ def test_every_position_sees_the_sequence_that_it_continues_and_no_more(drawn):
     ]
     for rows, placements in pack(items, length=64, rows_per_batch=2, eos="include"):
         for place in placements:
-            of = {name: getattr(rows, name)[place.row] for name in rows._fields}
+            of = {name: values[place.row] for name, values in rows._asdict().items() if values is not None}
             item = items[place.item]
             longest = len(item.prompt) + max(len(r.content) for r in item.responses)
             for k, response in enumerate(item.responses):
