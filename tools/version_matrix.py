@@ -2,7 +2,7 @@
 
     python tools/version_matrix.py [--python python3.12 ...] [--jax 0.10.2 newest ...] [--out FILE.json]
 
-Each environment has the wheel, what it requires, and the jax that is asked for, whatever the wheel's upper bound says.
+Each environment has the wheel, what it requires, and the jax that was named, whatever the wheel's upper bound says.
 Then a few tests, `ches score`, `ches train` and claims of `ches verify` run, away from the checkout. The record keeps
 what other pairs gave before; a pair that fails has the last line of what failed. If a jax passes with every Python
 that was tried with it, and is not below the bound of pyproject.toml, the bound is raised to the next minor version.

@@ -18,7 +18,7 @@ from ches_jax.displacement.evidence import Harm, judged_criterion, margin_criter
 from ches_jax.displacement.intervals import Interval, of_pairs
 from ches_jax.displacement.log_changes import log_changes
 from ches_jax.displacement.models import Models, changes_between_models, generated_and_judged
-from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, prompts_of, split, write_sampled_pairs
+from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, prompts_of, rows_of, split, write_sampled_pairs
 from ches_jax.displacement.ranking import Ranking, ranking
 from ches_jax.displacement.readers.find import SIDES, read_log
 from ches_jax.displacement.readers.log import Log, log_of
@@ -203,16 +203,17 @@ def _work(config: DiagnoseConfig) -> Iterator[Path]:
 def _with_texts(config: DiagnoseConfig, work: Path, models: Models) -> tuple[DiagnoseConfig, OnPolicy]:
     """Generates and judges with both models, and measures how far the first model's own answers fell."""
     responses, judgments = generated_and_judged(config, work, models)
-    found = []
+    found, lengths = [], []
     for name, folder in zip(("answers", "answers-after"), responses, strict=True):
+        rows = rows_of(Path(folder))
+        lengths.append(mean_tokens(rows))
         pairs = write_sampled_pairs(Path(folder), work / f"{name}.jsonl")
         models.share(pairs)
         changes = changes_between_models(replace(_scoring(config, str(pairs)), eos="given"), work / name, models)
-        found.append(replace(split(changes, own=False), left_out=prompts_of(Path(folder)) - len(changes.chosen)))
-    lengths = mean_tokens(Path(responses[0])), mean_tokens(Path(responses[1]))
+        found.append(replace(split(changes, own=False), left_out=prompts_of(rows) - len(changes.chosen)))
     # what the second model's own answers gained is its divergence from the first
     config = replace(config, responses_before=responses[0], responses_after=responses[1], judgments=judgments)
-    return config, replace(found[0], reverse_kl=-found[1].kl, tokens=lengths)
+    return config, replace(found[0], reverse_kl=-found[1].kl, tokens=(lengths[0], lengths[1]))
 
 
 def _scoring(config: DiagnoseConfig, pairs: str) -> DiagnoseConfig:

@@ -72,7 +72,7 @@ def changes_between_models(config: DiagnoseConfig, work: Path, models: Models) -
 
 
 def _second(config: DiagnoseConfig) -> dict[str, Any]:
-    """The options that name the second model: an adapter goes on the first one."""
+    """The options that name the second model: an adapter is one of the first."""
     assert config.after is not None
     after = place(config.after) if is_address(config.after) else Path(config.after)
     return {"model": config.before, "adapter": config.after} if is_there(after / ADAPTER) else {"model": config.after}

@@ -93,14 +93,13 @@ def rows_of(responses: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (responses / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def prompts_of(responses: Path) -> int:
+def prompts_of(rows: list[dict[str, Any]]) -> int:
     """How many prompts were answered."""
-    return len({row["row_id"] for row in rows_of(responses)})
+    return len({row["row_id"] for row in rows})
 
 
-def mean_tokens(responses: Path) -> Interval:
-    """Mean length of the answers in a directory of `ches generate`, over prompts."""
-    rows = rows_of(responses)
+def mean_tokens(rows: list[dict[str, Any]]) -> Interval:
+    """Mean length of the answers, over prompts."""
     prompts = np.unique([row["row_id"] for row in rows], return_inverse=True)[1]
     return of_pairs(np.array([[float(len(row["token_ids"])) for row in rows]]), prompts)[0]
 

@@ -2,7 +2,7 @@
 
 Several processes take chunks in turn, each with its own devices and without collectives, and ``ches merge`` joins what
 they wrote; on a mesh over the devices of all of them they compute every batch together, and the first one writes
-(``distributed.division``). A run that was killed goes on with the chunks that are missing, by any number of processes.
+(``distributed.division``). A run that was killed resumes with the chunks that are missing, by any number of processes.
 """
 
 import itertools

@@ -32,7 +32,7 @@ def lead(
 
     Args:
       process: which of how many this is.
-      functions: what can be asked for. They compute together, and share their errors (``Process.sharing_errors``).
+      functions: what can be computed. They compute together, and share their errors (``Process.sharing_errors``).
       decide: called in the first process only; returns a result, and a JSON value for the other processes.
 
     Raises:

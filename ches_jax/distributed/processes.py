@@ -148,7 +148,7 @@ def start_run(option: str, out: str | None) -> Process:
     """``start_processes`` of a verb whose processes write one run directory.
 
     Raises:
-      ChesError: as ``start_processes``; several processes that have not been told which directory.
+      ChesError: as ``start_processes``; several processes without a run directory.
     """
     process = start_processes(option)
     if process.count > 1 and out is None:
