@@ -47,7 +47,7 @@ touched: $(VENV)/installed-test
 	$(TOUCHED) | sort -u | xargs -r $(BIN)/pyright
 
 pure: $(VENV)/installed-test
-	$(PYTEST) -m "not slow" -q $(PURE)
+	$(PYTEST) -m "not slow" -q $(PARALLEL) $(PURE)
 
 # Lint, types of what differs from main, and the pure tests, side by side.
 check: $(VENV)/installed-test
