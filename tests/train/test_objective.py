@@ -31,11 +31,13 @@ BUFFERS = ("e_score_correction_bias", "layer_scalar")
 
 CLOSE = 1e-4
 GRADIENTS = dict.fromkeys(("qwen3_5", "qwen3_5_multimodal"), 2e-3)
-"""Bounds on float32's gradient norms where rounding alone is more than ``CLOSE``. The gated delta rule of the first layer
-reads embeddings that the norm before it scales up. The float32 of transformers (5.24, torch 2.13, CPU, eager, one
-sequence at a time, its own chunked rule) is 6.0e-4 from the exact global norm of qwen3_5, and 9.9e-4 from the exact norms
-of that layer's dt_bias and A_log, the worst. Ours: 0.9e-4, and 1.0e-3 of the same parameters (5.6e-4 with the code
-generator of the tests). In float64 both agree with the truth to 1e-9. So the bound is twice what float32 costs there.
+"""Bounds on float32's gradient norms where rounding alone is more than ``CLOSE``.
+
+The gated delta rule of the first layer reads embeddings that the norm before it scales up. The float32 of transformers
+(5.24 on torch 2.13, a CPU, eager, one sequence at a time, its own chunked rule) is 6.0e-4 from the exact global norm of
+qwen3_5, and 9.9e-4 from the exact norms of that layer's dt_bias and A_log, which are its worst. Ours is 0.9e-4 from the
+global norm and 1.0e-3 from those of the same parameters (5.6e-4 with the code generator of the tests). In float64 we
+agree with the truth to 1e-9. So the bound is twice what float32 costs in transformers.
 """
 
 
