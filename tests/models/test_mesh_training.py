@@ -1,6 +1,6 @@
 """What training computes on eight devices is what one computes: log-probabilities and every gradient, of each family.
 
-Packed rows of pairs that share prompts, under DPO and the families' balance loss of the routers, in float64: a gradient
+Packed rows of pairs that share prompts, under DPO and a balance loss of the routers, in float64: a gradient
 that lacks a device's part, or counts it twice, is wrong by far more than rounding.
 """
 
@@ -62,7 +62,7 @@ def some_pairs() -> Batch:
         pairs.append(TokenPair(row_id=str(i), index=i, prompt=tokens(3, 9), chosen=chosen, rejected=rejected))
     assert max(packed_length(pair) for pair in pairs) <= ROW // 2
     layout = Layout(ROW, 8, "include", row_counts=(8,))
-    reference = rng.normal(-20, 3, (2, PAIRS))
+    reference = rng.normal(-20, 3, (2, PAIRS)).tolist()
     return make_batch(pairs, layout, reference, dtype=np.float64)
 
 
