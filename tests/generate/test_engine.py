@@ -14,15 +14,18 @@ from flax import nnx
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.generate.engine import Engine, Request, padded
 from ches_jax.generate.sampling import Sampling, key_data
+from ches_jax.hf.directory import read_config
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
+from ches_jax.models.families.registry import FAMILIES, decoder_config
 from tests.golden import TEXT
 from tests.models.rows import ROWS, Row
 from tests.models.test_parity import EAGER, make
 
 LENGTHS = (7, 31, 20, 2, 13)
 NEW = 20
-WITHOUT_GOLDEN = ("glm4_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
+WITHOUT_GOLDEN = ("gemma3_text", "glm4_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
+"""Families of which ``../shared/golden`` has no text model."""
 TIE = 1e-4
 """Two logits closer than this, of logits around 10 in float32, may come out in either order."""
 
@@ -93,6 +96,11 @@ def test_greedy_tokens_are_those_of_transformers_in_every_family(shared: Path, f
 def test_greedy_tokens_are_those_of_transformers_in_families_without_a_golden_directory(row: Row, tmp_path: Path, mesh):
     make(row, {}, tmp_path)
     check_against_transformers(tmp_path, (1, 4), mesh)
+
+
+def test_greedy_tokens_are_checked_in_every_family(shared: Path):
+    golden = {read_config(shared / "golden" / family / "policy")["model_type"] for family in TEXT}
+    assert golden | set(WITHOUT_GOLDEN) == FAMILIES.keys() and not golden & set(WITHOUT_GOLDEN)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +191,6 @@ def test_devices_change_no_text(engine: Engine, tiny_model: Path, words: str):
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_ropes_that_depend_on_length_take_the_longest_a_row_can_become(tmp_path, kind: str, mesh):
     """All of a row rotates alike, as when the row is scored as long as that."""
-    from ches_jax.models.families.registry import decoder_config
-
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     raw = {
         "model_type": "llama",

@@ -45,7 +45,19 @@ MODELS = {
         "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 3, "top_k_experts": 2,
         "moe_intermediate_size": 10,
     },
+    "qwen3_5_moe_text": {
+        **COMMON, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10, "shared_expert_intermediate_size": 6, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "mixtral": {**COMMON, "intermediate_size": 10, "num_key_value_heads": 2, **EXPERTS},
+    "qwen3_moe": {
+        **COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "head_dim": 6, "num_experts": 3,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 10,
+    },
 }  # fmt: skip
+EACH = "q,expert_gate,expert_up,expert_down"
 TOKENS = np.arange(2 * 9).reshape(2, 9) % 31
 
 
@@ -61,9 +73,25 @@ def base(tmp_path_factory):
             nnx.update(model, jax.tree.map(lambda w: w * 8 if w.ndim > 2 else w, nnx.state(model)))
             made[family] = tmp_path_factory.mktemp("base") / family
             save_pretrained(model, made[family], config=raw)
+            if family == "qwen3_5_moe_text":
+                put_together(made[family])
         return made[family]
 
     return make
+
+
+def put_together(directory: Path) -> None:
+    """Each expert's matrices become one tensor, as the hub has them: ``gate_up_proj`` and ``down_proj``."""
+    apart = load_file(directory / "model.safetensors")
+    tensors = {name: value for name, value in apart.items() if ".experts." not in name}
+    for name in sorted({name.partition(".experts.")[0] for name in apart if ".experts." in name}):
+        experts = range(EXPERTS["num_local_experts"])
+        gate, up, down = (
+            [apart[f"{name}.experts.{e}.{p}_proj.weight"] for e in experts] for p in ("gate", "up", "down")
+        )
+        tensors[f"{name}.experts.gate_up_proj"] = np.stack([np.concatenate(two) for two in zip(gate, up, strict=True)])
+        tensors[f"{name}.experts.down_proj"] = np.stack(down)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def random_adapters(shapes, seed=1):
@@ -147,7 +175,8 @@ def test_half_precision_multiplies_what_float32_holds(base):
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [("llama", "q,v,down"), ("gpt2", "all-linear"), ("gpt_neox", "q,v,o"), ("phi3", "k,up")]
+    ("family", "targets"),
+    [("llama", "q,v,down"), ("gpt2", "all-linear"), ("gpt_neox", "q,v,o"), ("phi3", "k,up"), ("mixtral", EACH)],
 )
 def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
     """The files mean ``W + alpha / r B A`` for each stored module, here worked out from the files alone."""
@@ -181,7 +210,7 @@ def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
 
 
-TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")
+TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text", "qwen3_5_moe_text")
 """Families whose experts lie in one tensor; PEFT takes the inputs of Llama 4's for outputs."""
 
 
@@ -189,11 +218,11 @@ TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text")
 def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
     """The files mean what PEFT's ``ParamWrapper`` makes of them, here worked out expert by expert."""
     directory = base(family)
-    spec = make_spec(3, 5.0, "q,expert_gate,expert_up,expert_down", decoder_config(read_config(directory)))
+    spec = make_spec(3, 5.0, EACH, decoder_config(read_config(directory)))
     model, params = with_adapters(directory, spec)
     write_adapter(tmp_path / "adapter", params, spec, directory)
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    below = {"gpt_oss": "mlp.", "llama4_text": "feed_forward.", "gemma4_text": ""}[family]
+    below = {"llama4_text": "feed_forward.", "gemma4_text": ""}.get(family, "mlp.")
     assert set(config["target_parameters"]) == {f"{below}experts.{p}" for p in ("gate_up_proj", "down_proj")}
     assert config["target_modules"] == ["q_proj"]
     files = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -217,24 +246,36 @@ def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # it uses them all the same
-@pytest.mark.parametrize("family", TOGETHER)
-@pytest.mark.parametrize("targets", ["q,expert_gate,expert_up,expert_down", "expert_down", "expert_up"])
-def test_peft_reads_adapters_of_experts_in_one_tensor(base, tmp_path, family, targets):
+def check_against_peft(directory: Path, targets: str, out: Path) -> None:
+    """PEFT computes with the adapter that is written what we compute with the one in memory."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    directory = base(family)
     spec = make_spec(3, 5.0, targets, decoder_config(read_config(directory)))
     model, params = with_adapters(directory, spec)
-    write_adapter(tmp_path / "adapter", params, spec, directory)
+    write_adapter(out, params, spec, directory)
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(plain, out).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(logits(model), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # it uses them all the same
+@pytest.mark.parametrize("family", TOGETHER)
+@pytest.mark.parametrize("targets", [EACH, "expert_down", "expert_up"])
+def test_peft_reads_adapters_of_experts_in_one_tensor(base, tmp_path, family, targets):
+    check_against_peft(base(family), targets, tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_peft_reads_adapters_of_experts_that_are_stored_one_by_one(base, tmp_path, family):
+    """It puts them together itself, for the families whose experts it knows."""
+    check_against_peft(base(family), EACH, tmp_path / "adapter")
 
 
 def test_target_parameters_that_are_none_are_named(base, tmp_path):

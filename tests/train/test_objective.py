@@ -29,6 +29,18 @@ BUFFERS = ("e_score_correction_bias", "layer_scalar")
 """Stored with the parameters and not trained: no gradient in the truth, and a gradient of zero here."""
 
 
+CLOSE = 1e-4
+GRADIENTS = dict.fromkeys(("qwen3_5", "qwen3_5_multimodal"), 2e-3)
+"""Bounds on float32's gradient norms where rounding alone is more than ``CLOSE``.
+
+The gated delta rule of the first layer reads embeddings that the norm before it scales up. The float32 of transformers
+(5.24 on torch 2.13, a CPU, eager, one sequence at a time, its own chunked rule) is 6.0e-4 from the exact global norm of
+qwen3_5, and 9.9e-4 from the exact norms of that layer's dt_bias and A_log, which are its worst. Ours is 0.9e-4 from the
+global norm and 1.0e-3 from those of the same parameters (5.6e-4 with the code generator of the tests). In float64 we
+agree with the truth to 1e-9. So the bound is twice what float32 costs in transformers.
+"""
+
+
 def reference_of(truth):
     """Log-probabilities of the reference, such that the margins are those the truth's losses were computed from.
 
@@ -147,7 +159,9 @@ def test_losses_and_gradient_norms_are_exact_in_float64(shared, x64, family):
 @pytest.mark.parametrize("family", GOLDEN)
 def test_losses_and_gradient_norms_are_close_in_float32(shared, family):
     differences = errors(shared / "golden" / family, "float32")
-    assert max(differences.values()) < 1e-4, differences
+    gradients = max(differences.pop("global_norm"), differences.pop("per_param_norm"))
+    assert gradients < GRADIENTS.get(family, CLOSE), gradients
+    assert max(differences.values()) < CLOSE, differences
 
 
 def test_an_unknown_loss_lists_the_names():

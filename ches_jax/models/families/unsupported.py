@@ -72,7 +72,7 @@ def unsupported_reason(raw: Mapping[str, Any], text: Mapping[str, Any], supporte
     "model_type 'bert' is an encoder, which does not predict the next token"
     """
     kind, known = raw.get("model_type"), sorted(supported)
-    if str(kind) in BENT and raw.get(TEXT) is not None:
+    if str(kind) in BENT:
         return f"model_type {kind!r} is {BENT_TEXT.format(supported=', '.join(known))}"
     if text.get("model_type") in known:
         return None
