@@ -105,6 +105,21 @@ class Process:
 
         return jax.tree.map(fetch, tree)
 
+    def from_first(self, tree: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Arrays by name, which process 0 has, in all processes; the others give None.
+
+        >>> Process().from_first({"a": np.ones(1)})
+        {'a': array([1.])}
+        """
+        if self.count == 1:
+            assert tree is not None
+            return tree
+        from jax.experimental.multihost_utils import broadcast_one_to_all
+
+        kinds = self.exchange(None if tree is None else {k: [v.shape, str(v.dtype)] for k, v in tree.items()})[0]
+        here = tree or {k: np.zeros(shape, dtype) for k, (shape, dtype) in kinds.items()}
+        return {k: np.asarray(broadcast_one_to_all(here[k], is_source=self.first)) for k in kinds}
+
 
 def start_processes(option: str) -> Process:
     """Join the processes of a run.

@@ -22,6 +22,9 @@ class PassOptions(UpdateOptions):
     """rmsprop (torch's), adamw or sgd: those whose metric is known."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
     chunk_rows: int = 1024
     """Pairs between two points that --resume continues from."""
 
@@ -88,6 +91,9 @@ class GroupsConfig(RowOptions, ModelOptions):
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
     on_bad_row: OnBadRow = "error"
     """What becomes of groups with a flagged response: error, drop (listed in dropped.jsonl), keep (if possible)."""
     out: str | None = not_identity(None)

@@ -19,6 +19,7 @@ from ches_jax.data.packing import Candidates
 from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, require_known
 from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
+from ches_jax.distributed.processes import Process, start_run
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
@@ -29,11 +30,12 @@ from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.model import open_model
 from ches_jax.forecast.passes import Pull, Push, Rows
 from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
+from ches_jax.forecast.together import begin, of_first
 from ches_jax.inputs import ModelFiles, Opener
 from ches_jax.models.decoder import abstract_parameters
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs import chunks
-from ches_jax.runs.directory import RUN, as_dict, device_name, new_name, open_run, read_json, write_summary
+from ches_jax.runs.directory import as_dict, device_name, new_name, write_summary
 from ches_jax.runs.files import read_parquet
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
@@ -99,6 +101,7 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
 
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
+      Followed: with ``distributed``, in all processes but the first, when that one has written all.
 
     >>> import json; import pyarrow.parquet as pq; from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -115,25 +118,29 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
             for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens")
         }
     )
+    process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "groups"))
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
-        return _groups(config, lock, resume, quiet, other_versions)
+        _groups(config, lock, process, resume, quiet or not process.first, other_versions)
+        return of_first(out, process)
 
 
-def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, other_versions: bool) -> Path:
-    lock.require_free()
+def _groups(
+    config: GroupsConfig, lock: RunLock, process: Process, resume: bool, quiet: bool, other_versions: bool
+) -> None:
     out, opener, clock = lock.out, Opener(), Clock(quiet)
-    model, mesh = opener.model(config.model), make_mesh(config.mesh)
-    found = read_responses(config, model, opener)
-    plan = plan_of(config, len(found.items))
-    metric = Metric(config.optimizer, config.optimizer_args, make_schedule("constant", config.lr, plan.total, 0))
-    require_divides(abstract_parameters(model.decoder), mesh, row_shards(mesh))
-    lock.take()
-    open_run(out, "groups", {"config": as_dict(config), **opener.identity()}, resume, other_versions=other_versions)
-    if (out / RUN).exists() and read_json(out / RUN).get("status") == "done":
-        chunks.clear(out)
-        return out
-    if found.dropped:
+    with process.sharing_errors():
+        if process.first:
+            lock.require_free()
+        model, mesh = opener.model(config.model), make_mesh(config.mesh, everywhere=True)
+        found = read_responses(config, model, opener)
+        plan = plan_of(config, len(found.items))
+        metric = Metric(config.optimizer, config.optimizer_args, make_schedule("constant", config.lr, plan.total, 0))
+        require_divides(abstract_parameters(model.decoder), mesh, row_shards(mesh))
+    identity = {"config": as_dict(config), **opener.identity()}
+    if begin(lock, "groups", identity, mesh, process, resume=resume, other_versions=other_versions):
+        return
+    if found.dropped and process.first:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
     say(f"loading the model ({model.directory})", quiet=quiet)
     policy, params = open_model(model, mesh, dtype=config.dtype, remat=config.remat)
@@ -147,7 +154,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
             moved = group_updates(found, plan, metric, Pull(policy, rows), params, config.clip, bar)
         return moved, {}
 
-    direction, _ = kept(out, mesh, compute)
+    direction, _ = kept(out, mesh, compute, process)
     push, rates, kernel = Push(policy, rows), GroupRates(policy, alone, together), HeadKernel(policy, rows)
 
     def table(members: Sequence[int]) -> pa.Table:
@@ -163,9 +170,19 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     parts = [range(i, min(i + CHUNK, len(found.items))) for i in range(0, len(found.items), CHUNK)]
     with clock.stage("groups", len(found.items)) as bar:
         for number, members in enumerate(parts):
-            chunk(out, number, lambda path: write_table(path, table(members)))  # noqa: B023
+            chunk(out, number, lambda: table(members), write_table, process)  # noqa: B023
             bar.update(len(members))
-    files = whole(out, len(parts), opener.require_unchanged)
+    files = whole(out, len(parts), opener.require_unchanged, process)
+    with process.sharing_errors():
+        if process.first:
+            _finish(config, out, found, files, clock, mesh, plan, process)
+
+
+def _finish(
+    config: GroupsConfig, out: Path, found: Responses, files: Sequence[Path], clock: Clock, mesh: Mesh, plan: Plan,
+    process: Process,
+) -> None:  # fmt: skip
+    """Joins the parts, and writes ``run.json``."""
     every = pa.concat_tables([read_parquet(file, RunError, "a part of this run", SCHEMA) for file in files])
     write_table(out / GROUPS, every.replace_schema_metadata({b"ches_jax": b"groups"}))
     write_summary(
@@ -175,6 +192,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
             "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
             "device": device_name(),
             "mesh": dict(mesh.shape),
+            "processes": process.count,
             "counts": {
                 "rows": found.rows, "groups": len(found.items), "responses": every.num_rows,
                 "dropped": len(found.dropped), "updates": plan.total,
@@ -185,7 +203,6 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
         },
     )  # fmt: skip
     chunks.clear(out)
-    return out
 
 
 def read_responses(config: GroupsConfig, model: ModelFiles, opener: Opener) -> Responses:

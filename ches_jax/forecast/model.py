@@ -6,7 +6,6 @@ puts a part with a forward mode in the place of each; both compute the same numb
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -90,11 +89,14 @@ def require_forward_mode(model: Model, params: dict[str, Array], name: str) -> N
     Raises:
       ChesError: names the model and what stops it.
     """
-    rows = jax.tree.map(jnp.asarray, empty_batch(model.mesh.size, 64))
-    logps = partial(model.forward, frozen=model.frozen, rows=rows)
+    rows = empty_batch(model.mesh.size, 64)
+
+    def logps(params: Any, frozen: Any, along: Any) -> Any:
+        return jax.jvp(lambda q: model.forward(q, frozen, rows), (params,), (along,))
+
     try:
         # lowered, not only traced: a function with a backward pass of its own refuses where it is lowered
-        jax.jit(lambda p, u: jax.jvp(lambda q: logps(q), (p,), (u,))).lower(params, params)
+        jax.jit(logps).lower(params, model.frozen, params)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ches_jax.distributed.processes import Process, start_run
 from ches_jax.errors import ChesError, RunError
 from ches_jax.forecast import influence as influences
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
@@ -23,17 +24,10 @@ from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
 from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
 from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
 from ches_jax.forecast.summary import summarise
+from ches_jax.forecast.together import begin, of_first
 from ches_jax.options import require_positive
 from ches_jax.runs import chunks
-from ches_jax.runs.directory import (
-    RUN,
-    as_dict,
-    device_name,
-    new_name,
-    open_run,
-    read_json,
-    write_summary,
-)
+from ches_jax.runs.directory import as_dict, device_name, new_name, write_summary
 from ches_jax.runs.files import parquet_source, read_parquet
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.progress import say
@@ -61,6 +55,7 @@ def forecast(
 
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
+      Followed: with ``distributed``, in all processes but the first, when that one has written all.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -69,11 +64,16 @@ def forecast(
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
     """
+    process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "forecast"))
+    if config.pilot and process.count > 1:
+        raise ChesError("--pilot with --distributed: make it apart, with `ches train --distributed ... --steps N`")
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
-        run, done = _open(config, lock, "forecast", resume, other_versions)
-        return out if done else _forecast(config, run, resume, quiet)
+        run, done = _open(config, lock, "forecast", resume, other_versions, process)
+        if not done:
+            _forecast(config, run, resume, quiet or not process.first)
+        return of_first(out, process)
 
 
 def influence(
@@ -89,6 +89,7 @@ def influence(
 
     Raises:
       ChesError: any input that is not fit, before anything is written; no probes; a loss that has no influences.
+      Followed: with ``distributed``, in all processes but the first, when that one has written all.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -97,20 +98,32 @@ def influence(
     ...     pq.read_table(out / "influence.parquet").num_rows
     4
     """
+    process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
         raise ChesError("ches influence: whose chosen responses should not fall? Give --probes FILE, or --holdout N")
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
-        run, done = _open(config, lock, "influence", resume, other_versions)
-        return out if done else _influence(config, run, quiet)
+        run, done = _open(config, lock, "influence", resume, other_versions, process)
+        if not done:
+            _influence(config, run, quiet or not process.first)
+        return of_first(out, process)
 
 
-def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_versions: bool) -> tuple[Run, bool]:
+def _open(
+    config: PassOptions, lock: RunLock, verb: str, resume: bool, other_versions: bool, process: Process
+) -> tuple[Run, bool]:
     """The run that is forecast, checked; and whether its directory, now ours, holds the finished forecast already."""
-    out = lock.out
-    lock.require_free()
-    require_positive({"chunk-rows": config.chunk_rows, "batch-tokens": config.batch_tokens})
-    run = prepare(training(config, str(out)))
+    with process.sharing_errors():
+        if process.first:
+            lock.require_free()
+        require_positive({"chunk-rows": config.chunk_rows, "batch-tokens": config.batch_tokens})
+        run = _checked(config, prepare(training(config, str(lock.out)), process))
+    identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
+    return run, begin(lock, verb, identity, run.mesh, process, resume=resume, other_versions=other_versions)
+
+
+def _checked(config: PassOptions, run: Run) -> Run:
+    """The run, where it can be forecast."""
     Metric(config.optimizer, config.optimizer_args, run.schedule)
     if config.accumulate > 1 and "kl_baseline" in run.loss.needs:
         raise ChesError(f"--accumulate with --loss {config.loss}: its reference point is one of the whole update")
@@ -124,17 +137,11 @@ def _open(config: PassOptions, lock: RunLock, verb: str, resume: bool, other_ver
         raise ChesError(
             f"--loss {config.loss}: a forecast of {what} is not known; forecast its pairs with another loss"
         )
-    identity = {"config": as_dict(config), "objective": repr(run.loss), **run.opener.identity()}
-    lock.take()
-    open_run(out, verb, identity, resume, other_versions=other_versions)
-    done = (out / RUN).exists() and read_json(out / RUN).get("status") == "done"
-    if done:
-        chunks.clear(out)
-    return run, done
+    return run
 
 
-def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Path:
-    out, clock = run.out, Clock(quiet)
+def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> None:
+    out, clock, process = run.out, Clock(quiet), run.process
     _write_dropped(run, config)
     say(f"loading the model ({run.model.directory})", quiet=quiet)
     passes = Passes.of(run, config.batch_tokens)
@@ -147,7 +154,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
             found = passes.products(start, run.pairs.held_out)
         return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}
 
-    direction, record = kept(out, run.mesh, compute)
+    direction, record = kept(out, run.mesh, compute, process)
     push = passes.push(direction, config.order)
 
     def columns(which: str, pairs: Sequence[TokenPair]) -> dict[str, Any]:
@@ -172,24 +179,26 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> Pa
     work = [(which, part) for which, pairs in sets.items() for part in _chunks(pairs, config.chunk_rows)]
     with clock.stage("forecasting", sum(map(len, sets.values()))) as bar:
         for number, (which, pairs) in enumerate(work):
-            chunk(out, number, lambda path: write_table(path, pa.table(columns(which, pairs), schema=SCHEMA)))  # noqa: B023
+            chunk(out, number, lambda: pa.table(columns(which, pairs), schema=SCHEMA), write_table, process)  # noqa: B023
             bar.update(len(pairs))
-    parts = whole(out, len(work), run.opener.require_unchanged)
-    table = pa.concat_tables([read_parquet(part, RunError, "a part of this run", SCHEMA) for part in parts])
+    parts = whole(out, len(work), run.opener.require_unchanged, process)
+    every = [SCHEMA.empty_table(), *(read_parquet(part, RunError, "a part of this run", SCHEMA) for part in parts)]
+    table = pa.concat_tables(every)
     with clock.stage("linear range"):
         errors = _linear_errors(passes, direction, sets, table)
     if config.pilot:
         with clock.stage("pilot"):
             run_pilot(run.config, config.pilot, out / PILOT, resume=resume, quiet=quiet)
         table = _with_pilot(table, out / PILOT, sets)
-    write_table(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
-    summary = summarise(table, record, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
-    _finish(run, config, clock, {"summary": summary})
-    return out
+    with process.sharing_errors():
+        if process.first:
+            write_table(out / FORECAST, table.replace_schema_metadata({b"ches_jax": b"forecast"}))
+            summary = summarise(table, record, errors, overlap=_overlap(run), config=config, updates=run.plan.total)
+            _finish(run, config, clock, {"summary": summary})
 
 
-def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
-    out, clock = run.out, Clock(quiet)
+def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> None:
+    out, clock, process = run.out, Clock(quiet), run.process
     say(f"loading the model ({run.model.directory})", quiet=quiet)
     passes = Passes.of(run, config.batch_tokens)
     influences.require_splits(passes)
@@ -202,15 +211,15 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
         with clock.stage("gradient of the probes"):
             return influences.influence_direction(passes, start, probes), {"slopes": start.slopes.tolist()}
 
-    direction, record = kept(out, run.mesh, compute)
+    direction, record = kept(out, run.mesh, compute, process)
     push, slopes = passes.push(direction), np.array(record["slopes"])
     metadata = {"verb": "influence", "model": config.model, "pairs": config.pairs, **_prints(run)}
     parts = _chunks(pairs, config.chunk_rows)
 
-    def write(path: Path, at: int, some: Sequence[TokenPair]) -> int:
+    def columns(at: int, some: Sequence[TokenPair]) -> dict[str, Any]:
         found = influences.influence_of(push(some).first, slopes[at : at + len(some)], len(pairs))
         influences.finite(found, some)
-        columns = {
+        return {
             **_identity_columns(some, config),
             "influence": found.total,
             "from_chosen": found.from_chosen,
@@ -218,18 +227,22 @@ def _influence(config: InfluenceConfig, run: Run, quiet: bool) -> Path:
             "flags": [list(p.flags) for p in some],
             "category": [p.category for p in some],
         }
-        write_part(path, columns, metadata)
-        return len(some)
+
+    def write(path: Path, part: dict[str, Any]) -> int:
+        write_part(path, part, metadata)
+        return len(part["row_id"])
 
     with clock.stage("influences", len(pairs)) as bar:
         for number, some in enumerate(parts):
-            chunk(out, number, partial(write, at=number * config.chunk_rows, some=some))
+            chunk(out, number, partial(columns, at=number * config.chunk_rows, some=some), write, process)
             bar.update(len(some))
-    merge_parts(whole(out, len(parts), run.opener.require_unchanged), out / INFLUENCE)
-    values = pq.read_table(parquet_source(out / INFLUENCE))["influence"].to_numpy()
-    warnings = _overlap_warning(_overlap(run), len(probes))
-    _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})
-    return out
+    files = whole(out, len(parts), run.opener.require_unchanged, process)
+    with process.sharing_errors():
+        if process.first:
+            merge_parts(files, out / INFLUENCE)
+            values = pq.read_table(parquet_source(out / INFLUENCE))["influence"].to_numpy()
+            warnings = _overlap_warning(_overlap(run), len(probes))
+            _finish(run, config, clock, {"concentration": influences.concentration(values), "warnings": warnings})
 
 
 SCHEMA = pa.schema(
@@ -287,6 +300,8 @@ def _linear_errors(
         some = np.random.default_rng(0).permutation(len(pairs))[:CHECKED]
         if some.size:
             after = np.concatenate(changes(at_once([pairs[i] for i in some])))
+            if not table.num_rows:  # the first process has it
+                continue
             first, before = (
                 np.concatenate([columns[f"{kind}_{side}"][start + some] for side in ("chosen", "rejected")])
                 for kind in ("first", "logp")
@@ -326,7 +341,7 @@ def _write_dropped(run: Run, config: PassOptions) -> None:
         for p in (run.pairs.held_out if config.holdout else ())
     ]
     dropped = [*run.pairs.dropped, *probes]
-    if dropped:
+    if dropped and run.process.first:
         chunks.write_lines(run.out / chunks.DROPPED, dropped)
 
 
@@ -345,6 +360,7 @@ def _finish(run: Run, config: PassOptions, clock: Clock, results: Mapping[str, A
             "optimizer": {"name": config.optimizer, **optimizer_hyper(config.optimizer, config.optimizer_args)},
             "device": device_name(),
             "mesh": dict(run.mesh.shape),
+            "processes": run.process.count,
             "counts": {
                 "rows": pairs.rows,
                 "train": len(pairs.train),

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, RunError
 from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.passes import on_mesh
@@ -25,6 +26,8 @@ from ches_jax.runs.work import Work
 SUFFIX = ".parquet"
 """Of the parts of a run."""
 DIRECTION, START = "direction.safetensors", "direction.json"
+ALONE = Process()
+T = TypeVar("T")
 
 
 class Clock:
@@ -57,17 +60,28 @@ class _Stage:
         self.clock.seconds[self.name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
 
 
-def kept(out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]]) -> tuple[Tree, dict[str, Any]]:
-    """A direction and what is known of it: computed, or as a run that was stopped left them, undamaged."""
+def kept(
+    out: Path, mesh: Any, compute: Callable[[], tuple[Tree, dict[str, Any]]], process: Process = ALONE
+) -> tuple[Tree, dict[str, Any]]:
+    """A direction and what is known of it: computed, or as a run that was stopped left them, undamaged.
+
+    Only the first process reads and writes files; the others get what it found.
+    """
     from safetensors.numpy import load, save_file
 
     arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
-    if (found := _found(arrays, record)) is None:
+    found = process.exchange(_found(arrays, record) if process.first else None)[0]
+    if found is None:
         direction, found = compute()
-        with replacing(arrays) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(direction).items()}, temporary)
-        write_json(record, {"sha256": sha256(arrays), "found": found, "sha256_of_found": _digest(found)})
-    return on_mesh(load(arrays.read_bytes()), mesh), found
+        on_host = process.on_host(direction)
+        with process.sharing_errors():
+            if process.first:
+                with replacing(arrays) as temporary:
+                    save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(on_host).items()}, temporary)
+                write_json(record, {"sha256": sha256(arrays), "found": found, "sha256_of_found": _digest(found)})
+        if process.count > 1:  # it lies where it belongs already
+            return direction, found
+    return on_mesh(process.from_first(load(arrays.read_bytes()) if process.first else None), mesh), found
 
 
 def _found(arrays: Path, record: Path) -> dict[str, Any] | None:
@@ -84,32 +98,49 @@ def _digest(found: Any) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def chunk(out: Path, number: int, write: Callable[[Path], int]) -> None:
-    """A part of the table, and its number of rows, unless a run that was stopped left it whole."""
-    if chunks.rows_done(out, number) is None:
-        path = chunks.path(out, number, SUFFIX)
-        rows = write(path)
-        chunks.commit(out, number, rows, [path])
+def chunk(
+    out: Path, number: int, make: Callable[[], T], write: Callable[[Path, T], int], process: Process = ALONE
+) -> None:
+    """A part of the table, and its number of rows, unless a run that was stopped left it whole.
+
+    Args:
+      out: the run directory.
+      number: of the part.
+      make: computes it, in all processes.
+      write: writes it, in the first one; returns its number of rows.
+      process: which of how many this is.
+    """
+    if not process.exchange(process.first and chunks.rows_done(out, number) is None)[0]:
+        return
+    with process.sharing_errors():
+        made = make()
+        if process.first:
+            path = chunks.path(out, number, SUFFIX)
+            chunks.commit(out, number, write(path, made), [path])
 
 
-def whole(out: Path, count: int, check: Callable[[], None]) -> list[Path]:
-    """All parts, in order.
+def whole(out: Path, count: int, check: Callable[[], None], process: Process = ALONE) -> list[Path]:
+    """All parts, in order; none in a process that is not the first.
 
     Args:
       out: the run directory.
       count: how many there are.
       check: raises where what was opened has changed; then nothing that was computed from it stays.
+      process: which of how many this is.
 
     Raises:
       RunError: what ``check`` raises; a part that is not as it was written.
     """
-    try:
-        check()
-    except RunError:
-        chunks.clear(out)
-        raise
-    chunks.end(out, count)
-    chunks.require_whole(out)
+    with process.sharing_errors():
+        if not process.first:
+            return []
+        try:
+            check()
+        except RunError:
+            chunks.clear(out)
+            raise
+        chunks.end(out, count)
+        chunks.require_whole(out)
     return [chunks.path(out, number, SUFFIX) for number in range(count)]
 
 
