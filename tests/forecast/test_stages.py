@@ -57,24 +57,24 @@ def test_a_part_that_is_damaged_is_written_again_and_one_that_is_whole_is_not(tm
     table = pa.table({"n": [1, 2]})
     written = []
 
-    def write(path):
+    def write(path, made):
         written.append(path.name)
-        return stages.write_table(path, table)
+        return stages.write_table(path, made)
 
     for _ in range(2):
         for number in range(2):
-            stages.chunk(tmp_path, number, write)
+            stages.chunk(tmp_path, number, lambda: table, write)
     assert written == ["part-000000.parquet", "part-000001.parquet"]
     flip(tmp_path / chunks.FOLDER / "part-000001.parquet")
     with pytest.raises(RunError, match=r"part-000001.parquet is not as it was written"):
         stages.whole(tmp_path, 2, lambda: None)
-    stages.chunk(tmp_path, 1, write)
+    stages.chunk(tmp_path, 1, lambda: table, write)
     parts = stages.whole(tmp_path, 2, lambda: None)
     assert len(written) == 3 and all(pq.read_table(part).equals(table) for part in parts)
 
 
 def test_of_data_that_changed_nothing_stays(tmp_path):
-    stages.chunk(tmp_path, 0, lambda path: stages.write_table(path, pa.table({"n": [1]})))
+    stages.chunk(tmp_path, 0, lambda: pa.table({"n": [1]}), stages.write_table)
 
     def changed():
         raise RunError("--pairs p.jsonl changed")

@@ -1,0 +1,140 @@
+"""``forecast``, ``influence`` and ``groups`` by several processes: what others see, numbers of one, deaths, refusals."""
+
+import json
+import signal
+import socket
+import time
+from dataclasses import fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ches_jax.cli import main
+from ches_jax.distributed.lead import Followed
+from ches_jax.distributed.processes import Process
+from ches_jax.forecast import run, stages
+from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConfig
+from ches_jax.forecast.together import of_first
+from tests.scores.test_score_processes import finish, start
+
+
+class Other(Process):
+    """The second of two processes, which hears ``words`` from the first one."""
+
+    def __new__(cls, *words):
+        return object.__new__(cls)
+
+    def __init__(self, *words):
+        super().__init__(1, 2)
+        object.__setattr__(self, "words", list(words))
+
+    def exchange(self, value, error=None):
+        """The word of the first process."""
+        return [self.words.pop(0), value]
+
+
+def test_processes_are_no_part_of_what_a_run_is():
+    for config in (ForecastConfig, InfluenceConfig, GroupsConfig):
+        assert [f.metadata["identity"] for f in fields(config) if f.name == "distributed"] == [False]
+
+
+def test_a_process_that_is_not_the_first_computes_what_that_one_lacks_and_writes_nothing(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return pa.table({"n": [1]})
+
+    stages.chunk(tmp_path, 0, make, stages.write_table, Other(False))
+    assert not made
+    stages.chunk(tmp_path, 0, make, stages.write_table, Other(True, None))
+    assert made == [1] and stages.whole(tmp_path, 1, lambda: None, Other(None)) == []
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Followed, match="run"):
+        of_first(tmp_path / "run", Other())
+
+
+def test_a_pilot_of_several_processes_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "start_run", lambda option, out: Process(0, 2))
+    assert main(["forecast", "--pilot", "2", "--distributed", "auto", "--out", str(tmp_path / "run")]) == 2
+    assert "ches train --distributed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model):
+    return [
+        "--model", str(tiny_model), "--limit", "16", "--holdout", "4", "--batch-size", "4", "--lr", "1e-4",
+        "--chunk-rows", "3", "--dtype", "float64",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny_model, tmp_path_factory):
+    file = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
+    rows = [{"prompt": f"1+{g}? ", "response": f" {n}", "score": float(n == g)} for g in range(1, 4) for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model", str(tiny_model), "--groups", str(file), "--batch-size", "2", "--dtype", "float64"]
+
+
+def two(verb, words, cache, folders, mesh):
+    """Two processes of two devices; each is given a folder of its own, for they need no disk in common."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for i, folder in enumerate(folders):
+        who = ["--mesh", mesh, "--out", str(folder), "--distributed", f"127.0.0.1:{port},2,{i}"]
+        processes += start(verb, 1, 2, [*words, *who], cache)
+    return processes
+
+
+def same(verb, one, other):
+    a, b = (pq.read_table(out / f"{verb}.parquet").to_pandas() for out in (one, other))
+    assert a.row_id.tolist() == b.row_id.tolist() and len(a)
+    for name in a.select_dtypes("float"):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "mesh"), [("forecast", "data=2,fsdp=2"), ("influence", "fsdp=4"), ("groups", "fsdp=4")]
+)
+def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(
+    verb, mesh, words, rollouts, cache, tmp_path
+):  # fmt: skip
+    asked = rollouts if verb == "groups" else words
+    folders = [tmp_path / "first", tmp_path / "second"]
+    codes, said = finish(two(verb, asked, cache, folders, mesh))
+    assert codes == [0, 0], said
+    assert not folders[1].exists()
+    codes, said = finish(start(verb, 1, 1, [*asked, "--out", str(tmp_path / "alone")], cache))
+    assert codes == [0], said
+    same(verb, folders[0], tmp_path / "alone")
+    assert json.loads((folders[0] / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_death_ends_both_and_both_go_on_or_one_alone(words, cache, tmp_path):
+    out, small = tmp_path / "run", [*words, "--chunk-rows", "1"]
+    for victim in (1, 0):
+        processes = two(
+            "influence", [*small, "--resume"] if out.exists() else small, cache, [out, tmp_path / "b"], "fsdp=4"
+        )
+        before, deadline = len(list(out.glob("parts/done-*.json"))), time.monotonic() + 300
+        while len(list(out.glob("parts/done-*.json"))) <= before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes[victim].send_signal(signal.SIGKILL)
+        codes, said = finish(processes)
+        assert 0 not in codes and not (out / "influence.parquet").exists(), said
+    codes, said = finish(two("influence", [*small, "--resume"], cache, [out, tmp_path / "b"], "data=4"))
+    assert codes == [0, 0], said
+    codes, said = finish(start("influence", 1, 1, [*small, "--out", str(tmp_path / "alone")], cache))
+    assert codes == [0], said
+    same("influence", out, tmp_path / "alone")
