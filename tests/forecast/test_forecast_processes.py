@@ -1,4 +1,4 @@
-"""``forecast``, ``influence`` and ``groups`` by several processes: what others see, numbers of one, deaths, refusals."""
+"""``forecast``, ``influence`` and ``groups`` by several processes: who writes, numbers of one, deaths, refusals."""
 
 import json
 import signal
@@ -19,6 +19,9 @@ from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConf
 from ches_jax.forecast.together import of_first
 from tests.scores.test_score_processes import finish, start
 
+heard: list = []
+"""What the first process says next."""
+
 
 class Other(Process):
     """The second of two processes, which hears ``words`` from the first one."""
@@ -28,11 +31,12 @@ class Other(Process):
 
     def __init__(self, *words):
         super().__init__(1, 2)
-        object.__setattr__(self, "words", list(words))
+        heard.clear()
+        heard.extend(words)
 
     def exchange(self, value, error=None):
         """The word of the first process."""
-        return [self.words.pop(0), value]
+        return [heard.pop(0), value]
 
 
 def test_processes_are_no_part_of_what_a_run_is():
