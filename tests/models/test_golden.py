@@ -23,7 +23,7 @@ FAMILIES = (*EARLIER, *WITH_A_STATE, *MULTIMODAL)
 transformers."""
 FLOAT32 = {"qwen3_5": 1e-4, "qwen3_5_multimodal": 1e-4, "gemma4": 1e-4}
 """Families whose float32 in transformers is further from float64 than that of the others."""
-FLOAT32_SUMS = dict.fromkeys(("qwen3_5", "qwen3_5_multimodal"), 2e-4)
+FLOAT32_SUMS: dict[str, float] = dict.fromkeys(("qwen3_5", "qwen3_5_multimodal"), 2e-4)
 """Of the largest component of a sum of states: 1.2e-4 over all pairs, and 1.4e-4 in the float32 of transformers (eager,
 one sequence at a time; its worst pair is 8, the rejected response). Scores are 1.6e-5 here, and 1.4e-5 there."""
 SPELLINGS = ("config.v4.json", "config.min.json")
