@@ -84,59 +84,69 @@ def _with_reference(batch: Batch, logps: ResponseLogps) -> Batch:
     return batch._replace(reference=logps.responses, tokens=tokens)
 
 
-def frozen_updates(
-    run: Run,
-    model: Model,
-    params: Tree,
-    reference: Logps | None,
-    *,
-    whole_epoch: bool = False,
-    on_update: Callable[[int], Any] = lambda t: None,
-) -> tuple[Tree, Start]:
-    """The sum of all updates of a run, with every gradient taken at ``params``; and what those gradients say.
+class FrozenUpdates:
+    """``updates(params, reference)``: the sum of all updates of a run, every gradient at ``params``; compiled once."""
 
-    Args:
-      run: the run that is forecast.
-      model: its model.
-      params: the trained parameters at the start.
-      reference: log-probabilities of the examples, where they are not those of the start itself.
-      whole_epoch: see every example once, also where the run is shorter; the updates are then those of an epoch.
-      on_update: called with the number of each update that is done.
+    def __init__(self, run: Run, model: Model):
+        """Takes the run that is forecast, and its model.
 
-    Raises:
-      ChesError: an optimiser whose metric is not known; a gradient that is not finite.
-    """
-    config, plan = run.config, run.plan
-    metric = Metric(config.optimizer, config.optimizer_args, run.schedule)
-    gradient_of = LossGradient(run, model)
-    loader = Loader(run.loss, run.train, plan, run.layout, reference, run.master)
-    first = plan.steps_per_epoch if whole_epoch else min(plan.total, plan.steps_per_epoch)
-    sizes = [sum(map(len, plan.update(t))) for t in range(first)]
-    steps = FrozenSteps(metric, params, [size / sum(sizes) for size in sizes], config.clip)
-    slopes = counted = np.zeros(0)
-    for t, batches in enumerate(loader.ahead(0, first)):
-        groups = plan.update(t)
-        gradient = None
-        for group, batch in zip(groups, batches, strict=True):
-            share = len(group) / sizes[t]
-            part, of_batch = gradient_of(params, batch)
-            if slopes.ndim == 1:
-                slopes, counted = np.zeros((len(run.train), of_batch.shape[1])), np.zeros(len(run.train))
-            slopes[group] += of_batch * len(group)
-            counted[group] += 1
-            if len(groups) == 1:
-                gradient = part
-            else:
-                scaled = jax.tree.map(lambda g, s=share: g * jnp.asarray(s, g.dtype), part)
-                gradient = scaled if gradient is None else jax.tree.map(jnp.add, gradient, scaled)
-        assert gradient is not None
-        try:
-            slopes[np.concatenate(groups)] *= steps.add(gradient)
-        except FloatingPointError:
-            rows = ", ".join(f"row {run.pairs.train[i].index}" for i in np.concatenate(groups)[:4]) or "none"
-            raise not_finite(t, f"pairs of {rows} ...") from None
-        on_update(t)
-    return steps.moved_after(plan.total), Start(steps.mean, steps.squares, slopes, counted)
+        Raises:
+          ChesError: an optimiser whose metric is not known.
+        """
+        config = run.config
+        self.run = run
+        self.metric = Metric(config.optimizer, config.optimizer_args, run.schedule)
+        self._gradient_of = LossGradient(run, model)
+        self._step = FrozenStep(self.metric, config.clip)
+
+    def __call__(
+        self,
+        params: Tree,
+        reference: Logps | None,
+        *,
+        whole_epoch: bool = False,
+        on_update: Callable[[int], Any] = lambda t: None,
+    ) -> tuple[Tree, Start]:
+        """The updates; and what their gradients say.
+
+        Args:
+          params: the trained parameters at the start.
+          reference: log-probabilities of the examples, where they are not those of the start itself.
+          whole_epoch: see every example once, also where the run is shorter; the updates are then those of an epoch.
+          on_update: called with the number of each update that is done.
+
+        Raises:
+          ChesError: a gradient that is not finite.
+        """
+        run, plan = self.run, self.run.plan
+        loader = Loader(run.loss, run.train, plan, run.layout, reference, run.master)
+        first = plan.steps_per_epoch if whole_epoch else min(plan.total, plan.steps_per_epoch)
+        sizes = [sum(map(len, plan.update(t))) for t in range(first)]
+        steps = FrozenSteps(self._step, params, [size / sum(sizes) for size in sizes])
+        slopes = counted = np.zeros(0)
+        for t, batches in enumerate(loader.ahead(0, first)):
+            groups = plan.update(t)
+            gradient = None
+            for group, batch in zip(groups, batches, strict=True):
+                share = len(group) / sizes[t]
+                part, of_batch = self._gradient_of(params, batch)
+                if slopes.ndim == 1:
+                    slopes, counted = np.zeros((len(run.train), of_batch.shape[1])), np.zeros(len(run.train))
+                slopes[group] += of_batch * len(group)
+                counted[group] += 1
+                if len(groups) == 1:
+                    gradient = part
+                else:
+                    scaled = jax.tree.map(lambda g, s=share: g * jnp.asarray(s, g.dtype), part)
+                    gradient = scaled if gradient is None else jax.tree.map(jnp.add, gradient, scaled)
+            assert gradient is not None
+            try:
+                slopes[np.concatenate(groups)] *= steps.add(gradient)
+            except FloatingPointError:
+                rows = ", ".join(f"row {run.pairs.train[i].index}" for i in np.concatenate(groups)[:4]) or "none"
+                raise not_finite(t, f"pairs of {rows} ...") from None
+            on_update(t)
+        return steps.moved_after(plan.total), Start(steps.mean, steps.squares, slopes, counted)
 
 
 def not_finite(update: int, whose: str) -> ChesError:
@@ -144,19 +154,15 @@ def not_finite(update: int, whose: str) -> ChesError:
     return ChesError(f"update {update}: the gradient is not finite ({whose}); try --dtype float32")
 
 
-class FrozenSteps:
-    """The steps of an optimiser on gradients of one point, added up; with their mean and mean squares."""
+class FrozenStep:
+    """One step of an optimiser among those of one point, and the sum of further ones; compiled once."""
 
-    def __init__(self, metric: Metric, params: Tree, shares: Sequence[float], clip: float | None = None):
-        """``shares``: of each update of the first epoch among its examples; they add up to 1."""
-        self.metric, self.params, self.shares, self.done = metric, params, shares, 0
-        zeros = jax.jit(wide_zeros)
-        self.moved, self.moments, self.mean, self.squares = (
-            zeros(params), metric.start(params), zeros(params), zeros(params),
-        )  # fmt: skip
+    def __init__(self, metric: Metric, clip: float | None = None):
+        """``clip``: the norm to which the run clips its gradients."""
+        self.metric = metric
 
         def apply(
-            moved: Tree, moments: Any, mean: Tree, squares: Tree, g: Tree, share: Any, count: Any, p: Tree
+            moved: Tree, moments: Any, mean: Tree, squares: Tree, g: Tree, share: Any, part: Any, count: Any, p: Tree
         ) -> Any:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in g.values()))
             used, factor = g, jnp.ones_like(norm)
@@ -166,10 +172,26 @@ class FrozenSteps:
             added, moments = metric.step(moments, used, squared, count, p)
             plus = jax.tree.map(jnp.add, moved, added)
             mean = {k: v + share.astype(v.dtype) * used[k] for k, v in mean.items()}
-            squares = {k: v + squared[k] / len(shares) for k, v in squares.items()}
+            squares = {k: v + squared[k] * part.astype(v.dtype) for k, v in squares.items()}
             return plus, moments, mean, squares, norm, factor
 
-        self._step = jax.jit(apply, donate_argnums=(0, 1, 2, 3))
+        def beyond(moved: Tree, moments: Any, mean: Tree, squares: Tree, done: Any, total: Any, p: Tree) -> Tree:
+            return jax.tree.map(jnp.add, moved, metric.further(moments, mean, squares, done, total, p))
+
+        self.zeros, self.apply, self.beyond = (
+            jax.jit(wide_zeros), jax.jit(apply, donate_argnums=(0, 1, 2, 3)), jax.jit(beyond),
+        )  # fmt: skip
+
+
+class FrozenSteps:
+    """The steps of an optimiser on gradients of one point, added up; with their mean and mean squares."""
+
+    def __init__(self, step: FrozenStep, params: Tree, shares: Sequence[float]):
+        """``shares``: of each update of the first epoch among its examples; they add up to 1."""
+        self.step, self.params, self.shares, self.done = step, params, shares, 0
+        self.moved, self.moments, self.mean, self.squares = (
+            step.zeros(params), step.metric.start(params), step.zeros(params), step.zeros(params),
+        )  # fmt: skip
 
     def add(self, gradient: Tree) -> float:
         """One update; by what its gradient was multiplied when it was clipped.
@@ -177,9 +199,9 @@ class FrozenSteps:
         Raises:
           FloatingPointError: a gradient that is not finite.
         """
-        share = np.float64(self.shares[self.done])
-        self.moved, self.moments, self.mean, self.squares, norm, factor = self._step(
-            self.moved, self.moments, self.mean, self.squares, gradient, share, jnp.int32(self.done), self.params
+        share, part = np.float64(self.shares[self.done]), np.float64(1 / len(self.shares))
+        self.moved, self.moments, self.mean, self.squares, norm, factor = self.step.apply(
+            self.moved, self.moments, self.mean, self.squares, gradient, share, part, jnp.int32(self.done), self.params
         )
         if not np.isfinite(float(norm)):
             raise FloatingPointError
@@ -190,5 +212,5 @@ class FrozenSteps:
         """The sum of ``total`` updates: those that were added, and further ones of their mean."""
         if total <= self.done:
             return self.moved
-        further = jax.jit(lambda m, g, s, p: self.metric.further(m, g, s, self.done, total, p))
-        return jax.tree.map(jnp.add, self.moved, further(self.moments, self.mean, self.squares, self.params))
+        done = jnp.int32(self.done)
+        return self.step.beyond(self.moved, self.moments, self.mean, self.squares, done, jnp.int32(total), self.params)

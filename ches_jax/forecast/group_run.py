@@ -22,7 +22,7 @@ from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
-from ches_jax.forecast.frozen import FrozenSteps, not_finite
+from ches_jax.forecast.frozen import FrozenStep, FrozenSteps, not_finite
 from ches_jax.forecast.group_summary import summarise
 from ches_jax.forecast.groups import GroupRates, HeadKernel, nthr, weighted
 from ches_jax.forecast.metric import Metric, Tree
@@ -261,7 +261,7 @@ def group_updates(
     first = min(plan.total, plan.steps_per_epoch)
     members = [np.concatenate(plan.update(t)) for t in range(first)]
     seen = sum(map(len, members))
-    steps = FrozenSteps(metric, params, [len(m) / seen for m in members], clip)
+    steps = FrozenSteps(FrozenStep(metric, clip), params, [len(m) / seen for m in members])
     for t, mine in enumerate(members):
         items = [found.items[i] for i in mine]
         gradient = pull(params, items, weighted([found.coefficients[i] for i in mine], len(mine)))

@@ -9,14 +9,15 @@ training pairs; what it does to a response, one forward-mode pass.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ches_jax.data.packing import Item
-from ches_jax.forecast.frozen import Start, frozen_updates
-from ches_jax.forecast.metric import Metric, Tree
+from ches_jax.forecast.frozen import FrozenUpdates, Start
+from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.model import Model, open_model
 from ches_jax.forecast.passes import Derivatives, Measure, Pull, Push, Rows
 from ches_jax.forecast.products import Products, products
@@ -82,15 +83,28 @@ class Passes:
         )
         return found.get("train")
 
+    @cached_property
+    def updates(self) -> FrozenUpdates:
+        """The frozen updates of the run, compiled once."""
+        return FrozenUpdates(self.run, self.model)
+
+    @cached_property
+    def pull(self) -> Pull:
+        """Gradients of weighted sums, compiled once."""
+        return Pull(self.model, self.rows)
+
+    @cached_property
+    def _of_run(self) -> Callable[[Tree], Tree]:
+        metric, total = self.updates.metric, self.run.plan.total
+        return jax.jit(lambda squares: metric.of_run(squares, total))
+
     def frozen_updates(self, **options: Any) -> tuple[Tree, Start]:
-        """``frozen.frozen_updates`` of the run; its options."""
-        return frozen_updates(self.run, self.model, self.params, self.reference(), **options)
+        """``frozen.FrozenUpdates`` at the start; their options."""
+        return self.updates(self.params, self.reference(), **options)
 
     def metric(self, start: Start) -> Tree:
         """``Metric.of_run`` of the run."""
-        config, total = self.run.config, self.run.plan.total
-        metric = Metric(config.optimizer, config.optimizer_args, self.run.schedule)
-        return jax.jit(lambda squares: metric.of_run(squares, total))(start.squares)
+        return self._of_run(start.squares)
 
     def mean_gradient(self, pairs: Sequence[TokenPair]) -> Tree:
         """Mean gradient of ln pi(chosen)."""
@@ -100,7 +114,7 @@ class Passes:
         """Gradient of the weighted sum of ln pi(chosen); pairs of weight 0 cost nothing."""
         counted = np.flatnonzero(coefficients).tolist()
         items: list[Item] = [replace(pairs[i], rejected=NOTHING) for i in counted]
-        return Pull(self.model, self.rows)(self.params, items, [np.array([coefficients[i], 0.0]) for i in counted])
+        return self.pull(self.params, items, [np.array([coefficients[i], 0.0]) for i in counted])
 
     def products(self, start: Start, probes: Sequence[TokenPair]) -> Products | None:
         """The three inner products; None for losses that do not weigh the two responses of a pair."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ches_jax.forecast.config import ForecastConfig, training
-from ches_jax.forecast.frozen import FrozenSteps
+from ches_jax.forecast.frozen import FrozenStep, FrozenSteps
 from ches_jax.forecast.metric import Metric
 from ches_jax.forecast.setup import Passes, changes
 from ches_jax.train.loop import train
@@ -61,7 +61,7 @@ def test_frozen_updates_sum_to_the_real_ones_as_the_rate_falls(tiny_model, tmp_p
 @pytest.mark.parametrize(("clip", "factor"), [(1.0, 0.2), (10.0, 1.0), (None, 1.0)])
 def test_clipping_shortens_a_gradient_and_never_enlarges_it(clip, factor):
     params = {"w": jnp.zeros(2)}
-    steps = FrozenSteps(Metric("sgd", {}, make_schedule("constant", 0.5, 1)), params, [1.0], clip)
+    steps = FrozenSteps(FrozenStep(Metric("sgd", {}, make_schedule("constant", 0.5, 1)), clip), params, [1.0])
     assert steps.add({"w": jnp.array([3.0, -4.0])}) == pytest.approx(factor, rel=1e-5)
     np.testing.assert_allclose(steps.moved["w"], -0.5 * factor * np.array([3.0, -4.0]), rtol=1e-5)
 

@@ -103,7 +103,7 @@ def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypa
         forecast(ForecastConfig(**config, out=str(out)), quiet=True)
     monkeypatch.setattr(runs, "write_table", write)
     # what is there is not computed again
-    monkeypatch.setattr("ches_jax.forecast.setup.frozen_updates", None)
+    monkeypatch.setattr("ches_jax.forecast.setup.FrozenUpdates", None)
     forecast(ForecastConfig(**config, out=str(out)), resume=True, quiet=True)
     assert pq.read_table(out / "forecast.parquet").equals(pq.read_table(whole / "forecast.parquet"))
 
