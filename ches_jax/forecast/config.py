@@ -22,9 +22,6 @@ class PassOptions(UpdateOptions):
     """rmsprop (torch's), adamw or sgd: those whose metric is known."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
-    distributed: str = not_identity("off")
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
-    of their devices; the first one writes."""
     chunk_rows: int = 1024
     """Pairs between two points that --resume continues from."""
 
@@ -50,6 +47,10 @@ class InfluenceConfig(PassOptions):
     >>> InfluenceConfig(probes="held_out.jsonl").optimizer
     'rmsprop'
     """
+
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +92,6 @@ class GroupsConfig(RowOptions, ModelOptions):
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
-    distributed: str = not_identity("off")
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
-    of their devices; the first one writes."""
     on_bad_row: OnBadRow = "error"
     """What becomes of groups with a flagged response: error, drop (listed in dropped.jsonl), keep (if possible)."""
     out: str | None = not_identity(None)

@@ -91,12 +91,12 @@ def require_forward_mode(model: Model, params: dict[str, Array], name: str) -> N
     """
     rows = empty_batch(model.mesh.size, 64)
 
-    def logps(params: Any, frozen: Any, along: Any) -> Any:
+    def logps(params: Any, frozen: Any, rows: Any, along: Any) -> Any:
         return jax.jvp(lambda q: model.forward(q, frozen, rows), (params,), (along,))
 
     try:
         # lowered, not only traced: a function with a backward pass of its own refuses where it is lowered
-        jax.jit(logps).lower(params, model.frozen, params)
+        jax.jit(logps).lower(params, model.frozen, rows, params)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -55,7 +55,6 @@ def forecast(
 
     Raises:
       ChesError: any input that is not fit, before anything is written; a gradient that is not finite.
-      Followed: with ``distributed``, in all processes but the first, when that one has written all.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -64,10 +63,8 @@ def forecast(
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
     """
-    process = start_run(config.distributed, config.out)
+    process = Process()
     out = output_place(config.out or new_name(Path("runs"), "forecast"))
-    if config.pilot and process.count > 1:
-        raise ChesError("--pilot with --distributed: make it apart, with `ches train --distributed ... --steps N`")
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
         run, done = _open(config, lock, "forecast", resume, other_versions, process)

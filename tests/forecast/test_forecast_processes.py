@@ -1,4 +1,4 @@
-"""``forecast``, ``influence`` and ``groups`` by several processes: who writes, numbers of one, deaths, refusals."""
+"""``influence`` by several processes: who writes, numbers of one, deaths."""
 
 import json
 import signal
@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.cli import main
 from ches_jax.distributed.lead import Followed
 from ches_jax.distributed.processes import Process
-from ches_jax.forecast import run, stages
-from ches_jax.forecast.config import ForecastConfig, GroupsConfig, InfluenceConfig
+from ches_jax.forecast import stages
+from ches_jax.forecast.config import InfluenceConfig
 from ches_jax.forecast.together import of_first
 from tests.scores.test_score_processes import finish, start
 
@@ -40,8 +39,7 @@ class Other(Process):
 
 
 def test_processes_are_no_part_of_what_a_run_is():
-    for config in (ForecastConfig, InfluenceConfig, GroupsConfig):
-        assert [f.metadata["identity"] for f in fields(config) if f.name == "distributed"] == [False]
+    assert [f.metadata["identity"] for f in fields(InfluenceConfig) if f.name == "distributed"] == [False]
 
 
 def test_a_process_that_is_not_the_first_computes_what_that_one_lacks_and_writes_nothing(tmp_path):
@@ -60,13 +58,6 @@ def test_a_process_that_is_not_the_first_computes_what_that_one_lacks_and_writes
         of_first(tmp_path / "run", Other())
 
 
-def test_a_pilot_of_several_processes_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "start_run", lambda option, out: Process(0, 2))
-    assert main(["forecast", "--pilot", "2", "--distributed", "auto", "--out", str(tmp_path / "run")]) == 2
-    assert "ches train --distributed" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
@@ -78,14 +69,6 @@ def words(tiny_model):
         "--model", str(tiny_model), "--limit", "16", "--holdout", "4", "--batch-size", "4", "--lr", "1e-4",
         "--chunk-rows", "3", "--dtype", "float64",
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def rollouts(tiny_model, tmp_path_factory):
-    file = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
-    rows = [{"prompt": f"1+{g}? ", "response": f" {n}", "score": float(n == g)} for g in range(1, 4) for n in range(4)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--model", str(tiny_model), "--groups", str(file), "--batch-size", "2", "--dtype", "float64"]
 
 
 def two(verb, words, cache, folders, mesh):
@@ -107,20 +90,14 @@ def same(verb, one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("verb", "mesh"), [("forecast", "data=2,fsdp=2"), ("influence", "fsdp=4"), ("groups", "fsdp=4")]
-)
-def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(
-    verb, mesh, words, rollouts, cache, tmp_path
-):  # fmt: skip
-    asked = rollouts if verb == "groups" else words
+def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(words, cache, tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
-    codes, said = finish(two(verb, asked, cache, folders, mesh))
+    codes, said = finish(two("influence", words, cache, folders, "fsdp=4"))
     assert codes == [0, 0], said
     assert not folders[1].exists()
-    codes, said = finish(start(verb, 1, 1, [*asked, "--out", str(tmp_path / "alone")], cache))
+    codes, said = finish(start("influence", 1, 1, [*words, "--out", str(tmp_path / "alone")], cache))
     assert codes == [0], said
-    same(verb, folders[0], tmp_path / "alone")
+    same("influence", folders[0], tmp_path / "alone")
     assert json.loads((folders[0] / "run.json").read_text())["processes"] == 2
 
 
