@@ -1,9 +1,7 @@
-"""``influence`` by several processes: who writes, numbers of one, deaths."""
+"""``influence`` by several processes: who writes, numbers of one."""
 
 import json
-import signal
 import socket
-import time
 from dataclasses import fields
 
 import numpy as np
@@ -99,23 +97,3 @@ def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(words,
     assert codes == [0], said
     same("influence", folders[0], tmp_path / "alone")
     assert json.loads((folders[0] / "run.json").read_text())["processes"] == 2
-
-
-@pytest.mark.slow
-def test_a_death_ends_both_and_both_go_on_or_one_alone(words, cache, tmp_path):
-    out, small = tmp_path / "run", [*words, "--chunk-rows", "1"]
-    for victim in (1, 0):
-        processes = two(
-            "influence", [*small, "--resume"] if out.exists() else small, cache, [out, tmp_path / "b"], "fsdp=4"
-        )
-        before, deadline = len(list(out.glob("parts/done-*.json"))), time.monotonic() + 300
-        while len(list(out.glob("parts/done-*.json"))) <= before and time.monotonic() < deadline:
-            time.sleep(0.02)
-        processes[victim].send_signal(signal.SIGKILL)
-        codes, said = finish(processes)
-        assert 0 not in codes and not (out / "influence.parquet").exists(), said
-    codes, said = finish(two("influence", [*small, "--resume"], cache, [out, tmp_path / "b"], "data=4"))
-    assert codes == [0, 0], said
-    codes, said = finish(start("influence", 1, 1, [*small, "--out", str(tmp_path / "alone")], cache))
-    assert codes == [0], said
-    same("influence", out, tmp_path / "alone")
