@@ -41,6 +41,7 @@ from ches_jax.runs.store import output_place
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan
 from ches_jax.train.optimizer import make_schedule, optimizer_hyper
+from ches_jax.train.policy import open_lora, require_lora_options
 from ches_jax.train.state import require_divides
 
 GROUPS = "groups.parquet"
@@ -112,10 +113,11 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     require_positive(
         {
             n.replace("_", "-"): getattr(config, n)
-            for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens")
+            for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens", "lora_rank")
         }
     )
     out = output_place(config.out or new_name(Path("runs"), "groups"))
+    require_lora_options(config)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
         return _groups(config, lock, resume, quiet, other_versions)
 
@@ -124,6 +126,7 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     lock.require_free()
     out, opener, clock = lock.out, Opener(), Clock(quiet)
     model, mesh = opener.model(config.model), make_mesh(config.mesh)
+    lora = open_lora(config, model, opener)
     found = read_responses(config, model, opener)
     plan = plan_of(config, len(found.items))
     metric = Metric(config.optimizer, config.optimizer_args, make_schedule("constant", config.lr, plan.total, 0))
@@ -136,7 +139,8 @@ def _groups(config: GroupsConfig, lock: RunLock, resume: bool, quiet: bool, othe
     if found.dropped:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
     say(f"loading the model ({model.directory})", quiet=quiet)
-    policy, params = open_model(model, mesh, dtype=config.dtype, remat=config.remat)
+    options = {"remat": config.remat, "lora": lora, "seed": config.seed}
+    policy, params = open_model(model, mesh, dtype=config.dtype, **options)
     rows, together = (rows_of(config, model, mesh, found.items, one) for one in (False, True))
     alone = rows_of(
         config, model, mesh, [Candidates(i.prompt, (r,), 1) for i in found.items for r in i.responses], True
