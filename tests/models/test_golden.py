@@ -23,6 +23,9 @@ FAMILIES = (*EARLIER, *WITH_A_STATE, *MULTIMODAL)
 transformers."""
 FLOAT32 = {"qwen3_5": 1e-4, "qwen3_5_multimodal": 1e-4, "gemma4": 1e-4}
 """Families whose float32 in transformers is further from float64 than that of the others."""
+FLOAT32_SUMS: dict[str, float] = dict.fromkeys(("qwen3_5", "qwen3_5_multimodal"), 2e-4)
+"""Of the largest component of a sum of states: 1.2e-4 over all pairs, and 1.4e-4 in the float32 of transformers (eager,
+one sequence at a time; its worst pair is 8, the rejected response). Scores are 1.6e-5 here, and 1.4e-5 there."""
 SPELLINGS = ("config.v4.json", "config.min.json")
 LENGTH = 512
 """Every sequence is padded to this, so that a model compiles once."""
@@ -131,7 +134,10 @@ def test_all_pairs(golden: Path, family: str, dtype: str, tolerance: float):
         errors = compare(golden / family, dtype, range(24))
         errors["reference"] = compare_reference(golden / family, dtype, range(24))
     print(family, dtype, {k: f"{v:.1e}" for k, v in errors.items()})
-    assert max(errors.values()) < (FLOAT32.get(family, tolerance) if dtype == "float32" else tolerance), errors
+    bound = FLOAT32.get(family, tolerance) if dtype == "float32" else tolerance
+    sums = errors.pop("sum_hidden")
+    assert sums < (FLOAT32_SUMS.get(family, bound) if dtype == "float32" else bound), sums
+    assert max(errors.values()) < bound, errors
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -24,6 +24,7 @@ from ches_jax.models.checkpoint.hf_config import ConfigReader
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.config import DecoderConfig, RopeConfig
 from ches_jax.models.families.registry import FAMILIES, decoder_config
+from ches_jax.models.rope import frequencies
 
 from .rows import LLAMA3, LONGROPE, ROPES, ROWS, YARN, Row
 from .test_parity import jax_outputs, relative
@@ -98,16 +99,22 @@ def ours(raw: dict[str, Any]) -> DecoderConfig | None:
         return None
 
 
-def meaning(config: DecoderConfig) -> DecoderConfig:
-    """The config without the context length where nothing depends on it."""
+def meaning(config: DecoderConfig) -> tuple[Any, ...]:
+    """What a config computes: of rotations the frequencies themselves, which several settings can give.
 
-    def of_rope(rope: RopeConfig | None) -> RopeConfig | None:
-        if rope is None or rope.kind not in ("default", "linear", "proportional"):
+    One pair of channels turns at the same rate whatever the base; a ramp between two channels touches neither; and the
+    context length counts only where something depends on it.
+    """
+
+    def of_rope(rope: RopeConfig | None) -> Any:
+        if rope is None or rope.length_threshold is not None:
             return rope
-        return replace(rope, max_positions=0, original_max_positions=0)
+        rates = tuple(f"{rate:.12e}" for rate in frequencies(rope))
+        return rope.rotary_dim, rope.neighbours, rope.attention_factor, rates
 
     length = config.max_positions if config.rope is None else 0
-    return replace(config, max_positions=length, rope=of_rope(config.rope), local_rope=of_rope(config.local_rope))
+    rest = replace(config, max_positions=length, rope=None, local_rope=None)
+    return rest, of_rope(config.rope), of_rope(config.local_rope)
 
 
 def test_every_key_of_a_config_class_is_known():

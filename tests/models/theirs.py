@@ -60,7 +60,7 @@ def theirs(config_class: str, raw: dict[str, Any]) -> Theirs:
                 noise = torch.randn(a.shape, generator=generator, dtype=torch.float64)
                 if a.ndim > 1:
                     a.copy_(noise * a.shape[-1] ** -0.5)
-                elif name.endswith("sinks"):  # drawn in the width that the config says
+                elif name.endswith(("sinks", "router.bias")):  # drawn in the width that the config says
                     a.copy_(noise)
                 else:
                     a.add_(0.3 * noise)
