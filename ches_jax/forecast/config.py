@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ches_jax.options import ModelOptions, Numbers, RowOptions, not_identity
-from ches_jax.train.config import TrainConfig, UpdateOptions
+from ches_jax.train.config import LoraOptions, TrainConfig, UpdateOptions
 from ches_jax.types import Eos, Objective, OnBadRow
 
 
@@ -54,7 +54,7 @@ class InfluenceConfig(PassOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig(RowOptions, ModelOptions):
+class GroupsConfig(RowOptions, ModelOptions, LoraOptions):
     """What ``ches groups`` does.
 
     >>> GroupsConfig(groups="rollouts.jsonl").objective

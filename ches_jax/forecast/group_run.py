@@ -43,6 +43,7 @@ from ches_jax.runs.store import output_place
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan
 from ches_jax.train.optimizer import make_schedule, optimizer_hyper
+from ches_jax.train.policy import open_lora, require_lora_options
 from ches_jax.train.state import require_divides
 
 GROUPS = "groups.parquet"
@@ -114,11 +115,12 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     require_positive(
         {
             n.replace("_", "-"): getattr(config, n)
-            for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens")
+            for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens", "lora_rank")
         }
     )
     process = Process()
     out = output_place(config.out or new_name(Path("runs"), "groups"))
+    require_lora_options(config)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
         _groups(config, lock, process, resume, quiet or not process.first, other_versions)
         return of_first(out, process)
@@ -132,6 +134,7 @@ def _groups(
         if process.first:
             lock.require_free()
         model, mesh = opener.model(config.model), make_mesh(config.mesh, everywhere=True)
+        lora = open_lora(config, model, opener)
         found = read_responses(config, model, opener)
         plan = plan_of(config, len(found.items))
         metric = Metric(config.optimizer, config.optimizer_args, make_schedule("constant", config.lr, plan.total, 0))
@@ -142,7 +145,8 @@ def _groups(
     if found.dropped and process.first:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
     say(f"loading the model ({model.directory})", quiet=quiet)
-    policy, params = open_model(model, mesh, dtype=config.dtype, remat=config.remat)
+    options = {"remat": config.remat, "lora": lora, "seed": config.seed}
+    policy, params = open_model(model, mesh, dtype=config.dtype, **options)
     rows, together = (rows_of(config, model, mesh, found.items, one) for one in (False, True))
     alone = rows_of(
         config, model, mesh, [Candidates(i.prompt, (r,), 1) for i in found.items for r in i.responses], True

@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from ches_jax.displacement import TOLERANCE
-from ches_jax.options import ModelOptions, Numbers, PairOptions, not_identity
+from ches_jax.options import ModelOptions, Numbers, Options, PairOptions, not_identity
 from ches_jax.types import OnBadRow, SftUnit
 
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -20,7 +20,25 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateOptions(PairOptions, ModelOptions):
+class LoraOptions(Options):
+    """Which adapters are trained, for the verbs that make updates and those that forecast them."""
+
+    lora_rank: int | None = None
+    """Train adapters of this rank beside the layers' matrices (LoRA) instead of the weights."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; default: twice the rank."""
+    lora_targets: str | None = None
+    """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
+    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... of a mixture) with commas
+    between them, or all-linear (the default: all but the experts)."""
+    lora_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    adapter: str | None = None
+    """A PEFT adapter (directory or hub name) to continue training; the initial policy is the model with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions(PairOptions, ModelOptions, LoraOptions):
     """What decides the updates of a run, for the verbs that make them and those that forecast them.
 
     >>> UpdateOptions(loss="simpo", lora_rank=8).optimizer
@@ -57,19 +75,6 @@ class UpdateOptions(PairOptions, ModelOptions):
     reference: str = "initial"
     """Reference model: initial, none, columns (ref_chosen_logps, ref_rejected_logps of the rows), a model directory,
     or a cache file written before."""
-
-    lora_rank: int | None = None
-    """Train adapters of this rank beside the layers' matrices (LoRA) instead of the weights."""
-    lora_alpha: float | None = None
-    """Adapters are scaled by alpha / rank; default: twice the rank."""
-    lora_targets: str | None = None
-    """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
-    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... of a mixture) with commas
-    between them, or all-linear (the default: all but the experts)."""
-    lora_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-    adapter: str | None = None
-    """A PEFT adapter (directory or hub name) to continue training; the initial policy is the model with it."""
 
     optimizer: str = "rmsprop"
     """rmsprop (torch's), adamw, adafactor or sgd."""

@@ -37,7 +37,7 @@ from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.layers import Linear
 from ches_jax.models.sharding import placement
 from ches_jax.runs.store import remove
-from ches_jax.train.config import TrainConfig
+from ches_jax.train.config import LoraOptions
 from ches_jax.train.token_masks import without_masks
 
 MODEL = "model"
@@ -53,7 +53,7 @@ class Lora:
     """Where they start, if not from B = 0."""
 
 
-def require_lora_options(config: TrainConfig) -> None:
+def require_lora_options(config: LoraOptions) -> None:
     """Refuse options of adapters that do not go together.
 
     Raises:
@@ -67,7 +67,7 @@ def require_lora_options(config: TrainConfig) -> None:
             raise ChesError(f"--lora-{name}: belongs to --lora-rank, which is not given")
 
 
-def open_lora(config: TrainConfig, model: ModelFiles, opener: Opener) -> Lora | None:
+def open_lora(config: LoraOptions, model: ModelFiles, opener: Opener) -> Lora | None:
     """What the config says about adapters; None in full training.
 
     Raises:

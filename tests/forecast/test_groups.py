@@ -68,6 +68,23 @@ def test_rates_are_the_derivatives_along_the_groups_own_step(exact, group):
         assert rates.winners[0] == pytest.approx(0.0, abs=1e-12 * abs(rates.own[0]))
 
 
+@pytest.mark.slow
+def test_rates_of_adapters_are_those_of_the_weights_gradients_through_them(exact, passes_of, group):
+    """With B = 0 the gradient of ln pi by B is scale * G A^T, G that by the weight; that by A is 0."""
+    passes, (item, c) = exact[0], group
+    with jax.enable_x64(True):
+        low = passes_of(lora_rank=2, lora_alpha=6.0, lora_targets="q,down")
+        rates = GroupRates(low.model, low.rows, low.rows)(low.params, item, c)
+        pull = Pull(passes.model, passes.rows)
+        of = [pull(passes.params, [Candidates(item.prompt, (r,), 1)], [np.ones(1)]) for r in item.responses]
+    down = {name.removesuffix(".lora_a"): np.asarray(a) for name, a in low.params.items() if name.endswith(".lora_a")}
+    assert {name.rsplit(".", 1)[-1] for name in down} == {"q_proj", "down_proj"}
+    through = [[3.0 * np.einsum("loi,lri->lor", g[f"{n}.weight"], a) for n, a in down.items()] for g in of]
+    parts = np.array([np.concatenate([x.ravel() for x in one]) for one in through])
+    np.testing.assert_allclose(rates.total, parts @ parts.T @ c, rtol=1e-9)
+    np.testing.assert_allclose(rates.own, np.diag(parts @ parts.T) * c, rtol=1e-9)
+
+
 def test_the_head_kernel_is_that_of_unembedding_gradients(exact, group):
     """Explicit residuals times states, [V, D] for each response; NTHR summed over a losing response's tokens."""
     passes, (item, c) = exact[0], group
@@ -154,6 +171,9 @@ def two(first, second, **more):
         (two(" a", ""), [], "the chosen response is empty"),
         (two(" a", " b"), ["--optimizer", "adafactor"], "its metric is not known"),
         (two(" a", " b"), ["--lr", "0"], "--lr 0.0: expected a positive number"),
+        (two(" a", " b"), ["--lora-rank", "0"], "--lora-rank 0: expected a positive number"),
+        (two(" a", " b"), ["--lora-alpha", "2"], "belongs to --lora-rank"),
+        (two(" a", " b"), ["--lora-rank", "2", "--lora-targets", "qq"], "qq"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tiny_model, tmp_path, capsys, rows, options, message):
@@ -162,6 +182,16 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_model, tmp_path, c
     words = ["groups", "--groups", str(path), "--model", str(tiny_model), "--out", str(tmp_path / "run"), *options]
     assert main(words) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_moves_them_alone(rollouts, tiny_model, tmp_path, finished):
+    options = {**vars(finished[1]), "lora_rank": 2, "out": str(tmp_path / "run"), "optimizer": "sgd", "lr": 0.1}
+    low, whole = GroupsConfig(**options), GroupsConfig(**{**options, "lora_rank": None, "out": str(tmp_path / "whole")})
+    tables = [pq.read_table(groups(one, quiet=True) / GROUPS) for one in (low, whole)]
+    assert tables[0]["logp"].equals(tables[1]["logp"]) and tables[0]["head_rate"].equals(tables[1]["head_rate"])
+    own = [np.abs(t["rate_own"].to_numpy()) for t in tables]
+    assert ((own[0] < own[1]) | (own[1] == 0)).all() and own[0].any()
 
 
 def test_a_finished_run_is_taken_as_it_is_and_another_one_is_refused(finished):

@@ -1,5 +1,6 @@
 """Every family against transformers: hidden states and logits in, weights out again, dense and block attention."""
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +82,9 @@ def made(tmp_path_factory) -> Callable[[Row, dict[str, Any]], Made]:
 
 def make(row: Row, extra: dict[str, Any], directory: Path) -> Outputs:
     """A random model of the family, written by transformers, and what it computes."""
-    config = getattr(transformers, row.config)(**{**row.base, **extra}, attn_implementation="eager")
+    # a config writes into the dictionaries that it is given, which other rows share
+    settings = copy.deepcopy({**row.base, **extra})
+    config = getattr(transformers, row.config)(**settings, attn_implementation="eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what a family draws of its own and noise below only shifts: decays of a state
         model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
