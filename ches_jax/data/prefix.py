@@ -28,7 +28,7 @@ LEAST_POSITIONS = 1024
 LEAST_SHARE = 0.25
 """And of the positions of all items that begin so: copying keys and a wider choice of them cost a little too."""
 LEAST_BATCHES = 4
-"""And batches' positions, where others are left: both then end in a batch that is not full, and a program more is compiled."""
+"""And batches' positions, where others are left: both end in a batch that is not full, a program more is compiled."""
 
 
 class Prefix(NamedTuple):
