@@ -7,6 +7,8 @@ the prefix's keys; the item's own tokens follow, without the prefix:
     keys  p0 p1 p2 p3 p4 | c1 | r1 | q0 q1 q2 q3 | ...
 
 So what a query sees stays two ranges of keys (``models.attention.mask``), windows included, as in the whole row.
+
+Where there are several such beginnings, each has batches of its own (``by_prefix``).
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ STEP = 64
 LEAST_POSITIONS = 1024
 """Positions that must be saved, or what is compiled besides costs more."""
 LEAST_SHARE = 0.25
-"""And of all positions that share: copying keys and a wider choice of them cost a little too."""
+"""And of the positions of all items that begin so: copying keys and a wider choice of them cost a little too."""
+LEAST_BATCHES = 4
+"""And batches' positions, where others are left: both end in a batch that is not full, a program more is compiled."""
 
 
 class Prefix(NamedTuple):
@@ -35,8 +39,42 @@ class Prefix(NamedTuple):
     """Numbers of the items."""
 
 
-def best_prefix(items: Sequence[Item]) -> Prefix | None:
+class Group(NamedTuple):
+    """Items that are packed together."""
+
+    items: list[Item]
+    numbers: list[int]
+    """Of the items, among all."""
+    prefix: Prefix | None
+    """What all of them begin with."""
+
+
+def by_prefix(items: Sequence[Item], batch: int) -> list[Group]:
+    """The items in groups, each behind the prefix that saves the most of what is left; the rest without one.
+
+    Args:
+      items: of a chunk.
+      batch: positions of a batch.
+    """
+    groups, left = list[Group](), list(range(len(items)))
+    while left:
+        some = [items[i] for i in left]
+        prefix = best_prefix(some, LEAST_BATCHES * batch if groups else 0)
+        if prefix is not None and len(prefix.members) < len(some):
+            prefix = best_prefix(some, LEAST_BATCHES * batch)
+        if prefix is None:
+            return [*groups, Group(some, left, None)]
+        inside = sorted(prefix.members)
+        every = prefix._replace(members=frozenset(range(len(inside))))
+        groups.append(Group([some[i] for i in inside], [left[i] for i in inside], every))
+        left = [n for i, n in enumerate(left) if i not in prefix.members]
+    return groups
+
+
+def best_prefix(items: Sequence[Item], least: int = 0) -> Prefix | None:
     """The prefix that saves the most positions, computed once in place of once for each member; None where it is few.
+
+    ``least``: positions that it has to save besides.
 
     An item whose responses have prompts of their own is never a member.
     """
@@ -56,9 +94,10 @@ def best_prefix(items: Sequence[Item]) -> Prefix | None:
             best = max(best, ((at - first) * closed, closed, first, at))
         open_from.append((first, height))
     saved, length, first, last = best
-    if saved < max(LEAST_POSITIONS, LEAST_SHARE * sum(map(packed_length, items))):
+    members = frozenset(i for _, i in prompts[first : last + 1])
+    if saved < max(least, LEAST_POSITIONS, LEAST_SHARE * sum(packed_length(items[i]) for i in members)):
         return None
-    return Prefix(prompts[first][0][:length], frozenset(i for _, i in prompts[first : last + 1]))
+    return Prefix(prompts[first][0][:length], members)
 
 
 def without(items: Sequence[Item], prefix: Prefix) -> list[Item]:

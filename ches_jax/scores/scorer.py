@@ -19,7 +19,7 @@ from ches_jax.data.packing import (
     prompts_of,
     responses_of,
 )
-from ches_jax.data.prefix import Prefix, behind, best_prefix, most_copies, without
+from ches_jax.data.prefix import Group, Prefix, behind, by_prefix, most_copies, without
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
@@ -187,20 +187,21 @@ class PairScorer:
             for p in placements:
                 self._add_products(s, rows, p, of_item[p.item], pairs, numbers, tokens)
 
-        prefix = best_prefix(items) if self.run.shares_prefix else None
-        before = None
-        if prefix is not None:
-            self._positions += len(prefix.tokens)
-            self._used += len(prefix.tokens)
-            with self.work.on_device():
-                before = self.run.prefix(prefix.tokens)
-        for rows, placements in self.batches(items, prefix):
-            self._positions += rows.tokens.size
-            self._used += int((rows.lengths > 0).sum())
-            with self.work.on_device():
-                waiting.append((self.run(rows, before), rows, placements))
-            if len(waiting) > 1:  # one batch is under way on the device while another is read
-                collect()
+        for group in self._groups(items):
+            before = None
+            if group.prefix is not None:
+                self._positions += len(group.prefix.tokens)
+                self._used += len(group.prefix.tokens)
+                with self.work.on_device():
+                    before = self.run.prefix(group.prefix.tokens)
+            for rows, placements in self.batches(group.items, group.prefix):
+                self._positions += rows.tokens.size
+                self._used += int((rows.lengths > 0).sum())
+                placements = [replace(p, item=group.numbers[p.item]) for p in placements]
+                with self.work.on_device():
+                    waiting.append((self.run(rows, before), rows, placements))
+                if len(waiting) > 1:  # one batch is under way on the device while another is read
+                    collect()
         while waiting:
             collect()
         numbers, tokens = self._of_team(numbers, tokens)
@@ -215,6 +216,12 @@ class PairScorer:
             return columns, None
         names = [n for n in TOKEN_COLUMNS if n not in CANDIDATES or n in columns]
         return columns, {n: [x for i in sorted(tokens) for x in tokens[i][n]] for n in names}
+
+    def _groups(self, items: Sequence[Item]) -> list[Group]:
+        """The items in the groups that are packed together."""
+        if not self.run.shares_prefix:
+            return [Group(list(items), list(range(len(items))), None)]
+        return by_prefix(items, self.batching.rows_per_batch * self.batching.row_tokens)
 
     def _here(self, rows: PackedBatch, placements: list[Placement]) -> tuple[PackedBatch, list[Placement]]:
         """The rows of a batch that ``fetch`` gives, and what lies in them."""

@@ -1,12 +1,16 @@
 """What prompts begin with is computed once for all rows, and no score moves beyond rounding."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ches_jax.data.prefix as prefix_module
 from ches_jax.data.packing import Candidates, group_by_prompt, pack
-from ches_jax.data.prefix import behind, best_prefix, most_copies, without
+from ches_jax.data.prefix import behind, best_prefix, by_prefix, most_copies, without
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense, query_chunked
@@ -79,11 +83,13 @@ def test_the_prefix_is_the_one_that_saves_most(small_steps):
         lengths = [n for p in prompts for n in range(0, len(p), 8)]
         most = max((n - 1) * length for n, length in zip(every, lengths, strict=True))
         found = best_prefix(items)
-        if most >= prefix_module.LEAST_SHARE * sum(len(i.prompt) + 2 for i in items):
-            assert found is not None and saved(found) == most
+        begin_so = {p[:n]: [q for q in prompts if q[:n] == p[:n]] for p in prompts for n in range(0, len(p), 8)}
+        own = [sum(len(q) + 3 for q in group) for p, group in begin_so.items() if (len(group) - 1) * len(p) == most]
+        if found is not None:
+            assert saved(found) == most >= prefix_module.LEAST_SHARE * min(own)
             assert found.members == {i for i, p in enumerate(prompts) if p[: len(found.tokens)] == found.tokens}
         else:
-            assert found is None
+            assert most < max(1, prefix_module.LEAST_SHARE * max(own))
 
 
 def test_few_positions_are_not_worth_a_prefix():
@@ -103,6 +109,38 @@ def test_a_prompt_that_is_all_prefix_keeps_its_last_token(small_steps):
     found = best_prefix(pairs)
     assert found is not None and len(found.tokens) == 16
     assert all(len(item.prompt) == 8 for item in without(pairs, found))
+
+
+def systems(count: int = 3, each: int = 6) -> list[TokenPair]:
+    """Pairs behind one of several system prompts, in turns."""
+    behind_each = [some_pairs(each, tuple(range(3 + k, 30 + k))) for k in range(count)]
+    pairs = [pair for turn in zip(*behind_each, strict=True) for pair in turn]
+    return [replace(p, row_id=str(i), index=i) for i, p in enumerate(pairs)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=40), st.integers(0, 200))
+def test_every_item_is_in_one_group_behind_what_it_begins_with(drawn, batch):
+    prompts = [(*range(100 * kind, 100 * kind + 80), *range(1000, 1000 + n)) for kind, n in drawn]
+    items = [Candidates(p, (Response((4,), 2), Response((6,), 2)), 1) for p in prompts]
+    groups = by_prefix(items, batch)
+    assert sorted(n for g in groups for n in g.numbers) == list(range(len(items)))
+    assert sum(g.prefix is None for g in groups) <= 1
+    for g in groups:
+        assert g.items == [items[n] for n in g.numbers]
+        if g.prefix is not None:
+            size = len(g.prefix.tokens)
+            assert size % prefix_module.STEP == 0 and g.prefix.members == set(range(len(g.items)))
+            assert all(item.prompt[:size] == g.prefix.tokens and len(item.prompt) > size for item in g.items)
+            least = prefix_module.LEAST_BATCHES * batch if len(groups) > 1 else 0
+            assert size * (len(g.items) - 1) >= max(prefix_module.LEAST_POSITIONS, least)
+
+
+def test_each_of_several_beginnings_has_its_batches(small_steps):
+    groups = by_prefix([*systems(), *strangers()], 8)
+    assert [g.prefix and len(g.items) for g in groups] == [6, 6, 6, None]
+    assert {n % 3 for g in groups[:1] for n in g.numbers} == {groups[0].numbers[0] % 3}
+    one = by_prefix([*systems(), *strangers()], 1000)
+    assert [g.prefix for g in one] == [None], "padding of batches of their own would be more"
 
 
 # ---- where keys lie ----
@@ -139,9 +177,10 @@ def test_every_position_sees_the_tokens_that_come_before_it(small_steps):
 # ---- scores ----
 
 
-@pytest.mark.parametrize(("family", "attend"), [("llama", blocks), ("mistral", dense)])
-def test_scores_are_those_of_whole_rows(family, attend, small_steps, x64):
-    model, pairs = model_of(family), [*some_pairs(), *strangers()]
+@pytest.mark.parametrize(("family", "attend", "kinds"), [("llama", blocks, 1), ("mistral", dense, 3)])
+def test_scores_are_those_of_whole_rows(family, attend, kinds, small_steps, monkeypatch, x64):
+    monkeypatch.setattr(prefix_module, "LEAST_BATCHES", 0)
+    model, pairs = model_of(family), [*systems(kinds, 7), *strangers()]
     (a, tokens_a), (b, tokens_b) = (
         (scorer := scorer_of(model, attend, True))(pairs),
         scorer_of(model, attend, False)(pairs),
@@ -158,8 +197,9 @@ def test_scores_are_those_of_whole_rows(family, attend, small_steps, x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.family) for row in ROWS])
-def test_scores_of_every_family_are_those_of_whole_rows(row, small_steps, x64):
-    model, pairs = random_model(row), [*some_pairs(), *strangers()]
+def test_scores_of_every_family_are_those_of_whole_rows(row, small_steps, monkeypatch, x64):
+    monkeypatch.setattr(prefix_module, "LEAST_BATCHES", 0)
+    model, pairs = random_model(row), [*systems(2, 5), *strangers()]
     a, b = (scorer_of(model, blocks, share)(pairs)[0] for share in (True, False))
     for name in ("inner", "sqnorm_chosen", "sqnorm_rejected", "last_hidden_inner", "logp_chosen", "logp_rejected"):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
