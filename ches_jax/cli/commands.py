@@ -386,12 +386,16 @@ class Forecast(RunOutput, ForecastConfig):
 
     def run(self) -> Outcome:
         """Forecasts; the changes in nats, and their reason in a sentence."""
+        from ches_jax.distributed.lead import Followed
         from ches_jax.forecast.run import forecast
         from ches_jax.forecast.summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
         from ches_jax.scores.table import FORECAST
 
-        out = forecast(_only(ForecastConfig, self), **self.how)
+        try:
+            out = forecast(_only(ForecastConfig, self), **self.how)
+        except Followed as done:
+            return Outcome(headline=f"process 0 has written {done.note}")
         record = read_json(out / RUN)
         return _forecast_outcome(
             out / FORECAST, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])
@@ -432,11 +436,15 @@ class Groups(RunOutput, GroupsConfig):
 
     def run(self) -> Outcome:
         """Computes rates and forecasts; the winners that fall."""
+        from ches_jax.distributed.lead import Followed
         from ches_jax.forecast.group_run import GROUPS, groups
         from ches_jax.forecast.group_summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        out = groups(_only(GroupsConfig, self), **self.how)
+        try:
+            out = groups(_only(GroupsConfig, self), **self.how)
+        except Followed as done:
+            return Outcome(headline=f"process 0 has written {done.note}")
         record = read_json(out / RUN)
         return _forecast_outcome(
             out / GROUPS, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])

@@ -22,6 +22,9 @@ class PassOptions(UpdateOptions):
     """rmsprop (torch's), adamw or sgd: those whose metric is known."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
     chunk_rows: int = 1024
     """Pairs between two points that --resume continues from."""
 
@@ -47,10 +50,6 @@ class InfluenceConfig(PassOptions):
     >>> InfluenceConfig(probes="held_out.jsonl").optimizer
     'rmsprop'
     """
-
-    distributed: str = not_identity("off")
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
-    of their devices; the first one writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,9 @@ class GroupsConfig(RowOptions, ModelOptions, LoraOptions):
     """Compute layers again in the backward pass instead of keeping their activations."""
     mesh: str | None = not_identity(None)
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
     batch_tokens: int | None = not_identity(None)
     """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
     on_bad_row: OnBadRow = "error"

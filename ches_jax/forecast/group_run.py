@@ -19,7 +19,7 @@ from ches_jax.data.packing import Candidates
 from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, require_known
 from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
-from ches_jax.distributed.processes import Process
+from ches_jax.distributed.processes import Process, start_run
 from ches_jax.errors import ChesError, DataError, RunError
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
@@ -118,7 +118,7 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
             for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens", "lora_rank")
         }
     )
-    process = Process()
+    process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "groups"))
     require_lora_options(config)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:

@@ -63,7 +63,12 @@ def forecast(
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
     """
-    process = Process()
+    if config.pilot and config.distributed != "off":
+        raise ChesError(
+            "--pilot with --distributed: a pilot is a training run of one process; leave it out here, and make it with "
+            f"`ches train --distributed {config.distributed} --steps {config.pilot}`"
+        )
+    process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "forecast"))
     require_pilot(training(config, str(out)), config.pilot)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:

@@ -1,7 +1,8 @@
-"""``influence`` by several processes: who writes, numbers of one."""
+"""Forecasts, influences and groups by several processes: who writes, numbers of one, a killed one."""
 
 import json
 import socket
+import time
 from dataclasses import fields
 
 import numpy as np
@@ -87,13 +88,53 @@ def same(verb, one, other):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def alone(words, cache, tmp_path_factory):
+    """Verb to what one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    for verb in ("influence", "forecast"):
+        codes, said = finish(start(verb, 1, 1, [*words, "--out", str(folder / verb)], cache))
+        assert codes == [0], said
+    return lambda verb: folder / verb
+
+
 @pytest.mark.slow
-def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(words, cache, tmp_path):
+@pytest.mark.parametrize(("verb", "mesh"), [("influence", "fsdp=4"), ("forecast", "data=2,fsdp=2")])
+def test_two_processes_find_the_numbers_of_one_and_the_first_alone_writes(verb, mesh, words, cache, alone, tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
-    codes, said = finish(two("influence", words, cache, folders, "fsdp=4"))
+    codes, said = finish(two(verb, words, cache, folders, mesh))
     assert codes == [0, 0], said
     assert not folders[1].exists()
-    codes, said = finish(start("influence", 1, 1, [*words, "--out", str(tmp_path / "alone")], cache))
-    assert codes == [0], said
-    same("influence", folders[0], tmp_path / "alone")
+    same(verb, folders[0], alone(verb))
     assert json.loads((folders[0] / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_both_and_another_number_of_them_goes_on(words, cache, alone, tmp_path):
+    folders = [tmp_path / "run", tmp_path / "second"]
+    processes = two("forecast", words, cache, folders, "data=2,fsdp=2")
+    until = time.monotonic() + 240
+    while not list(folders[0].glob("parts/part-000000*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    processes[1].kill()
+    codes, said = finish(processes)
+    assert codes[0] == 2 and "has stopped" in said[0], said
+    assert not (folders[0] / "run.json").exists()
+    codes, said = finish(start("forecast", 1, 1, [*words, "--out", str(folders[0]), "--resume"], cache))
+    assert codes == [0], said
+    same("forecast", folders[0], alone("forecast"))
+
+
+@pytest.mark.slow
+def test_groups_by_two_processes(tiny_model, cache, tmp_path):
+    rollouts = tmp_path / "1.jsonl"
+    answers = [("1 + 1? ", a, float(a == " 2")) for a in (" 2", " 3", " 11")]
+    answers += [("what is 3? ", a, float(a == " a number")) for a in (" a number", " a word of four letters")]
+    rows = [{"input": prompt, "output": a, "score": score, "step": 1} for prompt, a, score in answers]
+    rollouts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(tiny_model), "--groups", str(rollouts), "--lr", "1e-4", "--dtype", "float64"]
+    codes, said = finish(two("groups", words, cache, [tmp_path / "first", tmp_path / "second"], "data=2,fsdp=2"))
+    assert codes == [0, 0] and not (tmp_path / "second").exists(), said
+    codes, said = finish(start("groups", 1, 1, [*words, "--out", str(tmp_path / "alone")], cache))
+    assert codes == [0], said
+    same("groups", tmp_path / "first", tmp_path / "alone")

@@ -117,6 +117,7 @@ def test_a_killed_forecast_goes_on_where_it_was(whole, small, tmp_path, monkeypa
         (["forecast", "--loss", "tdpo"], "a forecast of divergences and masks of tokens is not known"),
         (["forecast", "--pilot", "2", "--schedule", "cosine", "--steps", "9"], "use --schedule constant"),
         (["forecast", "--pilot", "-1"], "expected the number of updates"),
+        (["forecast", "--pilot", "2", "--distributed", "auto"], "a pilot is a training run of one process"),
         (["forecast", "--order", "3"], "order"),
         (["forecast", "--chunk-rows", "0"], "--chunk-rows 0"),
         (["forecast", "--probes", "p.jsonl", "--holdout", "2"], "give one of them"),
