@@ -35,8 +35,13 @@ def einsum(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=acc, precision=precision)
 
 
+@jax.jit
 def inner(a: Any, b: Any) -> Array:
-    """Inner product of two trees of arrays, summed in float32 at least."""
+    """Inner product of two trees of arrays, summed in float32 at least.
+
+    One program: sums of sharded arrays, each a program of its own that communicates, were seen to wait for one another
+    on a CPU, forever.
+    """
 
     def product(x: Array, y: Array) -> Array:
         wide = accumulate(x.dtype)
