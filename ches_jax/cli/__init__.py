@@ -112,9 +112,10 @@ def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
-    from ches_jax.cli.commands import COMMANDS
+    from ches_jax.cli.commands import COMMANDS, Outcome
     from ches_jax.cli.help import command_help, verb_help
     from ches_jax.cli.suggest import corrected, the_verb
+    from ches_jax.distributed.lead import Followed
 
     if not words or words == ["--"] or (words[0] in HELP and len(words) == 1):
         print(command_help(COMMANDS))
@@ -131,7 +132,10 @@ def _run(words: Sequence[str]) -> int:
     quiet_libraries()
     leave_pandas_out()
     options.keep_programs()
-    outcome = options.run()
+    try:
+        outcome = options.run()
+    except Followed as done:
+        outcome = Outcome(headline=done.headline, code=done.code)
     if options.json:
         print(json.dumps(outcome.record(verb)))
     else:

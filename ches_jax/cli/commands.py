@@ -386,16 +386,12 @@ class Forecast(RunOutput, ForecastConfig):
 
     def run(self) -> Outcome:
         """Forecasts; the changes in nats, and their reason in a sentence."""
-        from ches_jax.distributed.lead import Followed
         from ches_jax.forecast.run import forecast
         from ches_jax.forecast.summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
         from ches_jax.scores.table import FORECAST
 
-        try:
-            out = forecast(_only(ForecastConfig, self), **self.how)
-        except Followed as done:
-            return Outcome(headline=f"process 0 has written {done.note}")
+        out = forecast(_only(ForecastConfig, self), **self.how)
         record = read_json(out / RUN)
         return _forecast_outcome(
             out / FORECAST, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])
@@ -411,16 +407,12 @@ class Influence(RunOutput, InfluenceConfig):
 
     def run(self) -> Outcome:
         """Computes influences; how concentrated they are."""
-        from ches_jax.distributed.lead import Followed
         from ches_jax.forecast.influence import summary_text
         from ches_jax.forecast.run import influence
         from ches_jax.runs.directory import RUN, read_json
         from ches_jax.scores.table import INFLUENCE
 
-        try:
-            out = influence(_only(InfluenceConfig, self), **self.how)
-        except Followed as done:
-            return Outcome(headline=f"process 0 has written {done.note}")
+        out = influence(_only(InfluenceConfig, self), **self.how)
         record = read_json(out / RUN)
         concentration = record["concentration"]
         headline = f"{concentration['push_down']:.0%} of {concentration['pairs']} pairs push chosen responses down"
@@ -436,15 +428,11 @@ class Groups(RunOutput, GroupsConfig):
 
     def run(self) -> Outcome:
         """Computes rates and forecasts; the winners that fall."""
-        from ches_jax.distributed.lead import Followed
         from ches_jax.forecast.group_run import GROUPS, groups
         from ches_jax.forecast.group_summary import headline, summary_text
         from ches_jax.runs.directory import RUN, read_json
 
-        try:
-            out = groups(_only(GroupsConfig, self), **self.how)
-        except Followed as done:
-            return Outcome(headline=f"process 0 has written {done.note}")
+        out = groups(_only(GroupsConfig, self), **self.how)
         record = read_json(out / RUN)
         return _forecast_outcome(
             out / GROUPS, record, headline(record["summary"]), "" if self.quiet else summary_text(record["summary"])
@@ -459,13 +447,9 @@ class Diagnose(Computing, DiagnoseConfig):
         """The verdict; exit code 1 when --fail-if holds."""
         from ches_jax.displacement.diagnose import RESULT, diagnose
         from ches_jax.displacement.verdict import rule_holds
-        from ches_jax.distributed.lead import Followed
         from ches_jax.runs.store import is_there, place
 
-        try:
-            diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
-        except Followed as done:
-            return Outcome(headline=f"process 0 has the diagnosis: {done.note['verdict']}", code=done.note["code"])
+        diagnosis = diagnose(_only(DiagnoseConfig, self), quiet=self.quiet)
         failed = rule_holds(diagnosis, self.fail_if)
         out = None if self.out is None else place(self.out)
         paths = {} if out is None else {"diagnosis": out / RESULT}

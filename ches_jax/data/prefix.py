@@ -38,6 +38,11 @@ class Prefix(NamedTuple):
     members: frozenset[int]
     """Numbers of the items."""
 
+    @property
+    def saved(self) -> int:
+        """Positions that are computed once in place of once for each member."""
+        return len(self.tokens) * (len(self.members) - 1)
+
 
 class Group(NamedTuple):
     """Items that are packed together."""
@@ -59,10 +64,8 @@ def by_prefix(items: Sequence[Item], batch: int) -> list[Group]:
     groups, left = list[Group](), list(range(len(items)))
     while left:
         some = [items[i] for i in left]
-        prefix = best_prefix(some, LEAST_BATCHES * batch if groups else 0)
-        if prefix is not None and len(prefix.members) < len(some):
-            prefix = best_prefix(some, LEAST_BATCHES * batch)
-        if prefix is None:
+        prefix = best_prefix(some)
+        if prefix is None or (len(prefix.members) < len(items) and prefix.saved < LEAST_BATCHES * batch):
             return [*groups, Group(some, left, None)]
         inside = sorted(prefix.members)
         every = prefix._replace(members=frozenset(range(len(inside))))
@@ -71,10 +74,8 @@ def by_prefix(items: Sequence[Item], batch: int) -> list[Group]:
     return groups
 
 
-def best_prefix(items: Sequence[Item], least: int = 0) -> Prefix | None:
+def best_prefix(items: Sequence[Item]) -> Prefix | None:
     """The prefix that saves the most positions, computed once in place of once for each member; None where it is few.
-
-    ``least``: positions that it has to save besides.
 
     An item whose responses have prompts of their own is never a member.
     """
@@ -95,7 +96,7 @@ def best_prefix(items: Sequence[Item], least: int = 0) -> Prefix | None:
         open_from.append((first, height))
     saved, length, first, last = best
     members = frozenset(i for _, i in prompts[first : last + 1])
-    if saved < max(least, LEAST_POSITIONS, LEAST_SHARE * sum(packed_length(items[i]) for i in members)):
+    if saved < max(LEAST_POSITIONS, LEAST_SHARE * sum(packed_length(items[i]) for i in members)):
         return None
     return Prefix(prompts[first][0][:length], members)
 

@@ -29,7 +29,7 @@ def together(config: DiagnoseConfig, quiet: bool, decide: Callable[[Models], Dia
     """What ``decide`` makes of the models, which all processes run together on one mesh.
 
     Raises:
-      Followed: in all processes but the first; its note is the verdict and the exit code.
+      Followed: in all processes but the first; it has the verdict and the exit code.
       ChesError: a mesh that leaves devices out; processes that diagnose something else.
     """
     process = start_processes(config.distributed)
@@ -56,9 +56,10 @@ def together(config: DiagnoseConfig, quiet: bool, decide: Callable[[Models], Dia
             "share": share,
         }
 
-        def decided(ask: Ask) -> tuple[Diagnosis, dict[str, Any]]:
+        def decided(ask: Ask) -> tuple[Diagnosis, tuple[str, int]]:
             diagnosis = decide(_at_word(ask))
-            return diagnosis, {"verdict": diagnosis.verdict, "code": int(rule_holds(diagnosis, config.fail_if))}
+            code = int(rule_holds(diagnosis, config.fail_if))
+            return diagnosis, (f"process 0 has the diagnosis: {diagnosis.verdict}", code)
 
         return lead(process, functions, decided)
 

@@ -18,35 +18,38 @@ Ask = Callable[[str, Any], Any]
 
 
 class Followed(Exception):
-    """Raised in a process that is not the first, when the first is done; ``note`` is its last word."""
+    """Raised in a process that is not the first, when the first is done."""
 
-    def __init__(self, note: Any):
-        super().__init__(note)
-        self.note = note
+    def __init__(self, headline: str, code: int = 0):
+        """Takes what the first one has, in a line, and its exit code."""
+        super().__init__(headline)
+        self.headline, self.code = headline, code
 
 
 def lead(
-    process: "Process", functions: Mapping[str, Callable[[Any], Any]], decide: Callable[[Ask], tuple[T, Any]]
+    process: "Process",
+    functions: Mapping[str, Callable[[Any], Any]],
+    decide: Callable[[Ask], tuple[T, tuple[str, int]]],
 ) -> T:
     """What ``decide(ask)`` gives in the first process, which may ask all for the computations that it needs.
 
     Args:
       process: which of how many this is.
       functions: what can be computed. They compute together, and share their errors (``Process.sharing_errors``).
-      decide: called in the first process only; returns a result, and a JSON value for the other processes.
+      decide: called in the first process only; returns a result, and the line and exit code of the others.
 
     Raises:
       Followed: in the other processes, when ``decide`` has returned.
       ChesError: of ``decide``, in all of them.
 
     >>> from ches_jax.distributed.processes import Process
-    >>> lead(Process(), {"double": lambda x: 2 * x}, lambda ask: (ask("double", 4) + 1, None))
+    >>> lead(Process(), {"double": lambda x: 2 * x}, lambda ask: (ask("double", 4) + 1, ("done", 0)))
     9
     """
     if not process.first:
         while (word := process.exchange(None)[0])["ask"] is not None:
             functions[word["ask"]](word["with"])
-        raise Followed(word["note"])
+        raise Followed(*word["note"])
     together = False
 
     def ask(name: str, argument: Any) -> Any:

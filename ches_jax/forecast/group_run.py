@@ -118,9 +118,9 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
             for n in ("lr", "batch_size", "steps", "limit", "clip", "batch_tokens", "lora_rank")
         }
     )
+    require_lora_options(config)
     process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "groups"))
-    require_lora_options(config)
     with jax.enable_x64(config.dtype == "float64"), RunLock(out) as lock:
         _groups(config, lock, process, resume, quiet or not process.first, other_versions)
         return of_first(out, process)
@@ -145,8 +145,7 @@ def _groups(
     if found.dropped and process.first:
         chunks.write_lines(out / chunks.DROPPED, found.dropped)
     say(f"loading the model ({model.directory})", quiet=quiet)
-    options = {"remat": config.remat, "lora": lora, "seed": config.seed}
-    policy, params = open_model(model, mesh, dtype=config.dtype, **options)
+    policy, params = open_model(model, mesh, dtype=config.dtype, remat=config.remat, lora=lora, seed=config.seed)
     rows, together = (rows_of(config, model, mesh, found.items, one) for one in (False, True))
     alone = rows_of(
         config, model, mesh, [Candidates(i.prompt, (r,), 1) for i in found.items for r in i.responses], True

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import BatchPlan, Item, PackedBatch, Placement, plan_batches, responses_of, write_batch
-from ches_jax.distributed.mesh import local_shards, numbers_here, put_rows, row_shards, spans_processes
+from ches_jax.distributed.mesh import put_own_rows, put_rows, row_shards
 from ches_jax.forecast.linear import pull, push, push_twice
 from ches_jax.forecast.model import Model
 from ches_jax.models.precision import accumulate
@@ -115,14 +115,10 @@ class Pull:
         total = wide_zeros(params)
         dtype = np.float64 if jax.config.read("jax_enable_x64") else np.float32
         for batch, places in self.rows.batches(items):
-            mesh = self.rows.mesh
-            count = (
-                batch.last.shape[0] // len(local_shards(mesh)) * row_shards(mesh)
-            )  # rows of all processes, which the places number
-            sums = write_segments(coefficients, places, (count, *batch.last.shape[1:]))
-            sums = sums[numbers_here(mesh, count)].astype(dtype)
-            placed, weights = put_rows((batch, sums), self.rows.mesh)
-            total = self._add(params, self.model.frozen, placed, weights, total)
+            placed = put_rows(batch, self.rows.mesh)
+            # the places number the rows of all processes, as the placed batch has them
+            weights = write_segments(coefficients, places, placed.last.shape).astype(dtype)
+            total = self._add(params, self.model.frozen, placed, put_own_rows(weights, self.rows.mesh), total)
         return total
 
 
@@ -175,8 +171,6 @@ def wide_zeros(params: Tree) -> Tree:
 def on_mesh(tree: Mapping[str, Any], mesh: Any) -> Tree:
     """A tree of arrays by parameters' names, placed as parameters are."""
     place = placement(mesh)
-    if not spans_processes(mesh):
-        return {name: jax.device_put(a, place(name, a.shape)) for name, a in tree.items()}
     return {
         name: jax.make_array_from_callback(a.shape, place(name, a.shape), lambda part, a=a: a[part])
         for name, a in tree.items()

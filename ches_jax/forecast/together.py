@@ -49,8 +49,8 @@ def of_first(out: Path, process: Process) -> Path:
 
     >>> of_first(Path("run"), Process(1, 2))
     Traceback (most recent call last):
-    ches_jax.distributed.lead.Followed: run
+    ches_jax.distributed.lead.Followed: process 0 has written run
     """
     if not process.first:
-        raise Followed(str(out))
+        raise Followed(f"process 0 has written {out}")
     return out
