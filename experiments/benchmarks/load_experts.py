@@ -1,8 +1,8 @@
 """Peak host memory of loading a mixture of experts, beside the bytes of its parameters.
 
-    python -m experiments.benchmarks.load_experts [--dir DIR] [--layers 8] [--mesh fsdp=4]
+    python -m experiments.benchmarks.load_experts [--dir DIR] [--layers 10] [--mesh fsdp=4]
 
-A random Qwen3-MoE in bfloat16, a tensor for each matrix of each expert as on the hub, 1.7 billion parameters at eight
+A random Qwen3-MoE in bfloat16, a tensor for each matrix of each expert as on the hub, 2.1 billion parameters at ten
 layers. It is written once to DIR, one tensor in memory at a time. Two processes are measured: one that loads, and one
 that only starts the backend; the difference of their peaks is what loading needs.
 """
@@ -89,7 +89,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "ches_jax_benchmark_experts")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--mesh")
     args = parser.parse_args()
     directory = args.dir.with_name(f"{args.dir.name}_{args.layers}")
