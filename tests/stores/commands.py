@@ -32,15 +32,18 @@ def table(path: Path) -> dict:
     return pq.read_table(io.BytesIO(path.read_bytes())).to_pydict()
 
 
-def together(count: int, devices: int, *words: str) -> list[subprocess.Popen[str]]:
-    """A verb in ``count`` processes; alone it joins nobody."""
+def together(
+    count: int, devices: int, *words: str, of_last: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """A verb in ``count`` processes, the last one with more in its environment; alone it joins nobody."""
     port = free_port()
     environment = {**without_devices(), "JAX_NUM_CPU_DEVICES": str(devices)}
     joined = [("--distributed", f"127.0.0.1:{port},{count},{i}") if count > 1 else () for i in range(count)]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "ches_jax", *words, *who],
-            text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment,
+            text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env={**environment, **(of_last or {} if who == joined[-1] else {})},
         )
         for who in joined
     ]  # fmt: skip
