@@ -49,10 +49,42 @@ def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
     server.shutdown()
 
 
+class Gate:
+    """Which requests an emulator refuses, and how."""
+
+    def __init__(self):
+        self.status, self.refused = 503, 0
+        self.closed: Callable[[str], bool] = lambda path: False
+
+    def guarding(self, handler: type) -> type:
+        """A handler of requests behind this gate."""
+        gate = self
+
+        class Guarded(handler):
+            def parse_request(self):
+                if not super().parse_request():
+                    return False
+                if not gate.closed(self.path):
+                    return True
+                gate.refused += 1
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_error(gate.status)
+                return False
+
+        return Guarded
+
+
 @pytest.fixture
-def gs() -> Iterator[dict[str, str]]:
+def gate() -> Gate:
+    """Of the emulator of Google Cloud Storage: it refuses what a test asks it to."""
+    return Gate()
+
+
+@pytest.fixture
+def gs(gate, monkeypatch) -> Iterator[dict[str, str]]:
     """An emulator of Google Cloud Storage on loopback with the bucket ``pod``."""
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
+    monkeypatch.setattr(emulator, "RequestHandler", gate.guarding(emulator.RequestHandler))
     port = free_port()
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pod")
     server.start()

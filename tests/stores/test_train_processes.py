@@ -6,6 +6,7 @@ process that nothing disturbed.
 
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,3 +51,50 @@ def test_all_killed_twice_another_number_goes_on(gs, tiny_model, undisturbed, tm
     store.download(out, here, ("checkpoints/",))
     assert [e["step"] for e in lines(here)] == [e["step"] for e in lines(undisturbed)], "nothing twice, nothing lost"
     same_to_rounding(here, undisturbed)
+
+
+def test_a_store_that_answers_503_for_a_while_is_waited_for(gs, gate, tiny_model, undisturbed, tmp_path):
+    address = "gs://pod/runs/busy"
+    out = store.place(address)
+    processes = start(2, "--model", str(tiny_model), "--out", address)
+    wait_for(out / "checkpoints" / "2" / "commit_success.txt", *processes)
+    gate.closed = lambda path: True
+    time.sleep(8)
+    gate.closed = lambda path: False
+    said = [p.communicate(timeout=900)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    assert gate.refused > 0
+    store.download(out, tmp_path / "run", ("checkpoints/",))
+    same_to_rounding(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(
+    gs, gate, tiny_model, undisturbed, tmp_path, refused
+):
+    """The library would have both wait for each other for ten minutes, and tell nobody why."""
+    address = "gs://pod/runs/refused"
+    out = store.place(address)
+    where = ("--model", str(tiny_model), "--out", address)
+    gate.status = 403
+    gate.closed = lambda path: "uploadType" in path and f"checkpoints%2F4%2Fstate%2Focdbt.process_{refused}" in path
+    processes = start(2, *where)
+    try:
+        said = [p.communicate(timeout=300)[1] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert gate.refused > 0
+    assert [p.returncode for p in processes] == [2, 2], said
+    assert (
+        "the checkpoint could not be written (" in said[refused]
+        and ": Forbidden); whole ones: steps 2;" in said[refused]
+    ), said
+    own = ["\n".join(line for line in text.splitlines() if "GOOGLE_AUTH_TOKEN" not in line) for text in said]
+    assert all(text.startswith("ches: ") and "\n" not in text and len(text) < 400 for text in own), said
+    gate.closed = lambda path: False
+    processes = start(2, *where, "--resume")
+    said = [p.communicate(timeout=900)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    store.download(out, tmp_path / "run", ("checkpoints/",))
+    same_to_rounding(tmp_path / "run", undisturbed)
