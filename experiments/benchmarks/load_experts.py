@@ -1,14 +1,15 @@
 """Peak host memory of loading a mixture of experts, beside the bytes of its parameters.
 
-    python -m experiments.benchmarks.load_experts [--dir DIR] [--layers 8] [--mesh fsdp=4]
+    python -m experiments.benchmarks.load_experts [--dir DIR] [--layers 10] [--mesh fsdp=4]
 
-A random Qwen3-MoE in bfloat16, a tensor for each matrix of each expert as on the hub, 1.7 billion parameters at eight
+A random Qwen3-MoE in bfloat16, a tensor for each matrix of each expert as on the hub, 2.1 billion parameters at ten
 layers. It is written once to DIR, one tensor in memory at a time. Two processes are measured: one that loads, and one
 that only starts the backend; the difference of their peaks is what loading needs.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -87,18 +88,22 @@ def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] == "load":
         print(json.dumps(load(sys.argv[2], sys.argv[3] or None)))
         return
+    if len(sys.argv) == 4 and sys.argv[1] == "write":
+        write_checkpoint(Path(sys.argv[2]), config_of(int(sys.argv[3])))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "ches_jax_benchmark_experts")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--mesh")
     args = parser.parse_args()
     directory = args.dir.with_name(f"{args.dir.name}_{args.layers}")
+    module = [sys.executable, "-m", "experiments.benchmarks.load_experts"]
     if not directory.exists():
-        write_checkpoint(directory, config_of(args.layers))
+        # a process of its own: a child's peak begins at the memory of the process that starts it
+        subprocess.run([*module, "write", str(directory), str(args.layers)], check=True)
     devices = 1 if args.mesh is None else int(np.prod([int(part.split("=")[1]) for part in args.mesh.split(",")]))
     env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    module = [sys.executable, "-m", "experiments.benchmarks.load_experts", "load"]
-    idle, loaded = (run([*module, name, args.mesh or ""], env) for name in ("", str(directory)))
+    idle, loaded = (run([*module, "load", name, args.mesh or ""], env) for name in ("", str(directory)))
     stored = loaded["bytes"] / 2**20
     peak = loaded["peak_rss_mb"]
     needed = peak - idle["peak_rss_mb"]
