@@ -25,7 +25,7 @@ from ches_jax.displacement.readers.log import Log, log_of
 from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
-from ches_jax.errors import ChesError, RunError
+from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.face import make_callable
 from ches_jax.runs.arrow import python_rows
 from ches_jax.runs.files import read_json, read_parquet, remove_leftovers, staged
@@ -55,6 +55,7 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     ...     diagnose(DiagnoseConfig(path=str(run))).to_json()["verdict"]
     'not_displaced'
     """
+    require_config("diagnose", config, DiagnoseConfig)
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
     if config.label_noise is not None and not 0 < config.label_noise < 1:

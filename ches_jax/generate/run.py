@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ches_jax.distributed.chunked_run import ChunkedRun
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, require_config
 from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
 from ches_jax.generate.prompts import Encoder, Inputs, Prompt, open_model_and_prompts
@@ -54,6 +54,7 @@ def generate(
     ...     sorted(path.name for path in generate(options, quiet=True).iterdir())
     ['config.json', 'responses.jsonl', 'run.json']
     """
+    require_config("generate", config, GenerateConfig)
     import jax
 
     process = start_run(config.distributed, config.out)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ches_jax.bundled import BUNDLED
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, require_config
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
@@ -73,6 +73,7 @@ def train(
     ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
     True
     """
+    require_config("train", config, TrainConfig)
     process = start_run(config.distributed, config.out)
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
     place = output_place(str(config.out))
