@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ches_jax.judges.run import judge as judge
     from ches_jax.label.config import LabelConfig as LabelConfig
     from ches_jax.label.run import label as label
+    from ches_jax.losses import LossInputs as LossInputs
     from ches_jax.losses import get_loss as get_loss
     from ches_jax.losses import incentives as incentives
     from ches_jax.models import load_model as load_model
@@ -67,6 +68,7 @@ _HOMES = {
     "head_score": "ches_jax.scores.arrays",
     "displacement_summary": "ches_jax.displacement.changes",
     "get_loss": "ches_jax.losses",
+    "LossInputs": "ches_jax.losses",
     "incentives": "ches_jax.losses",
     # the verbs of the command line, and their options
     "score": "ches_jax.scores.run",

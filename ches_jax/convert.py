@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, require_config
 from ches_jax.face import make_callable
 from ches_jax.options import Options, Place, require_dtype, require_positive
 from ches_jax.runs.store import place
@@ -55,6 +55,7 @@ def convert(config: ConvertConfig) -> Path:
     ...     (out / "model.safetensors").exists()
     True
     """
+    require_config("convert", config, ConvertConfig)
     import jax
 
     from ches_jax.hf.directory import resolve

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ches_jax.bundled import BUNDLED
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, require_config
 from ches_jax.face import make_callable
 from ches_jax.options import ModelOptions, PairOptions
 
@@ -83,6 +83,7 @@ def doctor(config: DoctorConfig) -> "Findings | Health":
     >>> doctor(DoctorConfig(limit=4)).healthy
     True
     """
+    require_config("doctor", config, DoctorConfig)
     if config.model is None and config.pairs != BUNDLED:
         return _without_a_model(config)
     if config.against is not None:

@@ -44,6 +44,27 @@ def os_error_text(error: OSError) -> str:
     return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
 
 
+def require_config(verb: str, config: object, kind: type) -> None:
+    """What a verb's function asks first: its options come as one config.
+
+    Raises:
+      ChesError: it is something else, such as the path that the command line takes.
+
+    >>> try:
+    ...     require_config("diagnose", "trl-out", dict)
+    ... except ChesError as error:
+    ...     print(error)
+    ches_jax.diagnose: expected a dict, got 'trl-out'; write ches_jax.diagnose(ches_jax.dict(...)), with the options \
+of ches diagnose
+    """
+    if not isinstance(config, kind):
+        name = kind.__name__
+        raise ChesError(
+            f"ches_jax.{verb}: expected a {name}, got {config!r:.80}; "
+            f"write ches_jax.{verb}(ches_jax.{name}(...)), with the options of ches {verb}"
+        )
+
+
 _KEPT = "\n\t\u200c\u200d"
 """Not printable, and harmless: lines, tabs, and the joiners of some scripts."""
 

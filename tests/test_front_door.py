@@ -202,6 +202,7 @@ MISTYPED = {
     ("score", "pairs.jsonl"): "'pairs.jsonl' belongs to no option; did you mean --pairs pairs.jsonl?",
     ("select", "runs/s"): "did you mean --scores runs/s?",
     ("diagnose", "log", "--tasks", "x"): "ches diagnose: no option --tasks; ches diagnose --help names all",
+    ("diagnose", "base", "trained"): "takes one path, and 'base' and 'trained' are two",
     ("score", "--dtype", "bf16"): "did you mean bfloat16",
     ("score", "--batch-size", "8"): "--batch-tokens",
     ("select", "--out", "x"): "--scores must be given",
@@ -228,6 +229,13 @@ def test_names_of_other_trainers_work():
     ours = ["--model", "m", "--pairs=d", "--out", "o", "--lr", "1e-5", "--epochs", "2", "--remat"]
     assert corrected("train", COMMANDS["train"], words) == ours
     assert corrected("generate", COMMANDS["generate"], ["--dataset-name", "d"]) == ["--prompts", "d"]
+    models = ["--base-model", "b", "--trained", "t", "--eval-dataset", "e"]
+    assert corrected("diagnose", COMMANDS["diagnose"], models) == ["--before", "b", "--after", "t", "--pairs", "e"]
+
+
+def test_claims_may_stand_first_without_the_name_of_their_option():
+    words = ["--claims", "t4", "T5", "--out", "v"]
+    assert corrected("verify", COMMANDS["verify"], words[1:]) == corrected("verify", COMMANDS["verify"], words) == words
 
 
 def test_an_option_may_be_given_again_where_nothing_changes():

@@ -27,7 +27,7 @@ VERBS = [
 ]
 CONFIGS = [f"{verb.capitalize()}Config" for verb in VERBS if verb not in ("report", "verify")]
 MATHEMATICS = ["pair_statistics", "ches", "ln_ches", "head_score", "displacement_summary", "get_loss", "incentives"]
-OTHERS = ["load_model", "load_tokenizer", "score_pairs", "bundled", "ChesError", "__version__"]
+OTHERS = ["load_model", "load_tokenizer", "score_pairs", "LossInputs", "bundled", "ChesError", "__version__"]
 
 
 def test_the_names_are_these():
@@ -43,6 +43,12 @@ def test_every_name_has_a_docstring_with_an_example(name):
     # a verb's package is called as the verb
     documented = value if not hasattr(value, name) else getattr(value, name)
     assert ">>> " in (documented.__doc__ or "")
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("report", "verify", "forecast", "influence")])
+def test_a_verb_that_gets_no_config_says_which_it_takes(verb):
+    with pytest.raises(cj.ChesError, match=rf"ches_jax.{verb}: expected a {verb.capitalize()}Config, got 'trl-out'"):
+        getattr(cj, verb)("trl-out")
 
 
 ORDER = (".. math::", "Args:", "Returns:", "Yields:", "Raises:", "References:", ">>> ")

@@ -221,8 +221,9 @@ class Select(Output, SelectConfig):
         summary = select(_only(SelectConfig, self))
         counts = summary["counts"] | {"dropped": sum(summary["source"]["dropped"].values())}
         pairs = self.out / "pairs.jsonl"
+        rows = counts["kept"] + counts["dropped"]  # those that scoring dropped among them
         return Outcome(
-            headline=f"kept {counts['kept']} of {counts['table']}, {counts['dropped']} dropped -> {pairs}",
+            headline=f"kept {counts['kept']} of {rows}, {counts['dropped']} dropped -> {pairs}",
             path=self.out,
             counts=counts,
             paths={"pairs": pairs, "dropped": self.out / "dropped.jsonl", "run": self.out / "selection.json"},

@@ -21,7 +21,9 @@ SAME = {
     "dataset-path": "pairs prompts",
     "data": "pairs prompts",
     "train-file": "pairs",
-    "eval-dataset": "eval-pairs",
+    "eval-dataset": "eval-pairs probes pairs",
+    "eval-file": "eval-pairs probes pairs",
+    "eval": "eval-pairs probes pairs",
     "dataset-split": "split",
     "dataset-train-split": "split",
     "max-samples": "limit",
@@ -40,7 +42,12 @@ SAME = {
     "warmup-steps": "warmup",
     "max-grad-norm": "clip",
     "loss-type": "loss",
-    "ref-model": "reference",
+    "ref-model": "reference before",
+    "ref": "reference before",
+    "base-model": "before model",
+    "base": "before model",
+    "trained": "after",
+    "trained-model": "after",
     "ref-model-name-or-path": "reference",
     "optim": "optimizer",
     "lora-r": "lora-rank",
@@ -60,6 +67,8 @@ WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir"} | dict.fromkey
     ("trl-log", "log", "log-dir", "logdir", "logging-dir", "log-file"), "path"
 )
 """A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
+LEADING = {"verify": "claims"}
+"""A verb -> the option whose values may stand first without its name: ``ches verify T4 T5``."""
 SUBJECTS = ("scores", "responses", "groups", "pairs", "prompts")
 """Options that a verb is about: a path without a name is most likely meant for the first that it has."""
 DIFFERENT = {
@@ -114,6 +123,8 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
         one, two values of an option that takes one, a word that belongs to no option, or a required option that is not
         there.
     """
+    if verb in LEADING and words and not _is_option(words[0]):
+        words = [f"--{LEADING[verb]}", *words]
     options = options_of(verb, command)
     flags = {flag: option for option in options for flag in option.flags}
     places = [option for option in options if option.positional]
@@ -128,6 +139,8 @@ def corrected(verb: str, command: type[Any], words: Sequence[str]) -> list[str]:
             elif places:
                 seen[places.pop(0).field] = [word]
             else:
+                if first := [seen[o.field][0] for o in options if o.positional and o.field in seen]:
+                    raise ChesError(f"ches {verb}: takes one path, and {first[0]!r} and {word!r} are two")
                 meant = next((f"; did you mean --{o} {word}?" for o in SUBJECTS if f"--{o}" in flags), "")
                 raise ChesError(f"ches {verb}: {word!r} belongs to no option{meant}; ches {verb} --help names all")
             continue

@@ -16,7 +16,7 @@ each response's own; S(y) = shared + own(y), from which all statistics of pairs 
     predictions (source -> target): shared p2->y1; chosen y1->c2, c2->c3, c3->EOS; rejected y1->r2, r2->EOS
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
@@ -156,6 +156,15 @@ def packed_length(item: Item, length_threshold: int | None = None) -> int:
     if shared is None:
         return sum(map(len, prompts_of(item))) + contents
     return len(item.prompt) + contents - (len(responses) - 1) * shared
+
+
+def tokens_apart(items: Iterable[Item]) -> int:
+    """Positions of the items' responses if each had a prompt of its own and nothing were shared."""
+    return sum(
+        len(prompt) + len(response.content)
+        for item in items
+        for prompt, response in zip(prompts_of(item), responses_of(item), strict=True)
+    )
 
 
 def shared_tokens(item: Item, length_threshold: int | None) -> int | None:

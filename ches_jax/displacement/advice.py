@@ -101,7 +101,8 @@ def _filter(diagnosis: Diagnosis) -> Line | None:
         )
         command = "leave out the pairs with the highest influence: ches select --by influence --keep lowest:0.75"
         return command, because, "those pairs; compare with as many at random"
-    command = "find the pairs that cause it: ches influence --probes HELD-OUT, then ches select --by influence"
+    find = "ches influence --model BASE --pairs TRAIN --probes HELD-OUT"
+    command = f"find the pairs that cause it: {find}, then ches select --by influence"
     return command, FILTERED, "six forward passes and the pairs that are left out; compare with --control random"
 
 

@@ -25,10 +25,10 @@ from ches_jax.displacement.readers.log import Log, log_of
 from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
-from ches_jax.errors import ChesError, RunError
+from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.face import make_callable
 from ches_jax.runs.arrow import python_rows
-from ches_jax.runs.files import read_parquet, remove_leftovers, staged
+from ches_jax.runs.files import read_json, read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
@@ -55,6 +55,7 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     ...     diagnose(DiagnoseConfig(path=str(run))).to_json()["verdict"]
     'not_displaced'
     """
+    require_config("diagnose", config, DiagnoseConfig)
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
     if config.label_noise is not None and not 0 < config.label_noise < 1:
@@ -93,6 +94,7 @@ def _copied_table(spec: str | None) -> str | None:
 def _diagnose(config: DiagnoseConfig, models: Models) -> Diagnosis:
     with _work(config) as work:
         changes = read_changes(config, work, models)
+        _require_own_place(config, changes.source)
         if config.on_policy and changes.unit != "pairs":
             raise ChesError("--on-policy needs pairs: means of batches in a log do not say which responses were drawn")
         answers = None
@@ -125,13 +127,30 @@ def _diagnose(config: DiagnoseConfig, models: Models) -> Diagnosis:
     return diagnosis
 
 
+def _require_own_place(config: DiagnoseConfig, source: str) -> None:
+    """Refuses an --out that holds the diagnosis of something else: files of both would lie side by side."""
+    if config.out is None or not (there := Path(config.out) / RESULT).is_file():
+        return
+    found = read_json(there, RunError, "a diagnosis")
+    before = found.get("source") if isinstance(found, dict) else None
+    if before not in (None, source):
+        raise RunError(f"--out {config.out} holds the diagnosis of {before}; give a new directory for {source}")
+
+
 def read_changes(config: DiagnoseConfig, work: Path, models: Models) -> Changes:
     """The changes of log-probabilities in the one source that the options name; models are scored below ``work``."""
     named = [n for n in ("path", "before", "logps") if getattr(config, n) is not None]
     if len(named) != 1 or (config.before is None) != (config.after is None):
         given = [f"--{n}" if n != "path" else f"PATH ({config.path})" for n in named]
         given += ["--after"] if config.after is not None else []
-        raise ChesError(f"give one of {SOURCES}" + (f"; got {' and '.join(given)}" if given else ""))
+        both = config.path is not None and (config.before is not None or config.after is not None)
+        how = (
+            f"; pair by pair: ches diagnose --before {config.before or 'BASE'} --after {config.after or config.path} "
+            f"--pairs {config.pairs or 'HELD-OUT'}"
+        )
+        raise ChesError(
+            f"give one of {SOURCES}" + (f"; got {' and '.join(given)}" if given else "") + (how if both else "")
+        )
     if config.before is not None and config.after is not None:
         tables = [_is_table(Path(p)) for p in (config.before, config.after)]
         if tables == [False, False]:
@@ -154,6 +173,10 @@ def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
 
     if training_run.is_run(path):
         return training_run.read_run(path)
+    if path.is_dir() and (path / RESULT).is_file():
+        raise ChesError(
+            f"{path}: is a diagnosis already; its page: ches report {path}, one of its pairs: ches show {path} ROW"
+        )
     if _is_table(path):
         if path.is_file() and path.name != "scores.parquet":
             return _of_parquet(config, path)

@@ -68,7 +68,19 @@ def changes_between_models(config: DiagnoseConfig, work: Path, models: Models) -
     second = dataclasses.replace(first, **_second(config), out=str(work / "after"))
     _require_same_tokens(*(open_model_and_pairs(run, Opener()) for run in (first, second)))
     tables = [models.score(run) for run in (first, second)]
-    return read_score_tables(tables[0], tables[1], same_tokens=True)
+    return _with_dropped(read_score_tables(tables[0], tables[1], same_tokens=True), tables[1])
+
+
+def _with_dropped(changes: Changes, scored: Path) -> Changes:
+    """The changes, with a note of the rows that scoring left out."""
+    from ches_jax.runs.directory import RUN, read_json
+
+    counts = read_json(scored / RUN).get("counts") or {}
+    if not (dropped := counts.get("dropped")):
+        return changes
+    where = f"{scored.name}/dropped.jsonl of --out says why"
+    note = f"{dropped:,} of {counts.get('rows', 0):,} rows are not fit to be scored and were left out: {where}"
+    return dataclasses.replace(changes, caveats=(*changes.caveats, note))
 
 
 def _second(config: DiagnoseConfig) -> dict[str, Any]:

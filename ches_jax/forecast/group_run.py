@@ -20,7 +20,7 @@ from ches_jax.data.rollouts import ROLLOUTS, Group, group_item, read_groups, req
 from ches_jax.data.unpaired import with_own_flags
 from ches_jax.distributed.mesh import local_shards, make_mesh, row_shards
 from ches_jax.distributed.processes import Process, start_run
-from ches_jax.errors import ChesError, DataError, RunError
+from ches_jax.errors import ChesError, DataError, RunError, require_config
 from ches_jax.forecast.advantages import advantages, coefficients
 from ches_jax.forecast.config import GroupsConfig
 from ches_jax.forecast.frozen import FrozenStep, FrozenSteps, not_finite
@@ -111,6 +111,7 @@ def groups(config: GroupsConfig, *, resume: bool = False, quiet: bool = False, o
     ...     pq.read_table(out / "groups.parquet")["advantage"].to_numpy().round(2).tolist()
     [-0.58, 1.15, -0.58]
     """
+    require_config("groups", config, GroupsConfig)
     require_dtype("dtype", config.dtype)
     require_positive(
         {

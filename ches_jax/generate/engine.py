@@ -24,6 +24,7 @@ from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.precision import accumulate
+from ches_jax.runs.work import Positions
 
 SMALLEST_BUCKET = 32
 SEGMENT = 32
@@ -194,6 +195,7 @@ class Engine:
 
     Attributes:
       shapes: (rows, prompt bucket) compiled so far.
+      counted: positions that went through the model so far, of prompts and of new tokens; no text shares any.
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.stop_check = stop_check
         self.shapes: list[tuple[int, int]] = []
+        self.counted = Positions()
         graph, state = nnx.split(model)
         whole = weights_are_whole(mesh)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
@@ -281,12 +284,28 @@ class Engine:
                 # ended rows make nothing more; whether a stop token ended them is decided below
                 state = state._replace(ended=put_own_rows(ended | stopped, self.mesh))
         tokens, logps, count, ended = self._fetch(state)
+        self._count(prompts, count, requests)
         return [
             Completion(
                 tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i])
             )
             for i, n in enumerate(count[: len(requests)].tolist())
         ]
+
+    def _count(self, prompts: Prompts, made: np.ndarray, requests: Sequence[Request]) -> None:
+        """Adds a batch: its prompts, and a step for each token of a text but the last, which no state follows.
+
+        Rows that lie apart (a data-only mesh) take the steps of their own longest text, others those of the batch.
+        """
+        parts = row_shards(self.mesh) if weights_are_whole(self.mesh) else 1
+        steps = np.maximum(made - 1, 0)
+        rows = len(made) // parts
+        held = sum(len(a.prompt) for a in requests) + int(steps[: len(requests)].sum())
+        self.counted.add(
+            computed=prompts.tokens.size + rows * int(steps.reshape(parts, rows).max(axis=1).sum()),
+            used=held,
+            apart=held,
+        )
 
     def _fetch(self, state: State) -> tuple[np.ndarray, ...]:
         """Tokens, log-probabilities, counts and ends of all rows."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ches_jax.distributed.chunked_run import ChunkedRun
 from ches_jax.distributed.mesh import row_shards
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, require_config
 from ches_jax.generate.config import GenerateConfig, checked
 from ches_jax.generate.engine import Engine, Request
 from ches_jax.generate.prompts import Encoder, Inputs, Prompt, open_model_and_prompts
@@ -29,7 +29,7 @@ from ches_jax.inputs import Opener
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import as_dict, merged, write_summary
 from ches_jax.runs.progress import say
-from ches_jax.runs.work import Work
+from ches_jax.runs.work import Positions, Work
 
 FILE_NAME = "responses.jsonl"
 
@@ -54,6 +54,7 @@ def generate(
     ...     sorted(path.name for path in generate(options, quiet=True).iterdir())
     ['config.json', 'responses.jsonl', 'run.json']
     """
+    require_config("generate", config, GenerateConfig)
     import jax
 
     process = start_run(config.distributed, config.out)
@@ -94,7 +95,7 @@ def _generate_chunks(
     total: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Continue the chunks that are missing and are this process's; returns facts for ``run.json``."""
+    """Continue the chunks that are missing and are this process's; returns facts for ``run.json``, of these alone."""
     started, work, tokens = time.perf_counter(), Work(), 0
     with tqdm(
         unit=" texts",
@@ -116,7 +117,7 @@ def _generate_chunks(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "compiled_shapes": [list(s) for s in generator.shapes],
-        "work": work.facts(),
+        "work": work.facts(**generator.counted.facts()),
     }
 
 
@@ -163,6 +164,11 @@ class Generator:
     def shapes(self) -> list[tuple[int, int]]:
         """Batch shapes compiled so far."""
         return self._engine.shapes
+
+    @property
+    def counted(self) -> Positions:
+        """Positions that went through the model so far."""
+        return self._engine.counted
 
     def __call__(self, prompts: Sequence[Prompt], progress: Any = lambda n: None) -> list[dict[str, Any]]:
         """Rows in the order of the prompts, samples of a prompt in turn.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ches_jax.data.sources import PairSource, Record
 from ches_jax.distributed.chunked_run import ChunkedRun
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import DataError
+from ches_jax.errors import DataError, require_config
 from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.prompts import IMPOSSIBLE, Encoder, open_encoder
 from ches_jax.generate.run import Generator
@@ -74,6 +74,7 @@ def judge(config: JudgeConfig, *, resume: bool = False, quiet: bool = False, oth
     ...     json.loads((out / "run.json").read_text())["summary"]["refusals"]
     1
     """
+    require_config("judge", config, JudgeConfig)
     import jax
 
     process = start_run(config.distributed, config.out)

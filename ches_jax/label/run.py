@@ -15,7 +15,7 @@ from ches_jax.data.unpaired import as_one_response
 from ches_jax.displacement.changes import FILE_NAME as LOG
 from ches_jax.displacement.ranking import flip_budget, ranking_summary
 from ches_jax.displacement.readers.training_run import is_run, read_log_of_run
-from ches_jax.errors import ChesError, DataError
+from ches_jax.errors import ChesError, DataError, require_config
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig, require_options
 from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
@@ -68,6 +68,7 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     ...     label(LabelConfig(by="file", labels=str(file), limit=1, out=f"{folder}/out"))["mean_probability"]
     0.75
     """
+    require_config("label", config, LabelConfig)
     require_options(config)
     opener = Opener()
     singles = config.by == "density-ratio"

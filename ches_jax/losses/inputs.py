@@ -38,7 +38,17 @@ class RunningMean(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """Arrays of one batch: B pairs (rows, for an unpaired objective), T token positions."""
+    """Arrays of one batch: B pairs (rows, for an unpaired objective), T token positions.
+
+    Each objective says which it needs: ``get_loss(name).needs``.
+
+    >>> import numpy as np
+    >>> from ches_jax.losses import get_loss
+    >>> batch = LossInputs(*(np.array([x]) for x in (-9.0, -8.0, -10.0, -8.0)))
+    >>> values, logs = get_loss("dpo")(batch)  # the margin is 1 nat, beta 0.1
+    >>> f"{values[0]:.3f}"
+    '0.644'
+    """
 
     logp_chosen: Float[ArrayLike, "*B"] | None = None
     logp_rejected: Float[ArrayLike, "*B"] | None = None

@@ -116,7 +116,7 @@ class Loss:
         """
         if more or not isinstance(batch, LossInputs):
             fields = ", ".join(f"{name}=..." for name in sorted(self.needs))
-            raise ChesError(f"loss {self.name!r}: expected one ches_jax.losses.LossInputs({fields})")
+            raise ChesError(f"loss {self.name!r}: expected one ches_jax.LossInputs({fields})")
         check_inputs(self, batch)
         return self.compute(batch)
 

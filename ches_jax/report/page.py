@@ -104,6 +104,7 @@ def _what_is_there(folder: Path, has: set[str]) -> str:
     if has & {"trainer_state.json", "adapter_model.safetensors"} or any(
         n.startswith("events.out.tfevents") for n in has
     ):
-        return f"is a directory of another trainer; `ches diagnose {folder}` reads its log"
+        how = f"`ches diagnose {folder} --out D` reads its log, `ches report D` makes the page"
+        return f"is a directory of another trainer; {how}"
     shown = ", ".join(sorted(n for n in has if not n.startswith("."))[:8])
     return f"nothing in it can be drawn: it has {shown}; {expected}{found_below(folder, CONFIG)}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ches_jax.errors import RunError
 from ches_jax.report.document import Section
-from ches_jax.report.html import data_table
+from ches_jax.report.html import data_table, paragraphs
 from ches_jax.runs.directory import CONFIG, RUN
 from ches_jax.runs.files import read_json
 from ches_jax.runs.shapes import require_shape
@@ -16,6 +16,10 @@ _RATE = {"refusal_rate?": float, "interval?": [float], "responses?": int}
 _SHAPE = {
     "config?": {"model?": str, "pairs?": str, "loss?": str, "tolerance?": float, "limit?": int, "columns?": {str: str}},
     "counts?": {"dropped?": int}, "summary?": {**_RATE, "by_category?": {str: _RATE}}, "status?": str,
+    "work?": {
+        **dict.fromkeys(("positions?", "shared_positions?", "programs?", "programs_from_cache?"), int),
+        "padding?": float, "seconds?": {str: float},
+    },
 }  # fmt: skip
 """What a page reads of a record; the rest is shown as it is."""
 _WHERE = ("model_fingerprint", "tokenizer_fingerprint", "data_fingerprint", "versions", "command", "device")
@@ -54,13 +58,35 @@ def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, text if len(text) <= 300 else text[:297] + "...")]
 
 
+def cost_words(work: Mapping[str, Any]) -> str:
+    """What a run cost, from the ``work`` of its record; empty where it has none.
+
+    >>> seconds = {"compiling": 1.5, "device": 2, "host": 0.25}
+    >>> cost_words({"positions": 4096, "padding": 0.125, "shared_positions": 1200, "programs": 3, "seconds": seconds})
+    'Cost: 4,096 positions computed, 12.5 % of them padding; 1,200 more were shared; 3 programs; 1.5 seconds \
+compiling, 2 device, 0.25 host.'
+    """
+    words = []
+    if (positions := work.get("positions")) is not None:
+        words.append(f"{positions:,} positions computed, {100 * work.get('padding', 0.0):.1f} % of them padding")
+        words.append(f"{work.get('shared_positions', 0):,} more were shared")
+    if (programs := work.get("programs")) is not None:
+        cached = work.get("programs_from_cache")
+        words.append(f"{programs:,} programs" + (f", {cached:,} of them from the cache" if cached else ""))
+    if seconds := work.get("seconds"):
+        first, *others = seconds.items()
+        words.append(", ".join([f"{first[1]:g} seconds {first[0]}", *(f"{value:g} {name}" for name, value in others)]))
+    return f"Cost: {'; '.join(words)}." if words else ""
+
+
 def provenance(*records: Mapping[str, Any]) -> Section:
-    """A folded table of everything that records tell, each name once."""
+    """What the first record's run cost, and a folded table of everything that records tell, each name once."""
     rows: dict[str, str] = {}
     for record in records:
         for name, text in flat(record):
             rows.setdefault(name, text)
-    body = data_table(["what", "value"], [*rows.items()][:300], text_columns=2)
+    cost = cost_words(records[0].get("work") or {}) if records else ""
+    body = (paragraphs(cost) if cost else "") + data_table(["what", "value"], [*rows.items()][:300], text_columns=2)
     return Section(anchor="provenance", heading="Provenance", body=body, folded=True)
 
 

@@ -11,6 +11,7 @@ from ches_jax.report.axes import digits_of, readable
 from ches_jax.report.elements import row_key
 from ches_jax.report.page import page_of
 from ches_jax.report.pair_table import Column, PairTable, Tokens
+from ches_jax.runs.shapes import read_json_lines
 from ches_jax.runs.store import fetched_run, place
 
 RED, BLUE, PLAIN = "\x1b[41;97m", "\x1b[44;97m", "\x1b[0m"
@@ -36,9 +37,24 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
     pairs = page.pairs
     if pairs is None:
         raise RunError(f"{run_dir}: this run has no pairs to show, only means")
-    position = find(pairs, row, str(run_dir))
+    try:
+        position = find(pairs, row, str(run_dir))
+    except RunError as error:
+        raise RunError(f"{error}{_left_out(run_dir, row)}") from None
     notes = [printable(f"note: {note}") for note in page.notes]
     return "\n".join([_shown(pairs, position, _tokens(run_dir, pairs, position), colour), *notes])
+
+
+def _left_out(run_dir: Path, row: str) -> str:
+    """Why a row of the data is no pair of the run, for the end of a message; empty where nothing says so."""
+    for folder in (run_dir, run_dir / "after"):
+        path = folder / "dropped.jsonl"
+        if not path.is_file():
+            continue
+        for dropped in read_json_lines(path, {"index?": int, "reasons?": [str]}, RunError):
+            if str(dropped.get("index")) == row and dropped.get("reasons"):
+                return f"; row {row} was left out: {printable(', '.join(dropped['reasons']))}"
+    return ""
 
 
 def find(pairs: PairTable, row: str, where: str) -> int:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -65,6 +66,47 @@ class Work:
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "cpu_seconds": round(time.process_time() - self._started[1], 3),
             **more,
+        }
+
+
+@dataclass
+class Positions:
+    """Positions of arrays that went through a model, counted batch by batch; of several processes, those of all.
+
+    >>> counted = Positions()
+    >>> counted.add(computed=64, used=7, apart=10)
+    >>> counted.facts()
+    {'positions': 64, 'shared_positions': 3, 'padding': 0.8906}
+    """
+
+    computed: int = 0
+    """All of them."""
+    used: int = 0
+    """Those that hold a token."""
+    apart: int = 0
+    """Those that would hold a token if each response were computed with a prompt of its own."""
+
+    def add(self, *, computed: int = 0, used: int = 0, apart: int = 0) -> None:
+        """Counts a batch."""
+        self.computed += computed
+        self.used += used
+        self.apart += apart
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed positions that hold no token."""
+        return 1 - self.used / self.computed if self.computed else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """For ``run.json``.
+
+        ``positions`` that were computed, ``shared_positions`` that were not, since several responses begin with them,
+        and the share of ``padding``.
+        """
+        return {
+            "positions": self.computed,
+            "shared_positions": self.apart - self.used,
+            "padding": round(self.padding, 4),
         }
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ches_jax.data.audit import require_clean
 from ches_jax.distributed.chunked_run import ChunkedRun
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import ChesError
+from ches_jax.errors import ChesError, require_config
 from ches_jax.inputs import Inputs, Opener, audit, convention, open_model_and_pairs
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import as_dict, merged, write_summary
@@ -50,6 +50,7 @@ def score(config: ScoreConfig, *, resume: bool = False, quiet: bool = False, oth
     ...     sorted(path.name for path in out.iterdir())
     ['config.json', 'run.json', 'scores.parquet']
     """
+    require_config("score", config, ScoreConfig)
     import jax
 
     process = start_run(config.distributed, config.out)

@@ -16,14 +16,13 @@ from ches_jax.data.packing import (
     fitting_length,
     group_by_prompt,
     pack,
-    prompts_of,
-    responses_of,
+    tokens_apart,
 )
 from ches_jax.data.prefix import Group, Prefix, behind, by_prefix, most_copies, without
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import numbers_here, row_shards
 from ches_jax.errors import ChesError
-from ches_jax.runs.work import Work
+from ches_jax.runs.work import Positions, Work
 from ches_jax.scores import formulas
 from ches_jax.scores.forward import ForwardPass, fetch
 from ches_jax.scores.gradients import Gradients, Gram, band
@@ -109,27 +108,19 @@ class PairScorer:
         self.eos: Eos = eos
         self.on_batch = on_batch
         self.work = Work()
-        self._positions = 0
-        self._used = 0
-        self._apart = 0
+        self.counted = Positions()
 
     @property
     def waste(self) -> float:
         """Share of computed positions that were padding."""
-        return 1 - self._used / self._positions if self._positions else 0.0
+        return self.counted.padding
 
     def facts(self) -> dict[str, Any]:
         """What scoring cost so far, for ``run.json``; all processes that compute together call it.
 
-        ``positions`` that went through the model, ``shared_positions`` that did not, since several responses begin
-        with them, the share of padding, and the bytes of the weights that each process holds.
+        The counted positions, and the bytes of the weights that each process holds.
         """
-        return self.work.facts(
-            positions=self._positions,
-            shared_positions=self._apart - self._used,
-            padding=round(self.waste, 4),
-            weight_bytes=self.team.exchange(self.run.weight_bytes),
-        )
+        return self.work.facts(**self.counted.facts(), weight_bytes=self.team.exchange(self.run.weight_bytes))
 
     def batches(
         self, items: Sequence[Item], prefix: Prefix | None = None
@@ -163,11 +154,7 @@ class PairScorer:
         """
         scorable = [i for i, p in enumerate(pairs) if UNSCORABLE.isdisjoint(p.flags)]
         items, refs = group_by_prompt([pairs[i] for i in scorable])
-        self._apart += sum(
-            len(prompt) + len(r.content)
-            for item in items
-            for prompt, r in zip(prompts_of(item), responses_of(item), strict=True)
-        )
+        self.counted.add(apart=tokens_apart(items))
         of_item: list[list[ItemPair]] = [[] for _ in items]
         for i, ref in zip(scorable, refs, strict=True):
             of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
@@ -190,13 +177,11 @@ class PairScorer:
         for group in self._groups(items):
             before = None
             if group.prefix is not None:
-                self._positions += len(group.prefix.tokens)
-                self._used += len(group.prefix.tokens)
+                self.counted.add(computed=len(group.prefix.tokens), used=len(group.prefix.tokens))
                 with self.work.on_device():
                     before = self.run.prefix(group.prefix.tokens)
             for rows, placements in self.batches(group.items, group.prefix):
-                self._positions += rows.tokens.size
-                self._used += int((rows.lengths > 0).sum())
+                self.counted.add(computed=rows.tokens.size, used=int((rows.lengths > 0).sum()))
                 placements = [replace(p, item=group.numbers[p.item]) for p in placements]
                 with self.work.on_device():
                     waiting.append((self.run(rows, before), rows, placements))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, require_config
 from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
 from ches_jax.runs.store import fetched_run, output_place, place
@@ -158,6 +158,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     ...     len((Path(folder) / "kept" / "pairs.jsonl").read_text().splitlines())
     2
     """
+    require_config("select", config, SelectConfig)
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
     table, metadata = read_table(_table(config))
     columns = data_columns(table, config)

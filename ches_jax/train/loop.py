@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ches_jax.bundled import BUNDLED
 from ches_jax.distributed.processes import start_run
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, require_config
 from ches_jax.models.decoder import parameter_count
 from ches_jax.runs.directory import CONFIG, RUN, device_name, new_name, open_run, read_json, versions, write_json
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.model_card import trained_card, write_card
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
-from ches_jax.runs.work import Work
+from ches_jax.runs.work import Positions, Work
 from ches_jax.runs.workspace import Workspace
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
@@ -73,6 +73,7 @@ def train(
     ...     (train(TrainConfig(**small, out=f"{folder}/run"), quiet=True) / "displacement.parquet").exists()
     True
     """
+    require_config("train", config, TrainConfig)
     process = start_run(config.distributed, config.out)
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
     place = output_place(str(config.out))
@@ -110,6 +111,23 @@ def train(
         return _train(run, parts, work, quiet)
 
 
+class Cost(NamedTuple):
+    """What this process did of a run."""
+
+    work: Work
+    counted: Positions
+    """Of its updates."""
+    updates: int
+
+    def facts(self) -> dict[str, Any]:
+        """For ``run.json``."""
+        return {
+            "seconds": round(self.work.elapsed(), 3),
+            "updates_this_time": self.updates,
+            "work": self.work.facts(**self.counted.facts()),
+        }
+
+
 WRITTEN = ("loss", "loss_args", "sft", "sft_per")
 """Options that write a loss; two ways of writing the same one are the same run."""
 
@@ -121,8 +139,12 @@ def _written_before(out: Path, objective: str) -> dict[str, Any]:
 
 
 def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
-    """Every update of the run, what is seen of it, what is kept of it."""
-    cost, config, total = Work(), run.config, run.plan.total
+    """Every update of the run, what is seen of it, what is kept of it.
+
+    Counts the positions of this process's updates: a run that resumes counts from its checkpoint on, and the updates
+    before it are in no count twice. Evaluations and the reference's pass over the pairs are in the seconds alone.
+    """
+    cost, counted, config, total = Work(), Positions(), run.config, run.plan.total
     policy, saved = parts.policy, parts.saved
     state, first = saved.resume(parts.take_state(), run.plan.position)
     tracker, summary = _open_tracker(run, first), {}
@@ -130,7 +152,8 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
         parts.posteriors.state = state.loss_state
     if first == 0:
         params = policy.parameters(state.params)
-        summary = parts.evaluations.observe(0, params)
+        with cost.on_device():
+            summary = parts.evaluations.observe(0, params)
         tracker.log(0, summary)
         saved.require_metric(summary)
         if own := parts.own.observe(0, params):
@@ -145,6 +168,7 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
             with cost.on_device():
                 state, metrics = parts.update(state, batches)
                 require_finite(i, metrics, run.train, run.plan, saved)  # which waits for them
+            parts.loader.count(i, batches, counted)
             if i == 0 and run.starts_at_the_reference:
                 require_agreement(batches, metrics, run.loss, config.dtype)
             step, params = i + 1, policy.parameters(state.params)
@@ -156,7 +180,8 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
             if evaluated and parts.posteriors is not None:
                 parts.posteriors.state = state.loss_state
             if evaluated:
-                summary = parts.evaluations.observe(step, params)
+                with cost.on_device():
+                    summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
             stopping, overdue = run.process.any_of(stop.requested, saved.overdue())
             if step == total or stopping or overdue or saved.due(step, evaluated):
@@ -173,7 +198,7 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
         summary = tracker.last()
     best = saved.best()
     saved.close()
-    _finish(run, parts, state, summary, best, cost, total - first)
+    _finish(run, parts, state, summary, best, Cost(cost, counted, total - first))
     with run.process.sharing_errors():
         _push(run, work)
     return work.place
@@ -199,8 +224,7 @@ def _finish(
     state: TrainState,
     summary: dict[str, float],
     best: dict[str, Any] | None,
-    cost: Work,
-    updates: int,
+    cost: Cost,
 ) -> None:
     """Export the weights, close the logs, write ``run.json``."""
     trained = sum(a.size for a in state.params.values())
@@ -211,7 +235,7 @@ def _finish(
     parts.own.close()
     if run.process.first:
         exported = _export(run, policy, params)
-        _write_summary(run, summary, exported, best, trained, cost, updates)
+        _write_summary(run, summary, exported, best, trained, cost)
     run.process.exchange(None)
 
 
@@ -237,8 +261,7 @@ def _write_summary(
     exported: dict[str, str],
     best: dict[str, Any] | None,
     trained: int,
-    cost: Work,
-    steps: int,
+    cost: Cost,
 ) -> None:
     config, pairs = run.config, run.pairs
     parameters = parameter_count(run.model.decoder) + (trained if run.lora else 0)
@@ -270,9 +293,7 @@ def _write_summary(
         "row_tokens": run.layout.row_tokens,
         "displacement": summary,
         **({"best": best} if best else {}),
-        "seconds": round(cost.elapsed(), 3),
-        "updates_this_time": steps,
-        "work": cost.facts(),
+        **cost.facts(),
     }
     for folder, library in ((run.out / MODEL, "transformers"), (run.out / ADAPTER, "peft")):
         if folder.is_dir():

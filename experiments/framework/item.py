@@ -298,6 +298,19 @@ def ran_on(result: dict[str, Any]) -> str:
     return f"{result['device']}; {minutes}"
 
 
+def items_of_the_paper(result: dict[str, Any], found: Sequence[str], of_the_verdicts: str) -> ReportLine:
+    """The line that counts how many of the paper's statements a result agrees with.
+
+    Args:
+      result: a committed result.
+      found: of each statement ``agree``, ``opposite`` or ``undecided``.
+      of_the_verdicts: what a reader must know of them, such as that they are not corrected for their number.
+    """
+    counts = ", ".join(f"{list(found).count(word)} {word}" for word in ("agree", "opposite", "undecided"))
+    verdict = f"of {len(found)} items of the paper: {counts}"
+    return ReportLine("all of them", run_command(result), ran_on(result), "see above", of_the_verdicts, verdict)
+
+
 def beyond_the_paper(result: dict[str, Any], item: str, ours: str, verdict: str) -> ReportLine:
     """A line about something that the paper does not have."""
     return ReportLine(f"beyond the paper: {item}", run_command(result), ran_on(result), "none", ours, verdict)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.framework.intervals import interval
-from experiments.framework.item import ReportLine, cell, ran_on, run_command
+from experiments.framework.item import ReportLine, cell, items_of_the_paper, ran_on, run_command
 
 SHOWN_GAIN = 0.02
 """A gain of probability by answers of the opposite stance counts when its interval lies above this."""
@@ -80,7 +80,31 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
                 _phrase_verdict(values["longer"]),
             )
         )
+    counted = "every pair of answers in every table by itself: no verdict is corrected for their number"
+    lines.append(items_of_the_paper(result, agreements(values), counted))
     return lines
+
+
+def agreements(values: dict[str, Any]) -> list[str]:
+    """What the runs say to each statement of the paper.
+
+    For each pair of answers: is y+ displaced in most of the kept runs (undecided where fewer than half were kept); does
+    the opposite stance gain. For all of them: is the part of W_y+ - W_y- across y+ the larger one; are inner products
+    of prompt states positive.
+    """
+    contests = [v for table in values["tables"].values() for v in table.values()]
+    found = ["undecided" if v["kept"] < v["runs"] / 2 else _agreed(2 * v["displaced"] > v["kept"]) for v in contests]
+    for gain in (v["opposite_gain"] for v in values["tables"]["dpo-sft"].values()):
+        if gain is None or gain["low"] <= SHOWN_GAIN <= gain["high"]:
+            found.append("undecided")
+        else:
+            found.append(_agreed(gain["low"] > SHOWN_GAIN))
+    found += [_agreed(v["orthogonal"] > abs(v["projection"])) for v in values["directions"]["tuned"].values()]
+    return [*found, _agreed(values["prompts"]["positive"] == 1)]
+
+
+def _agreed(is_so: bool) -> str:
+    return "agree" if is_so else "opposite"
 
 
 LABELS = {"dpo-sft": "DPO after tuning", "dpo-base": "DPO on the base model", "ipo-sft": "IPO after tuning"}

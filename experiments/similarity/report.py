@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.framework.intervals import correlation, interval
-from experiments.framework.item import ReportLine, ran_on, run_command
+from experiments.framework.item import ReportLine, items_of_the_paper, ran_on, run_command
 
 NAMES = {
     "ches": "CHES",
@@ -60,13 +60,10 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             )
     count = sum(len(o["measures"]) for o in values["objectives"].values())
     lines.append(
-        ReportLine(
-            "all of them",
-            command,
-            hardware,
-            "see above",
-            f"{count} windowed measures are looked at, each by itself: no verdict is corrected for their number",
+        items_of_the_paper(
+            result,
             _items(values),
+            f"{count} windowed measures are looked at, each by itself: no verdict is corrected for their number",
         )
     )
     c = values["coefficients"]
@@ -236,8 +233,8 @@ def _ends(v: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     return ends["0"], ends["1"]
 
 
-def _items(values: dict[str, Any]) -> str:
-    """How many of the paper's items this result agrees with."""
+def _items(values: dict[str, Any]) -> list[str]:
+    """What this result says to each of the paper's items."""
     found = [
         agreement(measure, v)
         for objective in values["objectives"].values()
@@ -248,8 +245,7 @@ def _items(values: dict[str, Any]) -> str:
     found += ["agree" if c["inner"]["mean"] > 0.99 else "opposite"]
     alphas = [(c["alpha_minus"][end] + c["alpha_plus"][end]) / 2 for end in ("low", "high")]
     found += ["agree" if alphas[0] > 0.69 else "opposite" if alphas[1] < 0.69 else "undecided"]
-    counts = ", ".join(f"{found.count(word)} {word}" for word in ("agree", "opposite", "undecided"))
-    return f"of {len(found)} items of the paper: {counts}"
+    return found
 
 
 def _share(s: dict[str, float]) -> str:

@@ -11,11 +11,11 @@ from experiments.sorrybench.summary import summarise
 TITLE = "Section 6, Figures 3, 4 and 8, Tables 16 to 18: refusals that are unlearned"
 
 NOTE = (
-    "Refusals in `small` were recognised by the rule of version 0.2.0 (`tiny` has the phrases of its own world), those "
-    "in `small-refusing` by the rule that ships now, which needs a refusing verb: of 1,305 texts that hh-tiny drew "
-    "for the same 435 requests at temperature 0.7, the former counts 13.5% as refusals and the latter 10.1%; 74 "
-    "are of both, 102 of the former alone (such as \"I'm sorry, I don't know what you mean\"), 58 of the latter "
-    "alone. New numbers of `small` need its command again, 36 CPU minutes on two cores."
+    "Refusals in `small` and `small-refusing` are recognised by the rule that ships, which needs a refusing verb "
+    "(`tiny` has the phrases of its own world). The rule of version 0.2.0, by which `small` was judged before, took "
+    "apologies too: of 1,305 texts that hh-tiny drew for these 435 requests it counted 13.5% as refusals and the "
+    "present one 10.1%; 74 are of both, 102 of the former alone (such as \"I'm sorry, I don't know what you mean\"), "
+    "58 of the present one alone."
 )
 
 __all__ = ["NOTE", "SCALES", "TITLE", "figures", "rows", "stages", "summarise", "tables"]

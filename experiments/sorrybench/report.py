@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.framework.intervals import interval
-from experiments.framework.item import ReportLine, cell, ran_on, run_command
+from experiments.framework.item import ReportLine, cell, items_of_the_paper, ran_on, run_command
 from experiments.sorrybench.config import SUBSETS
 
 PAPER_RATES = {
@@ -83,7 +83,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
         paper = "; ".join(p for p in (PAPER_RATES.get(name), _nats(PAPER_CHANGES.get(name))) if p) or "none"
         ours = (
             f"train {percent(m['train'])}, test {percent(m['test'])}; ln pi(y+) {interval(m['dlogp_chosen'])} nats"
-            f"{_kinds(m)}; {m['pairs']} pairs, {m['updates']} updates"
+            f"{_kinds(m)}; {m['pairs']} pairs, {m['updates']} update{'s' * (m['updates'] != 1)}"
         )
         place = "Fig. 8, Table 17" if m["objective"] == "ipo" else "Fig. 3, Table 16"
         item = f"{place if name in PAPER_RATES else 'beyond the paper'}: {title(name, m)}"
@@ -101,7 +101,39 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
             _types(above, {t: v["pairs"] for t, v in scores["by_type"].items()}),
         )
     )
+    found = agreements(values)
+    if found:
+        counted = "refusals and ln pi(y+) of each method by itself: no verdict is corrected for their number"
+        lines.append(items_of_the_paper(result, found, counted))
     return lines
+
+
+def agreements(values: Mapping[str, Any]) -> list[str]:
+    """What the intervals say to each statement of the paper on a method: its refusals, its ln pi(y+).
+
+    That refusals do not drop is agreed with where they rise, and undecided where they are indistinguishable from
+    unchanged: an interval cannot show that nothing changed.
+    """
+    found = []
+    for name, m in trained(values).items():
+        if name in PAPER_RATES:
+            expected = "rise" if PAPER_RATES[name].startswith("no drop") else "fall"
+            found.append(_agreement(_direction(m["train_change"]), expected))
+        if name in PAPER_CHANGES:
+            expected = "rise" if PAPER_CHANGES[name].startswith("+") else "fall"
+            found.append(_agreement(_direction(m["dlogp_chosen"]), expected))
+    return found
+
+
+def _agreement(direction: str, expected: str) -> str:
+    if direction not in ("fall", "rise"):
+        return "undecided"
+    return "agree" if direction == expected else "opposite"
+
+
+def _count(s: Mapping[str, Any], of: int) -> str:
+    """A spread of numbers of requests, of so many."""
+    return interval({**s, "low": max(s["low"], 0), "high": min(s["high"], of)}, 0)
 
 
 def _nats(text: str | None) -> str | None:
@@ -169,8 +201,8 @@ def tables(result: dict[str, Any]) -> str:
     methods = {cell(title(n, m)): m for n, m in trained(values).items()}
     parts += [
         f"| {n} | {m['pairs']} | {m['updates']} | {percent(m['train'])} | {percent(m['test'])} | "
-        f"{interval(m['train_change'], 3)} | {interval(m['turned']['refusal_to_compliance'], 0)} | "
-        f"{interval(m['turned']['compliance_to_refusal'], 0)} |"
+        f"{interval(m['train_change'], 3)} | {_count(m['turned']['refusal_to_compliance'], r['train'])} | "
+        f"{_count(m['turned']['compliance_to_refusal'], r['train'])} |"
         for n, m in methods.items()
     ]
     if "kinds" in values["initial"]:
@@ -220,7 +252,7 @@ def tables(result: dict[str, Any]) -> str:
         "| filter | " + " | ".join(n.replace("_", " ") for n in names) + " |",
         "|---|" + "---|" * len(names),
         *(
-            f"| {cell(NAMES.get(f, f))} | " + " | ".join(f"{kept[f][n]:g}" for n in names) + " |"
+            f"| {cell(NAMES.get(f, f))} | " + " | ".join(f"{kept[f][n]:.4g}" for n in names) + " |"
             for f in ("all", *SUBSETS)
         ),
         "\n## Scores by type of pair (Figure 4)\n",

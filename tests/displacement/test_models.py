@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.errors import ChesError
 from ches_jax.scores.table import read_table
+from tests.helpers import write_lines
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +29,23 @@ def test_a_model_does_not_differ_from_itself(tiny_model, pairs, tmp_path):
     assert found.pairs == 10 and found.verdict == "not_displaced" and found.chosen.mean == 0
     assert np.allclose([row["chosen"] for row in found.worst], 0) and found.worst[0]["text"].startswith('" yes')
     assert (tmp_path / "d/before/scores.parquet").exists()
+    assert not any("left out" in note for note in found.caveats)
     with pytest.raises(ChesError, match="is no score table; give two models, or two score tables"):
         diagnose(DiagnoseConfig(before=str(tmp_path / "d/before"), after=str(tiny_model), pairs=pairs))
     with pytest.raises(ChesError, match="needs --pairs"):
         diagnose(DiagnoseConfig(before=str(tiny_model), after=str(tiny_model)))
     with pytest.raises(ChesError, match=r"scores of one model; changes take two"):
         diagnose(DiagnoseConfig(path=str(tmp_path / "d/before")))
+
+
+def test_rows_that_were_left_out_are_told(tiny_model, pairs, tmp_path):
+    long = {"prompt": "Say. " * 400, "chosen": " a", "rejected": " b"}
+    path = Path(write_lines(tmp_path / "p.jsonl", [*map(json.loads, Path(pairs).read_text().splitlines()), long]))
+    config = DiagnoseConfig(before=str(tiny_model), after=str(tiny_model), pairs=str(path), out=str(tmp_path / "d"))
+    found = diagnose(replace(config, max_length=64, on_bad_row="drop"))
+    assert found.pairs == 10
+    note = "1 of 11 rows are not fit to be scored and were left out: after/dropped.jsonl of --out says why"
+    assert note in found.caveats and (tmp_path / "d/after/dropped.jsonl").is_file()
 
 
 @pytest.fixture(scope="module")

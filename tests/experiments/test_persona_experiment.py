@@ -11,7 +11,7 @@ from ches_jax import bundled
 from ches_jax.errors import DataError
 from experiments import persona
 from experiments.framework.item import Work
-from experiments.persona import runs
+from experiments.persona import report, runs
 from experiments.persona.config import PAPER_SEEDS, SCALES, YES_NO, Contest, Setting
 from experiments.persona.data import STANCES, Statement, Words, draw, read_statements, stance_of, stance_of_word
 from experiments.persona.runs import norms, stance_masses, top_gains
@@ -200,3 +200,16 @@ def test_committed_gains_count_three_tokens_of_every_kept_run(name, result):
     for contests in result["result"]["tables"].values():
         for v in contests.values():
             assert all(sum(g["runs"] for g in cell) == 3 * v["kept"] for cell in v["gains"].values())
+
+
+def test_items_of_the_paper_are_counted_over_pairs_of_answers():
+    gain = {"mean": 0.1, "low": 0.05, "high": 0.15}
+    answers = {
+        "a": {"displaced": 3, "kept": 4, "runs": 4, "opposite_gain": gain},
+        "b": {"displaced": 2, "kept": 4, "runs": 4, "opposite_gain": {**gain, "low": 0.01}},
+        "c": {"displaced": 1, "kept": 1, "runs": 4, "opposite_gain": {"mean": 0.0, "low": 0.0, "high": 0.01}},
+    }
+    directions = {"tuned": {"a": {"projection": -2.0, "orthogonal": 1.0}, "b": {"projection": 0.5, "orthogonal": 1.0}}}
+    values = {"tables": {"dpo-sft": answers}, "directions": directions, "prompts": {"positive": 0.99}}
+    by_table, gains = ["agree", "opposite", "undecided"], ["agree", "undecided", "opposite"]
+    assert report.agreements(values) == [*by_table, *gains, "opposite", "agree", "opposite"]

@@ -348,3 +348,21 @@ def test_pairs_whose_chosen_response_refuses(tmp_path, capsys):
     assert refusals.main(words) == 2
     assert "no chosen response refuses" in capsys.readouterr().err
     assert data.read_lines(tmp_path / "refusals.jsonl") == [messages]
+
+
+def test_items_of_the_paper_are_counted_by_the_direction_it_gives():
+    def change(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 3}
+
+    def method(refusals: float, chosen: float) -> dict[str, Any]:
+        return {"pairs": 9, "train_change": change(refusals), "dlogp_chosen": change(chosen)}
+
+    methods = {
+        "dpo": method(-2, 2),  # refusals drop as in the paper; ln pi(y+) rises where the paper's falls
+        "dpo+sft": method(2, 2),  # no drop, ln pi(y+) rises: both as in the paper
+        "ipo": method(0, -2),
+        "dpo-random": method(-2, -2),  # not in the paper
+        "dpo-two_refusals": {"pairs": 0},
+    }
+    assert report.agreements({"methods": methods}) == ["agree", "opposite", "agree", "agree", "undecided", "agree"]
+    assert report._count({"mean": 2.0, "low": -2.0, "high": 6.0, "n": 3}, 5) == "2 [0, 5]"

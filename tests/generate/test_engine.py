@@ -126,6 +126,21 @@ def test_texts_do_not_depend_on_batch_neighbours_order_or_number(engine: Engine)
     assert {rows for rows, _ in engine.shapes} == {1, 4} and {length for _, length in engine.shapes} == {32, 64}
 
 
+@pytest.mark.parametrize(("name", "parts"), [("data=1", 1), ("data=2", 2)])
+def test_positions_are_those_of_padded_prompts_and_of_steps(model: Decoder, name: str, parts: int):
+    """Each device steps until its own longest text ends; a text's last token is never an input."""
+    engine = Engine(model, make_mesh(name), sampling=Sampling(), max_new_tokens=NEW, stop_ids=range(0, 1291, 5))
+    made = [len(m.tokens) - 1 for m in engine(requests_for(prompts_for(1291, (3, 9, 5))), 4)]
+    assert len(set(made)) == 3
+    rows = [[*made, 0][i : i + 4 // parts] for i in range(0, 4, 4 // parts)]  # the fourth row only fills the batch
+    counted = engine.counted
+    assert counted.computed == 4 * 32 + sum(len(part) * max(part) for part in rows)
+    assert counted.used == counted.apart == 3 + 9 + 5 + sum(made)
+    one = Engine(model, make_mesh("data=1"), sampling=Sampling(), max_new_tokens=1)
+    one(requests_for(prompts_for(1291, (40,)), new=1), 1)
+    assert (one.counted.computed, one.counted.used) == (64, 40)  # the first token is the prompts' own pass's
+
+
 def test_log_probabilities_are_those_of_one_pass_over_the_text(engine: Engine, model: Decoder):
     @nnx.jit
     def log_probs(model: Decoder, ids):

@@ -77,6 +77,11 @@ def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["counts"] == {"prompts": 2, "texts": 6, "tokens": sum(len(r["token_ids"]) for r in rows), "dropped": 0}
     assert run["config"]["samples"] == 3 and run["compiled_shapes"] == [[8, 32]]
+    held = sum(len(r["prompt_ids"]) + len(r["token_ids"]) - 1 for r in rows)
+    steps = max(len(r["token_ids"]) - 1 for r in rows)
+    work = run["work"]
+    assert (work["positions"], work["shared_positions"]) == (8 * (32 + steps), 0)
+    assert work["padding"] == round(1 - held / work["positions"], 4)
 
 
 def test_the_log_probability_is_the_one_that_scoring_computes(tmp_path):

@@ -33,8 +33,12 @@ def generated(n=4):
 
 def test_generated_texts_have_a_page(tmp_path):
     write_lines(tmp_path / "responses.jsonl", generated())
+    work = {"positions": 4096, "padding": 0.25, "shared_positions": 0, "programs": 3, "programs_from_cache": 2}
+    (tmp_path / "run.json").write_text(json.dumps({"verb": "generate", "work": work}))
     page = report(tmp_path)
     tags(page)
+    cost = "4,096 positions computed, 25.0 % of them padding; 0 more were shared; 3 programs, 2 of them from the cache."
+    assert cost in page.read_text(encoding="utf-8")
     text = page.read_text(encoding="utf-8")
     assert "<h1>4 texts of 2 prompts</h1>" in text and "1 of 4 were cut" in text and "1 empty texts" in text
     meta, found, texts, _ = page_data(page)

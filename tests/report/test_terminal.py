@@ -69,6 +69,12 @@ def test_texts_of_strangers_do_not_reach_the_terminal_raw(run):
 def test_a_pair_that_is_not_there_is_reported_with_those_that_are(run):
     with pytest.raises(RunError, match=r"no pair 7; there are 3, such as 0, 1, 2"):
         pair_text(run, "7")
+    (run / "dropped.jsonl").write_text(json.dumps({"index": 7, "reasons": ["prompt_too_long", EVIL]}) + "\n")
+    with pytest.raises(RunError, match=r"such as 0, 1, 2; row 7 was left out: prompt_too_long, .*evil") as told:
+        pair_text(run, "7")
+    assert "\x1b" not in str(told.value)
+    with pytest.raises(RunError, match=r"such as 0, 1, 2$"):
+        pair_text(run, "8")
 
 
 def test_the_command_prints_it(run, capsys):

@@ -91,7 +91,7 @@ def run(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_memory, "PairScorer", lambda *a: made.append(scorer.PairScorer(*a)) or made[0])
         score(config, quiet=True)
-    return folder / "run", made[0]._used
+    return folder / "run", made[0].counted.used
 
 
 @pytest.fixture(scope="module")

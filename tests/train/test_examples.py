@@ -21,15 +21,18 @@ from ches_jax.models.attention.mask import Visibility
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import Decoder
 from ches_jax.runs.directory import read_json
+from ches_jax.runs.work import Positions
 from ches_jax.train.batch_loss import batch_loss, update_metrics
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
+from ches_jax.train.data.loader import Loader
 from ches_jax.train.data.rows import (
     _require_an_order,
     _require_both_kinds,
     _require_weights,
     pair_by_prompt,
 )
+from ches_jax.train.data.split import Plan
 from ches_jax.train.loop import train
 from ches_jax.train.objective import reads_tokens
 from ches_jax.train.observe.pair_logprobs import Evaluator
@@ -203,6 +206,33 @@ def pure_loss(loss, tokens, ref_tokens, masks, extra):
             every[f"{prefix}logp_rejected"] = rejected.reshape(2, 3)[:, 0]
     inputs = LossInputs(**{k: v for k, v in every.items() if k in loss.needs})
     return jnp.mean(loss(inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "pairs", "used", "apart", "rows"),
+    [
+        # prompt + what both begin with + the rest of each, against two sequences
+        ("dpo", PAIRS, [3 + 1 + 3 + 1, 2 + 1 + 3, 2 + 3 + 2], [7 + 5, 3 + 5, 5 + 4], 1),
+        # of the second and the third pair each response has its own prompt: nothing is shared
+        ("dpo", TWO_PROMPTS, [3 + 1 + 3 + 1, 3 + 6, 5 + 5], [7 + 5, 3 + 6, 5 + 5], 1),
+        # one prompt and its token 9 for three samples and the rejected response; each fills the room of a row
+        ("d2o", SAMPLED, [2 + 1 + 4, 1 + 1 + 4], [4 + 5 + 3 + 4, 3 + 4 + 2 + 3], 2),
+    ],
+)
+@pytest.mark.parametrize("local", [None, (1,)])
+def test_positions_of_updates_are_counted_with_the_rows_of_all_processes(loss, pairs, used, apart, rows, local):
+    examples = make_examples(get_loss(loss), pairs, {}, seed=0, max_length=16, eos="include")
+    plan = Plan(pairs=len(examples), batch_size=2, accumulate=1, total=2, seed=0)
+    layout = Layout(row_tokens=64, row_multiple=1 if local is None else 2, eos="include", local_shards=local)
+    loader, counted = Loader(get_loss(loss), examples, plan, layout, None, "float32"), Positions()
+    seen = [j for update in range(2) for group in plan.update(update) for j in group]
+    for update in range(2):
+        loader.count(update, loader(update), counted)
+    assert counted == Positions(
+        computed=2 * max(rows, layout.row_multiple) * 64,
+        used=sum(used[j] for j in seen),
+        apart=sum(apart[j] for j in seen),
+    )
 
 
 def test_a_joint_example_has_the_prompt_in_its_responses():

@@ -14,6 +14,7 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.cli import main
+from ches_jax.data.packing import packed_length, tokens_apart
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
 from ches_jax.distributed.mesh import make_mesh
@@ -135,6 +136,10 @@ def test_the_exported_model_gives_the_last_log_probabilities(whole_run, tiny_mod
     actual = evaluate(named_parameters(load_model(whole_run / "model")), pairs.held_out)
     assert last.row_id.tolist() == [p.row_id for p in pairs.held_out]
     np.testing.assert_allclose(actual.chosen, last.logp_chosen, rtol=1e-5)
+    work = read_json(whole_run / "run.json")["work"]  # two epochs; the held-out pairs are not counted
+    held = 2 * sum(map(packed_length, pairs.train))
+    assert work["shared_positions"] == 2 * tokens_apart(pairs.train) - held
+    assert work["padding"] == round(1 - held / work["positions"], 4)
 
 
 def same_bytes(a, b):
@@ -167,7 +172,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes(whole_run, small, tmp_path, mon
         train(replace(config, lr=0.5), resume=True, quiet=True)
     out = train(config, resume=True, quiet=True)
     same_bytes(out, whole_run)
-    assert read_json(out / "run.json")["updates_this_time"] == 1
+    last, whole = (read_json(folder / "run.json") for folder in (out, whole_run))
+    assert last["updates_this_time"] == 1
+    # a resumed run counts its own update alone: one row of four pairs, where the whole run had six
+    assert 0 < last["work"]["positions"] < whole["work"]["positions"] / 4
+    assert 0 < last["work"]["shared_positions"] < whole["work"]["shared_positions"] / 4
     assert train(config, resume=True, quiet=True) == out  # nothing left to do
 
 

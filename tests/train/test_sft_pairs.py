@@ -7,6 +7,7 @@ import pytest
 
 from ches_jax import bundled
 from ches_jax.errors import ChesError
+from ches_jax.runs.work import Positions
 from ches_jax.train.assemble import assemble
 from ches_jax.train.loop import train
 from ches_jax.train.setup import prepare
@@ -30,6 +31,13 @@ def test_each_update_takes_rows_of_the_other_set(small, rows, tmp_path):
         (batch,) = loader(update)
         assert batch.sft is not None and batch.sft.counts.shape == (3, 2) and not batch.sft.counts[:, 1].any()
         assert batch.sft.counts[:, 0].sum() == sum(len(p.chosen.targets("include")) for p in run.sft.pairs)
+    both, apart, sft = Positions(), Positions(), loader.sft
+    loader.count(0, loader(0), both)
+    assert sft is not None
+    loader.sft = None
+    for one in (loader, sft):
+        one.count(0, one(0), apart)
+    assert both == apart and both.used > sum(len(p.prompt) + len(p.chosen.content) for p in run.sft.pairs)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ches_jax.data.packing import packed_length, tokens_apart
 from ches_jax.losses import Loss
+from ches_jax.runs.work import Positions
 from ches_jax.train.data.batches import Batch, Layout, fitted, make_batch
 from ches_jax.train.data.examples import Examples
 from ches_jax.train.data.split import Plan
@@ -57,6 +59,20 @@ class Loader:
                 batches = coming.result()
                 coming = pool.submit(self, update + 1) if update + 1 < total else None
                 yield batches
+
+    def count(self, update: int, batches: list[Batch], counted: Positions) -> None:
+        """Adds the positions of ``batches``, made by ``self(update)``, to ``counted``: the rows of all processes."""
+        for group, batch in zip(self._plan.update(update), batches, strict=True):
+            items = [self._examples.item(i) for i in group]
+            shards = self._layout.row_multiple
+            local = self._layout.local_shards
+            counted.add(
+                computed=batch.rows.tokens.size * shards // (shards if local is None else len(local)),
+                used=sum(packed_length(item, self._layout.length_threshold) for item in items),
+                apart=tokens_apart(items),
+            )
+        if self.sft is not None:
+            self.sft.count(update, [batch.sft for batch in batches if batch.sft is not None], counted)
 
     def _token_weight(self, groups: list[np.ndarray]) -> dict[str, float]:
         """Pairs over tokens of the whole update: makes a mean over pairs one over tokens (``sft``)."""
