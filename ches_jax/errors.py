@@ -35,6 +35,15 @@ class RunError(ChesError):
     """A run directory cannot be used as asked."""
 
 
+def os_error_text(error: OSError) -> str:
+    """An error of the system in words.
+
+    >>> os_error_text(OSError(28, "No space left on device", "runs/s/config.json"))
+    'runs/s/config.json: No space left on device'
+    """
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
 def require_config(verb: str, config: object, kind: type) -> None:
     """What a verb's function asks first: its options come as one config.
 

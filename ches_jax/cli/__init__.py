@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ches_jax import __version__
-from ches_jax.errors import ChesError, printable
+from ches_jax.errors import ChesError, os_error_text, printable
 from ches_jax.runs.arrow import leave_pandas_out
 
 HELP = ("--help", "-h", "help")
@@ -69,15 +69,6 @@ def _say(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"ches: {printable(message)}", file=sys.stderr)
     return code
-
-
-def os_error_text(error: OSError) -> str:
-    """An error of the system in words.
-
-    >>> os_error_text(OSError(28, "No space left on device", "runs/s/config.json"))
-    'runs/s/config.json: No space left on device'
-    """
-    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
 
 
 def _known(error: Exception) -> str | None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ches_jax.distributed.rendezvous import rendezvous
-from ches_jax.errors import ChesError, many
+from ches_jax.errors import ChesError, many, os_error_text
 
 
 class OtherProcessError(ChesError):
@@ -83,15 +83,15 @@ class Process:
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """A ``ChesError`` that one process raises in the block is raised in all of them."""
+        """A ``ChesError``, or an error of the system, that one process raises in the block is raised in all of them."""
         try:
             yield
-            self.exchange(None)
         except OtherProcessError:
             raise
-        except ChesError as error:
-            self.exchange(None, str(error))
+        except (ChesError, OSError) as error:
+            self.exchange(None, os_error_text(error) if isinstance(error, OSError) else str(error))
             raise
+        self.exchange(None)
 
     def on_host(self, tree: Any) -> Any:
         """Arrays that are sharded over several processes as NumPy arrays in process 0; None in the others."""
@@ -202,9 +202,11 @@ def several_processes() -> bool:
 
 def peer_failure(error: Exception) -> str | None:
     """A message for an error of a computation over several processes; None for any other error."""
-    if not several_processes() or not isinstance(error, jax.errors.JaxRuntimeError):
-        return None
     reason = str(error).partition("\n")[0]
+    # a broken exchange between CPUs comes as ValueError where the program is run, not waited for
+    broken = isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in reason)
+    if not several_processes() or not broken:
+        return None
     return f"a computation over {jax.process_count()} processes failed; most likely one of them has stopped ({reason})"
 
 

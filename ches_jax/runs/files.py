@@ -73,6 +73,17 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block that writes ``path``: an error of the system that names no file (a disk that is full) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or (error.errno is None and type(error) is not OSError):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name, renamed to ``path`` when the block ends well and removed when not.
 
@@ -81,16 +92,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if store.is_store(path):
         with tempfile.TemporaryDirectory(prefix="ches-upload-") as folder:
-            yield Path(folder) / path.name
+            with naming(Path(folder) / path.name):
+                yield Path(folder) / path.name
             store.put(Path(folder) / path.name, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from ches_jax.errors import ChesError, RunError
 from ches_jax.runs import store
-from ches_jax.runs.files import dead_here, host, remove_leftovers
+from ches_jax.runs.files import dead_here, host, naming, remove_leftovers
 from ches_jax.runs.progress import say
 
 NAME = ".lock"
@@ -92,9 +92,9 @@ class RunLock:
                     break
             file.close()  # its holder removed it in this moment
         self._file = file
-        file.truncate(0)
-        json.dump(_about(), file)
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(_about()).encode())  # what a buffer held would be tried again at closing
         if not self._shared:
             for folder in (self.out, *(p for p in self.out.iterdir() if p.is_dir())):
                 remove_leftovers(folder)

@@ -10,6 +10,7 @@ time is stored.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -125,10 +126,12 @@ class TableWriter:
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> "TableWriter":
-        self._replacing = replacing(self.path)
-        self._temporary = self._replacing.__enter__()
-        # Statistics and versions are left at their defaults: none of them holds a time or a place.
-        self._writer = pq.ParquetWriter(self._temporary, self.schema, compression="zstd")
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            # Statistics and versions are left at their defaults: none of them holds a time or a place.
+            self._writer = pq.ParquetWriter(temporary, self.schema, compression="zstd")
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, columns: Mapping[str, Any]) -> None:
@@ -155,10 +158,20 @@ class TableWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and sum(len(t) for t in self._waiting):
-            self._flush(pa.concat_tables(self._waiting))
-        self._writer.close()
-        self._replacing.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
+
+    def _finish(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """The last rows and the end of the file; what fails here too leaves no temporary file."""
+        try:
+            if kind is None and sum(len(t) for t in self._waiting):
+                self._flush(pa.concat_tables(self._waiting))
+        finally:
+            self._writer.close()
 
 
 def table_of(columns: Mapping[str, Any], wanted: pa.Schema) -> pa.Table:

@@ -4,6 +4,7 @@ Arrays are saved under flat names with their shapes beside them, so that a check
 refused by name, and restored straight onto the shards of whatever mesh the run now has.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from ches_jax.distributed.processes import exit_process
 from ches_jax.errors import ChesError, RunError, many
 from ches_jax.runs.files import read_object
 from ches_jax.runs.progress import say
@@ -37,7 +40,10 @@ ABOUT = {"shapes": {str: str}}
 """The shape of what is read of the metadata of a checkpoint."""
 MOST_NUMBERS = 2**40
 """In an array of a checkpoint."""
+_SHOWN = re.compile(r" \[(?:http_response_\w+|tensorstore_spec)='.*")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<sizes>[0-9, ]*)\]", re.ASCII)
+ALONE_SECONDS = 15.0
+"""How long a process that could not write its part of a checkpoint waits for the others."""
 SECONDS = 600.0
 """Without ``save_every``: how long after a checkpoint the next one is due, so that no death costs more than that."""
 
@@ -88,6 +94,23 @@ def parse_best(text: str) -> Best:
     return Best(metric, mode)
 
 
+class _Failures(logging.Filter):
+    """Takes errors that orbax logs off the screen, and tells the checkpoints of the run of them."""
+
+    told: Callable[[BaseException], None] | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR or "orbax" not in record.pathname:
+            return True
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and self.told is not None:
+            self.told(error)
+        return False
+
+
+_FAILURES = _Failures()
+
+
 @functools.cache
 def _log_failures_once() -> None:
     """Keep what failed writers say besides the error they raise off the screen.
@@ -102,7 +125,7 @@ def _log_failures_once() -> None:
             before(event)
 
     sys.unraisablehook = hook
-    logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname)
+    logging.getLogger("absl").addFilter(_FAILURES)
     logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
 
 
@@ -121,6 +144,9 @@ class Checkpoints:
         """
         _log_failures_once()
         self.folder = _folder(out)
+        self._out = out
+        self._ending: threading.Timer | None = None
+        _FAILURES.told = self._end_if_others_wait if jax.process_count() > 1 else None
         _require_regular(out / FOLDER)
         self._best = best
         self._every = every
@@ -205,12 +231,31 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore tells a full disk as ValueError
             raise self._failed(None, error) from None
 
-    def _failed(self, step: int | None, error: Exception) -> RunError:
-        which = "" if step is None else f" of step {step}"
-        reason = str(error).partition("\n")[0].rpartition('": ')[2]  # tensorstore names the file at every level
+    def _end_if_others_wait(self, error: BaseException) -> None:
+        """End this process when it could not write its part, unless the others could not either.
+
+        Those whose parts are written wait for it, up to ten minutes, and it for them; and what went wrong is told to
+        nobody then. When it ends, they end. Where all of them failed, they meet, and each says so before this does.
+        """
+
+        def end() -> None:
+            print(f"ches: {self._failed(None, error)}", file=sys.stderr, flush=True)
+            exit_process(2)
+
+        if self._ending is None:  # one error is logged at several levels
+            self._ending = threading.Timer(ALONE_SECONDS, end)
+            self._ending.daemon = True
+            self._ending.start()
+
+    def _failed(self, step: int | None, error: BaseException) -> RunError:
+        whole, which = "", "" if step is None else f" of step {step}"
+        # tensorstore names the file at every level, and shows what it was asked for
+        reason = _SHOWN.sub("", str(error).partition("\n")[0]).rpartition('": ')[2]
+        with contextlib.suppress(Exception):  # a store that does not write may not read
+            whole = f"; whole ones: steps {', '.join(map(str, saved_steps(self._out))) or 'none'}"
         return RunError(
-            f"{self.folder}: the checkpoint{which} could not be written ({reason}); whole ones: steps "
-            f"{', '.join(map(str, self._manager.all_steps())) or 'none'}; make room and --resume"
+            f"{self.folder}: the checkpoint{which} could not be written ({reason}){whole}; "
+            f"{'--resume when it can be' if is_store(self._out) else 'make room and --resume'}"
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ches_jax.errors import RunError
-from ches_jax.runs.files import open_regular, replacing
+from ches_jax.runs.files import naming, open_regular, replacing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -82,7 +82,7 @@ class JsonLines:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:

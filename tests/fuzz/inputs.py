@@ -744,11 +744,11 @@ def forge(run: Path) -> None:
 @harness
 def run_directories(rng: Random, folder: Path) -> Read:
     """One or two files of a run damaged or gone; then everything that reads such a run."""
-    from ches_jax.cli import os_error_text
     from ches_jax.cli.commands import Outcome
     from ches_jax.cli.recipe import run_recipe
     from ches_jax.displacement.config import DiagnoseConfig
     from ches_jax.displacement.diagnose import diagnose
+    from ches_jax.errors import os_error_text
     from ches_jax.report import report
     from ches_jax.runs import chunks
     from ches_jax.runs.directory import open_run

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ches_jax.errors import ChesError, RunError
+from ches_jax.errors import ChesError, RunError, os_error_text
 from ches_jax.runs import files
 from ches_jax.runs.files import read_object, read_parquet, replacing
 
@@ -79,3 +79,12 @@ def test_a_file_is_whole_or_as_before_and_nothing_else_is_left(tmp_path):
         temporary.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("Detail: [errno 28] No space left")])
+def test_a_disk_that_is_full_is_told_with_the_file_that_has_no_room(tmp_path, error):
+    """Neither the system nor Arrow names the file when the bytes of one that is open have no room."""
+    path = tmp_path / "part.parquet"
+    with pytest.raises(OSError) as raised, replacing(path):
+        raise error
+    assert os_error_text(raised.value).startswith(f"{path}: ") and "No space left" in os_error_text(raised.value)

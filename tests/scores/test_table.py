@@ -199,3 +199,19 @@ def test_parts_that_outlived_the_summary_go_and_the_table_stays(tmp_path):
     (out / "parts").mkdir()
     merge_run(out)
     assert not (out / "parts").exists() and (out / tables.FILE_NAME).read_bytes() == table
+
+
+@pytest.mark.parametrize("fails", ["write_table", "close"])
+def test_a_table_whose_end_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, fails):
+    """A full disk is met by the rows, or by the end of the file."""
+
+    def full(*_, **__):
+        raise OSError("Error writing bytes to file")
+
+    with (
+        pytest.raises(OSError, match=f"Error writing bytes to file: '{tmp_path}/t'"),
+        tables.TableWriter(tmp_path / "t", ["row_id", "index", "ches"], {}) as writer,
+    ):
+        writer.write({"row_id": ["a"], "index": [0], "ches": [1.0]})
+        monkeypatch.setattr(pq.ParquetWriter, fails, full)
+    assert not list(tmp_path.iterdir())

@@ -6,69 +6,16 @@ The S3 emulator answers 503 for a while when a test asks it to.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from ches_jax import bundled
 from ches_jax.runs import store
+from tests.stores.commands import ches, table, together, wait_for
 
 pytestmark = pytest.mark.slow
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-class Busy:
-    """A WSGI application that answers 503 while a test asks it to."""
-
-    def __init__(self, app: Callable):
-        self.app, self.busy, self.refused = app, False, 0
-
-    def __call__(self, environ, start_response):
-        if self.busy:
-            self.refused += 1
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"busy"]
-        return self.app(environ, start_response)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
-    """moto on loopback with the bundled model and pairs in the bucket ``pod``; the environment that leads there."""
-    moto = pytest.importorskip("moto.server", reason="needs moto[s3] with flask")
-    import s3fs
-    from werkzeug.serving import make_server
-
-    app = Busy(moto.DomainDispatcherApplication(moto.create_backend_app))
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        fs = s3fs.S3FileSystem(use_listings_cache=False)
-        fs.mkdir("pod")
-        fs.put(f"{bundled.model_dir()}/", "pod/model/", recursive=True)
-        fs.put_file(str(bundled.pairs_file()), "pod/pairs.jsonl")
-        yield app, environment
-    server.shutdown()
-
-
-def ches(*words: str, expect: int = 0, environment: dict[str, str] | None = None) -> tuple[str, str]:
-    run = subprocess.run(
-        [sys.executable, "-m", "ches_jax", *words], capture_output=True, text=True, timeout=900,
-        env={**os.environ, **(environment or {})},
-    )  # fmt: skip
-    assert run.returncode == expect, run.stderr[-3000:]
-    return run.stdout, run.stderr
-
-
 SCORE = ("score", "--model", "s3://pod/model", "--pairs", "s3://pod/pairs.jsonl", "--limit", "12", "--chunk-rows", "4")
 
 
@@ -76,12 +23,6 @@ SCORE = ("score", "--model", "s3://pod/model", "--pairs", "s3://pod/pairs.jsonl"
 def scored(s3) -> str:
     ches(*SCORE, "--logps", "--out", "s3://pod/runs/score")
     return "s3://pod/runs/score"
-
-
-def table(path: Path) -> dict:
-    import io
-
-    return pq.read_table(io.BytesIO(path.read_bytes())).to_pydict()
 
 
 def test_scores_in_a_store_are_those_on_this_machine(scored, tmp_path):
@@ -166,39 +107,6 @@ def test_a_killed_run_goes_on_after_its_last_chunk_and_takes_the_lock_of_the_dea
     assert table(store.place("s3://pod/runs/killed/scores.parquet")) == table(store.place(scored) / "scores.parquet")
 
 
-def together(count: int, devices: int, *words: str) -> list[subprocess.Popen[str]]:
-    """A verb in ``count`` processes."""
-    port = free_port()
-    environment = {**without_devices(), "JAX_NUM_CPU_DEVICES": str(devices)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "ches_jax", *words, "--distributed", f"127.0.0.1:{port},{count},{i}"],
-            text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def without_devices() -> dict[str, str]:
-    """The environment without the devices of the tests."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-def wait_for(path: Path, *processes: subprocess.Popen[str]) -> None:
-    """Until a file is there, while the processes live."""
-    deadline = time.monotonic() + 600
-    while not store.is_there(path):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
-            p.stderr.read() for p in processes if p.poll() is not None and p.stderr
-        ]
-        time.sleep(0.05)
-
-
 def test_a_process_that_is_stopped_takes_no_other_with_it(s3, scored):
     """The first one, which holds the lock for both; a third one takes up what it left."""
     words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--out", "s3://pod/runs/two"]
@@ -219,25 +127,6 @@ def test_a_process_that_is_stopped_takes_no_other_with_it(s3, scored):
     assert found["row_id"] == expected["row_id"]
     for name in ("ches", "logp_chosen", "logp_rejected"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
-
-
-@pytest.fixture
-def gs() -> Iterator[dict[str, str]]:
-    """An emulator of Google Cloud Storage on loopback with the bucket ``pod``."""
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
-    port = free_port()
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pod")
-    server.start()
-    address = f"http://127.0.0.1:{port}"
-    environment = {
-        "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield environment
-    server.stop()
 
 
 TRAIN = (

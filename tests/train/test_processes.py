@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from ches_jax import bundled
+from ches_jax.distributed import processes
+from ches_jax.distributed.processes import Process
+from ches_jax.errors import RunError
 from ches_jax.hf.tensors import open_tensors
 from ches_jax.runs.directory import read_json
 from ches_jax.train.loop import train
@@ -78,6 +82,33 @@ def same_to_rounding(a, b):
     expected = {n: t.read() for n, t in open_tensors(b / "model").items()}
     for name, tensor in open_tensors(a / "model").items():
         np.testing.assert_allclose(tensor.read(), expected[name], rtol=0, atol=3e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("error", [RunError("runs/a: full"), OSError(28, "full", "runs/a")])
+def test_what_fails_in_one_process_is_told_to_the_others(error):
+    """Also an error of the system: the others would otherwise learn only that somebody has gone."""
+    told = []
+
+    class Two(Process):
+        def exchange(self, value, error=None):
+            told.append(error)
+            return [value] * 2
+
+    with pytest.raises(type(error)), Two(0, 2).sharing_errors():
+        raise error
+    assert told == ["runs/a: full"]
+    with Two(0, 2).sharing_errors():
+        pass
+    assert told == ["runs/a: full", None]
+
+
+def test_an_exchange_that_breaks_says_that_somebody_has_stopped(monkeypatch):
+    """Over CPUs it comes as ``ValueError`` from the call and as the runtime's error from what is waited for."""
+    monkeypatch.setattr(processes, "several_processes", lambda: True)
+    broken = "UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:38312"
+    for error in (ValueError(broken), jax.errors.JaxRuntimeError(broken)):
+        assert "one of them has stopped" in (processes.peer_failure(error) or "")
+    assert processes.peer_failure(ValueError("shapes differ")) is None
 
 
 @pytest.fixture(scope="module")
