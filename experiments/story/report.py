@@ -189,7 +189,6 @@ def _plane_figure(values: dict[str, Any]) -> Any:
             ha=align,
             va="center",
             arrowprops=line,
-            bbox=behind,
         )
     ax.axhline(0, lw=0.8, color="0.5")
     ax.set_xlabel("held-out margin, nats")
