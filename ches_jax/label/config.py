@@ -59,6 +59,11 @@ class LabelConfig(PairOptions, ModelOptions):
     """Dtype of the computation: float32, bfloat16, float16 or float64."""
     on_bad_row: OnBadRow = "error"
     """What becomes of flagged rows: error, drop or keep (where possible)."""
+    mesh: str | None = not_identity(None)
+    """Devices for the models, such as fsdp=8 or data=2,tensor=2; default: all of them on the data axis."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They run the models together; the first
+    one reads and writes everything else."""
 
 
 NEEDS = {
@@ -102,6 +107,11 @@ def require_options(config: LabelConfig) -> None:
     given = {"contrast": "rewards of tokens", "density-ratio": "weights"}.get(config.by)
     if given is not None and config.relabel:
         raise ChesError(f"--by {config.by} gives {given} and no probability, so that --relabel has nothing to go by")
+    alone = {"file": "runs no model", "density-ratio": "takes one pass over short prompts, on one device"}.get(
+        config.by
+    )
+    if alone is not None and (config.mesh is not None or config.distributed != "off"):
+        raise ChesError(f"--by {config.by} {alone}: leave --mesh and --distributed out")
     if config.by == "density-ratio":
         _require_density(config)
     require_dtype("dtype", config.dtype)

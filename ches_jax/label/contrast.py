@@ -27,13 +27,13 @@ from ches_jax.data.messages import Message, text_of
 from ches_jax.data.sources import Record
 from ches_jax.data.tokenize import PairTokenizer, encode_prompts
 from ches_jax.data.two_prompts import SIDES, prompts_in
+from ches_jax.displacement.models import Models
 from ches_jax.errors import DataError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig
 from ches_jax.runs.chunks import write_lines
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.parts import TOKENS
-from ches_jax.scores.run import score
 from ches_jax.types import Response
 
 BETTER = "Give an answer that is helpful, correct, coherent and concise.\n\n{prompt}"
@@ -42,7 +42,7 @@ COLUMNS = ("chosen_token_rewards", "rejected_token_rewards")
 
 
 def token_rewards(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> dict[str, dict[str, list[float]]]:
     """``COLUMNS`` of each row by its id; rows that cannot be scored are left out.
 
@@ -78,7 +78,8 @@ def token_rewards(
         lines.append({**asked_both, "chosen_ids": whole, "rejected_ids": whole})
     file = work / "asked.jsonl"
     write_lines(file, lines)
-    out = score(
+    models.share(file)
+    out = models.score(
         ScoreConfig(
             model=config.model,
             pairs=str(file),
@@ -88,8 +89,7 @@ def token_rewards(
             dtype=config.dtype,
             on_bad_row="keep",
             out=str(work / "asked"),
-        ),
-        quiet=quiet,
+        )
     )
     logps = _token_logps(out / TOKENS)
     found: dict[str, dict[str, list[float]]] = {}

@@ -13,6 +13,7 @@ import numpy as np
 from ches_jax.data.sources import Record
 from ches_jax.data.unpaired import as_one_response
 from ches_jax.displacement.changes import FILE_NAME as LOG
+from ches_jax.displacement.models import Models
 from ches_jax.displacement.ranking import flip_budget, ranking_summary
 from ches_jax.displacement.readers.training_run import is_run, read_log_of_run
 from ches_jax.errors import ChesError, DataError, require_config
@@ -25,7 +26,6 @@ from ches_jax.options import PairOptions
 from ches_jax.runs.chunks import json_line, json_value, write_lines
 from ches_jax.runs.files import new_directory
 from ches_jax.scores.config import ScoreConfig
-from ches_jax.scores.run import score
 from ches_jax.scores.table import read_table
 
 PAIRS = "pairs.jsonl"
@@ -58,6 +58,7 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
       ChesError: options or input that are not fit.
+      Followed: with ``distributed``, in all processes but the first (``distributed.lead``).
 
     >>> import json, pathlib, tempfile
     >>> from ches_jax.data.sources import pairs_of_run
@@ -70,11 +71,24 @@ def label(config: LabelConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     require_config("label", config, LabelConfig)
     require_options(config)
+    if config.distributed == "off":
+        return _label(config, Models.here(config.mesh, quiet))
+    from ches_jax.displacement.together import led
+
+    def decided(models: Models) -> tuple[dict[str, Any], tuple[str, int]]:
+        record = _label(config, models)
+        return record, (f"process 0 has the labels: {headline(record)}", 0)
+
+    return led("label", config, quiet, decided)
+
+
+def _label(config: LabelConfig, models: Models) -> dict[str, Any]:
+    """The labels, in ``config.out``; what ``label.json`` holds."""
     opener = Opener()
     singles = config.by == "density-ratio"
     rows = rows_of_one_response(config, opener) if singles else rows_of(config, opener)
     with tempfile.TemporaryDirectory() as work:
-        columns, summary = BY[config.by](config, opener, rows, Path(work), quiet)
+        columns, summary = BY[config.by](config, opener, rows, Path(work), models)
     opener.require_unchanged()  # the pairs are read more than once
     with new_directory(Path(config.out), ChesError) as folder:
         flipped = _write(folder / PAIRS, rows, columns, relabel=config.relabel, singles=singles)
@@ -131,11 +145,11 @@ Columns = dict[str, dict[str, Any]]
 
 
 def _by_implicit_reward(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> tuple[Columns, dict[str, Any]]:
     """Rewards of --model relative to --reference, and what both rank rightly."""
     named = {"policy": config.model, "reference": config.reference, "previous": config.previous}
-    found = {name: _logps(config, str(m), work / name, quiet) for name, m in named.items() if m is not None}
+    found = {name: _logps(config, str(m), work / name, models) for name, m in named.items() if m is not None}
     ids = [row_id for row_id in found["policy"] if all(row_id in logps for logps in found.values())]
     sides = {name: np.array([logps[i] for i in ids], float).reshape(-1, 2).T for name, logps in found.items()}
     rewards = implicit_reward(sides["policy"], sides["reference"], config.beta)
@@ -160,10 +174,10 @@ def _by_implicit_reward(
     return columns, {"ranking": summary}
 
 
-def _logps(config: LabelConfig, model: str, out: Path, quiet: bool) -> Logps:
+def _logps(config: LabelConfig, model: str, out: Path, models: Models) -> Logps:
     """Log-probabilities that a model gives the pairs."""
     options = {name: getattr(config, name) for name in (*SCORED, *SCORED_HOW)}
-    return _of_table(score(ScoreConfig(model=model, logps=True, out=str(out), **options), quiet=quiet))
+    return _of_table(models.score(ScoreConfig(model=model, logps=True, out=str(out), **options)))
 
 
 def _of_table(directory: Path) -> Logps:
@@ -173,7 +187,7 @@ def _of_table(directory: Path) -> Logps:
 
 
 def _by_follow_up(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> tuple[Columns, dict[str, Any]]:
     r"""Follow-up likelihood as reward: how likely the model finds good follow-ups after a response, and bad ones.
 
@@ -197,10 +211,10 @@ def _by_follow_up(
                 asked.append({"prompt": text, "chosen": one, "rejected": other, "row": number, "side": side})
     file = work / "follow_ups.jsonl"
     write_lines(file, asked)
+    models.share(file)
     how = {name: getattr(config, name) for name in ("template", "template_args", "max_length", *SCORED_HOW)}
-    out = score(
-        ScoreConfig(model=config.model, pairs=str(file), logps=True, eos="exclude", out=str(work / "asked"), **how),
-        quiet=quiet,
+    out = models.score(
+        ScoreConfig(model=config.model, pairs=str(file), logps=True, eos="exclude", out=str(work / "asked"), **how)
     )
     table, _ = read_table(out)
     sums = np.zeros((len(rows), 2))
@@ -242,23 +256,23 @@ def read_phrases(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _by_contrast(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> tuple[Columns, dict[str, Any]]:
     """A reward of each token of both responses."""
-    columns: Any = token_rewards(config, opener, rows, work, quiet)
+    columns: Any = token_rewards(config, opener, rows, work, models)
     means = {name: float(np.mean([np.mean(c[name]) for c in columns.values()])) for name in COLUMNS if columns}
     return columns, {"asked": {"better": config.better or BETTER, "worse": config.worse or WORSE}, "mean_reward": means}
 
 
 def _by_density_ratio(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> tuple[Columns, dict[str, Any]]:
     """A weight of each row of one response."""
-    return density_weights(config, opener, rows, quiet)
+    return density_weights(config, opener, rows)
 
 
 def _by_file(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record], work: Path, models: Models
 ) -> tuple[Columns, dict[str, Any]]:
     """Columns of --labels, joined by ``row_id``."""
     known = {row.row_id for row in rows}

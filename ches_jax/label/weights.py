@@ -45,7 +45,7 @@ def rows_of_one_response(config: LabelConfig, opener: Opener) -> list[Record]:
 
 
 def density_weights(
-    config: LabelConfig, opener: Opener, rows: Sequence[Record], quiet: bool
+    config: LabelConfig, opener: Opener, rows: Sequence[Record]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """``RATIO`` and ``WEIGHT`` of each row by its id, and what the classifier knows; unfit rows are left out.
 

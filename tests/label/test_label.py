@@ -160,6 +160,7 @@ def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp
     import pyarrow as pa
 
     from ches_jax.label import run as module
+    from ches_jax.scores import run as scores
 
     seen = []
 
@@ -172,7 +173,7 @@ def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp
         columns = {"index": list(range(len(seen))), "logp_chosen": good, "logp_rejected": [-2.0] * len(seen)}
         return pa.table(columns), {}
 
-    monkeypatch.setattr(module, "score", scored)
+    monkeypatch.setattr(scores, "score", scored)
     monkeypatch.setattr(module, "read_table", table)
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("+ Good.\n- Bad.\n+ Right.\n- Wrong.\n", encoding="utf-8")
@@ -330,3 +331,10 @@ def test_pairs_that_change_while_rows_are_gathered_make_none(tmp_path, monkeypat
     with pytest.raises(ChesError, match=r"changed while the run read it.*pairs\.jsonl"):
         gather(GatherConfig(make="pairs", pairs=pairs, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("by", "needs"), [("file", {"labels": "labels.jsonl"}), ("density-ratio", {})])
+@pytest.mark.parametrize("where", [{"mesh": "data=2"}, {"distributed": "auto"}])
+def test_ways_that_run_no_large_model_take_no_mesh_and_no_processes(tmp_path, by, needs, where):
+    with pytest.raises(ChesError, match=f"--by {by} .*: leave --mesh and --distributed out"):
+        label(LabelConfig(by=by, out=str(tmp_path / "out"), **needs, **where))

@@ -85,6 +85,7 @@ def gs(gate, monkeypatch) -> Iterator[dict[str, str]]:
     """An emulator of Google Cloud Storage on loopback with the bucket ``pod``."""
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
     monkeypatch.setattr(emulator, "RequestHandler", gate.guarding(emulator.RequestHandler))
+    _tell_generations(monkeypatch)
     port = free_port()
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pod")
     server.start()
@@ -98,6 +99,25 @@ def gs(gate, monkeypatch) -> Iterator[dict[str, str]]:
             patch.setenv(name, value)
         yield environment
     server.stop()
+
+
+def _tell_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the emulator send the generation with the bytes of an object, as Google's server does.
+
+    Without it the checkpoint library takes the generation for 0 and refuses to write an object that it has read
+    ("Malformed StorageGeneration"): now and then, since it reads its manifest again only if another writer was between.
+    """
+    from gcp_storage_emulator.handlers import objects
+
+    real = objects.download
+
+    def download(request, response, storage, *args, **kwargs):
+        real(request, response, storage, *args, **kwargs)
+        if response.status < 300:
+            about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = about["generation"]
+
+    monkeypatch.setattr(objects, "download", download)
 
 
 @pytest.fixture(scope="session")
