@@ -21,7 +21,7 @@ from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOption
 from ches_jax.forecast.frozen import Start
 from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
-from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
+from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, splits, taken
 from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
 from ches_jax.forecast.summary import summarise
 from ches_jax.forecast.together import begin, of_first
@@ -151,7 +151,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> No
 
     def compute() -> tuple[Tree, dict[str, Any]]:
         with clock.stage("frozen updates", run.plan.total) as bar:
-            moved, start = passes.frozen_updates(on_update=lambda t: bar.update(1))
+            moved, start = passes.frozen_updates(by_side=splits(run), on_update=lambda t: bar.update(1))
         with clock.stage("inner products"):
             found = passes.products(start, run.pairs.held_out)
         return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}
