@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.distributed.processes import Process, start_run
-from ches_jax.errors import ChesError, RunError
+from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.forecast import influence as influences
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
 from ches_jax.forecast.frozen import Start
@@ -63,6 +63,7 @@ def forecast(
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
     """
+    require_config("forecast", config, ForecastConfig)
     if config.pilot and config.distributed != "off":
         raise ChesError(
             "--pilot with --distributed: a pilot is a training run of one process; leave it out here, and make it with "
@@ -100,6 +101,7 @@ def influence(
     ...     pq.read_table(out / "influence.parquet").num_rows
     4
     """
+    require_config("influence", config, InfluenceConfig)
     process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
