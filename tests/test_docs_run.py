@@ -18,7 +18,6 @@ from ches_jax.cli.suggest import corrected
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for folder in (".", "docs", "theory", "experiments") for p in (ROOT / folder).glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-SLOW = {"forecast_and_influence", "theorem_to_model", "toy_displacement"}
 COMMAND = re.compile(r"^(?:    |\$ |)(ches [a-z].*)$", re.MULTILINE)
 INLINE = re.compile(r"`(ches [a-z][^`\n]*)`")
 ABRIDGED = re.compile(r"\.\.\.|\[options\]|VERB|^ches \w+ *$")
@@ -104,13 +103,9 @@ def test_a_notebook_is_kept_with_what_it_printed(path):
     assert str(ROOT) not in path.read_text(encoding="utf-8"), "a path of this machine"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in NOTEBOOKS],
-    ids=lambda p: p.stem,
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path, monkeypatch):
-    """All cells in one namespace, as a kernel would."""
+    """All cells in one namespace, as a kernel would. Three take 5 to 25 CPU seconds and are not slow: CI runs all."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -202,6 +202,7 @@ MISTYPED = {
     ("score", "pairs.jsonl"): "'pairs.jsonl' belongs to no option; did you mean --pairs pairs.jsonl?",
     ("select", "runs/s"): "did you mean --scores runs/s?",
     ("diagnose", "log", "--tasks", "x"): "ches diagnose: no option --tasks; ches diagnose --help names all",
+    ("verify", "--limit", "4", "F1"): "did you mean --claims F1?",
     ("diagnose", "base", "trained"): "takes one path, and 'base' and 'trained' are two",
     ("score", "--dtype", "bf16"): "did you mean bfloat16",
     ("score", "--batch-size", "8"): "--batch-tokens",

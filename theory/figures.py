@@ -141,10 +141,10 @@ def regimes(data: Data) -> Iterator[Picture]:
 
 
 def _early(axes: Any) -> None:
-    """An axis of time that shows the beginning: linear up to 0.1, logarithmic from there."""
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlim(left=0)
-    axes.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    """An axis of time that shows the beginning: logarithmic, from 0.01 to the end."""
+    axes.set_xscale("log")
+    axes.set_xlim(0.01, axes.dataLim.x1)
+    axes.set_xticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
 
 
 def _blank_after(every: list[Any], used: int) -> None:

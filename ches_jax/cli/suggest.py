@@ -69,7 +69,7 @@ WITHOUT_NAME = {"run": "path run_dir", "run-dir": "path run_dir"} | dict.fromkey
 """A name elsewhere, or of an older version -> the fields whose value is now written without a name."""
 LEADING = {"verify": "claims"}
 """A verb -> the option whose values may stand first without its name: ``ches verify T4 T5``."""
-SUBJECTS = ("scores", "responses", "groups", "pairs", "prompts")
+SUBJECTS = ("claims", "scores", "responses", "groups", "pairs", "prompts")
 """Options that a verb is about: a path without a name is most likely meant for the first that it has."""
 DIFFERENT = {
     "per-device-train-batch-size": "--batch-size N is the pairs of an update over all devices, and --accumulate K cuts "

@@ -8,7 +8,7 @@ the prefix's keys; the item's own tokens follow, without the prefix:
 
 So what a query sees stays two ranges of keys (``models.attention.mask``), windows included, as in the whole row.
 
-Where there are several such beginnings, each has batches of its own (``by_prefix``).
+Where there are several such beginnings that save enough, each has batches of its own (``by_prefix``).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ STEP = 64
 LEAST_POSITIONS = 1024
 """Positions that must be saved, or what is compiled besides costs more."""
 LEAST_SHARE = 0.25
-"""And of the positions of all items that begin so: copying keys and a wider choice of them cost a little too."""
+"""And of the positions of all items packed with it: copying keys and a wider choice of them cost a little too."""
 LEAST_BATCHES = 4
 """And batches' positions, where others are left: both end in a batch that is not full, a program more is compiled."""
 
@@ -51,11 +51,14 @@ class Group(NamedTuple):
     numbers: list[int]
     """Of the items, among all."""
     prefix: Prefix | None
-    """What all of them begin with."""
+    """What all of them begin with, or its members among them."""
 
 
 def by_prefix(items: Sequence[Item], batch: int) -> list[Group]:
-    """The items in groups, each behind the prefix that saves the most of what is left; the rest without one.
+    """The items in groups, each behind the prefix that saves the most of what is left; the last one as it comes.
+
+    Where a prefix saves too little for batches of its own, those that begin with it stay among the others, and it is
+    shared if it saves enough of all of them.
 
     Args:
       items: of a chunk.
@@ -66,7 +69,7 @@ def by_prefix(items: Sequence[Item], batch: int) -> list[Group]:
         some = [items[i] for i in left]
         prefix = best_prefix(some)
         if prefix is None or (len(prefix.members) < len(items) and prefix.saved < LEAST_BATCHES * batch):
-            return [*groups, Group(some, left, None)]
+            return [*groups, Group(some, left, prefix if prefix and _pays(prefix.saved, some) else None)]
         inside = sorted(prefix.members)
         every = prefix._replace(members=frozenset(range(len(inside))))
         groups.append(Group([some[i] for i in inside], [left[i] for i in inside], every))
@@ -96,9 +99,14 @@ def best_prefix(items: Sequence[Item]) -> Prefix | None:
         open_from.append((first, height))
     saved, length, first, last = best
     members = frozenset(i for _, i in prompts[first : last + 1])
-    if saved < max(LEAST_POSITIONS, LEAST_SHARE * sum(packed_length(items[i]) for i in members)):
+    if not _pays(saved, [items[i] for i in members]):
         return None
     return Prefix(prompts[first][0][:length], members)
+
+
+def _pays(saved: int, items: Sequence[Item]) -> bool:
+    """Whether so many positions saved are worth what sharing costs where these items are packed."""
+    return saved >= max(LEAST_POSITIONS, LEAST_SHARE * sum(map(packed_length, items)))
 
 
 def without(items: Sequence[Item], prefix: Prefix) -> list[Item]:

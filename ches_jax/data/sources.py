@@ -151,13 +151,18 @@ class PairSource:
 
     def rows_from(self, start: int) -> Iterator[list[Record]]:
         """The same, the pairs of one row of the data together; at least one for each."""
+        return (rows for _, rows in self.rows_with_raw(start))
+
+    def rows_with_raw(self, start: int) -> Iterator[tuple[Raw, list[Record]]]:
+        """The same, each beside the row as it was stored; the file is read once for both."""
         for index, (where, raw) in enumerate(self.read(start), start):
             try:
-                yield list(_rows(index, where, raw, self))
+                yield (where, raw), list(_rows(index, where, raw, self))
             except DataError as error:
                 if not self.forgiving:
                     raise DataError(f"{self.name}, {where}: {error}") from None
-                yield [Record(index, row_id({"row": plain(_row_of(raw))}), where, {}, fault=str(error))]
+                unreadable = Record(index, row_id({"row": plain(_row_of(raw))}), where, {}, fault=str(error))
+                yield (where, raw), [unreadable]
 
     def fingerprint(self) -> str:
         """sha256 of the stored bytes (for the hub: of what identifies the revision).

@@ -3,13 +3,24 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ches_jax.options import ModelOptions, Numbers, RowOptions, not_identity
+from ches_jax.options import ModelOptions, Numbers, Options, RowOptions, not_identity
 from ches_jax.train.config import LoraOptions, TrainConfig, UpdateOptions
 from ches_jax.types import Eos, Objective, OnBadRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions(UpdateOptions):
+class DeviceOptions(Options):
+    """Who computes, and how much at a time; no number depends on it beyond rounding."""
+
+    batch_tokens: int | None = not_identity(None)
+    """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
+    distributed: str = not_identity("off")
+    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
+    of their devices; the first one writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassOptions(DeviceOptions, UpdateOptions):
     """The training run that is forecast, and how the passes over its data are made."""
 
     probes: str | None = None
@@ -20,11 +31,6 @@ class PassOptions(UpdateOptions):
     """Run directory; default: the first free one below runs/."""
     optimizer: str = "rmsprop"
     """rmsprop (torch's), adamw or sgd: those whose metric is known."""
-    batch_tokens: int | None = not_identity(None)
-    """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
-    distributed: str = not_identity("off")
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
-    of their devices; the first one writes."""
     chunk_rows: int = 1024
     """Pairs between two points that --resume continues from."""
 
@@ -53,7 +59,7 @@ class InfluenceConfig(PassOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig(RowOptions, ModelOptions, LoraOptions):
+class GroupsConfig(DeviceOptions, RowOptions, ModelOptions, LoraOptions):
     """What ``ches groups`` does.
 
     >>> GroupsConfig(groups="rollouts.jsonl").objective
@@ -89,11 +95,6 @@ class GroupsConfig(RowOptions, ModelOptions, LoraOptions):
     """Compute layers again in the backward pass instead of keeping their activations."""
     mesh: str | None = not_identity(None)
     """Devices, such as data=4 or fsdp=8; default: all of them on the data axis."""
-    distributed: str = not_identity("off")
-    """Several processes: auto (as the cluster says) or coordinator:port,n,id. They compute together, on a mesh over all
-    of their devices; the first one writes."""
-    batch_tokens: int | None = not_identity(None)
-    """Positions of a batch for each device; default: 4096 on a CPU, 32768 elsewhere."""
     on_bad_row: OnBadRow = "error"
     """What becomes of groups with a flagged response: error, drop (listed in dropped.jsonl), keep (if possible)."""
     out: str | None = not_identity(None)

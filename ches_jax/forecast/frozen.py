@@ -9,28 +9,20 @@ not grow with the number of updates.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ches_jax.errors import ChesError
 from ches_jax.forecast.metric import Metric, Tree
+from ches_jax.forecast.minibatch import LossGradient, SideGradient, WholeGradient
 from ches_jax.forecast.model import Model
 from ches_jax.forecast.passes import wide_zeros
-from ches_jax.models.attention.choose import with_gradient
-from ches_jax.models.checkpoint.load import with_parameters
-from ches_jax.train.batch_loss import loss_and_metrics
-from ches_jax.train.data.batches import Batch
-from ches_jax.train.data.loader import Loader
-from ches_jax.train.forward import ResponseLogps, batch_logps
-from ches_jax.train.objective import initial_loss_state
 from ches_jax.train.optimizer import clipped
 from ches_jax.train.reference import Logps
 from ches_jax.train.setup import Run
-from ches_jax.train.step import put
 
 
 @dataclass(frozen=True)
@@ -39,6 +31,8 @@ class Start:
 
     gradient: Tree
     """Mean gradient of the loss over the examples of the minibatches; clipped as the run clips."""
+    of_chosen: Tree
+    """What the chosen responses make of it; empty where it was not computed by side."""
     squares: Tree
     """Mean square of the minibatches' gradients."""
     slopes: np.ndarray
@@ -48,47 +42,13 @@ class Start:
     """[N] how often each example is in the minibatches."""
 
 
-class LossGradient:
-    """Gradient of the mean loss of a minibatch, and its derivatives by the responses' log-probabilities."""
-
-    def __init__(self, run: Run, model: Model):
-        """Where the reference is the policy at the start, its log-probabilities are those of the same pass."""
-        loss, own = run.loss, run.starts_at_the_reference
-        state = initial_loss_state(loss, run.master)
-
-        def compute(params: Tree, frozen: Tree, batch: Batch) -> tuple[Tree, jax.Array]:
-            def logps_of(p: Tree) -> ResponseLogps:
-                decoder = with_parameters(model.trained, {**frozen, **p})
-                attend = with_gradient(decoder.config, decoder.dtype)
-                return batch_logps(decoder, batch, attend=attend, remat=model.remat, mesh=model.on)
-
-            logps, transposed = jax.vjp(logps_of, params)
-            seen = _with_reference(batch, logps) if own else batch
-            slopes = jax.grad(lambda at: loss_and_metrics(loss, seen, at, state)[0])(logps)
-            return transposed(slopes)[0], slopes.responses
-
-        whole = NamedSharding(run.mesh, PartitionSpec())
-        self._compute = jax.jit(compute, out_shardings=(None, whole))
-        self._frozen, self._mesh = model.frozen, run.mesh
-
-    def __call__(self, params: Tree, batch: Batch) -> tuple[Tree, np.ndarray]:
-        """(gradient, [P, R] derivatives of the mean loss)."""
-        gradient, slopes = self._compute(params, self._frozen, put(batch, self._mesh))
-        return gradient, np.asarray(slopes, np.float64)
-
-
-def _with_reference(batch: Batch, logps: ResponseLogps) -> Batch:
-    tokens = batch.tokens
-    if tokens is not None and logps.tokens is not None:
-        tokens = tokens._replace(reference=logps.tokens)
-    return batch._replace(reference=logps.responses, tokens=tokens)
-
-
 class FrozenUpdates:
     """``updates(params, reference)``: the sum of all updates of a run, every gradient at ``params``; compiled once."""
 
-    def __init__(self, run: Run, model: Model):
+    def __init__(self, run: Run, model: Model, *, by_side: bool = False):
         """Takes the run that is forecast, and its model.
+
+        ``by_side``: compute what chosen responses make of the gradient too; for losses of whole responses of pairs.
 
         Raises:
           ChesError: an optimiser whose metric is not known.
@@ -96,7 +56,7 @@ class FrozenUpdates:
         config = run.config
         self.run = run
         self.metric = Metric(config.optimizer, config.optimizer_args, run.schedule)
-        self._gradient_of = LossGradient(run, model)
+        self._gradient_of: LossGradient = (SideGradient if by_side else WholeGradient)(run, model)
         self._step = FrozenStep(self.metric, config.clip)
 
     def __call__(
@@ -119,39 +79,51 @@ class FrozenUpdates:
           ChesError: a gradient that is not finite.
         """
         run, plan = self.run, self.run.plan
-        loader = Loader(run.loss, run.train, plan, run.layout, reference, run.master)
         first = plan.steps_per_epoch if whole_epoch else min(plan.total, plan.steps_per_epoch)
         sizes = [sum(map(len, plan.update(t))) for t in range(first)]
         steps = FrozenSteps(self._step, params, [size / sum(sizes) for size in sizes])
         slopes = counted = np.zeros(0)
-        for t, batches in enumerate(loader.ahead(0, first)):
-            groups = plan.update(t)
-            gradient = None
-            for group, batch in zip(groups, batches, strict=True):
-                share = len(group) / sizes[t]
-                part, of_batch = self._gradient_of(params, batch)
+        for t, minibatches in enumerate(self._gradient_of.minibatches(reference, first)):
+            groups, gradients = plan.update(t), None
+            for group, minibatch in zip(groups, minibatches, strict=True):
+                found = self._gradient_of(params, minibatch)
                 if slopes.ndim == 1:
-                    slopes, counted = np.zeros((len(run.train), of_batch.shape[1])), np.zeros(len(run.train))
-                slopes[group] += of_batch * len(group)
+                    slopes, counted = np.zeros((len(run.train), found.slopes.shape[1])), np.zeros(len(run.train))
+                slopes[group] += found.slopes * len(group)
                 counted[group] += 1
-                if len(groups) == 1:
-                    gradient = part
-                else:
-                    scaled = jax.tree.map(lambda g, s=share: g * jnp.asarray(s, g.dtype), part)
-                    gradient = scaled if gradient is None else jax.tree.map(jnp.add, gradient, scaled)
-            assert gradient is not None
+                share = len(group) / sizes[t]
+                gradients = _plus(gradients, (found.whole, found.of_chosen), share)
+            assert gradients is not None
             try:
-                slopes[np.concatenate(groups)] *= steps.add(gradient)
+                slopes[np.concatenate(groups)] *= steps.add(*gradients)
             except FloatingPointError:
                 rows = ", ".join(f"row {run.pairs.train[i].index}" for i in np.concatenate(groups)[:4]) or "none"
                 raise not_finite(t, f"pairs of {rows} ...") from None
             on_update(t)
-        return steps.moved_after(plan.total), Start(steps.mean, steps.squares, slopes, counted)
+        sums = steps.sums
+        return steps.moved_after(plan.total), Start(sums.mean, sums.of_chosen, sums.squares, slopes, counted)
+
+
+def _plus(total: Any, trees: Any, share: float) -> Any:
+    """``total``, if there is any, and a share of further trees."""
+    if share != 1:
+        trees = jax.tree.map(lambda g: g * jnp.asarray(share, g.dtype), trees)
+    return trees if total is None else jax.tree.map(jnp.add, total, trees)
 
 
 def not_finite(update: int, whose: str) -> ChesError:
     """The refusal of an update whose gradient is not finite."""
     return ChesError(f"update {update}: the gradient is not finite ({whose}); try --dtype float32")
+
+
+class Sums(NamedTuple):
+    """What the steps of an optimiser at one point have added up."""
+
+    moved: Tree
+    moments: Any
+    mean: Tree
+    of_chosen: Tree
+    squares: Tree
 
 
 class FrozenStep:
@@ -161,26 +133,30 @@ class FrozenStep:
         """``clip``: the norm to which the run clips its gradients."""
         self.metric = metric
 
-        def apply(
-            moved: Tree, moments: Any, mean: Tree, squares: Tree, g: Tree, share: Any, part: Any, count: Any, p: Tree
-        ) -> Any:
+        def apply(sums: Sums, g: Tree, of_chosen: Tree, share: Any, part: Any, count: Any, p: Tree) -> Any:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in g.values()))
             used, factor = g, jnp.ones_like(norm)
             if clip is not None:
                 used, factor = clipped(g, norm, clip), jnp.minimum(1.0, clip / (norm + 1e-6))
             squared = jax.tree.map(jnp.square, used)
-            added, moments = metric.step(moments, used, squared, count, p)
-            plus = jax.tree.map(jnp.add, moved, added)
-            mean = {k: v + share.astype(v.dtype) * used[k] for k, v in mean.items()}
-            squares = {k: v + squared[k] * part.astype(v.dtype) for k, v in squares.items()}
-            return plus, moments, mean, squares, norm, factor
+            added, moments = metric.step(sums.moments, used, squared, count, p)
+            new = Sums(
+                moved=jax.tree.map(jnp.add, sums.moved, added),
+                moments=moments,
+                mean={k: v + share.astype(v.dtype) * used[k] for k, v in sums.mean.items()},
+                of_chosen={
+                    k: sums.of_chosen[k] + (share * factor).astype(sums.of_chosen[k].dtype) * v
+                    for k, v in of_chosen.items()
+                },
+                squares={k: v + squared[k] * part.astype(v.dtype) for k, v in sums.squares.items()},
+            )
+            return new, norm, factor
 
-        def beyond(moved: Tree, moments: Any, mean: Tree, squares: Tree, done: Any, total: Any, p: Tree) -> Tree:
-            return jax.tree.map(jnp.add, moved, metric.further(moments, mean, squares, done, total, p))
+        def beyond(sums: Sums, done: Any, total: Any, p: Tree) -> Tree:
+            more = metric.further(sums.moments, sums.mean, sums.squares, done, total, p)
+            return jax.tree.map(jnp.add, sums.moved, more)
 
-        self.zeros, self.apply, self.beyond = (
-            jax.jit(wide_zeros), jax.jit(apply, donate_argnums=(0, 1, 2, 3)), jax.jit(beyond),
-        )  # fmt: skip
+        self.zeros, self.apply, self.beyond = jax.jit(wide_zeros), jax.jit(apply, donate_argnums=0), jax.jit(beyond)
 
 
 class FrozenSteps:
@@ -189,19 +165,24 @@ class FrozenSteps:
     def __init__(self, step: FrozenStep, params: Tree, shares: Sequence[float]):
         """``shares``: of each update of the first epoch among its examples; they add up to 1."""
         self.step, self.params, self.shares, self.done = step, params, shares, 0
-        self.moved, self.moments, self.mean, self.squares = (
-            step.zeros(params), step.metric.start(params), step.zeros(params), step.zeros(params),
-        )  # fmt: skip
+        moved, mean, squares = (step.zeros(params) for _ in range(3))
+        self.sums = Sums(moved, step.metric.start(params), mean, {}, squares)
 
-    def add(self, gradient: Tree) -> float:
+    def add(self, gradient: Tree, of_chosen: Tree | None = None) -> float:
         """One update; by what its gradient was multiplied when it was clipped.
+
+        Args:
+          gradient: of the update.
+          of_chosen: what chosen responses make of it, where that is added up too; of every update or of none.
 
         Raises:
           FloatingPointError: a gradient that is not finite.
         """
         share, part = np.float64(self.shares[self.done]), np.float64(1 / len(self.shares))
-        self.moved, self.moments, self.mean, self.squares, norm, factor = self.step.apply(
-            self.moved, self.moments, self.mean, self.squares, gradient, share, part, jnp.int32(self.done), self.params
+        if of_chosen and not self.sums.of_chosen:
+            self.sums = self.sums._replace(of_chosen=self.step.zeros(self.params))
+        self.sums, norm, factor = self.step.apply(
+            self.sums, gradient, of_chosen or {}, share, part, jnp.int32(self.done), self.params
         )
         if not np.isfinite(float(norm)):
             raise FloatingPointError
@@ -211,6 +192,5 @@ class FrozenSteps:
     def moved_after(self, total: int) -> Tree:
         """The sum of ``total`` updates: those that were added, and further ones of their mean."""
         if total <= self.done:
-            return self.moved
-        done = jnp.int32(self.done)
-        return self.step.beyond(self.moved, self.moments, self.mean, self.squares, done, jnp.int32(total), self.params)
+            return self.sums.moved
+        return self.step.beyond(self.sums, jnp.int32(self.done), jnp.int32(total), self.params)

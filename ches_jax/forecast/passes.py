@@ -52,20 +52,29 @@ class Rows:
         used = [most_predictions(fit, plan, layout) for plan in self._plans(fit) if plan.length == layout.row_tokens]
         self.room = stepped(max(used, default=0))
 
-    def batches(self, items: Sequence[Item]) -> Iterator[tuple[PackedBatch, list[Placement]]]:
-        """Batches that hold every item once."""
+    def batches(self, items: Sequence[Item], *, even: bool = False) -> Iterator[tuple[PackedBatch, list[Placement]]]:
+        """Batches that hold every item once.
+
+        ``even``: as many, with their rows spread evenly; one more program to compile, and no batch that is half empty.
+        """
         layout = self.layout
-        for plan in self._plans(items):
+        for plan in self._plans(items, self._even_rows(items) if even else None):
             rows = write_batch(items, plan, layout.eos, layout.length_threshold, local_rows(plan.row_count, layout))
             used, room = most_predictions(items, plan, layout), self.room if plan.length == layout.row_tokens else 0
             yield without_empty_room(rows, plan.length, used, room), plan.placements()
 
-    def _plans(self, items: Sequence[Item]) -> Iterator[BatchPlan]:
+    def _even_rows(self, items: Sequence[Item]) -> int | None:
+        """Rows of each standard batch, so that all have about the same number."""
+        used = [len(plan.rows) for plan in self._plans(items) if plan.length == self.layout.row_tokens]
+        return -(-sum(used) // len(used)) if used else None
+
+    def _plans(self, items: Sequence[Item], rows: int | None = None) -> Iterator[BatchPlan]:
+        # a single pair, such as that of an experiment, is spared a full batch
+        most = min(self.rows, FEW) if len(items) <= FEW else self.rows
         return plan_batches(
             items,
             length=self.layout.row_tokens,
-            # a single pair, such as that of an experiment, is spared a full batch
-            rows_per_batch=min(self.rows, FEW) if len(items) <= FEW else self.rows,
+            rows_per_batch=rows or most,
             row_multiple=row_shards(self.mesh),
             length_threshold=self.layout.length_threshold,
         )
@@ -104,17 +113,18 @@ class Pull:
 
         self._add = jax.jit(add, donate_argnums=4)
 
-    def __call__(self, params: Tree, items: Sequence[Item], coefficients: PerItem) -> Tree:
+    def __call__(self, params: Tree, items: Sequence[Item], coefficients: PerItem, *, even: bool = False) -> Tree:
         """A tree like ``params``, summed in float32 at least.
 
         Args:
           params: where.
           items: a prompt and its responses each; a pair has two, the chosen one first.
           coefficients: for each item [R].
+          even: spread the rows evenly (``Rows.batches``); for a set that is pulled once.
         """
         total = wide_zeros(params)
         dtype = np.float64 if jax.config.read("jax_enable_x64") else np.float32
-        for batch, places in self.rows.batches(items):
+        for batch, places in self.rows.batches(items, even=even):
             placed = put_rows(batch, self.rows.mesh)
             # the places number the rows of all processes, as the placed batch has them
             weights = write_segments(coefficients, places, placed.last.shape).astype(dtype)

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.distributed.processes import Process, start_run
-from ches_jax.errors import ChesError, RunError
+from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.forecast import influence as influences
 from ches_jax.forecast.config import ForecastConfig, InfluenceConfig, PassOptions, training
 from ches_jax.forecast.frozen import Start
 from ches_jax.forecast.metric import Metric, Tree
 from ches_jax.forecast.pilot import pilot_changes, require_pilot, run_pilot
-from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, taken
+from ches_jax.forecast.setup import CHECKED, Passes, changes, linear_error, splits, taken
 from ches_jax.forecast.stages import Clock, chunk, kept, whole, write_table
 from ches_jax.forecast.summary import summarise
 from ches_jax.forecast.together import begin, of_first
@@ -63,6 +63,7 @@ def forecast(
     ...     pq.read_table(out / "forecast.parquet").num_rows
     8
     """
+    require_config("forecast", config, ForecastConfig)
     if config.pilot and config.distributed != "off":
         raise ChesError(
             "--pilot with --distributed: a pilot is a training run of one process; leave it out here, and make it with "
@@ -100,6 +101,7 @@ def influence(
     ...     pq.read_table(out / "influence.parquet").num_rows
     4
     """
+    require_config("influence", config, InfluenceConfig)
     process = start_run(config.distributed, config.out)
     out = output_place(config.out or new_name(Path("runs"), "influence"))
     if config.probes is None and not config.holdout:
@@ -151,7 +153,7 @@ def _forecast(config: ForecastConfig, run: Run, resume: bool, quiet: bool) -> No
 
     def compute() -> tuple[Tree, dict[str, Any]]:
         with clock.stage("frozen updates", run.plan.total) as bar:
-            moved, start = passes.frozen_updates(on_update=lambda t: bar.update(1))
+            moved, start = passes.frozen_updates(by_side=splits(run), on_update=lambda t: bar.update(1))
         with clock.stage("inner products"):
             found = passes.products(start, run.pairs.held_out)
         return moved, {"products": None if found is None else found.to_json(), "reason": found and found.sentence()}

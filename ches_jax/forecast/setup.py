@@ -89,6 +89,11 @@ class Passes:
         return FrozenUpdates(self.run, self.model)
 
     @cached_property
+    def updates_by_side(self) -> FrozenUpdates:
+        """The same, with what chosen responses make of the gradient; for losses that split (``splits``)."""
+        return FrozenUpdates(self.run, self.model, by_side=True)
+
+    @cached_property
     def pull(self) -> Pull:
         """Gradients of weighted sums, compiled once."""
         return Pull(self.model, self.rows)
@@ -98,9 +103,10 @@ class Passes:
         metric, total = self.updates.metric, self.run.plan.total
         return jax.jit(lambda squares: metric.of_run(squares, total))
 
-    def frozen_updates(self, **options: Any) -> tuple[Tree, Start]:
-        """``frozen.FrozenUpdates`` at the start; their options."""
-        return self.updates(self.params, self.reference(), **options)
+    def frozen_updates(self, *, by_side: bool = False, **options: Any) -> tuple[Tree, Start]:
+        """``frozen.FrozenUpdates`` at the start; their options. ``by_side`` where ``products`` follow."""
+        updates = self.updates_by_side if by_side else self.updates
+        return updates(self.params, self.reference(), **options)
 
     def metric(self, start: Start) -> Tree:
         """``Metric.of_run`` of the run."""
@@ -114,15 +120,15 @@ class Passes:
         """Gradient of the weighted sum of ln pi(chosen); pairs of weight 0 cost nothing."""
         counted = np.flatnonzero(coefficients).tolist()
         items: list[Item] = [replace(pairs[i], rejected=NOTHING) for i in counted]
-        return self.pull(self.params, items, [np.array([coefficients[i], 0.0]) for i in counted])
+        return self.pull(self.params, items, [np.array([coefficients[i], 0.0]) for i in counted], even=True)
 
     def products(self, start: Start, probes: Sequence[TokenPair]) -> Products | None:
-        """The three inner products; None for losses that do not weigh the two responses of a pair."""
+        """The three inner products, of gradients by side; None for losses that do not weigh the responses of a pair."""
         if not splits(self.run):
             return None
         pairs, seen = self.run.pairs.train, start.counted > 0
         up, down = (-start.slopes[:, side] / seen.sum() for side in (0, -1))
-        chosen = self.chosen_gradient(pairs, up)
+        chosen = {k: -g for k, g in start.of_chosen.items()}
         rejected = {k: -g - chosen[k] for k, g in start.gradient.items()}
         used = up[seen]
         if used.min() == used.max() != 0:

@@ -30,7 +30,7 @@ def rows_of_one_response(config: LabelConfig, opener: Opener) -> list[Record]:
     source = opener.rows(config.pairs, config.split, config.columns, ONE_RESPONSE, "pairs")
     name = config.columns.get(LABEL) or LABEL
     rows = []
-    for (where, raw), (row,) in itertools.islice(zip(source.read(0), source.rows_from(0), strict=True), config.limit):
+    for (where, raw), (row,) in itertools.islice(source.rows_with_raw(0), config.limit):
         if row.fault:
             rows.append(row)
             continue

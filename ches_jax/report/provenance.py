@@ -62,8 +62,8 @@ def cost_words(work: Mapping[str, Any]) -> str:
     """What a run cost, from the ``work`` of its record; empty where it has none.
 
     >>> seconds = {"compiling": 1.5, "device": 2, "host": 0.25}
-    >>> cost_words({"positions": 4096, "padding": 0.125, "shared_positions": 1200, "programs": 3, "seconds": seconds})
-    'Cost: 4,096 positions computed, 12.5 % of them padding; 1,200 more were shared; 3 programs; 1.5 seconds \
+    >>> cost_words({"positions": 4096, "padding": 0.125, "shared_positions": 1200, "programs": 1, "seconds": seconds})
+    'Cost: 4,096 positions computed, 12.5 % of them padding; 1,200 more were shared; 1 program; 1.5 seconds \
 compiling, 2 device, 0.25 host.'
     """
     words = []
@@ -72,7 +72,9 @@ compiling, 2 device, 0.25 host.'
         words.append(f"{work.get('shared_positions', 0):,} more were shared")
     if (programs := work.get("programs")) is not None:
         cached = work.get("programs_from_cache")
-        words.append(f"{programs:,} programs" + (f", {cached:,} of them from the cache" if cached else ""))
+        words.append(
+            f"{programs:,} program{'s' * (programs != 1)}" + (f", {cached:,} of them from the cache" if cached else "")
+        )
     if seconds := work.get("seconds"):
         first, *others = seconds.items()
         words.append(", ".join([f"{first[1]:g} seconds {first[0]}", *(f"{value:g} {name}" for name, value in others)]))

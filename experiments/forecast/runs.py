@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,10 @@ def costs(work: Work) -> dict[str, Any]:
     measure = Measure(passes.model, passes.rows)
     direction, start = passes.frozen_updates()
     first, second = passes.push(direction), passes.push(direction, 2)
-    up = -start.slopes[:, 0] / len(train)
     parts: dict[str, Callable[[], Any]] = {
         "forward": lambda: measure(passes.params, list(train)),
         "frozen_updates": passes.frozen_updates,
-        "chosen_gradient": lambda: passes.chosen_gradient(train, up),
+        "frozen_updates_by_side": partial(passes.frozen_updates, by_side=True),
         "push": lambda: first(train),
         "push_twice": lambda: second(train),
         "gradient_of_probes": lambda: influence_direction(passes, start, probes),
@@ -152,7 +152,7 @@ def costs(work: Work) -> dict[str, Any]:
     seconds = {name: _cpu(part) for name, part in parts.items()}
     unit = seconds["forward"]
     ratios = {name: value / unit for name, value in seconds.items()}
-    forecast = ratios["frozen_updates"] + ratios["chosen_gradient"] + ratios["push"]
+    forecast = ratios["frozen_updates_by_side"] + ratios["push"]
     influence = ratios["frozen_updates"] + ratios["gradient_of_probes"] + ratios["push"]
     return {"cpu_seconds_forward": unit, "in_forwards": {**ratios, "forecast": forecast, "influence": influence}}
 

@@ -300,7 +300,7 @@ def figures(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
         ax.set_title(f"{objective.upper()}: mean over {len(result['seeds'])} seeds, smallest to largest", fontsize=8)
         written.append(save(figure, folder / f"{name}-refusals-{objective}.png"))
     shown = ("ln_ches", "head_score")
-    figure, axes = axes_row(len(shown), width=3.4)
+    figure, axes = axes_row(len(shown), width=3.4, shared=False)  # one is thousands of times the other
     for ax, score in zip(axes, shown, strict=True):
         by_type = values["scores"][score]["by_type"]
         boxes = [

@@ -1,7 +1,7 @@
 """The lines of the report, the table, the figures and the page, from a result alone."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,21 +140,56 @@ def _errorbar(ax: Any, one: Mapping[str, float], y: float, mark: str, colour: st
     ax.errorbar([one["mean"]], [y], xerr=ends, fmt=mark, ms=4, color=colour, mfc=face, lw=1)
 
 
+def spread(values: Sequence[float], least: float) -> list[float]:
+    """The values moved so far apart that no two are closer than ``least``, in their order, and as little as that needs.
+
+    >>> spread([0.0, 5.0, 5.0], 1.0)
+    [0.0, 4.5, 5.5]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[int]] = []  # each lies evenly around the mean of its members
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1:
+            (low, a), (high, b) = ((sum(values[j] for j in g) / len(g), (len(g) - 1) / 2) for g in groups[-2:])
+            if low + a * least + least <= high - b * least:
+                break
+            groups[-2:] = [groups[-2] + groups[-1]]
+    out = [0.0] * len(values)
+    for group in groups:
+        middle = sum(values[j] for j in group) / len(group)
+        for k, j in enumerate(group):
+            out[j] = middle + (k - (len(group) - 1) / 2) * least
+    return out
+
+
 def _plane_figure(values: dict[str, Any]) -> Any:
     from experiments.framework.figures import COLOURS, axes_row
 
     figure, (ax,) = axes_row(1, width=5.5, height=4.4)
     plain = values["plain"]
     ax.plot(plain["margin"], plain["chosen"], "-", color="0.4", marker=".", label="DPO, update by update")
+    named: list[tuple[str, float, float]] = []
     marks = dict(zip(GROUPS, ((COLOURS[5], "o"), (COLOURS[2], "s"), (COLOURS[0], "o"), (COLOURS[3], "^")), strict=True))
     for group, (colour, mark) in marks.items():
         here = {n: one for n, one in values["arms"].items() if ARMS[n].group == group}
         points = [(one["margin"]["mean"], one["chosen"]["mean"]) for one in here.values()]
         ax.plot(*zip(*points, strict=True), mark, color=colour, ms=5, label=GROUPS[group])
-        beside = {"xytext": (-5, -2), "ha": "right"} if group == "pairs" else {"xytext": (5, 2), "ha": "left"}
-        for name, point in zip(here, points, strict=True):
-            if group != "start":
-                ax.annotate(ARMS[name].label, point, textcoords="offset points", fontsize=6, **beside)
+        named += [(name, *point) for name, point in zip(here, points, strict=True) if group != "start"]
+    bottom, top = ax.get_ylim()
+    line = {"arrowstyle": "-", "color": "0.7", "lw": 0.5, "shrinkA": 0, "shrinkB": 2}
+    heights = spread([y for _, _, y in named], 0.034 * (top - bottom))
+    for (name, x, y), height in zip(named, heights, strict=True):
+        side, align = (-0.08, "right") if ARMS[name].group == "pairs" else (0.08, "left")
+        ax.annotate(
+            ARMS[name].label,
+            (x, y),
+            (x + side, height),
+            fontsize=6,
+            ha=align,
+            va="center",
+            arrowprops=line,
+        )
     ax.axhline(0, lw=0.8, color="0.5")
     ax.set_xlabel("held-out margin, nats")
     ax.set_ylabel("held-out chosen, nats")

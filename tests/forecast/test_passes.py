@@ -124,3 +124,15 @@ def test_bfloat16_computes_in_bfloat16_and_sums_in_float32(exact, passes_of):
         )
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     assert np.linalg.norm(found - truth) <= 16 * eps * np.linalg.norm(truth)
+
+
+def test_even_rows_leave_no_batch_half_empty(passes_of):
+    """Every item once, in as many batches, of which none has two rows more than another."""
+    passes = passes_of()
+    pairs = [*passes.run.pairs.train] * 4
+    rows = Rows(passes.run.layout._replace(row_tokens=256), passes.run.mesh, batch_tokens=256 * 7)
+    full, even = (list(rows.batches(pairs, even=even)) for even in (False, True))
+    used = [int((batch.lengths > 0).any(1).sum()) for batch, _ in even]
+    assert len(even) == len(full) and len({batch.lengths.shape for batch, _ in even}) == 1
+    assert max(used) == len(even[0][0].lengths) < len(full[0][0].lengths)
+    assert sorted(p.item for _, places in even for p in places) == list(range(len(pairs)))

@@ -60,12 +60,20 @@ def test_every_pair_has_its_forecast_and_the_summary_says_the_same(whole):
 
 
 @pytest.mark.slow
-def test_influences_add_up_to_the_change_in_the_metric_of_the_run(whole, influenced):
-    table = pq.read_table(influenced / "influence.parquet")
-    nats = read_json(whole / "run.json")["summary"]["products"]["probes_nats"]
+def test_influences_add_up_to_the_change_in_the_metric_of_the_run(small, tmp_path, x64):
+    """In float64: RMSProp divides by squares that in float32 are rounding here and there, which moves sums by 6e-3."""
+    forecast(ForecastConfig(**small, dtype="float64", out=str(tmp_path / "forecast")), quiet=True)
+    influence(InfluenceConfig(**small, dtype="float64", out=str(tmp_path / "influence")), quiet=True)
+    table = pq.read_table(tmp_path / "influence" / "influence.parquet")
+    nats = read_json(tmp_path / "forecast" / "run.json")["summary"]["products"]["probes_nats"]
     # the forecast's metric is that of the same twelve pairs: the same sums, chosen by chosen
     for name in ("from_chosen", "from_rejected"):
-        assert -table[name].to_numpy().sum() == pytest.approx(nats[name], rel=1e-3)
+        assert -table[name].to_numpy().sum() == pytest.approx(nats[name], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_an_influence_is_the_sum_of_its_parts_and_probes_are_left_out(influenced):
+    table = pq.read_table(influenced / "influence.parquet")
     assert table["influence"].to_numpy() == pytest.approx(
         table["from_chosen"].to_numpy() + table["from_rejected"].to_numpy()
     )

@@ -1,17 +1,20 @@
 """Weights of unpaired BCO by the density ratio of prompts: the regression, known ratios, and the whole command."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+from ches_jax.data.unpaired import LABEL, ONE_RESPONSE
 from ches_jax.errors import ChesError
 from ches_jax.inputs import Opener
 from ches_jax.label.config import LabelConfig
 from ches_jax.label.density import density_ratio, fitted, weights_of
 from ches_jax.label.run import headline, label, summary_text
+from ches_jax.label.weights import rows_of_one_response
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.scores.prompt_states import prompt_states
 from tests.helpers import one_sequence, write_lines
@@ -101,6 +104,19 @@ def test_the_command_weighs_rows_by_states_of_their_prompts(tmp_path, tiny_model
     density = record["density"]
     assert (density["good"], density["bad"], density["prompts"]) == (97, 96, 192) and density["held_out_auc"] > 0.65
     assert headline(record) == "193 of 193 rows have a weight" and "96 bad rows of 192 prompts" in summary_text(record)
+
+
+def test_the_file_is_read_once_for_its_labels_and_its_texts(feedback, monkeypatch):
+    opener, starts = Opener(), []
+    source = opener.rows(feedback[0], None, {}, ONE_RESPONSE, "pairs")
+
+    def read(start):
+        starts.append(start)
+        return source.read(start)
+
+    monkeypatch.setattr(opener, "rows", lambda *_: replace(source, read=read))
+    rows = rows_of_one_response(LabelConfig(by="density-ratio", pairs=feedback[0], limit=5), opener)
+    assert starts == [0] and len(rows) == 5 and all(LABEL in row.extra for row in rows)
 
 
 def test_states_of_prompts_are_those_of_each_alone(tiny_model):

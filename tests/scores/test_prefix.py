@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ches_jax.data.prefix as prefix_module
-from ches_jax.data.packing import Candidates, group_by_prompt, pack
+from ches_jax.data.packing import Candidates, group_by_prompt, pack, packed_length
 from ches_jax.data.prefix import behind, best_prefix, by_prefix, most_copies, without
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.models.attention.block_sparse import blocks
@@ -124,15 +124,17 @@ def test_every_item_is_in_one_group_behind_what_it_begins_with(drawn, batch):
     items = [Candidates(p, (Response((4,), 2), Response((6,), 2)), 1) for p in prompts]
     groups = by_prefix(items, batch)
     assert sorted(n for g in groups for n in g.numbers) == list(range(len(items)))
-    assert sum(g.prefix is None for g in groups) <= 1
+    assert all(g.prefix is not None and len(g.prefix.members) == len(g.items) for g in groups[:-1])
     for g in groups:
         assert g.items == [items[n] for n in g.numbers]
         if g.prefix is not None:
-            size = len(g.prefix.tokens)
-            assert size % prefix_module.STEP == 0 and g.prefix.members == set(range(len(g.items)))
-            assert all(item.prompt[:size] == g.prefix.tokens and len(item.prompt) > size for item in g.items)
-            least = prefix_module.LEAST_BATCHES * batch if len(groups) > 1 else 0
-            assert size * (len(g.items) - 1) >= max(prefix_module.LEAST_POSITIONS, least)
+            size, members = len(g.prefix.tokens), [g.items[i] for i in g.prefix.members]
+            assert size % prefix_module.STEP == 0
+            assert all(item.prompt[:size] == g.prefix.tokens and len(item.prompt) > size for item in members)
+            # batches of its own pay for themselves
+            least = prefix_module.LEAST_BATCHES * batch if len(groups) > 1 and len(members) == len(g.items) else 0
+            assert size * (len(members) - 1) >= max(prefix_module.LEAST_POSITIONS, least)
+            assert 4 * size * (len(members) - 1) >= sum(packed_length(item) for item in g.items)
 
 
 def test_each_of_several_beginnings_has_its_batches(small_steps):
@@ -141,6 +143,11 @@ def test_each_of_several_beginnings_has_its_batches(small_steps):
     assert {n % 3 for g in groups[:1] for n in g.numbers} == {groups[0].numbers[0] % 3}
     one = by_prefix([*systems(), *strangers()], 1000)
     assert [g.prefix for g in one] == [None], "padding of batches of their own would be more"
+
+
+def test_a_few_strangers_stay_among_those_that_begin_alike(small_steps):
+    (group,) = by_prefix([*systems(1), *strangers()], 1000)
+    assert group.prefix is not None and group.prefix.members == set(range(6)) and len(group.items) > 6
 
 
 # ---- where keys lie ----
@@ -177,9 +184,12 @@ def test_every_position_sees_the_tokens_that_come_before_it(small_steps):
 # ---- scores ----
 
 
-@pytest.mark.parametrize(("family", "attend", "kinds"), [("llama", blocks, 1), ("mistral", dense, 3)])
-def test_scores_are_those_of_whole_rows(family, attend, kinds, small_steps, monkeypatch, x64):
-    monkeypatch.setattr(prefix_module, "LEAST_BATCHES", 0)
+@pytest.mark.parametrize(
+    ("family", "attend", "kinds", "batches"), [("llama", blocks, 1, 10**6), ("mistral", dense, 3, 0)]
+)
+def test_scores_are_those_of_whole_rows(family, attend, kinds, batches, small_steps, monkeypatch, x64):
+    """With strangers in the same batches, and with batches for each of three beginnings."""
+    monkeypatch.setattr(prefix_module, "LEAST_BATCHES", batches)
     model, pairs = model_of(family), [*systems(kinds, 7), *strangers()]
     (a, tokens_a), (b, tokens_b) = (
         (scorer := scorer_of(model, attend, True))(pairs),

@@ -101,6 +101,16 @@ class Examples:
         return [*sides, [logps.rejected[i * self.size] for i in which]]
 
 
+def one_sided(examples: Examples, side: int) -> Examples:
+    """Of examples of single pairs only the chosen (0) or the rejected (1) responses, each in the chosen one's place."""
+
+    def alone(p: TokenPair) -> TokenPair:
+        response = (p.chosen, p.rejected)[side]
+        return replace(p, prompt=p.prompts[side], chosen=response, rejected=NOTHING, rejected_prompt=None)
+
+    return Examples([alone(p) for p in examples.pairs], {})
+
+
 def make_examples(
     loss: Loss, pairs: Sequence[TokenPair], extra: Mapping[str, np.ndarray], *, seed: int, max_length: int, eos: Eos
 ) -> Examples:
