@@ -75,8 +75,8 @@ class ChunkedRun:
     def __enter__(self) -> "ChunkedRun":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.lock.__exit__(kind, error, trace)
 
     @property
     def out(self) -> Path:

@@ -31,6 +31,8 @@ BEAT = 10.0
 """Seconds between two signs of life in a store."""
 DEAD = 40.0
 """Seconds without one after which a holder counts as dead."""
+HURRY = 5.0
+"""Seconds in which a run that has failed gives its lock back."""
 WATCH = 1.0
 LOST = 1
 """Exit code of a holder whose lock another process has."""
@@ -53,8 +55,12 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Releases; an error of the system that names no place, such as one of a store, names the run."""
+        self.release(failed=kind is not None)
+        if isinstance(error, OSError) and error.filename is None:
+            with naming(self.out):
+                raise error
 
     def require_free(self) -> None:
         """Take the lock at once where somebody has held it before.
@@ -99,10 +105,10 @@ class RunLock:
             for folder in (self.out, *(p for p in self.out.iterdir() if p.is_dir())):
                 remove_leftovers(folder)
 
-    def release(self) -> None:
-        """Let the next one in; nothing is left."""
+    def release(self, failed: bool = False) -> None:
+        """Let the next one in; nothing is left. A run that has ``failed`` does not wait for a store to take it."""
         if self._held is not None:
-            self._held.release()
+            self._held.release(HURRY if failed else None)
         if self._file is not None:
             if not self._shared:
                 (self.out / NAME).unlink(missing_ok=True)
@@ -149,14 +155,23 @@ class _StoreLock:
         self._stop = threading.Event()
         threading.Thread(target=self._live, args=(self._stop,), daemon=True, name="lock").start()
 
-    def release(self) -> None:
-        """Remove it, if it is still ours."""
+    def release(self, seconds: float | None = None) -> None:
+        """Remove it, if it is still ours and the store takes it in so many seconds.
+
+        One that stays counts as dead after ``DEAD`` seconds.
+        """
         if self._stop is None:
             return
         self._stop.set()
         self._stop = None
-        if _field(self._read(), "nonce") == self._nonce:
-            store.remove(self.path)
+        remover = threading.Thread(target=self._remove, daemon=True, name="unlock")
+        remover.start()
+        remover.join(seconds)
+
+    def _remove(self) -> None:
+        with contextlib.suppress(Exception):  # each file system has errors of its own
+            if _field(self._read(), "nonce") == self._nonce:
+                store.remove(self.path)
 
     def _text(self) -> str:
         self._beats += 1

@@ -3,7 +3,7 @@
 A place in a store has the methods of a ``pathlib.Path`` (``upath.UPath``), so that code which reads and writes one file
 serves both. What a store cannot do is done here: a name is taken by uploading a whole object (there is no rename), a
 folder is whole when its marker is there, a large file is read by byte ranges, and what a library wants to see as a file
-is copied here once a process. A store that answers 429 or 5xx is asked again for about a minute.
+is copied here once a process. A store that answers 429 or 5xx is asked again for one to two minutes.
 """
 
 import atexit
@@ -148,7 +148,7 @@ def content_mark(path: Path) -> str:
     for name in ("md5Hash", "ETag", "etag", "blob_id"):
         if info.get(name):
             return hashlib.sha256(f"{name} {info[name]} {info.get('size')}".encode()).hexdigest()
-    return persistently(lambda: _sha256_of(path))
+    return persistently(path, lambda: _sha256_of(path))
 
 
 def version_mark(path: Path) -> tuple[Any, ...]:
@@ -185,7 +185,7 @@ def read_range(path: Path, offset: int, count: int, error: type[ChesError] = Che
     Raises:
       error: as ``read_into``.
     """
-    data = persistently(lambda: _fs(path).cat_file(_key(path), start=offset, end=offset + count))
+    data = persistently(path, lambda: _fs(path).cat_file(_key(path), start=offset, end=offset + count))
     if len(data) > count:
         raise error(f"{path}: the server does not answer byte ranges; copy the files here, or to a store that does")
     if len(data) < count:
@@ -206,7 +206,9 @@ def _read_here(path: Path, out: memoryview, offset: int, error: type[ChesError])
 def put(source: Path, target: Path) -> None:
     """Upload a file; a reader sees the whole object or the one before it."""
     try:
-        persistently(lambda: _fs(target).put_file(str(source), _key(target)))
+        persistently(target, lambda: _fs(target).put_file(str(source), _key(target)))
+    except ChesError:
+        raise
     except Exception as reason:  # each file system has errors of its own
         raise ChesError(f"{target}: cannot be written ({_words(reason)})") from None
 
@@ -224,12 +226,12 @@ def read_text(path: Path) -> str:
     Raises:
       FileNotFoundError: there is none.
     """
-    return persistently(lambda: _fs(path).cat_file(_key(path))).decode("utf-8", "replace")
+    return persistently(path, lambda: _fs(path).cat_file(_key(path))).decode("utf-8", "replace")
 
 
 def write_text(path: Path, text: str) -> None:
     """A small object, whole, over the one before it."""
-    persistently(lambda: _fs(path).pipe_file(_key(path), text.encode()))
+    persistently(path, lambda: _fs(path).pipe_file(_key(path), text.encode()))
 
 
 def create(path: Path, text: str) -> bool:
@@ -239,7 +241,7 @@ def create(path: Path, text: str) -> bool:
     """
     fs, key = _fs(path), _key(path)
     try:
-        persistently(lambda: fs.pipe_file(key, text.encode(), mode="create"))
+        persistently(path, lambda: fs.pipe_file(key, text.encode(), mode="create"))
     except FileExistsError:
         return False
     except OSError as error:  # S3 tells it as a failed precondition
@@ -249,7 +251,7 @@ def create(path: Path, text: str) -> bool:
     except (NotImplementedError, TypeError):
         if is_there(path):
             return False
-        persistently(lambda: fs.pipe_file(key, text.encode()))
+        persistently(path, lambda: fs.pipe_file(key, text.encode()))
     return True
 
 
@@ -257,7 +259,7 @@ def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; nothing where there is none."""
     if is_store(path):
         try:
-            persistently(lambda: _fs(path).rm(_key(path), recursive=True))
+            persistently(path, lambda: _fs(path).rm(_key(path), recursive=True))
         except FileNotFoundError:
             return
     elif path.is_dir() and not path.is_symlink():
@@ -310,12 +312,14 @@ def fetched(path: Path, error: type[ChesError] = ChesError, left_out: tuple[str,
     if str(path) not in _FETCHED:
         target = copy_of(path)
         try:
-            if scheme_of(path) not in ("http", "https") and persistently(lambda: _fs(path).isdir(_key(path))):
+            if scheme_of(path) not in ("http", "https") and persistently(path, lambda: _fs(path).isdir(_key(path))):
                 download(path, target, left_out)
             else:
                 _copy_file(path, target)
         except FileNotFoundError:
             raise error(f"{path}: no such file or folder") from None
+        except ChesError:
+            raise
         except Exception as reason:  # each file system has errors of its own
             raise error(f"{path}: cannot be read ({_words(reason)})") from None
         _FETCHED[str(path)] = target
@@ -334,6 +338,8 @@ def fetched_files(folder: Path, names: Iterable[str], error: type[ChesError] = C
             _copy_file(folder / name, copy_of(folder) / name)
         except FileNotFoundError:
             continue
+        except ChesError:
+            raise
         except Exception as reason:
             raise error(f"{folder / name}: cannot be read ({_words(reason)})") from None
         found.append(name)
@@ -347,9 +353,11 @@ def names_in(folder: Path, error: type[ChesError] = ChesError) -> list[str]:
       error: the store cannot be read.
     """
     try:
-        entries = persistently(lambda: _fs(folder).ls(_key(folder), detail=True, refresh=True))
+        entries = persistently(folder, lambda: _fs(folder).ls(_key(folder), detail=True, refresh=True))
     except FileNotFoundError:
         return []
+    except ChesError:
+        raise
     except Exception as reason:
         raise error(f"{folder}: cannot be listed ({_words(reason)})") from None
     return sorted(e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
@@ -362,22 +370,32 @@ def matching(pattern: Path, error: type[ChesError] = ChesError) -> list[Path]:
       error: the store cannot be read.
     """
     try:
-        keys = persistently(lambda: _fs(pattern).glob(_key(pattern)))
+        keys = persistently(pattern, lambda: _fs(pattern).glob(_key(pattern)))
+    except ChesError:
+        raise
     except Exception as reason:
         raise error(f"{pattern}: cannot be listed ({_words(reason)})") from None
     return [place(f"{scheme_of(pattern)}://{str(key).lstrip('/')}", error) for key in sorted(keys)]
 
 
-def persistently(ask: Callable[[], T]) -> T:
-    """The answer of a store, which is asked again when it is overloaded or cannot be reached for a while."""
-    for pause in PAUSES:
+def persistently(path: Path, ask: Callable[[], T]) -> T:
+    """The answer of a store about ``path``; it is asked again when it is overloaded or cannot be reached for a while.
+
+    Raises:
+      ChesError: it does not answer for one to two minutes.
+    """
+    # the client of S3 asks a dozen times by itself, for more than a minute
+    pauses = PAUSES[:1] if scheme_of(path) == "s3" else PAUSES
+    for pause in (*pauses, None):
         try:
             return ask()
         except Exception as error:  # each file system has errors of its own
             if not _passing(error):
                 raise
+            if pause is None:
+                raise ChesError(f"{path}: the store does not answer ({_words(error)})") from error
             time.sleep(pause)
-    return ask()
+    raise AssertionError  # the last turn returns or raises
 
 
 def _passing(error: BaseException) -> bool:
@@ -409,14 +427,14 @@ def _key(path: Path) -> str:
 
 def _info(path: Path) -> dict[str, Any]:
     options = {"refresh": True} if scheme_of(path) in ("s3", "hf") else {}
-    return persistently(lambda: _fs(path).info(_key(path), **options))
+    return persistently(path, lambda: _fs(path).info(_key(path), **options))
 
 
 def _copy_file(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     try:
-        persistently(lambda: _fs(path).get_file(_key(path), str(temporary)))
+        persistently(path, lambda: _fs(path).get_file(_key(path), str(temporary)))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -425,7 +443,7 @@ def _copy_file(path: Path, target: Path) -> None:
 def download(path: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
     """Copy the files of a folder in a store; those whose name in it begins with one of ``left_out`` stay there."""
     root = _key(path).rstrip("/") + "/"
-    keys = persistently(lambda: _fs(path).find(root, refresh=True))
+    keys = persistently(path, lambda: _fs(path).find(root, refresh=True))
     target.mkdir(parents=True, exist_ok=True)
     for key in keys:
         inside = str(key)[str(key).find(root.lstrip("/")) + len(root.lstrip("/")) :]

@@ -134,3 +134,11 @@ def test_a_command_says_so_before_it_looks_at_anything_else(tmp_path, capsys):
         for verb in ("score", "train", "forecast"):
             assert main([verb, "--model", "no-such-model", "--out", str(tmp_path)]) == 2
             assert "another process works here" in capsys.readouterr().err
+
+
+def test_an_error_that_names_no_place_names_the_run(tmp_path):
+    """As those of stores do, and of a disk that is full while a file is written."""
+    with pytest.raises(OSError, match=r"Service Unavailable: '.*/run'$"), RunLock(tmp_path / "run"):
+        raise OSError(16, "Service Unavailable")
+    with pytest.raises(OSError, match=r"full: 'elsewhere'$"), RunLock(tmp_path / "run"):
+        raise OSError(28, "full", "elsewhere")

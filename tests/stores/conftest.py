@@ -23,7 +23,7 @@ class Busy:
         if self.busy:
             self.refused += 1
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"busy"]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"busy"]
         return self.app(environ, start_response)
 
 
