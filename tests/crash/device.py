@@ -11,6 +11,8 @@ from unittest import mock
 
 import numpy as np
 
+from ches_jax.runs.work import Positions
+
 
 def _number(*words: Any) -> float:
     """A number that follows from words, between -1 and 1."""
@@ -59,6 +61,7 @@ class Engine:
     """Stands for ``generate.engine.Engine``."""
 
     shapes: Sequence[tuple[int, int]] = ()
+    counted = Positions()
 
     def __init__(self, *args: Any, **options: Any):
         pass
