@@ -102,7 +102,10 @@ def test_training_of_two_processes(small_disk, tiny_model, undisturbed, free):
     filler = fill(small_disk, free)
     codes, said = ended(together(2, 2, *words))
     assert codes == [2, 2], said
-    assert all(FULL in text and text.startswith("ches: ") and text.count("\n") == 1 for text in said), said
+    assert all(text.startswith("ches: ") and text.count("\n") == 1 for text in said), said
+    # the disk is one: who meets its end first may end before the other has, which then says that somebody stopped
+    assert any(FULL in text for text in said), said
+    assert all(FULL in text or "see the output of the others" in text for text in said), said
     assert not (out / "run.json").exists()
     filler.unlink()
     codes, said = ended(together(2, 2, *words, "--resume"))
