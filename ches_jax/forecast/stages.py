@@ -81,7 +81,12 @@ def kept(
                 write_json(record, {"sha256": sha256(arrays), "found": found, "sha256_of_found": _digest(found)})
         if process.count > 1:  # it lies where it belongs already
             return direction, found
-    return on_mesh(process.from_first(load(arrays.read_bytes()) if process.first else None), mesh), found
+    there = load(arrays.read_bytes()) if process.first else {}
+    names = process.exchange(sorted(there))[0]
+    direction: Tree = {}
+    for name in names:  # so that the others have one parameter in their memory, beside their shards
+        direction |= on_mesh(process.from_first({name: there.pop(name)} if process.first else None), mesh)
+    return direction, found
 
 
 def _found(arrays: Path, record: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ of bounded size, and any damage is one message.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from ches_jax.errors import ChesError
 from ches_jax.runs import store
@@ -234,7 +235,8 @@ def open_regular(path: Path, error: type[ChesError], expected: str) -> BinaryIO:
       error: it is no regular file.
     """
     if store.is_store(path):  # which has nothing but files
-        return path.open("rb")
+        # what a store's client gives does not read a line of bounded length
+        return io.BufferedReader(cast(Any, store.persistently(path, lambda: path.open("rb"))))
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

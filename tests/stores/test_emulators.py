@@ -169,9 +169,9 @@ def test_a_killed_run_goes_on_after_its_last_chunk_and_takes_the_lock_of_the_dea
 
 def test_a_process_that_is_stopped_takes_no_other_with_it(s3, scored):
     """The first one, which holds the lock for both; a third one takes up what it left."""
-    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--out", "s3://pod/runs/two"]
+    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--out", "s3://pod/runs/turns"]
     first, second = together(2, 1, *words)
-    out = store.place("s3://pod/runs/two")
+    out = store.place("s3://pod/runs/turns")
     try:
         wait_for(out / "parts" / "done-000000.json", first, second)
         first.send_signal(signal.SIGTERM)
