@@ -128,7 +128,10 @@ def test_two_processes_give_the_run_of_one(tiny_model, one_process, cache, tmp_p
     codes, errors = finish(start(tiny_model, out, cache))
     assert codes == [0, 0], errors
     same_to_rounding(out, one_process)
-    assert read_json(out / "run.json")["processes"] == 2
+    both, one = (read_json(folder / "run.json") for folder in (out, one_process))
+    assert both["processes"] == 2
+    counted = ("positions", "shared_positions", "padding")  # of the rows of both
+    assert [both["work"][n] for n in counted] == [one["work"][n] for n in counted]
 
 
 @pytest.mark.slow

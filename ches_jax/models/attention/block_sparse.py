@@ -32,17 +32,24 @@ from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, 
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
-BLOCK, ACCELERATOR_BLOCK = {"cpu": 32}, 128
-"""Queries and keys of a block by platform, and elsewhere: what was fastest. On a CPU with pairs of 100 tokens 32 takes
-0.75 to 0.95 of the time of 64, forward and with the gradient, and with pairs of 2,000 tokens and heads of 128 as long
-forward and 1.1 with the gradient."""
+BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
+"""Queries and keys of a block by platform, and elsewhere: what was fastest."""
+SHORT_ROW, SMALLER = 1024, {"cpu": 32}
+"""With a gradient, rows up to so long have smaller blocks: on a CPU 0.87 to 0.97 of the time of the others, forward
+and backward together, with pairs of 100 to 700 tokens; 1.1 of it with pairs of 2,000. Forward alone gains nothing."""
 
 
 class Static(NamedTuple):
     """What a program is compiled for."""
 
     block: int
+    gradient_block: int
     params: AttentionParams
+
+    @property
+    def with_gradient(self) -> "Static":
+        """What a program with a gradient is compiled for."""
+        return self._replace(block=self.gradient_block)
 
 
 class BlockIndices(NamedTuple):
@@ -61,9 +68,10 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       block: queries and keys of a block; default: by the platform.
     """
     q, k, v, ranges, sinks = inputs
-    block = block or BLOCK.get(platform(), ACCELERATOR_BLOCK)
-    whole_blocks = (*(to_multiple(a, block) for a in (q, k, v)), padded(ranges, block))
-    return cast(Array, _attend(*whole_blocks, sinks, Static(block, params)))[:, : q.shape[1]]
+    size = block or BLOCK.get(platform(), ACCELERATOR_BLOCK)
+    smaller = SMALLER.get(platform(), size) if block is None and k.shape[1] <= SHORT_ROW else size
+    whole_blocks = (*(to_multiple(a, size) for a in (q, k, v)), padded(ranges, size))
+    return cast(Array, _attend(*whole_blocks, sinks, Static(size, smaller, params)))[:, : q.shape[1]]
 
 
 def bucket_sizes(most: int) -> list[int]:
@@ -84,6 +92,10 @@ def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, sinks: Array | None
     return _forward(q, k, v, ranges, sinks, static)[0]
 
 
+def _forward_with_gradient(q, k, v, ranges, sinks, static: Static):
+    return _forward(q, k, v, ranges, sinks, static.with_gradient)
+
+
 def _forward(q, k, v, ranges, sinks, static: Static):
     # lax.map, not vmap: each row needs its own blocks, and a row is work enough for a device
     out, total = lax.map(partial(_row_forward, static, sinks), (q, k, v, ranges))
@@ -93,11 +105,13 @@ def _forward(q, k, v, ranges, sinks, static: Static):
 
 def _backward(static: Static, kept, cotangent):
     q, k, v, ranges, sinks, total = kept
-    dq, dk, dv, dsinks = lax.map(partial(_row_backward, static, sinks), (q, k, v, ranges, total, cotangent))
+    dq, dk, dv, dsinks = lax.map(
+        partial(_row_backward, static.with_gradient, sinks), (q, k, v, ranges, total, cotangent)
+    )
     return dq, dk, dv, None, None if sinks is None else dsinks.sum(0).astype(sinks.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward_with_gradient, _backward)
 
 
 def _row_forward(
