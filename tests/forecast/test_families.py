@@ -83,6 +83,6 @@ def test_a_model_without_forward_mode_says_so(x64, monkeypatch):
 
     closed = jax.custom_vjp(lambda x: x)
     closed.defvjp(lambda x: (x, None), lambda _, g: (g,))
-    monkeypatch.setattr("ches_jax.forecast.model.query_chunked", lambda *args: closed(query_chunked(*args)))
+    monkeypatch.setattr("ches_jax.forecast.model.in_forward_mode", lambda: lambda *args: closed(query_chunked(*args)))
     with pytest.raises(ChesError, match=r"my-model: this model has no forward mode.*`ches train --steps N`"):
         require_forward_mode(model, params, "my-model")

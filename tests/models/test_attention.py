@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ches_jax.models.attention import dense
-from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.block_sparse import blocks, forward_blocks
 from ches_jax.models.attention.choose import KERNELS
 from ches_jax.models.attention.dense import AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, key_ranges, visible, within
@@ -114,6 +114,27 @@ def test_the_gradient_is_that_of_dense(rows: Packed, way: str, x64: None):
 
     for a, b in zip(*(jax.jit(jax.grad(partial(value, w), (0, 1, 2)))(*inputs) for w in (way, "dense")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_forward_mode_is_that_of_dense_to_second_order(rows: Packed, sinks: bool, x64: None):
+    case = Case(1, 2, 8, window=17, softcap=5.0, dtype="float64")
+    inputs = tuple(map(jnp.asarray, arrays(case, rows)))
+    along = tuple(jnp.cos(3 * a) for a in inputs)
+    ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
+    sink = jnp.linspace(-1.0, 1.0, 2).reshape(1, 2) if sinks else None
+
+    def value(attend, q, k, v):
+        return attend(AttentionInputs(q, k, v, ranges, sink), AttentionParams(0.3, case.softcap))
+
+    def derivatives(attend):
+        first = lambda *at: jax.jvp(partial(value, attend), at, along)[1]  # noqa: E731
+        return jax.jvp(first, inputs, along)
+
+    for a, b in zip(*(jax.jit(partial(derivatives, way))() for way in (forward_blocks, dense.dense)), strict=True):
+        assert np.isfinite(a).all()
+        for row, at in rows.sequences:
+            np.testing.assert_allclose(a[row, at], b[row, at], atol=1e-11)
 
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [(16, 16, NO_WINDOW), (64, 32, NO_WINDOW), (32, 64, 9)])

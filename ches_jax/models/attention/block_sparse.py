@@ -67,11 +67,27 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       params: scale and soft cap.
       block: queries and keys of a block; default: by the platform.
     """
-    q, k, v, ranges, sinks = inputs
+    static = _static(inputs, params, block)
+    q, k, v, ranges, sinks = _whole_blocks(inputs, static.block)
+    return cast(Array, _attend(q, k, v, ranges, sinks, static))[:, : inputs.q.shape[1]]
+
+
+def forward_blocks(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
+    """``blocks`` in forward mode: ``jax.jvp`` passes it, to any order; a backward pass would keep all scores."""
+    static = _static(inputs, params).with_gradient
+    return _forward(*_whole_blocks(inputs, static.block), static)[0][:, : inputs.q.shape[1]]
+
+
+def _static(inputs: AttentionInputs, params: AttentionParams, block: int | None = None) -> Static:
     size = block or BLOCK.get(platform(), ACCELERATOR_BLOCK)
-    smaller = SMALLER.get(platform(), size) if block is None and k.shape[1] <= SHORT_ROW else size
-    whole_blocks = (*(to_multiple(a, size) for a in (q, k, v)), padded(ranges, size))
-    return cast(Array, _attend(*whole_blocks, sinks, Static(size, smaller, params)))[:, : q.shape[1]]
+    short = block is None and inputs.k.shape[1] <= SHORT_ROW
+    return Static(size, SMALLER.get(platform(), size) if short else size, params)
+
+
+def _whole_blocks(inputs: AttentionInputs, block: int) -> AttentionInputs:
+    """With padding to whole blocks of queries and keys."""
+    q, k, v = (to_multiple(a, block) for a in inputs[:3])
+    return AttentionInputs(q, k, v, padded(inputs.ranges, block), inputs.sinks)
 
 
 def bucket_sizes(most: int) -> list[int]:
@@ -130,6 +146,7 @@ def _row_forward(
             z = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)[0]
             sink = _sink_scores(sinks, z)
             top = z.max(-1, keepdims=True) if sink is None else jnp.maximum(z.max(-1, keepdims=True), sink)
+            top = lax.stop_gradient(top)  # outputs do not depend on it: for forward mode
             p = jnp.exp(z - top)
             total = p.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - top))
             out = einsum("kqs,ksh->kqh", p.astype(v.dtype), vi) / total

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from ches_jax.errors import ChesError
 from ches_jax.models.attention import dense
-from ches_jax.models.attention.block_sparse import blocks
+from ches_jax.models.attention.block_sparse import blocks, forward_blocks
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, Visibility, key_ranges, within
 from ches_jax.models.config import DecoderConfig
@@ -193,6 +193,11 @@ def with_gradient(config: DecoderConfig, dtype: DTypeLike) -> Attend:
     if usable and (setting.platform != jax.default_backend() or _has_gradient(config, setting.dtype)):
         return KERNELS[DIFFERENTIABLE].make(False)
     return dense.query_chunked
+
+
+def in_forward_mode() -> Attend:
+    """Attention that ``jax.jvp`` passes: on a CPU ``forward_blocks``, elsewhere ``query_chunked``."""
+    return forward_blocks if platform() == "cpu" else dense.query_chunked
 
 
 @lru_cache(maxsize=16)
