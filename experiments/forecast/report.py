@@ -84,7 +84,7 @@ def rows(result: dict[str, Any]) -> list[ReportLine]:
     costs = values["costs"]
     lines.append(
         line(
-            "costs in forward passes of the training pairs, CPU time",
+            "costs in forward passes of the training pairs with dense attention, CPU time",
             ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in costs.items() if name != "forward"),
             "; ".join(f"{n} {'within' if costs[n] <= most else 'above'} {most}" for n, most in GOAL.items()),
         )
