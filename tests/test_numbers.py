@@ -147,7 +147,16 @@ def dialogues() -> list[str]:
         f"{fit['slope']:.2f} x forecast - {-fit['intercept']:.1f} nats, R2 {fit['r2']:.2f}. Without the highest "
         f"influence {of.nats(gain.format('influence')).replace(' ', ' nats ', 1)} ({fall * 100:.0f} % less fall), "
         f"random {of.nats(gain.format('random'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
+        forecast_costs(of),
+        f"takes {of('result|costs|forward_in_blocks'):.2f} of that unit",
     ]
+
+
+def forecast_costs(of: Callable[[str], Any]) -> str:
+    return (
+        f"forecast {of('result|costs|forecast'):.1f}, influence {of('result|costs|influence'):.1f} with "
+        f"{of('result|pairs|probes')} probes, second order {of('result|costs|push_twice'):.1f} more"
+    )
 
 
 def forecast_page() -> list[str]:
@@ -179,8 +188,7 @@ def forecast_page() -> list[str]:
         f"length-normalised CHES {of.nats(gain.format('ln_ches'))}, lowest influence (the wrong half) "
         f"{of.nats(gain.format('least_influence'))}; all pairs with weights by influence "
         f"{of.nats(gain.format('soft_influence'))}, an SFT term instead {of.nats(gain.format('with_sft'))}",
-        f"forecast {of('result|costs|forecast'):.1f}, influence {of('result|costs|influence'):.1f} with "
-        f"{pairs['probes']} probes, second order {of('result|costs|push_twice'):.1f} more",
+        forecast_costs(of),
     ]
 
 
