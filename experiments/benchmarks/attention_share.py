@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def attention(tokenizer: str, data: str, row_tokens: int) -> tuple[dict[int, Cal
 
     rows = POSITIONS // row_tokens
     every = PairTokenizer(load_tokenizer(tokenizer), row_tokens)(list(open_pairs(data))[:PAIRS])
-    pairs = [p for p in every if not p.flags and packed_length(p) <= row_tokens]
+    some = [p for p in every if not p.flags and packed_length(p) <= row_tokens]
+    # as they come: the packing of all would begin with the longest
+    pairs = [p for p, end in zip(some, accumulate(map(packed_length, some)), strict=True) if end <= POSITIONS]
     batch, _ = next(iter(pack(pairs, length=row_tokens, rows_per_batch=rows, eos="include")))
     seen = batch.context_start, batch.context_end, batch.own_start
     ranges = key_ranges(Visibility(*map(jnp.asarray, seen)))

@@ -62,6 +62,13 @@ def test_shares_are_of_the_higher_peak_and_ratios_are_turn_by_turn(tmp_path):
     assert "no evidence" in page and "50% of the measured peak" in page and "<hh>" not in page
 
 
-def test_work_counts_a_prompt_once_for_its_pair():
+def test_work_counts_a_prompt_once_for_its_pair_and_a_common_beginning_once():
     rows = [{"prompt": [1, 2, 3], "chosen": [4], "rejected": [5, 6]}]
     assert side_by_side.work_of(rows) == {"useful_positions": 6, "positions_apart": 9}
+    more = [
+        *rows,
+        {"prompt": [1, 2, 4, 3], "chosen": [4], "rejected": [5]},
+        {"prompt": [1, 3], "chosen": [], "rejected": []},
+    ]
+    # the 1 that all begin with, once
+    assert side_by_side.work_of(more) == {"useful_positions": 6 + 6 + 2 - 2, "positions_apart": 9 + 10 + 4}
