@@ -1,6 +1,6 @@
 """Tokens per second of ``ches generate`` beside transformers' ``generate``, interleaved, on the same prompts.
 
-    python -m experiments.benchmarks.generate_speed --model DIR [--rows 8 --prompt 64 --new 128 --repeats 3]
+    python -m experiments.benchmarks.generate_speed --model DIR [--rows 1 16 64 --prompt 64 --new 128 --repeats 3]
 
 Greedy, no end-of-sequence token: both make the same number of tokens, and the same tokens but where two logits tie to
 rounding. The first run of each (compilation, for ours) is timed apart.
@@ -96,20 +96,9 @@ def same_until(a: list[list[int]], b: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
-def main() -> None:
-    """Interleave both and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--how", choices=("ours", "transformers"), help="time one in this process")
-    args = parser.parse_args()
-    if args.how:
-        print(json.dumps(measure(args.how, args.model, args.rows, args.prompt, args.new, 2)))
-        return
-    sizes = ["--model", args.model, "--rows", str(args.rows), "--prompt", str(args.prompt), "--new", str(args.new)]
+def compared(args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """Both ways in turn at one number of rows: medians and ratios, printed."""
+    sizes = ["--model", args.model, "--rows", str(rows), "--prompt", str(args.prompt), "--new", str(args.new)]
     runs = interleaved({how: [*COMMAND, *sizes, "--how", how] for how in ("ours", "transformers")}, args.repeats)
     agreement = same_until(*(timings[0]["tokens"] for timings in runs.values()))
     for timings in runs.values():
@@ -120,16 +109,32 @@ def main() -> None:
         f"transformers / ours, {unit}": table["transformers"][unit] / table["ours"][unit]
         for unit in ("cpu_seconds", "seconds")
     }
+    print(f"{rows} rows; the same tokens up to {agreement:.0%} of a row")
     for name, row in table.items():
         print(
-            f"{name:<14}{row['tokens_per_cpu_second']:9.0f} tokens per CPU s{row['tokens_per_second']:9.0f} per s"
+            f"  {name:<14}{row['tokens_per_cpu_second']:9.0f} tokens per CPU s{row['tokens_per_second']:9.0f} per s"
             f"   first run {row['first_cpu_seconds']:6.1f} CPU s"
         )
     for name, value in ratios.items():
-        print(f"{name:<40}{value:6.2f}")
-    print(f"the same tokens up to {agreement:.0%} of a row")
-    result = {"rows": args.rows, "prompt": args.prompt, "new": args.new, "same_until": agreement}
-    print(keep("generate_speed", {**result, "table": table, "ratios": ratios, "runs": runs}))
+        print(f"  {name:<40}{value:6.2f}")
+    return {"table": table, "ratios": ratios, "same_until": agreement, "runs": runs}
+
+
+def main() -> None:
+    """Interleave both at each number of rows and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--how", choices=("ours", "transformers"), help="time one in this process")
+    args = parser.parse_args()
+    if args.how:
+        print(json.dumps(measure(args.how, args.model, args.rows[0], args.prompt, args.new, 2)))
+        return
+    by_rows = {str(rows): compared(args, rows) for rows in args.rows}
+    print(keep("generate_speed", {"prompt": args.prompt, "new": args.new, "rows": by_rows}))
 
 
 if __name__ == "__main__":

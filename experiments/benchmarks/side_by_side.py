@@ -98,8 +98,8 @@ def write_rows(source: str, tokenizer: Path, count: int, out: Path) -> None:
 def work_of(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, int]:
     """Positions that must be computed: each prompt once for its pair, a beginning of all once; and with none shared."""
     once = sum(len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows)
-    first, last = (f(r["prompt"] for r in rows) for f in (min, max))
-    saved = common_prefix(first, last) * (len(rows) - 1)
+    prompts = sorted(list(r["prompt"]) for r in rows)
+    saved = common_prefix(prompts[0], prompts[-1]) * (len(rows) - 1)
     return {"useful_positions": once - saved, "positions_apart": once + sum(len(r["prompt"]) for r in rows)}
 
 
