@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ def write_lines(path: Path, rows: Iterable[Any]) -> str:
 
 
 @nnx.jit
+def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 400) -> tuple[list[int], list[str]]:
+    """Exit codes and messages; nobody is left behind."""
+    try:
+        said = [p.communicate(timeout=seconds)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], said
+
+
 def _hidden_and_log_probs(model: Decoder, tokens: Any, mask: Any) -> tuple[Any, Any]:
     hidden = model.hidden(tokens, mask=mask)[0]
     return hidden, jax.nn.log_softmax(model.logits(hidden), axis=-1)

@@ -17,6 +17,7 @@ from ches_jax.data.packing import PackedBatch, empty_batch
 from ches_jax.errors import ChesError
 from ches_jax.inputs import ModelFiles
 from ches_jax.models.attention.choose import in_forward_mode, with_gradient
+from ches_jax.models.attention.dense import Attend
 from ches_jax.models.checkpoint.load import with_parameters
 from ches_jax.models.decoder import Decoder, abstract_decoder
 from ches_jax.models.logprobs import forward_token_logps
@@ -37,6 +38,8 @@ class Model:
     """Parameters that no update changes, by dotted name."""
     mesh: Mesh
     remat: bool = False
+    attend: Attend | None = None
+    """Attention of the forward mode; None: what the platform has."""
 
     @property
     def on(self) -> Mesh | None:
@@ -52,7 +55,9 @@ class Model:
     def forward(self, params: Any, frozen: Any, rows: PackedBatch) -> Array:
         """For ``push``."""
         model = with_parameters(self.plain, {**frozen, **params})
-        return segment_logps(model, rows, per_token=forward_token_logps, attend=in_forward_mode(), mesh=self.on)
+        return segment_logps(
+            model, rows, per_token=forward_token_logps, attend=self.attend or in_forward_mode(), mesh=self.on
+        )
 
 
 def open_model(

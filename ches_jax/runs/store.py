@@ -13,7 +13,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -205,12 +206,8 @@ def _read_here(path: Path, out: memoryview, offset: int, error: type[ChesError])
 
 def put(source: Path, target: Path) -> None:
     """Upload a file; a reader sees the whole object or the one before it."""
-    try:
+    with _in_words(f"{target}: cannot be written", missing=True):
         persistently(target, lambda: _fs(target).put_file(str(source), _key(target)))
-    except ChesError:
-        raise
-    except Exception as reason:  # each file system has errors of its own
-        raise ChesError(f"{target}: cannot be written ({_words(reason)})") from None
 
 
 def put_folder(source: Path, target: Path, last: str | None) -> None:
@@ -312,16 +309,13 @@ def fetched(path: Path, error: type[ChesError] = ChesError, left_out: tuple[str,
     if str(path) not in _FETCHED:
         target = copy_of(path)
         try:
-            if scheme_of(path) not in ("http", "https") and persistently(path, lambda: _fs(path).isdir(_key(path))):
-                download(path, target, left_out)
-            else:
-                _copy_file(path, target)
+            with _in_words(f"{path}: cannot be read", error):
+                if scheme_of(path) not in ("http", "https") and persistently(path, lambda: _fs(path).isdir(_key(path))):
+                    download(path, target, left_out)
+                else:
+                    _copy_file(path, target)
         except FileNotFoundError:
             raise error(f"{path}: no such file or folder") from None
-        except ChesError:
-            raise
-        except Exception as reason:  # each file system has errors of its own
-            raise error(f"{path}: cannot be read ({_words(reason)})") from None
         _FETCHED[str(path)] = target
     return _FETCHED[str(path)]
 
@@ -335,13 +329,10 @@ def fetched_files(folder: Path, names: Iterable[str], error: type[ChesError] = C
     found = []
     for name in names:
         try:
-            _copy_file(folder / name, copy_of(folder) / name)
+            with _in_words(f"{folder / name}: cannot be read", error):
+                _copy_file(folder / name, copy_of(folder) / name)
         except FileNotFoundError:
             continue
-        except ChesError:
-            raise
-        except Exception as reason:
-            raise error(f"{folder / name}: cannot be read ({_words(reason)})") from None
         found.append(name)
     return found
 
@@ -353,13 +344,10 @@ def names_in(folder: Path, error: type[ChesError] = ChesError) -> list[str]:
       error: the store cannot be read.
     """
     try:
-        entries = persistently(folder, lambda: _fs(folder).ls(_key(folder), detail=True, refresh=True))
+        with _in_words(f"{folder}: cannot be listed", error):
+            entries = persistently(folder, lambda: _fs(folder).ls(_key(folder), detail=True, refresh=True))
     except FileNotFoundError:
         return []
-    except ChesError:
-        raise
-    except Exception as reason:
-        raise error(f"{folder}: cannot be listed ({_words(reason)})") from None
     return sorted(e["name"].rpartition("/")[2] for e in entries if e["type"] == "file")
 
 
@@ -369,13 +357,28 @@ def matching(pattern: Path, error: type[ChesError] = ChesError) -> list[Path]:
     Raises:
       error: the store cannot be read.
     """
-    try:
+    with _in_words(f"{pattern}: cannot be listed", error, missing=True):
         keys = persistently(pattern, lambda: _fs(pattern).glob(_key(pattern)))
+    return [place(f"{scheme_of(pattern)}://{str(key).lstrip('/')}", error) for key in sorted(keys)]
+
+
+@contextmanager
+def _in_words(what: str, error: type[ChesError] = ChesError, missing: bool = False) -> Iterator[None]:
+    """A block that asks a store: what its file system raises becomes ``error``, with ``missing`` also a missing file.
+
+    Raises:
+      ChesError: of the block, as it is.
+      FileNotFoundError: there is no such file, where ``missing`` is False.
+      error: ``what``, and why.
+    """
+    try:
+        yield
     except ChesError:
         raise
-    except Exception as reason:
-        raise error(f"{pattern}: cannot be listed ({_words(reason)})") from None
-    return [place(f"{scheme_of(pattern)}://{str(key).lstrip('/')}", error) for key in sorted(keys)]
+    except Exception as reason:  # each file system has errors of its own
+        if isinstance(reason, FileNotFoundError) and not missing:
+            raise
+        raise error(f"{what} ({_words(reason)})") from None
 
 
 def persistently(path: Path, ask: Callable[[], T]) -> T:

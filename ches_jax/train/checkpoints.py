@@ -95,16 +95,16 @@ def parse_best(text: str) -> Best:
 
 
 class _Failures(logging.Filter):
-    """Takes errors that orbax logs off the screen, and tells the checkpoints of the run of them."""
+    """Takes errors that orbax logs off the screen, and hands them to the checkpoints of the run."""
 
-    told: Callable[[BaseException], None] | None = None
+    hand_over: Callable[[BaseException], None] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.ERROR or "orbax" not in record.pathname:
             return True
         error = record.exc_info[1] if record.exc_info else None
-        if error is not None and self.told is not None:
-            self.told(error)
+        if error is not None and self.hand_over is not None:
+            self.hand_over(error)
         return False
 
 
@@ -146,7 +146,7 @@ class Checkpoints:
         self.folder = _folder(out)
         self._out = out
         self._ending: threading.Timer | None = None
-        _FAILURES.told = self._end_if_others_wait if jax.process_count() > 1 else None
+        _FAILURES.hand_over = self._end_if_others_wait if jax.process_count() > 1 else None
         _require_regular(out / FOLDER)
         self._best = best
         self._every = every
@@ -234,8 +234,8 @@ class Checkpoints:
     def _end_if_others_wait(self, error: BaseException) -> None:
         """End this process when it could not write its part, unless the others could not either.
 
-        Those whose parts are written wait for it, up to ten minutes, and it for them; and what went wrong is told to
-        nobody then. When it ends, they end. Where all of them failed, they meet, and each says so before this does.
+        Those whose parts are written wait for it, up to ten minutes, and it for them; and nobody learns then what
+        went wrong. When it ends, they end. Where all of them failed, they meet, and each says so before this does.
         """
 
         def end() -> None:
@@ -249,7 +249,7 @@ class Checkpoints:
 
     def _failed(self, step: int | None, error: BaseException) -> RunError:
         whole, which = "", "" if step is None else f" of step {step}"
-        # tensorstore names the file at every level, and shows what it was asked for
+        # tensorstore names the file at every level, and shows the request
         reason = _SHOWN.sub("", str(error).partition("\n")[0]).rpartition('": ')[2]
         with contextlib.suppress(Exception):  # a store that does not write may not read
             whole = f"; whole ones: steps {', '.join(map(str, saved_steps(self._out))) or 'none'}"

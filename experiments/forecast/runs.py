@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,16 @@ def costs(work: Work) -> dict[str, Any]:
     from ches_jax.forecast.influence import influence_direction
     from ches_jax.forecast.passes import Measure
     from ches_jax.forecast.setup import Passes
+    from ches_jax.models.attention.dense import query_chunked
     from ches_jax.train.setup import prepare
 
     options = {"probes": str(pairs_file(work, "probes")), **recipe(work, work.config.lrs[0])}
     out = str(work.folder("costs"))
     passes = Passes.of(prepare(training(ForecastConfig(model=str(tuned_model(work)), **options), out)))
     train, probes = passes.run.pairs.train, passes.run.pairs.held_out
-    dense, blocks = (Measure(model, passes.rows) for model in (with_dense_attention(passes.model), passes.model))
+    dense, blocks = (
+        Measure(model, passes.rows) for model in (replace(passes.model, attend=query_chunked), passes.model)
+    )
     direction, start = passes.frozen_updates()
     first, second = passes.push(direction), passes.push(direction, 2)
     parts: dict[str, Callable[[], Any]] = {
@@ -159,22 +163,6 @@ def costs(work: Work) -> dict[str, Any]:
     forecast = ratios["frozen_updates_by_side"] + ratios["push"]
     influence = ratios["frozen_updates"] + ratios["gradient_of_probes"] + ratios["push"]
     return {"cpu_seconds_forward": unit, "in_forwards": {**ratios, "forecast": forecast, "influence": influence}}
-
-
-def with_dense_attention(model: Any) -> Any:
-    """The model of a forecast, whose forward pass has every score of its rows."""
-    from ches_jax.forecast.model import Model
-    from ches_jax.models.attention.dense import query_chunked
-    from ches_jax.models.checkpoint.load import with_parameters
-    from ches_jax.models.logprobs import forward_token_logps
-    from ches_jax.train.forward import segment_logps
-
-    class Dense(Model):
-        def forward(self, params: Any, frozen: Any, rows: Any) -> Any:
-            whole = with_parameters(self.plain, {**frozen, **params})
-            return segment_logps(whole, rows, per_token=forward_token_logps, attend=query_chunked, mesh=self.on)
-
-    return Dense(model.trained, model.plain, model.frozen, model.mesh, model.remat)
 
 
 def _cpu(part: Callable[[], Any], times: int = 3) -> float:

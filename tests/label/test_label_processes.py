@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ches_jax import bundled
-from tests.scores.test_score_processes import finish, start
+from tests.helpers import finish
+from tests.scores.test_score_processes import start
 
 pytestmark = pytest.mark.slow
 PHRASES = "+ Good.\n- Bad.\n+ That is right.\n- That is wrong.\n"

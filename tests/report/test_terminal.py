@@ -70,9 +70,9 @@ def test_a_pair_that_is_not_there_is_reported_with_those_that_are(run):
     with pytest.raises(RunError, match=r"no pair 7; there are 3, such as 0, 1, 2"):
         pair_text(run, "7")
     (run / "dropped.jsonl").write_text(json.dumps({"index": 7, "reasons": ["prompt_too_long", EVIL]}) + "\n")
-    with pytest.raises(RunError, match=r"such as 0, 1, 2; row 7 was left out: prompt_too_long, .*evil") as told:
+    with pytest.raises(RunError, match=r"such as 0, 1, 2; row 7 was left out: prompt_too_long, .*evil") as raised:
         pair_text(run, "7")
-    assert "\x1b" not in str(told.value)
+    assert "\x1b" not in str(raised.value)
     with pytest.raises(RunError, match=r"such as 0, 1, 2$"):
         pair_text(run, "8")
 

@@ -21,6 +21,7 @@ from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.scores.table import FILE_NAME, read_table
+from tests.helpers import finish
 
 
 def test_a_mesh_is_of_this_process_or_of_all(monkeypatch):
@@ -54,16 +55,6 @@ def start(verb, count, devices, words, cache):
     joined = [["--distributed", f"127.0.0.1:{port},{count},{i}"] if count > 1 else [] for i in range(count)]
     options = {"env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command, *who], **options) for who in joined]
-
-
-def finish(processes, seconds=400):
-    """Exit codes and messages; nobody is left behind."""
-    try:
-        said = [p.communicate(timeout=seconds)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [p.returncode for p in processes], said
 
 
 def same_scores(one, other, rtol=2e-4):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from ches_jax.runs import store
 
@@ -30,6 +31,13 @@ def ches(*words: str, expect: int = 0, environment: dict[str, str] | None = None
 
 def table(path: Path) -> dict:
     return pq.read_table(io.BytesIO(path.read_bytes())).to_pydict()
+
+
+def require_same_scores(found: dict, expected: dict) -> None:
+    """The scores of another division of the work."""
+    assert found["row_id"] == expected["row_id"]
+    for name in ("ches", "logp_chosen", "logp_rejected"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
 
 
 def together(

@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import finish
 from tests.stores.commands import ches, wait_for, without_devices
 from tests.train.test_processes import lines, same_to_rounding
 
@@ -78,16 +79,6 @@ def hosts() -> Iterator[Hosts]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def ended(processes: Sequence[subprocess.Popen[str]], seconds: float) -> tuple[list[int], list[str]]:
-    """Exit codes and messages; nobody is left behind."""
-    try:
-        said = [p.communicate(timeout=seconds)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [p.returncode for p in processes], said
-
-
 def test_a_cut_link_ends_both_and_they_go_on_when_it_is_mended(hosts, tiny_model, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     devices = {**without_devices(), "JAX_NUM_CPU_DEVICES": "4"}
@@ -97,13 +88,13 @@ def test_a_cut_link_ends_both_and_they_go_on_when_it_is_mended(hosts, tiny_model
     wait_for(out / "checkpoints" / "4" / "_CHECKPOINT_METADATA", *processes)
     hosts.link("down")
     cut = time.monotonic()
-    codes, said = ended(processes, MINUTE)
+    codes, said = finish(processes, MINUTE)
     print(f"\nboth ended {time.monotonic() - cut:.0f} s after the link was cut")
     assert codes == [2, 2], said
     assert all(text.startswith("ches: ") and text.strip().count("\n") == 0 for text in said), said
     assert not (out / "run.json").exists()
     hosts.link("up")
-    codes, said = ended(hosts.start(*words, "--resume"), 600)
+    codes, said = finish(hosts.start(*words, "--resume"), 600)
     assert codes == [0, 0], said
     assert [e["step"] for e in lines(out)] == [e["step"] for e in lines(whole)], "nothing twice, nothing lost"
     same_to_rounding(out, whole)

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from ches_jax.runs import store
-from tests.stores.commands import ches, table, together, wait_for
+from tests.helpers import finish
+from tests.stores.commands import ches, require_same_scores, table, together, wait_for
 
 pytestmark = pytest.mark.slow
 SCORE = ("score", "--model", "s3://pod/model", "--pairs", "s3://pod/pairs.jsonl", "--limit", "12", "--chunk-rows", "4")
@@ -94,63 +94,51 @@ def test_a_store_that_answers_503_for_a_while_is_waited_for(s3, scored):
     assert table(store.place("s3://pod/runs/busy/scores.parquet")) == whole
 
 
+def two_meet_503(app, address: str, mesh: str, seconds: float | None) -> tuple[list[str], list[int], list[str]]:
+    """A run of two processes whose store answers 503 for so long, or to their end: its words, exit codes, messages."""
+    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--mesh", mesh, "--out", address]
+    processes = together(2, 1, *words)
+    try:
+        wait_for(store.place(address) / "config.json", *processes)
+        app.refused, app.busy = 0, True
+        if seconds is not None:
+            time.sleep(seconds)
+            app.busy = False
+        codes, said = finish(processes, 600)
+    finally:
+        app.busy = False
+        for process in processes:
+            process.kill()
+    assert app.refused > 0
+    return words, codes, said
+
+
 @pytest.mark.parametrize("mesh", ["data=1", "fsdp=2"])
 def test_two_processes_wait_for_a_store_that_answers_503_for_a_while(s3, scored, mesh):
     """Each for itself, and together."""
-    app, _ = s3
     address = f"s3://pod/runs/busy-{mesh}"
-    out = store.place(address)
-    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--mesh", mesh, "--out", address]
-    processes = together(2, 1, *words)
-    try:
-        wait_for(out / "config.json", *processes)
-        app.refused, app.busy = 0, True
-        time.sleep(8)
-        app.busy = False
-        said = [p.communicate(timeout=600)[1] for p in processes]
-    finally:
-        app.busy = False
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], said
-    assert app.refused > 0
+    _, codes, said = two_meet_503(s3[0], address, mesh, 8)
+    assert codes == [0, 0], said
     if mesh == "data=1":
         ches("merge", address)
-    require_same(out, scored)
+    require_scores(address, scored)
 
 
-@pytest.mark.parametrize("mesh", ["data=1"])
-def test_two_processes_end_when_a_store_answers_503_for_good_and_a_later_run_completes(s3, scored, mesh):
-    app, _ = s3
-    address = f"s3://pod/runs/gone-{mesh}"
-    out = store.place(address)
-    words = [*SCORE[:-2], "--chunk-rows", "1", "--logps", "--mesh", mesh, "--out", address]
-    processes = together(2, 1, *words)
-    try:
-        wait_for(out / "config.json", *processes)
-        app.busy = True
-        said = [p.communicate(timeout=600)[1] for p in processes]
-    finally:
-        app.busy = False
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [2, 2], said
+def test_two_processes_end_when_a_store_answers_503_for_good_and_a_later_run_completes(s3, scored):
+    address = "s3://pod/runs/gone"
+    words, codes, said = two_meet_503(s3[0], address, "data=1", None)
+    assert codes == [2, 2], said
     last = [text.strip().splitlines()[-1] for text in said]
     assert all(line.startswith(f"ches: {address}") and "Service Unavailable" in line for line in last), last
-    processes = together(2, 1, *words, "--resume")
-    said = [p.communicate(timeout=600)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
-    if mesh == "data=1":
-        ches("merge", address)
-    require_same(out, scored)
+    codes, said = finish(together(2, 1, *words, "--resume"), 600)
+    assert codes == [0, 0], said
+    ches("merge", address)
+    require_scores(address, scored)
 
 
-def require_same(out: Path, scored: str) -> None:
-    """The scores of another division of the work."""
-    found, expected = (table(folder / "scores.parquet") for folder in (out, store.place(scored)))
-    assert found["row_id"] == expected["row_id"]
-    for name in ("ches", "logp_chosen", "logp_rejected"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4)
+def require_scores(address: str, scored: str) -> None:
+    """Two runs in the store have the same scores."""
+    require_same_scores(*(table(store.place(at) / "scores.parquet") for at in (address, scored)))
 
 
 def test_a_killed_run_goes_on_after_its_last_chunk_and_takes_the_lock_of_the_dead(s3, scored):
@@ -183,7 +171,7 @@ def test_a_process_that_is_stopped_takes_no_other_with_it(s3, scored):
     done = {int(p.name[5:11]) for p in (out / "parts").iterdir() if p.name.startswith("done-")}
     assert {1, 3, 5, 7, 9, 11} <= done < set(range(12)), "all of the second one's, some of the first one's"
     ches(*words, "--resume")
-    require_same(out, scored)
+    require_scores("s3://pod/runs/turns", scored)
 
 
 TRAIN = (

@@ -4,14 +4,13 @@ The disk is one in memory that a file of zeros fills up to a few kilobytes; slow
 """
 
 import contextlib
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from ches_jax.runs import chunks, store
-from tests.stores.commands import TRAIN, ches, table, together
+from tests.helpers import finish
+from tests.stores.commands import TRAIN, ches, require_same_scores, table, together
 from tests.train.test_processes import lines, same_to_rounding
 
 pytestmark = pytest.mark.slow
@@ -30,27 +29,11 @@ def fill(disk: Path, free: int) -> Path:
     return filler
 
 
-def ended(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    """Exit codes and messages; nobody is left behind."""
-    try:
-        said = [p.communicate(timeout=600)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [p.returncode for p in processes], said
-
-
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("scored") / "run"
     ches(*SCORE, "--out", str(out))
     return table(out / "scores.parquet")
-
-
-def require_same(found: dict, expected: dict) -> None:
-    assert found["row_id"] == expected["row_id"]
-    for name in ("ches", "logp_chosen", "logp_rejected"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "fsdp=2"])
@@ -60,7 +43,7 @@ def test_scores_of_two_processes(small_disk, scored, mesh, free):
     out = small_disk / "run"
     words = (*SCORE, "--mesh", mesh, "--out", str(out))
     filler = fill(small_disk, free)
-    codes, said = ended(together(2, 1, *words))
+    codes, said = finish(together(2, 1, *words), 600)
     assert codes == [2, 2], said
     assert all(text.startswith("ches: ") and text.count("\n") == 1 for text in said), said
     assert f"{out}/" in said[0] and FULL in said[0], said
@@ -69,11 +52,11 @@ def test_scores_of_two_processes(small_disk, scored, mesh, free):
     done = chunks.done(out) if out.exists() else {}
     assert len(done) < 12 and all(rows == 1 for rows in done.values())
     filler.unlink()
-    codes, said = ended(together(2, 1, *words, "--resume"))
+    codes, said = finish(together(2, 1, *words, "--resume"), 600)
     assert codes == [0, 0], said
     if mesh == "data=1":
         ches("merge", str(out))
-    require_same(table(out / "scores.parquet"), scored)
+    require_same_scores(table(out / "scores.parquet"), scored)
     assert {p.name for p in out.iterdir()} == {"config.json", "run.json", "scores.parquet"}
 
 
@@ -82,16 +65,16 @@ def test_scores_in_a_store_where_the_temporary_folder_of_one_machine_is_full(s3,
     out = store.place("s3://pod/runs/full")
     words = (*SCORE, "--out", "s3://pod/runs/full")
     filler = fill(small_disk, 4096)  # of a folder without any room Python takes another
-    codes, said = ended(together(2, 1, *words, of_last={"TMPDIR": str(small_disk)}))
+    codes, said = finish(together(2, 1, *words, of_last={"TMPDIR": str(small_disk)}), 600)
     assert codes == [0, 2], said
     assert said[1].startswith(f"ches: {small_disk}/") and said[1].count("\n") == 1 and FULL in said[1], said
     done = {int(p[5:11]) for p in store.names_in(out / "parts") if p.startswith("done-")}
     assert done == {0, 2, 4, 6, 8, 10}
     filler.unlink()
-    codes, said = ended(together(2, 1, *words, "--resume", of_last={"TMPDIR": str(small_disk)}))
+    codes, said = finish(together(2, 1, *words, "--resume", of_last={"TMPDIR": str(small_disk)}), 600)
     assert codes == [0, 0], said
     ches("merge", "s3://pod/runs/full")
-    require_same(table(out / "scores.parquet"), scored)
+    require_same_scores(table(out / "scores.parquet"), scored)
 
 
 @pytest.mark.parametrize("free", [0, 300_000, 6_000_000])
@@ -100,7 +83,7 @@ def test_training_of_two_processes(small_disk, tiny_model, undisturbed, free):
     out = small_disk / "run"
     words = (*TRAIN, "--model", str(tiny_model), "--out", str(out))
     filler = fill(small_disk, free)
-    codes, said = ended(together(2, 2, *words))
+    codes, said = finish(together(2, 2, *words), 600)
     assert codes == [2, 2], said
     assert all(text.startswith("ches: ") and text.count("\n") == 1 for text in said), said
     # the disk is one: who meets its end first may end before the other has, which then says that somebody stopped
@@ -108,7 +91,7 @@ def test_training_of_two_processes(small_disk, tiny_model, undisturbed, free):
     assert all(FULL in text or "see the output of the others" in text for text in said), said
     assert not (out / "run.json").exists()
     filler.unlink()
-    codes, said = ended(together(2, 2, *words, "--resume"))
+    codes, said = finish(together(2, 2, *words, "--resume"), 600)
     assert codes == [0, 0], said
     assert [e["step"] for e in lines(out)] == [e["step"] for e in lines(undisturbed)]
     same_to_rounding(out, undisturbed)

@@ -1,6 +1,6 @@
 """Training by several processes whose run directory lies in a store (an emulator of Google Cloud Storage); slow.
 
-All processes are killed in the middle, twice; another number of them goes on. At the end there is the run of one
+All processes are killed in the middle, twice; another number of them continues. At the end there is the run of one
 process that nothing disturbed.
 """
 

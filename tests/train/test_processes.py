@@ -20,6 +20,7 @@ from ches_jax.errors import RunError
 from ches_jax.hf.tensors import open_tensors
 from ches_jax.runs.directory import read_json
 from ches_jax.train.loop import train
+from tests.helpers import finish
 
 OPTIONS = {"limit": 12, "holdout": 4, "batch_size": 4, "optimizer": "sgd", "lr": 1e-2}
 SHARDED = {**OPTIONS, "mesh": "data=2,fsdp=2"}
@@ -55,16 +56,6 @@ def start(model, out, cache, count=2, devices=2, words=(), **options):
     ]
 
 
-def finish(processes, seconds=400):
-    """Exit codes and messages; nobody is left behind."""
-    try:
-        errors = [p.communicate(timeout=seconds) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    return [p.returncode for p in processes], [err for _, err in errors]
-
-
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -85,21 +76,21 @@ def same_to_rounding(a, b):
 
 
 @pytest.mark.parametrize("error", [RunError("runs/a: full"), OSError(28, "full", "runs/a")])
-def test_what_fails_in_one_process_is_told_to_the_others(error):
+def test_what_fails_in_one_process_is_raised_in_the_others(error):
     """Also an error of the system: the others would otherwise learn only that somebody has gone."""
-    told = []
+    sent = []
 
     class Two(Process):
         def exchange(self, value, error=None):
-            told.append(error)
+            sent.append(error)
             return [value] * 2
 
     with pytest.raises(type(error)), Two(0, 2).sharing_errors():
         raise error
-    assert told == ["runs/a: full"]
+    assert sent == ["runs/a: full"]
     with Two(0, 2).sharing_errors():
         pass
-    assert told == ["runs/a: full", None]
+    assert sent == ["runs/a: full", None]
 
 
 def test_an_exchange_that_breaks_says_that_somebody_has_stopped(monkeypatch):
