@@ -23,7 +23,6 @@ def write_lines(path: Path, rows: Iterable[Any]) -> str:
     return str(path)
 
 
-@nnx.jit
 def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 400) -> tuple[list[int], list[str]]:
     """Exit codes and messages; nobody is left behind."""
     try:
@@ -34,6 +33,7 @@ def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 400) -> 
     return [p.returncode for p in processes], said
 
 
+@nnx.jit
 def _hidden_and_log_probs(model: Decoder, tokens: Any, mask: Any) -> tuple[Any, Any]:
     hidden = model.hidden(tokens, mask=mask)[0]
     return hidden, jax.nn.log_softmax(model.logits(hidden), axis=-1)
