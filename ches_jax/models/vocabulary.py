@@ -6,7 +6,8 @@ A table [V, D] lies on the mesh as ``sharding.partition_spec`` says: the vocabul
 A lookup sends token ids along ``fsdp``, finds its part of the vector of each, and sends the parts to the rows they are
 of: T D numbers for T tokens, and not V D. For logits the parts of the unembedding are turned once, from columns to
 rows, so that each device holds all of some tokens' vectors (``Vocabulary``): it computes the logits of those tokens
-for the states of all rows of ``fsdp``, and three numbers a position are added up.
+for the states of all rows of ``fsdp``, and three numbers a position are added up. (Where the states of those rows are
+more than the unembedding, they stay and it travels: ``unembedding_pieces``.)
 """
 
 from dataclasses import dataclass
@@ -130,12 +131,28 @@ class Vocabulary:
         """The token of each of the ``count`` rows of this part; V where it is none."""
         if not self.over:
             return jnp.arange(count, dtype=jnp.int32)
-        outer = tuple(name for name in self.over if name not in self.turned)
-        # of each outer part the rows come one after the other, with padding behind them
-        stored = self.size // (lax.axis_size(outer) if outer else 1)
         inside = (lax.axis_index(self.turned) * count if self.turned else 0) + jnp.arange(count, dtype=jnp.int32)
-        first = lax.axis_index(outer) * stored if outer else 0
-        return jnp.where(inside < stored, first + inside, self.size)
+        return self.number_of(inside)
+
+    def number_of(self, inside: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """The token of each of these rows, of the parts of ``turned`` one after the other; V of padding."""
+        first = lax.axis_index(self.outer) * self.stored_rows if self.outer else 0
+        return jnp.where(inside < self.stored_rows, first + inside, self.size)
+
+    @property
+    def outer(self) -> tuple[str, ...]:
+        """Axes over which the stored unembedding has its rows."""
+        return tuple(name for name in self.over if name not in self.turned)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the stored part of the unembedding."""
+        return self.size // (lax.axis_size(self.outer) if self.outer else 1)
+
+    @property
+    def sharing(self) -> int:
+        """Devices whose rows ``all_rows`` gives."""
+        return lax.axis_size(self.gathered) if self.gathered else 1
 
 
 @dataclass(frozen=True)
