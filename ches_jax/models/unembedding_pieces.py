@@ -93,7 +93,8 @@ def logps_by_piece(
 
     def one(carry, piece):
         most, total, at_target = carry
-        z, _, number = _of_piece(parts, hidden, *piece, pieces.held, head)
+        own, first = piece
+        z, _, number = _of_piece(parts, hidden, own, first, pieces.held, head)
         now = jnp.maximum(most, lax.stop_gradient(z.max(-1)))
         total = total * jnp.exp(most - now) + jnp.exp(z - now[..., None]).sum(-1)
         is_target = target[..., None] == number.astype(target.dtype)[None, None]
@@ -117,7 +118,8 @@ def gradients_by_piece(
     pieces = _pieces(parts, parts.part(weight.astype(hidden.dtype)), target.size)
 
     def one(dh, piece):
-        z, whole, number = _of_piece(parts, hidden, *piece, pieces.held, head)
+        rows, first = piece
+        z, whole, number = _of_piece(parts, hidden, rows, first, pieces.held, head)
         dz = logit_gradient(z, totals, target, cotangent, head, number).astype(hidden.dtype)
         own = lax.psum_scatter(einsum("bmv,bmd->vd", dz, hidden), parts.gathered, scatter_dimension=0, tiled=True)
         return dh + einsum("bmv,vd->bmd", dz, whole), own
