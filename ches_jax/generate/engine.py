@@ -119,7 +119,7 @@ class Decoding:
 
     def _append(self, p: Prompts, s: State, step: Any, hidden: Any, model: Decoder) -> State:
         """The state with token ``step`` of every row that is not finished."""
-        tokens, logps = draw(row_keys(p.keys), step, model.logits(hidden), self.sampling)
+        tokens, logps = draw(row_keys(p.keys), step, model.next_logits(hidden, mesh=self.mesh), self.sampling)
         active = ~s.ended & (step < p.limit)
         at = (jnp.int32(0), step)
         ids = jnp.asarray(self.stop_ids, jnp.int32)

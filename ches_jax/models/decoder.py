@@ -41,7 +41,7 @@ from ches_jax.models.sharding import (
     with_auto_axes,
 )
 from ches_jax.models.stacks import ROOT, Stack, layer_groups, stacks
-from ches_jax.models.vocabulary import looked_up
+from ches_jax.models.vocabulary import looked_up, products
 
 ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
@@ -465,6 +465,16 @@ class Decoder(nnx.Module):
             rows = jax.typeof(hidden).sharding.spec[:-1]
             return with_auto_axes(self, logical, Decoder.logits, (hidden,), PartitionSpec(*rows, None))
         return self.logit_transform(matmul(hidden, self.unembedding).astype(accumulate(hidden.dtype)))
+
+    def next_logits(self, hidden: Float[Array, "B D"], *, mesh: Mesh | None = None) -> Float[Array, "B V"]:
+        """``logits`` of one state of each row, where the unembedding stays sharded.
+
+        Args:
+          hidden: of the last token of each row, from ``prefill`` or ``extend``.
+          mesh: as for these.
+        """
+        found = products(hidden, self.unembedding, self._decoding_mesh(mesh))
+        return self.logit_transform(found.astype(accumulate(hidden.dtype)))
 
     def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Elementwise, from ``h W^T`` to the logits: the family's scale and soft-cap."""

@@ -15,7 +15,7 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.logprobs import Head, forward_token_logps, token_logps, token_statistics
 from ches_jax.models.sharding import partition_spec
-from ches_jax.models.vocabulary import looked_up
+from ches_jax.models.vocabulary import looked_up, products
 from ches_jax.plan.compiled_text import collectives
 
 from .test_mesh import SIZES, spread
@@ -97,6 +97,19 @@ def test_a_lookup_is_exact_and_so_is_its_gradient(words, rows):
     alone = jax.jit(partial(both, None))(np.asarray(w), np.asarray(y))
     for a, b in zip(jax.jit(partial(both, LogicalMesh.of(mesh)))(w, y), alone, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"), [("data=2,fsdp=2,tensor=2", 8), ("fsdp=4,expert=2", 8), ("fsdp=4,tensor=2", 3)]
+)
+def test_products_are_those_of_one_device_and_gather_no_table(x64, words, rows):
+    """Of one state of each row; also of rows that do not divide over the devices."""
+    mesh = make_mesh(words)
+    h, w, *_ = inputs(mesh, rows)
+    run = jax.jit(partial(products, logical=LogicalMesh.of(mesh)))
+    np.testing.assert_allclose(run(h[:, 0], w), np.asarray(h)[:, 0] @ np.asarray(w).T, rtol=1e-12, atol=1e-12)
+    found = collectives(str(run.lower(h[:, 0], w).compile().as_text()))
+    assert found and all(c.kind != "all-gather" for c in found)
 
 
 @pytest.mark.parametrize("words", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
