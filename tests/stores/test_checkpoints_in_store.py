@@ -50,7 +50,7 @@ def state_on(devices: Mesh, seed: int) -> TrainState:
         "bias": put((5,), np.float32, WHOLE),
         "none": put((0, 3), np.float32, WHOLE),
     }
-    moment = {name: put(p.shape, np.float32, p.sharding.spec) for name, p in params.items()}
+    moment = {"rows.weight": put((8, 4), np.float32, ROWS), "columns.weight": put((4, 8), np.float32, COLUMNS)}
     count = jax.device_put(np.uint32(seed), NamedSharding(devices, WHOLE))
     return TrainState(params, moment, {"seen": count}, jax.device_put(np.int32(seed), NamedSharding(devices, WHOLE)))
 
