@@ -164,8 +164,8 @@ class Checkpoints:
         whole, which = "", "" if step is None else f" of step {step}"
         # tensorstore names the file at every level, and shows the request
         reason = _SHOWN.sub("", str(error).partition("\n")[0]).rpartition('": ')[2]
-        with contextlib.suppress(Exception):  # a store that does not write may not read
-            whole = f"; whole ones: steps {', '.join(map(str, saved_steps(self._out))) or 'none'}"
+        with contextlib.suppress(OSError):  # what does not write may not read
+            whole = f"; whole ones: steps {', '.join(map(str, self._saved.whole())) or 'none'}"
         return RunError(
             f"{self.folder}: the checkpoint{which} could not be written ({reason}){whole}; "
             f"{'--resume when it can be' if is_store(self._out) else 'make room and --resume'}"

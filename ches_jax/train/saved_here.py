@@ -87,6 +87,10 @@ class SavedHere:
         """Of the whole checkpoints, and of the one that is being written."""
         return list(self._manager.all_steps())
 
+    def whole(self) -> list[int]:
+        """Of the whole ones, rising."""
+        return steps_in(self.folder)
+
     def latest(self) -> int | None:
         """The last step."""
         return self._manager.latest_step()

@@ -12,10 +12,12 @@ start has left is never mixed with what the next one writes.
 """
 
 import json
+import math
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +90,10 @@ class SavedInStore:
         """Of the whole checkpoints, and of the one that is being written."""
         return [*self._steps, *([self._begun.about["step"]] if self._begun is not None else [])]
 
+    def whole(self) -> list[int]:
+        """Of the whole ones, rising; the store is not asked, for it may not answer."""
+        return sorted(self._steps)
+
     def latest(self) -> int | None:
         """The last whole one's."""
         return max(self._steps, default=None)
@@ -107,8 +113,8 @@ class SavedInStore:
         """
         self.wait()
         about = {**about, "metrics": None if metrics is None else dict(metrics)}
-        name = f"{self._start}-{self._process.id:05d}"
-        self._begun = _Upload(self.folder / str(step), name, about, held(leaves))
+        prefix = f"{self._start}-{self._process.id:05d}"
+        self._begun = _Upload(self.folder / str(step), prefix, about, held(leaves))
 
     def writing(self) -> bool:
         """Whether this process still uploads."""
@@ -190,19 +196,22 @@ class SavedInStore:
 class _Upload(threading.Thread):
     """One process's part of a checkpoint on its way into the store."""
 
-    def __init__(self, folder: Path, name: str, about: dict[str, Any], held: list[Block]):
-        """Starts at once. ``blocks`` says afterwards where each block lies, ``error`` why it does not."""
+    def __init__(self, folder: Path, prefix: str, about: dict[str, Any], held: list[Block]):
+        """Starts at once; ``prefix`` begins the names of its files.
+
+        ``blocks`` says afterwards where each block lies, ``error`` why it does not.
+        """
         super().__init__(name="checkpoint", daemon=True)
         self.folder, self.about = folder, about
         self.blocks: dict[str, list[dict[str, Any]]] = {}
         self.error: Exception | None = None
-        self._name, self._held = name, held
+        self._prefix, self._held = prefix, held
         self.start()
 
     def run(self) -> None:
         try:
             for number, blocks in enumerate(files_of(self._held)):
-                self._put(f"{self._name}-{number:03d}.safetensors", blocks)
+                self._put(f"{self._prefix}-{number:03d}.safetensors", blocks)
         except Exception as error:  # whatever it is, the run learns of it when it waits
             self.error = error
         self._held = []
@@ -224,13 +233,60 @@ class _Upload(threading.Thread):
 
 def held(leaves: Leaves) -> list[Block]:
     """Copies of the shards that this process writes: of each that several devices hold, one device's."""
-    mine = [
-        (name, shard) for name, leaf in leaves.items() for shard in leaf.addressable_shards if shard.replica_id == 0
+    shards = [(name, start, devices) for name, leaf in leaves.items() for start, devices in _holders(leaf).items()]
+    sizes = {
+        name: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for name, leaf in leaves.items()
+    }
+    writers = spread([(sizes[name], [device.process_index for device in devices]) for name, _, devices in shards])
+    here = jax.process_index()
+    mine = {
+        (name, start): next(device for device in devices if device.process_index == here)
+        for (name, start, devices), writer in zip(shards, writers, strict=True)
+        if writer == here
+    }
+    found = [
+        (name, start, shard)
+        for name, leaf in leaves.items()
+        for shard in leaf.addressable_shards
+        if mine.get((name, start := _start(shard.index))) == shard.device
     ]
-    for _, shard in mine:
+    for _, _, shard in found:
         shard.data.copy_to_host_async()
-    # a copy: on a CPU the numbers are the device's own, which the next update overwrites
-    return [(name, _start(shard.index), np.array(shard.data, order="C")) for name, shard in mine]
+    return [(name, start, _copied(shard)) for name, start, shard in found]
+
+
+def _size(leaf: Any) -> int:
+    """Bytes of one shard."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _holders(leaf: Any) -> dict[tuple[int, ...], list[Any]]:
+    """Of each shard of an array, by where it starts, the devices of all processes that hold it."""
+    holders: dict[tuple[int, ...], list[Any]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        holders.setdefault(_start(index), []).append(device)
+    return holders
+
+
+def spread(shards: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+    """Which process writes each shard, of its size and the processes that hold it: the one with the least to write.
+
+    >>> spread([(4, [0, 1]), (4, [0, 1]), (1, [1]), (2, [0, 1])])
+    [0, 1, 1, 0]
+    """
+    load: Counter[int] = Counter()
+    writers = []
+    for size, processes in shards:
+        writer = min(processes, key=lambda process: (load[process], process))
+        load[writer] += size
+        writers.append(writer)
+    return writers
+
+
+def _copied(shard: Any) -> np.ndarray:
+    numbers = np.asarray(shard.data, order="C")
+    # on a CPU they are the device's own, which the next update overwrites
+    return numbers.copy() if shard.device.platform == "cpu" else numbers
 
 
 def files_of(blocks: list[Block]) -> Iterator[list[Block]]:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -117,6 +118,41 @@ def test_the_last_and_the_best_stay(run):
     assert again.best() == {"metric": "m", "mode": "max", "step": 6, "value": 5.0}
     restored, position = again.restore(2, small(0))
     assert position == {"at": 2} and float(restored.params["a.weight"][0]) == 2
+
+
+def test_a_checkpoint_is_whole_as_soon_as_its_parts_are_there(run, monkeypatch):
+    """Not only when the next one is due; and the update that follows does not wait for the upload."""
+    put, free = store.put, threading.Event()
+    monkeypatch.setattr(store, "put", lambda source, target: (free.wait(60), put(source, target)))
+    saved = Checkpoints(run, 2)
+    saved.save(1, small(1), {})
+    assert saved.writing() and saved.latest() is None
+    free.set()
+    while saved.writing():
+        time.sleep(0.01)
+    saved.settle()
+    assert saved_steps(run) == [1]
+
+
+def test_what_makes_a_checkpoint_whole_is_written_last_and_removed_first(run, monkeypatch):
+    order: list[str] = []
+
+    def noting(act, at: int):
+        def noted(*words):
+            order.append(str(words[at]).partition("checkpoints/")[2])
+            return act(*words)
+
+        return noted
+
+    for name, at in (("put", 1), ("write_text", 0), ("remove", 0)):
+        monkeypatch.setattr(store, name, noting(getattr(store, name), at))
+    saved = Checkpoints(run, 1)
+    for step in (1, 2):
+        saved.save(step, small(step), {})
+        saved.wait()
+    assert [n if n.count("-") == 0 else "part" for n in order] == [
+        "part", "1/checkpoint.json", "part", "2/checkpoint.json", "1/checkpoint.json", "1",
+    ]  # fmt: skip
 
 
 def test_what_a_killed_start_has_left_is_no_checkpoint_and_goes(run):
