@@ -12,8 +12,8 @@ from ches_jax.report.provenance import read_record
 from ches_jax.report.training_page import _losses
 from ches_jax.runs.chunks import read_lines
 from ches_jax.runs.shapes import read_json_lines
-from ches_jax.train.checkpoints import _require_regular
 from ches_jax.train.metrics import JsonLines
+from ches_jax.train.saved_here import require_regular
 
 KINDS = {
     "pipe": os.mkfifo,
@@ -70,7 +70,7 @@ def test_of_a_command(tmp_path, monkeypatch, capsys, kind, name, words):
         ("responses.jsonl", lambda path: list(read_lines(path))),
         ("predictions.jsonl", lambda path: read_json_lines(path, {}, ChesError)),
         ("chat_template.jinja", lambda path: _template(path.parent, {})),
-        ("_METADATA", lambda path: _require_regular(path.parent)),
+        ("_METADATA", lambda path: require_regular(path.parent)),
     ],
 )
 def test_of_a_directory(tmp_path, kind, name, read):

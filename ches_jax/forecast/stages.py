@@ -4,10 +4,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,8 @@ from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, RunError
 from ches_jax.forecast.metric import Tree
 from ches_jax.forecast.passes import on_mesh
+from ches_jax.hf.one_by_one import Writer
+from ches_jax.hf.tensors import STORED, open_files
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import write_json
 from ches_jax.runs.files import read_object, replacing, sha256
@@ -65,28 +67,55 @@ def kept(
 ) -> tuple[Tree, dict[str, Any]]:
     """A direction and what is known of it: computed, or as a run that was stopped left them, undamaged.
 
-    Only the first process reads and writes files; the others get what it found.
+    Only the first process reads and writes files; the others get what it found. Each has one parameter at a time in
+    its memory, beside what lies on its devices.
     """
-    from safetensors.numpy import load, save_file
-
     arrays, record = (out / chunks.FOLDER / name for name in (DIRECTION, START))
     found = process.exchange(_found(arrays, record) if process.first else None)[0]
     if found is None:
         direction, found = compute()
-        on_host = process.on_host(direction)
+        _write(arrays, direction, process)
         with process.sharing_errors():
             if process.first:
-                with replacing(arrays) as temporary:
-                    save_file({k: np.ascontiguousarray(v) for k, v in jax.device_get(on_host).items()}, temporary)
                 write_json(record, {"sha256": sha256(arrays), "found": found, "sha256_of_found": _digest(found)})
         if process.count > 1:  # it lies where it belongs already
             return direction, found
-    there = load(arrays.read_bytes()) if process.first else {}
-    names = process.exchange(sorted(there))[0]
+    return _read(arrays, mesh, process), found
+
+
+def _write(arrays: Path, direction: Tree, process: Process) -> None:
+    """A file of the direction, one parameter after the other.
+
+    What fails in the first process is raised in all before the next parameter is gathered, so that none waits for it.
+    """
+    kinds = {name: (str(values.dtype), tuple(values.shape)) for name, values in direction.items()}
+    with ExitStack() as opened:
+        writer = None
+        with process.sharing_errors():
+            if process.first:
+                file = opened.enter_context(opened.enter_context(replacing(arrays)).open("wb"))
+                writer = Writer(file, kinds)
+        for name in kinds:
+            on_host = process.on_host({name: direction[name]})
+            with process.sharing_errors():
+                if writer is not None:
+                    writer.write(np.asarray(on_host[name]))
+            del on_host  # before the next one comes
+        with process.sharing_errors():
+            opened.close()
+
+
+def _read(arrays: Path, mesh: Any, process: Process) -> Tree:
+    """The direction of a file of the first process, on the devices of all, one parameter after the other."""
+    with process.sharing_errors():
+        there = open_files(arrays.parent, [arrays], kinds=STORED) if process.first else {}
     direction: Tree = {}
-    for name in names:  # so that the others have one parameter in their memory, beside their shards
-        direction |= on_mesh(process.from_first({name: there.pop(name)} if process.first else None), mesh)
-    return direction, found
+    for name in process.exchange(sorted(there))[0]:
+        with process.sharing_errors():
+            values = {name: there[name].read()} if process.first else None
+        direction |= on_mesh(process.from_first(values), mesh)
+        del values
+    return direction
 
 
 def _found(arrays: Path, record: Path) -> dict[str, Any] | None:

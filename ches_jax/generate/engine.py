@@ -22,11 +22,16 @@ from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
-from ches_jax.models.decoder import Decoder
+from ches_jax.models.decoder import Decoder, cache_apart, cache_stacked, named_parameters
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate
+from ches_jax.models.stacks import ROOT
 from ches_jax.runs.work import Positions
 
 SMALLEST_BUCKET = 32
+SMALLEST_APART = 2**24
+LARGEST_APART = 2**32
+"""Bytes of the layers between which new tokens run through copies of them (``runs_apart``)."""
 SEGMENT = 32
 """New tokens between two looks at the text, where there are stop strings to look for."""
 
@@ -101,6 +106,18 @@ def _depends_on_length(model: Decoder) -> bool:
     return any(r is not None and r.length_threshold is not None for r in ropes)
 
 
+def runs_apart(model: Decoder) -> bool:
+    """Whether new tokens run through layers that lie apart (``Decoder.layers_apart``): on a CPU, where it is faster.
+
+    Not for layers that stay in the processor's cache, where it only takes longer to compile, and not where a second
+    copy of the weights may not fit.
+    """
+    if platform() != "cpu":
+        return False
+    sizes = (leaf.nbytes for name, leaf in named_parameters(model).items() if name.startswith(f"{ROOT}."))
+    return SMALLEST_APART <= sum(sizes) <= LARGEST_APART
+
+
 @dataclass(frozen=True)
 class Decoding:
     """The two compiled functions of an engine: the prompts with their first tokens, and the loop over further ones."""
@@ -152,10 +169,12 @@ class Decoding:
         )
         return self._append(p, empty, jnp.int32(0), hidden[:, -1], model)
 
-    def decode(self, state: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
+    def decode(self, state: Any, apart: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
         """Tokens ``begin`` to ``until`` of every row that is not finished; stops early where all are."""
         model = nnx.merge(self.graph, state)
         length = p.tokens.shape[1]
+        if apart is not None:
+            s = s._replace(cache=cache_apart(model.config, s.cache))
 
         def unfinished(carry):
             step, s = carry
@@ -164,10 +183,13 @@ class Decoding:
         def next_token(carry):
             step, s = carry
             last = lax.dynamic_slice_in_dim(s.tokens, step - 1, 1, axis=1)
-            hidden, cache = model.extend(last, s.cache, length + step - 1, p.first, self._lengths(p), mesh=self.mesh)
+            hidden, cache = model.extend(
+                last, s.cache, length + step - 1, p.first, self._lengths(p), apart=apart, mesh=self.mesh
+            )
             return step + 1, self._append(p, s._replace(cache=cache), step, hidden[:, 0], model)
 
-        return lax.while_loop(unfinished, next_token, (begin, s))[1]
+        s = lax.while_loop(unfinished, next_token, (begin, s))[1]
+        return s if apart is None else s._replace(cache=cache_stacked(model.config, s.cache))
 
 
 def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Callable, Callable]:
@@ -177,7 +199,7 @@ def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Ca
     options: dict[str, Any] = {"mesh": mesh, "out_specs": STATE_SPEC, "check_vma": False}
     return (
         jax.shard_map(prefill, in_specs=(whole, ROWS), **options),
-        jax.shard_map(decode, in_specs=(whole, ROWS, STATE_SPEC, whole, whole), **options),
+        jax.shard_map(decode, in_specs=(whole, whole, ROWS, STATE_SPEC, whole, whole), **options),
     )
 
 
@@ -187,7 +209,7 @@ def decoding_programs(decoding: Decoding, mesh: Mesh) -> tuple[Any, Any]:
     prefill, decode = decoding.prefill, decoding.decode
     if decoding.mesh is None:
         prefill, decode = _on_each_device(prefill, decode, mesh)
-    return jax.jit(prefill), jax.jit(decode, donate_argnums=2)
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
 
 
 class Engine:
@@ -226,7 +248,12 @@ class Engine:
         self.counted = Positions()
         graph, state = nnx.split(model)
         whole = weights_are_whole(mesh)
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._state = jax.device_put(state, everywhere) if whole else state
+        self._apart = None
+        if whole and runs_apart(model):
+            split = jax.jit(lambda state: nnx.merge(graph, state).layers_apart(), out_shardings=everywhere)
+            self._apart = split(self._state)
         decoding = Decoding(
             graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)
         )
@@ -275,7 +302,7 @@ class Engine:
         stopped = np.zeros(len(prompts.limit), bool)
         for begin in range(1, most, most if self.stop_check is None else SEGMENT):
             until = most if self.stop_check is None else min(begin + SEGMENT, most)
-            state = self._decode(self._state, on_mesh, state, np.int32(begin), np.int32(until))
+            state = self._decode(self._state, self._apart, on_mesh, state, np.int32(begin), np.int32(until))
             if self.stop_check is not None:
                 stopped |= self._stopped(state, requests)
                 _, _, count, ended = self._fetch(state)

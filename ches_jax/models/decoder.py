@@ -294,6 +294,7 @@ class Decoder(nnx.Module):
         first: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
         *,
+        apart: tuple[nnx.State, ...] | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of the next tokens of each row, and the cache with them in it.
@@ -304,6 +305,7 @@ class Decoder(nnx.Module):
           slot: the same for all rows.
           first: first slot of each row's text, see ``models.cache``.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
+          apart: ``layers_apart``; the cache is ``cache_apart`` then, and no layer is in a scan.
           mesh: as for ``hidden``.
         """
         logical = self._decoding_mesh(mesh)
@@ -311,9 +313,21 @@ class Decoder(nnx.Module):
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
-        x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        if apart is None:
+            x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        else:
+            x, filled = self._run_apart(apart, x, context, data, kept, slot)
         assert filled is not None
         return self.norm(x), filled
+
+    def layers_apart(self) -> tuple[nnx.State, ...]:
+        """The parameters of every layer by themselves, in order: copies of those that are stacked."""
+        apart: dict[int, nnx.State] = {}
+        for stack in stacks(self.config):
+            state = nnx.state(self.stack(stack.name))
+            for i, number in enumerate(stack.layers):
+                apart[number] = jax.tree.map(lambda a, i=i: a[i], state)
+        return tuple(apart[number] for number in sorted(apart))
 
     def hidden_behind(
         self,
@@ -451,6 +465,24 @@ class Decoder(nnx.Module):
         left = None if kept is None else tuple(caches.values())
         return _Ran(x, left, routed, jnp.concatenate(tapped) if tapped else None)
 
+    def _run_apart(
+        self, apart: tuple[nnx.State, ...], x: Array, context: Context, data: LayerData, kept: Cache, slot: Array
+    ) -> tuple[Array, Cache]:
+        """The layers one after the other, each with parameters and a cache of its own: XLA copies neither.
+
+        In a scan it copies both at every step, which for a few tokens costs as much as their products.
+        """
+        graphs = {n: nnx.graphdef(self.stack(stack.name)) for stack in stacks(self.config) for n in stack.layers}
+        lent: dict[str, tuple[Array, Array]] = {}
+        left = []
+        for number, (weights, own) in enumerate(zip(apart, kept, strict=True)):
+            memory = Memory(own, None, slot)
+            here = context._replace(lent=lent, routing=[])
+            x = nnx.merge(graphs[number], weights)(x, here, jax.tree.map(lambda a, n=number: a[n], data), memory)
+            lent = lent | memory.lent
+            left.append(memory.kept)
+        return x, tuple(left)
+
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.
 
@@ -485,6 +517,24 @@ class Decoder(nnx.Module):
             cap = jnp.asarray(c.logit_softcap, y.dtype)
             y = cap * jnp.tanh(y / cap)
         return y
+
+
+def cache_apart(config: DecoderConfig, kept: Cache) -> Cache:
+    """A cache with the arrays of each layer by themselves, layer after layer."""
+    apart = {
+        number: jax.tree.map(lambda a, i=i: a[i], of_stack)
+        for stack, of_stack in zip(stacks(config), kept, strict=True)
+        for i, number in enumerate(stack.layers)
+    }
+    return tuple(apart[number] for number in sorted(apart))
+
+
+def cache_stacked(config: DecoderConfig, apart: Cache) -> Cache:
+    """The cache that ``cache_apart`` took apart."""
+    return tuple(
+        jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *(apart[number] for number in stack.layers))
+        for stack in stacks(config)
+    )
 
 
 class _Ran(NamedTuple):

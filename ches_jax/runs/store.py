@@ -443,13 +443,30 @@ def _copy_file(path: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def files_below(folder: Path, error: type[ChesError] = ChesError) -> list[str]:
+    """The files in a folder of a store and in all folders in it, as names below it; none where there is no folder.
+
+    Raises:
+      error: the store cannot be read.
+    """
+    try:
+        with _in_words(f"{folder}: cannot be listed", error):
+            return _names_below(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _names_below(folder: Path) -> list[str]:
+    root = _key(folder).rstrip("/") + "/"
+    keys = persistently(folder, lambda: _fs(folder).find(root, refresh=True))
+    return [str(key)[str(key).find(root.lstrip("/")) + len(root.lstrip("/")) :] for key in keys]
+
+
 def download(path: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
     """Copy the files of a folder in a store; those whose name in it begins with one of ``left_out`` stay there."""
-    root = _key(path).rstrip("/") + "/"
-    keys = persistently(path, lambda: _fs(path).find(root, refresh=True))
+    names = _names_below(path)
     target.mkdir(parents=True, exist_ok=True)
-    for key in keys:
-        inside = str(key)[str(key).find(root.lstrip("/")) + len(root.lstrip("/")) :]
+    for inside in names:
         if not inside.startswith(left_out):
             _copy_file(path / inside, target / inside)
 

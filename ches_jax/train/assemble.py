@@ -13,7 +13,8 @@ from ches_jax.losses import get_loss
 from ches_jax.losses.wrappers import SFT_TERMS
 from ches_jax.models.adapters.packed import load_packed
 from ches_jax.train.beside import Reference
-from ches_jax.train.checkpoints import Checkpoints, parse_best
+from ches_jax.train.best import parse_best
+from ches_jax.train.checkpoints import Checkpoints
 from ches_jax.train.data.batches import standard_row
 from ches_jax.train.data.examples import Examples, ranks_of
 from ches_jax.train.data.loader import Loader
@@ -139,7 +140,7 @@ def assemble(run: Run, place: Path, observers: Sequence[Observer | Watch] = ()) 
         update=step,
         evaluations=evaluations,
         own=Observers(cast(Sequence[Observer], own), total),
-        saved=Checkpoints(place, config.keep, best, config.save_every),
+        saved=Checkpoints(place, config.keep, best, config.save_every, run.process),
         posteriors=posteriors,
     )
 

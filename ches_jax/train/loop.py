@@ -25,7 +25,6 @@ from ches_jax.runs.work import Positions, Work
 from ches_jax.runs.workspace import Workspace
 from ches_jax.train.assemble import Parts, assemble
 from ches_jax.train.batch_loss import update_metrics
-from ches_jax.train.checkpoints import require_place
 from ches_jax.train.config import TrainConfig
 from ches_jax.train.metrics import FILE_NAME as METRICS
 from ches_jax.train.metrics import JsonLines, NullTracker
@@ -77,7 +76,6 @@ def train(
     process = start_run(config.distributed, config.out)
     config = replace(config, out=config.out or str(new_name(Path("runs"), "train")))
     place = output_place(str(config.out))
-    require_place(place)
     with jax.enable_x64(config.dtype == "float64"), RunLock(place) as lock, Workspace(place, RUN) as work:
         with process.sharing_errors():
             if process.first:
@@ -95,7 +93,7 @@ def train(
             if not (run.out / CONFIG).exists():
                 raise RunError(
                     f"{run.out}: process 0 has made it, process {process.id} does not see it; --out must be on "
-                    "a file system that all processes share, or in a store (gs://)"
+                    "a file system that all processes share, or in a store (gs://, s3://)"
                 )
         done = run.out / RUN
         if done.exists() and read_json(done).get("status") == "done":
@@ -183,7 +181,9 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
                 with cost.on_device():
                     summary = parts.evaluations.observe(step, params)
                 tracker.log(step, summary)
-            stopping, overdue = run.process.any_of(stop.requested, saved.overdue())
+            stopping, overdue, writing = run.process.any_of(stop.requested, saved.overdue(), saved.writing())
+            if not writing:
+                saved.settle()
             if step == total or stopping or overdue or saved.due(step, evaluated):
                 with run.process.sharing_errors():
                     _push(run, work)

@@ -28,7 +28,7 @@ from ches_jax.models.sharding import placement
 from ches_jax.options import require_dtype, require_positive
 from ches_jax.runs.directory import as_dict
 from ches_jax.runs.store import here, output_place
-from ches_jax.train.checkpoints import parse_best
+from ches_jax.train.best import parse_best
 from ches_jax.train.config import TrainConfig, UpdateOptions
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.examples import Examples, make_examples

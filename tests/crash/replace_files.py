@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ches_jax.train.checkpoints import UNREADABLE
+from ches_jax.train.saved_here import UNREADABLE
 from tests.crash.enumerate_kills import Refused, command, content, different, prepared, run, verbs
 
 ELSEWHERE = "somebody's own"

@@ -1,13 +1,18 @@
 """What a stopped forecast leaves is used again where it is as it was written, and computed again where it is not."""
 
 import os
+import weakref
+from dataclasses import dataclass, field
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.distributed.mesh import make_mesh
+from ches_jax.distributed.processes import Process
 from ches_jax.errors import RunError
 from ches_jax.forecast import stages
 from ches_jax.runs import chunks
@@ -113,3 +118,63 @@ def test_a_pipe_in_place_of_a_direction_holds_nobody(tmp_path):
     os.mkfifo(tmp_path / chunks.FOLDER / stages.DIRECTION)
     stages.kept(tmp_path, make_mesh("data=1"), compute)
     assert len(calls) == 2
+
+
+@dataclass(frozen=True)
+class OneAtATime(Process):
+    """The first of two processes; what passes through its memory must be gone when the next parameter comes."""
+
+    count: int = 2
+    passed: list = field(default_factory=list)
+
+    def exchange(self, value, error=None):
+        return [value] * 2
+
+    def on_host(self, tree):
+        return self._noted({name: np.array(values) for name, values in tree.items()})
+
+    def from_first(self, tree):
+        assert tree is not None
+        return self._noted(tree)
+
+    def _noted(self, tree):
+        assert len(tree) == 1 and not any(gone() is not None for gone in self.passed)
+        self.passed.extend(weakref.ref(values) for values in tree.values())
+        return tree
+
+
+def test_the_first_process_has_one_parameter_in_its_memory(tmp_path, monkeypatch):
+    direction = {f"layer{i}.weight": jnp.arange(6.0).reshape(2, 3) + i for i in range(5)}
+    direction["norm.scale"] = jnp.ones(4, jnp.bfloat16)
+    mesh = make_mesh("data=1")
+    place = stages.on_mesh
+    monkeypatch.setattr(
+        stages, "on_mesh", lambda tree, mesh: place({k: jax.device_put(np.array(v)) for k, v in tree.items()}, mesh)
+    )
+    process = OneAtATime()
+    for turn in range(2):  # written, then read
+        found, record = stages.kept(tmp_path, mesh, lambda: (direction, {"n": 1}), process)
+        assert record == {"n": 1} and found.keys() == direction.keys()
+        assert all(np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in direction.items())
+        assert len(process.passed) == len(direction) * (turn + 1)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_direction_is_told_before_the_next_parameter(tmp_path, monkeypatch):
+    told = []
+
+    class First(OneAtATime):
+        def exchange(self, value, error=None):
+            told.append(error)
+            return [value] * 2
+
+    def full(self, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages.Writer, "write", full)
+    process = First()
+    with pytest.raises(OSError, match="No space left"):
+        stages.kept(
+            tmp_path, make_mesh("data=1"), lambda: ({"a.scale": jnp.ones(2), "b.scale": jnp.ones(2)}, {}), process
+        )
+    assert len(process.passed) == 1 and told[-1] is not None and sum(e is not None for e in told) == 1
+    assert not list((tmp_path / chunks.FOLDER).iterdir())

@@ -568,7 +568,7 @@ def words(rng: Random, folder: Path) -> Read:
     from ches_jax.losses.registry import loss_names
     from ches_jax.select.expression import as_numbers, evaluated, names, parsed
     from ches_jax.select.keep import keep_indices, parse_rule
-    from ches_jax.train.checkpoints import parse_best
+    from ches_jax.train.best import parse_best
     from ches_jax.train.objective import get_objective
     from ches_jax.train.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 

@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.generate.engine import Engine, Request, padded
+from ches_jax.generate.engine import Engine, Request, padded, runs_apart
 from ches_jax.generate.sampling import Sampling, key_data
 from ches_jax.hf.directory import read_config
 from ches_jax.models.checkpoint.load import load_model
@@ -176,10 +176,38 @@ def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
     requests = [Request(a.prompt, a.key, 1) for a in requests_for(prompts_for(1291, (3, 9)))]
     prompts = jax.device_put(padded(requests, 4))
     state = engine._prefill(engine._state, prompts)
-    after = engine._decode(engine._state, prompts, state, jnp.int32(1), jnp.int32(NEW))
+    after = engine._decode(engine._state, engine._apart, prompts, state, jnp.int32(1), jnp.int32(NEW))
     assert after.count.tolist() == [1, 1, 0, 0]
     (only,) = after.cache  # one stack of layers
     assert not np.asarray(only.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
+
+
+@pytest.mark.parametrize("name", ["data=1", "data=2"])
+def test_layers_that_lie_apart_make_the_same_texts(engine: Engine, model: Decoder, name: str, monkeypatch):
+    assert engine._apart is None, "a small model is not copied"
+    monkeypatch.setattr("ches_jax.generate.engine.SMALLEST_APART", 0)
+    apart = Engine(
+        model,
+        make_mesh(name),
+        sampling=Sampling(),
+        max_new_tokens=NEW,
+        stop_ids=range(0, 1291, 5),
+        stop_check=lambda prompt, tokens: False,  # the cache is put together and taken apart again every segment
+    )
+    assert apart._apart is not None and len(apart._apart) == model.config.num_layers
+    requests = requests_for(prompts_for(1291))
+    for a, b in zip(apart(requests, 4), engine(requests, 4), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logps, b.logps, atol=2e-5)
+
+
+@pytest.mark.parametrize(("smallest", "largest", "expected"), [(0, 2**32, True), (2**30, 2**32, False), (0, 10, False)])
+def test_small_and_very_large_layers_stay_stacked(model: Decoder, monkeypatch, smallest, largest, expected):
+    monkeypatch.setattr("ches_jax.generate.engine.SMALLEST_APART", smallest)
+    monkeypatch.setattr("ches_jax.generate.engine.LARGEST_APART", largest)
+    assert runs_apart(model) == expected
+    monkeypatch.setattr("ches_jax.generate.engine.platform", lambda: "tpu")
+    assert not runs_apart(model)
 
 
 @pytest.mark.slow

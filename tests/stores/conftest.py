@@ -14,12 +14,18 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFA
 
 
 class Busy:
-    """A WSGI application that answers 503 while a test asks it to."""
+    """A WSGI application that answers 503 while a test asks it to, and 403 to the uploads a test names."""
 
     def __init__(self, app: Callable):
         self.app, self.busy, self.refused = app, False, 0
+        self.forbidden: Callable[[str], bool] = lambda path: False
 
     def __call__(self, environ, start_response):
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and self.forbidden(environ["PATH_INFO"]):
+            self.refused += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         if self.busy:
             self.refused += 1
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
@@ -50,10 +56,10 @@ def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
 
 
 class Gate:
-    """Which requests an emulator refuses, and how."""
+    """Which requests an emulator answers with 503."""
 
     def __init__(self):
-        self.status, self.refused = 503, 0
+        self.refused = 0
         self.closed: Callable[[str], bool] = lambda path: False
 
     def guarding(self, handler: type) -> type:
@@ -68,7 +74,7 @@ class Gate:
                     return True
                 gate.refused += 1
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.send_error(gate.status)
+                self.send_error(503)
                 return False
 
         return Guarded

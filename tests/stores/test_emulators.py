@@ -13,6 +13,7 @@ import time
 import pytest
 
 from ches_jax.runs import store
+from ches_jax.train.saved_in_store import MARKER
 from tests.helpers import finish
 from tests.stores.commands import ches, require_same_scores, table, together, wait_for
 
@@ -68,9 +69,6 @@ def test_the_verbs_that_compute_work_there(s3):
     )
     ches(*forecast)
     assert store.is_there(store.place("s3://pod/runs/forecast/forecast.parquet"))
-    _, said = ches("train", *model, *pairs, "--out", "s3://pod/runs/train", expect=2)
-    assert "checkpoints of training are written to a path or to gs://" in said
-    assert not store.place("s3://pod/runs/train").exists()
 
 
 def test_a_store_that_answers_503_for_a_while_is_waited_for(s3, scored):
@@ -180,24 +178,23 @@ TRAIN = (
 )  # fmt: skip
 
 
-def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(gs, tmp_path):
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(request, kind, tmp_path):
+    request.getfixturevalue(kind)
     ches(*TRAIN, "--out", str(tmp_path / "whole"))
-    out = store.place("gs://pod/runs/train")
-    words = [sys.executable, "-m", "ches_jax", *TRAIN, "--out", str(out)]
-    run = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, **gs})
-    deadline = time.monotonic() + 600
-    while not store.is_there(out / "checkpoints/2/commit_success.txt") and time.monotonic() < deadline:
-        assert run.poll() is None
-        time.sleep(0.1)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    out = store.place(f"{kind}://pod/runs/train")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "ches_jax", *TRAIN, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(out / "checkpoints" / "2" / MARKER, run)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
     ches(*TRAIN, "--out", str(out), "--resume")
     here = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     there = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(m.get("step"), m.get("loss")) for m in here] == [(m.get("step"), m.get("loss")) for m in there]
     assert table(out / "displacement.parquet") == table(tmp_path / "whole" / "displacement.parquet")
-    ches("convert", "--run", str(out), "--step", "4", "--out", "gs://pod/copy")
+    ches("convert", "--run", str(out), "--step", "4", "--out", f"{kind}://pod/copy")
     ches("report", str(out))
-    ches("diagnose", str(out))
-    ches("score", "--model", "gs://pod/copy", "--limit", "4", "--out", "gs://pod/runs/score")
-    ches("score", "--adapter", str(out / "adapter"), "--limit", "4", "--out", "gs://pod/runs/adapted")

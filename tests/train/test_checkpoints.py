@@ -13,8 +13,9 @@ from ches_jax.models.adapters.peft import load_merged
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
 from ches_jax.runs.directory import read_json
-from ches_jax.train import loop
-from ches_jax.train.checkpoints import Best, Checkpoints, parse_best, read_trained, saved_steps
+from ches_jax.train import loop, saved_here
+from ches_jax.train.best import Best, parse_best
+from ches_jax.train.checkpoints import Checkpoints, read_trained, saved_steps
 from ches_jax.train.loop import Stopped, train
 from ches_jax.train.metrics import JsonLines
 from ches_jax.train.policy import Policy, export_model
@@ -51,8 +52,6 @@ def test_the_last_and_the_best_stay(tmp_path):
 
 
 def test_the_best_stays_when_a_better_one_cannot_be_written(tmp_path, monkeypatch):
-    from ches_jax.train import checkpoints
-
     saved = Checkpoints(tmp_path, 1, Best("m", "max"))
     saved.save(1, state(1), {}, {"m": 1.0})
     saved.save(2, state(2), {}, {"m": 0.0})
@@ -61,7 +60,7 @@ def test_the_best_stays_when_a_better_one_cannot_be_written(tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(saved_here.ocp.CheckpointManager, "save", full)
     with pytest.raises(RunError, match="whole ones: steps 1, 2"):
         saved.save(3, state(3), {}, {"m": 9.0})
     monkeypatch.undo()

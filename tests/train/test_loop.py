@@ -26,8 +26,10 @@ from ches_jax.losses import get_loss
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.decoder import abstract_decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config
+from ches_jax.runs import store
 from ches_jax.runs.directory import read_json
 from ches_jax.train import loop
+from ches_jax.train.checkpoints import saved_steps
 from ches_jax.train.data.batches import Layout, standard_row
 from ches_jax.train.data.split import Plan, read_run_pairs
 from ches_jax.train.loop import Stopped, train
@@ -157,6 +159,21 @@ def stopping_at(update):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return Stopping
+
+
+def test_a_stopped_run_in_a_store_resumes_to_the_same_bytes(whole_run, small, tmp_path, monkeypatch):
+    out = store.place("memory://stopped-training")
+    config = small(out, epochs=2.0, eval_every=2, save_every=2)
+    monkeypatch.setattr(loop, "JsonLines", stopping_at(3))
+    with pytest.raises(Stopped, match="memory://stopped-training: stopped by SIGTERM after update 3 of 6"):
+        train(config, quiet=True)
+    assert saved_steps(out) == [2, 3] and not store.is_there(out / "run.json")
+    monkeypatch.undo()
+    assert train(config, resume=True, quiet=True) == out
+    assert saved_steps(out)[-1] == 6
+    store.download(out, tmp_path / "run", ("checkpoints/",))
+    same_bytes(tmp_path / "run", whole_run)
+    store.remove(out)
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(whole_run, small, tmp_path, monkeypatch):
