@@ -102,7 +102,7 @@ def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Pro
             lowered.out_info, lowered.compile().output_shardings,
         )  # fmt: skip
         one = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-        return decode.lower(state, prompts, cache, one, one)
+        return decode.lower(state, None, prompts, cache, one, one)
 
     return [Program(lambda: prefill.lower(state, prompts), parts, 1), Program(loop, parts, config.new_tokens)]
 

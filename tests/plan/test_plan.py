@@ -226,6 +226,17 @@ def test_what_the_pass_gives_lies_as_its_rows_do_and_no_statistic_is_gathered():
         assert not gathered & statistics and max(gathered, default=0) < decoder.vocab_size * decoder.width / 2
 
 
+def test_generation_keeps_the_unembedding_where_it_lies():
+    """Prefill and the loop over tokens: matrices of a layer are gathered, nothing as large as a table."""
+    decoder = decoder_config({**LLAMA_8B, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+                              "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 4096})  # fmt: skip
+    config = PlanConfig(what="generate", topology="h100:8", prompt_tokens=32, new_tokens=4, dtype="float32")
+    for program in programs.generate(decoder, config, make_mesh("data=2,fsdp=2,tensor=2")):
+        found = collectives(str(program.lower().compile().as_text()))
+        gathered = [c.bytes // 4 for c in found if c.kind == "all-gather"]
+        assert gathered and max(gathered) < decoder.vocab_size * decoder.width / 4
+
+
 def test_what_auto_orders_by_is_what_travels():
     decoder, score = decoder_config(LLAMA_8B), PlanConfig(what="score", topology="v5e:4x4", row_tokens=1000)
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
