@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks --shared ../shared [--only score_speed train_speed] [--trl PYTHON] [--tunix PYTHON]
 
-``--shared`` holds ``peers`` (the competing implementations), ``models/hh-tiny/fp32`` (its tokenizer) and
-``data/hh_harmless_base_test.jsonl``. Without it only those run that need no peer. ``--quick`` repeats once.
+``--shared`` holds ``peers`` (the competing implementations), ``models/hh-tiny/fp32`` (its tokenizer),
+``data/hh_harmless_base_test.jsonl`` and ``data/ultrafeedback_eval.jsonl``.
+Without it only those run that need no peer. ``--quick`` repeats once.
 """
 
 import argparse
@@ -24,11 +25,12 @@ def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: i
     tokenizer = shared / "models" / "hh-tiny" / "fp32"
     peers = ["--peers", str(shared / "peers"), "--tokenizer", str(tokenizer)]
     data = ["--data", str(shared / "data" / "hh_harmless_base_test.jsonl")]
+    real = ["--ultrafeedback", str(shared / "data" / "ultrafeedback_eval.jsonl")]
     libraries = [w for name, python in (("--trl", trl), ("--tunix", tunix)) if python for w in (name, python)]
     return {
         "score_speed": [*peers, *data, *again],
         "score_scaling": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
-        "train_speed": [*peers, *libraries, *again],
+        "train_speed": [*peers, *libraries, *real, *again],
         "generate_speed": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
         **by_name,
     }

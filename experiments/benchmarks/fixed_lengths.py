@@ -1,10 +1,13 @@
-"""What a timed training step is given: its options, and pairs of random tokens of fixed lengths.
+"""What a timed training step is given: its options, and pairs of random tokens, of the same lengths in every update.
 
 The standard library alone, for interpreters that have a peer and not the library.
 """
 
 import argparse
+import json
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 
 def step_parser(description: str | None) -> argparse.ArgumentParser:
@@ -14,13 +17,29 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--response-len", type=int, default=256)
+    parser.add_argument("--lengths", help="JSON list of [prompt, chosen, rejected] of an update's pairs instead")
+    parser.add_argument("--lora-rank", type=int, help="adapters of this rank on all linear layers, alpha twice that")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     return parser
 
 
-def random_pairs(count: int, prompt_len: int, response_len: int) -> list[dict[str, list[int]]]:
-    """Rows of token ids; the same ones every time."""
+def pair_lengths(pairs: int, prompt_len: int, response_len: int, lengths: str | None = None) -> list[list[int]]:
+    """Tokens of prompt, chosen and rejected of each pair of an update.
+
+    >>> pair_lengths(2, 5, 3)
+    [[5, 3, 3], [5, 3, 3]]
+    """
+    if lengths is not None:
+        return json.loads(Path(lengths).read_text(encoding="utf-8"))
+    return [[prompt_len, response_len, response_len]] * pairs
+
+
+def random_pairs(lengths: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:
+    """Rows of token ids of these lengths; the same ones every time."""
     draw = random.Random(0)
-    lengths = {"prompt_ids": prompt_len, "chosen_ids": response_len, "rejected_ids": response_len}
-    return [{name: [draw.randrange(100, 1000) for _ in range(n)] for name, n in lengths.items()} for _ in range(count)]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        {name: [draw.randrange(100, 1000) for _ in range(n)] for name, n in zip(names, row, strict=True)}
+        for row in lengths
+    ]

@@ -52,13 +52,33 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[st
     return {**json.loads(output.strip().splitlines()[-1]), **usage}
 
 
+def machine() -> dict[str, float]:
+    """Seconds of all processors since the machine started: at work, stolen by the hypervisor; and the time."""
+    words = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = (int(w) / os.sysconf("SC_CLK_TCK") for w in words[:8])
+    return {"busy": user + nice + system + irq + softirq, "steal": steal, "time": time.perf_counter()}
+
+
+def busy(before: Mapping[str, float], after: Mapping[str, float], own: float) -> dict[str, float]:
+    """Cores that others used meanwhile, and cores that the hypervisor took.
+
+    >>> busy({"busy": 0, "steal": 0, "time": 0}, {"busy": 3, "steal": 1, "time": 2}, own=2.0)
+    {'others': 0.5, 'steal': 0.5}
+    """
+    wall = max(after["time"] - before["time"], 1e-9)
+    others = max(after["busy"] - before["busy"] - own, 0.0)
+    return {"others": round(others / wall, 3), "steal": round((after["steal"] - before["steal"]) / wall, 3)}
+
+
 def interleaved(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Every command ``repeats`` times, in turn."""
+    """Every command ``repeats`` times, in turn, each with what else the machine did meanwhile."""
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for turn in range(repeats):
         for name, command in commands.items():
             print(f"[{turn + 1}/{repeats}] {name}", file=sys.stderr)
-            records[name].append(run(command))
+            before = machine()
+            record = run(command)
+            records[name].append(record | busy(before, machine(), record["process_cpu_seconds"]))
     return records
 
 

@@ -29,13 +29,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ches_jax.types import common_prefix
-from experiments.benchmarks.measure import ROOT, environment, keep
+from experiments.benchmarks.measure import ROOT, busy, environment, keep, machine
 
 WAYS = ("ours", "torch-official", "torch-batched", "torch-packed")
 SIZES = {"3m": (256, 4), "30m": (512, 8), "120m": (1024, 10)}
@@ -147,24 +146,6 @@ class Worker:
         if not line:
             raise SystemExit(f"a way has ended early: {self.process.args}")
         return json.loads(line)
-
-
-def machine() -> dict[str, float]:
-    """Seconds of all processors since the machine started: at work, stolen by the hypervisor; and the time."""
-    words = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, softirq, steal = (int(w) / os.sysconf("SC_CLK_TCK") for w in words[:8])
-    return {"busy": user + nice + system + irq + softirq, "steal": steal, "time": time.perf_counter()}
-
-
-def busy(before: Mapping[str, float], after: Mapping[str, float], own: float) -> dict[str, float]:
-    """Cores that others used meanwhile, and cores that the hypervisor took.
-
-    >>> busy({"busy": 0, "steal": 0, "time": 0}, {"busy": 3, "steal": 1, "time": 2}, own=2.0)
-    {'others': 0.5, 'steal': 0.5}
-    """
-    wall = max(after["time"] - before["time"], 1e-9)
-    others = max(after["busy"] - before["busy"] - own, 0.0)
-    return {"others": round(others / wall, 3), "steal": round((after["steal"] - before["steal"]) / wall, 3)}
 
 
 def measured(ways: Sequence[str], model: Path, rows: Path, threads: int, repeats: int) -> dict[str, Any]:

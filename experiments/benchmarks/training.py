@@ -1,7 +1,9 @@
 """One training run of ours in a process of its own, as the benchmarks time it: prints one JSON line.
 
 python -m experiments.benchmarks.training MODEL_DIR [--pairs 4 --prompt-len 256 --response-len 256 --steps 5]
-    [--dtype float32 --trace DIR]
+    [--lengths FILE --lora-rank 8 --dtype float32 --trace DIR]
+
+The first step is timed by itself, with its compilation, which no cache on the disk shortens.
 """
 
 import contextlib
@@ -10,12 +12,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ches_jax.hugepages import with_large_pages
 from experiments.benchmarks.costs import top_costs
-from experiments.benchmarks.fixed_lengths import random_pairs, step_parser
+from experiments.benchmarks.fixed_lengths import pair_lengths, random_pairs, step_parser
 from experiments.benchmarks.measure import usage
 from experiments.benchmarks.scoring import matmul_peak
 
@@ -27,11 +30,14 @@ def measure(
     prompt_len: int,
     response_len: int,
     steps: int,
+    lengths: str | None = None,
+    lora_rank: int | None = None,
     dtype: str = "float32",
     trace: str | None = None,
 ) -> dict[str, Any]:
     """Run ``ches train`` for ``steps`` updates after a first one, with a clock around its step.
 
+    Each update has the same pairs: an epoch is a batch.
     With ``trace`` one more update is profiled into that directory, and what cost most of it is named.
     """
     import jax
@@ -51,19 +57,21 @@ def measure(
                 cpu.append(time.process_time() - used)
             return result
 
-    rows = random_pairs(pairs * (steps + 1 + (trace is not None)), prompt_len, response_len)
+    batch = pair_lengths(pairs, prompt_len, response_len, lengths)
     plain = assemble.Step
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in random_pairs(batch)), encoding="utf-8")
         config = TrainConfig(
             model=model,
             pairs=str(file),
             out=f"{folder}/run",
             optimizer="adamw",
             lr=1e-6,
-            batch_size=pairs,
-            watch=pairs,
+            batch_size=len(batch),
+            epochs=steps + 1 + (trace is not None),
+            watch=len(batch),
+            lora_rank=lora_rank,
             mesh="data=1",
             on_bad_row="keep",
             export=False,
@@ -80,9 +88,10 @@ def measure(
         "s_per_step_median": statistics.median(seconds[clocked]),
         "cpu_s_per_step_median": statistics.median(cpu[clocked]),
         "first_step_s": seconds[0],
+        "first_step_cpu_s": cpu[0],
         "steps": steps,
         "peak_rss_mib": usage()["peak_rss_mb"],
-        "needed_gflop": needed_gflop(model, pairs, prompt_len, response_len),
+        "needed_gflop": needed_gflop(model, batch, adapters=lora_rank is not None),
         "matmul_peak_gflops": matmul_peak(dtype),
         "dtype": dtype,
         "platform": jax.default_backend(),
@@ -91,14 +100,15 @@ def measure(
     }
 
 
-def needed_gflop(model: str, pairs: int, prompt_len: int, response_len: int) -> float:
+def needed_gflop(model: str, lengths: Sequence[Sequence[int]], *, adapters: bool = False) -> float:
     r"""What the matrix products of a step need at least, in GFLOP, attention left out.
 
-    .. math:: 6 \, P \, [ N_{layers} (p + 2 r) + 2 r \, |W| ]
+    .. math:: k \, \sum_i [ N_{layers} (p_i + c_i + r_i) + (c_i + r_i) \, |W| ]
 
-    with P pairs, p tokens of prompt, once a pair, and r of each response; N weights of the layers' matrices, W the
-    unembedding, which only states that predict a response are multiplied by; 2 for a multiplication and an addition,
-    times 3 for the two directions of the gradient. What is computed again is not counted.
+    with p tokens of prompt of a pair, once, c and r of its responses; N weights of the layers' matrices, W the
+    unembedding, which only states that predict a response are multiplied by; k = 6: 2 for a multiplication and an
+    addition, times 3 for the two directions of the gradient. With ``adapters`` 4: the gradient of the weights is not
+    wanted; their own products are not counted. Nor is what is computed again.
     """
     from ches_jax.hf.directory import read_config
     from ches_jax.models.decoder import abstract_parameters
@@ -108,7 +118,9 @@ def needed_gflop(model: str, pairs: int, prompt_len: int, response_len: int) -> 
     shapes = abstract_parameters(config).items()
     layers = sum(s.size for name, s in shapes if name.startswith("layers.") and s.ndim == 3)
     unembedding = config.vocab_size * config.width
-    return 6e-9 * pairs * (layers * (prompt_len + 2 * response_len) + 2 * response_len * unembedding)
+    responses = sum(chosen + rejected for _, chosen, rejected in lengths)
+    prompts = sum(prompt for prompt, _, _ in lengths)
+    return (4e-9 if adapters else 6e-9) * (layers * (prompts + responses) + responses * unembedding)
 
 
 def main() -> None:

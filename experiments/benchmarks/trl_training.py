@@ -1,11 +1,13 @@
 """One run of TRL's DPOTrainer in a process of its own, on the device torch finds: prints one JSON line.
 
     PYTHON -m experiments.benchmarks.trl_training MODEL_DIR [--pairs 4 --prompt-len 256 --response-len 256 --steps 5]
-        [--dtype float32|bfloat16]
+        [--lengths FILE --lora-rank 8 --dtype float32|bfloat16]
 
-PYTHON is an interpreter that has TRL; nothing of the library is imported. The same work as ``training``: random
-tokens of fixed lengths, AdamW, float32 weights (with ``bfloat16`` under autocast), the reference model's
-log-probabilities known beforehand. The first update is not counted.
+PYTHON is an interpreter that has TRL (and peft, for ``--lora-rank``); nothing of the library is imported. The same
+work as ``training``: random tokens of the same lengths in every update, padded as TRL pads, AdamW, float32 weights
+(with ``bfloat16`` under autocast), the reference model's log-probabilities known beforehand. The first update is
+timed by itself. The log-probabilities are computed in tiles, without the logits of all positions: in TRL 1.16 that is
+the only way (``trl.trainer.utils.add_fused_lm_head``), and ``padding_free`` is switched off with a warning.
 """
 
 import json
@@ -15,14 +17,22 @@ import tempfile
 import time
 from typing import Any
 
-from experiments.benchmarks.fixed_lengths import random_pairs, step_parser
+from experiments.benchmarks.fixed_lengths import pair_lengths, random_pairs, step_parser
 from experiments.benchmarks.measure import usage
 
 # trl is imported where it is used: the collection of doctests imports this file
 
 
 def measure(
-    model: str, *, pairs: int, prompt_len: int, response_len: int, steps: int, dtype: str = "float32"
+    model: str,
+    *,
+    pairs: int,
+    prompt_len: int,
+    response_len: int,
+    steps: int,
+    lengths: str | None = None,
+    lora_rank: int | None = None,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Seconds a step, the device and the memory used on it."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
@@ -56,15 +66,17 @@ def measure(
         def _precompute_ref_logps(self, dataset, *args, **kwargs):
             return dataset  # it has them
 
-    known = {"ref_chosen_logps": -10.0 * response_len, "ref_rejected_logps": -10.0 * response_len}
-    rows = [{**row, **known} for row in random_pairs(pairs * (steps + 1), prompt_len, response_len)]
+    rows = [
+        {**row, **{f"ref_{side}_logps": -10.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}}
+        for row in random_pairs(pair_lengths(pairs, prompt_len, response_len, lengths))
+    ]
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=pairs,
-            num_train_epochs=1,
+            per_device_train_batch_size=len(rows),
+            num_train_epochs=steps + 1,
             max_length=None,
             learning_rate=1e-6,
             optim="adamw_torch",
@@ -85,6 +97,7 @@ def measure(
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[Clock()],
+            peft_config=adapters(lora_rank),
         )
         trainer.train()
     if len(seconds) != steps + 1:
@@ -95,12 +108,25 @@ def measure(
         "torch": torch.__version__,
         "s_per_step_median": statistics.median(seconds[1:]),
         "cpu_s_per_step_median": statistics.median(cpu[1:]),
+        "first_step_s": seconds[0],
+        "first_step_cpu_s": cpu[0],
         "steps": steps,
         "peak_rss_mib": usage()["peak_rss_mb"],
         "peak_device_mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0.0,
         "dtype": dtype,
         "platform": "gpu" if gpu else "cpu",
     }
+
+
+def adapters(rank: int | None) -> Any:
+    """Adapters of a rank on all linear layers, as ``ches train --lora-rank`` has them, or none."""
+    if rank is None:
+        return None
+    import peft  # pyright: ignore[reportMissingImports]
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def main() -> None:

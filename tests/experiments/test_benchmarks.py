@@ -15,6 +15,8 @@ from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.measure import medians
 from experiments.benchmarks.score_scaling import write_pairs
 from experiments.benchmarks.scoring import measure
+from experiments.benchmarks.train_speed import commands as trainers
+from experiments.benchmarks.train_speed import first_steps
 from experiments.benchmarks.training import needed_gflop
 
 
@@ -53,7 +55,10 @@ def test_what_a_step_needs_is_counted_by_hand():
     heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
     layers = raw["num_hidden_layers"] * d * (2 * h * heads + 2 * h * kv + 3 * f)
     expected = 6 * 3 * (layers * (10 + 2 * 4) + 2 * 4 * raw["vocab_size"] * d) / 1e9
-    np.testing.assert_allclose(needed_gflop(str(model), 3, 10, 4), expected, rtol=1e-12)
+    np.testing.assert_allclose(needed_gflop(str(model), [[10, 4, 4]] * 3), expected, rtol=1e-12)
+    uneven = [[10, 2, 6], [12, 4, 4], [8, 7, 1]]
+    np.testing.assert_allclose(needed_gflop(str(model), uneven), expected, rtol=1e-12)
+    np.testing.assert_allclose(needed_gflop(str(model), uneven, adapters=True), expected * 4 / 6, rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -69,3 +74,22 @@ def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one
 def test_a_folder_without_a_trace_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \*\.trace\.json\.gz below it"):
         top_costs(tmp_path)
+
+
+def test_every_trainer_is_given_the_lengths_it_can_take(tmp_path):
+    """Ours and TRL the lengths themselves, tunix the longest of all; adapters only where both have them."""
+    file = tmp_path / "lengths.json"
+    file.write_text("[[30, 5, 7], [20, 9, 1]]")
+    peers = {"tunix": "T", "trl": "R"}
+    able = trainers("ultrafeedback", "M", tmp_path, 2, 3, peers, file)
+    assert all(str(file) in able[name] for name in ("ours", "trl")) and str(file) not in able["tunix"]
+    assert {"30", "9"} <= set(able["tunix"])
+    assert set(trainers("lora", "M", tmp_path, 2, 3, peers, file)) == {"ours", "trl"}
+
+
+def test_first_steps_stand_beside_those_of_the_earlier_result():
+    before = {"environment": {"commit": "a", "cpu": "b"}, "lengths": {"x": {"table": {"ours": {"first_step_s": 9.0}}}}}
+    now = {"x": {"table": {"ours": {"first_step_s": 3.0, "first_step_cpu_s": 4.0}}}, "y": {"table": {"ours": {}}}}
+    both = first_steps(before, now)
+    assert both["x"]["before"]["first_step_s"] == 9.0 and both["x"]["now"]["first_step_cpu_s"] == 4.0
+    assert "y" not in both
