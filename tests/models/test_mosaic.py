@@ -17,7 +17,7 @@ from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.choose import KERNELS
 from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams, dense, query_chunked
 from ches_jax.models.attention.mask import KeyRanges
-from ches_jax.models.experts import grouped_matmul
+from ches_jax.models.experts import FEW_ROWS, grouped_matmul
 from ches_jax.models.platform import planned_for
 from ches_jax.plan.topologies import devices_of, parse_topology
 
@@ -131,3 +131,22 @@ def test_the_grouped_products_of_experts_compile(device, experts, dtype, kind):
 
     program = {"forward": grouped_matmul, "gradient": pulled, "forward mode": pushed}[kind]
     text_of(program, x, weight, shape((count,), jnp.int32))
+
+
+def test_a_loop_over_tokens_keeps_no_copy_of_the_experts(device):
+    """Two layers of DeepSeek-V3's experts for a few rows: the compiler's own grouped product would turn them all."""
+    count, _, width = EXPERTS["DeepSeek-V3 on expert=8"]
+    shape = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    layers = shape((2, count, width, width), "bfloat16")
+
+    def tokens(x, layers, sizes):
+        def one(carry):
+            step, x = carry
+            return step + 1, jax.lax.scan(lambda x, w: (jnp.tanh(grouped_matmul(x, w, sizes)), None), x, layers)[0]
+
+        return jax.lax.while_loop(lambda carry: carry[0] < sizes[0], one, (jnp.int32(0), x))[1]
+
+    with planned_for("tpu"):
+        arguments = shape((FEW_ROWS, width), "bfloat16"), layers, shape((count,), jnp.int32)
+        compiled = jax.jit(tokens).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < layers.size * 2 / 4
