@@ -29,7 +29,8 @@ def prompts_of(model_dir: str, rows: int, length: int) -> list[list[int]]:
 def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     """A function that makes the tokens with our engine."""
     from ches_jax.distributed.mesh import make_mesh
-    from ches_jax.generate.engine import Engine, Request
+    from ches_jax.generate.engine import Engine
+    from ches_jax.generate.packing import Request
     from ches_jax.generate.sampling import Sampling, key_data
     from ches_jax.models.checkpoint.load import load_model
 
