@@ -9,6 +9,7 @@ loops over its own rows, without a collective; with other axes the compiler plac
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -250,20 +251,21 @@ class Engine:
         self._prefill, self._decode = decoding_programs(decoding, mesh)
 
     def batches(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[Shape, list[int]]]:
-        """Numbers of the requests that go together, at most ``rows``, of one bucket; short prompts first.
+        """Numbers of the requests that go together, ``rows`` of them while there are so many; short prompts first.
 
-        All batches of a bucket have one shape, that of these requests alone: a text is the same in every run.
+        All batches whose longest prompts are of one bucket have one shape, which follows from these requests alone: a
+        text is the same in every run.
         """
-        by_bucket: dict[int, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_bucket.setdefault(bucket(len(request.prompt)), []).append(i)
-        for size, members in sorted(by_bucket.items()):
-            batches = [members[a : a + rows] for a in range(0, len(members), rows)]
+        buckets = [bucket(len(request.prompt)) for request in requests]
+        order = sorted(range(len(requests)), key=buckets.__getitem__)
+        batches = [order[a : a + rows] for a in range(0, len(order), rows)]
+        for size, of_bucket in groupby(batches, key=lambda batch: buckets[batch[-1]]):
+            same = list(of_bucket)
             if self._packs:
-                shape = packed_shape([[requests[i] for i in batch] for batch in batches], rows, self._parts)
+                shape = packed_shape([[requests[i] for i in batch] for batch in same], rows, self._parts)
             else:
                 shape = apart_shape(rows, self._parts, size)
-            yield from ((shape, batch) for batch in batches)
+            yield from ((shape, batch) for batch in same)
 
     def __call__(
         self, requests: Sequence[Request], rows: int, progress: Callable[[int], None] = lambda n: None

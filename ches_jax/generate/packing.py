@@ -109,7 +109,7 @@ def apart_shape(rows: int, parts: int, longest: int) -> Shape:
 
 
 def packed_shape(batches: Sequence[Sequence[Request]], rows: int, parts: int) -> Shape:
-    """The shape that holds each of the batches, whose prompts are of one bucket, packed."""
+    """The shape that holds each of the batches, whose longest prompts are of one bucket, packed."""
     shards = [part for batch in batches for part in _parts(batch, rows, parts)]
     size = bucket(max(len(request.prompt) for batch in batches for request in batch))
     lengths = [[len(ids) for ids, _ in distinct(part)] for part in shards]
