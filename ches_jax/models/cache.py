@@ -107,6 +107,23 @@ def _taken(
     return jax.vmap(lambda row, numbers: row[numbers])(whole, keys)
 
 
+def unpacked(kept: Cache, source: Int[Array, "B P"], slots: int) -> Cache:
+    """The cache of texts, from that of a stream of prompts: of keys and values, where their prompts' are.
+
+    Args:
+      kept: of R rows of T positions; all layers attend.
+      source: position of each slot in the stream, row after row.
+      slots: room of each text, P at least.
+    """
+
+    def of(a: Float[Array, "L R K T H"]) -> Float[Array, "L B K slots H"]:
+        row, at = source // a.shape[3], source % a.shape[3]
+        taken = a[:, row, :, at].transpose(2, 0, 3, 1, 4)
+        return jnp.pad(taken, [(0, 0)] * 3 + [(0, slots - source.shape[1]), (0, 0)])
+
+    return jax.tree.map(of, kept)
+
+
 def keep_heads(pair: KeysValues, logical: LogicalMesh | None) -> KeysValues:
     """Hold the keys and values of a stack sharded by rows and, where they divide, by key/value heads."""
     if logical is None:

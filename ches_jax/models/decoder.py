@@ -286,6 +286,37 @@ class Decoder(nnx.Module):
         assert filled is not None
         return self.norm(x), filled
 
+    def prefill_packed(
+        self,
+        tokens: Int[Array, "R T"],
+        start: Int[Array, "R T"],
+        lengths: Int[Array, "R T"],
+        source: Int[Array, "B P"],
+        slots: int,
+        *,
+        attend: Attend = dense.dense,
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """``prefill`` of prompts that lie end to end in rows: states of their last tokens, and the cache of B texts.
+
+        Args:
+          tokens: token ids.
+          start: index of the first token of the prompt that a position belongs to.
+          lengths: as for ``hidden``.
+          source: where each slot's token is, see ``cache.unpacked``; of the last slot, that of the prompt's last token.
+          slots: room in the cache, P at least.
+          attend: how attention is computed.
+
+        Only where ``packs_prompts``.
+        """
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        none = jnp.zeros(tokens.shape, jnp.int32)
+        ranges = key_ranges(Visibility(none, none, start))
+        x, context, data = self._start(tokens, index - start, ranges, lengths, attend, None)
+        room = empty_cache(self.config, len(tokens), tokens.shape[1], self.dtype)
+        x, filled, *_ = self._run_layers(x, context, data, None, kept=room)
+        assert filled is not None
+        return self.norm(x.reshape(-1, x.shape[-1])[source[:, -1]]), cache.unpacked(filled, source, slots)
+
     def extend(
         self,
         tokens: Int[Array, "B T"],
@@ -564,6 +595,12 @@ def layer_data(config: DecoderConfig) -> LayerData:
         local=jnp.array([w is not None for w in config.windows], jnp.int32),
         rotated=jnp.array(config.rotated or (True,) * config.num_layers, jnp.int32),
     )
+
+
+def packs_prompts(config: DecoderConfig) -> bool:
+    """Whether prompts may lie end to end in a row and each still leave a cache: no layer keeps a state."""
+    kept = jax.eval_shape(lambda: empty_cache(config, 1, 1, jnp.dtype(jnp.float32)))
+    return all(of_stack is None or isinstance(of_stack, cache.KeysValues) for of_stack in kept)
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:

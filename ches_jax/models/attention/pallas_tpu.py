@@ -39,9 +39,10 @@ KEYS = 256
 SCORE_COLUMNS = 1024
 """Queries of a block times the query heads of a key/value head, about."""
 WIDE = 2048
-LARGE_BLOCK = 2**21
+LARGE_BLOCK = 2**20
 """Bytes of a block of queries from which the kernels get more of a core's memory than the 16 MiB of the compiler's
-default: in float32 with 32 query heads of 128 channels the gradient takes 20.1 MiB."""
+default: in float32 the gradient takes 20.1 MiB with 32 query heads of 128 channels on v5e, and 16.4 MiB with 2 of
+256 channels on v5p."""
 VMEM = 2**25
 
 
