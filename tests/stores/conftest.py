@@ -47,6 +47,7 @@ def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # those of a server before this one
         fs = s3fs.S3FileSystem(use_listings_cache=False)
         fs.mkdir("pod")
         fs.put(f"{bundled.model_dir()}/", "pod/model/", recursive=True)
