@@ -327,8 +327,8 @@ def _stage(verb: str, words: list[str], *, resume: bool, quiet: bool) -> Outcome
 class Generate(RunOutput, GenerateConfig):
     """Continue prompts by sampling (or greedily): responses.jsonl, a row for each text.
 
-    Prompts are text or conversations, of a file of their own or of preference pairs. Prompts are padded to powers of
-    two from 32, and one program is compiled for each that occurs.
+    Prompts are text or conversations, of a file of their own or of preference pairs. Room for prompts
+    is a power of two from 32, and a program is compiled for each that occurs; equal prompts of a batch are read once.
     """
 
     def run(self) -> Outcome:

@@ -1,13 +1,15 @@
 """Batches of prompts to tokens: one compiled prefill and one compiled loop of single steps per length of prompts.
 
-Prompts are padded on the left to a *bucket*, a power of two, so that few shapes are compiled; the cache has room for
-the bucket and the new tokens. The loop ends when every row has ended. On a data-only mesh each device loops over its
-own rows, without a collective; with other axes the compiler places the collectives.
+The cache has room for the new tokens behind a *bucket*, a power of two, at whose end a prompt is, so that few shapes
+are compiled. The prompts themselves go through the model packed (``packing``); where layers keep a state, and where
+weights are sharded, each has a row of its own. The loop ends when every row has ended. On a data-only mesh each device
+loops over its own rows, without a collective; with other axes the compiler places the collectives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -19,29 +21,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.distributed.mesh import ROWS, put_own_rows, row_shards, spans_processes, weights_are_whole
 from ches_jax.errors import ChesError
-from ches_jax.generate.sampling import WORDS, Sampling, draw, row_keys
+from ches_jax.generate.packing import (
+    Prompts,
+    Request,
+    Shape,
+    Stream,
+    apart_shape,
+    arrays,
+    bucket,
+    held,
+    packed_shape,
+)
+from ches_jax.generate.sampling import Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
-from ches_jax.models.decoder import Decoder
+from ches_jax.models.decoder import Decoder, cache_apart, cache_stacked, named_parameters, packs_prompts
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate
+from ches_jax.models.stacks import ROOT
 from ches_jax.runs.work import Positions
 
-SMALLEST_BUCKET = 32
+SMALLEST_APART = 2**24
+LARGEST_APART = 2**32
+"""Bytes of the layers between which new tokens run through copies of them (``runs_apart``)."""
+LONGEST_DENSE = 256
+"""Rows up to so long are attended to in one piece: there are few blocks to leave out."""
 SEGMENT = 32
 """New tokens between two looks at the text, where there are stop strings to look for."""
-
-
-class Prompts(NamedTuple):
-    """A batch of prompts; numpy or jax arrays. A row with limit 0 only fills the batch."""
-
-    tokens: Any
-    """int32 [B, P], padded on the left."""
-    first: Any
-    """int32 [B]: index of the first real token."""
-    limit: Any
-    """int32 [B]: most tokens to make."""
-    keys: Any
-    """uint32 [B, W]: data of the row's PRNG key (``sampling.key_data``)."""
 
 
 class State(NamedTuple):
@@ -65,16 +71,6 @@ STATE_SPEC = State(_CACHE_SPEC, ROWS, ROWS, ROWS, ROWS)
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to make."""
-
-    prompt: Sequence[int]
-    key: np.ndarray
-    """uint32 [W]: data of the PRNG key (``sampling.key_data``)."""
-    limit: int
-
-
-@dataclass(frozen=True)
 class Completion:
     """One text that was made."""
 
@@ -86,19 +82,22 @@ class Completion:
     """A stop token came; otherwise the limit or a stop string did."""
 
 
-def bucket(length: int) -> int:
-    """The length a prompt is padded to.
-
-    >>> [bucket(n) for n in (1, 32, 33, 700)]
-    [32, 32, 64, 1024]
-    """
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-
-
 def _depends_on_length(model: Decoder) -> bool:
     """Whether a sequence's length decides which frequencies it rotates with."""
     ropes = (model.config.rope, model.config.local_rope)
     return any(r is not None and r.length_threshold is not None for r in ropes)
+
+
+def runs_apart(model: Decoder) -> bool:
+    """Whether new tokens run through layers that lie apart (``Decoder.layers_apart``): on a CPU, where it is faster.
+
+    Not for layers that stay in the processor's cache, where it only takes longer to compile, and not where a second
+    copy of the weights may not fit.
+    """
+    if platform() != "cpu":
+        return False
+    sizes = (leaf.nbytes for name, leaf in named_parameters(model).items() if name.startswith(f"{ROOT}."))
+    return SMALLEST_APART <= sum(sizes) <= LARGEST_APART
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,16 @@ class Decoding:
     mesh: Mesh | None
     """Where the weights are sharded; None where every device has them whole."""
     by_length: bool
+    packed: bool
+    """Prompts lie end to end in the stream; otherwise each is at the end of its own row of a bucket's length."""
 
     def _lengths(self, p: Prompts) -> Any:
         """The longest each sequence can become, where that decides its frequencies."""
-        return p.tokens.shape[1] - p.first + p.limit if self.by_length else None
+        return p.source.shape[1] - p.first + p.limit if self.by_length else None
 
     def _append(self, p: Prompts, s: State, step: Any, hidden: Any, model: Decoder) -> State:
         """The state with token ``step`` of every row that is not finished."""
-        tokens, logps = draw(row_keys(p.keys), step, model.logits(hidden), self.sampling)
+        tokens, logps = draw(row_keys(p.keys), step, model.next_logits(hidden, mesh=self.mesh), self.sampling)
         active = ~s.ended & (step < p.limit)
         at = (jnp.int32(0), step)
         ids = jnp.asarray(self.stop_ids, jnp.int32)
@@ -131,31 +132,36 @@ class Decoding:
             ended=s.ended | (active & stops),
         )
 
-    def prefill(self, state: Any, p: Prompts) -> State:
+    def prefill(self, state: Any, stream: Stream, p: Prompts) -> State:
         """The prompts through the model once, and the first token of every row."""
         model = nnx.merge(self.graph, state)
-        rows, length = p.tokens.shape
-        hidden, cache = model.prefill(
-            p.tokens,
-            p.first,
-            length + self.max_new_tokens,
-            self._lengths(p),
-            attend=blocks if length > 256 else dense,
-            mesh=self.mesh,
-        )
+        rows, length = p.source.shape
+        slots = length + self.max_new_tokens
+        attend = blocks if stream.tokens.shape[1] > LONGEST_DENSE else dense
+        if self.packed:
+            last, cache = model.prefill_packed(
+                stream.tokens, stream.start, stream.longest, p.source, slots, attend=attend
+            )
+        else:
+            hidden, cache = model.prefill(
+                stream.tokens, p.first, slots, self._lengths(p), attend=attend, mesh=self.mesh
+            )
+            last = hidden[:, -1]
         empty = State(
             cache,
             jnp.zeros((rows, self.max_new_tokens), jnp.int32),
-            jnp.zeros((rows, self.max_new_tokens), accumulate(hidden.dtype)),
+            jnp.zeros((rows, self.max_new_tokens), accumulate(last.dtype)),
             jnp.zeros((rows,), jnp.int32),
             jnp.zeros((rows,), bool),
         )
-        return self._append(p, empty, jnp.int32(0), hidden[:, -1], model)
+        return self._append(p, empty, jnp.int32(0), last, model)
 
-    def decode(self, state: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
+    def decode(self, state: Any, apart: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
         """Tokens ``begin`` to ``until`` of every row that is not finished; stops early where all are."""
         model = nnx.merge(self.graph, state)
-        length = p.tokens.shape[1]
+        length = p.source.shape[1]
+        if apart is not None:
+            s = s._replace(cache=cache_apart(model.config, s.cache))
 
         def unfinished(carry):
             step, s = carry
@@ -164,10 +170,13 @@ class Decoding:
         def next_token(carry):
             step, s = carry
             last = lax.dynamic_slice_in_dim(s.tokens, step - 1, 1, axis=1)
-            hidden, cache = model.extend(last, s.cache, length + step - 1, p.first, self._lengths(p), mesh=self.mesh)
+            hidden, cache = model.extend(
+                last, s.cache, length + step - 1, p.first, self._lengths(p), apart=apart, mesh=self.mesh
+            )
             return step + 1, self._append(p, s._replace(cache=cache), step, hidden[:, 0], model)
 
-        return lax.while_loop(unfinished, next_token, (begin, s))[1]
+        s = lax.while_loop(unfinished, next_token, (begin, s))[1]
+        return s if apart is None else s._replace(cache=cache_stacked(model.config, s.cache))
 
 
 def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Callable, Callable]:
@@ -176,8 +185,8 @@ def _on_each_device(prefill: Callable, decode: Callable, mesh: Mesh) -> tuple[Ca
     # check_vma off: loops carry per-device values from constant initial ones
     options: dict[str, Any] = {"mesh": mesh, "out_specs": STATE_SPEC, "check_vma": False}
     return (
-        jax.shard_map(prefill, in_specs=(whole, ROWS), **options),
-        jax.shard_map(decode, in_specs=(whole, ROWS, STATE_SPEC, whole, whole), **options),
+        jax.shard_map(prefill, in_specs=(whole, ROWS, ROWS), **options),
+        jax.shard_map(decode, in_specs=(whole, whole, ROWS, STATE_SPEC, whole, whole), **options),
     )
 
 
@@ -187,15 +196,16 @@ def decoding_programs(decoding: Decoding, mesh: Mesh) -> tuple[Any, Any]:
     prefill, decode = decoding.prefill, decoding.decode
     if decoding.mesh is None:
         prefill, decode = _on_each_device(prefill, decode, mesh)
-    return jax.jit(prefill), jax.jit(decode, donate_argnums=2)
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=3)
 
 
 class Engine:
     """``engine(requests)`` makes texts of any number of prompts, batch by batch.
 
     Attributes:
-      shapes: (rows, prompt bucket) compiled so far.
-      counted: positions that went through the model so far, of prompts and of new tokens; no text shares any.
+      shapes: what was compiled so far.
+      counted: positions that went through the model so far, of prompts and of new tokens; equal prompts of a batch are
+        computed once.
     """
 
     def __init__(
@@ -222,24 +232,40 @@ class Engine:
         self.mesh = mesh
         self.max_new_tokens = max_new_tokens
         self.stop_check = stop_check
-        self.shapes: list[tuple[int, int]] = []
+        self.shapes: list[Shape] = []
         self.counted = Positions()
         graph, state = nnx.split(model)
         whole = weights_are_whole(mesh)
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec())) if whole else state
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._state = jax.device_put(state, everywhere) if whole else state
+        self._apart = None
+        if whole and runs_apart(model):
+            split = jax.jit(lambda state: nnx.merge(graph, state).layers_apart(), out_shardings=everywhere)
+            self._apart = split(self._state)
+        self._parts = row_shards(mesh)
+        self._packs = whole and packs_prompts(model.config)
+        by_length = _depends_on_length(model)
         decoding = Decoding(
-            graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, _depends_on_length(model)
+            graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, by_length, self._packs
         )
         self._prefill, self._decode = decoding_programs(decoding, mesh)
 
-    def batches(self, requests: Sequence[Request], rows: int) -> Iterator[list[int]]:
-        """Numbers of the requests that go together: of one bucket, at most ``rows``, short prompts first."""
-        by_bucket: dict[int, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_bucket.setdefault(bucket(len(request.prompt)), []).append(i)
-        for _, members in sorted(by_bucket.items()):
-            for a in range(0, len(members), rows):
-                yield members[a : a + rows]
+    def batches(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[Shape, list[int]]]:
+        """Numbers of the requests that go together, ``rows`` of them while there are so many; short prompts first.
+
+        All batches whose longest prompts are of one bucket have one shape, which follows from these requests alone: a
+        text is the same in every run.
+        """
+        buckets = [bucket(len(request.prompt)) for request in requests]
+        order = sorted(range(len(requests)), key=buckets.__getitem__)
+        batches = [order[a : a + rows] for a in range(0, len(order), rows)]
+        for size, of_bucket in groupby(batches, key=lambda batch: buckets[batch[-1]]):
+            same = list(of_bucket)
+            if self._packs:
+                shape = packed_shape([[requests[i] for i in batch] for batch in same], rows, self._parts)
+            else:
+                shape = apart_shape(rows, self._parts, size)
+            yield from ((shape, batch) for batch in same)
 
     def __call__(
         self, requests: Sequence[Request], rows: int, progress: Callable[[int], None] = lambda n: None
@@ -249,33 +275,31 @@ class Engine:
         Raises:
           ChesError: the device has not enough memory.
         """
-        assert rows % row_shards(self.mesh) == 0
+        assert rows % self._parts == 0
         texts: dict[int, Completion] = {}
-        for members in self.batches(requests, rows):
-            completions = self._batch([requests[i] for i in members], rows)
+        for shape, members in self.batches(requests, rows):
+            completions = self._batch([requests[i] for i in members], shape)
             texts.update(zip(members, completions, strict=True))
             progress(len(members))
         return [texts[i] for i in range(len(requests))]
 
-    def _batch(self, requests: Sequence[Request], rows: int) -> list[Completion]:
-        prompts = padded(requests, rows)
-        shape = prompts.tokens.shape
+    def _batch(self, requests: Sequence[Request], shape: Shape) -> list[Completion]:
         try:
-            completions = self._run(prompts, requests)
+            completions = self._run(*arrays(requests, shape, self._parts), requests)
         except jax.errors.JaxRuntimeError as e:
             raise _explained(e, shape, self.max_new_tokens) from e
         if shape not in self.shapes:
             self.shapes.append(shape)
         return completions
 
-    def _run(self, prompts: Prompts, requests: Sequence[Request]) -> list[Completion]:
+    def _run(self, stream: Stream, prompts: Prompts, requests: Sequence[Request]) -> list[Completion]:
         on_mesh = put_own_rows(prompts, self.mesh)
-        state = self._prefill(self._state, on_mesh)
+        state = self._prefill(self._state, put_own_rows(stream, self.mesh), on_mesh)
         most = int(prompts.limit.max())
         stopped = np.zeros(len(prompts.limit), bool)
         for begin in range(1, most, most if self.stop_check is None else SEGMENT):
             until = most if self.stop_check is None else min(begin + SEGMENT, most)
-            state = self._decode(self._state, on_mesh, state, np.int32(begin), np.int32(until))
+            state = self._decode(self._state, self._apart, on_mesh, state, np.int32(begin), np.int32(until))
             if self.stop_check is not None:
                 stopped |= self._stopped(state, requests)
                 _, _, count, ended = self._fetch(state)
@@ -284,7 +308,7 @@ class Engine:
                 # ended rows make nothing more; whether a stop token ended them is decided below
                 state = state._replace(ended=put_own_rows(ended | stopped, self.mesh))
         tokens, logps, count, ended = self._fetch(state)
-        self._count(prompts, count, requests)
+        self._count(stream, count, requests)
         return [
             Completion(
                 tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i])
@@ -292,19 +316,19 @@ class Engine:
             for i, n in enumerate(count[: len(requests)].tolist())
         ]
 
-    def _count(self, prompts: Prompts, made: np.ndarray, requests: Sequence[Request]) -> None:
+    def _count(self, stream: Stream, made: np.ndarray, requests: Sequence[Request]) -> None:
         """Adds a batch: its prompts, and a step for each token of a text but the last, which no state follows.
 
         Rows that lie apart (a data-only mesh) take the steps of their own longest text, others those of the batch.
         """
-        parts = row_shards(self.mesh) if weights_are_whole(self.mesh) else 1
+        parts = self._parts if weights_are_whole(self.mesh) else 1
         steps = np.maximum(made - 1, 0)
         rows = len(made) // parts
-        held = sum(len(a.prompt) for a in requests) + int(steps[: len(requests)].sum())
+        of_texts = int(steps[: len(requests)].sum())
         self.counted.add(
-            computed=prompts.tokens.size + rows * int(steps.reshape(parts, rows).max(axis=1).sum()),
-            used=held,
-            apart=held,
+            computed=stream.tokens.size + rows * int(steps.reshape(parts, rows).max(axis=1).sum()),
+            used=held(stream) + of_texts,
+            apart=sum(len(a.prompt) for a in requests) + of_texts,
         )
 
     def _fetch(self, state: State) -> tuple[np.ndarray, ...]:
@@ -324,25 +348,11 @@ class Engine:
         return out
 
 
-def padded(requests: Sequence[Request], rows: int) -> Prompts:
-    """The batch of prompts of one bucket."""
-    length = max(bucket(len(a.prompt)) for a in requests)
-    tokens = np.zeros((rows, length), np.int32)
-    first = np.full(rows, length - 1, np.int32)  # a row that fills the batch is one token long
-    limit = np.zeros(rows, np.int32)
-    keys = np.zeros((rows, WORDS), np.uint32)
-    for i, request in enumerate(requests):
-        first[i] = length - len(request.prompt)
-        tokens[i, first[i] :] = request.prompt
-        limit[i], keys[i] = request.limit, request.key
-    return Prompts(tokens, first, limit, keys)
-
-
-def _explained(error: Exception, shape: tuple[int, int], new: int) -> Exception:
+def _explained(error: Exception, shape: Shape, new: int) -> Exception:
     """Out of memory as a message that helps; any other failure as it is."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     return ChesError(
-        f"out of device memory for batches of {shape[0]} rows x {shape[1]} + {new} tokens: lower --batch-size or "
+        f"out of device memory for batches of {shape.rows} rows x {shape.bucket} + {new} tokens: lower --batch-size or "
         "--max-new-tokens, use --dtype bfloat16, or shard the weights with --mesh fsdp=N"
     )

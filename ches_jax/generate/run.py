@@ -5,6 +5,7 @@ from the row alone (to rounding: a batch of another size adds up in another orde
 it was and ends in the same bytes.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from ches_jax.distributed.mesh import row_shards
 from ches_jax.distributed.processes import start_run
 from ches_jax.errors import ChesError, require_config
 from ches_jax.generate.config import GenerateConfig, checked
-from ches_jax.generate.engine import Engine, Request
+from ches_jax.generate.engine import Engine
+from ches_jax.generate.packing import Request, Shape
 from ches_jax.generate.prompts import Encoder, Inputs, Prompt, open_model_and_prompts
 from ches_jax.generate.sampling import key_data
 from ches_jax.generate.stops import Finisher, stop_ids
@@ -116,7 +118,7 @@ def _generate_chunks(
     return {
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "compiled_shapes": [list(s) for s in generator.shapes],
+        "compiled_shapes": [dataclasses.asdict(s) for s in generator.shapes],
         "work": work.facts(**generator.counted.facts()),
     }
 
@@ -161,7 +163,7 @@ class Generator:
         )
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
+    def shapes(self) -> list[Shape]:
         """Batch shapes compiled so far."""
         return self._engine.shapes
 

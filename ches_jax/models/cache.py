@@ -47,7 +47,7 @@ class Memory:
     kept: Any = None
     """Of all layers of the stack."""
     layer: Int[Array, ""] | None = None
-    """Which of them this one is."""
+    """Which of them this one is; None: ``kept`` is of this one alone."""
     slot: Int[Array, ""] | None = None
     """Where the tokens of this call go; None: they are the first ones, and nothing is read."""
     logical: LogicalMesh | None = None
@@ -65,12 +65,14 @@ class Memory:
         if self.keys is not None:
             before = self._of_layer()
             return _taken(before.k, k, self.keys), _taken(before.v, v, self.keys)
-        assert self.layer is not None
         none = jnp.int32(0)
-        at = (self.layer, none, none, none if self.slot is None else self.slot, none)
-        pairs = zip(self.kept, (k, v), strict=True)
-        written = (lax.dynamic_update_slice(a, new.swapaxes(1, 2)[None], at) for a, new in pairs)
-        self.kept = keep_heads(KeysValues(*written), self.logical)
+        at = (none, none, none if self.slot is None else self.slot, none)
+        pairs = [(a, new.swapaxes(1, 2)) for a, new in zip(self.kept, (k, v), strict=True)]
+        if self.layer is None:
+            self.kept = KeysValues(*(lax.dynamic_update_slice(a, new, at) for a, new in pairs))
+        else:
+            written = (lax.dynamic_update_slice(a, new[None], (self.layer, *at)) for a, new in pairs)
+            self.kept = keep_heads(KeysValues(*written), self.logical)
         if self.slot is None:
             return k, v
         k, v = (a.swapaxes(1, 2) for a in self._of_layer())
@@ -82,11 +84,17 @@ class Memory:
 
     def keep(self, state: Any) -> None:
         """Put arrays of the whole layer, rows first, in place of those it kept."""
-        self.kept = jax.tree.map(
-            lambda a, new: lax.dynamic_update_index_in_dim(a, new.astype(a.dtype), self.layer, 0), self.kept, state
-        )
+        state = jax.tree.map(lambda a, new: new.astype(a.dtype), self.kept, state)
+        if self.layer is None:
+            self.kept = state
+        else:
+            self.kept = jax.tree.map(
+                lambda a, new: lax.dynamic_update_index_in_dim(a, new, self.layer, 0), self.kept, state
+            )
 
     def _of_layer(self) -> Any:
+        if self.layer is None:
+            return self.kept
         return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, self.layer, 0, keepdims=False), self.kept)
 
 
@@ -97,6 +105,23 @@ def _taken(
     first = jnp.repeat(before.swapaxes(1, 2), len(new), axis=0)
     whole = jnp.concatenate([first, new], axis=1)
     return jax.vmap(lambda row, numbers: row[numbers])(whole, keys)
+
+
+def unpacked(kept: Cache, source: Int[Array, "B P"], slots: int) -> Cache:
+    """The cache of texts, from that of a stream of prompts: of keys and values, where their prompts' are.
+
+    Args:
+      kept: of R rows of T positions; all layers attend.
+      source: position of each slot in the stream, row after row.
+      slots: room of each text, P at least.
+    """
+
+    def of(a: Float[Array, "L R K T H"]) -> Float[Array, "L B K slots H"]:
+        row, at = source // a.shape[3], source % a.shape[3]
+        taken = a[:, row, :, at].transpose(2, 0, 3, 1, 4)
+        return jnp.pad(taken, [(0, 0)] * 3 + [(0, slots - source.shape[1]), (0, 0)])
+
+    return jax.tree.map(of, kept)
 
 
 def keep_heads(pair: KeysValues, logical: LogicalMesh | None) -> KeysValues:

@@ -41,7 +41,7 @@ from ches_jax.models.sharding import (
     with_auto_axes,
 )
 from ches_jax.models.stacks import ROOT, Stack, layer_groups, stacks
-from ches_jax.models.vocabulary import looked_up
+from ches_jax.models.vocabulary import looked_up, products
 
 ArrayOrNumpy = Array | np.ndarray
 NO_WINDOW = 2**30
@@ -286,6 +286,37 @@ class Decoder(nnx.Module):
         assert filled is not None
         return self.norm(x), filled
 
+    def prefill_packed(
+        self,
+        tokens: Int[Array, "R T"],
+        start: Int[Array, "R T"],
+        lengths: Int[Array, "R T"],
+        source: Int[Array, "B P"],
+        slots: int,
+        *,
+        attend: Attend = dense.dense,
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """``prefill`` of prompts that lie end to end in rows: states of their last tokens, and the cache of B texts.
+
+        Args:
+          tokens: token ids.
+          start: index of the first token of the prompt that a position belongs to.
+          lengths: as for ``hidden``.
+          source: where each slot's token is, see ``cache.unpacked``; of the last slot, that of the prompt's last token.
+          slots: room in the cache, P at least.
+          attend: how attention is computed.
+
+        Only where ``packs_prompts``.
+        """
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        none = jnp.zeros(tokens.shape, jnp.int32)
+        ranges = key_ranges(Visibility(none, none, start))
+        x, context, data = self._start(tokens, index - start, ranges, lengths, attend, None)
+        room = empty_cache(self.config, len(tokens), tokens.shape[1], self.dtype)
+        x, filled, *_ = self._run_layers(x, context, data, None, kept=room)
+        assert filled is not None
+        return self.norm(x.reshape(-1, x.shape[-1])[source[:, -1]]), cache.unpacked(filled, source, slots)
+
     def extend(
         self,
         tokens: Int[Array, "B T"],
@@ -294,6 +325,7 @@ class Decoder(nnx.Module):
         first: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
         *,
+        apart: tuple[nnx.State, ...] | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of the next tokens of each row, and the cache with them in it.
@@ -304,6 +336,7 @@ class Decoder(nnx.Module):
           slot: the same for all rows.
           first: first slot of each row's text, see ``models.cache``.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
+          apart: ``layers_apart``; the cache is ``cache_apart`` then, and no layer is in a scan.
           mesh: as for ``hidden``.
         """
         logical = self._decoding_mesh(mesh)
@@ -311,9 +344,21 @@ class Decoder(nnx.Module):
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
         x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
-        x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        if apart is None:
+            x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
+        else:
+            x, filled = self._run_apart(apart, x, context, data, kept, slot)
         assert filled is not None
         return self.norm(x), filled
+
+    def layers_apart(self) -> tuple[nnx.State, ...]:
+        """The parameters of every layer by themselves, in order: copies of those that are stacked."""
+        apart: dict[int, nnx.State] = {}
+        for stack in stacks(self.config):
+            state = nnx.state(self.stack(stack.name))
+            for i, number in enumerate(stack.layers):
+                apart[number] = jax.tree.map(lambda a, i=i: a[i], state)
+        return tuple(apart[number] for number in sorted(apart))
 
     def hidden_behind(
         self,
@@ -451,6 +496,24 @@ class Decoder(nnx.Module):
         left = None if kept is None else tuple(caches.values())
         return _Ran(x, left, routed, jnp.concatenate(tapped) if tapped else None)
 
+    def _run_apart(
+        self, apart: tuple[nnx.State, ...], x: Array, context: Context, data: LayerData, kept: Cache, slot: Array
+    ) -> tuple[Array, Cache]:
+        """The layers one after the other, each with parameters and a cache of its own: XLA copies neither.
+
+        In a scan it copies both at every step, which for a few tokens costs as much as their products.
+        """
+        graphs = {n: nnx.graphdef(self.stack(stack.name)) for stack in stacks(self.config) for n in stack.layers}
+        lent: dict[str, tuple[Array, Array]] = {}
+        left = []
+        for number, (weights, own) in enumerate(zip(apart, kept, strict=True)):
+            memory = Memory(own, None, slot)
+            here = context._replace(lent=lent, routing=[])
+            x = nnx.merge(graphs[number], weights)(x, here, jax.tree.map(lambda a, n=number: a[n], data), memory)
+            lent = lent | memory.lent
+            left.append(memory.kept)
+        return x, tuple(left)
+
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """``cap(scale * h W^T)`` in float32 at least: the scores of every token of the vocabulary.
 
@@ -466,6 +529,16 @@ class Decoder(nnx.Module):
             return with_auto_axes(self, logical, Decoder.logits, (hidden,), PartitionSpec(*rows, None))
         return self.logit_transform(matmul(hidden, self.unembedding).astype(accumulate(hidden.dtype)))
 
+    def next_logits(self, hidden: Float[Array, "B D"], *, mesh: Mesh | None = None) -> Float[Array, "B V"]:
+        """``logits`` of one state of each row, where the unembedding stays sharded.
+
+        Args:
+          hidden: of the last token of each row, from ``prefill`` or ``extend``.
+          mesh: as for these.
+        """
+        found = products(hidden, self.unembedding, self._decoding_mesh(mesh))
+        return self.logit_transform(found.astype(accumulate(hidden.dtype)))
+
     def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Elementwise, from ``h W^T`` to the logits: the family's scale and soft-cap."""
         c, y = self.config, products
@@ -475,6 +548,24 @@ class Decoder(nnx.Module):
             cap = jnp.asarray(c.logit_softcap, y.dtype)
             y = cap * jnp.tanh(y / cap)
         return y
+
+
+def cache_apart(config: DecoderConfig, kept: Cache) -> Cache:
+    """A cache with the arrays of each layer by themselves, layer after layer."""
+    apart = {
+        number: jax.tree.map(lambda a, i=i: a[i], of_stack)
+        for stack, of_stack in zip(stacks(config), kept, strict=True)
+        for i, number in enumerate(stack.layers)
+    }
+    return tuple(apart[number] for number in sorted(apart))
+
+
+def cache_stacked(config: DecoderConfig, apart: Cache) -> Cache:
+    """The cache that ``cache_apart`` took apart."""
+    return tuple(
+        jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *(apart[number] for number in stack.layers))
+        for stack in stacks(config)
+    )
 
 
 class _Ran(NamedTuple):
@@ -504,6 +595,12 @@ def layer_data(config: DecoderConfig) -> LayerData:
         local=jnp.array([w is not None for w in config.windows], jnp.int32),
         rotated=jnp.array(config.rotated or (True,) * config.num_layers, jnp.int32),
     )
+
+
+def packs_prompts(config: DecoderConfig) -> bool:
+    """Whether prompts may lie end to end in a row and each still leave a cache: no layer keeps a state."""
+    kept = jax.eval_shape(lambda: empty_cache(config, 1, 1, jnp.dtype(jnp.float32)))
+    return all(of_stack is None or isinstance(of_stack, cache.KeysValues) for of_stack in kept)
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:

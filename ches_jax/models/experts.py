@@ -31,6 +31,9 @@ from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import expert_axes
 
+FEW_ROWS = 256
+"""Rows of which a TPU is given all products with all matrices: reading these takes longer. For its grouped product the
+matrices are turned, and in a loop over new tokens the compiler keeps a turned copy of all of them."""
 ROWS_BY_COLUMNS = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
@@ -57,13 +60,24 @@ def grouped_matmul(
     >>> grouped_matmul(x, w, jnp.array([1, 2])).tolist()
     [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
     """
-    product = _one_group_at_a_time if platform() == "cpu" else _ragged
+    if platform() == "cpu":
+        product = _one_group_at_a_time
+    else:
+        product = _every_group if platform() == "tpu" and len(x) <= FEW_ROWS else _ragged
     return product(x, weight.astype(x.dtype), sizes)
 
 
 def _ragged(x: Array, weight: Array, sizes: Array) -> Array:
     """One grouped product of the backend."""
     return lax.ragged_dot_general(x, weight, sizes, ROWS_BY_COLUMNS, precision=matmul_precision(x.dtype))
+
+
+def _every_group(x: Array, weight: Array, sizes: Array) -> Array:
+    """All rows times all matrices, of which each row keeps one product."""
+    products = lax.dot_general(x, weight, (((1,), (2,)), ((), ())), precision=matmul_precision(x.dtype))
+    row, ends = jnp.arange(len(x), dtype=sizes.dtype)[:, None], jnp.cumsum(sizes)[None]
+    own = (row >= ends - sizes[None]) & (row < ends)
+    return jnp.where(own[..., None], products, jnp.zeros_like(products)).sum(1)
 
 
 def _one_group_at_a_time(x: Array, weight: Array, sizes: Array) -> Array:

@@ -20,6 +20,7 @@ from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionPa
 from ches_jax.models.attention.mask import KeyRanges, within
 from ches_jax.models.cache import KeysValues, Memory, empty_keys_values
 from ches_jax.models.config import Activation, DecoderConfig, QueryGrowth
+from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, matmul_precision
 
 ACTIVATIONS = {
@@ -30,10 +31,23 @@ ACTIVATIONS = {
 }
 
 
+FEW_ROWS = 32
+"""Most rows, of one token each, whose product is turned round on a CPU: measured, 4 rows take a quarter less time, 16 a
+seventh, 64 as long as before."""
+
+
 def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
     """``x @ weight.T`` in the dtype of x; float32 and float64 at full precision on every backend."""
+    weight, precision = weight.astype(x.dtype), matmul_precision(x.dtype)
+    rows = x.size // x.shape[-1]
+    one_each = x.ndim > 2 and x.shape[-2] == 1
+    if platform() == "cpu" and one_each and 1 < rows <= FEW_ROWS:
+        # XLA packs the right factor anew at every call, which costs more than the product if that is the weights;
+        # the barrier keeps it from turning the product round
+        turned = lax.dot_general(weight, x.reshape(rows, -1), (((1,), (1,)), ((), ())), precision=precision)
+        return lax.optimization_barrier(turned).T.reshape(*x.shape[:-1], -1)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight.astype(x.dtype), contract, precision=matmul_precision(x.dtype))
+    return lax.dot_general(x, weight, contract, precision=precision)
 
 
 @jax.custom_vjp

@@ -9,8 +9,9 @@ Both directions walk over chunks of positions. The forward keeps one number per 
 chunks as a fixed amount of memory holds, never of all; the backward computes the others again. Largest arrays: those,
 [chunk, vocabulary] and the gradient of W.
 
-On a mesh (``Head.logical``) each device walks over a part of the vocabulary (``vocabulary.Vocabulary``), so that W and
-its gradient are nowhere whole.
+On a mesh (``Head.logical``) W and its gradient are nowhere whole, and what is less travels: each device walks over a
+part of the vocabulary (``vocabulary.Vocabulary``), for the states of all rows that share it, a chunk at a time; or it
+keeps its states, and W comes by in pieces (``unembedding_pieces``).
 
 >>> h, w, y = jnp.ones((1, 3, 2)), jnp.zeros((4, 2)), jnp.array([[0, 1, 3]])
 >>> token_logps(h, w, y, Head(chunk=2)).round(3).tolist()  # ln 1/4
@@ -19,16 +20,17 @@ its gradient are nowhere whole.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.distributed.mesh import LogicalMesh
+from ches_jax.models.head import Head, logit_gradient, logits_of
 from ches_jax.models.platform import platform
-from ches_jax.models.precision import accumulate, einsum, matmul_precision
+from ches_jax.models.precision import accumulate, einsum
+from ches_jax.models.unembedding_pieces import PIECE, gradients_by_piece, logps_by_piece, unembedding_travels
 from ches_jax.models.vocabulary import Vocabulary, place_of
 
 LOGITS_PER_CHUNK = {"cpu": 2**22}
@@ -36,19 +38,6 @@ LOGITS_PER_CHUNK = {"cpu": 2**22}
 LOGITS_ON_ACCELERATOR = 2**27
 LOGITS_KEPT = {"cpu": 2**25}
 """Logits kept for the backward pass, by platform; none elsewhere, where it was not measured."""
-
-
-class Head(NamedTuple):
-    """What turns ``h W^T`` into logits, and how many at a time; static."""
-
-    scale: float | None = None
-    softcap: float | None = None
-    chunk: int | None = None
-    """Positions of each row computed at a time; default: by the size of the vocabulary and the platform."""
-    rounded: bool = False
-    """Round ``h W^T`` to the dtype of the states, as ``Decoder.logits`` does; else it stays in float32 at least."""
-    logical: LogicalMesh | None = None
-    """The mesh that states and W lie on."""
 
 
 def chunk_size(rows: int, count: int, vocabulary: int) -> int:
@@ -71,32 +60,6 @@ def chunks_kept(rows: int, chunk: int, count: int, vocabulary: int) -> int:
     """Chunks whose logits are kept for the backward pass: within the platform's number of logits, and never all."""
     most = LOGITS_KEPT.get(platform(), 0) // (rows * chunk * vocabulary)
     return min(most, -(-count // chunk) - 1)
-
-
-def _logits(h: Array, weight: Array, head: Head) -> Array:
-    """Logits of a chunk."""
-    acc = accumulate(h.dtype)
-    contract = (((h.ndim - 1,), (1,)), ((), ()))
-    out = h.dtype if head.rounded else acc
-    z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=out)
-    z = z.astype(acc)
-    if head.scale is not None:
-        z = z * jnp.asarray(head.scale, acc)
-    if head.softcap is None:
-        return z
-    cap = jnp.asarray(head.softcap, acc)
-    return cap * jnp.tanh(z / cap)
-
-
-def _logit_gradient(z: Array, total: Array, y: Array, g: Array, head: Head, parts: Vocabulary) -> Array:
-    """Gradient by ``h W^T`` from the gradient g by the log-probabilities."""
-    acc = z.dtype
-    at_target = y[..., None] == parts.number(z.shape[-1]).astype(y.dtype)[None, None]
-    dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None]))
-    if head.softcap is not None:
-        # of padding of the vocabulary the logit is minus infinity, and dz is 0
-        dz = dz * (1 - jnp.square(jnp.maximum(z, -head.softcap) / jnp.asarray(head.softcap, acc)))
-    return dz if head.scale is None else dz * jnp.asarray(head.scale, acc)
 
 
 def _split(a: Array, chunk: int) -> Array:
@@ -138,23 +101,25 @@ def forward_token_logps(
     A function with a backward pass of its own, as ``token_logps`` has, is closed to forward mode; here a backward pass
     would keep the logits of all chunks.
     """
-    return _over_chunks(_logps_of_chunk, hidden, weight, target, head)
+
+    def on_device(parts: Vocabulary, hidden: Array, weight: Array, target: Array) -> Array:
+        if unembedding_travels(parts, *hidden.shape[:2]):
+            return logps_by_piece(parts, hidden, weight, target, head)[0]
+        return _over_chunks(_logps_of_chunk, parts, hidden, weight, target, head)
+
+    return _on_mesh(on_device, head, (hidden, weight, target), "rwr", "r")
 
 
 _token_logps = jax.custom_vjp(forward_token_logps, nondiff_argnums=(3,))
 
 
 def _over_chunks(
-    of_chunk: Callable[..., Array], hidden: Array, weight: Array, target: Array, head: Head
+    of_chunk: Callable[..., Array], parts: Vocabulary, hidden: Array, weight: Array, target: Array, head: Head
 ) -> Float[Array, "B M *n"]:
-    """What ``of_chunk`` gives of every position, wherever states and weight lie."""
-
-    def on_device(parts: Vocabulary, hidden: Array, weight: Array, target: Array) -> Array:
-        rounded = parts.part(weight.astype(hidden.dtype))
-        chunks = _split(hidden, _chunk(hidden, parts, head)), _split(target, _chunk(hidden, parts, head))
-        return _joined(lax.map(lambda part: of_chunk(part, rounded, head, parts), chunks), hidden.shape[1])
-
-    return _on_mesh(on_device, head, (hidden, weight, target), "rwr", "r")
+    """What ``of_chunk`` gives of every position, on a device of the mesh or on the one there is."""
+    rounded, chunk = parts.part(weight.astype(hidden.dtype)), _chunk(hidden, parts, head)
+    chunks = _split(hidden, chunk), _split(target, chunk)
+    return _joined(lax.map(lambda part: of_chunk(part, rounded, head, parts), chunks), hidden.shape[1])
 
 
 def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lies: str, gives: str) -> Any:
@@ -183,9 +148,13 @@ def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lie
 
 
 def _chunk(hidden: Array, parts: Vocabulary, head: Head) -> int:
-    """Positions of each row in a chunk."""
-    rows, count, _ = hidden.shape
-    return head.chunk or chunk_size(rows, count, parts.size)
+    """Positions of each row in a chunk: what travels of their states is at most a piece."""
+    rows, count, width = hidden.shape
+    chunk = head.chunk or chunk_size(rows, count, parts.size)
+    if not parts.gathered:
+        return chunk
+    chunks = -(-count // max(1, min(chunk, PIECE // (rows * parts.sharing * width))))
+    return -(-count // chunks)
 
 
 def _kept_and_rest(parts: tuple[Array, ...], kept: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -195,7 +164,7 @@ def _kept_and_rest(parts: tuple[Array, ...], kept: int) -> tuple[tuple[Array, ..
 
 def _logits_of_chunk(h: Array, weight: Array, head: Head, parts: Vocabulary) -> Array:
     """Logits of these tokens of the vocabulary, of all rows that the devices which share it have."""
-    z = _logits(parts.all_rows(h), weight, head)
+    z = logits_of(parts.all_rows(h), weight, head)
     if not parts.turned:
         return z
     real = parts.number(z.shape[-1]) < parts.size
@@ -228,6 +197,8 @@ def _kept(hidden: Array, head: Head, parts: Vocabulary) -> int:
 
 def _forward(hidden, weight, target, head: Head):
     def on_device(parts: Vocabulary, hidden: Array, weight: Array, target: Array) -> tuple[Array, ...]:
+        if unembedding_travels(parts, *hidden.shape[:2]):
+            return logps_by_piece(parts, hidden, weight, target, head)
         count, chunk = hidden.shape[1], _chunk(hidden, parts, head)
         rounded = parts.part(weight.astype(hidden.dtype))
         chunks = _split(hidden, chunk), _split(target, chunk)
@@ -243,13 +214,15 @@ def _forward(hidden, weight, target, head: Head):
 
 def _backward(head: Head, saved, cotangent):
     def on_device(parts: Vocabulary, hidden, weight, target, totals, cotangent, *logits: Array):
+        if unembedding_travels(parts, *hidden.shape[:2]):
+            return gradients_by_piece(parts, hidden, weight, target, totals, cotangent, head)
         count, chunk = hidden.shape[1], _chunk(hidden, parts, head)
         rounded = parts.part(weight.astype(hidden.dtype))
 
         def one(dw, part, z=None):
             h, y, total, g = part[0], *map(parts.all_rows, part[1:])
             z = _logits_of_chunk(h, rounded, head, parts) if z is None else z
-            dz = _logit_gradient(z, total, y, g, head, parts).astype(h.dtype)
+            dz = logit_gradient(z, total, y, g, head, parts.number(z.shape[-1])).astype(h.dtype)
             # [D, V] with the smaller factor first: transposing the larger one is what would take long
             more = einsum("bmd,bmv->dv", parts.all_rows(h), dz)
             return dw + more, parts.sum_of_rows(einsum("bmv,vd->bmd", dz, rounded)).astype(h.dtype)
@@ -311,7 +284,7 @@ def token_divergences(
     @jax.checkpoint
     def one(part):
         h, r = part
-        z, ref = _logits(h, rounded, head), _logits(r, ref_rounded, ref_head)
+        z, ref = logits_of(h, rounded, head), logits_of(r, ref_rounded, ref_head)
         ref = ref - jax.nn.logsumexp(ref, axis=-1, keepdims=True)
         return jnp.sum(jnp.exp(ref) * (ref - (z - jax.nn.logsumexp(z, axis=-1, keepdims=True))), axis=-1)
 
@@ -327,7 +300,8 @@ def token_statistics(
 
     Arguments as for ``token_logps``; for evaluation, without a gradient of its own.
     """
-    return _over_chunks(_statistics_of_chunk, hidden, weight, target, head)
+    run = partial(_over_chunks, _statistics_of_chunk, head=head)
+    return _on_mesh(run, head, (hidden, weight, target), "rwr", "r")
 
 
 def _statistics_of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabulary) -> Array:

@@ -6,7 +6,8 @@ A table [V, D] lies on the mesh as ``sharding.partition_spec`` says: the vocabul
 A lookup sends token ids along ``fsdp``, finds its part of the vector of each, and sends the parts to the rows they are
 of: T D numbers for T tokens, and not V D. For logits the parts of the unembedding are turned once, from columns to
 rows, so that each device holds all of some tokens' vectors (``Vocabulary``): it computes the logits of those tokens
-for the states of all rows of ``fsdp``, and three numbers a position are added up.
+for the states of all rows of ``fsdp``, and three numbers a position are added up. (Where the states of those rows are
+more than the unembedding, they stay and it travels: ``unembedding_pieces``.)
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from ches_jax.distributed.mesh import ROW_AXES, LogicalMesh
+from ches_jax.models.precision import accumulate, matmul_precision
 from ches_jax.models.sharding import partition_spec
 
 TABLE = "embed_tokens.weight"
@@ -67,6 +69,50 @@ def looked_up(
         out_specs=PartitionSpec(*by_row, None, None if travels else _entry(over_width)),
     )
     return run(table, tokens)
+
+
+def products(
+    hidden: Float[Array, "B D"], table: Float[Array, "V D"], logical: LogicalMesh | None, name: str = TABLE
+) -> Float[Array, "B V"]:
+    """``h W^T`` of one state of each row, in the dtype of the states; the table stays where it lies.
+
+    Where its columns lie over axes of the rows, each device takes those columns of all their states, and the products
+    are added up in float32: B V numbers travel for B rows, and not V D.
+
+    Args:
+      hidden: states, sharded by rows.
+      table: lies as ``partition_spec`` says of ``name``.
+      logical: where both lie; None: on one device.
+      name: of the parameter.
+
+    >>> products(jnp.ones((1, 2)), jnp.ones((3, 2)), None).tolist()
+    [[2.0, 2.0, 2.0]]
+    """
+    if logical is None:
+        return _product(hidden, table, hidden.dtype)
+    spec, rows = partition_spec(name, table.shape, logical), logical.rows(hidden.shape[0])
+    over_width = _names(spec, 1)
+    travels = over_width if rows != PartitionSpec(None) else ()
+
+    def on_device(hidden: Array, table: Array) -> Array:
+        if travels:
+            hidden = lax.all_to_all(hidden, travels, 1, 0, tiled=True)
+        parts = _product(hidden, table, accumulate(hidden.dtype))
+        if travels:
+            parts = lax.psum_scatter(parts, travels, scatter_dimension=0, tiled=True)
+        elif over_width:
+            parts = lax.psum(parts, over_width)
+        return parts.astype(hidden.dtype)
+
+    by_row = logical.spec(rows)
+    run = jax.shard_map(
+        on_device,
+        mesh=logical.current,
+        in_specs=(PartitionSpec(*by_row, None if travels else _entry(over_width)), spec),
+        out_specs=PartitionSpec(*by_row, _entry(_names(spec, 0))),
+        check_vma=False,
+    )
+    return run(hidden, table)
 
 
 @dataclass(frozen=True)
@@ -130,12 +176,28 @@ class Vocabulary:
         """The token of each of the ``count`` rows of this part; V where it is none."""
         if not self.over:
             return jnp.arange(count, dtype=jnp.int32)
-        outer = tuple(name for name in self.over if name not in self.turned)
-        # of each outer part the rows come one after the other, with padding behind them
-        stored = self.size // (lax.axis_size(outer) if outer else 1)
         inside = (lax.axis_index(self.turned) * count if self.turned else 0) + jnp.arange(count, dtype=jnp.int32)
-        first = lax.axis_index(outer) * stored if outer else 0
-        return jnp.where(inside < stored, first + inside, self.size)
+        return self.number_of(inside)
+
+    def number_of(self, inside: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """The token of each of these rows, of the parts of ``turned`` one after the other; V of padding."""
+        first = lax.axis_index(self.outer) * self.stored_rows if self.outer else 0
+        return jnp.where(inside < self.stored_rows, first + inside, self.size)
+
+    @property
+    def outer(self) -> tuple[str, ...]:
+        """Axes over which the stored unembedding has its rows."""
+        return tuple(name for name in self.over if name not in self.turned)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the stored part of the unembedding."""
+        return self.size // (lax.axis_size(self.outer) if self.outer else 1)
+
+    @property
+    def sharing(self) -> int:
+        """Devices whose rows ``all_rows`` gives."""
+        return lax.axis_size(self.gathered) if self.gathered else 1
 
 
 @dataclass(frozen=True)
@@ -167,6 +229,12 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return names or None
+
+
+def _product(x: Array, weight: Array, dtype: DTypeLike) -> Array:
+    contract = (((1,), (1,)), ((), ()))
+    precision = matmul_precision(x.dtype)
+    return lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision, preferred_element_type=dtype)
 
 
 def _gather(a: Array, names: tuple[str, ...]) -> Array:

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ches_jax.data.packing import empty_batch
 from ches_jax.distributed.mesh import row_sharding, row_shards, weights_are_whole
-from ches_jax.generate.engine import Decoding, Prompts, decoding_programs
+from ches_jax.generate.engine import Decoding, decoding_programs
+from ches_jax.generate.packing import Prompts, Stream
 from ches_jax.generate.sampling import WORDS, Sampling
 from ches_jax.models.adapters.lora import adapted, adapter_shapes, make_spec
 from ches_jax.models.attention.dense import Attend
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, packs_prompts
 from ches_jax.models.sharding import partition_spec
 from ches_jax.plan.config import PlanConfig
 from ches_jax.scores.forward import Outputs, pass_program
@@ -84,27 +85,30 @@ def generate(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Pro
     model = abstract_decoder(decoder, param_dtype=jnp.dtype(config.dtype), dtype=jnp.dtype(config.dtype))
     graph, state = _state(model, mesh)
     count = config.rows * row_shards(mesh)
-    shapes = Prompts(
-        *(jax.ShapeDtypeStruct(s, d) for s, d in (
-            ((count, config.prompt_tokens), jnp.int32), ((count,), jnp.int32), ((count,), jnp.int32),
-            ((count, WORDS), jnp.uint32),
-        ))
-    )  # fmt: skip
-    prompts = _on_rows(shapes, mesh)
-    decoding = Decoding(graph, Sampling(), config.new_tokens, (), None if weights_are_whole(mesh) else mesh, False)
+    stream, prompts = (_on_rows(a, mesh) for a in _generation_shapes(count, config.prompt_tokens))
+    whole = weights_are_whole(mesh)
+    packed = whole and packs_prompts(decoder)
+    decoding = Decoding(graph, Sampling(), config.new_tokens, (), None if whole else mesh, False, packed)
     prefill, decode = decoding_programs(decoding, mesh)
-    parts = {"weights": bytes_on_a_device(state), "batch": bytes_on_a_device(prompts)}
+    parts = {"weights": bytes_on_a_device(state), "batch": bytes_on_a_device((stream, prompts))}
 
     def loop() -> Any:
-        lowered = prefill.lower(state, prompts)
+        lowered = prefill.lower(state, stream, prompts)
         cache = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
             lowered.out_info, lowered.compile().output_shardings,
         )  # fmt: skip
         one = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-        return decode.lower(state, prompts, cache, one, one)
+        return decode.lower(state, None, prompts, cache, one, one)
 
-    return [Program(lambda: prefill.lower(state, prompts), parts, 1), Program(loop, parts, config.new_tokens)]
+    return [Program(lambda: prefill.lower(state, stream, prompts), parts, 1), Program(loop, parts, config.new_tokens)]
+
+
+def _generation_shapes(rows: int, length: int) -> tuple[Stream, Prompts]:
+    """A batch of prompts of one length, each in a row of its own."""
+    of_tokens, of_rows = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    keys = jax.ShapeDtypeStruct((rows, WORDS), jnp.uint32)
+    return Stream(of_tokens, of_tokens, of_tokens), Prompts(of_tokens, of_rows, of_rows, keys)
 
 
 def train(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Program]:

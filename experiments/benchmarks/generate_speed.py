@@ -1,9 +1,11 @@
 """Tokens per second of ``ches generate`` beside transformers' ``generate``, interleaved, on the same prompts.
 
     python -m experiments.benchmarks.generate_speed --model DIR [--rows 1 16 64 --prompt 64 --new 128 --repeats 3]
+        [--data PAIRS.jsonl]
 
 Greedy, no end-of-sequence token: both make the same number of tokens, and the same tokens but where two logits tie to
-rounding. The first run of each (compilation, for ours) is timed apart.
+rounding. The first run of each (compilation, for ours) is timed apart. Prompts are random tokens of one length, or,
+with ``--data``, those of real pairs, which transformers is given padded on the left.
 """
 
 import argparse
@@ -20,8 +22,14 @@ from experiments.benchmarks.measure import interleaved, keep, medians, usage
 COMMAND = [sys.executable, "-m", "experiments.benchmarks.generate_speed"]
 
 
-def prompts_of(model_dir: str, rows: int, length: int) -> list[list[int]]:
-    """Random prompts of one length."""
+def prompts_of(model_dir: str, rows: int, length: int, data: str | None) -> list[list[int]]:
+    """Random prompts of one length, or the first ones of a file of pairs."""
+    if data:
+        from ches_jax.data.sources import open_pairs
+        from ches_jax.data.tokenize import PairTokenizer, load_tokenizer
+
+        pairs = PairTokenizer(load_tokenizer(model_dir), 1024)(list(open_pairs(data))[: 2 * rows])
+        return [list(p.prompt) for p in pairs if not p.flags][:rows]
     vocabulary = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     return np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
 
@@ -29,7 +37,8 @@ def prompts_of(model_dir: str, rows: int, length: int) -> list[list[int]]:
 def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     """A function that makes the tokens with our engine."""
     from ches_jax.distributed.mesh import make_mesh
-    from ches_jax.generate.engine import Engine, Request
+    from ches_jax.generate.engine import Engine
+    from ches_jax.generate.packing import Request
     from ches_jax.generate.sampling import Sampling, key_data
     from ches_jax.models.checkpoint.load import load_model
 
@@ -47,21 +56,21 @@ def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     torch.set_num_threads(2)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    ids = torch.tensor(prompts)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
 
     def run() -> list[list[int]]:
         with torch.no_grad():
-            ids_out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0
-            )
+            ids_out = model.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=new, pad_token_id=0)
         return ids_out[:, ids.shape[1] :].tolist()
 
     return run
 
 
-def measure(how: str, model_dir: str, rows: int, length: int, new: int, repeat: int) -> dict[str, Any]:
+def measure(how: str, model_dir: str, prompts: list[list[int]], new: int, repeat: int) -> dict[str, Any]:
     """Time one way in this process."""
-    prompts = prompts_of(model_dir, rows, length)
+    rows = len(prompts)
     run = {"ours": ours, "transformers": theirs}[how](model_dir, prompts, new)
 
     def once() -> tuple[float, float, list[list[int]]]:
@@ -74,6 +83,7 @@ def measure(how: str, model_dir: str, rows: int, length: int, new: int, repeat: 
     cpu, wall = (min(t[i] for t in timed) for i in (0, 1))
     return {
         "tokens": tokens,
+        "prompt_tokens": sum(map(len, prompts)),
         "seconds": wall,
         "cpu_seconds": cpu,
         "first_seconds": first_wall,
@@ -99,6 +109,7 @@ def same_until(a: list[list[int]], b: list[list[int]]) -> float:
 def compared(args: argparse.Namespace, rows: int) -> dict[str, Any]:
     """Both ways in turn at one number of rows: medians and ratios, printed."""
     sizes = ["--model", args.model, "--rows", str(rows), "--prompt", str(args.prompt), "--new", str(args.new)]
+    sizes += ["--data", args.data] if args.data else []
     runs = interleaved({how: [*COMMAND, *sizes, "--how", how] for how in ("ours", "transformers")}, args.repeats)
     agreement = same_until(*(timings[0]["tokens"] for timings in runs.values()))
     for timings in runs.values():
@@ -128,13 +139,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", help="pairs whose prompts are continued, in place of random ones")
     parser.add_argument("--how", choices=("ours", "transformers"), help="time one in this process")
     args = parser.parse_args()
     if args.how:
-        print(json.dumps(measure(args.how, args.model, args.rows[0], args.prompt, args.new, 2)))
+        prompts = prompts_of(args.model, args.rows[0], args.prompt, args.data)
+        print(json.dumps(measure(args.how, args.model, prompts, args.new, 2)))
         return
     by_rows = {str(rows): compared(args, rows) for rows in args.rows}
-    print(keep("generate_speed", {"prompt": args.prompt, "new": args.new, "rows": by_rows}))
+    result = {"prompt": Path(args.data).name if args.data else args.prompt, "new": args.new, "rows": by_rows}
+    print(keep("generate_speed_real" if args.data else "generate_speed", result))
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.types import common_prefix
-from experiments.benchmarks.measure import ROOT, environment, keep
+from experiments.benchmarks.measure import RESULTS, ROOT, environment
 
 WAYS = ("ours", "torch-official", "torch-batched", "torch-packed")
-SIZES = {"3m": (256, 4), "30m": (512, 8), "120m": (1024, 10)}
-"""Width and layers; weights of the layers: about 3, 21 and 105 million."""
+SIZES = {"1m": (128, 4), "3m": (256, 4), "30m": (512, 8), "120m": (1024, 10), "1b": (2048, 20)}
+"""Width and layers; weights of the layers: about 0.8, 3, 21, 105 and 900 million."""
 MOST_LENGTH = 1024
 NAME = "side_by_side_cpu"
 
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most-load", type=float, default=0.15, help="cores that others, or the hypervisor, may use")
     parser.add_argument("--loaded", action="store_true", help="write what a busy machine gave, marked as such")
+    parser.add_argument("--add", action="store_true", help="keep the other cases of the file that is there")
     parser.add_argument("--out", type=Path, help="where JSON and page go; default: results of the benchmarks")
     args = parser.parse_args()
     cases = []
@@ -241,23 +242,39 @@ def main() -> None:
                 for threads in args.threads:
                     print(f"{name}, {size}, {threads} threads", file=sys.stderr, flush=True)
                     result = measured(args.ways, directory, rows, threads, args.repeats)
-                    cases.append({"data": name, "size": size, "threads": threads, **result})
+                    what = {"data": name, "size": size, "threads": threads, "pairs": args.pairs}
+                    cases.append({**what, "repeats": args.repeats, **result})
     worst = max(max(case["load"].values()) for case in cases)
     if worst > args.most_load and not args.loaded:
         raise SystemExit(
             f"the machine was busy: {worst:.2f} cores were not ours (--most-load {args.most_load}); nothing is "
             "written: run it on a quiet machine, or with --loaded to keep numbers that say so"
         )
-    result = {"pairs": args.pairs, "repeats": args.repeats, "loaded": worst > args.most_load, "cases": cases}
     from experiments.benchmarks.side_by_side_page import write_page
 
-    if args.out is None:
-        path = keep(NAME, result)
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{NAME}.json"
-        path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
-    print(path, write_page(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".html")))
+    folder = args.out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path, measured_on = folder / f"{NAME}.json", environment()
+    if args.add:
+        cases = added(json.loads(path.read_text(encoding="utf-8")), measured_on, cases)
+    loaded = any(max(case["load"].values()) > args.most_load for case in cases)
+    result = {"environment": measured_on, "loaded": loaded, "cases": cases}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(path, write_page(result, path.with_suffix(".html")))
+
+
+def added(
+    before: Mapping[str, Any], measured_on: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The cases that were there, but those measured again, and the new ones.
+
+    Raises:
+      SystemExit: those that were there are of another commit, machine or version.
+    """
+    if before["environment"] != measured_on:
+        raise SystemExit("--add: the cases that are there were measured in another environment; measure all again")
+    new = {(c["data"], c["size"], c["threads"]) for c in cases}
+    return [c for c in before["cases"] if (c["data"], c["size"], c["threads"]) not in new] + list(cases)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def page_of(result: Mapping[str, Any]) -> Page:
     figures = [
         figure(
             f"roofline-{k}",
-            f"{c['data']}, {c['size']}, {c['threads']} threads",
+            f"{c['data']}, {c['size']}, threads: {c['threads']}, pairs: {c['pairs']}",
             roofline(c),
             "; ".join(f"{way} {row['useful_gflops_per_core']} GFLOP/s" for way, row in c["table"].items()),
             "Useful GFLOP/s for each CPU second, and share of the peak.",
@@ -66,6 +66,7 @@ def page_of(result: Mapping[str, Any]) -> Page:
         for c in cases
     ]
     env = result["environment"]
+    pairs, turns = (" or ".join(str(n) for n in sorted({c[k] for c in cases})) for k in ("pairs", "repeats"))
     how = paragraphs(
         "Each way is a process that was warmed by two whole passes; the passes that count were made in turn on one "
         "list of token ids. Useful FLOPs are the products of the layers' matrices at every position once, a prompt "
@@ -76,7 +77,7 @@ def page_of(result: Mapping[str, Any]) -> Page:
         kind="benchmark",
         title="Scoring side by side",
         headline=headline,
-        subtitle=f"{result['pairs']} pairs, {result['repeats']} turns, {env['cpu']}, {env['cores']} cores",
+        subtitle=f"{pairs} pairs, {turns} turns, {env['cpu']}, {env['cores']} cores",
         tone="bad" if result["loaded"] else "plain",
         notes=busy,
         sections=[

@@ -57,9 +57,21 @@ def test_shares_are_of_the_higher_peak_and_ratios_are_turn_by_turn(tmp_path):
     with pytest.raises(SystemExit, match="differ"):
         side_by_side.compared(ready, [turn(1, 2)], {"useful_positions": 5})
     case = {"data": "<hh>", "size": "3m", "threads": 1, **result}
-    record = {"environment": {"cpu": "a", "cores": 2}, "pairs": 2, "repeats": 3, "loaded": True, "cases": [case]}
+    case |= {"pairs": 2, "repeats": 3}
+    record = {"environment": {"cpu": "a", "cores": 2}, "loaded": True, "cases": [case]}
     page = write_page(json.loads(json.dumps(record)), tmp_path / "page.html").read_text()
     assert "no evidence" in page and "50% of the measured peak" in page and "<hh>" not in page
+
+
+def test_cases_are_added_to_those_of_the_same_environment_alone():
+    def case(data: str, pairs: int) -> dict:
+        return {"data": data, "size": "3m", "threads": 1, "pairs": pairs}
+
+    before = {"environment": {"commit": "a"}, "cases": [case("hh", 16), case("long", 16)]}
+    actual = side_by_side.added(before, {"commit": "a"}, [case("hh", 48)])
+    assert actual == [case("long", 16), case("hh", 48)]
+    with pytest.raises(SystemExit, match="another environment"):
+        side_by_side.added(before, {"commit": "b"}, [])
 
 
 def test_work_counts_a_prompt_once_for_its_pair_and_a_common_beginning_once():

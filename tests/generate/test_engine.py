@@ -12,7 +12,8 @@ import transformers
 from flax import nnx
 
 from ches_jax.distributed.mesh import make_mesh
-from ches_jax.generate.engine import Engine, Request, padded
+from ches_jax.generate.engine import Engine, runs_apart
+from ches_jax.generate.packing import Request, arrays
 from ches_jax.generate.sampling import Sampling, key_data
 from ches_jax.hf.directory import read_config
 from ches_jax.models.checkpoint.load import load_model
@@ -123,18 +124,18 @@ def test_texts_do_not_depend_on_batch_neighbours_order_or_number(engine: Engine)
     assert [m.tokens for i in (2, 3) for m in engine(requests[i : i + 1], 1)] == together[2:4]
     again = engine([*requests[:2], *requests_for(prompts_for(1291, (9, 2)), seed=3)], 4)
     assert [m.tokens for m in again[:2]] == together[:2]
-    assert {rows for rows, _ in engine.shapes} == {1, 4} and {length for _, length in engine.shapes} == {32, 64}
+    assert {s.rows for s in engine.shapes} == {1, 4} and {s.bucket for s in engine.shapes} == {32, 64}
 
 
 @pytest.mark.parametrize(("name", "parts"), [("data=1", 1), ("data=2", 2)])
-def test_positions_are_those_of_padded_prompts_and_of_steps(model: Decoder, name: str, parts: int):
-    """Each device steps until its own longest text ends; a text's last token is never an input."""
+def test_positions_are_those_of_packed_prompts_and_of_steps(model: Decoder, name: str, parts: int):
+    """Each device has a stream of its own, and steps until its own longest text ends, whose last token is no input."""
     engine = Engine(model, make_mesh(name), sampling=Sampling(), max_new_tokens=NEW, stop_ids=range(0, 1291, 5))
     made = [len(m.tokens) - 1 for m in engine(requests_for(prompts_for(1291, (3, 9, 5))), 4)]
     assert len(set(made)) == 3
     rows = [[*made, 0][i : i + 4 // parts] for i in range(0, 4, 4 // parts)]  # the fourth row only fills the batch
     counted = engine.counted
-    assert counted.computed == 4 * 32 + sum(len(part) * max(part) for part in rows)
+    assert counted.computed == parts * 32 + sum(len(part) * max(part) for part in rows)
     assert counted.used == counted.apart == 3 + 9 + 5 + sum(made)
     one = Engine(model, make_mesh("data=1"), sampling=Sampling(), max_new_tokens=1)
     one(requests_for(prompts_for(1291, (40,)), new=1), 1)
@@ -172,14 +173,85 @@ def test_ends_limits_and_the_rest_of_a_row(engine: Engine):
     assert all(long.tokens[: len(made.tokens)] == made.tokens for made, long in zip(actual, longer, strict=True))
 
 
+def test_batches_are_full_and_have_one_shape_for_each_bucket(engine: Engine):
+    requests = requests_for(prompts_for(1291, (40, 3, 33, 9, 50, 7, 2, 60, 5)))
+    batches = list(engine.batches(requests, 2))
+    assert [batch for _, batch in batches] == [[1, 3], [5, 6], [8, 0], [2, 4], [7]]
+    shapes = [shape for shape, _ in batches]
+    assert [s.bucket for s in shapes] == [32, 32, 64, 64, 64] and len(set(shapes)) == 2
+
+
 def test_no_step_is_made_once_every_row_has_ended(engine: Engine):
     requests = [Request(a.prompt, a.key, 1) for a in requests_for(prompts_for(1291, (3, 9)))]
-    prompts = jax.device_put(padded(requests, 4))
-    state = engine._prefill(engine._state, prompts)
-    after = engine._decode(engine._state, prompts, state, jnp.int32(1), jnp.int32(NEW))
+    ((shape, _),) = engine.batches(requests, 4)
+    stream, prompts = jax.device_put(arrays(requests, shape, 1))
+    state = engine._prefill(engine._state, stream, prompts)
+    after = engine._decode(engine._state, engine._apart, prompts, state, jnp.int32(1), jnp.int32(NEW))
     assert after.count.tolist() == [1, 1, 0, 0]
     (only,) = after.cache  # one stack of layers
     assert not np.asarray(only.k)[:, :, :, 32:].any(), "nothing was written after the prompts"
+
+
+@pytest.mark.parametrize("name", ["data=1", "data=2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        pytest.param("gpt2", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+        pytest.param("gemma4", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+        pytest.param("llama4", marks=pytest.mark.slow),
+        pytest.param("phi3", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_prompts_make_the_texts_of_prompts_in_rows_of_their_own(
+    x64, shared: Path, family: str, name: str, monkeypatch
+):
+    """One row of the stream and several, in one piece and in blocks; prompts of two buckets, one of them twice."""
+    model = load_model(shared / "golden" / family / "policy", param_dtype="float64", dtype="float64")
+    monkeypatch.setattr("ches_jax.generate.packing.LONGEST_ROW", 40)
+    monkeypatch.setattr("ches_jax.generate.engine.LONGEST_DENSE", 48)
+    prompts = prompts_for(400, (3, 30, 9, 28, 17, 33, 40))
+    requests = requests_for([*prompts, prompts[1]], 6)
+    made = {}
+    for packs in (True, False):
+        monkeypatch.setattr("ches_jax.generate.engine.packs_prompts", lambda config, packs=packs: packs)
+        engine = Engine(model, make_mesh(name), sampling=Sampling(), max_new_tokens=6)
+        made[packs] = engine(requests, 4)
+        if packs and name == "data=1":
+            assert [(s.bucket, s.stream_rows, s.stream_length) for s in engine.shapes] == [(32, 2, 40), (64, 2, 64)]
+    for a, b in zip(made[True], made[False], strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logps, b.logps, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["data=1", "data=2"])
+def test_layers_that_lie_apart_make_the_same_texts(engine: Engine, model: Decoder, name: str, monkeypatch):
+    assert engine._apart is None, "a small model is not copied"
+    monkeypatch.setattr("ches_jax.generate.engine.SMALLEST_APART", 0)
+    apart = Engine(
+        model,
+        make_mesh(name),
+        sampling=Sampling(),
+        max_new_tokens=NEW,
+        stop_ids=range(0, 1291, 5),
+        stop_check=lambda prompt, tokens: False,  # the cache is put together and taken apart again every segment
+    )
+    assert apart._apart is not None and len(apart._apart) == model.config.num_layers
+    requests = requests_for(prompts_for(1291))
+    for a, b in zip(apart(requests, 4), engine(requests, 4), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logps, b.logps, atol=2e-5)
+
+
+@pytest.mark.parametrize(("smallest", "largest", "expected"), [(0, 2**32, True), (2**30, 2**32, False), (0, 10, False)])
+def test_small_and_very_large_layers_stay_stacked(model: Decoder, monkeypatch, smallest, largest, expected):
+    monkeypatch.setattr("ches_jax.generate.engine.SMALLEST_APART", smallest)
+    monkeypatch.setattr("ches_jax.generate.engine.LARGEST_APART", largest)
+    assert runs_apart(model) == expected
+    monkeypatch.setattr("ches_jax.generate.engine.platform", lambda: "tpu")
+    assert not runs_apart(model)
 
 
 @pytest.mark.slow

@@ -76,11 +76,13 @@ def test_rows_tell_all_of_a_text_and_samples_differ(tmp_path):
         assert tokenizer(ASKED + r["text"])["input_ids"] == r["prompt_ids"] + r["token_ids"][:-1]
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["counts"] == {"prompts": 2, "texts": 6, "tokens": sum(len(r["token_ids"]) for r in rows), "dropped": 0}
-    assert run["config"]["samples"] == 3 and run["compiled_shapes"] == [[8, 32]]
-    held = sum(len(r["prompt_ids"]) + len(r["token_ids"]) - 1 for r in rows)
+    shape = {"rows": 8, "bucket": 32, "stream_rows": 1, "stream_length": 32}
+    assert run["config"]["samples"] == 3 and run["compiled_shapes"] == [shape]
+    prompts = [len(r["prompt_ids"]) for r in rows[::3]]  # three samples of each share it
+    held = sum(prompts) + sum(len(r["token_ids"]) - 1 for r in rows)
     steps = max(len(r["token_ids"]) - 1 for r in rows)
     work = run["work"]
-    assert (work["positions"], work["shared_positions"]) == (8 * (32 + steps), 0)
+    assert (work["positions"], work["shared_positions"]) == (32 + 8 * steps, 2 * sum(prompts))
     assert work["padding"] == round(1 - held / work["positions"], 4)
 
 

@@ -10,7 +10,7 @@ import pytest
 from ches_jax.models.attention.mask import causal
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.config import ExpertsConfig
-from ches_jax.models.experts import _in_best_groups, _one_group_at_a_time, _ragged
+from ches_jax.models.experts import _every_group, _in_best_groups, _one_group_at_a_time, _ragged
 
 SIZES = (7, 0, 20, 1)
 """Rows of each group: one is empty, and five rows belong to none."""
@@ -29,7 +29,7 @@ def by_hand(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.concatenate([*parts, jnp.zeros((ROWS - ends[-1], weight.shape[1]))])
 
 
-@pytest.mark.parametrize("product", [_one_group_at_a_time, _ragged])
+@pytest.mark.parametrize("product", [_one_group_at_a_time, _every_group, _ragged])
 def test_grouped_products_and_their_derivatives_in_both_modes(product):
     with jax.enable_x64(True):
         x, weight, sizes = (a.astype(jnp.float64) if a.ndim > 1 else a for a in inputs())

@@ -1,11 +1,11 @@
-"""The product that is trained has the gradient of the product."""
+"""Products of activations with weights: the trained one, and those of few rows, are the plain product."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models.layers import matmul, trained_matmul
+from ches_jax.models.layers import FEW_ROWS, matmul, trained_matmul
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3), (4, 4)])
@@ -19,6 +19,26 @@ def test_the_gradient_of_a_trained_product_is_that_of_the_product(x64, inputs, o
         for product in (trained_matmul, matmul)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14), actual, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_a_product_of_few_rows_is_that_of_many(x64, rows):
+    """It is turned round on a CPU; values, both derivatives and maps over it are the same."""
+    rng = np.random.default_rng(0)
+    x, dx, weight, cotangent = (
+        jnp.asarray(rng.normal(size=s)) for s in ((rows, 1, 6), (rows, 1, 6), (5, 6), (rows, 1, 5))
+    )
+
+    def plain(x, weight):
+        return jnp.einsum("...i,oi->...o", x, weight)
+
+    def found(product):
+        value, tangent = jax.jvp(lambda x: product(x, weight), (x,), (dx,))
+        gradients = jax.grad(lambda x, w: (product(x, w) * cotangent).sum(), argnums=(0, 1))(x, weight)
+        mapped = jax.vmap(product, in_axes=(None, 0))(x, jnp.stack([weight, 2 * weight]))
+        return value, tangent, gradients, mapped
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13), found(matmul), found(plain))
 
 
 def test_weights_of_another_dtype_keep_it():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ches_jax.models.attention.mask import Visibility, key_ranges
-from ches_jax.models.decoder import Decoder
+from ches_jax.models.decoder import Decoder, cache_apart
 from ches_jax.models.delta_rule import Inputs, gated_delta_rule
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.short_conv import before
@@ -177,18 +177,21 @@ def test_packed_rows_give_the_states_of_each_sequence_alone(kind: str):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", TINY)
-def test_a_text_made_token_by_token_has_the_states_of_the_whole(kind: str):
+def test_a_text_made_token_by_token_has_the_states_of_the_whole(kind: str, apart: bool):
     model = decoder(kind, 64)
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 64, (3, 12)), jnp.int32)
     first = jnp.array([0, 3, 8], jnp.int32)  # the last prompt is shorter than a convolution reaches
     mask = jnp.arange(12, dtype=jnp.int32)[None] >= first[:, None]
     whole = nnx.jit(lambda m, t: m.hidden(t, mask=mask))(model, tokens)
     states, kept = nnx.jit(lambda m, t: m.prefill(t, first, 12))(model, tokens[:, :9])
-    step = nnx.jit(lambda m, t, kept, slot: m.extend(t, kept, slot, first))
+    layers = nnx.jit(Decoder.layers_apart)(model) if apart else None
+    kept = cache_apart(model.config, kept) if apart else kept
+    step = nnx.jit(lambda m, t, kept, slot, layers: m.extend(t, kept, slot, first, apart=layers))
     made = [states]
     for slot, n in ((9, 1), (10, 2)):
-        states, kept = step(model, tokens[:, slot : slot + n], kept, jnp.int32(slot))
+        states, kept = step(model, tokens[:, slot : slot + n], kept, jnp.int32(slot), layers)
         made.append(states)
     for row, start in enumerate(first.tolist()):
         np.testing.assert_allclose(jnp.concatenate(made, 1)[row, start:], whole[row, start:], atol=1e-12)

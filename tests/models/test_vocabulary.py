@@ -10,18 +10,24 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ches_jax.distributed.mesh import LogicalMesh, make_mesh
+from ches_jax.models import logprobs, unembedding_pieces
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.logprobs import Head, forward_token_logps, token_logps, token_statistics
 from ches_jax.models.sharding import partition_spec
-from ches_jax.models.vocabulary import looked_up
+from ches_jax.models.vocabulary import looked_up, products
 from ches_jax.plan.compiled_text import collectives
 
 from .test_mesh import SIZES, spread
 from .test_strict import family
 
-ROWS, COUNT, WIDTH, VOCABULARY = 8, 6, 8, 22
-"""22 tokens lie over two devices and not over four: the parts are padded."""
+ROWS, COUNT, WIDTH = 8, 6, 8
+VOCABULARIES = {"unembedding": 22, "states": 54}
+"""By what travels: the states of 24 positions, or what a device of ``tensor`` has of the unembedding. Both vocabularies
+lie over two devices and not over four: the parts are padded."""
+VOCABULARY = VOCABULARIES["unembedding"]
+PIECE_HERE = 64
+"""Numbers that travel at a time in these tests: several pieces."""
 HEADS = (Head(), Head(0.7, 2.5, 4), Head(None, 3.0, 6, True))
 
 
@@ -35,9 +41,17 @@ def inputs(mesh, rows=ROWS, vocabulary=VOCABULARY):
     return jax.device_put(h, by_row), jax.device_put(w, place), jax.device_put(y, by_row), jax.device_put(g, by_row)
 
 
+@pytest.fixture
+def pieces(monkeypatch):
+    for module in (logprobs, unembedding_pieces):
+        monkeypatch.setattr(module, "PIECE", PIECE_HERE)
+
+
 @pytest.mark.parametrize("words", ["data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"])
 @pytest.mark.parametrize("head", HEADS)
-def test_log_probabilities_and_gradients_are_those_of_one_device(x64, words, head):
+@pytest.mark.parametrize("travels", VOCABULARIES)
+def test_log_probabilities_and_gradients_are_those_of_one_device(x64, pieces, words, head, travels):
+    """Whatever travels; of a piece of the unembedding some rows are padding."""
     mesh = make_mesh(words)
     on = head._replace(logical=LogicalMesh.of(mesh))
 
@@ -47,11 +61,25 @@ def test_log_probabilities_and_gradients_are_those_of_one_device(x64, words, hea
         forward = jax.jvp(lambda h: forward_token_logps(h, w, y, head), (h,), (h * h,))
         return token_logps(h, w, y, head), *back, *forward, token_statistics(h, w, y, head)
 
-    arrays = inputs(mesh)
+    arrays = inputs(mesh, vocabulary=VOCABULARIES[travels])
     alone = jax.jit(partial(value_and_gradients, head))(*map(np.asarray, arrays))
     together = jax.jit(partial(value_and_gradients, on))(*arrays)
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", ["data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"])
+@pytest.mark.parametrize("travels", VOCABULARIES)
+def test_what_is_less_travels_a_piece_at_a_time(pieces, words, travels):
+    """Of the unembedding in the forward pass, again in the backward pass, and its gradient; or of the states."""
+    mesh = make_mesh(words)
+    head = Head(logical=LogicalMesh.of(mesh))
+    arrays = inputs(mesh, vocabulary=VOCABULARIES[travels])
+    h, w, y, g = (a.astype(jnp.float32) if a.dtype != jnp.int32 else a for a in arrays)
+    run = jax.jit(jax.grad(lambda h, w: (token_logps(h, w, y, head) * g).sum(), (0, 1)))
+    found = collectives(str(run.lower(h, w).compile().as_text()))
+    sent = [c.bytes // 4 for c in found if c.kind in ("all-gather", "reduce-scatter")]
+    assert WIDTH <= max(sent) <= PIECE_HERE
 
 
 @pytest.mark.parametrize(("words", "rows"), [("data=2,fsdp=2,tensor=2", 8), ("fsdp=4,tensor=2", 3)])
@@ -69,6 +97,19 @@ def test_a_lookup_is_exact_and_so_is_its_gradient(words, rows):
     alone = jax.jit(partial(both, None))(np.asarray(w), np.asarray(y))
     for a, b in zip(jax.jit(partial(both, LogicalMesh.of(mesh)))(w, y), alone, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"), [("data=2,fsdp=2,tensor=2", 8), ("fsdp=4,expert=2", 8), ("fsdp=4,tensor=2", 3)]
+)
+def test_products_are_those_of_one_device_and_gather_no_table(x64, words, rows):
+    """Of one state of each row; also of rows that do not divide over the devices."""
+    mesh = make_mesh(words)
+    h, w, *_ = inputs(mesh, rows)
+    run = jax.jit(partial(products, logical=LogicalMesh.of(mesh)))
+    np.testing.assert_allclose(run(h[:, 0], w), np.asarray(h)[:, 0] @ np.asarray(w).T, rtol=1e-12, atol=1e-12)
+    found = collectives(str(run.lower(h[:, 0], w).compile().as_text()))
+    assert found and all(c.kind != "all-gather" for c in found)
 
 
 @pytest.mark.parametrize("words", ["fsdp=8", "data=2,fsdp=2,tensor=2"])

@@ -89,7 +89,8 @@ def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q
         sink = jnp.broadcast_to(sinks.astype(acc)[None, :, :, None, None], (*s.shape[:-1], 1))
         s = jnp.concatenate([s, sink], axis=-1)
     p = jax.nn.softmax(s, axis=-1)[..., : k.shape[1]].astype(v.dtype)
-    return einsum("bkgqs,bskh->bqkgh", p, v).astype(q.dtype)
+    out = einsum("bkgqs,bskh->bkgqh", p, v)
+    return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
 def query_chunked(
