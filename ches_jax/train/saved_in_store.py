@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from ches_jax.distributed.processes import Process
-from ches_jax.errors import RunError
+from ches_jax.errors import RunError, many
 from ches_jax.hf.tensors import STORED, Tensor, open_files
 from ches_jax.runs import store
 from ches_jax.runs.files import read_object
@@ -181,9 +181,12 @@ class SavedInStore:
         """The arrays of a step, as ``target`` says: shapes with shardings by name.
 
         Raises:
-          ChesError: a file is damaged or gone.
+          ChesError: a file is damaged or gone, or an array is not there.
         """
-        return read_in(self.folder, step, target)
+        found = read_in(self.folder, step, target)
+        if lacking := [name for name in target if not isinstance(found[name], jax.Array)]:
+            raise RunError(many(f"{self.folder / str(step)}: the checkpoint lacks arrays that it names", lacking))
+        return found
 
     def put_aside(self, step: int) -> str | None:
         """None: a store does not rename."""
@@ -234,10 +237,7 @@ class _Upload(threading.Thread):
 def held(leaves: Leaves) -> list[Block]:
     """Copies of the shards that this process writes: of each that several devices hold, one device's."""
     shards = [(name, start, devices) for name, leaf in leaves.items() for start, devices in _holders(leaf).items()]
-    sizes = {
-        name: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for name, leaf in leaves.items()
-    }
-    writers = spread([(sizes[name], [device.process_index for device in devices]) for name, _, devices in shards])
+    writers = spread([(_size(leaves[name]), [d.process_index for d in devices]) for name, _, devices in shards])
     here = jax.process_index()
     mine = {
         (name, start): next(device for device in devices if device.process_index == here)

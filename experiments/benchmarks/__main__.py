@@ -29,7 +29,13 @@ def commands(shared: Path | None, trl: str | None, tunix: str | None, repeats: i
     libraries = [w for name, python in (("--trl", trl), ("--tunix", tunix)) if python for w in (name, python)]
     return {
         "score_speed": [*peers, *data, *again],
-        "score_scaling": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
+        "score_scaling": [
+            "--model",
+            benchmark_model(shared / "peers", tokenizer),
+            "--tokenizer",
+            str(tokenizer),
+            *again,
+        ],
         "train_speed": [*peers, *libraries, *real, *again],
         "generate_speed": ["--model", benchmark_model(shared / "peers", tokenizer), *again],
         **by_name,

@@ -1,9 +1,12 @@
-"""How the cost of scoring grows with length, number of pairs and devices; the share of the matmul peak at each point.
+"""How the cost of scoring grows with length, models, pairs, devices and processes, and the share of the matmul peak.
 
-    python -m experiments.benchmarks.score_scaling --model DIR [--lengths 128 ... --pairs 32 ... --devices 1 2]
+    python -m experiments.benchmarks.score_scaling --model DIR --tokenizer DIR [--curves length size pairs devices
+        processes --lengths 128 ... --sizes 1m ... --counts 1000 ... --devices 1 2 --processes 1 2 4 --repeats 1]
 
-The pairs are random tokens. Lengths are those of prompt + response (three quarters prompt), at a constant number of
-positions; devices are virtual ones on a CPU, which share its cores, and real ones elsewhere.
+All pairs are random tokens, three quarters of them prompt. Lengths are those of prompt + response, at a constant number
+of positions; models are random Llamas; devices are virtual ones on a CPU, which share its cores. The curves of pairs
+and of processes are of whole ``ches score`` commands (``score_run``), with their start, with the smallest model and 48
+tokens a pair, so that what the host does shows. Results are written after each curve, beside those that are there.
 """
 
 import argparse
@@ -15,10 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.measure import interleaved, keep, medians
+from experiments.benchmarks.measure import RESULTS, environment, interleaved, keep, medians
+from experiments.benchmarks.side_by_side import write_model
 
-TOKENS = 24_576
+TOKENS = 40_960
 """Positions of every point of the curve of lengths."""
+POSITIONS = {"1m": 40_960, "3m": 40_960, "30m": 20_480, "120m": 10_240, "1b": 2_560}
+"""Positions of every point of the curve of models, whose pairs have 320 tokens."""
+
+
+CURVES = {
+    "length": "prompt + response, tokens",
+    "size": "models, pairs of 192 + 64 + 64 tokens",
+    "devices": "devices, 128 pairs of 192 + 64 + 64 tokens",
+    "pairs": "whole commands, pairs of 36 + 12 + 12 tokens",
+    "processes": "whole commands of 20,000 pairs of 36 + 12 + 12 tokens, by processes",
+}
 
 
 def write_pairs(path: Path, count: int, length: int, seed: int = 0) -> Path:
@@ -37,42 +52,66 @@ def curve(title: str, commands: dict[str, list[str]], repeats: int) -> dict[str,
     table = {point: medians(timings) for point, timings in runs.items()}
     print(title)
     for point, row in table.items():
-        row["share_of_matmul_peak"] = round(row["matmul_gflops"] / row["matmul_peak_gflops"], 3)
-        row["positions_per_second"] = round(row["used_positions"] / row["seconds"], 1)
-        print(
-            f"  {point:>6}{row['pairs'] / row['seconds']:10.1f} pairs/s"
-            f"{row['positions_per_second']:10.0f} positions/s"
-            f"{row['cpu_seconds']:8.2f} CPU s   {row['share_of_matmul_peak']:.2f} of the matmul peak"
-        )
+        seconds = f"{row['pairs'] / row['seconds']:10.1f} pairs/s{row['cpu_seconds']:9.2f} CPU s"
+        if "matmul_gflops" in row:
+            row["share_of_matmul_peak"] = round(row["matmul_gflops"] / row["matmul_peak_gflops"], 3)
+            row["positions_per_second"] = round(row["used_positions"] / row["seconds"], 1)
+            print(f"  {point:>8}{seconds}   {row['share_of_matmul_peak']:.2f} of the matmul peak")
+        else:
+            print(f"  {point:>8}{seconds}   {row['largest_process_mb']:.0f} MB")
     return table
 
 
 def main() -> None:
-    """The three curves."""
+    """The curves that were named, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--pairs", type=int, nargs="*", default=[16, 64, 256])
+    parser.add_argument("--model", required=True, help="of the curves of length and devices")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="for the models that are made")
+    parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 256, 512, 1024, 4096, 16384])
+    parser.add_argument("--sizes", nargs="*", choices=POSITIONS, default=["1m", "3m", "30m", "120m", "1b"])
+    parser.add_argument("--counts", type=int, nargs="*", default=[1000, 10_000, 100_000])
     parser.add_argument("--devices", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
+    file = RESULTS / "score_scaling.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    table = before.get("table", {}) if before.get("environment") == environment() else {}
+    for name in args.curves:
+        with tempfile.TemporaryDirectory() as folder:
+            table[name] = curve(CURVES[name], points(name, args, Path(folder)), args.repeats)
+        print(keep("score_scaling", {"table": table}))
+
+
+def points(name: str, args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """The command of each point of a curve."""
+
+    def passes(model: str, count: int, length: int, devices: int = 1) -> list[str]:
+        file = write_pairs(folder / f"{count}_{length}.jsonl", count, length)
+        flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
+        own = [sys.executable, "-m", "experiments.benchmarks.scoring", model, str(file), "--pairs", str(count)]
+        return ["env", flags, *own, "--mesh", f"data={devices}", "--max-length", str(length), "--repeat", "2"]
+
+    def random(size: str) -> str:
+        write_model(size, args.tokenizer, folder / size)
+        return str(folder / size)
+
+    def whole(model: str, count: int, processes: int) -> list[str]:
+        own = [sys.executable, "-m", "experiments.benchmarks.score_run", model, "--pairs", str(count)]
+        return [*own, "--processes", str(processes)]
+
     model = str(Path(args.model).resolve())
-    result = {}
-    with tempfile.TemporaryDirectory() as folder:
-
-        def command(count: int, length: int, devices: int = 1) -> list[str]:
-            file = write_pairs(Path(folder) / f"{count}_{length}.jsonl", count, length)
-            flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
-            own = [sys.executable, "-m", "experiments.benchmarks.scoring", model, str(file), "--pairs", str(count)]
-            return ["env", flags, *own, "--mesh", f"data={devices}"]
-
-        lengths = {str(n): command(TOKENS * 4 // (5 * n), n) for n in args.lengths}
-        result["length"] = curve("prompt + response, tokens", lengths, args.repeats)
-        counts = {str(n): command(n, 256) for n in args.pairs}
-        result["pairs"] = curve("pairs of 192 + 64 tokens", counts, args.repeats)
-        devices = {str(n): command(128, 256, n) for n in args.devices}
-        result["devices"] = curve("devices, 128 pairs", devices, args.repeats)
-    print(keep("score_scaling", {"table": result}))
+    if name == "length":
+        return {str(n): passes(model, max(1, TOKENS * 4 // (5 * n)), n) for n in args.lengths}
+    if name == "size":
+        return {size: passes(random(size), POSITIONS[size] // 320, 256) for size in args.sizes}
+    if name == "devices":
+        return {str(n): passes(model, 128, 256, n) for n in args.devices}
+    smallest = random("1m")
+    if name == "pairs":
+        return {str(n): whole(smallest, n, 1) for n in args.counts}
+    return {str(n): whole(smallest, 20_000, n) for n in args.processes}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One scoring run of ours in a process of its own, as the benchmarks time it: prints one JSON line.
 
 python -m experiments.benchmarks.scoring MODEL_DIR PAIRS.jsonl [--pairs 128 --head --mesh data=1 --repeat 3]
-    [--dtype float32 --attention auto --batch-tokens 2048 --trace DIR]
+    [--dtype float32 --attention auto --batch-tokens 2048 --max-length 1024 --trace DIR]
 """
 
 import argparse
@@ -27,6 +27,7 @@ def measure(
     dtype: str = "float32",
     attention: str = "auto",
     batch_tokens: int | None = None,
+    max_length: int = 1024,
     trace: str | None = None,
 ) -> dict[str, Any]:
     """Measure ``count`` pairs as ``ches score`` does, tokenised rows in, columns of the table out.
@@ -51,7 +52,7 @@ def measure(
     model = load_model(model_dir, dtype=dtype, param_dtype=None if dtype == "float32" else dtype)
     chosen = choose_attention(attention, model.config, dtype)
     rows = list(open_pairs(pairs_file))[:count]
-    pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), 1024)(rows) if not p.flags]
+    pairs = [p for p in PairTokenizer(load_tokenizer(model_dir), max_length)(rows) if not p.flags]
     run = ForwardPass(model, make_mesh(mesh), Outputs(head_score=head), chosen.attend)
     measurer = PairScorer(run, Batching.of(batch_tokens or ROW_TOKENS, ROW_TOKENS, run, None), "include")
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out")
     parser.add_argument("--trace", help="profile one more pass into this directory")
     options = vars(parser.parse_args())
     print(json.dumps(measure(options.pop("model"), options.pop("file"), options.pop("pairs"), **options)))

@@ -37,8 +37,8 @@ from ches_jax.types import common_prefix
 from experiments.benchmarks.measure import RESULTS, ROOT, busy, environment, machine
 
 WAYS = ("ours", "torch-official", "torch-batched", "torch-packed")
-SIZES = {"3m": (256, 4), "30m": (512, 8), "120m": (1024, 10)}
-"""Width and layers; weights of the layers: about 3, 21 and 105 million."""
+SIZES = {"1m": (128, 4), "3m": (256, 4), "30m": (512, 8), "120m": (1024, 10), "1b": (2048, 20)}
+"""Width and layers; weights of the layers: about 0.8, 3, 21, 105 and 900 million."""
 MOST_LENGTH = 1024
 NAME = "side_by_side_cpu"
 

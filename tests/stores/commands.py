@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ches_jax.runs import store
+from tests.helpers import finish
 
 TRAIN = (
     "train", "--quiet", "--limit", "12", "--holdout", "4", "--batch-size", "4", "--optimizer", "sgd", "--lr", "1e-2",
@@ -75,7 +76,6 @@ def wait_for(path: Path, *processes: subprocess.Popen[str]) -> None:
     """Until a file is there, while the processes live."""
     deadline = time.monotonic() + 600
     while not store.is_there(path):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
-            p.stderr.read() for p in processes if p.poll() is not None and p.stderr
-        ]
+        if time.monotonic() > deadline or any(p.poll() is not None for p in processes):
+            raise AssertionError(finish(processes, 60))  # what the last one says is often the reason
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def s3(tmp_path_factory) -> Iterator[tuple[Busy, dict[str, str]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        # what a server before this one has left in this process: its clients, and its buckets
+        s3fs.S3FileSystem.clear_instance_cache()
+        urllib.request.urlopen(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", data=b"").close()
         fs = s3fs.S3FileSystem(use_listings_cache=False)
         fs.mkdir("pod")
         fs.put(f"{bundled.model_dir()}/", "pod/model/", recursive=True)

@@ -127,7 +127,9 @@ def test_two_processes_end_when_a_store_answers_503_for_good_and_a_later_run_com
     words, codes, said = two_meet_503(s3[0], address, "data=1", None)
     assert codes == [2, 2], said
     last = [text.strip().splitlines()[-1] for text in said]
-    assert all(line.startswith(f"ches: {address}") and "Service Unavailable" in line for line in last), last
+    # on a loaded machine one of them may still be reading the model
+    places = (f"ches: {address}", "ches: s3://pod/model/")
+    assert all(line.startswith(places) and "Service Unavailable" in line for line in last), last
     codes, said = finish(together(2, 1, *words, "--resume"), 600)
     assert codes == [0, 0], said
     ches("merge", address)
@@ -196,5 +198,5 @@ def test_training_stopped_and_killed_goes_on_from_its_checkpoint_in_the_store(re
     there = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(m.get("step"), m.get("loss")) for m in here] == [(m.get("step"), m.get("loss")) for m in there]
     assert table(out / "displacement.parquet") == table(tmp_path / "whole" / "displacement.parquet")
-    ches("convert", "--run", str(out), "--step", "4", "--out", f"{kind}://pod/copy")
+    ches("convert", "--run", str(out), "--step", "4", "--out", f"{kind}://pod/of-a-step")
     ches("report", str(out))
