@@ -91,7 +91,7 @@ def points(name: str, args: argparse.Namespace, folder: Path) -> dict[str, list[
         file = write_pairs(folder / f"{count}_{length}.jsonl", count, length)
         flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
         own = [sys.executable, "-m", "experiments.benchmarks.scoring", model, str(file), "--pairs", str(count)]
-        return ["env", flags, *own, "--mesh", f"data={devices}", "--max-length", str(length), "--repeat", "2"]
+        return ["env", flags, *own, "--mesh", f"data={devices}", "--max-length", str(length + 1), "--repeat", "2"]
 
     def random(size: str) -> str:
         write_model(size, args.tokenizer, folder / size)
