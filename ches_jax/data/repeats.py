@@ -41,10 +41,8 @@ def without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str, s
         return prompt, chosen, rejected
     if chosen.startswith(prompt) and rejected.startswith(prompt):
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    heads = [repeated(prompt, response) for response in (chosen, rejected)]
-    if None in heads:
+    if (one := repeated(prompt, chosen)) is None or (other := repeated(prompt, rejected)) is None:
         return prompt, chosen, rejected
-    one, other = (int(h or 0) for h in heads)
     # white space at the end of the prompt is the beginning of the responses
     written = chosen[:one] if chosen[:one] == rejected[:other] else prompt.rstrip()
     return written, chosen[one:], rejected[other:]
@@ -113,7 +111,12 @@ def repeated(prompt: str, response: str) -> int | None:
     said, answered = prompt.strip(), response.lstrip()
     if not said or answered[:4] != said[:4]:
         return None
-    lines = [re.escape(line.strip(" \t")) for line in re.split(r"\r\n|\r|\n", said)]
+    first, *others = (line.strip(" \t") for line in re.split(r"\r\n|\r|\n", said))
+    if not answered.startswith(first):
+        return None
+    if not others:
+        return len(response) - len(answered) + len(first)
+    lines = map(re.escape, (first, *others))
     match = re.match(r"\s*" + r"[ \t]*(?:\r\n|\r|\n)[ \t]*".join(lines), response)
     return match.end() if match else None
 

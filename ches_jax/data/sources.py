@@ -33,7 +33,6 @@ from ches_jax.data.prompts import (
 )
 from ches_jax.data.schema.left_over import note_on
 from ches_jax.data.schema.mapping import (
-    PLAIN,
     WORDS,
     Schema,
     canonical_rows,
@@ -42,6 +41,7 @@ from ches_jax.data.schema.mapping import (
     from_words,
     grouped,
     is_declaration,
+    is_plain,
 )
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
@@ -179,7 +179,7 @@ class PairSource:
 
     def messages(self) -> list[str]:
         """Lines for a person: which schema was taken, unless the columns are canonical, and what it leaves unread."""
-        taken = self.schema is not None and self.schema != PLAIN
+        taken = self.schema is not None and not is_plain(self.schema)
         says = [f"{self.name}: schema {self.schema.name} ({self.schema.describe()})"] if taken and self.schema else []
         return says + [f"{self.name}: {note}" for note in self.notes]
 
@@ -395,7 +395,7 @@ def _rows(index: int, where: str, raw: Any, source: PairSource) -> Iterator[Reco
     for numbers, content in _contents(raw, source):
         names = [n for n in rows.columns if numbers is not None or n not in CANDIDATE_COLUMNS]
         read = columns_read(raw, columns, names)
-        if schema is not None and schema != PLAIN:
+        if schema is not None and not is_plain(schema):
             read = {name if name in raw else name.partition(".")[0] for name in schema.reads}
         try:
             identity = row_id(content)
@@ -414,7 +414,7 @@ def _contents(raw: Mapping[str, Any], source: PairSource) -> Iterator[tuple[Numb
         yield from source.rows.contents({**raw, **turned}, source.columns)
         return
     for numbers, canonical in canonical_rows(source.schema, raw):
-        tie = canonical.pop("tie", None) if source.schema != PLAIN else None
+        tie = canonical.pop("tie", None) if not is_plain(source.schema) else None
         for of_row, content in source.rows.contents(canonical, {}):
             yield (
                 (of_row if numbers is None else numbers),

@@ -100,6 +100,11 @@ ONLY_HERE = frozenset(WORDS) - {"prompt", "chosen", "rejected", "responses", "sc
 """Words of ``--columns`` that make it a declaration."""
 
 
+def is_plain(schema: Schema | None) -> bool:
+    """Whether a schema is ``PLAIN``; asked for every row, so the fields are compared only where they must be."""
+    return schema is PLAIN or schema == PLAIN
+
+
 def is_declaration(columns: Mapping[str, str]) -> bool:
     """Whether words of ``--columns`` say more than other names of canonical columns."""
     return any(w in ONLY_HERE or (w in ("responses", "scores") and "," in v) for w, v in columns.items())
@@ -201,7 +206,7 @@ def canonical_rows(schema: Schema, row: Mapping[str, Any]) -> list[Canonical]:
     Raises:
       DataError: what the declaration names is not there, or is something else.
     """
-    if schema == PLAIN:
+    if is_plain(schema):
         return _plain(row)
     prompt = _prompt(schema, row)
     aside = {w: v for w in _ASIDE[:2] if (v := lookup(row, getattr(schema, w))) not in (None, [])}
