@@ -35,7 +35,7 @@ from ches_jax.generate.packing import (
 from ches_jax.generate.sampling import Sampling, draw, row_keys
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
-from ches_jax.models.decoder import Decoder, cache_apart, cache_stacked, named_parameters, packs_prompts
+from ches_jax.models.decoder import Decoder, cache_stacked, layer_by_layer, named_parameters, packs_prompts
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate
 from ches_jax.models.stacks import ROOT
@@ -161,7 +161,7 @@ class Decoding:
         model = nnx.merge(self.graph, state)
         length = p.source.shape[1]
         if apart is not None:
-            s = s._replace(cache=cache_apart(model.config, s.cache))
+            s = s._replace(cache=layer_by_layer(model.config, s.cache))
 
         def unfinished(carry):
             step, s = carry

@@ -67,12 +67,8 @@ class Memory:
             return _taken(before.k, k, self.keys), _taken(before.v, v, self.keys)
         none = jnp.int32(0)
         at = (none, none, none if self.slot is None else self.slot, none)
-        pairs = [(a, new.swapaxes(1, 2)) for a, new in zip(self.kept, (k, v), strict=True)]
-        if self.layer is None:
-            self.kept = KeysValues(*(lax.dynamic_update_slice(a, new, at) for a, new in pairs))
-        else:
-            written = (lax.dynamic_update_slice(a, new[None], (self.layer, *at)) for a, new in pairs)
-            self.kept = keep_heads(KeysValues(*written), self.logical)
+        pairs = zip(self.kept, (k, v), strict=True)
+        self.kept = keep_heads(KeysValues(*(self._put(a, new.swapaxes(1, 2), at) for a, new in pairs)), self.logical)
         if self.slot is None:
             return k, v
         k, v = (a.swapaxes(1, 2) for a in self._of_layer())
@@ -84,13 +80,15 @@ class Memory:
 
     def keep(self, state: Any) -> None:
         """Put arrays of the whole layer, rows first, in place of those it kept."""
-        state = jax.tree.map(lambda a, new: new.astype(a.dtype), self.kept, state)
+        self.kept = jax.tree.map(
+            lambda a, new: self._put(a, new.astype(a.dtype), (jnp.int32(0),) * new.ndim), self.kept, state
+        )
+
+    def _put(self, a: Array, new: Array, at: tuple[Array, ...]) -> Array:
+        """``a`` with ``new`` in this layer's part of it, from the indices ``at`` there on."""
         if self.layer is None:
-            self.kept = state
-        else:
-            self.kept = jax.tree.map(
-                lambda a, new: lax.dynamic_update_index_in_dim(a, new, self.layer, 0), self.kept, state
-            )
+            return lax.dynamic_update_slice(a, new, at)
+        return lax.dynamic_update_slice(a, new[None], (self.layer, *at))
 
     def _of_layer(self) -> Any:
         if self.layer is None:

@@ -336,7 +336,7 @@ class Decoder(nnx.Module):
           slot: the same for all rows.
           first: first slot of each row's text, see ``models.cache``.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
-          apart: ``layers_apart``; the cache is ``cache_apart`` then, and no layer is in a scan.
+          apart: ``layers_apart``; the cache is one ``layer_by_layer`` then, and no layer is in a scan.
           mesh: as for ``hidden``.
         """
         logical = self._decoding_mesh(mesh)
@@ -353,12 +353,7 @@ class Decoder(nnx.Module):
 
     def layers_apart(self) -> tuple[nnx.State, ...]:
         """The parameters of every layer by themselves, in order: copies of those that are stacked."""
-        apart: dict[int, nnx.State] = {}
-        for stack in stacks(self.config):
-            state = nnx.state(self.stack(stack.name))
-            for i, number in enumerate(stack.layers):
-                apart[number] = jax.tree.map(lambda a, i=i: a[i], state)
-        return tuple(apart[number] for number in sorted(apart))
+        return layer_by_layer(self.config, [nnx.state(self.stack(stack.name)) for stack in stacks(self.config)])
 
     def hidden_behind(
         self,
@@ -536,7 +531,10 @@ class Decoder(nnx.Module):
           hidden: of the last token of each row, from ``prefill`` or ``extend``.
           mesh: as for these.
         """
-        found = products(hidden, self.unembedding, self._decoding_mesh(mesh))
+        logical = self._decoding_mesh(mesh)
+        if logical is None:
+            return self.logits(hidden[:, None])[:, 0]  # as of one token a row, see ``layers.matmul``
+        found = products(hidden, self.unembedding, logical)
         return self.logit_transform(found.astype(accumulate(hidden.dtype)))
 
     def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -550,18 +548,18 @@ class Decoder(nnx.Module):
         return y
 
 
-def cache_apart(config: DecoderConfig, kept: Cache) -> Cache:
-    """A cache with the arrays of each layer by themselves, layer after layer."""
-    apart = {
+def layer_by_layer(config: DecoderConfig, of_stacks: Sequence[Any]) -> tuple[Any, ...]:
+    """From the arrays of each stack, layers first (parameters, a cache), to those of each layer, in order."""
+    found = {
         number: jax.tree.map(lambda a, i=i: a[i], of_stack)
-        for stack, of_stack in zip(stacks(config), kept, strict=True)
+        for stack, of_stack in zip(stacks(config), of_stacks, strict=True)
         for i, number in enumerate(stack.layers)
     }
-    return tuple(apart[number] for number in sorted(apart))
+    return tuple(found[number] for number in sorted(found))
 
 
 def cache_stacked(config: DecoderConfig, apart: Cache) -> Cache:
-    """The cache that ``cache_apart`` took apart."""
+    """The cache that ``layer_by_layer`` took apart."""
     return tuple(
         jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *(apart[number] for number in stack.layers))
         for stack in stacks(config)

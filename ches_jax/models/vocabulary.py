@@ -72,7 +72,7 @@ def looked_up(
 
 
 def products(
-    hidden: Float[Array, "B D"], table: Float[Array, "V D"], logical: LogicalMesh | None, name: str = TABLE
+    hidden: Float[Array, "B D"], table: Float[Array, "V D"], logical: LogicalMesh, name: str = TABLE
 ) -> Float[Array, "B V"]:
     """``h W^T`` of one state of each row, in the dtype of the states; the table stays where it lies.
 
@@ -82,14 +82,9 @@ def products(
     Args:
       hidden: states, sharded by rows.
       table: lies as ``partition_spec`` says of ``name``.
-      logical: where both lie; None: on one device.
+      logical: where both lie.
       name: of the parameter.
-
-    >>> products(jnp.ones((1, 2)), jnp.ones((3, 2)), None).tolist()
-    [[2.0, 2.0, 2.0]]
     """
-    if logical is None:
-        return _product(hidden, table, hidden.dtype)
     spec, rows = partition_spec(name, table.shape, logical), logical.rows(hidden.shape[0])
     over_width = _names(spec, 1)
     travels = over_width if rows != PartitionSpec(None) else ()
@@ -97,7 +92,10 @@ def products(
     def on_device(hidden: Array, table: Array) -> Array:
         if travels:
             hidden = lax.all_to_all(hidden, travels, 1, 0, tiled=True)
-        parts = _product(hidden, table, accumulate(hidden.dtype))
+        precision, acc = matmul_precision(hidden.dtype), accumulate(hidden.dtype)
+        contract = (((1,), (1,)), ((), ()))
+        table = table.astype(hidden.dtype)
+        parts = lax.dot_general(hidden, table, contract, precision=precision, preferred_element_type=acc)
         if travels:
             parts = lax.psum_scatter(parts, travels, scatter_dimension=0, tiled=True)
         elif over_width:
@@ -229,12 +227,6 @@ def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return names or None
-
-
-def _product(x: Array, weight: Array, dtype: DTypeLike) -> Array:
-    contract = (((1,), (1,)), ((), ()))
-    precision = matmul_precision(x.dtype)
-    return lax.dot_general(x, weight.astype(x.dtype), contract, precision=precision, preferred_element_type=dtype)
 
 
 def _gather(a: Array, names: tuple[str, ...]) -> Array:

@@ -13,7 +13,7 @@ from ches_jax.distributed.mesh import make_mesh
 from ches_jax.models.attention.block_sparse import blocks
 from ches_jax.models.attention.dense import dense
 from ches_jax.models.checkpoint.load import load_model
-from ches_jax.models.decoder import Decoder, cache_apart, cache_stacked
+from ches_jax.models.decoder import Decoder, cache_stacked, layer_by_layer
 
 TOKENS, PROMPT, ROWS = 40, 32, 4
 FIRST = jnp.array([0, 5, 17, 31], jnp.int32)
@@ -46,7 +46,7 @@ def error(model: Decoder, steps: tuple[int, ...], attend=dense, mesh=None, apart
     expected = whole(model, tokens)
     states, kept = prefill(model, tokens[:, :PROMPT], attend=attend, mesh=mesh)
     stacked = jax.tree.structure(kept)
-    kept = cache_apart(model.config, kept) if apart else kept
+    kept = layer_by_layer(model.config, kept) if apart else kept
     actual, slot = [states], PROMPT
     for n in steps:
         states, kept = extend(model, tokens[:, slot : slot + n], kept, jnp.int32(slot), layers, mesh=mesh)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ches_jax.models.attention.mask import Visibility, key_ranges
-from ches_jax.models.decoder import Decoder, cache_apart
+from ches_jax.models.decoder import Decoder, layer_by_layer
 from ches_jax.models.delta_rule import Inputs, gated_delta_rule
 from ches_jax.models.families.registry import decoder_config
 from ches_jax.models.short_conv import before
@@ -187,7 +187,7 @@ def test_a_text_made_token_by_token_has_the_states_of_the_whole(kind: str, apart
     whole = nnx.jit(lambda m, t: m.hidden(t, mask=mask))(model, tokens)
     states, kept = nnx.jit(lambda m, t: m.prefill(t, first, 12))(model, tokens[:, :9])
     layers = nnx.jit(Decoder.layers_apart)(model) if apart else None
-    kept = cache_apart(model.config, kept) if apart else kept
+    kept = layer_by_layer(model.config, kept) if apart else kept
     step = nnx.jit(lambda m, t, kept, slot, layers: m.extend(t, kept, slot, first, apart=layers))
     made = [states]
     for slot, n in ((9, 1), (10, 2)):
