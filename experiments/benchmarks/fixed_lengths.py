@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def step_parser(description: str | None) -> argparse.ArgumentParser:
@@ -22,6 +23,13 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     return parser
+
+
+def step_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options of a command as ``measure`` of a trainer takes them: the pairs' lengths as ``batch``."""
+    options = vars(parser.parse_args())
+    options["batch"] = pair_lengths(*(options.pop(n) for n in ("pairs", "prompt_len", "response_len", "lengths")))
+    return options
 
 
 def pair_lengths(pairs: int, prompt_len: int, response_len: int, lengths: str | None = None) -> list[list[int]]:

@@ -18,26 +18,23 @@ from typing import Any
 
 from ches_jax.hugepages import with_large_pages
 from experiments.benchmarks.costs import top_costs
-from experiments.benchmarks.fixed_lengths import pair_lengths, random_pairs, step_parser
+from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser
 from experiments.benchmarks.measure import usage
 from experiments.benchmarks.scoring import matmul_peak
 
 
 def measure(
     model: str,
+    batch: Sequence[Sequence[int]],
     *,
-    pairs: int,
-    prompt_len: int,
-    response_len: int,
     steps: int,
-    lengths: str | None = None,
     lora_rank: int | None = None,
     dtype: str = "float32",
     trace: str | None = None,
 ) -> dict[str, Any]:
     """Run ``ches train`` for ``steps`` updates after a first one, with a clock around its step.
 
-    Each update has the same pairs: an epoch is a batch.
+    Each update has the same pairs, of the lengths in ``batch`` (prompt, chosen, rejected): an epoch is a batch.
     With ``trace`` one more update is profiled into that directory, and what cost most of it is named.
     """
     import jax
@@ -57,7 +54,6 @@ def measure(
                 cpu.append(time.process_time() - used)
             return result
 
-    batch = pair_lengths(pairs, prompt_len, response_len, lengths)
     plain = assemble.Step
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.jsonl"
@@ -128,8 +124,7 @@ def main() -> None:
     with_large_pages()
     parser = step_parser(__doc__)
     parser.add_argument("--trace", help="profile one more update into this directory")
-    options = vars(parser.parse_args())
-    print(json.dumps(measure(options.pop("model"), **options)))
+    print(json.dumps(measure(**step_options(parser))))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.benchmarks.fixed_lengths import pair_lengths, random_pairs, step_parser
+from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser
 from experiments.benchmarks.measure import usage
 
 # trl is imported where it is used: the collection of doctests imports this file
@@ -25,16 +26,13 @@ from experiments.benchmarks.measure import usage
 
 def measure(
     model: str,
+    batch: Sequence[Sequence[int]],
     *,
-    pairs: int,
-    prompt_len: int,
-    response_len: int,
     steps: int,
-    lengths: str | None = None,
     lora_rank: int | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Seconds a step, the device and the memory used on it."""
+    """Seconds a step, the device and the memory used on it; ``batch`` as for ``training.measure``."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     import datasets
     import torch
@@ -68,7 +66,7 @@ def measure(
 
     rows = [
         {**row, **{f"ref_{side}_logps": -10.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}}
-        for row in random_pairs(pair_lengths(pairs, prompt_len, response_len, lengths))
+        for row in random_pairs(batch)
     ]
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -131,8 +129,7 @@ def adapters(rank: int | None) -> Any:
 
 def main() -> None:
     """One run."""
-    options = vars(step_parser(__doc__).parse_args())
-    print(json.dumps(measure(options.pop("model"), **options)))
+    print(json.dumps(measure(**step_options(step_parser(__doc__)))))
 
 
 if __name__ == "__main__":

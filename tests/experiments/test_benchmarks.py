@@ -64,7 +64,7 @@ def test_what_a_step_needs_is_counted_by_hand():
 @pytest.mark.slow
 def test_the_timed_trainer_times_every_update_but_the_first_and_the_profiled_one(tmp_path):
     model = str(bundled.model_dir())
-    timed = training.measure(model, pairs=2, prompt_len=24, response_len=8, steps=2, trace=str(tmp_path))
+    timed = training.measure(model, [[24, 8, 8]] * 2, steps=2, trace=str(tmp_path))
     assert timed["steps"] == 2 and timed["cpu_s_per_step_median"] > 0
     costs = timed["top_costs"]
     assert 0 < sum(c["share"] for c in costs) <= 1.001 and costs[0]["seconds"] > 0
