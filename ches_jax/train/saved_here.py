@@ -128,7 +128,7 @@ class SavedHere:
         self._manager.wait_until_finished()
 
     def about(self, step: int) -> dict[str, Any]:
-        """What ``save`` was told of a step."""
+        """What ``save`` was given of a step."""
         return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
     def read(self, step: int, target: Leaves) -> Leaves:

@@ -170,7 +170,7 @@ class SavedInStore:
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step in kept}
 
     def about(self, step: int) -> dict[str, Any]:
-        """What ``save`` was told of a step.
+        """What ``save`` was given of a step.
 
         Raises:
           RunError: it cannot be read.
