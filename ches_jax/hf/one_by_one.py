@@ -23,8 +23,8 @@ class Writer:
     >>> writer = Writer(file, {"a": ("float32", (2,)), "b": ("int32", ())})
     >>> writer.write(np.ones(2, np.float32))
     >>> writer.write(np.array(3, np.int32))
-    >>> load(file.getvalue())
-    {'a': array([1., 1.], dtype=float32), 'b': array(3, dtype=int32)}
+    >>> sorted(load(file.getvalue()).items())
+    [('a', array([1., 1.], dtype=float32)), ('b', array(3, dtype=int32))]
     """
 
     def __init__(self, file: BinaryIO, kinds: Mapping[str, tuple[str, tuple[int, ...]]]):
