@@ -237,7 +237,7 @@ def _parsed(text: bytes, whole: bool = False) -> Any:
     try:
         line = text.decode()
         value, end = _DECODE(line)
-        if line[end:] in _LINE_ENDS:  # as of nearly every line; json.loads looks for white space and takes twice as long
+        if line[end:] in _LINE_ENDS:  # nearly always; json.loads looks for white space and takes twice as long
             return value
     except (ValueError, RecursionError):
         pass  # said below

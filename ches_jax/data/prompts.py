@@ -98,6 +98,8 @@ def pair_contents(
     >>> [numbers for numbers, content in pair_contents(row, {}, "all-pairs")]
     [(0, 1), (0, 2)]
     """
+    if not columns and (content := _texts_alone(row)) is not None:
+        return [(None, content)]
     values = _values(row, columns, COLUMNS)
     told = "rejected" in values or "rejected_ids" in values
     if "responses" not in values or (told and "responses" not in columns):
@@ -128,6 +130,15 @@ def pair_contents(
         except DataError as error:
             raise DataError(f"responses {chosen} and {rejected} as chosen and rejected: {error}") from None
     return numbered
+
+
+def _texts_alone(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of a row of three texts and of nothing else that is read, as most are; None for any other."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if type(prompt) is type(chosen) is type(rejected) is str and _NOT_TEXT.isdisjoint(row):
+        prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return None
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -162,11 +173,9 @@ def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[
 
 
 def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns and "chosen" in values and "rejected" in values and _NOT_TEXT.isdisjoint(values):
-        return _explicit(values, row, columns)
     if not _OF_TWO.isdisjoint(values):
         return _content_of_two(values, row, columns)
-    if _IDS <= values.keys():
+    if values.keys() >= _IDS:
         ids = ids_without_prompt(*(_token_ids(name, values[name]) for name in ID_COLUMNS))
         return dict(zip(ID_COLUMNS, ids, strict=True))
     required: list[str] = ["chosen", "rejected"]

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +52,7 @@ from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
 from ches_jax.runs.arrow import take_pandas_in
 from ches_jax.runs.files import read_object
+from ches_jax.runs.json_text import quoted
 from ches_jax.runs.store import is_address, is_store
 from ches_jax.types import Pairing
 
@@ -206,12 +206,12 @@ def row_id(content: Mapping[str, Any]) -> str:
     '8ad7972c3a7a43fe4ae5c60fb53bdb64'
     """
     if content.keys() == _TEXTS and _STRING.issuperset(map(type, content.values())):
-        # most rows: what the encoder writes, in half its time
-        prompt, chosen, rejected = [encode_basestring(content[name]) for name in TEXT_COLUMNS]
-        text = f'{{"chosen":{chosen},"prompt":{prompt},"rejected":{rejected}}}'
+        # most rows: what the encoder writes, in a third of its time
+        sides = tuple([quoted(content[name]) for name in ("chosen", "prompt", "rejected")])
+        text = b'{"chosen":%b,"prompt":%b,"rejected":%b}' % sides
     else:
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def open_pairs(
@@ -406,10 +406,11 @@ def _rows(index: int, where: str, raw: Any, source: PairSource) -> list[Record]:
         raise DataError(f"a {type(raw).__name__} instead of an object with columns {', '.join(rows.columns[:3])}")
     category = lookup(raw, schema.category if schema else columns.get("category", "category"))
     category = None if category is None else str(plain(category))
+    declared = [] if schema is None or is_plain(schema) else schema.reads
     made = []
     for numbers, content in _contents(raw, source):
-        if schema is not None and not is_plain(schema):
-            read = {name if name in raw else name.partition(".")[0] for name in schema.reads}
+        if declared:
+            read = {name if name in raw else name.partition(".")[0] for name in declared}
         else:
             read = columns_read(raw, columns, rows.of_a_pair if numbers is None else rows.columns)
         try:

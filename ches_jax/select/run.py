@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError, require_config
-from ches_jax.runs.chunks import json_bytes, json_value
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.json_text import json_bytes, json_value
 from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.scores.formulas import SCORES, numbers
 from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table, words
@@ -27,6 +27,8 @@ from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, joined, 
 from ches_jax.stats import spearman
 
 SUMMARY = "selection.json"
+BUFFER = 1 << 20
+"""Bytes that are written at once."""
 _ALWAYS_READ = ("row_id", "index", *CANDIDATES, "ches", "chosen_tokens", "rejected_tokens", "category")
 
 
@@ -213,14 +215,16 @@ def _write_rows(
     """One pass over the source: each row, checked, to pairs.jsonl or to dropped.jsonl."""
     changed = f"{config.scores}: the pairs file changed since it was scored"
     not_scored = dropped_when_scored(config.scores)
+    control = "" if config.control == "none" else f" ({config.control} control)"
+    not_chosen = f"not in {config.keep} of {config.by}{control}"
     seen = np.zeros(len(table), dtype=bool)
     reasons: Counter[str] = Counter()
     replaced: set[str] = set()
     digest = hashlib.sha256()
     with (
-        open(folder / "pairs.jsonl", "wb") as pairs,
-        open(folder / "kept_ids.txt", "w", encoding="utf-8", newline="\n") as kept_ids,
-        open(folder / "dropped.jsonl", "wb") as dropped,
+        open(folder / "pairs.jsonl", "wb", BUFFER) as pairs,
+        open(folder / "kept_ids.txt", "w", BUFFER, encoding="utf-8", newline="\n") as kept_ids,
+        open(folder / "dropped.jsonl", "wb", BUFFER) as dropped,
     ):
         for row, position, scored_id in joined(rows, table):
             digest.update(f"{row.index} {row.row_id}\n".encode())
@@ -233,12 +237,18 @@ def _write_rows(
                 if decision.kept[position]:
                     added = _added_columns(row, position, decision, config)
                     theirs = {**row.extra, **row.content}
-                    replaced |= added.keys() & theirs.keys()
+                    if not added.keys().isdisjoint(theirs):
+                        replaced |= added.keys() & theirs.keys()
                     pairs.write(json_bytes({**theirs, **added}))
                     kept_ids.write(f"{row.row_id}\n")
                     continue
-            reason = _reason(position, not_scored.get(key_of(row)) if not_scored else None, decision, config)
-            reasons[reason.split(":", 1)[0] if position is None else reason] += 1
+                reason = decision.repeats.get(position) or (
+                    "unscored" if math.isnan(decision.values[position]) else not_chosen
+                )
+                reasons[reason] += 1
+            else:
+                reason = f"dropped when scored: {not_scored[key_of(row)]}"
+                reasons["dropped when scored"] += 1
             record = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
             dropped.write(json_bytes(record))
     if not seen.all():
@@ -265,14 +275,3 @@ def _added_columns(row: SourceRow, position: int, decision: Decision, config: Se
 
 def _candidates(row: SourceRow) -> dict[str, int]:
     return dict(zip(CANDIDATES, row.candidates, strict=False)) if row.candidates else {}
-
-
-def _reason(position: int | None, when_scored: str | None, decision: Decision, config: SelectConfig) -> str:
-    if position is None:
-        return f"dropped when scored: {when_scored}"
-    if position in decision.repeats:
-        return decision.repeats[position]
-    if math.isnan(decision.values[position]):
-        return "unscored"
-    control = "" if config.control == "none" else f" ({config.control} control)"
-    return f"not in {config.keep} of {config.by}{control}"

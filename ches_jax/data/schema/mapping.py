@@ -243,10 +243,16 @@ def _in_place_of_last(chosen: Any, rejected: Any) -> Any:
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
-    row = {**row, **{n: turns(decoded_turns(row[n])) for n in _PLAIN_TEXTS if n in row}}
+    turned = {n: turns(decoded_turns(v)) for n in _PLAIN_TEXTS if n in row and not _is_text(v := row[n])}
+    row = {**row, **turned} if turned else row
     if not (_several(row.get("chosen")) or _several(row.get("rejected"))):
         return [(None, row)]
-    return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
+    return [(numbers, {**row, **both}) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be nothing else: turns are objects."""
+    return isinstance(value, str) and "{" not in value
 
 
 def _sides(chosen: Any, rejected: Any) -> list[Canonical]:
@@ -353,8 +359,8 @@ def decoded_turns(value: Any) -> Any:
     Raises:
       DataError: a conversation as a program prints it, which cannot be read back.
     """
-    if isinstance(value, str) and "{" not in value:
-        return value  # turns are objects
+    if _is_text(value):
+        return value
     parsed = decoded(value)
     if parsed is not value and are_turns(turns(parsed)):
         return parsed

@@ -27,6 +27,7 @@ ROLES = {
 }
 """Words for the speaker of a turn that other tools write -> the role."""
 _PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{'(?:role|content|from|value)'\s*:")
+_NESTED = (dict, list, tuple, Mapping)
 _FLAT = frozenset({str, int, float, bool, type(None)})
 """Types of values that hold no others."""
 DEEPEST = 100
@@ -98,7 +99,7 @@ def within_depth(value: Any, most: int = DEEPEST) -> bool:
     >>> within_depth([[]], 2), within_depth([[[]]], 2)
     (True, False)
     """
-    if type(value) in _FLAT or not isinstance(value, Mapping | list | tuple):
+    if type(value) in _FLAT or not isinstance(value, _NESTED):
         return True  # texts first: most values are, and asking whether one is a Mapping takes long
     inside = value.values() if isinstance(value, Mapping) else value
     return most > 0 and (_FLAT.issuperset(map(type, inside)) or all(within_depth(part, most - 1) for part in inside))
