@@ -135,7 +135,8 @@ def pair_contents(
 def _texts_alone(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The content of a row of three texts and of nothing else that is read, as most are; None for any other."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if type(prompt) is type(chosen) is type(rejected) is str and _NOT_TEXT.isdisjoint(row):
+    texts = isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+    if texts and _NOT_TEXT.isdisjoint(row):
         prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return None
@@ -357,8 +358,7 @@ def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mappin
             parts = without_prompt(prompt, chosen, rejected)
     else:
         raise DataError("one of 'chosen' and 'rejected' is text and the other a conversation: give both alike")
-    prompt, chosen, rejected = parts or ()
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return dict(zip(TEXT_COLUMNS, parts or (), strict=True))
 
 
 def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:

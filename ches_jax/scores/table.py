@@ -366,8 +366,8 @@ def read_table(
 def words(table: pa.Table, name: str) -> tuple[list[str], np.ndarray]:
     """The distinct texts of a column in order, "" for null, and for each row which of them it has, [rows]."""
     found = table[name].combine_chunks().dictionary_encode()
-    texts = [text or "" for text in found.dictionary.to_pylist()]
-    distinct = sorted({*texts, *([""] if found.null_count else [])})
+    texts: list[str] = [text or "" for text in found.dictionary.to_pylist()]
+    distinct: list[str] = sorted({*texts, *[""][: found.null_count]})
     place = {text: i for i, text in enumerate(distinct)}
     codes = np.array([*(place[text] for text in texts), place.get("", 0)], dtype=np.int64)
     return distinct, codes[found.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)]

@@ -244,7 +244,7 @@ def _in_place_of_last(chosen: Any, rejected: Any) -> Any:
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
     turned = {n: turns(decoded_turns(v)) for n in _PLAIN_TEXTS if n in row and not _is_text(v := row[n])}
-    row = {**row, **turned} if turned else row
+    row = {**row, **turned}
     if not (_several(row.get("chosen")) or _several(row.get("rejected"))):
         return [(None, row)]
     return [(numbers, {**row, **both}) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
