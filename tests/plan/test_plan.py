@@ -103,6 +103,20 @@ def test_a_collective_in_the_parts_of_a_chain_counts_once():
         assert totals(collectives(text))["all-gather"]["runs"] == runs
 
 
+def test_collectives_of_one_channel_count_each():
+    """All those that a program writes itself have the same one; only in fusions does it name the collective."""
+    mesh = make_mesh("data=8")
+
+    def both(a):
+        first, second = (jax.lax.all_gather(a * n, "data") for n in (2, 3))
+        return first @ second.swapaxes(-1, -2), jax.lax.all_gather(a[:1] + 1, "data")
+
+    run = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), check_vma=False)
+    text = str(jax.jit(run).lower(jnp.ones((16, 4))).compile().as_text())
+    assert text.count("channel_id=1,") == 3 and "channel_id=2" not in text
+    assert sorted(c.bytes for c in collectives(text)) == [8 * 4 * 4, 16 * 4 * 4, 16 * 4 * 4]
+
+
 def test_the_text_of_this_machine_s_compiler_is_read():
     devices = jax.devices()
     if len(devices) < 2:
