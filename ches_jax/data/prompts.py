@@ -135,11 +135,12 @@ def pair_contents(
 def _texts_alone(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The content of a row of three texts and of nothing else that is read, as most are; None for any other."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    texts = isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
-    if texts and _NOT_TEXT.isdisjoint(row):
-        prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return None
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return None
+    if not _NOT_TEXT.isdisjoint(row):
+        return None
+    prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
