@@ -1,7 +1,8 @@
 """From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +82,33 @@ def keys(table: pa.Table) -> list[Key]:
         (index, None if chosen is None else (chosen, rejected))
         for index, chosen, rejected in zip(table["index"].to_pylist(), *columns, strict=True)
     ]
+
+
+def joined(rows: Iterable[SourceRow], table: pa.Table) -> Iterator[tuple[SourceRow, int | None, str]]:
+    """Rows of the source in their order, each with its position in the table (None where it is not) and its id there.
+
+    Both rise by ``Key``, so that one pass over both finds every pair, whatever their number.
+    """
+    scored = enumerate(_keys_with_ids(table))
+    at, (there, row_id) = next(scored, _END)
+    for row in rows:
+        mine = (row.index, row.candidates or ())
+        while there < mine:
+            at, (there, row_id) = next(scored, _END)
+        yield (row, at, row_id) if there == mine else (row, None, "")
+
+
+_END = (-1, ((sys.maxsize, ()), ""))
+"""Behind the last row of a table."""
+_BLOCK = 4096
+
+
+def _keys_with_ids(table: pa.Table) -> Iterator[tuple[tuple[int, tuple[int, ...]], str]]:
+    """By row, some at a time: where it stands among all, and its ``row_id``."""
+    for start in range(0, len(table), _BLOCK):
+        block = table.slice(start, _BLOCK)
+        places = ((index, candidates or ()) for index, candidates in keys(block))
+        yield from zip(places, block["row_id"].to_pylist(), strict=True)
 
 
 def _candidates(numbers: Any) -> tuple[int, ...] | None:
