@@ -26,7 +26,7 @@ Texts = dict[str, list[str]]
 
 
 def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, told: np.ndarray) -> tuple[Texts, str]:
-    """The texts of the rows of a score table that are ``told`` ([rows], true or false), and a note where there are none.
+    """The texts of those rows of a score table that are ``told``, and a note where they cannot be had.
 
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
     is a note on the page and no error.
