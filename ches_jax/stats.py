@@ -50,7 +50,7 @@ def _shared_ranks(values: np.ndarray) -> np.ndarray:
     """``ranks``, sorted once for each column: a page correlates every score with the same lengths."""
     if values.size < _MANY:
         return ranks(values)
-    key = hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).digest()
+    key = hashlib.sha256(np.ascontiguousarray(values).data).digest()
     if key not in _KEPT:
         while len(_KEPT) >= _MOST_KEPT:
             del _KEPT[next(iter(_KEPT))]
@@ -95,8 +95,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     if x.size < 2:
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")
+    scale = math.sqrt(_inner(x, x) * _inner(y, y))
+    return _inner(x, y) / scale if scale > 0 else float("nan")
 
 
 def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray]) -> float:
@@ -113,26 +113,33 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray
     for column in (np.ones_like(x), *others):
         left = _without(column, basis)
         # What remains of an explained column is rounding, and its correlation would be noise.
-        if (size := np.linalg.norm(left)) > _ROUNDING * np.linalg.norm(column):
+        if (size := _size(left)) > _ROUNDING * _size(column):
             basis.append(left / size)
-    left = [_without(side, basis) for side in (x, y)]
-    sizes = [float(np.linalg.norm(side)) for side in left]
-    if any(size <= _ROUNDING * np.linalg.norm(side) for size, side in zip(sizes, (x, y), strict=True)):
+    one, other = _without(x, basis), _without(y, basis)
+    if _size(one) <= _ROUNDING * _size(x) or _size(other) <= _ROUNDING * _size(y):
         return float("nan")
-    return float(left[0] @ left[1] / (sizes[0] * sizes[1]))
+    return _inner(one, other) / (_size(one) * _size(other))
 
 
 _ROUNDING = 1e-9
 
 
+def _inner(a: np.ndarray, b: np.ndarray) -> float:
+    """The inner product of two columns, by one thread: those of BLAS wait for one another longer than they compute."""
+    return float(np.einsum("i,i->", a, b))
+
+
+def _size(column: np.ndarray) -> float:
+    return math.sqrt(_inner(column, column))
+
+
 def _without(column: np.ndarray, basis: Sequence[np.ndarray]) -> np.ndarray:
     """What is left of a column, [rows], at right angles to orthonormal ones."""
-    before = math.sqrt(column @ column)
     left = column
     for other in basis:
-        left = left - (other @ left) * other
+        left = left - _inner(other, left) * other
     # of a small remainder much is rounding, which is taken away in turn
-    return _without(left, basis) if 0 < math.sqrt(left @ left) < 0.1 * before else left
+    return _without(left, basis) if 0 < _size(left) < 0.1 * _size(column) else left
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float:

@@ -62,7 +62,7 @@ class Words(Sequence[str]):
         return len(self.codes)
 
     def __getitem__(self, at: Any) -> Any:
-        return self.names[self.codes[at]]
+        return self.names[int(self.codes[at])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,8 @@ class PairTable:
         for name, texts in self.texts.items():
             out[name] = ["…"] * self.rows
             for i in self._told().tolist():
-                text, most = texts[i], LONGEST if whole[i] else short
+                text = str(texts[i])
+                most = LONGEST if whole[i] else short
                 if len(text) > most:
                     cut[i] = True
                     text = "… " + text[-most:] if name == "prompt" and not whole[i] else text[:most] + " …"

@@ -198,8 +198,9 @@ def _length_words(name: str, found: Mapping[str, float]) -> str:
 
 
 def _data_words(table: pa.Table, dropped: Mapping[Any, str]) -> str:
-    lengths = pc.list_value_length(table["flags"]) if "flags" in table.schema.names else None
-    flagged = 0 if lengths is None else pc.sum(pc.greater(lengths, 0)).as_py() or 0
+    flagged = 0
+    if "flags" in table.schema.names:
+        flagged = int((pc.call_function("list_value_length", [table["flags"]]).fill_null(0).to_numpy() > 0).sum())
     unscored = len(table) - tables.scored_rows(table)
     words = f"{len(dropped):,} rows dropped before scoring, {flagged:,} flagged, {unscored:,} without a score."
     return f'{escape(words)} <a href="#health">Data health</a>.'
@@ -323,7 +324,7 @@ def _words(table: pa.Table, name: str) -> Words:
     """A column of texts, or of lists of them with commas, a word for each pair."""
     column = table[name]
     if pa.types.is_list(column.type):
-        column = pc.binary_join(column, ", ")
+        column = pc.call_function("binary_join", [column, ", "])
     names, codes = words(pa.table({name: column}), name)
     return Words(names, codes)
 
