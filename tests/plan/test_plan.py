@@ -295,7 +295,10 @@ def axes_of(entry):
 
 
 def nothing_sharded_is_gathered(config, found):
-    """A layer's matrix over ``fsdp`` is, or a piece of what the unembedding needs; tokens over ``expert``; no table."""
+    """A layer's matrix over ``fsdp`` is, or a piece of what the unembedding needs; tokens over ``expert``; no table.
+
+    Over two slices a sum of gradients is scattered within each, added, and gathered: of adapters in one such sum each.
+    """
     decoder, sizes, options = (
         decoder_config(json.loads(config.read_text())),
         parse_mesh(found["mesh"]),
@@ -313,6 +316,8 @@ def nothing_sharded_is_gathered(config, found):
     tokens = options["rows"] * options["prompt_tokens" if found["what"] == "generate" else "row_tokens"]
     if sizes["expert"] > 1:  # the hidden states of the tokens that a group of experts shares
         numbers = max(numbers, sizes["expert"] * tokens * decoder.width)
+    if found["slices"] > 1 and options["lora_rank"] is not None:
+        numbers = max(numbers, options["lora_rank"] * max(max(leaf.shape[1:]) for leaf in layers.values()))
     largest = {kind: one["largest"] for kind, one in found["collectives"].items()}
     assert largest.get("all-gather", 0) <= 2 * numbers, (found["what"], found["mesh"])  # in bfloat16
     if trained and options["lora_rank"] is None and sizes["tensor"] * sizes["expert"] * sizes["data"] == 1:
