@@ -360,6 +360,7 @@ def read_table(
             block = pa.Table.from_batches([batch])
             last = check_rows(block, last, str(path))
             blocks.append(block.select(names))
+    pa.default_memory_pool().release_unused()  # of what was read and is not wanted, as much as of what is
     return pa.concat_tables(blocks), metadata
 
 
