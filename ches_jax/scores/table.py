@@ -311,7 +311,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if not is_there(path):
         raise RunError(f"{path}: no such file")
     try:
-        return pq.ParquetFile(parquet_source(path))
+        return pq.ParquetFile(parquet_source(path), pre_buffer=False)  # what is read ahead is a second copy
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
 
