@@ -18,11 +18,13 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from ches_jax.errors import DataError
-from ches_jax.runs.store import fetched, is_address, matching, place, scheme_of
+from ches_jax.runs.store import fetched, is_address, is_store, matching, place, scheme_of
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 """Suffixes of files that hold other files."""
+BUFFER = 1 << 18
+"""Bytes that are read at once: lines are taken from what is in memory."""
 _PART = re.compile(r"(?P<split>.*?)[-_.]?(?P<number>\d{3,})(-of-(?P<count>\d+))?(-[0-9a-f]{8,})?")
 """Names of the parts of a split, as the hub and Spark write them."""
 
@@ -97,7 +99,9 @@ def open_bytes(path: Path) -> BinaryIO:
     with path.open("rb") as file:
         begin = file.read(6)
     opener = next((opener for magic, opener in _OPENERS.items() if begin.startswith(magic)), None)
-    return path.open("rb") if opener is None else cast(BinaryIO, opener(path))
+    if opener is not None:
+        return cast(BinaryIO, opener(path))
+    return path.open("rb") if is_store(path) else path.open("rb", BUFFER)
 
 
 def is_compressed(path: Path) -> bool:

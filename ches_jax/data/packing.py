@@ -4,8 +4,8 @@ What is packed is an *item*: a prompt and its responses, each there once. A pair
 record of the data with N candidates are one item of N (``group_by_prompt``). It is written as ``[prompt + what all
 responses begin with | rest of the first | rest of the second | ...]``; each rest sees the shared part and itself (see
 ``models.attention.mask``), so one pass gives the states of all sequences. Rows have one length and padding only at
-their ends: one compiled shape, or two and three where single items need longer rows. Items are placed by first-fit
-decreasing (``first_fit_decreasing``).
+their ends: one compiled shape, or two and three where single items need longer rows, whose rest holds short ones. Items
+are placed by first-fit decreasing (``first_fit_in_rows``).
 
 What is computed from the states is listed as *predictions* (source position, target token, segment): the state at
 ``source`` predicts ``target`` and joins the sum of ``segment``. An item of N responses has 1 + N segments: shared, then
@@ -247,7 +247,7 @@ def row_capacity(length: int, max_pairs: int | None = None) -> tuple[int, int, i
 def first_fit_decreasing(
     lengths: Sequence[int], row_length: int, pairs: Sequence[int] | None = None, max_pairs: int = 0
 ) -> list[list[int]]:
-    """Which items share a row: bin packing by first-fit decreasing, ties in order.
+    """Which items share a row, where all rows are alike: bin packing by first-fit decreasing, ties in order.
 
     Args:
       lengths: packed length of each item.
@@ -259,19 +259,36 @@ def first_fit_decreasing(
     [[0, 1], [2]]
     """
     pairs = [1] * len(lengths) if pairs is None else pairs
+    room = row_length, max_pairs or standard_max_pairs(row_length)
+    return first_fit_in_rows(list(zip(lengths, pairs, strict=True)), [room] * len(lengths))
+
+
+def first_fit_in_rows(sizes: Sequence[tuple[int, int]], rooms: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """``first_fit_decreasing`` where each item says which row it needs; the first item of a row has opened it.
+
+    So what is left of the rows of long items holds short ones.
+
+    Args:
+      sizes: (positions, pairs) of each item.
+      rooms: (positions, pairs) of the row that it opens if it fits in none that is there.
+
+    >>> first_fit_in_rows([(40, 1), (100, 1), (20, 1)], [(64, 2), (128, 2), (64, 2)])
+    [[1, 2], [0]]
+    """
     rows: list[list[int]] = []
     free: list[int] = []
     free_pairs: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fit = next((r for r, room in enumerate(free) if room >= lengths[i] and free_pairs[r] >= pairs[i]), None)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        length, pairs = sizes[i]
+        fit = next((r for r, room in enumerate(free) if room >= length and free_pairs[r] >= pairs), None)
         if fit is None:
             rows.append([])
-            free.append(row_length)
-            free_pairs.append(max_pairs or standard_max_pairs(row_length))
+            free.append(rooms[i][0])
+            free_pairs.append(rooms[i][1])
             fit = len(rows) - 1
         rows[fit].append(i)
-        free[fit] -= lengths[i]
-        free_pairs[fit] -= pairs[i]
+        free[fit] -= length
+        free_pairs[fit] -= pairs
     return rows
 
 
@@ -389,20 +406,35 @@ def plan_batches(
 
     ``max_pairs``: room that every row has at least, so that items of many and of few responses share a shape.
     """
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for i, item in enumerate(items):
-        positions = row_length(item, length, length_threshold)
-        by_shape.setdefault((positions, max(max_pairs, row_max_pairs(item, positions))), []).append(i)
-    for row_len, max_pairs in sorted(by_shape):
-        members = by_shape[row_len, max_pairs]
-        lengths = [packed_length(items[i], length_threshold) for i in members]
-        rows_of = first_fit_decreasing(lengths, row_len, [pair_capacity_of(items[i]) for i in members], max_pairs)
+    lengths = [packed_length(item, length_threshold) for item in items]
+    row_lengths = _tightened([doubled(length, n) for n in lengths], lengths, length)
+    rooms = [(n, max(max_pairs, row_max_pairs(item, n))) for n, item in zip(row_lengths, items, strict=True)]
+    pairs = [pair_capacity_of(item) for item in items]
+    by_shape: dict[tuple[int, int], list[list[int]]] = {}
+    for row in first_fit_in_rows(list(zip(lengths, pairs, strict=True)), rooms):
+        by_shape.setdefault(rooms[row[0]], []).append(sorted(row))
+    for row_len, most_pairs in sorted(by_shape):
+        rows_of = by_shape[row_len, most_pairs]
         count = max(1, rows_per_batch * length // row_len)
         count = -(-count // row_multiple) * row_multiple
         for at in range(0, len(rows_of), count):
-            rows = [[members[j] for j in sorted(group)] for group in rows_of[at : at + count]]
+            rows = rows_of[at : at + count]
             segments = [[1 + len(responses_of(items[i])) for i in group] for group in rows]
-            yield BatchPlan(row_len, count, rows, segments, max_pairs)
+            yield BatchPlan(row_len, count, rows, segments, most_pairs)
+
+
+def _tightened(row_lengths: Sequence[int], lengths: Sequence[int], standard: int) -> list[int]:
+    """Rows of three quarters of a doubled length, where all items of such rows fit: no more shapes than before.
+
+    >>> _tightened([2048, 4096, 4096, 8192], [700, 2500, 3000, 8000], 2048)
+    [2048, 3072, 3072, 8192]
+    """
+    most: dict[int, int] = {}
+    for row, n in zip(row_lengths, lengths, strict=True):
+        most[row] = max(n, most.get(row, 0))
+    # blocks of attention divide them still
+    fitting = {row: row * 3 // 4 for row, n in most.items() if standard < row and n <= row * 3 // 4 and row % 512 == 0}
+    return [fitting.get(row, row) for row in row_lengths]
 
 
 def write_batch(
@@ -435,7 +467,7 @@ def pack(
 
     Args:
       items: scorable pairs, or what ``group_by_prompt`` makes of them; every one is placed exactly once.
-      length: standard row length; longer items get rows of a doubled length (and fewer rows a batch).
+      length: standard row length; longer items get rows of a doubled length, or three quarters of it (fewer a batch).
       rows_per_batch: rows of a standard batch; the last batch is filled up with padding rows.
       eos: whether a terminator counts as a prediction.
       row_multiple: the rows of a batch are a multiple of this (the devices they are sharded over).

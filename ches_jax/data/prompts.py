@@ -31,7 +31,7 @@ UltraFeedback), lists by rank, and indices of the better one. A dot reaches into
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
@@ -55,6 +55,10 @@ COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 
 
 PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "category")
+_IDS = frozenset(ID_COLUMNS)
+_OF_TWO = frozenset({*TWO_PROMPTS, *TWO_PROMPT_IDS})
+_NOT_TEXT = frozenset(COLUMNS) - {*TEXT_COLUMNS, "category"}
+"""What makes more of a row than texts."""
 
 Numbers = tuple[int, int] | tuple[()] | None
 """Chosen and rejected among a row's candidates; () where they make no pair, None where the row is one pair."""
@@ -94,9 +98,11 @@ def pair_contents(
     >>> [numbers for numbers, content in pair_contents(row, {}, "all-pairs")]
     [(0, 1), (0, 2)]
     """
+    if not columns and (content := _texts_alone(row)) is not None:
+        return [(None, content)]
     values = _values(row, columns, COLUMNS)
-    rejected = any(name in values for name in ("rejected", "rejected_ids"))
-    if "responses" not in values or (rejected and "responses" not in columns):
+    told = "rejected" in values or "rejected_ids" in values
+    if "responses" not in values or (told and "responses" not in columns):
         return [(None, _content(values, row, columns))]
     responses = values["responses"]
     if two := [name for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS) if name in values]:
@@ -126,6 +132,17 @@ def pair_contents(
     return numbered
 
 
+def _texts_alone(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of a row of three texts and of nothing else that is read, as most are; None for any other."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return None
+    if not _NOT_TEXT.isdisjoint(row):
+        return None
+    prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The column ``name`` of a row; a dot reaches into an object, or into every object of a list. None: not there.
 
@@ -141,10 +158,10 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
     return lookup(inner, rest) if isinstance(inner, Mapping) else None
 
 
-def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> set[str]:
+def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Collection[str]) -> Collection[str]:
     """The row's own columns that ``names`` stand for."""
     if not columns:
-        return set(names)
+        return names
     theirs = (columns.get(name, name) for name in names)
     return {name if name in row else name.partition(".")[0] for name in theirs}
 
@@ -152,19 +169,19 @@ def columns_read(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequ
 def _values(row: Mapping[str, Any], columns: Mapping[str, str], names: Sequence[str]) -> dict[str, Any]:
     """What the row holds under each of ``names``, nulls left out."""
     if not columns:
-        return {name: value for name in names if (value := row.get(name)) is not None}
+        return {name: value for name, value in row.items() if value is not None and name in names}
     cells = {name: lookup(row, columns.get(name, name)) for name in names}
     return {name: value for name, value in cells.items() if value is not None}
 
 
 def _content(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if any(name in values for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS)):
+    if not _OF_TWO.isdisjoint(values):
         return _content_of_two(values, row, columns)
-    if all(name in values for name in ID_COLUMNS):
+    if values.keys() >= _IDS:
         ids = ids_without_prompt(*(_token_ids(name, values[name]) for name in ID_COLUMNS))
         return dict(zip(ID_COLUMNS, ids, strict=True))
     required: list[str] = ["chosen", "rejected"]
-    if any(name in values for name in ID_COLUMNS) and not any(n in values for n in required):
+    if not _IDS.isdisjoint(values) and not any(n in values for n in required):
         required = list(ID_COLUMNS)
     if columns.get("prompt"):
         required.insert(0, "prompt")
@@ -329,6 +346,7 @@ def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mappin
     prompt = values.get("prompt")
     if prompt is not None:
         prompt = _text_or_messages("prompt", prompt)
+    parts: Sequence[Any] | None
     if isinstance(chosen, list) and isinstance(rejected, list):
         parts = split_conversations(prompt, chosen, rejected)
     elif isinstance(chosen, str) and isinstance(rejected, str):

@@ -11,7 +11,7 @@ from ches_jax.data.unpaired import LABELLED
 from ches_jax.errors import DataError
 from ches_jax.health import unpaired
 from ches_jax.health.checks import CHECKS, Check, Row, leaks, unreadable
-from ches_jax.runs.chunks import json_value
+from ches_jax.runs.json_text import json_value
 
 WHAT_TO_DO = {
     "unreadable": "repair these rows or leave them out",

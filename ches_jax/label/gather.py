@@ -13,8 +13,8 @@ from ches_jax.inputs import Opener
 from ches_jax.label.config import GatherConfig
 from ches_jax.label.run import rows_of
 from ches_jax.notices import notice
-from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.json_text import json_bytes, json_value
 
 PAIRS = "pairs.jsonl"
 SUMMARY = "gather.json"
@@ -55,7 +55,7 @@ def gather(config: GatherConfig) -> dict[str, Any]:
     counts = {"pairs": len(rows), "rows": len(made)}
     record = json_value({"verb": "gather", "config": asdict(config), "counts": counts, **opener.identity()})
     with new_directory(Path(config.out), ChesError) as folder:
-        (folder / PAIRS).write_bytes(b"".join(json_line(row).encode() for row in made))
+        (folder / PAIRS).write_bytes(b"".join(map(json_bytes, made)))
         (folder / SUMMARY).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
 

@@ -23,8 +23,9 @@ from ches_jax.label.contrast import BETTER, COLUMNS, WORSE, token_rewards
 from ches_jax.label.rewards import consistency, implicit_reward, label_probability
 from ches_jax.label.weights import density_weights, rows_of_one_response
 from ches_jax.options import PairOptions
-from ches_jax.runs.chunks import json_line, json_value, write_lines
+from ches_jax.runs.chunks import write_lines
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.json_text import json_bytes, json_value
 from ches_jax.scores.config import ScoreConfig
 from ches_jax.scores.table import read_table
 
@@ -130,7 +131,7 @@ def _write(
                 content, new, flipped = _exchanged(content), _exchanged(new), flipped + 1
                 new[PROBABILITY] = 1 - new[PROBABILITY]
             category = {} if row.category is None else {"category": row.category}
-            file.write(json_line({**content, **category, **new, "row_id": row.row_id}).encode())
+            file.write(json_bytes({**content, **category, **new, "row_id": row.row_id}))
     return flipped
 
 

@@ -29,6 +29,7 @@ from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ra
 from ches_jax.models.cache import Cache, Memory
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.experts import balance_loss
+from ches_jax.models.head import from_products
 from ches_jax.models.kinds import MIXERS, Layer
 from ches_jax.models.layers import Context, Embedding, LayerData, Norm, matmul
 from ches_jax.models.per_layer import PerLayer
@@ -539,13 +540,7 @@ class Decoder(nnx.Module):
 
     def logit_transform(self, products: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Elementwise, from ``h W^T`` to the logits: the family's scale and soft-cap."""
-        c, y = self.config, products
-        if c.logit_scale is not None:
-            y = y * jnp.asarray(c.logit_scale, y.dtype)
-        if c.logit_softcap is not None:
-            cap = jnp.asarray(c.logit_softcap, y.dtype)
-            y = cap * jnp.tanh(y / cap)
-        return y
+        return from_products(products, self.config.logit_scale, self.config.logit_softcap)
 
 
 def layer_by_layer(config: DecoderConfig, of_stacks: Sequence[Any]) -> tuple[Any, ...]:

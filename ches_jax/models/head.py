@@ -33,12 +33,21 @@ def logits_of(h: Array, weight: Array, head: Head) -> Array:
     contract = (((h.ndim - 1,), (1,)), ((), ()))
     out = h.dtype if head.rounded else acc
     z = lax.dot_general(h, weight, contract, precision=matmul_precision(h.dtype), preferred_element_type=out)
-    z = z.astype(acc)
-    if head.scale is not None:
-        z = z * jnp.asarray(head.scale, acc)
-    if head.softcap is None:
+    return from_products(z.astype(acc), head.scale, head.softcap)
+
+
+def from_products(products: Array, scale: float | None, softcap: float | None) -> Array:
+    """Elementwise, from ``h W^T`` to the logits.
+
+    >>> from_products(jnp.array([-8.0, 0.5]), 2.0, 1.0).round(3).tolist()
+    [-1.0, 0.7620000243186951]
+    """
+    z = products
+    if scale is not None:
+        z = z * jnp.asarray(scale, z.dtype)
+    if softcap is None:
         return z
-    cap = jnp.asarray(head.softcap, acc)
+    cap = jnp.asarray(softcap, z.dtype)
     return cap * jnp.tanh(z / cap)
 
 
@@ -53,9 +62,13 @@ def logit_gradient(z: Array, total: Array, y: Array, g: Array, head: Head, numbe
       head: what made the logits.
       number: the tokens that the logits are of, [V].
     """
-    acc = z.dtype
     at_target = y[..., None] == number.astype(y.dtype)[None, None]
-    dz = g[..., None] * (at_target.astype(acc) - jnp.exp(z - total[..., None]))
+    return product_gradient(g[..., None] * (at_target.astype(z.dtype) - jnp.exp(z - total[..., None])), z, head)
+
+
+def product_gradient(dz: Array, z: Array, head: Head) -> Array:
+    """Gradient by ``h W^T`` from the gradient dz by the logits z."""
+    acc = z.dtype
     if head.softcap is not None:
         # of padding of the vocabulary the logit is minus infinity, and dz is 0
         dz = dz * (1 - jnp.square(jnp.maximum(z, -head.softcap) / jnp.asarray(head.softcap, acc)))

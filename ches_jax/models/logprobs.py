@@ -18,6 +18,7 @@ keeps its states, and W comes by in pieces (``unembedding_pieces``).
 [[-1.3860000371932983, -1.3860000371932983, -1.3860000371932983]]
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ches_jax.models.head import Head, logit_gradient, logits_of
+from ches_jax.models.head import Head, logit_gradient, logits_of, product_gradient
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 from ches_jax.models.unembedding_pieces import PIECE, gradients_by_piece, logps_by_piece, unembedding_travels
@@ -122,7 +123,9 @@ def _over_chunks(
     return _joined(lax.map(lambda part: of_chunk(part, rounded, head, parts), chunks), hidden.shape[1])
 
 
-def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lies: str, gives: str) -> Any:
+def _on_mesh(
+    run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lies: str, gives: str, width: int | None = None
+) -> Any:
     """``run(parts, *arrays)`` on each device of the mesh, or on the one there is.
 
     Args:
@@ -131,10 +134,12 @@ def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lie
       arrays: states, then W, then others.
       lies: for each array r where it lies by rows, w where as W does.
       gives: the same of each result.
+      width: of a W that lies as all arrays of kind w can; default: that of W.
     """
+    words, own_width = arrays[1].shape
     if head.logical is None:
-        return run(Vocabulary(arrays[1].shape[0]), *arrays)
-    place = place_of(head.logical, arrays[0].shape[0], arrays[1].shape)
+        return run(Vocabulary(words), *arrays)
+    place = place_of(head.logical, arrays[0].shape[0], (words, width or own_width))
     specs = {"r": place.rows, "w": place.weight}
     results: Any = tuple(specs[kind] for kind in gives)
     local = jax.shard_map(
@@ -147,9 +152,10 @@ def _on_mesh(run: Callable[..., Any], head: Head, arrays: tuple[Array, ...], lie
     return local(*arrays)
 
 
-def _chunk(hidden: Array, parts: Vocabulary, head: Head) -> int:
-    """Positions of each row in a chunk: what travels of their states is at most a piece."""
-    rows, count, width = hidden.shape
+def _chunk(hidden: Array, parts: Vocabulary, head: Head, width: int | None = None) -> int:
+    """Positions of each row in a chunk: what travels of them, or of states of another width, is at most a piece."""
+    rows, count, own_width = hidden.shape
+    width = width or own_width
     chunk = head.chunk or chunk_size(rows, count, parts.size)
     if not parts.gathered:
         return chunk
@@ -175,14 +181,20 @@ def _of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabul
     """Logits of a chunk, log-probabilities of its targets, logs of the sums."""
     h, y = part
     z = _logits_of_chunk(h, weight, head, parts)
+    total = _log_sum(z, parts)
     if not parts.over:
-        total = jax.nn.logsumexp(z, axis=-1)
         return z, jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - total, total
-    most = parts.largest(z.max(-1))
-    total = most + jnp.log(parts.total(jnp.exp(z - most[..., None]).sum(-1)))
     is_target = parts.all_rows(y)[..., None] == parts.number(z.shape[-1]).astype(y.dtype)[None, None]
     at_target = parts.total(jnp.where(is_target, z, jnp.zeros_like(z)).sum(-1))
     return z, parts.own_rows(at_target - total), parts.own_rows(total)
+
+
+def _log_sum(z: Array, parts: Vocabulary) -> Array:
+    """Logs of the sums over all tokens, from the logits of this part of the vocabulary."""
+    if not parts.over:
+        return jax.nn.logsumexp(z, axis=-1)
+    most = parts.largest(z.max(-1))
+    return most + jnp.log(parts.total(jnp.exp(z - most[..., None]).sum(-1)))
 
 
 def _logps_of_chunk(part: tuple[Array, ...], weight: Array, head: Head, parts: Vocabulary) -> Array:
@@ -222,10 +234,10 @@ def _backward(head: Head, saved, cotangent):
         def one(dw, part, z=None):
             h, y, total, g = part[0], *map(parts.all_rows, part[1:])
             z = _logits_of_chunk(h, rounded, head, parts) if z is None else z
-            dz = logit_gradient(z, total, y, g, head, parts.number(z.shape[-1])).astype(h.dtype)
-            # [D, V] with the smaller factor first: transposing the larger one is what would take long
-            more = einsum("bmd,bmv->dv", parts.all_rows(h), dz)
-            return dw + more, parts.sum_of_rows(einsum("bmv,vd->bmd", dz, rounded)).astype(h.dtype)
+            more, dh = _through_products(
+                h, logit_gradient(z, total, y, g, head, parts.number(z.shape[-1])), rounded, parts
+            )
+            return dw + more, dh
 
         # padding beyond the last position has cotangent 0 and adds nothing
         chunks = _split(hidden, chunk), _split(target, chunk), _split(totals, chunk), _split(cotangent, chunk)
@@ -248,6 +260,14 @@ def _backward(head: Head, saved, cotangent):
 _token_logps.defvjp(_forward, _backward)
 
 
+def _through_products(h: Array, dz: Array, weight: Array, parts: Vocabulary) -> tuple[Array, Array]:
+    """Gradients by this part of W, turned, and by a device's states, from that by ``h W^T`` of all rows."""
+    dz = dz.astype(h.dtype)
+    # [D, V] with the smaller factor first: transposing the larger one is what would take long
+    dw = einsum("bmd,bmv->dv", parts.all_rows(h), dz)
+    return dw, parts.sum_of_rows(einsum("bmv,vd->bmd", dz, weight)).astype(h.dtype)
+
+
 def token_divergences(
     hidden: Float[Array, "B M D"],
     weight: Float[Array, "V D"],
@@ -262,7 +282,8 @@ def token_divergences(
       K = KL(\pi_{ref} \| \pi) = \sum_v p^{ref}_v \left(\ln p^{ref}_v - \ln p_v\right), \qquad
       \frac{\partial K}{\partial z_v} = p_v - p^{ref}_v
 
-    Logits exist a chunk at a time, forward and backward, as for ``token_logps``.
+    Logits exist a chunk at a time, forward and backward. On a mesh each device walks over its part of both
+    unembeddings, and the states of both models travel, a chunk at a time.
 
     Args:
       hidden: states that predict, in the compute dtype.
@@ -277,18 +298,65 @@ def token_divergences(
     '0.1308'
     """
     ref_hidden, ref_weight = lax.stop_gradient((ref_hidden, ref_weight))
-    rounded, ref_rounded = weight.astype(hidden.dtype), ref_weight.astype(ref_hidden.dtype)
-    rows, count, _ = hidden.shape
-    chunk = head.chunk or chunk_size(rows, count, len(weight))
+    return cast(Array, _token_divergences(hidden, weight, ref_hidden, ref_weight, head, ref_head))
 
-    @jax.checkpoint
-    def one(part):
-        h, r = part
-        z, ref = logits_of(h, rounded, head), logits_of(r, ref_rounded, ref_head)
-        ref = ref - jax.nn.logsumexp(ref, axis=-1, keepdims=True)
-        return jnp.sum(jnp.exp(ref) * (ref - (z - jax.nn.logsumexp(z, axis=-1, keepdims=True))), axis=-1)
 
-    return _joined(lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk))), count)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_divergences(hidden, weight, ref_hidden, ref_weight, head: Head, ref_head: Head):
+    return _divergences_forward(hidden, weight, ref_hidden, ref_weight, head, ref_head)[0]
+
+
+def _common_width(weight: Array, ref_weight: Array) -> int:
+    """A width that divides over devices where those of both models do: both unembeddings then lie alike."""
+    return math.gcd(weight.shape[1], ref_weight.shape[1])
+
+
+def _divergences_forward(hidden, weight, ref_hidden, ref_weight, head: Head, ref_head: Head):
+    def on_device(parts: Vocabulary, hidden, weight, ref_hidden, ref_weight) -> tuple[Array, ...]:
+        own, ref_own = (parts.part(w.astype(h.dtype)) for w, h in ((weight, hidden), (ref_weight, ref_hidden)))
+        chunk = _chunk(hidden, parts, head, max(hidden.shape[2], ref_hidden.shape[2]))
+
+        def one(part: tuple[Array, Array]) -> tuple[Array, ...]:
+            h, r = part
+            z, ref = _logits_of_chunk(h, own, head, parts), _logits_of_chunk(r, ref_own, ref_head, parts)
+            total, ref_total = _log_sum(z, parts), _log_sum(ref, parts)
+            ratio = (ref - ref_total[..., None]) - (z - total[..., None])
+            # of padding of the vocabulary both logits are minus infinity
+            terms = jnp.where(ref > -jnp.inf, jnp.exp(ref - ref_total[..., None]) * ratio, jnp.zeros_like(ref))
+            return tuple(map(parts.own_rows, (parts.total(terms.sum(-1)), total, ref_total)))
+
+        found = lax.map(one, (_split(hidden, chunk), _split(ref_hidden, chunk)))
+        return tuple(_joined(a, hidden.shape[1]) for a in found)
+
+    arrays = hidden, weight, ref_hidden, ref_weight
+    found, *totals = _on_mesh(on_device, head, arrays, "rwrw", "rrr", _common_width(weight, ref_weight))
+    return found, (*arrays, *totals)
+
+
+def _divergences_backward(head: Head, ref_head: Head, saved, cotangent):
+    def on_device(parts: Vocabulary, hidden, weight, ref_hidden, ref_weight, *numbers: Array) -> tuple[Array, Array]:
+        own, ref_own = (parts.part(w.astype(h.dtype)) for w, h in ((weight, hidden), (ref_weight, ref_hidden)))
+        chunk = _chunk(hidden, parts, head, max(hidden.shape[2], ref_hidden.shape[2]))
+
+        def one(dw: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
+            h, r, *of_rows = part
+            total, ref_total, g = (parts.all_rows(a)[..., None] for a in of_rows)
+            z, ref = _logits_of_chunk(h, own, head, parts), _logits_of_chunk(r, ref_own, ref_head, parts)
+            dz = product_gradient(g * (jnp.exp(z - total) - jnp.exp(ref - ref_total)), z, head)
+            more, dh = _through_products(h, dz, own, parts)
+            return dw + more, dh
+
+        start = jnp.zeros(own.shape[::-1], accumulate(hidden.dtype))
+        dw, dh = lax.scan(one, start, tuple(_split(a, chunk) for a in (hidden, ref_hidden, *numbers)))
+        return _joined(dh, hidden.shape[1]), parts.stored(dw.T, len(weight)).astype(weight.dtype)
+
+    hidden, weight, ref_hidden, ref_weight, *totals = saved
+    arrays = hidden, weight, ref_hidden, ref_weight, *totals, cotangent
+    dh, dw = _on_mesh(on_device, head, arrays, "rwrwrrr", "rw", _common_width(weight, ref_weight))
+    return dh, dw, None, None
+
+
+_token_divergences.defvjp(_divergences_forward, _divergences_backward)
 
 
 def token_statistics(

@@ -158,9 +158,12 @@ class Vocabulary:
 
     def sum_of_rows(self, a: Float[Array, "all ..."]) -> Float[Array, "B ..."]:
         """The sum over all parts of the vocabulary, of this device's rows."""
-        if whole := tuple(name for name in self.over if name not in self.gathered):
-            a = lax.psum(a, whole)
+        a = self.sum_of_parts(a)
         return lax.psum_scatter(a, self.gathered, scatter_dimension=0, tiled=True) if self.gathered else a
+
+    def sum_of_parts(self, a: Array) -> Array:
+        """The sum over the parts of the vocabulary that devices with the same rows have."""
+        return lax.psum(a, self.stays) if self.stays else a
 
     def total(self, a: Array) -> Array:
         """The sum over all parts of the vocabulary."""
@@ -181,6 +184,11 @@ class Vocabulary:
         """The token of each of these rows, of the parts of ``turned`` one after the other; V of padding."""
         first = lax.axis_index(self.outer) * self.stored_rows if self.outer else 0
         return jnp.where(inside < self.stored_rows, first + inside, self.size)
+
+    @property
+    def stays(self) -> tuple[str, ...]:
+        """Axes of ``over`` along which all devices have the same rows: these parts of the vocabulary never travel."""
+        return tuple(name for name in self.over if name not in self.gathered)
 
     @property
     def outer(self) -> tuple[str, ...]:

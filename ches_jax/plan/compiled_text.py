@@ -25,6 +25,8 @@ _PLACE = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* get-tuple-element\(.*
 _ADDED = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* add\(%(?P<one>[\w.\-]+), %(?P<other>[\w.\-]+)\)")
 _RESULT = re.compile(r"ROOT .* tuple\((?P<names>[^()]*)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _REGIONS = re.compile(r"condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
 
 
@@ -56,18 +58,19 @@ def collectives(text: str) -> list[Collective]:
     entry = next((name for name in bodies if re.search(rf"^ENTRY %?{re.escape(name)} ", text, re.MULTILINE)), None)
     found: list[Collective] = []
 
-    def walk(name: str, times: int, seen: set[tuple[str, str]]) -> None:
+    def walk(name: str, times: int, seen: set[tuple[str, ...]], fused: bool) -> None:
         for line in bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
             if match is None:
                 continue
             op = match["op"].removesuffix("-start")
-            channel = _CHANNEL.search(line)
-            key = (op, channel[1] if channel else match["name"])
-            # the fusions that start, carry on and end a collective beside other work each hold all of it
+            channel, chain, source = (pattern.search(line) for pattern in (_CHANNEL, _CHAIN, _SOURCE))
+            # The fusions that start, carry on and end a collective beside other work each hold all of it, under one
+            # channel. Elsewhere a channel says nothing: all collectives of a shard_map have the first one.
+            parts = tuple(found[1] if found else "" for found in (channel, chain, source))
+            key = (op, *parts) if fused and channel else (op, match["name"])
             if op in KINDS and key not in seen:
                 seen.add(key)
-                source = re.search(r'op_name="([^"]*)"', line)
                 size = _result_bytes(match["type"], match["op"].endswith("-start"))
                 found.append(Collective(op, size, times, source[1] if source else ""))
             loops = op == "while"
@@ -75,10 +78,10 @@ def collectives(text: str) -> list[Collective]:
             seen_inside = set() if loops else seen
             for called in _CALLED.finditer(match["rest"]):
                 for inner in re.findall(r"%([\w.\-]+)", called["names"]):
-                    walk(inner, inside, seen_inside)
+                    walk(inner, inside, seen_inside, fused or op == "fusion")
 
     if entry is not None:
-        walk(entry, 1, set())
+        walk(entry, 1, set(), False)
     return found
 
 

@@ -13,7 +13,6 @@ computed again; a run is joined when every chunk up to the end is there as it wa
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from ches_jax.errors import RunError, many
 from ches_jax.runs.files import JSON_BYTES, open_regular, read_object, replacing, sha256
+from ches_jax.runs.json_text import json_bytes
 from ches_jax.runs.store import is_there, make_folder, remove
 
 T = TypeVar("T")
@@ -209,40 +209,8 @@ def write_dropped(out: Path, number: int, dropped: Iterable[Mapping[str, Any]]) 
 
 def write_lines(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json_line(row) for row in rows)
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    r"""A row as one line of JSON, whatever its columns hold: dates and bytes as text, NaN as null.
-
-    >>> json_line({"x": float("nan"), "y": "\ud800"})
-    '{"x": null, "y": "\\ud800"}\n'
-    """
-    value = json_value(row)
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate, which JSON can hold and UTF-8 cannot
-        text = json.dumps(value)
-    return text + "\n"
-
-
-def json_value(value: Any) -> Any:
-    """A value with only what JSON knows: numpy opened, dates as text, what is not finite as null.
-
-    >>> json_value({1: (float("inf"), 2.5)})
-    {'1': [None, 2.5]}
-    """
-    if isinstance(value, Mapping):
-        return {str(k): json_value(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(v) for v in value]
-    if isinstance(value, float):  # numpy's float64 too
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
+    with replacing(target) as temporary, temporary.open("wb") as f:
+        f.writelines(map(json_bytes, rows))
 
 
 def join(out: Path, name: str) -> None:

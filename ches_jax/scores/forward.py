@@ -186,6 +186,10 @@ class ForwardPass:
 
     def __call__(self, rows: PackedBatch, before: Cache | None = None) -> SegmentStatistics:
         """Statistics of the batch, not yet transferred from the device; ``before`` is what its ``keys`` begin with."""
+        return self.prepared(rows, before)()
+
+    def prepared(self, rows: PackedBatch, before: Cache | None = None) -> Callable[[], SegmentStatistics]:
+        """What computes the statistics of a batch that lies on the devices, compiled; for any thread."""
         pairs = rows.last.shape[1] // 3
         if before is None:
             program = self.compile(*rows.tokens.shape, max_pairs=pairs)
@@ -193,10 +197,15 @@ class ForwardPass:
             assert rows.keys is not None
             sizes = (jax.tree.leaves(before)[0].shape[-2], rows.keys.shape[1])
             program = self._program((*rows.tokens.shape, pairs, *sizes), before, rows)
-        try:
-            return program(self._state, before, put_own_rows(rows, self.mesh))
-        except jax.errors.JaxRuntimeError as e:
-            raise _memory_error(e, rows.tokens.shape) from e
+        put = put_own_rows(rows, self.mesh)
+
+        def compute() -> SegmentStatistics:
+            try:
+                return program(self._state, before, put)
+            except jax.errors.JaxRuntimeError as e:
+                raise _memory_error(e, rows.tokens.shape) from e
+
+        return compute
 
 
 def _may_share_prefix(config: DecoderConfig, attend: Attend) -> bool:

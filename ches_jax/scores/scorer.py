@@ -29,6 +29,7 @@ from ches_jax.scores.gradients import Gradients, Gram, band
 from ches_jax.scores.gradients import cosine as gradient_cosine
 from ches_jax.scores.hidden_sums import SegmentStatistics
 from ches_jax.scores.table import CANDIDATES, COLUMNS
+from ches_jax.scores.under_way import UnderWay
 from ches_jax.scores.unembedding_gradients import PairContributions, pair_contributions
 from ches_jax.types import Eos, TokenPair, shared_prefix
 
@@ -105,6 +106,7 @@ class PairScorer:
         self.gradients = gradients
         self.team = team_of(run.mesh)
         self.batching = batching
+        self.under_way = UnderWay(run.mesh)
         self.eos: Eos = eos
         self.on_batch = on_batch
         self.work = Work()
@@ -160,12 +162,12 @@ class PairScorer:
             of_item[ref.item].append(ItemPair(i, 1 + ref.chosen, 1 + ref.rejected))
         numbers = {n: np.full(len(pairs), np.nan) for n in self._model_columns()}
         tokens: dict[int, dict[str, list]] = {}
-        waiting: list[tuple[SegmentStatistics, PackedBatch, list[Placement]]] = []
+        waiting: list[tuple[Callable[[], SegmentStatistics], PackedBatch, list[Placement]]] = []
 
         def collect() -> None:
             statistics, rows, placements = waiting.pop(0)
             with self.work.on_device():
-                s = fetch(statistics)
+                s = fetch(statistics())
             self.on_batch(sum(len(of_item[p.item]) for p in placements))
             rows, placements = self._here(rows, placements)
             located = [(p.row, p.shared, pair) for p in placements for pair in of_item[p.item]]
@@ -184,8 +186,8 @@ class PairScorer:
                 self.counted.add(computed=rows.tokens.size, used=int((rows.lengths > 0).sum()))
                 placements = [replace(p, item=group.numbers[p.item]) for p in placements]
                 with self.work.on_device():
-                    waiting.append((self.run(rows, before), rows, placements))
-                if len(waiting) > 1:  # one batch is under way on the device while another is read
+                    waiting.append((self.under_way(self.run.prepared(rows, before)), rows, placements))
+                if len(waiting) > self.under_way.count:  # they are computed while another is read
                     collect()
         while waiting:
             collect()

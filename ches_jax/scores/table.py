@@ -9,7 +9,7 @@ time is stored.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -330,29 +330,47 @@ def table_path(run: Path | str) -> Path:
     raise RunError(f"{path}: no {FILE_NAME} in it; expected a directory of a finished `ches score`{there}")
 
 
-def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(
+    run: Path | str, wanted: Callable[[list[str]], Collection[str]] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """The score table of a run directory (or a Parquet file) and its provenance.
+
+    Args:
+      run: the directory or the file.
+      wanted: which columns are kept in memory, of those that there are; all rows of all columns are checked.
 
     Raises:
       RunError: missing, damaged, or not a table that this package wrote.
     """
     path = table_path(run)
     with open_parquet(path) as file:
-        metadata = metadata_of(file.schema_arrow, str(path))
-        try:
-            table = file.read()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RunError(f"{path}: is damaged ({error})") from error
-    wrong = [
-        f"{name} is {kind}, expected {COLUMNS[name]}"
-        for name, kind in zip(table.schema.names, table.schema.types, strict=True)
-        if name in COLUMNS and kind != COLUMNS[name]
-    ]
-    wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in table.schema.names]
-    if wrong:
-        raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
-    check_rows(table, BEFORE_ALL, str(path))
-    return table, metadata
+        found = file.schema_arrow
+        metadata = metadata_of(found, str(path))
+        wrong = [
+            f"{name} is {kind}, expected {COLUMNS[name]}"
+            for name, kind in zip(found.names, found.types, strict=True)
+            if name in COLUMNS and kind != COLUMNS[name]
+        ]
+        wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in found.names]
+        if wrong:
+            raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
+        names = found.names if wanted is None else [name for name in found.names if name in wanted(found.names)]
+        last, blocks = BEFORE_ALL, [pa.schema([found.field(name) for name in names], found.metadata).empty_table()]
+        for batch in _batches(file, path):
+            block = pa.Table.from_batches([batch])
+            last = check_rows(block, last, str(path))
+            blocks.append(block.select(names))
+    return pa.concat_tables(blocks), metadata
+
+
+def words(table: pa.Table, name: str) -> tuple[list[str], np.ndarray]:
+    """The distinct texts of a column in order, "" for null, and for each row which of them it has, [rows]."""
+    found = table[name].combine_chunks().dictionary_encode()
+    texts: list[str] = [text or "" for text in found.dictionary.to_pylist()]
+    distinct: list[str] = sorted({*texts, *[""][: found.null_count]})
+    place = {text: i for i, text in enumerate(distinct)}
+    codes = np.array([*(place[text] for text in texts), place.get("", 0)], dtype=np.int64)
+    return distinct, codes[found.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)]
 
 
 def align(left: pa.Table, right: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,9 @@ Works on packed rows (``data.packing``), whose items have one segment that all r
 inner products of every prediction with every segment of its item (``head_products``) hold the scores of all pairs of
 the item and the shares of their tokens (``pair_contributions``). What a pair shares drops out of :math:`A^- - A^+`.
 
-On a mesh each device walks over its part of the vocabulary for the states of all devices that have other parts
-(``models.vocabulary``): states and coefficients travel, and neither W nor logits.
+On a mesh states and coefficients stay with their rows (``models.vocabulary``). Where W is sharded over the axes of the
+rows too, it comes by in pieces, a chunk of the vocabulary each, twice for as many rows as ``COEFFICIENTS`` allows;
+over other axes each device walks over its part, and the sums over all parts are added up.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,8 @@ CHUNK = 2048
 """Vocabulary rows at a time."""
 TILE = 64
 """Predictions at a time, where products between predictions are taken."""
+COEFFICIENTS = 2**24
+"""Most coefficients that a device holds where W travels, 64 MiB: the more rows they are of, the less often it does."""
 
 Logits = Callable[[Array], Array]
 """Elementwise, from h W^T to the logits: a scale, a soft-cap, or both."""
@@ -115,6 +118,31 @@ def item_tiles(
     return jnp.stack([flat // n, flat % n]), meet.sum(dtype=jnp.int32)
 
 
+class _Piece(NamedTuple):
+    """C rows of W that a device computes logits with at a time."""
+
+    rows: Float[Array, "C D"]
+    ids: Int[Array, " C"]
+    """Their tokens; V of rows that are padding, or that an earlier piece has counted."""
+
+
+def _pieces(
+    unembedding: Float[Array, "V_p D"], vocabulary: Vocabulary, chunk: int
+) -> tuple[Callable[[Array], _Piece], Int[Array, " n"]]:
+    """``piece_at(start)`` and all starts: a walk over W, also over parts of it that other devices of the rows have."""
+    held = len(unembedding)
+    size = min(held, max(1, chunk // vocabulary.sharing))
+
+    def piece_at(start: Array) -> _Piece:
+        # the last piece reaches back over rows already counted, so that W is never padded (a copy)
+        at = jnp.minimum(start, held - size)
+        ids = lax.dynamic_slice_in_dim(vocabulary.number(held), at, size)
+        ids = jnp.where(at + jnp.arange(size, dtype=jnp.int32) >= start, ids, vocabulary.size)
+        return _Piece(*map(vocabulary.all_rows, (lax.dynamic_slice_in_dim(unembedding, at, size), ids)))
+
+    return piece_at, jnp.arange(-(-held // size), dtype=jnp.int32) * size
+
+
 class _VocabularyChunk(NamedTuple):
     """Logits of all predictions for a chunk of C vocabulary rows."""
 
@@ -123,44 +151,27 @@ class _VocabularyChunk(NamedTuple):
     """Of the transform, at the products h W^T."""
     is_target: Bool[Array, "M C"]
     is_other: Bool[Array, "M C"]
-    """Neither the target nor a row that an earlier chunk has counted."""
+    """A token, and not the target."""
 
 
 def _vocabulary_chunk(
-    hidden: Float[Array, "M D"],
-    target: Int[Array, " M"],
-    unembedding: Float[Array, "V_p D"],
-    vocabulary: Vocabulary,
-    transform: Logits,
-    start: Int[Array, ""],
-    size: int,
+    hidden: Float[Array, "M D"], target: Int[Array, " M"], piece: _Piece, size: int, transform: Logits
 ) -> _VocabularyChunk:
-    # the last chunk reaches back over rows already counted, so that W is never padded (a copy); they are masked
-    at = jnp.minimum(start, unembedding.shape[0] - size)
-    ids = lax.dynamic_slice_in_dim(vocabulary.number(unembedding.shape[0]), at, size)
-    w = lax.dynamic_slice_in_dim(unembedding, at, size).astype(hidden.dtype)
-    raw = jnp.einsum("md,cd->mc", hidden, w, precision=lax.Precision.HIGHEST)
+    raw = jnp.einsum("md,cd->mc", hidden, piece.rows.astype(hidden.dtype), precision=lax.Precision.HIGHEST)
     logits, derivative = jax.jvp(transform, (raw,), (jnp.ones_like(raw),))
-    new = ((at + jnp.arange(size, dtype=jnp.int32) >= start) & (ids < vocabulary.size))[None, :]
-    is_target = (ids[None, :] == target[:, None]) & new
-    return _VocabularyChunk(logits, derivative, is_target, new & ~is_target)
+    is_target = piece.ids[None, :] == target[:, None]
+    return _VocabularyChunk(logits, derivative, is_target, (piece.ids < size)[None, :] & ~is_target)
 
 
-def _normalisers(
-    chunk_at: Callable[[Array], _VocabularyChunk], starts: Int[Array, " n"], empty: Float[Array, " M"]
-) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """First walk over the vocabulary: ln of the sum of exp(logits), over all tokens and over all but the target."""
-    low = jnp.asarray(-jnp.inf, empty.dtype)
+class _Rows(NamedTuple):
+    """R rows of predictions in tiles."""
 
-    def step(carry, start):
-        everything, others = carry
-        c = chunk_at(start)
-        rest = jax.nn.logsumexp(jnp.where(c.is_other, c.logits, low), axis=-1)
-        own = jax.nn.logsumexp(jnp.where(c.is_target, c.logits, low), axis=-1)
-        others = jnp.logaddexp(others, rest)
-        return (jnp.logaddexp(everything, jnp.logaddexp(rest, own)), others), None
-
-    return lax.scan(step, (empty, empty), starts)[0]
+    hidden: Float[Array, "R M D"]
+    target: Int[Array, "R M"]
+    tile_pairs: Int[Array, "R 2 N"]
+    """(first, second) tile of each product."""
+    needed: Int[Array, " R"]
+    """How many of them are computed, the first ones."""
 
 
 def token_gram(
@@ -168,12 +179,11 @@ def token_gram(
     target: Int[Array, " M"],
     tile_pairs: Int[Array, "2 N"],
     count: Int[Array, ""],
-    unembedding: Float[Array, "V_p D"],
+    unembedding: Float[Array, "V D"],
     transform: Logits = identity,
     *,
     tile: int,
     chunk: int = CHUNK,
-    vocabulary: Vocabulary | None = None,
 ) -> Float[Array, "N tile tile"]:
     r"""The coefficients :math:`\alpha_{m,m'} = \langle E_m, E_{m'} \rangle` of one row, in the listed pairs of tiles.
 
@@ -185,70 +195,83 @@ def token_gram(
       target: the token each predicts.
       tile_pairs: (first, second) tile of each product; only the first ``count`` are computed.
       count: how many they are.
-      unembedding: W; of a vocabulary that lies on a mesh the part of this device (``Vocabulary.part``).
+      unembedding: W.
       transform: from :math:`h W^\top` to the logits, elementwise.
       tile: predictions of a tile; M is a multiple.
       chunk: vocabulary rows at a time.
-      vocabulary: which part it is, inside ``shard_map``; default: all of it.
 
     Returns:
       Symmetric in all, in [-2, 2] where ``transform`` is the identity.
     """
-    acc, held = accumulate(hidden.dtype), unembedding.shape[0]
-    vocabulary = Vocabulary(held) if vocabulary is None else vocabulary
-    size = min(chunk, held)
-    starts = jnp.arange(-(-held // size), dtype=jnp.int32) * size
-    # the rows of all devices that have other parts of the vocabulary
-    rows = tuple(
-        vocabulary.all_rows(a[None])
-        for a in (hidden.astype(acc), target.astype(jnp.int32), tile_pairs, jnp.asarray(count))
-    )
+    h = hidden.astype(accumulate(hidden.dtype))
+    rows = _Rows(*(a[None] for a in (h, target.astype(jnp.int32), tile_pairs, jnp.asarray(count))))
+    return _grams(rows, unembedding, Vocabulary(len(unembedding)), transform, tile, chunk)[0]
 
-    def normalise(row):
-        h, target, *_ = row
-        chunk_at = partial(_vocabulary_chunk, h, target, unembedding, vocabulary, transform, size=size)
-        return _normalisers(chunk_at, starts, jnp.full(target.shape, -jnp.inf, acc))
 
-    log_z, log_others = (_log_total(vocabulary, a) for a in lax.map(normalise, rows))
+def _grams(
+    rows: _Rows, unembedding: Float[Array, "V_p D"], vocabulary: Vocabulary, transform: Logits, tile: int, chunk: int
+) -> Float[Array, "R N tile tile"]:
+    """``token_gram`` of some rows of a device, from its part of the unembedding."""
+    piece_at, starts = _pieces(unembedding, vocabulary, chunk)
+    log_z, log_others = _normalisers(rows, piece_at, starts, vocabulary, transform)
     # 1 - pi(y) as the sum of the other probabilities: by subtraction nothing would be left of it near pi(y) = 1
     missing = jnp.exp(log_others - log_z)
+    each, listed = rows.needed.shape[0], rows.tile_pairs.shape[2]
+    zero = jnp.zeros((), rows.hidden.dtype)
 
-    def products(args):
-        row, log_z, missing = args
-        return _row_gram(row, log_z, missing, unembedding, vocabulary, transform, starts, size, tile)
+    def add_piece(total, start):
+        piece = piece_at(start)
 
-    return vocabulary.sum_of_rows(lax.map(products, (rows, log_z, missing)))[0]
+        def add_row(r, total):
+            c = _vocabulary_chunk(rows.hidden[r], rows.target[r], piece, vocabulary.size, transform)
+            probability = jnp.exp(c.logits - log_z[r, :, None])
+            residual = c.derivative * (
+                jnp.where(c.is_target, missing[r, :, None], zero) - jnp.where(c.is_other, probability, zero)
+            )
+            tiles = residual.reshape(-1, tile, residual.shape[-1])
+
+            def add_pair(i, total):
+                first, second = (lax.dynamic_index_in_dim(tiles, rows.tile_pairs[r, k, i], 0, False) for k in (0, 1))
+                product = jnp.einsum("mc,nc->mn", first, second, precision=lax.Precision.HIGHEST)
+                at = r * listed + i
+                return lax.dynamic_update_index_in_dim(total, total[at] + product, at, 0)
+
+            return lax.fori_loop(0, rows.needed[r], add_pair, total)
+
+        return lax.fori_loop(0, each, add_row, total), None
+
+    total = lax.scan(add_piece, jnp.zeros((each * listed, tile, tile), zero.dtype), starts)[0]
+    return vocabulary.sum_of_parts(total).reshape(each, listed, tile, tile)
 
 
-def _log_total(vocabulary: Vocabulary, parts: Float[Array, "rows M"]) -> Float[Array, "rows M"]:
-    """The logarithm of the sum of exponentials over all parts of the vocabulary."""
-    if not vocabulary.over:
+def _normalisers(
+    rows: _Rows, piece_at: Callable[[Array], _Piece], starts: Array, vocabulary: Vocabulary, transform: Logits
+) -> tuple[Float[Array, "R M"], Float[Array, "R M"]]:
+    """First walk over the vocabulary: ln of the sum of exp(logits), over all tokens and over all but the target."""
+    low = jnp.asarray(-jnp.inf, rows.hidden.dtype)
+
+    def step(carry, start):
+        piece = piece_at(start)
+
+        def of_row(args):
+            hidden, target, everything, others = args
+            c = _vocabulary_chunk(hidden, target, piece, vocabulary.size, transform)
+            rest = jax.nn.logsumexp(jnp.where(c.is_other, c.logits, low), axis=-1)
+            own = jax.nn.logsumexp(jnp.where(c.is_target, c.logits, low), axis=-1)
+            return jnp.logaddexp(everything, jnp.logaddexp(rest, own)), jnp.logaddexp(others, rest)
+
+        return lax.map(of_row, (rows.hidden, rows.target, *carry)), None
+
+    empty = jnp.full(rows.target.shape, low)
+    return tuple(_log_total(vocabulary, a) for a in lax.scan(step, (empty, empty), starts)[0])  # type: ignore[return-value]
+
+
+def _log_total(vocabulary: Vocabulary, parts: Float[Array, "R M"]) -> Float[Array, "R M"]:
+    """The logarithm of the sum of exponentials over the parts of the vocabulary that did not come by."""
+    if not vocabulary.stays:
         return parts
-    top = vocabulary.largest(parts)
-    return top + jnp.log(vocabulary.total(jnp.exp(parts - top)))
-
-
-def _row_gram(row, log_z, missing, unembedding, vocabulary, transform, starts, size, tile) -> Float[Array, "N t t"]:
-    """What a part of the vocabulary adds to the coefficients of one row."""
-    h, target, tile_pairs, count = row
-
-    def add_products(total, start):
-        c = _vocabulary_chunk(h, target, unembedding, vocabulary, transform, start, size)
-        probability = jnp.exp(c.logits - log_z[:, None])
-        zero = jnp.zeros((), h.dtype)
-        residual = c.derivative * (
-            jnp.where(c.is_target, missing[:, None], zero) - jnp.where(c.is_other, probability, zero)
-        )
-        tiles = residual.reshape(-1, tile, size)
-
-        def one_pair(i, total):
-            first, second = (lax.dynamic_index_in_dim(tiles, tile_pairs[side, i], 0, False) for side in (0, 1))
-            product = jnp.einsum("mc,nc->mn", first, second, precision=lax.Precision.HIGHEST)
-            return lax.dynamic_update_index_in_dim(total, total[i] + product, i, 0)
-
-        return lax.fori_loop(0, count, one_pair, total), None
-
-    return lax.scan(add_products, jnp.zeros((tile_pairs.shape[1], tile, tile), h.dtype), starts)[0]
+    top = lax.pmax(parts, vocabulary.stays)
+    return top + jnp.log(vocabulary.sum_of_parts(jnp.exp(parts - top)))
 
 
 def head_products(
@@ -283,12 +306,10 @@ def head_products(
 
     def on_device(vocabulary: Vocabulary, unembedding: Array, *rows: Array) -> Array:
         part = vocabulary.part(unembedding)
-
-        def products(row: tuple[Array, ...]) -> Array:
-            states, targets, ids, items, some = row
-            return _row_products(states, targets, ids, items, some, part, vocabulary, transform, chunk)
-
-        return lax.map(products, rows)
+        together = _rows_together(vocabulary, *rows[0].shape[:2])
+        groups = tuple(a.reshape(-1, together, *a.shape[1:]) for a in rows)
+        found = lax.map(lambda group: _products(group, part, vocabulary, transform, chunk), groups)
+        return found.reshape(-1, *found.shape[2:])
 
     arrays = unembedding, hidden, target, segment, item, preferred
     if logical is None:
@@ -311,25 +332,51 @@ def ches_products(hidden: Float[Array, "B M D"], segment: Int[Array, "B M"], seg
     return jnp.einsum("bmd,bsd->bms", h, sums, precision=lax.Precision.HIGHEST)
 
 
-def _row_products(
-    hidden, target, segment, item, preferred, unembedding, vocabulary, transform, chunk
-) -> Float[Array, "M S"]:
-    count, segments = hidden.shape[0], item.shape[0]
+def _rows_together(vocabulary: Vocabulary, rows: int, count: int) -> int:
+    """How many of a device's rows are worked on while the unembedding comes by, a divisor; 1 where it does not."""
+    if not vocabulary.gathered:
+        return 1
+    tile = min(TILE, count)
+    tiles = -(-count // tile)
+    most = COEFFICIENTS // (tiles * (tiles + 1) // 2 * tile**2)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
+
+
+def _products(
+    rows: tuple[Array, ...],
+    unembedding: Float[Array, "V_p D"],
+    vocabulary: Vocabulary,
+    transform: Logits,
+    chunk: int,
+) -> Float[Array, "R M S"]:
+    """``head_products`` of some rows of a device; ``rows`` are its five arrays."""
+    hidden, target, segment, item, preferred = rows
+    count, segments = hidden.shape[1], item.shape[1]
     tile = min(TILE, count)
     pad = -count % tile
-    h = jnp.pad(hidden, ((0, pad), (0, 0))).astype(accumulate(hidden.dtype))
-    target = jnp.pad(target, (0, pad))
-    segment = jnp.pad(segment, (0, pad), constant_values=segments)
-    real = segment < segments
-    place = jnp.minimum(segment, segments - 1)
-    # padding gets items of its own behind all others, so that it shares no tile with an item
-    own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
-    tile_pairs, tile_pair_count = item_tiles(own, jnp.where(real, preferred[place], 0), tile)
-    alpha = token_gram(
-        h, target, tile_pairs, tile_pair_count, unembedding, transform, tile=tile, chunk=chunk, vocabulary=vocabulary
-    )
-    member = segment[:, None] == jnp.arange(segments, dtype=segment.dtype)[None, :]
-    h_tiles, own_tiles, member_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, own, member.astype(h.dtype)))
+    h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).astype(accumulate(hidden.dtype))
+    target = jnp.pad(target, ((0, 0), (0, pad)))
+    segment = jnp.pad(segment, ((0, 0), (0, pad)), constant_values=segments)
+
+    def visits(segment, item, preferred):
+        real = segment < segments
+        place = jnp.minimum(segment, segments - 1)
+        # padding gets items of its own behind all others, so that it shares no tile with an item
+        own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
+        return own, *item_tiles(own, jnp.where(real, preferred[place], 0), tile)
+
+    own, tile_pairs, tile_pair_count = jax.vmap(visits)(segment, item, preferred)
+    in_tiles = _Rows(h, target.astype(jnp.int32), tile_pairs, tile_pair_count)
+    alpha = _grams(in_tiles, unembedding, vocabulary, transform, tile, chunk)
+    member = (segment[..., None] == jnp.arange(segments, dtype=segment.dtype)[None, None]).astype(h.dtype)
+    found = lax.map(partial(_row_products, tile), (h, own, member, alpha, tile_pairs, tile_pair_count))
+    return found[:, :count]
+
+
+def _row_products(tile: int, row: tuple[Array, ...]) -> Float[Array, "M S"]:
+    """From the coefficients of a row to inner products with its segments."""
+    h, own, member, alpha, tile_pairs, tile_pair_count = row
+    h_tiles, own_tiles, member_tiles = (a.reshape(-1, tile, *a.shape[1:]) for a in (h, own, member))
 
     def add_tile_pair(i, total):
         first, second = tile_pairs[0, i], tile_pairs[1, i]
@@ -341,5 +388,6 @@ def _row_products(
             total = total.at[at].add(jnp.matmul(part, member_tiles[other], precision=lax.Precision.HIGHEST))
         return total
 
+    segments = member.shape[-1]
     zeros = jnp.zeros((h_tiles.shape[0], tile, segments), h.dtype)
-    return lax.fori_loop(0, tile_pair_count, add_tile_pair, zeros).reshape(-1, segments)[:count]
+    return lax.fori_loop(0, tile_pair_count, add_tile_pair, zeros).reshape(-1, segments)

@@ -12,7 +12,7 @@ from ches_jax.errors import RunError
 from ches_jax.scores.formulas import numbers, score_column
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.expression import as_numbers, evaluated, names, parsed
-from ches_jax.select.scored_rows import SourceRow, key_of, keys
+from ches_jax.select.scored_rows import SourceRow, joined
 
 PREFIX = "column:"
 PROBABILITY = "label_probability"
@@ -61,12 +61,10 @@ def read_columns(
     Raises:
       RunError: a column that is not there, or holds no numbers.
     """
-    place = {key: position for position, key in enumerate(keys(table))}
     values: dict[str, list[Any]] = {name: [None] * len(table) for name in columns}
     texts = [("", "", "")] * len(table) if config.dedup != "none" else []
     known: dict[str, None] = dict.fromkeys(n for n in table.schema.names if _numeric(table.schema.field(n).type))
-    for row in rows:
-        position = place.get(key_of(row))
+    for row, position, _ in joined(rows, table):
         if position is None:
             continue
         content = {**row.extra, **row.content}

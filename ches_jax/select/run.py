@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,22 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.errors import RunError, require_config
-from ches_jax.runs.chunks import json_line, json_value
 from ches_jax.runs.files import new_directory
+from ches_jax.runs.json_text import json_bytes, json_value
 from ches_jax.runs.store import fetched_run, output_place, place
-from ches_jax.scores.formulas import numbers
-from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table
+from ches_jax.scores.formulas import SCORES, numbers
+from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table, words
 from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
 from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
-from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, key_of, keys, read_run, source_rows
+from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, joined, key_of, read_run, source_rows
 from ches_jax.stats import spearman
 
 SUMMARY = "selection.json"
+BUFFER = 1 << 20
+"""Bytes that are written at once."""
+_ALWAYS_READ = ("row_id", "index", *CANDIDATES, "ches", "chosen_tokens", "rejected_tokens", "category")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +123,11 @@ def describe(table: pa.Table, decision: Decision, config: SelectConfig) -> dict[
         "soft": decision.soft,
     }
     if "category" in table.schema.names:
-        names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+        names, which = words(table, "category")
+        counts = [np.bincount(which[rows], minlength=len(names)).tolist() for rows in (scored, decision.kept)]
         numbers_told["categories"] = {
-            name: {
-                "scored": int((scored & (names == name)).sum()),
-                "kept": int((decision.kept & (names == name)).sum()),
-            }
-            for name in sorted(set(names))
+            name: {"scored": of_scored, "kept": of_kept}
+            for name, of_scored, of_kept in zip(names, *counts, strict=True)
         }
     return numbers_told
 
@@ -160,7 +163,7 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     """
     require_config("select", config, SelectConfig)
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
-    table, metadata = read_table(_table(config))
+    table, metadata = read_table(_table(config), partial(columns_read, config.by))
     columns = data_columns(table, config)
     if needs_data(table, config):
         rows = None if rows is None else list(rows)  # read twice
@@ -184,6 +187,18 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     return summary
 
 
+def columns_read(by: str, there: list[str]) -> list[str]:
+    """The columns of a score table that a selection by ``by`` reads; all of them where it is about to fail.
+
+    >>> columns_read("ches", ["row_id", "index", "ches", "cosine", "chosen_tokens"])
+    ['row_id', 'index', 'ches', 'chosen_tokens']
+    """
+    own = SCORES[by].columns if by in SCORES else there
+    if not {*own} <= {*there}:
+        return there
+    return [n for n in there if n in own or n in _ALWAYS_READ]
+
+
 def _table(config: SelectConfig) -> Path:
     """The table that has the score: a directory may hold influences beside its scores."""
     beside = Path(config.scores) / INFLUENCE
@@ -199,43 +214,48 @@ def _write_rows(
 ) -> dict[str, Any]:
     """One pass over the source: each row, checked, to pairs.jsonl or to dropped.jsonl."""
     changed = f"{config.scores}: the pairs file changed since it was scored"
-    ids = table["row_id"].to_pylist()
-    place = {key: position for position, key in enumerate(keys(table))}
     not_scored = dropped_when_scored(config.scores)
+    control = "" if config.control == "none" else f" ({config.control} control)"
+    not_chosen = f"not in {config.keep} of {config.by}{control}"
     seen = np.zeros(len(table), dtype=bool)
     reasons: Counter[str] = Counter()
     replaced: set[str] = set()
     digest = hashlib.sha256()
     with (
-        open(folder / "pairs.jsonl", "wb") as pairs,
-        open(folder / "kept_ids.txt", "w", encoding="utf-8", newline="\n") as kept_ids,
-        open(folder / "dropped.jsonl", "wb") as dropped,
+        open(folder / "pairs.jsonl", "wb", BUFFER) as pairs,
+        open(folder / "kept_ids.txt", "w", BUFFER, encoding="utf-8", newline="\n") as kept_ids,
+        open(folder / "dropped.jsonl", "wb", BUFFER) as dropped,
     ):
-        for row in rows:
+        for row, position, scored_id in joined(rows, table):
             digest.update(f"{row.index} {row.row_id}\n".encode())
-            position = place.get(key_of(row))
             if position is None and key_of(row) not in not_scored:
                 raise RunError(f"{changed}: row {row.index} (row_id {row.row_id}) was not in it")
-            if position is not None and ids[position] != row.row_id:
-                raise RunError(f"{changed}: row {row.index} is {row.row_id}, the table has {ids[position]}")
             if position is not None:
+                if scored_id != row.row_id:
+                    raise RunError(f"{changed}: row {row.index} is {row.row_id}, the table has {scored_id}")
                 seen[position] = True
-            if position is not None and decision.kept[position]:
-                added = _added_columns(row, position, decision, config)
-                theirs = dict(row.extra) | dict(row.content)
-                replaced |= added.keys() & theirs.keys()
-                pairs.write(json_line(theirs | added).encode())
-                kept_ids.write(f"{row.row_id}\n")
-                continue
-            reason = _reason(position, not_scored.get(key_of(row)), decision, config)
-            reasons[reason.split(":", 1)[0] if position is None else reason] += 1
+                if decision.kept[position]:
+                    added = _added_columns(row, position, decision, config)
+                    theirs = {**row.extra, **row.content}
+                    if not added.keys().isdisjoint(theirs):
+                        replaced |= added.keys() & theirs.keys()
+                    pairs.write(json_bytes({**theirs, **added}))
+                    kept_ids.write(f"{row.row_id}\n")
+                    continue
+                reason = decision.repeats.get(position) or (
+                    "unscored" if math.isnan(decision.values[position]) else not_chosen
+                )
+                reasons[reason] += 1
+            else:
+                reason = f"dropped when scored: {not_scored[key_of(row)]}"
+                reasons["dropped when scored"] += 1
             record = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
-            dropped.write(json_line(record).encode())
+            dropped.write(json_bytes(record))
     if not seen.all():
         missing = int(np.flatnonzero(~seen)[0])
         raise RunError(
             f"{changed}: {int((~seen).sum())} scored rows are not in it any more, "
-            f"the first is row {table['index'][missing].as_py()} (row_id {ids[missing]})"
+            f"the first is row {table['index'][missing].as_py()} (row_id {table['row_id'][missing].as_py()})"
         )
     return {
         "fingerprint": f"sha256:{digest.hexdigest()}",
@@ -254,15 +274,4 @@ def _added_columns(row: SourceRow, position: int, decision: Decision, config: Se
 
 
 def _candidates(row: SourceRow) -> dict[str, int]:
-    return dict(zip(CANDIDATES, row.candidates or (), strict=False))
-
-
-def _reason(position: int | None, when_scored: str | None, decision: Decision, config: SelectConfig) -> str:
-    if position is None:
-        return f"dropped when scored: {when_scored}"
-    if position in decision.repeats:
-        return decision.repeats[position]
-    if np.isnan(decision.values[position]):
-        return "unscored"
-    control = "" if config.control == "none" else f" ({config.control} control)"
-    return f"not in {config.keep} of {config.by}{control}"
+    return dict(zip(CANDIDATES, row.candidates, strict=False)) if row.candidates else {}

@@ -1,7 +1,8 @@
 """From a score run back to what was scored: its ``run.json``, its dropped rows, the rows themselves."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,12 +84,45 @@ def keys(table: pa.Table) -> list[Key]:
     ]
 
 
+def joined(rows: Iterable[SourceRow], table: pa.Table) -> Iterator[tuple[SourceRow, int | None, str]]:
+    """Rows of the source in their order, each with its position in the table (None where it is not) and its id there.
+
+    Both rise by ``Key``, so that one pass over both finds every pair, whatever their number.
+    """
+    scored = enumerate(_keys_with_ids(table))
+    at, (there, row_id) = next(scored, _END)
+    for row in rows:
+        mine = (row.index, row.candidates or ())
+        while there < mine:
+            at, (there, row_id) = next(scored, _END)
+        yield (row, at, row_id) if there == mine else (row, None, "")
+
+
+_END = (-1, ((sys.maxsize, ()), ""))
+"""Behind the last row of a table."""
+_BLOCK = 4096
+
+
+def _keys_with_ids(table: pa.Table) -> Iterator[tuple[tuple[int, tuple[int, ...]], str]]:
+    """By row, some at a time: where it stands among all, and its ``row_id``."""
+    for start in range(0, len(table), _BLOCK):
+        block = table.slice(start, _BLOCK)
+        places = ((index, candidates or ()) for index, candidates in keys(block))
+        yield from zip(places, block["row_id"].to_pylist(), strict=True)
+
+
 def _candidates(numbers: Any) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(int(number) for number in numbers)
 
 
-def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow]:
-    """The rows that were scored, from the source that the run or the configuration names, with columns to read."""
+def source_rows(config: Where, read: Collection[str] = (), wanted: bytes | None = None) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source that the run or the configuration names.
+
+    Args:
+      config: names the source.
+      read: columns that the caller reads itself.
+      wanted: 1 at the positions of the rows that are wanted; all where it is not given.
+    """
     scored = read_run(config.scores).get("config") or {}
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
@@ -97,4 +131,4 @@ def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow
     how = {"pairs": pairs, "split": config.split or scored.get("split"), "columns": columns}
     # the schema of the run is not that of columns with other names
     options = {**scored, **how, **({"schema": "auto"} if columns else {})}
-    return itertools.chain.from_iterable(pairs_of_run(options, read))
+    return itertools.chain.from_iterable(pairs_of_run(options, read, wanted))

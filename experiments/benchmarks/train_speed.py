@@ -1,17 +1,18 @@
-"""Cost of one DPO update beside TRL and tunix, interleaved: CPU seconds per step, the first step, and peak memory.
+"""Cost of one DPO update beside other trainers, interleaved: CPU seconds per step, the first step, and peak memory.
 
-    python -m experiments.benchmarks.train_speed --peers DIR --tokenizer DIR --trl PYTHON --tunix PYTHON
-        [--ultrafeedback FILE --cases 256+256 384+128 ultrafeedback lora --before FILE]
+    python -m experiments.benchmarks.train_speed --peers DIR --tokenizer DIR
+        [--trl PYTHON --tunix PYTHON --easydel PYTHON --ultrafeedback FILE]
+        [--cases 256+256 384+128 ultrafeedback lora --before FILE]
 
-``--peers`` holds ``tunix_dpo.py`` and ``make_model.py``; ``--trl``, ``--tunix`` are interpreters of environments
-that have those libraries (leave one out and it is not run). All train the same architecture (31.6M-class random
-Llama, float32, AdamW) on 4 pairs of random tokens; the reference log-probabilities are known beforehand, except for
-tunix, which has no such thing. Ours is `ches train` itself: a step is what it runs per update.
+``--peers`` holds ``tunix_dpo.py`` and ``make_model.py``; ``--trl``, ``--tunix`` and ``--easydel`` are interpreters of
+environments that have those libraries (leave one out and it is not run). All train the same architecture (31.6M-class
+random Llama, float32, AdamW) on 4 pairs of random tokens; the reference log-probabilities are known beforehand, except
+for tunix, which has no such thing. Ours is `ches train` itself: a step is what it runs per update.
 
 - ``256+256``, ``384+128``: fixed lengths of prompt + responses.
 - ``ultrafeedback``: the lengths of four real pairs, at the eighths 1, 3, 5 and 7 of the first 64 by length, prompts and
-  responses cut at 512 tokens each. Ours packs them, TRL pads to the longest of the batch; tunix has fixed shapes, so it
-  is given the longest prompt and response for all, and what it costs is that of its padding too.
+  responses cut at 512 tokens each. Ours packs them, TRL pads to the longest of the batch; tunix and EasyDeL have fixed
+  shapes, so they are given the longest prompt and response for all, and what they cost is that of their padding too.
 - ``lora``: adapters of rank 8 on all linear layers, 256+256, ours and TRL with peft.
 
 The first step is cold: no compilation cache on the disk is read. ``--before`` names an earlier result; its first steps
@@ -43,7 +44,7 @@ COLD = ("env", "JAX_ENABLE_COMPILATION_CACHE=false")
 
 
 def benchmark_model(peers: Path, tokenizer: Path) -> Path:
-    """The random Llama that ours and TRL train; tunix builds the same one itself."""
+    """The random Llama that ours, TRL and EasyDeL train; tunix builds the same one itself."""
     model = Path(tempfile.gettempdir()) / "ches_jax_benchmark_31m"
     if not model.exists():
         words = [sys.executable, str(peers / "make_model.py"), str(model), "--tokenizer", str(tokenizer)]
@@ -82,7 +83,7 @@ def spread(lengths: Sequence[Sequence[int]], count: int) -> list[list[int]]:
 def commands(
     case: str, model: str, peers: Path, pairs: int, steps: int, interpreters: Mapping[str, str], lengths: Path
 ) -> dict[str, list[str]]:
-    """Every trainer that has this case; ``interpreters`` are those of tunix and TRL that are at hand."""
+    """Every trainer that has this case; ``interpreters`` are those of the others that are at hand."""
     prompt, response = LENGTHS.get(case) or longest(json.loads(lengths.read_text(encoding="utf-8")))
     fixed = ["--pairs", str(pairs), "--prompt-len", str(prompt), "--response-len", str(response), "--steps", str(steps)]
     more = ["--lengths", str(lengths)] if case == "ultrafeedback" else []
@@ -91,6 +92,10 @@ def commands(
     if "tunix" in interpreters and case != "lora":
         words = [interpreters["tunix"], str(peers / "tunix_dpo.py"), *fixed, "--vocab", str(VOCABULARY)]
         able["tunix"] = [*COLD, *words]
+    if "easydel" in interpreters and case != "lora":
+        own = "EASYDEL_CACHE_COMPILES=false"
+        words = [interpreters["easydel"], "-m", "experiments.benchmarks.easydel_training", model, *fixed, *more]
+        able["easydel"] = [*COLD, own, *words]
     if "trl" in interpreters:
         able["trl"] = [interpreters["trl"], "-m", "experiments.benchmarks.trl_training", model, *fixed, *more]
     return able
@@ -148,6 +153,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--trl", help="interpreter that has trl")
     parser.add_argument("--tunix", help="interpreter that has google-tunix")
+    parser.add_argument("--easydel", help="interpreter that has easydel, and pillow")
     parser.add_argument("--ultrafeedback", help="rows whose lengths are taken; without it that case is not run")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--before", type=Path, help="an earlier result, whose first steps stand beside these")
@@ -158,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     peers, tokenizer = args.peers.resolve(), args.tokenizer.resolve()
     model = str(benchmark_model(peers, tokenizer))
-    interpreters = {name: getattr(args, name) for name in ("tunix", "trl") if getattr(args, name)}
+    interpreters = {name: getattr(args, name) for name in ("tunix", "easydel", "trl") if getattr(args, name)}
     before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else None
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

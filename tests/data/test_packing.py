@@ -13,6 +13,7 @@ from ches_jax.data.packing import (
     fitting_length,
     pack,
     packed_length,
+    plan_batches,
     row_capacity,
     row_length,
 )
@@ -190,3 +191,18 @@ def test_few_pairs_get_the_row_length_with_the_fewest_positions(lengths, rows, s
             theirs, shapes = computed(other)
             # a row that cannot hold the longest pair would be a second shape
             assert other > standard or shapes != {other} or (positions, length) <= (theirs, other)
+
+
+def test_what_a_long_row_has_left_holds_short_pairs():
+    long, short = pair(range(900), range(300), range(9, 400)), pair(range(50), range(60), range(9, 90))
+    plans = list(plan_batches([short, long, *[short] * 3], length=1024, rows_per_batch=2))
+    assert [(plan.length, plan.rows) for plan in plans] == [(1024, [[3, 4]]), (2048, [[0, 1, 2]])]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [((1500,), 1536), ((1500, 1530), 1536), ((1500, 1900), 2048), ((900,), 1024)]
+)
+def test_long_rows_are_as_short_as_all_of_their_kind_allow(lengths, rows):
+    """And never of two lengths between two doublings: each is a program."""
+    items = [pair(range(3, 3 + n - 20), range(100, 110), range(200, 210)) for n in lengths]
+    assert {plan.length for plan in plan_batches(items, length=1024, rows_per_batch=1)} == {rows}

@@ -40,7 +40,7 @@ def test_rows_of_the_curves_have_the_lengths_they_are_named_after(tmp_path):
 
 
 def test_without_peers_only_what_needs_none_runs():
-    assert set(commands(None, None, None, 1)) == {"scan_layers", "load_model", "stream_rows"}
+    assert set(commands(None, {}, 1)) == {"scan_layers", "load_model", "stream_rows"}
 
 
 def test_medians_take_numbers_only():
@@ -77,12 +77,12 @@ def test_a_folder_without_a_trace_is_reported(tmp_path):
 
 
 def test_every_trainer_is_given_the_lengths_it_can_take(tmp_path):
-    """Ours and TRL the lengths themselves, tunix the longest of all; adapters only where both have them."""
+    """Ours, TRL and EasyDeL the lengths themselves, tunix the longest of all; adapters only where both have them."""
     file = tmp_path / "lengths.json"
     file.write_text("[[30, 5, 7], [20, 9, 1]]")
-    peers = {"tunix": "T", "trl": "R"}
+    peers = {"tunix": "T", "trl": "R", "easydel": "E"}
     able = trainers("ultrafeedback", "M", tmp_path, 2, 3, peers, file)
-    assert all(str(file) in able[name] for name in ("ours", "trl")) and str(file) not in able["tunix"]
+    assert all(str(file) in able[name] for name in ("ours", "trl", "easydel")) and str(file) not in able["tunix"]
     assert {"30", "9"} <= set(able["tunix"])
     assert set(trainers("lora", "M", tmp_path, 2, 3, peers, file)) == {"ours", "trl"}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models.attention import dense
+from ches_jax.models.attention import block_sparse, dense
 from ches_jax.models.attention.block_sparse import blocks, forward_blocks
 from ches_jax.models.attention.choose import KERNELS
 from ches_jax.models.attention.dense import AttentionInputs, AttentionParams
@@ -135,6 +135,28 @@ def test_forward_mode_is_that_of_dense_to_second_order(rows: Packed, sinks: bool
         assert np.isfinite(a).all()
         for row, at in rows.sequences:
             np.testing.assert_allclose(a[row, at], b[row, at], atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 70])
+def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, monkeypatch, x64: None):
+    """Outputs, gradients (those of the sinks too) and the forward mode, where most queries have two to four parts."""
+    monkeypatch.setattr(block_sparse, "AT_ONCE", 32)
+    case = Case(1, 2, 8, window=window, softcap=5.0, dtype="float64")
+    inputs = (*map(jnp.asarray, arrays(case, rows)), jnp.linspace(-1.0, 1.0, 2).reshape(1, 2))
+    ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
+    real = jnp.asarray(rows.rows.lengths > 0, jnp.float64)[..., None, None, None]
+
+    def value(attend, q, k, v, sink):
+        return real * attend(AttentionInputs(q, k, v, ranges, sink), AttentionParams(0.3, case.softcap))
+
+    def all_of(attend, forward):
+        out, back = jax.vjp(partial(value, attend), *inputs)
+        return out, *back(jnp.cos(out)), jax.jvp(partial(value, forward), inputs, tuple(map(jnp.cos, inputs)))[1]
+
+    expected = jax.jit(partial(all_of, dense.dense, dense.dense))()
+    in_parts = jax.jit(partial(all_of, partial(blocks, block=16), forward_blocks))()
+    for a, b in zip(in_parts, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [(16, 16, NO_WINDOW), (64, 32, NO_WINDOW), (32, 64, 9)])

@@ -13,7 +13,7 @@ from ches_jax.distributed.mesh import LogicalMesh, make_mesh
 from ches_jax.models import logprobs, unembedding_pieces
 from ches_jax.models.decoder import Decoder
 from ches_jax.models.families.registry import decoder_config
-from ches_jax.models.logprobs import Head, forward_token_logps, token_logps, token_statistics
+from ches_jax.models.logprobs import Head, forward_token_logps, token_divergences, token_logps, token_statistics
 from ches_jax.models.sharding import partition_spec
 from ches_jax.models.vocabulary import looked_up, products
 from ches_jax.plan.compiled_text import collectives
@@ -66,6 +66,45 @@ def test_log_probabilities_and_gradients_are_those_of_one_device(x64, pieces, wo
     together = jax.jit(partial(value_and_gradients, on))(*arrays)
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def divergences_of(mesh, ref_width):
+    """A function of states, W and a cotangent, and its arrays on the mesh; the reference has another width."""
+    h, w, _, g = inputs(mesh)
+    rng = np.random.default_rng(4)
+    r, v = rng.normal(size=(ROWS, COUNT, ref_width)), rng.normal(size=(VOCABULARY, ref_width))
+    r = jax.device_put(r, NamedSharding(mesh, LogicalMesh.of(mesh).rows(ROWS)))
+    v = jax.device_put(v, NamedSharding(mesh, partition_spec("lm_head.weight", v.shape, mesh)))
+    heads = Head(None, 3.0), Head(0.7)
+
+    def value_and_gradients(logical, h, w, r, v, g):
+        own, ref = (head._replace(logical=logical) for head in heads)
+        found, back = jax.vjp(lambda h, w: token_divergences(h, w, own, r, v, ref), h, w)
+        return found, *back(g)
+
+    return value_and_gradients, (h, w, r, v, g)
+
+
+@pytest.mark.parametrize("words", ["data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"])
+@pytest.mark.parametrize("ref_width", [16, 6])
+def test_divergences_from_a_reference_are_those_of_one_device(x64, pieces, words, ref_width):
+    """Also where only one of the two widths divides over the devices."""
+    mesh = make_mesh(words)
+    run, arrays = divergences_of(mesh, ref_width)
+    alone = jax.jit(partial(run, None))(*map(np.asarray, arrays))
+    for a, b in zip(jax.jit(partial(run, LogicalMesh.of(mesh)))(*arrays), alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", ["data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"])
+def test_divergences_gather_no_table(x64, pieces, words):
+    """States travel, a chunk at a time; of a table a device's part, turned, or its gradient."""
+    mesh = make_mesh(words)
+    logical, (run, arrays) = LogicalMesh.of(mesh), divergences_of(mesh, 16)
+    found = collectives(str(jax.jit(partial(run, logical)).lower(*arrays).compile().as_text()))
+    assert max(c.bytes for c in found if c.kind in ("all-gather", "reduce-scatter")) <= PIECE_HERE * 8
+    parts = -(-VOCABULARY // logical.size("fsdp", "tensor"))
+    assert max(c.bytes for c in found) <= parts * 16 * 8
 
 
 @pytest.mark.parametrize("words", ["data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from ches_jax.distributed.mesh import LogicalMesh, make_mesh
+from ches_jax.distributed.mesh import ROW_AXES, LogicalMesh, make_mesh
 from ches_jax.models.sharding import partition_spec
 from ches_jax.models.vocabulary import TABLE
 from ches_jax.plan.compiled_text import collectives
@@ -68,9 +68,11 @@ def test_the_head_score_is_the_inner_product_of_unembedding_gradients(case, tran
         np.testing.assert_allclose(out.shares[shared | chosen].sum(), out.score, rtol=1e-11)
 
 
-@pytest.mark.parametrize("text", ["fsdp=4,tensor=2", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)])
-def test_a_vocabulary_in_parts_gives_the_same_products(x64, text):
-    """Parts that their devices do not divide, too; W is not gathered."""
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("text", ["fsdp=4,tensor=2", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)])
+def test_a_vocabulary_in_parts_gives_the_same_products(x64, text, together, monkeypatch):
+    """Parts that their devices do not divide, too. Pieces of W travel, once for the rows of a group, and no states."""
+    monkeypatch.setattr(unembedding_gradients, "COEFFICIENTS", together * 7**2)
     keys = jax.random.split(jax.random.key(3), 3)
     rows, count, width, words = 8, 7, 8, 10
     h, w = jax.random.normal(keys[0], (rows, count, width)), jax.random.normal(keys[1], (words, width))
@@ -86,8 +88,17 @@ def test_a_vocabulary_in_parts_gives_the_same_products(x64, text):
     run = jax.jit(partial(products, logical=logical)).lower(on_mesh, *arrays).compile()
     expected = jax.jit(products)(w, *arrays)
     np.testing.assert_allclose(run(on_mesh, *arrays), expected, rtol=1e-12, atol=1e-12)
-    compiled = run.as_text()
-    assert compiled is not None and w.nbytes not in {c.bytes for c in collectives(compiled) if c.kind == "all-gather"}
+    found = collectives(str(run.as_text()))
+    largest = {kind: max(c.bytes for c in found if c.kind == kind) for kind in {c.kind for c in found}}
+    held, size = w.nbytes // logical.size("fsdp", "tensor"), w.itemsize
+    # a chunk of W, and its part once, turned; the states of a device's row would be twice as much
+    assert largest["all-gather"] == 4 * width * size and largest.pop("all-to-all") <= 2 * held
+    # over tensor sums are added up, of a device's own rows
+    assert largest.pop("all-reduce") == together * count**2 * size
+    assert set(largest) == {"all-gather"}
+    of_device, pieces = rows // logical.size(*ROW_AXES), [c for c in found if c.bytes == largest["all-gather"]]
+    per_walk = -(-words // logical.size("tensor")) // 4 + 1
+    assert sum(c.times for c in pieces if c.kind == "all-gather") == 2 * of_device // together * per_walk
 
 
 def whole_gram(hidden, target, w, **options):

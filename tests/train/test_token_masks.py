@@ -217,7 +217,9 @@ def test_a_run_in_micro_batches_or_resumed_is_the_same_run(small, tiny_model, tm
     logs = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (whole, parts)]
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
-        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=2e-3, atol=2e-4)
+        # before the first update the policy is the reference: rewards are 0 up to 1e-8, which is larger is rounding
+        names = [k for k in a if not (a["step"] < 2 and k.endswith("rewards/accuracies"))]
+        np.testing.assert_allclose([a[k] for k in names], [b[k] for k in names], rtol=2e-3, atol=2e-4)
 
 
 def test_a_reference_without_states_is_refused(small, tmp_path):

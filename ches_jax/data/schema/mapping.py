@@ -44,6 +44,7 @@ from ches_jax.runs.store import here
 Names = tuple[str, ...]
 _ASIDE = ("tools", "chat_template_kwargs", "category")
 _DIALOGUE = "\n\nHuman:"
+_PLAIN_TEXTS = ("prompt", "chosen", "rejected", *TWO_PROMPTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,11 +243,16 @@ def _in_place_of_last(chosen: Any, rejected: Any) -> Any:
 
 
 def _plain(row: Mapping[str, Any]) -> list[Canonical]:
-    texts = ("prompt", "chosen", "rejected", *TWO_PROMPTS)
-    row = {**row, **{n: turns(decoded_turns(row[n])) for n in texts if n in row}}
-    if not any(_several(row.get(n)) for n in ("chosen", "rejected")):
+    turned = {n: turns(decoded_turns(v)) for n in _PLAIN_TEXTS if n in row and not _is_text(v := row[n])}
+    row = {**row, **turned}
+    if not (_several(row.get("chosen")) or _several(row.get("rejected"))):
         return [(None, row)]
-    return [(numbers, row | both) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
+    return [(numbers, {**row, **both}) for numbers, both in _sides(row.get("chosen"), row.get("rejected"))]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be nothing else: turns are objects."""
+    return isinstance(value, str) and "{" not in value
 
 
 def _sides(chosen: Any, rejected: Any) -> list[Canonical]:
@@ -353,6 +359,8 @@ def decoded_turns(value: Any) -> Any:
     Raises:
       DataError: a conversation as a program prints it, which cannot be read back.
     """
+    if _is_text(value):
+        return value
     parsed = decoded(value)
     if parsed is not value and are_turns(turns(parsed)):
         return parsed

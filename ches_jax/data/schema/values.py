@@ -27,6 +27,9 @@ ROLES = {
 }
 """Words for the speaker of a turn that other tools write -> the role."""
 _PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{'(?:role|content|from|value)'\s*:")
+_NESTED = (dict, list, tuple, Mapping)
+_FLAT = frozenset({str, int, float, bool, type(None)})
+"""Types of values that hold no others."""
 DEEPEST = 100
 """How deep lists and objects of a row may lie in one another: what is done with them goes down as deep."""
 
@@ -37,6 +40,8 @@ def turns(value: Any) -> Any:
     >>> turns([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}]
     """
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
         return [turns(part) for part in value] if any(isinstance(part, Mapping | list) for part in value) else value
     if not isinstance(value, Mapping):
@@ -94,10 +99,10 @@ def within_depth(value: Any, most: int = DEEPEST) -> bool:
     >>> within_depth([[]], 2), within_depth([[[]]], 2)
     (True, False)
     """
-    if isinstance(value, str | int | float) or not isinstance(value, Mapping | list | tuple):
+    if type(value) in _FLAT or not isinstance(value, _NESTED):
         return True  # texts first: most values are, and asking whether one is a Mapping takes long
     inside = value.values() if isinstance(value, Mapping) else value
-    return most > 0 and all(within_depth(part, most - 1) for part in inside)
+    return most > 0 and (_FLAT.issuperset(map(type, inside)) or all(within_depth(part, most - 1) for part in inside))
 
 
 def number(name: str, value: Any) -> float:

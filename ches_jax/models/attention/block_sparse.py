@@ -14,7 +14,10 @@ matters to an optimiser that divides by the size of a gradient.
 The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; the blocks of keys
 that such a block needs are gathered first, so that its matrix products are few and large. Their number differs from
 block to block and shapes cannot: it is rounded up to one of a few bucket sizes, each compiled once, and the keys of the
-surplus blocks are masked.
+surplus blocks are masked. In the forward, what is more than ``AT_ONCE`` keys is computed in parts of so many:
+
+.. math::
+  Z = \ln(e^{Z_a} + e^{Z_b}), \qquad o = e^{Z_a - Z} o_a + e^{Z_b - Z} o_b
 """
 
 from collections.abc import Callable
@@ -25,7 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
 from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
@@ -34,6 +38,9 @@ from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
 """Queries and keys of a block by platform, and elsewhere: what was fastest."""
+AT_ONCE = 512
+"""Keys whose scores are computed at once at most, in the forward: the scores of more do not fit in a CPU's cache, and
+each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
 SHORT_ROW, SMALLER = 1024, {"cpu": 32}
 """With a gradient, rows up to so long have smaller blocks: on a CPU 0.87 to 0.97 of the time of the others, forward
 and backward together, with pairs of 100 to 700 tokens; 1.1 of it with pairs of 2,000. Forward alone gains nothing."""
@@ -50,6 +57,14 @@ class Static(NamedTuple):
     def with_gradient(self) -> "Static":
         """What a program with a gradient is compiled for."""
         return self._replace(block=self.gradient_block)
+
+
+class Part(NamedTuple):
+    """What queries see in some of their keys: the highest score, the sum of exp(z - top), that of exp(z - top) v."""
+
+    top: Float[Array, "K group_queries 1"]
+    total: Float[Array, "K group_queries 1"]
+    out: Float[Array, "K group_queries H"]
 
 
 class BlockIndices(NamedTuple):
@@ -135,24 +150,36 @@ def _row_forward(
 ) -> tuple[Array, Array]:
     """Outputs of a row, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     q, k, v, ranges = row
+    q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
     indices = _block_indices(ranges, len(k), static.block)
+    at_once = min(AT_ONCE // static.block, keys.shape[1])
 
     def block(args):
         qi, ranges_i, kv_index, kv_count = args
 
-        def compute(size: int):
-            ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
-            z = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)[0]
-            sink = _sink_scores(sinks, z)
-            top = z.max(-1, keepdims=True) if sink is None else jnp.maximum(z.max(-1, keepdims=True), sink)
-            top = lax.stop_gradient(top)  # outputs do not depend on it: for forward mode
+        def seen(index: Int[Array, " kv_blocks"], count: Int[Array, ""] | int) -> Part:
+            """What the queries see in the first ``count`` of some blocks of keys."""
+            ki, vi = (_take_blocks(a, index) for a in (keys, values))
+            z = _scores(qi, ki, _bias(ranges_i, index, count, qi.dtype), params)[0]
+            top = lax.stop_gradient(z.max(-1, keepdims=True))  # outputs do not depend on it: for forward mode
             p = jnp.exp(z - top)
-            total = p.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - top))
-            out = einsum("kqs,ksh->kqh", p.astype(v.dtype), vi) / total
-            return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+            return Part(top, p.sum(-1, keepdims=True), einsum("kqs,ksh->kqh", p.astype(v.dtype), vi))
 
-        return _in_bucket(kv_count, kv_index.shape[0], compute)
+        further = (kv_count - 1) // at_once
+        first = kv_count - further * at_once
+        part = _in_bucket(first, at_once, lambda size: seen(kv_index[:size], first))
+        if at_once < keys.shape[1]:  # else XLA finds that the one slice depends on nothing, and computes it for all
+
+            def with_more(step: Int[Array, ""], part: Part) -> Part:
+                index = lax.dynamic_slice_in_dim(kv_index, first + step * at_once, at_once)
+                return _joined(part, seen(index, at_once))
+
+            part = lax.fori_loop(0, further, with_more, part)
+        sink = _sink_scores(sinks, part.out)
+        if sink is not None:
+            part = _joined(part, _sink_part(sink, part))
+        return (part.out / part.total).astype(q.dtype), (part.top + jnp.log(part.total))[..., 0]
 
     out, total = lax.map(block, (_query_blocks(q, static.block), _in_blocks(ranges, static.block), *indices))
     return _query_rows(out, static.block), total
@@ -164,7 +191,7 @@ def _row_backward(
     """Gradients by the queries, keys and values of a row, and by the sinks."""
     q, k, v, ranges, total, cotangent = row
     acc = accumulate(q.dtype)
-    scale = jnp.asarray(static.params.scale, acc)  # of scores; multiplied where arrays are small
+    q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
     indices = _block_indices(ranges, len(k), static.block)
 
@@ -172,8 +199,8 @@ def _row_backward(
         qi, gi, total_i, ranges_i, kv_index, kv_count = args
 
         def compute(size: int):
-            ki, vi = (_take_blocks(a, kv_index, size) for a in (keys, values))
-            z, cap_gradient = _scores(qi, ki, _block_mask(ranges_i, kv_index, kv_count, size), static.params)
+            ki, vi = (_take_blocks(a, kv_index[:size]) for a in (keys, values))
+            z, cap_gradient = _scores(qi, ki, _bias(ranges_i, kv_index[:size], kv_count, q.dtype), params)
             p = jnp.exp(z - total_i[..., None])
             dp = einsum("kqh,ksh->kqs", gi, vi)
             mean = jnp.sum(p * dp, -1, keepdims=True)
@@ -183,7 +210,7 @@ def _row_backward(
             dz, p = dz.astype(q.dtype), p.astype(v.dtype)
             # [H, keys] with the smaller factor first: transposing the larger one is what would take long
             parts = einsum("kqh,kqs->khs", qi, dz), einsum("kqh,kqs->khs", gi, p)
-            dq = einsum("kqs,ksh->kqh", dz, ki) * scale
+            dq = einsum("kqs,ksh->kqh", dz, ki) * jnp.asarray(static.params.scale, acc)
             blocks_of = (_gradient_blocks(a, static.block, most) for a in parts)
             return dq.astype(q.dtype), dsink.reshape(*q.shape[1:3], -1).sum(-1), *blocks_of
 
@@ -200,7 +227,7 @@ def _row_backward(
     (dk, dv), (dq, dsinks) = lax.scan(
         block, (start, start), (*queries, total, _in_blocks(ranges, static.block), *indices)
     )
-    transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * scale, dv))
+    transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
     return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed), dsinks.sum(0)
 
 
@@ -221,38 +248,69 @@ def _in_bucket(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) 
 
 
 def _take_blocks(
-    key_blocks: Float[Array, "K blocks block H"], kv_index: Int[Array, " kv_blocks"], size: int
+    key_blocks: Float[Array, "K blocks block H"], kv_index: Int[Array, " kv_blocks"]
 ) -> Float[Array, "K keys H"]:
-    """The keys of the first ``size`` blocks of ``kv_index``, one block after the other."""
+    """The keys of the blocks of ``kv_index``, one block after the other."""
     heads, _, _, width = key_blocks.shape
-    return jnp.take(key_blocks, kv_index[:size], axis=1).reshape(heads, -1, width)
+    return jnp.take(key_blocks, kv_index, axis=1).reshape(heads, -1, width)
 
 
-def _block_mask(
-    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""], size: int
-) -> Bool[Array, "block keys"]:
-    """Which of the gathered keys each query of a block sees."""
-    block = ranges.own_end.shape[0]
-    steps = jnp.arange(size, dtype=kv_index.dtype)
-    key = kv_index[:size, None] * block + jnp.arange(block, dtype=kv_index.dtype)[None]
-    key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
-    return visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
+def _bias(
+    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, dtype: DTypeLike
+) -> Float[Array, "block keys"]:
+    """Far below zero for keys that a query of a block does not see, among them those past ``kv_count`` blocks; else 0.
+
+    In a branch that is always taken, since XLA fuses none: it would compute the bias anew, from the ranges, for every
+    head and use, which took five times as long as the exponentials.
+    """
+    block, acc = ranges.own_end.shape[0], accumulate(dtype)
+    keys = len(kv_index) * block
+
+    def of_ranges() -> Array:
+        steps = jnp.arange(len(kv_index), dtype=kv_index.dtype)
+        key = kv_index[:, None] * block + jnp.arange(block, dtype=kv_index.dtype)[None]
+        key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
+        mask = visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
+        return jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
+
+    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros((block, keys), acc))
+
+
+def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:
+    """Queries with the scale of their scores, which are many more, and 1 in its place.
+
+    Not in a dtype narrower than that of the scores, which would round the product.
+    """
+    acc = accumulate(q.dtype)
+    if q.dtype != acc:
+        return q, params
+    return q * jnp.asarray(params.scale, acc), params._replace(scale=1.0)
 
 
 def _scores(
     q: Float[Array, "K group_queries H"],
     k: Float[Array, "K keys H"],
-    mask: Bool[Array, "block keys"],
+    bias: Float[Array, "block keys"],
     params: AttentionParams,
 ) -> tuple[Float[Array, "K group_queries keys"], Array]:
     """Scores, masked ones far below, and the derivative of the soft cap there (1 without one)."""
     acc, cap = accumulate(q.dtype), params.softcap
     z = capped(einsum("kqh,ksh->kqs", q, k) * jnp.asarray(params.scale, acc), cap)
     cap_gradient = jnp.ones((), acc) if cap is None else 1 - jnp.square(z / jnp.asarray(cap, acc))
-    # added, as an array of its own: a select would be computed anew, from the ranges, for every head
-    bias = jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
     by_head = z.reshape(z.shape[0], -1, *bias.shape) + bias[None, None]
     return by_head.reshape(z.shape), cap_gradient
+
+
+def _joined(a: Part, b: Part) -> Part:
+    """What the queries see in the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    return Part(top, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
+
+
+def _sink_part(scores: Array, part: Part) -> Part:
+    """A sink as a key whose value is zero."""
+    return Part(lax.stop_gradient(scores), jnp.exp(scores - lax.stop_gradient(scores)), jnp.zeros_like(part.out))
 
 
 def _sink_scores(sinks: Array | None, z: Float[Array, "K group_queries keys"]) -> Array | None:
