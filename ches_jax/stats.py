@@ -5,6 +5,7 @@ they are left out, and a statistic that is undefined is NaN. Importing ``scipy.s
 computed here, so what needs little of it does without.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -45,6 +46,25 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
+def _shared_ranks(values: np.ndarray) -> np.ndarray:
+    """``ranks``, sorted once for each column: a page correlates every score with the same lengths."""
+    if values.size < _MANY:
+        return ranks(values)
+    key = hashlib.sha256(np.ascontiguousarray(values).data).digest()
+    if key not in _KEPT:
+        while len(_KEPT) >= _MOST_KEPT:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = (2 * ranks(values)).astype(np.int32)  # halves at most
+    return _KEPT[key] / 2
+
+
+_MANY = 50_000
+"""Rows from which on a sort takes longer than it does to look it up."""
+_MOST_KEPT = 16
+_KEPT: dict[bytes, np.ndarray] = {}
+"""Twice the ranks of columns, by a hash of these, the oldest first."""
+
+
 def wilson(successes: int, n: int) -> tuple[float, float]:
     r"""Wilson's score interval of a proportion, at ``LEVEL`` (E. B. Wilson 1927).
 
@@ -71,7 +91,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     0.5
     """
     both = np.isfinite(a) & np.isfinite(b)
-    x, y = (ranks(v[both]) for v in (a, b))
+    x, y = (_shared_ranks(v[both]) for v in (a, b))
     if x.size < 2:
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
@@ -85,18 +105,41 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray
     The ranks of both are regressed on the ranks of the controls (with an intercept) and the residuals are
     correlated. NaN where nothing is left to correlate: too few rows, or a side that the controls explain.
     """
-    finite = np.isfinite(np.stack([a, b, *controls])).all(axis=0)
+    finite = np.logical_and.reduce([np.isfinite(v) for v in (a, b, *controls)])
     if finite.sum() < len(controls) + 3:
         return float("nan")
-    x, y, *others = (ranks(v[finite]) for v in (a, b, *controls))
-    design = np.stack([np.ones_like(x), *others], axis=1)
-    sides = np.stack([x, y], axis=1)
-    residual = sides - design @ np.linalg.lstsq(design, sides, rcond=None)[0]
-    sizes = np.linalg.norm(residual, axis=0)
-    # What remains of an explained side is rounding, and its correlation would be noise.
-    if (sizes <= 1e-9 * np.linalg.norm(sides, axis=0)).any():
+    x, y, *others = (_shared_ranks(v[finite]) for v in (a, b, *controls))
+    basis: list[np.ndarray] = []
+    for column in (np.ones_like(x), *others):
+        left = _without(column, basis)
+        # What remains of an explained column is rounding, and its correlation would be noise.
+        if (size := _size(left)) > _ROUNDING * _size(column):
+            basis.append(left / size)
+    one, other = _without(x, basis), _without(y, basis)
+    if _size(one) <= _ROUNDING * _size(x) or _size(other) <= _ROUNDING * _size(y):
         return float("nan")
-    return float(residual[:, 0] @ residual[:, 1] / (sizes[0] * sizes[1]))
+    return _inner(one, other) / (_size(one) * _size(other))
+
+
+_ROUNDING = 1e-9
+
+
+def _inner(a: np.ndarray, b: np.ndarray) -> float:
+    """The inner product of two columns, by one thread: those of BLAS wait for one another longer than they compute."""
+    return float(np.einsum("i,i->", a, b))
+
+
+def _size(column: np.ndarray) -> float:
+    return math.sqrt(_inner(column, column))
+
+
+def _without(column: np.ndarray, basis: Sequence[np.ndarray]) -> np.ndarray:
+    """What is left of a column, [rows], at right angles to orthonormal ones."""
+    left = column
+    for other in basis:
+        left = left - _inner(other, left) * other
+    # of a small remainder much is rounding, which is taken away in turn
+    return _without(left, basis) if 0 < _size(left) < 0.1 * _size(column) else left
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float:

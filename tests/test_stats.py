@@ -35,6 +35,20 @@ def test_what_is_explained_or_constant_has_no_partial_correlation(control):
     assert np.isnan(stats.partial_spearman(np.arange(3.0), np.arange(3.0), [control[:3]]))
 
 
+@pytest.mark.parametrize("rows", [300, stats._MANY])
+def test_partial_correlation_is_that_of_the_residuals_of_least_squares(rows):
+    """However many rows, and where two controls say the same."""
+    one, other, third = (RNG.normal(size=rows).round(2) for _ in range(3))
+    a, b = one + other + RNG.normal(size=rows), 3 * one - other + RNG.normal(size=rows)
+    for controls in ([one], [one, other], [one, one, third], [np.ones(rows), one]):
+        x, y, *held = (stats.ranks(v) for v in (a, b, *controls))
+        design, sides = np.stack([np.ones(rows), *held], 1), np.stack([x, y], 1)
+        residual = sides - design @ np.linalg.lstsq(design, sides, rcond=None)[0]
+        want = residual[:, 0] @ residual[:, 1] / np.sqrt((residual**2).sum(0).prod())
+        assert stats.partial_spearman(a, b, controls) == pytest.approx(want, abs=1e-12)
+    assert stats.spearman(a, b) == pytest.approx(stats.partial_spearman(a, b, []), abs=1e-12)
+
+
 def test_auc_counts_wins_and_half_the_ties():
     values = np.array([1.0, 2.0, 2.0, 3.0, np.nan])
     inside = np.array([False, False, True, True, True])

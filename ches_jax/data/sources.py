@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -162,9 +162,17 @@ class PairSource:
         """The same, the pairs of one row of the data together; at least one for each."""
         return (rows for _, rows in self.rows_with_raw(start))
 
+    def rows_at(self, wanted: Sequence[int] | bytes) -> Iterator[list[Record]]:
+        """The rows whose position is wanted (1 at its place); others are read and not understood, which costs most."""
+        rows = itertools.islice(self.read(0), len(wanted))
+        return (told for _, told in self._told(numbered for numbered in enumerate(rows) if wanted[numbered[0]]))
+
     def rows_with_raw(self, start: int) -> Iterator[tuple[Raw, list[Record]]]:
-        """The same, each beside the row as it was stored; the file is read once for both."""
-        for index, (where, raw) in enumerate(self.read(start), start):
+        """The same as ``rows_from``, each beside the row as it was stored; the file is read once for both."""
+        return self._told(enumerate(self.read(start), start))
+
+    def _told(self, rows: Iterable[tuple[int, Raw]]) -> Iterator[tuple[Raw, list[Record]]]:
+        for index, (where, raw) in rows:
             try:
                 yield (where, raw), _rows(index, where, raw, self)
             except DataError as error:
@@ -234,12 +242,15 @@ def _paired(pairing: Pairing | None) -> Kind:
     return PAIRS[pairing or "chosen-against-all"]
 
 
-def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iterator[list[Record]]:
+def pairs_of_run(
+    options: Mapping[str, Any], read: Collection[str] = (), wanted: bytes | None = None
+) -> Iterator[list[Record]]:
     """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
 
     Args:
       options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
       read: columns that the caller reads itself.
+      wanted: of which rows: 1 at their positions; all where it is not given.
 
     Raises:
       DataError: as ``open_rows``.
@@ -247,6 +258,8 @@ def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iter
     spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
     schema = options.get("schema") or "auto"
     source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema, read)
+    if wanted is not None:
+        return source.tolerant().rows_at(wanted[: options.get("limit")])
     return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
 
 

@@ -166,3 +166,5 @@ class ChunkedRun:
         with self.team.sharing_errors():
             if self.team.first and not self.in_turn:
                 finish(self.out, {**self.facts, **facts})
+            elif self.team.first and "work" in facts:
+                chunks.add_work(self.out, self.division.turns.id, facts["work"])

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models import rope
-from ches_jax.models.attention.dense import Attend, AttentionInputs, AttentionParams
+from ches_jax.models.attention.dense import KEPT, Attend, AttentionInputs, AttentionParams
 from ches_jax.models.attention.mask import KeyRanges, within
 from ches_jax.models.cache import KeysValues, Memory, empty_keys_values
 from ches_jax.models.config import Activation, DecoderConfig, QueryGrowth
@@ -87,7 +88,7 @@ def along_last(vector: Float[Array, " D"], like: Float[Array, "... D"]) -> Float
 class Linear(nnx.Module):
     """``x W^T (+ b)``, and ``s (x A^T) B^T`` where ``lora.adapted`` has put an adapter beside W.
 
-    ``trained`` is for those who take gradients by W and nothing in forward mode.
+    ``trained`` is for those who take gradients by W, or by the adapter beside it, and nothing in forward mode.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -104,10 +105,14 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Applies the map."""
         weight = self.weight[...] if self.packed is None else self.packed()
-        y = (trained_matmul if self.trained else matmul)(x, weight)
-        if self.lora_a is not None and self.lora_b is not None:
+        product = trained_matmul if self.trained else matmul
+        if self.lora_a is None or self.lora_b is None:
+            y = product(x, weight)
+        else:
             # the scale joins B before B is rounded to the dtype of x
-            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_scale * self.lora_b[...])
+            low = product(product(x, self.lora_a[...]), self.lora_scale * self.lora_b[...])
+            # the sum is kept for the backward pass: without the name both of its terms would be
+            y = checkpoint_name(matmul(x, weight) + low, KEPT)
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
 

@@ -25,7 +25,7 @@ from ches_jax.scores.forward import Outputs, pass_program
 from ches_jax.train.data.batches import Batch
 from ches_jax.train.objective import get_objective, initial_loss_state
 from ches_jax.train.optimizer import make_optimizer, make_schedule
-from ches_jax.train.policy import trained_everywhere
+from ches_jax.train.policy import marked_trained
 from ches_jax.train.state import abstract_state, state_shardings
 from ches_jax.train.step import Step
 
@@ -117,11 +117,13 @@ def train(decoder: DecoderConfig, config: PlanConfig, mesh: Mesh) -> list[Progra
     loss = get_objective(config.loss, {})
     optimizer = make_optimizer(config.optimizer, make_schedule("constant", 1e-6, 1))
     if config.lora_rank is None:
-        abstract = trained_everywhere(abstract_decoder(decoder, dtype=dtype, param_dtype=jnp.float32))
+        abstract = abstract_decoder(decoder, dtype=dtype, param_dtype=jnp.float32)
+        abstract = marked_trained(abstract, adapters=False)
         params, frozen = abstract_parameters(decoder, dtype=dtype, param_dtype=jnp.float32), {}
     else:
         spec = make_spec(config.lora_rank, 2.0 * config.lora_rank, "all-linear", decoder)
         abstract = adapted(abstract_decoder(decoder, dtype=dtype, param_dtype=dtype), spec, "float32")
+        abstract = marked_trained(abstract, adapters=True)
         params = adapter_shapes(abstract)
         base = abstract_parameters(decoder, dtype=dtype, param_dtype=dtype)
         frozen = {name: _placed(name, leaf, mesh) for name, leaf in base.items()}

@@ -1,30 +1,68 @@
 """The table of all pairs of a page: numbers as packed arrays, texts as packed JSON, both compressed.
 
 100,000 pairs fit a few megabytes: numbers are float32, words are codes, and texts are whole for the pairs that lead the
-table's order and short for the others, within a budget of characters.
+table's order and short for the others, within a budget of characters. Of more pairs those in the middle have none.
 """
 
 import base64
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from ches_jax.report.axes import axis, digits_of
 from ches_jax.report.html import clean
 
+LARGE = 16 << 20
+"""Bytes from which on a block is compressed for speed."""
 WHOLE = 300
 """Pairs whose texts are whole in any case, from either end of the table's order."""
 CHARACTERS = 6_000_000
 """Budget of the texts of one page; a page of few pairs keeps them all whole."""
+MOST_TOLD = 100_000
+"""Pairs that have texts on a page: those that lead the table's order, from either end."""
+MOST_IDS = 20_000
+"""Rows up to which a page has their ids."""
 LONGEST = 20_000
 """Of one text, whatever the budget."""
 SEPARATOR = "\x01"
 """Between the texts of a side, which are one string: a browser is slow at hundreds of thousands of small ones. No text
 has it (``clean``)."""
+
+
+@dataclass(frozen=True)
+class Ids(Sequence[str]):
+    """A column of texts of a table, each made when it is asked for."""
+
+    column: pa.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.column[at].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (value for chunk in self.column.chunks for value in chunk.to_pylist())
+
+
+@dataclass(frozen=True)
+class Words(Sequence[str]):
+    """A word for each pair, each distinct one kept once."""
+
+    names: Sequence[str]
+    codes: np.ndarray
+    """Places in ``names``, [rows]."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.names[int(self.codes[at])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +120,8 @@ class PairTable:
     """The command that shows one pair, without the pair."""
     one: str = "pair"
     unit: str = "pairs"
+    left_out: np.ndarray | None = None
+    """True for the pairs that are on the page without their texts, [rows]."""
     show_key: str = ""
     """The column whose number ends the command; the pair's key when empty."""
 
@@ -126,8 +166,9 @@ class PairTable:
     def _budget(self) -> tuple[np.ndarray, int]:
         """Which rows keep whole texts, and how many characters of each text the others keep."""
         sizes = np.zeros(self.rows, dtype=np.int64)
+        told = self._told()
         for texts in self.texts.values():
-            sizes += np.fromiter((min(len(t), LONGEST) for t in texts), np.int64, self.rows)
+            sizes[told] += np.fromiter((min(len(texts[i]), LONGEST) for i in told), np.int64, len(told))
         if sizes.sum() <= CHARACTERS:
             return np.ones(self.rows, dtype=bool), LONGEST
         whole = np.zeros(self.rows, dtype=bool)
@@ -136,8 +177,12 @@ class PairTable:
         spent = np.cumsum(sizes[ends])
         whole[ends[spent <= CHARACTERS // 3]] = True
         left = CHARACTERS - int(sizes[whole].sum())
-        count = max(1, len(self.texts) * int((~whole).sum()))
+        count = max(1, len(self.texts) * int((~whole[told]).sum()))
         return whole, int(np.clip(left // count, 24, 400))
+
+    def _told(self) -> np.ndarray:
+        """Positions of the pairs that have texts on the page."""
+        return np.arange(self.rows) if self.left_out is None else np.flatnonzero(~self.left_out)
 
     def leading_rows(self) -> np.ndarray:
         """Positions in the table's order at first, those without a number last."""
@@ -149,17 +194,18 @@ class PairTable:
         return np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable")
 
     def _texts(self, whole: np.ndarray, short: int) -> tuple[dict[str, list[str]], np.ndarray]:
-        cut = np.zeros(self.rows, dtype=bool)
+        cut = np.zeros(self.rows, dtype=bool) if self.left_out is None else self.left_out.copy()
         out: dict[str, list[str]] = {}
         for name, texts in self.texts.items():
-            out[name] = []
-            for i, text in enumerate(texts):
+            out[name] = ["…"] * self.rows
+            for i in self._told().tolist():
+                text = str(texts[i])
                 most = LONGEST if whole[i] else short
                 if len(text) > most:
                     cut[i] = True
                     text = "… " + text[-most:] if name == "prompt" and not whole[i] else text[:most] + " …"
-                out[name].append(clean(text))
-        if self.row_ids is not None and self.rows <= 20_000:
+                out[name][i] = clean(text)
+        if self.row_ids is not None and self.rows <= MOST_IDS:
             out["id"] = [clean(i) for i in self.row_ids]
         return out, cut
 
@@ -178,11 +224,12 @@ def _encode(column: Column) -> tuple[dict[str, Any], np.ndarray]:
         "digits": None,
     }
     if column.kind == "word":
-        words = [clean(w) if w is not None else "" for w in column.values]
+        given = column.values if isinstance(column.values, Words) else _coded(column.values)
+        words = [clean(word) for word in given.names]
         names = sorted(set(words))
         code = {word: i for i, word in enumerate(names)}
         size = np.uint8 if len(names) < 256 else np.uint16 if len(names) < 65536 else np.int32
-        data = np.fromiter((code[w] for w in words), size, len(words))
+        data = np.array([code[word] for word in words], size)[given.codes]
         kind = {np.uint8: "u1", np.uint16: "u2", np.int32: "i4"}[size]
         return {**described, "type": kind, "values": names}, data
     values = np.asarray(column.values)
@@ -195,6 +242,12 @@ def _encode(column: Column) -> tuple[dict[str, Any], np.ndarray]:
     return {**described, "type": "f4", "digits": digits, "axis": _axis(values, column.signed)}, values
 
 
+def _coded(values: Sequence[Any] | np.ndarray) -> Words:
+    places: dict[str, int] = {}
+    codes = [places.setdefault("" if word is None else word, len(places)) for word in values]
+    return Words([*places], np.array(codes, dtype=np.int64))
+
+
 def _axis(values: np.ndarray, zero: bool = False) -> dict[str, Any]:
     scale = axis(values.astype(np.float64), zero=zero, pad=0.03)
     return {"range": [scale.low, scale.high], "ticks": list(scale.ticks), "labels": list(scale.labels)}
@@ -202,7 +255,8 @@ def _axis(values: np.ndarray, zero: bool = False) -> dict[str, Any]:
 
 def packed(data: bytes) -> str:
     """Bytes as compressed base64, the same for the same bytes."""
-    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    level = 6 if len(data) < LARGE else 3  # 2 % larger in a third of the time
+    return base64.b64encode(gzip.compress(data, level, mtime=0)).decode()
 
 
 def unpacked(text: str) -> bytes:

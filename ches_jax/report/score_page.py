@@ -1,5 +1,6 @@
 """The page of a score run: which pairs stand out, which score says so, and all pairs in one table."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,19 +8,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ches_jax.errors import RunError
 from ches_jax.report import elements, essays, svg, tables
 from ches_jax.report.axes import axis, digits_of, percent, readable
 from ches_jax.report.document import Page, Section, Tone
 from ches_jax.report.html import data_table, escape, figure, folded, gallery, paragraphs
-from ches_jax.report.pair_table import Column, PairTable
+from ches_jax.report.pair_table import MOST_TOLD, Column, Ids, PairTable, Words
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.summary import correlation
 from ches_jax.report.texts import read_texts, token_table
 from ches_jax.scores.formulas import SCORES, numbers, score_column
 from ches_jax.scores.leading import LOW_IS_WORSE, leading_score
-from ches_jax.scores.table import INFLUENCE, read_table, table_path
+from ches_jax.scores.table import INFLUENCE, read_table, table_path, words
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, read_run
 from ches_jax.stats import QUANTILES, spearman
 
@@ -63,13 +65,14 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> Page:
+def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, most_told: int | None = None) -> Page:
     """The page of a directory of ``ches score``.
 
     Args:
       run_dir: the directory (``scores.parquet``; ``run.json``, ``dropped.jsonl``, ``token_scores.parquet``,
         ``forecast.parquet`` and ``influence.parquet`` where there are any).
       rows: the rows that were scored, for their texts; opened from the run when not given.
+      most_told: how many pairs have texts; ``pair_table.MOST_TOLD`` when not given.
 
     Raises:
       RunError: not a directory of a score run, or its table has no rows.
@@ -79,7 +82,7 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
     if not len(table):
         raise RunError(f"{run_dir}: the score table has no rows; there is nothing to report")
     scores = tables.shown_scores(table)
-    joined = elements.joined(run_dir, table["row_id"].to_pylist())
+    joined = elements.joined(run_dir, Ids(table["row_id"]))
     leading = leading_score([*scores, *joined])
     if leading is None:
         raise RunError(
@@ -89,13 +92,13 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
     low_is_worse = leading.name in LOW_IS_WORSE
     risky = -values if low_is_worse else values
     cut, standing = stands_out(risky)
-    texts, note = read_texts(run_dir, table, rows)
     dropped = dropped_when_scored(run_dir)
     record = read_record(run_dir)
     config = read_run(run_dir).get("config") or {}
     scored = run_dir / INFLUENCE if leading.name in joined else run_dir
     command = f"ches select --scores {elements.quoted(scored)} --by {leading.name} --keep below:VALUE --out kept"
-    pairs = _pair_table(run_dir, table, scores, joined, leading.name, texts)
+    pairs = _pair_table(run_dir, table, scores, joined, leading.name)
+    pairs, notes = _with_texts(pairs, run_dir, table, rows, MOST_TOLD if most_told is None else most_told)
     name = label(leading.name)
     order = np.argsort(np.where(np.isnan(risky), np.inf, -risky), kind="stable")
     top = [int(p) for p in order[:3] if np.isfinite(risky[p])]
@@ -152,7 +155,7 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
         ),
         answers=answers,
         tone=tone,
-        notes=[note] if note else [],
+        notes=notes,
         sections=[s for s in sections if s.body],
         pairs=pairs,
     )
@@ -195,7 +198,9 @@ def _length_words(name: str, found: Mapping[str, float]) -> str:
 
 
 def _data_words(table: pa.Table, dropped: Mapping[Any, str]) -> str:
-    flagged = sum(1 for f in table["flags"].to_pylist() if f) if "flags" in table.schema.names else 0
+    flagged = 0
+    if "flags" in table.schema.names:
+        flagged = int((pc.call_function("list_value_length", [table["flags"]]).fill_null(0).to_numpy() > 0).sum())
     unscored = len(table) - tables.scored_rows(table)
     words = f"{len(dropped):,} rows dropped before scoring, {flagged:,} flagged, {unscored:,} without a score."
     return f'{escape(words)} <a href="#health">Data health</a>.'
@@ -236,7 +241,6 @@ def _pair_table(
     scores: Mapping[str, np.ndarray],
     joined: Mapping[str, np.ndarray],
     leading: str,
-    texts: Mapping[str, list[str]],
 ) -> PairTable:
     names = table.schema.names
     numeric: dict[str, np.ndarray] = {**joined, **scores}
@@ -253,8 +257,8 @@ def _pair_table(
     ]
     for name in ("chosen_candidate", "rejected_candidate"):
         if name in names:
-            words = [str(v) if v is not None else "" for v in table[name].to_pylist()]
-            columns.append(Column(name=name, label=label(name), values=words, kind="word", shown=False))
+            numbered = [str(v) if v is not None else "" for v in table[name].to_pylist()]
+            columns.append(Column(name=name, label=label(name), values=numbered, kind="word", shown=False))
     for name in ordered:
         unit = (
             "nats"
@@ -279,25 +283,50 @@ def _pair_table(
         )
     for name in ("category", "flags"):
         if name in names:
-            words = [", ".join(v) if isinstance(v, list) else v or "" for v in table[name].to_pylist()]
-            if any(words):
+            given = _words(table, name)
+            if any(given.names):
                 columns.append(
-                    Column(name=name, label=name, values=words, kind="word", minor=True, shown=name == "category")
+                    Column(name=name, label=name, values=given, kind="word", minor=True, shown=name == "category")
                 )
     key = ["index", *(n for n in ("chosen_candidate", "rejected_candidate") if n in names)]
-    pairs = PairTable(
+    return PairTable(
         name=f"{run_dir.name}_pairs",
         rows=len(table),
         columns=columns,
         key=key,
         sort=(leading, 1 if leading in LOW_IS_WORSE else -1),
-        texts=texts,
-        row_ids=table["row_id"].to_pylist(),
+        row_ids=Ids(table["row_id"]),
         show=elements.show_command(run_dir),
         show_key="index",
     )
-    tokens = token_table(run_dir, table, pairs.leading_rows()[:TOKENS_OF].tolist(), dict(texts))
-    return elements.with_tokens(pairs, tokens)
+
+
+def _with_texts(
+    pairs: PairTable, run_dir: Path, table: pa.Table, rows: Iterable[SourceRow] | None, most: int
+) -> tuple[PairTable, list[str]]:
+    """The table with the texts of ``most`` pairs, those at both ends of its order, and with token scores; and notes."""
+    order = pairs.leading_rows()
+    told = np.ones(pairs.rows, dtype=bool)
+    told[order[most - most // 2 : pairs.rows - most // 2]] = False
+    texts, note = read_texts(run_dir, table, rows, told)
+    notes = [note] if note else []
+    if texts and not told.all():
+        notes.append(
+            f"Of {pairs.rows:,} pairs the {most:,} at both ends of the table's order have their texts on this page; "
+            f"{pairs.show} ROW prints those of any."
+        )
+    tokens = token_table(run_dir, table, order[:TOKENS_OF].tolist(), texts)
+    left_out = None if told.all() or not texts else ~told
+    return dataclasses.replace(pairs, texts=texts, left_out=left_out, tokens=tokens), notes
+
+
+def _words(table: pa.Table, name: str) -> Words:
+    """A column of texts, or of lists of them with commas, a word for each pair."""
+    column = table[name]
+    if pa.types.is_list(column.type):
+        column = pc.call_function("binary_join", [column, ", "])
+    names, codes = words(pa.table({name: column}), name)
+    return Words(names, codes)
 
 
 def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
@@ -305,11 +334,11 @@ def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
     if not found:
         return ""
     by = str(tables.separating_score(table))
-    names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+    category, which = words(table, "category")
     digits = digits_of(values)
     rows, quartiles = [], {}
     for r in found:
-        inside = values[names == r.name]
+        inside = values[which == category.index(r.name)]
         inside = inside[np.isfinite(inside)]
         low, middle, high = np.quantile(inside, [0.25, 0.5, 0.75]) if inside.size else (np.nan,) * 3
         rows.append(
@@ -326,12 +355,12 @@ def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
         "Line: the middle half of the pairs; dot: the median.",
     )
     head = ["category", "pairs", "lower quartile", "median", "upper quartile", "AUC"]
-    words = (
+    told = (
         f"AUC: the chance that a pair of the category has a higher {label(by)} than a pair of another; 1 or 0 is full "
         "separation, 0.5 none."
     )
     table_html = data_table(head, rows)
-    return gallery([drawn, f"<div>{paragraphs(words)}{table_html}</div>"])
+    return gallery([drawn, f"<div>{paragraphs(told)}{table_html}</div>"])
 
 
 def _scores_section(table: pa.Table, leading: str) -> str:
@@ -357,12 +386,12 @@ def _scores_section(table: pa.Table, leading: str) -> str:
             f"Distributions of the lengths of responses in tokens; medians: {medians}.",
             f"Medians: {medians} tokens.",
         )
-    words = (
+    told = (
         "Rank correlations with the lengths. A score that is mostly length says little that lengths do not. Columns "
         "with a bar are partial: the length after the bar is held fixed."
     )
     header = ["", "rejected − chosen", "total", "rejected − chosen | total", "total | rejected − chosen"]
-    more = paragraphs(words) + data_table(header, by_length)
+    more = paragraphs(told) + data_table(header, by_length)
     if agree:
         more += data_table(["with CHES", "rank correlation", "given both lengths"], agree)
     beside = data_table(["", *QUANTILES], rows) + _surface(table)

@@ -1,6 +1,5 @@
 """What a report says about a score table, as plain rows: shared by the page and the printed summary."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +7,7 @@ import pyarrow as pa
 
 from ches_jax.scores.formulas import available, numbers, score_column
 from ches_jax.scores.leading import leading_score
+from ches_jax.scores.table import words
 from ches_jax.stats import auc, mean, partial_spearman, quantiles, spearman
 
 LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "shared_prefix_tokens")
@@ -48,8 +48,9 @@ def flag_counts(table: pa.Table) -> list[tuple[str, int, str]]:
 
     if "flags" not in table.schema.names:
         return []
-    counts = Counter(flag for flags in table["flags"].to_pylist() for flag in flags or ())
-    return [(flag, n, FLAGS.get(flag, "")) for flag, n in counts.most_common()]
+    found = table["flags"].combine_chunks().flatten().value_counts().to_pylist()  # by first occurrence
+    counts = sorted(((one["values"], one["counts"]) for one in found), key=lambda one: -one[1])
+    return [(flag, n, FLAGS.get(flag, "")) for flag, n in counts]
 
 
 def separating_score(table: pa.Table) -> str | None:
@@ -63,12 +64,12 @@ def category_rows(table: pa.Table) -> list[CategoryRow]:
     by = separating_score(table)
     if "category" not in table.schema.names or by is None:
         return []
-    names = np.array([name or "" for name in table["category"].to_pylist()], dtype=object)
+    names, which = words(table, "category")
     if not any(names):
         return []
     values, rows = score_column(table, by), []
-    for name in sorted(set(names)):
-        inside = names == name
+    for place, name in enumerate(names):
+        inside = which == place
         rows.append(CategoryRow(name, int(inside.sum()), mean(values[inside]), auc(values, inside)))
     return sorted(rows, key=lambda row: -np.nan_to_num(row.auc, nan=-1.0))
 

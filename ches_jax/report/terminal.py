@@ -1,6 +1,7 @@
 """One pair of a run for the terminal: its numbers, its texts, and its tokens in colour where the run has them."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
       RunError: no such pair, or several of that name.
     """
     run_dir = fetched_run(place(run_dir, RunError), RunError)
-    page = page_of(run_dir)
+    page = page_of(run_dir, most_told=sys.maxsize)
     pairs = page.pairs
     if pairs is None:
         raise RunError(f"{run_dir}: this run has no pairs to show, only means")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ches_jax.data.messages import side_text
@@ -13,7 +14,7 @@ from ches_jax.runs.files import read_parquet
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
 from ches_jax.scores.table import CANDIDATES
 from ches_jax.select.config import SelectConfig
-from ches_jax.select.scored_rows import Key, SourceRow, key_of, keys, source_rows
+from ches_jax.select.scored_rows import Key, SourceRow, joined, keys, source_rows
 
 SIDES = ("prompt", "chosen", "rejected")
 _TOKEN_COLUMNS = pa.schema([TOKEN_SCHEMA.field(name) for name in ("index", "response", "text", "ches", "head_score")])
@@ -24,30 +25,40 @@ Texts = dict[str, list[str]]
 """By side: the text of each row."""
 
 
-def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None) -> tuple[Texts, str]:
-    """The texts of every row of a score table, and a note where they cannot be had.
+def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, told: np.ndarray) -> tuple[Texts, str]:
+    """The texts of those rows of a score table that are ``told``, and a note where they cannot be had.
 
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
     is a note on the page and no error.
     """
-    position_of = {key: i for i, key in enumerate(keys(table))}
-    ids = table["row_id"].to_pylist()
     texts: Texts = {side: [""] * len(table) for side in SIDES}
-    found = 0
+    found, total = 0, int(told.sum())
     try:
-        for row in source_rows(SelectConfig(scores=run, out=run)) if rows is None else rows:
-            if (position := position_of.get(key_of(row))) is not None:
-                if row.row_id != ids[position]:
+        if rows is None:
+            rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, told))
+        for row, position, row_id in joined(rows, table):
+            if position is not None and told[position]:
+                if row.row_id != row_id:
                     return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
                 found += 1
                 for side in SIDES:
                     texts[side][position] = side_text(row.content, side)
-            if found == len(position_of):
+            if found == total:
                 return texts, ""
     except (ChesError, OSError) as error:
         return {}, f"Texts are not shown: {error}"
-    missing = len(position_of) - found
+    missing = total - found
     return texts, f"{missing} of the rows are not in the pairs file any more; they have no texts here."
+
+
+def _positions(table: pa.Table, told: np.ndarray) -> bytes | None:
+    """Which rows of the source are told, 1 at their positions; None: all of the table, wherever they are."""
+    if told.all():
+        return None
+    at = table["index"].to_numpy()[told]
+    wanted = np.zeros(int(at.max()) + 1, np.uint8)
+    wanted[at] = 1
+    return wanted.tobytes()
 
 
 def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[Texts, list[str]]:

@@ -3,6 +3,7 @@
 parts/part-000007.EXT         the chunk's rows (``.jsonl`` or ``.parquet``)
 parts/NAME-000007.EXT         what belongs beside them, such as ``dropped``
 parts/done-000007.json        the chunk's number of rows, and the sha256 of its files: written last, marks it as done
+parts/work-000001.json        what process 1 of several cost: added up where their chunks are joined
 parts/end.json                how many chunks there are: written when the data have come to their end
 
 ``ches score``, ``ches generate`` and ``ches judge`` work so: a killed run loses one chunk at most, and ends in the same
@@ -22,6 +23,7 @@ from ches_jax.errors import RunError, many
 from ches_jax.runs.files import JSON_BYTES, open_regular, read_object, replacing, sha256
 from ches_jax.runs.json_text import json_bytes
 from ches_jax.runs.store import is_there, make_folder, remove
+from ches_jax.runs.work import total
 
 T = TypeVar("T")
 FOLDER = "parts"
@@ -118,6 +120,27 @@ def done(out: Path) -> dict[str, int]:
     """The number of rows of each chunk that is done, by the number of the chunk (as JSON has keys)."""
     rows = {str(number): rows_done(out, number) for number in sorted(_marked(out))}
     return {number: count for number, count in rows.items() if count is not None}
+
+
+def add_work(out: Path, process: int, work: Mapping[str, Any]) -> None:
+    """Keep what one of the processes of a run cost, with what it cost when it was started before."""
+    target = path(out, process, ".json", "work")
+    told = _total_of([target] if target.is_file() else [], work)
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+
+def work_of_all(out: Path) -> dict[str, Any]:
+    """What all processes of a run cost that have told it; empty where none has."""
+    return _total_of(files(out, "work", ".json"))
+
+
+def _total_of(paths: Sequence[Path], *more: Mapping[str, Any]) -> dict[str, Any]:
+    works = [read_object(path, RunError, "what a process cost") for path in paths]
+    try:
+        return total([*works, *more])
+    except (TypeError, AttributeError) as error:
+        raise RunError(f"{paths[0].parent}: what the processes cost is damaged ({error}); remove work-*.json") from None
 
 
 def end(out: Path, chunks: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import ches_jax
 from ches_jax.errors import RunError, many
 from ches_jax.runs.chunks import FOLDER as PARTS
+from ches_jax.runs.chunks import work_of_all
 from ches_jax.runs.files import read_object, replacing
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.shapes import require_shape
@@ -190,6 +191,7 @@ def merged(out: Path, finish: Callable[[Path, Mapping[str, Any]], None]) -> Path
         with RunLock(out) as lock:
             lock.take()
             if not (out / RUN).exists():
-                finish(out, {"merged": True})
+                work = work_of_all(out)
+                finish(out, {"merged": True, **({"work": work} if work else {})})
             remove(out / PARTS)
     return out

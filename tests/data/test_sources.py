@@ -111,6 +111,15 @@ def test_category_travels_and_does_not_change_identity(tmp_path):
     assert rows[0].row_id == row_id({k: TEXT[0][k] for k in ("prompt", "chosen", "rejected")})
 
 
+def test_rows_at_positions_are_those_of_all(tmp_path):
+    rows = list(open_pairs(str(as_jsonl(tmp_path, TEXT))))
+    source = open_pairs(str(as_jsonl(tmp_path, TEXT)))
+    for wanted in (b"", bytes([1]), bytes([0, 1]), bytes([1, 0, 1, 1, 1])):
+        assert [r for some in source.rows_at(wanted) for r in some] == [
+            r for r in rows if r.index < len(wanted) and wanted[r.index]
+        ]
+
+
 def test_many_batches_of_a_table_keep_their_order(tmp_path):
     rows = [{"prompt": "p", "chosen": f"{i}", "rejected": "r"} for i in range(700)]
     for write in (as_arrow_file, as_folder):

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ches_jax.models.adapters.lora import adapted, make_spec
 from ches_jax.models.attention.block_sparse import blocks
-from ches_jax.models.attention.dense import query_chunked
-from ches_jax.models.decoder import Decoder
+from ches_jax.models.attention.dense import dense, query_chunked
+from ches_jax.models.checkpoint.load import with_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config
+from ches_jax.train.policy import marked_trained
 
 from .test_strict import family
 
@@ -53,3 +56,21 @@ def test_products_and_attention_are_kept_and_the_rest_is_computed_again(decoder:
     assert size > least
     for a, b in zip(gradient, same_gradient, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_an_adapter_adds_to_what_is_kept_only_its_rank(remat):
+    """The sum of both products is kept, not each of them."""
+    config, rank = decoder_config(family("llama")), 2
+    spec = make_spec(rank, 4.0, "all-linear", config)
+    rng = np.random.default_rng(0)
+
+    def numbers(abstract) -> int:
+        params = {n: jnp.asarray(rng.normal(size=s.shape), s.dtype) for n, s in named_parameters(abstract).items()}
+        return kept(with_parameters(abstract, params), dense, remat)[0]
+
+    plain, both = abstract_decoder(config), marked_trained(adapted(abstract_decoder(config), spec), adapters=True)
+    of_adapters = 0 if remat else ROWS * LENGTH * config.num_layers * rank * len(spec)
+    # a few numbers of scaled B
+    scaled = sum(s.size for n, s in named_parameters(both).items() if n.endswith("lora_b"))
+    assert numbers(both) <= numbers(plain) + of_adapters + scaled

@@ -27,6 +27,7 @@ from ches_jax.models.checkpoint.load import load_model, with_parameters
 from ches_jax.models.checkpoint.save import save_pretrained
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families.registry import decoder_config
+from ches_jax.train.policy import marked_trained
 
 COMMON = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
@@ -126,7 +127,8 @@ def test_the_adapted_model_starts_as_the_base_exactly(base):
             assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(bound / 3**0.5, rel=0.15), name
 
 
-def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
+@pytest.mark.parametrize("marked", [False, True], ids=["derived", "as_trained"])
+def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64, marked):
     """dA = s B^T dW and dB = s dW A^T, with dW the gradient of the merged matrix."""
     directory = base("llama")
     config = decoder_config(read_config(directory))
@@ -145,7 +147,7 @@ def test_gradients_of_adapters_follow_from_the_full_gradient(base, x64):
         return jax.jit(jax.grad(value))
 
     full = loss(plain)(merged(params, spec))
-    actual = loss(both)(params)
+    actual = loss(marked_trained(both, adapters=True) if marked else both)(params)
     for name, (_, scale) in spec.items():
         dw, a, b = full[f"{name}.weight"], params[f"{name}.lora_a"], params[f"{name}.lora_b"]
         for part, expected in (("a", jnp.matrix_transpose(b) @ dw), ("b", dw @ jnp.matrix_transpose(a))):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from ches_jax.data.messages import as_text
-from ches_jax.data.sources import Record
+from ches_jax.data.sources import Record, open_pairs
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean, escape
 from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, unpacked
 from ches_jax.report.render import json_for_script
+from ches_jax.report.terminal import pair_text
 from ches_jax.scores.table import write_part
 
 EVIL = "</div></details></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00\ud800\u202e\x1b[31m"
@@ -268,6 +269,28 @@ def test_many_pairs_keep_short_texts_and_the_ends_of_the_order_keep_theirs_whole
     flags = np.frombuffer(unpacked(blocks["numbers"]), np.int32, n, cut["offset"])
     assert flags[2500] == 1 and flags[-1] == 0
     assert sum(map(len, texts["chosen"])) + sum(map(len, texts["rejected"])) < 7_000_000
+
+
+def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(tmp_path, monkeypatch):
+    scores = np.array([0.0, 9.0, 4.0, 5.0, 1.0])
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(5)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ids = [record.row_id for record in open_pairs(str(pairs))]
+    run = tmp_path / "run"
+    run.mkdir()
+    write_part(run / "scores.parquet", columns(5, row_id=ids, ches=scores), {})
+    (run / "run.json").write_text(json.dumps({"config": {"pairs": str(pairs)}}))
+    monkeypatch.setattr("ches_jax.report.score_page.MOST_TOLD", 3)
+    meta, numbers, texts, _ = page_data(report(run))
+    leading = numbers[meta["sort"][0]]
+    assert [text != "…" for text in texts["prompt"]] == [bool(flag == 0) for flag in numbers["_cut"]]
+    order = np.argsort(-meta["sort"][1] * -leading)
+    told = {int(i) for i in (*order[:2], *order[-1:])}
+    assert {i for i, text in enumerate(texts["chosen"]) if text == f"yes {i}"} == told
+    assert "Of 5 pairs the 3 at both ends" in (run / "report.html").read_text(encoding="utf-8")
+    for i in range(5):
+        assert f"yes {i}" in pair_text(run, str(i))
 
 
 def test_json_for_a_script_and_escaped_text():

@@ -164,3 +164,15 @@ def test_a_line_that_is_longer_than_any_is_not_read_into_memory(tmp_path):
     assert next(rows) == {"n": 1}
     with pytest.raises(RunError, match="line 2: not a JSON object"):
         next(rows)
+
+
+def test_what_a_process_cost_adds_up_over_its_goes_and_over_processes(tmp_path):
+    chunks.make_folders(tmp_path)
+    assert chunks.work_of_all(tmp_path) == {}
+    chunks.add_work(tmp_path, 0, {"programs": 1, "seconds": {"host": 0.5}})
+    chunks.add_work(tmp_path, 1, {"programs": 2, "seconds": {"host": 1.0}})
+    chunks.add_work(tmp_path, 1, {"programs": 4, "seconds": {"host": 2.0}})  # started again
+    assert chunks.work_of_all(tmp_path) == {"programs": 7, "seconds": {"host": 3.5}}
+    (tmp_path / chunks.FOLDER / "work-000000.json").write_text('{"programs": "x"}')
+    with pytest.raises(RunError, match="is damaged"):
+        chunks.work_of_all(tmp_path)

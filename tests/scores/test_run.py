@@ -24,6 +24,7 @@ from ches_jax.distributed.mesh import make_mesh
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, RunError
 from ches_jax.models.checkpoint.load import load_model
+from ches_jax.report.page import report
 from ches_jax.runs.directory import read_json
 from ches_jax.scores import parts, scorer
 from ches_jax.scores import run as score_run
@@ -329,7 +330,14 @@ def test_two_processes_take_turns_and_merge_into_the_same_bytes(tiny_model, tmp_
             with pytest.raises(RunError, match=r"parts are missing \(0, 2\)"):
                 merge(out)
     assert (merge(out) / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
-    assert read_json(out / "run.json")["counts"] == {"rows": 40, "kept": 40, "dropped": 0}
+    record, of_one = read_json(out / "run.json"), read_json(whole / "run.json")
+    assert record["counts"] == {"rows": 40, "kept": 40, "dropped": 0}
+    work = record["work"]  # of both: what one process does, they share
+    assert work.keys() == of_one["work"].keys() and len(work["weight_bytes"]) == 2
+    assert work["shared_positions"] == of_one["work"]["shared_positions"] > 0
+    assert work["positions"] >= of_one["work"]["positions"] and 0 < work["padding"] < 1
+    assert work["seconds"].keys() == of_one["work"]["seconds"].keys() and work["cpu_seconds"] > 0
+    assert f"Cost: {work['positions']:,} positions computed" in report(out).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

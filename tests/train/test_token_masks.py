@@ -211,7 +211,16 @@ def test_under_lora_the_base_is_shared_and_the_run_learns_its_masks(small, tmp_p
 @pytest.mark.parametrize("loss", ["sparsepo", "sparsepo_common", "mapo", "tdpo2"])
 def test_a_run_in_micro_batches_or_resumed_is_the_same_run(small, tiny_model, tmp_path, loss):
     """In full training, from another reference, cut and resumed."""
-    options = {"loss": loss, "steps": 2, "reference": str(tiny_model), "export": False, "probes": "none"}
+    # RMSprop's first update is a sign: where a gradient is 0 up to rounding, 0.0004 nats were seen to differ
+    options = {
+        "loss": loss,
+        "steps": 2,
+        "reference": str(tiny_model),
+        "export": False,
+        "probes": "none",
+        "optimizer": "sgd",
+        "lr": 1e-2,
+    }
     whole = train(small(tmp_path / "whole", save_every=1, **options), quiet=True)
     parts = train(small(tmp_path / "parts", accumulate=2, **options), quiet=True)
     logs = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (whole, parts)]
