@@ -95,8 +95,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     if x.size < 2:
         return float("nan")
     x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(_inner(x, x) * _inner(y, y))
-    return _inner(x, y) / scale if scale > 0 else float("nan")
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")
 
 
 def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray]) -> float:

@@ -311,7 +311,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if not is_there(path):
         raise RunError(f"{path}: no such file")
     try:
-        return pq.ParquetFile(parquet_source(path))
+        return pq.ParquetFile(parquet_source(path), pre_buffer=False)  # what is read ahead is a second copy
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
 
@@ -360,6 +360,7 @@ def read_table(
             block = pa.Table.from_batches([batch])
             last = check_rows(block, last, str(path))
             blocks.append(block.select(names))
+    pa.default_memory_pool().release_unused()  # of what was read and is not wanted, as much as of what is
     return pa.concat_tables(blocks), metadata
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ches_jax.data.sources import open_pairs
+from ches_jax.scores.table import ROW_GROUP
 from experiments.benchmarks.measure import keep, spent
 from experiments.benchmarks.report_page import made_run
 
@@ -45,7 +46,7 @@ def made(folder: Path, rows: int) -> Path:
     table = pq.read_table(out / "scores.parquet")
     ids = pa.array([record.row_id for record in open_pairs(str(pairs))])
     table = table.set_column(table.schema.get_field_index("row_id"), table.schema.field("row_id"), ids)
-    pq.write_table(table, out / "scores.parquet")
+    pq.write_table(table, out / "scores.parquet", row_group_size=ROW_GROUP)
     run = {"verb": "score", "model": "made", "config": {"pairs": str(pairs), "model": "made"}}
     (out / "run.json").write_text(json.dumps(run), encoding="utf-8")
     return out

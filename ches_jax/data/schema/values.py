@@ -27,6 +27,8 @@ ROLES = {
 }
 """Words for the speaker of a turn that other tools write -> the role."""
 _PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{'(?:role|content|from|value)'\s*:")
+_OBJECTS = (dict, Mapping)
+"""The type of most first: whether a value is some Mapping takes longer to tell."""
 _NESTED = (dict, list, tuple, Mapping)
 _FLAT = frozenset({str, int, float, bool, type(None)})
 """Types of values that hold no others."""
@@ -101,7 +103,7 @@ def within_depth(value: Any, most: int = DEEPEST) -> bool:
     """
     if type(value) in _FLAT or not isinstance(value, _NESTED):
         return True  # texts first: most values are, and asking whether one is a Mapping takes long
-    inside = value.values() if isinstance(value, Mapping) else value
+    inside = value.values() if isinstance(value, _OBJECTS) else value
     return most > 0 and (_FLAT.issuperset(map(type, inside)) or all(within_depth(part, most - 1) for part in inside))
 
 

@@ -38,6 +38,8 @@ from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
 """Queries and keys of a block by platform, and elsewhere: what was fastest."""
+KEYS = {"cpu": 32}
+"""Keys of a block in the forward, where that is less: fewer of those that are computed are masked."""
 AT_ONCE = 512
 """Keys whose scores are computed at once at most, in the forward: the scores of more do not fit in a CPU's cache, and
 each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
@@ -52,6 +54,11 @@ class Static(NamedTuple):
     block: int
     gradient_block: int
     params: AttentionParams
+
+    @property
+    def keys(self) -> int:
+        """Keys of a block in the forward."""
+        return min(self.block, KEYS.get(platform(), self.block))
 
     @property
     def with_gradient(self) -> "Static":
@@ -150,18 +157,19 @@ def _row_forward(
 ) -> tuple[Array, Array]:
     """Outputs of a row, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     q, k, v, ranges = row
-    q, params = _scaled(q, static.params)
-    keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    indices = _block_indices(ranges, len(k), static.block)
-    at_once = min(AT_ONCE // static.block, keys.shape[1])
+    keys, values = (_key_blocks(a, static.keys) for a in (k, v))
+    indices = _block_indices(ranges, len(k), static.block, static.keys)
+    at_once = min(AT_ONCE // static.keys, keys.shape[1])
 
-    def block(args):
-        qi, ranges_i, kv_index, kv_count = args
+    def block(rows, args):
+        at, ranges_i, kv_index, kv_count = args
+        queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block), static.params)
+        (qi,) = _query_blocks(queries, static.block)
 
         def seen(index: Int[Array, " kv_blocks"], count: Int[Array, ""] | int) -> Part:
             """What the queries see in the first ``count`` of some blocks of keys."""
             ki, vi = (_take_blocks(a, index) for a in (keys, values))
-            z = _scores(qi, ki, _bias(ranges_i, index, count, qi.dtype), params)[0]
+            z = _scores(qi, ki, _bias(ranges_i, index, count, static.keys, qi.dtype), params)[0]
             top = lax.stop_gradient(z.max(-1, keepdims=True))  # outputs do not depend on it: for forward mode
             p = jnp.exp(z - top)
             return Part(top, p.sum(-1, keepdims=True), einsum("kqs,ksh->kqh", p.astype(v.dtype), vi))
@@ -179,10 +187,12 @@ def _row_forward(
         sink = _sink_scores(sinks, part.out)
         if sink is not None:
             part = _joined(part, _sink_part(sink, part))
-        return (part.out / part.total).astype(q.dtype), (part.top + jnp.log(part.total))[..., 0]
+        out = _query_rows((part.out / part.total).astype(q.dtype)[None], static.block)
+        return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (part.top + jnp.log(part.total))[..., 0]
 
-    out, total = lax.map(block, (_query_blocks(q, static.block), _in_blocks(ranges, static.block), *indices))
-    return _query_rows(out, static.block), total
+    # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
+    at = jnp.arange(0, len(q), static.block)
+    return lax.scan(block, q, (at, _in_blocks(ranges, static.block), *indices))
 
 
 def _row_backward(
@@ -193,14 +203,14 @@ def _row_backward(
     acc = accumulate(q.dtype)
     q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    indices = _block_indices(ranges, len(k), static.block)
+    indices = _block_indices(ranges, len(k), static.block, static.block)
 
     def block(carry, args):
         qi, gi, total_i, ranges_i, kv_index, kv_count = args
 
         def compute(size: int):
             ki, vi = (_take_blocks(a, kv_index[:size]) for a in (keys, values))
-            z, cap_gradient = _scores(qi, ki, _bias(ranges_i, kv_index[:size], kv_count, q.dtype), params)
+            z, cap_gradient = _scores(qi, ki, _bias(ranges_i, kv_index[:size], kv_count, static.block, q.dtype), params)
             p = jnp.exp(z - total_i[..., None])
             dp = einsum("kqh,ksh->kqs", gi, vi)
             mean = jnp.sum(p * dp, -1, keepdims=True)
@@ -231,10 +241,10 @@ def _row_backward(
     return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed), dsinks.sum(0)
 
 
-def _block_indices(ranges: KeyRanges, keys: int, block: int) -> BlockIndices:
-    """What each block of a row's queries needs; indices past ``kv_num_blocks`` are of some block that exists."""
-    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), block, block))
-    most = keys // block
+def _block_indices(ranges: KeyRanges, count: int, queries: int, keys: int) -> BlockIndices:
+    """What each block of a row's queries needs of ``count`` keys; indices past ``kv_num_blocks`` are of some block."""
+    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), queries, keys))
+    most = count // keys
     steps = jnp.arange(most, dtype=jnp.int32)[None]
     indices = block_index(jax.tree.map(lambda a: a[:, None], spans), steps)
     return BlockIndices(jnp.clip(indices, 0, most - 1), spans.num_blocks)
@@ -256,24 +266,23 @@ def _take_blocks(
 
 
 def _bias(
-    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, dtype: DTypeLike
+    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, keys: int, dtype: DTypeLike
 ) -> Float[Array, "block keys"]:
-    """Far below zero for keys that a query of a block does not see, among them those past ``kv_count`` blocks; else 0.
+    """Far below zero for keys that a query of a block does not see, as those past ``kv_count`` blocks; else 0.
 
     In a branch that is always taken, since XLA fuses none: it would compute the bias anew, from the ranges, for every
     head and use, which took five times as long as the exponentials.
     """
-    block, acc = ranges.own_end.shape[0], accumulate(dtype)
-    keys = len(kv_index) * block
+    shape, acc = (ranges.own_end.shape[0], len(kv_index) * keys), accumulate(dtype)
 
     def of_ranges() -> Array:
         steps = jnp.arange(len(kv_index), dtype=kv_index.dtype)
-        key = kv_index[:, None] * block + jnp.arange(block, dtype=kv_index.dtype)[None]
+        key = kv_index[:, None] * keys + jnp.arange(keys, dtype=kv_index.dtype)[None]
         key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
         mask = visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
         return jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
 
-    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros((block, keys), acc))
+    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros(shape, acc))
 
 
 def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:
