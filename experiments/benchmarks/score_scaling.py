@@ -6,7 +6,8 @@
 All pairs are random tokens, three quarters of them prompt. Lengths are those of prompt + response, at a constant number
 of positions; models are random Llamas; devices are virtual ones on a CPU, which share its cores. The curves of pairs
 and of processes are of whole ``ches score`` commands (``score_run``), with their start, with the smallest model and 48
-tokens a pair, so that what the host does shows. Results are written after each curve, beside those that are there.
+tokens a pair, so that what the host does shows. Results are written after each curve, beside those that are there, with
+a page of the curves (``results/score_scaling.html``).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.measure import RESULTS, environment, interleaved, keep, medians
+from experiments.benchmarks.score_scaling_page import write_page
 from experiments.benchmarks.side_by_side import write_model
 
 TOKENS = 40_960
@@ -81,7 +83,8 @@ def main() -> None:
     for name in args.curves:
         with tempfile.TemporaryDirectory() as folder:
             table[name] = curve(CURVES[name], points(name, args, Path(folder)), args.repeats)
-        print(keep("score_scaling", {"table": table}))
+        path = keep("score_scaling", {"table": table})
+        print(path, write_page(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".html")))
 
 
 def points(name: str, args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from experiments.benchmarks.__main__ import commands
 from experiments.benchmarks.costs import top_costs
 from experiments.benchmarks.measure import medians
 from experiments.benchmarks.score_scaling import write_pairs
+from experiments.benchmarks.score_scaling_page import write_page
 from experiments.benchmarks.scoring import measure
 from experiments.benchmarks.train_speed import commands as trainers
 from experiments.benchmarks.train_speed import first_steps
@@ -37,6 +38,25 @@ def test_rows_of_the_curves_have_the_lengths_they_are_named_after(tmp_path):
     rows = [json.loads(line) for line in write_pairs(tmp_path / "p.jsonl", 3, 64).read_text().splitlines()]
     assert [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows] == [(48, 16, 16)] * 3
     assert rows[0] != rows[1]
+
+
+def test_the_page_of_the_curves_shows_what_was_measured(tmp_path):
+    row = {"pairs": 4, "cpu_seconds": 1.0, "seconds": 2.0, "others": 0.0}
+    share = [row | {"share_of_matmul_peak": s, "positions": 45056} for s in (0.61, 0.07)]
+    whole = [row | {"largest_process_mb": mb, "others": 0.9} for mb in (400.0, 512.0)]
+    table = {
+        "length": dict(zip(("128", "16384"), share, strict=True)),
+        "pairs": dict(zip(("1000", "10000"), whole, strict=True)),
+    }
+    page = write_page({"environment": {"cpu": "<x>", "cores": 2}, "table": table}, tmp_path / "p.html").read_text()
+    for text in (
+        "Length, 128 to 16384: share of the peak 0.61 to 0.07",
+        "MB 400 to 512",
+        "45,056",
+        "pairs 1000, pairs 10000",
+        "&lt;x&gt;",
+    ):
+        assert text in page, text
 
 
 def test_without_peers_only_what_needs_none_runs():
