@@ -82,7 +82,7 @@ KINDS = {
     ],
     "what cannot be written is refused before the work": [
         "tests/data/test_files.py::test_other_columns_can_always_be_written_again",
-        "tests/runs/test_chunks.py::test_whatever_a_row_holds_is_a_line_of_json",
+        "tests/runs/test_json_text.py::test_whatever_a_row_holds_is_a_line_of_json",
         "tests/select/test_select.py::test_odd_contents_become_json",
     ],
     "who survives ends in words": [
