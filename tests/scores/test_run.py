@@ -357,13 +357,16 @@ def test_two_real_processes(tiny_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_model, tmp_path, victim):
-    """It ends its own chunks, the merge names what is missing, and the resumed run gives the bytes of one process."""
+    """It ends its own chunks, the merge names what is missing, and the resumed run gives the bytes of one process.
+
+    A chunk is a row, that no process has done all of its own before the other is killed.
+    """
 
     def start(*more):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
-        words = [sys.executable, "-m", "ches_jax", "score", "--model", str(tiny_model), "--chunk-rows", "4", "--quiet"]
-        words += ["--limit", "60", "--out", str(tmp_path / "two"), *more, "--distributed"]
+        words = [sys.executable, "-m", "ches_jax", "score", "--model", str(tiny_model), "--chunk-rows", "1", "--quiet"]
+        words += ["--out", str(tmp_path / "two"), *more, "--distributed"]
         return [subprocess.Popen([*words, f"localhost:{port},2,{i}"], stderr=subprocess.PIPE) for i in range(2)]
 
     both = start()
@@ -371,7 +374,7 @@ def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_mo
     until = time.monotonic() + 200
     while not any(int(p.stem.split("-")[-1]) % 2 == victim for p in parts.glob("part-*.parquet")):
         assert time.monotonic() < until and all(p.poll() is None for p in both)
-        time.sleep(0.05)
+        time.sleep(0.01)
     both[victim].kill()
     other = both[1 - victim]
     assert other.communicate(timeout=300)[1] == b"" and other.returncode == 0
@@ -380,7 +383,7 @@ def test_one_of_two_processes_that_is_killed_takes_the_other_not_with_it(tiny_mo
         merge(tmp_path / "two")
     again = start("--resume")
     assert [(p.communicate(timeout=400)[1], p.returncode) for p in again] == [(b"", 0)] * 2
-    score(ScoreConfig(model=str(tiny_model), chunk_rows=4, limit=60, out=str(tmp_path / "one")), quiet=True)
+    score(ScoreConfig(model=str(tiny_model), chunk_rows=1, out=str(tmp_path / "one")), quiet=True)
     assert (merge(tmp_path / "two") / FILE_NAME).read_bytes() == (tmp_path / "one" / FILE_NAME).read_bytes()
 
 
