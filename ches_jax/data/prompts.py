@@ -101,8 +101,8 @@ def pair_contents(
     if not columns and (content := _texts_alone(row)) is not None:
         return [(None, content)]
     values = _values(row, columns, COLUMNS)
-    told = "rejected" in values or "rejected_ids" in values
-    if "responses" not in values or (told and "responses" not in columns):
+    has_rejected = "rejected" in values or "rejected_ids" in values
+    if "responses" not in values or (has_rejected and "responses" not in columns):
         return [(None, _content(values, row, columns))]
     responses = values["responses"]
     if two := [name for name in (*TWO_PROMPTS, *TWO_PROMPT_IDS) if name in values]:

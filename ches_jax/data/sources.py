@@ -165,13 +165,15 @@ class PairSource:
     def rows_at(self, wanted: Sequence[int] | bytes) -> Iterator[list[Record]]:
         """The rows whose position is wanted (1 at its place); others are read and not understood, which costs most."""
         rows = itertools.islice(self.read(0), len(wanted))
-        return (told for _, told in self._told(numbered for numbered in enumerate(rows) if wanted[numbered[0]]))
+        return (
+            records for _, records in self._understood(numbered for numbered in enumerate(rows) if wanted[numbered[0]])
+        )
 
     def rows_with_raw(self, start: int) -> Iterator[tuple[Raw, list[Record]]]:
         """The same as ``rows_from``, each beside the row as it was stored; the file is read once for both."""
-        return self._told(enumerate(self.read(start), start))
+        return self._understood(enumerate(self.read(start), start))
 
-    def _told(self, rows: Iterable[tuple[int, Raw]]) -> Iterator[tuple[Raw, list[Record]]]:
+    def _understood(self, rows: Iterable[tuple[int, Raw]]) -> Iterator[tuple[Raw, list[Record]]]:
         for index, (where, raw) in rows:
             try:
                 yield (where, raw), _rows(index, where, raw, self)

@@ -1,6 +1,5 @@
 """What several pages share: the place of the table, scatter figures, links to rows, columns joined from other files."""
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from ches_jax.errors import RunError
 from ches_jax.report.html import escape
-from ches_jax.report.pair_table import Column, PairTable, Tokens
+from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.runs.files import read_parquet
 from ches_jax.scores.table import JOINED
 
@@ -100,11 +99,6 @@ def row_link(pairs: PairTable, position: int) -> str:
     """A link to a pair in the table."""
     key = row_key(pairs, position)
     return f'<a href="#row-{escape(quote(key))}">{escape(pairs.one)} {escape(key)}</a>'
-
-
-def with_tokens(pairs: PairTable, tokens: Tokens | None) -> PairTable:
-    """The table with token scores."""
-    return dataclasses.replace(pairs, tokens=tokens)
 
 
 def joined(folder: Path, row_ids: Sequence[str]) -> dict[str, np.ndarray]:

@@ -42,8 +42,8 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
     return write_page(page_of(folder, rows), output_place(given if out is None else out, RunError))
 
 
-def page_of(folder: Path, rows: Iterable[SourceRow] | None = None, most_told: int | None = None) -> Page:
-    """The page of a run directory, by what it holds; ``most_told``: how many pairs of a score run have texts."""
+def page_of(folder: Path, rows: Iterable[SourceRow] | None = None, most_texts: int | None = None) -> Page:
+    """The page of a run directory, by what it holds; ``most_texts``: how many pairs of a score run have texts."""
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "diagnosis.json" in has:
         from ches_jax.report.diagnosis_page import diagnosis_page
@@ -52,7 +52,7 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None, most_told: in
     if "scores.parquet" in has:
         from ches_jax.report.score_page import score_page
 
-        return score_page(folder, rows, most_told)
+        return score_page(folder, rows, most_texts)
     if has & {"displacement.parquet", "displacement"}:
         from ches_jax.report.training_page import training_page
 

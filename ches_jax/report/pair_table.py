@@ -23,7 +23,7 @@ WHOLE = 300
 """Pairs whose texts are whole in any case, from either end of the table's order."""
 CHARACTERS = 6_000_000
 """Budget of the texts of one page; a page of few pairs keeps them all whole."""
-MOST_TOLD = 100_000
+MOST_TEXTS = 100_000
 """Pairs that have texts on a page: those that lead the table's order, from either end."""
 MOST_IDS = 20_000
 """Rows up to which a page has their ids."""
@@ -36,7 +36,7 @@ has it (``clean``)."""
 
 @dataclass(frozen=True)
 class Ids(Sequence[str]):
-    """A column of texts of a table, each made when it is asked for."""
+    """A column of texts of a table, each made when it is read."""
 
     column: pa.ChunkedArray
 
@@ -166,9 +166,9 @@ class PairTable:
     def _budget(self) -> tuple[np.ndarray, int]:
         """Which rows keep whole texts, and how many characters of each text the others keep."""
         sizes = np.zeros(self.rows, dtype=np.int64)
-        told = self._told()
+        rows = self._with_texts()
         for texts in self.texts.values():
-            sizes[told] += np.fromiter((min(len(texts[i]), LONGEST) for i in told), np.int64, len(told))
+            sizes[rows] += np.fromiter((min(len(texts[i]), LONGEST) for i in rows), np.int64, len(rows))
         if sizes.sum() <= CHARACTERS:
             return np.ones(self.rows, dtype=bool), LONGEST
         whole = np.zeros(self.rows, dtype=bool)
@@ -177,10 +177,10 @@ class PairTable:
         spent = np.cumsum(sizes[ends])
         whole[ends[spent <= CHARACTERS // 3]] = True
         left = CHARACTERS - int(sizes[whole].sum())
-        count = max(1, len(self.texts) * int((~whole[told]).sum()))
+        count = max(1, len(self.texts) * int((~whole[rows]).sum()))
         return whole, int(np.clip(left // count, 24, 400))
 
-    def _told(self) -> np.ndarray:
+    def _with_texts(self) -> np.ndarray:
         """Positions of the pairs that have texts on the page."""
         return np.arange(self.rows) if self.left_out is None else np.flatnonzero(~self.left_out)
 
@@ -198,7 +198,7 @@ class PairTable:
         out: dict[str, list[str]] = {}
         for name, texts in self.texts.items():
             out[name] = ["…"] * self.rows
-            for i in self._told().tolist():
+            for i in self._with_texts().tolist():
                 text = str(texts[i])
                 most = LONGEST if whole[i] else short
                 if len(text) > most:

@@ -15,7 +15,7 @@ from ches_jax.report import elements, essays, svg, tables
 from ches_jax.report.axes import axis, digits_of, percent, readable
 from ches_jax.report.document import Page, Section, Tone
 from ches_jax.report.html import data_table, escape, figure, folded, gallery, paragraphs
-from ches_jax.report.pair_table import MOST_TOLD, Column, Ids, PairTable, Words
+from ches_jax.report.pair_table import MOST_TEXTS, Column, Ids, PairTable, Words
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.summary import correlation
 from ches_jax.report.texts import read_texts, token_table
@@ -65,14 +65,14 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, most_told: int | None = None) -> Page:
+def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, most_texts: int | None = None) -> Page:
     """The page of a directory of ``ches score``.
 
     Args:
       run_dir: the directory (``scores.parquet``; ``run.json``, ``dropped.jsonl``, ``token_scores.parquet``,
         ``forecast.parquet`` and ``influence.parquet`` where there are any).
       rows: the rows that were scored, for their texts; opened from the run when not given.
-      most_told: how many pairs have texts; ``pair_table.MOST_TOLD`` when not given.
+      most_texts: how many pairs have texts; ``pair_table.MOST_TEXTS`` when not given.
 
     Raises:
       RunError: not a directory of a score run, or its table has no rows.
@@ -98,7 +98,7 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, mos
     scored = run_dir / INFLUENCE if leading.name in joined else run_dir
     command = f"ches select --scores {elements.quoted(scored)} --by {leading.name} --keep below:VALUE --out kept"
     pairs = _pair_table(run_dir, table, scores, joined, leading.name)
-    pairs, notes = _with_texts(pairs, run_dir, table, rows, MOST_TOLD if most_told is None else most_told)
+    pairs, notes = _with_texts(pairs, run_dir, table, rows, MOST_TEXTS if most_texts is None else most_texts)
     name = label(leading.name)
     order = np.argsort(np.where(np.isnan(risky), np.inf, -risky), kind="stable")
     top = [int(p) for p in order[:3] if np.isfinite(risky[p])]
@@ -306,17 +306,17 @@ def _with_texts(
 ) -> tuple[PairTable, list[str]]:
     """The table with the texts of ``most`` pairs, those at both ends of its order, and with token scores; and notes."""
     order = pairs.leading_rows()
-    told = np.ones(pairs.rows, dtype=bool)
-    told[order[most - most // 2 : pairs.rows - most // 2]] = False
-    texts, note = read_texts(run_dir, table, rows, told)
+    shown = np.ones(pairs.rows, dtype=bool)
+    shown[order[most - most // 2 : pairs.rows - most // 2]] = False
+    texts, note = read_texts(run_dir, table, rows, shown)
     notes = [note] if note else []
-    if texts and not told.all():
+    if texts and not shown.all():
         notes.append(
             f"Of {pairs.rows:,} pairs the {most:,} at both ends of the table's order have their texts on this page; "
             f"{pairs.show} ROW prints those of any."
         )
     tokens = token_table(run_dir, table, order[:TOKENS_OF].tolist(), texts)
-    left_out = None if told.all() or not texts else ~told
+    left_out = None if shown.all() or not texts else ~shown
     return dataclasses.replace(pairs, texts=texts, left_out=left_out, tokens=tokens), notes
 
 
@@ -355,12 +355,12 @@ def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
         "Line: the middle half of the pairs; dot: the median.",
     )
     head = ["category", "pairs", "lower quartile", "median", "upper quartile", "AUC"]
-    told = (
+    explained = (
         f"AUC: the chance that a pair of the category has a higher {label(by)} than a pair of another; 1 or 0 is full "
         "separation, 0.5 none."
     )
     table_html = data_table(head, rows)
-    return gallery([drawn, f"<div>{paragraphs(told)}{table_html}</div>"])
+    return gallery([drawn, f"<div>{paragraphs(explained)}{table_html}</div>"])
 
 
 def _scores_section(table: pa.Table, leading: str) -> str:
@@ -386,12 +386,12 @@ def _scores_section(table: pa.Table, leading: str) -> str:
             f"Distributions of the lengths of responses in tokens; medians: {medians}.",
             f"Medians: {medians} tokens.",
         )
-    told = (
+    explained = (
         "Rank correlations with the lengths. A score that is mostly length says little that lengths do not. Columns "
         "with a bar are partial: the length after the bar is held fixed."
     )
     header = ["", "rejected − chosen", "total", "rejected − chosen | total", "total | rejected − chosen"]
-    more = paragraphs(told) + data_table(header, by_length)
+    more = paragraphs(explained) + data_table(header, by_length)
     if agree:
         more += data_table(["with CHES", "rank correlation", "given both lengths"], agree)
     beside = data_table(["", *QUANTILES], rows) + _surface(table)

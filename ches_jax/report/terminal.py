@@ -34,7 +34,7 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
       RunError: no such pair, or several of that name.
     """
     run_dir = fetched_run(place(run_dir, RunError), RunError)
-    page = page_of(run_dir, most_told=sys.maxsize)
+    page = page_of(run_dir, most_texts=sys.maxsize)
     pairs = page.pairs
     if pairs is None:
         raise RunError(f"{run_dir}: this run has no pairs to show, only means")

@@ -25,19 +25,19 @@ Texts = dict[str, list[str]]
 """By side: the text of each row."""
 
 
-def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, told: np.ndarray) -> tuple[Texts, str]:
-    """The texts of those rows of a score table that are ``told``, and a note where they cannot be had.
+def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, shown: np.ndarray) -> tuple[Texts, str]:
+    """The texts of those rows of a score table that are ``shown``, and a note where they cannot be had.
 
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
     is a note on the page and no error.
     """
     texts: Texts = {side: [""] * len(table) for side in SIDES}
-    found, total = 0, int(told.sum())
+    found, total = 0, int(shown.sum())
     try:
         if rows is None:
-            rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, told))
+            rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, shown))
         for row, position, row_id in joined(rows, table):
-            if position is not None and told[position]:
+            if position is not None and shown[position]:
                 if row.row_id != row_id:
                     return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
                 found += 1
@@ -51,11 +51,11 @@ def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, tol
     return texts, f"{missing} of the rows are not in the pairs file any more; they have no texts here."
 
 
-def _positions(table: pa.Table, told: np.ndarray) -> bytes | None:
-    """Which rows of the source are told, 1 at their positions; None: all of the table, wherever they are."""
-    if told.all():
+def _positions(table: pa.Table, shown: np.ndarray) -> bytes | None:
+    """Which rows of the source are shown, 1 at their positions; None: all of the table, wherever they are."""
+    if shown.all():
         return None
-    at = table["index"].to_numpy()[told]
+    at = table["index"].to_numpy()[shown]
     wanted = np.zeros(int(at.max()) + 1, np.uint8)
     wanted[at] = 1
     return wanted.tobytes()

@@ -125,13 +125,13 @@ def done(out: Path) -> dict[str, int]:
 def add_work(out: Path, process: int, work: Mapping[str, Any]) -> None:
     """Keep what one of the processes of a run cost, with what it cost when it was started before."""
     target = path(out, process, ".json", "work")
-    told = _total_of([target] if target.is_file() else [], work)
+    so_far = _total_of([target] if target.is_file() else [], work)
     with replacing(target) as temporary:
-        temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(so_far) + "\n", encoding="utf-8")
 
 
 def work_of_all(out: Path) -> dict[str, Any]:
-    """What all processes of a run cost that have told it; empty where none has."""
+    """What all processes of a run cost that have left a record of it; empty where none has."""
     return _total_of(files(out, "work", ".json"))
 
 

@@ -29,17 +29,12 @@ def quoted(text: str) -> bytes:
     return b'"%b"' % raw if len(raw.translate(None, _CONTROL)) == len(raw) else encode_basestring(text).encode()
 
 
-def json_line(row: Mapping[str, Any]) -> str:
+def json_bytes(row: Mapping[str, Any]) -> bytes:
     r"""A row as one line of JSON, whatever its columns hold: dates and bytes as text, NaN as null.
 
-    >>> json_line({"x": float("nan"), "y": "\ud800"})
-    '{"x": null, "y": "\\ud800"}\n'
+    >>> json_bytes({"x": float("nan"), "y": "\ud800"})
+    b'{"x": null, "y": "\\ud800"}\n'
     """
-    return json_bytes(row).decode()
-
-
-def json_bytes(row: Mapping[str, Any]) -> bytes:
-    """The same, as it is stored."""
     if not _STRING.issuperset(map(type, row)):
         row = {str(k): v for k, v in row.items()}
     try:

@@ -354,7 +354,8 @@ def read_table(
         wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in found.names]
         if wrong:
             raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
-        names = found.names if wanted is None else [name for name in found.names if name in wanted(found.names)]
+        keep = found.names if wanted is None else wanted(found.names)
+        names = [name for name in found.names if name in keep]
         last, blocks = BEFORE_ALL, [pa.schema([found.field(name) for name in names], found.metadata).empty_table()]
         for batch in _batches(file, path):
             block = pa.Table.from_batches([batch])

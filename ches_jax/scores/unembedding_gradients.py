@@ -358,14 +358,14 @@ def _products(
     target = jnp.pad(target, ((0, 0), (0, pad)))
     segment = jnp.pad(segment, ((0, 0), (0, pad)), constant_values=segments)
 
-    def visits(segment, item, preferred):
+    def tiles_of(segment, item, preferred):
         real = segment < segments
         place = jnp.minimum(segment, segments - 1)
         # padding gets items of its own behind all others, so that it shares no tile with an item
         own = jnp.where(real, item[place], segments + jnp.arange(count + pad, dtype=segment.dtype))
         return own, *item_tiles(own, jnp.where(real, preferred[place], 0), tile)
 
-    own, tile_pairs, tile_pair_count = jax.vmap(visits)(segment, item, preferred)
+    own, tile_pairs, tile_pair_count = jax.vmap(tiles_of)(segment, item, preferred)
     in_tiles = _Rows(h, target.astype(jnp.int32), tile_pairs, tile_pair_count)
     alpha = _grams(in_tiles, unembedding, vocabulary, transform, tile, chunk)
     member = (segment[..., None] == jnp.arange(segments, dtype=segment.dtype)[None, None]).astype(h.dtype)

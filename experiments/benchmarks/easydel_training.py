@@ -11,14 +11,13 @@ batch; the first one is timed by itself.
 
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser
+from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser, step_times, with_reference
 from experiments.benchmarks.measure import usage
 
 # easydel is imported where it is used: the collection of doctests imports this file
@@ -90,17 +89,11 @@ def measure(
             ),
         )
         trainer.train()
-    if len(seconds) != steps + 1:
-        raise SystemExit(f"EasyDeL made {len(seconds)} updates, expected {steps + 1}")
     return {
         "peer": "easydel",
         "version": version("easydel"),
         "jax": jax.__version__,
-        "s_per_step_median": statistics.median(seconds[1:]),
-        "cpu_s_per_step_median": statistics.median(cpu[1:]),
-        "first_step_s": seconds[0],
-        "first_step_cpu_s": cpu[0],
-        "steps": steps,
+        **step_times(seconds, cpu, steps),
         "peak_rss_mib": usage()["peak_rss_mb"],
         "dtype": dtype,
         "platform": jax.default_backend(),
@@ -115,8 +108,8 @@ def rows_of(batch: Sequence[Sequence[int]], prompt: int, response: int, padding:
     ([0, 1], [1, 1], [1, 0])
     """
     rows = []
-    for tokens in random_pairs(batch):
-        row: dict[str, Any] = {}
+    for tokens in with_reference(random_pairs(batch)):
+        row = {f"ref_{side}_logps": tokens[f"ref_{side}_logps"] for side in ("chosen", "rejected")}
         for name, length in (("prompt", prompt), ("chosen", response), ("rejected", response)):
             ids = tokens[f"{name}_ids"]
             rest = [padding] * (length - len(ids))
@@ -124,7 +117,6 @@ def rows_of(batch: Sequence[Sequence[int]], prompt: int, response: int, padding:
             left = name == "prompt"
             row[f"{name}_input_ids"] = rest + ids if left else ids + rest
             row[f"{name}_attention_mask"] = none + mask if left else mask + none
-        row |= {f"ref_{side}_logps": -10.0 * len(tokens[f"{side}_ids"]) for side in ("chosen", "rejected")}
         rows.append(row)
     return rows
 

@@ -6,7 +6,8 @@ The standard library alone, for interpreters that have a peer and not the librar
 import argparse
 import json
 import random
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,38 @@ def pair_lengths(pairs: int, prompt_len: int, response_len: int, lengths: str | 
     if lengths is not None:
         return json.loads(Path(lengths).read_text(encoding="utf-8"))
     return [[prompt_len, response_len, response_len]] * pairs
+
+
+def step_times(seconds: Sequence[float], cpu: Sequence[float], steps: int) -> dict[str, Any]:
+    """Of a first step and ``steps`` others, in order: what a step takes, and what the first one does.
+
+    Raises:
+      SystemExit: another number of steps was made.
+
+    >>> step_times([9.0, 2.0, 4.0], [8.0, 1.0, 3.0], 2)["cpu_s_per_step_median"]
+    2.0
+    """
+    if len(seconds) != steps + 1:
+        raise SystemExit(f"{len(seconds)} updates were made, expected {steps + 1}")
+    return {
+        "s_per_step_median": statistics.median(seconds[1:]),
+        "cpu_s_per_step_median": statistics.median(cpu[1:]),
+        "first_step_s": seconds[0],
+        "first_step_cpu_s": cpu[0],
+        "steps": steps,
+    }
+
+
+def with_reference(rows: Sequence[Mapping[str, list[int]]]) -> list[dict[str, Any]]:
+    """The rows with log-probabilities of a reference, as TRL and EasyDeL name them: minus ten nats a token.
+
+    >>> with_reference([{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}])[0]["ref_chosen_logps"]
+    -20.0
+    """
+    return [
+        {**row, **{f"ref_{side}_logps": -10.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}}
+        for row in rows
+    ]
 
 
 def random_pairs(lengths: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:

@@ -8,7 +8,6 @@ The first step is timed by itself, with its compilation, which no cache on the d
 
 import contextlib
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from ches_jax.hugepages import with_large_pages
 from experiments.benchmarks.costs import top_costs
-from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser
+from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser, step_times
 from experiments.benchmarks.measure import usage
 from experiments.benchmarks.scoring import matmul_peak
 
@@ -79,13 +78,8 @@ def measure(
                 train(config, quiet=True)
         finally:
             assemble.Step = plain  # type: ignore[misc]
-    clocked = slice(1, steps + 1)
     return {
-        "s_per_step_median": statistics.median(seconds[clocked]),
-        "cpu_s_per_step_median": statistics.median(cpu[clocked]),
-        "first_step_s": seconds[0],
-        "first_step_cpu_s": cpu[0],
-        "steps": steps,
+        **step_times(seconds[: steps + 1], cpu[: steps + 1], steps),
         "peak_rss_mib": usage()["peak_rss_mb"],
         "needed_gflop": needed_gflop(model, batch, adapters=lora_rank is not None),
         "matmul_peak_gflops": matmul_peak(dtype),

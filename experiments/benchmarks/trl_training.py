@@ -12,13 +12,12 @@ the only way (``trl.trainer.utils.add_fused_lm_head``), and ``padding_free`` is 
 
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser
+from experiments.benchmarks.fixed_lengths import random_pairs, step_options, step_parser, step_times, with_reference
 from experiments.benchmarks.measure import usage
 
 # trl is imported where it is used: the collection of doctests imports this file
@@ -64,10 +63,7 @@ def measure(
         def _precompute_ref_logps(self, dataset, *args, **kwargs):
             return dataset  # it has them
 
-    rows = [
-        {**row, **{f"ref_{side}_logps": -10.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}}
-        for row in random_pairs(batch)
-    ]
+    rows = with_reference(random_pairs(batch))
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
@@ -98,17 +94,11 @@ def measure(
             peft_config=adapters(lora_rank),
         )
         trainer.train()
-    if len(seconds) != steps + 1:
-        raise SystemExit(f"TRL made {len(seconds)} updates, expected {steps + 1}")
     return {
         "peer": "trl",
         "version": trl.__version__,
         "torch": torch.__version__,
-        "s_per_step_median": statistics.median(seconds[1:]),
-        "cpu_s_per_step_median": statistics.median(cpu[1:]),
-        "first_step_s": seconds[0],
-        "first_step_cpu_s": cpu[0],
-        "steps": steps,
+        **step_times(seconds, cpu, steps),
         "peak_rss_mib": usage()["peak_rss_mb"],
         "peak_device_mib": torch.cuda.max_memory_allocated() / 2**20 if gpu else 0.0,
         "dtype": dtype,

@@ -152,12 +152,12 @@ def read_rows(path: Path, rng: Random) -> Read:
     from ches_jax.health.examine import examine
     from ches_jax.inputs import Opener
     from ches_jax.judges.responses import asked_and_answered, open_responses, read_labels
-    from ches_jax.runs.json_text import json_line
+    from ches_jax.runs.json_text import json_bytes
 
     def pairs() -> None:
         source = open_pairs(str(path), pairing=rng.choice([None, "all-pairs"]))
         for record in source.tolerant():
-            json_line({**record.content, "extra": dict(record.extra), "category": record.category})
+            json_bytes({**record.content, "extra": dict(record.extra), "category": record.category}).decode()
         source.fingerprint()
         list(source)
 

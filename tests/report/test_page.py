@@ -281,13 +281,13 @@ def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(
     run.mkdir()
     write_part(run / "scores.parquet", columns(5, row_id=ids, ches=scores), {})
     (run / "run.json").write_text(json.dumps({"config": {"pairs": str(pairs)}}))
-    monkeypatch.setattr("ches_jax.report.score_page.MOST_TOLD", 3)
+    monkeypatch.setattr("ches_jax.report.score_page.MOST_TEXTS", 3)
     meta, numbers, texts, _ = page_data(report(run))
     leading = numbers[meta["sort"][0]]
     assert [text != "…" for text in texts["prompt"]] == [bool(flag == 0) for flag in numbers["_cut"]]
     order = np.argsort(-meta["sort"][1] * -leading)
-    told = {int(i) for i in (*order[:2], *order[-1:])}
-    assert {i for i, text in enumerate(texts["chosen"]) if text == f"yes {i}"} == told
+    shown = {int(i) for i in (*order[:2], *order[-1:])}
+    assert {i for i, text in enumerate(texts["chosen"]) if text == f"yes {i}"} == shown
     assert "Of 5 pairs the 3 at both ends" in (run / "report.html").read_text(encoding="utf-8")
     for i in range(5):
         assert f"yes {i}" in pair_text(run, str(i))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ches_jax.data.sources import row_id
-from ches_jax.runs.json_text import json_bytes, json_line, json_value, quoted
+from ches_jax.runs.json_text import json_bytes, json_value, quoted
 
 LETTERS = ["a", "é", "😀", '"', "\\", "\n", "\r", "\t", "\x00", "\x1f", "\x7f", "\u2028", "/", "<", " "]
 
@@ -35,7 +35,7 @@ def test_a_row_is_the_line_that_the_encoder_of_the_library_writes():
 
 def test_whatever_a_row_holds_is_a_line_of_json():
     row = {"when": datetime(2020, 1, 2), "bytes": b"x", "x": float("inf"), "text": "\ud800", "list": [float("nan")]}
-    back = json.loads(json_line(row).encode("utf-8"))
+    back = json.loads(json_bytes(row))
     assert back == {"when": "2020-01-02 00:00:00", "bytes": "b'x'", "x": None, "text": "\ud800", "list": [None]}
 
 

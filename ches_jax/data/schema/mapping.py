@@ -102,7 +102,7 @@ ONLY_HERE = frozenset(WORDS) - {"prompt", "chosen", "rejected", "responses", "sc
 
 
 def is_plain(schema: Schema | None) -> bool:
-    """Whether a schema is ``PLAIN``; asked for every row, so the fields are compared only where they must be."""
+    """Whether a schema is ``PLAIN``; called for every row, so the fields are compared only where they must be."""
     return schema is PLAIN or schema == PLAIN
 
 
