@@ -9,13 +9,16 @@ from ches_jax.report.html import data_table, escape, figure, gallery, paragraphs
 from ches_jax.report.render import render
 
 WIDTH, LINE, LEFT = 400, 26, 100
+WORDS = 84
+"""Room for what is written behind a bar."""
 
 
 def roofline(case: Mapping[str, Any]) -> str:
     """Useful GFLOP/s of each way as a bar, beneath the peak of a matrix product at the model's shapes."""
     peak = case["peak_gflops_per_core"]
-    scale = (WIDTH - LEFT - 60) / (1.05 * max(peak, *(r["useful_gflops_per_core"] for r in case["table"].values())))
+    scale = (WIDTH - LEFT - WORDS - 6) / max(peak, *(r["useful_gflops_per_core"] for r in case["table"].values()))
     height = LINE * len(case["table"]) + 46
+    at = LEFT + scale * peak
     parts = []
     for k, (way, row) in enumerate(case["table"].items()):
         y, width = 28 + LINE * k, scale * row["useful_gflops_per_core"]
@@ -24,8 +27,9 @@ def roofline(case: Mapping[str, Any]) -> str:
         parts.append(
             f'<rect class="fillbar s{0 if way == "ours" else 1}" x="{LEFT}" y="{y}" width="{width:.1f}" height="17"/>'
         )
-        parts.append(f'<text class="tick" x="{LEFT + width + 6:.1f}" y="{y + 13}">{words}</text>')
-    at = LEFT + scale * peak
+        end = LEFT + width
+        behind = max(end, at) if end + WORDS > at else end  # the line of the peak crosses no words
+        parts.append(f'<text class="tick" x="{behind + 6:.1f}" y="{y + 13}">{words}</text>')
     parts.append(f'<line class="axis dashed" x1="{at:.1f}" x2="{at:.1f}" y1="20" y2="{height - 16}"/>')
     parts.append(f'<text class="tick" x="{at:.1f}" y="14" text-anchor="middle">peak {peak:.1f} GFLOP/s</text>')
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
