@@ -7,7 +7,9 @@ computed here, so what needs little of it does without.
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -42,27 +44,54 @@ def ranks(values: np.ndarray) -> np.ndarray:
     >>> ranks(np.array([3.0, 1.0, 3.0]))
     array([2.5, 1. , 2.5])
     """
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return (_centred_ranks(values) + (len(values) + 1)) / 2
+
+
+def _centred_ranks(values: np.ndarray) -> np.ndarray:
+    """Twice the ranks less their mean: whole numbers that add up to 0, [rows] int32."""
+    order = np.argsort(values)
+    ordered = values[order]
+    starts = np.ones(len(values), dtype=bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    first = np.flatnonzero(starts)
+    counts = np.diff(first, append=len(values))
+    out = np.empty(len(values), dtype=np.int32)
+    out[order] = np.repeat((2 * first + counts - len(values)).astype(np.int32), counts)
+    return out
 
 
 def _shared_ranks(values: np.ndarray) -> np.ndarray:
-    """``ranks``, sorted once for each column: a page correlates every score with the same lengths."""
+    """``_centred_ranks``, sorted once for each column: a page correlates every score with the same lengths."""
     if values.size < _MANY:
-        return ranks(values)
+        return _centred_ranks(values)
     key = hashlib.sha256(np.ascontiguousarray(values).data).digest()
-    if key not in _KEPT:
-        while len(_KEPT) >= _MOST_KEPT:
-            del _KEPT[next(iter(_KEPT))]
-        _KEPT[key] = (2 * ranks(values)).astype(np.int32)  # halves at most
-    return _KEPT[key] / 2
+    found = _KEPT.pop(key) if key in _KEPT else _centred_ranks(values)
+    while len(_KEPT) >= _MOST_KEPT:
+        del _KEPT[next(iter(_KEPT))]
+    _KEPT[key] = found
+    return found
 
 
 _MANY = 50_000
 """Rows from which on a sort takes longer than it does to look it up."""
-_MOST_KEPT = 16
+_MOST_KEPT = 5
+"""The columns that a page correlates at a time: two, and the lengths."""
 _KEPT: dict[bytes, np.ndarray] = {}
-"""Twice the ranks of columns, by a hash of these, the oldest first."""
+"""Centred ranks of columns by a hash of these, the one that was needed last at the end."""
+
+
+def _products(columns: Sequence[np.ndarray]) -> list[list[int]]:
+    """The inner products of columns of centred ranks, exact, [columns][columns]."""
+    rows = len(columns[0])
+    # what is added up at once stays within 64 bits
+    size = max(1, min(1 << 16, ((1 << 63) - 1) // max(1, rows * rows)))
+    found = [[0] * len(columns) for _ in columns]
+    for start in range(0, rows, size):
+        block = np.stack([column[start : start + size] for column in columns]).astype(np.int64)
+        for row, more in zip(found, (block @ block.T).tolist(), strict=True):
+            row[:] = map(operator.add, row, more)
+    return found
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -85,18 +114,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation over the rows where both are finite; NaN when it is undefined.
 
-    Undefined: fewer than two rows, or all values of one side the same.
+    Undefined: fewer than two rows, or all values of one side the same. The sums are those of whole numbers, without
+    rounding: neither the order of the rows nor the number of threads is in the result.
 
     >>> round(spearman(np.array([1.0, 2.0, 3.0, np.nan]), np.array([2.0, 8.0, 4.0, 0.0])), 3)
     0.5
     """
-    both = np.isfinite(a) & np.isfinite(b)
-    x, y = (_shared_ranks(v[both]) for v in (a, b))
-    if x.size < 2:
-        return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")
+    return partial_spearman(a, b, [])
 
 
 def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray]) -> float:
@@ -105,41 +129,25 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray
     The ranks of both are regressed on the ranks of the controls (with an intercept) and the residuals are
     correlated. NaN where nothing is left to correlate: too few rows, or a side that the controls explain.
     """
-    finite = np.logical_and.reduce([np.isfinite(v) for v in (a, b, *controls)])
-    if finite.sum() < len(controls) + 3:
+    finite = np.isfinite(a)
+    for column in (b, *controls):
+        finite &= np.isfinite(column)
+    if finite.sum() < len(controls) + 2 + bool(controls):
         return float("nan")
-    x, y, *others = (_shared_ranks(v[finite]) for v in (a, b, *controls))
-    basis: list[np.ndarray] = []
-    for column in (np.ones_like(x), *others):
-        left = _without(column, basis)
-        # What remains of an explained column is rounding, and its correlation would be noise.
-        if (size := _size(left)) > _ROUNDING * _size(column):
-            basis.append(left / size)
-    one, other = _without(x, basis), _without(y, basis)
-    if _size(one) <= _ROUNDING * _size(x) or _size(other) <= _ROUNDING * _size(y):
-        return float("nan")
-    return _inner(one, other) / (_size(one) * _size(other))
+    xx, xy, yy = _without_controls(_products([_shared_ranks(v[finite]) for v in (*controls, a, b)]))
+    return float(xy) / math.sqrt(xx * yy) if xx and yy else float("nan")
 
 
-_ROUNDING = 1e-9
-
-
-def _inner(a: np.ndarray, b: np.ndarray) -> float:
-    """The inner product of two columns, by one thread: those of BLAS wait for one another longer than they compute."""
-    return float(np.einsum("i,i->", a, b))
-
-
-def _size(column: np.ndarray) -> float:
-    return math.sqrt(_inner(column, column))
-
-
-def _without(column: np.ndarray, basis: Sequence[np.ndarray]) -> np.ndarray:
-    """What is left of a column, [rows], at right angles to orthonormal ones."""
-    left = column
-    for other in basis:
-        left = left - _inner(other, left) * other
-    # of a small remainder much is rounding, which is taken away in turn
-    return _without(left, basis) if 0 < _size(left) < 0.1 * _size(column) else left
+def _without_controls(products: Sequence[Sequence[int]]) -> tuple[Fraction, Fraction, Fraction]:
+    """Of inner products of columns, those of the last two at right angles to all before them: exact elimination."""
+    left = [[Fraction(value) for value in row] for row in products]
+    for k in range(len(left) - 2):
+        if not left[k][k]:  # constant, or said by those before it
+            continue
+        for row in left[k + 1 :]:
+            factor = row[k] / left[k][k]
+            row[:] = [value - factor * other for value, other in zip(row, left[k], strict=True)]
+    return left[-2][-2], left[-2][-1], left[-1][-1]
 
 
 def auc(values: np.ndarray, inside: np.ndarray) -> float:

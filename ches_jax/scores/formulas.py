@@ -17,7 +17,7 @@ Source of the definitions: Razin et al., Unintentional Unalignment
 (0.0, 0.5, -2.0)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from ches_jax.errors import RunError, did_you_mean
 from ches_jax.scores.leading import why_no_other_default
+from ches_jax.scores.table import Scores, blocks
 
 Numbers: TypeAlias = Any
 """A float, a numpy array or a JAX array."""
@@ -170,7 +171,7 @@ _FLAG_OF = {
 }
 
 
-def numbers(table: pa.Table, column: str) -> np.ndarray:
+def numbers(table: Scores, column: str) -> np.ndarray:
     """A numeric column as float64; NaN where the table has null.
 
     Raises:
@@ -178,15 +179,28 @@ def numbers(table: pa.Table, column: str) -> np.ndarray:
     """
     if column not in table.schema.names:
         raise RunError(f"the score table has no column {column}; is it one of `ches score`, whole?")
-    return table[column].cast(pa.float64()).to_numpy()
+    return _filled(len(table), (_float64(block, column) for block in blocks(table, [column])))
 
 
-def available(table: pa.Table) -> list[str]:
+def _float64(block: pa.Table, column: str) -> np.ndarray:
+    return block[column].cast(pa.float64()).to_numpy()
+
+
+def _filled(rows: int, parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Parts one after another, [rows]: no second copy is made of a column."""
+    out, at = np.empty(rows), 0
+    for part in parts:
+        out[at : at + len(part)] = part
+        at += len(part)
+    return out
+
+
+def available(table: Scores) -> list[str]:
     """The names of the scores that ``table`` has the columns for."""
     return [name for name, s in SCORES.items() if set(s.columns) <= set(table.schema.names)]
 
 
-def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
+def score_column(table: Scores, by: str, seed: int = 0) -> np.ndarray:
     """The score ``by`` of every row, float64; NaN where the row has none.
 
     A row that the model pass could not score (its ``ches`` is null) has no score of any name, so
@@ -210,11 +224,17 @@ def score_column(table: pa.Table, by: str, seed: int = 0) -> np.ndarray:
         )
     if by == "random":
         values = np.random.default_rng(seed).random(len(table))
-    else:
-        # A vanishing sum leaves cosine and projection undefined: NaN, hence not selectable.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = SCORES[by].compute(*(numbers(table, name) for name in SCORES[by].columns))
-    values = np.where(np.isfinite(values), values, np.nan)
-    if "ches" in table.schema.names:
-        values = np.where(np.isnan(numbers(table, "ches")), np.nan, values)
-    return values
+        return np.where(np.isnan(numbers(table, "ches")), np.nan, values) if "ches" in table.schema.names else values
+    read = dict.fromkeys([*SCORES[by].columns, *(n for n in ("ches",) if n in table.schema.names)])
+    return _filled(len(table), (_of_block(block, SCORES[by]) for block in blocks(table, [*read])))
+
+
+def _of_block(block: pa.Table, score: Score) -> np.ndarray:
+    """A score of some rows."""
+    # A vanishing sum leaves cosine and projection undefined: NaN, hence not selectable.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = score.compute(*(_float64(block, name) for name in score.columns))
+    unscored = ~np.isfinite(values)
+    if "ches" in block.schema.names:
+        unscored |= np.isnan(_float64(block, "ches"))
+    return np.where(unscored, np.nan, values)

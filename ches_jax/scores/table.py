@@ -9,14 +9,15 @@ time is stored.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ches_jax.errors import RunError
@@ -79,6 +80,8 @@ JOINED = {
 METADATA_KEY = b"ches_jax"
 ROW_GROUP = 65_536
 """Rows of a row group: about 10 MB of numbers, so that writing and merging stay small in memory."""
+BATCH = 8_192
+"""Rows that are read at a time."""
 
 
 def schema(columns: Iterable[str], metadata: Mapping[str, Any]) -> pa.Schema:
@@ -256,11 +259,11 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
     return rows
 
 
-def _batches(file: pq.ParquetFile, path: Path | str) -> Iterator[pa.RecordBatch]:
-    """What a part holds; what cannot be read of it is its damage, and what the reader of this raises is not."""
+def _batches(file: pq.ParquetFile, path: Path | str, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, all when not given; what cannot be read is its damage, what the reader of this raises not."""
     try:
-        for batch in file.iter_batches(batch_size=ROW_GROUP):
-            batch.validate(full=True)
+        for batch in file.iter_batches(BATCH, columns=names if names is None else [*names], use_threads=False):
+            batch.validate(full=names is None)  # all of it when all of it is read, which is once
             yield batch
     except (pa.ArrowException, OSError, ValueError, SystemError) as error:
         raise RunError(f"{path}: is damaged ({error})") from error
@@ -311,7 +314,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if not is_there(path):
         raise RunError(f"{path}: no such file")
     try:
-        return pq.ParquetFile(parquet_source(path), pre_buffer=False)  # what is read ahead is a second copy
+        # what is read ahead is a second copy
+        return pq.ParquetFile(parquet_source(path), pre_buffer=False, buffer_size=1 << 16)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot be read as Parquet ({error})") from error
 
@@ -330,22 +334,48 @@ def table_path(run: Path | str) -> Path:
     raise RunError(f"{path}: no {FILE_NAME} in it; expected a directory of a finished `ches score`{there}")
 
 
-def read_table(
-    run: Path | str, wanted: Callable[[list[str]], Collection[str]] | None = None
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The score table of a run directory (or a Parquet file) and its provenance.
-
-    Args:
-      run: the directory or the file.
-      wanted: which columns are kept in memory, of those that there are; all rows of all columns are checked.
+def read_table(run: Path | str) -> tuple[pa.Table, dict[str, Any]]:
+    """The score table of a run directory (or a Parquet file) in memory, and its provenance.
 
     Raises:
       RunError: missing, damaged, or not a table that this package wrote.
     """
-    path = table_path(run)
-    with open_parquet(path) as file:
-        found = file.schema_arrow
-        metadata = metadata_of(found, str(path))
+    table = open_table(run)
+    return pa.concat_tables([table.schema.empty_table(), *table.blocks(table.column_names)]), table.metadata
+
+
+class StoredTable:
+    """A score table that stays in its file: of a million rows a column is read where it is needed, and not kept.
+
+    Made by ``open_table``. The file stays open: all columns are of one table, even where another takes its place.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open_parquet(path)
+        self.schema: pa.Schema = self._file.schema_arrow
+        self.column_names: list[str] = self.schema.names
+        self.metadata = metadata_of(self.schema, str(path))
+        """The provenance."""
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([block[name] for block in self.blocks([name])], self.schema.field(name).type)
+
+    def blocks(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of all rows, ``BATCH`` at most at a time."""
+        for batch in _batches(self._file, self._path, names):
+            yield pa.Table.from_batches([batch]).select(names)
+
+    def check(self) -> None:
+        """Reads all rows of all columns once.
+
+        Raises:
+          RunError: they are damaged, or not a score table.
+        """
+        found, path = self.schema, self._path
         wrong = [
             f"{name} is {kind}, expected {COLUMNS[name]}"
             for name, kind in zip(found.names, found.types, strict=True)
@@ -354,25 +384,65 @@ def read_table(
         wrong += [f"{name} is missing" for name in ("row_id", "index") if name not in found.names]
         if wrong:
             raise RunError(f"{path}: not a score table ({'; '.join(wrong)})")
-        keep = found.names if wanted is None else wanted(found.names)
-        names = [name for name in found.names if name in keep]
-        last, blocks = BEFORE_ALL, [pa.schema([found.field(name) for name in names], found.metadata).empty_table()]
-        for batch in _batches(file, path):
-            block = pa.Table.from_batches([batch])
-            last = check_rows(block, last, str(path))
-            blocks.append(block.select(names))
-    pa.default_memory_pool().release_unused()  # of what was read and is not wanted, as much as of what is
-    return pa.concat_tables(blocks), metadata
+        last = BEFORE_ALL
+        for batch in _batches(self._file, path):
+            last = check_rows(pa.Table.from_batches([batch]), last, str(path))
 
 
-def words(table: pa.Table, name: str) -> tuple[list[str], np.ndarray]:
-    """The distinct texts of a column in order, "" for null, and for each row which of them it has, [rows]."""
-    found = table[name].combine_chunks().dictionary_encode()
-    texts: list[str] = [text or "" for text in found.dictionary.to_pylist()]
-    distinct: list[str] = sorted({*texts, *[""][: found.null_count]})
-    place = {text: i for i, text in enumerate(distinct)}
-    codes = np.array([*(place[text] for text in texts), place.get("", 0)], dtype=np.int64)
-    return distinct, codes[found.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)]
+Scores: TypeAlias = "pa.Table | StoredTable"
+"""A score table, in memory or in its file."""
+
+
+def open_table(run: Path | str) -> StoredTable:
+    """The score table of a run directory (or a Parquet file), checked; its columns stay in the file.
+
+    Raises:
+      RunError: missing, damaged, or not a table that this package wrote.
+    """
+    table = StoredTable(table_path(run))
+    table.check()
+    return table
+
+
+def blocks(table: Scores, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of all rows of a table, some rows at a time."""
+    if isinstance(table, StoredTable):
+        return table.blocks(names)
+    some = table.select(names)
+    return (some.slice(start, BATCH) for start in range(0, len(some), BATCH))
+
+
+def rows_at(table: Scores, positions: Sequence[int] | np.ndarray, names: Sequence[str]) -> pa.Table:
+    """Some columns of some rows, in the order of ``positions``."""
+    wanted, back = np.unique(np.asarray(positions, np.int64), return_inverse=True)
+    found, start = [pa.schema([table.schema.field(name) for name in names]).empty_table()], 0
+    for block in blocks(table, names):
+        low, high = np.searchsorted(wanted, [start, start + len(block)])
+        found.append(block.take(wanted[low:high] - start))
+        start += len(block)
+    return pa.concat_tables(found).take(back)
+
+
+def words(table: Scores, name: str) -> tuple[list[str], np.ndarray]:
+    """The distinct texts of a column in order, "" for null, and for each row which of them it has, [rows].
+
+    Of a column of lists, their texts with commas.
+    """
+    places: dict[str, int] = {}
+    codes, at = np.empty(len(table), dtype=np.int32), 0
+    for block in blocks(table, [name]):
+        column = block[name]
+        if pa.types.is_list(column.type):
+            column = pc.call_function("binary_join", [column, ", "])
+        found = column.combine_chunks().dictionary_encode()
+        texts = [*found.dictionary.to_pylist(), *[None][: found.null_count]]
+        here = np.array([places.setdefault(text or "", len(places)) for text in texts] or [0], dtype=np.int32)
+        codes[at : at + len(block)] = here[found.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)]
+        at += len(block)
+    distinct = sorted(places)
+    ordered = np.empty(len(places) or 1, dtype=np.min_scalar_type(len(places)))
+    ordered[[places[text] for text in distinct]] = np.arange(len(places))
+    return distinct, ordered[codes]
 
 
 def align(left: pa.Table, right: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from ches_jax.data.duplicates import NearDuplicates, normalised, pair_texts
 from ches_jax.data.prompts import lookup
 from ches_jax.errors import RunError
 from ches_jax.scores.formulas import numbers, score_column
+from ches_jax.scores.table import Scores
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.expression import as_numbers, evaluated, names, parsed
 from ches_jax.select.scored_rows import SourceRow, joined
@@ -31,7 +32,7 @@ def expression_of(by: str) -> str | None:
     return by.removeprefix(PREFIX) if by.startswith(PREFIX) else NAMED.get(by)
 
 
-def data_columns(table: pa.Table, config: SelectConfig) -> list[str]:
+def data_columns(table: Scores, config: SelectConfig) -> list[str]:
     """The columns of ``--by column:...`` that the score table does not have, which the data must.
 
     Raises:
@@ -54,7 +55,7 @@ def _numeric(kind: pa.DataType) -> bool:
 
 
 def read_columns(
-    table: pa.Table, rows: Iterable[SourceRow], columns: list[str], config: SelectConfig
+    table: Scores, rows: Iterable[SourceRow], columns: list[str], config: SelectConfig
 ) -> tuple[dict[str, np.ndarray], list[tuple[str, str, str]]]:
     """One pass over the data: numbers by column, and the texts of each row of the table (empty without ``--dedup``).
 
@@ -76,7 +77,7 @@ def read_columns(
     return {name: as_numbers(name, column, list(known)) for name, column in values.items()}, texts
 
 
-def selection_values(table: pa.Table, config: SelectConfig, data: Mapping[str, np.ndarray]) -> np.ndarray:
+def selection_values(table: Scores, config: SelectConfig, data: Mapping[str, np.ndarray]) -> np.ndarray:
     """The score ``--by`` of every row, float64; NaN where the row has none.
 
     A row that the model pass could not score has no value of any expression either, as for every score.
@@ -97,7 +98,7 @@ def selection_values(table: pa.Table, config: SelectConfig, data: Mapping[str, n
     return values
 
 
-def _require_probabilities(table: pa.Table, values: np.ndarray) -> None:
+def _require_probabilities(table: Scores, values: np.ndarray) -> None:
     outside = np.flatnonzero((values < 0) | (values > 1))
     if len(outside):
         row, value = table["index"][int(outside[0])].as_py(), values[outside[0]]

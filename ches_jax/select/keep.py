@@ -187,10 +187,13 @@ def matched_control(values: np.ndarray, control: Control, longer_rejected: np.nd
       seed. Where a score is nothing but length, this control keeps the same rows, up to ties.
     """
     own = scored_order(values)
+    places = np.full(len(values), -1, dtype=np.int64)
+    if control == "none":
+        places[own] = own
+        return places
     other = np.random.default_rng(seed).permutation(own)
     if control == "length":
         direction = -1 if spearman(values, longer_rejected) < 0 else 1
         other = other[np.argsort(direction * longer_rejected[other], kind="stable")]
-    places = np.full(len(values), -1, dtype=np.int64)
-    places[own] = own if control == "none" else other
+    places[own] = other
     return places

@@ -6,19 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ches_jax.errors import RunError, require_config
 from ches_jax.runs.files import new_directory
 from ches_jax.runs.json_text import json_bytes, json_value
 from ches_jax.runs.store import fetched_run, output_place, place
-from ches_jax.scores.formulas import SCORES, numbers
-from ches_jax.scores.table import CANDIDATES, INFLUENCE, read_table, words
+from ches_jax.scores.formulas import numbers
+from ches_jax.scores.table import CANDIDATES, INFLUENCE, Scores, open_table, words
 from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
@@ -29,7 +27,6 @@ from ches_jax.stats import spearman
 SUMMARY = "selection.json"
 BUFFER = 1 << 20
 """Bytes that are written at once."""
-_ALWAYS_READ = ("row_id", "index", *CANDIDATES, "ches", "chosen_tokens", "rejected_tokens", "category")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Decision:
     """Positions of the rows that repeat an earlier one, and how."""
 
 
-def decide(table: pa.Table, config: SelectConfig, rows: Iterable[SourceRow] = ()) -> Decision:
+def decide(table: Scores, config: SelectConfig, rows: Iterable[SourceRow] = ()) -> Decision:
     """Applies the rule, and the control when there is one.
 
     Args:
@@ -73,8 +70,9 @@ def decide(table: pa.Table, config: SelectConfig, rows: Iterable[SourceRow] = ()
             f"--keep {rule.text!r} keeps none of {scored.size} rows: "
             f"{config.by} runs from {scored.min():.6g} to {scored.max():.6g}"
         )
-    longer = numbers(table, "rejected_tokens") - numbers(table, "chosen_tokens")
-    places = matched_control(values, config.control, longer, config.seed)
+    count = scored.size
+    del scored
+    places = _places(table, values, config)
     kept = np.zeros(len(table), dtype=bool)
     kept[places[chosen]] = True
     if rule.kind != "soft":
@@ -82,32 +80,46 @@ def decide(table: pa.Table, config: SelectConfig, rows: Iterable[SourceRow] = ()
     plain, slope = soft_weights(values, float(rule.numbers[0]))
     weights = np.full(len(table), np.nan)
     weights[places[chosen]] = plain[chosen]
-    total = numbers(table, "rejected_tokens") + numbers(table, "chosen_tokens")
+    del plain, places, chosen
     soft = {
         "slope": slope,
-        "effective_mass": float(np.nansum(weights) / scored.size),
+        "effective_mass": float(np.nansum(weights) / count),
         "fraction_zero": float((weights[kept] == 0).mean()),
-        "spearman_weight_length_difference": spearman(weights, longer),
-        "spearman_weight_total_length": spearman(weights, total),
+        "spearman_weight_length_difference": spearman(weights, _longer(table)),
+        "spearman_weight_total_length": spearman(
+            weights, numbers(table, "rejected_tokens") + numbers(table, "chosen_tokens")
+        ),
     }
     return Decision(values, kept, weights, soft, repeated)
 
 
-def needs_data(table: pa.Table, config: SelectConfig) -> bool:
+def _longer(table: Scores) -> np.ndarray:
+    """Tokens by which the rejected response is the longer one, [rows]."""
+    longer = numbers(table, "rejected_tokens")
+    longer -= numbers(table, "chosen_tokens")
+    return longer
+
+
+def _places(table: Scores, values: np.ndarray, config: SelectConfig) -> np.ndarray:
+    """For each row the one that is kept in its place (``matched_control``)."""
+    longer = _longer(table) if config.control == "length" else values
+    return matched_control(values, config.control, longer, config.seed)
+
+
+def needs_data(table: Scores, config: SelectConfig) -> bool:
     """Whether the decision needs more than the score table."""
     return bool(config.dedup != "none" or data_columns(table, config))
 
 
-def describe(table: pa.Table, decision: Decision, config: SelectConfig) -> dict[str, Any]:
+def describe(table: Scores, decision: Decision, config: SelectConfig) -> dict[str, Any]:
     """The numbers of a selection: counts, ranges, lengths of kept rows and of all, categories."""
     scored = np.isfinite(decision.values)
-    tokens = {name: numbers(table, name) for name in ("chosen_tokens", "rejected_tokens")}
-    longer = tokens["rejected_tokens"] - tokens["chosen_tokens"]
-
-    def lengths(rows: np.ndarray) -> dict[str, float]:
-        means = {name: float(values[rows].mean()) for name, values in tokens.items()}
-        return means | {"rejected_minus_chosen": float(longer[rows].mean())}
-
+    longer = _longer(table)
+    lengths: dict[str, dict[str, float]] = {"kept": {}, "all": {}}
+    for column in ("chosen_tokens", "rejected_tokens", "rejected_minus_chosen"):
+        values = longer if column == "rejected_minus_chosen" else numbers(table, column)
+        lengths["kept"][column] = float(values[decision.kept].mean())
+        lengths["all"][column] = float(values[scored].mean())
     numbers_told: dict[str, Any] = {
         "counts": {
             "table": len(table),
@@ -118,7 +130,7 @@ def describe(table: pa.Table, decision: Decision, config: SelectConfig) -> dict[
             "kept": _range(decision.values[decision.kept]),
             "all": _range(decision.values),
         },
-        "mean_lengths": {"kept": lengths(decision.kept), "all": lengths(scored)},
+        "mean_lengths": lengths,
         "spearman_score_length_difference": spearman(decision.values, longer),
         "soft": decision.soft,
     }
@@ -163,40 +175,29 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     """
     require_config("select", config, SelectConfig)
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
-    table, metadata = read_table(_table(config), partial(columns_read, config.by))
+    table = open_table(_table(config))
     columns = data_columns(table, config)
     if needs_data(table, config):
         rows = None if rows is None else list(rows)  # read twice
         decision = decide(table, config, source_rows(config, columns) if rows is None else rows)
     else:
         decision = decide(table, config)
+    described = describe(table, decision, config)
     with new_directory(output_place(config.out, RunError), RunError, SUMMARY) as folder:
         rows = source_rows(config, columns) if rows is None else rows
         source = _write_rows(folder, rows, table, decision, config)
         scored_with = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {
             "rule": {k: getattr(config, k) for k in ("by", "keep", "dedup", "control", "seed")},
-            **describe(table, decision, config),
+            **described,
             "source": {"pairs": config.pairs or scored_with.get("pairs"), **source},
-            "scores": metadata,
+            "scores": table.metadata,
         }
         summary = json_value(summary)
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(summary), encoding="utf-8")
     return summary
-
-
-def columns_read(by: str, there: list[str]) -> list[str]:
-    """The columns of a score table that a selection by ``by`` reads; all of them where it is about to fail.
-
-    >>> columns_read("ches", ["row_id", "index", "ches", "cosine", "chosen_tokens"])
-    ['row_id', 'index', 'ches', 'chosen_tokens']
-    """
-    own = SCORES[by].columns if by in SCORES else there
-    if not {*own} <= {*there}:
-        return there
-    return [n for n in there if n in own or n in _ALWAYS_READ]
 
 
 def _table(config: SelectConfig) -> Path:
@@ -208,7 +209,7 @@ def _table(config: SelectConfig) -> Path:
 def _write_rows(
     folder: Path,
     rows: Iterable[SourceRow],
-    table: pa.Table,
+    table: Scores,
     decision: Decision,
     config: SelectConfig,
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ches_jax.data.sources import pairs_of_run
 from ches_jax.errors import RunError
 from ches_jax.runs.chunks import read_lines
 from ches_jax.runs.directory import CONFIG, RUN, read_json
-from ches_jax.scores.table import CANDIDATES, table_path
+from ches_jax.scores.table import CANDIDATES, Scores, blocks, table_path
 
 
 class SourceRow(Protocol):
@@ -84,7 +84,7 @@ def keys(table: pa.Table) -> list[Key]:
     ]
 
 
-def joined(rows: Iterable[SourceRow], table: pa.Table) -> Iterator[tuple[SourceRow, int | None, str]]:
+def joined(rows: Iterable[SourceRow], table: Scores) -> Iterator[tuple[SourceRow, int | None, str]]:
     """Rows of the source in their order, each with its position in the table (None where it is not) and its id there.
 
     Both rise by ``Key``, so that one pass over both finds every pair, whatever their number.
@@ -103,12 +103,14 @@ _END = (-1, ((sys.maxsize, ()), ""))
 _BLOCK = 4096
 
 
-def _keys_with_ids(table: pa.Table) -> Iterator[tuple[tuple[int, tuple[int, ...]], str]]:
+def _keys_with_ids(table: Scores) -> Iterator[tuple[tuple[int, tuple[int, ...]], str]]:
     """By row, some at a time: where it stands among all, and its ``row_id``."""
-    for start in range(0, len(table), _BLOCK):
-        block = table.slice(start, _BLOCK)
-        places = ((index, candidates or ()) for index, candidates in keys(block))
-        yield from zip(places, block["row_id"].to_pylist(), strict=True)
+    read = [name for name in ("row_id", "index", *CANDIDATES) if name in table.schema.names]
+    for many in blocks(table, read):
+        for start in range(0, len(many), _BLOCK):
+            block = many.slice(start, _BLOCK)
+            places = ((index, candidates or ()) for index, candidates in keys(block))
+            yield from zip(places, block["row_id"].to_pylist(), strict=True)
 
 
 def _candidates(numbers: Any) -> tuple[int, ...] | None:
