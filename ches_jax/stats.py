@@ -77,6 +77,8 @@ _MANY = 50_000
 """Rows from which on a sort takes longer than it does to look it up."""
 _MOST_KEPT = 5
 """The columns that a page correlates at a time: two, and the lengths."""
+_AT_ONCE = 1 << 16
+"""Rows whose products are added up at once."""
 _KEPT: dict[bytes, np.ndarray] = {}
 """Centred ranks of columns by a hash of these, the one that was needed last at the end."""
 
@@ -85,7 +87,7 @@ def _products(columns: Sequence[np.ndarray]) -> list[list[int]]:
     """The inner products of columns of centred ranks, exact, [columns][columns]."""
     rows = len(columns[0])
     # what is added up at once stays within 64 bits
-    size = max(1, min(1 << 16, ((1 << 63) - 1) // max(1, rows * rows)))
+    size = max(1, min(_AT_ONCE, ((1 << 63) - 1) // max(1, rows * rows)))
     found = [[0] * len(columns) for _ in columns]
     for start in range(0, rows, size):
         block = np.stack([column[start : start + size] for column in columns]).astype(np.int64)

@@ -1,5 +1,8 @@
 """Rank statistics on cases with known answers."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -47,6 +50,43 @@ def test_partial_correlation_is_that_of_the_residuals_of_least_squares(rows):
         want = residual[:, 0] @ residual[:, 1] / np.sqrt((residual**2).sum(0).prod())
         assert stats.partial_spearman(a, b, controls) == pytest.approx(want, abs=1e-12)
     assert stats.spearman(a, b) == pytest.approx(stats.partial_spearman(a, b, []), abs=1e-12)
+
+
+def test_rank_correlations_are_those_of_exact_fractions(monkeypatch):
+    """Of any rows, whichever way they are cut for the sums, and in whichever order they come."""
+    values = [RNG.integers(0, 40, 500).astype(float) for _ in range(4)]
+    values[0][::7] = np.nan
+
+    def exact(a, b):
+        x, y = ([Fraction(float(r)) - Fraction(len(a) + 1, 2) for r in stats.ranks(v)] for v in (a, b))
+        products = [sum(p * q for p, q in zip(s, t, strict=True)) for s, t in ((x, y), (x, x), (y, y))]
+        return float(products[0]) / math.sqrt(products[1] * products[2])
+
+    both, order = np.isfinite(values[0]), RNG.permutation(500)
+    want = exact(values[0][both], values[1][both])
+    partial = stats.partial_spearman(*values[:2], values[2:])
+    for at_once in (1 << 16, 100):
+        monkeypatch.setattr(stats, "_AT_ONCE", at_once)
+        assert stats.spearman(values[0], values[1]) == want
+        assert stats.spearman(values[0][order], values[1][order]) == want
+        assert stats.partial_spearman(*(v[order] for v in values[:2]), [v[order] for v in values[2:]]) == partial
+
+
+def test_sums_of_products_stay_whole_numbers_beyond_64_bits(monkeypatch):
+    columns = [np.full(9, (1 << 30) - 1, np.int32), np.full(9, 1 - (1 << 30), np.int32)]
+    monkeypatch.setattr(stats, "_AT_ONCE", 8)  # no block of eight such products overflows
+    square = 9 * ((1 << 30) - 1) ** 2
+    assert stats._products(columns) == [[square, -square], [-square, square]]
+    assert square > 1 << 63
+
+
+def test_ranks_that_are_shared_are_those_of_each_column(monkeypatch):
+    monkeypatch.setattr(stats, "_MANY", 0)
+    monkeypatch.setattr(stats, "_KEPT", {})
+    columns = [RNG.normal(size=20) for _ in range(stats._MOST_KEPT + 3)]
+    for column in [*columns, *columns[::-1], columns[0], columns[0]]:
+        assert (stats._shared_ranks(column) == 2 * stats.ranks(column) - 21).all()
+    assert len(stats._KEPT) == stats._MOST_KEPT
 
 
 def test_auc_counts_wins_and_half_the_ties():

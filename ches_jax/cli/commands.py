@@ -134,7 +134,7 @@ class Score(RunOutput, ScoreConfig):
         from ches_jax.report.summary import summary_text
         from ches_jax.runs.directory import RUN, read_json
         from ches_jax.scores.run import score
-        from ches_jax.scores.table import FILE_NAME, read_table
+        from ches_jax.scores.table import FILE_NAME, open_table
 
         out = score(_only(ScoreConfig, self), **self.how)
         table = out / FILE_NAME
@@ -144,7 +144,7 @@ class Score(RunOutput, ScoreConfig):
         return Outcome(
             headline=f"{_scored(record['counts'])} -> {table}",
             path=out,
-            text="" if self.quiet else summary_text(read_table(out)[0]),
+            text="" if self.quiet else summary_text(open_table(out)),
             counts=record["counts"],
             paths={"table": table, "run": out / RUN},
             details=record,

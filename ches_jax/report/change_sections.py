@@ -13,7 +13,6 @@ from ches_jax.report.html import data_table, figure, gallery, paragraphs
 from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.report.score_page import SIGNED, label
 from ches_jax.report.summary import correlation
-from ches_jax.report.texts import Texts
 from ches_jax.scores.leading import leading_score
 from ches_jax.stats import spearman
 
@@ -42,7 +41,7 @@ class Moved:
     """More numbers: lengths, log-probabilities, scores of the first model."""
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Categories, flags."""
-    texts: Texts = field(default_factory=dict)
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tolerance: float = 0.05
 
     @property

@@ -1,8 +1,9 @@
 """What several pages share: the place of the table, scatter figures, links to rows, columns joined from other files."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from ches_jax.errors import RunError
 from ches_jax.report.html import escape
-from ches_jax.report.pair_table import Column, PairTable
+from ches_jax.report.pair_table import Column, Numbers, PairTable
 from ches_jax.runs.files import read_parquet
 from ches_jax.scores.table import JOINED
 
@@ -91,8 +92,26 @@ def _choice(pairs: PairTable, which: str, words: str, now: str) -> str:
 
 def row_key(pairs: PairTable, position: int) -> str:
     """What names a pair in links: its key columns, joined."""
+    return _key([column.values[position] for column in _key_columns(pairs)])
+
+
+def row_keys(pairs: PairTable) -> Iterator[str]:
+    """``row_key`` of each pair, in order."""
+    return map(_key, zip(*map(_each, _key_columns(pairs)), strict=True))
+
+
+def _key(parts: Sequence[Any]) -> str:
+    return "-".join(str(part).replace(" ", "_") for part in parts)
+
+
+def _key_columns(pairs: PairTable) -> list[Column]:
     columns = {c.name: c for c in pairs.columns}
-    return "-".join(str(columns[name].values[position]).replace(" ", "_") for name in pairs.key)
+    return [columns[name] for name in pairs.key]
+
+
+def _each(column: Column) -> Iterator[Any]:
+    """The values of a column, one at a time."""
+    return iter(np.asarray(column.values) if isinstance(column.values, Numbers) else column.values)
 
 
 def row_link(pairs: PairTable, position: int) -> str:

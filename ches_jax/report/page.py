@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ches_jax.errors import RunError
 from ches_jax.report.document import Page
-from ches_jax.report.render import render
+from ches_jax.report.render import pieces
 from ches_jax.runs.directory import CONFIG
 from ches_jax.runs.files import found_below, remove_leftovers, replacing
 from ches_jax.runs.store import fetched_run, output_place, place
@@ -42,8 +42,13 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
     return write_page(page_of(folder, rows), output_place(given if out is None else out, RunError))
 
 
-def page_of(folder: Path, rows: Iterable[SourceRow] | None = None, most_texts: int | None = None) -> Page:
-    """The page of a run directory, by what it holds; ``most_texts``: how many pairs of a score run have texts."""
+def is_of_scores(folder: Path) -> bool:
+    """Whether the page of a run directory is that of its scores."""
+    return (folder / "scores.parquet").is_file() and not (folder / "diagnosis.json").exists()
+
+
+def page_of(folder: Path, rows: Iterable[SourceRow] | None = None) -> Page:
+    """The page of a run directory, by what it holds."""
     has = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "diagnosis.json" in has:
         from ches_jax.report.diagnosis_page import diagnosis_page
@@ -52,7 +57,7 @@ def page_of(folder: Path, rows: Iterable[SourceRow] | None = None, most_texts: i
     if "scores.parquet" in has:
         from ches_jax.report.score_page import score_page
 
-        return score_page(folder, rows, most_texts)
+        return score_page(folder, rows)
     if has & {"displacement.parquet", "displacement"}:
         from ches_jax.report.training_page import training_page
 
@@ -84,8 +89,8 @@ def write_page(page: Page, out: Path) -> Path:
     """Writes a page whole or not at all."""
     path = out / FILE_NAME
     remove_leftovers(out, FILE_NAME)
-    with replacing(path) as temporary:
-        temporary.write_text(render(page), encoding="utf-8", newline="\n")
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(pieces(page))
     return path
 
 

@@ -6,16 +6,18 @@ table's order and short for the others, within a budget of characters. Of more p
 
 import base64
 import gzip
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from ches_jax.report.axes import axis, digits_of
 from ches_jax.report.html import clean
+from ches_jax.scores.table import Scores, blocks, rows_at
 
 LARGE = 16 << 20
 """Bytes from which on a block is compressed for speed."""
@@ -36,18 +38,69 @@ has it (``clean``)."""
 
 @dataclass(frozen=True)
 class Ids(Sequence[str]):
-    """A column of texts of a table, each made when it is read."""
+    """The ids of the rows of a table, read from it where they are needed."""
 
-    column: pa.ChunkedArray
+    table: Scores
 
     def __len__(self) -> int:
-        return len(self.column)
+        return len(self.table)
 
     def __getitem__(self, at: Any) -> Any:
-        return self.column[at].as_py()
+        return rows_at(self.table, [at], ["row_id"])["row_id"][0].as_py()
 
     def __iter__(self) -> Iterator[str]:
-        return (value for chunk in self.column.chunks for value in chunk.to_pylist())
+        return (row_id for block in blocks(self.table, ["row_id"]) for row_id in block["row_id"].to_pylist())
+
+
+@dataclass(frozen=True)
+class Numbers(Sequence[Any]):
+    """A column of numbers that is made where it is needed, and not kept: a page of a million pairs has many."""
+
+    rows: int
+    make: Callable[[], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.make()[at]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+class Texts(Sequence[str]):
+    """A side of the pairs of a page: the texts of those that have one there, "" for the others.
+
+    Of the pairs that need not be whole it keeps what a page can show (``most``), as soon as the page is full.
+    """
+
+    def __init__(self, rows: int, positions: np.ndarray, most: int, backwards: bool = False):
+        """Empty texts of the pairs at ``positions``; of a cut text its end is kept where it is ``backwards``."""
+        self.positions = positions
+        self.sizes = np.zeros(len(positions), np.int64)
+        """Characters of each text before it is cut."""
+        self._rows, self._most, self._backwards = rows, most, backwards
+        self._texts = [""] * len(positions)
+
+    def set(self, place: int, text: str, whole: bool) -> None:
+        """Keeps the text of the pair at ``positions[place]``."""
+        self.sizes[place] = len(text)
+        self._texts[place] = text if whole else self._cut(text)
+
+    def cut(self, whole: np.ndarray) -> None:
+        """Cuts what is kept already, but for the places that are ``whole``."""
+        self._texts = [t if w else self._cut(t) for t, w in zip(self._texts, whole.tolist(), strict=True)]
+
+    def _cut(self, text: str) -> str:
+        return text if len(text) <= self._most else text[-self._most :] if self._backwards else text[: self._most]
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, at: Any) -> Any:
+        place = int(np.searchsorted(self.positions, at))
+        return self._texts[place] if place < len(self.positions) and self.positions[place] == at else ""
 
 
 @dataclass(frozen=True)
@@ -125,20 +178,19 @@ class PairTable:
     show_key: str = ""
     """The column whose number ends the command; the pair's key when empty."""
 
-    def encoded(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What describes the columns, and the packed blocks by name."""
+    def encoded(self) -> tuple[dict[str, Any], dict[str, Iterator[str]]]:
+        """What describes the columns, and the packed blocks by name, each written as it is read."""
         whole, short = self._budget()
-        texts, cut = self._texts(whole, short)
+        cut = self._is_cut(whole, short)
         columns = list(self.columns)
         if cut.any():
             columns.append(Column(name="_cut", label="", values=cut.astype(int), shown=False))
-        meta, arrays, offset = [], [], 0
+        meta, offset = [], 0
         for column in columns:
-            described, data = _encode(column)
-            padding = -offset % 4
-            arrays.append(b"\0" * padding + data.tobytes())
-            meta.append({**described, "offset": offset + padding})
-            offset += padding + data.nbytes
+            described = _described(column)
+            offset += -offset % 4
+            meta.append({**described, "offset": offset})
+            offset += self.rows * int(described["type"][1])
         sides = [name for name in ("prompt", "chosen", "rejected", "response") if name in self.texts]
         head = {
             "rows": self.rows,
@@ -153,22 +205,19 @@ class PairTable:
             "showKey": self.show_key,
             "searches": "words" if not cut.any() else f"words, in the first {short} characters",
         }
-        blocks = {
-            "numbers": packed(b"".join(arrays)),
-            "texts": packed(_json({name: SEPARATOR.join(of) for name, of in texts.items()})),
-        }
+        packs = {"numbers": packed(_aligned(map(_data, columns))), "texts": packed(self._text_block(whole, short))}
         if self.tokens is not None and self.tokens.of:
             t = self.tokens
             head["tokens"] = {"name": t.name, "label": t.label, "up": t.up, "down": t.down, **t.sides}
-            blocks["tokens"] = packed(_json(_cleaned({str(k): dict(v) for k, v in t.of.items()})))
-        return head, blocks
+            packs["tokens"] = packed([_json(_cleaned({str(k): dict(v) for k, v in t.of.items()}))])
+        return head, packs
 
     def _budget(self) -> tuple[np.ndarray, int]:
         """Which rows keep whole texts, and how many characters of each text the others keep."""
         sizes = np.zeros(self.rows, dtype=np.int64)
         rows = self._with_texts()
         for texts in self.texts.values():
-            sizes[rows] += np.fromiter((min(len(texts[i]), LONGEST) for i in rows), np.int64, len(rows))
+            sizes[rows] += np.minimum(_sizes(texts, rows), LONGEST)
         if sizes.sum() <= CHARACTERS:
             return np.ones(self.rows, dtype=bool), LONGEST
         whole = np.zeros(self.rows, dtype=bool)
@@ -177,8 +226,7 @@ class PairTable:
         spent = np.cumsum(sizes[ends])
         whole[ends[spent <= CHARACTERS // 3]] = True
         left = CHARACTERS - int(sizes[whole].sum())
-        count = max(1, len(self.texts) * int((~whole[rows]).sum()))
-        return whole, int(np.clip(left // count, 24, 400))
+        return whole, short_texts(left, len(self.texts) * int((~whole[rows]).sum()))
 
     def _with_texts(self) -> np.ndarray:
         """Positions of the pairs that have texts on the page."""
@@ -193,24 +241,71 @@ class PairTable:
         values = way * np.asarray(column.values, dtype=np.float64)
         return np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable")
 
-    def _texts(self, whole: np.ndarray, short: int) -> tuple[dict[str, list[str]], np.ndarray]:
+    def _is_cut(self, whole: np.ndarray, short: int) -> np.ndarray:
+        """Which rows have less than their texts on the page, [rows]."""
         cut = np.zeros(self.rows, dtype=bool) if self.left_out is None else self.left_out.copy()
-        out: dict[str, list[str]] = {}
-        for name, texts in self.texts.items():
-            out[name] = ["…"] * self.rows
-            for i in self._with_texts().tolist():
+        rows = self._with_texts()
+        most = np.where(whole[rows], LONGEST, short)
+        for texts in self.texts.values():
+            cut[rows[_sizes(texts, rows) > most]] = True
+        return cut
+
+    def _text_block(self, whole: np.ndarray, short: int) -> Iterator[bytes]:
+        """JSON: by side, the texts of all rows with ``SEPARATOR`` between them."""
+        with_texts = self._with_texts()
+
+        def of(name: str, start: int, stop: int) -> list[str]:
+            texts, out = self.texts[name], ["…"] * (stop - start)
+            low, high = np.searchsorted(with_texts, [start, stop])
+            for i in with_texts[low:high].tolist():
                 text = str(texts[i])
                 most = LONGEST if whole[i] else short
                 if len(text) > most:
-                    cut[i] = True
                     text = "… " + text[-most:] if name == "prompt" and not whole[i] else text[:most] + " …"
-                out[name][i] = clean(text)
+                out[i - start] = clean(text)
+            return out
+
+        before = b"{"
+        for name in self.texts:
+            yield before + _json(name) + b":"
+            yield from _joined(of(name, start, min(start + _AT_ONCE, self.rows)) for start in self._starts())
+            before = b","
         if self.row_ids is not None and self.rows <= MOST_IDS:
-            out["id"] = [clean(i) for i in self.row_ids]
-        return out, cut
+            yield before + _json("id") + b":"
+            yield from _joined([[clean(i) for i in self.row_ids]])
+            before = b","
+        yield b"}" if before == b"," else b"{}"
+
+    def _starts(self) -> range:
+        return range(0, self.rows, _AT_ONCE)
 
 
-def _encode(column: Column) -> tuple[dict[str, Any], np.ndarray]:
+_AT_ONCE = 4096
+"""Rows whose texts are written at once."""
+
+
+def short_texts(characters: int, count: int) -> int:
+    """How many characters each of ``count`` texts has."""
+    return int(np.clip(characters // max(1, count), 24, 400))
+
+
+def _sizes(texts: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """Characters of some texts."""
+    if isinstance(texts, Texts):
+        return texts.sizes[np.searchsorted(texts.positions, rows)]
+    return np.fromiter((len(texts[i]) for i in rows), np.int64, len(rows))
+
+
+def _joined(parts: Iterable[Sequence[str]]) -> Iterator[bytes]:
+    """Texts with ``SEPARATOR`` between them, as a string of JSON."""
+    before = b'"'
+    for texts in parts:
+        yield before + _json(SEPARATOR.join(texts))[1:-1]
+        before = _json(SEPARATOR)[1:-1]
+    yield b'"' if before != b'"' else b'""'
+
+
+def _described(column: Column) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": column.name,
         "label": clean(column.label),
@@ -224,22 +319,53 @@ def _encode(column: Column) -> tuple[dict[str, Any], np.ndarray]:
         "digits": None,
     }
     if column.kind == "word":
-        given = column.values if isinstance(column.values, Words) else _coded(column.values)
-        words = [clean(word) for word in given.names]
-        names = sorted(set(words))
-        code = {word: i for i, word in enumerate(names)}
-        size = np.uint8 if len(names) < 256 else np.uint16 if len(names) < 65536 else np.int32
-        data = np.array([code[word] for word in words], size)[given.codes]
-        kind = {np.uint8: "u1", np.uint16: "u2", np.int32: "i4"}[size]
-        return {**described, "type": kind, "values": names}, data
+        names = _names(_as_words(column))
+        return {**described, "type": _word_type(names)[0], "values": names}
     values = np.asarray(column.values)
     if values.dtype.kind in "iu":
-        return {**described, "type": "i4", "digits": 0, "axis": _axis(values)}, values.astype(np.int32)
-    values = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
+        return {**described, "type": "i4", "digits": 0, "axis": _axis(values)}
+    values = _float32(values)
     finite = values[np.isfinite(values)]
     counted = bool(finite.size and (finite == np.round(finite)).all() and np.abs(finite).max() < 1e7)
     digits = 0 if counted else digits_of(finite)
-    return {**described, "type": "f4", "digits": digits, "axis": _axis(values, column.signed)}, values
+    return {**described, "type": "f4", "digits": digits, "axis": _axis(values, column.signed)}
+
+
+def _data(column: Column) -> bytes:
+    """The numbers of a column, or the places of its words among ``_names``."""
+    if column.kind == "word":
+        given = _as_words(column)
+        names = _names(given)
+        code = {word: i for i, word in enumerate(names)}
+        return np.array([code[clean(word)] for word in given.names], _word_type(names)[1])[given.codes].tobytes()
+    values = np.asarray(column.values)
+    return (values.astype(np.int32) if values.dtype.kind in "iu" else _float32(values)).tobytes()
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan).astype(np.float32)
+
+
+def _as_words(column: Column) -> Words:
+    return column.values if isinstance(column.values, Words) else _coded(column.values)
+
+
+def _names(words: Words) -> list[str]:
+    return sorted({clean(word) for word in words.names})
+
+
+def _word_type(names: Sequence[str]) -> tuple[str, Any]:
+    """Of the places of so many words, for the page and for numpy."""
+    return ("u1", np.uint8) if len(names) < 256 else ("u2", np.uint16) if len(names) < 65536 else ("i4", np.int32)
+
+
+def _aligned(arrays: Iterable[bytes]) -> Iterator[bytes]:
+    """Each array, behind what makes it begin at a multiple of four bytes."""
+    offset = 0
+    for data in arrays:
+        yield b"\0" * (-offset % 4)
+        yield data
+        offset += -offset % 4 + len(data)
 
 
 def _coded(values: Sequence[Any] | np.ndarray) -> Words:
@@ -253,10 +379,23 @@ def _axis(values: np.ndarray, zero: bool = False) -> dict[str, Any]:
     return {"range": [scale.low, scale.high], "ticks": list(scale.ticks), "labels": list(scale.labels)}
 
 
-def packed(data: bytes) -> str:
-    """Bytes as compressed base64, the same for the same bytes."""
-    level = 6 if len(data) < LARGE else 3  # 2 % larger in a third of the time
-    return base64.b64encode(gzip.compress(data, level, mtime=0)).decode()
+def packed(parts: Iterable[bytes]) -> Iterator[str]:
+    """Bytes as compressed base64, the same for the same bytes, written as they are read."""
+    begin, size, left = [], 0, iter(parts)
+    for part in left:
+        begin.append(part)
+        size += len(part)
+        if size >= LARGE:
+            break
+    level = 6 if size < LARGE else 3  # 2 % larger in a third of the time
+    made = zlib.compressobj(level, wbits=31)
+    waiting = b""
+    for part in itertools.chain((begin.pop(0) for _ in range(len(begin))), left):
+        waiting += made.compress(part)
+        ready = len(waiting) // 3 * 3
+        yield base64.b64encode(waiting[:ready]).decode()
+        waiting = waiting[ready:]
+    yield base64.b64encode(waiting + made.flush()).decode()
 
 
 def unpacked(text: str) -> bytes:

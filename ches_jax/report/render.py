@@ -7,6 +7,7 @@ so that markup which should slip through does nothing.
 import base64
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,6 +18,11 @@ from ches_jax.report.html import clean
 
 def render(page: Page) -> str:
     """The page's text."""
+    return "".join(pieces(page))
+
+
+def pieces(page: Page) -> Iterator[str]:
+    """The page's text, a piece after the other: that of a million pairs is never in memory as a whole."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -28,7 +34,7 @@ def render(page: Page) -> str:
     ]
     meta, blocks = page.pairs.encoded() if page.pairs is not None else ({}, {})
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(asset("page.html.j2"))
-    return template.render(
+    return template.generate(
         page={
             "title": clean(page.title),
             "headline": clean(page.headline),
@@ -43,7 +49,7 @@ def render(page: Page) -> str:
         style=Markup(style),
         script=Markup(script),
         data=Markup(json_for_script(meta)),
-        blocks={name: Markup(text) for name, text in blocks.items()},
+        blocks={name: map(Markup, texts) for name, texts in blocks.items()},
     )
 
 

@@ -2,26 +2,25 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ches_jax.errors import RunError
 from ches_jax.report import elements, essays, svg, tables
 from ches_jax.report.axes import axis, digits_of, percent, readable
 from ches_jax.report.document import Page, Section, Tone
 from ches_jax.report.html import data_table, escape, figure, folded, gallery, paragraphs
-from ches_jax.report.pair_table import MOST_TEXTS, Column, Ids, PairTable, Words
+from ches_jax.report.pair_table import MOST_TEXTS, WHOLE, Column, Ids, Numbers, PairTable, Words
 from ches_jax.report.provenance import model_name, provenance, read_record, short_path
 from ches_jax.report.summary import correlation
 from ches_jax.report.texts import read_texts, token_table
 from ches_jax.scores.formulas import SCORES, numbers, score_column
-from ches_jax.scores.leading import LOW_IS_WORSE, leading_score
-from ches_jax.scores.table import INFLUENCE, read_table, table_path, words
+from ches_jax.scores.leading import LOW_IS_WORSE, Leading, leading_score
+from ches_jax.scores.table import INFLUENCE, Scores, StoredTable, open_table, table_path, words
 from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, read_run
 from ches_jax.stats import QUANTILES, spearman
 
@@ -65,30 +64,20 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, most_texts: int | None = None) -> Page:
+def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> Page:
     """The page of a directory of ``ches score``.
 
     Args:
       run_dir: the directory (``scores.parquet``; ``run.json``, ``dropped.jsonl``, ``token_scores.parquet``,
         ``forecast.parquet`` and ``influence.parquet`` where there are any).
       rows: the rows that were scored, for their texts; opened from the run when not given.
-      most_texts: how many pairs have texts; ``pair_table.MOST_TEXTS`` when not given.
 
     Raises:
       RunError: not a directory of a score run, or its table has no rows.
     """
     run_dir = table_path(run_dir).parent
-    table, metadata = read_table(run_dir)
-    if not len(table):
-        raise RunError(f"{run_dir}: the score table has no rows; there is nothing to report")
-    scores = tables.shown_scores(table)
-    joined = elements.joined(run_dir, Ids(table["row_id"]))
-    leading = leading_score([*scores, *joined])
-    if leading is None:
-        raise RunError(
-            f"{run_dir}: the score table has no score this page knows; it has {', '.join(table.column_names)}"
-        )
-    values = joined[leading.name] if leading.name in joined else scores[leading.name]
+    table, joined, leading = _opened(run_dir)
+    values = joined[leading.name] if leading.name in joined else score_column(table, leading.name)
     low_is_worse = leading.name in LOW_IS_WORSE
     risky = -values if low_is_worse else values
     cut, standing = stands_out(risky)
@@ -97,15 +86,13 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, mos
     config = read_run(run_dir).get("config") or {}
     scored = run_dir / INFLUENCE if leading.name in joined else run_dir
     command = f"ches select --scores {elements.quoted(scored)} --by {leading.name} --keep below:VALUE --out kept"
-    pairs = _pair_table(run_dir, table, scores, joined, leading.name)
-    pairs, notes = _with_texts(pairs, run_dir, table, rows, MOST_TEXTS if most_texts is None else most_texts)
+    pairs, notes = _with_texts(_pair_table(run_dir, table, joined, leading.name), run_dir, table, rows)
     name = label(leading.name)
-    order = np.argsort(np.where(np.isnan(risky), np.inf, -risky), kind="stable")
-    top = [int(p) for p in order[:3] if np.isfinite(risky[p])]
+    top = [p for p in pairs.leading_rows()[:3].tolist() if np.isfinite(risky[p])]
     links = ", ".join(elements.row_link(pairs, p) for p in top)
     worst = f"Most at risk: {links}." if leading.name in joined else f"Highest: {links}."
-    longer, total = tables.differences(table)
-    by_length = {"rejected minus chosen tokens": spearman(risky, longer), "the total length": spearman(risky, total)}
+    lengths = ("rejected minus chosen tokens", "the total length")
+    by_length = {name: spearman(risky, of) for name, of in zip(lengths, tables.differences(table), strict=True)}
     kept = _standing_words(len(standing), len(table), name)
     bound = readable(-cut if low_is_worse else cut, digits_of(values))
     answers = [
@@ -142,7 +129,7 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, mos
             anchor="reading", heading="What the scores are and how to read them", body=_reading(table), folded=True
         ),
         Section(anchor="limits", heading="What this does not show", body=paragraphs(*essays.SCORE_LIMITS), folded=True),
-        provenance(record, {"scores": metadata}),
+        provenance(record, {"scores": table.metadata}),
     ]
     data = short_path(config.get("pairs")) or "pairs"
     tone: Tone = "unsure" if len(standing) else "plain"
@@ -159,6 +146,32 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None, mos
         sections=[s for s in sections if s.body],
         pairs=pairs,
     )
+
+
+def _opened(run_dir: Path) -> tuple[StoredTable, dict[str, np.ndarray], Leading]:
+    """The table of a run, the columns of other tables beside it, and the score that leads."""
+    table = open_table(run_dir)
+    if not len(table):
+        raise RunError(f"{run_dir}: the score table has no rows; there is nothing to report")
+    joined = elements.joined(run_dir, Ids(table))
+    leading = leading_score([*tables.shown_scores(table), *joined])
+    if leading is None:
+        raise RunError(
+            f"{run_dir}: the score table has no score this page knows; it has {', '.join(table.column_names)}"
+        )
+    return table, joined, leading
+
+
+def one_pair(run_dir: Path, find: Callable[[PairTable], int]) -> tuple[PairTable, int, list[str]]:
+    """The pairs of a run, the position that ``find`` finds, the only one that has its texts and tokens; and notes."""
+    table, joined, leading = _opened(run_dir)
+    pairs = _pair_table(run_dir, table, joined, leading.name)
+    position = find(pairs)
+    shown = np.zeros(pairs.rows, dtype=bool)
+    shown[position] = True
+    texts, note = read_texts(run_dir, table, None, shown, np.array([position]))
+    tokens = token_table(run_dir, table, [position], texts)
+    return dataclasses.replace(pairs, texts=texts, tokens=tokens), position, [note] if note else []
 
 
 def stands_out(values: np.ndarray) -> tuple[float, np.ndarray]:
@@ -197,13 +210,13 @@ def _length_words(name: str, found: Mapping[str, float]) -> str:
     return f'<span class="tones">{answer}</span> Rank correlation of {escape(name)}: {numbers_told}.{advice}'
 
 
-def _data_words(table: pa.Table, dropped: Mapping[Any, str]) -> str:
-    flagged = 0
-    if "flags" in table.schema.names:
-        flagged = int((pc.call_function("list_value_length", [table["flags"]]).fill_null(0).to_numpy() > 0).sum())
+def _data_words(table: Scores, dropped: Mapping[Any, str]) -> str:
     unscored = len(table) - tables.scored_rows(table)
-    words = f"{len(dropped):,} rows dropped before scoring, {flagged:,} flagged, {unscored:,} without a score."
-    return f'{escape(words)} <a href="#health">Data health</a>.'
+    told = (
+        f"{len(dropped):,} rows dropped before scoring, {tables.flagged_rows(table):,} flagged, "
+        f"{unscored:,} without a score."
+    )
+    return f'{escape(told)} <a href="#health">Data health</a>.'
 
 
 def _threshold_figure(name: str, values: np.ndarray, command: str) -> str:
@@ -235,29 +248,29 @@ def _other_axis(pairs: PairTable, leading: str) -> str:
     return next((n for n in wanted if n in names and n != leading), names[0])
 
 
-def _pair_table(
-    run_dir: Path,
-    table: pa.Table,
-    scores: Mapping[str, np.ndarray],
-    joined: Mapping[str, np.ndarray],
-    leading: str,
-) -> PairTable:
+def _pair_table(run_dir: Path, table: Scores, joined: Mapping[str, np.ndarray], leading: str) -> PairTable:
     names = table.schema.names
-    numeric: dict[str, np.ndarray] = {**joined, **scores}
+    made: dict[str, Callable[[], np.ndarray]] = {n: partial(score_column, table, n) for n in tables.shown_scores(table)}
     lengths = [n for n in ("chosen_tokens", "rejected_tokens", "prompt_tokens", "shared_prefix_tokens") if n in names]
-    numeric |= {n: numbers(table, n) for n in [*lengths, *(n for n in ("logp_chosen", "logp_rejected") if n in names)]}
+    as_stored = [*lengths, *(n for n in ("logp_chosen", "logp_rejected") if n in names)]
+    made |= {n: partial(numbers, table, n) for n in as_stored}
     if {"chosen_tokens", "rejected_tokens"} <= set(names):
-        numeric["rejected_minus_chosen"] = tables.differences(table)[0]
+        made["rejected_minus_chosen"] = lambda: tables.differences(table)[0]
+    numeric: dict[str, Sequence[Any] | np.ndarray] = {**joined, **{n: Numbers(len(table), f) for n, f in made.items()}}
     ordered = [leading, *(n for n in TABLE if n in numeric and n != leading)]
     ordered += [n for n in numeric if n not in ordered]
     columns = [
         Column(
-            name="index", label="row", values=table["index"].to_numpy(), down=False, meaning="row of the data, from 0"
+            name="index",
+            label="row",
+            values=Numbers(len(table), lambda: table["index"].to_numpy()),
+            down=False,
+            meaning="row of the data, from 0",
         )
     ]
     for name in ("chosen_candidate", "rejected_candidate"):
         if name in names:
-            numbered = [str(v) if v is not None else "" for v in table[name].to_pylist()]
+            numbered = Words(*words(table, name))
             columns.append(Column(name=name, label=label(name), values=numbered, kind="word", shown=False))
     for name in ordered:
         unit = (
@@ -283,7 +296,7 @@ def _pair_table(
         )
     for name in ("category", "flags"):
         if name in names:
-            given = _words(table, name)
+            given = Words(*words(table, name))
             if any(given.names):
                 columns.append(
                     Column(name=name, label=name, values=given, kind="word", minor=True, shown=name == "category")
@@ -295,41 +308,34 @@ def _pair_table(
         columns=columns,
         key=key,
         sort=(leading, 1 if leading in LOW_IS_WORSE else -1),
-        row_ids=Ids(table["row_id"]),
+        row_ids=Ids(table),
         show=elements.show_command(run_dir),
         show_key="index",
     )
 
 
 def _with_texts(
-    pairs: PairTable, run_dir: Path, table: pa.Table, rows: Iterable[SourceRow] | None, most: int
+    pairs: PairTable, run_dir: Path, table: Scores, rows: Iterable[SourceRow] | None
 ) -> tuple[PairTable, list[str]]:
-    """The table with the texts of ``most`` pairs, those at both ends of its order, and with token scores; and notes."""
-    order = pairs.leading_rows()
+    """The table with the texts of ``MOST_TEXTS`` pairs, at both ends of its order, and with token scores; and notes."""
+    order, most = pairs.leading_rows(), MOST_TEXTS
     shown = np.ones(pairs.rows, dtype=bool)
     shown[order[most - most // 2 : pairs.rows - most // 2]] = False
-    texts, note = read_texts(run_dir, table, rows, shown)
+    first, last = order[: max(WHOLE, TOKENS_OF)].copy(), order[-WHOLE:].copy()
+    del order
+    texts, note = read_texts(run_dir, table, rows, shown, np.concatenate([first, last]))
     notes = [note] if note else []
     if texts and not shown.all():
         notes.append(
             f"Of {pairs.rows:,} pairs the {most:,} at both ends of the table's order have their texts on this page; "
             f"{pairs.show} ROW prints those of any."
         )
-    tokens = token_table(run_dir, table, order[:TOKENS_OF].tolist(), texts)
+    tokens = token_table(run_dir, table, first[:TOKENS_OF].tolist(), texts)
     left_out = None if shown.all() or not texts else ~shown
     return dataclasses.replace(pairs, texts=texts, left_out=left_out, tokens=tokens), notes
 
 
-def _words(table: pa.Table, name: str) -> Words:
-    """A column of texts, or of lists of them with commas, a word for each pair."""
-    column = table[name]
-    if pa.types.is_list(column.type):
-        column = pc.call_function("binary_join", [column, ", "])
-    names, codes = words(pa.table({name: column}), name)
-    return Words(names, codes)
-
-
-def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
+def _categories(table: Scores, leading: str, values: np.ndarray) -> str:
     found = tables.category_rows(table)
     if not found:
         return ""
@@ -363,8 +369,8 @@ def _categories(table: pa.Table, leading: str, values: np.ndarray) -> str:
     return gallery([drawn, f"<div>{paragraphs(explained)}{table_html}</div>"])
 
 
-def _scores_section(table: pa.Table, leading: str) -> str:
-    digits = {name: digits_of(values) for name, values in tables.shown_scores(table).items()}
+def _scores_section(table: Scores, leading: str) -> str:
+    digits = {name: digits_of(score_column(table, name)) for name in tables.shown_scores(table)}
     rows = [[label(n), *(readable(v, digits.get(n, 0)) for v in vs)] for n, vs in tables.quantile_rows(table)]
     by_length = [
         [label(r.score), *map(correlation, (r.difference, r.total, r.difference_given_total, r.total_given_difference))]
@@ -400,7 +406,7 @@ def _scores_section(table: pa.Table, leading: str) -> str:
     )
 
 
-def _surface(table: pa.Table) -> str:
+def _surface(table: Scores) -> str:
     """How many pairs differ little on the surface and look alike to the model."""
     if not {"ches", "edit_distance"} <= set(table.schema.names):
         return ""
@@ -416,7 +422,7 @@ def _surface(table: pa.Table) -> str:
     )
 
 
-def health(table: pa.Table, dropped: Mapping[str, int]) -> str:
+def health(table: Scores, dropped: Mapping[str, int]) -> str:
     """What was wrong with rows, in numbers."""
     scored = tables.scored_rows(table)
     rows = [["in the table", len(table)], ["with a score", scored], ["without a score", len(table) - scored]]
@@ -435,7 +441,7 @@ def health(table: pa.Table, dropped: Mapping[str, int]) -> str:
     return gallery([f"<div>{p}</div>" for p in parts])
 
 
-def _reading(table: pa.Table) -> str:
+def _reading(table: Scores) -> str:
     meanings = [[label(n), SCORES[n].meaning] for n in tables.shown_scores(table)]
     return paragraphs(*essays.SCORE_READING) + data_table(["score", "meaning"], meanings, text_columns=2)
 

@@ -2,10 +2,9 @@
 
 import math
 
-import pyarrow as pa
-
 from ches_jax.errors import printable
 from ches_jax.report.tables import category_rows, flag_counts, quantile_rows, scored_rows, separating_score
+from ches_jax.scores.table import Scores
 from ches_jax.stats import QUANTILES
 
 WIDTH = 100
@@ -33,9 +32,10 @@ def one_line(text: str, width: int) -> str:
     return clean if len(clean) <= width else clean[: width - 3] + "..."
 
 
-def summary_text(table: pa.Table) -> str:
+def summary_text(table: Scores) -> str:
     """Quantiles of scores and lengths, flags, and how categories separate.
 
+    >>> import pyarrow as pa
     >>> ids = {"row_id": ["a"], "index": [0], "ches": [1.5]}
     >>> print(summary_text(pa.table(ids)).splitlines()[0])
     1 pairs, 1 scored
@@ -44,13 +44,13 @@ def summary_text(table: pa.Table) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _counts(table: pa.Table) -> list[str]:
+def _counts(table: Scores) -> list[str]:
     scored = scored_rows(table)
     without = len(table) - scored
     return [f"{len(table)} pairs, {scored} scored" + (f", {without} without a score" if without else "")]
 
 
-def _quantiles(table: pa.Table) -> list[str]:
+def _quantiles(table: Scores) -> list[str]:
     if not len(table):
         return []
     header = f"{'score':<{_NAME}}" + "".join(f"{name:>11}" for name in QUANTILES)
@@ -58,14 +58,14 @@ def _quantiles(table: pa.Table) -> list[str]:
     return [header, *rows]
 
 
-def _flags(table: pa.Table) -> list[str]:
+def _flags(table: Scores) -> list[str]:
     counts = flag_counts(table)
     if not counts:
         return []
     return ["flags", *(one_line(f"  {flag:<20}{n:>9}  {meaning}", WIDTH) for flag, n, meaning in counts)]
 
 
-def _categories(table: pa.Table) -> list[str]:
+def _categories(table: Scores) -> list[str]:
     rows = category_rows(table)
     if not rows:
         return []

@@ -1,13 +1,14 @@
 """What a report says about a score table, as plain rows: shared by the page and the printed summary."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from ches_jax.scores.formulas import available, numbers, score_column
 from ches_jax.scores.leading import leading_score
-from ches_jax.scores.table import words
+from ches_jax.scores.table import Scores, blocks, words
 from ches_jax.stats import auc, mean, partial_spearman, quantiles, spearman
 
 LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "shared_prefix_tokens")
@@ -25,41 +26,52 @@ class CategoryRow:
     """Of the same: the chance that a pair of the category scores above one of another."""
 
 
-def shown_scores(table: pa.Table) -> dict[str, np.ndarray]:
-    """The scores of a table by name, without the controls of selection."""
-    names = [name for name in available(table) if name not in ("chosen_tokens", "random")]
-    return {name: score_column(table, name) for name in names}
+def shown_scores(table: Scores) -> list[str]:
+    """The names of the scores of a table, without the controls of selection."""
+    return [name for name in available(table) if name not in ("chosen_tokens", "random")]
 
 
-def quantile_rows(table: pa.Table) -> list[tuple[str, list[float]]]:
+def quantile_rows(table: Scores) -> list[tuple[str, list[float]]]:
     """Quantiles of every score, then of every length."""
-    rows = [(name, quantiles(values)) for name, values in shown_scores(table).items()]
+    rows = [(name, quantiles(score_column(table, name))) for name in shown_scores(table)]
     return rows + [(n, quantiles(numbers(table, n))) for n in LENGTHS if n in table.schema.names]
 
 
-def scored_rows(table: pa.Table) -> int:
+def scored_rows(table: Scores) -> int:
     """How many rows have a score."""
-    return len(table) - table["ches"].null_count if "ches" in table.schema.names else len(table)
+    if "ches" not in table.schema.names:
+        return len(table)
+    return len(table) - sum(block["ches"].null_count for block in blocks(table, ["ches"]))
 
 
-def flag_counts(table: pa.Table) -> list[tuple[str, int, str]]:
+def flag_counts(table: Scores) -> list[tuple[str, int, str]]:
     """Flags with their number of rows and their meaning, the commonest first."""
     from ches_jax.data.audit import FLAGS
 
     if "flags" not in table.schema.names:
         return []
-    found = table["flags"].combine_chunks().flatten().value_counts().to_pylist()  # by first occurrence
-    counts = sorted(((one["values"], one["counts"]) for one in found), key=lambda one: -one[1])
-    return [(flag, n, FLAGS.get(flag, "")) for flag, n in counts]
+    counts: Counter[str] = Counter()  # by first occurrence
+    for block in blocks(table, ["flags"]):
+        for one in block["flags"].combine_chunks().flatten().value_counts().to_pylist():
+            counts[one["values"]] += one["counts"]
+    return [(flag, n, FLAGS.get(flag, "")) for flag, n in counts.most_common()]
 
 
-def separating_score(table: pa.Table) -> str | None:
+def flagged_rows(table: Scores) -> int:
+    """How many rows have a flag."""
+    if "flags" not in table.schema.names:
+        return 0
+    lengths = (pc.call_function("list_value_length", [block["flags"]]) for block in blocks(table, ["flags"]))
+    return sum(int((of_block.fill_null(0).to_numpy() > 0).sum()) for of_block in lengths)
+
+
+def separating_score(table: Scores) -> str | None:
     """The score that separates categories: the one that leads (``scores.leading``)."""
     found = leading_score(shown_scores(table))
     return None if found is None else found.name
 
 
-def category_rows(table: pa.Table) -> list[CategoryRow]:
+def category_rows(table: Scores) -> list[CategoryRow]:
     """Categories, the highest separating mean first; empty when the data has none."""
     by = separating_score(table)
     if "category" not in table.schema.names or by is None:
@@ -85,41 +97,45 @@ class LengthRow:
     total_given_difference: float
 
 
-def differences(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def differences(table: Scores) -> tuple[np.ndarray, np.ndarray]:
     """``rejected - chosen`` tokens, and their sum."""
     chosen, rejected = numbers(table, "chosen_tokens"), numbers(table, "rejected_tokens")
     return rejected - chosen, rejected + chosen
 
 
-def length_rows(table: pa.Table) -> list[LengthRow]:
+def length_rows(table: Scores) -> list[LengthRow]:
     """The length confound, score by score."""
     difference, total = differences(table)
-    return [
-        LengthRow(
-            name,
-            spearman(values, difference),
-            spearman(values, total),
-            partial_spearman(values, difference, [total]),
-            partial_spearman(values, total, [difference]),
+    rows = []
+    for name in shown_scores(table):
+        values = score_column(table, name)
+        rows.append(
+            LengthRow(
+                name,
+                spearman(values, difference),
+                spearman(values, total),
+                partial_spearman(values, difference, [total]),
+                partial_spearman(values, total, [difference]),
+            )
         )
-        for name, values in shown_scores(table).items()
-    ]
+    return rows
 
 
-def agreement_rows(table: pa.Table) -> list[tuple[str, float, float]]:
+def agreement_rows(table: Scores) -> list[tuple[str, float, float]]:
     """Each score against CHES: Spearman, and the same with both response lengths held fixed."""
-    scores = shown_scores(table)
-    if "ches" not in scores:
+    names = shown_scores(table)
+    if "ches" not in names:
         return []
-    lengths = [numbers(table, "chosen_tokens"), numbers(table, "rejected_tokens")]
-    return [
-        (name, spearman(scores["ches"], values), partial_spearman(scores["ches"], values, lengths))
-        for name, values in scores.items()
-        if name != "ches"
-    ]
+    ches, lengths = score_column(table, "ches"), [numbers(table, "chosen_tokens"), numbers(table, "rejected_tokens")]
+    rows = []
+    for name in names:
+        if name != "ches":
+            values = score_column(table, name)
+            rows.append((name, spearman(ches, values), partial_spearman(ches, values, lengths)))
+    return rows
 
 
-def small_edit_high_ches(table: pa.Table) -> tuple[np.ndarray, float, float]:
+def small_edit_high_ches(table: Scores) -> tuple[np.ndarray, float, float]:
     """Pairs that look nearly alike on the surface and to the model.
 
     Returns:

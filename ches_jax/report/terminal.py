@@ -1,7 +1,7 @@
 """One pair of a run for the terminal: its numbers, its texts, and its tokens in colour where the run has them."""
 
 import difflib
-import sys
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +9,16 @@ import numpy as np
 
 from ches_jax.errors import RunError, printable
 from ches_jax.report.axes import digits_of, readable
-from ches_jax.report.elements import row_key
-from ches_jax.report.page import page_of
-from ches_jax.report.pair_table import Column, PairTable, Tokens
+from ches_jax.report.elements import row_key, row_keys
+from ches_jax.report.page import is_of_scores, page_of
+from ches_jax.report.pair_table import Column, PairTable
 from ches_jax.runs.shapes import read_json_lines
 from ches_jax.runs.store import fetched_run, place
 
 RED, BLUE, PLAIN = "\x1b[41;97m", "\x1b[44;97m", "\x1b[0m"
 """Behind tokens that raise the risk, behind those that lower it."""
+MOST_COMPARED = 20_000
+"""Pairs whose names are compared with one that there is not."""
 STRONG = 0.25
 """Of the largest share in a pair, from which on a token is coloured."""
 
@@ -34,16 +36,28 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
       RunError: no such pair, or several of that name.
     """
     run_dir = fetched_run(place(run_dir, RunError), RunError)
-    page = page_of(run_dir, most_texts=sys.maxsize)
-    pairs = page.pairs
-    if pairs is None:
-        raise RunError(f"{run_dir}: this run has no pairs to show, only means")
     try:
-        position = find(pairs, row, str(run_dir))
-    except RunError as error:
+        pairs, position, notes = _found(run_dir, row)
+    except NoSuchPair as error:
         raise RunError(f"{error}{_left_out(run_dir, row)}") from None
-    notes = [printable(f"note: {note}") for note in page.notes]
-    return "\n".join([_shown(pairs, position, _tokens(run_dir, pairs, position), colour), *notes])
+    told = [printable(f"note: {note}") for note in notes]
+    return "\n".join([_shown(pairs, position, colour), *told])
+
+
+def _found(run_dir: Path, row: str) -> tuple[PairTable, int, Sequence[str]]:
+    """The pairs of a run with the texts of one, its position, and what is to be noted."""
+    if is_of_scores(run_dir):  # of which there may be a million: the page is more than is needed
+        from ches_jax.report.score_page import one_pair
+
+        return one_pair(run_dir, lambda pairs: find(pairs, row, str(run_dir)))
+    page = page_of(run_dir)
+    if page.pairs is None:
+        raise RunError(f"{run_dir}: this run has no pairs to show, only means")
+    return page.pairs, find(page.pairs, row, str(run_dir)), page.notes
+
+
+class NoSuchPair(RunError):
+    """No pair of that name, or several."""
 
 
 def _left_out(run_dir: Path, row: str) -> str:
@@ -62,44 +76,31 @@ def find(pairs: PairTable, row: str, where: str) -> int:
     """The position of the pair that ``row`` names.
 
     Raises:
-      RunError: none, or several.
+      NoSuchPair: none, or several.
     """
     wanted = row.removeprefix("#").removeprefix("row-")
-    keys = [row_key(pairs, i) for i in range(pairs.rows)]
+    matches = [i for i, key in enumerate(row_keys(pairs)) if key == wanted]
     index = next((c.values for c in pairs.columns if c.name == "index"), None)
-    ids = pairs.row_ids or []
-    matches = [i for i, key in enumerate(keys) if key == wanted]
-    if not matches and index is not None and wanted.isdigit():
-        matches = [i for i in range(pairs.rows) if int(index[i]) == int(wanted)]
+    if not matches and index is not None and wanted.isdigit() and len(wanted) < 19:
+        matches = np.flatnonzero(np.asarray(index) == int(wanted)).tolist()
     if not matches and len(wanted) >= 4:
-        matches = [i for i, row_id in enumerate(ids) if row_id.startswith(wanted)]
+        matches = [i for i, row_id in enumerate(pairs.row_ids or []) if row_id.startswith(wanted)]
     if len(matches) > 1:
-        raise RunError(
-            f"{where}: {len(matches)} pairs are called {row}; say which: {', '.join(keys[i] for i in matches[:6])}"
-        )
+        several = ", ".join(row_key(pairs, i) for i in matches[:6])
+        raise NoSuchPair(f"{where}: {len(matches)} pairs are called {row}; say which: {several}")
     if not matches:
+        keys = [*itertools.islice(row_keys(pairs), MOST_COMPARED)]
         near = difflib.get_close_matches(wanted, keys, n=3) or keys[:3]
-        raise RunError(f"{where}: no pair {row}; there are {pairs.rows}, such as {', '.join(near)}")
+        raise NoSuchPair(f"{where}: no pair {row}; there are {pairs.rows}, such as {', '.join(near)}")
     return matches[0]
 
 
-def _tokens(run_dir: Path, pairs: PairTable, position: int) -> Tokens | None:
-    """The token scores of a pair, also of one that the page shows without."""
-    if pairs.tokens is None or position in pairs.tokens.of:
-        return pairs.tokens
-    from ches_jax.report.texts import token_table
-    from ches_jax.scores.table import read_table
-
-    return token_table(
-        run_dir, read_table(run_dir)[0], [position], {side: list(texts) for side, texts in pairs.texts.items()}
-    )
-
-
-def _shown(pairs: PairTable, position: int, tokens: Tokens | None, colour: bool) -> str:
+def _shown(pairs: PairTable, position: int, colour: bool) -> str:
     lines = [f"{pairs.one} {printable(row_key(pairs, position))}"]
     facts = {c.label: f"{_cell(c, position)}{f' {c.unit}' if c.unit else ''}" for c in pairs.columns}
     facts |= {"row_id": pairs.row_ids[position]} if pairs.row_ids else {}
     lines += [printable(f"  {name:26} {value}") for name, value in facts.items()]
+    tokens = pairs.tokens
     pieces = tokens.of.get(position) if tokens is not None else None
     for side, texts in pairs.texts.items():
         lines += ["", side]

@@ -1,6 +1,6 @@
 """The texts and the tokens of pairs in a report, read from the source that was scored."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from ches_jax.data.messages import side_text
 from ches_jax.errors import ChesError, RunError
-from ches_jax.report.pair_table import Tokens
+from ches_jax.report.pair_table import CHARACTERS, LONGEST, Texts, Tokens, short_texts
 from ches_jax.runs.files import read_parquet
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
-from ches_jax.scores.table import CANDIDATES
+from ches_jax.scores.table import CANDIDATES, Scores, rows_at
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.scored_rows import Key, SourceRow, joined, keys, source_rows
 
@@ -21,18 +21,28 @@ _TOKEN_COLUMNS = pa.schema([TOKEN_SCHEMA.field(name) for name in ("index", "resp
 _CANDIDATES = pa.schema([TOKEN_SCHEMA.field(name) for name in CANDIDATES])
 MOST_TOKENS = 600
 """Of one response."""
-Texts = dict[str, list[str]]
-"""By side: the text of each row."""
 
 
-def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, shown: np.ndarray) -> tuple[Texts, str]:
+def read_texts(
+    run: Path, table: Scores, rows: Iterable[SourceRow] | None, shown: np.ndarray, ends: np.ndarray
+) -> tuple[dict[str, Texts], str]:
     """The texts of those rows of a score table that are ``shown``, and a note where they cannot be had.
 
     A report is worth having without texts: that the source is gone, or is not the one that was scored,
     is a note on the page and no error.
+
+    Args:
+      run: the directory.
+      table: its table.
+      rows: the rows that were scored; opened from the run when not given.
+      shown: which rows of the table have texts, [rows].
+      ends: positions of those whose texts are kept whole; of the others no more than a page has room for.
     """
-    texts: Texts = {side: [""] * len(table) for side in SIDES}
-    found, total = 0, int(shown.sum())
+    positions = np.flatnonzero(shown)
+    whole = np.isin(positions, ends)
+    most = 1 + short_texts(CHARACTERS, len(SIDES) * int((~whole).sum()))  # one more than is shown: it was cut
+    texts = {side: Texts(len(table), positions, most, backwards=side == "prompt") for side in SIDES}
+    place, found, total, characters = 0, 0, len(positions), 0
     try:
         if rows is None:
             rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, shown))
@@ -41,8 +51,16 @@ def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, sho
                 if row.row_id != row_id:
                     return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
                 found += 1
-                for side in SIDES:
-                    texts[side][position] = side_text(row.content, side)
+                while positions[place] < position:
+                    place += 1
+                room = characters <= CHARACTERS
+                for side, kept in texts.items():
+                    text = side_text(row.content, side)
+                    kept.set(place, text, whole=bool(whole[place]) or room)
+                    characters += min(len(text), LONGEST)
+                if room and characters > CHARACTERS:
+                    for kept in texts.values():
+                        kept.cut(whole)
             if found == total:
                 return texts, ""
     except (ChesError, OSError) as error:
@@ -51,7 +69,7 @@ def read_texts(run: Path, table: pa.Table, rows: Iterable[SourceRow] | None, sho
     return texts, f"{missing} of the rows are not in the pairs file any more; they have no texts here."
 
 
-def _positions(table: pa.Table, shown: np.ndarray) -> bytes | None:
+def _positions(table: Scores, shown: np.ndarray) -> bytes | None:
     """Which rows of the source are shown, 1 at their positions; None: all of the table, wherever they are."""
     if shown.all():
         return None
@@ -61,12 +79,12 @@ def _positions(table: pa.Table, shown: np.ndarray) -> bytes | None:
     return wanted.tobytes()
 
 
-def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[Texts, list[str]]:
+def texts_by_id(rows: Iterable[SourceRow], ids: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The texts of rows named by ``row_id``, and their categories; empty where a row is not in the source."""
     wanted: dict[str, list[int]] = {}
     for i, row_id in enumerate(ids):
         wanted.setdefault(row_id, []).append(i)
-    texts: Texts = {side: [""] * len(ids) for side in SIDES}
+    texts = {side: [""] * len(ids) for side in SIDES}
     categories = [""] * len(ids)
     for row in rows:
         for i in wanted.get(row.row_id, ()):
@@ -95,21 +113,25 @@ def read_tokens(run: Path, pairs: Sequence[Key]) -> tuple[TokenScores, str]:
     return {key: texts for key, texts in by_pair.items() if texts}, by
 
 
-def token_table(run: Path, table: pa.Table, positions: Sequence[int], texts: Texts) -> Tokens | None:
+def token_table(
+    run: Path, table: Scores, positions: Sequence[int], texts: Mapping[str, Sequence[str]]
+) -> Tokens | None:
     """The token scores of the pairs at ``positions``, as the page shows them; None where the run has none."""
-    table_keys = keys(table)
-    found, by = read_tokens(run, [table_keys[p] for p in positions])
+    if not (run / TOKENS).is_file():
+        return None
+    read = [n for n in ("index", *CANDIDATES, "shared_prefix_tokens") if n in table.schema.names]
+    pairs = rows_at(table, positions, read)
+    pair_keys = keys(pairs)
+    found, by = read_tokens(run, pair_keys)
     if not found:
         return None
-    shared = (
-        table["shared_prefix_tokens"].to_pylist() if "shared_prefix_tokens" in table.schema.names else [0] * len(table)
-    )
+    shared = pairs["shared_prefix_tokens"].to_pylist() if "shared_prefix_tokens" in read else [0] * len(pairs)
     of: dict[int, dict[str, Any]] = {}
-    for p in positions:
-        if (of_pair := found.get(table_keys[p])) is None:
+    for p, key, in_both in zip(positions, pair_keys, shared, strict=True):
+        if (of_pair := found.get(key)) is None:
             continue
         sides = dict(of_pair)
-        prefix = [(text, None) for text, _ in sides.get("chosen", [])[: shared[p] or 0]]
+        prefix = [(text, None) for text, _ in sides.get("chosen", [])[: in_both or 0]]
         sides["rejected"] = [*prefix, *sides.get("rejected", [])]
         of[p] = {}
         for side, tokens in sides.items():

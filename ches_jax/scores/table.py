@@ -260,7 +260,7 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> int:
 
 
 def _batches(file: pq.ParquetFile, path: Path | str, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, all when not given; what cannot be read is its damage, what the reader of this raises not."""
+    """Some columns of a file, all when not given; what cannot be read is its damage, what its user raises is not."""
     try:
         for batch in file.iter_batches(BATCH, columns=names if names is None else [*names], use_threads=False):
             batch.validate(full=names is None)  # all of it when all of it is read, which is once

@@ -4,18 +4,21 @@ import base64
 import hashlib
 import json
 import re
+import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from ches_jax.data.messages import as_text
+from ches_jax.data.messages import as_text, side_text
 from ches_jax.data.sources import Record, open_pairs
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean, escape
-from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, unpacked
+from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, packed, unpacked
 from ches_jax.report.render import json_for_script
+from ches_jax.report.score_page import score_page
 from ches_jax.report.terminal import pair_text
 from ches_jax.scores.table import write_part
 
@@ -261,14 +264,51 @@ def test_many_pairs_keep_short_texts_and_the_ends_of_the_order_keep_theirs_whole
         texts={"chosen": [long] * n, "rejected": [long] * n},
     )
     meta, blocks = table.encoded()
-    texts = {name: whole.split(SEPARATOR) for name, whole in json.loads(unpacked(blocks["texts"])).items()}
+    texts = {name: whole.split(SEPARATOR) for name, whole in json.loads(unpacked("".join(blocks["texts"]))).items()}
     assert texts["chosen"][-1] == long and texts["chosen"][0] == long
     assert len(texts["chosen"][2500]) < 410
     cut = next(c for c in meta["columns"] if c["name"] == "_cut")
     assert cut["offset"] % 4 == 0
-    flags = np.frombuffer(unpacked(blocks["numbers"]), np.int32, n, cut["offset"])
+    flags = np.frombuffer(unpacked("".join(blocks["numbers"])), np.int32, n, cut["offset"])
     assert flags[2500] == 1 and flags[-1] == 0
     assert sum(map(len, texts["chosen"])) + sum(map(len, texts["rejected"])) < 7_000_000
+
+
+def test_a_block_is_written_as_it_is_read_with_the_bytes_of_one_piece(monkeypatch):
+    """However the bytes come, and for blocks on either side of those that are compressed for speed."""
+    monkeypatch.setattr("ches_jax.report.pair_table.LARGE", 5000)
+    data = np.random.default_rng(0).integers(0, 9, 9000).astype(np.uint8).tobytes()
+    for size, level in ((4999, 6), (5000, 3), (9000, 3), (0, 6)):
+        want = base64.b64encode(zlib.compress(data[:size], level, wbits=31)).decode()
+        for step in (1, 700, 9000):
+            assert "".join(packed(data[i : min(i + step, size)] for i in range(0, size, step))) == want
+        assert unpacked(want) == data[:size]
+
+
+@pytest.mark.parametrize("budget", [1500, 10**6])
+def test_texts_that_are_cut_as_they_are_read_are_those_of_a_page_that_had_them_whole(tmp_path, monkeypatch, budget):
+    for module in ("pair_table", "texts"):
+        monkeypatch.setattr(f"ches_jax.report.{module}.CHARACTERS", budget)
+        monkeypatch.setattr(f"ches_jax.report.{module}.LONGEST", 300)
+    for module in ("pair_table", "score_page"):
+        monkeypatch.setattr(f"ches_jax.report.{module}.WHOLE", 2)
+    monkeypatch.setattr("ches_jax.report.score_page.TOKENS_OF", 1)
+    monkeypatch.setattr("ches_jax.report.score_page.MOST_TEXTS", 15)
+    monkeypatch.setattr("ches_jax.report.pair_table._AT_ONCE", 3)
+    write_part(tmp_path / "scores.parquet", columns(20), {})
+    rng = np.random.default_rng(1)
+    sides = ("prompt", "chosen", "rejected")
+    whole = {side: ["".join(rng.choice([*"abc é"], rng.integers(0, 350))) for _ in range(20)] for side in sides}
+    rows = [Record(i, f"r{i}", "", {side: whole[side][i] for side in sides}) for i in range(20)]
+    pairs = score_page(tmp_path, rows).pairs
+    left_out = pairs.left_out
+    texts = {s: ["" if out else t for t, out in zip(whole[s], left_out, strict=True)] for s in sides}
+    (meta, blocks), (want_meta, want_blocks) = pairs.encoded(), replace(pairs, texts=texts).encoded()
+    assert meta == want_meta and left_out.sum() == 5
+    assert {name: "".join(text) for name, text in blocks.items()} == {n: "".join(t) for n, t in want_blocks.items()}
+    kept = sum(len(pairs.texts[side][i]) for side in sides for i in range(20))
+    total = sum(len(text) for of_side in texts.values() for text in of_side)
+    assert kept < total / 2 if budget == 1500 else kept == total
 
 
 def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(tmp_path, monkeypatch):
@@ -289,8 +329,11 @@ def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(
     shown = {int(i) for i in (*order[:2], *order[-1:])}
     assert {i for i, text in enumerate(texts["chosen"]) if text == f"yes {i}"} == shown
     assert "Of 5 pairs the 3 at both ends" in (run / "report.html").read_text(encoding="utf-8")
+    read = []
+    monkeypatch.setattr("ches_jax.report.texts.side_text", lambda row, side: read.append(side) or side_text(row, side))
     for i in range(5):
-        assert f"yes {i}" in pair_text(run, str(i))
+        read.clear()
+        assert f"yes {i}" in pair_text(run, str(i)) and len(read) == 3  # of one pair
 
 
 def test_json_for_a_script_and_escaped_text():

@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ches_jax.data.sources import Record
 from ches_jax.errors import RunError
 from ches_jax.runs import chunks
 from ches_jax.runs.directory import open_run
 from ches_jax.scores import parts
 from ches_jax.scores import table as tables
+from ches_jax.scores.formulas import numbers, score_column
 from ches_jax.scores.run import merge as merge_run
+from ches_jax.select.scored_rows import joined, keys
 
 METADATA = {"model": {"sha256": "ab"}, "eos": "include"}
 
@@ -40,6 +43,59 @@ def test_round_trip_keeps_rows_types_and_provenance(tmp_path):
     assert all(tables.COLUMNS[f.name] == f.type for f in table.schema)
     assert table.equals(tables.read_table(tmp_path / "scores.parquet")[0])
     assert [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_a_table_in_its_file_has_the_numbers_of_the_one_in_memory(tmp_path, monkeypatch):
+    """Some rows at a time: numbers with their nulls, scores, words, single rows, keys of the source."""
+    monkeypatch.setattr(tables, "BATCH", 3)
+    sums = np.random.default_rng(0).normal(size=(3, 11))
+    sums[2][4] = 0.0  # which leaves a cosine undefined
+    more = {
+        "ches": pa.array([None if i == 6 else float(i) for i in range(11)]),
+        "cosine": sums[0],
+        "inner": sums[1],
+        "sqnorm_chosen": np.abs(sums[2]),
+        "chosen_candidate": pa.array([None, *range(1, 11)], pa.int32()),
+        "rejected_candidate": pa.array([None, *range(10)], pa.int32()),
+        "category": pa.array([("b", None, "a", "c")[i % 4] for i in range(11)]),
+    }
+    tables.write_part(tmp_path / "scores.parquet", rows(0, 11, **more), METADATA)
+    stored, (whole, metadata) = tables.open_table(tmp_path), tables.read_table(tmp_path)
+    assert stored.metadata == metadata and len(stored) == len(whole) == 11
+    for name in whole.column_names:
+        assert stored[name].to_pylist() == whole[name].to_pylist()
+    for name in ("ches", "chosen_tokens", "inner"):
+        assert np.array_equal(numbers(stored, name), whole[name].cast(pa.float64()).to_numpy(), equal_nan=True)
+    want = np.where(whole["ches"].is_null(), np.nan, sums[1] / np.where(sums[2] == 0, np.nan, np.abs(sums[2])) - 1)
+    assert np.array_equal(score_column(stored, "projection"), want, equal_nan=True)
+    assert np.array_equal(score_column(stored, "random", 3), score_column(whole, "random", 3), equal_nan=True)
+    for table in (stored, whole):
+        names, codes = tables.words(table, "category")
+        assert names == ["", "a", "b", "c"] and [names[c] or None for c in codes] == whole["category"].to_pylist()
+        names, codes = tables.words(table, "flags")
+        assert [names[c].split() for c in codes] == whole["flags"].to_pylist()
+        some = tables.rows_at(table, [10, 2, 2, 7], ["row_id", "index"])
+        assert some.to_pylist() == [{"row_id": f"r{i}", "index": i} for i in (10, 2, 2, 7)]
+        source = [Record(i, f"r{i}", "", {}, candidates=c) for i, c in keys(whole) if i != 5]
+        found = [(row.index, position, row_id) for row, position, row_id in joined(source, table)]
+        assert found == [(i, i, f"r{i}") for i in range(11) if i != 5]
+
+
+def test_a_table_in_its_file_keeps_nothing_of_it_in_memory(tmp_path):
+    tables.write_part(tmp_path / "scores.parquet", rows(0, 30_000), METADATA)
+    before = pa.total_allocated_bytes()
+    stored = tables.open_table(tmp_path)
+    numbers(stored, "ches"), tables.words(stored, "flags"), tables.rows_at(stored, [3], ["row_id"])
+    assert pa.total_allocated_bytes() - before < 10_000
+    whole = tables.read_table(tmp_path)[0]
+    assert pa.total_allocated_bytes() - before > whole.nbytes / 2 > 500_000
+
+
+def test_a_table_stays_that_which_was_opened(tmp_path):
+    tables.write_part(tmp_path / "scores.parquet", rows(0, 5), METADATA)
+    stored = tables.open_table(tmp_path)
+    tables.write_part(tmp_path / "scores.parquet", rows(3, 6), METADATA)
+    assert stored["index"].to_pylist() == [0, 1, 2, 3, 4]
 
 
 def test_the_bytes_do_not_depend_on_how_the_rows_were_cut(tmp_path, monkeypatch):
