@@ -29,7 +29,7 @@ def quantiles(values: np.ndarray) -> list[float]:
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         return [float("nan")] * len(QUANTILES)
-    return [float(q) for q in np.quantile(finite, list(QUANTILES.values()))]
+    return [float(q) for q in np.quantile(finite, list(QUANTILES.values()), overwrite_input=True)]
 
 
 def mean(values: np.ndarray) -> float:
@@ -54,10 +54,13 @@ def _centred_ranks(values: np.ndarray) -> np.ndarray:
     starts = np.ones(len(values), dtype=bool)
     starts[1:] = ordered[1:] != ordered[:-1]
     del ordered
-    first = np.flatnonzero(starts)
-    counts = np.diff(first, append=len(values))
+    first = np.flatnonzero(starts).astype(np.int32)
+    del starts
+    counts = np.diff(first, append=np.int32(len(values)))
+    centred = 2 * first + counts - np.int32(len(values))
+    del first
     out = np.empty(len(values), dtype=np.int32)
-    out[order] = np.repeat((2 * first + counts - len(values)).astype(np.int32), counts)
+    out[order] = np.repeat(centred, counts)
     return out
 
 
@@ -75,7 +78,7 @@ def _shared_ranks(values: np.ndarray) -> np.ndarray:
 
 _MANY = 50_000
 """Rows from which on a sort takes longer than it does to look it up."""
-_MOST_KEPT = 5
+_MOST_KEPT = 4
 """The columns that a page correlates at a time: two, and the lengths."""
 _AT_ONCE = 1 << 16
 """Rows whose products are added up at once."""
@@ -136,7 +139,9 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, controls: Sequence[np.ndarray
         finite &= np.isfinite(column)
     if finite.sum() < len(controls) + 2 + bool(controls):
         return float("nan")
-    xx, xy, yy = _without_controls(_products([_shared_ranks(v[finite]) for v in (*controls, a, b)]))
+    whole = finite.all()
+    columns = [_shared_ranks(v if whole else v[finite]) for v in (*controls, a, b)]
+    xx, xy, yy = _without_controls(_products(columns))
     return float(xy) / math.sqrt(xx * yy) if xx and yy else float("nan")
 
 

@@ -39,23 +39,24 @@ def axis(values: np.ndarray, *, zero: bool = False, count: int = 5, whole: bool 
     >>> axis(np.array([0.0, 1.0, 2.0, 3.0, 10.0])).labels
     ('0', '2', '4', '6', '8', '10')
     """
-    finite = values[np.isfinite(values)].astype(np.float64)
+    finite = values[np.isfinite(values)].astype(np.float64, copy=False)  # a copy, whose order is free
     if not finite.size:
         finite = np.zeros(1)
-    low, high = float(finite.min()), float(finite.max())
-    q25, q75 = (float(q) for q in np.quantile(finite, [0.25, 0.75]))
+    least, greatest = low, high = float(finite.min()), float(finite.max())
+    q25, q75 = (float(q) for q in np.quantile(finite, [0.25, 0.75], overwrite_input=True))
     width = q75 - q25
     if not whole and width > 0:
-        q05 = float(np.quantile(finite, 0.05, method="higher"))
-        q95 = float(np.quantile(finite, 0.95, method="lower"))
+        q05 = float(np.quantile(finite, 0.05, method="higher", overwrite_input=True))
+        q95 = float(np.quantile(finite, 0.95, method="lower", overwrite_input=True))
         low, high = max(low, min(q05, q25 - FENCE * width)), min(high, max(q95, q75 + FENCE * width))
+    del finite
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         half = 0.5 * max(1.0, abs(low) * 1e-3)
         low, high = low - half, high + half
     room = pad * (high - low)
-    low, high = low - room * float(low == finite.min()), high + room * float(high == finite.max())
+    low, high = low - room * float(low == least), high + room * float(high == greatest)
     ticks, digits = _ticks(low, high, count)
     return Axis(low, high, ticks, tuple(readable(t, digits) for t in ticks))
 
@@ -78,7 +79,7 @@ def digits_of(values: np.ndarray) -> int:
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if not sizes.size:
         return 0
-    return int(min(6, max(0, 2 - math.floor(math.log10(float(np.median(sizes)))))))
+    return int(min(6, max(0, 2 - math.floor(math.log10(float(np.median(sizes, overwrite_input=True)))))))
 
 
 def readable(value: float, digits: int = 2, *, signed: bool = False) -> str:

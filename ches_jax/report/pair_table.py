@@ -239,7 +239,8 @@ class PairTable:
         if column.kind == "word":
             return np.arange(self.rows)
         values = way * np.asarray(column.values, dtype=np.float64)
-        return np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable")
+        values[np.isnan(values)] = np.inf
+        return np.argsort(values, kind="stable")
 
     def _is_cut(self, whole: np.ndarray, short: int) -> np.ndarray:
         """Which rows have less than their texts on the page, [rows]."""

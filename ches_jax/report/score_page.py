@@ -80,7 +80,9 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
     values = joined[leading.name] if leading.name in joined else score_column(table, leading.name)
     low_is_worse = leading.name in LOW_IS_WORSE
     risky = -values if low_is_worse else values
-    cut, standing = stands_out(risky)
+    cut, beyond = stands_out(risky)
+    standing = len(beyond)
+    del beyond  # of a million pairs nothing is kept that is not needed any more
     dropped = dropped_when_scored(run_dir)
     record = read_record(run_dir)
     config = read_run(run_dir).get("config") or {}
@@ -93,7 +95,7 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
     worst = f"Most at risk: {links}." if leading.name in joined else f"Highest: {links}."
     lengths = ("rejected minus chosen tokens", "the total length")
     by_length = {name: spearman(risky, of) for name, of in zip(lengths, tables.differences(table), strict=True)}
-    kept = _standing_words(len(standing), len(table), name)
+    kept = _standing_words(standing, len(table), name)
     bound = readable(-cut if low_is_worse else cut, digits_of(values))
     answers = [
         (
@@ -119,10 +121,12 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
             "scores", "Two numbers of each pair", pairs, _other_axis(pairs, leading.name), leading.name, choose=True
         )
     )
+    by_category = _categories(table, leading.name, values)
+    del values, risky
     sections = [
         Section(anchor="distribution", heading="How the pairs are spread", body=gallery(first)),
         Section(anchor="pairs", heading="All pairs", body=elements.table_body()),
-        Section(anchor="categories", heading="Categories", body=_categories(table, leading.name, values)),
+        Section(anchor="categories", heading="Categories", body=by_category),
         Section(anchor="scores", heading="Scores and lengths", body=_scores_section(table, leading.name)),
         Section(anchor="health", heading="Data health", body=health(table, Counter(dropped.values()))),
         Section(
@@ -132,10 +136,10 @@ def score_page(run_dir: Path | str, rows: Iterable[SourceRow] | None = None) -> 
         provenance(record, {"scores": table.metadata}),
     ]
     data = short_path(config.get("pairs")) or "pairs"
-    tone: Tone = "unsure" if len(standing) else "plain"
+    tone: Tone = "unsure" if standing else "plain"
     return Page(
         kind="ches score",
-        title=f"{len(standing)} of {len(table)} pairs stand out: {data}",
+        title=f"{standing} of {len(table)} pairs stand out: {data}",
         headline=kept,
         subtitle=elements.subtitle(
             model_name(record), data, f"{tables.scored_rows(table):,} pairs scored", str(run_dir)
@@ -184,7 +188,7 @@ def stands_out(values: np.ndarray) -> tuple[float, np.ndarray]:
     finite = values[np.isfinite(values)]
     if finite.size < 4:
         return float("nan"), np.empty(0, dtype=np.int64)
-    q25, q75 = np.quantile(finite, [0.25, 0.75])
+    q25, q75 = np.quantile(finite, [0.25, 0.75], overwrite_input=True)
     bound = float(q75 + 1.5 * (q75 - q25))
     return bound, np.flatnonzero(values > bound)
 

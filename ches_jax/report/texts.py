@@ -46,8 +46,8 @@ def read_texts(
     try:
         if rows is None:
             rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, shown))
-        for row, position, row_id in joined(rows, table):
-            if position is not None and shown[position]:
+        for row, position, row_id in joined(rows, table, shown):
+            if position is not None:
                 if row.row_id != row_id:
                     return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
                 found += 1

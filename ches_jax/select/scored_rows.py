@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from ches_jax.data.sources import pairs_of_run
@@ -84,33 +85,42 @@ def keys(table: pa.Table) -> list[Key]:
     ]
 
 
-def joined(rows: Iterable[SourceRow], table: Scores) -> Iterator[tuple[SourceRow, int | None, str]]:
+def joined(
+    rows: Iterable[SourceRow], table: Scores, shown: np.ndarray | None = None
+) -> Iterator[tuple[SourceRow, int | None, str]]:
     """Rows of the source in their order, each with its position in the table (None where it is not) and its id there.
 
-    Both rise by ``Key``, so that one pass over both finds every pair, whatever their number.
+    Both rise by ``Key``, so that one pass over both finds every pair, whatever their number. ``shown``: the rows of the
+    table that are looked for, [rows]; all when not given.
     """
-    scored = enumerate(_keys_with_ids(table))
-    at, (there, row_id) = next(scored, _END)
+    scored = _keys_with_ids(table, shown)
+    at, there, row_id = next(scored, _END)
     for row in rows:
         mine = (row.index, row.candidates or ())
         while there < mine:
-            at, (there, row_id) = next(scored, _END)
+            at, there, row_id = next(scored, _END)
         yield (row, at, row_id) if there == mine else (row, None, "")
 
 
-_END = (-1, ((sys.maxsize, ()), ""))
+_END = (-1, (sys.maxsize, ()), "")
 """Behind the last row of a table."""
 _BLOCK = 4096
 
 
-def _keys_with_ids(table: Scores) -> Iterator[tuple[tuple[int, tuple[int, ...]], str]]:
-    """By row, some at a time: where it stands among all, and its ``row_id``."""
+def _keys_with_ids(table: Scores, shown: np.ndarray | None) -> Iterator[tuple[int, tuple[int, tuple[int, ...]], str]]:
+    """By row, some at a time: where it stands among all, its key, and its ``row_id``."""
     read = [name for name in ("row_id", "index", *CANDIDATES) if name in table.schema.names]
+    first = 0
     for many in blocks(table, read):
         for start in range(0, len(many), _BLOCK):
             block = many.slice(start, _BLOCK)
+            positions = np.arange(first, first + len(block))
+            if shown is not None:
+                positions = positions[shown[positions]]
+                block = block.take(positions - first)
+            first += min(_BLOCK, len(many) - start)
             places = ((index, candidates or ()) for index, candidates in keys(block))
-            yield from zip(places, block["row_id"].to_pylist(), strict=True)
+            yield from zip(positions.tolist(), places, block["row_id"].to_pylist(), strict=True)
 
 
 def _candidates(numbers: Any) -> tuple[int, ...] | None:

@@ -79,6 +79,9 @@ def test_a_table_in_its_file_has_the_numbers_of_the_one_in_memory(tmp_path, monk
         source = [Record(i, f"r{i}", "", {}, candidates=c) for i, c in keys(whole) if i != 5]
         found = [(row.index, position, row_id) for row, position, row_id in joined(source, table)]
         assert found == [(i, i, f"r{i}") for i in range(11) if i != 5]
+        some = np.isin(np.arange(11), [0, 4, 5, 10])
+        found = [(row.index, position, row_id) for row, position, row_id in joined(source, table, some)]
+        assert found == [(i, i, f"r{i}") if some[i] else (i, None, "") for i in range(11) if i != 5]
 
 
 def test_a_table_in_its_file_keeps_nothing_of_it_in_memory(tmp_path):
