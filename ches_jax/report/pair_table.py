@@ -102,6 +102,10 @@ class Texts(Sequence[str]):
         place = int(np.searchsorted(self.positions, at))
         return self._texts[place] if place < len(self.positions) and self.positions[place] == at else ""
 
+    def some(self, rows: np.ndarray) -> list[str]:
+        """The texts of some of those that have one."""
+        return [self._texts[place] for place in np.searchsorted(self.positions, rows).tolist()]
+
 
 @dataclass(frozen=True)
 class Words(Sequence[str]):
@@ -257,9 +261,9 @@ class PairTable:
 
         def of(name: str, start: int, stop: int) -> list[str]:
             texts, out = self.texts[name], ["…"] * (stop - start)
-            low, high = np.searchsorted(with_texts, [start, stop])
-            for i in with_texts[low:high].tolist():
-                text = str(texts[i])
+            rows = with_texts[slice(*np.searchsorted(with_texts, [start, stop]))]
+            some = texts.some(rows) if isinstance(texts, Texts) else [str(texts[i]) for i in rows]
+            for i, text in zip(rows.tolist(), some, strict=True):
                 most = LONGEST if whole[i] else short
                 if len(text) > most:
                     text = "… " + text[-most:] if name == "prompt" and not whole[i] else text[:most] + " …"

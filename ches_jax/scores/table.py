@@ -362,7 +362,9 @@ class StoredTable:
         return self._file.metadata.num_rows
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
-        return pa.chunked_array([block[name] for block in self.blocks([name])], self.schema.field(name).type)
+        return pa.chunked_array(
+            [chunk for block in self.blocks([name]) for chunk in block[name].chunks], self.schema.field(name).type
+        )
 
     def blocks(self, names: Sequence[str]) -> Iterator[pa.Table]:
         """Some columns of all rows, ``BATCH`` at most at a time."""
