@@ -1,8 +1,8 @@
-"""CPU seconds and peak memory of ``ches select`` and ``ches report`` as rows grow; writes ``results/many_rows.json``.
+"""CPU seconds and peak memory of ``ches select``, ``report`` and ``show`` as rows grow; writes ``results/many_rows.json``.
 
-    python -m experiments.benchmarks.many_rows [--rows 1000 100000 1000000 --repeats 1]
+    python -m experiments.benchmarks.many_rows [--rows 1000 10000 100000 1000000 --repeats 1]
 
-The runs are made (heavy-tailed scores, texts of natural lengths): neither verb computes. Each command is a process of
+The runs are made (heavy-tailed scores, texts of natural lengths): no verb computes. Each command is a process of
 its own; what others used of the machine is recorded with it. The goal of a million rows is 15 CPU seconds, and memory
 that does not grow with the rows.
 """
@@ -21,9 +21,13 @@ from experiments.benchmarks.start import CHES, made
 
 
 def commands(run: Path, out: Path) -> dict[str, list[str]]:
-    """Both verbs on one run."""
+    """The verbs on one run."""
     select = ["select", "--scores", str(run), "--by", "head_score", "--keep", "lowest:0.5", "--quiet"]
-    return {"select": [*CHES, *select, "--out", str(out)], "report": [*CHES, "report", str(run)]}
+    return {
+        "select": [*CHES, *select, "--out", str(out)],
+        "report": [*CHES, "report", str(run)],
+        "show": [*CHES, "show", str(run), "777"],
+    }
 
 
 def made_apart(folder: Path, rows: int) -> Path:
@@ -53,9 +57,9 @@ def growth(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, 
 
 
 def main() -> None:
-    """Measure both verbs at every number of rows."""
+    """Measure every verb at every number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     table: dict[str, dict[str, Any]] = {}
