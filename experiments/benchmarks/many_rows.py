@@ -1,4 +1,4 @@
-"""CPU seconds and peak memory of ``ches select``, ``report`` and ``show`` as rows grow; writes ``results/many_rows.json``.
+"""CPU seconds and peak memory of ``ches select``, ``report``, ``show`` as rows grow; writes ``results/many_rows.json``.
 
     python -m experiments.benchmarks.many_rows [--rows 1000 10000 100000 1000000 --repeats 1]
 
