@@ -47,11 +47,21 @@ class Unreadable:
 
 def read_lines(path: Path, start: int) -> Iterator[Raw]:
     """JSON lines."""
-    for number, line in itertools.islice(_lines(path), start, None):
-        try:
-            yield f"line {number}", _parsed(line)
-        except DataError as error:
-            yield f"line {number}", Unreadable(str(error))
+    return itertools.starmap(_row_of_line, itertools.islice(_lines(path), start, None))
+
+
+def lines_at(path: Path, wanted: Sequence[int] | bytes) -> Iterator[tuple[int, Raw]]:
+    """The JSON lines whose position is wanted (1 at its place), with it; others are not read."""
+    for position, (number, line) in enumerate(itertools.islice(_lines(path), len(wanted))):
+        if wanted[position]:
+            yield position, _row_of_line(number, line)
+
+
+def _row_of_line(number: int, line: bytes) -> Raw:
+    try:
+        return f"line {number}", _parsed(line)
+    except DataError as error:
+        return f"line {number}", Unreadable(str(error))
 
 
 def read_json(path: Path, start: int, split: str | None = None) -> Iterator[Raw]:
@@ -191,6 +201,10 @@ READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
     ".tsv": ("TSV", read_csv),
     ".txt": ("text, a prompt per line", read_text),
 }
+
+
+READERS_OF_SOME: dict[Callable[..., Iterator[Raw]], Callable[..., Iterator[tuple[int, Raw]]]] = {read_lines: lines_at}
+"""For readers that can pass over rows: what reads those whose position is wanted."""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -18,7 +18,17 @@ from typing import Any, get_args
 
 from ches_jax import bundled
 from ches_jax.data import files
-from ches_jax.data.formats import ARCHIVE, BATCH_ROWS, READERS, Raw, Unreadable, json_splits, read_json, table_rows
+from ches_jax.data.formats import (
+    ARCHIVE,
+    BATCH_ROWS,
+    READERS,
+    READERS_OF_SOME,
+    Raw,
+    Unreadable,
+    json_splits,
+    read_json,
+    table_rows,
+)
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -146,6 +156,8 @@ class PairSource:
     notes: tuple[str, ...] = ()
     """What a person should know about how the columns are read."""
     forgiving: bool = False
+    read_some: Callable[[Sequence[int] | bytes], Iterator[tuple[int, Raw]]] | None = None
+    """Raw rows whose position is wanted, where others can be passed over."""
 
     def tolerant(self) -> "PairSource":
         """The same rows; one that cannot be read comes as a record with its ``fault`` instead of an error."""
@@ -163,11 +175,13 @@ class PairSource:
         return (rows for _, rows in self.rows_with_raw(start))
 
     def rows_at(self, wanted: Sequence[int] | bytes) -> Iterator[list[Record]]:
-        """The rows whose position is wanted (1 at its place); others are read and not understood, which costs most."""
-        rows = itertools.islice(self.read(0), len(wanted))
-        return (
-            records for _, records in self._understood(numbered for numbered in enumerate(rows) if wanted[numbered[0]])
-        )
+        """The rows whose position is wanted (1 at its place); others are not understood, lines not even read."""
+        if self.read_some is not None:
+            some = self.read_some(wanted)
+        else:
+            rows = enumerate(itertools.islice(self.read(0), len(wanted)))
+            some = (numbered for numbered in rows if wanted[numbered[0]])
+        return (records for _, records in self._understood(some))
 
     def rows_with_raw(self, start: int) -> Iterator[tuple[Raw, list[Record]]]:
         """The same as ``rows_from``, each beside the row as it was stored; the file is read once for both."""
@@ -369,6 +383,8 @@ def _source(
         source = replace(source, schema=declared if columns else recognised.schema, notes=notes)
     if source.schema is not None and source.schema.group:
         source = replace(source, read=partial(_grouped, source.schema, read))
+    elif isinstance(unbounded, partial) and unbounded.func in READERS_OF_SOME:
+        source = replace(source, read_some=partial(_some_bounded, READERS_OF_SOME[unbounded.func], *unbounded.args))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
         next(iter(source))  # tells the first
     for line in source.messages():
@@ -378,8 +394,17 @@ def _source(
 
 def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
     """Rows, those that are nested too deeply for what is done with them as such that cannot be read."""
-    deep = Unreadable(f"a column is nested more than {DEEPEST} deep; expected text, conversations or lists of them")
-    return ((where, raw if within_depth(raw) else deep) for where, raw in read(start))
+    return ((where, raw if within_depth(raw) else _DEEP) for where, raw in read(start))
+
+
+def _some_bounded(
+    read: Callable[..., Iterator[tuple[int, Raw]]], path: Path, wanted: Sequence[int] | bytes
+) -> Iterator[tuple[int, Raw]]:
+    """The same of the rows whose position is wanted."""
+    return ((at, (where, raw if within_depth(raw) else _DEEP)) for at, (where, raw) in read(path, wanted))
+
+
+_DEEP = Unreadable(f"a column is nested more than {DEEPEST} deep; expected text, conversations or lists of them")
 
 
 def _grouped(schema: Schema, read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:

@@ -452,6 +452,8 @@ def align(left: pa.Table, right: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
     Rows with the same content have the same id: their copies are matched in order of occurrence.
     """
+    if left["row_id"].equals(right["row_id"]):  # nearly always: a million ids need no table
+        return np.arange(len(left)), np.arange(len(left))
     places: dict[str, list[int]] = {}
     for position, row_id in enumerate(right["row_id"].to_pylist()):
         places.setdefault(row_id, []).append(position)

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ches_jax.data import formats
 from ches_jax.data.sources import open_pairs, open_prompts, row_id
 from ches_jax.errors import DataError
 from tests.helpers import write_lines
@@ -118,6 +119,22 @@ def test_rows_at_positions_are_those_of_all(tmp_path):
         assert [r for some in source.rows_at(wanted) for r in some] == [
             r for r in rows if r.index < len(wanted) and wanted[r.index]
         ]
+
+
+def test_lines_that_are_not_wanted_are_not_read(tmp_path, monkeypatch):
+    """Nor are those behind the last; a broken one that is wanted says so, one that is nested too deeply too."""
+    path = Path(as_jsonl(tmp_path, TEXT * 4))
+    deep = {**TEXT[0], "more": json.loads("[" * 200 + "]" * 200)}
+    lines = [*path.read_text().splitlines()[:9], "{broken", "", json.dumps(deep), json.dumps(TEXT[0])]
+    path.write_text("\n".join(lines))
+    source = open_pairs(str(path)).tolerant()
+    want = {r.index: r for r in source}
+    parsed, read = [], formats._parsed
+    monkeypatch.setattr(formats, "_parsed", lambda line, whole=False: parsed.append(line) or read(line, whole))
+    wanted = bytes([0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1])
+    assert [r for some in source.rows_at(wanted) for r in some] == [want[1], want[9], want[10]]
+    assert "not JSON" in want[9].fault
+    assert "nested more than" in want[10].fault and len(parsed) == 3
 
 
 def test_many_batches_of_a_table_keep_their_order(tmp_path):

@@ -227,6 +227,8 @@ def test_tables_join_by_id_and_copies_in_order():
     first, second = tables.align(left, right)
     assert first.tolist() == [0, 2, 3]
     assert second.tolist() == [1, 3, 0]
+    chunks = pa.chunked_array([["a"], ["b", "a", "c"]])
+    assert [of.tolist() for of in tables.align(left, pa.table({"row_id": chunks}))] == [[0, 1, 2, 3]] * 2
     assert tables.align(left, pa.table({"row_id": pa.array([], pa.string())}))[0].size == 0
 
 
