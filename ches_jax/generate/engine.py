@@ -3,13 +3,17 @@
 The cache has room for the new tokens behind a *bucket*, a power of two, at whose end a prompt is, so that few shapes
 are compiled. The prompts themselves go through the model packed (``packing``); where layers keep a state, and where
 weights are sharded, each has a row of its own. The loop ends when every row has ended. On a data-only mesh each device
-loops over its own rows, without a collective; with other axes the compiler places the collectives.
+loops over its own rows, without a collective; with other axes the compiler places the collectives. On one CPU device
+batches are computed side by side (``distributed.under_way``): a step's operations are too small for several threads.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +23,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ches_jax.distributed.mesh import ROWS, put_own_rows, row_shards, spans_processes, weights_are_whole
+from ches_jax.distributed.mesh import (
+    ROWS,
+    put_own_rows,
+    row_sharding,
+    row_shards,
+    spans_processes,
+    weights_are_whole,
+)
+from ches_jax.distributed.under_way import UnderWay
 from ches_jax.errors import ChesError
 from ches_jax.generate.packing import (
     Prompts,
@@ -80,6 +92,14 @@ class Completion:
     """float64, nats, one per token."""
     ended: bool
     """A stop token came; otherwise the limit or a stop string did."""
+
+
+class _Made(NamedTuple):
+    """What came of a batch."""
+
+    completions: list[Completion]
+    positions: dict[str, int]
+    """Arguments of ``Positions.add``."""
 
 
 def _depends_on_length(model: Decoder) -> bool:
@@ -227,11 +247,13 @@ class Engine:
           max_new_tokens: most tokens of a text.
           stop_ids: a text ends with any of these ids.
           stop_check: whether a text has come to its end, from its prompt and tokens; called every ``SEGMENT``
-            tokens.
+            tokens, by one thread at a time.
         """
         self.mesh = mesh
+        self.under_way = UnderWay(mesh)
         self.max_new_tokens = max_new_tokens
         self.stop_check = stop_check
+        self._checking = Lock()
         self.shapes: list[Shape] = []
         self.counted = Positions()
         graph, state = nnx.split(model)
@@ -249,6 +271,8 @@ class Engine:
             graph, sampling, max_new_tokens, tuple(stop_ids), None if whole else mesh, by_length, self._packs
         )
         self._prefill, self._decode = decoding_programs(decoding, mesh)
+        self._compiled_prefill: dict[Shape, Any] = {}
+        self._compiled_decode: dict[Shape, Any] = {}
 
     def batches(self, requests: Sequence[Request], rows: int) -> Iterator[tuple[Shape, list[int]]]:
         """Numbers of the requests that go together, ``rows`` of them while there are so many; short prompts first.
@@ -277,29 +301,77 @@ class Engine:
         """
         assert rows % self._parts == 0
         texts: dict[int, Completion] = {}
-        for shape, members in self.batches(requests, rows):
-            completions = self._batch([requests[i] for i in members], shape)
-            texts.update(zip(members, completions, strict=True))
+        waiting: deque[tuple[Shape, list[int], Callable[[], _Made | None]]] = deque()
+        given_up = Event()
+
+        def collect() -> None:
+            shape, members, result = waiting.popleft()
+            made = result()
+            assert made is not None
+            # here and in the order of the batches, whichever is ready first
+            if shape not in self.shapes:
+                self.shapes.append(shape)
+            self.counted.add(**made.positions)
+            texts.update(zip(members, made.completions, strict=True))
             progress(len(members))
+
+        try:
+            for shape, members in self.batches(requests, rows):
+                launch = self._prepared([requests[i] for i in members], shape, given_up)
+                waiting.append((shape, members, self.under_way(launch)))
+                # one more than there are threads, so that none waits for the oldest batch
+                while len(waiting) > (self.under_way.count if self.under_way.count > 1 else 0):
+                    collect()
+            while waiting:
+                collect()
+        finally:
+            given_up.set()
         return [texts[i] for i in range(len(requests))]
 
-    def _batch(self, requests: Sequence[Request], shape: Shape) -> list[Completion]:
-        try:
-            completions = self._run(*arrays(requests, shape, self._parts), requests)
-        except jax.errors.JaxRuntimeError as e:
-            raise _explained(e, shape, self.max_new_tokens) from e
-        if shape not in self.shapes:
-            self.shapes.append(shape)
-        return completions
+    def _prepared(self, requests: Sequence[Request], shape: Shape, given_up: Event) -> Callable[[], _Made | None]:
+        """What makes the texts of a batch; where batches are computed side by side, compiled, for any thread.
 
-    def _run(self, stream: Stream, prompts: Prompts, requests: Sequence[Request]) -> list[Completion]:
+        It gives None, at once, where the other batches have been given up before it begins.
+        """
+        stream, prompts = arrays(requests, shape, self._parts)
+        with _explained(shape, self.max_new_tokens):
+            prefill, decode = self._programs(shape, stream, prompts)
+
+        def launch() -> _Made | None:
+            if given_up.is_set():
+                return None
+            with _explained(shape, self.max_new_tokens):
+                return self._run(prefill, decode, stream, prompts, requests)
+
+        return launch
+
+    def _programs(self, shape: Shape, stream: Stream, prompts: Prompts) -> tuple[Any, Any]:
+        """Prefill and decode for batches of a shape, of which these are the arrays of one.
+
+        Compiled here where batches are computed side by side: what jax compiles in another thread is compiled without
+        this thread's settings, such as double precision, and by several threads at once.
+        """
+        if self.under_way.count == 1:
+            return self._prefill, self._decode
+        rows = partial(jax.tree.map, partial(_like, sharding=row_sharding(self.mesh)))
+        if shape not in self._compiled_prefill:
+            self._compiled_prefill[shape] = self._prefill.lower(self._state, rows(stream), rows(prompts)).compile()
+        prefill = self._compiled_prefill[shape]
+        if prompts.limit.max() > 1 and shape not in self._compiled_decode:
+            state = jax.tree.map(_like, prefill.out_info, prefill.output_shardings)
+            step = np.int32(1)
+            decode = self._decode.lower(self._state, self._apart, rows(prompts), state, step, step)
+            self._compiled_decode[shape] = decode.compile()
+        return prefill, self._compiled_decode.get(shape)
+
+    def _run(self, prefill: Any, decode: Any, stream: Stream, prompts: Prompts, requests: Sequence[Request]) -> _Made:
         on_mesh = put_own_rows(prompts, self.mesh)
-        state = self._prefill(self._state, put_own_rows(stream, self.mesh), on_mesh)
+        state = prefill(self._state, put_own_rows(stream, self.mesh), on_mesh)
         most = int(prompts.limit.max())
         stopped = np.zeros(len(prompts.limit), bool)
         for begin in range(1, most, most if self.stop_check is None else SEGMENT):
             until = most if self.stop_check is None else min(begin + SEGMENT, most)
-            state = self._decode(self._state, self._apart, on_mesh, state, np.int32(begin), np.int32(until))
+            state = decode(self._state, self._apart, on_mesh, state, np.int32(begin), np.int32(until))
             if self.stop_check is not None:
                 stopped |= self._stopped(state, requests)
                 _, _, count, ended = self._fetch(state)
@@ -308,16 +380,16 @@ class Engine:
                 # ended rows make nothing more; whether a stop token ended them is decided below
                 state = state._replace(ended=put_own_rows(ended | stopped, self.mesh))
         tokens, logps, count, ended = self._fetch(state)
-        self._count(stream, count, requests)
-        return [
+        completions = [
             Completion(
                 tuple(tokens[i, :n].tolist()), logps[i, :n].astype(np.float64), bool(ended[i] and not stopped[i])
             )
             for i, n in enumerate(count[: len(requests)].tolist())
         ]
+        return _Made(completions, self._positions(stream, count, requests))
 
-    def _count(self, stream: Stream, made: np.ndarray, requests: Sequence[Request]) -> None:
-        """Adds a batch: its prompts, and a step for each token of a text but the last, which no state follows.
+    def _positions(self, stream: Stream, made: np.ndarray, requests: Sequence[Request]) -> dict[str, int]:
+        """Those of a batch: its prompts, and a step for each token of a text but the last, which no state follows.
 
         Rows that lie apart (a data-only mesh) take the steps of their own longest text, others those of the batch.
         """
@@ -325,11 +397,11 @@ class Engine:
         steps = np.maximum(made - 1, 0)
         rows = len(made) // parts
         of_texts = int(steps[: len(requests)].sum())
-        self.counted.add(
-            computed=stream.tokens.size + rows * int(steps.reshape(parts, rows).max(axis=1).sum()),
-            used=held(stream) + of_texts,
-            apart=sum(len(a.prompt) for a in requests) + of_texts,
-        )
+        return {
+            "computed": stream.tokens.size + rows * int(steps.reshape(parts, rows).max(axis=1).sum()),
+            "used": held(stream) + of_texts,
+            "apart": sum(len(a.prompt) for a in requests) + of_texts,
+        }
 
     def _fetch(self, state: State) -> tuple[np.ndarray, ...]:
         """Tokens, log-probabilities, counts and ends of all rows."""
@@ -343,16 +415,26 @@ class Engine:
         assert self.stop_check is not None
         tokens, _, count, ended = self._fetch(state)
         out = np.zeros(len(count), bool)
-        for i, request in enumerate(requests):
-            out[i] = not ended[i] and self.stop_check(request.prompt, tokens[i, : count[i]].tolist())
+        with self._checking:
+            for i, request in enumerate(requests):
+                out[i] = not ended[i] and self.stop_check(request.prompt, tokens[i, : count[i]].tolist())
         return out
 
 
-def _explained(error: Exception, shape: Shape, new: int) -> Exception:
-    """Out of memory as a message that helps; any other failure as it is."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return ChesError(
-        f"out of device memory for batches of {shape.rows} rows x {shape.bucket} + {new} tokens: lower --batch-size or "
-        "--max-new-tokens, use --dtype bfloat16, or shard the weights with --mesh fsdp=N"
-    )
+def _like(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """An array that lies so, for the compiler."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+@contextmanager
+def _explained(shape: Shape, new: int) -> Iterator[None]:
+    """Out of memory within the block as a message that helps; any other failure as it is."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise ChesError(
+            f"out of device memory for batches of {shape.rows} rows x {shape.bucket} + {new} tokens: lower "
+            "--batch-size or --max-new-tokens, use --dtype bfloat16, or shard the weights with --mesh fsdp=N"
+        ) from e

@@ -21,6 +21,7 @@ from ches_jax.data.packing import (
 from ches_jax.data.prefix import Group, Prefix, behind, by_prefix, most_copies, without
 from ches_jax.distributed.division import team_of
 from ches_jax.distributed.mesh import numbers_here, row_shards
+from ches_jax.distributed.under_way import UnderWay
 from ches_jax.errors import ChesError
 from ches_jax.runs.work import Positions, Work
 from ches_jax.scores import formulas
@@ -29,7 +30,6 @@ from ches_jax.scores.gradients import Gradients, Gram, band
 from ches_jax.scores.gradients import cosine as gradient_cosine
 from ches_jax.scores.hidden_sums import SegmentStatistics
 from ches_jax.scores.table import CANDIDATES, COLUMNS
-from ches_jax.scores.under_way import UnderWay
 from ches_jax.scores.unembedding_gradients import PairContributions, pair_contributions
 from ches_jax.types import Eos, TokenPair, shared_prefix
 

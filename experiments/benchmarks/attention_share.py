@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args()
     from ches_jax.distributed.mesh import make_mesh
-    from ches_jax.scores.under_way import UnderWay
+    from ches_jax.distributed.under_way import UnderWay
 
     by_size, filled = attention(args.tokenizer, str(args.data), args.row_tokens)
     of_layer, states = products(jax.random.key(1)), jax.random.normal(jax.random.key(2), (args.row_tokens, WIDTH))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ches_jax.data.packing import PackedBatch
+from ches_jax.distributed import under_way
 from ches_jax.distributed.mesh import make_mesh
+from ches_jax.distributed.under_way import UnderWay
 from ches_jax.errors import ChesError
 from ches_jax.models.checkpoint.load import load_model
-from ches_jax.scores import under_way
 from ches_jax.scores.forward import ForwardPass, Outputs
 from ches_jax.scores.scorer import Batching, PairScorer
-from ches_jax.scores.under_way import UnderWay
 from ches_jax.types import Response, TokenPair
 
 

@@ -1,8 +1,9 @@
 """How many batches are computed at a time.
 
-An accelerator computes one while the host prepares the next. On a CPU much of a pass, attention above all, is
-operations too small for several threads: with one batch after the other the second core waits, and what is handed to it
-costs more than it saves. So batches are computed side by side there, each started by a thread of its own.
+An accelerator computes one while the host prepares the next. On a CPU much of a pass, attention above all, and nearly
+all of a step that makes one token, is operations too small for several threads: with one batch after the other the
+second core waits, and what is handed to it costs more than it saves. So batches are computed side by side there, each
+started by a thread of its own.
 """
 
 import os
