@@ -122,7 +122,7 @@ class Linear(nnx.Module):
 
 
 def in_pieces(f: Callable[[Any, Array], Array], weights: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """``f(weights, x)``, of each token by itself: on a CPU ``PIECE`` of them at a time, where nothing is differentiated.
+    """``f(weights, x)``, of each token by itself: ``PIECE`` at a time on a CPU, where nothing is differentiated.
 
     What ``f`` makes of a piece on the way stays in the processor's cache. With a derivative it is kept anyway.
     """
