@@ -428,7 +428,7 @@ def rows_at(table: Scores, positions: Sequence[int] | np.ndarray, names: Sequenc
 def words(table: Scores, name: str) -> tuple[list[str], np.ndarray]:
     """The distinct texts of a column in order, "" for null, and for each row which of them it has, [rows].
 
-    Of a column of lists, their texts with commas.
+    Of a column of lists, their texts with commas; of whole numbers, their digits.
     """
     places: dict[str, int] = {}
     codes, at = np.empty(len(table), dtype=np.int32), 0
@@ -436,6 +436,8 @@ def words(table: Scores, name: str) -> tuple[list[str], np.ndarray]:
         column = block[name]
         if pa.types.is_list(column.type):
             column = pc.call_function("binary_join", [column, ", "])
+        elif pa.types.is_integer(column.type):
+            column = column.cast(pa.string())
         found = column.combine_chunks().dictionary_encode()
         texts = [*found.dictionary.to_pylist(), *[None][: found.null_count]]
         here = np.array([places.setdefault(text or "", len(places)) for text in texts] or [0], dtype=np.int32)

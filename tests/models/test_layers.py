@@ -1,11 +1,13 @@
-"""Products of activations with weights: the trained one, and those of few rows, are the plain product."""
+"""Products of activations with weights, trained or of few rows, are the plain product; pieces are the whole."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models.layers import FEW_ROWS, matmul, trained_matmul
+from ches_jax.models.layers import FEW_ROWS, PIECE, in_pieces, matmul, trained_matmul
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3), (4, 4)])
@@ -44,3 +46,26 @@ def test_a_product_of_few_rows_is_that_of_many(x64, rows):
 def test_weights_of_another_dtype_keep_it():
     x, weight = jnp.ones((2, 3), jnp.float32), jnp.ones((4, 3), jnp.bfloat16)
     assert jax.grad(lambda w: trained_matmul(x, w).sum())(weight).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 2 * PIECE), (4, PIECE // 2), (3, PIECE // 4), (1, PIECE)])
+def test_pieces_of_the_tokens_are_the_whole(x64, shape):
+    """Values and derivatives; only rows of several whole pieces are taken apart, and only without a derivative."""
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(*shape, 3))) for _ in range(2))
+    weights = {"up": jnp.asarray(rng.normal(size=(5, 3))), "down": jnp.asarray(rng.normal(size=(3, 5)))}
+
+    def whole(weights, x):
+        return jnp.tanh(x @ weights["up"].T) @ weights["down"].T
+
+    def pieces(weights, x):
+        return in_pieces(whole, weights, x)
+
+    def found(f):
+        gradients = jax.grad(lambda *args: (f(*args) * dx).sum(), argnums=(0, 1))(weights, x)
+        return f(weights, x), gradients, jax.jvp(partial(f, weights), (x,), (dx,))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13), found(pieces), found(whole))
+    several = shape in {(1, 2 * PIECE), (4, PIECE // 2)}
+    assert ("scan" in str(jax.make_jaxpr(pieces)(weights, x))) == several
+    assert "scan" not in str(jax.make_jaxpr(jax.grad(lambda x: pieces(weights, x).sum()))(x))

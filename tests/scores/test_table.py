@@ -74,6 +74,8 @@ def test_a_table_in_its_file_has_the_numbers_of_the_one_in_memory(tmp_path, monk
         assert names == ["", "a", "b", "c"] and [names[c] or None for c in codes] == whole["category"].to_pylist()
         names, codes = tables.words(table, "flags")
         assert [names[c].split() for c in codes] == whole["flags"].to_pylist()
+        names, codes = tables.words(table, "chosen_candidate")
+        assert [int(names[c] or -1) for c in codes] == whole["chosen_candidate"].fill_null(-1).to_pylist()
         some = tables.rows_at(table, [10, 2, 2, 7], ["row_id", "index"])
         assert some.to_pylist() == [{"row_id": f"r{i}", "index": i} for i in (10, 2, 2, 7)]
         source = [Record(i, f"r{i}", "", {}, candidates=c) for i, c in keys(whole) if i != 5]
