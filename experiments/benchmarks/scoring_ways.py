@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TOKENS = 2048
+PROJECTIONS = 4
+"""The first matrices of ``shapes_of`` are those of attention; the others, of the MLP."""
 Row = dict[str, list[int]]
 
 
@@ -67,6 +69,7 @@ def ours(model_dir: str, rows: Sequence[Row]) -> Way:
     from ches_jax.models.attention.choose import choose_attention
     from ches_jax.models.checkpoint.load import load_model
     from ches_jax.models.decoder import named_parameters
+    from ches_jax.models.layers import PIECE
     from ches_jax.scores.forward import Outputs
     from ches_jax.scores.in_memory import pair_scorer
     from ches_jax.types import Response, TokenPair
@@ -86,14 +89,16 @@ def ours(model_dir: str, rows: Sequence[Row]) -> Way:
     ]
     config = json.loads(Path(model_dir, "config.json").read_text(encoding="utf-8"))
     key = jax.random.key(0)
-    inputs = {n: jax.random.normal(key, (TOKENS, n)) for n, _ in shapes_of(config)}
+    inputs = {(t, n): jax.random.normal(key, (t, n)) for t in (TOKENS, PIECE) for n, _ in shapes_of(config)}
     matrices = [jax.random.normal(key, shape) for shape in shapes_of(config)]
     product = jax.jit(lambda a, b: jnp.dot(a, b))
     weights = sum(p.size for n, p in named_parameters(model).items() if n.startswith("layers.") and p.ndim == 3)
 
     def multiply() -> None:
-        for b in matrices:
-            product(inputs[b.shape[0]], b).block_until_ready()
+        for number, b in enumerate(matrices):
+            at_once = TOKENS if number < PROJECTIONS else PIECE
+            for _ in range(TOKENS // at_once):
+                product(inputs[at_once, b.shape[0]], b).block_until_ready()
 
     def positions() -> int:
         return scorer.counted.computed

@@ -9,7 +9,7 @@ What could be said against a comparison, and what is done about it:
   and then waits; the passes that count are made in turn, A B C A B C, by processes that are there already.
 - *They computed different rows.* The token ids are cut once and written to one file; the sums of all ways must agree.
 - *The peak is not the peak.* After each pass each process multiplies matrices of the model's own shapes, as many rows
-  as a batch has; the peak is the best median of any library at that number of threads.
+  as it multiplies at once; the peak is the best median of any library at that number of threads.
 - *Saved work is not speed.* The headline is useful FLOP/s over that peak. Useful is what must be computed: the products
   of the layers' matrices at every position once, a prompt once for its pair, and what all prompts begin with once;
   the same number for all ways.
