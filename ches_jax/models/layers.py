@@ -38,8 +38,8 @@ FEW_ROWS = 32
 seventh, 64 as long as before."""
 PIECE = 512
 """Tokens whose MLP is computed at once on a CPU, without a derivative: of all of a row (2,048) what its matrices make
-does not fit in the cache. Scoring 48 pairs of HH harmless with the 31M Llama takes 0.92 to 0.94 of the CPU seconds, on
-an AVX2 machine; 256 and 1,024 are no better."""
+does not fit in the cache. Scoring 48 pairs of HH harmless with the 31M Llama takes 0.94 of the CPU seconds, on an
+AVX2 machine (two runs in turn); 256 and 1,024 differ by less than its noise."""
 
 
 def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
