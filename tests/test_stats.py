@@ -64,12 +64,13 @@ def test_rank_correlations_are_those_of_exact_fractions(monkeypatch):
 
     both, order = np.isfinite(values[0]), RNG.permutation(500)
     want = exact(values[0][both], values[1][both])
-    partial = stats.partial_spearman(*values[:2], values[2:])
+    partial = stats.partial_spearman(values[0], values[1], values[2:])
     for at_once in (1 << 16, 100):
         monkeypatch.setattr(stats, "_AT_ONCE", at_once)
         assert stats.spearman(values[0], values[1]) == want
         assert stats.spearman(values[0][order], values[1][order]) == want
-        assert stats.partial_spearman(*(v[order] for v in values[:2]), [v[order] for v in values[2:]]) == partial
+        mixed = [v[order] for v in values]
+        assert stats.partial_spearman(mixed[0], mixed[1], mixed[2:]) == partial
 
 
 def test_sums_of_products_stay_whole_numbers_beyond_64_bits(monkeypatch):

@@ -301,6 +301,7 @@ def test_texts_that_are_cut_as_they_are_read_are_those_of_a_page_that_had_them_w
     whole = {side: ["".join(rng.choice([*"abc é"], rng.integers(0, 350))) for _ in range(20)] for side in sides}
     rows = [Record(i, f"r{i}", "", {side: whole[side][i] for side in sides}) for i in range(20)]
     pairs = score_page(tmp_path, rows).pairs
+    assert pairs is not None and pairs.left_out is not None
     left_out = pairs.left_out
     texts = {s: ["" if out else t for t, out in zip(whole[s], left_out, strict=True)] for s in sides}
     (meta, blocks), (want_meta, want_blocks) = pairs.encoded(), replace(pairs, texts=texts).encoded()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,7 @@ def test_a_table_in_its_file_has_the_numbers_of_the_one_in_memory(tmp_path, monk
         assert [int(names[c] or -1) for c in codes] == whole["chosen_candidate"].fill_null(-1).to_pylist()
         some = tables.rows_at(table, [10, 2, 2, 7], ["row_id", "index"])
         assert some.to_pylist() == [{"row_id": f"r{i}", "index": i} for i in (10, 2, 2, 7)]
-        source = [Record(i, f"r{i}", "", {}, candidates=c) for i, c in keys(whole) if i != 5]
+        source = [Record(i, f"r{i}", "", {}, candidates=cast(Any, c)) for i, c in keys(whole) if i != 5]
         found = [(row.index, position, row_id) for row, position, row_id in joined(source, table)]
         assert found == [(i, i, f"r{i}") for i in range(11) if i != 5]
         some = np.isin(np.arange(11), [0, 4, 5, 10])
