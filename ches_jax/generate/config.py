@@ -54,7 +54,7 @@ class GenerateConfig(RowOptions, ModelOptions):
     """What becomes of empty or too long prompts and of those with two BOS: error, drop (listed in dropped.jsonl) or
     keep (where possible)."""
     batch_size: int = 32
-    """Texts made together."""
+    """Texts made together. On a CPU up to four such batches are made at a time, one for each core."""
     chunk_rows: int = 256
     """Prompts per part file: what a killed run loses at most."""
     mesh: str | None = not_identity(None)
