@@ -216,11 +216,11 @@ def _length_words(name: str, found: Mapping[str, float]) -> str:
 
 def _data_words(table: Scores, dropped: Mapping[Any, str]) -> str:
     unscored = len(table) - tables.scored_rows(table)
-    told = (
+    sentence = (
         f"{len(dropped):,} rows dropped before scoring, {tables.flagged_rows(table):,} flagged, "
         f"{unscored:,} without a score."
     )
-    return f'{escape(told)} <a href="#health">Data health</a>.'
+    return f'{escape(sentence)} <a href="#health">Data health</a>.'
 
 
 def _threshold_figure(name: str, values: np.ndarray, command: str) -> str:

@@ -40,8 +40,8 @@ def pair_text(run_dir: Path, row: str, *, colour: bool = False) -> str:
         pairs, position, notes = _found(run_dir, row)
     except NoSuchPair as error:
         raise RunError(f"{error}{_left_out(run_dir, row)}") from None
-    told = [printable(f"note: {note}") for note in notes]
-    return "\n".join([_shown(pairs, position, colour), *told])
+    lines = [printable(f"note: {note}") for note in notes]
+    return "\n".join([_shown(pairs, position, colour), *lines])
 
 
 def _found(run_dir: Path, row: str) -> tuple[PairTable, int, Sequence[str]]:
