@@ -147,7 +147,8 @@ def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, mo
     ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
     real = jnp.asarray(rows.rows.lengths > 0, jnp.float64)[..., None, None, None]
 
-    def value(attend, q, k, v, sink):
+    def value(attend, *arrays):
+        q, k, v, sink = arrays
         return real * attend(AttentionInputs(q, k, v, ranges, sink), AttentionParams(0.3, case.softcap))
 
     def all_of(attend, forward):
