@@ -179,7 +179,8 @@ class _Block(Generic[R]):
             return
         columns = dict(zip(self.names, zip(*values, strict=True), strict=True))
         ids = text_ids(columns["chosen"], columns["prompt"], columns["rejected"])
-        for i in _doubtful(columns):
+        braces = self._lines.text.count(b"{", int(bounds[0]), int(bounds[len(values)]))
+        for i in _doubtful(columns, braces > len(values)):  # each line begins with one
             raw, records = self._one(self._at + i)
             texts = _as_texts(raw, records)
             if texts is None:
@@ -227,8 +228,8 @@ def _as_texts(raw: Any, records: list[R]) -> tuple[bytes, ...] | None:
     return tuple([written(values[name]).encode() for name in raw])
 
 
-def _doubtful(columns: Mapping[str, Sequence[bytes]]) -> list[int]:
-    """Rows of texts that may be something else, or that we would write otherwise."""
+def _doubtful(columns: Mapping[str, Sequence[bytes]], braces: bool) -> list[int]:
+    """Rows of texts that may be something else, as conversations have ``braces``, or that we would write otherwise."""
     prompts, chosen, rejected = (columns[name] for name in TEXT_COLUMNS)
     found = {
         i
@@ -237,9 +238,9 @@ def _doubtful(columns: Mapping[str, Sequence[bytes]]) -> list[int]:
         and _begin_alike(prompt, one, rejected[i])
     }
     for name, column in columns.items():
-        if name in _TEXTS:
+        if name in _TEXTS and braces:
             found |= {i for i, text in enumerate(column) if text[1] in _OPENING and _MAY_BE_TURNS.match(text)}
-        elif name != _CATEGORY:
+        elif name not in _TEXTS and name != _CATEGORY:
             found |= {i for i, value in enumerate(column) if not _is_ours(value)}
     return sorted(found)
 

@@ -85,10 +85,13 @@ def write_rows(
             replaced |= names
             kept_ids.write("".join([f"{row_id}\n" for row_id in compress(ids, kept)]).encode())
             left = [*zip(*(compress(column, ~kept) for column in (keys, ids, positions.tolist())), strict=True)]
-            reasons.update([DROPPED if position < 0 else why(position) for _, _, position in left])
+            told = [DROPPED if position < 0 else why(position) for _, _, position in left]
+            reasons.update(told)
             dropped.writelines(
-                _dropped_line(key, row_id, why(position) if position >= 0 else f"{DROPPED}: {not_scored[key]}")
-                for key, row_id, position in left
+                [
+                    _dropped_line(key, row_id, f"{DROPPED}: {not_scored[key]}" if position < 0 else reason)
+                    for (key, row_id, position), reason in zip(left, told, strict=True)
+                ]
             )
     if not seen.all():
         missing = int(np.flatnonzero(~seen)[0])

@@ -124,6 +124,13 @@ def test_values_and_ids_are_those_of_reading_each_line(tmp_path, alike, broken, 
     same(path)
 
 
+def test_a_conversation_as_text_is_found_beside_a_line_without_a_brace(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    talk = json.dumps({"prompt": '[{"role": "user", "content": "hi"}]', "chosen": "b", "rejected": "c"})
+    path.write_text(f"{GOOD * 2}[]\n{GOOD}{talk}\n")
+    assert [type(rows) for rows in same(path)] == [TextRows, list, TextRows, list]
+
+
 def test_a_text_does_not_end_in_another_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f'{GOOD * 2}{{"prompt": "a\n", "chosen": "b", "rejected": "c"}}\n{GOOD}')
