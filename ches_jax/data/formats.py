@@ -243,8 +243,8 @@ def lines_of(path: Path, wanted: Sequence[int] | bytes | None = None) -> Iterato
         while (wanted is None or first < len(wanted)) and (text := file.read(LINES)):
             if not text.endswith(b"\n"):
                 text += file.readline(LONGEST_LINE)
-            lines = _without_blank(path, text, number, first)
-            number += text.count(b"\n")
+            lines, count = _without_blank(path, text, number, first)
+            number += count
             first += len(lines)
             if wanted is not None:
                 some = np.zeros(len(lines), dtype=bool)
@@ -254,8 +254,15 @@ def lines_of(path: Path, wanted: Sequence[int] | bytes | None = None) -> Iterato
             yield lines
 
 
-def _without_blank(path: Path, text: bytes, number: int, first: int) -> Lines:
-    """The lines of a text, whose first line has a ``number``, and whose first that is not blank a position."""
+def _without_blank(path: Path, text: bytes, number: int, first: int) -> tuple[Lines, int]:
+    """The lines of a text and how many there are with those that are blank.
+
+    Args:
+      path: of the file, for messages.
+      text: whole lines; the last may lack its end.
+      number: of the first line.
+      first: position of the first that is not blank.
+    """
     letters, ended = np.frombuffer(text, np.uint8), text.endswith(b"\n")
     ends = np.flatnonzero(letters == ord("\n")) + 1
     bounds = np.concatenate([[0], ends if ended else np.append(ends, len(text))])
@@ -270,7 +277,7 @@ def _without_blank(path: Path, text: bytes, number: int, first: int) -> Lines:
     filled = np.ones(len(lines), dtype=bool)
     filled[blank] = False
     lines = replace(lines, positions=np.cumsum(filled) - 1 + first)
-    return lines.some(filled)
+    return lines.some(filled), len(filled)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

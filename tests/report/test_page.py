@@ -340,6 +340,13 @@ def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(
         assert f"yes {i}" in pair_text(run, str(i)) and read == [f"ask {i}", f"yes {i}", "no"]  # of one pair
 
 
+def test_a_clean_text_has_no_control_characters_and_all_others():
+    controls = {*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF}
+    for i in range(0x20000):
+        want = "?" if 0xD800 <= i < 0xE000 else "\N{REPLACEMENT CHARACTER}" if i in controls else chr(i)
+        assert clean(chr(i)) == want and clean(f"a{chr(i)}é\n") == f"a{want}é\n"
+
+
 def test_json_for_a_script_and_escaped_text():
     assert json.loads(json_for_script({"a": EVIL})) == {"a": EVIL}
     assert "<" not in json_for_script({"a": EVIL})
