@@ -364,7 +364,8 @@ class Decoder(nnx.Module):
         lie apart, it does so in every layer, for each element that is rotated.
         """
         positions = slot - first[:, None]
-        return self._rotations(positions, positions + 1 if lengths is None else _per_token(lengths, positions))
+        of_tokens = _per_token(lengths, positions)
+        return self._rotations(positions, positions + 1 if of_tokens is None else of_tokens)
 
     def layers_apart(self) -> tuple[nnx.State, ...]:
         """The parameters of every layer by themselves, in order: copies of those that are stacked."""

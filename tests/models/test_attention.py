@@ -93,7 +93,7 @@ def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str,
 @pytest.mark.parametrize("most", [0, dense.ONE_THREAD])
 @pytest.mark.parametrize("case", CASES)
 def test_one_query_a_row_gives_what_it_gives_in_the_row(rows: Packed, case: Case, most: int, monkeypatch):
-    """As of a token that is made next; two queries of a head of keys are multiplied one by one, unless there are many."""
+    """As of a token that is made next; two queries of a head of keys are multiplied one by one if few."""
     monkeypatch.setattr(dense, "ONE_THREAD", most)
     with jax.enable_x64(case.dtype == "float64"):
         q, k, v = arrays(case, rows)
