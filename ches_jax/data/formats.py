@@ -11,9 +11,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from ches_jax.data.files import is_compressed, kind_of, open_bytes
 from ches_jax.errors import DataError
@@ -24,7 +26,11 @@ Raw = tuple[str, Any]
 LONGEST_LINE = 64 << 20
 """Bytes of a line; a longer one is no row but a file of another kind."""
 BATCH_ROWS = 256
+LINES = 1 << 20
+"""Bytes of lines that are read at once."""
 _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors put in front
+_MAY_BE_BLANK = np.isin(np.arange(256), list(_BLANK))
+"""By the first byte of a line."""
 _LINE_ENDS = ("\n", "\r\n", "")
 _DECODE = json.JSONDecoder().raw_decode
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -47,17 +53,11 @@ class Unreadable:
 
 def read_lines(path: Path, start: int) -> Iterator[Raw]:
     """JSON lines."""
-    return itertools.starmap(_row_of_line, itertools.islice(_lines(path), start, None))
+    return itertools.starmap(row_of_line, itertools.islice(_lines(path), start, None))
 
 
-def lines_at(path: Path, wanted: Sequence[int] | bytes) -> Iterator[tuple[int, Raw]]:
-    """The JSON lines whose position is wanted (1 at its place), with it; others are not read."""
-    for position, (number, line) in enumerate(itertools.islice(_lines(path), len(wanted))):
-        if wanted[position]:
-            yield position, _row_of_line(number, line)
-
-
-def _row_of_line(number: int, line: bytes) -> Raw:
+def row_of_line(number: int, line: bytes) -> Raw:
+    """What a JSON line holds."""
     try:
         return f"line {number}", _parsed(line)
     except DataError as error:
@@ -203,22 +203,86 @@ READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
 }
 
 
-READERS_OF_SOME: dict[Callable[..., Iterator[Raw]], Callable[..., Iterator[tuple[int, Raw]]]] = {read_lines: lines_at}
-"""For readers that can pass over rows: what reads those whose position is wanted."""
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Lines of a file that are not blank, one behind the other."""
+
+    text: bytes
+    bounds: np.ndarray
+    """Where each begins in ``text``, and the end of the last, [lines + 1]."""
+    numbers: np.ndarray
+    """Which lines of the file they are, from 1, [lines]."""
+    positions: np.ndarray
+    """Which they are of those that are not blank, from 0, [lines]."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Each with its number."""
+        begin, *ends = self.bounds.tolist()
+        for number, end in zip(self.numbers.tolist(), ends, strict=True):
+            yield number, self.text[begin:end]
+            begin = end
+
+    def some(self, wanted: np.ndarray) -> "Lines":
+        """Those that are wanted: true at their places, [lines]."""
+        if wanted.all():
+            return self
+        begins, ends = self.bounds[:-1][wanted], self.bounds[1:][wanted]
+        text = b"".join([self.text[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+        bounds = np.concatenate([[0], np.cumsum(ends - begins)])
+        return Lines(text, bounds, self.numbers[wanted], self.positions[wanted])
+
+
+def lines_of(path: Path, wanted: Sequence[int] | bytes | None = None) -> Iterator[Lines]:
+    """Lines that are not blank, some at a time: those whose position is wanted (1 at its place); all when not given."""
+    first, number = 0, 1
+    with _decompressed(path) as file:
+        file = _checked(path, file)
+        while (wanted is None or first < len(wanted)) and (text := file.read(LINES)):
+            if not text.endswith(b"\n"):
+                text += file.readline(LONGEST_LINE)
+            lines, count = _without_blank(path, text, number, first)
+            number += count
+            first += len(lines)
+            if wanted is not None:
+                some = np.zeros(len(lines), dtype=bool)
+                there = bytes(wanted[first - len(lines) : first])
+                some[: len(there)] = np.frombuffer(there, np.uint8) != 0
+                lines = lines.some(some)
+            yield lines
+
+
+def _without_blank(path: Path, text: bytes, number: int, first: int) -> tuple[Lines, int]:
+    """The lines of a text and how many there are with those that are blank.
+
+    Args:
+      path: of the file, for messages.
+      text: whole lines; the last may lack its end.
+      number: of the first line.
+      first: position of the first that is not blank.
+    """
+    letters, ended = np.frombuffer(text, np.uint8), text.endswith(b"\n")
+    ends = np.flatnonzero(letters == ord("\n")) + 1
+    bounds = np.concatenate([[0], ends if ended else np.append(ends, len(text))])
+    numbers = np.arange(number, number + len(bounds) - 1)
+    # a line without its end is cut off there, or the last of the file
+    most = np.where(bounds[1:] < len(text) + ended, LONGEST_LINE, LONGEST_LINE - 1)
+    if (long := np.flatnonzero(np.diff(bounds) > most)).size:
+        raise DataError(f"{path}, line {numbers[long[0]]}: longer than {LONGEST_LINE >> 20} MiB; {_EXPECTED}")
+    lines = Lines(text, bounds, numbers, np.empty(0))
+    may_be = np.flatnonzero(_MAY_BE_BLANK[letters[bounds[:-1]]])
+    blank = [i for i in may_be.tolist() if not text[bounds[i] : bounds[i + 1]].strip(_BLANK)]
+    filled = np.ones(len(lines), dtype=bool)
+    filled[blank] = False
+    lines = replace(lines, positions=np.cumsum(filled) - 1 + first)
+    return lines.some(filled), len(filled)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, numbered from 1."""
-    with _decompressed(path) as file:
-        file = _checked(path, file)
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE)
-            if not line:
-                return
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; {_EXPECTED}")
-            if line.strip(_BLANK):
-                yield number, line
+    return itertools.chain.from_iterable(lines_of(path))
 
 
 @contextlib.contextmanager

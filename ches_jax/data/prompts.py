@@ -57,7 +57,7 @@ COLUMNS = (*PAIR_COLUMNS, *CANDIDATE_COLUMNS)
 PROMPT_COLUMNS = ("prompt", "prompt_ids", "tools", "chat_template_kwargs", "category")
 _IDS = frozenset(ID_COLUMNS)
 _OF_TWO = frozenset({*TWO_PROMPTS, *TWO_PROMPT_IDS})
-_NOT_TEXT = frozenset(COLUMNS) - {*TEXT_COLUMNS, "category"}
+NOT_TEXT = frozenset(COLUMNS) - {*TEXT_COLUMNS, "category"}
 """What makes more of a row than texts."""
 
 Numbers = tuple[int, int] | tuple[()] | None
@@ -137,7 +137,7 @@ def _texts_alone(row: Mapping[str, Any]) -> dict[str, Any] | None:
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
         return None
-    if not _NOT_TEXT.isdisjoint(row):
+    if not NOT_TEXT.isdisjoint(row):
         return None
     prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

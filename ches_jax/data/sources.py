@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from ches_jax import bundled
 from ches_jax.data import files
@@ -22,11 +22,14 @@ from ches_jax.data.formats import (
     ARCHIVE,
     BATCH_ROWS,
     READERS,
-    READERS_OF_SOME,
+    Lines,
     Raw,
     Unreadable,
     json_splits,
+    lines_of,
     read_json,
+    read_lines,
+    row_of_line,
     table_rows,
 )
 from ches_jax.data.prompts import (
@@ -57,6 +60,7 @@ from ches_jax.data.schema.mapping import (
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
+from ches_jax.data.text_rows import TextRows, text_rows
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
@@ -70,6 +74,7 @@ _FORMATS = (
     f"{', '.join(READERS)} (with {', '.join(files.COMPRESSIONS)} behind it where compressed), a folder of these or of "
     "datasets' save_to_disk, an address such as https:// or hf://, or owner/name on the hub"
 )
+T = TypeVar("T")
 _TEXTS = frozenset(TEXT_COLUMNS)
 _STRING = frozenset({str})
 _LOOKED_AT = 200
@@ -156,8 +161,8 @@ class PairSource:
     notes: tuple[str, ...] = ()
     """What a person should know about how the columns are read."""
     forgiving: bool = False
-    read_some: Callable[[Sequence[int] | bytes], Iterator[tuple[int, Raw]]] | None = None
-    """Raw rows whose position is wanted, where others can be passed over."""
+    lines: Callable[[Sequence[int] | bytes | None], Iterator[Lines]] | None = None
+    """The lines whose position is wanted, where rows are lines and others can be passed over."""
 
     def tolerant(self) -> "PairSource":
         """The same rows; one that cannot be read comes as a record with its ``fault`` instead of an error."""
@@ -176,26 +181,38 @@ class PairSource:
 
     def rows_at(self, wanted: Sequence[int] | bytes) -> Iterator[list[Record]]:
         """The rows whose position is wanted (1 at its place); others are not understood, lines not even read."""
-        if self.read_some is not None:
-            some = self.read_some(wanted)
+        if self.lines is not None:
+            some = ((at, row) for lines in self.lines(wanted) for at, row in _bounded_lines(lines))
         else:
             rows = enumerate(itertools.islice(self.read(0), len(wanted)))
             some = (numbered for numbered in rows if wanted[numbered[0]])
         return (records for _, records in self._understood(some))
+
+    def blocks(
+        self, wanted: Sequence[int] | bytes | None = None, limit: int | None = None
+    ) -> Iterator[TextRows | list[Record]]:
+        """The rows, or those that are wanted, up to ``limit``, some at a time: lines of texts as they stand there."""
+        if self.lines is not None and is_plain(self.schema):
+            lines = _within(limit, self.lines(wanted))
+            return text_rows(lines, lambda at, where, raw: self._records(at, where, _shallow(raw)))
+        rows = self.rows_from(0) if wanted is None else self.rows_at(wanted[:limit])
+        return at_a_time(itertools.chain.from_iterable(itertools.islice(rows, limit)))
 
     def rows_with_raw(self, start: int) -> Iterator[tuple[Raw, list[Record]]]:
         """The same as ``rows_from``, each beside the row as it was stored; the file is read once for both."""
         return self._understood(enumerate(self.read(start), start))
 
     def _understood(self, rows: Iterable[tuple[int, Raw]]) -> Iterator[tuple[Raw, list[Record]]]:
-        for index, (where, raw) in rows:
-            try:
-                yield (where, raw), _rows(index, where, raw, self)
-            except DataError as error:
-                if not self.forgiving:
-                    raise DataError(f"{self.name}, {where}: {error}") from None
-                unreadable = Record(index, row_id({"row": plain(_row_of(raw))}), where, {}, fault=str(error))
-                yield (where, raw), [unreadable]
+        return ((row, self._records(index, *row)) for index, row in rows)
+
+    def _records(self, index: int, where: str, raw: Any) -> list[Record]:
+        """What a row holds."""
+        try:
+            return _rows(index, where, raw, self)
+        except DataError as error:
+            if not self.forgiving:
+                raise DataError(f"{self.name}, {where}: {error}") from None
+            return [Record(index, row_id({"row": plain(_row_of(raw))}), where, {}, fault=str(error))]
 
     def fingerprint(self) -> str:
         """sha256 of the stored bytes (for the hub: of what identifies the revision).
@@ -258,25 +275,37 @@ def _paired(pairing: Pairing | None) -> Kind:
     return PAIRS[pairing or "chosen-against-all"]
 
 
-def pairs_of_run(
-    options: Mapping[str, Any], read: Collection[str] = (), wanted: bytes | None = None
-) -> Iterator[list[Record]]:
+def pairs_of_run(options: Mapping[str, Any], read: Collection[str] = ()) -> Iterator[list[Record]]:
     """The rows that a run's options name, also those that cannot be read; the pairs of one row together.
 
     Args:
       options: ``pairs``, and ``split, columns, candidates, schema, limit`` where they were given.
       read: columns that the caller reads itself.
-      wanted: of which rows: 1 at their positions; all where it is not given.
 
     Raises:
       DataError: as ``open_rows``.
     """
+    return itertools.islice(_source_of_run(options, read).rows_from(0), options.get("limit"))
+
+
+def blocks_of_run(
+    options: Mapping[str, Any], read: Collection[str] = (), wanted: bytes | None = None
+) -> Iterator[TextRows | list[Record]]:
+    """The same, some rows at a time.
+
+    Args:
+      options: as for ``pairs_of_run``.
+      read: the same.
+      wanted: of which rows: 1 at their positions; all where it is not given.
+    """
+    return _source_of_run(options, read).blocks(wanted, options.get("limit"))
+
+
+def _source_of_run(options: Mapping[str, Any], read: Collection[str]) -> PairSource:
     spec = bundled.located(str(options["pairs"]), bundled.pairs_file)
     schema = options.get("schema") or "auto"
-    source = open_pairs(spec, options.get("split"), options.get("columns"), options.get("candidates"), schema, read)
-    if wanted is not None:
-        return source.tolerant().rows_at(wanted[: options.get("limit")])
-    return itertools.islice(source.tolerant().rows_from(0), options.get("limit"))
+    split, columns, pairing = (options.get(name) for name in ("split", "columns", "candidates"))
+    return open_pairs(spec, split, columns, pairing, schema, read).tolerant()
 
 
 def open_prompts(
@@ -383,8 +412,8 @@ def _source(
         source = replace(source, schema=declared if columns else recognised.schema, notes=notes)
     if source.schema is not None and source.schema.group:
         source = replace(source, read=partial(_grouped, source.schema, read))
-    elif isinstance(unbounded, partial) and unbounded.func in READERS_OF_SOME:
-        source = replace(source, read_some=partial(_some_bounded, READERS_OF_SOME[unbounded.func], *unbounded.args))
+    elif isinstance(unbounded, partial) and unbounded.func is read_lines:
+        source = replace(source, lines=partial(lines_of, *unbounded.args))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
         next(iter(source))  # tells the first
     for line in source.messages():
@@ -394,14 +423,46 @@ def _source(
 
 def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
     """Rows, those that are nested too deeply for what is done with them as such that cannot be read."""
-    return ((where, raw if within_depth(raw) else _DEEP) for where, raw in read(start))
+    return ((where, _shallow(raw)) for where, raw in read(start))
 
 
-def _some_bounded(
-    read: Callable[..., Iterator[tuple[int, Raw]]], path: Path, wanted: Sequence[int] | bytes
-) -> Iterator[tuple[int, Raw]]:
-    """The same of the rows whose position is wanted."""
-    return ((at, (where, raw if within_depth(raw) else _DEEP)) for at, (where, raw) in read(path, wanted))
+def _bounded_lines(lines: Lines) -> Iterator[tuple[int, Raw]]:
+    """The same of lines, each with its position."""
+    for at, (where, raw) in zip(lines.positions.tolist(), itertools.starmap(row_of_line, lines), strict=True):
+        yield at, (where, _shallow(raw))
+
+
+def _within(limit: int | None, blocks: Iterator[Lines]) -> Iterator[Lines]:
+    """Lines whose position is below a limit, where there is one."""
+    for lines in blocks:
+        some = lines if limit is None else lines.some(lines.positions < limit)
+        yield some
+        if len(some) < len(lines):
+            return
+
+
+def at_a_time(rows: Iterable[T], count: int = BATCH_ROWS) -> Iterator[list[T]]:
+    """Rows in lists; where their reading fails, first those that were read.
+
+    >>> list(at_a_time("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    some: list[T] = []
+    try:
+        for row in rows:
+            some.append(row)
+            if len(some) == count:
+                yield some
+                some = []
+    except DataError:
+        yield some
+        raise
+    if some:
+        yield some
+
+
+def _shallow(raw: Any) -> Any:
+    return raw if within_depth(raw) else _DEEP
 
 
 _DEEP = Unreadable(f"a column is nested more than {DEEPEST} deep; expected text, conversations or lists of them")

@@ -179,23 +179,28 @@ class Decoding:
     def decode(self, state: Any, apart: Any, p: Prompts, s: State, begin: Any, until: Any) -> State:
         """Tokens ``begin`` to ``until`` of every row that is not finished; stops early where all are."""
         model = nnx.merge(self.graph, state)
-        length = p.source.shape[1]
+        length, lengths = p.source.shape[1], self._lengths(p)
         if apart is not None:
+            # within the program, where they share one allocation of large pages
             s = s._replace(cache=layer_by_layer(model.config, s.cache))
 
         def unfinished(carry):
-            step, s = carry
+            step, s, _ = carry
             return (step < until) & (~s.ended & (step < p.limit)).any()
 
+        def rotations(step):
+            return model.rotations_at(length + step - 1, p.first, lengths)
+
         def next_token(carry):
-            step, s = carry
+            step, s, turned = carry
             last = lax.dynamic_slice_in_dim(s.tokens, step - 1, 1, axis=1)
             hidden, cache = model.extend(
-                last, s.cache, length + step - 1, p.first, self._lengths(p), apart=apart, mesh=self.mesh
+                last, s.cache, length + step - 1, p.first, lengths, apart=apart, rotations=turned, mesh=self.mesh
             )
-            return step + 1, self._append(p, s._replace(cache=cache), step, hidden[:, 0], model)
+            s = self._append(p, s._replace(cache=cache), step, hidden[:, 0], model)
+            return step + 1, s, rotations(step + 1)
 
-        s = lax.while_loop(unfinished, next_token, (begin, s))[1]
+        s = lax.while_loop(unfinished, next_token, (begin, s, rotations(begin)))[1]
         return s if apart is None else s._replace(cache=cache_stacked(model.config, s.cache))
 
 

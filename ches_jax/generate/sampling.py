@@ -10,6 +10,7 @@ it or the padding. Temperature 0 is greedy; of logits that are equal the first i
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import jax
@@ -19,9 +20,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from ches_jax.errors import ChesError
+from ches_jax.models.layers import few_rows
 
 WORDS = 4
 """32-bit words of a row's key."""
+BLOCK = 128
+"""Tokens whose largest logit is found first."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,28 @@ def draw(
 
     The log-probability is that of the unfiltered logits at temperature 1: what scoring a text computes.
     """
+    likeliest, total = _likeliest_and_total(logits)
     if how.temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = likeliest
     else:
         here = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
         tokens = jax.vmap(jax.random.categorical)(here, filtered(logits, how))
     tokens = tokens.astype(jnp.int32)
     taken = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, taken - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, taken - total
+
+
+def _likeliest_and_total(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Of each row the first token with the largest logit, and the logarithm of the sum of exponentials.
+
+    Of few rows on a CPU the logits come token by token (``layers.matmul``). There the maxima of all rows, of ``BLOCK``
+    tokens at a time, are vectors' work, and the logits are not turned round.
+    """
+    rows, vocabulary = logits.shape
+    if not few_rows(rows):
+        return logits.argmax(-1), jax.nn.logsumexp(logits, axis=-1)
+    size = math.gcd(vocabulary, BLOCK)
+    blocks = logits.T.reshape(-1, size, rows)
+    block = blocks.max(1).argmax(0)
+    within = jnp.take_along_axis(blocks, block[None, None], axis=0)[0].argmax(0)
+    return block * size + within, jax.nn.logsumexp(blocks, axis=(0, 1))

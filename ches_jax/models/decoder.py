@@ -31,7 +31,7 @@ from ches_jax.models.config import DecoderConfig
 from ches_jax.models.experts import balance_loss
 from ches_jax.models.head import from_products
 from ches_jax.models.kinds import MIXERS, Layer
-from ches_jax.models.layers import Context, Embedding, LayerData, Norm, matmul
+from ches_jax.models.layers import Context, Embedding, LayerData, Norm, Rotations, matmul
 from ches_jax.models.per_layer import PerLayer
 from ches_jax.models.precision import accumulate
 from ches_jax.models.sharding import (
@@ -327,6 +327,7 @@ class Decoder(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         *,
         apart: tuple[nnx.State, ...] | None = None,
+        rotations: Rotations | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of the next tokens of each row, and the cache with them in it.
@@ -338,19 +339,33 @@ class Decoder(nnx.Module):
           first: first slot of each row's text, see ``models.cache``.
           lengths: length of each whole sequence, for rope kinds that depend on it; default: that so far.
           apart: ``layers_apart``; the cache is one ``layer_by_layer`` then, and no layer is in a scan.
+          rotations: ``rotations_at`` of these slots.
           mesh: as for ``hidden``.
         """
         logical = self._decoding_mesh(mesh)
         slots = slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = slots[None] - first[:, None]
         ranges = cache.visibility(first, slots)
-        x, context, data = self._start(tokens, positions, ranges, _per_token(lengths, positions), dense.dense, logical)
+        lengths_of = _per_token(lengths, positions)
+        x, context, data = self._start(tokens, positions, ranges, lengths_of, dense.dense, logical, rotations)
         if apart is None:
             x, filled, *_ = self._run_layers(x, context, data, logical, kept=kept, slot=slot)
         else:
             x, filled = self._run_apart(apart, x, context, data, kept, slot)
         assert filled is not None
         return self.norm(x), filled
+
+    def rotations_at(
+        self, slot: Int[Array, ""], first: Int[Array, " B"], lengths: Int[Array, " B"] | None = None
+    ) -> Rotations:
+        """Cosines and sines with which ``extend`` rotates a token of each row in that slot.
+
+        A loop that carries them from one step to the next has XLA compute them once: within a step, where the layers
+        lie apart, it does so in every layer, for each element that is rotated.
+        """
+        positions = slot - first[:, None]
+        of_tokens = _per_token(lengths, positions)
+        return self._rotations(positions, positions + 1 if of_tokens is None else of_tokens)
 
     def layers_apart(self) -> tuple[nnx.State, ...]:
         """The parameters of every layer by themselves, in order: copies of those that are stacked."""
@@ -403,6 +418,7 @@ class Decoder(nnx.Module):
         lengths: Int[ArrayOrNumpy, "B T"] | None,
         attend: Attend,
         logical: LogicalMesh | None,
+        rotations: Rotations | None = None,
     ) -> tuple[Float[Array, "B T D"], Context, LayerData]:
         """Embedded tokens, what every layer needs besides them, and what each does."""
         c = self.config
@@ -416,10 +432,15 @@ class Decoder(nnx.Module):
             table = self.embed_positions.weight[...]
             x = x + looked_up(table, positions, self.dtype, logical, "embed_positions.weight")
         given = None if self.per_layer is None else self.per_layer(jnp.asarray(tokens), x, logical)
-        ropes = [r for r in (c.rope, c.local_rope) if r is not None]
-        rotations = tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
+        if rotations is None:
+            rotations = self._rotations(positions, lengths)
         context = Context(ranges, rotations, positions, attention_on(logical, attend), logical)
         return keep_rows(x, logical), context, layer_data(c)._replace(given=given)
+
+    def _rotations(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Rotations:
+        """Cosines and sines of the layers' rotations: of each kind of layer that has its own."""
+        ropes = [r for r in (self.config.rope, self.config.local_rope) if r is not None]
+        return tuple(rope.tables(r, positions, lengths, accumulate(self.dtype)) for r in ropes)
 
     def _run_layers(
         self,

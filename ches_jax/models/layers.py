@@ -7,7 +7,7 @@ activations. ``kinds`` puts a layer together from them.
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ ACTIVATIONS = {
 }
 
 
-FEW_ROWS = 32
+FEW_ROWS = 64
 """Most rows, of one token each, whose product is turned round on a CPU: measured, 4 rows take a quarter less time, 16 a
 seventh, 64 as long as before."""
 PIECE = 512
@@ -42,12 +42,17 @@ does not fit in the cache. Scoring 48 pairs of HH harmless with the 31M Llama ta
 AVX2 machine (two runs in turn); 256 and 1,024 differ by less than its noise."""
 
 
+def few_rows(rows: int) -> bool:
+    """Whether a product of so many rows, of one token each, is turned round: on a CPU, of 2 to ``FEW_ROWS``."""
+    return platform() == "cpu" and 1 < rows <= FEW_ROWS
+
+
 def matmul(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
     """``x @ weight.T`` in the dtype of x; float32 and float64 at full precision on every backend."""
     weight, precision = weight.astype(x.dtype), matmul_precision(x.dtype)
     rows = x.size // x.shape[-1]
     one_each = x.ndim > 2 and x.shape[-2] == 1
-    if platform() == "cpu" and one_each and 1 < rows <= FEW_ROWS:
+    if one_each and few_rows(rows):
         # XLA packs the right factor anew at every call, which costs more than the product if that is the weights;
         # the barrier keeps it from turning the product round
         turned = lax.dot_general(weight, x.reshape(rows, -1), (((1,), (1,)), ((), ())), precision=precision)
@@ -184,13 +189,16 @@ def unit_rms(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     return (y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(eps, y.dtype))).astype(x.dtype)
 
 
+Rotations: TypeAlias = tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
+"""(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
+
+
 class Context(NamedTuple):
     """What every layer of one pass shares."""
 
     ranges: KeyRanges
     """Which keys each position sees, where the layer has no window."""
-    rotations: tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
-    """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
+    rotations: Rotations
     positions: Int[Array, "B T"]
     """Of each token in its own sequence."""
     attend: Attend

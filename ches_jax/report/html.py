@@ -14,7 +14,11 @@ def clean(value: object) -> str:
     >>> clean("a\x00b\x1b[31m") == "a\ufffdb\ufffd[31m"
     True
     """
-    text = str(value).encode("utf-8", "replace").decode()
+    text = str(value)
+    if text.isprintable():  # most short texts: neither is in them
+        return text
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -83,10 +83,11 @@ class Texts(Sequence[str]):
         self._rows, self._most, self._backwards = rows, most, backwards
         self._texts = [""] * len(positions)
 
-    def set(self, place: int, text: str, whole: bool) -> None:
-        """Keeps the text of the pair at ``positions[place]``."""
-        self.sizes[place] = len(text)
-        self._texts[place] = text if whole else self._cut(text)
+    def set(self, places: np.ndarray, texts: Sequence[str], whole: np.ndarray) -> None:
+        """Keeps the texts of the pairs at ``positions[places]``, those that are ``whole`` as they are."""
+        self.sizes[places] = [len(text) for text in texts]
+        for place, text, all_of_it in zip(places.tolist(), texts, whole.tolist(), strict=True):
+            self._texts[place] = text if all_of_it else self._cut(text)
 
     def cut(self, whole: np.ndarray) -> None:
         """Cuts what is kept already, but for the places that are ``whole``."""

@@ -1,6 +1,8 @@
 """The texts and the tokens of pairs in a report, read from the source that was scored."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,24 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.data.messages import side_text
+from ches_jax.data.sources import at_a_time
+from ches_jax.data.text_rows import TextRows
 from ches_jax.errors import ChesError, RunError
 from ches_jax.report.pair_table import CHARACTERS, LONGEST, Texts, Tokens, short_texts
 from ches_jax.runs.files import read_parquet
 from ches_jax.scores.parts import TOKEN_SCHEMA, TOKENS
 from ches_jax.scores.table import CANDIDATES, Scores, rows_at
 from ches_jax.select.config import SelectConfig
-from ches_jax.select.scored_rows import Key, SourceRow, joined, keys, source_rows
+from ches_jax.select.scored_rows import (
+    Joining,
+    Key,
+    Rows,
+    SourceRow,
+    keys,
+    row_ids,
+    row_keys,
+    source_blocks,
+)
 
 SIDES = ("prompt", "chosen", "rejected")
 _TOKEN_COLUMNS = pa.schema([TOKEN_SCHEMA.field(name) for name in ("index", "response", "text", "ches", "head_score")])
@@ -42,31 +55,50 @@ def read_texts(
     whole = np.isin(positions, ends)
     most = 1 + short_texts(CHARACTERS, len(SIDES) * int((~whole).sum()))  # one more than is shown: it was cut
     texts = {side: Texts(len(table), positions, most, backwards=side == "prompt") for side in SIDES}
-    place, found, total, characters = 0, 0, len(positions), 0
+    found, characters = 0, 0
     try:
-        if rows is None:
-            rows = source_rows(SelectConfig(scores=run, out=run), wanted=_positions(table, shown))
-        for row, position, row_id in joined(rows, table, shown):
-            if position is not None:
-                if row.row_id != row_id:
-                    return {}, f"Texts are not shown: the pairs file changed since it was scored (row {row.index})."
-                found += 1
-                while positions[place] < position:
-                    place += 1
-                room = characters <= CHARACTERS
-                for side, kept in texts.items():
-                    text = side_text(row.content, side)
-                    kept.set(place, text, whole=bool(whole[place]) or room)
-                    characters += min(len(text), LONGEST)
-                if room and characters > CHARACTERS:
-                    for kept in texts.values():
-                        kept.cut(whole)
-            if found == total:
+        blocks = (
+            source_blocks(SelectConfig(scores=run, out=run), wanted=_positions(table, shown))
+            if rows is None
+            else at_a_time(rows)
+        )
+        joining = Joining(table, shown)
+        for some in blocks:
+            at, scored_ids = joining.places(some)
+            there = at >= 0
+            if (changed := _changed(some, scored_ids, there)) is not None:
+                return {}, f"Texts are not shown: the pairs file changed since it was scored (row {changed})."
+            places = np.searchsorted(positions, at[there])
+            found += len(places)
+            room = characters <= CHARACTERS
+            for side, kept in texts.items():
+                kept.set(places, _side_texts(some, side, there), whole[places] | room)
+                characters += int(np.minimum(kept.sizes[places], LONGEST).sum())
+            if room and characters > CHARACTERS:
+                for kept in texts.values():
+                    kept.cut(whole)
+            if found == len(positions):
                 return texts, ""
     except (ChesError, OSError) as error:
         return {}, f"Texts are not shown: {error}"
-    missing = total - found
+    missing = len(positions) - found
     return texts, f"{missing} of the rows are not in the pairs file any more; they have no texts here."
+
+
+def _changed(rows: Rows, scored_ids: Sequence[str], there: np.ndarray) -> int | None:
+    """The first row of those in the table whose id is not the one that it has there; None: there is no such row."""
+    ids = row_ids(rows)
+    if ids == scored_ids:
+        return None
+    wrong = (at for at in np.flatnonzero(there).tolist() if ids[at] != scored_ids[at])
+    return next((row_keys(rows)[at][0] for at in wrong), None)
+
+
+def _side_texts(rows: Rows, side: str, wanted: np.ndarray) -> list[str]:
+    """The texts of a side of those rows that are wanted."""
+    if isinstance(rows, TextRows):
+        return json.loads(b"[%b]" % b",".join(rows.column(side, wanted)))
+    return [side_text(row.content, side) for row in compress(rows, wanted)]
 
 
 def _positions(table: Scores, shown: np.ndarray) -> bytes | None:

@@ -15,6 +15,11 @@ _SHORT = 100
 """Letters up to which the encoder of the library is the faster one."""
 
 
+PLAIN_TEXT = rb'"[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*"'
+"""A text of JSON that is written as ``quoted`` writes it, as a pattern of bytes: these are UTF-8, and the few control
+characters that are written by their number are left out."""
+
+
 def quoted(text: str) -> bytes:
     r"""A text as JSON has it.
 
@@ -38,7 +43,7 @@ def json_bytes(row: Mapping[str, Any]) -> bytes:
     if not _STRING.issuperset(map(type, row)):
         row = {str(k): v for k, v in row.items()}
     try:
-        members = [f"{encode_basestring(k)}: {_WRITERS.get(type(v), _value)(v)}" for k, v in row.items()]
+        members = [f"{encode_basestring(k)}: {written(v)}" for k, v in row.items()]
         return f"{{{', '.join(members)}}}\n".encode()
     except UnicodeEncodeError:  # half a surrogate, which JSON can hold and UTF-8 cannot
         return f"{json.dumps(json_value(row))}\n".encode()
@@ -59,6 +64,11 @@ def json_value(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def written(value: Any) -> str:
+    """A value of a row as ``json_bytes`` writes it."""
+    return _WRITERS.get(type(value), _value)(value)
 
 
 def _value(value: Any) -> str:

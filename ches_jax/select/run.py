@@ -1,46 +1,29 @@
 """``ches select``: a score table and a rule (``rules``) to a preference dataset that tells how it was chosen."""
 
-import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ches_jax.data.sources import at_a_time
 from ches_jax.errors import RunError, require_config
 from ches_jax.runs.files import new_directory
-from ches_jax.runs.json_text import json_bytes, json_value
+from ches_jax.runs.json_text import json_value
 from ches_jax.runs.store import fetched_run, output_place, place
 from ches_jax.scores.formulas import numbers
-from ches_jax.scores.table import CANDIDATES, INFLUENCE, Scores, open_table, words
+from ches_jax.scores.table import INFLUENCE, Scores, open_table, words
 from ches_jax.select.columns import data_columns, read_columns, repeats, selection_values
 from ches_jax.select.config import SelectConfig
 from ches_jax.select.dataset_card import card
 from ches_jax.select.keep import keep_indices, matched_control, parse_rule, soft_weights
-from ches_jax.select.scored_rows import SourceRow, dropped_when_scored, joined, key_of, read_run, source_rows
+from ches_jax.select.scored_rows import SourceRow, read_run, source_blocks, source_rows
+from ches_jax.select.write import Decision, write_rows
 from ches_jax.stats import spearman
 
 SUMMARY = "selection.json"
-BUFFER = 1 << 20
-"""Bytes that are written at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What happens to each row of the table."""
-
-    values: np.ndarray
-    """The score, NaN where there is none."""
-    kept: np.ndarray
-    """True where the row is kept."""
-    weights: np.ndarray | None
-    soft: dict[str, float] | None
-    repeats: Mapping[int, str] = field(default_factory=dict)
-    """Positions of the rows that repeat an earlier one, and how."""
 
 
 def decide(table: Scores, config: SelectConfig, rows: Iterable[SourceRow] = ()) -> Decision:
@@ -184,8 +167,8 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
         decision = decide(table, config)
     described = describe(table, decision, config)
     with new_directory(output_place(config.out, RunError), RunError, SUMMARY) as folder:
-        rows = source_rows(config, columns) if rows is None else rows
-        source = _write_rows(folder, rows, table, decision, config)
+        blocks = source_blocks(config, columns) if rows is None else at_a_time(rows)
+        source = write_rows(folder, blocks, table, decision, config)
         scored_with = read_run(config.scores).get("config") or {}
         summary: dict[str, Any] = {
             "rule": {k: getattr(config, k) for k in ("by", "keep", "dedup", "control", "seed")},
@@ -204,75 +187,3 @@ def _table(config: SelectConfig) -> Path:
     """The table that has the score: a directory may hold influences beside its scores."""
     beside = Path(config.scores) / INFLUENCE
     return beside if config.by == "influence" and beside.is_file() else config.scores
-
-
-def _write_rows(
-    folder: Path,
-    rows: Iterable[SourceRow],
-    table: Scores,
-    decision: Decision,
-    config: SelectConfig,
-) -> dict[str, Any]:
-    """One pass over the source: each row, checked, to pairs.jsonl or to dropped.jsonl."""
-    changed = f"{config.scores}: the pairs file changed since it was scored"
-    not_scored = dropped_when_scored(config.scores)
-    control = "" if config.control == "none" else f" ({config.control} control)"
-    not_chosen = f"not in {config.keep} of {config.by}{control}"
-    seen = np.zeros(len(table), dtype=bool)
-    reasons: Counter[str] = Counter()
-    replaced: set[str] = set()
-    digest = hashlib.sha256()
-    with (
-        open(folder / "pairs.jsonl", "wb", BUFFER) as pairs,
-        open(folder / "kept_ids.txt", "w", BUFFER, encoding="utf-8", newline="\n") as kept_ids,
-        open(folder / "dropped.jsonl", "wb", BUFFER) as dropped,
-    ):
-        for row, position, scored_id in joined(rows, table):
-            digest.update(f"{row.index} {row.row_id}\n".encode())
-            if position is None and key_of(row) not in not_scored:
-                raise RunError(f"{changed}: row {row.index} (row_id {row.row_id}) was not in it")
-            if position is not None:
-                if scored_id != row.row_id:
-                    raise RunError(f"{changed}: row {row.index} is {row.row_id}, the table has {scored_id}")
-                seen[position] = True
-                if decision.kept[position]:
-                    added = _added_columns(row, position, decision, config)
-                    theirs = {**row.extra, **row.content}
-                    if not added.keys().isdisjoint(theirs):
-                        replaced |= added.keys() & theirs.keys()
-                    pairs.write(json_bytes({**theirs, **added}))
-                    kept_ids.write(f"{row.row_id}\n")
-                    continue
-                reason = decision.repeats.get(position) or (
-                    "unscored" if math.isnan(decision.values[position]) else not_chosen
-                )
-                reasons[reason] += 1
-            else:
-                reason = f"dropped when scored: {not_scored[key_of(row)]}"
-                reasons["dropped when scored"] += 1
-            record = {"row_id": row.row_id, "index": row.index, **_candidates(row), "reason": reason}
-            dropped.write(json_bytes(record))
-    if not seen.all():
-        missing = int(np.flatnonzero(~seen)[0])
-        raise RunError(
-            f"{changed}: {int((~seen).sum())} scored rows are not in it any more, "
-            f"the first is row {table['index'][missing].as_py()} (row_id {table['row_id'][missing].as_py()})"
-        )
-    return {
-        "fingerprint": f"sha256:{digest.hexdigest()}",
-        "dropped": dict(sorted(reasons.items())),
-        "replaced_columns": sorted(replaced),
-    }
-
-
-def _added_columns(row: SourceRow, position: int, decision: Decision, config: SelectConfig) -> dict[str, Any]:
-    added: dict[str, Any] = {"row_id": row.row_id, config.by: float(decision.values[position]), **_candidates(row)}
-    if row.category is not None:
-        added["category"] = row.category
-    if decision.weights is not None:
-        added["weight"] = float(decision.weights[position])
-    return added
-
-
-def _candidates(row: SourceRow) -> dict[str, int]:
-    return dict(zip(CANDIDATES, row.candidates, strict=False)) if row.candidates else {}

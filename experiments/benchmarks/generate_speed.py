@@ -7,7 +7,8 @@
 first, as vLLM asks. Greedy, no end-of-sequence token: all make the same number of tokens, and the same tokens but where
 two logits tie to rounding. The first run of each (compilation, for ours) is timed apart. Prompts are random tokens of
 one length, or, with ``--data``, those of real pairs, which transformers is given padded on the left. With ``--batch``
-all make so many texts at a time: ours side by side on a CPU, transformers batch after batch.
+all make so many texts at a time: ours side by side on a CPU, transformers batch after batch. All have large pages of
+memory, as ``ches`` gives itself.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ches_jax.hugepages import SETTING
 from experiments.benchmarks.measure import interleaved, keep, medians, usage
 
 MODULE = ["-m", "experiments.benchmarks.generate_speed"]
@@ -195,6 +197,7 @@ def main() -> None:
         prompts = json.loads(args.prompts.read_text(encoding="utf-8"))
         print(json.dumps(measure(args.how, args.model, prompts, args.new, args.batch, 2)))
         return
+    os.environ["GLIBC_TUNABLES"] = f"{SETTING}=1"
     by_rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for rows in args.rows:

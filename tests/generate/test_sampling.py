@@ -12,6 +12,7 @@ from scipy import stats
 
 from ches_jax.errors import ChesError
 from ches_jax.generate.sampling import Sampling, draw, filtered, key_data, row_keys
+from ches_jax.models.layers import FEW_ROWS
 
 RULES = [
     Sampling(0.7),
@@ -99,6 +100,20 @@ def test_log_probabilities_are_those_of_the_model_itself():
 def test_greedy_takes_the_first_of_equal_logits():
     tokens, _ = draw(keys_of(2), jnp.int32(0), jnp.array([[0.0, 2.0, 2.0], [5.0, 1.0, 5.0]]), Sampling(0))
     assert tokens.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [257, 300, 1024])
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_greedy_and_log_probabilities_are_those_of_every_token(rows, vocabulary):
+    """However many rows there are and whatever divides the vocabulary; a largest logit comes twice, or is infinite."""
+    logits = np.round(random_logits(rows, vocabulary))
+    logits[0, [3, vocabulary - 1]] = 40
+    logits[-1, : vocabulary - 1] = -np.inf
+    tokens, logps = draw(keys_of(rows), jnp.int32(0), jnp.asarray(logits), Sampling(0))
+    wide = logits.astype(np.float64)
+    expected = -np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    np.testing.assert_allclose(logps, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}])

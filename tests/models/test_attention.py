@@ -90,6 +90,22 @@ def test_packed_rows_give_what_each_sequence_gives_alone(rows: Packed, way: str,
         np.testing.assert_allclose(actual[row, at], alone(case, q, k, v, row, at), atol=case.tolerance)
 
 
+@pytest.mark.parametrize("most", [0, dense.ONE_THREAD])
+@pytest.mark.parametrize("case", CASES)
+def test_one_query_a_row_gives_what_it_gives_in_the_row(rows: Packed, case: Case, most: int, monkeypatch):
+    """As of a token that is made next; two queries of a head of keys are multiplied one by one if few."""
+    monkeypatch.setattr(dense, "ONE_THREAD", most)
+    with jax.enable_x64(case.dtype == "float64"):
+        q, k, v = arrays(case, rows)
+        inputs = inputs_of(q, k, v, within(key_ranges(rows.seen), jnp.int32(case.window)))
+        for row, at in rows.sequences:
+            last_q, last_ranges = jax.tree.map(lambda a, n=at[-1]: a[:, n : n + 1], (inputs.q, inputs.ranges))
+            one = inputs._replace(q=last_q, ranges=last_ranges)
+            actual = dense.dense(one, AttentionParams(case.head**-0.5, case.softcap))
+            expected = alone(case, q, k, v, row, at)[-1]
+            np.testing.assert_allclose(actual[row, 0], expected, atol=case.tolerance)
+
+
 @pytest.mark.parametrize("way", [w for w in WAYS if w != "query_chunked"])
 def test_any_positions_may_be_the_queries(rows: Packed, way: str):
     case = Case(1, 2, 64)

@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ches_jax.data.messages import as_text, side_text
+from ches_jax.data.messages import as_text
 from ches_jax.data.sources import Record, open_pairs
 from ches_jax.errors import RunError
 from ches_jax.report import report
 from ches_jax.report.html import clean, escape
-from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, packed, unpacked
+from ches_jax.report.pair_table import SEPARATOR, Column, PairTable, Texts, packed, unpacked
 from ches_jax.report.render import json_for_script
 from ches_jax.report.score_page import score_page
 from ches_jax.report.terminal import pair_text
@@ -331,10 +331,20 @@ def test_of_too_many_pairs_those_that_lead_have_their_texts_and_show_prints_any(
     assert {i for i, text in enumerate(texts["chosen"]) if text == f"yes {i}"} == shown
     assert "Of 5 pairs the 3 at both ends" in (run / "report.html").read_text(encoding="utf-8")
     read = []
-    monkeypatch.setattr("ches_jax.report.texts.side_text", lambda row, side: read.append(side) or side_text(row, side))
+    keep = Texts.set
+    monkeypatch.setattr(
+        Texts, "set", lambda of, places, texts, whole: read.extend(texts) or keep(of, places, texts, whole)
+    )
     for i in range(5):
         read.clear()
-        assert f"yes {i}" in pair_text(run, str(i)) and len(read) == 3  # of one pair
+        assert f"yes {i}" in pair_text(run, str(i)) and read == [f"ask {i}", f"yes {i}", "no"]  # of one pair
+
+
+def test_a_clean_text_has_no_control_characters_and_all_others():
+    controls = {*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF}
+    for i in range(0x20000):
+        want = "?" if 0xD800 <= i < 0xE000 else "\N{REPLACEMENT CHARACTER}" if i in controls else chr(i)
+        assert clean(chr(i)) == want and clean(f"a{chr(i)}é\n") == f"a{want}é\n"
 
 
 def test_json_for_a_script_and_escaped_text():
