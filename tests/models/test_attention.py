@@ -157,22 +157,59 @@ def test_forward_mode_is_that_of_dense_to_second_order(rows: Packed, sinks: bool
 def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, monkeypatch, x64: None):
     """Outputs, gradients (those of the sinks too) and the forward mode, where most queries have two to four parts."""
     monkeypatch.setattr(block_sparse, "AT_ONCE", 32)
+    monkeypatch.setattr(block_sparse, "TILE", 32)
     case = Case(1, 2, 8, window=window, softcap=5.0, dtype="float64")
     inputs = (*map(jnp.asarray, arrays(case, rows)), jnp.linspace(-1.0, 1.0, 2).reshape(1, 2))
     ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
     real = jnp.asarray(rows.rows.lengths > 0, jnp.float64)[..., None, None, None]
 
-    def value(attend, q, k, v, sink):
+    def value(attend, *arrays):
+        q, k, v, sink = arrays
         return real * attend(AttentionInputs(q, k, v, ranges, sink), AttentionParams(0.3, case.softcap))
 
     def all_of(attend, forward):
+        undifferentiated = partial(value, attend)(*inputs)
         out, back = jax.vjp(partial(value, attend), *inputs)
-        return out, *back(jnp.cos(out)), jax.jvp(partial(value, forward), inputs, tuple(map(jnp.cos, inputs)))[1]
+        along = jax.jvp(partial(value, forward), inputs, tuple(map(jnp.cos, inputs)))[1]
+        return undifferentiated, out, *back(jnp.cos(out)), along
 
     expected = jax.jit(partial(all_of, dense.dense, dense.dense))()
     in_parts = jax.jit(partial(all_of, partial(blocks, block=16), forward_blocks))()
     for a, b in zip(in_parts, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 128), (3, 768), (2, 4096)])
+def test_forward_and_backward_are_compiled_once_whatever_the_rows(count: int, length: int):
+    """A product more is a body more: a branch for each number of blocks was half of what a first step compiled."""
+    shapes = ((count, length, 1, 2, 8), *[(count, length, 1, 8)] * 2)
+    ranges = KeyRanges(*[jnp.zeros((count, length), jnp.int32)] * 4)
+
+    def value(q, k, v, ranges):
+        return jnp.sum(blocks(AttentionInputs(q, k, v, ranges), AttentionParams(0.3)))
+
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    text = jax.jit(jax.grad(value, (0, 1, 2))).lower(*arrays, ranges).as_text()
+    # scores and outputs; scores again, and by weights, queries, keys, values
+    assert text.count("stablehlo.dot_general") == 2 + 5
+    # the two masks, which are made in a branch that is always taken
+    assert text.count("stablehlo.case") == 2
+
+
+def test_gradients_by_the_scores_of_a_query_add_up_to_zero_in_16_bits(rows: Packed):
+    """Where all keys are one, the gradient by a query is that sum times the key."""
+    case = Case(1, 2, 32)
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays(case, rows))
+    inputs = (q, jnp.broadcast_to(k[:1, :1], k.shape), v)
+    along = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+
+    def value(q, k, v):
+        out = blocks(AttentionInputs(q, k, v, key_ranges(rows.seen)), AttentionParams(0.3))
+        return jnp.sum(out.astype(jnp.float32) * along)
+
+    by_queries, _, by_values = jax.jit(jax.grad(value, (0, 1, 2)))(*inputs)
+    assert float(jnp.abs(by_values).max()) > 0.5
+    assert float(jnp.abs(by_queries).max()) < 1e-4
 
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [(16, 16, NO_WINDOW), (64, 32, NO_WINDOW), (32, 64, 9)])

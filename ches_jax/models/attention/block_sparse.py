@@ -7,14 +7,16 @@ and the gradient ``g`` by that output:
   \frac{\partial}{\partial v_t} = \sum_q p_{qt} g_q, \qquad
   \frac{\partial}{\partial z_{qt}} = p_{qt} \Big(g_q \cdot v_t - \sum_u p_{qu}\, g_q \cdot v_u\Big)
 
-A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the value zero. The sum over u equals
-``g . o``; summed from the same rounded terms it makes the gradients by a query's scores add up to zero, which
-matters to an optimiser that divides by the size of a gradient.
+A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the value zero. The sum over u is
+``g . o``, of an output that is kept as it was summed. Neither it nor ``p`` and the gradient by ``z`` are rounded to 16
+bits: so the gradients by a query's scores add up to zero, which matters to an optimiser that divides by their size.
 
-The forward keeps ``Z``, the backward computes the scores again. Both walk over blocks of queries; the blocks of keys
-that such a block needs are gathered first, so that its matrix products are few and large. Their number differs from
-block to block and shapes cannot: it is rounded up to one of a few bucket sizes, each compiled once, and the keys of the
-surplus blocks are masked. In the forward, what is more than ``AT_ONCE`` keys is computed in parts of so many:
+The forward keeps ``Z`` and ``o``, the backward computes the scores again. Both walk over blocks of queries, those of
+all rows one after the other; the blocks of keys that such a block needs are gathered first, so that its matrix products
+are few and large. Their number differs from block to block and shapes cannot. With a gradient they are taken ``TILE``
+keys at a time, as often as it takes: the forward is compiled once and the backward once. Without one their number is
+rounded up to one of a few bucket sizes, each compiled once, and what is more than ``AT_ONCE`` keys is computed in parts
+of so many. The keys of surplus blocks are masked, and parts are put together:
 
 .. math::
   Z = \ln(e^{Z_a} + e^{Z_b}), \qquad o = e^{Z_a - Z} o_a + e^{Z_b - Z} o_b
@@ -43,6 +45,9 @@ KEYS = {"cpu": 32}
 AT_ONCE = 512
 """Keys whose scores are computed at once at most, in the forward: the scores of more do not fit in a CPU's cache, and
 each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
+TILE = 128
+"""With a gradient, keys whose scores are computed at once, in a loop. On a CPU as fast as a branch for each number of
+blocks, or faster, for half of the compilation of a step and less; tiles of 64 and 192 were measured too."""
 SHORT_ROW, SMALLER = 1024, {"cpu": 32}
 """With a gradient, rows up to so long have smaller blocks: on a CPU 0.87 to 0.97 of the time of the others, forward
 and backward together, with pairs of 100 to 700 tokens; 1.1 of it with pairs of 2,000. Forward alone gains nothing."""
@@ -54,6 +59,7 @@ class Static(NamedTuple):
     block: int
     gradient_block: int
     params: AttentionParams
+    differentiated: bool = False
 
     @property
     def keys(self) -> int:
@@ -63,7 +69,7 @@ class Static(NamedTuple):
     @property
     def with_gradient(self) -> "Static":
         """What a program with a gradient is compiled for."""
-        return self._replace(block=self.gradient_block)
+        return self._replace(block=self.gradient_block, differentiated=True)
 
 
 class Part(NamedTuple):
@@ -97,7 +103,8 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
 def forward_blocks(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
     """``blocks`` in forward mode: ``jax.jvp`` passes it, to any order; a backward pass would keep all scores."""
     static = _static(inputs, params).with_gradient
-    return _forward(*_whole_blocks(inputs, static.block), static)[0][:, : inputs.q.shape[1]]
+    out, _ = _forward(*_whole_blocks(inputs, static.block), static)
+    return out.astype(inputs.q.dtype)[:, : inputs.q.shape[1]]
 
 
 def _static(inputs: AttentionInputs, params: AttentionParams, block: int | None = None) -> Static:
@@ -131,39 +138,51 @@ def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, sinks: Array | None
 
 
 def _forward_with_gradient(q, k, v, ranges, sinks, static: Static):
-    return _forward(q, k, v, ranges, sinks, static.with_gradient)
+    out, total = _forward(q, k, v, ranges, sinks, static.with_gradient)
+    out, total = checkpoint_name((out, total), KEPT)
+    return out.astype(q.dtype), (q, k, v, ranges, sinks, total, out)
 
 
 def _forward(q, k, v, ranges, sinks, static: Static):
-    # lax.map, not vmap: each row needs its own blocks, and a row is work enough for a device
-    out, total = lax.map(partial(_row_forward, static, sinks), (q, k, v, ranges))
-    out, total = checkpoint_name((out, total), KEPT)
-    return out, (q, k, v, ranges, sinks, total)
+    """Outputs, where they are differentiated in the dtype of their sums, and Z."""
+    out, total = _row_forward(static, k.shape[1], sinks, *_one_row(q, k, v, ranges))
+    return out.reshape(q.shape), total
 
 
 def _backward(static: Static, kept, cotangent):
-    q, k, v, ranges, sinks, total = kept
-    dq, dk, dv, dsinks = lax.map(
-        partial(_row_backward, static.with_gradient, sinks), (q, k, v, ranges, total, cotangent)
-    )
-    return dq, dk, dv, None, None if sinks is None else dsinks.sum(0).astype(sinks.dtype)
+    q, k, v, ranges, sinks, total, out = kept
+    row = _one_row(q, k, v, ranges)
+    flat = (a.reshape(row[0].shape) for a in (out, cotangent))
+    dq, dk, dv, dsinks = _row_backward(static.with_gradient, k.shape[1], sinks, *row, total, *flat)
+    of_arrays = (d.reshape(a.shape) for d, a in ((dq, q), (dk, k), (dv, v)))
+    return *of_arrays, None, None if sinks is None else dsinks.astype(sinks.dtype)
 
 
 _attend.defvjp(_forward_with_gradient, _backward)
 
 
+def _one_row(
+    q: Float[Array, "B Q K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], ranges: KeyRanges
+) -> tuple[Array, Array, Array, KeyRanges]:
+    """All rows as one, in which every query sees what it saw: no loop over rows is compiled."""
+    before = k.shape[1] * jnp.arange(len(k), dtype=ranges.own_end.dtype)[:, None]
+    q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
+    return q, k, v, KeyRanges(*((a + before).reshape(-1) for a in ranges))
+
+
 def _row_forward(
-    static: Static, sinks: Array | None, row: tuple[Array, Array, Array, KeyRanges]
+    static: Static, most: int, sinks: Array | None, q: Array, k: Array, v: Array, ranges: KeyRanges
 ) -> tuple[Array, Array]:
-    """Outputs of a row, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
-    q, k, v, ranges = row
+    """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block], of which each sees ``most`` keys."""
+    acc = accumulate(q.dtype)
     keys, values = (_key_blocks(a, static.keys) for a in (k, v))
-    indices = _block_indices(ranges, len(k), static.block, static.keys)
-    at_once = min(AT_ONCE // static.keys, keys.shape[1])
+    most = most // static.keys
+    at_once = min(max(1, (TILE if static.differentiated else AT_ONCE) // static.keys), most)
+    indices = _block_indices(ranges, static.block, static.keys, (keys.shape[1], most, at_once))
 
     def block(rows, args):
         at, ranges_i, kv_index, kv_count = args
-        queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block), static.params)
+        queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
         (qi,) = _query_blocks(queries, static.block)
 
         def seen(index: Int[Array, " kv_blocks"], count: Int[Array, ""] | int) -> Part:
@@ -172,82 +191,112 @@ def _row_forward(
             z = _scores(qi, ki, _bias(ranges_i, index, count, static.keys, qi.dtype), params)[0]
             top = lax.stop_gradient(z.max(-1, keepdims=True))  # outputs do not depend on it: for forward mode
             p = jnp.exp(z - top)
-            return Part(top, p.sum(-1, keepdims=True), einsum("kqs,ksh->kqh", p.astype(v.dtype), vi))
+            # a rounded weight would not be the one whose gradient the backward computes
+            factors = (p, vi.astype(acc)) if static.differentiated else (p.astype(v.dtype), vi)
+            return Part(top, p.sum(-1, keepdims=True), einsum("kqs,ksh->kqh", *factors))
 
-        further = (kv_count - 1) // at_once
-        first = kv_count - further * at_once
-        part = _in_bucket(first, at_once, lambda size: seen(kv_index[:size], first))
-        if at_once < keys.shape[1]:  # else XLA finds that the one slice depends on nothing, and computes it for all
+        def joined_from(start: Int[Array, ""] | int, parts: Int[Array, ""], part: Part) -> Part:
+            """With ``parts`` times ``at_once`` blocks more."""
 
             def with_more(step: Int[Array, ""], part: Part) -> Part:
-                index = lax.dynamic_slice_in_dim(kv_index, first + step * at_once, at_once)
-                return _joined(part, seen(index, at_once))
+                first = start + step * at_once
+                return _joined(part, seen(lax.dynamic_slice_in_dim(kv_index, first, at_once), kv_count - first))
 
-            part = lax.fori_loop(0, further, with_more, part)
+            return lax.fori_loop(0, parts, with_more, part)
+
+        if static.differentiated:
+            column = jnp.full((*qi.shape[:2], 1), MASKED_SCORE, acc)
+            nothing = Part(column, jnp.zeros_like(column), jnp.zeros(qi.shape, acc))
+            part = joined_from(0, (kv_count + at_once - 1) // at_once, nothing)
+        else:
+            further = (kv_count - 1) // at_once
+            first = kv_count - further * at_once
+            part = _in_bucket(first, at_once, lambda size: seen(kv_index[:size], first))
+            if at_once < most:  # else XLA finds that the one slice depends on nothing, and computes it for all
+                part = joined_from(first, further, part)
         sink = _sink_scores(sinks, part.out)
         if sink is not None:
             part = _joined(part, _sink_part(sink, part))
-        out = _query_rows((part.out / part.total).astype(q.dtype)[None], static.block)
+        out = _query_rows((part.out / part.total).astype(rows.dtype)[None], static.block)
         return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (part.top + jnp.log(part.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
     at = jnp.arange(0, len(q), static.block)
-    return lax.scan(block, q, (at, _in_blocks(ranges, static.block), *indices))
+    outputs = q.astype(acc) if static.differentiated else q
+    return lax.scan(block, outputs, (at, _in_blocks(ranges, static.block), *indices))
 
 
 def _row_backward(
-    static: Static, sinks: Array | None, row: tuple[Array, Array, Array, KeyRanges, Array, Array]
+    static: Static,
+    most: int,
+    sinks: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    ranges: KeyRanges,
+    total: Array,
+    out: Array,
+    cotangent: Array,
 ) -> tuple[Array, ...]:
-    """Gradients by the queries, keys and values of a row, and by the sinks."""
-    q, k, v, ranges, total, cotangent = row
+    """Gradients by queries, keys and values, and by the sinks (zero without any)."""
     acc = accumulate(q.dtype)
     q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    indices = _block_indices(ranges, len(k), static.block, static.block)
+    most = most // static.block
+    tile = min(max(1, TILE // static.block), most)
+    indices = _block_indices(ranges, static.block, static.block, (keys.shape[1], most, tile))
 
     def block(carry, args):
-        qi, gi, total_i, ranges_i, kv_index, kv_count = args
+        qi, gi, total_i, mean_i, ranges_i, kv_index, kv_count = args
 
-        def compute(size: int):
-            ki, vi = (_take_blocks(a, kv_index[:size]) for a in (keys, values))
-            z, cap_gradient = _scores(qi, ki, _bias(ranges_i, kv_index[:size], kv_count, static.block, q.dtype), params)
-            p = jnp.exp(z - total_i[..., None])
-            dp = einsum("kqh,ksh->kqs", gi, vi)
-            mean = jnp.sum(p * dp, -1, keepdims=True)
-            dz = p * (dp - mean) * cap_gradient
-            sink = _sink_scores(sinks, z)
-            dsink = 0 * mean if sink is None else -jnp.exp(sink - total_i[..., None]) * mean
-            dz, p = dz.astype(q.dtype), p.astype(v.dtype)
+        def with_more(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            dq, *by_keys = sums
+            first = step * tile
+            index = lax.dynamic_slice_in_dim(kv_index, first, tile)
+            ki, vi = (_take_blocks(a, index) for a in (keys, values))
+            bias = _bias(ranges_i, index, kv_count - first, static.block, q.dtype)
+            z, cap_gradient = _scores(qi, ki, bias, params)
+            p = jnp.exp(z - total_i)
+            dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
             # [H, keys] with the smaller factor first: transposing the larger one is what would take long
-            parts = einsum("kqh,kqs->khs", qi, dz), einsum("kqh,kqs->khs", gi, p)
-            dq = einsum("kqs,ksh->kqh", dz, ki) * jnp.asarray(static.params.scale, acc)
-            blocks_of = (_gradient_blocks(a, static.block, most) for a in parts)
-            return dq.astype(q.dtype), dsink.reshape(*q.shape[1:3], -1).sum(-1), *blocks_of
+            parts = einsum("kqh,kqs->khs", qi.astype(acc), dz), einsum("kqh,kqs->khs", gi.astype(acc), p)
+            blocks_of = [_gradient_blocks(a, static.block) for a in parts]
 
-        most = kv_index.shape[0]
-        dq, dsink, *parts = _in_bucket(kv_count, most, compute)
+            def add(at: Int[Array, ""], by_keys: list[Array]) -> list[Array]:
+                return [a.at[index[at]].add(part[at]) for a, part in zip(by_keys, blocks_of, strict=True)]
 
-        def add(step, sums):
-            return tuple(s.at[kv_index[step]].add(part[step]) for s, part in zip(sums, parts, strict=True))
+            by_keys = lax.fori_loop(0, jnp.minimum(tile, kv_count - first), add, by_keys)
+            return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
-        return lax.fori_loop(0, kv_count, add, carry), (dq, dsink)
+        zero = jnp.zeros(qi.shape, acc)
+        dq, *carry = lax.fori_loop(0, (kv_count + tile - 1) // tile, with_more, (zero, *carry))
+        dq = dq * jnp.asarray(static.params.scale, acc)
+        sink = _sink_scores(sinks, dq)
+        dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
+        return tuple(carry), (dq.astype(q.dtype), *(d.reshape(*q.shape[1:3], -1).sum(-1) for d in dsink))
 
     start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], static.block), acc)
+    mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
-    (dk, dv), (dq, dsinks) = lax.scan(
-        block, (start, start), (*queries, total, _in_blocks(ranges, static.block), *indices)
+    of_queries = (total[..., None], _query_blocks(mean, static.block))
+    (dk, dv), (dq, *dsinks) = lax.scan(
+        block, (start, start), (*queries, *of_queries, _in_blocks(ranges, static.block), *indices)
     )
     transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
-    return _query_rows(dq, static.block), *(a.astype(k.dtype) for a in transposed), dsinks.sum(0)
+    by_arrays = (a.astype(k.dtype) for a in transposed)
+    return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
-def _block_indices(ranges: KeyRanges, count: int, queries: int, keys: int) -> BlockIndices:
-    """What each block of a row's queries needs of ``count`` keys; indices past ``kv_num_blocks`` are of some block."""
+def _block_indices(ranges: KeyRanges, queries: int, keys: int, blocks: tuple[int, int, int]) -> BlockIndices:
+    """What each block of queries needs; indices past ``kv_num_blocks`` are of some block.
+
+    ``blocks``: of keys, how many there are, how many a block of queries may need, and how many are taken at a time.
+    """
+    count, most, at_once = blocks
     spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), queries, keys))
-    most = count // keys
-    steps = jnp.arange(most, dtype=jnp.int32)[None]
+    steps = jnp.arange(-(-most // at_once) * at_once, dtype=jnp.int32)[None]
     indices = block_index(jax.tree.map(lambda a: a[:, None], spans), steps)
-    return BlockIndices(jnp.clip(indices, 0, most - 1), spans.num_blocks)
+    return BlockIndices(jnp.clip(indices, 0, count - 1), spans.num_blocks)
 
 
 def _in_bucket(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) -> Any:
@@ -350,8 +399,7 @@ def _key_blocks(k: Float[Array, "T K H"], block: int) -> Float[Array, "K blocks 
     return _in_blocks(k, block).transpose(2, 0, 1, 3)
 
 
-def _gradient_blocks(part: Float[Array, "K H keys"], block: int, most: int) -> Float[Array, "kv_blocks K H block"]:
-    """The gradient of each gathered block, and zeros up to ``most`` of them."""
+def _gradient_blocks(part: Float[Array, "K H keys"], block: int) -> Float[Array, "kv_blocks K H block"]:
+    """The gradient of each gathered block."""
     kv, width, _ = part.shape
-    cut = part.reshape(kv, width, -1, block).transpose(2, 0, 1, 3)
-    return jnp.pad(cut, [(0, most - len(cut)), *[(0, 0)] * 3])
+    return part.reshape(kv, width, -1, block).transpose(2, 0, 1, 3)
