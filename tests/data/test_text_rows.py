@@ -131,6 +131,14 @@ def test_a_conversation_as_text_is_found_beside_a_line_without_a_brace(tmp_path)
     assert [type(rows) for rows in same(path)] == [TextRows, list, TextRows, list]
 
 
+@pytest.mark.parametrize("text", ["a\\/b", "\\u0041", "\\u00e9", "a\\\\", "\\u000b", "\\ud83d\\ude00"])
+def test_an_escape_that_we_would_not_write_is_written_as_ours(tmp_path, text):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{GOOD * 2}{GOOD.replace('Which', text)}{GOOD}")
+    (rows,) = same(path)
+    assert isinstance(rows, TextRows) and rows.column("prompt")[2] == quoted(json.loads(f'"{text}?"'))
+
+
 def test_a_text_does_not_end_in_another_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f'{GOOD * 2}{{"prompt": "a\n", "chosen": "b", "rejected": "c"}}\n{GOOD}')

@@ -145,6 +145,7 @@ CHANGES = {
     "a row in another place": lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]],
     "a row where none was": lambda lines: [*lines[:30], *lines[31:]],
     "a row that cannot be read": lambda lines: [*lines[:9], "{broken\n", *lines[10:]],
+    "one pair in place of candidates": lambda lines: [*lines[:20], lines[19], *lines[21:]],
     "none left": lambda lines: lines[:1],
 }
 
