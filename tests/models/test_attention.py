@@ -181,7 +181,7 @@ def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, mo
 
 @pytest.mark.parametrize(("count", "length"), [(1, 128), (3, 768), (2, 4096)])
 def test_forward_and_backward_are_compiled_once_whatever_the_rows(count: int, length: int):
-    """A product more is a body more: a branch for each number of blocks was half of what a first step compiled."""
+    """A product more is a body more: a branch for each number of blocks was a third of what a first step compiled."""
     shapes = ((count, length, 1, 2, 8), *[(count, length, 1, 8)] * 2)
     ranges = KeyRanges(*[jnp.zeros((count, length), jnp.int32)] * 4)
 

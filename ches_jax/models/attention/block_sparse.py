@@ -47,7 +47,7 @@ AT_ONCE = 512
 each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
 TILE = 128
 """With a gradient, keys whose scores are computed at once, in a loop. On a CPU as fast as a branch for each number of
-blocks, or faster, for half of the compilation of a step and less; tiles of 64 and 192 were measured too."""
+blocks, within what could be measured, and compiled in a third of the time; tiles of 64 and 192 were measured too."""
 SHORT_ROW, SMALLER = 1024, {"cpu": 32}
 """With a gradient, rows up to so long have smaller blocks: on a CPU 0.87 to 0.97 of the time of the others, forward
 and backward together, with pairs of 100 to 700 tokens; 1.1 of it with pairs of 2,000. Forward alone gains nothing."""
