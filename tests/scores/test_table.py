@@ -91,7 +91,7 @@ def test_a_table_in_its_file_keeps_nothing_of_it_in_memory(tmp_path):
     tables.write_part(tmp_path / "scores.parquet", rows(0, 30_000), METADATA)
     before = pa.total_allocated_bytes()
     stored = tables.open_table(tmp_path)
-    numbers(stored, "ches"), tables.words(stored, "flags"), tables.rows_at(stored, [3], ["row_id"])
+    _ = numbers(stored, "ches"), tables.words(stored, "flags"), tables.rows_at(stored, [3], ["row_id"])
     assert pa.total_allocated_bytes() - before < 10_000
     whole = tables.read_table(tmp_path)[0]
     assert pa.total_allocated_bytes() - before > whole.nbytes / 2 > 500_000
