@@ -189,7 +189,7 @@ def unit_rms(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     return (y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + jnp.asarray(eps, y.dtype))).astype(x.dtype)
 
 
-Rotations: TypeAlias = tuple[tuple[Float[Array, "B T R"], Float[Array, "B T R"]], ...]
+Rotations: TypeAlias = tuple[tuple[Float[Array, "B T _"], Float[Array, "B T _"]], ...]
 """(cos, sin) of the global layers and, where it differs, of the sliding-window layers."""
 
 
