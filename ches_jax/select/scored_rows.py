@@ -12,28 +12,18 @@ import numpy as np
 import pyarrow as pa
 
 from ches_jax.data.sources import blocks_of_run, pairs_of_run
-from ches_jax.data.text_rows import TextRows
+from ches_jax.data.text_rows import TextRows, Understood
 from ches_jax.errors import RunError
 from ches_jax.runs.chunks import read_lines
 from ches_jax.runs.directory import CONFIG, RUN, read_json
 from ches_jax.scores.table import CANDIDATES, Scores, blocks, table_path
 
 
-class SourceRow(Protocol):
+class SourceRow(Understood, Protocol):
     """A row of the pairs as ``data.sources`` gives it."""
 
     @property
     def index(self) -> int: ...
-    @property
-    def row_id(self) -> str: ...
-    @property
-    def content(self) -> Mapping[str, Any]: ...
-    @property
-    def extra(self) -> Mapping[str, Any]: ...
-    @property
-    def category(self) -> str | None: ...
-    @property
-    def candidates(self) -> tuple[int, ...] | None: ...
 
 
 Rows: TypeAlias = "TextRows | Sequence[SourceRow]"

@@ -85,12 +85,12 @@ def write_rows(
             replaced |= names
             kept_ids.write("".join([f"{row_id}\n" for row_id in compress(ids, kept)]).encode())
             left = [*zip(*(compress(column, ~kept) for column in (keys, ids, positions.tolist())), strict=True)]
-            told = [DROPPED if position < 0 else why(position) for _, _, position in left]
-            reasons.update(told)
+            here = [DROPPED if position < 0 else why(position) for _, _, position in left]
+            reasons.update(here)
             dropped.writelines(
                 [
                     _dropped_line(key, row_id, f"{DROPPED}: {not_scored[key]}" if position < 0 else reason)
-                    for (key, row_id, position), reason in zip(left, told, strict=True)
+                    for (key, row_id, position), reason in zip(left, here, strict=True)
                 ]
             )
     if not seen.all():
@@ -186,8 +186,8 @@ def _lines_of_texts(
     if weights is not None:
         ends = [b', "weight": %b}\n' % written(weight).encode() for weight in weights]
     if "category" in rows.names:
-        told = rows.column("category", kept)
-        ends = [end if c == b"null" else b', "category": %b%b' % (c, end) for c, end in zip(told, ends, strict=True)]
+        labels = rows.column("category", kept)
+        ends = [end if c == b"null" else b', "category": %b%b' % (c, end) for c, end in zip(labels, ends, strict=True)]
     columns = [rows.column(name, kept) for name in names]
     columns.append([b'"%b"' % row_id.encode() for row_id in compress(rows.ids, kept)])
     columns.append([written(value).encode() for value in values])

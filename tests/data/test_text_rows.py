@@ -81,7 +81,7 @@ BROKEN = [
 GOOD = '{"prompt": "Which?", "chosen": "b", "rejected": "c"}\n'
 
 
-def told(rows):
+def records_of(rows):
     """Of each row what there is to compare: index, id, line of its values, category, candidates."""
     if isinstance(rows, TextRows):
         for index, row_id, values in zip(rows.index.tolist(), rows.ids, rows.values, strict=True):
@@ -104,9 +104,9 @@ def of_record(record: Record):
 def same(path: Path, **options):
     source = open_pairs(str(path), **options).tolerant()
     blocks = list(source.blocks())
-    assert [row for rows in blocks for row in told(rows)] == [of_record(record) for record in source]
+    assert [row for rows in blocks for row in records_of(rows)] == [of_record(record) for record in source]
     wanted = bytes([i % 3 == 0 for i in range(sum(map(len, source.rows_from(0))))])
-    some = [row for rows in source.blocks(wanted) for row in told(rows)]
+    some = [row for rows in source.blocks(wanted) for row in records_of(rows)]
     assert some == [of_record(record) for records in source.rows_at(wanted) for record in records]
     return blocks
 
@@ -167,10 +167,10 @@ def test_lines_of_texts_are_not_decoded_and_those_in_doubt_are(tmp_path, monkeyp
 def test_blocks_of_any_size_have_the_same_rows(tmp_path, monkeypatch):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n \n" + f"{GOOD}\n{BROKEN[5]}" * 9 + GOOD.rstrip())
-    want = [row for rows in same(path) for row in told(rows)]
+    want = [row for rows in same(path) for row in records_of(rows)]
     for size in (1, 50, 100, 130):
         monkeypatch.setattr(formats, "LINES", size)
-        assert [row for rows in same(path) for row in told(rows)] == want
+        assert [row for rows in same(path) for row in records_of(rows)] == want
 
 
 def test_a_line_without_end_is_refused_wherever_a_block_ends(tmp_path, monkeypatch):

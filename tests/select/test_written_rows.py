@@ -108,8 +108,8 @@ def test_a_selection_of_a_file_is_that_of_its_rows(folder, rule):
             [{**line, "n": 1.5} if line.get("n") == [1, {"a": None}] else line for line in lines],
         )
     rows = rows_of(folder)
-    told = select(SelectConfig(out=folder / "a", **config))
-    assert told == select(SelectConfig(out=folder / "b", **config), rows)
+    result = select(SelectConfig(out=folder / "a", **config))
+    assert result == select(SelectConfig(out=folder / "b", **config), rows)
     for path in (folder / "a").iterdir():
         assert path.read_bytes() == (folder / "b" / path.name).read_bytes(), path.name
     kept = {}
@@ -118,7 +118,7 @@ def test_a_selection_of_a_file_is_that_of_its_rows(folder, rule):
         numbers = tuple(made[n] for n in ("chosen_candidate", "rejected_candidate") if n in made) or None
         kept[made["row_id"], numbers] = {n: made[n] for n in (config["by"], "weight") if n in made}
     lines, others = expected(rows, kept, config["by"])
-    assert (folder / "a" / "pairs.jsonl").read_text() == lines and len(kept) == told["counts"]["kept"]
+    assert (folder / "a" / "pairs.jsonl").read_text() == lines and len(kept) == result["counts"]["kept"]
     dropped = [json.loads(line) for line in (folder / "a" / "dropped.jsonl").read_text().splitlines()]
     assert "".join(f"{one['row_id']}\n" for one in dropped) == others
     assert "dropped when scored: unreadable" in [one["reason"] for one in dropped]
@@ -129,9 +129,9 @@ def test_columns_of_the_data_that_have_a_name_of_ours_give_way(folder):
     write_lines(folder / "pairs.jsonl", [{"ches": "old", "weight": 1, **line, "row_id": 5} for line in lines])
     for keep, replaced in (("lowest:0.5", ["ches", "row_id"]), ("soft:0.5", ["ches", "row_id", "weight"])):
         config = {"scores": folder / "run", "by": "ches", "keep": keep}
-        told = select(SelectConfig(out=folder / keep, **config))
-        assert told["source"]["replaced_columns"] == replaced
-        assert told == select(SelectConfig(out=folder / f"{keep}2", **config), rows_of(folder))
+        result = select(SelectConfig(out=folder / keep, **config))
+        assert result["source"]["replaced_columns"] == replaced
+        assert result == select(SelectConfig(out=folder / f"{keep}2", **config), rows_of(folder))
         assert (folder / keep / "pairs.jsonl").read_bytes() == (folder / f"{keep}2" / "pairs.jsonl").read_bytes()
         first = json.loads((folder / keep / "pairs.jsonl").read_text().splitlines()[0])
         assert [*first][:2] == ["ches", "weight"] and first["ches"] != "old" and first["row_id"] != 5
