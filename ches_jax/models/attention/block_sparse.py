@@ -12,11 +12,11 @@ A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the 
 bits: so the gradients by a query's scores add up to zero, which matters to an optimiser that divides by their size.
 
 The forward keeps ``Z`` and ``o``, the backward computes the scores again. Both walk over blocks of queries, those of
-all rows one after the other; the blocks of keys that such a block needs are gathered first, so that its matrix products
-are few and large. Their number differs from block to block and shapes cannot. With a gradient they are taken ``TILE``
-keys at a time, as often as it takes: the forward is compiled once and the backward once. Without one their number is
-rounded up to one of a few bucket sizes, each compiled once, and what is more than ``AT_ONCE`` keys is computed in parts
-of so many. The keys of surplus blocks are masked, and parts are put together:
+all rows one after the other. The number of blocks of keys that such a block needs differs from block to block, and
+shapes cannot. With a gradient they are taken one at a time, as often as it takes: the forward is compiled once and the
+backward once. Without one they are gathered first, so that matrix products are few and large: their number is rounded
+up to one of a few bucket sizes, each compiled once, and what is more than ``AT_ONCE`` keys is computed in parts of so
+many. The keys of surplus blocks are masked, and parts are put together:
 
 .. math::
   Z = \ln(e^{Z_a} + e^{Z_b}), \qquad o = e^{Z_a - Z} o_a + e^{Z_b - Z} o_b
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
 from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
@@ -39,37 +39,31 @@ from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
-"""Queries and keys of a block by platform, and elsewhere: what was fastest."""
+"""Queries and keys of a block by platform, and elsewhere: what was fastest. With a gradient on a CPU, what two such
+blocks take is little enough for XLA to give it to one thread, and larger ones are slower: dividing takes longer."""
 KEYS = {"cpu": 32}
-"""Keys of a block in the forward, where that is less: fewer of those that are computed are masked."""
+"""Keys of a block where nothing is differentiated, if that is less: fewer of those that are computed are masked."""
 AT_ONCE = 512
-"""Keys whose scores are computed at once at most, in the forward: the scores of more do not fit in a CPU's cache, and
-each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
-TILE = 128
-"""With a gradient, keys whose scores are computed at once, in a loop. On a CPU as fast as a branch for each number of
-blocks, within what could be measured, and compiled in a third of the time; tiles of 64 and 192 were measured too."""
-SHORT_ROW, SMALLER = 1024, {"cpu": 32}
-"""With a gradient, rows up to so long have smaller blocks: on a CPU 0.87 to 0.97 of the time of the others, forward
-and backward together, with pairs of 100 to 700 tokens; 1.1 of it with pairs of 2,000. Forward alone gains nothing."""
+"""Keys whose scores are computed at once at most, without a gradient: the scores of more do not fit in a CPU's cache,
+and each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
 
 
 class Static(NamedTuple):
     """What a program is compiled for."""
 
     block: int
-    gradient_block: int
     params: AttentionParams
     differentiated: bool = False
 
     @property
     def keys(self) -> int:
-        """Keys of a block in the forward."""
-        return min(self.block, KEYS.get(platform(), self.block))
+        """Keys of a block."""
+        return self.block if self.differentiated else min(self.block, KEYS.get(platform(), self.block))
 
     @property
     def with_gradient(self) -> "Static":
         """What a program with a gradient is compiled for."""
-        return self._replace(block=self.gradient_block, differentiated=True)
+        return self._replace(differentiated=True)
 
 
 class Part(NamedTuple):
@@ -95,22 +89,20 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       params: scale and soft cap.
       block: queries and keys of a block; default: by the platform.
     """
-    static = _static(inputs, params, block)
+    static = Static(block or _block(), params)
     q, k, v, ranges, sinks = _whole_blocks(inputs, static.block)
     return cast(Array, _attend(q, k, v, ranges, sinks, static))[:, : inputs.q.shape[1]]
 
 
 def forward_blocks(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
     """``blocks`` in forward mode: ``jax.jvp`` passes it, to any order; a backward pass would keep all scores."""
-    static = _static(inputs, params).with_gradient
+    static = Static(_block(), params, differentiated=True)
     out, _ = _forward(*_whole_blocks(inputs, static.block), static)
     return out.astype(inputs.q.dtype)[:, : inputs.q.shape[1]]
 
 
-def _static(inputs: AttentionInputs, params: AttentionParams, block: int | None = None) -> Static:
-    size = block or BLOCK.get(platform(), ACCELERATOR_BLOCK)
-    short = block is None and inputs.k.shape[1] <= SHORT_ROW
-    return Static(size, SMALLER.get(platform(), size) if short else size, params)
+def _block() -> int:
+    return BLOCK.get(platform(), ACCELERATOR_BLOCK)
 
 
 def _whole_blocks(inputs: AttentionInputs, block: int) -> AttentionInputs:
@@ -177,7 +169,7 @@ def _row_forward(
     acc = accumulate(q.dtype)
     keys, values = (_key_blocks(a, static.keys) for a in (k, v))
     most = most // static.keys
-    at_once = min(max(1, (TILE if static.differentiated else AT_ONCE) // static.keys), most)
+    at_once = 1 if static.differentiated else min(max(1, AT_ONCE // static.keys), most)
     indices = _block_indices(ranges, static.block, static.keys, (keys.shape[1], most, at_once))
 
     def block(rows, args):
@@ -188,7 +180,7 @@ def _row_forward(
         def seen(index: Int[Array, " kv_blocks"], count: Int[Array, ""] | int) -> Part:
             """What the queries see in the first ``count`` of some blocks of keys."""
             ki, vi = (_take_blocks(a, index) for a in (keys, values))
-            z = _scores(qi, ki, _bias(ranges_i, index, count, static.keys, qi.dtype), params)[0]
+            z = _scores(qi, ki, _mask(ranges_i, index, count, static.keys), params)[0]
             top = lax.stop_gradient(z.max(-1, keepdims=True))  # outputs do not depend on it: for forward mode
             p = jnp.exp(z - top)
             # a rounded weight would not be the one whose gradient the backward computes
@@ -207,7 +199,7 @@ def _row_forward(
         if static.differentiated:
             column = jnp.full((*qi.shape[:2], 1), MASKED_SCORE, acc)
             nothing = Part(column, jnp.zeros_like(column), jnp.zeros(qi.shape, acc))
-            part = joined_from(0, (kv_count + at_once - 1) // at_once, nothing)
+            part = joined_from(0, kv_count, nothing)
         else:
             further = (kv_count - 1) // at_once
             first = kv_count - further * at_once
@@ -243,33 +235,26 @@ def _row_backward(
     q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
     most = most // static.block
-    tile = min(max(1, TILE // static.block), most)
-    indices = _block_indices(ranges, static.block, static.block, (keys.shape[1], most, tile))
+    indices = _block_indices(ranges, static.block, static.block, (keys.shape[1], most, 1))
 
     def block(carry, args):
         qi, gi, total_i, mean_i, ranges_i, kv_index, kv_count = args
 
         def with_more(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *by_keys = sums
-            first = step * tile
-            index = lax.dynamic_slice_in_dim(kv_index, first, tile)
+            index = lax.dynamic_slice_in_dim(kv_index, step, 1)
             ki, vi = (_take_blocks(a, index) for a in (keys, values))
-            bias = _bias(ranges_i, index, kv_count - first, static.block, q.dtype)
-            z, cap_gradient = _scores(qi, ki, bias, params)
+            mask = _mask(ranges_i, index, 1, static.block)
+            z, cap_gradient = _scores(qi, ki, mask, params)
             p = jnp.exp(z - total_i)
             dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
-            # [H, keys] with the smaller factor first: transposing the larger one is what would take long
+            # [H, block] with the smaller factor first: transposing the larger one is what would take long
             parts = einsum("kqh,kqs->khs", qi.astype(acc), dz), einsum("kqh,kqs->khs", gi.astype(acc), p)
-            blocks_of = [_gradient_blocks(a, static.block) for a in parts]
-
-            def add(at: Int[Array, ""], by_keys: list[Array]) -> list[Array]:
-                return [a.at[index[at]].add(part[at]) for a, part in zip(by_keys, blocks_of, strict=True)]
-
-            by_keys = lax.fori_loop(0, jnp.minimum(tile, kv_count - first), add, by_keys)
+            by_keys = [a.at[index[0]].add(part) for a, part in zip(by_keys, parts, strict=True)]
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
         zero = jnp.zeros(qi.shape, acc)
-        dq, *carry = lax.fori_loop(0, (kv_count + tile - 1) // tile, with_more, (zero, *carry))
+        dq, *carry = lax.fori_loop(0, kv_count, with_more, (zero, *carry))
         dq = dq * jnp.asarray(static.params.scale, acc)
         sink = _sink_scores(sinks, dq)
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
@@ -310,28 +295,29 @@ def _take_blocks(
     key_blocks: Float[Array, "K blocks block H"], kv_index: Int[Array, " kv_blocks"]
 ) -> Float[Array, "K keys H"]:
     """The keys of the blocks of ``kv_index``, one block after the other."""
+    if len(kv_index) == 1:  # a gather XLA divides among a CPU's threads, however short: in ten times the time of a copy
+        return lax.dynamic_index_in_dim(key_blocks, kv_index[0], 1, keepdims=False, allow_negative_indices=False)
     heads, _, _, width = key_blocks.shape
-    return jnp.take(key_blocks, kv_index, axis=1).reshape(heads, -1, width)
+    return key_blocks.at[:, kv_index].get(mode="promise_in_bounds").reshape(heads, -1, width)
 
 
-def _bias(
-    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, keys: int, dtype: DTypeLike
-) -> Float[Array, "block keys"]:
-    """Far below zero for keys that a query of a block does not see, as those past ``kv_count`` blocks; else 0.
+def _mask(
+    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, keys: int
+) -> Bool[Array, "block keys"]:
+    """Whether each query of a block sees each key of some blocks of ``keys`` keys; none past ``kv_count`` blocks.
 
-    In a branch that is always taken, since XLA fuses none: it would compute the bias anew, from the ranges, for every
+    In a branch that is always taken, since XLA fuses none: it would compute the mask anew, from the ranges, for every
     head and use, which took five times as long as the exponentials.
     """
-    shape, acc = (ranges.own_end.shape[0], len(kv_index) * keys), accumulate(dtype)
 
     def of_ranges() -> Array:
         steps = jnp.arange(len(kv_index), dtype=kv_index.dtype)
         key = kv_index[:, None] * keys + jnp.arange(keys, dtype=kv_index.dtype)[None]
         key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
-        mask = visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
-        return jnp.where(mask, jnp.asarray(0, acc), jnp.asarray(MASKED_SCORE, acc))
+        return visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
 
-    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros(shape, acc))
+    shape = (ranges.own_end.shape[0], len(kv_index) * keys)
+    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros(shape, bool))
 
 
 def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:
@@ -348,15 +334,15 @@ def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array,
 def _scores(
     q: Float[Array, "K group_queries H"],
     k: Float[Array, "K keys H"],
-    bias: Float[Array, "block keys"],
+    mask: Bool[Array, "block keys"],
     params: AttentionParams,
 ) -> tuple[Float[Array, "K group_queries keys"], Array]:
     """Scores, masked ones far below, and the derivative of the soft cap there (1 without one)."""
     acc, cap = accumulate(q.dtype), params.softcap
     z = capped(einsum("kqh,ksh->kqs", q, k) * jnp.asarray(params.scale, acc), cap)
     cap_gradient = jnp.ones((), acc) if cap is None else 1 - jnp.square(z / jnp.asarray(cap, acc))
-    by_head = z.reshape(z.shape[0], -1, *bias.shape) + bias[None, None]
-    return by_head.reshape(z.shape), cap_gradient
+    by_head = z.reshape(z.shape[0], -1, *mask.shape)
+    return jnp.where(mask, by_head, jnp.asarray(MASKED_SCORE, acc)).reshape(z.shape), cap_gradient
 
 
 def _joined(a: Part, b: Part) -> Part:
@@ -397,9 +383,3 @@ def _query_rows(q: Float[Array, "blocks K group_queries H"], block: int) -> Floa
 
 def _key_blocks(k: Float[Array, "T K H"], block: int) -> Float[Array, "K blocks block H"]:
     return _in_blocks(k, block).transpose(2, 0, 1, 3)
-
-
-def _gradient_blocks(part: Float[Array, "K H keys"], block: int) -> Float[Array, "kv_blocks K H block"]:
-    """The gradient of each gathered block."""
-    kv, width, _ = part.shape
-    return part.reshape(kv, width, -1, block).transpose(2, 0, 1, 3)
