@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ches_jax.models.attention import block_sparse, dense
+from ches_jax.models.attention import dense
 from ches_jax.models.attention.block_sparse import blocks, forward_blocks
 from ches_jax.models.attention.choose import KERNELS
 from ches_jax.models.attention.dense import AttentionInputs, AttentionParams
@@ -154,10 +154,8 @@ def test_forward_mode_is_that_of_dense_to_second_order(rows: Packed, sinks: bool
 
 
 @pytest.mark.parametrize("window", [NO_WINDOW, 70])
-def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, monkeypatch, x64: None):
-    """Outputs, gradients (those of the sinks too) and the forward mode, where most queries have two to four parts."""
-    monkeypatch.setattr(block_sparse, "AT_ONCE", 32)
-    monkeypatch.setattr(block_sparse, "TILE", 32)
+def test_keys_block_by_block_give_what_they_give_at_once(rows: Packed, window: int, x64: None):
+    """Outputs, gradients (those of the sinks too) and the forward mode, where most queries need several blocks."""
     case = Case(1, 2, 8, window=window, softcap=5.0, dtype="float64")
     inputs = (*map(jnp.asarray, arrays(case, rows)), jnp.linspace(-1.0, 1.0, 2).reshape(1, 2))
     ranges = within(key_ranges(rows.seen), jnp.int32(case.window))
@@ -174,8 +172,8 @@ def test_keys_in_parts_give_what_they_give_at_once(rows: Packed, window: int, mo
         return undifferentiated, out, *back(jnp.cos(out)), along
 
     expected = jax.jit(partial(all_of, dense.dense, dense.dense))()
-    in_parts = jax.jit(partial(all_of, partial(blocks, block=16), forward_blocks))()
-    for a, b in zip(in_parts, expected, strict=True):
+    by_blocks = jax.jit(partial(all_of, partial(blocks, block=16), forward_blocks))()
+    for a, b in zip(by_blocks, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
@@ -194,6 +192,8 @@ def test_forward_and_backward_are_compiled_once_whatever_the_rows(count: int, le
     assert text.count("stablehlo.dot_general") == 2 + 5
     # the two masks, which are made in a branch that is always taken
     assert text.count("stablehlo.case") == 2
+    text = jax.jit(value).lower(*arrays, ranges).as_text()
+    assert (text.count("stablehlo.dot_general"), text.count("stablehlo.case")) == (2, 1)
 
 
 def test_gradients_by_the_scores_of_a_query_add_up_to_zero_in_16_bits(rows: Packed):

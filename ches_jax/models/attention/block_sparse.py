@@ -12,17 +12,12 @@ A sink is one more term of ``Z``, with the weight ``p = exp(sink - Z)`` and the 
 bits: so the gradients by a query's scores add up to zero, which matters to an optimiser that divides by their size.
 
 The forward keeps ``Z`` and ``o``, the backward computes the scores again. Both walk over blocks of queries, those of
-all rows one after the other. The number of blocks of keys that such a block needs differs from block to block, and
-shapes cannot. With a gradient they are taken one at a time, as often as it takes: the forward is compiled once and the
-backward once. Without one they are gathered first, so that matrix products are few and large: their number is rounded
-up to one of a few bucket sizes, each compiled once, and what is more than ``AT_ONCE`` keys is computed in parts of so
-many. The keys of surplus blocks are masked, and parts are put together:
-
-.. math::
-  Z = \ln(e^{Z_a} + e^{Z_b}), \qquad o = e^{Z_a - Z} o_a + e^{Z_b - Z} o_b
+all rows one after the other, and for each over the blocks of keys that it needs, one at a time: how many these are
+differs from block to block, and shapes cannot. So each is compiled once. The forward carries the highest score so far,
+``m``, the sum of ``exp(z - m)`` and that of ``exp(z - m) v``; a block whose highest score is higher has them weighed by
+``exp(m - m')`` first. A sink is what it begins with.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
@@ -39,13 +33,8 @@ from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
 BLOCK, ACCELERATOR_BLOCK = {"cpu": 64}, 128
-"""Queries and keys of a block by platform, and elsewhere: what was fastest. With a gradient on a CPU, what two such
-blocks take is little enough for XLA to give it to one thread, and larger ones are slower: dividing takes longer."""
-KEYS = {"cpu": 32}
-"""Keys of a block where nothing is differentiated, if that is less: fewer of those that are computed are masked."""
-AT_ONCE = 512
-"""Keys whose scores are computed at once at most, without a gradient: the scores of more do not fit in a CPU's cache,
-and each number of blocks is a branch to compile. Measured with 2,048 and 256 too."""
+"""Queries and keys of a block by platform, and elsewhere: what was fastest. On a CPU what two such blocks take is
+little enough for XLA to give it to one thread, and larger ones are slower: dividing takes longer than computing."""
 
 
 class Static(NamedTuple):
@@ -56,18 +45,13 @@ class Static(NamedTuple):
     differentiated: bool = False
 
     @property
-    def keys(self) -> int:
-        """Keys of a block."""
-        return self.block if self.differentiated else min(self.block, KEYS.get(platform(), self.block))
-
-    @property
     def with_gradient(self) -> "Static":
         """What a program with a gradient is compiled for."""
         return self._replace(differentiated=True)
 
 
-class Part(NamedTuple):
-    """What queries see in some of their keys: the highest score, the sum of exp(z - top), that of exp(z - top) v."""
+class Sums(NamedTuple):
+    """Of the keys so far: the highest score of each query, the sum of exp(z - top), that of exp(z - top) v."""
 
     top: Float[Array, "K group_queries 1"]
     total: Float[Array, "K group_queries 1"]
@@ -109,19 +93,6 @@ def _whole_blocks(inputs: AttentionInputs, block: int) -> AttentionInputs:
     """With padding to whole blocks of queries and keys."""
     q, k, v = (to_multiple(a, block) for a in inputs[:3])
     return AttentionInputs(q, k, v, padded(inputs.ranges, block), inputs.sinks)
-
-
-def bucket_sizes(most: int) -> list[int]:
-    """Numbers of blocks that a program is compiled for; each at most half more than what it is taken for.
-
-    Twice as many sizes would compute fewer masked keys, but a pass is no faster for it (measured on a CPU), and each is
-    a branch that is compiled: a third of the time.
-
-    >>> bucket_sizes(11)
-    [1, 2, 3, 4, 6, 8, 11]
-    """
-    powers = range(most.bit_length())
-    return sorted({min(most, size * 2**n) for n in powers for size in (1, 3)})
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -167,50 +138,29 @@ def _row_forward(
 ) -> tuple[Array, Array]:
     """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block], of which each sees ``most`` keys."""
     acc = accumulate(q.dtype)
-    keys, values = (_key_blocks(a, static.keys) for a in (k, v))
-    most = most // static.keys
-    at_once = 1 if static.differentiated else min(max(1, AT_ONCE // static.keys), most)
-    indices = _block_indices(ranges, static.block, static.keys, (keys.shape[1], most, at_once))
+    keys, values = (_key_blocks(a, static.block) for a in (k, v))
+    indices = _block_indices(ranges, static.block, keys.shape[1], most)
 
     def block(rows, args):
         at, ranges_i, kv_index, kv_count = args
         queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
         (qi,) = _query_blocks(queries, static.block)
 
-        def seen(index: Int[Array, " kv_blocks"], count: Int[Array, ""] | int) -> Part:
-            """What the queries see in the first ``count`` of some blocks of keys."""
-            ki, vi = (_take_blocks(a, index) for a in (keys, values))
-            z = _scores(qi, ki, _mask(ranges_i, index, count, static.keys), params)[0]
-            top = lax.stop_gradient(z.max(-1, keepdims=True))  # outputs do not depend on it: for forward mode
-            p = jnp.exp(z - top)
+        def with_block(step: Int[Array, ""], sums: Sums) -> Sums:
+            index = kv_index[step]
+            ki, vi = _block_at(keys, index), _block_at(values, index)
+            z = _scores(qi, ki, _mask(ranges_i, index, static.block), params)[0]
+            # outputs do not depend on it: for forward mode
+            top = lax.stop_gradient(jnp.maximum(sums.top, z.max(-1, keepdims=True)))
+            before, p = jnp.exp(sums.top - top), jnp.exp(z - top)
             # a rounded weight would not be the one whose gradient the backward computes
             factors = (p, vi.astype(acc)) if static.differentiated else (p.astype(v.dtype), vi)
-            return Part(top, p.sum(-1, keepdims=True), einsum("kqs,ksh->kqh", *factors))
+            total = before * sums.total + p.sum(-1, keepdims=True)
+            return Sums(top, total, before * sums.out + einsum("kqs,ksh->kqh", *factors))
 
-        def joined_from(start: Int[Array, ""] | int, parts: Int[Array, ""], part: Part) -> Part:
-            """With ``parts`` times ``at_once`` blocks more."""
-
-            def with_more(step: Int[Array, ""], part: Part) -> Part:
-                first = start + step * at_once
-                return _joined(part, seen(lax.dynamic_slice_in_dim(kv_index, first, at_once), kv_count - first))
-
-            return lax.fori_loop(0, parts, with_more, part)
-
-        if static.differentiated:
-            column = jnp.full((*qi.shape[:2], 1), MASKED_SCORE, acc)
-            nothing = Part(column, jnp.zeros_like(column), jnp.zeros(qi.shape, acc))
-            part = joined_from(0, kv_count, nothing)
-        else:
-            further = (kv_count - 1) // at_once
-            first = kv_count - further * at_once
-            part = _in_bucket(first, at_once, lambda size: seen(kv_index[:size], first))
-            if at_once < most:  # else XLA finds that the one slice depends on nothing, and computes it for all
-                part = joined_from(first, further, part)
-        sink = _sink_scores(sinks, part.out)
-        if sink is not None:
-            part = _joined(part, _sink_part(sink, part))
-        out = _query_rows((part.out / part.total).astype(rows.dtype)[None], static.block)
-        return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (part.top + jnp.log(part.total))[..., 0]
+        sums = lax.fori_loop(0, kv_count, with_block, _nothing_seen(qi, sinks))
+        out = _query_rows((sums.out / sums.total).astype(rows.dtype)[None], static.block)
+        return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (sums.top + jnp.log(sums.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
     at = jnp.arange(0, len(q), static.block)
@@ -234,27 +184,25 @@ def _row_backward(
     acc = accumulate(q.dtype)
     q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    most = most // static.block
-    indices = _block_indices(ranges, static.block, static.block, (keys.shape[1], most, 1))
+    indices = _block_indices(ranges, static.block, keys.shape[1], most)
 
     def block(carry, args):
         qi, gi, total_i, mean_i, ranges_i, kv_index, kv_count = args
 
-        def with_more(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        def with_block(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *by_keys = sums
-            index = lax.dynamic_slice_in_dim(kv_index, step, 1)
-            ki, vi = (_take_blocks(a, index) for a in (keys, values))
-            mask = _mask(ranges_i, index, 1, static.block)
-            z, cap_gradient = _scores(qi, ki, mask, params)
+            index = kv_index[step]
+            ki, vi = _block_at(keys, index), _block_at(values, index)
+            z, cap_gradient = _scores(qi, ki, _mask(ranges_i, index, static.block), params)
             p = jnp.exp(z - total_i)
             dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
             # [H, block] with the smaller factor first: transposing the larger one is what would take long
             parts = einsum("kqh,kqs->khs", qi.astype(acc), dz), einsum("kqh,kqs->khs", gi.astype(acc), p)
-            by_keys = [a.at[index[0]].add(part) for a, part in zip(by_keys, parts, strict=True)]
+            by_keys = [a.at[index].add(part) for a, part in zip(by_keys, parts, strict=True)]
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
         zero = jnp.zeros(qi.shape, acc)
-        dq, *carry = lax.fori_loop(0, kv_count, with_more, (zero, *carry))
+        dq, *carry = lax.fori_loop(0, kv_count, with_block, (zero, *carry))
         dq = dq * jnp.asarray(static.params.scale, acc)
         sink = _sink_scores(sinks, dq)
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
@@ -272,52 +220,34 @@ def _row_backward(
     return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
-def _block_indices(ranges: KeyRanges, queries: int, keys: int, blocks: tuple[int, int, int]) -> BlockIndices:
-    """What each block of queries needs; indices past ``kv_num_blocks`` are of some block.
+def _block_indices(ranges: KeyRanges, block: int, count: int, most: int) -> BlockIndices:
+    """What each block of queries needs of ``count`` blocks of keys, of which it may see ``most`` keys.
 
-    ``blocks``: of keys, how many there are, how many a block of queries may need, and how many are taken at a time.
+    Indices past ``kv_num_blocks`` are of some block.
     """
-    count, most, at_once = blocks
-    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), queries, keys))
-    steps = jnp.arange(-(-most // at_once) * at_once, dtype=jnp.int32)[None]
+    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), block, block))
+    steps = jnp.arange(most // block, dtype=jnp.int32)[None]
     indices = block_index(jax.tree.map(lambda a: a[:, None], spans), steps)
     return BlockIndices(jnp.clip(indices, 0, count - 1), spans.num_blocks)
 
 
-def _in_bucket(count: Int[Array, ""], most: int, compute: Callable[[int], Any]) -> Any:
-    """``compute`` at the first bucket size of at least ``count`` blocks."""
-    sizes = bucket_sizes(most)
-    bucket = jnp.sum(jnp.asarray(sizes, count.dtype) < count)
-    return lax.switch(bucket, [partial(compute, size) for size in sizes])
+def _block_at(key_blocks: Float[Array, "K blocks block H"], index: Int[Array, ""]) -> Float[Array, "K block H"]:
+    """One block, as a slice: XLA divides a gather among a CPU's threads, which takes ten times as long as the copy."""
+    return lax.dynamic_index_in_dim(key_blocks, index, 1, keepdims=False, allow_negative_indices=False)
 
 
-def _take_blocks(
-    key_blocks: Float[Array, "K blocks block H"], kv_index: Int[Array, " kv_blocks"]
-) -> Float[Array, "K keys H"]:
-    """The keys of the blocks of ``kv_index``, one block after the other."""
-    if len(kv_index) == 1:  # a gather XLA divides among a CPU's threads, however short: in ten times the time of a copy
-        return lax.dynamic_index_in_dim(key_blocks, kv_index[0], 1, keepdims=False, allow_negative_indices=False)
-    heads, _, _, width = key_blocks.shape
-    return key_blocks.at[:, kv_index].get(mode="promise_in_bounds").reshape(heads, -1, width)
-
-
-def _mask(
-    ranges: KeyRanges, kv_index: Int[Array, " kv_blocks"], kv_count: Int[Array, ""] | int, keys: int
-) -> Bool[Array, "block keys"]:
-    """Whether each query of a block sees each key of some blocks of ``keys`` keys; none past ``kv_count`` blocks.
+def _mask(ranges: KeyRanges, index: Int[Array, ""], block: int) -> Bool[Array, "block block"]:
+    """Whether each query of a block sees each key of the block at ``index``.
 
     In a branch that is always taken, since XLA fuses none: it would compute the mask anew, from the ranges, for every
     head and use, which took five times as long as the exponentials.
     """
 
     def of_ranges() -> Array:
-        steps = jnp.arange(len(kv_index), dtype=kv_index.dtype)
-        key = kv_index[:, None] * keys + jnp.arange(keys, dtype=kv_index.dtype)[None]
-        key = jnp.where(steps[:, None] < kv_count, key, -1)  # which no query sees
-        return visible(jax.tree.map(lambda a: a[None], ranges), key.reshape(-1))[0]
+        key = index * block + jnp.arange(block, dtype=index.dtype)
+        return visible(jax.tree.map(lambda a: a[None], ranges), key)[0]
 
-    shape = (ranges.own_end.shape[0], len(kv_index) * keys)
-    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros(shape, bool))
+    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros((block, block), bool))
 
 
 def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:
@@ -345,16 +275,15 @@ def _scores(
     return jnp.where(mask, by_head, jnp.asarray(MASKED_SCORE, acc)).reshape(z.shape), cap_gradient
 
 
-def _joined(a: Part, b: Part) -> Part:
-    """What the queries see in the keys of both."""
-    top = jnp.maximum(a.top, b.top)
-    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    return Part(top, a.total * of_a + b.total * of_b, a.out * of_a + b.out * of_b)
-
-
-def _sink_part(scores: Array, part: Part) -> Part:
-    """A sink as a key whose value is zero."""
-    return Part(lax.stop_gradient(scores), jnp.exp(scores - lax.stop_gradient(scores)), jnp.zeros_like(part.out))
+def _nothing_seen(q: Float[Array, "K group_queries H"], sinks: Array | None) -> Sums:
+    """What queries begin with: the sink, as a key whose value is zero, or nothing."""
+    acc = accumulate(q.dtype)
+    out, sink = jnp.zeros(q.shape, acc), _sink_scores(sinks, q.astype(acc))
+    if sink is None:
+        top = jnp.full((*q.shape[:2], 1), MASKED_SCORE, acc)
+        return Sums(top, jnp.zeros_like(top), out)
+    top = lax.stop_gradient(jnp.broadcast_to(sink, (*q.shape[:2], 1)))
+    return Sums(top, jnp.exp(sink - top), out)
 
 
 def _sink_scores(sinks: Array | None, z: Float[Array, "K group_queries keys"]) -> Array | None:
