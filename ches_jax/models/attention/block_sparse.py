@@ -196,8 +196,7 @@ def _row_backward(
             z, cap_gradient = _scores(qi, ki, _mask(ranges_i, index, static.block), params)
             p = jnp.exp(z - total_i)
             dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
-            # [H, block] with the smaller factor first: transposing the larger one is what would take long
-            parts = einsum("kqh,kqs->khs", qi.astype(acc), dz), einsum("kqh,kqs->khs", gi.astype(acc), p)
+            parts = einsum("kqs,kqh->ksh", dz, qi.astype(acc)), einsum("kqs,kqh->ksh", p, gi.astype(acc))
             by_keys = [a.at[index].add(part) for a, part in zip(by_keys, parts, strict=True)]
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
@@ -208,15 +207,15 @@ def _row_backward(
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
         return tuple(carry), (dq.astype(q.dtype), *(d.reshape(*q.shape[1:3], -1).sum(-1) for d in dsink))
 
-    start = jnp.zeros((keys.shape[1], keys.shape[0], keys.shape[3], static.block), acc)
+    start = jnp.zeros((keys.shape[1], keys.shape[0], *keys.shape[2:]), acc)
     mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
     of_queries = (total[..., None], _query_blocks(mean, static.block))
     (dk, dv), (dq, *dsinks) = lax.scan(
         block, (start, start), (*queries, *of_queries, _in_blocks(ranges, static.block), *indices)
     )
-    transposed = (a.transpose(0, 3, 1, 2).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
-    by_arrays = (a.astype(k.dtype) for a in transposed)
+    by_rows = (a.transpose(0, 2, 1, 3).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
+    by_arrays = (a.astype(k.dtype) for a in by_rows)
     return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
