@@ -77,15 +77,16 @@ def scoring() -> list[str]:
 
 
 def step() -> list[str]:
-    of = bench("train_speed_cpu")
-    short, long = of("lengths|256+256|ratios"), of("lengths|384+128|ratios")
-    cpu, memory = "{} / ours, cpu_s_per_step_median", "{} / ours, peak_rss_mib"
-    times = [[f"{r[cpu.format(p)]:.1f}x" for p in ("trl", "tunix")] for r in (short, long)]
-    shares = [[f"{100 / r[memory.format(p)]:.0f} %" for p in ("trl", "tunix")] for r in (short, long)]
-    return [
-        f"prompt 256 + response 256: {' and '.join(times[0])} as fast",
-        f"384 + 128: {' and '.join(times[1])}; memory {' and '.join(shares[0])}, {' and '.join(shares[1])} of theirs",
-    ]
+    said = []
+    for file in ("train_speed_avx2", "train_speed_cpu"):
+        of, cases = bench(file), []
+        for case in ("256+256", "384+128"):
+            ratios = of(f"lengths|{case}|ratios")
+            times = [f"{ratios[f'{peer} / ours, cpu_s_per_step_median']:.1f}x" for peer in ("trl", "tunix")]
+            shares = [f"{100 / ratios[f'{peer} / ours, peak_rss_mib']:.0f} %" for peer in ("trl", "tunix")]
+            cases.append(f"{case}: {' and '.join(times)} as fast, memory {' and '.join(shares)} of theirs")
+        said.append("; ".join(cases))
+    return said
 
 
 def theory() -> str:
