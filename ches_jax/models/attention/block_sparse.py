@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
-from ches_jax.models.attention.mask import KeyRanges, block_index, block_spans, padded, visible
+from ches_jax.models.attention.mask import BlockSpans, KeyRanges, block_index, block_spans, padded, visible
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
@@ -56,13 +56,6 @@ class Sums(NamedTuple):
     top: Float[Array, "K group_queries 1"]
     total: Float[Array, "K group_queries 1"]
     out: Float[Array, "K group_queries H"]
-
-
-class BlockIndices(NamedTuple):
-    """The blocks of keys that each block of queries needs: the first ``kv_num_blocks`` of ``kv_indices``."""
-
-    kv_indices: Int[Array, "blocks kv_blocks"]
-    kv_num_blocks: Int[Array, " blocks"]
 
 
 def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None = None) -> Float[Array, "B Q K G H"]:
@@ -108,7 +101,7 @@ def _forward_with_gradient(q, k, v, ranges, sinks, static: Static):
 
 def _forward(q, k, v, ranges, sinks, static: Static):
     """Outputs, where they are differentiated in the dtype of their sums, and Z."""
-    out, total = _row_forward(static, k.shape[1], sinks, *_one_row(q, k, v, ranges))
+    out, total = _row_forward(static, sinks, *_one_row(q, k, v, ranges))
     return out.reshape(q.shape), total
 
 
@@ -116,7 +109,7 @@ def _backward(static: Static, kept, cotangent):
     q, k, v, ranges, sinks, total, out = kept
     row = _one_row(q, k, v, ranges)
     flat = (a.reshape(row[0].shape) for a in (out, cotangent))
-    dq, dk, dv, dsinks = _row_backward(static.with_gradient, k.shape[1], sinks, *row, total, *flat)
+    dq, dk, dv, dsinks = _row_backward(static.with_gradient, sinks, *row, total, *flat)
     of_arrays = (d.reshape(a.shape) for d, a in ((dq, q), (dk, k), (dv, v)))
     return *of_arrays, None, None if sinks is None else dsinks.astype(sinks.dtype)
 
@@ -134,20 +127,19 @@ def _one_row(
 
 
 def _row_forward(
-    static: Static, most: int, sinks: Array | None, q: Array, k: Array, v: Array, ranges: KeyRanges
+    static: Static, sinks: Array | None, q: Array, k: Array, v: Array, ranges: KeyRanges
 ) -> tuple[Array, Array]:
-    """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block], of which each sees ``most`` keys."""
+    """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     acc = accumulate(q.dtype)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    indices = _block_indices(ranges, static.block, keys.shape[1], most)
 
     def block(rows, args):
-        at, ranges_i, kv_index, kv_count = args
+        at, ranges_i, spans = args
         queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
         (qi,) = _query_blocks(queries, static.block)
 
         def with_block(step: Int[Array, ""], sums: Sums) -> Sums:
-            index = kv_index[step]
+            index = block_index(spans, step)
             ki, vi = _block_at(keys, index), _block_at(values, index)
             z = _scores(qi, ki, _mask(ranges_i, index, static.block), params)[0]
             # outputs do not depend on it: for forward mode
@@ -158,19 +150,18 @@ def _row_forward(
             total = before * sums.total + p.sum(-1, keepdims=True)
             return Sums(top, total, before * sums.out + einsum("kqs,ksh->kqh", *factors))
 
-        sums = lax.fori_loop(0, kv_count, with_block, _nothing_seen(qi, sinks))
+        sums = lax.fori_loop(0, spans.num_blocks, with_block, _nothing_seen(qi, sinks))
         out = _query_rows((sums.out / sums.total).astype(rows.dtype)[None], static.block)
         return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (sums.top + jnp.log(sums.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
     at = jnp.arange(0, len(q), static.block)
     outputs = q.astype(acc) if static.differentiated else q
-    return lax.scan(block, outputs, (at, _in_blocks(ranges, static.block), *indices))
+    return lax.scan(block, outputs, (at, *_by_block(ranges, static.block)))
 
 
 def _row_backward(
     static: Static,
-    most: int,
     sinks: Array | None,
     q: Array,
     k: Array,
@@ -184,14 +175,13 @@ def _row_backward(
     acc = accumulate(q.dtype)
     q, params = _scaled(q, static.params)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
-    indices = _block_indices(ranges, static.block, keys.shape[1], most)
 
     def block(carry, args):
-        qi, gi, total_i, mean_i, ranges_i, kv_index, kv_count = args
+        qi, gi, total_i, mean_i, ranges_i, spans = args
 
         def with_block(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *by_keys = sums
-            index = kv_index[step]
+            index = block_index(spans, step)
             ki, vi = _block_at(keys, index), _block_at(values, index)
             z, cap_gradient = _scores(qi, ki, _mask(ranges_i, index, static.block), params)
             p = jnp.exp(z - total_i)
@@ -201,7 +191,7 @@ def _row_backward(
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
         zero = jnp.zeros(qi.shape, acc)
-        dq, *carry = lax.fori_loop(0, kv_count, with_block, (zero, *carry))
+        dq, *carry = lax.fori_loop(0, spans.num_blocks, with_block, (zero, *carry))
         dq = dq * jnp.asarray(static.params.scale, acc)
         sink = _sink_scores(sinks, dq)
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
@@ -211,23 +201,17 @@ def _row_backward(
     mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
     of_queries = (total[..., None], _query_blocks(mean, static.block))
-    (dk, dv), (dq, *dsinks) = lax.scan(
-        block, (start, start), (*queries, *of_queries, _in_blocks(ranges, static.block), *indices)
-    )
+    of_blocks = (*queries, *of_queries, *_by_block(ranges, static.block))
+    (dk, dv), (dq, *dsinks) = lax.scan(block, (start, start), of_blocks)
     by_rows = (a.transpose(0, 2, 1, 3).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
     by_arrays = (a.astype(k.dtype) for a in by_rows)
     return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
-def _block_indices(ranges: KeyRanges, block: int, count: int, most: int) -> BlockIndices:
-    """What each block of queries needs of ``count`` blocks of keys, of which it may see ``most`` keys.
-
-    Indices past ``kv_num_blocks`` are of some block.
-    """
-    spans = jax.tree.map(lambda a: a[0], block_spans(jax.tree.map(lambda a: a[None], ranges), block, block))
-    steps = jnp.arange(most // block, dtype=jnp.int32)[None]
-    indices = block_index(jax.tree.map(lambda a: a[:, None], spans), steps)
-    return BlockIndices(jnp.clip(indices, 0, count - 1), spans.num_blocks)
+def _by_block(ranges: KeyRanges, block: int) -> tuple[KeyRanges, BlockSpans]:
+    """Of each block of queries, what they see and the blocks of keys that hold it."""
+    spans = block_spans(jax.tree.map(lambda a: a[None], ranges), block, block)
+    return _in_blocks(ranges, block), jax.tree.map(lambda a: a[0], spans)
 
 
 def _block_at(key_blocks: Float[Array, "K blocks block H"], index: Int[Array, ""]) -> Float[Array, "K block H"]:
