@@ -24,8 +24,9 @@ from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.errors import ChesError
 from ches_jax.models import cache, rope
 from ches_jax.models.attention import dense
+from ches_jax.models.attention.block_sparse import by_block
 from ches_jax.models.attention.dense import Attend
-from ches_jax.models.attention.mask import KeyRanges, Visibility, causal, key_ranges
+from ches_jax.models.attention.mask import KeyRanges, SeenByBlock, Visibility, causal, key_ranges, within
 from ches_jax.models.cache import Cache, Memory
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.experts import balance_loss
@@ -434,8 +435,18 @@ class Decoder(nnx.Module):
         given = None if self.per_layer is None else self.per_layer(jnp.asarray(tokens), x, logical)
         if rotations is None:
             rotations = self._rotations(positions, lengths)
-        context = Context(ranges, rotations, positions, attention_on(logical, attend), logical)
+        seen = self._seen_by_all(ranges, attend)
+        context = Context(ranges, rotations, positions, attention_on(logical, attend), logical, seen=seen)
         return keep_rows(x, logical), context, layer_data(c)._replace(given=given)
+
+    def _seen_by_all(self, ranges: KeyRanges, attend: Attend) -> tuple[KeyRanges, SeenByBlock | None] | None:
+        """What ``visible_to`` finds in every layer, once for all; None where layers differ."""
+        windows = set(self.config.windows)
+        if len(windows) > 1 or self.config.chunked:
+            return None
+        (window,) = windows
+        seen = ranges if window is None else within(ranges, jnp.int32(window))
+        return seen, by_block(attend, seen)
 
     def _rotations(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Rotations:
         """Cosines and sines of the layers' rotations: of each kind of layer that has its own."""

@@ -75,6 +75,7 @@ class LatentAttention(nnx.Module):
         kv = self.kv_b_proj(self.kv_a_norm(low[..., : m.kv_rank])).reshape(*lead, heads, m.plain_dim + m.value_dim)
         k = jnp.concatenate([kv[..., : m.plain_dim], jnp.broadcast_to(shared, (*lead, heads, m.rotary_dim))], axis=-1)
         k, v = memory.extended(padded(k), padded(kv[..., m.plain_dim :]))
-        inputs = AttentionInputs(padded(q)[:, :, :, None], k, v, visible_to(c, context, data))
+        ranges, by_block = visible_to(c, context, data)
+        inputs = AttentionInputs(padded(q)[:, :, :, None], k, v, ranges, by_block=by_block)
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
         return self.o_proj(out[:, :, :, 0, : m.value_dim].reshape(*lead, heads * m.value_dim))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ches_jax.distributed.mesh import LogicalMesh
 from ches_jax.models import rope
 from ches_jax.models.attention.dense import KEPT, Attend, AttentionInputs, AttentionParams
-from ches_jax.models.attention.mask import KeyRanges, within
+from ches_jax.models.attention.mask import KeyRanges, SeenByBlock, within
 from ches_jax.models.cache import KeysValues, Memory, empty_keys_values
 from ches_jax.models.config import Activation, DecoderConfig, QueryGrowth
 from ches_jax.models.platform import platform
@@ -211,6 +211,8 @@ class Context(NamedTuple):
     """Where a layer puts the sums of its router (``experts.routing_sums``) while it is traced."""
     lent: Mapping[str, tuple[Array, Array]] = MappingProxyType({})
     """Keys and values of earlier layers that later ones borrow, by the kind of layer."""
+    seen: tuple[KeyRanges, SeenByBlock | None] | None = None
+    """Which keys each position sees in every layer, where it is the same in all, also as ``attend`` reads it."""
     keys: Int[Array, "B S"] | None = None
     """Which keys the tokens attend to, where they are not those of the tokens (``cache.Memory``)."""
 
@@ -250,12 +252,14 @@ def growth(config: QueryGrowth, positions: Int[Array, "B T"], data: LayerData, d
     return jnp.where(data.rotated > 0, jnp.ones_like(factor), factor) if config.unrotated_only else factor
 
 
-def visible_to(config: DecoderConfig, context: Context, data: LayerData) -> KeyRanges:
-    """Which keys each position of a layer sees."""
+def visible_to(config: DecoderConfig, context: Context, data: LayerData) -> tuple[KeyRanges, SeenByBlock | None]:
+    """Which keys each position of a layer sees, also as attention reads it where it is the same in all layers."""
+    if context.seen is not None:
+        return context.seen
     window = data.window
     if config.chunked:
         window = jnp.where(data.local > 0, context.positions % window + 1, window)
-    return within(context.ranges, window)
+    return within(context.ranges, window), None
 
 
 class Attention(nnx.Module):
@@ -334,7 +338,8 @@ class Attention(nnx.Module):
         k, v = self._keys_values(x, context, data, memory)
         heads = (c.num_kv_heads, c.num_heads // c.num_kv_heads)
         sinks = None if self.sinks is None else self.sinks[...].reshape(heads)
-        inputs = AttentionInputs(q.reshape(*q.shape[:2], *heads, c.head_dim), k, v, visible_to(c, context, data), sinks)
+        ranges, by_block = visible_to(c, context, data)
+        inputs = AttentionInputs(q.reshape(*q.shape[:2], *heads, c.head_dim), k, v, ranges, sinks, by_block)
         out = context.attend(inputs, AttentionParams(c.attention_scale, c.attention_softcap))
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.o_proj(out if self.gate_proj is None else out * jax.nn.sigmoid(self.gate_proj(x)))

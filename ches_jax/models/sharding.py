@@ -161,7 +161,7 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
     parts = logical.size("tensor")
 
     def run(inputs: AttentionInputs, params: AttentionParams) -> jax.Array:
-        q, k, v, ranges, sinks = inputs
+        q, k, v, ranges, sinks, by_block = inputs
         rows, length, kv, group, width = q.shape
         if kv % parts and (kv * group) % parts == 0:
             q = q.reshape(rows, length, kv * group, 1, width)
@@ -173,10 +173,10 @@ def attention_on(logical: LogicalMesh | None, attend: Attend) -> Attend:
         local = jax.shard_map(
             lambda *arrays: attend(AttentionInputs(*arrays), params),
             mesh=logical.current,
-            in_specs=(by_head, by_head, by_head, by_row, logical.spec(PartitionSpec(heads))),
+            in_specs=(by_head, by_head, by_head, by_row, logical.spec(PartitionSpec(heads)), by_row),
             out_specs=by_head,
             check_vma=False,
         )
-        return local(q, k, v, ranges, sinks).reshape(rows, length, kv, group, width)
+        return local(q, k, v, ranges, sinks, by_block).reshape(rows, length, kv, group, width)
 
     return run

@@ -27,8 +27,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ches_jax.models.attention.dense import KEPT, MASKED_SCORE, AttentionInputs, AttentionParams, capped, to_multiple
-from ches_jax.models.attention.mask import BlockSpans, KeyRanges, block_index, block_spans, padded, visible
+from ches_jax.models.attention.dense import (
+    KEPT,
+    MASKED_SCORE,
+    Attend,
+    AttentionInputs,
+    AttentionParams,
+    capped,
+    to_multiple,
+)
+from ches_jax.models.attention.mask import BlockSpans, KeyRanges, SeenByBlock, block_index, seen_by_block, visible
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
@@ -67,8 +75,7 @@ def blocks(inputs: AttentionInputs, params: AttentionParams, block: int | None =
       block: queries and keys of a block; default: by the platform.
     """
     static = Static(block or _block(), params)
-    q, k, v, ranges, sinks = _whole_blocks(inputs, static.block)
-    return cast(Array, _attend(q, k, v, ranges, sinks, static))[:, : inputs.q.shape[1]]
+    return cast(Array, _attend(*_whole_blocks(inputs, static.block), static))[:, : inputs.q.shape[1]]
 
 
 def forward_blocks(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
@@ -82,34 +89,42 @@ def _block() -> int:
     return BLOCK.get(platform(), ACCELERATOR_BLOCK)
 
 
-def _whole_blocks(inputs: AttentionInputs, block: int) -> AttentionInputs:
+def by_block(attend: Attend, ranges: KeyRanges) -> SeenByBlock | None:
+    """The ranges as ``attend`` reads them, for ``AttentionInputs``; None where it does not compute in these blocks."""
+    return seen_by_block(ranges, _block()) if attend in (blocks, forward_blocks) else None
+
+
+def _whole_blocks(inputs: AttentionInputs, block: int) -> tuple[Array, Array, Array, SeenByBlock, Array | None]:
     """With padding to whole blocks of queries and keys."""
     q, k, v = (to_multiple(a, block) for a in inputs[:3])
-    return AttentionInputs(q, k, v, padded(inputs.ranges, block), inputs.sinks)
+    seen = inputs.by_block
+    if seen is None or seen.ranges.shape[-1] != block:
+        seen = seen_by_block(inputs.ranges, block)
+    return q, k, v, seen, inputs.sinks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: Array, k: Array, v: Array, ranges: KeyRanges, sinks: Array | None, static: Static) -> Array:
-    return _forward(q, k, v, ranges, sinks, static)[0]
+def _attend(q: Array, k: Array, v: Array, seen: SeenByBlock, sinks: Array | None, static: Static) -> Array:
+    return _forward(q, k, v, seen, sinks, static)[0]
 
 
-def _forward_with_gradient(q, k, v, ranges, sinks, static: Static):
-    out, total = _forward(q, k, v, ranges, sinks, static.with_gradient)
+def _forward_with_gradient(q, k, v, seen, sinks, static: Static):
+    out, total = _forward(q, k, v, seen, sinks, static.with_gradient)
     out, total = checkpoint_name((out, total), KEPT)
-    return out.astype(q.dtype), (q, k, v, ranges, sinks, total, out)
+    return out.astype(q.dtype), (q, k, v, seen, sinks, total, out)
 
 
-def _forward(q, k, v, ranges, sinks, static: Static):
+def _forward(q, k, v, seen, sinks, static: Static):
     """Outputs, where they are differentiated in the dtype of their sums, and Z."""
-    out, total = _row_forward(static, sinks, *_one_row(q, k, v, ranges))
+    out, total = _row_forward(static, sinks, *_one_row(q, k, v), seen)
     return out.reshape(q.shape), total
 
 
 def _backward(static: Static, kept, cotangent):
-    q, k, v, ranges, sinks, total, out = kept
-    row = _one_row(q, k, v, ranges)
+    q, k, v, seen, sinks, total, out = kept
+    row = _one_row(q, k, v)
     flat = (a.reshape(row[0].shape) for a in (out, cotangent))
-    dq, dk, dv, dsinks = _row_backward(static.with_gradient, sinks, *row, total, *flat)
+    dq, dk, dv, dsinks = _row_backward(static.with_gradient, sinks, *row, seen, total, *flat)
     of_arrays = (d.reshape(a.shape) for d, a in ((dq, q), (dk, k), (dv, v)))
     return *of_arrays, None, None if sinks is None else dsinks.astype(sinks.dtype)
 
@@ -118,30 +133,29 @@ _attend.defvjp(_forward_with_gradient, _backward)
 
 
 def _one_row(
-    q: Float[Array, "B Q K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], ranges: KeyRanges
-) -> tuple[Array, Array, Array, KeyRanges]:
-    """All rows as one, in which every query sees what it saw: no loop over rows is compiled."""
-    before = k.shape[1] * jnp.arange(len(k), dtype=ranges.own_end.dtype)[:, None]
+    q: Float[Array, "B Q K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> tuple[Float[Array, "rows_q K G H"], Float[Array, "rows_t K H"], Float[Array, "rows_t K H"]]:
+    """All rows one after the other, as one: no loop over rows is compiled."""
     q, k, v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
-    return q, k, v, KeyRanges(*((a + before).reshape(-1) for a in ranges))
+    return q, k, v
 
 
 def _row_forward(
-    static: Static, sinks: Array | None, q: Array, k: Array, v: Array, ranges: KeyRanges
+    static: Static, sinks: Array | None, q: Array, k: Array, v: Array, seen: SeenByBlock
 ) -> tuple[Array, Array]:
     """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     acc = accumulate(q.dtype)
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
 
     def block(rows, args):
-        at, ranges_i, spans = args
+        at, seen_i = args
         queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
         (qi,) = _query_blocks(queries, static.block)
 
         def with_block(step: Int[Array, ""], sums: Sums) -> Sums:
-            index = block_index(spans, step)
-            ki, vi = _block_at(keys, index), _block_at(values, index)
-            z = _scores(qi, ki, _mask(ranges_i, index, static.block), params)[0]
+            index = block_index(seen_i.spans, step)
+            ki, vi = (_block_at(a, seen_i.before + index) for a in (keys, values))
+            z = _scores(qi, ki, _mask(seen_i.ranges, index), params)[0]
             # outputs do not depend on it: for forward mode
             top = lax.stop_gradient(jnp.maximum(sums.top, z.max(-1, keepdims=True)))
             before, p = jnp.exp(sums.top - top), jnp.exp(z - top)
@@ -150,14 +164,14 @@ def _row_forward(
             total = before * sums.total + p.sum(-1, keepdims=True)
             return Sums(top, total, before * sums.out + einsum("kqs,ksh->kqh", *factors))
 
-        sums = lax.fori_loop(0, spans.num_blocks, with_block, _nothing_seen(qi, sinks))
+        sums = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, _nothing_seen(qi, sinks))
         out = _query_rows((sums.out / sums.total).astype(rows.dtype)[None], static.block)
         return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (sums.top + jnp.log(sums.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
     at = jnp.arange(0, len(q), static.block)
     outputs = q.astype(acc) if static.differentiated else q
-    return lax.scan(block, outputs, (at, *_by_block(ranges, static.block)))
+    return lax.scan(block, outputs, (at, _each(seen, keys)))
 
 
 def _row_backward(
@@ -166,7 +180,7 @@ def _row_backward(
     q: Array,
     k: Array,
     v: Array,
-    ranges: KeyRanges,
+    seen: SeenByBlock,
     total: Array,
     out: Array,
     cotangent: Array,
@@ -177,21 +191,22 @@ def _row_backward(
     keys, values = (_key_blocks(a, static.block) for a in (k, v))
 
     def block(carry, args):
-        qi, gi, total_i, mean_i, ranges_i, spans = args
+        qi, gi, total_i, mean_i, seen_i = args
 
         def with_block(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *by_keys = sums
-            index = block_index(spans, step)
-            ki, vi = _block_at(keys, index), _block_at(values, index)
-            z, cap_gradient = _scores(qi, ki, _mask(ranges_i, index, static.block), params)
+            index = block_index(seen_i.spans, step)
+            ki, vi = (_block_at(a, seen_i.before + index) for a in (keys, values))
+            z, cap_gradient = _scores(qi, ki, _mask(seen_i.ranges, index), params)
             p = jnp.exp(z - total_i)
             dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
             parts = einsum("kqs,kqh->ksh", dz, qi.astype(acc)), einsum("kqs,kqh->ksh", p, gi.astype(acc))
-            by_keys = [a.at[index].add(part) for a, part in zip(by_keys, parts, strict=True)]
+            at = seen_i.before + index
+            by_keys = [_added(a, at, part) for a, part in zip(by_keys, parts, strict=True)]
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
         zero = jnp.zeros(qi.shape, acc)
-        dq, *carry = lax.fori_loop(0, spans.num_blocks, with_block, (zero, *carry))
+        dq, *carry = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, (zero, *carry))
         dq = dq * jnp.asarray(static.params.scale, acc)
         sink = _sink_scores(sinks, dq)
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
@@ -201,17 +216,37 @@ def _row_backward(
     mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
     of_queries = (total[..., None], _query_blocks(mean, static.block))
-    of_blocks = (*queries, *of_queries, *_by_block(ranges, static.block))
+    of_blocks = (*queries, *of_queries, _each(seen, keys))
     (dk, dv), (dq, *dsinks) = lax.scan(block, (start, start), of_blocks)
     by_rows = (a.transpose(0, 2, 1, 3).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
     by_arrays = (a.astype(k.dtype) for a in by_rows)
     return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
-def _by_block(ranges: KeyRanges, block: int) -> tuple[KeyRanges, BlockSpans]:
-    """Of each block of queries, what they see and the blocks of keys that hold it."""
-    spans = block_spans(jax.tree.map(lambda a: a[None], ranges), block, block)
-    return _in_blocks(ranges, block), jax.tree.map(lambda a: a[0], spans)
+class _Seen(NamedTuple):
+    """What one block of queries sees; of all of them with a leading axis."""
+
+    ranges: Int[Array, "4 block"]
+    """``KeyRanges``."""
+    numbers: Int[Array, "5"]
+    """``BlockSpans``, and how many blocks of keys the rows before its own have."""
+
+    @property
+    def spans(self) -> BlockSpans:
+        return BlockSpans(*self.numbers[:4])
+
+    @property
+    def before(self) -> Int[Array, ""]:
+        return self.numbers[4]
+
+
+def _each(seen: SeenByBlock, key_blocks: Float[Array, "K blocks block H"]) -> _Seen:
+    """Of the blocks of all rows, one after the other."""
+    rows, blocks_of_row = seen.spans.shape[:2]
+    before = key_blocks.shape[1] // rows * jnp.arange(rows, dtype=jnp.int32)
+    before = jnp.broadcast_to(before[:, None, None], (rows, blocks_of_row, 1))
+    numbers = jnp.concatenate([seen.spans, before], axis=-1)
+    return _Seen(*(a.reshape(-1, *a.shape[2:]) for a in (seen.ranges, numbers)))
 
 
 def _block_at(key_blocks: Float[Array, "K blocks block H"], index: Int[Array, ""]) -> Float[Array, "K block H"]:
@@ -219,18 +254,27 @@ def _block_at(key_blocks: Float[Array, "K blocks block H"], index: Int[Array, ""
     return lax.dynamic_index_in_dim(key_blocks, index, 1, keepdims=False, allow_negative_indices=False)
 
 
-def _mask(ranges: KeyRanges, index: Int[Array, ""], block: int) -> Bool[Array, "block block"]:
-    """Whether each query of a block sees each key of the block at ``index``.
+def _added(
+    blocks: Float[Array, "blocks K block H"], index: Int[Array, ""], part: Float[Array, "K block H"]
+) -> Float[Array, "blocks K block H"]:
+    """With ``part`` added to one block; ``at[index].add`` would compute whether there is such a block."""
+    own = lax.dynamic_index_in_dim(blocks, index, 0, keepdims=False, allow_negative_indices=False)
+    return lax.dynamic_update_index_in_dim(blocks, own + part, index, 0, allow_negative_indices=False)
+
+
+def _mask(ranges: Int[Array, "4 block"], index: Int[Array, ""]) -> Bool[Array, "block block"]:
+    """Whether each query of a block sees each key of the block at ``index`` of its row.
 
     In a branch that is always taken, since XLA fuses none: it would compute the mask anew, from the ranges, for every
     head and use, which took five times as long as the exponentials.
     """
+    block = ranges.shape[1]
 
-    def of_ranges() -> Array:
+    def of_ranges(ranges: Int[Array, "4 block"]) -> Array:
         key = index * block + jnp.arange(block, dtype=index.dtype)
-        return visible(jax.tree.map(lambda a: a[None], ranges), key)[0]
+        return visible(KeyRanges(*ranges[:, None]), key)[0]
 
-    return lax.cond(ranges.own_end[0] > 0, of_ranges, lambda: jnp.zeros((block, block), bool))
+    return lax.cond(index >= 0, of_ranges, lambda _: jnp.zeros((block, block), bool), ranges)
 
 
 def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from ches_jax.models.attention.mask import KeyRanges, visible
+from ches_jax.models.attention.mask import KeyRanges, SeenByBlock, visible
 from ches_jax.models.platform import platform
 from ches_jax.models.precision import accumulate, einsum
 
@@ -47,6 +47,8 @@ class AttentionInputs(NamedTuple):
     """Which keys each query sees."""
     sinks: Float[Array, "K G"] | None = None
     """For each head a score of a key that everything sees and whose value is zero."""
+    by_block: SeenByBlock | None = None
+    """The ranges as ``block_sparse`` reads them, where they were made once for many layers."""
 
 
 class AttentionParams(NamedTuple):
@@ -82,7 +84,7 @@ def to_multiple(x: Array, block: int) -> Array:
 
 def dense(inputs: AttentionInputs, params: AttentionParams) -> Float[Array, "B Q K G H"]:
     """Attention with the whole [Q, T] mask: every score is computed, then masked."""
-    q, k, v, ranges, sinks = inputs
+    q, k, v, ranges, sinks, _ = inputs
     mask = visible(ranges, jnp.arange(k.shape[1], dtype=jnp.int32))
     acc = accumulate(q.dtype)
     s = capped(_products(q, k) * jnp.asarray(params.scale, acc), params.softcap)
@@ -121,7 +123,7 @@ def query_chunked(
       params: scale and soft cap.
       chunk: queries at a time.
     """
-    q, k, v, ranges, sinks = inputs
+    q, k, v, ranges, sinks, _ = inputs
     of_chunk = jax.checkpoint(partial(dense, params=params))
     parts = []
     for start in range(0, q.shape[1], chunk):

@@ -55,6 +55,15 @@ class BlockSpans(NamedTuple):
         return self.context_count + self.own_count
 
 
+class SeenByBlock(NamedTuple):
+    """What each block of queries sees, in one array of each kind: ``seen_by_block``."""
+
+    ranges: Int[Array, "B blocks 4 block"]
+    """``KeyRanges`` of its queries."""
+    spans: Int[Array, "B blocks 4"]
+    """Its ``BlockSpans``, of blocks of as many keys as it has queries."""
+
+
 def causal(mask: Bool[Array, "B T"]) -> Visibility:
     """One sequence per row; ``mask`` is True on real tokens, padding may be on the left or on the right.
 
@@ -125,6 +134,13 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     context_first = jnp.where(left, start, own_first[..., None]).min(-1)
     context_end = jnp.where(left, end, context_first[..., None]).max(-1)
     return BlockSpans(context_first, context_end - context_first, own_first, own_count)
+
+
+def seen_by_block(r: KeyRanges, block: int) -> SeenByBlock:
+    """What blocks of ``block`` queries see; the last one is filled up as ``padded`` does."""
+    whole = padded(r, block)
+    cut = [a.reshape(a.shape[0], -1, block) for a in whole]
+    return SeenByBlock(jnp.stack(cut, axis=2), jnp.stack(block_spans(whole, block, block), axis=-1))
 
 
 def block_index(s: BlockSpans, step: Int[Array, "..."]) -> Int[Array, "..."]:

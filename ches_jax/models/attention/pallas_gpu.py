@@ -69,7 +69,7 @@ def attend(inputs: AttentionInputs, params: AttentionParams, interpret: bool = F
       params: scale and soft cap.
       interpret: emulate the kernel on the device at hand, which is slow.
     """
-    q, k, v, ranges, _ = inputs
+    q, k, v, ranges, *_ = inputs
     rows, count, kv, group, head = q.shape
     width = max(16, pl.next_power_of_2(head))  # the smallest tile of a tensor core is 16 wide
     queries, keys = tile(width, q.dtype.itemsize)

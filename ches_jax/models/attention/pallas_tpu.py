@@ -77,7 +77,7 @@ def attend(inputs: AttentionInputs, params: AttentionParams, interpret: bool = F
       params: scale and soft cap.
       interpret: emulate the kernels on the device at hand, which is slow.
     """
-    q, k, v, ranges, _ = inputs
+    q, k, v, ranges, *_ = inputs
     queries = query_block(q.shape[3])
     keys = KEYS if queries * q.shape[3] <= WIDE else KEYS // 2
     static = Static(params, queries, keys, interpret)
