@@ -100,6 +100,8 @@ class Step:
 
         def apply(state: TrainState, grads: Any) -> tuple[TrainState, Any]:
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in grads.values()))
+            # or XLA keeps the squares of a gradient for the optimiser, a pass over memory more than to make them again
+            grads = jax.lax.optimization_barrier(grads)
             if clip is not None:
                 grads = clipped(grads, norm, clip)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
