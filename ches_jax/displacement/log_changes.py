@@ -26,7 +26,7 @@ SIDES = ("chosen", "rejected")
 Scale = Literal["nats", "sign", "per token"]
 ONE = Series(np.zeros(1, int), np.ones(1))
 """The divisor of what is no product with beta."""
-WITHOUT_REFERENCE = ("orpo", "simpo", "cpo", "cpo_simpo", "alphapo", "sft")
+WITHOUT_REFERENCE = ("orpo", "simpo", "cpo", "cpo_simpo", "alphapo", "tpo", "tpo-l", "sft")
 """Losses whose rewards are log-probabilities and no changes."""
 PER_TOKEN = ("ipo", "ipo_mean", "dpo_norm", "ln_dpo", "lndpo")
 """Losses for which trainers average log-probabilities over tokens."""
@@ -84,7 +84,7 @@ def _scale(log: Log, settings: RunSettings, beta: float | None, rewards: str) ->
             "say so with --rewards changes"
         )
     notes = []
-    if settings.loss in UNPAIRED:
+    if set(settings.losses) & set(UNPAIRED):
         notes.append(
             f"{settings.loss}: chosen and rejected responses are of other prompts; their margin is one of means"
         )
@@ -157,7 +157,7 @@ def _require_rewards(log: Log) -> None:
 
 def _without_absent_sides(log: Log, settings: RunSettings) -> Log:
     """A log of single responses (KTO) without the NaN of a side of which a batch had none: the other has a number."""
-    if settings.loss not in UNPAIRED and not any(log.get(name, "kl") for name in ("train", "held_out")):
+    if not set(settings.losses) & set(UNPAIRED) and not any(log.get(name, "kl") for name in ("train", "held_out")):
         return log
     series = dict(log.series)
     for name in _has(log, ""):
@@ -210,8 +210,10 @@ def _curve(log: Log, name: str, prefix: str, divisor: Series) -> Curve:
 
 def _no_changes(log: Log, settings: RunSettings) -> str | None:
     """Why rewards are no changes since a reference; None where nothing says so."""
-    if settings.loss in WITHOUT_REFERENCE:
-        return f"it was trained with {settings.loss.upper()}, which has no reference"
+    if settings.losses and set(settings.losses) <= set(WITHOUT_REFERENCE):
+        return f"it was trained with {' + '.join(settings.losses).upper()}, which has no reference"
+    if settings.no_reference:
+        return "it was trained with reference_free, which leaves out the reference"
     for name in ("train", "held_out"):
         if log.get(name, "odds_ratio") is not None:
             return "it logs the odds ratio of ORPO, which has no reference"
@@ -312,7 +314,13 @@ def _rounding(values: np.ndarray) -> float:
 
 
 def _per_token(log: Log, settings: RunSettings) -> str | None:
-    """Why rewards are means over tokens; None where nothing says so, or the logps are seen to be sums."""
+    """Why rewards are no nats of responses, but means over tokens; None where nothing says so.
+
+    Logps that are seen to be sums outweigh the name of a loss (trainers differ in what they average), and not an option
+    of the run that says how they are made.
+    """
+    if settings.averaged:
+        return f"{settings.averaged} weighs the tokens of a response: directions are reported, and no nats of responses"
     logps = [s.values for n in ("held_out", "train") for side in SIDES if (s := log.get(n, f"logp_{side}")) is not None]
     if logps:
         if np.concatenate(logps).min() <= -SHORT:
@@ -321,9 +329,10 @@ def _per_token(log: Log, settings: RunSettings) -> str | None:
             f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are reported."
             " If they are sums over whole responses, say so with --rewards changes"
         )
-    if settings.loss in PER_TOKEN:
+    if averaging := set(settings.losses) & set(PER_TOKEN):
         return (
-            f"{settings.loss} averages log-probabilities over tokens: directions are reported, and no nats of responses"
+            f"{', '.join(sorted(averaging))} averages log-probabilities over tokens: directions are reported, and no "
+            "nats of responses"
         )
     return None
 

@@ -117,18 +117,57 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` as a dict."""
+    """``config.json`` as a dict.
+
+    Raises:
+      CheckpointError: it cannot be read, or is not there: an adapter alone is no model.
+    """
+    if not (directory / CONFIG).exists() and (directory / _ADAPTER_FILES[0]).exists():
+        raise CheckpointError(
+            f"{directory}: a PEFT adapter{_of_base(directory)} and no model; give that as --model and this directory "
+            "as --adapter"
+        )
     return read_json(directory / CONFIG)
+
+
+def _of_base(directory: Path) -> str:
+    """`` of BASE``, where the adapter in a directory names its base."""
+    try:
+        base = read_json(directory / _ADAPTER_FILES[0]).get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    return f" of {base!r:.200}" if base else ""
+
+
+def _require_one_reading(directory: Path, folder: Path) -> None:
+    """Refuse whole weights beside an adapter: transformers reads the adapter on its base, and not those weights.
+
+    Raises:
+      CheckpointError: both are there.
+    """
+    config, weights = _ADAPTER_FILES
+    if not (directory / config).exists():
+        return
+    found = next((n for n in (weights, "adapter_model.bin") if is_there(folder / n) or (directory / n).exists()), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{directory}: holds a model's weights and, in {config} and {found}, an adapter{_of_base(directory)}: "
+            "transformers loads that base with the adapter on it, and not the weights beside them. Move the two files "
+            "to a directory of their own (--adapter puts them on a model), or remove them if they are merged already"
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of the directory: the single one, or those of the index in order of first mention.
 
     Raises:
-      CheckpointError: none there, an index that names a missing file or one outside the directory.
+      CheckpointError: none there, an index that names a missing file or one outside the directory, an adapter beside
+        them.
     """
     folder = weights_place(directory)
     single, index = folder / SINGLE, directory / INDEX
+    if is_there(single) or index.exists():
+        _require_one_reading(directory, folder)
     if is_there(single):
         if index.exists() and set(_named_by(index)) != {SINGLE}:
             notice(
@@ -137,9 +176,7 @@ def weight_files(directory: Path) -> list[Path]:
             )
         return [single]
     if not index.exists():
-        other = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"})
-        hint = f" (found {', '.join(other)}: convert to safetensors first)" if other else ""
-        raise CheckpointError(f"{directory}: no {SINGLE} and no {INDEX}{hint}")
+        raise CheckpointError(f"{directory}: no {SINGLE} and no {INDEX}{_other_weights(directory)}")
     names = list(dict.fromkeys(weight_map(directory).values()))
     problems, files = [], []
     for name in names:
@@ -152,6 +189,23 @@ def weight_files(directory: Path) -> list[Path]:
     if problems:
         raise CheckpointError(many(str(index), problems))
     return files
+
+
+def _other_weights(directory: Path) -> str:
+    """What there is instead of weights under the names that count, and what to do with it."""
+    names = sorted(p.name for p in directory.iterdir())
+    other = [n for n in names if Path(n).suffix in {".bin", ".pt", ".pth", ".gguf", ".msgpack"}]
+    shards = [n for n in names if n.endswith(".safetensors")]
+    if not shards:
+        return f" (found {_first(other)}: convert to safetensors first)" if other else ""
+    return (
+        f" (found {_first(shards)}: transformers reads none of these names either; write the index of the shards, or "
+        f"call a single file {SINGLE})"
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def weight_map(directory: Path) -> dict[str, str]:

@@ -38,6 +38,7 @@ HEADER_BYTES = 100_000_000
 """Longest header of a safetensors file, as the library has it."""
 BUFFERS = (
     "rotary_emb.inv_freq",
+    "rotary_emb.original_inv_freq",
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
     ".attn.bias",

@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--name", default="attention_share", help="of the file in results")
     args = parser.parse_args()
     from ches_jax.distributed.mesh import make_mesh
     from ches_jax.distributed.under_way import UnderWay
@@ -114,7 +115,7 @@ def main() -> None:
     for name, row in table.items():
         print(f"  {name:<18}{row['cpu_ms']:8.1f} CPU ms" + (f"{row['share']:8.1%} of both" if "share" in row else ""))
     about = {"row_tokens": args.row_tokens, "filled_percent": filled, "side_by_side": start.count}
-    print(keep("attention_share", {**about, "table": table}))
+    print(keep(args.name, {**about, "table": table}))
 
 
 if __name__ == "__main__":

@@ -93,13 +93,24 @@ def environment() -> dict[str, Any]:
     from ches_jax.runs.directory import versions
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+    known = {name: text.partition(":")[2].strip() for name, text in cpu.items()}
     return {
         "commit": commit.stdout.strip() or None,
         "versions": versions(),
-        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cpu": known.get("model name") or platform.processor(),
+        "vectors": widest_vectors(known.get("flags", "")),
         "cores": os.cpu_count(),
     }
+
+
+def widest_vectors(flags: str) -> str | None:
+    """The widest instructions on vectors among a CPU's flags: they decide how fast it multiplies.
+
+    >>> widest_vectors("sse2 avx avx2 fma"), widest_vectors("avx2 avx512f"), widest_vectors("asimd")
+    ('avx2', 'avx512f', None)
+    """
+    return next((name for name in ("avx512f", "avx2", "avx") if name in flags.split()), None)
 
 
 def keep(name: str, result: Mapping[str, Any]) -> Path:

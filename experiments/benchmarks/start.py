@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000])
+    parser.add_argument("--name", default="start", help="of the file in results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,7 +98,7 @@ def main() -> None:
             "peak_rss_mb": max(one["peak_rss_mb"] for one in each),
         }  # fmt: skip
         print(f"{what:40} {result[what]['cpu_seconds']:8.2f} CPU s  {result[what]['peak_rss_mb']:8.0f} MB")
-    keep("start", {"repeats": args.repeats, "commands": result})
+    keep(args.name, {"repeats": args.repeats, "commands": result})
 
 
 if __name__ == "__main__":

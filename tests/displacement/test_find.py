@@ -131,6 +131,9 @@ def test_several_evaluation_sets_are_asked_about(tmp_path):
         ("config.yaml", "beta:\n  value: 0.3\nloss_type:\n  value: sigmoid\n"),
         ("train.yaml", "pref_beta: 0.3\npref_loss: sigmoid\n"),
         ("config.json", '{"config": {"loss": "sigmoid", "loss_args": {"beta": 0.3}}}'),
+        ("args.json", '{"beta": "0.3", "loss_type": "sigmoid", "reference_free": false, "ld_alpha": 1.0}'),
+        ("train.yaml", "rl: sigmoid\nrl_beta: 0.3\ndpo_norm_loss: false\n"),
+        ("config.yaml", "loss:\n  _component_: torchtune.rlhf.loss.SigmoidLoss\n  beta: 0.3\n"),
         ("README.md", "---\nbeta: 0.3\nloss_type: sigmoid\n---\nA model.\n"),
     ],
 )
@@ -138,6 +141,24 @@ def test_settings_are_found_beside_the_log(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     found = find_settings([tmp_path], {})
     assert (found.beta, found.beta_from, found.loss) == (0.3, name, "sigmoid")
+    assert not found.no_reference and not found.averaged
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"reference_free": True}, {"no_reference": True}),
+        ({"ld_alpha": 0.5, "beta": 0.1}, {"averaged": "ld_alpha"}),
+        ({"dpo": {"preference_average_log_probs": True}}, {"averaged": "preference_average_log_probs"}),
+        ({"loss_type": ["sigmoid", "ipo"]}, {"loss": "sigmoid+ipo", "losses": ("sigmoid", "ipo")}),
+        ({"rl": "orpo"}, {"loss": "orpo"}),
+        ({"loss": {"_component_": "torchtune.rlhf.loss.SimPOLoss"}}, {"loss": "simpo"}),
+    ],
+)
+def test_what_the_options_say_about_rewards(tmp_path, settings, expected):
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    found = find_settings([tmp_path], {})
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 class Arguments:
@@ -152,6 +173,14 @@ def test_a_pickle_of_arguments_is_read_and_not_run(tmp_path):
         archive.writestr("training_args/data.pkl", pickle.dumps(Arguments(), protocol=2))
     found = find_settings([tmp_path], {})
     assert found.beta == 0.3 and found.loss == "ipo"
+
+
+def test_each_loss_and_switch_of_a_pickle_is_read(tmp_path):
+    written = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5, "reference_free": True, "beta": 0.3, "loss": "dpo"}
+    with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
+        archive.writestr("training_args/data.pkl", pickle.dumps(written, protocol=2))
+    found = find_settings([tmp_path], {})
+    assert (found.loss, found.averaged, found.no_reference, found.beta) == ("sigmoid+sft", "ld_alpha", True, 0.3)
 
 
 def test_files_that_contradict_each_other_tell_nothing(tmp_path):

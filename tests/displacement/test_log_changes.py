@@ -114,6 +114,8 @@ def test_a_policy_that_left_its_reference_before_the_first_entry_is_believed(rew
         (few_entries(lambda t: (-1.5 - 0.075 * t, -1.75 - 0.15 * t)), NOTHING, r"first rewards are -1.57 and -1.9.*"),
         (training(extra={"log_odds_ratio": -0.6}), NOTHING, "the odds ratio of ORPO"),
         (training(), RunSettings(loss="simpo"), "trained with SIMPO, which has no reference"),
+        (training(), RunSettings(loss="simpo+sft"), r"trained with SIMPO \+ SFT, which has no reference"),
+        (training(), RunSettings(no_reference=True), "trained with reference_free, which leaves out the reference"),
         (reference_free(-30.0, -12.0), NOTHING, "its rewards are 0.1 times its logps"),
     ],
 )
@@ -156,6 +158,22 @@ def test_means_over_tokens_are_no_nats_of_responses():
     assert changes(short, beta=0.1, rewards="changes").scale == "nats"
     sums = training(extra={"logps/chosen": -80.0, "logps/rejected": -90.0})
     assert changes(sums, RunSettings(0.1, "args.json", "ipo")).scale == "nats"
+
+
+def test_one_of_several_losses_may_average():
+    assert changes(training(), RunSettings(0.1, "args.json", "sigmoid+ipo")).scale == "per token"
+    assert changes(training(), RunSettings(0.1, "args.json", "sigmoid+sft")).scale == "nats"
+    notes = changes(training(), RunSettings(0.1, "args.json", "sigmoid+bco")).caveats
+    assert any("chosen and rejected responses are of other prompts" in note for note in notes)
+
+
+def test_an_option_that_weighs_tokens_outweighs_logps_that_look_like_sums():
+    """A part of the tokens counts less: sums of these are no changes of responses in nats, however large they are."""
+    settings = RunSettings(0.1, "args.json", "sigmoid", averaged="ld_alpha")
+    found = changes([*training(), *evaluations()], settings)
+    assert found.scale == "per token" and any("ld_alpha weighs the tokens" in note for note in found.caveats)
+    assert changes(evaluations(), settings, beta=0.1).scale == "per token"
+    assert changes(evaluations(), settings, rewards="changes").scale == "nats"
 
 
 def test_changes_in_nats_need_no_beta():

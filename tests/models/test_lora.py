@@ -17,6 +17,7 @@ from ches_jax.models.adapters.lora import adapted, adapter_shapes, initial_adapt
 from ches_jax.models.adapters.peft import (
     CONFIG,
     WEIGHTS,
+    adapter_directory,
     adapter_fingerprint,
     load_adapted,
     load_merged,
@@ -367,6 +368,11 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
     ("config", "tensors", "message"),
     [
         ({**GOOD, "peft_type": "IA3"}, {}, "'peft_type' is 'IA3'; expected 'LORA'"),
+        ({**GOOD, "target_modules": 3}, {}, "'target_modules' is 3; expected names of modules"),
+        ({**GOOD, "exclude_modules": [1]}, {}, r"'exclude_modules' is \[1\]; expected names of modules"),
+        ({**GOOD, "layers_to_transform": ["a"]}, {}, r"'layers_to_transform' is \['a'\]; expected numbers of layers"),
+        ({**GOOD, "layers_pattern": 3}, {}, "'layers_pattern' is 3; expected names of lists of layers"),
+        ({**GOOD, "target_modules": "("}, {}, "'target_modules' has '\\(', which is no regular expression"),
         ({**GOOD, "use_dora": True}, {}, "'use_dora' = True is not supported"),
         ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
@@ -397,6 +403,108 @@ def test_what_is_no_plain_lora_is_refused_by_name(base, tmp_path, config, tensor
     write_files(tmp_path / "a", config, {name: np.ones(shape) for name, shape in tensors.items()})
     with pytest.raises(ChesError, match=message):
         read_adapter(tmp_path / "a", base("llama"))
+
+
+def q_of_both_layers(seed=5):
+    rng = np.random.default_rng(seed)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    sizes = {"A": (2, 24), "B": (24, 2)}
+    return {name.format(layer, part): rng.normal(size=sizes[part]) for layer in range(2) for part in "AB"}
+
+
+READ = {
+    "end of a name": {"target_modules": ["q_proj", "v_proj"]},
+    "with its parent": {"target_modules": ["self_attn.q_proj"]},
+    "whole names": {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]},
+    "whole names, whatever the layers": {
+        "target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(2)],
+        "layers_to_transform": [0],
+    },
+    "pattern": {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|k)_proj"},
+    "all": {"target_modules": "all-linear"},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    "layers, list of patterns": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": ["h", "layers"],
+    },
+    "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "others are left out": {"target_modules": ["q_proj"], "exclude_modules": ["proj", "layers.1.self_attn.v_proj"]},
+    "nothing is said": {"target_modules": None, "exclude_modules": None},
+}
+UNREAD = {
+    "another module": ({"target_modules": ["v_proj"]}, "target_modules", 2),
+    "the end of a word": ({"target_modules": ["proj"]}, "target_modules", 2),
+    "part of a name": ({"target_modules": "q_proj"}, "target_modules", 2),
+    "one whole name": ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, "target_modules", 1),
+    "one layer": ({"target_modules": ["q_proj"], "layers_to_transform": 1}, "layers_to_transform", 1),
+    "layers of another name": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "h"},
+        "layers_to_transform",
+        2,
+    ),
+    "left out": (
+        {"target_modules": "all-linear", "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        "exclude_modules",
+        1,
+    ),
+    "left out by a pattern": ({"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}, "exclude_modules", 1),
+}
+
+
+@pytest.mark.parametrize("said", READ.values(), ids=READ)
+def test_modules_that_the_settings_name_are_read(base, tmp_path, said):
+    tensors = q_of_both_layers()
+    write_files(tmp_path / "a", GOOD | said, tensors)
+    b = read_adapter(tmp_path / "a", base("llama")).arrays["layers.self_attn.q_proj.lora_b"]
+    for layer in range(2):
+        stored = tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_B.weight"]
+        np.testing.assert_array_equal(b[layer], stored.astype(np.float32))
+
+
+@pytest.mark.parametrize(("said", "setting", "count"), UNREAD.values(), ids=UNREAD)
+def test_modules_that_the_settings_leave_out_are_refused(base, tmp_path, said, setting, count):
+    """PEFT passes over what the file holds for them."""
+    write_files(tmp_path / "a", GOOD | said, q_of_both_layers())
+    with pytest.raises(ChesError, match=f"'{setting}' leaves out {count} modules of which .*PEFT does not read those"):
+        read_adapter(tmp_path / "a", base("llama"))
+
+
+@pytest.mark.parametrize("said", [*READ, *UNREAD])
+def test_peft_reads_what_is_read(said):
+    """The rule itself, beside PEFT's own, where that is installed."""
+    peft_utils = pytest.importorskip("peft.tuners.tuners_utils")
+    config = READ[said] if said in READ else UNREAD[said][0]
+    if config["target_modules"] in (None, "all-linear"):
+        pytest.skip("PEFT writes these out before it applies the rule")
+    of_peft = pytest.importorskip("peft").LoraConfig(**config)
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    left_out = [name for name in names if not peft_utils.check_target_module_exists(of_peft, name)]
+    assert len(left_out) == (0 if said in READ else UNREAD[said][2])
+
+
+def test_whole_matrices_beside_an_adapter_change_nothing_or_are_refused(base, tmp_path, caplog):
+    """PEFT stores embedding and head with the adapter where it saw them change, and loads them over the model's."""
+    directory = base("llama")
+    stored = {name: tensor.read() for name, tensor in open_tensors(directory).items()}
+    whole = {
+        "base_model.model.lm_head.weight": stored["lm_head.weight"],
+        "base_model.model.model.embed_tokens.base_layer.weight": stored["model.embed_tokens.weight"],
+    }
+    write_files(tmp_path / "a", GOOD, q_of_both_layers() | whole)
+    assert list(read_adapter(tmp_path / "a", directory).spec) == ["layers.self_attn.q_proj"]
+    assert "lm_head.weight, base_model.model.model.embed_tokens.base_layer.weight repeat the values" in caplog.text
+    changed = {name: value + 1 for name, value in whole.items()}
+    write_files(tmp_path / "b", GOOD, q_of_both_layers() | changed)
+    with pytest.raises(ChesError, match=r"lm_head.weight' is a whole matrix beside the adapter, with other values"):
+        read_adapter(tmp_path / "b", directory)
+
+
+def test_a_directory_of_adapters_names_them(tmp_path):
+    for name in ("policy", "reference"):
+        write_files(tmp_path / name, GOOD, q_of_both_layers())
+    with pytest.raises(ChesError, match="it holds 2 adapters, policy, reference: give the folder of one"):
+        adapter_directory(tmp_path)
 
 
 def test_a_pattern_that_would_take_for_ever_is_refused(base, tmp_path, monkeypatch):

@@ -146,8 +146,42 @@ def gpt2_buffers(d: Path) -> Path:
 def llama_buffers(d: Path) -> Path:
     """And the value head of TRL's PPO."""
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.full(2, 3, np.float32)}
+    more |= {"model.rotary_emb.original_inv_freq": np.full(2, 3, np.float32)}
     more |= {"v_head.summary.weight": np.ones((1, 12), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
     return single(d, LLAMA, random_weights(LLAMA) | more)
+
+
+def rotary_settings_that_are_not_read(d: Path) -> Path:
+    """As YaRN's own code and multimodal models wrote them; a factor of 1 is none, and so is an mscale of 0."""
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "finetuned": True}
+    rope |= {"mscale": 0.7, "mscale_all_dim": 0, "extrapolation_factor": 1, "attn_factor": 1.0, "mrope_section": [1, 1]}
+    return single(d, LLAMA | {"rope_scaling": rope}, random_weights(LLAMA))
+
+
+def rotary_settings_of_the_plain_kind(d: Path) -> Path:
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1], "factor": 1.0}
+    return single(d, LLAMA | {"rope_theta": 500.0, "rope_scaling": rope}, random_weights(LLAMA))
+
+
+def window_switched_off(d: Path) -> Path:
+    """As programs write that turn a model of another family into a Llama."""
+    off = {"use_sliding_window": False, "sliding_window": 2, "max_window_layers": 1}
+    return single(d, LLAMA | off, random_weights(LLAMA))
+
+
+def mistral_without_a_window(d: Path) -> Path:
+    raw = LLAMA | {"model_type": "mistral", "sliding_window": None, "max_window_layers": 1}
+    return single(d, raw, random_weights(raw))
+
+
+def biases_that_the_family_has_always(d: Path) -> Path:
+    raw = LLAMA | {"model_type": "qwen2", "qkv_bias": True, "attention_bias": True}
+    return single(d, raw, random_weights(raw))
+
+
+def norms_that_the_family_has_always(d: Path) -> Path:
+    raw = LLAMA | {"model_type": "qwen3", "use_qk_norm": True, "hidden_act": "gelu_python"}
+    return single(d, raw, random_weights(raw))
 
 
 READ_ALIKE = (
@@ -165,6 +199,12 @@ READ_ALIKE = (
     buffers,
     gpt2_buffers,
     llama_buffers,
+    rotary_settings_that_are_not_read,
+    rotary_settings_of_the_plain_kind,
+    window_switched_off,
+    mistral_without_a_window,
+    biases_that_the_family_has_always,
+    norms_that_the_family_has_always,
 )
 
 
@@ -225,6 +265,53 @@ def test_the_old_index_beside_a_single_file_is_reported(tmp_path: Path, caplog: 
     write(other, LLAMA, {}, {"model.norm.weight": "model.safetensors"})
     weight_files(other)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("weights_of_adapter", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_model_beside_an_adapter_is_refused(weights_of_adapter: str, tmp_path: Path):
+    """transformers reads the adapter and its base, and not the weights beside them."""
+    directory = single(tmp_path / "model", LLAMA, random_weights(LLAMA))
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    open_checkpoint(directory)
+    (directory / weights_of_adapter).touch()
+    with pytest.raises(CheckpointError, match=r"an adapter of 'some/base': transformers loads that base with the ada"):
+        open_checkpoint(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a PEFT adapter of 'some/base' and no model; give that as --model"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.fp16.safetensors", "transformers reads none of these names either"),
+        ("model-00001-of-00002.safetensors", "write the index of the shards"),
+        ("pytorch_model.bin", "convert to safetensors first"),
+    ],
+)
+def test_weights_under_other_names_are_listed(name: str, words: str, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=rf"no model.safetensors and .*found {name}: .*{words}"):
+        open_checkpoint(write(tmp_path / "model", LLAMA, {name: random_weights(LLAMA)}))
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_type": "default", "factor": 4.0}, "unknown key 'factor'"),
+        ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 2.0}, "unknown key 'attn_factor'"),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 0.5}, "unknown key 'mscale'"),
+    ],
+)
+def test_a_rotary_setting_that_is_not_read_and_not_off_is_refused(rope: dict[str, Any], words: str):
+    assert words in message(LLAMA | {"rope_scaling": rope})
+
+
+def test_a_window_that_nobody_switches_off_is_refused():
+    for more in ({}, {"use_sliding_window": True}):
+        assert "'sliding_window' = 2" in message(LLAMA | {"sliding_window": 2} | more)
+    assert "'max_window_layers' = 1" in message(
+        LLAMA | {"model_type": "mistral", "sliding_window": 2, "max_window_layers": 1}
+    )
 
 
 def test_a_tensor_of_two_shards_that_differ_is_refused_where_index_and_transformers_differ(tmp_path: Path):

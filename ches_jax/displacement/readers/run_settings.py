@@ -14,7 +14,24 @@ from typing import Any
 BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty")
 MOVING = ("sync_ref_model", "tr_dpo", "ref_model_update", "update_ref_model")
 """Whether the reference follows the policy."""
-LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type")
+LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type", "rl")
+WITHOUT = ("reference_free",)
+"""Whether the reference is left out, so that rewards are log-probabilities."""
+AVERAGED = (
+    "average_log_prob",
+    "average_log_probs",
+    "preference_average_log_probs",
+    "length_normalized",
+    "length_normalize",
+    "dpo_norm_loss",
+)
+"""Whether log-probabilities are means over tokens."""
+TAIL = "ld_alpha"
+"""The weight of what a response has beyond the shorter one of its pair (LD-DPO)."""
+TEXT = ("BINUNICODE", "SHORT_BINUNICODE")
+"""Opcodes of a pickle that push a text."""
+COMPONENT = "_component_"
+"""The class of an object in a config of torchtune: ``torchtune.rlhf.loss.DPOLoss``."""
 FILES = (
     "config.json",
     "args.json",
@@ -45,7 +62,16 @@ class RunSettings:
     beta: float | None = None
     beta_from: str = ""
     loss: str | None = None
+    """Several, one weighed against the other, with a plus between them."""
     moving_reference: bool = False
+    no_reference: bool = False
+    averaged: str = ""
+    """The setting by which log-probabilities are no sums over the tokens of a response."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Each of its losses."""
+        return tuple(self.loss.split("+")) if self.loss else ()
 
 
 def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings:
@@ -57,10 +83,25 @@ def find_settings(folders: list[Path], in_log: Mapping[str, Any]) -> RunSettings
         betas = {v: where for where, settings in settings_of if (v := _number(settings, BETA)) is not None}
         losses = {v: where for where, settings in settings_of if (v := _word(settings, LOSS)) is not None}
         moving = any(settings.get(name) is True for _, settings in settings_of for name in MOVING)
-        if len(betas) == 1 or losses or moving:
+        without = any(settings.get(name) is True for _, settings in settings_of for name in WITHOUT)
+        averaged = next((said for _, settings in settings_of if (said := _averaged(settings))), "")
+        if len(betas) == 1 or losses or moving or without or averaged:
             beta, where = next(iter(betas.items())) if len(betas) == 1 else (None, "")
-            return RunSettings(beta, where, next(iter(losses)) if len(losses) == 1 else None, moving)
+            loss = next(iter(losses)) if len(losses) == 1 else None
+            return RunSettings(beta, where, loss, moving, without, averaged)
     return RunSettings()
+
+
+def _averaged(settings: Mapping[str, Any]) -> str:
+    """The setting that makes log-probabilities something else than sums over tokens; empty where none does.
+
+    >>> _averaged({"ld_alpha": 0.5}), _averaged({"ld_alpha": 1.0, "average_log_prob": False})
+    ('ld_alpha', '')
+    """
+    weight = settings.get(TAIL)
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool) and weight != 1:
+        return TAIL
+    return next((name for name in AVERAGED if settings.get(name) is True), "")
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -105,19 +146,22 @@ def _of_training_args(path: Path) -> dict[str, Any]:
         name = inside[0].filename
         opcodes = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
     out: dict[str, Any] = {}
-    wanted = {*BETA, *LOSS, *MOVING}
+    switches = {*MOVING, *WITHOUT, *AVERAGED}
+    wanted = {*BETA, *LOSS, TAIL, *switches}
     words = [(op, value) for op, value in opcodes if not op.startswith(("BINPUT", "LONG_BINPUT", "MEMOIZE"))]
     for i, (_, value) in enumerate(words[:-1]):
         if isinstance(value, str) and value in wanted:
-            if value in MOVING:
+            if value in switches:
                 out[value] = words[i + 1][0] == "NEWTRUE"
                 continue
-            for op, after in words[i + 1 : i + 5]:  # a list of losses begins with its brackets
-                if op in ("BINFLOAT", "FLOAT") or (op in ("BINUNICODE", "SHORT_BINUNICODE") and value in LOSS):
-                    out[value] = after
-                    break
-                if op not in ("EMPTY_LIST", "MARK"):
-                    break
+            after = words[i + 1 :]
+            if after[0][0] in ("BINFLOAT", "FLOAT"):
+                out[value] = after[0][1]
+            elif value in LOSS:  # a word, or a list of words, which begins with its brackets
+                found = itertools.dropwhile(lambda word: word[0] in ("EMPTY_LIST", "MARK"), after)
+                names = [name for _, name in itertools.takewhile(lambda word: word[0] in TEXT, found)]
+                names = names if after[0][0] == "EMPTY_LIST" else names[:1]
+                out |= {value: names} if names else {}
     return out
 
 
@@ -135,6 +179,8 @@ def flat(value: Any) -> dict[str, Any]:
             if isinstance(inner, Mapping) and "value" in inner and not isinstance(inner["value"], Mapping):
                 inner = inner["value"]
             if isinstance(inner, Mapping):
+                if name == "loss" and isinstance(component := inner.get(COMPONENT), str):
+                    out.setdefault("loss", component.rpartition(".")[2].lower().removesuffix("loss"))
                 below.append(inner)
             else:
                 out.setdefault(str(name), inner)
@@ -143,14 +189,29 @@ def flat(value: Any) -> dict[str, Any]:
 
 
 def _number(settings: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
-    values = {float(settings[n]) for n in names if isinstance(settings.get(n), (int, float)) and 0 < settings[n] < 1e9}
+    values = {v for n in names if (v := _plain_number(settings.get(n))) is not None and 0 < v < 1e9}
     return next(iter(values)) if len(values) == 1 else None
+
+
+def _plain_number(value: Any) -> float | None:
+    """A number, also where a writer put it into quotes.
+
+    >>> _plain_number("0.1"), _plain_number(True), _plain_number("auto")
+    (0.1, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _word(settings: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     for name in names:
         value = settings.get(name)
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            value = "+".join(value)
         if isinstance(value, str):
             return value.lower()
     return None

@@ -28,12 +28,12 @@ from safetensors.numpy import save_file
 
 from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import fingerprint_of, read_json, resolve
-from ches_jax.hf.tensors import Tensor, all_finite, open_files
+from ches_jax.hf.tensors import Tensor, all_finite, open_files, same_values
 from ches_jax.hf.text_part import INSIDE, OTHER, Parts
-from ches_jax.models.adapters.lora import LowRank, Spec, adaptable, adapted, merged
+from ches_jax.models.adapters.lora import ALL_LINEAR, LowRank, Spec, adaptable, adapted, merged
 from ches_jax.models.adapters.together import by_expert, is_together, side_by_side, swapped, wrappers
 from ches_jax.models.checkpoint.load import load_model, with_parameters
-from ches_jax.models.checkpoint.stored_names import effective_config, model_tensors, stored_rules
+from ches_jax.models.checkpoint.stored_names import effective_config, model_tensors, stored_rules, table_ends
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.config import DecoderConfig
 from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
@@ -85,7 +85,10 @@ def adapter_directory(adapter: str | Path) -> Path:
     directory = resolve(adapter)
     if not (directory / WEIGHTS).is_file():
         other = sorted(p.name for p in directory.glob("adapter_model.*"))
+        inside = sorted(p.parent.name for p in directory.glob(f"*/{WEIGHTS}"))
         hint = f" (found {', '.join(other)}: save it as safetensors first)" if other else ""
+        if inside and not other:
+            hint = f" (it holds {len(inside)} adapters, {', '.join(inside[:6])}: give the folder of one)"
         raise CheckpointError(f"{directory}: no {WEIGHTS}{hint}; expected a PEFT adapter directory")
     return directory
 
@@ -116,7 +119,10 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     sites = _sites(base)
     left_out: dict[str, str] = {}
     owners = {module: rule for rule in sites.rules for module in sites.stored(rule).values()}
-    strength = _Strengths(raw, directory)
+    patterns = _Patterns(directory)
+    strength, put_on = _Strengths(raw, patterns), _Targets(raw, patterns)
+    unread: dict[str, str] = {}
+    repeated: list[str] = []
     targets = raw.get("target_parameters") or []
     wrapped = wrappers(sites.together, targets)
     problems += [
@@ -131,6 +137,14 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if match and (other := OTHER.match(match["module"])):
             left_out[name] = other["part"]
             continue
+        if match is None and (same := sites.is_the_base_s(name, tensor)) is not None:
+            repeated.append(name)
+            if not same:
+                problems.append(
+                    f"tensor {name!r} is a whole matrix beside the adapter, with other values than the model has: "
+                    "PEFT puts it in place of the model's, which is not supported; save the merged model and give that"
+                )
+            continue
         # one that was made over a multimodal model names the text model inside it
         names = [wrapped.get(m, m) for m in _below_wrapper(match["module"])] if match else []
         module = next((m for m in names if m in owners), None)
@@ -138,6 +152,10 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
             modules.setdefault(module, {})[match["part"]] = tensor
+            if wrapped.keys().isdisjoint(_below_wrapper(match["module"])):
+                by = put_on.left_out_by(match["module"])
+                unread |= {match["module"]: by} if by else {}
+    problems += _unread(unread)
     for module, two in modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
@@ -147,6 +165,8 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
     if said := Parts({}, left_out).left_out():
         notice(f"{directory}: {said}")
+    if repeated:
+        notice(f"{directory}: {', '.join(repeated)} repeat the values of the model, and are left out")
     return _stacked(strength, modules, sites)
 
 
@@ -211,6 +231,20 @@ def load_merged(model: str | Path, adapter: str | Path, *, param_dtype: str | No
 def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("peft_type") != "LORA":
         yield f"{CONFIG}: 'peft_type' is {raw.get('peft_type')!r}; expected 'LORA'"
+        return  # the settings of another type say nothing here
+    for key, what in (
+        ("target_modules", "names of modules"),
+        ("exclude_modules", "names of modules"),
+        ("layers_pattern", "names of lists of layers"),
+    ):
+        value = raw.get(key)
+        if value is not None and not isinstance(value, str) and not _list_of(value, str):
+            yield f"{CONFIG}: {key!r} is {value!r:.60}; expected {what}"
+    parameters, layers = raw.get("target_parameters"), raw.get("layers_to_transform")
+    if parameters is not None and not _list_of(parameters, str):
+        yield f"{CONFIG}: 'target_parameters' is {parameters!r:.60}; expected names of parameters"
+    if layers is not None and not isinstance(layers, int) and not _list_of(layers, int):
+        yield f"{CONFIG}: 'layers_to_transform' is {layers!r:.60}; expected numbers of layers"
     for key in OFF:
         if raw.get(key):
             yield f"{CONFIG}: {key!r} = {raw[key]!r} is not supported; expected it to be off"
@@ -240,12 +274,55 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{CONFIG}: {pattern!r} of {name!r:.60} is {value!r:.60}; expected {expected}"
 
 
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _rank(value: Any) -> bool:
     return _positive(value) and value <= LARGEST_RANK and value == int(value)
+
+
+class _Patterns:
+    """Regular expressions of ``adapter_config.json``, matched against names of modules within ``PATTERN_SECONDS``."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._left = PATTERN_SECONDS
+
+    def compiled(self, setting: str, text: str, form: str = "{}") -> Any:
+        """``text`` of a setting, put into ``form``.
+
+        Raises:
+          CheckpointError: it is no regular expression.
+        """
+        try:
+            re.compile(text)  # what PEFT would refuse; the other dialect is wider
+            return regex.compile(form.format(text))
+        except (re.error, regex.error, RecursionError, OverflowError) as e:
+            raise CheckpointError(
+                f"{self._directory}: {CONFIG}: {setting!r} has {text!r:.80}, which is no regular expression ({e})"
+            ) from None
+
+    def matches(self, setting: str, pattern: Any, module: str) -> bool:
+        """Whether a pattern matches the whole name, within the time that is left.
+
+        Raises:
+          CheckpointError: it takes for ever.
+        """
+        start = time.monotonic()
+        try:
+            return pattern.fullmatch(module, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError:
+            raise CheckpointError(
+                f"{self._directory}: {CONFIG}: {setting!r} takes longer than {PATTERN_SECONDS:g} seconds to match "
+                f"module names ({pattern.pattern!r:.80}); write plain names of modules"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - start
 
 
 class _Strengths:
@@ -255,11 +332,12 @@ class _Strengths:
       CheckpointError: a pattern that is no regular expression, or one that takes for ever.
     """
 
-    def __init__(self, raw: Mapping[str, Any], directory: Path):
-        self._raw, self._directory = raw, directory
-        self._left = PATTERN_SECONDS
-        self._patterns = {
-            name: [(self._compiled(name, key), value) for key, value in (raw.get(name) or {}).items()]
+    def __init__(self, raw: Mapping[str, Any], patterns: _Patterns):
+        self._raw, self._patterns = raw, patterns
+        self._of_setting = {
+            name: [
+                (patterns.compiled(name, key, r"(.*\.)?({})"), value) for key, value in (raw.get(name) or {}).items()
+            ]
             for name in ("rank_pattern", "alpha_pattern")
         }
         self._known: dict[str, LowRank] = {}
@@ -275,32 +353,62 @@ class _Strengths:
         return self._known[module]
 
     def _of(self, name: str, default: str, module: str) -> float:
-        for pattern, value in self._patterns[name]:
-            if self._matches(name, pattern, module):
+        for pattern, value in self._of_setting[name]:
+            if self._patterns.matches(name, pattern, module):
                 return value
         return self._raw[default]
 
-    def _compiled(self, name: str, key: str) -> Any:
-        try:
-            re.compile(key)  # what PEFT would refuse; the other dialect is wider
-            return regex.compile(rf"(.*\.)?({key})$")
-        except (re.error, regex.error, RecursionError, OverflowError) as e:
-            raise CheckpointError(
-                f"{self._directory}: {CONFIG}: {name!r} has {key!r:.80}, which is no regular expression ({e})"
-            ) from None
 
-    def _matches(self, name: str, pattern: Any, module: str) -> bool:
-        """Whether a pattern matches, within the time that is left."""
-        start = time.monotonic()
-        try:
-            return pattern.match(module, timeout=max(self._left, 1e-3)) is not None
-        except TimeoutError:
-            raise CheckpointError(
-                f"{self._directory}: {CONFIG}: {name!r} takes longer than {PATTERN_SECONDS:g} seconds to match module "
-                f"names ({pattern.pattern!r:.80}); write plain names of modules"
-            ) from None
-        finally:
-            self._left -= time.monotonic() - start
+class _Targets:
+    """Which modules PEFT puts an adapter on; what a file holds for others is never read.
+
+    Raises:
+      CheckpointError: as ``_Strengths``.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], patterns: _Patterns):
+        self._raw, self._patterns = raw, patterns
+        self._regexes = {
+            name: patterns.compiled(name, raw[name])
+            for name in ("target_modules", "exclude_modules")
+            if isinstance(raw.get(name), str) and raw[name] != ALL_LINEAR
+        }
+
+    def left_out_by(self, module: str) -> str | None:
+        """The setting that leaves out ``module``, by its name in the file; None where it is adapted, or none tells."""
+        targets, layers = self._raw.get("target_modules"), self._raw.get("layers_to_transform")
+        if self._raw.get("exclude_modules") and self._is_one_of("exclude_modules", module):
+            return "exclude_modules"
+        if not targets or targets == ALL_LINEAR:
+            return None
+        if not self._is_one_of("target_modules", module):
+            return "target_modules"
+        if isinstance(targets, str) or module in targets or layers in (None, []):
+            return None  # layers are chosen among ends of names, and nowhere else
+        names = self._raw.get("layers_pattern") or "[^.]*"
+        for name in [names] if isinstance(names, str) else names:
+            pattern = self._patterns.compiled("layers_pattern", name, r".*\.{}\.(?P<layer>\d+)\..*")
+            if self._patterns.matches("layers_pattern", pattern, module):
+                chosen = [layers] if isinstance(layers, int) else layers
+                layer = int(pattern.fullmatch(module)["layer"])
+                return None if layer in chosen else "layers_to_transform"
+        return "layers_to_transform"
+
+    def _is_one_of(self, setting: str, module: str) -> bool:
+        if setting in self._regexes:
+            return self._patterns.matches(setting, self._regexes[setting], module)
+        return any(module == name or module.endswith(f".{name}") for name in self._raw[setting])
+
+
+def _unread(left_out: Mapping[str, str]) -> Iterator[str]:
+    """Modules that a setting leaves out, though the file holds an adapter for them."""
+    for setting in dict.fromkeys(left_out.values()):
+        modules = list(dict.fromkeys(m for m, by in left_out.items() if by == setting))
+        yield (
+            f"{CONFIG}: {setting!r} leaves out {len(modules)} modules of which {WEIGHTS} holds an adapter "
+            f"({', '.join(modules[:3])}{', ...' if len(modules) > 3 else ''}): PEFT does not read those; which of the "
+            "two files is of another adapter?"
+        )
 
 
 def _misfits(module: str, two: Mapping[str, Tensor], a: tuple[int, int], b: tuple[int, int]) -> Iterator[str]:
@@ -445,6 +553,16 @@ class _Sites:
     rules: list[Rule]
     shapes: dict[str, tuple[int, ...]]
     config: DecoderConfig
+    tensors: Mapping[str, Tensor]
+    ends: tuple[str, str]
+    """The stored names of the embedding and of the head."""
+
+    def is_the_base_s(self, name: str, tensor: Tensor) -> bool | None:
+        """Whether a tensor of an adapter's file has the values of the model's of its name; None where there is none."""
+        bare = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        names = [*_below_wrapper(bare), *(self.ends[:1] if bare.endswith("lm_head.weight") else ())]
+        own = next((self.tensors[n] for n in names if n in self.tensors), None)
+        return None if own is None else same_values(own, tensor)
 
     def stored(self, rule: Rule) -> dict[tuple[int, ...], str]:
         """The stored modules that hold a matrix, by index in its stack."""
@@ -494,10 +612,9 @@ class _Sites:
 
 
 def _sites(base: Path) -> _Sites:
-    raw = effective_config(base)
-    config = decoder_config(raw, str(base))
+    raw, tensors = effective_config(base), model_tensors(base)
+    config, family = decoder_config(raw, str(base)), family_of(raw, str(base))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
     sites = {f"{module}.weight" for modules in adaptable(config).values() for module in modules}
-    found = stored_rules(family_of(raw, str(base)), shapes, config, model_tensors(base))
-    rules = [rule for rule in found if rule.param in sites]
-    return _Sites(rules, shapes, config)
+    rules = [rule for rule in stored_rules(family, shapes, config, tensors) if rule.param in sites]
+    return _Sites(rules, shapes, config, tensors, table_ends(family, config))

@@ -77,9 +77,12 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "relu": "relu",
 }
 ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
@@ -100,6 +103,9 @@ ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
     "proportional": ("factor",),
 }
+ROPE_UNREAD = frozenset({"finetuned", "mrope_section", "mrope_interleaved"})
+"""Keys of rotary settings that change nothing: a remark on the training, and how positions of pictures are shared out,
+which in a text are all the same."""
 RETIRED_ROPE_NAMES = {"su": "longrope"}
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -340,13 +346,14 @@ class ConfigReader:
         self, written: Mapping[str, Any], name: str, rename: Mapping[str, str]
     ) -> tuple[RopeKind, dict[str, Any]]:
         """The rope type and its settings; the default type for a dictionary with problems."""
-        settings = {k: v for k, v in written.items() if v is not None}
+        settings = {k: v for k, v in written.items() if v is not None and k not in ROPE_UNREAD}
         kind = settings.pop("rope_type", settings.pop("type", "default"))
         kind = rename.get(kind, kind) if isinstance(kind, str) else kind
         plain = {"rope_theta": _number_or(settings.get("rope_theta"), 10000.0)}
         if not isinstance(kind, str) or kind not in ROPE_KEYS:
             self.problems.append(f"config.json: {name} has unknown rope type {kind!r} (known: {', '.join(ROPE_KEYS)})")
             return "default", plain
+        settings = {k: v for k, v in settings.items() if not _rope_off(k, v, ROPE_KEYS[kind])}
         # the context of pre-training is written beside kinds that do not read it
         known = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *ROPE_KEYS[kind]}
         faults = [
@@ -432,7 +439,7 @@ class ConfigReader:
         for key, allowed in OFF.items():
             if key not in self._seen:
                 self.must_be(key, *allowed)
-        if changing := [k for k in self._unknown() if _changes_numbers(k, self.raw[k])]:
+        if changing := [k for k in self._unknown() if self._matters(k)]:
             self.problems.append(
                 f"config.json: not handled for this family: {self._shown(changing)}; remove a key only if it cannot "
                 "change the numbers"
@@ -441,7 +448,15 @@ class ConfigReader:
 
     def unread(self) -> str:
         """The keys that no code of the model reads, with their values; empty where there is none."""
-        return self._shown([k for k in self._unknown() if not _changes_numbers(k, self.raw[k])])
+        return self._shown([k for k in self._unknown() if not self._matters(k)])
+
+    def _matters(self, key: str) -> bool:
+        """Whether an unknown key may change numbers; the settings of a window that is switched off do not."""
+        if key in ("sliding_window", "max_window_layers"):
+            used = self.raw.get("use_sliding_window")
+            if used is False or (used is None and self.raw.get("sliding_window") is None):
+                return False
+        return _changes_numbers(key, self.raw[key])
 
     def _unknown(self) -> list[str]:
         return sorted(k for k, v in self.raw.items() if k not in self._seen and v is not None)
@@ -497,6 +512,19 @@ def _rope_value(key: str, value: Any) -> bool:
     if key in {"short_factor", "long_factor"}:
         return isinstance(value, list) and all(_positive(v) for v in value)
     return _positive(value)
+
+
+def _rope_off(key: str, value: Any, read: Collection[str]) -> bool:
+    """Whether a rotary setting is at the value that means none: a factor of 1 that the kind does not read, no mscale.
+
+    >>> [_rope_off(*kvr) for kvr in (("factor", 1.0, ()), ("factor", 1.0, ("factor",)), ("mscale_all_dim", 0.0, ()))]
+    [True, False, True]
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (
+        value == 0 if key in ("mscale", "mscale_all_dim") else key.endswith("factor") and key not in read and value == 1
+    )
 
 
 def _band_problems(kind: str, settings: Mapping[str, Any]) -> list[str]:

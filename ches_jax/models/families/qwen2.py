@@ -16,6 +16,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     sizes = r.sizes()
     head_dim = r.head_dim(sizes)
     r.must_be("use_mrope", False)
+    for bias in ("attention_bias", "qkv_bias"):
+        r.must_be(bias, True, False)  # not read: queries, keys and values have one always
     positions = r.size("max_position_embeddings", 32768)
     return DecoderConfig(
         family=MODEL_TYPE,

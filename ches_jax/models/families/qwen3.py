@@ -19,6 +19,8 @@ def read_config(r: ConfigReader) -> DecoderConfig:
     head_dim = r.size("head_dim", 128)
     positions = r.size("max_position_embeddings", 32768)
     bias = r.get("attention_bias", bool, False)
+    for norm in ("use_qk_norm", "qk_norm"):
+        r.must_be(norm, True)  # what the architecture is; not read
     return DecoderConfig(
         family=MODEL_TYPE,
         **sizes,
