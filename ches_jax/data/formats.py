@@ -32,6 +32,8 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors pu
 _MAY_BE_BLANK = np.isin(np.arange(256), list(_BLANK))
 """By the first byte of a line."""
 _LINE_ENDS = ("\n", "\r\n", "")
+_LOOKED_AT = 20
+"""Lines that are looked at for a key that an object has twice: where it is a column, all have it."""
 _DECODE = json.JSONDecoder().raw_decode
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TOO_MANY = "\0"
@@ -110,20 +112,28 @@ def read_csv(path: Path, start: int) -> Iterator[Raw]:
     csv.field_size_limit(sys.maxsize)
     with _decompressed(path) as file:
         text = io.TextIOWrapper(_checked(path, file), encoding="utf-8-sig", newline="")
+        rows: csv.DictReader[str] | None = None
         try:
             first = next(csv.reader([text.readline()]), [])
             parted = [d for d in ";\t" if len(first) == 1 and d in first[0]]
             text.seek(0)
+            # without strict, a stray quotation mark makes one field of several rows
             rows = csv.DictReader(
-                text, restval=None, restkey=_TOO_MANY, delimiter=parted[0] if len(parted) == 1 else ","
+                text, restval=None, restkey=_TOO_MANY, delimiter=parted[0] if len(parted) == 1 else ",", strict=True
             )
             _require_different(path, rows.fieldnames or ())
             for index, row in enumerate(rows):
                 if index >= start:
                     many = _TOO_MANY in row
                     yield f"row {index}", Unreadable("more fields than the first line names") if many else row
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
             raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
+        except csv.Error as error:
+            line = rows.reader.line_num if rows else 1
+            raise DataError(
+                f"{path}, about line {line}: not a readable CSV file ({error}); a field that begins with a quotation "
+                "mark ends with one, and those inside are doubled: write the table so, or as JSON lines"
+            ) from None
 
 
 def read_parquet(path: Path, start: int) -> Iterator[Raw]:
@@ -171,6 +181,31 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
             for index, row in enumerate(rows, first + offset):
                 yield f"row {index}", row
         first += batch.num_rows
+
+
+def require_keys_once(path: Path) -> None:
+    """Of two values of one key of a JSON object only the last would be read.
+
+    Raises:
+      DataError: each of the first lines has a key twice.
+    """
+    lines = (line for _, line in itertools.islice(_lines(path), _LOOKED_AT))
+    repeated = [_repeated_keys(line) if len(line) < LINES else [] for line in lines]
+    if repeated and all(repeated):
+        raise DataError(f"{path}: {_twice(repeated[0])}")
+
+
+def _repeated_keys(text: bytes) -> list[str]:
+    """The keys of the first object of a text that has one of them twice; none where all differ."""
+    found: list[list[str]] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        keys = [key for key, _ in pairs]
+        found.extend([keys] if len({*keys}) < len(keys) else [])
+
+    with contextlib.suppress(ValueError, RecursionError):  # said where the rows are read
+        json.loads(text.decode("utf-8-sig"), object_pairs_hook=note)
+    return found[0] if found else []
 
 
 def _require_different(path: Path, names: Sequence[str]) -> None:

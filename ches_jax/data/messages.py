@@ -1,5 +1,6 @@
 """Messages of a conversation: an object with a role and a text, whatever shape a data set gives them."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,20 @@ Message = dict[str, Any]
 
 NOT_AN_ANSWER = frozenset({"system", "developer", "user"})
 """Roles of messages that no response begins with."""
+RESULTS = frozenset({"tool", "function", "observation", "ipython", "tool_response"})
+"""Roles of what a tool answered: no response ends with one."""
 SYSTEM = frozenset({"system", "developer"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 """Types of a part that is text, as chat templates and the APIs of model providers write them."""
+_SEEN_OR_HEARD = ("image", "audio", "video")
+_OTHER_PLACES = {
+    "tool_use": ", or write it as 'tool_calls' of the message, as chat templates read it",
+    "tool_result": ", or write it as a message of the role 'tool', as chat templates read it",
+    "thinking": ", or write it as 'reasoning_content' of the message, as chat templates read it",
+}
+"""Where chat templates read what some APIs write as a part: the end of a message about it."""
+_CALLS = ("tool_calls", "function_call")
+"""Keys of calls of tools; the second is the older one, of a single call."""
 
 
 def as_messages(name: str, value: Any) -> list[Message]:
@@ -39,11 +51,12 @@ def as_messages(name: str, value: Any) -> list[Message]:
     elif is_message(value):
         value = [value]
     if not isinstance(value, list) or not all(is_message(m) for m in value):
+        _require_contents(name, value)
         raise DataError(
             f"'{name}' is {kind(value)}; expected text or a list of messages with 'role' and 'content' (several "
             "responses go into a column 'responses', the preferred one first)"
         )
-    return [_with_text(name, number, without_nulls(m)) for number, m in enumerate(value)]
+    return [_readable(f"'{name}', message {number}", without_nulls(m)) for number, m in enumerate(value)]
 
 
 def is_message(value: Any) -> bool:
@@ -51,7 +64,7 @@ def is_message(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("role"), str)
-        and (isinstance(value.get("content"), str | list) or bool(value.get("tool_calls")))
+        and (isinstance(value.get("content"), str | list) or any(value.get(name) for name in _CALLS))
     )
 
 
@@ -135,11 +148,58 @@ def _calls(message: Message) -> Any:
     return message.get("tool_calls") or []
 
 
-def _with_text(name: str, number: int, message: Message) -> Message:
+def require_answer(name: str, messages: Sequence[Message]) -> None:
+    """Messages of a response end with what the assistant says.
+
+    Raises:
+      DataError: there are none, or the last one is of somebody else.
+    """
+    if not messages:
+        raise DataError(f"'{name}' is an empty list; expected a response")
+    if (role := messages[-1]["role"]) in NOT_AN_ANSWER | RESULTS:
+        raise DataError(
+            f"'{name}' ends with a message of the {role}, which is no response; expected one of the assistant at its "
+            "end: leave out what stands behind that, or the row"
+        )
+
+
+def _require_contents(name: str, value: Any) -> None:
+    """Raises where messages are what they should be but for one without content."""
+    for number, message in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(message, Mapping) and isinstance(message.get("role"), str) and message.get("content") is None:
+            raise DataError(
+                f"'{name}', message {number} (of the {message['role']}) has no content; expected text: leave the "
+                "message out, or the row"
+            )
+
+
+def _readable(where: str, message: Message) -> Message:
+    """The message with its content as text and its calls of tools as a list of objects."""
+    message = _with_calls(where, message) if any(name in message for name in _CALLS) else message
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
-    return {**message, "content": "".join(_part_text(f"'{name}', message {number}", part) for part in parts)}
+    return {**message, "content": "".join(_part_text(where, part) for part in parts)}
+
+
+def _with_calls(where: str, message: Message) -> Message:
+    calls, one = (_from_json(message.get(name)) for name in _CALLS)
+    if not calls and isinstance(one, Mapping):
+        calls = [{"type": "function", "function": one}]
+    rest = {k: v for k, v in message.items() if k not in _CALLS}
+    if not calls:
+        return rest
+    if not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
+        raise DataError(f"{where}: its calls of tools are {kind(calls)}; expected a list of objects with a 'function'")
+    return {**rest, "tool_calls": calls}
+
+
+def _from_json(value: Any) -> Any:
+    """What a text says as JSON; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _part_text(where: str, part: Any) -> str:
@@ -150,7 +210,8 @@ def _part_text(where: str, part: Any) -> str:
     named = part.get("type", "text" if "text" in part else "unknown")
     if named in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"]
+    why = " (no model here sees images or hears sound)" if any(w in str(named) for w in _SEEN_OR_HEARD) else ""
     raise DataError(
-        f"{where}: its content has a part of type '{named}', and only text can be read (no model here sees images or "
-        "hears sound): leave the row out, or the part"
+        f"{where}: its content has a part of type '{named}', and only text can be read{why}: leave the row out, or the "
+        f"part{_OTHER_PLACES.get(named, '')}"
     )

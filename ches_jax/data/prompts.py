@@ -30,11 +30,12 @@ UltraFeedback), lists by rank, and indices of the better one. A dot reaches into
 """
 
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from ches_jax.data.messages import Message, as_messages, is_message, kind, without_nulls
+from ches_jax.data.messages import Message, as_messages, is_message, kind, require_answer, without_nulls
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
 from ches_jax.data.schema.values import DEEPEST, within_depth
 from ches_jax.data.two_prompts import SIDES, TWO_PROMPT_IDS, TWO_PROMPTS
@@ -63,7 +64,7 @@ NOT_TEXT = frozenset(COLUMNS) - {*TEXT_COLUMNS, "category"}
 Numbers = tuple[int, int] | tuple[()] | None
 """Chosen and rejected among a row's candidates; () where they make no pair, None where the row is one pair."""
 
-_ASSISTANT = "\n\nAssistant:"
+_ASSISTANTS = tuple(re.compile(rf"(?:\r?\n){{{lines}}}Assistant:") for lines in (2, 1))
 
 
 def canonical_content(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -348,6 +349,8 @@ def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mappin
         prompt = _text_or_messages("prompt", prompt)
     parts: Sequence[Any] | None
     if isinstance(chosen, list) and isinstance(rejected, list):
+        require_answer("chosen", chosen)
+        require_answer("rejected", rejected)
         parts = split_conversations(prompt, chosen, rejected)
     elif isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
@@ -363,14 +366,18 @@ def _explicit(values: Mapping[str, Any], row: Mapping[str, Any], columns: Mappin
 
 
 def _split_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Cuts two whole "Human: / Assistant:" texts after their last common "Assistant:"."""
+    r"""Cuts two whole "Human: / Assistant:" texts after their last common "Assistant:", behind an empty line if any is.
+
+    >>> _split_dialogue("Human: 1+1?\r\n\r\nAssistant: 2", "Human: 1+1?\r\n\r\nAssistant: 3")[1:]
+    (' 2', ' 3')
+    """
     pairs = zip(chosen, rejected, strict=False)
     shorter = min(len(chosen), len(rejected))
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
-    start = chosen[:common].rfind(_ASSISTANT)
-    if start >= 0:
-        cut = start + len(_ASSISTANT)
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+    for mark in _ASSISTANTS[: 1 + chosen.lstrip().startswith("Human:")]:
+        if marks := list(mark.finditer(chosen, 0, common)):
+            cut = marks[-1].end()
+            return chosen[:cut], chosen[cut:], rejected[cut:]
     if all(text.lstrip().startswith("Human:") for text in (chosen, rejected)):
         return "", chosen, rejected  # audited as an empty prompt
     return None

@@ -4,6 +4,7 @@
 its prompt, a template permitting, and what a template does to a row beyond that is found here and named.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ _NOT_ONE_TEXT = (
 )
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 """A thought, and what is said after it."""
+_WORDS = re.compile(r"[A-Za-z0-9]{2,}")
+"""What no way to escape a text takes apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,10 +217,22 @@ def _lost(message: Message, text: str, *, thought: bool) -> str:
         return "the calls of tools"
     thoughts = [str(message[key]).strip() for key in ("reasoning_content", "thinking") if message.get(key)]
     if message["role"] not in ("system", "developer", "user", "assistant"):
-        return ""
+        return "" if said in text or _in_other_letters(said, text) else "the text"
     if said not in text:
         parts = _THOUGHT.match(said) if message["role"] == "assistant" else None
         if parts is None or parts[2].strip() not in text:
             return "the text"
         thoughts.append(parts[1].strip())
     return "the thought" if thought and any(t not in text for t in thoughts) else ""
+
+
+def _in_other_letters(said: str, text: str) -> bool:
+    """Whether a text holds what was said as JSON, escaped or not, or at least its words.
+
+    >>> _in_other_letters("'warm'", "it is u0027warmu0027"), _in_other_letters("warm", "cold")
+    (True, False)
+    """
+    if any(json.dumps(said, ensure_ascii=ascii_alone)[1:-1] in text for ascii_alone in (True, False)):
+        return True
+    words = _WORDS.findall(said)
+    return bool(words) and all(word in text for word in words)

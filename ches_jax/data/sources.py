@@ -29,6 +29,7 @@ from ches_jax.data.formats import (
     lines_of,
     read_json,
     read_lines,
+    require_keys_once,
     row_of_line,
     table_rows,
 )
@@ -45,6 +46,7 @@ from ches_jax.data.prompts import (
     lookup,
     pair_contents,
 )
+from ches_jax.data.schema.column_values import Rows
 from ches_jax.data.schema.left_over import note_on
 from ches_jax.data.schema.mapping import (
     WORDS,
@@ -96,6 +98,8 @@ class Kind:
     contents: Contents
     recognise: Callable[[Any], Recognised] | None = None
     """Which schema some of its rows have; None: rows that no schema is about."""
+    named: Callable[[Rows, Mapping[str, str]], Mapping[str, str]] | None = None
+    """Of such rows: the names of columns, with those that some of the rows show; None: as they were given."""
 
     @cached_property
     def of_a_pair(self) -> frozenset[str]:
@@ -410,6 +414,8 @@ def _source(
             raise DataError(f"{source.name}: {error}") from None
         notes = tuple(note for note in recognised.notes if not note.startswith(tuple(map(note_on, known))))
         source = replace(source, schema=declared if columns else recognised.schema, notes=notes)
+    elif rows.named is not None and objects:
+        source = replace(source, columns=rows.named(objects, columns))
     if source.schema is not None and source.schema.group:
         source = replace(source, read=partial(_grouped, source.schema, read))
     elif isinstance(unbounded, partial) and unbounded.func is read_lines:
@@ -604,6 +610,8 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one row")
     kind, read = READERS[form]
+    if read in (read_lines, read_json):
+        require_keys_once(path)
     if split is not None:
         if form != ".json" or split not in json_splits(path):
             raise DataError(f"{path}: --split {split}, but a single file has no splits: leave --split out")

@@ -55,6 +55,10 @@ RESERVED = frozenset(
 )
 """Names that neither a row nor an option sets: what rendering takes, and what this tool or the tokenizer sets."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
+_CALL = {"id": "zqxCall01", "type": "function", "function": {"name": "zqxToolxqz", "arguments": {MARK: MARK}}}
+"""A call of a tool to probe a template with; one wants ids of nine letters."""
+_NO_TEXT: tuple[Message, ...] = ({}, {"content": ""})
+"""Ways of a message to have no text; transformers takes null away."""
 _NO_ROW: Row = {}
 
 
@@ -263,6 +267,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], row: Row, *, ask: bool = False, go_on: bool = False, **more: Any
     ) -> str:
         source = self.source(row)
+        messages = [self._with_calls(source, m) if m.get("tool_calls") else m for m in messages]
         if self.wants_parts(source):
             messages = [as_parts(m) for m in messages]
         return self._apply(source, messages, row.get("tools"), self._arguments(source, row) | more, ask, go_on)
@@ -317,6 +322,46 @@ class ChatTemplate:
             # a list that is printed as one holds the mark too, in quotes
             self._learned[key] = not writes_mark[0] and writes_mark[1]
         return self._learned[key]
+
+    def _with_calls(self, source: Source, message: Message) -> Message:
+        """A message that calls tools, with the arguments and without a text as the template takes them.
+
+        Some escape what is text already, and some take nothing but text; some need a text, if an empty one.
+        """
+        calls = message["tool_calls"]
+        texts = all(isinstance(c.get("function", c).get("arguments"), str) for c in calls)
+        forms = self._call_forms(source)
+        if not forms:
+            return message
+        if texts not in forms:
+            texts = not texts
+            calls = [with_arguments(c, as_text=texts) for c in calls]
+        return {**forms[texts], **message, "tool_calls": calls}
+
+    def _call_forms(self, source: Source) -> dict[bool, Message]:
+        """What a message without a text says of it, where arguments are text (true) and objects (false).
+
+        An entry is missing where the template does not write such calls rightly.
+        """
+        key = f"calls {source.text}"
+        if key not in self._learned:
+            forms: dict[bool, Message] = {}
+            for as_text, no_text in itertools.product((True, False), _NO_TEXT):
+                call = with_arguments(_CALL, as_text=as_text)
+                if as_text not in forms and self._writes_call(source, {**no_text, "tool_calls": [call]}):
+                    forms[as_text] = no_text
+            self._learned[key] = forms
+        return self._learned[key]
+
+    def _writes_call(self, source: Source, message: Message) -> bool:
+        arguments = self._arguments(source, _NO_ROW)
+        messages = [_NEXT, {"role": "assistant", **message}]
+        try:
+            text = self._apply(source, messages, None, arguments, ask=False)
+        except DataError:
+            return False
+        escaped, printed = f'\\"{MARK}', f"'{MARK}'"
+        return MARK in text and not any(wrong in text for wrong in (escaped, printed, "None"))
 
     def _arguments(self, source: Source, row: Row) -> dict[str, Any]:
         """Values for those variables that the template reads: of the row, and for all rows."""
@@ -382,6 +427,23 @@ class ChatTemplate:
 def continues(messages: Sequence[Message]) -> bool:
     """Whether a prompt ends with the beginning of an answer, which is to be continued."""
     return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+
+
+def with_arguments(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """A call of a tool with its arguments as JSON text, or as the object that this text is.
+
+    >>> with_arguments({"name": "find", "arguments": '{"x": 1}'}, as_text=False)
+    {'name': 'find', 'arguments': {'x': 1}}
+    """
+    inner = call.get("function", call)
+    given = inner.get("arguments")
+    if as_text and not isinstance(given, str):
+        given = json.dumps({} if given is None else given, ensure_ascii=False)
+    elif not as_text and isinstance(given, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given or "{}")
+    with_given = {**inner, "arguments": given}
+    return {**call, "function": with_given} if "function" in call else with_given
 
 
 def joined(prompt: Sequence[Message], response: Sequence[Message]) -> list[Message]:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -26,7 +26,8 @@ from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
-from ches_jax.data.template import template_in
+from ches_jax.data.template import ChatTemplate, template_in
+from ches_jax.data.template_source import CLOCK
 from ches_jax.data.two_prompts import SIDES, halves, has_two_prompts
 from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
@@ -304,9 +305,9 @@ class PairTokenizer:
         """
         eos, bos = self._eos_id, _single(self.tokenizer.bos_token_id)
         turns = 1
-        if text is None:
-            content, run = self._split_given(row, name, ids, details)
-        elif not text.templated or not text.ends[name].ids:
+        if text is None or not text.templated:
+            content, run = self._split_given(name, ids, details, of_text=text is not None)
+        elif not text.ends[name].ids:
             content, run = _without_run(ids, frozenset({eos} - {None}))
             turns = text.turns[name]
         else:
@@ -342,22 +343,42 @@ class PairTokenizer:
         details["end_unclear"] = f"the last letters of {name} and what ends it are one token, {merged!r}"
         return ids[:stop], ids[stop : stop + 1]
 
-    def _split_given(self, row: Record, name: str, ids: Ids, details: dict[str, str]) -> tuple[Ids, Ids]:
-        """The content of token ids in the data, and what ends them: what ends an answer of the template, or EOS."""
-        content, run = _without_run(ids, self._known_ends, partial(is_blank, self.tokenizer))
-        last = next((i for i in reversed(ids) if not is_blank(self.tokenizer, i)), None)
-        if not run and last in self.tokenizer.added_tokens_decoder and last != _single(self.tokenizer.unk_token_id):
+    def _split_given(self, name: str, ids: Ids, details: dict[str, str], *, of_text: bool) -> tuple[Ids, Ids]:
+        """The content of ids or of a text in the data, and what ends it: what ends an answer of the template, or EOS.
+
+        A text may hold what a template wrote, its end and the line end behind that too. Ids hold their end; a text
+        does only where its last token is of those that are no letters.
+        """
+        added, blank = self._added_tokens, self._is_blank
+        last = next((i for i in reversed(ids) if not blank(i)), None)
+        if of_text and last not in added:  # as most: what ends an answer of the template need not be known
+            return _without_run(ids, frozenset({self._eos_id} - {None}))
+        content, run = _without_run(ids, self._known_ends, blank)
+        others = {_single(self.tokenizer.unk_token_id), *([_single(self.tokenizer.bos_token_id)] if of_text else [])}
+        if not run and last in added.keys() - others and (added[last].special or not of_text):
             token = self.tokenizer.decode([last])  # type: ignore[list-item]
             _note(details, "end_unclear", f"{name} ends with {token!r}, which is not known to end a response")
         return content, run
+
+    @cached_property
+    def _added_tokens(self) -> Mapping[int, Any]:
+        """The tokenizer's own property is made anew whenever it is read."""
+        return dict(self.tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _is_blank(self) -> Callable[[int], bool]:
+        """``is_blank``, decoded once for each token."""
+        return cache(partial(is_blank, self.tokenizer))
 
     @cached_property
     def _known_ends(self) -> frozenset[int]:
         """Ids that end a response: EOS, and what the chat template ends an answer with."""
         ends = {self._eos_id} - {None}
         if self.writer.chat.exists:
+            # what ends an answer is the same on all days
+            chat = ChatTemplate(self.tokenizer, {CLOCK: "2024-07-26", **self.template_args})
             with contextlib.suppress(DataError):
-                ends |= set(self.writer.chat.end(_EXCHANGE).ids[:1])
+                ends |= set(chat.end(_EXCHANGE).ids[:1])
         return frozenset(ends)  # type: ignore[arg-type]
 
     def _truncated(self, name: str, response: Response, prompt_tokens: int, details: dict[str, str]) -> Response:

@@ -1,19 +1,24 @@
 """Rows of one response with a label, as KTO reads them: ``prompt, completion, label`` (or ``completion_ids``)."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ches_jax.data.messages import kind
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
-from ches_jax.data.schema.mapping import decoded_turns
-from ches_jax.data.schema.values import turns, word
+from ches_jax.data.schema.column_names import SYSTEM as SYSTEM_NAMES
+from ches_jax.data.schema.column_values import Rows, two_readings
+from ches_jax.data.schema.mapping import Schema, decoded_turns, in_conversation
+from ches_jax.data.schema.values import are_turns, turns, word
 from ches_jax.data.sources import Kind
 from ches_jax.errors import DataError
 from ches_jax.types import TokenPair
 
 COMPLETION = ("completion", "completion_ids")
 OTHER_NAMES = ("response", "messages", "conversations")
+SYSTEM = "system"
+"""A column of a system text, which goes in front of the prompt."""
 LABEL = "label"
 """Columns of a row with one response: the response, and whether it is a good one."""
 _GOOD = {"1": True, "true": True, "yes": True, "good": True, "desirable": True}
@@ -40,11 +45,25 @@ def one_response(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tup
             f"{', '.join(map(str, row)) or 'none'}; expected prompt, completion, label: say which column is which with "
             "--columns completion=NAME label=NAME"
         )
-    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL)}
+    names = {k: v for k, v in columns.items() if k not in (*COMPLETION, LABEL, SYSTEM)}
     names |= {"chosen": text, "rejected": text, "chosen_ids": ids, "rejected_ids": ids}
     prompt = columns.get("prompt") or "prompt"
     turned = {n: turns(decoded_turns(row[n])) for n in (text, prompt) if n in row}
+    if columns.get(SYSTEM):
+        whole = text if row.get(prompt) is None and are_turns(turned.get(text)) else prompt
+        turned[whole] = in_conversation(Schema(system=columns[SYSTEM]), row, turned.get(whole))
     return [(None, canonical_content({**row, **turned}, names))]
+
+
+def with_label(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
+    """The same for a row whose label has to say whether the response is good.
+
+    Raises:
+      DataError: as ``one_response``; or the label is none.
+    """
+    content = one_response(row, columns)
+    _good(row, columns)
+    return content
 
 
 def labelled(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[Numbers, dict[str, Any]]]:
@@ -53,11 +72,20 @@ def labelled(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[tuple[N
     Raises:
       DataError: as ``canonical_content``; or the label is none.
     """
-    name = columns.get(LABEL) or LABEL
-    good = is_good(name, lookup(row, name))
+    good = _good(row, columns)
     ((_, content),) = one_response(row, columns)
     ids = "_ids" if "prompt_ids" in content else ""
     return [(None, {"prompt": content[f"prompt{ids}"], "response": content[f"chosen{ids}"], "good": good})]
+
+
+def _good(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    name = columns.get(LABEL) or LABEL
+    if name.partition(".")[0] not in row and name not in row:
+        raise DataError(
+            f"no column '{name}' that says whether the response is good; found: {', '.join(map(str, row)) or 'none'}; "
+            "say which it is with --columns label=NAME"
+        )
+    return is_good(name, lookup(row, name))
 
 
 def is_good(name: str, value: Any) -> bool:
@@ -93,5 +121,27 @@ def as_one_response(content: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(n, n): v for n, v in content.items() if n not in ("rejected", "rejected_ids")}
 
 
-ONE_RESPONSE = Kind("single responses", (*PAIR_COLUMNS, *COMPLETION, LABEL), one_response)
-LABELLED = Kind("labelled responses", ONE_RESPONSE.columns, labelled)
+def _named(rows: Rows, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """The names of columns, with that of a system text where some row has one.
+
+    Raises:
+      DataError: two columns may be it.
+    """
+    names = [n for n in dict.fromkeys(itertools.chain.from_iterable(rows)) if str(n).lower() in SYSTEM_NAMES]
+    fitting = [n for n in names if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
+    if SYSTEM in columns or not fitting:
+        return columns
+    if len(fitting) > 1:
+        one, other = fitting[:2]
+        raise two_readings(
+            f"the system text is in '{one}'",
+            f"it is in '{other}'",
+            f"--columns system={one} ... or --columns system={other} ...",
+        )
+    return {**columns, SYSTEM: fitting[0]}
+
+
+_COLUMNS = (*PAIR_COLUMNS, *COMPLETION, LABEL, SYSTEM)
+ONE_RESPONSE = Kind("single responses", _COLUMNS, one_response, named=_named)
+WITH_LABEL = Kind("single responses with a label", _COLUMNS, with_label, named=_named)
+LABELLED = Kind("labelled responses", _COLUMNS, labelled, named=_named)

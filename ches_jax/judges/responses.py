@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ches_jax.data.messages import text_of
+from ches_jax.data.messages import as_messages, require_answer, text_of
 from ches_jax.data.prompts import canonical_prompt, lookup
+from ches_jax.data.schema.values import are_turns, turns
 from ches_jax.data.sources import Kind, PairSource, Record, row_id
 from ches_jax.data.template import continues
 from ches_jax.errors import DataError, many
@@ -59,7 +60,11 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
 
 def _response(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     name = columns.get("text", "text")
-    text = lookup(row, name)
+    text = turns(lookup(row, name))
+    if are_turns(text):  # as trainers write an answer: its message, or the conversation that it ends
+        messages = as_messages(name, text)
+        require_answer(name, messages)
+        text = text_of(messages[-1])
     if not isinstance(text, str):
         raise DataError(
             f"no text in column '{name}'; found: {', '.join(map(str, row))}; say which column holds the response with "

@@ -312,3 +312,37 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     for name in ("a.csv", "a.parquet"):
         with pytest.raises(DataError, match="two columns are named 'chosen'"):
             ids(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['p1,"open,r1', 'p2,"x,r2'],  # what stands between the marks would be one field, and two rows one
+        ['p1,"Yes" he said.,r1'],  # the marks would be taken away
+        ["p1,a,r1", 'p2,"b,r2'],
+    ],
+)
+def test_a_stray_quotation_mark_in_a_table_is_refused(tmp_path, name, rows):
+    mark = "\t" if name.endswith("tsv") else ","
+    path = tmp_path / name
+    text = "\n".join(["prompt,chosen,rejected", *rows]) + "\n"
+    path.write_text(text.replace(",", mark) if mark == "\t" else text)
+    with pytest.raises(DataError, match=r"about line \d: not a readable CSV file .*those inside are doubled"):
+        list(open_pairs(str(path)))
+
+
+def test_quotation_marks_that_are_doubled_or_inside_a_field_are_its_own(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,chosen,rejected\nsay "a",",""b"",\nc",d"\n')
+    (row,) = open_pairs(str(path))
+    assert row.content == {"prompt": 'say "a"', "chosen": ',"b",\nc', "rejected": 'd"'}
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}\n' * 2, None])
+def test_a_key_that_every_row_has_twice_is_refused(tmp_path, text):
+    """JSON keeps the last one, so that the other would be lost without a word."""
+    path = tmp_path / ("pairs.jsonl" if text else "pairs.json")
+    path.write_text(text or '[{"prompt": "p", "chosen": "a", "rejected": "b", "prompt": "q"}]')
+    with pytest.raises(DataError, match=r"two columns are named '(chosen|prompt)'"):
+        open_pairs(str(path))

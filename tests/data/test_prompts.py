@@ -1,11 +1,14 @@
 """Row shapes and chat templates: where the prompt is, and what text the model sees."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ches_jax.data.prompts import canonical_content, canonical_prompt
 from ches_jax.data.render import Writer
+from ches_jax.data.schema.values import turns
 from ches_jax.errors import DataError
 
 CHATML = (
@@ -172,3 +175,83 @@ def test_empty_parts_are_named(tokenizer):
     assert Writer.of(tokenizer).pair({**PLAIN, "prompt": ""}).empty == ("prompt",)
     empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
     assert Writer.of(tokenizer).pair(empty).empty == ("prompt", "chosen")
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "tool", "ipython"])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_response_ends_with_an_answer_of_the_assistant(role, side):
+    """With another message at its end a response would hold what the model never says, up to an end that is not its."""
+    other = {"role": role, "content": "x"}
+    for row in (EXPLICIT, WHOLE):
+        with pytest.raises(DataError, match=f"'{side}' ends with a message of the {role}"):
+            canonical_content({**row, side: [*row[side], other]}, {})
+    later = [*EXPLICIT[side], other, assistant("z")]
+    assert canonical_content({**EXPLICIT, side: later}, {})[side] == later
+
+
+@pytest.mark.parametrize(
+    "row", [{"chosen": []}, {"prompt": None, "chosen": [user("q"), assistant("c")], "rejected": []}]
+)
+def test_an_empty_list_of_messages_is_no_response(row):
+    with pytest.raises(DataError, match="is an empty list; expected a response"):
+        canonical_content({**EXPLICIT, **row}, {})
+
+
+def test_a_message_without_content_is_named():
+    with pytest.raises(DataError, match=r"'chosen', message 0 \(of the assistant\) has no content"):
+        canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "content": None}]}, {})
+
+
+FUNCTION = {"name": "w", "arguments": '{"x": 1}'}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": FUNCTION}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "function_call": FUNCTION},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps(CALL["tool_calls"])},
+        {"role": "assistant", "content": None, "tool_calls": CALL["tool_calls"], "function_call": None},
+        {"from": "function_call", "value": json.dumps(FUNCTION)},
+        {"from": "function_call", "value": json.dumps([FUNCTION])},
+    ],
+)
+def test_calls_of_tools_are_read_in_every_shape(message):
+    row = {**EXPLICIT, "chosen": [turns(message)]}
+    assert canonical_content(row, {})["chosen"] == [CALL]
+
+
+def test_calls_of_tools_that_are_none_are_refused():
+    with pytest.raises(DataError, match="'chosen', message 0: its calls of tools are str 'w'"):
+        canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": "w"}]}, {})
+    text = {"role": "function_call", "content": "look it up"}
+    assert turns(text) == text
+
+
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "value"), ("role", "text"), ("role", "content")])
+def test_a_turn_under_other_keys_is_a_message(keys):
+    speaker, said = keys
+    assert turns({speaker: "prompter", said: "q"}) == user("q")
+    assert turns({speaker: "observation", said: "q"}) == {"role": "tool", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [("tool_use", "'tool_calls' of the message"), ("tool_result", "role 'tool'"), ("thinking", "'reasoning_content'")],
+)
+def test_parts_of_other_apis_are_refused_with_where_they_belong(part, way):
+    content = [{"type": "text", "text": "a"}, {"type": part}]
+    with pytest.raises(DataError, match=f"a part of type '{part}', and only text can be read: .*{way}"):
+        canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "content": content}]}, {})
+
+
+@pytest.mark.parametrize("between", ["\r\n\r\n", "\n", "\r\n"])
+def test_text_dialogues_with_other_line_ends_are_cut_too(between):
+    head = f"{between}Human: a{between}Assistant: b{between}Human: c{between}Assistant:"
+    row = {"chosen": head + " d", "rejected": head + " e"}
+    assert canonical_content(row, {}) == {"prompt": head, "chosen": " d", "rejected": " e"}
+    # one line end is a mark only where no empty line is
+    mixed = "\n\nHuman: a\n\nAssistant: he wrote\nAssistant: "
+    assert (
+        canonical_content({"chosen": mixed + "d", "rejected": mixed + "e"}, {})["chosen"] == " he wrote\nAssistant: d"
+    )

@@ -419,3 +419,68 @@ def test_what_is_learned_is_learned_once(plain, monkeypatch):
     learned = len(calls)
     tokenise(rows(9))
     assert len(calls) - learned == 9 * 3
+
+
+TOJSON = "{{ c.function.name }}({{ c.function.arguments | tojson }})"
+JOINED = "{{ c.function.name + '(' + c.function.arguments + ')' }}"
+EITHER = (
+    "{{ c.function.name }}({% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+    "{{ c.function.arguments | tojson }}{% endif %})"
+)
+WITH_TEXT = "{{ m.content + c.function.name }}({{ c.function.arguments | tojson }})"
+
+
+@pytest.mark.parametrize("arguments", [{"x": "é"}, '{"x": "é"}'], ids=["object", "text"])
+@pytest.mark.parametrize("written", [TOJSON, JOINED, EITHER, WITH_TEXT], ids=["tojson", "joined", "either", "text"])
+def test_arguments_of_a_call_are_written_once_as_json(plain, written, arguments):
+    """Some templates escape text again (what OpenAI's API gives), and some cannot join an object (what TRL wants)."""
+    tokenizer = plain(CALLS.replace("END", "<|im_end|>").replace("<tool>{{ c.function | tojson }}</tool>", written))
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "find_fig", "arguments": arguments}}]}
+    pair = one(tokenizer, [Q, call, {"role": "tool", "content": "fig"}], [call], [assistant("b")])
+    assert pair.flags == ()
+    assert said(tokenizer, pair.chosen) == ('find_fig({"x": "é"})', "<|im_end|>")
+    assert tokenizer.decode(pair.prompt).count('find_fig({"x": "é"})') == 1
+
+
+def test_arguments_that_are_no_json_stay_as_they_are(plain):
+    tokenizer = plain(CALLS.replace("END", "<|im_end|>").replace("{{ c.function | tojson }}", TOJSON))
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "find_fig", "arguments": "x=1"}}]}
+    pair = one(tokenizer, [Q], [call], [assistant("b")])
+    assert said(tokenizer, pair.chosen)[0] == '<tool>find_fig("x=1")</tool>'
+
+
+@pytest.mark.parametrize("result", ["sunny & warm", '{"a": "b\\n"}', "晴れ"])
+def test_what_a_tool_answered_is_missed_where_the_template_leaves_it_out(plain, result):
+    """Templates know the results of tools by one role, and say nothing of messages with another."""
+    escaping = CHATML.replace("m.content", "(m.content if m.role != 'tool' else (m.content | tojson))")
+    assert (
+        one(plain(escaping), [Q, {"role": "tool", "content": result}], [assistant("a")], [assistant("b")]).flags == ()
+    )
+    deaf = CHATML.replace("messages %}", "messages if m.role != 'function' %}")
+    pair = one(plain(deaf), [Q, {"role": "function", "content": result}], [assistant("a")], [assistant("b")])
+    assert pair.detail == {"left_out": "the text of the function"}
+
+
+CLOCKED = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [CHATML, CLOCKED], ids=["plain", "with a clock"])
+@pytest.mark.parametrize("behind", ["", "\n"])
+def test_a_text_that_a_template_wrote_elsewhere_ends_where_it_does(plain, template, behind):
+    """EOS is </s>: the model never writes it behind the end of a turn, nor the line end that the template writes."""
+    tokenizer = plain(template)
+    prompt = "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
+    pair = one(tokenizer, prompt, f"A fig.<|im_end|>{behind}", "No</s>")
+    assert (said(tokenizer, pair.chosen), said(tokenizer, pair.rejected)) == (("A fig.", "<|im_end|>"), ("No", "</s>"))
+    assert pair.flags == ()
+
+
+def test_a_text_that_ends_with_an_unknown_special_token_is_flagged(plain):
+    pair = one(plain(template=None), "q", "A fig.<|im_end|>", "<tool>x<tool>")
+    assert pair.detail == {"end_unclear": "chosen ends with '<|im_end|>', which is not known to end a response"}
+    assert [r.terminator for r in (pair.chosen, pair.rejected)] == [plain().eos_token_id] * 2
+
+
+def test_white_space_at_the_end_of_a_text_is_its_own_whatever_the_template_ends_with(plain):
+    pair = one(plain("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"), "q", "a\n", "b")
+    assert said(plain(), pair.chosen) == ("a\n", "</s>")

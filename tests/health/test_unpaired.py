@@ -154,3 +154,27 @@ def test_what_reads_pairs_names_what_reads_such_rows(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}] * 2)
     with pytest.raises(DataError, match=r"ches train --loss kto, and ches doctor without a model"):
         open_pairs(path)
+
+
+def test_a_system_text_beside_a_prompt_is_read_where_some_row_has_one(tmp_path):
+    """In front of the prompt, as beside a pair; then the prompt of every row is a conversation."""
+    rows = [{"system": s, "prompt": "p", "completion": "a", "label": True} for s in ("Be brief.", "", None)]
+    read = [r.content["prompt"] for r in open_rows(write_lines(tmp_path / "some.jsonl", rows), None, None, LABELLED)]
+    asked = [{"role": "user", "content": "p"}]
+    assert read == [[{"role": "system", "content": "Be brief."}, *asked], asked, asked]
+    turns = [*asked, {"role": "assistant", "content": "a"}]
+    whole = write_lines(tmp_path / "whole.jsonl", [{"system": "S", "messages": turns, "label": 1}])
+    (row,) = open_rows(whole, None, None, LABELLED)
+    assert row.content["prompt"] == [{"role": "system", "content": "S"}, *asked]
+    without = write_lines(tmp_path / "none.jsonl", rows[1:])
+    assert [r.content["prompt"] for r in open_rows(without, None, None, LABELLED)] == ["p", "p"]
+    hidden = open_rows(str(tmp_path / "some.jsonl"), None, {"system": ""}, LABELLED)
+    assert [r.content["prompt"] for r in hidden] == ["p"] * 3
+    two = write_lines(tmp_path / "two.jsonl", [{**rows[0], "system_prompt": "Be long."}])
+    with pytest.raises(DataError, match="two readings: the system text is in 'system', or it is in 'system_prompt'"):
+        open_rows(two, None, None, LABELLED)
+
+
+def test_a_missing_label_is_named():
+    with pytest.raises(DataError, match=r"no column 'label' .* found: prompt, completion, kto_tag; .*--columns label="):
+        labelled({"prompt": "p", "completion": "a", "kto_tag": True}, {})

@@ -309,6 +309,18 @@ def test_an_answer_that_the_prompt_begins_is_judged_whole(tmp_path):
     assert [r["refusal"] for r in chunks.read_lines(out / FILE_NAME)] == [True, False]
 
 
+def test_an_answer_may_be_a_message_or_the_end_of_a_conversation(tmp_path):
+    asked = [{"role": "user", "content": "q"}]
+    answer = {"role": "assistant", "content": "I cannot help with that."}
+    rows = [
+        {"prompt": asked, "text": text} for text in ("I cannot help with that.", [answer], answer, [*asked, answer])
+    ]
+    records = list(open_responses(Opener(), write_lines(tmp_path / "r.jsonl", rows), None, {}))
+    assert [r.content["text"] for r in records] == ["I cannot help with that."] * 4
+    with pytest.raises(DataError, match="'text' ends with a message of the user, which is no response"):
+        open_responses(Opener(), write_lines(tmp_path / "q.jsonl", [{"prompt": asked, "text": asked}]), None, {})
+
+
 def test_rows_that_say_too_little_are_refused(tmp_path):
     for row, message in [
         ({"text": "x"}, "neither 'row_id' nor 'prompt' says which prompt it answers; found: text"),

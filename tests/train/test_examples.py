@@ -370,6 +370,24 @@ def test_kto_trains_on_single_responses(kto, kto_on_pairs, rows, capsys):
     assert "of which no two make a pair" in capsys.readouterr().err
 
 
+def test_labels_of_single_responses_are_words_or_flags_and_no_ratings(kto, kto_on_pairs, rows):
+    """A rating of 2 of 5 is no good response because it is above 0; a row without a label is one that is not fit."""
+    words = {True: "True", False: "false"}
+    singles = [
+        {"prompt": r["prompt"], "completion": r[side], "label": words[side == "chosen"]}
+        for r in rows
+        for side in ("chosen", "rejected")
+    ]
+    equal_logs(kto_on_pairs, kto("words", singles))
+    with pytest.raises(DataError, match=r"'label' is int 2; .*a rating needs a threshold first"):
+        kto("ratings", [{**row, "label": 2} for row in singles])
+    unknown = {**singles[0], "label": None}
+    with pytest.raises(DataError, match=r"1 of \d+ rows .*'label' is NoneType None"):
+        kto("unknown", [*singles, unknown])
+    dropped = kto("dropped", [*singles, unknown], on_bad_row="drop")
+    equal_logs(kto_on_pairs, dropped)
+
+
 @pytest.mark.slow
 def test_d2o_trains_on_samples_of_the_policy(small, tmp_path, rows):
     """Three samples a prompt, the rejected response computed once; K equal samples are one sample."""

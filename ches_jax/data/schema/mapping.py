@@ -310,7 +310,7 @@ def _prompt(schema: Schema, row: Mapping[str, Any]) -> Any:
             *_earlier(schema, row),
             *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt),
         ]
-    return _with_system(schema, row, prompt) if schema.system else prompt
+    return in_conversation(schema, row, prompt) if schema.system else prompt
 
 
 def _earlier(schema: Schema, row: Mapping[str, Any]) -> list[Any]:
@@ -326,7 +326,7 @@ def _earlier(schema: Schema, row: Mapping[str, Any]) -> list[Any]:
     return value
 
 
-def _with_system(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
+def in_conversation(schema: Schema, row: Mapping[str, Any], prompt: Any) -> Any:
     """The prompt as a conversation with the row's system text.
 
     Without one it is a conversation all the same, so that all rows are written alike.
@@ -398,7 +398,7 @@ def _whole(schema: Schema, row: Mapping[str, Any], canonical: dict[str, Any]) ->
     elif len(schema.responses) != 1:
         values = [v[0] if isinstance(v, list) and len(v) == 1 and isinstance(v[0], str) else v for v in values]
     if prompt is None and schema.system and (system := lookup(row, schema.system)):
-        values = [_with_system(schema, {schema.system: system}, v) if are_turns(v) else v for v in values]
+        values = [in_conversation(schema, {schema.system: system}, v) if are_turns(v) else v for v in values]
     rest = {k: v for k, v in canonical.items() if k != "prompt"} | ({} if prompt is None else {"prompt": prompt})
     for value in values:
         if not isinstance(value, str | list) and not is_message(value):

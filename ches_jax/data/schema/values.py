@@ -24,8 +24,12 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
 }
 """Words for the speaker of a turn that other tools write -> the role."""
+_TURNS = (("from", "value"), ("role", "value"), ("role", "text"))
+"""Keys of a turn's speaker and of what it says, where they are not ``role`` and ``content``."""
 _PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{'(?:role|content|from|value)'\s*:")
 _OBJECTS = (dict, Mapping)
 """The type of most first: whether a value is some Mapping takes longer to tell."""
@@ -51,12 +55,24 @@ def turns(value: Any) -> Any:
     for name in ("messages", "conversations", "conversation"):
         if set(value) == {name} and isinstance(value[name], list):
             return turns(value[name])
-    if isinstance(value.get("from"), str) and "value" in value:
-        others = {k: v for k, v in value.items() if k not in ("from", "value")}
-        value = {"role": value["from"], "content": value["value"], **others}
-    if isinstance(role := value.get("role"), str) and role.lower() in ROLES:
-        return {**value, "role": ROLES[role.lower()]}
-    return value
+    for speaker, said in _TURNS:
+        if isinstance(value.get(speaker), str) and said in value and "content" not in value:
+            others = {k: v for k, v in value.items() if k not in (speaker, said)}
+            value = {"role": value[speaker], "content": value[said], **others}
+    if not isinstance(role := value.get("role"), str):
+        return value
+    if role == "function_call" and (calls := _calls(value.get("content"))):
+        return {**{k: v for k, v in value.items() if k != "content"}, "role": "assistant", "tool_calls": calls}
+    return {**value, "role": ROLES[role.lower()]} if role.lower() in ROLES else value
+
+
+def _calls(content: Any) -> list[Any]:
+    """Calls of tools that are the text of a turn, as sharegpt has them; none where it is something else."""
+    said = decoded(content)
+    listed = said if isinstance(said, list) else [said]
+    if not all(isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in listed):
+        return []
+    return [{"type": "function", "function": c} for c in listed]
 
 
 def are_turns(value: Any) -> bool:

@@ -13,7 +13,7 @@ from ches_jax.data.audit import UNSCORABLE, Audit, dropped_record, require_clean
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
 from ches_jax.data.sources import LISTS, Kind, PairSource
 from ches_jax.data.tokenize import PairTokenizer
-from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE, with_own_flags
+from ches_jax.data.unpaired import COMPLETION, LABEL, ONE_RESPONSE, WITH_LABEL, is_good, with_own_flags
 from ches_jax.distributed.processes import Process
 from ches_jax.errors import ChesError, DataError
 from ches_jax.inputs import Opener
@@ -157,10 +157,14 @@ def _open(
     """The source, and whether its rows are of one response."""
     if is_unpaired(loss) or is_supervised(loss):
         try:
-            return opener.rows(spec, split, config.columns, ONE_RESPONSE, option), True
+            source = opener.rows(spec, split, config.columns, ONE_RESPONSE, option)
         except DataError:
             if {*COMPLETION, LABEL} & config.columns.keys():
                 raise
+        else:
+            if is_unpaired(loss):
+                source = opener.rows(spec, split, config.columns, WITH_LABEL, option)
+            return source, True
     if reads_samples(loss):
         return opener.rows(spec, split, config.columns, SAMPLES, option), False
     if reads_lists(loss):
@@ -327,8 +331,8 @@ def pair_by_prompt(rows: Sequence[TokenPair], good: np.ndarray) -> tuple[list[To
       The pairs; and for the chosen and the rejected side of each which row it was, where a side is empty the other's.
     """
     by_prompt: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
-    for i, (row, is_good) in enumerate(zip(rows, good, strict=True)):
-        by_prompt.setdefault(row.prompt, ([], []))[0 if is_good else 1].append(i)
+    for i, (row, good_one) in enumerate(zip(rows, good, strict=True)):
+        by_prompt.setdefault(row.prompt, ([], []))[0 if good_one else 1].append(i)
     pairs, members = [], []
     together = (two for sides in by_prompt.values() for two in itertools.zip_longest(*sides, fillvalue=-1))
     for one, other in together:
@@ -451,6 +455,8 @@ def _row_numbers(
     for columns in choices:
         one_list = len({*columns.values()}) < len(columns)
         found = {field: lookup(raw, name) for field, name in columns.items()}
+        if LABEL in found:
+            found[LABEL] = is_good(columns[LABEL], found[LABEL])
         if all(value is not None for value in found.values()) and not (one_list and candidates is None):
             values = {field: _of_pair(field, value, candidates) for field, value in found.items()}
             if all(_fits(field, v) for field, v in values.items()):
