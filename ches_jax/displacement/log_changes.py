@@ -322,8 +322,8 @@ def _per_token(log: Log, settings: RunSettings) -> str | None:
     if settings.averaged:
         return f"{settings.averaged} weighs the tokens of a response: directions are reported, and no nats of responses"
     logps = [s.values for n in ("held_out", "train") for side in SIDES if (s := log.get(n, f"logp_{side}")) is not None]
-    if logps:
-        if np.concatenate(logps).min() <= -SHORT:
+    if logps and np.isfinite(known := np.concatenate(logps)).any():
+        if known[np.isfinite(known)].min() <= -SHORT:
             return None
         return (
             f"its logps are above -{SHORT:g}: means over tokens, or responses of a few tokens; directions are reported."

@@ -26,6 +26,25 @@ TIED_WRAPPERS = frozenset({"mistral3"})
 """Multimodal types that tie head and embedding unless they say otherwise, around text types that do not."""
 FROM_OUTSIDE = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
 """Keys that count for the text model where they are written beside ``text_config`` alone."""
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LEFT_OUT = {
+    "gemma": (256000, 3072, 24576, 28, 16),
+    "gemma2": (256000, 2304, 9216, 26, 8),
+    "gemma3_text": (262208, 2304, 9216, 26, 8),
+    "gemma4_text": (262144, 2304, 9216, 30, 8),
+    "granite": (32000, 4096, 11008, 32, 32),
+    "llama": (32000, 4096, 11008, 32, 32),
+    "ministral3": (131072, 4096, 14336, 34, 32),
+    "mistral": (32000, 4096, 14336, 32, 32),
+    "mixtral": (32000, 4096, 14336, 32, 32),
+    "olmo2": (50304, 4096, 11008, 32, 32),
+    "phi3": (32064, 3072, 8192, 32, 32),
+    "qwen2": (151936, 4096, 22016, 32, 32),
+    "qwen3": (151936, 4096, 22016, 32, 32),
+    "smollm3": (128256, 2048, 11008, 36, 16),
+}
+"""Text type -> the sizes that its config class has in transformers. A config inside another one is saved without the
+values that are those of its class (LLaVA 1.5 has no ``hidden_size``), one by itself with all of them."""
 T = TypeVar("T")
 
 
@@ -49,6 +68,8 @@ def text_config(raw: Mapping[str, Any], where: str = "config.json") -> dict[str,
     out = {key: raw[key] for key in FROM_OUTSIDE if raw.get(key) is not None and inner.get(key) is None} | {
         key: value for key, value in inner.items() if value is not None or key not in FROM_OUTSIDE
     }
+    sizes = LEFT_OUT.get(inner["model_type"])
+    out = out if sizes is None else dict(zip(SIZES, sizes, strict=True)) | out
     # the head is outside of the text model, so what is written there decides, as in transformers
     tied = next((some[TIED] for some in (raw, inner) if some.get(TIED) is not None), None)
     if tied is None and raw.get("model_type") in TIED_WRAPPERS:

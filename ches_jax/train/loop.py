@@ -144,6 +144,7 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
     """
     cost, counted, config, total = Work(), Positions(), run.config, run.plan.total
     policy, saved = parts.policy, parts.saved
+    rate = jax.jit(run.schedule)  # one program, where its operations one by one are eleven
     state, first = saved.resume(parts.take_state(), run.plan.position)
     tracker, summary = _open_tracker(run, first), {}
     if parts.posteriors is not None:
@@ -170,7 +171,7 @@ def _train(run: Run, parts: Parts, work: Workspace, quiet: bool) -> Path:
             if i == 0 and run.starts_at_the_reference:
                 require_agreement(batches, metrics, run.loss, config.dtype)
             step, params = i + 1, policy.parameters(state.params)
-            position = {"epoch": step / run.plan.steps_per_epoch, "learning_rate": float(run.schedule(jnp.int32(i)))}
+            position = {"epoch": step / run.plan.steps_per_epoch, "learning_rate": float(rate(jnp.int32(i)))}
             tracker.log(step, {**position, **update_metrics(metrics), **parts.own.observe(step, params)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update()

@@ -94,6 +94,26 @@ def test_the_last_line_of_a_run_that_was_killed_is_left_out(tmp_path):
     assert "its last line is cut off" in read_log(path).notes[0]
 
 
+def test_entries_under_one_name_of_an_object_are_the_log(tmp_path):
+    entries = [{"step": s, "rewards/chosen": 0.1 * s, "rewards/rejected": 0.1} for s in (1, 2)]
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps({"history": entries, "config": {"beta": 0.3}, "files": [{"name": "a"}]}))
+    log = read_log(path)
+    series = log.get("train", "chosen")
+    assert series is not None and series.values.tolist() == [0.1, 0.2] and log.settings == {"beta": 0.3}
+    path.write_text(json.dumps({"history": entries, "other": entries}))
+    with pytest.raises(ChesError, match="has no metrics in it yet"):
+        diagnose(DiagnoseConfig(path=str(path)))
+
+
+def test_steps_with_marks_between_thousands_are_whole_numbers(tmp_path):
+    path = tmp_path / "log.csv"
+    rows = "\n".join(f'"{step:,}",{step / 1000},0.1' for step in (500, 1000, 1500, 1234567))
+    path.write_text(f"step,rewards/chosen,rewards/rejected\n{rows}\n")
+    series = read_log(path).get("train", "chosen")
+    assert series is not None and series.steps.tolist() == [500, 1000, 1500, 1234567]
+
+
 def test_a_resumed_run_counts_what_was_logged_later(tmp_path):
     path = tmp_path / "log.jsonl"
     rows = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.5), (3, 0.6)]

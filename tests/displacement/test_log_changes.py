@@ -261,6 +261,16 @@ def test_logps_that_are_not_finite_tell_no_beta():
     assert changes(entries, RunSettings(0.1, "args.json")).chosen[-1] == pytest.approx(-6)
 
 
+def test_logps_of_an_empty_batch_do_not_hide_that_the_others_are_sums():
+    nan = float("nan")
+    entries = training(extra={"logps/chosen": -80.0, "logps/rejected": -90.0, "kl": 0.1})
+    entries[3] |= {"logps/chosen": nan, "rewards/chosen": nan}
+    assert changes(entries, beta=0.1).scale == "nats"
+    short = [e | {"logps/chosen": -1.0, "logps/rejected": nan} for e in training()]
+    assert changes(short, beta=0.1).scale == "per token"
+    assert changes([e | {"logps/chosen": nan} for e in training()], beta=0.1).scale == "nats"
+
+
 def test_a_reference_that_follows_the_policy_is_reported():
     with pytest.raises(ChesError, match="its reference is moved to the policy"):
         changes(training(), RunSettings(0.1, "args.json", moving_reference=True))

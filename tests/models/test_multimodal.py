@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ches_jax import notices
 from ches_jax.convert import ConvertConfig, convert
 from ches_jax.errors import CheckpointError
-from ches_jax.hf.text_part import parts, text_config
+from ches_jax.hf.text_part import LEFT_OUT, SIZES, parts, text_config
 from ches_jax.models.adapters.peft import read_adapter
 from ches_jax.models.checkpoint.load import load_model
 from ches_jax.models.checkpoint.save import save_pretrained
@@ -62,6 +62,18 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         np.testing.assert_array_equal(b[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_sizes_that_a_nested_config_leaves_out_are_those_of_its_class(kind: str):
+    """Of a multimodal model alone: one by itself is saved with its sizes, and without one it is damaged."""
+    CONFIG_MAPPING = pytest.importorskip("transformers").CONFIG_MAPPING
+    theirs = CONFIG_MAPPING[kind](vocab_size=77)
+    written = {"model_type": kind, "vocab_size": 77}
+    found = text_config(wrapped(written))
+    assert [found[size] for size in SIZES] == [getattr(theirs, size) for size in SIZES]
+    assert text_config(written) == written
+    assert CONFIG_MAPPING[kind]().vocab_size == LEFT_OUT[kind][0]
 
 
 @pytest.mark.parametrize("before", LAYOUTS)

@@ -180,7 +180,7 @@ def biases_that_the_family_has_always(d: Path) -> Path:
 
 
 def norms_that_the_family_has_always(d: Path) -> Path:
-    raw = LLAMA | {"model_type": "qwen3", "use_qk_norm": True, "hidden_act": "gelu_python"}
+    raw = LLAMA | {"model_type": "qwen3", "use_qk_norm": True, "hidden_act": "gelu_python", "is_causal": True}
     return single(d, raw, random_weights(raw))
 
 
@@ -226,6 +226,15 @@ def test_a_head_that_differs_is_reported_and_stays_apart(tmp_path: Path, caplog:
     assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
     stored, again = open_tensors(directory), open_tensors(tmp_path / "again")
     assert stored.keys() == again.keys() and all(same_values(stored[n], again[n]) for n in stored)
+
+
+def test_a_quantised_config_of_weights_that_are_floats_is_reported(tmp_path: Path, caplog: Any):
+    """A merged model under the config of the base that it was trained on."""
+    raw = LLAMA | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
+    tensors = random_weights(LLAMA)
+    stored = open_checkpoint(single(tmp_path / "model", raw, tensors)).tensors["model.norm.weight"]
+    np.testing.assert_array_equal(stored.read(), tensors["model.norm.weight"])
+    assert "calls the weights quantised (fp8" in caplog.text and "read as they are stored" in caplog.text
 
 
 def test_an_equal_head_in_another_dtype_stays_tied(tmp_path: Path):
@@ -390,6 +399,7 @@ def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any)
         ("num_experts", 4),
         ("layer_types", ["full_attention", "linear_attention"]),
         ("final_norm", False),
+        ("is_causal", False),
         ("transformers_weights", "other.safetensors"),
     ],
 )

@@ -26,6 +26,7 @@ def read_json_log(path: Path, text: str, held_out: str | None = None) -> Log:
     """A log of JSON or of printed entries, by its content.
 
     - an object with ``log_history``: ``trainer_state.json`` of transformers, TRL and what is built on them;
+    - an object with one list of entries, under any name;
     - a list of entries, or one object: histories of Weights & Biases or trackio, ``wandb-summary.json``;
     - an object of columns, ``{metric: [numbers]}`` or ``{metric: {row: number}}``: tables that pandas wrote;
     - an entry a line: ms-swift, LLaMA-Factory, verl, open-instruct, metrics of our own runs;
@@ -48,6 +49,9 @@ def _entries(path: Path, text: str) -> tuple[list[Mapping[str, Any]], str, tuple
         raise ChesError(f"{path}: log_history is no list of entries; is the file written by transformers?")
     if isinstance(whole, Mapping) and (columns := _columns(whole)):
         return columns, "JSON, by column", ()
+    if isinstance(whole, Mapping) and (inside := _entries_inside(whole)):
+        settings = {name: whole[name] for name in SETTINGS if name in whole}
+        return [{**inside[0], **settings}, *inside[1:]], "JSON", ()
     if isinstance(whole, Mapping):
         return [whole], ONE_ENTRY, ()
     if isinstance(whole, list) and whole and all(map(_is_point, whole)):
@@ -159,6 +163,17 @@ def _columns(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not rows or not any(metric(name) for name in columns):
         return []
     return [{name: column[row] for name, column in columns.items() if row in column} for row in rows]
+
+
+def _entries_inside(whole: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries that an object holds under one of its names, beside settings; empty where none or several do.
+
+    >>> _entries_inside({"args": {"lr": 1}, "history": [{"step": 1, "loss": 0.7}], "files": [{"name": "a"}]})
+    [{'step': 1, 'loss': 0.7}]
+    """
+    lists = [v for v in whole.values() if isinstance(v, list) and v and all(isinstance(e, Mapping) for e in v)]
+    logs = [entries for entries in lists if any(metric(name) for entry in entries for name in entry)]
+    return logs[0] if len(logs) == 1 else []
 
 
 def _whole(text: str) -> Any:

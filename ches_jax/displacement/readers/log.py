@@ -315,12 +315,14 @@ def _number(value: Any) -> Any:
 
 
 def _step(entry: Mapping[str, Any]) -> int | None:
-    """The step of an entry; ``"120/600"`` is step 120."""
+    """The step of an entry; ``"120/600"`` is step 120, ``"1,200"`` step 1200."""
     lower = {name.lower(): value for name, value in entry.items()}
     for name in STEPS:
         value = lower.get(name)
         if isinstance(value, str) and re.fullmatch(r"\d{1,18}/\d+", value):
             return int(value.split("/")[0])
+        if isinstance(value, str) and re.fullmatch(r"\d{1,3}(,\d{3}){1,5}", value):
+            return int(value.replace(",", ""))
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST:
             return int(value)
     return None

@@ -45,6 +45,7 @@ OFF: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "use_bidirectional_attention": (False,),
+    "is_causal": (True,),
     "transformers_weights": ("model.safetensors",),
 }
 """Keys of any family that are supported only where they change nothing."""

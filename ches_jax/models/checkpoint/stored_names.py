@@ -15,7 +15,7 @@ from typing import Any
 from ches_jax.hf.directory import read_config
 from ches_jax.hf.quantised.scheme import dequantised
 from ches_jax.hf.quantised.schemes import scheme_of
-from ches_jax.hf.tensors import Tensor, open_tensors, same_values
+from ches_jax.hf.tensors import Computed, Tensor, open_tensors, same_values
 from ches_jax.hf.text_part import TIED, text_config, text_tensors
 from ches_jax.models.checkpoint.tensor_map import ExpertPart, Rule
 from ches_jax.models.config import DecoderConfig
@@ -61,7 +61,15 @@ def model_tensors(directory: Path) -> dict[str, Tensor]:
     if left_out := parts.left_out():
         notice(f"{directory}: {left_out}")
     scheme = scheme_of(text_config(read_config(directory), str(directory)), str(directory))
-    return tensors if scheme is None else dequantised(scheme, tensors, str(directory))
+    if scheme is None:
+        return tensors
+    out = dequantised(scheme, tensors, str(directory))
+    if not any(isinstance(tensor, Computed) for tensor in out.values()):
+        notice(
+            f"{directory}: config.json calls the weights quantised ({scheme.name}), and none of them is: they are read "
+            "as they are stored. Some loaders quantise such weights then; remove the key where they are merged ones"
+        )
+    return out
 
 
 def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:
