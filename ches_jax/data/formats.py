@@ -107,7 +107,8 @@ def read_text(path: Path, start: int) -> Iterator[Raw]:
 def read_csv(path: Path, start: int) -> Iterator[Raw]:
     """A table of text with names in its first line; fields may hold line ends and be of any length.
 
-    Fields are parted by commas; where the first line has none, by the semicolons or tabs that it has.
+    Fields are parted by commas; where the first line has none, by the semicolons or tabs that it has; in a .tsv file
+    by its tabs in any case.
     """
     csv.field_size_limit(sys.maxsize)
     with _decompressed(path) as file:
@@ -116,6 +117,8 @@ def read_csv(path: Path, start: int) -> Iterator[Raw]:
         try:
             first = next(csv.reader([text.readline()]), [])
             parted = [d for d in ";\t" if len(first) == 1 and d in first[0]]
+            if kind_of(path)[0] == ".tsv" and any("\t" in name for name in first):
+                parted = ["\t"]
             text.seek(0)
             # without strict, a stray quotation mark makes one field of several rows
             rows = csv.DictReader(
@@ -175,7 +178,7 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
     for batch in batches:
         batch.validate(full=True)
         if len({*batch.schema.names}) < batch.num_columns:
-            raise DataError(_twice(batch.schema.names))
+            raise DataError(twice(batch.schema.names))
         for offset in range(max(0, start - first), batch.num_rows, BATCH_ROWS):
             rows = python_rows(batch.slice(offset, BATCH_ROWS))
             for index, row in enumerate(rows, first + offset):
@@ -192,7 +195,7 @@ def require_keys_once(path: Path) -> None:
     lines = (line for _, line in itertools.islice(_lines(path), _LOOKED_AT))
     repeated = [_repeated_keys(line) if len(line) < LINES else [] for line in lines]
     if repeated and all(repeated):
-        raise DataError(f"{path}: {_twice(repeated[0])}")
+        raise DataError(f"{path}: {twice(repeated[0])}")
 
 
 def _repeated_keys(text: bytes) -> list[str]:
@@ -215,10 +218,10 @@ def _require_different(path: Path, names: Sequence[str]) -> None:
       DataError: there are two.
     """
     if len({*names}) < len(names):
-        raise DataError(f"{path}: {_twice(names)}")
+        raise DataError(f"{path}: {twice(names)}")
 
 
-def _twice(names: Sequence[str]) -> str:
+def twice(names: Sequence[str]) -> str:
     name = next(n for i, n in enumerate(names) if n in names[:i])
     return f"two columns are named {name!r}, so that it is not clear which is meant; rename one"
 

@@ -101,9 +101,12 @@ def doubts(content: Mapping[str, Any]) -> dict[str, str]:
     if whole:
         roles = ", ".join(f"{n} with one of the {content[n][0]['role']}" for n in whole)
         return {"prompt_unclear": f"behind the prompt, the responses begin with messages: {roles}"}
-    begun = text_of(prompt[-1]) if prompt[-1]["role"] == "assistant" else ""
+    begun = text_of(prompt[-1]) if prompt[-1]["role"] in ("assistant", "user") else ""
     repeating = [n for n in sides if begun and content[n] and repeated(begun, text_of(content[n][0])) is not None]
-    return _repeated_by(repeating) if len(repeating) == len(sides) or _worth_telling(begun) else {}
+    both, asked = len(repeating) == len(sides), prompt[-1]["role"] == "user"
+    # one answer may well repeat the question; an answer that is begun for it is hardly begun again
+    told = both and _worth_telling(begun) if asked else both or _worth_telling(begun)
+    return _repeated_by(repeating) if told else {}
 
 
 def repeated(prompt: str, response: str) -> int | None:

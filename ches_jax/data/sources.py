@@ -16,6 +16,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import numpy as np
+
 from ches_jax import bundled
 from ches_jax.data import files
 from ches_jax.data.formats import (
@@ -32,6 +34,7 @@ from ches_jax.data.formats import (
     require_keys_once,
     row_of_line,
     table_rows,
+    twice,
 )
 from ches_jax.data.prompts import (
     BEST_FIRST,
@@ -356,7 +359,7 @@ def rows_in_memory(
     """Preference pairs that lie in memory; they are read as those of a file are.
 
     Args:
-      rows: a list (or other iterable) of dicts, a ``datasets.Dataset`` or an Arrow table.
+      rows: a list (or other iterable) of dicts, a data frame, a ``datasets.Dataset`` or an Arrow table.
       columns: canonical name -> name in the data, as in ``open_rows``.
       pairing: of rows with candidates; default: chosen-against-all.
       name: of the rows, in messages.
@@ -365,17 +368,19 @@ def rows_in_memory(
     Raises:
       DataError: something else than rows, no rows, or a first row that cannot be used.
     """
+    if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # of pandas
+        rows = _records_of_frame(name, rows)
     if hasattr(rows, "to_batches"):
         kind, read = "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
     elif hasattr(rows, "cache_files") and hasattr(rows, "features"):
         kind, read = "datasets.Dataset", lambda start: _read_dataset(rows, start)
     elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
-        listed = list(rows)
+        listed = [_of_python(row) if within_depth(row) else row for row in rows]
         kind, read = "list", lambda start: ((f"row {i}", row) for i, row in enumerate(listed[start:], start))
     else:
         raise DataError(
-            f"{name}: a {type(rows).__name__}; expected a list of dicts, a datasets.Dataset or an Arrow table "
-            "(a file is scored with the verb score)"
+            f"{name}: a {type(rows).__name__}; expected a list of dicts, a data frame, a datasets.Dataset or an Arrow "
+            "table (a file is scored with the verb score)"
         )
 
     def identity() -> str:
@@ -383,6 +388,33 @@ def rows_in_memory(
 
     source = _source(name, lambda: (kind, read, identity), columns, _paired(pairing), schema)
     return source
+
+
+def _records_of_frame(name: str, frame: Any) -> list[Any]:
+    """The rows of a data frame; what is missing there is null.
+
+    Raises:
+      DataError: two of its columns have one name.
+    """
+    names = [str(column) for column in frame.columns]
+    if len({*names}) < len(names):
+        raise DataError(f"{name}: {twice(names)}")
+    cells = zip(*(frame.iloc[:, i].tolist() for i in range(len(names))), strict=True)
+    return [
+        {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in zip(names, row, strict=True)}
+        for row in cells
+    ]
+
+
+def _of_python(value: Any) -> Any:
+    """A value with arrays and tuples in it as lists, and numbers of numpy as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _of_python(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_of_python(part) for part in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _of_python(value.tolist())
+    return value
 
 
 def _source(

@@ -55,6 +55,7 @@ RESERVED = frozenset(
 )
 """Names that neither a row nor an option sets: what rendering takes, and what this tool or the tokenizer sets."""
 _NEXT = {"role": "user", "content": MARK[::-1]}
+_EXCHANGE = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 _CALL = {"id": "zqxCall01", "type": "function", "function": {"name": "zqxToolxqz", "arguments": {MARK: MARK}}}
 """A call of a tool to probe a template with; one wants ids of nine letters."""
 _NO_TEXT: tuple[Message, ...] = ({}, {"content": ""})
@@ -158,6 +159,15 @@ class ChatTemplate:
         if messages[-1].get("tool_calls"):
             return self._end_of_call(self.write(messages, row), learned)
         return learned
+
+    def answer_end(self) -> int | None:
+        """The token that ends an answer to a question, on any day; None where none is known."""
+        if not self.exists:
+            return None
+        chat = ChatTemplate(self.tokenizer, {CLOCK: "2024-07-26", **self.arguments})
+        with contextlib.suppress(DataError):
+            return next(iter(chat.end(_EXCHANGE).ids), None)
+        return None
 
     def opening(self, messages: Sequence[Message], row: Row = _NO_ROW) -> tuple[str, str] | None:
         """How an answer begins in the prompt, and how when it is written, where these differ.

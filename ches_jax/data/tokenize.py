@@ -26,8 +26,7 @@ from ches_jax.data.prompts import ID_COLUMNS
 from ches_jax.data.render import Rendered, RenderedPrompt, Writer
 from ches_jax.data.repeats import doubts
 from ches_jax.data.sources import Record
-from ches_jax.data.template import ChatTemplate, template_in
-from ches_jax.data.template_source import CLOCK
+from ches_jax.data.template import template_in
 from ches_jax.data.two_prompts import SIDES, halves, has_two_prompts
 from ches_jax.errors import DataError, TemplateError
 from ches_jax.types import Eos, Response, Template, TokenPair, common_prefix
@@ -43,7 +42,6 @@ _NO_EOS = (
     "the tokenizer has no EOS token, so no response can be complete: use "
     "--eos exclude, or set eos_token in tokenizer_config.json"
 )
-_EXCHANGE = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 MOST_TOKENS = 1 << 24
 """In a vocabulary, as in the sizes of a model."""
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -373,13 +371,7 @@ class PairTokenizer:
     @cached_property
     def _known_ends(self) -> frozenset[int]:
         """Ids that end a response: EOS, and what the chat template ends an answer with."""
-        ends = {self._eos_id} - {None}
-        if self.writer.chat.exists:
-            # what ends an answer is the same on all days
-            chat = ChatTemplate(self.tokenizer, {CLOCK: "2024-07-26", **self.template_args})
-            with contextlib.suppress(DataError):
-                ends |= set(chat.end(_EXCHANGE).ids[:1])
-        return frozenset(ends)  # type: ignore[arg-type]
+        return frozenset(i for i in (self._eos_id, self.writer.chat.answer_end()) if i is not None)
 
     def _truncated(self, name: str, response: Response, prompt_tokens: int, details: dict[str, str]) -> Response:
         room = self.max_length - prompt_tokens

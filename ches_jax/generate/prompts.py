@@ -29,6 +29,8 @@ FLAGS = UNREAD | {
 IMPOSSIBLE = {"prompt_too_long", *UNREAD}
 """No text can be made, whatever the policy."""
 _EXAMPLES = 3
+_LOOKED_AT = 200
+"""Rows that say whether prompts are conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,14 @@ class Inputs:
             out = [p for p in prompts if p.flags and (self.on_bad_row == "drop" or p.impossible)]
             left = {id(p) for p in out}
             yield number, [p for p in prompts if id(p) not in left], out
+
+    def templated(self) -> bool:
+        """Whether the chat template writes one of the first prompts."""
+        mode = self.encoder.writer.mode
+        contents = (row.content for row in itertools.islice(self.source.tolerant(), _LOOKED_AT))
+        return any(
+            "prompt" in c and mode != "none" and (mode == "always" or isinstance(c["prompt"], list)) for c in contents
+        )
 
     def require_clean(self) -> int:
         """The policy ``--on-bad-row error``; returns the number of prompts.

@@ -74,7 +74,8 @@ def _generate(config: GenerateConfig, run: ChunkedRun, resume: bool, quiet: bool
         inputs = open_model_and_prompts(config, opener)
         adapter = None if config.adapter is None else opener.adapter(config.adapter)
         encoder = inputs.encoder
-        ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens)
+        answer_end = encoder.writer.chat.answer_end() if inputs.templated() else None
+        ends = stop_ids(encoder.model.directory, encoder.tokenizer, config.stop_tokens, answer_end)
         total = inputs.require_clean() if config.on_bad_row == "error" else None
     identity = {"config": as_dict(config), **opener.identity()}
     run.agree(identity)

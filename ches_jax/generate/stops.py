@@ -33,8 +33,17 @@ class Text:
     """Sum over ``tokens`` of the log-probability under the model (temperature 1, nothing cut off), nats."""
 
 
-def stop_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase", words: Sequence[str]) -> tuple[int, ...]:
+def stop_ids(
+    directory: Path, tokenizer: "PreTrainedTokenizerBase", words: Sequence[str], answer_end: int | None = None
+) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, config.json and the tokenizer, and those of ``words``.
+
+    Args:
+      directory: of the model.
+      tokenizer: its tokenizer.
+      words: more tokens that end a text.
+      answer_end: what the chat template ends an answer with; it ends a text where it is a token of its own, as it
+        ends a response that is scored. Many models keep the EOS of the base model, and the files name that alone.
 
     Raises:
       DataError: a word that is not one token.
@@ -48,6 +57,8 @@ def stop_ids(directory: Path, tokenizer: "PreTrainedTokenizerBase", words: Seque
                 ids_of_ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     if isinstance(tokenizer.eos_token_id, int):
         ids_of_ends.add(tokenizer.eos_token_id)
+    if answer_end in tokenizer.added_tokens_decoder:
+        ids_of_ends.add(answer_end)
     vocabulary = tokenizer.get_vocab()
     for word in words:
         if word not in vocabulary:

@@ -187,3 +187,17 @@ def test_a_prompt_behind_the_marks_of_a_rendered_conversation_is_flagged():
     assert doubts({"prompt": "hi there you", **short}) == {"prompt_repeated": said}
     quoted = {n: f"Good day, hi there you {a}" for n, a in (("chosen", "a"), ("rejected", "b"))}
     assert doubts({"prompt": "hi there you", **quoted}) == {}
+
+
+def test_answers_that_both_repeat_the_question_are_flagged_in_a_conversation_too():
+    asked = "Name a fruit that is red."
+    content = {
+        "prompt": [{"role": "user", "content": asked}],
+        "chosen": [{"role": "assistant", "content": f"{asked} A cherry."}],
+        "rejected": [{"role": "assistant", "content": f"{asked}\n\nA banana."}],
+    }
+    assert doubts(content) == {"prompt_repeated": "chosen and rejected begin with the prompt"}
+    other = [{"role": "assistant", "content": "A banana."}]
+    assert doubts({**content, "rejected": other}) == {}
+    short = {n: [{**m, "content": m["content"].replace(asked, "Hi!")} for m in v] for n, v in content.items()}
+    assert doubts(short) == {}

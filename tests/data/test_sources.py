@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ches_jax.data import formats
-from ches_jax.data.sources import open_pairs, open_prompts, row_id
+from ches_jax.data.sources import open_pairs, open_prompts, row_id, rows_in_memory
 from ches_jax.errors import DataError
 from tests.helpers import write_lines
 
@@ -372,3 +373,39 @@ def test_prompts_are_lines_of_text_or_a_csv_table(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(DataError, match="line 2: byte 1 is not UTF-8"):
         prompts_of(tmp_path / "b.txt")
+
+
+def test_rows_of_other_libraries_are_rows_of_python():
+    """Tuples, arrays and numbers of numpy, and data frames: what is missing there is null."""
+    array = np.array([{"role": "user", "content": "q"}], dtype=object)
+    row = {"prompt": array, "chosen": ({"role": "assistant", "content": "c"},), "rejected": np.str_("r")}
+    row["rejected"] = [{"role": "assistant", "content": row["rejected"]}]
+    (record,) = rows_in_memory([row])
+    assert record.content == {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "c"}],
+        "rejected": [{"role": "assistant", "content": "r"}],
+    }
+    scored = {"prompt": "p", "responses": ("a", "b"), "scores": np.array([1.0, 2.0], np.float32)}
+    (pair,) = rows_in_memory([scored])
+    assert (pair.content["chosen"], pair.content["rejected"]) == ("b", "a")
+    ids = {"prompt_ids": np.array([1, 2]), "chosen_ids": [np.int64(3)], "rejected_ids": (4,)}
+    (given,) = rows_in_memory([ids])
+    assert given.content == {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+
+
+def test_a_data_frame_is_its_rows():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([*TEXT[:2], {**TEXT[0], "rejected": None}])
+    assert [r.content for r in rows_in_memory(frame[:2])] == [r.content for r in rows_in_memory(TEXT[:2])]
+    *_, last = rows_in_memory(frame).tolerant()
+    assert "no column 'rejected' (it is null here)" in last.fault
+    with pytest.raises(DataError, match="two columns are named 'chosen'"):
+        rows_in_memory(frame.rename(columns={"rejected": "chosen"}))
+
+
+def test_columns_of_a_tsv_file_are_parted_by_tabs_whatever_their_names_hold(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("prompt\tchosen\trejected\twho, when\np, q\ta\tb; c\tme\n")
+    (row,) = open_pairs(str(path))
+    assert row.content == {"prompt": "p, q", "chosen": "a", "rejected": "b; c"}

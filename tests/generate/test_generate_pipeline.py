@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,34 @@ def test_stop_tokens_are_those_of_model_and_tokenizer(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": null}')
     assert stop_ids(tmp_path, tokenizer, ("<|user|>",)) == (2, tokenizer.convert_tokens_to_ids("<|user|>"), 7, 9)
+
+
+def test_an_answer_ends_where_the_template_ends_one(tmp_path):
+    """Models that keep the EOS of the base model write another token at the end of an answer, and then anything."""
+    asked = [{"prompt": [{"role": "user", "content": "How do I smash the owl's mirror?"}]}]
+    options = {"prompts": write_lines(tmp_path / "p.jsonl", asked), "temperature": 0.0, "max_new_tokens": 8}
+    (free,) = make(tmp_path, "free", **options)
+    model = tmp_path / "model"
+    shutil.copytree(bundled.model_dir(), model)
+    tokenizer = load_tokenizer(model)
+    # the third token that the model writes, added to the tokenizer and put at the end of every message
+    end = free["token_ids"][2]
+    word = tokenizer.convert_ids_to_tokens(end)
+    vocabulary = json.loads((model / "tokenizer.json").read_text())
+    vocabulary["added_tokens"].append(
+        dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        | {"id": end, "content": word}
+    )
+    vocabulary["added_tokens"].sort(key=lambda token: token["id"])
+    (model / "tokenizer.json").write_text(json.dumps(vocabulary))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("eos_token", repr(word)))
+    (row,) = make(tmp_path, "ended", model=str(model), **options)
+    n = free["token_ids"].index(end) + 1
+    assert (row["token_ids"], row["finish_reason"]) == (free["token_ids"][:n], "stop")
+    plain = write_lines(tmp_path / "t.jsonl", [{"prompt_ids": row["prompt_ids"]}])
+    (ids,) = make(tmp_path, "ids", model=str(model), **{**options, "prompts": plain})
+    assert ids["token_ids"] == free["token_ids"]
 
 
 def test_conversations_go_through_the_template(tmp_path):
