@@ -152,8 +152,21 @@ class FileTokenizer:
 
 
 def token_ids(tokenizer: Any, texts: Any, *, add_special_tokens: bool) -> Any:
-    """Ids of a text or of texts, by any tokenizer."""
-    return tokenizer(texts, add_special_tokens=add_special_tokens, **_IDS_ONLY)["input_ids"]
+    """Ids of a text or of texts, by any tokenizer.
+
+    Raises:
+      DataError: the tokenizer cannot encode one of them, as where its unknown token is none of its vocabulary.
+      TypeError: one is no text, or holds half a surrogate pair.
+    """
+    try:
+        return tokenizer(texts, add_special_tokens=add_special_tokens, **_IDS_ONLY)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # what the library raises has no type of its own
+            raise
+        raise DataError(
+            f"the tokenizer cannot encode a text ({type(error).__name__}: {str(error)[:200]}); look at "
+            "tokenizer_config.json: its tokenizer_class has to fit tokenizer.json, and the tokens that it names"
+        ) from error
 
 
 def is_blank(tokenizer: Any, token_id: int) -> bool:

@@ -78,10 +78,11 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     try:
         token_ids(tokenizer, "a", add_special_tokens=True)
     except Exception as error:
+        cause = error.__cause__ or error
         raise DataError(
-            f"{path}: the tokenizer cannot encode a letter ({type(error).__name__}: {str(error)[:200]}); look at "
+            f"{path}: the tokenizer cannot encode a letter ({type(cause).__name__}: {str(cause)[:200]}); look at "
             "tokenizer_config.json: the lengths and the tokens that it names"
-        ) from error
+        ) from cause
     return tokenizer
 
 

@@ -13,6 +13,7 @@ from ches_jax.data import file_tokenizer
 from ches_jax.data.file_tokenizer import NAMED, REBUILT, FileTokenizer, token_ids
 from ches_jax.data.template import RESERVED
 from ches_jax.data.tokenize import load_tokenizer, tokenizer_fingerprint
+from ches_jax.errors import DataError
 
 TEXTS = ["a", "", "Hello  world!\n\n", "  <s>é😀 1234<|user|> x<eos></s>", "\u200dzero\ttab"]
 ASKED = [{"role": "user", "content": "1+1?", "name": None}, {"role": "assistant", "content": "2"}]
@@ -224,3 +225,16 @@ def test_every_tokenizer_of_the_reference_material(shared):
     for directory, light in read.items():
         if light is not None:
             assert_same(light, in_transformers(directory))
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_of_the_data():
+    """As where another tokenizer_class is written over a tokenizer.json without its unknown token."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert token_ids(tokenizer, "a", add_special_tokens=False) == [0]
+    for texts in ("b", ["a", "b"]):
+        with pytest.raises(DataError, match=r"cannot encode a text \(Exception: .*look at tokenizer_config.json"):
+            token_ids(tokenizer, texts, add_special_tokens=False)

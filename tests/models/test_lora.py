@@ -286,6 +286,8 @@ def test_target_parameters_that_are_none_are_named(base, tmp_path):
     write_files(tmp_path / "a", {**GOOD, "target_parameters": ["experts.up_proj"]}, tensor)
     with pytest.raises(ChesError, match=r"names 'experts\.up_proj'; expected one of mlp\.experts\."):
         read_adapter(tmp_path / "a", base("gpt_oss"))
+    with pytest.raises(ChesError, match="expected none: this model's file holds each expert by itself"):
+        read_adapter(tmp_path / "a", base("mixtral"))
 
 
 def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):

@@ -126,7 +126,7 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     targets = raw.get("target_parameters") or []
     wrapped = wrappers(sites.together, targets)
     problems += [
-        f"{CONFIG}: 'target_parameters' names {target!r}; expected one of {', '.join(sites.parameters) or 'none'}"
+        f"{CONFIG}: 'target_parameters' names {target!r}; expected {sites.expected_parameters()}"
         for target in targets
         if not wrappers(sites.together, [target])
     ]
@@ -597,6 +597,12 @@ class _Sites:
     def parameters(self) -> list[str]:
         """The same below their layer: ``mlp.experts.down_proj``."""
         return list(dict.fromkeys(name for r in self.rules if is_together(r) for name in self.below_layer(r)))
+
+    def expected_parameters(self) -> str:
+        """What ``target_parameters`` may name, for a message."""
+        if not self.parameters and any(rule.by_expert for rule in self.rules):
+            return "none: this model's file holds each expert by itself, and has no such tensor of all experts"
+        return f"one of {', '.join(self.parameters) or 'none'}"
 
     def sizes(self, rule: Rule, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes that A and B of the stored module have."""
