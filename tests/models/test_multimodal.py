@@ -198,6 +198,26 @@ def test_an_adapter_made_over_the_whole_model_fits_its_text_part(before: str, wr
     assert adapter.arrays["layers.self_attn.q_proj.lora_b"][:, 0, 0].tolist() == [0, 1]
 
 
+def test_patterns_of_such_an_adapter_are_of_the_names_that_it_was_made_over(write_model: Any, tmp_path: Path):
+    """A whole name in ``alpha_pattern`` has the part of the multimodal model in it that text alone has not."""
+    text = family("llama")
+    directory = write_model(wrapped(text, tie_word_embeddings=False), tensors(text) | VISION)
+    module = "model.language_model.layers.1.self_attn.q_proj"
+    arrays = {"A": np.ones((2, 12), np.float32), "B": np.ones((24, 2), np.float32)}
+    stored = {f"base_model.model.{module}.lora_{part}.weight": value for part, value in arrays.items()}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [module]}
+    for name, pattern, scale in (("a", module, 6.0), ("b", f"^{module}", 6.0), ("c", "model.layers.1.*", 2.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": {pattern: 12}}))
+        save_file(stored, folder / "adapter_model.safetensors")
+        assert read_adapter(folder, directory).spec["layers.self_attn.q_proj"].scale == scale
+    two = stored | {name.replace("language_model.", ""): value for name, value in stored.items()}
+    save_file(two, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="are of the same module; remove one of the two"):
+        read_adapter(tmp_path / "a", directory)
+
+
 @pytest.mark.parametrize("before", ["model.", "model.language_model."])
 def test_experts_in_one_tensor_are_read_and_written_so(before: str, write_model: Any, tmp_path: Path):
     """As the published Qwen 3.5 has them, alone or inside; ``save_pretrained`` of transformers writes one for each."""

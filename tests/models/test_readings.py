@@ -315,6 +315,13 @@ def test_a_rotary_setting_that_is_not_read_and_not_off_is_refused(rope: dict[str
     assert words in message(LLAMA | {"rope_scaling": rope})
 
 
+def test_a_setting_of_another_program_for_long_texts_is_not_read():
+    raw = LLAMA | {"model_type": "qwen2"}
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    assert decoder_config(raw | {"dual_chunk_attention_config": chunks}) == decoder_config(raw)
+    assert "'dual_chunk_attention_config'" in message(LLAMA | {"dual_chunk_attention_config": chunks})
+
+
 def test_a_window_that_nobody_switches_off_is_refused():
     for more in ({}, {"use_sliding_window": True}):
         assert "'sliding_window' = 2" in message(LLAMA | {"sliding_window": 2} | more)
@@ -371,13 +378,19 @@ UNREAD = {
     "unknown_scaling": {},
     "logit_scale": 1.0,
     "own_bias": False,
+    "rotary_pct": 1.0,
+    "fused_rms_norm": True,
+    "layer_norm_eps": 1e-6,
+    "n_layer": 2,
+    "rope_base": 1e4,
     "layer_types": ["full_attention", "full_attention"],
 }
 
 
 def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any):
+    written = LLAMA | {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
     for _ in range(2):
-        assert decoder_config(LLAMA | UNREAD, "models/unread") == decoder_config(LLAMA)
+        assert decoder_config(written | UNREAD, "models/unread") == decoder_config(written)
     assert len(caplog.records) == 1
     text = caplog.text
     assert all(f"'{key}'" in text for key, value in UNREAD.items() if value is not None)
@@ -399,6 +412,11 @@ def test_a_key_that_no_code_reads_is_named_once_and_changes_nothing(caplog: Any)
         ("num_experts", 4),
         ("layer_types", ["full_attention", "linear_attention"]),
         ("final_norm", False),
+        ("rotary_pct", 0.5),
+        ("layer_norm_eps", 1e-3),
+        ("n_layer", 3),
+        ("n_layer", True),
+        ("rotary_base", 500.0),
         ("is_causal", False),
         ("transformers_weights", "other.safetensors"),
     ],

@@ -131,6 +131,7 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if not wrappers(sites.together, [target])
     ]
     modules: dict[str, dict[str, Tensor]] = {}
+    called: dict[str, str] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
         # an adapter of a multimodal model may reach its towers too, which text never passes
@@ -151,23 +152,30 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if match is None or module is None:
             problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
         else:
-            modules.setdefault(module, {})[match["part"]] = tensor
+            if (other := modules.setdefault(module, {}).setdefault(match["part"], tensor)) is not tensor:
+                problems.append(f"tensors {other.name!r} and {name!r} are of the same module; remove one of the two")
             if wrapped.keys().isdisjoint(_below_wrapper(match["module"])):
+                called[module] = match["module"]
                 by = put_on.left_out_by(match["module"])
                 unread |= {match["module"]: by} if by else {}
     problems += _unread(unread)
+
+    def strength_of(module: str) -> LowRank:
+        """By the name that PEFT knew the module by: patterns may be whole names, as of a multimodal model."""
+        return strength(called.get(module, module))
+
     for module, two in modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
         else:
-            problems += _misfits(module, two, *sites.sizes(owners[module], strength(module).rank))
+            problems += _misfits(module, two, *sites.sizes(owners[module], strength_of(module).rank))
     if problems or not modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
     if said := Parts({}, left_out).left_out():
         notice(f"{directory}: {said}")
     if repeated:
         notice(f"{directory}: {', '.join(repeated)} repeat the values of the model, and are left out")
-    return _stacked(strength, modules, sites)
+    return _stacked(strength_of, modules, sites)
 
 
 def _below_wrapper(module: str) -> tuple[str, str]:

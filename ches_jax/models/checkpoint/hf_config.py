@@ -21,11 +21,12 @@ def _words(text: str) -> frozenset[str]:
 IGNORED = _words(
     # identity and bookkeeping
     "_name_or_path _commit_hash architectures auto_map model_type torch_dtype dtype transformers_version use_cache "
-    "return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript use_bfloat16 "
+    "return_dict return_dict_in_generate output_hidden_states output_attentions output_scores output_logits "
+    "torchscript use_bfloat16 "
     "id2label label2id problem_type finetuning_task task_specific_params name_or_path _attn_implementation_autoset "
     "_attn_implementation chunk_size_feed_forward tokenizer_class prefix num_labels _num_labels is_decoder "
     "cross_attention_hidden_size tf_legacy_loss cache_implementation transformers.js_config unsloth_fixed "
-    "unsloth_version "
+    "unsloth_version logits_to_keep num_logits_to_keep n_positions "
     # read by hf.quantised
     "quantization_config "
     # training only
@@ -50,7 +51,7 @@ OFF: dict[str, tuple[Any, ...]] = {
 }
 """Keys of any family that are supported only where they change nothing."""
 NUMBER_WORDS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(_words("scale scales scaling scaled multiplier factor ratio"), (1,)),
+    **dict.fromkeys(_words("scale scales scaling scaled multiplier factor ratio pct percent fraction"), (1,)),
     **dict.fromkeys(
         _words(
             "bias window sliding softcap softcapping cap clip alibi chunk residual quantization parallel moe expert "
@@ -68,8 +69,14 @@ NUMBER_WORDS: dict[str, tuple[Any, ...]] = {
     ),
 }
 """Words in the name of a key that changes numbers -> the values at which it does not."""
-NO_NUMBER_WORDS = _words("implementation flash dropout init initializer initialization loss kernel")
+NO_NUMBER_WORDS = _words("implementation flash fused dropout init initializer initialization loss kernel")
 """Words that make a key harmless in spite of the others: which kernel computes, or what training draws."""
+COPIES = (
+    _words("rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_eps norm_epsilon rms_norm_epsilon"),
+    _words("num_hidden_layers num_layers n_layers n_layer"),
+    _words("rope_theta rope_base rotary_base rotary_emb_base"),
+)
+"""Names of one number in configs of several families: one that is not read is harmless where it repeats one that is."""
 LARGEST = 2**31 - 1
 """The largest size: positions and rows are indexed by 32 bits."""
 MOST_LAYERS = 4096
@@ -457,7 +464,13 @@ class ConfigReader:
             used = self.raw.get("use_sliding_window")
             if used is False or (used is None and self.raw.get("sliding_window") is None):
                 return False
-        return _changes_numbers(key, self.raw[key])
+        return _changes_numbers(key, self.raw[key]) and not self._repeats(key)
+
+    def _repeats(self, key: str) -> bool:
+        """Whether a key has the value of one that was read and is another name of the same number."""
+        others = {name for names in COPIES if key in names for name in names & self._seen - {key}}
+        value = self.raw[key]
+        return not isinstance(value, bool) and any(self.raw.get(name) == value for name in others)
 
     def _unknown(self) -> list[str]:
         return sorted(k for k, v in self.raw.items() if k not in self._seen and v is not None)

@@ -39,6 +39,7 @@ def upper_windows(r: ConfigReader, layers: int) -> tuple[int | None, ...]:
     """Layers from ``max_window_layers`` on slide, where ``use_sliding_window`` says so (Qwen 3 has the same rule)."""
     used = r.get("use_sliding_window", bool, False)
     written = r.nullable_size("sliding_window", 4096)
+    r.ignore("dual_chunk_attention_config")  # of another program, for texts longer than one of its chunks
     window = written if used else None
     first = r.get("max_window_layers", int, 28)
     return r.windows(window, layers, [window is not None and i >= first for i in range(layers)])
