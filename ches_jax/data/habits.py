@@ -97,4 +97,6 @@ def describe(template: ChatTemplate) -> str:
     names = habits(template)
     end = template.end([_USER, _ANSWER]) if "clock" not in names else None
     ends = [f"ends an answer with {template.tokenizer.decode(list(end.ids[:1]))!r}"] if end and end.ids else []
+    if end and end.in_pieces:
+        ends = [f"ends an answer with {end.in_pieces!r}, which is no token of the tokenizer"]
     return "; ".join([*ends, *(HABITS[name] for name in names)]) or "does nothing unusual"

@@ -71,6 +71,8 @@ class End:
     """What it writes behind the answer's text; empty: nothing."""
     ids: Ids
     """Its tokens, from the one that ends the answer on; (): nothing is written there."""
+    in_pieces: str = ""
+    """What ends the answer, where that is no token of its own but several that are letters; else empty."""
 
 
 class ChatTemplate:
@@ -166,7 +168,8 @@ class ChatTemplate:
             return None
         chat = ChatTemplate(self.tokenizer, {CLOCK: "2024-07-26", **self.arguments})
         with contextlib.suppress(DataError):
-            return next(iter(chat.end(_EXCHANGE).ids), None)
+            end = chat.end(_EXCHANGE)
+            return end.ids[0] if end.ids and not end.in_pieces else None
         return None
 
     def opening(self, messages: Sequence[Message], row: Row = _NO_ROW) -> tuple[str, str] | None:
@@ -226,7 +229,15 @@ class ChatTemplate:
         except DataError:
             middle = behind  # no conversation continues here
         first = next((i for i in range(common_prefix(behind, middle)) if not is_blank(self.tokenizer, behind[i])), 0)
-        return End(text[text.rfind(MARK) + len(MARK) :], behind[first:])
+        return End(text[text.rfind(MARK) + len(MARK) :], behind[first:], self._in_pieces(behind[first:]))
+
+    def _in_pieces(self, ids: Ids) -> str:
+        """The letters that ids begin with, where they are several tokens: a mark that the vocabulary does not have."""
+        own, eos = frozenset(self.tokenizer.added_tokens_decoder), self.tokenizer.eos_token_id
+        letters = list(
+            itertools.takewhile(lambda i: i not in own and i != eos and not is_blank(self.tokenizer, i), ids)
+        )
+        return str(self.tokenizer.decode(letters)) if len(letters) > 1 else ""
 
     def _behind_mark(self, text: str) -> Ids:
         """Tokens of what follows the mark."""

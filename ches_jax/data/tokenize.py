@@ -333,13 +333,16 @@ class PairTokenizer:
     ) -> tuple[Ids, Ids]:
         """The content of a response that a template wrote, and the token that ends it: never one of its own."""
         end = text.ends[name]
+        if end.in_pieces:
+            what = f"the template ends {name} with {end.in_pieces!r}, which is no token of this tokenizer"
+            _note(details, "end_unclear", what)
         stop = len(ids) - len(end.ids)
         if ids[stop:] == end.ids:
             return ids[:stop], end.ids[:1]
         body = getattr(text, name).removesuffix(end.text)
         stop = min(common_prefix(self._ids([body], True)[0][prompt_tokens:], ids), len(ids) - 1)
         merged = str(self.tokenizer.decode([ids[stop]]))
-        details["end_unclear"] = f"the last letters of {name} and what ends it are one token, {merged!r}"
+        _note(details, "end_unclear", f"the last letters of {name} and what ends it are one token, {merged!r}")
         return ids[:stop], ids[stop : stop + 1]
 
     def _split_given(self, name: str, ids: Ids, details: dict[str, str], *, of_text: bool) -> tuple[Ids, Ids]:

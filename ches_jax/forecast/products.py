@@ -85,6 +85,11 @@ class Products:
         return text
 
 
+@jax.jit
+def _in_metric(tree: Tree, metric: Tree) -> Tree:
+    return {k: x * metric[k].astype(x.dtype) for k, x in tree.items()}
+
+
 def products(
     chosen: Tree, rejected: Tree, metric: Tree, own: Tree, weight_rejected: float, probes: Tree | None
 ) -> Products:
@@ -102,7 +107,7 @@ def products(
     def size(tree: Tree) -> float:
         return float(inner(tree, tree)) ** 0.5
 
-    moved = [{k: x * metric[k].astype(x.dtype) for k, x in side.items()} for side in (chosen, rejected)]
+    moved = [_in_metric(side, metric) for side in (chosen, rejected)]
 
     def effects(tree: Tree) -> tuple[Effect, Effect]:
         plain = Effect(float(inner(tree, chosen)), float(inner(tree, rejected)))

@@ -128,11 +128,10 @@ class Passes:
             return None
         pairs, seen = self.run.pairs.train, start.counted > 0
         up, down = (-start.slopes[:, side] / seen.sum() for side in (0, -1))
-        chosen = {k: -g for k, g in start.of_chosen.items()}
-        rejected = {k: -g - chosen[k] for k, g in start.gradient.items()}
+        chosen, rejected = _by_side(start.of_chosen, start.gradient)
         used = up[seen]
         if used.min() == used.max() != 0:
-            own = {k: g * np.asarray(1 / up.sum(), g.dtype) for k, g in chosen.items()}
+            own = _times(chosen, np.asarray(1 / up.sum()))
         else:
             own = self.chosen_gradient(pairs, seen / seen.sum())
         of_probes = self.mean_gradient(probes) if probes else None
@@ -145,9 +144,27 @@ class Passes:
 
     def at_once(self, direction: Tree) -> Callable[[Sequence[TokenPair]], list[np.ndarray]]:
         """Log-probabilities of the responses of pairs where the parameters have moved by all of a direction."""
-        moved = {k: p + direction[k].astype(p.dtype) for k, p in self.params.items()}
+        moved = _moved(self.params, direction)
         measure = Measure(self.model, self.rows)
         return lambda pairs: measure(moved, list(pairs))
+
+
+# one program each: operations on trees one by one are a program for each shape of a parameter
+@jax.jit
+def _by_side(of_chosen: Tree, gradient: Tree) -> tuple[Tree, Tree]:
+    """Minus the gradient, in what chosen and what rejected responses make of it."""
+    chosen = {k: -g for k, g in of_chosen.items()}
+    return chosen, {k: -g - chosen[k] for k, g in gradient.items()}
+
+
+@jax.jit
+def _times(tree: Tree, factor: jax.Array) -> Tree:
+    return {k: g * factor.astype(g.dtype) for k, g in tree.items()}
+
+
+@jax.jit
+def _moved(params: Tree, direction: Tree) -> Tree:
+    return {k: p + direction[k].astype(p.dtype) for k, p in params.items()}
 
 
 def changes(found: list[np.ndarray]) -> PairChanges:

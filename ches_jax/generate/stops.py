@@ -1,5 +1,7 @@
 """Where a text ends: with a stop token, before a stop string, or at its limit."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ches_jax.data.reasoning import CLOSE, OPEN
 from ches_jax.errors import DataError
 from ches_jax.generate.engine import Completion
 from ches_jax.hf.text_part import TEXT
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "stop_string", "length"]
+_MARK = re.compile(f"{OPEN}|{CLOSE}", re.IGNORECASE)
 _CONTEXT = 4
 """Prompt tokens that a text is decoded after: what a decoder may look back at."""
 
@@ -25,7 +29,7 @@ class Text:
     """A finished text."""
 
     text: str
-    """Without its end, without special tokens."""
+    """Without its end, without special tokens but for marks of reasoning: what is the answer shows by these."""
     tokens: tuple[int, ...]
     """With the stop token or string that ended it."""
     finish_reason: FinishReason
@@ -75,6 +79,9 @@ class Finisher:
         self.tokenizer = tokenizer
         self.ends = frozenset(ends)
         self.strings = tuple(strings)
+        added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.marks = {i: word for i, word in added.items() if _MARK.fullmatch(word)}
+        """Special tokens that begin or end reasoning, which decoding would take out of the text."""
 
     def decoded(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """The text of ``tokens`` as it reads after ``prompt``: alone, some decoders drop a leading space."""
@@ -83,6 +90,12 @@ class Finisher:
         return both[len(head) :] if both.startswith(head) else self._decode(tokens)
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if self.marks.keys().isdisjoint(ids):
+            return self._letters(ids)
+        runs = itertools.groupby(ids, self.marks.get)
+        return "".join(self._letters(list(run)) if mark is None else mark * len(list(run)) for mark, run in runs)
+
+    def _letters(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def stopped(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:

@@ -9,21 +9,12 @@
 import re
 import unicodedata
 
-_WORDS = "think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|monologue"
-TAGS = rf"(?:(?:\w+[:_])?(?:{_WORDS})(?:_content)?|cot)"
-"""Also with the name of who writes it in front: ``seed:think``."""
-_OPEN = (
-    rf"(?:<{TAGS}>|<\|{TAGS}\|>|\[THINK\]|<\|(?:begin[_▁]of[_▁]thought|thinking_start|START_THINKING|inner_prefix)\|>|<\|channel>|◁think▷"
-    r"|<unused94>|<details type=\"reasoning\")"
-)
-_CLOSE = (
-    rf"(?:</{TAGS}>|<\|/{TAGS}\|>|\[/THINK\]|<\|(?:end[_▁]of[_▁]thought|thinking_end|END_THINKING|inner_suffix)\|>|<channel\|>|◁/think▷"
-    r"|<unused95>)"
-)
+from ches_jax.data.reasoning import CLOSE, OPEN
+
 FOLDED = re.compile(r"<details type=\"reasoning\".*?</details>", re.DOTALL)
 """Reasoning that a web page folds away."""
-OPENED = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
-CLOSED = re.compile(rf".*{_CLOSE}", re.IGNORECASE | re.DOTALL)
+OPENED = re.compile(rf"\s*{OPEN}", re.IGNORECASE)
+CLOSED = re.compile(rf".*{CLOSE}", re.IGNORECASE | re.DOTALL)
 """Up to the last end of a block: also where the template opened it, so that only the end is in the text."""
 CHANNEL = re.compile(
     r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|$)", re.DOTALL

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from ches_jax.data.habits import describe
 from ches_jax.data.render import Writer
 from ches_jax.data.sources import Record, row_id
 from ches_jax.data.template import ChatTemplate
@@ -484,3 +485,17 @@ def test_a_text_that_ends_with_an_unknown_special_token_is_flagged(plain):
 def test_white_space_at_the_end_of_a_text_is_its_own_whatever_the_template_ends_with(plain):
     pair = one(plain("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"), "q", "a\n", "b")
     assert said(plain(), pair.chosen) == ("a\n", "</s>")
+
+
+def test_an_end_that_is_no_token_of_the_tokenizer_is_flagged(plain):
+    """A template of another model: its marks fall to pieces, of which the first alone would end the response."""
+    foreign = CHATML.replace("<|im_end|>", "<|stop|>")
+    pair = one(plain(foreign), [Q], [assistant("a")], [assistant("b")])
+    said_of = "the template ends {} with '<|stop|>', which is no token of this tokenizer"
+    assert pair.detail == {"end_unclear": ", ".join(said_of.format(side) for side in ("chosen", "rejected"))}
+    assert ChatTemplate(plain(foreign)).answer_end() is None
+    assert describe(ChatTemplate(plain(foreign))).startswith("ends an answer with '<|stop|>', which is no token")
+    for letters in ("#", "", "\n"):  # one token is an end; white space and nothing are too, as before
+        known = CHATML.replace("<|im_end|>", letters)
+        assert one(plain(known), [Q], [assistant("a")], [assistant("b")]).flags == ()
+    assert ChatTemplate(plain()).answer_end() == plain().convert_tokens_to_ids("<|im_end|>")

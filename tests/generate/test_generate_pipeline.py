@@ -22,6 +22,7 @@ from ches_jax.generate.config import GenerateConfig
 from ches_jax.generate.engine import Completion
 from ches_jax.generate.run import FILE_NAME, generate
 from ches_jax.generate.stops import Finisher, stop_ids
+from ches_jax.judges.answer import final_answer
 from ches_jax.runs import chunks
 from tests.helpers import write_lines
 
@@ -215,6 +216,24 @@ def test_an_answer_ends_where_the_template_ends_one(tmp_path):
     plain = write_lines(tmp_path / "t.jsonl", [{"prompt_ids": row["prompt_ids"]}])
     (ids,) = make(tmp_path, "ids", model=str(model), **{**options, "prompts": plain})
     assert ids["token_ids"] == free["token_ids"]
+
+
+@pytest.mark.parametrize(("begin", "end"), [("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")])
+def test_marks_of_reasoning_stay_in_the_text_where_they_are_special_tokens(tmp_path, begin, end):
+    """Without them nobody can tell the reasoning from the answer: it would be judged too."""
+    model = tmp_path / "model"
+    shutil.copytree(bundled.model_dir(), model)
+    stored = json.loads((model / "tokenizer.json").read_text())
+    ids = [len(load_tokenizer(model)) + i for i in range(2)]
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    stored["added_tokens"] += [{"id": i, "content": word} | token for i, word in zip(ids, (begin, end), strict=True)]
+    (model / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load_tokenizer(model)
+    words = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" I cannot do that.", " Yes.")]
+    finish = Finisher(tokenizer, (2,), ())
+    text = finish.decoded([1], [ids[0], *words[0], ids[1], *words[1], 2])
+    assert text == f"{begin} I cannot do that.{end} Yes."
+    assert final_answer(text) == " Yes."
 
 
 def test_conversations_go_through_the_template(tmp_path):
