@@ -84,7 +84,7 @@ class ChatTemplate:
     >>> template.prompt(asked)
     '<bos><|user|> 1+1?<|assistant|>'
     >>> template.end([*asked, {"role": "assistant", "content": "2"}])
-    End(text='<eos>', ids=(2,))
+    End(text='<eos>', ids=(2,), in_pieces='')
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any] | None = None):
