@@ -131,6 +131,13 @@ def test_a_conversation_as_text_is_found_beside_a_line_without_a_brace(tmp_path)
     assert [type(rows) for rows in same(path)] == [TextRows, list, TextRows, list]
 
 
+@pytest.mark.parametrize("number", ["0.10", "1e2", "1E3", "10e-1"])
+def test_a_number_that_we_would_not_write_is_written_as_ours(tmp_path, number):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(GOOD.replace("{", '{"margin": ' + n + ", ", 1) for n in ("0.5", "2", number, "0.5")))
+    same(path)
+
+
 @pytest.mark.parametrize("text", ["a\\/b", "\\u0041", "\\u00e9", "a\\\\", "\\u000b", "\\ud83d\\ude00"])
 def test_an_escape_that_we_would_not_write_is_written_as_ours(tmp_path, text):
     path = tmp_path / "pairs.jsonl"
