@@ -1,6 +1,6 @@
 """The page of ``side_by_side``: the headline, the roofline of each case, every number with its spread."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,8 @@ def page_of(result: Mapping[str, Any]) -> Page:
     for case in cases:
         for way, (_, middle, _) in case["ratios"].items():
             ratios.setdefault(way, []).append(middle)
-    spans = [f"{way} takes {min(r):.2f} to {max(r):.2f} times our CPU seconds" for way, r in ratios.items()]
-    headline = "; ".join(
-        ([f"Useful FLOP/s are {min(own):.0%} to {max(own):.0%} of the measured peak"] if own else []) + spans
-    )
+    spans = [f"{way} takes {_span(r, '.2f')} times our CPU seconds" for way, r in ratios.items()]
+    headline = "; ".join(([f"Useful FLOP/s are {_span(own, '.0%')} of the measured peak"] if own else []) + spans)
     figures = [
         figure(
             f"roofline-{k}",
@@ -106,3 +104,13 @@ def write_page(result: Mapping[str, Any], out: Path) -> Path:
     """Writes it."""
     out.write_text(render(page_of(result)), encoding="utf-8")
     return out
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """The least and the most of some numbers, or the one that both are.
+
+    >>> _span([0.5, 0.25], ".0%"), _span([2.0], ".1f")
+    ('25% to 50%', '2.0')
+    """
+    ends = f"{min(values):{form}}", f"{max(values):{form}}"
+    return " to ".join(dict.fromkeys(ends))
