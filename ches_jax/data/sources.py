@@ -473,8 +473,8 @@ def _of_several_turns(records: Iterable[Record]) -> str:
     if not found:
         return ""
     return (
-        f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their tokens "
-        "count as the response's, as where TRL trains on it (docs/data.md)"
+        f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
+        "tokens count as the response's, as where TRL trains on it (docs/data.md)"
     )
 
 

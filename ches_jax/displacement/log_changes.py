@@ -177,8 +177,9 @@ def _without_absent_sides(log: Log, settings: RunSettings) -> Log:
 
 
 def _without_bad_entries(log: Log, prefix: str) -> Log:
-    """A log without numbers that are NaN or infinite, which a note counts and names: a step that overflowed, an empty
-    response in a batch.
+    """A log without numbers that are NaN or infinite, which a note counts and names.
+
+    A step overflowed there, or a batch held an empty response.
 
     Raises:
       ChesError: the log ends with such rewards, or has no others.
@@ -203,8 +204,9 @@ def _without_bad_entries(log: Log, prefix: str) -> Log:
 
 
 def _require_an_end(log: Log, name: str, prefix: str) -> None:
-    """Rewards that are no numbers from some step to the end, where no finite loss stands beside them, say that the run
-    diverged: what it was before is not what became of it.
+    """Rewards that end with NaN, and no finite loss beside it, say that the run diverged.
+
+    What it was before is not what became of it.
 
     Raises:
       ChesError: they are.
@@ -217,9 +219,9 @@ def _require_an_end(log: Log, name: str, prefix: str) -> None:
         bad = ~np.isfinite(series.values)
         if bad[-1] and series.steps[-1] > alive:
             raise ChesError(
-                f"{log.source}: {_called(name, prefix + side)} is NaN or infinite at {bad.sum()} of {bad.size} entries, "
-                f"first at step {series.steps[bad.argmax()]}, and at the end: the run diverged, or its last batches "
-                "held an empty response; diagnose a log that ends before, or mend the run"
+                f"{log.source}: {_called(name, prefix + side)} is NaN or infinite at {bad.sum()} of {bad.size} "
+                f"entries, first at step {series.steps[bad.argmax()]}, and at the end: the run diverged, or its last "
+                "batches held an empty response; diagnose a log that ends before, or mend the run"
             )
 
 
