@@ -31,7 +31,6 @@ from ches_jax.data.formats import (
     lines_of,
     read_json,
     read_lines,
-    require_keys_once,
     row_of_line,
     table_rows,
     twice,
@@ -661,8 +660,6 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one row")
     kind, read = READERS[form]
-    if read in (read_lines, read_json):
-        require_keys_once(path)
     if split is not None:
         if form != ".json" or split not in json_splits(path):
             raise DataError(f"{path}: --split {split}, but a single file has no splits: leave --split out")
