@@ -78,6 +78,15 @@ def as_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": text_of(message)}]} if "content" in message else message
 
 
+def says_nothing(text: str) -> bool:
+    r"""Whether a text is empty, or white space alone: as a prompt or a response it is none.
+
+    >>> says_nothing(" \n"), says_nothing(" 2")
+    (True, False)
+    """
+    return not text or text.isspace()
+
+
 def same(left: Message, right: Message) -> bool:
     r"""Whether two messages say the same: role and text; line ends, outer white space and other keys do not count.
 

@@ -36,6 +36,7 @@ from ches_jax.data.formats import (
     table_rows,
     twice,
 )
+from ches_jax.data.messages import NOT_AN_ANSWER, RESULTS
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -66,7 +67,7 @@ from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
 from ches_jax.data.schema.values import DEEPEST, turns, within_depth
 from ches_jax.data.text_rows import TextRows, text_rows
-from ches_jax.data.two_prompts import TWO_PROMPTS
+from ches_jax.data.two_prompts import SIDES, TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
 from ches_jax.runs.arrow import take_pandas_in
@@ -454,9 +455,27 @@ def _source(
         source = replace(source, lines=partial(lines_of, *unbounded.args))
     if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
         next(iter(source))  # tells the first
+    if note := _of_several_turns(itertools.islice(source.tolerant(), _LOOKED_AT)):
+        source = replace(source, notes=(*source.notes, note))
     for line in source.messages():
         notice(line)
     return source
+
+
+def _of_several_turns(records: Iterable[Record]) -> str:
+    """What a person should know of responses in which somebody else than the assistant speaks; empty: there are none.
+
+    Args:
+      records: the first ones of a source.
+    """
+    some = [r.content for r in itertools.takewhile(lambda r: not isinstance(r.content.get("chosen"), str), records)]
+    found = sum(any(m["role"] in NOT_AN_ANSWER | RESULTS for side in SIDES for m in c.get(side, ())) for c in some)
+    if not found:
+        return ""
+    return (
+        f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
+        "tokens count as the response's, as where TRL trains on it (docs/data.md)"
+    )
 
 
 def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:

@@ -175,6 +175,10 @@ def test_empty_parts_are_named(tokenizer):
     assert Writer.of(tokenizer).pair({**PLAIN, "prompt": ""}).empty == ("prompt",)
     empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
     assert Writer.of(tokenizer).pair(empty).empty == ("prompt", "chosen")
+    blank = {"prompt": [user("\t")], "chosen": [assistant("c")], "rejected": [assistant(" \n")]}
+    assert Writer.of(tokenizer).pair(blank).empty == ("prompt", "rejected")
+    calls = [{"role": "assistant", "content": " ", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    assert "chosen" not in Writer.of(tokenizer).pair({**blank, "chosen": calls}).empty
 
 
 @pytest.mark.parametrize("role", ["user", "system", "developer", "tool", "ipython"])

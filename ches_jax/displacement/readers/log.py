@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ MOST_BYTES = 200_000_000
 """Of a file; a log is never larger, a data set may be."""
 LARGEST = 2**62
 """A step, or a whole number, beyond it is none."""
+
+LARGEST_FLOAT = sys.float_info.max
+"""What MLflow writes for infinity."""
 
 
 class NotALogError(ChesError):
@@ -153,7 +157,9 @@ def log_of(
                         f"{source}: {name} has two values at step {step}, as at an earlier one: several evaluation "
                         "sets by one name. The run's trainer_state.json tells them apart by their losses; or name them"
                     )
-            there[step], latest[key] = float(value), step
+            if step not in there or not math.isnan(value):  # of two entries of a step, one may not log the metric
+                there[step] = float(value)
+            latest[key] = step
     chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in _SIDES}, held_out)
     series = {
         (name, quantity): Series(np.array(sorted(kept)), np.array([kept[s] for s in sorted(kept)]))
@@ -309,7 +315,7 @@ def _number(value: Any) -> Any:
             return float(value[:-1]) / 100 if value.endswith("%") else float(value)
         except ValueError:
             return value
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if (isinstance(value, int) and abs(value) > LARGEST) or (isinstance(value, float) and abs(value) >= LARGEST_FLOAT):
         return math.inf if value > 0 else -math.inf
     return value
 
