@@ -28,9 +28,10 @@ FLAGS: dict[str, str] = {
     "double_bos": "the mark of the beginning of a text (BOS) stands twice before the prompt, or inside a response",
     "double_eos": "the mark of the end (EOS) stands inside a response, or more than once at its end",
     "end_unclear": "it is not clear where a response ends",
-    "empty_prompt": "there is no prompt (for whole conversations: chosen and rejected do not begin alike)",
-    "empty_chosen": "the chosen response is empty",
-    "empty_rejected": "the rejected response is empty",
+    "empty_prompt": "there is no prompt, or white space alone (for whole conversations: chosen and rejected do not "
+    "begin alike)",
+    "empty_chosen": "the chosen response is empty, or white space alone",
+    "empty_rejected": "the rejected response is empty, or white space alone",
     "identical": "chosen and rejected are the same",
     "truncated_chosen": "the chosen response was cut to --max-length, so that its end is missing",
     "truncated_rejected": "the rejected response was cut to --max-length, so that its end is missing",

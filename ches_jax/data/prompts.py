@@ -36,8 +36,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ches_jax.data.messages import Message, as_messages, is_message, kind, require_answer, without_nulls
+from ches_jax.data.nested import DEEPEST, within_depth
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
-from ches_jax.data.schema.values import DEEPEST, within_depth
 from ches_jax.data.two_prompts import SIDES, TWO_PROMPT_IDS, TWO_PROMPTS
 from ches_jax.errors import DataError
 from ches_jax.types import Pairing

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ches_jax.data.messages import Message, as_messages, text_of
+from ches_jax.data.messages import Message, as_messages, says_nothing, text_of
 from ches_jax.data.prompts import TEXT_COLUMNS
 from ches_jax.data.template import MODES, ChatTemplate, End, joined, with_template
 from ches_jax.errors import DataError
@@ -43,7 +43,7 @@ class Rendered:
     templated: bool
     """The text comes from a chat template, which writes BOS and end-of-turn tokens itself."""
     empty: tuple[str, ...]
-    """Parts (prompt, chosen, rejected) without any text of their own."""
+    """Parts (prompt, chosen, rejected) that say nothing of their own."""
     turns: Mapping[str, int]
     """Messages in each response: all but the last rightly hold an end-of-turn token."""
     ends: Mapping[str, End] = field(default_factory=dict)
@@ -141,12 +141,14 @@ class Writer:
                 raise DataError(_NOT_ONE_TEXT)
             prompt = text_of(prompt[0])
         if isinstance(prompt, str) and self.mode != "always":
-            return RenderedPrompt(prompt, templated=False)
+            return RenderedPrompt(prompt, False, {"empty_prompt": ""} if says_nothing(prompt) else {})
         self._require_template()
         messages = as_messages("prompt", prompt)
         text = self.chat.prompt(messages, content) if messages else ""
-        lost = self._lost_of_prompt(content, messages, text)
-        return RenderedPrompt(text, True, {"left_out": ", ".join(lost)} if lost else {})
+        found = {} if _says_something(messages) else {"empty_prompt": ""}
+        if lost := self._lost_of_prompt(content, messages, text):
+            found["left_out"] = ", ".join(lost)
+        return RenderedPrompt(text, True, found)
 
     def _require_template(self) -> None:
         if not self.chat.exists:
@@ -182,7 +184,7 @@ def _plain(prompt: str, chosen: str, rejected: str) -> Rendered:
         chosen=prompt + chosen,
         rejected=prompt + rejected,
         templated=False,
-        empty=tuple(n for n, t in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True) if not t),
+        empty=tuple(n for n, t in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True) if says_nothing(t)),
         turns={"chosen": 1, "rejected": 1},
     )
 
@@ -204,7 +206,7 @@ def _row(content: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _says_something(messages: Sequence[Message]) -> bool:
-    return any(m.get("content") or m.get("tool_calls") for m in messages)
+    return any(m.get("tool_calls") or not says_nothing(text_of(m)) for m in messages)
 
 
 def _lost(message: Message, text: str, *, thought: bool) -> str:

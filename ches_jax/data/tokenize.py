@@ -275,7 +275,8 @@ class PairTokenizer:
         if not prompt or "prompt" in empty:
             details["empty_prompt"] = ""
         for name, response in complete.items():
-            if not response.content or name in empty:
+            blank = self._is_blank if text is not None else (lambda i: False)  # ids are what they are
+            if name in empty or all(map(blank, response.content)):
                 details[f"empty_{name}"] = ""
         if len(prompt) >= self.max_length:
             details["prompt_too_long"] = f"{len(prompt)} tokens, --max-length {self.max_length}"

@@ -58,7 +58,8 @@ def log_changes(log: Log, settings: RunSettings, beta: float | None = None, rewa
       rewards: ``changes`` says that the rewards are changes since a reference, where the log looks otherwise.
 
     Raises:
-      ChesError: no rewards of both responses; rewards that are no changes; NaN; betas that contradict each other.
+      ChesError: no rewards of both responses; rewards that are no changes, or end with NaN; betas that contradict each
+        other.
     """
     if beta is not None and not beta > 0:
         raise ChesError(f"--beta {beta}: expected a positive number")
@@ -66,7 +67,7 @@ def log_changes(log: Log, settings: RunSettings, beta: float | None = None, rewa
     if not prefix:
         log = _without_absent_sides(log, settings)
         _require_rewards(log)
-    _require_finite(log, prefix)
+    log = _without_bad_entries(log, prefix)
     scale, divisor, notes = ("nats", ONE, []) if prefix else _scale(log, settings, beta, rewards)
     sets = [
         _changes(log, name, _curve(log, name, prefix, divisor), scale, (*log.notes, *notes))
@@ -175,18 +176,74 @@ def _without_absent_sides(log: Log, settings: RunSettings) -> Log:
     return replace(log, series=series)
 
 
-def _require_finite(log: Log, prefix: str) -> None:
+def _without_bad_entries(log: Log, prefix: str) -> Log:
+    """A log without numbers that are NaN or infinite, which a note counts and names.
+
+    A step overflowed there, or a batch held an empty response.
+
+    Raises:
+      ChesError: the log ends with such rewards, or has no others.
+    """
     for name in _has(log, prefix):
-        for side in SIDES:
-            series = log.get(name, f"{prefix}{side}")
-            assert series is not None
-            bad = ~np.isfinite(series.values)
-            if bad.any():
-                raise ChesError(
-                    f"{log.source}: {'eval_' if name == 'held_out' else ''}rewards/{side} is NaN or infinite at "
-                    f"{bad.sum()} of {bad.size} entries, first at step {series.steps[bad.argmax()]}: the run diverged "
-                    "there, or its batches held an empty response; diagnose a log that ends before, or mend the run"
-                )
+        _require_an_end(log, name, prefix)
+    bad = {key: ~np.isfinite(there.values) for key, there in log.series.items()}
+    if not any(of_one.any() for of_one in bad.values()):
+        return log
+    words = [
+        f"{_called(*key)} at {of_one.sum()} of {of_one.size} entries ({_steps(log.series[key].steps[of_one])})"
+        for key, of_one in bad.items()
+        if of_one.any()
+    ]
+    series = {k: Series(log.series[k].steps[~b], log.series[k].values[~b]) for k, b in bad.items() if not b.all()}
+    left = replace(log, series=series, notes=(*log.notes, f"left out as NaN or infinite: {', '.join(words)}"))
+    apart = [name for name in _has(left, prefix) if not _both(left, name, prefix)[0].size]
+    series = {(name, q): there for (name, q), there in series.items() if name not in apart}
+    if not _has(left := replace(left, series=series), prefix):
+        raise ChesError(f"{log.source}: no step has finite rewards of both responses ({', '.join(words)})")
+    return left
+
+
+def _require_an_end(log: Log, name: str, prefix: str) -> None:
+    """Rewards that end with NaN, and no finite loss beside it, say that the run diverged.
+
+    What it was before is not what became of it.
+
+    Raises:
+      ChesError: they are.
+    """
+    loss = log.get(name, "loss")
+    alive = -1 if loss is None else max(loss.steps[np.isfinite(loss.values)], default=-1)
+    for side in SIDES:
+        series = log.get(name, f"{prefix}{side}")
+        assert series is not None
+        bad = ~np.isfinite(series.values)
+        if bad[-1] and series.steps[-1] > alive:
+            raise ChesError(
+                f"{log.source}: {_called(name, prefix + side)} is NaN or infinite at {bad.sum()} of {bad.size} "
+                f"entries, first at step {series.steps[bad.argmax()]}, and at the end: the run diverged, or its last "
+                "batches held an empty response; diagnose a log that ends before, or mend the run"
+            )
+
+
+def _called(name: str, quantity: str) -> str:
+    """A quantity of a set as TRL calls it.
+
+    >>> _called("held_out", "chosen"), _called("train", "logp_rejected"), _called("train", "loss")
+    ('eval_rewards/chosen', 'logps/rejected', 'loss')
+    """
+    known = {**{s: f"rewards/{s}" for s in SIDES}, **{f"logp_{s}": f"logps/{s}" for s in SIDES}}
+    known |= {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    return f"{'eval_' * (name == 'held_out')}{known.get(quantity, quantity)}"
+
+
+def _steps(steps: np.ndarray) -> str:
+    """The first of some steps in words.
+
+    >>> _steps(np.array([5])), _steps(np.arange(1, 9))
+    ('step 5', 'steps 1, 2, 3, ...')
+    """
+    some = ", ".join(map(str, steps[:3].tolist()))
+    return f"step{'s' * (len(steps) > 1)} {some}{', ...' * (len(steps) > 3)}"
 
 
 def _both(log: Log, name: str, prefix: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ches_jax.data.duplicates import NEAR, NearDuplicates, normalised, pair_texts, text_of
+from ches_jax.data.messages import says_nothing
 from ches_jax.data.sources import Record
 from ches_jax.data.two_prompts import prompts_in
 from ches_jax.judges.phrases import load_rules, refused
@@ -172,13 +173,13 @@ def identical(rows: Sequence[Row]) -> Check:
 
 
 def empty(rows: Sequence[Row]) -> Check:
-    """Pairs with a side, or a prompt, without a letter."""
+    """Pairs with a side, or a prompt, that is empty or white space alone."""
     return of_empty_texts({r.name: {s: getattr(r, s) for s in ("prompt", "chosen", "rejected")} for r in rows})
 
 
 def of_empty_texts(texts: Mapping[str, Mapping[str, str]]) -> Check:
-    """Rows with a text without a letter: name of the row -> name of the text -> text."""
-    bare = {name: [s for s, text in of_row.items() if not text.strip()] for name, of_row in texts.items()}
+    """Rows with a text that says nothing: name of the row -> name of the text -> text."""
+    bare = {name: [s for s, text in of_row.items() if says_nothing(text)] for name, of_row in texts.items()}
     offending = [f"{name} ({', '.join(sides)})" for name, sides in bare.items() if sides]
     return Check(
         "empty texts", bool(offending), f"{len(offending)} rows with an empty text", len(offending), {}, offending

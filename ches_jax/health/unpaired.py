@@ -97,7 +97,7 @@ def refusals(rows: Sequence[Single]) -> Check:
 
 
 def empty(rows: Sequence[Single]) -> Check:
-    """Rows without a letter in prompt or response."""
+    """Rows whose prompt or response is empty or white space alone."""
     return of_empty_texts({r.name: {"prompt": r.prompt, "response": r.response} for r in rows})
 
 

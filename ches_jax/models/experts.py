@@ -112,7 +112,10 @@ def _one_group_at_a_time(x: Array, weight: Array, sizes: Array) -> Array:
 
 
 class Router(nnx.Module):
-    """Which experts a token goes through, and with which weights; computed in float32 at least."""
+    """Which experts a token goes through, and with which weights; computed in float32 at least.
+
+    An adapter is added to the matrix, which is small, before it is multiplied.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         """Draws the matrix as ``Linear`` does."""
@@ -125,6 +128,9 @@ class Router(nnx.Module):
         self.expert_scale = nnx.Param(jnp.ones((e.count,), dtype)) if e.scaled_router else None
         self.eps = config.norm_eps
         self.correction = nnx.Param(jnp.zeros((e.count,), dtype)) if e.correction else None
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "T D"]) -> Choice:
         """The choice for each token."""
@@ -132,7 +138,11 @@ class Router(nnx.Module):
         if self.scale is not None:
             x = unit_rms(x, self.eps) * (self.scale[...] * x.shape[-1] ** -0.5).astype(x.dtype)[None]
         contract = (((1,), (1,)), ((), ()))
-        logits = lax.dot_general(x.astype(acc), self.weight[...].astype(acc), contract, precision=lax.Precision.HIGHEST)
+        weight = self.weight[...].astype(acc)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = jnp.matmul(self.lora_b[...], self.lora_a[...], precision=lax.Precision.HIGHEST)
+            weight = weight + (self.lora_scale * low).astype(acc)
+        logits = lax.dot_general(x.astype(acc), weight, contract, precision=lax.Precision.HIGHEST)
         logits = logits if self.bias is None else logits + self.bias[...].astype(acc)[None]
         scores = jax.nn.softmax(logits, axis=-1) if e.score == "softmax" else jax.nn.sigmoid(logits)
         merit = scores if self.correction is None else scores + self.correction[...].astype(acc)[None]

@@ -29,8 +29,8 @@ class LoraOptions(Options):
     """Adapters are scaled by alpha / rank; default: twice the rank."""
     lora_targets: str | None = None
     """Matrices that get adapters: names of q, k, v, o, gate, up, down (and in, out, in_proj_qkv, ... of layers
-    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... of a mixture) with commas
-    between them, or all-linear (the default: all but the experts)."""
+    with a state; q_a, q_b, kv_a, kv_b of latent attention; shared_gate, ..., expert_gate, ... and router of a mixture)
+    with commas between them, or all-linear (the default: all but routed experts and routers)."""
     lora_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: str | None = None

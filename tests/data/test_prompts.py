@@ -175,6 +175,10 @@ def test_empty_parts_are_named(tokenizer):
     assert Writer.of(tokenizer).pair({**PLAIN, "prompt": ""}).empty == ("prompt",)
     empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
     assert Writer.of(tokenizer).pair(empty).empty == ("prompt", "chosen")
+    blank = {"prompt": [user("\t")], "chosen": [assistant("c")], "rejected": [assistant(" \n")]}
+    assert Writer.of(tokenizer).pair(blank).empty == ("prompt", "rejected")
+    calls = [{"role": "assistant", "content": " ", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    assert "chosen" not in Writer.of(tokenizer).pair({**blank, "chosen": calls}).empty
 
 
 @pytest.mark.parametrize("role", ["user", "system", "developer", "tool", "ipython"])
@@ -211,6 +215,7 @@ CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": FUN
     [
         {"role": "assistant", "content": None, "function_call": FUNCTION},
         {"role": "assistant", "content": None, "tool_calls": json.dumps(CALL["tool_calls"])},
+        {"role": "assistant", "content": None, "tool_calls": f" {json.dumps(CALL['tool_calls'])}\n"},
         {"role": "assistant", "content": None, "tool_calls": CALL["tool_calls"], "function_call": None},
         {"from": "function_call", "value": json.dumps(FUNCTION)},
         {"from": "function_call", "value": json.dumps([FUNCTION])},
@@ -224,6 +229,9 @@ def test_calls_of_tools_are_read_in_every_shape(message):
 def test_calls_of_tools_that_are_none_are_refused():
     with pytest.raises(DataError, match="'chosen', message 0: its calls of tools are str 'w'"):
         canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": "w"}]}, {})
+    deep = f'[{{"function": {{"name": "w", "arguments": {"[" * 900}{"]" * 900}}}}}]'
+    with pytest.raises(DataError, match="expected a list of objects with a 'function'"):
+        canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": deep}]}, {})
     text = {"role": "function_call", "content": "look it up"}
     assert turns(text) == text
 

@@ -409,3 +409,17 @@ def test_columns_of_a_tsv_file_are_parted_by_tabs_whatever_their_names_hold(tmp_
     path.write_text("prompt\tchosen\trejected\twho, when\np, q\ta\tb; c\tme\n")
     (row,) = open_pairs(str(path))
     assert row.content == {"prompt": "p, q", "chosen": "a", "rejected": "b; c"}
+
+
+def test_messages_of_others_inside_a_response_are_counted_in_a_note(tmp_path):
+    asked = turns("hi")
+    of_user = {"chosen": [*asked, *turns("", "a", "why?", "so")[1:]], "rejected": [*asked, *turns("", "b")[1:]]}
+    called = [*turns("", "d")[1:], {"role": "tool", "content": "7"}, *turns("", "e")[1:]]
+    of_tool = {"prompt": asked, "chosen": turns("", "c")[1:], "rejected": called}
+    several = {"prompt": asked, "chosen": turns("", "c")[1:], "rejected": turns("", "x")[1:] + turns("", "y")[1:]}
+    source = open_pairs(str(as_jsonl(tmp_path, [*CONVERSATION, of_user, of_tool, several])))
+    (note,) = source.notes
+    assert note.startswith("2 of the first 5 pairs have messages of the user or of a tool inside a response")
+    assert len(list(source)[2].content["chosen"]) == 3  # which is what TRL trains on
+    assert not open_pairs(str(as_jsonl(tmp_path, CONVERSATION))).notes
+    assert not open_pairs(str(as_jsonl(tmp_path, TEXT[:2]))).notes

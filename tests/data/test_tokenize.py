@@ -170,6 +170,17 @@ def test_empty_parts_and_identical_responses_are_flagged(words):
     assert one(words, "a", "", "").flags == ("empty_chosen", "empty_rejected", "identical")
 
 
+def test_white_space_alone_is_as_empty_as_nothing(bytes_bpe):
+    assert one(bytes_bpe, "a", " \n", " b").flags == ("empty_chosen",)
+    assert one(bytes_bpe, "a", " b", " \n</s>").flags == ("empty_rejected",)  # what ends it is no word of it
+    assert one(bytes_bpe, " \t", " b", " c").flags == ("empty_prompt",)
+    blank, b = bytes_bpe(" \n")["input_ids"], bytes_bpe(" b")["input_ids"]
+    assert one(bytes_bpe, b, blank, b).flags == ()  # who gives ids means them
+    prompts = [Record(i, str(i), "line 1", {"prompt": text}) for i, text in enumerate((" \n", "", "a"))]
+    found = [list(prompt.found) for prompt in encode_prompts(Writer.of(bytes_bpe), prompts)]
+    assert found == [["empty_prompt"], ["empty_prompt"], []]
+
+
 def test_a_merge_across_the_boundary_recuts_both_responses_at_one_place(bytes_bpe):
     pair = one(bytes_bpe, "Human: say ", "no", "Zzz")
     assert pair.flags == ("prefix_mismatch",)

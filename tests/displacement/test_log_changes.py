@@ -1,5 +1,7 @@
 """What rewards of a log mean: changes in nats, directions only, or no changes at all."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -198,11 +200,61 @@ def test_a_log_of_something_else_is_refused(entries, message):
         changes([dict(e) for e in entries])
 
 
-def test_nan_is_reported_with_its_first_step():
+@pytest.mark.parametrize("bad", [float("nan"), "NaN", "Infinity", float("-inf"), sys.float_info.max])
+def test_a_number_that_is_none_is_left_out_and_named(bad):
+    entries = [*training(extra={"loss": 0.5}), *evaluations()]
+    entries[7]["rewards/chosen"] = entries[0]["rewards/rejected"] = bad
+    for e in entries[10:14]:
+        e["loss"] = bad
+    entries[-2]["eval_logps/rejected"] = entries[-1]["eval_rewards/accuracies"] = bad
+    entries[-3]["eval_rewards/accuracies"] = 0.75
+    found = changes(entries)
+    assert (
+        "left out as NaN or infinite: rewards/chosen at 1 of 40 entries (step 40), rewards/rejected at 1 of 40 entries "
+        "(step 5), loss at 4 of 40 entries (steps 55, 60, 65, ...), eval_logps/rejected at 1 of 4 entries (step 150), "
+        "eval_rewards/accuracies at 1 of 2 entries (step 200)"
+    ) in found.caveats[0]
+    assert found.chosen.tolist() == pytest.approx([0, -2, -4, -6])  # by the slope over the other evaluations
+    assert found.curve is not None and found.curve.accuracy == 0.75
+    assert found.beside is not None and len(found.beside.chosen) == 38
+    assert found.beside.chosen[-1] == pytest.approx(-0.02 * 39 / 0.1)
+
+
+def test_rewards_that_end_with_nan_are_refused_but_where_the_loss_is_finite():
     entries = training()
-    entries[7]["rewards/chosen"] = float("nan")
-    with pytest.raises(ChesError, match=r"rewards/chosen is NaN or infinite at 1 of 40 entries, first at step 40"):
+    for e in entries[30:]:
+        e["rewards/chosen"] = float("nan")
+    words = (
+        r"rewards/chosen is NaN or infinite at 10 of 40 entries, first at step 155, and at the end: the run diverged"
+    )
+    with pytest.raises(ChesError, match=words):
         changes(entries, beta=0.1)
+    with pytest.raises(ChesError, match=words):
+        changes([*entries, *evaluations(count=1)], beta=0.1)
+    alive = [{**e, "loss": 0.5} for e in entries]
+    assert len(changes(alive, beta=0.1).chosen) == 30
+    with pytest.raises(ChesError, match="at the end"):
+        changes([*alive[:-1], {**alive[-1], "loss": float("nan")}], beta=0.1)
+
+
+def test_a_set_without_a_finite_reward_is_left_out_and_none_is_refused():
+    nan = float("nan")
+    without = [{**e, "eval_loss": 0.6, "eval_rewards/rejected": nan} for e in evaluations()]
+    found = changes([*training(), *without], beta=0.1)
+    assert found.unit == "steps" and found.beside is None
+    assert "eval_rewards/rejected at 4 of 4 entries" in found.caveats[0]
+    turns = [
+        {"step": i, "loss": 0.5, **{f"rewards/{s}": nan if (i + j) % 2 else 0.1 for j, s in enumerate(SIDES)}}
+        for i in range(1, 9)
+    ]
+    with pytest.raises(ChesError, match=r"no step has finite rewards of both responses \(rewards/chosen at 4 of 8"):
+        changes(turns, beta=0.1)
+
+
+def test_of_two_entries_of_a_step_the_one_with_a_number_counts():
+    again = [{"step": e["step"], "rewards/chosen": float("nan"), "grad_norm": 1.0} for e in training()]
+    found = changes([entry for both in zip(training(), again, strict=True) for entry in both], beta=0.1)
+    assert len(found.chosen) == 40 and not found.caveats[0].startswith("left out")
 
 
 def test_unpaired_losses_are_reported():

@@ -193,6 +193,30 @@ def test_one_set_alone_is_enough(tmp_path):
         assert found.held_out is held_out and found.beside is None and found.pairs == len(STEPS)
 
 
+def with_bad(row, bad):
+    return {k: bad if "chosen" in k and row["step"] == 50 else v for k, v in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("state.json", json.dumps({"log_history": [with_bad(r, math.nan) for r in TRL]})),
+        ("lines.jsonl", lines(with_bad(r, -math.inf) for r in TRL)),
+        ("strings.jsonl", lines(with_bad(r, "NaN") for r in TRL)),
+        ("table.csv", table([with_bad(r, "Infinity") for r in TRL])),
+        ("tabs.tsv", table([with_bad(r, "nan") for r in TRL], "\t")),
+        ("console.log", "".join(f"{with_bad(r, math.nan)!r}\n" for r in TRL)),
+        ("verl.log", "".join(" - ".join(f"{k}:{v}" for k, v in with_bad(r, "NaN").items()) + "\n" for r in TRL)),
+    ],
+)
+def test_a_number_that_is_none_is_counted_in_every_format(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    found = diagnose(DiagnoseConfig(path=str(tmp_path / name), beta=0.1))
+    assert found.pairs == 11 and found.beside is not None and found.beside.pairs == 11
+    words = "left out as NaN or infinite: rewards/chosen at 1 of 12 entries (step 50), eval_rewards/chosen at 1 of 12"
+    assert any(note.startswith(words) for note in found.caveats)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -203,8 +227,8 @@ def test_one_set_alone_is_enough(tmp_path):
         ("cut_columns.json", VARIANTS["lists.json"][:-40], "cut off after .* characters"),
         (
             "diverged.jsonl",
-            lines([*TRL[:8], {"step": 50, **dict.fromkeys(NAMES.values(), math.nan)}, *TRL[10:]]),
-            "rewards/chosen is NaN or infinite at 1 of 12 entries, first at step 50",
+            lines([*TRL[:8], {"step": 50, **dict.fromkeys(NAMES.values(), math.nan)}]),
+            "rewards/chosen is NaN or infinite at 1 of 5 entries, first at step 50, and at the end: the run diverged",
         ),
         (
             "diverged.log",

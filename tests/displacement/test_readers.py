@@ -168,6 +168,11 @@ def test_a_table_of_log_probabilities(tmp_path):
     diagnosis = diagnose(DiagnoseConfig(logps=str(tmp_path / "logps.parquet")))
     assert diagnosis.verdict == "displaced" and diagnosis.chosen.mean == -3 and diagnosis.rejected.mean == -8
     assert list(diagnosis.directions.values()) == ["down", "down", "up"]
+    holes = table.set_column(0, table.column_names[0], pa.array([None, *table[0].to_pylist()[1:]], pa.float64()))
+    pq.write_table(holes, tmp_path / "holes.parquet")
+    found = read_logps(tmp_path / "holes.parquet")
+    assert len(found.chosen) == len(table) - 1 and found.start is not None and len(found.start[1]) == len(table) - 1
+    assert found.caveats == (f"1 of {len(table)} pairs lack a log-probability and are left out", HELD_OUT)
     pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
     with pytest.raises(ChesError, match="no column logp_chosen"):
         read_logps(tmp_path / "less.parquet")

@@ -56,7 +56,7 @@ MODELS = {
     "mixtral": {**COMMON, "intermediate_size": 10, "num_key_value_heads": 2, **EXPERTS},
     "qwen3_moe": {
         **COMMON, "intermediate_size": 20, "num_key_value_heads": 2, "head_dim": 6, "num_experts": 3,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 10,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 10, "mlp_only_layers": [0],
     },
 }  # fmt: skip
 EACH = "q,expert_gate,expert_up,expert_down"
@@ -179,7 +179,13 @@ def test_half_precision_multiplies_what_float32_holds(base):
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama", "q,v,down"), ("gpt2", "all-linear"), ("gpt_neox", "q,v,o"), ("phi3", "k,up"), ("mixtral", EACH)],
+    [
+        ("llama", "q,v,down"),
+        ("gpt2", "all-linear"),
+        ("gpt_neox", "q,v,o"),
+        ("phi3", "k,up"),
+        ("qwen3_moe", "q,up,down,router"),
+    ],
 )
 def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
     """The files mean ``W + alpha / r B A`` for each stored module, here worked out from the files alone."""
@@ -193,11 +199,14 @@ def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
     expected = {name: tensor.read() for name, tensor in stored.items()}
     for name in [n for n in files if ".lora_A." in n]:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        assert any(module.endswith(f".{t}") for t in config["target_modules"])
+        by_parameter = family == "qwen3_moe" and "mlp" in module  # PEFT takes these names for those of experts
+        known, targets = f"{module}.weight" if by_parameter else module, config["target_modules"]
+        targets = config["target_parameters"] if by_parameter else targets
+        assert any(known.endswith(f".{t}") for t in targets)
         a, b = files[name], files[name.replace("lora_A", "lora_B")]
-        key = next((k for k in config["rank_pattern"] if module.endswith(k)), None)
+        key = next((k for k in config["rank_pattern"] if known.endswith(k)), None)
         rank = config["rank_pattern"][key] if key else config["r"]
-        key = next((k for k in config["alpha_pattern"] if module.endswith(k)), None)
+        key = next((k for k in config["alpha_pattern"] if known.endswith(k)), None)
         alpha = config["alpha_pattern"][key] if key else config["lora_alpha"]
         assert a.shape[0] == b.shape[1] == rank
         change = alpha / rank * b @ a
@@ -215,9 +224,23 @@ def test_an_adapter_goes_through_pefts_format(base, tmp_path, family, targets):
 
 TOGETHER = ("gpt_oss", "llama4_text", "gemma4_text", "qwen3_5_moe_text")
 """Families whose experts lie in one tensor; PEFT takes the inputs of Llama 4's for outputs."""
+APART = ("mixtral", "qwen3_moe")
+"""Families whose files have a tensor for each expert; transformers, and PEFT with it, has them in one."""
 
 
-@pytest.mark.parametrize("family", TOGETHER)
+def all_experts(directory: Path) -> dict[str, np.ndarray]:
+    """The stored tensors, those of experts as they are in memory."""
+    tensors = {name: tensor.read() for name, tensor in open_tensors(directory).items()}
+    for start in {name.partition(".experts.")[0] for name in tensors if ".experts.0." in name}:
+        words = ("w1", "w3", "w2") if "block_sparse" in start else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = ([tensors[f"{start}.experts.{e}.{w}.weight"] for e in range(3)] for w in words)
+        after = f"{start.replace('block_sparse_moe', 'mlp')}.experts"
+        tensors[f"{after}.gate_up_proj"] = np.stack([np.concatenate(two) for two in zip(gate, up, strict=True)])
+        tensors[f"{after}.down_proj"] = np.stack(down)
+    return tensors
+
+
+@pytest.mark.parametrize("family", [*TOGETHER, *APART])
 def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
     """The files mean what PEFT's ``ParamWrapper`` makes of them, here worked out expert by expert."""
     directory = base(family)
@@ -229,7 +252,7 @@ def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
     assert set(config["target_parameters"]) == {f"{below}experts.{p}" for p in ("gate_up_proj", "down_proj")}
     assert config["target_modules"] == ["q_proj"]
     files = load_file(tmp_path / "adapter" / WEIGHTS)
-    expected = {name: tensor.read() for name, tensor in open_tensors(directory).items()}
+    expected = all_experts(directory)
     for name, rank, inside in (("gate_up_proj", 6, ".base_layer"), ("down_proj", 3, "")):
         module = f"model.layers.1.{below}experts"
         a, b = (files[f"base_model.model.{module}{inside}.lora_{part}.weight"] for part in "AB")
@@ -239,30 +262,103 @@ def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
             expected[f"{module}.{name}"][e] += change.T if family == "gpt_oss" else change
     whole = with_parameters(abstract_decoder(model.config), merged(params, spec))
     save_pretrained(whole, tmp_path / "merged", like=directory)
-    after = open_tensors(tmp_path / "merged")
+    after = all_experts(tmp_path / "merged")
     for name in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.{below}experts.{name}"
-        np.testing.assert_allclose(after[name].read(), expected[name], atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(after[name], expected[name], atol=2e-6, err_msg=name)
     again = read_adapter(tmp_path / "adapter", directory)
     back = merged({**params, **again.arrays}, again.spec)
     for name, value in merged(params, spec).items():
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
 
 
-def check_against_peft(directory: Path, targets: str, out: Path) -> None:
-    """PEFT computes with the adapter that is written what we compute with the one in memory."""
+def test_adapters_of_each_expert_are_read(base, tmp_path):
+    """As PEFT wrote them over transformers 4: a module for each expert, here of layer 1, and of two experts alone."""
+    rng, sizes = np.random.default_rng(4), {"w1": (24, 10), "w2": (10, 24)}
+    name = "base_model.model.model.layers.1.block_sparse_moe.experts.{}.{}.lora_{}.weight"
+    halves = {
+        (e, w): (rng.normal(size=(2, inputs)), rng.normal(size=(outputs, 2)))
+        for w, (inputs, outputs) in sizes.items()
+        for e in (0, 2)
+    }
+    tensors = {name.format(*at, part): half for at, two in halves.items() for part, half in zip("AB", two, strict=True)}
+    write_files(tmp_path / "a", {**GOOD, "target_modules": ["w1", "w2"]}, tensors)
+    adapter = read_adapter(tmp_path / "a", base("mixtral"))
+    for w, param in (("w1", "gate_proj"), ("w2", "down_proj")):
+        a, b = (adapter.arrays[f"layers.mlp.experts.{param}.lora_{part}"] for part in "ab")
+        assert not b[0].any() and not b[1, 1].any() and adapter.spec[f"layers.mlp.experts.{param}"].scale == 2.0
+        for e in (0, 2):
+            down, up = halves[e, w]
+            np.testing.assert_allclose(b[1, e] @ a[1, e], up @ down, atol=1e-5)
+
+
+def of_transformers(directory: Path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def check_logits(actual: np.ndarray, theirs) -> None:
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+MADE_BY_PEFT: dict[str, tuple[str, dict]] = {
+    "rsLoRA with patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"layers.0.self_attn.q_proj": 5, "down_proj": 2},
+            "alpha_pattern": {r".*1\.self_attn\..*": 9, "down_proj": 1},
+        },
+    ),
+    "pattern of modules, some layers": (
+        "llama",
+        {"target_modules": r".*\.mlp\.(up|gate)_proj", "layers_to_transform": None},
+    ),
+    "turned and fused": ("gpt2", {"target_modules": "all-linear"}),
+    "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "a weight by name": ("phi3", {"target_modules": [], "target_parameters": ["mlp.gate_up_proj.weight"]}),
+    "experts and routers": ("mixtral", {"target_modules": "all-linear"}),
+    "experts by name": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"mlp.experts.gate_up_proj": 2},
+            "alpha_pattern": {r".*\.down_proj": 3},
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "settings"), MADE_BY_PEFT.values(), ids=MADE_BY_PEFT)
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # of parameters; it uses them
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_what_peft_makes_is_read(base, tmp_path, family, settings):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(6)
+    config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **settings)
+    theirs = peft.get_peft_model(of_transformers(base(family)), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    adapted_model = load_adapted(base(family), tmp_path / "adapter")
+    check_logits(logits(adapted_model), theirs)
+    assert np.abs(logits(adapted_model) - logits(load_model(base(family)))).max() > 0.01
+
+
+def check_against_peft(directory: Path, targets: str, out: Path) -> None:
+    """PEFT computes with the adapter that is written what we compute with the one in memory, and we with it."""
+    peft = pytest.importorskip("peft")
     spec = make_spec(3, 5.0, targets, decoder_config(read_config(directory)))
     model, params = with_adapters(directory, spec)
     write_adapter(out, params, spec, directory)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    theirs = peft.PeftModel.from_pretrained(plain, out).eval()
-    with torch.no_grad():
-        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(logits(model), expected, atol=2e-5 * np.abs(expected).max())
+    check_logits(logits(model), peft.PeftModel.from_pretrained(of_transformers(directory), out))
+    np.testing.assert_allclose(logits(load_adapted(directory, out)), logits(model), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -275,19 +371,31 @@ def test_peft_reads_adapters_of_experts_in_one_tensor(base, tmp_path, family, ta
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_peft_reads_adapters_of_experts_that_are_stored_one_by_one(base, tmp_path, family):
-    """It puts them together itself, for the families whose experts it knows."""
-    check_against_peft(base(family), EACH, tmp_path / "adapter")
+@pytest.mark.parametrize("targets", [EACH, "expert_up,router", "all-linear", "down,q"])
+def test_peft_reads_adapters_beside_experts_that_are_stored_one_by_one(base, tmp_path, targets):
+    """It takes names of modules that experts had once, such as ``down_proj`` of a dense layer, for those of experts."""
+    check_against_peft(base("qwen3_moe"), targets, tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("targets", [EACH, "expert_down,router"])
+def test_peft_reads_adapters_of_mixtral(base, tmp_path, targets):
+    check_against_peft(base("mixtral"), targets, tmp_path / "adapter")
 
 
 def test_target_parameters_that_are_none_are_named(base, tmp_path):
     tensor = {"base_model.model.model.layers.0.mlp.experts.lora_A.weight": np.ones((6, 10), np.float32)}
     write_files(tmp_path / "a", {**GOOD, "target_parameters": ["experts.up_proj"]}, tensor)
-    with pytest.raises(ChesError, match=r"names 'experts\.up_proj'; expected one of mlp\.experts\."):
+    names = r"mlp\.experts\.down_proj, mlp\.experts\.gate_up_proj, mlp\.router\.weight"
+    with pytest.raises(ChesError, match=rf"names 'experts\.up_proj'; expected some of {names}"):
         read_adapter(tmp_path / "a", base("gpt_oss"))
-    with pytest.raises(ChesError, match="expected none: this model's file holds each expert by itself"):
+    with pytest.raises(
+        ChesError, match=r"expected some of mlp\.experts\.down_proj, mlp\.experts\.gate_up_proj, mlp\.gate\.weight"
+    ):
         read_adapter(tmp_path / "a", base("mixtral"))
+    with pytest.raises(ChesError, match="expected some of none"):
+        read_adapter(tmp_path / "a", base("llama"))
 
 
 def test_layers_and_ranks_that_differ_are_filled_with_zeros(base, tmp_path):
@@ -472,13 +580,14 @@ def test_modules_that_the_settings_leave_out_are_refused(base, tmp_path, said, s
         read_adapter(tmp_path / "a", base("llama"))
 
 
-@pytest.mark.parametrize("said", [*READ, *UNREAD])
+SAID = READ | {said: config for said, (config, _, _) in UNREAD.items()}
+
+
+@pytest.mark.parametrize("said", [s for s in SAID if SAID[s]["target_modules"] not in (None, "all-linear")])
 def test_peft_reads_what_is_read(said):
-    """The rule itself, beside PEFT's own, where that is installed."""
+    """The rule itself, beside PEFT's own, but for words that PEFT writes out before it applies the rule."""
     peft_utils = pytest.importorskip("peft.tuners.tuners_utils")
-    config = READ[said] if said in READ else UNREAD[said][0]
-    if config["target_modules"] in (None, "all-linear"):
-        pytest.skip("PEFT writes these out before it applies the rule")
+    config = SAID[said]
     of_peft = pytest.importorskip("peft").LoraConfig(**config)
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     left_out = [name for name in names if not peft_utils.check_target_module_exists(of_peft, name)]
@@ -510,7 +619,7 @@ def test_a_directory_of_adapters_names_them(tmp_path):
 
 
 def test_a_pattern_that_would_take_for_ever_is_refused(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("ches_jax.models.adapters.peft.PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr("ches_jax.models.adapters.settings.PATTERN_SECONDS", 0.1)
     tensors = {f"{MODULE}.lora_A.weight": np.ones((2, 24)), f"{MODULE}.lora_B.weight": np.ones((20, 2))}
     for i, pattern in enumerate(("(?:a|a|.|..|...)*[A-Z]", "(?:.|..|...|.?.?.?)*[A-Z]")):
         write_files(tmp_path / f"a{i}", {**GOOD, "alpha_pattern": {pattern: 2}}, tensors)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ches_jax.data.nested import decoded
 from ches_jax.data.prompts import lookup
 from ches_jax.data.schema.column_names import (
     ORDER,
@@ -32,7 +33,7 @@ from ches_jax.data.schema.column_values import (
     two_readings,
 )
 from ches_jax.data.schema.mapping import Names, Schema, canonical_rows, from_words
-from ches_jax.data.schema.values import decoded, word
+from ches_jax.data.schema.values import word
 from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
 from ches_jax.errors import DataError
 

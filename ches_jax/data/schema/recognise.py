@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ches_jax.data.nested import decoded
 from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
 from ches_jax.data.schema.column_names import (
     RANK,
@@ -45,7 +46,7 @@ from ches_jax.data.schema.preference import (
 )
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.prompt_column import prompt_words, with_history, with_system
-from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.values import are_turns, turns, word
 from ches_jax.data.schema.winners import is_tie
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError

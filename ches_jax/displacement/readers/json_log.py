@@ -16,7 +16,7 @@ SETTINGS = ("config", "hparams")
 """Hyper-parameters beside the metrics, in what marin and levanter write."""
 PRINTED = re.compile(r"\{['\"][^{}]*\}")
 """An entry as transformers prints it to the console, among progress bars and other lines."""
-NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)\b"
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|[nN]a[nN]|[iI]nf(?:inity)?)\b"
 NAMED = re.compile(rf"([A-Za-z_][\w/.-]*)\s*[:=]\s*(?:\w+\.\w+\()?({NUMBER})")
 """A metric as verl (``step:3 - val/loss:0.7``), torchtune (``Step 3 | loss:0.7 ...``) and other loops print it."""
 PRINTED_STEP = re.compile(r"\b(?:global[ _])?(?:step|iter(?:ation)?)\b\W{0,3}(\d+)", re.IGNORECASE)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from ches_jax.runs.files import open_regular
 
 MOST_BYTES = 200_000_000
 """Of a file; a log is never larger, a data set may be."""
+
+LARGEST_FLOAT = sys.float_info.max
+"""What MLflow writes for infinity."""
 
 
 class NotALogError(ChesError):
@@ -143,7 +147,9 @@ def log_of(
                         f"{source}: {name} has two values at step {step}, as at an earlier one: several evaluation "
                         "sets by one name. The run's trainer_state.json tells them apart by their losses; or name them"
                     )
-            there[step], latest[key] = value, step
+            if step not in there or not math.isnan(value):  # of two entries of a step, one may not log the metric
+                there[step] = value
+            latest[key] = step
             written[key] = (written.get(key, (at, at))[0], at)
     chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in SIDES}, held_out)
     again, more = _evaluated_again(source, {k: v for k, v in twice.items() if k[2] == chosen_set}, values)
@@ -356,6 +362,6 @@ def _number(value: Any) -> Any:
             return float(value[:-1]) / 100 if value.endswith("%") else float(value)
         except ValueError:
             return value
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if (isinstance(value, int) and abs(value) > LARGEST) or (isinstance(value, float) and abs(value) >= LARGEST_FLOAT):
         return math.inf if value > 0 else -math.inf
     return value

@@ -99,12 +99,16 @@ def read_logps(path: Path) -> Changes:
     """
     file = path / "scores.parquet" if path.is_dir() else path
     table = read_parquet(file, RunError, "log-probabilities before and after")
-    _require(file, table.column_names, [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")])
+    names = [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")]
+    _require(file, table.column_names, names)
+    null = np.any([np.array(table[name].is_null()) for name in names], axis=0)
+    caveats = (f"{null.sum()} of {len(null)} pairs lack a log-probability and are left out", HELD_OUT)[not null.any() :]
+    table = table.filter(pa.array(~null))
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}
     start = _numbers(table, "ref_chosen_logps"), _numbers(table, "ref_rejected_logps")
     records = rows.get("index")
-    return Changes(chosen, rejected, str(path), (HELD_OUT,), records, held_out=True, rows=rows, start=start)
+    return Changes(chosen, rejected, str(path), caveats, records, held_out=True, rows=rows, start=start)
 
 
 def _require(file: Path, columns: Sequence[str], names: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from ches_jax.models.stacks import below_stack
 
 ALL_LINEAR = "all-linear"
 EXPERT = "expert_"
+ROUTER = "router"
 TARGETS = {
     **{f"self_attn.{name}_proj": name for name in ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b")},
     "self_attn.gate_proj": "q",  # the gate of attention is stored with the queries
@@ -37,6 +38,7 @@ TARGETS = {
     **{f"{module}.{name}_proj": name for module in ("mlp", "mlp.dense") for name in ("gate", "up", "down")},
     **{f"mlp.shared.{name}_proj": f"shared_{name}" for name in ("gate", "up", "down")},
     **{f"mlp.experts.{name}_proj": f"{EXPERT}{name}" for name in ("gate", "up", "down")},
+    "mlp.router": ROUTER,
 }
 """The matrices of a layer that can be adapted -> their short names; those of experts are one for each."""
 
@@ -68,7 +70,8 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ChesError(f"LoRA of rank {rank} and alpha {alpha}: expected positive numbers")
     known = adaptable(config)
-    linear = [name for name in known if not name.startswith(EXPERT)]  # as PEFT's word means: experts only where asked
+    # experts and their routers only where they are named
+    linear = [name for name in known if name != ROUTER and not name.startswith(EXPERT)]
     names = linear if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:

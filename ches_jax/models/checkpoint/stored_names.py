@@ -81,29 +81,37 @@ def table_ends(family: Family, config: DecoderConfig) -> tuple[str, str]:
 def stored_rules(
     family: Family, shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig, stored: Iterable[str]
 ) -> list[Rule]:
-    """The family's rules, as the file has it: the matrices of all experts may lie in one tensor.
+    """The family's rules, as the file has it: some programs write names that transformers 5 has in memory.
 
-    Some programs write families so whose files have a tensor for each expert, the published Qwen 3.5 among them:
-    ``experts.gate_up_proj`` [E, 2 I, D], gates before ups, and ``experts.down_proj`` [E, D, I].
+    The published Qwen 3.5 has the matrices of all experts in one tensor so.
     """
-    together = {name for name in stored if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
-    rules = family.name_rules(shapes, config)
-    return [_together(rule, shapes[rule.param], config, together) if rule.by_expert else rule for rule in rules]
+    names = set(stored)
+
+    def as_stored(rule: Rule) -> Rule:
+        there = in_memory(rule, shapes[rule.param])
+        first = there.tensor_name(layers_of(config, rule.param)[0]) if rule.stacked else there.tensor
+        return there if there != rule and names & {first, first.partition(".")[2]} else rule
+
+    return [as_stored(rule) for rule in family.name_rules(shapes, config)]
 
 
-def _together(rule: Rule, shape: tuple[int, ...], config: DecoderConfig, together: set[str]) -> Rule:
-    """The rule of a projection in the tensor of all experts, where there is one."""
-    before, _, projection = rule.tensor.partition("{expert}.")
+def in_memory(rule: Rule, shape: tuple[int, ...]) -> Rule:
+    """The rule of a matrix as transformers 5 has it in memory: those of all experts in one tensor.
+
+    ``experts.gate_up_proj`` [E, 2 I, D], gates before ups, and ``experts.down_proj`` [E, D, I].
+
+    >>> in_memory(Rule("layers.mlp.experts.up_proj.weight", "l.{layer}.mlp.experts.{expert}.w3.weight"), (2, 5, 7, 9))
+    Rule(param='layers.mlp.experts.up_proj.weight', tensor='l.{layer}.mlp.experts.gate_up_proj', \
+view=ExpertPart(start=7, step=1, total=14, turned=False))
+    """
+    tensor = rule.tensor.replace(".block_sparse_moe.", ".mlp.")
+    projection = (below_stack(rule.param) or "").removeprefix("mlp.experts.")
     parts = {"gate_proj.weight": 0, "up_proj.weight": 1, "down_proj.weight": None}
-    if projection not in parts:
-        return rule
-    part = parts[projection]
-    tensor = f"{before}{'down_proj' if part is None else 'gate_up_proj'}"
-    first = tensor.format(layer=layers_of(config, rule.param)[0])
-    if not together & {first, first.partition(".")[2]}:
-        return rule
-    width = shape[-2]
-    return replace(rule, tensor=tensor, view=ExpertPart() if part is None else ExpertPart(part * width, 1, 2 * width))
+    if not rule.by_expert or projection not in parts:
+        return replace(rule, tensor=tensor)
+    part, width = parts[projection], shape[-2]
+    name = f"{tensor.partition('{expert}.')[0]}{'down_proj' if part is None else 'gate_up_proj'}"
+    return replace(rule, tensor=name, view=ExpertPart() if part is None else ExpertPart(part * width, 1, 2 * width))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
