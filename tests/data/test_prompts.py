@@ -231,7 +231,7 @@ def test_tools_that_are_listed_as_text_are_objects():
     for tools in ([json.dumps(tool)], json.dumps([tool]), [tool]):
         assert canonical_content({**EXPLICIT, "tools": tools}, {})["tools"] == [tool]
     for none in ("w", 7, None):
-        with pytest.raises(DataError, match="'tools' lists .*; expected objects, or their JSON text"):
+        with pytest.raises(DataError, match=r"'tools' lists .*; expected objects, or their JSON text"):
             canonical_content({**EXPLICIT, "tools": [tool, none]}, {})
 
 
