@@ -486,6 +486,7 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
         ({**GOOD, "use_dora": True}, {}, "'use_dora' = True is not supported"),
         ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
+        ({**GOOD, "init_lora_weights": "OLoRA"}, {}, "changes the base weights too"),
         ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
         ({**GOOD, "use_newdora": True}, {}, "'use_newdora' = True is not known; expected it to be off"),
         ({**GOOD, "modules_to_save": ["lm_head"]}, {}, r"'modules_to_save' = \['lm_head'\] is not supported"),
