@@ -635,6 +635,12 @@ def test_targets_are_checked(base):
         "layers.mlp.up_proj",
         *(f"layers.self_attn.{p}_proj" for p in "koqv"),
     ]
+    moe = decoder_config(read_config(base("qwen3_moe")))
+    dense = set(make_spec(1, 1.0, "all-linear", moe))
+    named = {"layers.mlp.router", "layers.mlp.experts.up_proj"}
+    assert not dense & named and set(make_spec(1, 1.0, "all-linear, expert_up, router", moe)) == dense | named
+    with pytest.raises(ChesError, match="this model has no ''; expected all-linear"):
+        make_spec(1, 1.0, "", config)
     with pytest.raises(ChesError, match="this model has no 'gate', 'lm_head'; expected all-linear or names of q, k"):
         make_spec(1, 1.0, "q,gate,lm_head", config)
     with pytest.raises(ChesError, match=r"rank 0 and alpha 1\.0: expected positive numbers"):
