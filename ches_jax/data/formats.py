@@ -32,9 +32,6 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark that some editors pu
 _MAY_BE_BLANK = np.isin(np.arange(256), list(_BLANK))
 """By the first byte of a line."""
 _LINE_ENDS = ("\n", "\r\n", "")
-_LOOKED_AT = 20
-"""Lines that are looked at for a key that an object has twice: where it is a column, all have it."""
-_DECODE = json.JSONDecoder().raw_decode
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TOO_MANY = "\0"
 """Name of the fields that have none."""
@@ -186,29 +183,20 @@ def table_rows(batches: Iterable[Any], first: int, start: int) -> Iterator[Raw]:
         first += batch.num_rows
 
 
-def require_keys_once(path: Path) -> None:
-    """Of two values of one key of a JSON object only the last would be read.
+class _Twice(ValueError):
+    """An object of JSON has a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys all differ: of two values of one key only the last would be read.
 
     Raises:
-      DataError: each of the first lines has a key twice.
+      _Twice: they do not.
     """
-    lines = (line for _, line in itertools.islice(_lines(path), _LOOKED_AT))
-    repeated = [_repeated_keys(line) if len(line) < LINES else [] for line in lines]
-    if repeated and all(repeated):
-        raise DataError(f"{path}: {twice(repeated[0])}")
-
-
-def _repeated_keys(text: bytes) -> list[str]:
-    """The keys of the first object of a text that has one of them twice; none where all differ."""
-    found: list[list[str]] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        keys = [key for key, _ in pairs]
-        found.extend([keys] if len({*keys}) < len(keys) else [])
-
-    with contextlib.suppress(ValueError, RecursionError):  # said where the rows are read
-        json.loads(text.decode("utf-8-sig"), object_pairs_hook=note)
-    return found[0] if found else []
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Twice(twice([key for key, _ in pairs]))
+    return value
 
 
 def _require_different(path: Path, names: Sequence[str]) -> None:
@@ -226,6 +214,7 @@ def twice(names: Sequence[str]) -> str:
     return f"two columns are named {name!r}, so that it is not clear which is meant; rename one"
 
 
+_DECODE = json.JSONDecoder(object_pairs_hook=_once).raw_decode
 READERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Raw]]]] = {
     ".jsonl": ("JSON lines", read_lines),
     ".ndjson": ("JSON lines", read_lines),
@@ -358,7 +347,9 @@ def _parsed(text: bytes, whole: bool = False) -> Any:
     except (ValueError, RecursionError):
         pass  # said below
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
+    except _Twice as error:
+        raise DataError(str(error)) from None
     except UnicodeDecodeError as error:
         raise DataError(("line 1: " if whole else "") + _not_utf8(error)) from None
     except RecursionError:

@@ -1,10 +1,10 @@
 """Messages of a conversation: an object with a role and a text, whatever shape a data set gives them."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ches_jax.data.nested import decoded
 from ches_jax.data.two_prompts import prompts_in
 from ches_jax.errors import DataError
 
@@ -192,7 +192,7 @@ def _readable(where: str, message: Message) -> Message:
 
 
 def _with_calls(where: str, message: Message) -> Message:
-    calls, one = (_from_json(message.get(name)) for name in _CALLS)
+    calls, one = (decoded(v.strip() if isinstance(v := message.get(name), str) else v) for name in _CALLS)
     if not calls and isinstance(one, Mapping):
         calls = [{"type": "function", "function": one}]
     rest = {k: v for k, v in message.items() if k not in _CALLS}
@@ -201,14 +201,6 @@ def _with_calls(where: str, message: Message) -> Message:
     if not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
         raise DataError(f"{where}: its calls of tools are {kind(calls)}; expected a list of objects with a 'function'")
     return {**rest, "tool_calls": calls}
-
-
-def _from_json(value: Any) -> Any:
-    """What a text says as JSON; anything else as it is."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
 
 
 def _part_text(where: str, part: Any) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from ches_jax.data.messages import kind
+from ches_jax.data.nested import decoded
 from ches_jax.data.packing import Candidates
 from ches_jax.data.prompts import Numbers, canonical_content, lookup
-from ches_jax.data.schema.values import are_turns, decoded, number, turns
+from ches_jax.data.schema.values import are_turns, number, turns
 from ches_jax.data.sources import Kind, Record, row_id
 from ches_jax.errors import DataError
 from ches_jax.types import Response, TokenPair, common_prefix

@@ -31,12 +31,12 @@ from ches_jax.data.formats import (
     lines_of,
     read_json,
     read_lines,
-    require_keys_once,
     row_of_line,
     table_rows,
     twice,
 )
 from ches_jax.data.messages import NOT_AN_ANSWER, RESULTS
+from ches_jax.data.nested import DEEPEST, within_depth
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -65,7 +65,7 @@ from ches_jax.data.schema.mapping import (
 )
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.recognise import Recognised, recognise, recognise_prompt, told_of_columns
-from ches_jax.data.schema.values import DEEPEST, turns, within_depth
+from ches_jax.data.schema.values import turns
 from ches_jax.data.text_rows import TextRows, text_rows
 from ches_jax.data.two_prompts import SIDES, TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
@@ -85,6 +85,8 @@ _TEXTS = frozenset(TEXT_COLUMNS)
 _STRING = frozenset({str})
 _LOOKED_AT = 200
 """Rows from which a schema is recognised."""
+_TURN = "turn"
+"""Column of the turn that was judged (MT-Bench), or of the number of turns (Chatbot Arena)."""
 
 
 Contents = Callable[[Mapping[str, Any], Mapping[str, str]], list[tuple[Numbers, dict[str, Any]]]]
@@ -175,6 +177,16 @@ class PairSource:
     def tolerant(self) -> "PairSource":
         """The same rows; one that cannot be read comes as a record with its ``fault`` instead of an error."""
         return replace(self, forgiving=True)
+
+    def of_kind(self, rows: Kind) -> "PairSource":
+        """The same rows understood as another kind of the same columns.
+
+        Raises:
+          DataError: none of the first rows is of it.
+        """
+        source = replace(self, rows=rows)
+        _require_one(source)
+        return source
 
     def __iter__(self) -> Iterator[Record]:
         return self.iter_from(0)
@@ -453,29 +465,45 @@ def _source(
         source = replace(source, read=partial(_grouped, source.schema, read))
     elif isinstance(unbounded, partial) and unbounded.func is read_lines:
         source = replace(source, lines=partial(lines_of, *unbounded.args))
-    if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
-        next(iter(source))  # tells the first
-    if note := _of_several_turns(itertools.islice(source.tolerant(), _LOOKED_AT)):
-        source = replace(source, notes=(*source.notes, note))
+    _require_one(source)
+    notes = _of_turns(itertools.islice(source.tolerant(), _LOOKED_AT))
+    source = replace(source, notes=(*source.notes, *notes))
     for line in source.messages():
         notice(line)
     return source
 
 
-def _of_several_turns(records: Iterable[Record]) -> str:
-    """What a person should know of responses in which somebody else than the assistant speaks; empty: there are none.
+def _require_one(source: PairSource) -> None:
+    """One of the first rows can be read.
+
+    Raises:
+      DataError: none can; about the first.
+    """
+    if all(record.fault for record in itertools.islice(source.tolerant(), _LOOKED_AT)):
+        next(iter(replace(source, forgiving=False)))
+
+
+def _of_turns(records: Iterable[Record]) -> Iterator[str]:
+    """What a person should know of responses of several turns.
 
     Args:
       records: the first ones of a source.
     """
-    some = [r.content for r in itertools.takewhile(lambda r: not isinstance(r.content.get("chosen"), str), records)]
-    found = sum(any(m["role"] in NOT_AN_ANSWER | RESULTS for side in SIDES for m in c.get(side, ())) for c in some)
-    if not found:
-        return ""
-    return (
-        f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
-        "tokens count as the response's, as where TRL trains on it (docs/data.md)"
-    )
+    talks = itertools.takewhile(lambda r: not isinstance(r.content.get("chosen"), str), records)
+    some = [record for record in talks if "chosen" in record.content]
+    sides = [[m for side in SIDES for m in r.content.get(side, ())] for r in some]
+    if found := sum(any(m["role"] in NOT_AN_ANSWER | RESULTS for m in messages) for messages in sides):
+        yield (
+            f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
+            "tokens count as the response's, as where TRL trains on it (docs/data.md)"
+        )
+    judged = [r.extra.get(_TURN) for r in some]
+    answers = [sum(m["role"] == "assistant" for n in TEXT_COLUMNS[:2] for m in r.content.get(n, ())) for r in some]
+    if early := sum(type(turn) is int and 0 < turn < n for turn, n in zip(judged, answers, strict=True)):
+        yield (
+            f"column '{_TURN}' says of {early} of the first {len(some)} pairs that an earlier turn than their last was "
+            "judged, and is not read: the responses hold what came after it too"
+        )
 
 
 def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:
@@ -661,8 +689,6 @@ def _open_file(path: Path, split: str | None = None) -> Opened:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected at least one row")
     kind, read = READERS[form]
-    if read in (read_lines, read_json):
-        require_keys_once(path)
     if split is not None:
         if form != ".json" or split not in json_splits(path):
             raise DataError(f"{path}: --split {split}, but a single file has no splits: leave --split out")

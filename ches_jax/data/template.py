@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ches_jax.data.file_tokenizer import is_blank, token_ids
 from ches_jax.data.messages import SYSTEM, Message, as_parts, kind, text_of
+from ches_jax.data.nested import within_depth
 from ches_jax.data.template_source import CLOCK, PINNED, Source, day, read_source
 from ches_jax.data.time_limit import TooLong, time_limit
 from ches_jax.errors import DataError, TemplateError, did_you_mean
@@ -462,7 +463,8 @@ def with_arguments(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
         given = json.dumps({} if given is None else given, ensure_ascii=False)
     elif not as_text and isinstance(given, str):
         with contextlib.suppress(ValueError, RecursionError):
-            given = json.loads(given or "{}")
+            said = json.loads(given or "{}")
+            given = said if within_depth(said) else given
     with_given = {**inner, "arguments": given}
     return {**call, "function": with_given} if "function" in call else with_given
 

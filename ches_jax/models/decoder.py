@@ -165,8 +165,8 @@ class Decoder(nnx.Module):
           positions: position of each token in its own sequence; default: counted from the first real token.
           mask: True on real tokens (padding on either side), or a ``Visibility`` for rows that hold several sequences;
             default: every token is real.
-          lengths: length of the sequence each token belongs to; only rope kinds that depend on it read it; default:
-            the largest position of the row plus one.
+          lengths: length of the sequence each token belongs to, 0 of padding, whose states need not be computed; rope
+            kinds that depend on it read it; default: the largest position of the row plus one.
           attend: how attention is computed (``attention.choose``); not all ways have a gradient.
           remat: recompute layers in the backward pass instead of keeping their activations.
           mesh: where parameters (``sharding.placement``) and rows lie; default: the model's own ``mesh``, if any.
@@ -436,7 +436,8 @@ class Decoder(nnx.Module):
         if rotations is None:
             rotations = self._rotations(positions, lengths)
         seen = self._seen_by_all(ranges, attend)
-        context = Context(ranges, rotations, positions, attention_on(logical, attend), logical, seen=seen)
+        attend = attention_on(logical, attend)
+        context = Context(ranges, rotations, positions, attend, logical, _used(lengths), seen=seen)
         return keep_rows(x, logical), context, layer_data(c)._replace(given=given)
 
     def _seen_by_all(self, ranges: KeyRanges, attend: Attend) -> tuple[KeyRanges, SeenByBlock | None] | None:
@@ -636,6 +637,16 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
         return jax.tree.map(lambda a: jnp.zeros((len(stack.layers), *a.shape), a.dtype), one)
 
     return tuple(of(stack) for stack in stacks(config))
+
+
+def _used(lengths: Int[Array, "B T"]) -> Int[Array, ""]:
+    """How many tokens there are up to the last that is no padding, through all rows.
+
+    >>> _used(jnp.array([[2, 2, 0], [1, 0, 0]])).tolist()
+    4
+    """
+    ends = jnp.arange(1, lengths.size + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(lengths.reshape(-1) > 0, ends, 0))
 
 
 def _per_token(lengths: Int[Array, " B"] | None, like: Int[Array, "B T"]) -> Int[Array, "B T"] | None:

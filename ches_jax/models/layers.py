@@ -5,7 +5,6 @@ activations. ``kinds`` puts a layer together from them.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -126,21 +125,32 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
 
-def in_pieces(f: Callable[[Any, Array], Array], weights: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def in_pieces(
+    f: Callable[[Any, Array], Array], weights: Any, x: Float[Array, "B T D"], used: Int[Array, ""] | int
+) -> Float[Array, "B T D"]:
     """``f(weights, x)``, of each token by itself: ``PIECE`` at a time on a CPU, where nothing is differentiated.
 
-    What ``f`` makes of a piece on the way stays in the processor's cache. With a derivative it is kept anyway.
+    What ``f`` makes of a piece on the way stays in the processor's cache. With a derivative it is kept anyway. Pieces
+    behind the first ``used`` tokens, counted through all rows, hold padding alone and are left as they are.
     """
-    batch, tokens, width = x.shape
+    batch, tokens, _ = x.shape
     if platform() != "cpu" or batch * tokens <= PIECE or batch * tokens % PIECE:
         return f(weights, x)
 
     @jax.custom_jvp
-    def run(weights: Any, x: Array) -> Array:
-        return lax.map(partial(f, weights), x.reshape(-1, 1, PIECE, width)).reshape(batch, tokens, -1)
+    def run(weights: Any, x: Array, used: Array) -> Array:
+        def with_piece(i: Int[Array, ""], row: Array) -> Array:
+            own = lax.dynamic_slice_in_dim(row, i * PIECE, PIECE, 1)
+            return lax.dynamic_update_slice_in_dim(row, f(weights, own), i * PIECE, 1)
 
-    run.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-    return run(weights, x)
+        pieces = (used + PIECE - 1) // PIECE
+        return lax.fori_loop(0, pieces, with_piece, x.reshape(1, batch * tokens, -1)).reshape(x.shape)
+
+    @run.defjvp
+    def derivative(primals, tangents):
+        return jax.jvp(f, primals[:2], tangents[:2])
+
+    return run(weights, x, jnp.asarray(used, jnp.int32))
 
 
 class Embedding(nnx.Module):
@@ -205,6 +215,8 @@ class Context(NamedTuple):
     """How attention is computed."""
     logical: LogicalMesh | None
     """Where the arrays lie."""
+    used: Int[Array, ""]
+    """Tokens up to the last that is no padding, counted through all rows."""
     counted: Bool[Array, "B T"] | None = None
     """Tokens whose routing is added up; None: of none."""
     routing: list[Array] | None = None
@@ -364,7 +376,7 @@ class Mlp(nnx.Module):
         if self.up_proj.trained or context.logical is not None:
             return self._of_tokens(x)
         graph, weights = nnx.split(self)
-        return in_pieces(lambda weights, x: nnx.merge(graph, weights)._of_tokens(x), weights, x)
+        return in_pieces(lambda weights, x: nnx.merge(graph, weights)._of_tokens(x), weights, x, context.used)
 
     def _of_tokens(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         act = ACTIVATIONS[self.activation]

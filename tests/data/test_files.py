@@ -346,3 +346,23 @@ def test_a_key_that_every_row_has_twice_is_refused(tmp_path, text):
     path.write_text(text or '[{"prompt": "p", "chosen": "a", "rejected": "b", "prompt": "q"}]')
     with pytest.raises(DataError, match=r"two columns are named '(chosen|prompt)'"):
         open_pairs(str(path))
+
+
+@pytest.mark.parametrize("at", [0, 30, 300])
+def test_a_key_that_some_row_has_twice_costs_that_row(tmp_path, at):
+    whole, path = (
+        '{"prompt": "p", "chosen": [{"content": "a", "role": "assistant"}], "rejected": "b"}',
+        tmp_path / "p.jsonl",
+    )
+    whole = whole.replace('"b"', '[{"content": "b", "role": "assistant"}]')
+    for fault in (whole.replace('"rejected"', '"chosen": 1, "rejected"'), whole.replace('"b"', '"b", "content": "c"')):
+        rows = [whole] * 310
+        rows[at] = "\ufeff" + fault if at == 30 else fault
+        path.write_text("\n".join(rows))
+        faults = {r.index: r.fault for r in open_pairs(str(path)).tolerant() if r.fault}
+        assert list(faults) == [at] and faults[at].startswith("two columns are named 'c")
+        with pytest.raises(DataError, match=rf"line {at + 1}: two columns are named 'c"):
+            list(open_pairs(str(path)))
+    (tmp_path / "p.json").write_text(f"[{','.join([*[whole] * 30, fault])}]")
+    with pytest.raises(DataError, match=r"p\.json, two columns are named 'content'"):
+        open_pairs(str(tmp_path / "p.json"))

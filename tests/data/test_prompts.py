@@ -215,6 +215,7 @@ CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": FUN
     [
         {"role": "assistant", "content": None, "function_call": FUNCTION},
         {"role": "assistant", "content": None, "tool_calls": json.dumps(CALL["tool_calls"])},
+        {"role": "assistant", "content": None, "tool_calls": f" {json.dumps(CALL['tool_calls'])}\n"},
         {"role": "assistant", "content": None, "tool_calls": CALL["tool_calls"], "function_call": None},
         {"from": "function_call", "value": json.dumps(FUNCTION)},
         {"from": "function_call", "value": json.dumps([FUNCTION])},
@@ -225,9 +226,21 @@ def test_calls_of_tools_are_read_in_every_shape(message):
     assert canonical_content(row, {})["chosen"] == [CALL]
 
 
+def test_tools_that_are_listed_as_text_are_objects():
+    tool = {"type": "function", "function": {"name": "w"}}
+    for tools in ([json.dumps(tool)], json.dumps([tool]), [tool]):
+        assert canonical_content({**EXPLICIT, "tools": tools}, {})["tools"] == [tool]
+    for none in ("w", 7, None):
+        with pytest.raises(DataError, match=r"'tools' lists .*; expected objects, or their JSON text"):
+            canonical_content({**EXPLICIT, "tools": [tool, none]}, {})
+
+
 def test_calls_of_tools_that_are_none_are_refused():
     with pytest.raises(DataError, match="'chosen', message 0: its calls of tools are str 'w'"):
         canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": "w"}]}, {})
+    deep = f'[{{"function": {{"name": "w", "arguments": {"[" * 900}{"]" * 900}}}}}]'
+    with pytest.raises(DataError, match="expected a list of objects with a 'function'"):
+        canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": deep}]}, {})
     text = {"role": "function_call", "content": "look it up"}
     assert turns(text) == text
 

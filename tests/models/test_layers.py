@@ -1,5 +1,6 @@
 """Products of activations with weights, trained or of few rows, are the plain product; pieces are the whole."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ches_jax.models import load_model
+from ches_jax.models.attention.mask import causal
 from ches_jax.models.layers import FEW_ROWS, PIECE, in_pieces, matmul, trained_matmul
 
 
@@ -59,7 +62,7 @@ def test_pieces_of_the_tokens_are_the_whole(x64, shape):
         return jnp.tanh(x @ weights["up"].T) @ weights["down"].T
 
     def pieces(weights, x):
-        return in_pieces(whole, weights, x)
+        return in_pieces(whole, weights, x, math.prod(shape))
 
     def found(f):
         gradients = jax.grad(lambda *args: (f(*args) * dx).sum(), argnums=(0, 1))(weights, x)
@@ -67,5 +70,30 @@ def test_pieces_of_the_tokens_are_the_whole(x64, shape):
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13), found(pieces), found(whole))
     several = shape in {(1, 2 * PIECE), (4, PIECE // 2)}
-    assert ("scan" in str(jax.make_jaxpr(pieces)(weights, x))) == several
-    assert "scan" not in str(jax.make_jaxpr(jax.grad(lambda x: pieces(weights, x).sum()))(x))
+    assert ("while" in str(jax.make_jaxpr(pieces)(weights, x))) == several
+    assert "while" not in str(jax.make_jaxpr(jax.grad(lambda x: pieces(weights, x).sum()))(x))
+
+
+@pytest.mark.parametrize(
+    ("used", "pieces"), [(0, 0), (1, 1), (PIECE, 1), (PIECE + 1, 2), (3 * PIECE - 1, 3), (3 * PIECE, 3), (4 * PIECE, 4)]
+)
+def test_pieces_of_padding_are_left(x64, used, pieces):
+    """Of two rows of two pieces each: what holds a token is computed, and nothing behind it."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2 * PIECE, 3)))
+    found = jax.jit(lambda used: in_pieces(lambda w, x: w * x, 2.0, x, used))(used).reshape(-1, 3)
+    cut = pieces * PIECE
+    np.testing.assert_array_equal(found, np.concatenate([2 * x.reshape(-1, 3)[:cut], x.reshape(-1, 3)[cut:]]))
+
+
+@pytest.mark.parametrize("real", [(10, 5), (10, 0), (PIECE, 1)])
+def test_tokens_of_every_row_are_computed(tiny_model, real):
+    """Two rows with padding behind their tokens: states of all tokens are those of rows that hide none."""
+    model = load_model(tiny_model)
+    index = jnp.broadcast_to(jnp.arange(PIECE), (2, PIECE))
+    token = index < jnp.array(real)[:, None]
+    tokens = jnp.where(token, index % 7, 0)
+
+    def states(lengths):
+        return model.hidden(tokens, jnp.where(token, index, 0), causal(token), lengths)[token]
+
+    np.testing.assert_array_equal(states(jnp.where(token, PIECE, 0)), states(jnp.full_like(tokens, PIECE)))

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from ches_jax import bundled
 from ches_jax.cli import main
+from ches_jax.data.unpaired import ONE_RESPONSE
 from ches_jax.distributed.mesh import make_mesh
 from ches_jax.errors import ChesError, DataError
+from ches_jax.inputs import Opener
 from ches_jax.losses import LossInputs, get_loss, kto_baseline
 from ches_jax.losses.inputs import REWARDS
 from ches_jax.models.attention.mask import Visibility
@@ -23,10 +25,12 @@ from ches_jax.models.decoder import Decoder
 from ches_jax.runs.directory import read_json
 from ches_jax.runs.work import Positions
 from ches_jax.train.batch_loss import batch_loss, update_metrics
+from ches_jax.train.config import TrainConfig
 from ches_jax.train.data.batches import Layout, make_batch, standard_row
 from ches_jax.train.data.examples import NOTHING, make_examples, other_prompts
 from ches_jax.train.data.loader import Loader
 from ches_jax.train.data.rows import (
+    _open,
     _require_an_order,
     _require_both_kinds,
     _require_weights,
@@ -386,6 +390,23 @@ def test_labels_of_single_responses_are_words_or_flags_and_no_ratings(kto, kto_o
         kto("unknown", [*singles, unknown])
     dropped = kto("dropped", [*singles, unknown], on_bad_row="drop")
     equal_logs(kto_on_pairs, dropped)
+
+
+def test_rows_of_one_response_are_opened_once(tmp_path, monkeypatch):
+    opened, opener = [], Opener()
+    monkeypatch.setattr(Opener, "rows", lambda *a, of=Opener.rows: opened.append(a[-2]) or of(*a))
+
+    def source_of(rows, loss="kto"):
+        spec = write_lines(tmp_path / "rows.jsonl", rows)
+        return _open(TrainConfig(pairs=spec, loss=loss), get_loss(loss), spec, None, opener, "pairs")
+
+    row = {"prompt": "p", "completion": " c"}
+    source, one_response = source_of([{**row, "label": True}, row])
+    assert one_response and opened == [ONE_RESPONSE]
+    assert [bool(record.fault) for record in source] == [False, True]  # which has no label
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: no column 'label'"):
+        source_of([row, row])
+    assert source_of([row, row], "sft")[1] and not source_of([{"prompt": "p", "chosen": "a", "rejected": "b"}])[1]
 
 
 @pytest.mark.slow

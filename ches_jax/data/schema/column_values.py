@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ches_jax.data.nested import decoded
 from ches_jax.data.prompts import lookup
-from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.values import are_turns, turns, word
 from ches_jax.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]

@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from ches_jax.data.messages import is_message, kind, text_of
+from ches_jax.data.nested import decoded, is_printed_conversation
 from ches_jax.data.prompts import lookup
-from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, is_printed_conversation, number, turns
+from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, number, turns
 from ches_jax.data.schema.winners import by_cell, of_order, of_winner, of_winners
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from ches_jax.data.messages import text_of
+from ches_jax.data.nested import decoded
 from ches_jax.data.prompts import lookup, pair_contents
 from ches_jax.data.schema.column_names import PROMPT, SYSTEM, words_in
 from ches_jax.data.schema.column_values import Rows, has_any, is_texts, two_readings
 from ches_jax.data.schema.mapping import PLAIN, Schema, canonical_rows
-from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, decoded, turns
+from ches_jax.data.schema.values import are_pairs_of_turns, are_turns, turns
 from ches_jax.errors import DataError
 
 _INSIDE = ("text", "full_text", "content", "value", "post", "prompt", "question", "body", "instruction")

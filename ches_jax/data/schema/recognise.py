@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ches_jax.data.nested import decoded
 from ches_jax.data.prompts import ID_COLUMNS, lookup, pair_contents
 from ches_jax.data.schema.column_names import (
     RANK,
@@ -31,7 +32,7 @@ from ches_jax.data.schema.column_values import (
     has_any,
     two_readings,
 )
-from ches_jax.data.schema.left_over import left_over
+from ches_jax.data.schema.left_over import left_over, require_text
 from ches_jax.data.schema.mapping import PLAIN, Names, Schema, canonical_rows, from_words, grouped
 from ches_jax.data.schema.preference import (
     contradicting,
@@ -45,7 +46,7 @@ from ches_jax.data.schema.preference import (
 )
 from ches_jax.data.schema.presets import PRESETS
 from ches_jax.data.schema.prompt_column import prompt_words, with_history, with_system
-from ches_jax.data.schema.values import are_turns, decoded, turns, word
+from ches_jax.data.schema.values import are_turns, turns, word
 from ches_jax.data.schema.winners import is_tie
 from ches_jax.data.two_prompts import TWO_PROMPTS
 from ches_jax.errors import DataError
@@ -71,7 +72,7 @@ def recognise(rows: Rows) -> Recognised:
     if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
     if all(has_any(rows, n) for n in TWO_PROMPTS) and fits(PLAIN, rows):
-        return Recognised(PLAIN, tuple(left_over(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])))
+        return _recognised(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])
     if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
         return _canonical_list(rows, columns)
     named = _named_by_side(rows, columns)
@@ -79,6 +80,11 @@ def recognise(rows: Rows) -> Recognised:
     if schema.chosen:
         require_agreement(rows, columns, (schema.chosen, schema.rejected))
     schema = with_history(with_system(schema, rows, columns), rows, columns)
+    return _recognised(schema, rows, columns)
+
+
+def _recognised(schema: Schema, rows: Rows, columns: Sequence[str]) -> Recognised:
+    require_text(schema, rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
 
@@ -109,7 +115,7 @@ def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
     fitting = contradicting(rows, [listed], ways_of_list(rows, columns, listed))
     words = one_preference(fitting, listed, columns) if fitting else {}
     if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
-        return Recognised(schema, tuple(left_over(schema, rows, columns)))
+        return _recognised(schema, rows, columns)
     for name in (n for n in columns if says_order(n) and n != listed):
         if has_any(rows, name):
             raise two_readings(
@@ -136,7 +142,7 @@ def recognise_prompt(rows: Rows) -> Recognised:
         words = prompt_words(rows, columns, (), optional=False)
         schema = replace(PLAIN, name="columns", chosen="", rejected="", **words) if words else None
     schema = with_history(with_system(schema or PLAIN, rows, columns), rows, columns)
-    return Recognised(schema, tuple(left_over(schema, rows, columns)))
+    return _recognised(schema, rows, columns)
 
 
 def told_of_columns(schema: Schema | None, columns: Mapping[str, str], rows: Rows) -> Recognised:

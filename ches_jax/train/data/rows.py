@@ -162,9 +162,7 @@ def _open(
             if {*COMPLETION, LABEL} & config.columns.keys():
                 raise
         else:
-            if is_unpaired(loss):
-                source = opener.rows(spec, split, config.columns, WITH_LABEL, option)
-            return source, True
+            return source.of_kind(WITH_LABEL) if is_unpaired(loss) else source, True
     if reads_samples(loss):
         return opener.rows(spec, split, config.columns, SAMPLES, option), False
     if reads_lists(loss):
