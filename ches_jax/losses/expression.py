@@ -88,7 +88,7 @@ def from_trl(
     beta: float = TRL_BETA,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """The loss of TRL's ``loss_type=[...]``, ``loss_weights=[...]`` (all 1 if absent), ``beta`` and ``label_smoothing``.
+    """The loss of TRL's ``loss_type=[...]``, with its ``loss_weights=[...]`` (all 1 if absent) and numbers.
 
     Only ``exo_pair`` keeps a default of its own: TRL has none for it.
 

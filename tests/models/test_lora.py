@@ -637,7 +637,7 @@ def test_targets_are_checked(base):
     ]
     moe = decoder_config(read_config(base("qwen3_moe")))
     dense = set(make_spec(1, 1.0, "all-linear", moe))
-    named = {"layers.mlp.router", "layers.mlp.experts.up_proj"}
+    named = {"layers.1.mlp.router", "layers.1.mlp.experts.up_proj"}
     assert not dense & named and set(make_spec(1, 1.0, "all-linear, expert_up, router", moe)) == dense | named
     with pytest.raises(ChesError, match="this model has no ''; expected all-linear"):
         make_spec(1, 1.0, "", config)
