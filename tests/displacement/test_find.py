@@ -209,6 +209,22 @@ def test_files_that_contradict_each_other_tell_nothing(tmp_path):
     assert find_settings([tmp_path], {}).beta is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "beta"),
+    [
+        ({"optimizer": {"beta": 0.9}}, None),
+        ({"ema": {"beta": 0.999}, "dpo": {"beta": 0.1}}, 0.1),
+        ({"policy": {"beta": 0.5}, "dpo": {"beta": 0.1}}, None),
+        ({"policy": {"beta": 0.5}, "dpo": {"beta": 0.1, "more": {"beta": 0.1}}}, None),
+        ({"beta": 0.1, "policy": {"beta": 0.5}}, 0.1),
+        ({"policy": {"beta": 0.1}, "dpo": {"beta": 0.1}}, 0.1),
+    ],
+)
+def test_a_beta_of_something_else_is_not_taken(tmp_path, settings, beta):
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    assert find_settings([tmp_path], {}).beta == beta
+
+
 def test_a_directory_is_diagnosed_without_an_option(tmp_path):
     state(tmp_path / "checkpoint-200", 200)
     (tmp_path / "args.json").write_text('{"beta": 0.1}')

@@ -15,6 +15,7 @@ from ches_jax.displacement.readers.csv_log import looks_like_csv, read_csv_log
 from ches_jax.displacement.readers.event_log import is_event_file, read_event_log
 from ches_jax.displacement.readers.json_log import ONE_ENTRY, read_json_log
 from ches_jax.displacement.readers.log import MOST_BYTES, Log, NotALogError, joined, read_whole
+from ches_jax.displacement.readers.log_order import SIDES
 from ches_jax.displacement.readers.metric_names import HELD_OUT
 from ches_jax.displacement.readers.tracker_log import DATABASE, read_run_folders, read_tracker_log
 from ches_jax.displacement.readers.wandb_journal import MAGIC, read_wandb_journal
@@ -55,7 +56,6 @@ JOURNAL = ".wandb"
 BINARY = {b"PK\x03\x04": "a zip archive; unpack it first"}
 """First bytes -> what to do with a file that is no text."""
 GZIP = b"\x1f\x8b"
-SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
 OF_PAIRS = (*SIDES, "logp_chosen", "logp_rejected")
 
 

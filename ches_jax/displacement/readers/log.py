@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ches_jax.displacement.readers.metric_names import HELD_OUT, REINFORCEMENT, REWARD_MODEL, STEPS, metric
+from ches_jax.displacement.readers.log_order import LARGEST, SIDES, in_order
+from ches_jax.displacement.readers.metric_names import HELD_OUT, REINFORCEMENT, REWARD_MODEL, metric
 from ches_jax.errors import ChesError
 from ches_jax.runs.files import open_regular
 
 MOST_BYTES = 200_000_000
 """Of a file; a log is never larger, a data set may be."""
-LARGEST = 2**62
-"""A step, or a whole number, beyond it is none."""
 
 LARGEST_FLOAT = sys.float_info.max
 """What MLflow writes for infinity."""
@@ -117,58 +116,122 @@ def log_of(
     Raises:
       ChesError: entries of two runs, or several evaluation sets and none is named.
     """
-    values: dict[tuple[str, str, str], dict[int, float]] = {}
-    latest: dict[tuple[str, str, str], int] = {}
+    values: dict[Key, dict[int, float]] = {}
+    latest: dict[Key, int] = {}
+    written: dict[Key, tuple[int, int]] = {}
     names: dict[str, None] = {}
     resumed: set[int] = set()
-    twice: dict[tuple[str, str, str], set[int]] = {}
+    twice: dict[Key, dict[int, tuple[float, float]]] = {}
     flat = [_without_empty_cells(_of_one_metric(_flat(raw))) for raw in entries]
     _require_one_run(source, flat)
-    for step, entry in _in_order(flat):
-        called: dict[tuple[str, str, str], str] = {}
-        own_set = _set_of_loss(entry)
-        for name, value in entry.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            names[name] = None
-            if (meaning := metric(name)) is None or (meaning.quantity == "loss" and RUNTIME in entry):
-                continue
-            which = own_set if own_set and meaning.evaluation_set in HELD_OUT else meaning.evaluation_set
-            key = ("held_out" if meaning.held_out else "train", meaning.quantity, which)
-            if meaning.quantity in _SIDES and abs(entry[called.setdefault(key, name)] - value) > 0:
-                raise ChesError(
-                    f"{source}: {called[key]} is {entry[called[key]]:g} and {name} is {value:g} at step {step}: which "
-                    "of them is the reward of the loss? Leave the other out"
-                )
-            there = values.setdefault(key, {})
+    for at, (step, entry) in enumerate(in_order(flat)):
+        names |= dict.fromkeys(n for n, v in entry.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
+        found = _quantities(source, step, entry)
+        for key, (name, _) in found.items():
             if step < latest.get(key, step):
-                if step <= min(there):
+                if step <= min(values[key]):
                     raise ChesError(
                         f"{source}: after step {latest[key]} {name} begins again at step {step}: two runs in one file; "
                         "cut it so that one is left"
                     )
                 resumed.add(step)
-                for later in [s for s in there if s >= step]:
-                    del there[later]
-            if meaning.held_out and meaning.quantity in _SIDES and abs(there.get(step, value) - value) > 0:
-                twice.setdefault(key, set()).add(step)
+                for other in [k for k in values if k == key or written[k][1] > written[key][0]]:
+                    values[other] = {s: v for s, v in values[other].items() if s < step}
+                    latest[other] = min(latest[other], step)
+        for key, (name, value) in found.items():
+            there = values.setdefault(key, {})
+            if key[0] == "held_out" and key[1] in SIDES and abs(there.get(step, value) - value) > 0:
+                twice.setdefault(key, {})[step] = (there[step], value)
                 if len(twice[key]) > 1:
                     raise ChesError(
                         f"{source}: {name} has two values at step {step}, as at an earlier one: several evaluation "
                         "sets by one name. The run's trainer_state.json tells them apart by their losses; or name them"
                     )
             if step not in there or not math.isnan(value):  # of two entries of a step, one may not log the metric
-                there[step] = float(value)
+                there[step] = value
             latest[key] = step
-    chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in _SIDES}, held_out)
-    series = {
-        (name, quantity): Series(np.array(sorted(kept)), np.array([kept[s] for s in sorted(kept)]))
-        for (name, quantity, which), kept in values.items()
-        if kept and (name == "train" or which == chosen_set)
-    }
+            written[key] = (written.get(key, (at, at))[0], at)
+    chosen_set = _evaluation_set(source, {s for name, q, s in values if name == "held_out" and q in SIDES}, held_out)
+    again, more = _evaluated_again(source, {k: v for k, v in twice.items() if k[2] == chosen_set}, values)
+    notes = (*notes, *more)
+    series: dict[tuple[str, str], Series] = {}
+    for (name, quantity, which), kept in values.items():
+        steps = sorted(s for s in kept if s <= again)
+        if steps and (name == "train" or which == chosen_set):
+            series[name, quantity] = Series(np.array(steps), np.array([kept[s] for s in steps]))
     if resumed:
         notes = (*notes, f"resumed at step {min(resumed)}: of a step that was logged twice, the later entry counts")
     return Log(source, series, tuple(names), settings or {}, notes, run)
+
+
+Key = tuple[str, str, str]
+"""``held_out`` or ``train``, quantity, name of the evaluation set."""
+
+
+def _quantities(source: str, step: int, entry: Mapping[str, Any]) -> dict[Key, tuple[str, float]]:
+    """What an entry says of each quantity: the name in the log and the value.
+
+    Raises:
+      ChesError: two values of one reward.
+    """
+    out: dict[Key, tuple[str, float]] = {}
+    own_set = _set_of_loss(entry)
+    for name, value in entry.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if (meaning := metric(name)) is None or (meaning.quantity == "loss" and RUNTIME in entry):
+            continue
+        which = own_set if own_set and meaning.evaluation_set in HELD_OUT else meaning.evaluation_set
+        key = ("held_out" if meaning.held_out else "train", meaning.quantity, which)
+        called, there = out.get(key, (name, value))
+        if meaning.quantity in SIDES and abs(there - value) > 0:
+            raise ChesError(
+                f"{source}: {called} is {there:g} and {name} is {value:g} at step {step}: which of them is the reward "
+                "of the loss? Leave the other out"
+            )
+        out[key] = (called if meaning.quantity in SIDES else name, float(value))
+    return out
+
+
+SAME = 1e-3
+"""Relative difference up to which two evaluations are of one model: sums in another order."""
+CLOSE = 0.25
+"""Difference, over the largest of the course, up to which a second evaluation of a step is of the same pairs."""
+
+
+def _evaluated_again(
+    source: str, twice: Mapping[Key, Mapping[int, tuple[float, float]]], values: Mapping[Key, Mapping[int, float]]
+) -> tuple[float, tuple[str, ...]]:
+    """The last step that counts where one was evaluated twice with other values, and notes.
+
+    Trainers that load their best checkpoint at the end evaluate it under the number of the last step: then the run is
+    what led to that checkpoint.
+
+    Raises:
+      ChesError: the second values are those of no checkpoint, and far from the first: of another set.
+    """
+    if not twice:
+        return math.inf, ()
+    step = max(s for found in twice.values() for s in found)
+    second = {key: found[step][1] for key, found in twice.items() if step in found}
+    earlier = [
+        s
+        for s in sorted(set.intersection(*({*values[key]} for key in second)))
+        if s < step and all(math.isclose(values[key][s], v, rel_tol=SAME, abs_tol=1e-9) for key, v in second.items())
+    ]
+    if earlier:
+        return earlier[-1], (
+            f"at step {step} the evaluation of step {earlier[-1]} was repeated, as a trainer does that loads its best "
+            f"checkpoint at the end: the run is taken as ending at step {earlier[-1]}",
+        )
+    for key, value in second.items():
+        first, size = twice[key][step][0], max(map(abs, values[key].values()))
+        if abs(value - first) > CLOSE * max(size, abs(first)):
+            raise ChesError(
+                f"{source}: two evaluations at step {step} say {first:g} and {value:g} of {key[1]}: of another set of "
+                "pairs, or of another model? Leave one of them out"
+            )
+    return math.inf, (f"step {step} was evaluated twice, with other values: the later ones count",)
 
 
 def _set_of_loss(entry: Mapping[str, Any]) -> str:
@@ -195,22 +258,6 @@ def joined(source: str, logs: Sequence[Log]) -> Log | None:
     notes = dict.fromkeys(note for log in logs for note in log.notes)
     settings = next((log.settings for log in logs if log.settings), {})
     return Log(source, series, tuple(names), settings, tuple(notes))
-
-
-def _in_order(entries: list[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """Each entry with its step; an export whose newest entry stands first is turned round.
-
-    >>> _in_order([{"step": 3, "a": 1}, {"step": 3, "b": 1}, {"step": 1}])
-    [(1, {'step': 1}), (3, {'step': 3, 'b': 1}), (3, {'step': 3, 'a': 1})]
-    """
-    steps = [_step(entry) for entry in entries]
-    known = [step for step in steps if step is not None]
-    if len(set(known)) > 1 and known == sorted(known, reverse=True):
-        entries, steps = entries[::-1], steps[::-1]
-    return [(i if step is None else step, e) for i, (step, e) in enumerate(zip(steps, entries, strict=True), 1)]
-
-
-_SIDES = ("chosen", "rejected", "dlogp_chosen", "dlogp_rejected")
 
 
 def _evaluation_set(source: str, present: set[str], wanted: str | None) -> str:
@@ -318,17 +365,3 @@ def _number(value: Any) -> Any:
     if (isinstance(value, int) and abs(value) > LARGEST) or (isinstance(value, float) and abs(value) >= LARGEST_FLOAT):
         return math.inf if value > 0 else -math.inf
     return value
-
-
-def _step(entry: Mapping[str, Any]) -> int | None:
-    """The step of an entry; ``"120/600"`` is step 120, ``"1,200"`` step 1200."""
-    lower = {name.lower(): value for name, value in entry.items()}
-    for name in STEPS:
-        value = lower.get(name)
-        if isinstance(value, str) and re.fullmatch(r"\d{1,18}/\d+", value):
-            return int(value.split("/")[0])
-        if isinstance(value, str) and re.fullmatch(r"\d{1,3}(,\d{3}){1,5}", value):
-            return int(value.replace(",", ""))
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST:
-            return int(value)
-    return None

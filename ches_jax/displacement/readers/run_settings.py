@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickletools
+import re
 import struct
 import zipfile
 import zlib
@@ -15,6 +16,9 @@ BETA = ("beta", "pref_beta", "rl_beta", "dpo_beta", "reference_policy_kl_penalty
 MOVING = ("sync_ref_model", "tr_dpo", "ref_model_update", "update_ref_model")
 """Whether the reference follows the policy."""
 LOSS = ("loss_type", "pref_loss", "dpo_loss_type", "loss", "rlhf_type", "rl")
+DECISIVE = (*BETA, *LOSS)
+OF_OTHERS = re.compile(r"optim|adam|sgd|(^|_)ema(_|$)|sched|momentum|averag")
+"""Names of settings in which a beta is not that of the loss."""
 WITHOUT = ("reference_free",)
 """Whether the reference is left out, so that rewards are log-probabilities."""
 AVERAGED = (
@@ -166,12 +170,20 @@ def _of_training_args(path: Path) -> dict[str, Any]:
 
 
 def flat(value: Any) -> dict[str, Any]:
-    """The innermost name of each setting; ``{"value": ...}`` of Weights & Biases is the value."""
+    """The innermost name of each setting; ``{"value": ...}`` of Weights & Biases is the value.
+
+    Of one name at several depths the outermost counts. A name of beta or of the loss that stands at one depth with two
+    values tells nothing, and one inside the settings of an optimiser or of an average of weights is another.
+
+    >>> flat({"optimizer": {"beta": 0.9}, "dpo": {"beta": 0.1}}), flat({"a": {"beta": 0.5}, "b": {"beta": 0.1}})
+    ({'beta': 0.1}, {})
+    """
     out: dict[str, Any] = {}
+    unclear: set[str] = set()
     seen = 0
     level = [value] if isinstance(value, Mapping) else []
     while level:
-        below = []
+        below, here = [], {}
         for name, inner in itertools.chain.from_iterable(found.items() for found in level):
             seen += 1
             if seen > MOST:  # YAML can name one object many times, and an object of such objects
@@ -180,10 +192,12 @@ def flat(value: Any) -> dict[str, Any]:
                 inner = inner["value"]
             if isinstance(inner, Mapping):
                 if name == "loss" and isinstance(component := inner.get(COMPONENT), str):
-                    out.setdefault("loss", component.rpartition(".")[2].lower().removesuffix("loss"))
-                below.append(inner)
-            else:
-                out.setdefault(str(name), inner)
+                    here.setdefault("loss", component.rpartition(".")[2].lower().removesuffix("loss"))
+                other = OF_OTHERS.search(str(name).lower()) is not None
+                below.append({n: v for n, v in inner.items() if not (other and n in DECISIVE)})
+            elif here.setdefault(str(name), inner) != inner and name in DECISIVE:
+                unclear.add(str(name))
+        out = {n: v for n, v in here.items() if n not in unclear} | out
         level = below
     return out
 
