@@ -36,7 +36,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ches_jax.data.messages import Message, as_messages, is_message, kind, require_answer, without_nulls
-from ches_jax.data.nested import DEEPEST, within_depth
+from ches_jax.data.nested import DEEPEST, decoded, within_depth
 from ches_jax.data.repeats import ids_without_prompt, split_conversations, without_prompt
 from ches_jax.data.two_prompts import SIDES, TWO_PROMPT_IDS, TWO_PROMPTS
 from ches_jax.errors import DataError
@@ -422,6 +422,10 @@ def _template_argument(name: str, value: Any) -> Any:
             raise DataError(f"'{name}' is text that is not JSON; expected {expected}") from None
     if not isinstance(value, wanted):
         raise DataError(f"'{name}' is {kind(value)}; expected {expected}")
+    if name == "tools":
+        value = [decoded(tool) for tool in value]
+        if none := [tool for tool in value if not isinstance(tool, Mapping)]:
+            raise DataError(f"'tools' lists {kind(none[0])}; expected objects, or their JSON text")
     if not within_depth(value):
         raise DataError(f"'{name}' is nested more than {DEEPEST} deep; expected {expected}")
     return without_nulls(value)

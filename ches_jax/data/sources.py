@@ -85,6 +85,8 @@ _TEXTS = frozenset(TEXT_COLUMNS)
 _STRING = frozenset({str})
 _LOOKED_AT = 200
 """Rows from which a schema is recognised."""
+_TURN = "turn"
+"""Column of the turn that was judged (MT-Bench), or of the number of turns (Chatbot Arena)."""
 
 
 Contents = Callable[[Mapping[str, Any], Mapping[str, str]], list[tuple[Numbers, dict[str, Any]]]]
@@ -464,8 +466,8 @@ def _source(
     elif isinstance(unbounded, partial) and unbounded.func is read_lines:
         source = replace(source, lines=partial(lines_of, *unbounded.args))
     _require_one(source)
-    if note := _of_several_turns(itertools.islice(source.tolerant(), _LOOKED_AT)):
-        source = replace(source, notes=(*source.notes, note))
+    notes = _of_turns(itertools.islice(source.tolerant(), _LOOKED_AT))
+    source = replace(source, notes=(*source.notes, *notes))
     for line in source.messages():
         notice(line)
     return source
@@ -481,20 +483,27 @@ def _require_one(source: PairSource) -> None:
         next(iter(replace(source, forgiving=False)))
 
 
-def _of_several_turns(records: Iterable[Record]) -> str:
-    """What a person should know of responses in which somebody else than the assistant speaks; empty: there are none.
+def _of_turns(records: Iterable[Record]) -> Iterator[str]:
+    """What a person should know of responses of several turns.
 
     Args:
       records: the first ones of a source.
     """
-    some = [r.content for r in itertools.takewhile(lambda r: not isinstance(r.content.get("chosen"), str), records)]
-    found = sum(any(m["role"] in NOT_AN_ANSWER | RESULTS for side in SIDES for m in c.get(side, ())) for c in some)
-    if not found:
-        return ""
-    return (
-        f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
-        "tokens count as the response's, as where TRL trains on it (docs/data.md)"
-    )
+    talks = itertools.takewhile(lambda r: not isinstance(r.content.get("chosen"), str), records)
+    some = [record for record in talks if "chosen" in record.content]
+    sides = [[m for side in SIDES for m in r.content.get(side, ())] for r in some]
+    if found := sum(any(m["role"] in NOT_AN_ANSWER | RESULTS for m in messages) for messages in sides):
+        yield (
+            f"{found} of the first {len(some)} pairs have messages of the user or of a tool inside a response: their "
+            "tokens count as the response's, as where TRL trains on it (docs/data.md)"
+        )
+    judged = [r.extra.get(_TURN) for r in some]
+    answers = [sum(m["role"] == "assistant" for n in TEXT_COLUMNS[:2] for m in r.content.get(n, ())) for r in some]
+    if early := sum(type(turn) is int and 0 < turn < n for turn, n in zip(judged, answers, strict=True)):
+        yield (
+            f"column '{_TURN}' says of {early} of the first {len(some)} pairs that an earlier turn than their last was "
+            "judged, and is not read: the responses hold what came after it too"
+        )
 
 
 def _bounded(read: Callable[[int], Iterator[Raw]], start: int) -> Iterator[Raw]:

@@ -82,11 +82,20 @@ def parse_loss(text: str, hyper: Mapping[str, float] | None = None) -> Loss:
 EXPECTED = "expected losses with their numbers, wrappers and weights, such as wpo(dpo(beta=0.1)) + 0.2*sft"
 
 
-def from_trl(loss_types: Sequence[str], loss_weights: Sequence[float] | None = None, beta: float = TRL_BETA) -> Loss:
-    """The loss of TRL's ``loss_type=[...]``, ``loss_weights=[...]`` (all 1 if absent) and ``beta``.
+def from_trl(
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float] | None = None,
+    beta: float = TRL_BETA,
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """The loss of TRL's ``loss_type=[...]``, with its ``loss_weights=[...]`` (all 1 if absent) and numbers.
+
+    Only ``exo_pair`` keeps a default of its own: TRL has none for it.
 
     >>> from_trl(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
     0.8*sigmoid(beta=0.1) + 0.2*bco_pair_unshifted(beta=0.1) + sft
+    >>> from_trl(["robust"], label_smoothing=0.2)
+    robust(beta=0.1, label_smoothing=0.2)
 
     Raises:
       ChesError: a name that TRL 1.16 does not have, another number of weights.
@@ -99,8 +108,10 @@ def from_trl(loss_types: Sequence[str], loss_weights: Sequence[float] | None = N
         if name not in FROM_TRL:
             raise ChesError(unknown_name(name, sorted(FROM_TRL), "loss_type of TRL"))
         ours = FROM_TRL[name]
-        scale = {k: beta for k in hyper_names(ours) if k in ("beta", "tau") and (k == "beta" or name == "ipo")}
-        terms.append((weight, get_loss(ours, **scale)))
+        numbers = {"tau" if name == "ipo" else "beta": beta}
+        if label_smoothing or name != "exo_pair":
+            numbers["label_smoothing"] = label_smoothing
+        terms.append((weight, get_loss(ours, **{k: v for k, v in numbers.items() if k in hyper_names(ours)})))
     return weighted_sum(terms)
 
 

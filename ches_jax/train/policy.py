@@ -79,9 +79,8 @@ def open_lora(config: LoraOptions, model: ModelFiles, opener: Opener) -> Lora | 
     if config.lora_rank is None:
         return None
     alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    return Lora(
-        make_spec(config.lora_rank, alpha, config.lora_targets or ALL_LINEAR, model.decoder, rslora=config.lora_rslora)
-    )
+    targets = ALL_LINEAR if config.lora_targets is None else config.lora_targets
+    return Lora(make_spec(config.lora_rank, alpha, targets, model.decoder, rslora=config.lora_rslora))
 
 
 @dataclass(frozen=True)

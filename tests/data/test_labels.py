@@ -167,6 +167,24 @@ READ = {
         [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 2), (2, 3))],
         "a>b b>a a>b b>a",
     ),
+    "a prompt, and the whole conversation beside it": (
+        [
+            {"prompt": q, "chosen": "a", "rejected": "b", "messages": [U, {"role": "assistant", "content": "a"}]}
+            for q in ("p", [U])
+        ],
+        "a>b a>b",
+    ),
+    "letters compared": (labelled(AB, "label", "A>B", "B>A", "A=B", "B >> A"), "a>b b>a tie b>a"),
+    "letters compared, one kind seen": (labelled(AB, "verdict", "A>B", "A>B", "A<B"), "a>b a>b b>a"),
+    "what a user writes, and a list with scores": (
+        [
+            {
+                "user_input": "p",
+                "responses_and_scores": [{"response": "a", "score": 8.0}, {"response": "b", "score": 9.0}],
+            }
+        ],
+        "b>a",
+    ),
     "a vote": (labelled(AB, "vote", "B", "A", "unsure", "can't tell"), "b>a a>b tie tie"),
     "three columns and the letter of the best": (labelled(ABC, "best", "C", "A"), "c>a c>b a>b a>c"),
     "three columns and its number, from 0": (labelled(ABC, "best", 0, 2), "a>b a>c c>a c>b"),
@@ -393,12 +411,15 @@ NOTES = {
     "label": ({"label": 1}, "'label' looks like a label and is not read"),
     "rank": ({"rank": 2}, "'rank' looks like a rank and is not read"),
     "ties": ({"status": "tie"}, "'status' says tie in 1 of 1 rows and is not read"),
-    "images": ({"image": {"bytes": b"x"}}, "'image' looks like what a prompt shows or plays"),
     "other sides": (
         {"full_chosen": "a text of words", "full_rejected": "another one of words"},
         "'full_chosen' and 'full_rejected' look like responses and are not read; --columns chosen=full_chosen",
     ),
     "safer": ({"safer_response_id": 0}, "'safer_response_id' looks like a label"),
+    "an answer that is begun": (
+        {"initial_reason_steps": "Step 1: we add the numbers."},
+        "'initial_reason_steps' looks like a part of the prompt and is not read",
+    ),
 }
 
 
@@ -406,6 +427,45 @@ NOTES = {
 def test_a_column_that_may_matter_is_named(extra: dict[str, Any], note: str):
     source = rows_in_memory([{**PAIR, **extra}])
     assert any(note in line for line in source.messages())
+
+
+@pytest.mark.parametrize("image", [{"bytes": b"x"}, "a.jpg", ["a.jpg"]])
+@pytest.mark.parametrize("row", [PAIR, {**P, "responses": ["a", "b"], "scores": [2, 1]}, {**AB, "winner": "A"}])
+def test_rows_that_show_something_are_refused_until_the_texts_alone_are_meant(image: Any, row: dict[str, Any]):
+    """TRL refuses them too, where the model is one of texts: the pair is another one without its picture."""
+    for more in ({"image": image}, {"clip_video": image}, {"image": None}):
+        rows = [{**row, **more}, {**row, "image": None}]
+        if more == {"image": None}:
+            assert read(rows) == ["a>b"] * 2
+            continue
+        with pytest.raises(
+            DataError, match=r"looks like what a prompt shows .*; to take the texts alone: --columns (.*)"
+        ) as refusal:
+            read(rows)
+        words = str(refusal.value).partition("--columns ")[2]
+        columns = dict(word.split("=") for word in words.split())
+        assert read(rows, columns=columns) == ["a>b"] * 2
+        assert any("looks like what a prompt shows" in note for note in rows_in_memory(rows, columns=columns).notes)
+    assert read([{**row, "has_image": False}]) == ["a>b"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"messages": 0}, {"conversations": 0}, {"question": 0, "system": "s"}, {"instruction": 0, "input": "i"}]
+)
+def test_a_column_that_is_called_prompt_is_the_prompt(others: dict[str, Any]):
+    answer = [{"role": "assistant", "content": t} for t in "ab"]
+    whole = [{"role": "user", "content": "another"}, answer[0]]
+    row = {"prompt": [U], "chosen": answer[:1], "rejected": answer[1:]}
+    beside = {n: (whole if "s" in n[-1:] and n != "input" else "another") if v == 0 else v for n, v in others.items()}
+    (record,) = rows_in_memory([{**row, **beside}])
+    assert [m["content"] for m in record.content["prompt"]] == (["s", "p"] if "system" in others else ["p"])
+
+
+def test_the_turn_that_was_judged_is_named():
+    turns = {s: [U, *({"role": "assistant", "content": f"{s}{i}"} for i in (1, 2))] for s in "ab"}
+    rows = [{f"conversation_{s}": turns[s] for s in "ab"} | {"winner": "a", "turn": i} for i in (1, 2, 0, None)]
+    (note,) = rows_in_memory(rows).notes
+    assert note.startswith("column 'turn' says of 1 of the first 4 pairs that an earlier turn than their last")
 
 
 def test_a_column_that_an_option_reads_is_not_named(tmp_path):

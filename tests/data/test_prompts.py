@@ -226,6 +226,15 @@ def test_calls_of_tools_are_read_in_every_shape(message):
     assert canonical_content(row, {})["chosen"] == [CALL]
 
 
+def test_tools_that_are_listed_as_text_are_objects():
+    tool = {"type": "function", "function": {"name": "w"}}
+    for tools in ([json.dumps(tool)], json.dumps([tool]), [tool]):
+        assert canonical_content({**EXPLICIT, "tools": tools}, {})["tools"] == [tool]
+    for none in ("w", 7, None):
+        with pytest.raises(DataError, match=r"'tools' lists .*; expected objects, or their JSON text"):
+            canonical_content({**EXPLICIT, "tools": [tool, none]}, {})
+
+
 def test_calls_of_tools_that_are_none_are_refused():
     with pytest.raises(DataError, match="'chosen', message 0: its calls of tools are str 'w'"):
         canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": "w"}]}, {})

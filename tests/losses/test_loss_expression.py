@@ -13,7 +13,7 @@ import pytest
 
 import ches_jax.losses as losses
 from ches_jax.errors import ChesError
-from ches_jax.losses import WRAPPERS, distinct_losses, from_trl, get_loss, loss_names, parse_loss
+from ches_jax.losses import WRAPPERS, distinct_losses, from_trl, get_loss, loss_names, parse_loss, weighted_sum
 from ches_jax.losses.inputs import JOINT, LENGTHS, REFERENCE, REWARDS
 from ches_jax.losses.registry import hyper_names
 from ches_jax.train.config import TrainConfig
@@ -131,6 +131,17 @@ def test_lists_of_trl_take_its_weights_and_its_beta():
     assert repr(from_trl(["sigmoid", "ipo"], [0.8, 0.2], beta=0.3)) == "0.8*sigmoid(beta=0.3) + 0.2*ipo_mean(tau=0.3)"
     with pytest.raises(ChesError, match="1 weights of 2 losses"):
         from_trl(["sigmoid", "sft"], [1.0])
+
+
+def test_lists_of_trl_smooth_labels_as_much_as_trl_does():
+    """Not at all where nothing is said, also ``robust``, whose default here is another one; ``sigmoid`` never does."""
+    names = ["robust", "aot", "hinge", "sigmoid", "exo_pair"]
+    smoothed = [get_loss("robust", label_smoothing=0.2), get_loss("aot", label_smoothing=0.2)]
+    rest = [get_loss("hinge"), get_loss("sigmoid")]
+    expected = weighted_sum([(1.0, x) for x in [*smoothed, *rest, get_loss("exo_pair", label_smoothing=0.2)]])
+    assert repr(from_trl(names, label_smoothing=0.2)) == repr(expected)
+    assert repr(parse_loss("['robust']")) == "robust(beta=0.1, label_smoothing=0)"
+    assert repr(from_trl(["exo_pair"])) == repr(get_loss("exo_pair"))
 
 
 WITH_OPTIONS = {"with_sft": "--sft", "with_tokens": "the rules of tokens"}

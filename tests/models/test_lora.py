@@ -486,6 +486,7 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
         ({**GOOD, "use_dora": True}, {}, "'use_dora' = True is not supported"),
         ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
+        ({**GOOD, "init_lora_weights": "OLoRA"}, {}, "changes the base weights too"),
         ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
         ({**GOOD, "use_newdora": True}, {}, "'use_newdora' = True is not known; expected it to be off"),
         ({**GOOD, "modules_to_save": ["lm_head"]}, {}, r"'modules_to_save' = \['lm_head'\] is not supported"),
@@ -634,6 +635,12 @@ def test_targets_are_checked(base):
         "layers.mlp.up_proj",
         *(f"layers.self_attn.{p}_proj" for p in "koqv"),
     ]
+    moe = decoder_config(read_config(base("qwen3_moe")))
+    dense = set(make_spec(1, 1.0, "all-linear", moe))
+    named = {"layers.1.mlp.router", "layers.1.mlp.experts.up_proj"}
+    assert not dense & named and set(make_spec(1, 1.0, "all-linear, expert_up, router", moe)) == dense | named
+    with pytest.raises(ChesError, match="this model has no ''; expected all-linear"):
+        make_spec(1, 1.0, "", config)
     with pytest.raises(ChesError, match="this model has no 'gate', 'lm_head'; expected all-linear or names of q, k"):
         make_spec(1, 1.0, "q,gate,lm_head", config)
     with pytest.raises(ChesError, match=r"rank 0 and alpha 1\.0: expected positive numbers"):

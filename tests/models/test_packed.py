@@ -28,18 +28,18 @@ KINDS = {
 }
 
 
-def quantised(kind: str, write_model: Any) -> Path:
+def quantised(kind: str, write_model: Any, raw: dict[str, Any] = WIDE) -> Path:
     """A Llama whose rows hold whole blocks of nf4."""
     rng = np.random.default_rng(0)
     stored: dict[str, np.ndarray] = {}
-    for name, value in weights(WIDE).items():
-        if name.endswith("_proj.weight"):
+    for name, value in weights(raw).items():
+        if name.endswith(("_proj.weight", ".gate.weight")):
             written = KINDS[kind].write(rng, *value.shape)
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{part}": np.ascontiguousarray(a) for part, a in written.parts.items()}
         else:
             stored[name] = rng.normal(size=value.shape).astype(np.float32)
-    return write_model(WIDE | {"quantization_config": KINDS[kind].config}, stored)
+    return write_model(raw | {"quantization_config": KINDS[kind].config}, stored)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,6 +53,18 @@ def test_a_packed_base_is_the_dequantised_one(kind: str, write_model: Any):
     ids = jnp.array([[1, 5, 3, 2]])
     hidden = nnx.jit(lambda m, ids: m.hidden(ids))
     np.testing.assert_array_equal(hidden(model, ids), hidden(plain, ids))
+
+
+def test_a_router_is_never_packed(write_model: Any):
+    """bitsandbytes packs Mixtral's on transformers 4."""
+    raw = WIDE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+    directory = quantised("nf4", write_model, raw)
+    arrays, dtypes = load_packed(directory, make_mesh("data=1"))
+    assert list(dtypes) == [f"layers.self_attn.{p}_proj" for p in sorted("koqv")]
+    with_packed(abstract_decoder(load_model(directory).config), dtypes, arrays)
+    np.testing.assert_array_equal(
+        arrays["layers.mlp.router.weight"], named_parameters(load_model(directory))["layers.mlp.router.weight"]
+    )
 
 
 @pytest.mark.slow

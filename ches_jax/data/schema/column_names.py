@@ -13,9 +13,12 @@ def _words(text: str) -> frozenset[str]:
 
 PROMPT = _words(
     "prompt prompts instruction question query context history input user post problem messages conversations "
-    "conversation dialogue dialog trajectory"
+    "conversation dialogue dialog trajectory user_input"
 )
-BESIDE = _words("article background context document history instructions paragraph passage persona scenario turns")
+BESIDE = _words(
+    "article background context document history instructions paragraph partial passage persona prefix scenario steps "
+    "turns"
+)
 """Words of a column that may belong to the prompt beside it."""
 SYSTEM = _words("system system_prompt system_message system_text sys")
 SIDES = (

@@ -48,11 +48,31 @@ def left_over(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[st
             yield f"{note_on(name)} {what} and is not read; docs/data.md: which response is better"
         elif ties := sum(isinstance(r.get(name), str) and word(r[name]) in TIED for r in rows):
             yield f"column '{name}' says tie in {ties} of {len(rows)} rows and is not read: these rows make pairs"
-        elif SEEN_OR_HEARD & {*words_in(name)[-1:]}:
+        elif shows(rows, name):
             yield f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears: it is not read"
     unread = [n for n in columns if n not in read]
     yield from _other_sides(schema, rows, unread)
     yield from _contradicted(schema, rows, unread)
+
+
+def shows(rows: Rows, name: str) -> bool:
+    """Whether a column holds pictures or sounds, or where they are."""
+    values = [v for row in rows if (v := row.get(name)) not in (None, "", [], {})]
+    return bool(SEEN_OR_HEARD & {*words_in(name)[-1:]} and values) and not all(map(is_numeric, values))
+
+
+def require_text(schema: Schema, rows: Rows, columns: Sequence[str]) -> None:
+    """No column holds what no model here sees or hears, though the prompt speaks of it.
+
+    Raises:
+      DataError: one does, and nobody has said that the texts alone are meant.
+    """
+    for name in columns:
+        if shows(rows, name):
+            raise DataError(
+                f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears; to take the texts "
+                f"alone: --columns {schema.describe().replace(', ', ' ')}"
+            )
 
 
 def _other_sides(schema: Schema, rows: Rows, columns: Sequence[str]) -> Iterator[str]:

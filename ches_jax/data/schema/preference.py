@@ -38,6 +38,7 @@ from ches_jax.data.schema.winners import FROM_0, FROM_1, SIGNS, is_tie
 from ches_jax.errors import DataError
 
 _NO_NAMES = frozenset({"true", "false", "yes", "no"})
+_COMPARISON = re.compile(r"([a-z0-9]+) ?(>+|<+) ?([a-z0-9]+)")
 
 
 def preference_of_columns(rows: Rows, columns: Sequence[str], sides: Names) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def order_of_label(rows: Rows, name: str, sides: Names) -> list[str]:
     """
     said = {word(r[name]) for r in rows if r.get(name) not in (None, "") and not is_tie(r[name])}
     places = sequence_of(sides)
-    if order := _by_place(said, places) or _by_cell(rows, name, sides):
+    if order := _by_place(said, places) or _compared(said, places) or _by_cell(rows, name, sides):
         return order
     one, *others = sides
     if len(others) > 1:
@@ -274,6 +275,25 @@ def _by_place(said: set[str], places: Names) -> list[str]:
     return [
         "|".join(words or [there.sub(place, w) for w in named[at]]) for place, words in zip(places, named, strict=True)
     ]
+
+
+def _compared(said: set[str], places: Names) -> list[str]:
+    """The labels in the order of two columns, where each compares their places.
+
+    >>> _compared({"a>b", "b>>a"}, ("a", "b")), _compared({"a>c"}, ("a", "b"))
+    (['a>b|a>>b', 'b>a|b>>a'], [])
+    """
+    if len(places) != 2:
+        return []
+    one, two = places
+    better = {f"{one}>": one, f"{two}<": one, f"{two}>": two, f"{one}<": two}
+    words = {place: {f"{place}>{other}": None, f"{place}>>{other}": None} for place, other in ((one, two), (two, one))}
+    for label in sorted(said):
+        found = _COMPARISON.fullmatch(label)
+        if found is None or {found[1], found[3]} != {one, two}:
+            return []
+        words[better[found[1] + found[2][0]]][label] = None
+    return ["|".join(words[place]) for place in places] if said else []
 
 
 def _start(rows: Rows, name: str, listed: str) -> str:

@@ -32,7 +32,7 @@ from ches_jax.data.schema.column_values import (
     has_any,
     two_readings,
 )
-from ches_jax.data.schema.left_over import left_over
+from ches_jax.data.schema.left_over import left_over, require_text
 from ches_jax.data.schema.mapping import PLAIN, Names, Schema, canonical_rows, from_words, grouped
 from ches_jax.data.schema.preference import (
     contradicting,
@@ -72,7 +72,7 @@ def recognise(rows: Rows) -> Recognised:
     if any(n in columns for n in ID_COLUMNS):
         return Recognised(PLAIN)
     if all(has_any(rows, n) for n in TWO_PROMPTS) and fits(PLAIN, rows):
-        return Recognised(PLAIN, tuple(left_over(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])))
+        return _recognised(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])
     if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
         return _canonical_list(rows, columns)
     named = _named_by_side(rows, columns)
@@ -80,6 +80,11 @@ def recognise(rows: Rows) -> Recognised:
     if schema.chosen:
         require_agreement(rows, columns, (schema.chosen, schema.rejected))
     schema = with_history(with_system(schema, rows, columns), rows, columns)
+    return _recognised(schema, rows, columns)
+
+
+def _recognised(schema: Schema, rows: Rows, columns: Sequence[str]) -> Recognised:
+    require_text(schema, rows, columns)
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
 
@@ -110,7 +115,7 @@ def _canonical_list(rows: Rows, columns: Sequence[str]) -> Recognised:
     fitting = contradicting(rows, [listed], ways_of_list(rows, columns, listed))
     words = one_preference(fitting, listed, columns) if fitting else {}
     if words and (schema := _made({"prompt": PLAIN.prompt, "responses": listed, **words}, rows)):
-        return Recognised(schema, tuple(left_over(schema, rows, columns)))
+        return _recognised(schema, rows, columns)
     for name in (n for n in columns if says_order(n) and n != listed):
         if has_any(rows, name):
             raise two_readings(
@@ -137,7 +142,7 @@ def recognise_prompt(rows: Rows) -> Recognised:
         words = prompt_words(rows, columns, (), optional=False)
         schema = replace(PLAIN, name="columns", chosen="", rejected="", **words) if words else None
     schema = with_history(with_system(schema or PLAIN, rows, columns), rows, columns)
-    return Recognised(schema, tuple(left_over(schema, rows, columns)))
+    return _recognised(schema, rows, columns)
 
 
 def told_of_columns(schema: Schema | None, columns: Mapping[str, str], rows: Rows) -> Recognised:
@@ -165,6 +170,8 @@ def _readable(schema: Schema, row: Mapping[str, Any]) -> bool:
 
 def _preset(rows: Rows) -> Schema | None:
     fitting = [p for p in PRESETS.values() if all(has_any(rows, n) for n in p.columns) and fits(p.schema, rows)]
+    if has_any(rows, PLAIN.prompt) and PLAIN in [p.schema for p in fitting]:  # then no other column is the prompt
+        fitting = [p for p in fitting if p.schema.prompt == PLAIN.prompt or p.schema.chosen != PLAIN.chosen]
     best = [p for p in fitting if not any(set(p.columns) < set(q.columns) for q in fitting)]
     if len(best) > 1:
         one, two = (p.schema for p in best[:2])

@@ -22,6 +22,7 @@ ROLES = {
     "bard": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "llm": "assistant",
     "observation": "tool",
 }
 """Words for the speaker of a turn that other tools write -> the role."""

@@ -23,15 +23,16 @@ SIGNS = ("negative", "positive")
 """An ``order`` of these two words, either first: the winner is a number with a sign, and 0 is a tie."""
 _TIE = re.compile(
     r"(?:a )?(?:tie|tied|ties|both|neither|draw|equal|equally|(?:about |roughly |the )*same|similar|none|bothbad|"
-    r"no[ _-]?preference|no[ _-]?difference|indifferent|unsure|not sure|undecided|can(?:'t|not) (?:tell|decide))\b.*"
+    r"no[ _-]?preference|no[ _-]?difference|indifferent|unsure|not sure|undecided|can(?:'t|not) (?:tell|decide))\b.*|"
+    r"[a-z0-9] ?=+ ?[a-z0-9]"
 )
 
 
 def is_tie(value: Any) -> bool:
     """Whether a label says that no response is better.
 
-    >>> [is_tie(v) for v in ("tie", "tie (bothbad)", "both_good", "Neither", "model_a")]
-    [True, True, True, True, False]
+    >>> [is_tie(v) for v in ("tie", "tie (bothbad)", "both_good", "Neither", "A=B", "model_a")]
+    [True, True, True, True, True, False]
     """
     return _TIE.fullmatch(word(value).replace("_", " ")) is not None
 

@@ -60,7 +60,7 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     Args:
       rank: r.
       alpha: the numerator of the scale.
-      targets: names of ``TARGETS`` with commas between them (``q_proj`` is understood too), or ``all-linear``.
+      targets: names of ``TARGETS`` with commas between them (``q_proj`` is understood too), ``all-linear`` among them.
       config: the architecture, which has a gate or not.
       rslora: scale by 1 / sqrt(r) instead of 1 / r.
 
@@ -72,7 +72,8 @@ def make_spec(rank: int, alpha: float, targets: str, config: DecoderConfig, *, r
     known = adaptable(config)
     # experts and their routers only where they are named
     linear = [name for name in known if name != ROUTER and not name.startswith(EXPERT)]
-    names = linear if targets == ALL_LINEAR else [t.strip().removesuffix("_proj") for t in targets.split(",")]
+    words = [word.strip() for word in targets.split(",")]
+    names = [name for w in words for name in (linear if w == ALL_LINEAR else [w.removesuffix("_proj")])]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ChesError(

@@ -56,14 +56,17 @@ class Packed(nnx.Module):
 def load_packed(directory: Path, mesh: Mesh) -> tuple[Arrays, dict[str, str]]:
     """The parameters of a directory as stored, and of which modules the weights stay packed (-> their dtype)."""
     opened, place = open_checkpoint(directory), placement(mesh)
+    abstract = abstract_decoder(opened.config)
     arrays: Arrays = {}
     dtypes: dict[str, str] = {}
-    for name, leaf in named_parameters(abstract_decoder(opened.config)).items():
-        stacked = _codes(opened, opened.table[name], leaf.shape)
+    for name, leaf in named_parameters(abstract).items():
+        module = name.removesuffix(".weight")
+        # routers and tables are no maps that the layers take packed
+        linear = module != name and isinstance(_module(abstract, module), Linear)
+        stacked = _codes(opened, opened.table[name], leaf.shape) if linear else None
         if stacked is None:
             arrays[name] = read_parameter(opened, name, leaf.shape, place(name, leaf.shape))
             continue
-        module = name.removesuffix(".weight")
         *parts, dtypes[module] = stacked
         for part, array in zip(("codes", "factors"), parts, strict=True):
             full = f"{module}.packed.{part}"
@@ -87,13 +90,17 @@ def _codes(opened: Checkpoint, rule: Rule, shape: tuple[int, ...]) -> tuple[np.n
 def with_packed(abstract: Decoder, dtypes: Mapping[str, str], arrays: Mapping[str, Any]) -> Decoder:
     """``abstract`` with packed weights in place of those of the modules in ``dtypes``."""
     for name, dtype in dtypes.items():
-        module: Any = abstract
-        for part in name.split("."):
-            module = module[part] if isinstance(module, nnx.Dict) else getattr(module, part)
-        assert isinstance(module, Linear)
+        module = _module(abstract, name)
         codes, factors = (arrays[f"{name}.packed.{part}"] for part in ("codes", "factors"))
         module.packed, module.weight = Packed(_shape(codes), _shape(factors), dtype), None
     return abstract
+
+
+def _module(abstract: Decoder, name: str) -> Any:
+    module: Any = abstract
+    for part in name.split("."):
+        module = module[part] if isinstance(module, nnx.Dict) else getattr(module, part)
+    return module
 
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:

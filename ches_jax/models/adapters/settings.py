@@ -65,7 +65,7 @@ def refused(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("bias", "none") != "none":
         yield f"{CONFIG}: 'bias' = {raw['bias']!r} is not supported; expected 'none'"
     start = raw.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         yield (
             f"{CONFIG}: 'init_lora_weights' = {start!r} changes the base weights too; save the adapter with "
             "path_initial_model_for_weight_conversion, which makes it one for the plain base"
