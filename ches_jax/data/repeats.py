@@ -105,7 +105,8 @@ def doubts(content: Mapping[str, Any]) -> dict[str, str]:
     repeating = [n for n in sides if begun and content[n] and repeated(begun, text_of(content[n][0])) is not None]
     both, asked = len(repeating) == len(sides), prompt[-1]["role"] == "user"
     # one answer may well repeat the question; an answer that is begun for it is hardly begun again
-    doubtful = both and _worth_telling(begun) if asked else both or _worth_telling(begun)
+    whole = "chosen" in repeating and plain(prompt[-1]) == plain(content["chosen"][0])  # a whole conversation
+    doubtful = both and _worth_telling(begun) if asked else both or whole or _worth_telling(begun)
     return _repeated_by(repeating) if doubtful else {}
 
 

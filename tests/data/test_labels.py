@@ -167,6 +167,13 @@ READ = {
         [{**R12, "preference": p, "raw_preference": r} for p, r in ((1, 1), (2, 4), (1, 2), (2, 3))],
         "a>b b>a a>b b>a",
     ),
+    "a prompt, and the whole conversation beside it": (
+        [
+            {"prompt": q, "chosen": "a", "rejected": "b", "messages": [U, {"role": "assistant", "content": "a"}]}
+            for q in ("p", [U])
+        ],
+        "a>b a>b",
+    ),
     "letters compared": (labelled(AB, "label", "A>B", "B>A", "A=B", "B >> A"), "a>b b>a tie b>a"),
     "letters compared, one kind seen": (labelled(AB, "verdict", "A>B", "A>B", "A<B"), "a>b a>b b>a"),
     "what a user writes, and a list with scores": (
@@ -440,6 +447,18 @@ def test_rows_that_show_something_are_refused_until_the_texts_alone_are_meant(im
         assert read(rows, columns=columns) == ["a>b"] * 2
         assert any("looks like what a prompt shows" in note for note in rows_in_memory(rows, columns=columns).notes)
     assert read([{**row, "has_image": False}]) == ["a>b"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"messages": 0}, {"conversations": 0}, {"question": 0, "system": "s"}, {"instruction": 0, "input": "i"}]
+)
+def test_a_column_that_is_called_prompt_is_the_prompt(others: dict[str, Any]):
+    answer = [{"role": "assistant", "content": t} for t in "ab"]
+    whole = [{"role": "user", "content": "another"}, answer[0]]
+    row = {"prompt": [U], "chosen": answer[:1], "rejected": answer[1:]}
+    beside = {n: (whole if "s" in n[-1:] and n != "input" else "another") if v == 0 else v for n, v in others.items()}
+    (record,) = rows_in_memory([{**row, **beside}])
+    assert [m["content"] for m in record.content["prompt"]] == (["s", "p"] if "system" in others else ["p"])
 
 
 def test_the_turn_that_was_judged_is_named():

@@ -141,6 +141,7 @@ def test_an_answer_that_the_prompt_begins_is_not_begun_twice():
     assert texts == [[Q, assistant("An ap")], [assistant("An apple")], [assistant("An apricot")]]
     assert flags == {"prompt_repeated": "chosen and rejected begin with the prompt"}
     assert read([Q, assistant("A")], "pple", "A")[-1] == {}
+    assert read([Q, assistant("A.")], "A.", "B.")[-1] == {"prompt_repeated": "chosen begins with the prompt"}
 
 
 PARTS = {

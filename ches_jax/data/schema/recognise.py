@@ -170,6 +170,8 @@ def _readable(schema: Schema, row: Mapping[str, Any]) -> bool:
 
 def _preset(rows: Rows) -> Schema | None:
     fitting = [p for p in PRESETS.values() if all(has_any(rows, n) for n in p.columns) and fits(p.schema, rows)]
+    if has_any(rows, PLAIN.prompt) and PLAIN in [p.schema for p in fitting]:  # then no other column is the prompt
+        fitting = [p for p in fitting if p.schema.prompt == PLAIN.prompt or p.schema.chosen != PLAIN.chosen]
     best = [p for p in fitting if not any(set(p.columns) < set(q.columns) for q in fitting)]
     if len(best) > 1:
         one, two = (p.schema for p in best[:2])
