@@ -24,6 +24,7 @@ ELSEWHERE = {
     "theory.md": "theory/README.md",
     "reproduction.md": "experiments/README.md",
     "benchmarks.md": "experiments/benchmarks/README.md",
+    "tried.md": "experiments/benchmarks/tried.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }

@@ -11,7 +11,7 @@ import numpy as np
 
 from ches_jax.errors import RunError
 from ches_jax.report import elements, essays, svg, tables
-from ches_jax.report.axes import axis, digits_of, percent, readable
+from ches_jax.report.axes import axis, digits_of, readable
 from ches_jax.report.document import Page, Section, Tone
 from ches_jax.report.html import data_table, escape, figure, folded, gallery, paragraphs
 from ches_jax.report.pair_table import MOST_TEXTS, WHOLE, Column, Ids, Numbers, PairTable, Words
@@ -448,12 +448,3 @@ def health(table: Scores, dropped: Mapping[str, int]) -> str:
 def _reading(table: Scores) -> str:
     meanings = [[label(n), SCORES[n].meaning] for n in tables.shown_scores(table)]
     return paragraphs(*essays.SCORE_READING) + data_table(["score", "meaning"], meanings, text_columns=2)
-
-
-def share_words(count: int, total: int) -> str:
-    """A count with its share.
-
-    >>> share_words(3, 12)
-    '3 of 12 (25 %)'
-    """
-    return f"{count:,} of {total:,} ({percent(count / max(1, total))})"

@@ -321,6 +321,9 @@ MADE_BY_PEFT: dict[str, tuple[str, dict]] = {
         {"target_modules": r".*\.mlp\.(up|gate)_proj", "layers_to_transform": None},
     ),
     "turned and fused": ("gpt2", {"target_modules": "all-linear"}),
+    "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "biases": ("gpt_neox", {"target_modules": ["dense", "query_key_value"], "bias": "all"}),
+    "biases beside adapters": ("gpt_neox", {"target_modules": ["dense_h_to_4h"], "bias": "lora_only"}),
     "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "a weight by name": ("phi3", {"target_modules": [], "target_parameters": ["mlp.gate_up_proj.weight"]}),
     "experts and routers": ("mixtral", {"target_modules": "all-linear"}),
@@ -345,7 +348,12 @@ def test_what_peft_makes_is_read(base, tmp_path, family, settings):
     torch.manual_seed(6)
     config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **settings)
     theirs = peft.get_peft_model(of_transformers(base(family)), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter += 0.3 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(of_transformers(base(family)), tmp_path / "adapter")
     adapted_model = load_adapted(base(family), tmp_path / "adapter")
     check_logits(logits(adapted_model), theirs)
     assert np.abs(logits(adapted_model) - logits(load_model(base(family)))).max() > 0.01
@@ -484,12 +492,13 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
         ({**GOOD, "layers_pattern": 3}, {}, "'layers_pattern' is 3; expected names of lists of layers"),
         ({**GOOD, "target_modules": "("}, {}, "'target_modules' has '\\(', which is no regular expression"),
         ({**GOOD, "use_dora": True}, {}, "'use_dora' = True is not supported"),
-        ({**GOOD, "bias": "all"}, {}, "'bias' = 'all' is not supported"),
+        ({**GOOD, "bias": "some"}, {}, "'bias' = 'some' is not known; expected 'none', 'all' or 'lora_only'"),
         ({**GOOD, "init_lora_weights": "pissa_niter_4"}, {}, "changes the base weights too"),
         ({**GOOD, "init_lora_weights": "OLoRA"}, {}, "changes the base weights too"),
         ({**GOOD, "r": None}, {}, "'r' is None; expected a positive number"),
         ({**GOOD, "use_newdora": True}, {}, "'use_newdora' = True is not known; expected it to be off"),
-        ({**GOOD, "modules_to_save": ["lm_head"]}, {}, r"'modules_to_save' = \['lm_head'\] is not supported"),
+        ({**GOOD, "modules_to_save": "lm_head"}, {}, "'modules_to_save' is 'lm_head'; expected a list of names"),
+        ({**GOOD, "modules_to_save": ["lm_head"]}, {}, "'modules_to_save' names 'lm_head', of which .* holds nothing"),
         (
             {**GOOD, "rank_pattern": {"q_proj": "x"}},
             {},
@@ -608,8 +617,19 @@ def test_whole_matrices_beside_an_adapter_change_nothing_or_are_refused(base, tm
     assert "lm_head.weight, base_model.model.model.embed_tokens.base_layer.weight repeat the values" in caplog.text
     changed = {name: value + 1 for name, value in whole.items()}
     write_files(tmp_path / "b", GOOD, q_of_both_layers() | changed)
-    with pytest.raises(ChesError, match=r"lm_head.weight' is a whole matrix beside the adapter, with other values"):
+    with pytest.raises(ChesError, match=r"place of the model's 'lm_head.weight', with other values: only adapters are"):
         read_adapter(tmp_path / "b", directory)
+    # the embedding is no adapted module, which alone has a base_layer
+    with pytest.raises(ChesError, match=r"'model.embed_tokens.weight', with other values: PEFT does not read it under"):
+        read_adapter(tmp_path / "b", directory, whole=True)
+    saved = {"base_model.model.lm_head.weight": stored["lm_head.weight"] + 1}
+    write_files(tmp_path / "c", {**GOOD, "modules_to_save": ["lm_head"]}, q_of_both_layers() | saved)
+    write_files(tmp_path / "plain", GOOD, q_of_both_layers())
+    for load in (load_adapted, load_merged):
+        actual, before = (named_parameters(load(directory, tmp_path / name)) for name in ("c", "plain"))
+        np.testing.assert_array_equal(actual.pop("lm_head.weight"), stored["lm_head.weight"] + 1)
+        for name, value in actual.items():
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
 
 
 def test_a_directory_of_adapters_names_them(tmp_path):

@@ -13,7 +13,7 @@ each B its own, relative to that: the same function, rounded once to float32.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from ches_jax.errors import CheckpointError, many
 from ches_jax.hf.directory import fingerprint_of, read_json, resolve
-from ches_jax.hf.tensors import Tensor, all_finite, open_files
+from ches_jax.hf.tensors import Tensor, all_finite, open_files, same_values
 from ches_jax.hf.text_part import OTHER, Parts
 from ches_jax.models.adapters.lora import LowRank, Spec, adapted, merged
 from ches_jax.models.adapters.settings import (
@@ -39,7 +39,7 @@ from ches_jax.models.adapters.settings import (
     unread,
 )
 from ches_jax.models.adapters.sites import PREFIX, Sites, below_wrapper, sites_of
-from ches_jax.models.checkpoint.load import load_model, with_parameters
+from ches_jax.models.checkpoint.load import load_replaced, with_parameters
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
 from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.sharding import placement
@@ -56,6 +56,8 @@ class Adapter:
     spec: Spec
     arrays: dict[str, np.ndarray]
     """``layers.self_attn.q_proj.lora_a`` [L, r, in] and ``.lora_b`` [L, out, r], float32."""
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    """Whole tensors that take the place of the model's, by their names in its file."""
 
 
 def adapter_directory(adapter: str | Path) -> Path:
@@ -81,10 +83,11 @@ def adapter_files(directory: Path) -> list[Path]:
     return [directory / CONFIG, directory / WEIGHTS]
 
 
-def read_adapter(directory: Path, base: Path) -> Adapter:
+def read_adapter(directory: Path, base: Path, *, whole: bool = False) -> Adapter:
     """The adapter in ``directory`` for the model in ``base``.
 
-    Layers that it leaves out get zeros, which change nothing and get no gradient.
+    Layers that it leaves out get zeros, which change nothing and get no gradient. Tensors that take the place of the
+    model's (``modules_to_save``, trained biases) are for those who want them (``whole``), and refused for others.
 
     Raises:
       CheckpointError: settings that change the function in another way than LoRA does, names or shapes that do not fit
@@ -102,6 +105,7 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
     strength, put_on = Strengths(raw, patterns), Targets(raw, patterns)
     passed_over: dict[str, str] = {}
     repeated: list[str] = []
+    replaced: dict[str, str] = {}
     wrapped = sites.wrapped(targets)
     known = ", ".join(sites.by_parameter().values()) or "none"
     problems += [
@@ -117,13 +121,11 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         if match and (other := OTHER.match(match["module"])):
             left_out[name] = other["part"]
             continue
-        if match is None and (same := sites.is_the_base_s(name, tensor)) is not None:
-            repeated.append(name)
-            if not same:
-                problems.append(
-                    f"tensor {name!r} is a whole matrix beside the adapter, with other values than the model has: "
-                    "PEFT puts it in place of the model's, which is not supported; save the merged model and give that"
-                )
+        if match is None and (own := sites.of_the_base(name)) is not None:
+            if same_values(sites.tensors[own], tensor):
+                repeated.append(name)
+            else:
+                replaced[name] = own
             continue
         # one that was made over a multimodal model names the text model inside it
         names = below_wrapper(match["module"]) if match else ()
@@ -141,6 +143,12 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
             own = sites.parameter(owners[module], module).rpartition(".")[2]
             called[module] = f"{match['module'].replace('.base_layer', '')}.{own}"
     problems += unread(passed_over)
+    problems += _misplaced(replaced, modules, sites, whole)
+    problems += [
+        f"{CONFIG}: 'modules_to_save' names {saved!r}, of which {WEIGHTS} holds nothing"
+        for saved in raw.get("modules_to_save") or []
+        if not any(f".{saved}." in f".{name}" for name in (*replaced, *repeated, *left_out))
+    ]
 
     def strength_of(module: str) -> LowRank:
         """By the name that PEFT knew it by: patterns may be whole names, as of a multimodal model."""
@@ -157,7 +165,23 @@ def read_adapter(directory: Path, base: Path) -> Adapter:
         notice(f"{directory}: {said}")
     if repeated:
         notice(f"{directory}: {', '.join(repeated)} repeat the values of the model, and are left out")
-    return _stacked(strength_of, modules, sites)
+    spec, arrays = _stacked(strength_of, modules, sites)
+    return Adapter(spec, arrays, {own: tensors[name] for name, own in replaced.items()})
+
+
+def _misplaced(replaced: Mapping[str, str], adapted: Mapping[str, Any], sites: Sites, whole: bool) -> Iterator[str]:
+    """Tensors that cannot take the place of the model's."""
+    for name, own in replaced.items():
+        what = f"tensor {name!r} takes the place of the model's {own!r}, with other values"
+        if not whole:
+            yield f"{what}: only adapters are trained; merge it first (ches convert --adapter) and start from that"
+        elif sites.config.tie_embeddings and own in sites.ends:
+            yield (
+                f"{what}, and the model ties its head to its embedding: which of the two PEFT replaces depends on how "
+                "the adapter was made; save the merged model and give that"
+            )
+        elif (own.rpartition(".")[0] in adapted) != (".base_layer." in name):
+            yield f"{what}: PEFT does not read it under this name; remove it, or name it as PEFT writes it"
 
 
 def load_adapted(
@@ -186,8 +210,10 @@ def load_adapted(
       ChesError: as ``load_model``.
     """
     base = resolve(model)
-    lora = read_adapter(adapter_directory(adapter), base)
-    plain = load_model(base, dtype=dtype, param_dtype=param_dtype, mesh=mesh, axes=axes, sharding=sharding)
+    lora = read_adapter(adapter_directory(adapter), base, whole=True)
+    plain = load_replaced(
+        base, lora.replaced, dtype=dtype, param_dtype=param_dtype, mesh=mesh, axes=axes, sharding=sharding
+    )
     both = adapted(abstract_decoder(plain.config, dtype=plain.dtype), lora.spec)
     both.mesh = plain.mesh
     place = sharding or (lambda name, shape: None) if plain.mesh is None else placement(plain.mesh)
@@ -202,8 +228,8 @@ def load_merged(model: str | Path, adapter: str | Path, *, param_dtype: str | No
       CheckpointError: anything that does not fit.
     """
     base = resolve(model)
-    lora = read_adapter(adapter_directory(adapter), base)
-    plain = load_model(base, param_dtype=param_dtype)
+    lora = read_adapter(adapter_directory(adapter), base, whole=True)
+    plain = load_replaced(base, lora.replaced, param_dtype=param_dtype)
     whole = merged({**named_parameters(plain), **lora.arrays}, lora.spec)
     return with_parameters(abstract_decoder(plain.config), whole)
 
@@ -217,7 +243,9 @@ def _misfits(module: str, two: Mapping[str, Tensor], a: tuple[int, int], b: tupl
             yield f"{module}: lora_{part} holds NaN or infinite values"
 
 
-def _stacked(strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str, Tensor]], sites: Sites) -> Adapter:
+def _stacked(
+    strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str, Tensor]], sites: Sites
+) -> tuple[dict[str, LowRank], dict[str, np.ndarray]]:
     """The modules' A and B as stacks over layers; a layer of lower rank, or without an adapter, ends in zeros."""
     spec: dict[str, LowRank] = {}
     arrays: dict[str, np.ndarray] = {}
@@ -239,7 +267,7 @@ def _stacked(strength: Callable[[str], LowRank], parts: Mapping[str, Mapping[str
         name = rule.param.removesuffix(".weight")
         spec[name] = LowRank(rank, common)
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
-    return Adapter(spec, arrays)
+    return spec, arrays
 
 
 def write_adapter(out: Path, arrays: Mapping[str, Any], spec: Spec, base: Path, name: str | None = None) -> str:

@@ -21,7 +21,6 @@ OFF = (
     "use_dora",
     "use_qalora",
     "lora_bias",
-    "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "alora_invocation_tokens",
@@ -50,6 +49,7 @@ def refused(raw: Mapping[str, Any]) -> Iterator[str]:
         ("target_modules", "names of modules"),
         ("exclude_modules", "names of modules"),
         ("layers_pattern", "names of lists of layers"),
+        ("modules_to_save", "names of modules"),
     ):
         value = raw.get(key)
         if value is not None and not isinstance(value, str) and not _list_of(value, str):
@@ -62,8 +62,10 @@ def refused(raw: Mapping[str, Any]) -> Iterator[str]:
     for key in OFF:
         if raw.get(key):
             yield f"{CONFIG}: {key!r} = {raw[key]!r} is not supported; expected it to be off"
-    if raw.get("bias", "none") != "none":
-        yield f"{CONFIG}: 'bias' = {raw['bias']!r} is not supported; expected 'none'"
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield f"{CONFIG}: 'bias' = {raw['bias']!r} is not known; expected 'none', 'all' or 'lora_only'"
+    if isinstance(raw.get("modules_to_save"), str):
+        yield f"{CONFIG}: 'modules_to_save' is {raw['modules_to_save']!r:.60}; expected a list of names"
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         yield (

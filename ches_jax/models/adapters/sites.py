@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ches_jax.hf.tensors import Tensor, same_values
+from ches_jax.hf.tensors import Tensor
 from ches_jax.hf.text_part import INSIDE
 from ches_jax.models.adapters.lora import adaptable
 from ches_jax.models.adapters.together import by_expert, is_together, side_by_side, swapped, wrappers
@@ -54,12 +54,11 @@ class Sites:
     one_by_one: bool
     """Whether files of the family have a tensor for each expert."""
 
-    def is_the_base_s(self, name: str, tensor: Tensor) -> bool | None:
-        """Whether a tensor of an adapter's file has the values of the model's of its name; None where there is none."""
+    def of_the_base(self, name: str) -> str | None:
+        """The tensor of the model's file that a tensor of an adapter's file has the name of."""
         bare = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         names = [*below_wrapper(bare), *(self.ends[:1] if bare.endswith("lm_head.weight") else ())]
-        own = next((self.tensors[n] for n in names if n in self.tensors), None)
-        return None if own is None else same_values(own, tensor)
+        return next((n for n in names if n in self.tensors), None)
 
     def stored(self, rule: Rule) -> dict[tuple[int, ...], str]:
         """The modules that hold a matrix, by index in its stack."""

@@ -57,8 +57,8 @@ class Checkpoint:
     table: dict[str, Rule]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Check config, tensor names and shapes of a directory.
+def open_checkpoint(directory: Path, replaced: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """Check config, tensor names and shapes of a directory, with ``replaced`` in place of some of its tensors.
 
     Raises:
       CheckpointError: anything that does not fit, all problems in one message.
@@ -66,7 +66,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     raw = effective_config(directory)
     config = decoder_config(raw, str(directory))
     shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
-    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, model_tensors(directory))
+    stored = {**model_tensors(directory), **(replaced or {})}
+    tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, stored)
     return Checkpoint(directory, config, tensors, table)
 
 
@@ -102,6 +103,22 @@ def load_model(
       >>> model(np.array([[5, 6, 7]])).dtype
       dtype('float32')
     """
+    return load_replaced(
+        resolve(model), {}, dtype=dtype, param_dtype=param_dtype, mesh=mesh, axes=axes, sharding=sharding
+    )
+
+
+def load_replaced(
+    directory: Path,
+    replaced: Mapping[str, Tensor],
+    *,
+    dtype: DTypeLike = "float32",
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | str | None = None,
+    axes: Mapping[str, str | Iterable[str]] | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> Decoder:
+    """``load_model`` with tensors of another file in place of the directory's, by its names for them."""
     compute, stored_in = _float_dtype("dtype", dtype), _float_dtype("param_dtype", param_dtype)
     if sharding is not None and mesh is not None:
         raise ChesError("load_model: give mesh= or sharding=, not both")
@@ -109,8 +126,7 @@ def load_model(
         raise ChesError("load_model: axes= names axes of a mesh; give mesh= too")
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     logical = None if mesh is None else LogicalMesh.of(mesh, axes)
-    directory = resolve(model)
-    opened = open_checkpoint(directory)
+    opened = open_checkpoint(directory, replaced)
     abstract = abstract_decoder(opened.config, dtype=compute)
     abstract.mesh = logical
     params = named_parameters(abstract)

@@ -287,8 +287,3 @@ def without_empty_room(rows: PackedBatch, length: int, used: int, room: int) -> 
     return rows._replace(
         **{n: np.ascontiguousarray(getattr(rows, n)[:, :keep]) for n in ("source", "target", "segment")}
     )
-
-
-def position_waste(batch: Batch) -> float:
-    """Share of computed positions that hold nothing."""
-    return 1.0 - float((batch.rows.lengths > 0).mean())
