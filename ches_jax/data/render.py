@@ -222,9 +222,8 @@ def _without_words(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ..
     >>> _without_words(("1+1?", " ", ""))
     (('rejected',), ('chosen',))
     """
-    named = dict(zip(TEXT_COLUMNS, texts, strict=True))
-    nothing = [name for name, text in named.items() if says_nothing(text)]
-    return tuple(n for n in nothing if not named[n]), tuple(n for n in nothing if named[n])
+    nothing = [(name, text) for name, text in zip(TEXT_COLUMNS, texts, strict=True) if says_nothing(text)]
+    return tuple(name for name, text in nothing if not text), tuple(name for name, text in nothing if text)
 
 
 def _found_of_prompt(text: str) -> dict[str, str]:

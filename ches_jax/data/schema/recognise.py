@@ -84,7 +84,7 @@ def recognise(rows: Rows) -> Recognised:
 
 
 def _recognised(schema: Schema, rows: Rows, columns: Sequence[str]) -> Recognised:
-    require_text(schema, rows, columns)
+    require_text(rows, columns, schema.describe().replace(", ", " "))
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
 
 
