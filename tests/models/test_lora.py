@@ -272,6 +272,28 @@ def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
 
 
+def test_mixtral_is_read_and_written_as_transformers_has_it_in_memory(base, tmp_path):
+    """Some programs write it so; ``save_pretrained(save_original_format=False)`` of transformers does."""
+    apart = base("mixtral")
+    given = {
+        name.replace("block_sparse_moe", "mlp"): np.ascontiguousarray(value)
+        for name, value in all_experts(apart).items()
+        if not any(f".experts.{e}." in name for e in range(3))
+    }
+    directory = tmp_path / "together"
+    directory.mkdir()
+    (directory / "config.json").write_text((apart / "config.json").read_text())
+    save_file(given, directory / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(directory)
+    for name, value in named_parameters(load_model(apart)).items():
+        np.testing.assert_array_equal(named_parameters(model)[name], value, err_msg=name)
+    save_pretrained(model, tmp_path / "again", like=directory)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == given.keys()
+    for name, value in given.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
 def test_adapters_of_each_expert_are_read(base, tmp_path):
     """As PEFT wrote them over transformers 4: a module for each expert, here of layer 1, and of two experts alone."""
     rng, sizes = np.random.default_rng(4), {"w1": (24, 10), "w2": (10, 24)}
