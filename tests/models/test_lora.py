@@ -575,6 +575,7 @@ READ = {
     "nothing is said": {"target_modules": None, "exclude_modules": None},
 }
 UNREAD = {
+    "parameters alone": ({"target_modules": None, "target_parameters": ["up_proj.weight"]}, "target_modules", 2),
     "another module": ({"target_modules": ["v_proj"]}, "target_modules", 2),
     "the end of a word": ({"target_modules": ["proj"]}, "target_modules", 2),
     "part of a name": ({"target_modules": "q_proj"}, "target_modules", 2),
@@ -652,6 +653,20 @@ def test_whole_matrices_beside_an_adapter_change_nothing_or_are_refused(base, tm
         np.testing.assert_array_equal(actual.pop("lm_head.weight"), stored["lm_head.weight"] + 1)
         for name, value in actual.items():
             np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_head_in_place_of_a_tied_one_is_refused(base, tmp_path):
+    """PEFT may keep the embedding as it was, or replace it too."""
+    raw = json.loads((base("llama") / "config.json").read_text()) | {"tie_word_embeddings": True}
+    stored = {name: tensor.read() for name, tensor in open_tensors(base("llama")).items() if "lm_head" not in name}
+    directory = tmp_path / "tied"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(raw))
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    saved = {"base_model.model.lm_head.weight": stored["model.embed_tokens.weight"] + 1}
+    write_files(tmp_path / "a", {**GOOD, "modules_to_save": ["lm_head"]}, q_of_both_layers() | saved)
+    with pytest.raises(ChesError, match="ties its head to its embedding: which of the two PEFT replaces"):
+        load_adapted(directory, tmp_path / "a")
 
 
 def test_a_directory_of_adapters_names_them(tmp_path):
