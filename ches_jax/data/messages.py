@@ -79,7 +79,7 @@ def as_parts(message: Message) -> Message:
 
 
 def says_nothing(text: str) -> bool:
-    r"""Whether a text is empty, or white space alone: as a prompt or a response it is none.
+    r"""Whether a text is empty, or white space alone.
 
     >>> says_nothing(" \n"), says_nothing(" 2")
     (True, False)

@@ -43,7 +43,9 @@ class Rendered:
     templated: bool
     """The text comes from a chat template, which writes BOS and end-of-turn tokens itself."""
     empty: tuple[str, ...]
-    """Parts (prompt, chosen, rejected) that say nothing of their own."""
+    """Parts (prompt, chosen, rejected) without any text of their own."""
+    blank: tuple[str, ...]
+    """Those whose text is white space alone."""
     turns: Mapping[str, int]
     """Messages in each response: all but the last rightly hold an end-of-turn token."""
     ends: Mapping[str, End] = field(default_factory=dict)
@@ -118,12 +120,14 @@ class Writer:
         found = dict(self._left_out(content, prompt, dict(zip(names, sides, strict=True)), full))
         if any(not text.startswith(asked) for text in full.values()):
             found["prompt_differs"] = self._difference(prompt, content)
+        empty, blank = _without_words([*map(_said, (prompt, *sides))])
         return Rendered(
             prompt=asked,
             chosen=full["chosen"],
             rejected=full["rejected"],
             templated=True,
-            empty=tuple(n for n, m in zip(TEXT_COLUMNS, (prompt, *sides), strict=True) if not _says_something(m)),
+            empty=empty,
+            blank=blank,
             turns={n: len(side) for n, side in zip(names, sides, strict=True)},
             ends={n: self.chat.end(m, content) for n, m in whole.items()},
             found=found,
@@ -141,11 +145,11 @@ class Writer:
                 raise DataError(_NOT_ONE_TEXT)
             prompt = text_of(prompt[0])
         if isinstance(prompt, str) and self.mode != "always":
-            return RenderedPrompt(prompt, False, {"empty_prompt": ""} if says_nothing(prompt) else {})
+            return RenderedPrompt(prompt, False, _found_of_prompt(prompt))
         self._require_template()
         messages = as_messages("prompt", prompt)
         text = self.chat.prompt(messages, content) if messages else ""
-        found = {} if _says_something(messages) else {"empty_prompt": ""}
+        found = _found_of_prompt(_said(messages))
         if lost := self._lost_of_prompt(content, messages, text):
             found["left_out"] = ", ".join(lost)
         return RenderedPrompt(text, True, found)
@@ -179,12 +183,14 @@ class Writer:
 
 
 def _plain(prompt: str, chosen: str, rejected: str) -> Rendered:
+    empty, blank = _without_words((prompt, chosen, rejected))
     return Rendered(
         prompt=prompt,
         chosen=prompt + chosen,
         rejected=prompt + rejected,
         templated=False,
-        empty=tuple(n for n, t in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True) if says_nothing(t)),
+        empty=empty,
+        blank=blank,
         turns={"chosen": 1, "rejected": 1},
     )
 
@@ -205,8 +211,23 @@ def _row(content: Mapping[str, Any]) -> tuple[Any, ...]:
     return content.get("tools"), content.get("chat_template_kwargs")
 
 
-def _says_something(messages: Sequence[Message]) -> bool:
-    return any(m.get("tool_calls") or not says_nothing(text_of(m)) for m in messages)
+def _said(messages: Sequence[Message]) -> str:
+    """What messages say, calls of tools included."""
+    return "".join("calls" if m.get("tool_calls") else text_of(m) for m in messages)
+
+
+def _without_words(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of prompt, chosen and rejected those without a text, and those whose text is white space alone.
+
+    >>> _without_words(("1+1?", " ", ""))
+    (('rejected',), ('chosen',))
+    """
+    nothing = [(name, text) for name, text in zip(TEXT_COLUMNS, texts, strict=True) if says_nothing(text)]
+    return tuple(name for name, text in nothing if not text), tuple(name for name, text in nothing if text)
+
+
+def _found_of_prompt(text: str) -> dict[str, str]:
+    return {"blank": "prompt"} if text and says_nothing(text) else {}
 
 
 def _lost(message: Message, text: str, *, thought: bool) -> str:

@@ -259,10 +259,11 @@ class PairTokenizer:
         if text is None or ids is None:
             prompt, chosen, rejected = (tuple(row.content[n]) for n in ID_COLUMNS)
             empty: tuple[str, ...] = ()
+            blank: list[str] = []
         else:
             details |= text.found
             prompt, chosen, rejected = _cut(*ids, details)
-            empty = text.empty
+            empty, blank = text.empty, [*text.blank]
         bos = _single(self.tokenizer.bos_token_id)
         if bos is not None and prompt[:2] == (bos, bos):
             details["double_bos"] = "prompt"
@@ -275,9 +276,12 @@ class PairTokenizer:
         if not prompt or "prompt" in empty:
             details["empty_prompt"] = ""
         for name, response in complete.items():
-            blank = self._is_blank if text is not None else (lambda i: False)  # ids are what they are
-            if name in empty or all(map(blank, response.content)):
+            if not response.content or name in empty:
                 details[f"empty_{name}"] = ""
+            elif text is not None and all(map(self._is_blank, response.content)):  # ids are what they are
+                blank.append(name)
+        if blank:
+            details["blank"] = ", ".join(dict.fromkeys(blank))
         if len(prompt) >= self.max_length:
             details["prompt_too_long"] = f"{len(prompt)} tokens, --max-length {self.max_length}"
         else:

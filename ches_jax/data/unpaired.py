@@ -9,6 +9,7 @@ from ches_jax.data.messages import kind
 from ches_jax.data.prompts import PAIR_COLUMNS, Numbers, canonical_content, lookup
 from ches_jax.data.schema.column_names import SYSTEM as SYSTEM_NAMES
 from ches_jax.data.schema.column_values import Rows, two_readings
+from ches_jax.data.schema.left_over import require_text
 from ches_jax.data.schema.mapping import Schema, decoded_turns, in_conversation
 from ches_jax.data.schema.values import are_turns, turns, word
 from ches_jax.data.sources import Kind
@@ -125,9 +126,12 @@ def _named(rows: Rows, columns: Mapping[str, str]) -> Mapping[str, str]:
     """The names of columns, with that of a system text where some row has one.
 
     Raises:
-      DataError: two columns may be it.
+      DataError: two columns may be it; one holds pictures or sounds.
     """
-    names = [n for n in dict.fromkeys(itertools.chain.from_iterable(rows)) if str(n).lower() in SYSTEM_NAMES]
+    every = [str(n) for n in dict.fromkeys(itertools.chain.from_iterable(rows))]
+    if not {*COMPLETION} & columns.keys():
+        require_text(rows, every, "completion=" + next((n for n in (*COMPLETION, *OTHER_NAMES) if n in every), "NAME"))
+    names = [n for n in every if n.lower() in SYSTEM_NAMES]
     fitting = [n for n in names if any(isinstance(r.get(n), str) and r[n].strip() for r in rows)]
     if SYSTEM in columns or not fitting:
         return columns

@@ -45,6 +45,7 @@ def summarise(
         "order": config.order,
         "sets": sets,
         **products,
+        "reason": _reason(table, products, "probe" if "probe" in sets else "train"),
         "linear_error": dict(errors),
         "probes_that_are_training_pairs": overlap,
         "warnings": _warnings(sets, errors, overlap, config),
@@ -67,6 +68,23 @@ def _set(table: pa.Table, inside: np.ndarray) -> dict[str, Any]:
     if "pilot_chosen" in table.schema.names:
         found |= {f"pilot_{side}": float(of(f"pilot_{side}").mean()) for side in ("chosen", "rejected")}
     return found
+
+
+def _reason(table: pa.Table, products: Mapping[str, Any], which: str) -> str | None:
+    """The sentence on the products, and how their sum and the forecast differ where two decimals show it.
+
+    The products are of the mean gradient in the metric of the run. A forecast takes each minibatch's gradient, clips
+    it, and decays weights.
+    """
+    reason, found = products.get("reason"), products.get("products")
+    if not reason or not found:
+        return reason
+    inside = np.array(table["set"].to_pylist(), dtype=object) == which
+    first = float(table["first_chosen"].to_numpy()[inside].mean())
+    parts = found["probes_nats" if which == "probe" else "train_nats"]
+    if f"{first:+.2f}" == f"{parts['from_chosen'] + parts['from_rejected']:+.2f}":
+        return reason
+    return f"{reason}. These parts are of the mean gradient; with each update's own, first order gives {first:+.2f}"
 
 
 def _warnings(sets: Mapping[str, Any], errors: Mapping[str, float], overlap: int, config: ForecastConfig) -> list[str]:

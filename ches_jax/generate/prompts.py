@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 UNREAD = {name: audit.FLAGS[name] for name in ("unreadable", "template_refuses", "unknown_token")}
 FLAGS = UNREAD | {
     "left_out": audit.FLAGS["left_out"],
-    "empty_prompt": "the prompt is empty, or white space alone",
+    "empty_prompt": "the prompt is empty",
+    "blank": "the prompt is white space alone",
     "double_bos": "more than one BOS at the start of the prompt",
     "prompt_too_long": "the prompt alone fills --max-length; prompts are never cut",
 }
@@ -95,7 +96,7 @@ class Encoder:
         assert bos is None or isinstance(bos, int)
         if not ids and bos is None:
             return _unread(row, "empty_prompt", "and the tokenizer has no BOS to start with")
-        if not ids and "empty_prompt" not in flags:
+        if not ids or not any(row.content.values()):
             flags.append("empty_prompt")
         if bos is not None and ids[:2] == (bos, bos):
             flags.append("double_bos")

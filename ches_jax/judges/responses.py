@@ -26,6 +26,8 @@ WORDS = {
     "compliant": False,
 }
 """Labels in words -> whether the response refused."""
+ALSO_TEXT = ("response", "output", "completion", "generated_text", "generation", "answer")
+"""What others call the text of a response."""
 _SHOWN = 3
 
 
@@ -58,8 +60,18 @@ def _identity(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
     return {**answers, "sample": sample}
 
 
+def _called(row: Mapping[str, Any]) -> str:
+    """The column of the response: ``text``, or else the one that others call it by.
+
+    >>> _called({"prompt": "a", "response": "b"}), _called({"response": "a", "output": "b"})
+    ('response', 'text')
+    """
+    found = [name for name in ALSO_TEXT if name in row]
+    return found[0] if "text" not in row and len(found) == 1 else "text"
+
+
 def _response(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    name = columns.get("text", "text")
+    name = columns.get("text") or _called(row)
     text = turns(lookup(row, name))
     if are_turns(text):  # as trainers write an answer: its message, or the conversation that it ends
         messages = as_messages(name, text)
@@ -85,14 +97,17 @@ def _label(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 
 def _refused(name: str, value: Any) -> bool:
-    """Whether a label says that the response refused."""
+    """Whether a label says that the response refused; a number that is called ``label`` may mean either."""
     text = str(value).strip().lower()
-    if name == "label" and text in WORDS:
-        return WORDS[text]
+    if name == "label":
+        if text in WORDS:
+            return WORDS[text]
+        numbers = "; of 0 and 1, say which refused: --label-columns refusal=NAME (1 did) or score=NAME (0 did)"
+        raise DataError(f"'label' is {value!r}; expected {', '.join(WORDS)}{numbers}")
     if text in ("true", "false", "1", "0", "1.0", "0.0"):
         yes = text in ("true", "1", "1.0")
         return yes if name == "refusal" else not yes
-    raise DataError(f"'{name}' is {value!r}; expected 0 or 1" + (f" or {', '.join(WORDS)}" if name == "label" else ""))
+    raise DataError(f"'{name}' is {value!r}; expected 0 or 1")
 
 
 _PROMPT = ("prompt", "prompt_ids", "tools", "chat_template_kwargs")

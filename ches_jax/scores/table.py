@@ -104,7 +104,11 @@ def metadata_of(table_schema: pa.Schema, subject: str) -> dict[str, Any]:
     """The provenance in a table's schema; ``subject`` names the file in messages."""
     raw = (table_schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
-        raise RunError(f"{subject}: not a score table (no {METADATA_KEY.decode()!r} metadata)")
+        raise RunError(
+            f"{subject}: not a score table (no {METADATA_KEY.decode()!r} metadata). One that another library wrote "
+            "anew no longer says how it was scored: leave the table as it was, and put columns of your own into the "
+            "data, where --by column:NAME reads them too"
+        )
     try:
         metadata = json.loads(raw)
     except ValueError as error:

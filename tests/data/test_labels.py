@@ -461,6 +461,26 @@ def test_a_column_that_is_called_prompt_is_the_prompt(others: dict[str, Any]):
     assert [m["content"] for m in record.content["prompt"]] == (["s", "p"] if "system" in others else ["p"])
 
 
+def test_texts_beside_token_ids_are_named_and_can_be_taken():
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    (note,) = rows_in_memory([{**PAIR, **ids}]).notes
+    assert note.startswith(
+        "prompt_ids, chosen_ids, rejected_ids are read, and the texts in 'chosen' and 'rejected' are not"
+    )
+    assert read([{**PAIR, **ids}], columns=dict.fromkeys(ids, "")) == ["a>b"]
+    assert not rows_in_memory([{**P, **ids}]).notes
+
+
+def test_roles_are_read_in_any_letters():
+    sides = {s: [{"role": "Assistant", "content": t}] for s, t in (("chosen", "a"), ("rejected", "b"))}
+    (record,) = rows_in_memory([{"prompt": [{"role": "USER", "content": "p"}], **sides}])
+    assert [record.content[n][0]["role"] for n in ("prompt", "chosen", "rejected")] == [
+        "user",
+        "assistant",
+        "assistant",
+    ]
+
+
 def test_the_turn_that_was_judged_is_named():
     turns = {s: [U, *({"role": "assistant", "content": f"{s}{i}"} for i in (1, 2))] for s in "ab"}
     rows = [{f"conversation_{s}": turns[s] for s in "ab"} | {"winner": "a", "turn": i} for i in (1, 2, 0, None)]

@@ -176,9 +176,9 @@ def test_empty_parts_are_named(tokenizer):
     empty = {"prompt": [], "chosen": [assistant("")], "rejected": [assistant("r")]}
     assert Writer.of(tokenizer).pair(empty).empty == ("prompt", "chosen")
     blank = {"prompt": [user("\t")], "chosen": [assistant("c")], "rejected": [assistant(" \n")]}
-    assert Writer.of(tokenizer).pair(blank).empty == ("prompt", "rejected")
+    assert Writer.of(tokenizer).pair(blank).blank == ("prompt", "rejected")
     calls = [{"role": "assistant", "content": " ", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
-    assert "chosen" not in Writer.of(tokenizer).pair({**blank, "chosen": calls}).empty
+    assert Writer.of(tokenizer).pair({**blank, "chosen": calls}).blank == ("prompt", "rejected")
 
 
 @pytest.mark.parametrize("role", ["user", "system", "developer", "tool", "ipython"])

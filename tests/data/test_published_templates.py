@@ -127,7 +127,7 @@ def test_prompt_chosen_and_rejected_have_the_tokens_of_transformers(name, tokeni
             )
         alone = Record(0, "r", "line 1", {"prompt": prompt})
         if "prefix_mismatch" not in pair.flags:
-            found = {"empty_prompt": ""} if "empty_prompt" in pair.flags else {}
+            found = {"blank": "prompt"} if "prompt" in pair.detail.get("blank", "") else {}
             assert encode_prompts(Writer.of(tokenizer, "auto", dated), [alone]) == [(pair.prompt, found)]
 
     compare()

@@ -170,15 +170,21 @@ def test_empty_parts_and_identical_responses_are_flagged(words):
     assert one(words, "a", "", "").flags == ("empty_chosen", "empty_rejected", "identical")
 
 
-def test_white_space_alone_is_as_empty_as_nothing(bytes_bpe):
-    assert one(bytes_bpe, "a", " \n", " b").flags == ("empty_chosen",)
-    assert one(bytes_bpe, "a", " b", " \n</s>").flags == ("empty_rejected",)  # what ends it is no word of it
-    assert one(bytes_bpe, " \t", " b", " c").flags == ("empty_prompt",)
+def test_white_space_alone_is_flagged(bytes_bpe):
+    eos = bytes_bpe.eos_token
+    for sides, found in {
+        ("a", " \n", " b"): "chosen",
+        ("a", " b", f" \n{eos}"): "rejected",  # what ends it is no word of it
+        (" \t", " b", " "): "prompt, rejected",
+    }.items():
+        pair = one(bytes_bpe, *sides)
+        assert pair.flags == ("blank",) and pair.detail == {"blank": found}
+    assert one(bytes_bpe, "a", "", " ").flags == ("empty_chosen", "blank")
     blank, b = bytes_bpe(" \n")["input_ids"], bytes_bpe(" b")["input_ids"]
     assert one(bytes_bpe, b, blank, b).flags == ()  # who gives ids means them
     prompts = [Record(i, str(i), "line 1", {"prompt": text}) for i, text in enumerate((" \n", "", "a"))]
-    found = [list(prompt.found) for prompt in encode_prompts(Writer.of(bytes_bpe), prompts)]
-    assert found == [["empty_prompt"], ["empty_prompt"], []]
+    found = [dict(prompt.found) for prompt in encode_prompts(Writer.of(bytes_bpe), prompts)]
+    assert found == [{"blank": "prompt"}, {}, {}]
 
 
 def test_a_merge_across_the_boundary_recuts_both_responses_at_one_place(bytes_bpe):
@@ -545,4 +551,5 @@ def test_golden_ids_from_text_and_from_conversations(family, tmp_path):
 def test_real_dialogues_tokenise_without_findings():
     tokenizer, _ = golden("llama")
     rows = list(open_pairs(str(SHARED / "data/hh_harmless_base_test.jsonl")))[:300]
-    assert {flag for p in PairTokenizer(tokenizer, 4096)(rows) for flag in p.flags} == set()
+    assert rows[86].content["chosen"] == " "
+    assert {p.index: p.flags for p in PairTokenizer(tokenizer, 4096)(rows) if p.flags} == {86: ("blank",)}

@@ -166,6 +166,17 @@ def test_the_means_of_a_set_are_over_its_pairs_and_a_margin_is_chosen_less_rejec
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("second", "said"), [(-0.07, "first order gives -0.06"), (-0.054, None)])
+def test_parts_that_do_not_add_up_to_the_forecast_say_why(second, said):
+    columns = {"set": ["train", "probe", "probe"], "forecast_chosen": [9.0] * 3, "forecast_rejected": [0.0] * 3}
+    table = pa.table({**columns, "first_chosen": [9.0, -0.05, second]})
+    effect = {"from_chosen": 267.34, "from_rejected": -267.39}
+    products = {"products": {"probes_nats": effect, "train_nats": effect}, "reason": "it lowers them by -0.05"}
+    found = summarise(table, products, {}, overlap=0, config=ForecastConfig(), updates=1)["reason"]
+    assert found.startswith("it lowers them by -0.05")
+    assert found.endswith(said) if said else found == products["reason"]
+
+
 def test_influence_is_slope_times_rate_over_the_pairs():
     found = influence_of([np.array([2.0, 3.0])], np.array([[-0.5, 0.25]]), 10)
     assert found.from_chosen == pytest.approx([-0.1]) and found.from_rejected == pytest.approx([0.075])

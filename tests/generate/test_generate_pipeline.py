@@ -248,7 +248,7 @@ def test_conversations_go_through_the_template(tmp_path):
 def test_bad_prompts_stop_the_run_or_are_left_out_with_a_reason(tmp_path):
     long = " ".join(["owl"] * 600)
     prompts = write_lines(
-        tmp_path / "p.jsonl", [{"prompt": ASKED}, {"prompt": " \n"}, {"prompt": "<bos>" + ASKED}, {"prompt": long}]
+        tmp_path / "p.jsonl", [{"prompt": ASKED}, {"prompt": ""}, {"prompt": "<bos>" + ASKED}, {"prompt": long}]
     )
     with pytest.raises(
         DataError, match=r"3 of 4 prompts cannot be continued[\s\S]*empty_prompt: 1 rows[\s\S]*--on-bad-row"

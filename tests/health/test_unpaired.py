@@ -178,3 +178,13 @@ def test_a_system_text_beside_a_prompt_is_read_where_some_row_has_one(tmp_path):
 def test_a_missing_label_is_named():
     with pytest.raises(DataError, match=r"no column 'label' .* found: prompt, completion, kto_tag; .*--columns label="):
         labelled({"prompt": "p", "completion": "a", "kto_tag": True}, {})
+
+
+def test_single_responses_that_show_something_are_refused_until_the_texts_alone_are_meant(tmp_path):
+    row = {"prompt": "p", "completion": "c", "label": True, "images": ["a.jpg"]}
+    path = str(write_lines(tmp_path / "a.jsonl", [row, {**row, "images": []}]))
+    with pytest.raises(
+        DataError, match=r"'images' looks like what a prompt shows .*: --columns completion=completion$"
+    ):
+        open_rows(path, None, None, LABELLED)
+    assert [r.fault for r in open_rows(path, None, {"completion": "completion"}, LABELLED).tolerant()] == ["", ""]

@@ -247,6 +247,14 @@ def test_labels_are_joined_by_prompt_where_there_is_no_row_id(tmp_path):
     assert next(chunks.read_lines(tmp_path / "out" / FILE_NAME))["row_id"] == row_id({"prompt": "a"})
 
 
+@pytest.mark.parametrize(("name", "refused"), [("refusal", [True, False]), ("score", [False, True])])
+def test_labels_of_0_and_1_mean_what_their_column_is_said_to_be(tmp_path, name, refused):
+    rows = [{"prompt": p, "response": "x"} for p in "ab"]
+    labels = write_lines(tmp_path / "l.jsonl", [{"prompt": "a", "label": 1}, {"prompt": "b", "label": 0}])
+    options = {"by": "labels", "labels": labels, "label_columns": {name: "label"}}
+    assert verdicts(tmp_path, responses=write_lines(tmp_path / "r.jsonl", rows), **options) == refused
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +339,10 @@ def test_rows_that_say_too_little_are_refused(tmp_path):
             verdicts(tmp_path, responses=write_lines(tmp_path / "r.jsonl", [row]))
     good = write_lines(tmp_path / "r.jsonl", [{"text": "x", "row_id": "a"}])
     for label, message in [
-        ({"row_id": "a", "label": "maybe"}, "'label' is 'maybe'; expected 0 or 1 or refusal"),
+        ({"row_id": "a", "label": "maybe"}, "'label' is 'maybe'; expected refusal, refused"),
+        ({"row_id": "a", "label": 1}, "'label' is 1; expected refusal, .*; of 0 and 1, say which refused"),
+        ({"row_id": "a", "label": True}, "'label' is True; expected refusal"),
+        ({"row_id": "a", "score": 0.2}, "'score' is 0.2; expected 0 or 1"),
         ({"row_id": "a"}, "no label; found: row_id; expected 'refusal'"),
     ]:
         with pytest.raises(DataError, match=message):

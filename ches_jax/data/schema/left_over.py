@@ -61,17 +61,22 @@ def shows(rows: Rows, name: str) -> bool:
     return bool(SEEN_OR_HEARD & {*words_in(name)[-1:]} and values) and not all(map(is_numeric, values))
 
 
-def require_text(schema: Schema, rows: Rows, columns: Sequence[str]) -> None:
+def require_text(rows: Rows, columns: Sequence[str], words: str) -> None:
     """No column holds what no model here sees or hears, though the prompt speaks of it.
 
+    Args:
+      rows: some of a source.
+      columns: their names.
+      words: of ``--columns``, with which a person says that the texts alone are meant.
+
     Raises:
-      DataError: one does, and nobody has said that the texts alone are meant.
+      DataError: one does.
     """
     for name in columns:
         if shows(rows, name):
             raise DataError(
                 f"{note_on(name)} what a prompt shows or plays, which no model here sees or hears; to take the texts "
-                f"alone: --columns {schema.describe().replace(', ', ' ')}"
+                f"alone: --columns {words}"
             )
 
 

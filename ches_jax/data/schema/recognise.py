@@ -70,7 +70,7 @@ def recognise(rows: Rows) -> Recognised:
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     if any(n in columns for n in ID_COLUMNS):
-        return Recognised(PLAIN)
+        return Recognised(PLAIN, tuple(_texts_beside_ids(rows)))
     if all(has_any(rows, n) for n in TWO_PROMPTS) and fits(PLAIN, rows):
         return _recognised(PLAIN, rows, [n for n in columns if n not in TWO_PROMPTS])
     if "responses" in columns and PLAIN.prompt in columns and fits(PLAIN, rows):
@@ -84,8 +84,18 @@ def recognise(rows: Rows) -> Recognised:
 
 
 def _recognised(schema: Schema, rows: Rows, columns: Sequence[str]) -> Recognised:
-    require_text(schema, rows, columns)
+    require_text(rows, columns, schema.describe().replace(", ", " "))
     return Recognised(schema, tuple(left_over(schema, rows, columns)))
+
+
+def _texts_beside_ids(rows: Rows) -> Iterator[str]:
+    """A note where rows have the responses as texts too, as sets that a trainer has prepared do."""
+    texts = [n for n in (PLAIN.chosen, PLAIN.rejected) if has_any(rows, n)]
+    if len(texts) == 2 and all(has_any(rows, n) for n in ID_COLUMNS):
+        yield (
+            f"{', '.join(ID_COLUMNS)} are read, and the texts in 'chosen' and 'rejected' are not: ids hold for the "
+            "tokenizer that made them alone; --columns prompt_ids=,chosen_ids=,rejected_ids= takes the texts"
+        )
 
 
 def _named_by_side(rows: Rows, columns: Sequence[str]) -> Schema | None:

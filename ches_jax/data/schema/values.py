@@ -13,6 +13,7 @@ from ches_jax.data.nested import decoded
 from ches_jax.errors import DataError
 
 ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function")},
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
@@ -25,7 +26,7 @@ ROLES = {
     "llm": "assistant",
     "observation": "tool",
 }
-"""Words for the speaker of a turn that other tools write -> the role."""
+"""Words for the speaker of a turn, in small letters, -> the role."""
 _TURNS = (("from", "value"), ("role", "value"), ("role", "text"))
 """Keys of a turn's speaker and of what it says, where they are not ``role`` and ``content``."""
 

@@ -1,5 +1,6 @@
 """The displacement log of `ches train`, and of the trainer callbacks that write the same table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,9 @@ def read_log_table(path: Path) -> pa.Table:
     return read_parquet(path, RunError, "the displacement log of a run of `ches train`", COLUMNS, MORE)
 
 
+TRAINING_ALONE = "training pairs: a run with --holdout or --eval-pairs tells more"
+
+
 def changes_of_table(table: pa.Table, source: str) -> Changes:
     """The last evaluation in a displacement table.
 
@@ -93,7 +97,9 @@ def changes_of_table(table: pa.Table, source: str) -> Changes:
             "the changes of good and of bad ones"
         )
     first, *others = of_sets
-    return Changes(**{**vars(first), "beside": others[0] if others else None})
+    if not first.held_out:
+        first = replace(first, caveats=(TRAINING_ALONE, *first.caveats))
+    return replace(first, beside=others[0] if others else None)
 
 
 def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.ndarray, last: int) -> Changes | None:
@@ -102,7 +108,7 @@ def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.
     take = pairs & (step == last)
     if not take.any():
         return None
-    caveats = () if name == "held_out" else ("training pairs: a run with --holdout or --eval-pairs tells more",)
+    caveats: tuple[str, ...] = ()
     if single := int(((sets == name) & (step == last) & ~pairs).sum()):
         caveats = (*caveats, f"{single} single responses are not counted")
     steps = np.unique(step[pairs])
