@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ches_jax.errors import ChesError
+from ches_jax.options import require_positive
 from ches_jax.runs.directory import device_name, versions, write_json
 from ches_jax.runs.files import replacing
 from theory.claims import Claim, Context, all_claims, find
@@ -59,8 +60,11 @@ def verify(
     """Checks claims; the arguments are those of ``ches_jax.verify``, which calls this.
 
     Raises:
-      ChesError: an unknown id, or a claim about a real model without one.
+      ChesError: an unknown id, a claim about a real model without one, or numbers of which no check can be made.
     """
+    require_positive({"instances": instances, "limit": limit})
+    if seed < 0:
+        raise ChesError(f"--seed {seed}: expected 0 or more")
     with jax.enable_x64(True):
         real = None
         if model is not None:

@@ -25,7 +25,8 @@ class DiagnoseConfig(RowOptions):
     after: str | None = None
     """The second model, an adapter of the first, or the same pairs scored with the same options."""
     logps: str | None = None
-    """Parquet file with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected (after)."""
+    """File (Parquet, CSV, JSON lines) with ref_chosen_logps, ref_rejected_logps (before) and logp_chosen, logp_rejected
+    (after)."""
     pairs: str | None = None
     """Held-out pairs that --before and --after score; otherwise where the texts of a run's pairs are."""
 

@@ -20,8 +20,9 @@ from ches_jax.displacement.log_changes import log_changes
 from ches_jax.displacement.models import Models, changes_between_models, generated_and_judged
 from ches_jax.displacement.on_policy import OnPolicy, mean_tokens, prompts_of, rows_of, split, write_sampled_pairs
 from ches_jax.displacement.ranking import Ranking, ranking
-from ches_jax.displacement.readers.find import SIDES, read_log
+from ches_jax.displacement.readers.find import read_log
 from ches_jax.displacement.readers.log import Log, log_of
+from ches_jax.displacement.readers.log_order import SIDES
 from ches_jax.displacement.readers.metric_names import metric
 from ches_jax.displacement.readers.run_settings import find_settings
 from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
@@ -58,6 +59,12 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     require_config("diagnose", config, DiagnoseConfig)
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
+    if config.out is not None and (Path(config.out) / "run.json").is_file():
+        raise RunError(f"--out {config.out} holds a run, whose page this diagnosis would replace; give a new directory")
+    if not 0 <= config.tolerance < np.inf:
+        raise ChesError(f"--tolerance {config.tolerance}: expected nats, 0 or more")
+    if config.beta is not None and not 0 < config.beta < np.inf:
+        raise ChesError(f"--beta {config.beta}: expected a positive number")
     if config.label_noise is not None and not 0 < config.label_noise < 1:
         raise ChesError(f"--label-noise {config.label_noise}: expected a share between 0 and 1")
     if config.distributed == "off":

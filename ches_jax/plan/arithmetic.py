@@ -82,7 +82,7 @@ def bytes_of(decoder: DecoderConfig, config: PlanConfig, sizes: dict[str, int]) 
     width, count = _width(config), held(decoder, sizes)
     full = config.what in ("train", "forecast") and config.lora_rank is None
     weights = count * (4 if full else width)
-    optimiser = count * 4 * OPTIMISER.get(config.optimizer, 2) if full and config.what == "train" else 0
+    optimiser = count * 4 * OPTIMISER[config.optimizer] if full and config.what == "train" else 0
     if config.what == "forecast":
         optimiser = count * 4  # the direction
     return Bytes(weights, optimiser, _activations(decoder, config, sizes, width, 4 * count if full else 0))

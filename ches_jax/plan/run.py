@@ -30,6 +30,8 @@ from ches_jax.plan.topologies import BETWEEN_SLICES, Topology, devices_of, parse
 from ches_jax.runs.directory import versions, write_json
 from ches_jax.runs.progress import say
 from ches_jax.runs.store import output_place
+from ches_jax.train.objective import get_objective
+from ches_jax.train.optimizer import optimizer_hyper
 
 make_callable(__name__)
 
@@ -47,11 +49,14 @@ def plan(config: PlanConfig, *, quiet: bool = False) -> dict[str, Any]:
     (True, 'data=8', 'by arithmetic')
 
     Raises:
-      ChesError: a model, topology or mesh that is none; the TPU compiler is not installed.
+      ChesError: a model, topology, mesh, loss or optimiser that is none; the TPU compiler is not installed.
     """
     require_dtype("dtype", config.dtype)
     names = ("rows", "row_tokens", "pairs", "pair_tokens", "epochs", "lora_rank", "prompt_tokens", "new_tokens")
     require_positive({n.replace("_", "-"): getattr(config, n) for n in names})
+    if config.what == "train":
+        optimizer_hyper(config.optimizer, {})
+        get_objective(config.loss, {})
     topology = parse_topology(config.topology, config.slices)
     decoder = _decoder(config.model)
     compiles = topology.chip.platform == "tpu" and not config.arithmetic

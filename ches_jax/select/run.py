@@ -157,6 +157,8 @@ def select(config: SelectConfig, rows: Iterable[SourceRow] | None = None) -> dic
     2
     """
     require_config("select", config, SelectConfig)
+    if config.seed < 0:
+        raise RunError(f"--seed {config.seed}: expected 0 or more")
     config = replace(config, scores=fetched_run(place(config.scores), RunError))
     table = open_table(_table(config))
     columns = data_columns(table, config)

@@ -140,7 +140,7 @@ def require_options(config: TrainConfig) -> None:
     optimizer_hyper(config.optimizer, config.optimizer_args)
     require_schedule(config.schedule)
     require_positive({name.replace("_", "-"): getattr(config, name) for name in POSITIVE})
-    for name in ("watch", "holdout", "warmup"):
+    for name in ("watch", "holdout", "warmup", "seed"):
         if getattr(config, name) < 0:
             raise ChesError(f"--{name} {getattr(config, name)}: expected 0 or more")
     require_lora_options(config)

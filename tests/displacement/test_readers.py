@@ -1,9 +1,12 @@
 """Runs of ours and tables of log-probabilities: what is taken from them, and what is refused."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from ches_jax.displacement.config import DiagnoseConfig
 from ches_jax.displacement.diagnose import diagnose
@@ -176,6 +179,62 @@ def test_a_table_of_log_probabilities(tmp_path):
     pq.write_table(table.drop_columns(["logp_chosen"]), tmp_path / "less.parquet")
     with pytest.raises(ChesError, match="no column logp_chosen"):
         read_logps(tmp_path / "less.parquet")
+
+
+def logps(**changed):
+    n = 10
+    columns = {"ref_chosen_logps": -10.0, "ref_rejected_logps": -12.0, "logp_chosen": -13.0, "logp_rejected": -20.0}
+    return pa.table({name: changed.get(name, [value] * n) for name, value in columns.items()} | changed)
+
+
+def test_log_probabilities_may_be_csv_or_lines_of_json(tmp_path):
+    table = logps()
+    csv.write_csv(table, tmp_path / "t.csv")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    for name in ("t.csv", "t.jsonl"):
+        assert read_logps(tmp_path / name).chosen.tolist() == [-3.0] * 10
+    (tmp_path / "t.csv").write_text("a,b\n1\n")
+    with pytest.raises(ChesError, match=r"t\.csv: cannot be read"):
+        read_logps(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logp_chosen": [13.0] * 10}, "logp_chosen is 13 in row 0 and above 0 in 10 of 10; no log-probability"),
+        ({"ref_rejected_logps": [-1.0] * 9 + [0.5]}, "ref_rejected_logps is 0.5 in row 9 and above 0 in 1 of 10"),
+        ({"logp_chosen": ["-13.0"] * 10}, "column logp_chosen is string; expected numbers"),
+        ({"index": ["a"] * 10}, "column index is string; expected the row"),
+        ({"index": [None, *range(9)]}, "column index is int64; expected the row"),
+    ],
+)
+def test_what_is_no_log_probability_is_refused(tmp_path, changed, message):
+    pq.write_table(logps(**changed), tmp_path / "t.parquet")
+    with pytest.raises(ChesError, match=message):
+        read_logps(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": -0.1}, "--tolerance -0.1: expected nats, 0 or more"),
+        ({"tolerance": float("nan")}, "--tolerance nan"),
+        ({"beta": 0.0}, "--beta 0.0: expected a positive number"),
+        ({"beta": float("inf")}, "--beta inf"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_whatever_the_source(tmp_path, options, message):
+    pq.write_table(logps(), tmp_path / "t.parquet")
+    with pytest.raises(ChesError, match=message):
+        diagnose(DiagnoseConfig(logps=str(tmp_path / "t.parquet"), **options))
+
+
+def test_a_diagnosis_takes_no_directory_of_a_run(tmp_path):
+    pq.write_table(logps(), tmp_path / "t.parquet")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ChesError, match="holds a run, whose page this diagnosis would replace"):
+        diagnose(DiagnoseConfig(logps=str(tmp_path / "t.parquet"), out=str(tmp_path)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "t.parquet"]
 
 
 def test_a_displacement_log_holds_each_sides_change_since_its_own_start(tmp_path):

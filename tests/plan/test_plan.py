@@ -181,6 +181,15 @@ def test_auto_takes_the_mesh_that_moves_least_of_those_that_fit():
     assert "DOES NOT FIT" not in table(found)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"optimizer": "adam"}, "no optimiser is named 'adam'"), ({"loss": "dpoo"}, "dpoo")],
+)
+def test_what_is_not_there_is_not_planned(options, message):
+    with pytest.raises(ChesError, match=message):
+        plan(PlanConfig(what="train", topology="h100:8", **options), quiet=True)
+
+
 QWEN3_MOE = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
     "moe_intermediate_size": 768, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,

@@ -342,6 +342,8 @@ def test_nothing_to_keep_is_an_error(run, tmp_path):
         select(SelectConfig(scores=tmp_path / "empty", by="ln_ches", out=out), [])
     with pytest.raises(RunError, match="pass --pairs"):
         select(SelectConfig(scores=run, by="ln_ches", out=out))
+    with pytest.raises(RunError, match="--seed -1: expected 0 or more"):
+        select(SelectConfig(scores=run, by="ln_ches", out=out, control="random", seed=-1), source())
     assert not out.exists()
 
 

@@ -6,7 +6,9 @@ from dataclasses import asdict
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from ches_jax.errors import ChesError
 from theory import verify as command
 from theory.claims import registry
 from theory.claims.registry import Claim, Outcome
@@ -59,6 +61,13 @@ def test_bad_input_is_exit_code_two_and_one_line(capsys):
 def test_the_list_names_every_claim(capsys):
     assert command.main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(registry.all_claims())
+
+
+@pytest.mark.parametrize("option", [{"instances": 0}, {"instances": -3}, {"limit": 0}, {"seed": -1}])
+def test_a_claim_is_not_called_wrong_where_nothing_was_checked(option):
+    (name,) = option
+    with pytest.raises(ChesError, match=f"--{name} {option[name]}: expected"):
+        command.verify(["L1"], quiet=True, **option)
 
 
 def test_importing_the_theory_leaves_precision_alone():

@@ -37,6 +37,7 @@ def test_the_face_of_the_package_is_lazy():
         ({"schedule": "step"}, "schedule is one of constant, linear, cosine, not 'step'"),
         ({"eval_every": 0}, "--eval-every 0: expected a positive number"),
         ({"watch": -1}, "--watch -1: expected 0 or more"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
         ({"lora_alpha": 8.0}, "--lora-alpha: belongs to --lora-rank"),
         ({"adapter": "somewhere", "lora_rank": 4}, "an adapter brings its own rank"),
         ({"rewards": "one", "loss": "rebel"}, "expected the names of two columns"),

@@ -14,6 +14,8 @@ from ches_jax.runs.files import read_parquet
 SIDES = ("chosen", "rejected")
 COUNTS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 HELD_OUT = "the pairs are taken as held-out ones; if the model was trained on them, other pairs may have fallen"
+ROUNDING = 1e-3
+"""Nats above 0 that the log-probability of a response may have by rounding."""
 ABOUT = ("row_id", "index", "chosen_tokens", "rejected_tokens", "category")
 
 
@@ -95,20 +97,51 @@ def read_logps(path: Path) -> Changes:
     """One table with log-probabilities before (TRL's reference columns) and after.
 
     Raises:
-      RunError: not readable, or without the columns.
+      RunError: not readable, without the columns, or with numbers in them that are no log-probabilities.
     """
     file = path / "scores.parquet" if path.is_dir() else path
-    table = read_parquet(file, RunError, "log-probabilities before and after")
+    table = _read(file)
     names = [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")]
     _require(file, table.column_names, names)
     null = np.any([np.array(table[name].is_null()) for name in names], axis=0)
     caveats = (f"{null.sum()} of {len(null)} pairs lack a log-probability and are left out", HELD_OUT)[not null.any() :]
     table = table.filter(pa.array(~null))
+    for name in names:
+        _require_logps(file, table, name)
     chosen, rejected = (_numbers(table, f"logp_{side}") - _numbers(table, f"ref_{side}_logps") for side in SIDES)
     rows = {name: np.array(table[name].to_pylist()) for name in ABOUT if name in table.column_names}
     start = _numbers(table, "ref_chosen_logps"), _numbers(table, "ref_rejected_logps")
     records = rows.get("index")
+    if records is not None and records.dtype.kind not in "iu":
+        raise RunError(f"{file}: column index is {table['index'].type}; expected the row of the data, whole numbers")
     return Changes(chosen, rejected, str(path), caveats, records, held_out=True, rows=rows, start=start)
+
+
+def _read(file: Path) -> pa.Table:
+    """Such a table: Parquet, CSV or lines of JSON, as its name says."""
+    expected = "log-probabilities before and after"
+    if file.suffix not in (".csv", ".jsonl"):
+        return read_parquet(file, RunError, expected)
+    from pyarrow import csv, json
+
+    try:
+        return csv.read_csv(file) if file.suffix == ".csv" else json.read_json(file)
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{file}: cannot be read ({error}); expected {expected}") from None
+
+
+def _require_logps(file: Path, table: pa.Table, name: str) -> None:
+    """Refuses a column of text, and one of losses or of probabilities: of these a fall would look like a rise."""
+    kind = table[name].type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise RunError(f"{file}: column {name} is {kind}; expected numbers")
+    values = _numbers(table, name)
+    if (above := np.flatnonzero(values > ROUNDING)).size:
+        row = int(above[0])
+        raise RunError(
+            f"{file}: {name} is {values[row]:g} in row {row} and above 0 in {above.size} of {len(values)}; no "
+            "log-probability of a response is. Losses have the other sign; probabilities need their logarithm"
+        )
 
 
 def _require(file: Path, columns: Sequence[str], names: Sequence[str]) -> None:
