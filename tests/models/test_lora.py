@@ -272,6 +272,28 @@ def test_experts_in_one_tensor_go_through_pefts_format(base, tmp_path, family):
         np.testing.assert_allclose(back[name], value, atol=2e-6, err_msg=name)
 
 
+def test_mixtral_is_read_and_written_as_transformers_has_it_in_memory(base, tmp_path):
+    """Some programs write it so; ``save_pretrained(save_original_format=False)`` of transformers does."""
+    apart = base("mixtral")
+    given = {
+        name.replace("block_sparse_moe", "mlp"): np.ascontiguousarray(value)
+        for name, value in all_experts(apart).items()
+        if not any(f".experts.{e}." in name for e in range(3))
+    }
+    directory = tmp_path / "together"
+    directory.mkdir()
+    (directory / "config.json").write_text((apart / "config.json").read_text())
+    save_file(given, directory / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(directory)
+    for name, value in named_parameters(load_model(apart)).items():
+        np.testing.assert_array_equal(named_parameters(model)[name], value, err_msg=name)
+    save_pretrained(model, tmp_path / "again", like=directory)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == given.keys()
+    for name, value in given.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
 def test_adapters_of_each_expert_are_read(base, tmp_path):
     """As PEFT wrote them over transformers 4: a module for each expert, here of layer 1, and of two experts alone."""
     rng, sizes = np.random.default_rng(4), {"w1": (24, 10), "w2": (10, 24)}
@@ -553,6 +575,7 @@ READ = {
     "nothing is said": {"target_modules": None, "exclude_modules": None},
 }
 UNREAD = {
+    "parameters alone": ({"target_modules": None, "target_parameters": ["up_proj.weight"]}, "target_modules", 2),
     "another module": ({"target_modules": ["v_proj"]}, "target_modules", 2),
     "the end of a word": ({"target_modules": ["proj"]}, "target_modules", 2),
     "part of a name": ({"target_modules": "q_proj"}, "target_modules", 2),
@@ -630,6 +653,20 @@ def test_whole_matrices_beside_an_adapter_change_nothing_or_are_refused(base, tm
         np.testing.assert_array_equal(actual.pop("lm_head.weight"), stored["lm_head.weight"] + 1)
         for name, value in actual.items():
             np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_a_head_in_place_of_a_tied_one_is_refused(base, tmp_path):
+    """PEFT may keep the embedding as it was, or replace it too."""
+    raw = json.loads((base("llama") / "config.json").read_text()) | {"tie_word_embeddings": True}
+    stored = {name: tensor.read() for name, tensor in open_tensors(base("llama")).items() if "lm_head" not in name}
+    directory = tmp_path / "tied"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(raw))
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    saved = {"base_model.model.lm_head.weight": stored["model.embed_tokens.weight"] + 1}
+    write_files(tmp_path / "a", {**GOOD, "modules_to_save": ["lm_head"]}, q_of_both_layers() | saved)
+    with pytest.raises(ChesError, match="ties its head to its embedding: which of the two PEFT replaces"):
+        load_adapted(directory, tmp_path / "a")
 
 
 def test_a_directory_of_adapters_names_them(tmp_path):
