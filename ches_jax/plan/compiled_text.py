@@ -1,7 +1,7 @@
 """What a compiled program moves between devices, read from its text: collectives by kind, with their bytes.
 
-A collective inside a loop counts as often as the loop runs (its condition compares a counter from 0 with a constant,
-its body adds a constant to it), so that the layers of a scanned model are all counted. Rings of ``collective-permute``
+A collective inside a loop counts as often as the loop runs, which the compiler writes beside it, or its condition says
+(a counter from 0 below a constant, to which its body adds a constant): so the layers of a scanned model are all counted. Rings of ``collective-permute``
 that feed a product piece by piece are the compiler's way to gather a sharded weight while it multiplies.
 """
 
@@ -20,6 +20,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<type>\(.*?\)
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _CONSTANT = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* constant\((?P<value>\d+)\)")
+_COUNTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COMPARED = re.compile(r"ROOT .* compare\(%(?P<counter>[\w.\-]+), %(?P<bound>[\w.\-]+)\), direction=LT")
 _PLACE = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* get-tuple-element\(.*\), index=(?P<index>\d+)")
 _ADDED = re.compile(r"%(?P<name>[\w.\-]+) = [su]\d+\[\]\S* add\(%(?P<one>[\w.\-]+), %(?P<other>[\w.\-]+)\)")
@@ -87,6 +88,8 @@ def collectives(text: str) -> list[Collective]:
 
 def _trips(bodies: dict[str, list[str]], line: str) -> int:
     """How often a loop runs; 1 where that is decided by another than a counter below a constant."""
+    if counted := _COUNTED.search(line):
+        return int(counted[1])
     regions = _REGIONS.search(line)
     condition = bodies.get(regions["condition"], []) if regions else []
     compared = next((m for one in condition if (m := _COMPARED.search(one))), None)

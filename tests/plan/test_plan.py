@@ -88,6 +88,16 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     assert totals(collectives(TEXT))["collective-permute"] == expected
 
 
+def test_how_often_a_loop_runs_may_be_written_beside_it():
+    """Where what compares the counter is a fusion, as newer compilers have it on a CPU, nothing else says it."""
+    bound = "  ROOT %less = pred[] compare(%n, %layers), direction=LT\n"
+    fused = TEXT.replace(bound, "  ROOT %less = pred[] fusion(%n, %layers), kind=kLoop, calls=%compared\n")
+    assert [c.times for c in collectives(fused)] == [4, 1]
+    place = "while(%x), condition=%condition, body=%body"
+    counted = fused.replace(place, place + ', backend_config={"known_init_step":{},"known_trip_count":{"n":"32"}}')
+    assert collectives(counted) == collectives(TEXT)
+
+
 def test_a_collective_in_the_parts_of_a_chain_counts_once():
     """Beside other work it is in the fusion that starts it and in each that carries it on, under one channel."""
     part = """
