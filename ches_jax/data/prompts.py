@@ -422,10 +422,10 @@ def _template_argument(name: str, value: Any) -> Any:
             raise DataError(f"'{name}' is text that is not JSON; expected {expected}") from None
     if not isinstance(value, wanted):
         raise DataError(f"'{name}' is {kind(value)}; expected {expected}")
+    if not within_depth(value):
+        raise DataError(f"'{name}' is nested more than {DEEPEST} deep; expected {expected}")
     if name == "tools":
         value = [decoded(tool) for tool in value]
         if none := [tool for tool in value if not isinstance(tool, Mapping)]:
             raise DataError(f"'tools' lists {kind(none[0])}; expected objects, or their JSON text")
-    if not within_depth(value):
-        raise DataError(f"'{name}' is nested more than {DEEPEST} deep; expected {expected}")
     return without_nulls(value)

@@ -96,12 +96,36 @@ def test_of_a_step_that_was_logged_twice_the_later_value_counts(tmp_path):
     """Later by the clock, wherever the row lies."""
     path = mlflow(tmp_path / "mlflow.db")
     with sqlite3.connect(path) as database:
-        for when, value in ((10**6, -7.0), (119, -8.0)):
+        for when, value in ((10**6, -0.47), (119, -0.49)):
             row = ("id-a", "eval_rewards/chosen", value, when, 120, False)
             database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
     database.close()
-    chosen = read_log(path).get("held_out", "chosen")
-    assert chosen is not None and chosen.values[-1] == -7.0
+    log = read_log(path)
+    chosen = log.get("held_out", "chosen")
+    assert chosen is not None and chosen.values[-1] == -0.47
+    assert log.notes == ("step 120 was evaluated twice, with other values: the later ones count",)
+
+
+def test_a_second_evaluation_and_a_resumed_run_in_folders_of_mlflow_are_seen(tmp_path):
+    path = mlruns(tmp_path / "mlruns")
+    sides = [path / f"1/a/metrics/eval_rewards/{side}" for side in ("chosen", "rejected")]
+    for file, slope in zip(sides, (-0.004, -0.006), strict=True):
+        with file.open("a") as lines:
+            lines.write(f"170000 {slope * 40} 120\n")
+    log = read_log(path)
+    assert log.last_step == 40 and "ending at step 40" in log.notes[0]
+    for file in sides:
+        file.write_text("".join(f"170000 {step * scale} {step}\n" for scale, step in resumed()))
+    log = read_log(path)
+    expected = [step * (-0.01 if step <= 20 else -0.02) for step in STEPS]
+    for side in ("chosen", "rejected"):
+        series = log.get("held_out", side)
+        assert series is not None and series.values.tolist() == pytest.approx(expected)
+
+
+def resumed():
+    """Scale and step of the values of a run that ended at step 80 and was resumed at 20."""
+    return [(-0.01, step) for step in range(10, 90, 10)] + [(-0.02, step) for step in range(30, 130, 10)]
 
 
 def test_what_stands_in_the_journal_alone_is_read(tmp_path):

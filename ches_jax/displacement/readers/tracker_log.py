@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,18 @@ class Tracked:
     """A run, as a tracker keeps it."""
 
     name: str
-    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """step -> metrics, in the order of their writing."""
+    entries: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    """(step, times that it was logged before) -> metrics, in the order of their writing."""
+    written: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """(step, metric) -> times that it was logged."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Metrics of a step; of one that is logged twice, the later value counts."""
-        self.entries.setdefault(step, {"step": step}).update(metrics)
+        """Metrics of a step; what is logged again is another entry, as in other logs."""
+        for name, value in metrics.items():
+            before = self.written[step, name]
+            self.entries.setdefault((step, before), {"step": step})[name] = value
+            self.written[step, name] = before + 1
 
     @property
     def counts(self) -> bool:
