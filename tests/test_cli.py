@@ -227,6 +227,12 @@ def test_a_directory_of_something_else_is_left_alone(capsys, tmp_path, tiny_mode
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_what_the_parser_says_is_one_sentence(capsys):
+    code, _, err = run(capsys, "plan", "fly", "--topology", "h100:8")
+    assert code == 2 and "--" not in err.replace("--help", "") and "; " not in err
+    assert "Expected one of ('score', 'train', 'generate', 'forecast')." in err
+
+
 def test_verify_hands_over_to_the_theory(capsys):
     code, out, _ = run(capsys, "verify", "--claims", "L1", "--instances", "20")
     assert code == 0 and "1 of 1 claims hold" in out

@@ -158,10 +158,12 @@ def _parsed(verb: str, command: type[Any], words: Sequence[str]) -> Any:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(command, args=words, prog=f"ches {verb}")
     except SystemExit:
-        # tyro draws a box around its message
+        # tyro draws a box around its message, a rule under its first line, and breaks the others
         lines = [line.strip("╭╮╰╯│─ \n") for line in said.getvalue().splitlines()]
-        problems = [line for line in lines if line and "help" not in line]
-        raise ChesError(f"ches {verb}: {'; '.join(problems)} (ches {verb} --help)") from None
+        problems = [line for line in lines if line.strip("-") and "help" not in line]
+        title, *rest = problems or ["options that cannot be read"]
+        said_in_one = ": ".join([title, " ".join(rest)] if rest else [title])
+        raise ChesError(f"ches {verb}: {said_in_one} (ches {verb} --help)") from None
 
 
 def version_text() -> str:

@@ -10,6 +10,7 @@ timed by itself. The log-probabilities are computed in tiles, without the logits
 the only way (``trl.trainer.utils.add_fused_lm_head``), and ``padding_free`` is switched off with a warning.
 """
 
+import importlib
 import json
 import os
 import tempfile
@@ -35,7 +36,6 @@ def measure(
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     import datasets
     import torch
-    import trl  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     datasets.disable_progress_bars()
@@ -53,6 +53,8 @@ def measure(
             wait()
             seconds.append(time.perf_counter() - self.start[0])
             cpu.append(time.process_time() - self.start[1])
+
+    trl: Any = importlib.import_module("trl")
 
     class Prepared(trl.DPOTrainer):
         """Takes token ids as they are."""

@@ -28,7 +28,12 @@ def main(model: str, data: str, work: str) -> None:
     """Trains with each trainer and keeps its log."""
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import (  # pyright: ignore[reportMissingImports]
+        DPOConfig,  # pyright: ignore[reportPrivateImportUsage]
+        DPOTrainer,  # pyright: ignore[reportPrivateImportUsage]
+        KTOConfig,  # pyright: ignore[reportPrivateImportUsage]
+        KTOTrainer,  # pyright: ignore[reportPrivateImportUsage]
+    )
     from trl.experimental.cpo import CPOConfig, CPOTrainer  # pyright: ignore[reportMissingImports]
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""The callback for TRL, against TRL's own evaluation; skipped where TRL is not installed (it is no dependency)."""
+"""The callback for TRL, against TRL's own evaluation; the library itself does not need TRL."""
 
 import pyarrow.parquet as pq
 import pytest

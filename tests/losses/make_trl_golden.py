@@ -1,9 +1,8 @@
 """Write trl_golden.json: what TRL's own trainers compute on random log-probabilities.
 
-TRL is no dependency of the tests; this script is run by hand when its version moves:
+Run by hand when TRL's version moves:
 
-    python -m venv --system-site-packages /tmp/trl && /tmp/trl/bin/pip install trl "torch==2.13.0"
-    /tmp/trl/bin/python tests/losses/make_trl_golden.py
+    python tests/losses/make_trl_golden.py
 
 The methods that compute losses are called unbound, with a fake trainer and a fake model that
 hands over prepared log-probabilities, so that no model runs and TRL's arithmetic is all that is measured.
@@ -22,6 +21,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -74,7 +74,7 @@ def random_tokens():
     return policy, reference, mask
 
 
-def fake(**settings):
+def fake(**settings) -> Any:
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     defaults = {

@@ -1,8 +1,8 @@
-"""Fifty steps beside TRL's DPOTrainer: model, data, order, optimiser and precision the same (CONTRIBUTING.md)."""
+"""Fifty steps beside TRL's DPOTrainer: model, data, order, optimiser and precision the same."""
 
 import json
-import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from ches_jax.losses import get_loss
 from ches_jax.train.data.split import make_plan, read_run_pairs
 from ches_jax.train.loop import train
 
-VARIABLE = "CHES_TRL_PYTHON"
 STEPS, PAIRS = 50, 4
 OPTIMIZERS = {"adamw": ("adamw_torch", 1e-4), "rmsprop": ("rmsprop", 1e-5)}
 
@@ -21,9 +20,7 @@ OPTIMIZERS = {"adamw": ("adamw_torch", 1e-4), "rmsprop": ("rmsprop", 1e-5)}
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fifty_steps_agree_with_trl(small, tiny_model, tmp_path, optimizer):
-    python = os.environ.get(VARIABLE)
-    if python is None:
-        pytest.skip(f"needs an interpreter with TRL, named by {VARIABLE} (see CONTRIBUTING.md)")
+    pytest.importorskip("trl")
     optim, lr = OPTIMIZERS[optimizer]
     options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr}
     config = small(tmp_path / "ours", export=False, **options)
@@ -43,7 +40,7 @@ def test_fifty_steps_agree_with_trl(small, tiny_model, tmp_path, optimizer):
     job = {"model": str(tiny_model), "rows": rows, "batch_size": PAIRS, "optim": optim, "lr": lr, "beta": 0.1}
     (tmp_path / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("trl_steps.py")
-    subprocess.run([python, str(script), str(tmp_path / "job.json"), str(tmp_path / "theirs.json")], check=True)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "job.json"), str(tmp_path / "theirs.json")], check=True)
     theirs = json.loads((tmp_path / "theirs.json").read_text())
 
     train(config, quiet=True)

@@ -2,14 +2,16 @@
 
     python trl_steps.py JOB.json OUT.json
 
-Run by test_trl.py with an interpreter that has TRL; the library itself does not need it. The job names model, rows
+Run by test_trl.py in a process of its own. The job names model, rows
 (``prompt_ids, chosen_ids, rejected_ids``), rows of a step, optimiser, learning rate and beta.
 """
 
+import importlib
 import json
 import os
 import sys
 import tempfile
+from typing import Any
 
 # trl is imported where it is used: the collection of doctests imports this file
 
@@ -18,9 +20,10 @@ def main(job_path: str, out_path: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     import datasets
     import torch
-    import trl  # pyright: ignore[reportMissingImports]
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trl: Any = importlib.import_module("trl")
 
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
