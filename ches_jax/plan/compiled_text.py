@@ -1,7 +1,7 @@
 """What a compiled program moves between devices, read from its text: collectives by kind, with their bytes.
 
 A collective inside a loop counts as often as the loop runs, which the compiler writes beside it, or its condition says
-(a counter from 0 below a constant, to which its body adds a constant): so the layers of a scanned model are all counted.
+(a counter from 0 below a constant, to which its body adds a constant). So all layers of a scanned model are counted.
 Rings of ``collective-permute`` that feed a product piece by piece are the compiler's way to gather a sharded weight
 while it multiplies.
 """
