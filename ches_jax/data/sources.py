@@ -1,42 +1,32 @@
 """Rows from files, folders and the hub: one at a time, in order, again and again.
 
-What lies where is opened by ``files``, read by ``formats``, and understood by ``schema``; here rows become records.
+What lies where is opened by ``opened``, and understood by ``schema``; here rows become records.
 """
 
 import base64
-import contextlib
 import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import numpy as np
-
 from ches_jax import bundled
-from ches_jax.data import files
 from ches_jax.data.formats import (
-    ARCHIVE,
     BATCH_ROWS,
-    READERS,
     Lines,
     Raw,
     Unreadable,
-    json_splits,
     lines_of,
-    read_json,
     read_lines,
     row_of_line,
-    table_rows,
-    twice,
 )
 from ches_jax.data.messages import NOT_AN_ANSWER, RESULTS
 from ches_jax.data.nested import DEEPEST, within_depth
+from ches_jax.data.opened import Opened, in_memory, opened
 from ches_jax.data.prompts import (
     BEST_FIRST,
     CANDIDATE_COLUMNS,
@@ -70,16 +60,9 @@ from ches_jax.data.text_rows import TextRows, text_rows
 from ches_jax.data.two_prompts import SIDES, TWO_PROMPTS
 from ches_jax.errors import DataError, did_you_mean
 from ches_jax.notices import notice
-from ches_jax.runs.arrow import take_pandas_in
-from ches_jax.runs.files import read_object
 from ches_jax.runs.json_text import quoted
-from ches_jax.runs.store import is_address, is_store
 from ches_jax.types import Pairing
 
-_FORMATS = (
-    f"{', '.join(READERS)} (with {', '.join(files.COMPRESSIONS)} behind it where compressed), a folder of these or of "
-    "datasets' save_to_disk, an address such as https:// or hf://, or owner/name on the hub"
-)
 T = TypeVar("T")
 _TEXTS = frozenset(TEXT_COLUMNS)
 _STRING = frozenset({str})
@@ -359,7 +342,7 @@ def open_rows(
     Raises:
       DataError: nothing there, an unknown format, no rows, two readings that both fit, or no row that can be used.
     """
-    return _source(f"{spec}:{split}" if split else spec, partial(_open, spec, split), columns, rows, schema, read)
+    return _source(f"{spec}:{split}" if split else spec, partial(opened, spec, split), columns, rows, schema, read)
 
 
 def rows_in_memory(
@@ -381,20 +364,7 @@ def rows_in_memory(
     Raises:
       DataError: something else than rows, no rows, or a first row that cannot be used.
     """
-    if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # of pandas
-        rows = _records_of_frame(name, rows)
-    if hasattr(rows, "to_batches"):
-        kind, read = "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
-    elif hasattr(rows, "cache_files") and hasattr(rows, "features"):
-        kind, read = "datasets.Dataset", lambda start: _read_dataset(rows, start)
-    elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
-        listed = [_of_python(row) if within_depth(row) else row for row in rows]
-        kind, read = "list", lambda start: ((f"row {i}", row) for i, row in enumerate(listed[start:], start))
-    else:
-        raise DataError(
-            f"{name}: a {type(rows).__name__}; expected a list of dicts, a data frame, a datasets.Dataset or an Arrow "
-            "table (a file is scored with the verb score)"
-        )
+    kind, read = in_memory(rows, name)
 
     def identity() -> str:
         return hashlib.sha256("\n".join(record.row_id for record in source.tolerant()).encode()).hexdigest()
@@ -403,36 +373,9 @@ def rows_in_memory(
     return source
 
 
-def _records_of_frame(name: str, frame: Any) -> list[Any]:
-    """The rows of a data frame; what is missing there is null.
-
-    Raises:
-      DataError: two of its columns have one name.
-    """
-    names = [str(column) for column in frame.columns]
-    if len({*names}) < len(names):
-        raise DataError(f"{name}: {twice(names)}")
-    cells = zip(*(frame.iloc[:, i].tolist() for i in range(len(names))), strict=True)
-    return [
-        {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in zip(names, row, strict=True)}
-        for row in cells
-    ]
-
-
-def _of_python(value: Any) -> Any:
-    """A value with arrays and tuples in it as lists, and numbers of numpy as Python's."""
-    if isinstance(value, Mapping):
-        return {key: _of_python(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_of_python(part) for part in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _of_python(value.tolist())
-    return value
-
-
 def _source(
     name: str,
-    opened: Callable[[], "Opened"],
+    where: Callable[[], Opened],
     columns: Mapping[str, str] | None,
     rows: Kind,
     schema: str,
@@ -441,7 +384,7 @@ def _source(
     """A source whose names of columns and first rows are checked."""
     columns = dict(columns or {})
     declared = _declared(columns, rows, schema)
-    kind, unbounded, identity = opened()
+    kind, unbounded, identity = where()
     read = partial(_bounded, unbounded)
     source = PairSource(name, kind, read, identity, {} if declared else columns, rows, declared)
     some = [raw for _, raw in itertools.islice(read(0), _LOOKED_AT)]
@@ -652,187 +595,3 @@ def plain(value: Any) -> Any:
 
 def _row_of(raw: Any) -> Any:
     return raw.fault if isinstance(raw, Unreadable) else raw
-
-
-Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
-
-
-def _open(spec: str, split: str | None) -> Opened:
-    spec = files.behind_page(spec)
-    if not is_address(spec) and not Path(spec).exists() and _is_hub_name(spec):
-        return _open_hub(spec, split or "train")
-    paths = files.located(spec)
-    if len(paths) > 1:
-        if split is not None:
-            raise DataError(f"{spec}: --split {split}, but these are {len(paths)} files: leave --split out")
-        return _open_several(paths)
-    (path,) = paths
-    if path.is_dir():
-        return _open_folder(path, split)
-    if not path.exists():
-        raise DataError(f"{spec}: no such file or folder; expected {_FORMATS}")
-    return _open_file(path, split)
-
-
-def _is_hub_name(spec: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) is not None and files.kind_of(Path(spec))[0] not in READERS
-
-
-def _open_file(path: Path, split: str | None = None) -> Opened:
-    form, packed = files.kind_of(path)
-    if {form, packed} & {*files.ARCHIVES}:
-        raise DataError(f"{path}: {ARCHIVE}")
-    if form not in READERS:
-        raise DataError(f"{path}: unknown format '{form or packed}'; expected {_FORMATS}")
-    if not path.is_file() and not is_store(path):
-        raise DataError(f"{path}: a pipe or a device; data are read more than once: write them to a file first")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected at least one row")
-    kind, read = READERS[form]
-    if split is not None:
-        if form != ".json" or split not in json_splits(path):
-            raise DataError(f"{path}: --split {split}, but a single file has no splits: leave --split out")
-        read = partial(read_json, split=split)
-    return (f"{kind}, {packed}" if packed else kind), partial(read, path), lambda: files.digest([path])
-
-
-def _open_several(paths: list[Path], one: Callable[[Path], Opened] = _open_file) -> Opened:
-    """Files one after another; where a row stands is said with the file."""
-    opened = [one(path) for path in paths]
-
-    def read(start: int) -> Iterator[Raw]:
-        rows = (
-            (f"{path.name}, {where}", raw)
-            for path, (_, read_one, _) in zip(paths, opened, strict=True)
-            for where, raw in read_one(0)
-        )
-        return itertools.islice(rows, start, None)
-
-    kinds = ", ".join(dict.fromkeys(kind for kind, _, _ in opened))
-    return f"{len(paths)} files, {kinds}", read, lambda: files.digest(paths)
-
-
-def _open_folder(path: Path, split: str | None) -> Opened:
-    if (path / "dataset_dict.json").exists():
-        splits = _split_names(path / "dataset_dict.json")
-        if split is None and len(splits) == 1:
-            (split,) = splits
-        if split not in splits:
-            fault = f"no split '{split}'" if split else "several splits"
-            raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
-        path = path / str(split)
-    elif not (path / "state.json").exists():
-        return _open_parts(path, split)
-    elif split is not None:
-        raise DataError(f"{path}: --split {split}, but the folder holds one split: leave --split out")
-    datasets = _datasets()
-    try:
-        dataset = datasets.Dataset.load_from_disk(str(path))
-        dataset.data.table.validate(full=True)
-    except Exception as error:
-        raise DataError(f"{path}: datasets cannot load the folder ({error})") from error
-    stored = sorted(Path(f["filename"]) for f in dataset.cache_files)
-    return "save_to_disk folder", lambda start: _read_dataset(dataset, start), lambda: files.digest(stored)
-
-
-def _datasets() -> Any:
-    """The library, which needs pandas and has pyarrow know it too."""
-    import datasets
-
-    take_pandas_in()
-    return datasets
-
-
-def _open_parts(path: Path, split: str | None) -> Opened:
-    """A folder of files, as the hub lays them out: the parts of one split."""
-    splits = files.splits_of(path, (".parquet", ".arrow", ".jsonl", ".csv", ".json"))
-    if not splits:
-        raise DataError(
-            f"{path}: a folder without dataset_dict.json or state.json, and without data; expected one written by "
-            "datasets' save_to_disk or a folder of Parquet files, or name a file in it"
-        )
-    fitting = [name for name in splits if split in (None, name, name.rpartition("/")[2])]
-    if len(fitting) != 1:
-        fault = "several splits" if split is None else f"no split '{split}'" if not fitting else f"several '{split}'"
-        raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(n or '(no name)' for n in splits)}")
-    parts = splits[fitting[0]]
-    part = partial(_open_part, path)
-    return _open_several(parts, part) if len(parts) > 1 else part(parts[0])
-
-
-def _open_part(folder: Path, path: Path) -> Opened:
-    """A file of a folder, whose rows have the columns that the folders around it tell too."""
-    kind, read, identity = _open_file(path)
-    partition = files.partition_values(path.relative_to(folder))
-
-    def rows(start: int) -> Iterator[Raw]:
-        return ((where, {**partition, **raw} if isinstance(raw, Mapping) else raw) for where, raw in read(start))
-
-    return kind, rows if partition else read, identity
-
-
-def _split_names(path: Path) -> list[str]:
-    try:
-        names = read_object(path, DataError, "the splits of a datasets folder")["splits"]
-    except KeyError as error:
-        raise DataError(f"{path}: is damaged ({error!r}); expected the splits of a datasets folder") from None
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise DataError(f"{path}: 'splits' is no list of names; expected the splits of a datasets folder")
-    return names
-
-
-def _hub_answers(name: str) -> bool:
-    """Whether the hub can be reached at all; what it answers is left to ``load_dataset``."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except (HfHubHTTPError, OfflineModeIsEnabled):
-        return True
-    except Exception:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _from_the_cache() -> Iterator[None]:
-    """The clients of the hub read their caches only: without a network they would try for a minute first."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    clients: tuple[Any, ...] = (constants, config)
-    before = [client.HF_HUB_OFFLINE for client in clients]
-    for client in clients:
-        client.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for client, value in zip(clients, before, strict=True):
-            client.HF_HUB_OFFLINE = value
-
-
-def _open_hub(name: str, split: str) -> Opened:
-    datasets = _datasets()
-    try:
-        with contextlib.nullcontext() if _hub_answers(name) else _from_the_cache():
-            dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise DataError(
-            f"{name}: no such file, and split '{split}' of a hub dataset of that name could not be loaded "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name, the split and the network, "
-            "or give the path of a local file or folder"
-        ) from error
-    identity = f"{name}\n{split}\n{getattr(dataset, '_fingerprint', '')}"
-    return (
-        "hub dataset",
-        lambda start: _read_dataset(dataset, start),
-        lambda: hashlib.sha256(identity.encode()).hexdigest(),
-    )
-
-
-def _read_dataset(dataset: Any, start: int) -> Iterator[Raw]:
-    for first in range(start, len(dataset), BATCH_ROWS):
-        batch = dataset[first : first + BATCH_ROWS]  # a mapping of lists, decoded by its features
-        for index, values in enumerate(zip(*batch.values(), strict=True), first):
-            yield f"row {index}", dict(zip(batch, values, strict=True))
