@@ -1,4 +1,4 @@
-"""Fifty steps beside TRL's DPOTrainer: model, data, order, optimiser and precision the same."""
+"""Fifty steps beside TRL's DPOTrainer: model, data, order, optimiser and precision (float64) the same."""
 
 import json
 import subprocess
@@ -19,10 +19,10 @@ OPTIMIZERS = {"adamw": ("adamw_torch", 1e-4), "rmsprop": ("rmsprop", 1e-5)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_fifty_steps_agree_with_trl(small, tiny_model, tmp_path, optimizer):
+def test_fifty_steps_agree_with_trl(x64, small, tiny_model, tmp_path, optimizer):
     pytest.importorskip("trl")
     optim, lr = OPTIMIZERS[optimizer]
-    options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr}
+    options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr, "dtype": "float64"}
     config = small(tmp_path / "ours", export=False, **options)
     opener = Opener()
     pairs = read_run_pairs(config, get_loss("dpo"), opener.model(tiny_model), opener).train
@@ -54,4 +54,5 @@ def test_fifty_steps_agree_with_trl(small, tiny_model, tmp_path, optimizer):
     losses = [e["loss"] for e in theirs["steps"]]
     print(f"\nTRL {theirs['trl']}, {optimizer}: loss {losses[0]:.4f} to {losses[-1]:.4f}; relative differences {worst}")
     assert max(abs(x - np.log(2)) for x in losses) > 1e-2, "nothing was learned, so nothing was compared"
-    assert max(worst.values()) < 1e-4, worst
+    # TRL has log-probabilities in float32, whatever the model computes in
+    assert worst.pop("loss") < 2e-5 and max(worst.values()) < 1e-6, worst

@@ -48,7 +48,7 @@ def main(job_path: str, out_path: str) -> None:
             return result
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float64)
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
