@@ -22,8 +22,8 @@ OPTIMIZERS = {"adamw": ("adamw_torch", 1e-4), "rmsprop": ("rmsprop", 1e-5)}
 def test_fifty_steps_agree_with_trl(x64, small, tiny_model, tmp_path, optimizer):
     pytest.importorskip("trl")
     optim, lr = OPTIMIZERS[optimizer]
-    options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr, "dtype": "float64"}
-    config = small(tmp_path / "ours", export=False, **options)
+    options = {"limit": STEPS * PAIRS, "holdout": 0, "batch_size": PAIRS, "optimizer": optimizer, "lr": lr}
+    config = small(tmp_path / "ours", export=False, dtype="float64", **options)
     opener = Opener()
     pairs = read_run_pairs(config, get_loss("dpo"), opener.model(tiny_model), opener).train
     plan = make_plan(config, len(pairs))
