@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ches_jax.data.sources import Record, row_id
 from ches_jax.data.two_prompts import has_two_prompts
@@ -209,7 +209,7 @@ def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator
             yield {"prompt": goal + prompt, "chosen": good, "rejected": bad}
 
 
-def _is_reward(value: Any) -> bool:
+def _is_reward(value: Any) -> TypeGuard[float]:
     """Whether rewards can be compared with it: a comparison with NaN is false, whatever is asked."""
     return isinstance(value, int | float) and math.isfinite(value)
 
