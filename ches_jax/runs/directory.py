@@ -36,7 +36,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "dat
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide numbers."""
     # of the code that runs, whatever is installed beside it, or is being installed just now
-    return {"python": platform.python_version(), "ches-jax": ches_jax.__version__} | _installed()
+    return {"python": platform.python_version(), "ches-jax": ches_jax.__version__, **_installed()}
 
 
 @cache
