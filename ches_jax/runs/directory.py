@@ -7,6 +7,8 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,17 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "dat
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide numbers."""
     # of the code that runs, whatever is installed beside it, or is being installed just now
-    names = {"python": platform.python_version(), "ches-jax": ches_jax.__version__}
+    return {"python": platform.python_version(), "ches-jax": ches_jax.__version__, **_installed()}
+
+
+@cache
+def _installed() -> Mapping[str, str]:
+    """Of the packages, as this process found them first."""
+    found = {}
     for name in PACKAGES:
-        try:
-            names[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return names
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def device_name() -> str:
