@@ -61,14 +61,19 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
     """Rows that lie in memory: what they are, in words, and a reader of them.
 
     Args:
-      rows: a list (or other iterable) of dicts, a data frame, a ``datasets.Dataset`` or an Arrow table.
+      rows: a list (or other iterable) of dicts, a data frame, a ``datasets.Dataset`` (or a ``DatasetDict`` of one
+        split), an Arrow table or batch.
       name: of the rows, in messages.
 
     Raises:
       DataError: something else.
     """
+    if isinstance(rows, Mapping):
+        rows = _only_split(name, rows)
     if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # of pandas
         rows = _records_of_frame(name, rows)
+    elif not hasattr(rows, "to_batches") and any(hasattr(rows, f"__arrow_c_{kind}__") for kind in ("stream", "array")):
+        rows = _arrow_table(rows)  # a batch, or a frame of polars
     if hasattr(rows, "to_batches"):
         return "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
     if hasattr(rows, "cache_files") and hasattr(rows, "features"):
@@ -79,6 +84,31 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
     raise DataError(
         f"{name}: a {type(rows).__name__}; expected a list of dicts, a data frame, a datasets.Dataset or an Arrow "
         "table (a file is scored with the verb score)"
+    )
+
+
+def _arrow_table(rows: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.table(rows)
+
+
+def _only_split(name: str, rows: Mapping[Any, Any]) -> Any:
+    """The rows of a mapping of splits that has one.
+
+    Raises:
+      DataError: it has several, or is none: a single row, or columns.
+    """
+    splits = {key: part for key, part in rows.items() if hasattr(part, "features") and hasattr(part, "column_names")}
+    if len(splits) == len(rows) == 1:
+        return next(iter(splits.values()))
+    if splits:
+        raise DataError(
+            f"{name}: a {type(rows).__name__} of several splits; give one of them: {', '.join(map(str, rows))}"
+        )
+    raise DataError(
+        f"{name}: a {type(rows).__name__}; expected a list of dicts, a row each: a single row is [row], a dict of "
+        "columns is pandas.DataFrame(columns) or datasets.Dataset.from_dict(columns)"
     )
 
 
@@ -99,12 +129,12 @@ def _records_of_frame(name: str, frame: Any) -> list[Any]:
 
 
 def _of_python(value: Any) -> Any:
-    """A value with arrays and tuples in it as lists, and numbers of numpy as Python's."""
+    """A value with arrays (of numpy, jax or torch) and tuples in it as lists, and numbers of numpy as Python's."""
     if isinstance(value, Mapping):
         return {key: _of_python(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_of_python(part) for part in value]
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, np.generic) or (hasattr(value, "tolist") and hasattr(value, "shape")):
         return _of_python(value.tolist())
     return value
 
@@ -267,6 +297,9 @@ def _open_hub(name: str, split: str) -> Opened:
 
 
 def _read_dataset(dataset: Any, start: int) -> Iterator[Raw]:
+    form = dataset.format
+    if form["type"] not in (None, "custom"):  # arrays, or tensors, in place of lists and numbers
+        dataset = dataset.with_format(None, columns=form["columns"])
     for first in range(start, len(dataset), BATCH_ROWS):
         batch = dataset[first : first + BATCH_ROWS]  # a mapping of lists, decoded by its features
         for index, values in enumerate(zip(*batch.values(), strict=True), first):
