@@ -6,7 +6,6 @@ Where they lie is the work of ``files``, how they are read that of ``formats``, 
 import contextlib
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -72,8 +71,10 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
         rows = _only_split(name, rows)
     if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # of pandas
         rows = _records_of_frame(name, rows)
-    elif not hasattr(rows, "to_batches") and any(hasattr(rows, f"__arrow_c_{kind}__") for kind in ("stream", "array")):
-        rows = _arrow_table(rows)  # a batch, or a frame of polars
+    elif not (hasattr(rows, "to_batches") or hasattr(rows, "iloc")) and any(
+        hasattr(rows, f"__arrow_c_{kind}__") for kind in ("stream", "array")
+    ):
+        rows = _arrow_table(name, rows)  # a batch, or a frame of polars
     if hasattr(rows, "to_batches"):
         return "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
     if hasattr(rows, "cache_files") and hasattr(rows, "features"):
@@ -87,10 +88,15 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
     )
 
 
-def _arrow_table(rows: Any) -> Any:
+def _arrow_table(name: str, rows: Any) -> Any:
     import pyarrow as pa
 
-    return pa.table(rows)
+    try:
+        return pa.table(rows)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: a {type(rows).__name__} that is no table ({error}); expected rows with columns"
+        ) from None
 
 
 def _only_split(name: str, rows: Mapping[Any, Any]) -> Any:
@@ -121,11 +127,9 @@ def _records_of_frame(name: str, frame: Any) -> list[Any]:
     names = [str(column) for column in frame.columns]
     if len({*names}) < len(names):
         raise DataError(f"{name}: {twice(names)}")
-    cells = zip(*(frame.iloc[:, i].tolist() for i in range(len(names))), strict=True)
-    return [
-        {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in zip(names, row, strict=True)}
-        for row in cells
-    ]
+    columns = [(frame.iloc[:, i].tolist(), frame.iloc[:, i].isna().tolist()) for i in range(len(names))]
+    cells = [[None if missing else v for v, missing in zip(*column, strict=True)] for column in columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
 
 
 def _of_python(value: Any) -> Any:
@@ -136,7 +140,7 @@ def _of_python(value: Any) -> Any:
         return [_of_python(part) for part in value]
     if isinstance(value, np.generic) or (hasattr(value, "tolist") and hasattr(value, "shape")):
         return _of_python(value.tolist())
-    return value
+    return value.to_pylist() if hasattr(value, "to_pylist") else value
 
 
 def _is_hub_name(spec: str) -> bool:

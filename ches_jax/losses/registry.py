@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ches_jax.errors import ChesError, many
@@ -77,7 +78,7 @@ def as_number(value: object) -> float | None:
     >>> as_number(np.float32(0.5)), as_number(jnp.array(2)), as_number(True), as_number("0.1")
     (0.5, 2.0, None, None)
     """
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer) and value.ndim == 0:
         value = value.item()
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ches_jax.errors import DataError
@@ -244,7 +245,7 @@ def _array(xp: Any, name: str, value: Any) -> Any:
 
 def _known(array: Any) -> np.ndarray | None:
     """The values, where they are here and known: not in a function that is traced, not of another process."""
-    if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+    if isinstance(array, Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return None
     return np.asarray(array)
 

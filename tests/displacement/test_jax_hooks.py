@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -221,6 +222,7 @@ class TestALogInADirectory:
         assert [fallen.stops(found) for found in (start, little, much)] == [False, False, True]
         risen = PairLog(tmp_path / "b", stop_if={"dlogp_chosen": 2.0})
         assert not risen.stops(much) and risen.stops({"displacement/dlogp_chosen": 2.5})
+        bound: Any
         for bound in ({"lld_rate": 60}, {"lld_rate": -1.0}, {"margin": "1"}, {"margin": float("nan")}):
             with pytest.raises(
                 ChesError, match=r"stop_if .*: (it is a share of the pairs; expected a bound from 0 to 1|ex)"

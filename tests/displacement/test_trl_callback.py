@@ -1,5 +1,7 @@
 """The callback for TRL, against TRL's own evaluation; the library itself does not need TRL."""
 
+from typing import Any
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,7 +12,7 @@ from ches_jax.errors import ChesError
 trl = pytest.importorskip("trl")
 
 
-def make_trainer(shared, out, eval_rows=slice(None), model=None, **options):
+def make_trainer(shared, out, eval_rows: Any = slice(None), model=None, **options: Any):
     """A trainer of four updates of two pairs; ``eval_rows``: of the 16 pairs, or slices by name."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
