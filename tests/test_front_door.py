@@ -11,7 +11,7 @@ import ches_jax
 from ches_jax.cli import main
 from ches_jax.cli.commands import COMMANDS
 from ches_jax.cli.help import EXAMPLES
-from ches_jax.cli.options import ORDER, options_of
+from ches_jax.cli.options import ORDER, help_texts, options_of
 from ches_jax.cli.suggest import DIFFERENT, SAME, corrected
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "datasets", "pyarrow", "matplotlib", "torch"}
@@ -164,9 +164,9 @@ def test_bare_ches_is_help_with_every_verb(capsys):
 def test_help_of_a_verb_has_groups_texts_and_examples(capsys, verb):
     code, out, err = run(capsys, verb, "--help")
     assert (code, err) == (0, "") and "\033" not in out
-    options = options_of(verb, COMMANDS[verb])
+    options, texts = options_of(verb, COMMANDS[verb]), help_texts(COMMANDS[verb])
     for option in options:
-        assert option.help, option.name
+        assert texts[option.field], option.name
         assert option.group in out.splitlines() and option.group in ORDER
         assert option.positional or any(f in out for f in option.flags)
     assert len(EXAMPLES[verb]) in (2, 3) and all(f"  {example}\n" in f"{out}\n" for example in EXAMPLES[verb])

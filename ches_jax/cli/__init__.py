@@ -16,7 +16,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ches_jax import __version__
@@ -124,7 +124,8 @@ def _run(words: Sequence[str]) -> int:
     leave_pandas_out()
     options.keep_programs()
     try:
-        outcome = options.run()
+        with no_notebook():
+            outcome = options.run()
     except Followed as done:
         outcome = Outcome(headline=done.headline, code=done.code)
     if options.json:
@@ -156,7 +157,8 @@ def _parsed(verb: str, command: type[Any], words: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(command, args=words, prog=f"ches {verb}")
+            # help is ours (``cli.help``): without a description tyro does not read the docstring
+            return tyro.cli(command, args=words, prog=f"ches {verb}", description="")
     except SystemExit:
         # tyro draws a box around its message, a rule under its first line, and breaks the others
         lines = [line.strip("╭╮╰╯│─ \n") for line in said.getvalue().splitlines()]
@@ -190,6 +192,19 @@ def quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     for name in ("jax", "jax._src.xla_bridge", "orbax", "flax", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def no_notebook() -> Iterator[None]:
+    """Has IPython taken for absent, unless it is there already: flax would import it, to show modules in a notebook."""
+    if "IPython" in sys.modules:
+        yield
+        return
+    sys.modules["IPython"] = None  # type: ignore[assignment]  # what an import takes for a module that is not there
+    try:
+        yield
+    finally:
+        sys.modules.pop("IPython", None)
 
 
 def _joined_processes() -> Any:

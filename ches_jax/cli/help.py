@@ -7,7 +7,7 @@ import sys
 import textwrap
 from typing import Any
 
-from ches_jax.cli.options import ORDER, Option, options_of
+from ches_jax.cli.options import ORDER, Option, help_texts, options_of
 
 DESCRIPTION = "Likelihood displacement in preference optimisation: score, select, train, diagnose, verify."
 EXAMPLES = {
@@ -111,7 +111,7 @@ def command_help(commands: dict[str, type[Any]]) -> str:
 
 def verb_help(verb: str, command: type[Any]) -> str:
     """``ches VERB --help``."""
-    options = options_of(verb, command)
+    options, texts = options_of(verb, command), help_texts(command)
     words = [option.field.upper() for option in options if option.positional]
     words += [f"--{option.name} {option.metavar}" for option in options if option.required and not option.positional]
     lines = [" ".join(["usage: ches", verb, *words, "[options]"]), ""]
@@ -120,18 +120,17 @@ def verb_help(verb: str, command: type[Any]) -> str:
     for group in ORDER:
         members = [option for option in options if option.group == group]
         if members:
-            lines += [_title(group), *(line for option in members for line in _option_lines(option)), ""]
+            lines += [_title(group), *(line for o in members for line in _option_lines(o, texts.get(o.field, ""))), ""]
     return "\n".join([*lines, _title("examples"), *(f"  {example}" for example in EXAMPLES[verb])])
 
 
-def _option_lines(option: Option) -> list[str]:
+def _option_lines(option: Option, text: str) -> list[str]:
     if option.positional:
         head = option.field.upper()
     elif option.switch:
         head = f"--no-{option.name}" if option.default else f"--{option.name}"
     else:
         head = f"--{option.name} {option.metavar}"
-    text = option.help
     if option.required:
         text += " (required)"
     elif not option.switch and option.default not in (None, "", ()) and "default" not in text:

@@ -1,4 +1,4 @@
-"""The options of a verb, read off its dataclass: name, kind of value, default, help text, group."""
+"""The options of a verb, read off its dataclass: name, kind of value, default, group; and their help texts."""
 
 import ast
 import dataclasses
@@ -42,7 +42,6 @@ class Option:
     field: str
     name: str
     """As it is typed, without the dashes: ``max-length``."""
-    help: str
     default: Any
     required: bool
     positional: bool
@@ -72,12 +71,11 @@ class Option:
 def options_of(verb: str, command: type[Any]) -> tuple[Option, ...]:
     """Every option of a verb, in the order of the groups."""
     hints = get_type_hints(command, include_extras=True)
-    texts = _field_texts(command)
-    options = [_option(verb, f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(command)]
+    options = [_option(verb, f, hints[f.name]) for f in dataclasses.fields(command)]
     return tuple(sorted(options, key=_place))
 
 
-def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
+def _option(verb: str, field: Any, hint: Any) -> Option:
     name, positional, repeats = field.name, False, False
     if get_origin(hint) is Annotated:
         positional, repeats = POSITIONAL in hint.__metadata__, REPEATED in hint.__metadata__
@@ -90,7 +88,6 @@ def _option(verb: str, field: Any, hint: Any, text: str) -> Option:
     return Option(
         field=field.name,
         name=name.replace("_", "-"),
-        help=" ".join(text.split()),
         default=None if required or field.default is dataclasses.MISSING else field.default,
         required=required,
         positional=positional,
@@ -134,8 +131,11 @@ def _place(option: Option) -> tuple[int, int]:
     return ORDER.index(option.group), listed.index(option.field) if option.field in listed else 0
 
 
-def _field_texts(command: type[Any]) -> dict[str, str]:
-    """Field -> the string below it in the source, of the class and those it inherits from."""
+def help_texts(command: type[Any]) -> dict[str, str]:
+    """Field -> its help: the string below it in the source, of the class and those it inherits from.
+
+    Apart from ``options_of``, since every command needs its options, and only help has use for reading the source.
+    """
     texts: dict[str, str] = {}
     for kind in reversed([k for k in command.__mro__ if dataclasses.is_dataclass(k)]):
         texts |= dict(_class_texts(kind))
@@ -148,4 +148,4 @@ def _class_texts(kind: type) -> Iterator[tuple[str, str]]:
     for node, after in zip(body.body, body.body[1:], strict=False):
         named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            yield node.target.id, str(after.value.value)  # type: ignore[union-attr]
+            yield node.target.id, " ".join(str(after.value.value).split())  # type: ignore[union-attr]

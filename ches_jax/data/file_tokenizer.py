@@ -199,6 +199,8 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> FileTokenizer | None:
     if not isinstance(settings.get("model_max_length", 0), int | float):
         return None  # transformers tells what is wrong with it
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if backend.padding is not None and not settings.get("pad_token"):
+        return None  # the token that the file pads with is the tokenizer's too, and is added where it is none
     backend.no_padding()
     backend.no_truncation()
     if backend.post_processor is None:  # as transformers does: one that adds nothing, part of the fingerprint

@@ -129,6 +129,19 @@ def test_settings_that_transformers_must_read(directory, changes):
     assert file_tokenizer.read(with_settings(directory, **changes)) is None
 
 
+@pytest.mark.parametrize("pad_token", ["<pad>", "<a new one>"])
+def test_padding_names_the_token_that_the_settings_do_not(directory, pad_token):
+    """And adds it; where the settings have one, the file's own does nothing."""
+    file = directory / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None}
+    state["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": pad_token}
+    file.write_text(json.dumps(state))
+    assert_same(file_tokenizer.read(with_settings(directory, pad_token="<pad>")), in_transformers(directory))
+    assert file_tokenizer.read(with_settings(directory, pad_token=...)) is None
+    assert load_tokenizer(directory).pad_token == pad_token
+
+
 @pytest.mark.parametrize("name", ["added_tokens.json", "tekken.json", "special_tokens_map.json"])
 def test_files_that_transformers_must_read(directory, name):
     (directory / name).write_text('{"eos_token": "<bos>"}')

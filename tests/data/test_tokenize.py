@@ -195,7 +195,10 @@ def test_a_merge_across_the_boundary_recuts_both_responses_at_one_place(bytes_bp
         assert ids == bytes_bpe("Human: say " + text)["input_ids"]
     alone = bytes_bpe("Human: say ")["input_ids"]
     assert pair.prompt == tuple(alone[: len(pair.prompt)])
-    assert pair.detail == {"prefix_mismatch": f"prompt of {len(alone)} tokens recut to {len(pair.prompt)}"}
+    merged = bytes_bpe.decode(bytes_bpe("Human: say no")["input_ids"][len(pair.prompt)])
+    assert merged.startswith(" ")
+    recut = f"prompt of {len(alone)} tokens recut to {len(pair.prompt)} before {merged!r}"
+    assert pair.detail == {"prefix_mismatch": recut}
 
 
 def test_a_dummy_prefix_stays_out_of_the_responses(metaspace):

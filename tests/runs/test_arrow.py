@@ -1,4 +1,4 @@
-"""pyarrow without pandas: the commands never load it, and whoever asks pyarrow for it gets it."""
+"""What other libraries would load and no command has use for: pandas and IPython, which are there for whoever asks."""
 
 import subprocess
 import sys
@@ -18,7 +18,8 @@ for words in (
     "report run --quiet",
 ):
     assert main(words.split()) == 0, words
-assert "pandas" not in sys.modules
+assert not {"pandas", "IPython"} & set(sys.modules)
+import IPython
 """
 AFTERWARDS = """
 import pyarrow as pa
@@ -39,7 +40,9 @@ def in_a_process(code: str, folder) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_score_select_and_report_load_no_pandas(tmp_path):
+def test_score_select_and_report_load_no_pandas_and_no_ipython(tmp_path):
+    # found first, also where none is installed
+    (tmp_path / "IPython.py").write_text("def get_ipython():\n    return None\n")
     in_a_process(COMMANDS, tmp_path)
 
 

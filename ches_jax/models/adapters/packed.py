@@ -19,7 +19,7 @@ from ches_jax.hf.quantised.bitsandbytes import INV_127, NF4
 from ches_jax.hf.tensors import Computed
 from ches_jax.models.checkpoint.load import Checkpoint, open_checkpoint, read_parameter
 from ches_jax.models.checkpoint.tensor_map import Rule, TransposedSlice
-from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
+from ches_jax.models.decoder import Decoder, named_parameters
 from ches_jax.models.layers import Linear
 from ches_jax.models.sharding import placement
 from ches_jax.models.stacks import layers_of
@@ -56,7 +56,7 @@ class Packed(nnx.Module):
 def load_packed(directory: Path, mesh: Mesh) -> tuple[Arrays, dict[str, str]]:
     """The parameters of a directory as stored, and of which modules the weights stay packed (-> their dtype)."""
     opened, place = open_checkpoint(directory), placement(mesh)
-    abstract = abstract_decoder(opened.config)
+    abstract = opened.decoder
     arrays: Arrays = {}
     dtypes: dict[str, str] = {}
     for name, leaf in named_parameters(abstract).items():

@@ -12,7 +12,7 @@ each B its own, relative to that: the same function, rounded once to float32.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,77 +96,105 @@ def read_adapter(directory: Path, base: Path, *, whole: bool = False) -> Adapter
     raw = read_json(directory / CONFIG)
     if problems := list(refused(raw)):
         raise CheckpointError(many(str(directory), problems))
-    tensors = open_files(directory, [directory / WEIGHTS])
     targets = raw.get("target_parameters") or []
-    sites = sites_of(base, as_in_memory=bool(targets))
-    left_out: dict[str, str] = {}
-    owners = {module: rule for rule in sites.rules for module in sites.stored(rule).values()}
-    patterns = Patterns(directory)
-    strength, put_on = Strengths(raw, patterns), Targets(raw, patterns)
-    passed_over: dict[str, str] = {}
-    repeated: list[str] = []
-    replaced: dict[str, str] = {}
-    wrapped = sites.wrapped(targets)
-    known = ", ".join(sites.by_parameter().values()) or "none"
-    problems += [
-        f"{CONFIG}: 'target_parameters' names {target!r}; expected some of {known}"
-        for target in targets
-        if not sites.wrapped([target])
+    sites, patterns = sites_of(base, as_in_memory=bool(targets)), Patterns(directory)
+    tensors = open_files(directory, [directory / WEIGHTS])
+    found = _sorted_out(tensors, sites, sites.wrapped(targets), Targets(raw, patterns))
+    strength = Strengths(raw, patterns)
+
+    def strength_of(module: str) -> LowRank:
+        """By the name that PEFT knew it by: patterns may be whole names, as of a multimodal model."""
+        return strength(found.called[module])
+
+    problems = [
+        *_unknown_parameters(targets, sites),
+        *found.problems,
+        *unread(found.passed_over),
+        *_misplaced(found.replaced, found.modules, sites, whole),
+        *_not_saved(raw.get("modules_to_save") or [], (*found.replaced, *found.repeated, *found.left_out)),
     ]
-    modules: dict[str, dict[str, Tensor]] = {}
-    called: dict[str, str] = {}
+    owners = sites.owners()
+    for module, two in found.modules.items():
+        if two.keys() != {"A", "B"}:
+            problems.append(f"{module}: has lora_{''.join(two)} alone")
+        else:
+            problems += _misfits(module, two, *sites.sizes(owners[module], strength_of(module).rank))
+    if problems or not found.modules:
+        raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
+    if said := Parts({}, found.left_out).left_out():
+        notice(f"{directory}: {said}")
+    if found.repeated:
+        notice(f"{directory}: {', '.join(found.repeated)} repeat the values of the model, and are left out")
+    spec, arrays = _stacked(strength_of, found.modules, sites)
+    return Adapter(spec, arrays, {own: tensors[name] for name, own in found.replaced.items()})
+
+
+@dataclass
+class _Found:
+    """The tensors of an adapter's file by what they are."""
+
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Module of the model -> A and B."""
+    called: dict[str, str] = field(default_factory=dict)
+    """Module of the model -> the name that PEFT knew it by."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Name of a module -> the setting for which PEFT would not have put an adapter on it."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Name of a tensor -> the part of a multimodal model, which text never passes."""
+    repeated: list[str] = field(default_factory=list)
+    """Tensors that hold the values of the model's."""
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Name of a tensor -> that of the model's, whose place it takes."""
+    problems: list[str] = field(default_factory=list)
+
+
+def _sorted_out(tensors: Mapping[str, Tensor], sites: Sites, wrapped: Mapping[str, str], put_on: Targets) -> _Found:
+    """What each tensor is; ``wrapped`` are the modules around parameters that adapters were put on by name."""
+    found, owners = _Found(), sites.owners()
     for name, tensor in tensors.items():
         match = NAME.match(name)
         # an adapter of a multimodal model may reach its towers too, which text never passes
         if match and (other := OTHER.match(match["module"])):
-            left_out[name] = other["part"]
+            found.left_out[name] = other["part"]
             continue
         if match is None and (own := sites.of_the_base(name)) is not None:
             if same_values(sites.tensors[own], tensor):
-                repeated.append(name)
+                found.repeated.append(name)
             else:
-                replaced[name] = own
+                found.replaced[name] = own
             continue
         # one that was made over a multimodal model names the text model inside it
         names = below_wrapper(match["module"]) if match else ()
         module = next((wrapped.get(n, n) for n in names if wrapped.get(n, n) in owners), None)
         if match is None or module is None:
-            problems.append(f"tensor {name!r} belongs to none of the modules {', '.join(sites.modules)} of this model")
+            known = ", ".join(sites.modules)
+            found.problems.append(f"tensor {name!r} belongs to none of the modules {known} of this model")
             continue
-        if (other := modules.setdefault(module, {}).setdefault(match["part"], tensor)) is not tensor:
-            problems.append(f"tensors {other.name!r} and {name!r} are of the same module; remove one of the two")
+        if (other := found.modules.setdefault(module, {}).setdefault(match["part"], tensor)) is not tensor:
+            found.problems.append(f"tensors {other.name!r} and {name!r} are of the same module; remove one of the two")
         if wrapped.keys().isdisjoint(names):
-            called[module] = match["module"]
+            found.called[module] = match["module"]
             by = put_on.left_out_by(match["module"])
-            passed_over |= {match["module"]: by} if by else {}
+            found.passed_over |= {match["module"]: by} if by else {}
         else:
             own = sites.parameter(owners[module], module).rpartition(".")[2]
-            called[module] = f"{match['module'].replace('.base_layer', '')}.{own}"
-    problems += unread(passed_over)
-    problems += _misplaced(replaced, modules, sites, whole)
-    problems += [
-        f"{CONFIG}: 'modules_to_save' names {saved!r}, of which {WEIGHTS} holds nothing"
-        for saved in raw.get("modules_to_save") or []
-        if not any(f".{saved}." in f".{name}" for name in (*replaced, *repeated, *left_out))
-    ]
+            found.called[module] = f"{match['module'].replace('.base_layer', '')}.{own}"
+    return found
 
-    def strength_of(module: str) -> LowRank:
-        """By the name that PEFT knew it by: patterns may be whole names, as of a multimodal model."""
-        return strength(called[module])
 
-    for module, two in modules.items():
-        if two.keys() != {"A", "B"}:
-            problems.append(f"{module}: has lora_{''.join(two)} alone")
-        else:
-            problems += _misfits(module, two, *sites.sizes(owners[module], strength_of(module).rank))
-    if problems or not modules:
-        raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
-    if said := Parts({}, left_out).left_out():
-        notice(f"{directory}: {said}")
-    if repeated:
-        notice(f"{directory}: {', '.join(repeated)} repeat the values of the model, and are left out")
-    spec, arrays = _stacked(strength_of, modules, sites)
-    return Adapter(spec, arrays, {own: tensors[name] for name, own in replaced.items()})
+def _unknown_parameters(targets: Iterable[str], sites: Sites) -> Iterator[str]:
+    """``target_parameters`` that the model does not have."""
+    known = ", ".join(sites.by_parameter().values()) or "none"
+    for target in targets:
+        if not sites.wrapped([target]):
+            yield f"{CONFIG}: 'target_parameters' names {target!r}; expected some of {known}"
+
+
+def _not_saved(modules: Iterable[str], names: Collection[str]) -> Iterator[str]:
+    """``modules_to_save`` without a tensor among ``names``."""
+    for saved in modules:
+        if not any(f".{saved}." in f".{name}" for name in names):
+            yield f"{CONFIG}: 'modules_to_save' names {saved!r}, of which {WEIGHTS} holds nothing"
 
 
 def _misplaced(replaced: Mapping[str, str], adapted: Mapping[str, Any], sites: Sites, whole: bool) -> Iterator[str]:

@@ -65,6 +65,10 @@ class Sites:
         names = rule.names(self.shapes[rule.param], layers_of(self.config, rule.param))
         return {at: name.removesuffix(".weight") for at, name in names.items()}
 
+    def owners(self) -> dict[str, Rule]:
+        """The modules of all layers -> the matrix that each holds."""
+        return {module: rule for rule in self.rules for module in self.stored(rule).values()}
+
     @property
     def modules(self) -> list[str]:
         """The modules below their layer."""

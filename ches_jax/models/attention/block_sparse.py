@@ -145,7 +145,7 @@ def _row_forward(
 ) -> tuple[Array, Array]:
     """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
     acc = accumulate(q.dtype)
-    keys, values = (_key_blocks(a, static.block) for a in (k, v))
+    keys, values = (_in_blocks(a, static.block) for a in (k, v))
 
     def block(rows, args):
         at, seen_i = args
@@ -188,7 +188,7 @@ def _row_backward(
     """Gradients by queries, keys and values, and by the sinks (zero without any)."""
     acc = accumulate(q.dtype)
     q, params = _scaled(q, static.params)
-    keys, values = (_key_blocks(a, static.block) for a in (k, v))
+    keys, values = (_in_blocks(a, static.block) for a in (k, v))
 
     def block(carry, args):
         qi, gi, total_i, mean_i, seen_i = args
@@ -200,7 +200,7 @@ def _row_backward(
             z, cap_gradient = _scores(qi, ki, _mask(seen_i.ranges, index), params)
             p = jnp.exp(z - total_i)
             dz = p * (einsum("kqh,ksh->kqs", gi, vi) - mean_i) * cap_gradient
-            parts = einsum("kqs,kqh->ksh", dz, qi.astype(acc)), einsum("kqs,kqh->ksh", p, gi.astype(acc))
+            parts = einsum("kqs,kqh->skh", dz, qi.astype(acc)), einsum("kqs,kqh->skh", p, gi.astype(acc))
             at = seen_i.before + index
             by_keys = [_added(a, at, part) for a, part in zip(by_keys, parts, strict=True)]
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
@@ -212,14 +212,13 @@ def _row_backward(
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
         return tuple(carry), (dq.astype(q.dtype), *(d.reshape(*q.shape[1:3], -1).sum(-1) for d in dsink))
 
-    start = jnp.zeros((keys.shape[1], keys.shape[0], *keys.shape[2:]), acc)
+    start = jnp.zeros(keys.shape, acc)
     mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
     queries = (_query_blocks(a, static.block) for a in (q, cotangent))
     of_queries = (total[..., None], _query_blocks(mean, static.block))
     of_blocks = (*queries, *of_queries, _each(seen, keys))
     (dk, dv), (dq, *dsinks) = lax.scan(block, (start, start), of_blocks)
-    by_rows = (a.transpose(0, 2, 1, 3).reshape(k.shape) for a in (dk * jnp.asarray(params.scale, acc), dv))
-    by_arrays = (a.astype(k.dtype) for a in by_rows)
+    by_arrays = (a.reshape(k.shape).astype(k.dtype) for a in (dk * jnp.asarray(params.scale, acc), dv))
     return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
@@ -240,23 +239,24 @@ class _Seen(NamedTuple):
         return self.numbers[4]
 
 
-def _each(seen: SeenByBlock, key_blocks: Float[Array, "K blocks block H"]) -> _Seen:
+def _each(seen: SeenByBlock, key_blocks: Float[Array, "blocks block K H"]) -> _Seen:
     """Of the blocks of all rows, one after the other."""
     rows, blocks_of_row = seen.spans.shape[:2]
-    before = key_blocks.shape[1] // rows * jnp.arange(rows, dtype=jnp.int32)
+    before = len(key_blocks) // rows * jnp.arange(rows, dtype=jnp.int32)
     before = jnp.broadcast_to(before[:, None, None], (rows, blocks_of_row, 1))
     numbers = jnp.concatenate([seen.spans, before], axis=-1)
     return _Seen(*(a.reshape(-1, *a.shape[2:]) for a in (seen.ranges, numbers)))
 
 
-def _block_at(key_blocks: Float[Array, "K blocks block H"], index: Int[Array, ""]) -> Float[Array, "K block H"]:
+def _block_at(key_blocks: Float[Array, "blocks block K H"], index: Int[Array, ""]) -> Float[Array, "K block H"]:
     """One block, as a slice: XLA divides a gather among a CPU's threads, which takes ten times as long as the copy."""
-    return lax.dynamic_index_in_dim(key_blocks, index, 1, keepdims=False, allow_negative_indices=False)
+    one = lax.dynamic_index_in_dim(key_blocks, index, 0, keepdims=False, allow_negative_indices=False)
+    return one.transpose(1, 0, 2)
 
 
 def _added(
-    blocks: Float[Array, "blocks K block H"], index: Int[Array, ""], part: Float[Array, "K block H"]
-) -> Float[Array, "blocks K block H"]:
+    blocks: Float[Array, "blocks block K H"], index: Int[Array, ""], part: Float[Array, "block K H"]
+) -> Float[Array, "blocks block K H"]:
     """With ``part`` added to one block; ``at[index].add`` would compute whether there is such a block."""
     own = lax.dynamic_index_in_dim(blocks, index, 0, keepdims=False, allow_negative_indices=False)
     return lax.dynamic_update_index_in_dim(blocks, own + part, index, 0, allow_negative_indices=False)
@@ -335,7 +335,3 @@ def _query_rows(q: Float[Array, "blocks K group_queries H"], block: int) -> Floa
     """The inverse of ``_query_blocks``."""
     n, kv, _, width = q.shape
     return q.reshape(n, kv, -1, block, width).transpose(0, 3, 1, 2, 4).reshape(n * block, kv, -1, width)
-
-
-def _key_blocks(k: Float[Array, "T K H"], block: int) -> Float[Array, "K blocks block H"]:
-    return _in_blocks(k, block).transpose(2, 0, 1, 3)

@@ -127,13 +127,14 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     exactly the blocks in which one of them sees a key.
     """
     context_start, context_end, own_start, own_end = (a.reshape(a.shape[0], -1, queries) for a in r)
-    own_first = own_start.min(-1) // keys
-    own_count = (own_end.max(-1) - 1) // keys + 1 - own_first
-    start, end = context_start // keys, jnp.minimum((context_end + keys - 1) // keys, own_first[..., None])
-    left = (context_start < context_end) & (start < end)  # what the own blocks do not hold already
-    context_first = jnp.where(left, start, own_first[..., None]).min(-1)
-    context_end = jnp.where(left, end, context_first[..., None]).max(-1)
-    return BlockSpans(context_first, context_end - context_first, own_first, own_count)
+    own = own_start // keys
+    start, end = context_start // keys, jnp.minimum((context_end + keys - 1) // keys, own)
+    left = (context_start < context_end) & (start < end)  # what the query's own blocks do not hold already
+    # ends below zero, so that one minimum finds all: each reduction would be a program of its own
+    bounds = [own, -own_end, jnp.where(left, start, own), jnp.where(left, -end, 0)]
+    own_first, minus_own_end, context_first, minus_context_end = jnp.stack(bounds).min(-1)
+    context_count = jnp.maximum(jnp.minimum(-minus_context_end, own_first) - context_first, 0)
+    return BlockSpans(context_first, context_count, own_first, (-minus_own_end - 1) // keys + 1 - own_first)
 
 
 def seen_by_block(r: KeyRanges, block: int) -> SeenByBlock:

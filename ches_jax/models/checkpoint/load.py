@@ -35,7 +35,7 @@ from ches_jax.models.checkpoint.stored_names import (
 )
 from ches_jax.models.checkpoint.tensor_map import Rule, resolved
 from ches_jax.models.config import DecoderConfig
-from ches_jax.models.decoder import Decoder, abstract_decoder, abstract_parameters, named_parameters
+from ches_jax.models.decoder import Decoder, abstract_decoder, named_parameters
 from ches_jax.models.families.registry import Family, decoder_config, family_of
 from ches_jax.models.sharding import placement
 from ches_jax.models.stacks import layers_of
@@ -52,9 +52,15 @@ class Checkpoint:
     """A model directory whose names and shapes have been checked; no weight has been read."""
 
     directory: Path
-    config: DecoderConfig
+    decoder: Decoder
+    """With shapes in place of weights; it computes in float32."""
     tensors: dict[str, Tensor]
     table: dict[str, Rule]
+
+    @property
+    def config(self) -> DecoderConfig:
+        """What the decoder is made of."""
+        return self.decoder.config
 
 
 def open_checkpoint(directory: Path, replaced: Mapping[str, Tensor] | None = None) -> Checkpoint:
@@ -65,10 +71,11 @@ def open_checkpoint(directory: Path, replaced: Mapping[str, Tensor] | None = Non
     """
     raw = effective_config(directory)
     config = decoder_config(raw, str(directory))
-    shapes = {name: leaf.shape for name, leaf in abstract_parameters(config).items()}
+    decoder = abstract_decoder(config)
+    shapes = {name: leaf.shape for name, leaf in named_parameters(decoder).items()}
     stored = {**model_tensors(directory), **(replaced or {})}
     tensors, table = _checked_table(directory, family_of(raw, str(directory)), config, shapes, stored)
-    return Checkpoint(directory, config, tensors, table)
+    return Checkpoint(directory, decoder, tensors, table)
 
 
 def load_model(
@@ -127,8 +134,8 @@ def load_replaced(
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     logical = None if mesh is None else LogicalMesh.of(mesh, axes)
     opened = open_checkpoint(directory, replaced)
-    abstract = abstract_decoder(opened.config, dtype=compute)
-    abstract.mesh = logical
+    abstract = opened.decoder
+    abstract.dtype, abstract.mesh = jnp.dtype(compute), logical
     params = named_parameters(abstract)
     place = sharding or _one_device if logical is None else placement(logical)
     bad: set[str] = set()
