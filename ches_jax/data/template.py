@@ -537,7 +537,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
         text = own[template] if isinstance(own, dict) else own
     elif path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of the encoding
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
         text = template_in(path) if path.suffix.lower() == ".json" else text

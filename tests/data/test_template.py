@@ -438,6 +438,9 @@ def test_a_named_template_or_a_file_can_be_chosen(plain, tmp_path):
         one(plain(), *row, template=str(tmp_path / "mine.jinja")).chosen
         == one(tokenizer, *row, template="other").chosen
     )
+    (tmp_path / "marked.jinja").write_text(other, encoding="utf-8-sig")
+    marked = one(plain(), *row, template=str(tmp_path / "marked.jinja"))
+    assert marked.prompt == one(tokenizer, *row, template="other").prompt
     with pytest.raises(DataError, match=r"--template othr: no such file, and no template .* did you mean other"):
         one(tokenizer, *row, template="othr")
     with pytest.raises(DataError, match=r"several chat templates: choose one with --template \(a, b\)"):
