@@ -293,8 +293,14 @@ class ChatTemplate:
         asked = self.prompt(messages, row)
         if written.startswith(asked):
             return None
-        equal = common_prefix(asked, written)
+        equal = self._between_marks(common_prefix(asked, written), asked, written)
         return asked[equal:], written[equal : max(written.rfind(MARK), equal)]
+
+    def _between_marks(self, at: int, *texts: str) -> int:
+        """A place in texts, or where the added token begins that one of them has there: <think> and </think>."""
+        words = [str(token.content) for token in self.tokenizer.added_tokens_decoder.values()]
+        starts = (text.find(w, max(at - len(w) + 1, 0), at + len(w) - 1) for text in texts for w in words)
+        return min((start for start in starts if start >= 0), default=at)
 
     def _learn_header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
         if asked != self.write(messages, row):
@@ -537,7 +543,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
         text = own[template] if isinstance(own, dict) else own
     elif path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of the encoding
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
         text = template_in(path) if path.suffix.lower() == ".json" else text

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
@@ -64,6 +64,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     >>> len(load_tokenizer("bundled"))
     1280
     """
+    if not isinstance(path, str | PurePath):
+        raise DataError(
+            f"load_tokenizer: a {type(path).__name__}; expected a directory with tokenizer.json, or a hub name"
+        )
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:
@@ -109,12 +113,11 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        # Any failure of the class that the directory names; the bare file is often good enough.
+        # Any failure of the class that the directory names; file and settings without it are often good enough, the
+        # file without its settings never: it does not say which tokens begin and end a text, nor the chat template.
         if (folder / "tokenizer.json").exists():
             with contextlib.suppress(Exception):
                 return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-            with contextlib.suppress(Exception):
-                return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         reason = str(error).partition("\n")[0]
         if not sentencepiece and any(name in str(error).lower() for name in ("sentencepiece", "tiktoken")):
             raise _without_sentencepiece(path) from error  # a hub name; transformers asks for the wrong package
@@ -122,7 +125,8 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise DataError(
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
             + (f"not there: {', '.join(missing)}; " if missing and local else "")
-            + "give a directory with tokenizer.json and tokenizer_config.json"
+            + ("give a directory with" if missing or not local else "look at")
+            + " tokenizer.json and tokenizer_config.json"
         ) from error
 
 

@@ -452,6 +452,18 @@ def test_a_class_nobody_knows_still_has_its_tokenizer_json(words, tmp_path):
     assert load_tokenizer(tmp_path).eos_token == "</s>"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    ['{"eos_token": {"content": "</s>"}', '{"eos_token": {"content": "</s>"}}', '\ufeff{"eos_token": "</s>"}'],
+)
+def test_settings_that_cannot_be_read_are_an_error_and_not_left_out(words, tmp_path, settings):
+    """Without them the tokenizer has no EOS and no chat template, and says nothing of it."""
+    words.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*\); look at tokenizer.json and tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such directory; expected a model directory"):
         load_tokenizer(tmp_path / "none")
