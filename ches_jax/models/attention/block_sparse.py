@@ -147,9 +147,9 @@ def _row_forward(
     acc = accumulate(q.dtype)
     keys, values = (_in_blocks(a, static.block) for a in (k, v))
 
-    def block(rows, args):
-        at, seen_i = args
-        queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
+    def block(rows, seen_i):
+        taken = lax.dynamic_slice_in_dim(rows, seen_i.at, static.block, allow_negative_indices=False)
+        queries, params = _scaled(taken.astype(q.dtype), static.params)
         (qi,) = _query_blocks(queries, static.block)
 
         def with_block(step: Int[Array, ""], sums: Sums) -> Sums:
@@ -166,12 +166,12 @@ def _row_forward(
 
         sums = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, _nothing_seen(qi, sinks))
         out = _query_rows((sums.out / sums.total).astype(rows.dtype)[None], static.block)
-        return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (sums.top + jnp.log(sums.total))[..., 0]
+        rows = lax.dynamic_update_slice_in_dim(rows, out, seen_i.at, 0, allow_negative_indices=False)
+        return rows, (sums.top + jnp.log(sums.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
-    at = jnp.arange(0, len(q), static.block)
     outputs = q.astype(acc) if static.differentiated else q
-    return lax.scan(block, outputs, (at, _each(seen, keys)))
+    return lax.scan(block, outputs, _each(seen, keys))
 
 
 def _row_backward(
@@ -227,8 +227,8 @@ class _Seen(NamedTuple):
 
     ranges: Int[Array, "4 block"]
     """``KeyRanges``."""
-    numbers: Int[Array, "5"]
-    """``BlockSpans``, and how many blocks of keys the rows before its own have."""
+    numbers: Int[Array, "6"]
+    """``BlockSpans``, and what follows: all in one array, since each would be cut out by a program of its own."""
 
     @property
     def spans(self) -> BlockSpans:
@@ -236,15 +236,21 @@ class _Seen(NamedTuple):
 
     @property
     def before(self) -> Int[Array, ""]:
+        """How many blocks of keys the rows before its own have."""
         return self.numbers[4]
+
+    @property
+    def at(self) -> Int[Array, ""]:
+        """Where its queries begin, among those of all rows."""
+        return self.numbers[5]
 
 
 def _each(seen: SeenByBlock, key_blocks: Float[Array, "blocks block K H"]) -> _Seen:
     """Of the blocks of all rows, one after the other."""
     rows, blocks_of_row = seen.spans.shape[:2]
-    before = len(key_blocks) // rows * jnp.arange(rows, dtype=jnp.int32)
-    before = jnp.broadcast_to(before[:, None, None], (rows, blocks_of_row, 1))
-    numbers = jnp.concatenate([seen.spans, before], axis=-1)
+    before = len(key_blocks) // rows * jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+    at = seen.ranges.shape[-1] * jnp.arange(rows * blocks_of_row, dtype=jnp.int32).reshape(rows, blocks_of_row, 1)
+    numbers = jnp.concatenate([seen.spans, jnp.broadcast_to(before, at.shape), at], axis=-1)
     return _Seen(*(a.reshape(-1, *a.shape[2:]) for a in (seen.ranges, numbers)))
 
 
