@@ -88,3 +88,17 @@ def test_lines_of_the_service_and_what_continues_them_are_kept_back(tmp_path):
     log.copy(read, target)
     os.close(target)
     assert log.seen and (tmp_path / "out").read_bytes() == b"first\n" + other
+
+
+@pytest.mark.parametrize(("code", "said"), [(130, "ches: stopped\n"), (2, "ches: stopped\nthe end\n")])
+def test_after_an_interrupt_python_takes_nothing_down(code, said):
+    """Threads that compile on abort the process then: "pure virtual method called", and SIGABRT in place of 130."""
+    script = (
+        "import atexit, sys, ches_jax.__main__ as command\n"
+        f"def act():\n    print('ches: stopped'); return {code}\n"
+        "command._main, sys.argv = act, ['ches', 'score']\n"
+        "atexit.register(print, 'the end')\n"
+        "sys.exit(command.run())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, said)

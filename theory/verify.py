@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from ches_jax.errors import ChesError
 from ches_jax.options import require_positive
-from ches_jax.runs.directory import device_name, versions, write_json
+from ches_jax.runs.directory import device_name, require_no_other, versions, write_json
 from ches_jax.runs.files import replacing
+from ches_jax.runs.store import remove
 from theory.claims import Claim, Context, all_claims, find
 from theory.report import CLAIMS, FIGURES
 
@@ -143,14 +144,15 @@ def table(results: Sequence[Result]) -> str:
 def write_results(out: Path, results: Sequence[Result], options: dict[str, Any]) -> Path:
     """``claims.json`` (the options (`asked`), versions, device, every result), ``claims.txt``, ``figures.json``."""
     path = out / CLAIMS
+    remove(path)  # it is written last: with it all of this is of one verification
     passed = sum(r.passed for r in results)
     summary = {"passed": passed, "failed": len(results) - passed, "asked": options}
     claims = [{k: v for k, v in asdict(r).items() if k != "figure"} for r in results]
-    write_json(path, summary | {"versions": versions(), "device": device_name(), "claims": claims})
     with replacing(out / FIGURES) as temporary:
         temporary.write_text(json.dumps({r.id: _short(r.figure) for r in results if r.figure}) + "\n", encoding="utf-8")
     with replacing(out / "claims.txt") as temporary:
         temporary.write_text(table(results) + "\n", encoding="utf-8")
+    write_json(path, summary | {"versions": versions(), "device": device_name(), "claims": claims})
     return path
 
 
@@ -175,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.list:
             print("\n".join(f"{c.id:5} {c.scope:5} {c.status:18} {c.statement}" for c in all_claims()))
             return 0
+        if options.out:
+            require_no_other(options.out, CLAIMS, "this verification")
         results = verify(
             options.claims,
             seed=options.seed,

@@ -583,6 +583,10 @@ class Verify(Computing):
             lines = [f"{c.id:5} {c.scope:5} {c.status:18} {c.statement} [{c.source}]" for c in claims]
             return Outcome(headline=f"{len(claims)} claims", text="\n".join(lines), counts={"claims": len(claims)})
         verification = theory("theory.verify")
+        if self.out:
+            from ches_jax.runs.directory import require_no_other
+
+            require_no_other(self.out, "claims.json", "this verification")
         options = {name: getattr(self, name) for name in ("seed", "instances", "model", "pairs", "limit")}
         results = verification.verify(self.claims or None, **options, quiet=self.quiet)
         failed = [r.id for r in results if not r.passed]

@@ -8,6 +8,7 @@ where each setting in the directory is known to change nothing, and otherwise le
 Chat templates are rendered by transformers' own sandbox (``render_jinja_template``), which needs little of the rest.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,13 +200,16 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> FileTokenizer | None:
     if not isinstance(settings.get("model_max_length", 0), int | float):
         return None  # transformers tells what is wrong with it
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if backend.padding is not None and not settings.get("pad_token"):
+        return None  # the token that the file pads with is the tokenizer's too, and is added where it is none
     backend.no_padding()
     backend.no_truncation()
     if backend.post_processor is None:  # as transformers does: one that adds nothing, part of the fingerprint
         backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     special = {name: _content(settings[name]) for name in NAMED if settings.get(name) is not None}
-    more = [_content(token) for name in _MORE for token in settings.get(name) or ()]
+    beside = _read_beside(directory, settings)
+    more = [_content(token) for names in (settings, beside) for name in _MORE for token in names.get(name) or ()]
     # a token that is not there yet would be added, and one that is not special would become so
     if not all(token in added and added[token].special for token in (*special.values(), *more)):
         return None
@@ -213,15 +217,18 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> FileTokenizer | None:
         return None
     if settings.get("clean_up_tokenization_spaces") and type(backend.model).__name__ != "BPE":
         return None
-    beside = directory / "special_tokens_map.json"
-    if beside.exists() and "added_tokens_decoder" not in settings:
-        named = {
-            name: value for name, value in read_object(beside, DataError, "a tokenizer").items() if name not in _MORE
-        }
-        if {name: _content(value) for name, value in named.items()} != special:
-            return None
+    if beside and {name: _content(value) for name, value in beside.items() if name not in _MORE} != special:
+        return None
     template = _template(directory, settings)
     return FileTokenizer(directory, backend, special, template)
+
+
+def _read_beside(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Special tokens of the older file beside the settings, which count where the settings declare no added tokens."""
+    file = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" in settings or not file.exists():
+        return {}
+    return read_object(file, DataError, "a tokenizer")
 
 
 def _agrees(declared: Any, added: Mapping[str, Any]) -> bool:
@@ -238,7 +245,9 @@ def _agrees(declared: Any, added: Mapping[str, Any]) -> bool:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The chat template of a directory: its own file, or else what the settings hold."""
     file = directory / "chat_template.jinja"
-    template = read_text(file, DataError, "a template") if file.exists() else settings.get("chat_template")
+    template = settings.get("chat_template")
+    if file.exists():  # with line ends as reading a text gives them
+        template = io.StringIO(read_text(file, DataError, "a template"), newline=None).read()
     if isinstance(template, list):
         return {one["name"]: one["template"] for one in template}
     if template is None or isinstance(template, str):

@@ -60,11 +60,11 @@ def habits(template: ChatTemplate) -> list[str]:
         observed.add("no_end")
     if template.wants_parts(template.source()):
         observed.add("parts")
-    behind_question = template.write([_USER]).partition(_ASKED)[2]
     if template.header([_USER]):
         observed.add("no_header")
-    elif template.write([_USER], ask=True) == template.write([_USER]) and exchange.endswith(MARK + behind_question):
-        observed.add("always_header" if behind_question else "")
+    elif template.write([_USER], ask=True) == template.write([_USER]):
+        with contextlib.suppress(DataError):
+            observed.add("always_header" if template.begins_another([_USER]) else "")
     if template.opening([_USER]):
         observed.add("opens_otherwise")
     padded = written(_USER, {"role": "assistant", "content": f"  {MARK}  "})

@@ -1,7 +1,7 @@
 """Messages of a conversation: an object with a role and a text, whatever shape a data set gives them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ches_jax.data.nested import decoded
@@ -24,6 +24,8 @@ _OTHER_PLACES = {
     "thinking": ", or write it as 'reasoning_content' of the message, as chat templates read it",
 }
 """Where chat templates read what some APIs write as a part: the end of a message about it."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a thought beside a text: what chat templates read, and what some APIs call it."""
 _CALLS = ("tool_calls", "function_call")
 """Keys of calls of tools; the second is the older one, of a single call."""
 
@@ -71,6 +73,22 @@ def is_message(value: Any) -> bool:
 def text_of(message: Message) -> str:
     """The text of a message; empty where it only calls tools."""
     return str(message.get("content") or "")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts of messages: what is said, thought and called, but for the roles.
+
+    >>> list(texts_in([{"role": "assistant", "content": "2", "tool_calls": [{"name": "add"}]}]))
+    ['2', 'add']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from () if key == "role" else texts_in(inside)
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield from texts_in(inside)
 
 
 def as_parts(message: Message) -> Message:

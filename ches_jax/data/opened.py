@@ -27,6 +27,8 @@ _FORMATS = (
     f"{', '.join(READERS)} (with {', '.join(files.COMPRESSIONS)} behind it where compressed), a folder of these or of "
     "datasets' save_to_disk, an address such as https:// or hf://, or owner/name on the hub"
 )
+MADE, PAIRS = ("selection.json", "label.json", "gather.json"), "pairs.jsonl"
+"""What `ches select`, `label` and `gather` leave beside the pairs that they made, and these pairs."""
 Opened = tuple[str, Callable[[int], Iterator[Raw]], Callable[[], str]]
 """What it is, in words; its rows from any number on; what tells its content from others."""
 
@@ -157,6 +159,8 @@ def _open_folder(path: Path, split: str | None) -> Opened:
             raise DataError(f"{path}: {fault}; choose one with --split: {', '.join(splits)}")
         path = path / str(split)
     elif not (path / "state.json").exists():
+        if split in (None, "train") and (path / PAIRS).is_file() and any((path / name).is_file() for name in MADE):
+            return _open_file(path / PAIRS)  # as the card of a selection says it; what lies beside is about them
         return _open_parts(path, split)
     elif split is not None:
         raise DataError(f"{path}: --split {split}, but the folder holds one split: leave --split out")

@@ -414,8 +414,9 @@ def _token_ids(name: str, value: Any) -> list[int]:
 
 
 def _template_argument(name: str, value: Any) -> Any:
+    """Of ``tools`` or ``chat_template_kwargs``. What is written as JSON text keeps its nulls: somebody wrote them."""
     wanted, expected = (list, "a list") if name == "tools" else (Mapping, "an object")
-    if isinstance(value, str):
+    if as_text := isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -424,8 +425,10 @@ def _template_argument(name: str, value: Any) -> Any:
         raise DataError(f"'{name}' is {kind(value)}; expected {expected}")
     if not within_depth(value):
         raise DataError(f"'{name}' is nested more than {DEEPEST} deep; expected {expected}")
-    if name == "tools":
-        value = [decoded(tool) for tool in value]
-        if none := [tool for tool in value if not isinstance(tool, Mapping)]:
-            raise DataError(f"'tools' lists {kind(none[0])}; expected objects, or their JSON text")
-    return without_nulls(value)
+    plain = value if as_text else without_nulls(value)
+    if name != "tools":
+        return plain
+    tools = [decoded(tool) for tool in plain]
+    if none := [tool for tool in tools if not isinstance(tool, Mapping)]:
+        raise DataError(f"'tools' lists {kind(none[0])}; expected objects, or their JSON text")
+    return tools

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ches_jax.data.messages import Message, as_messages, says_nothing, text_of
+from ches_jax.data.messages import THOUGHTS, Message, as_messages, says_nothing, text_of, texts_in
 from ches_jax.data.prompts import TEXT_COLUMNS
 from ches_jax.data.template import MODES, ChatTemplate, End, joined, with_template
 from ches_jax.errors import DataError
@@ -29,6 +29,8 @@ _NOT_ONE_TEXT = (
 )
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 """A thought, and what is said after it."""
+_SWITCH = re.compile(r"/(?:no_?)?think\b")
+"""What some templates read in a text of the user or the system, and take out of it."""
 _WORDS = re.compile(r"[A-Za-z0-9]{2,}")
 """What no way to escape a text takes apart."""
 
@@ -46,8 +48,8 @@ class Rendered:
     """Parts (prompt, chosen, rejected) without any text of their own."""
     blank: tuple[str, ...]
     """Those whose text is white space alone."""
-    turns: Mapping[str, int]
-    """Messages in each response: all but the last rightly hold an end-of-turn token."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """What the messages of each response say, thoughts and calls included; nothing for plain text."""
     ends: Mapping[str, End] = field(default_factory=dict)
     """How each response ends; nothing for plain text."""
     found: Mapping[str, str] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Writer:
             templated=True,
             empty=empty,
             blank=blank,
-            turns={n: len(side) for n, side in zip(names, sides, strict=True)},
+            said={n: "\n".join(texts_in(side)) for n, side in zip(names, sides, strict=True)},
             ends={n: self.chat.end(m, content) for n, m in whole.items()},
             found=found,
         )
@@ -191,7 +193,6 @@ def _plain(prompt: str, chosen: str, rejected: str) -> Rendered:
         templated=False,
         empty=empty,
         blank=blank,
-        turns={"chosen": 1, "rejected": 1},
     )
 
 
@@ -238,10 +239,10 @@ def _lost(message: Message, text: str, *, thought: bool) -> str:
     ]
     if any(name not in text for name in names):
         return "the calls of tools"
-    thoughts = [str(message[key]).strip() for key in ("reasoning_content", "thinking") if message.get(key)]
+    thoughts = [str(message[key]).strip() for key in THOUGHTS if message.get(key)]
     if message["role"] not in ("system", "developer", "user", "assistant"):
         return "" if said in text or _in_other_letters(said, text) else "the text"
-    if said not in text:
+    if any(part.strip() not in text for part in _SWITCH.split(said)):
         parts = _THOUGHT.match(said) if message["role"] == "assistant" else None
         if parts is None or parts[2].strip() not in text:
             return "the text"

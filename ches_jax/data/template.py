@@ -192,6 +192,20 @@ class ChatTemplate:
         asked = self.write(messages, row, ask=True)
         return self._once("header", messages, row, lambda: self._learn_header(messages, row, asked))
 
+    def begins_another(self, messages: Sequence[Message], row: Row = _NO_ROW) -> bool:
+        """Whether every conversation ends with the beginning of another answer, behind an answer as behind a question.
+
+        It does so where both end alike and an answer before a question does not: "A.</end><bot>", "A.</end><user>".
+
+        Raises:
+          DataError: as ``write``; or no conversation continues behind an answer.
+        """
+        whole = [*messages, {"role": "assistant", "content": MARK}]
+        asked, last, middle = self.write(messages, row), self.write(whole, row), self.write([*whole, _NEXT], row)
+        behind, followed = (text[text.rfind(MARK) + len(MARK) :] for text in (last, middle))
+        alike = behind[len(behind) - common_prefix(behind[::-1], asked[::-1]) :]
+        return bool(alike.strip()) and not followed.startswith(behind)
+
     def encode(self, text: str) -> Ids:
         """Tokens of a text that the template wrote; it writes the special ones itself."""
         try:
@@ -252,10 +266,18 @@ class ChatTemplate:
         return whole[len(head) :]
 
     def _end_of_call(self, text: str, learned: End) -> End:
-        """A message that calls a tool may end with a token of its own (``<|call|>``): the last one that was added."""
+        """A message that calls a tool may end with a token of its own (``<|call|>``), or in part as a text does.
+
+        What both have at their end, which may be the header of the next answer, ends it; else the last token that was
+        added.
+        """
         if text.endswith(learned.text):
             return learned
         ids = self.encode(text)
+        shared = common_prefix(ids[::-1], learned.ids[::-1])
+        if not all(is_blank(self.tokenizer, i) for i in ids[len(ids) - shared :]):
+            end = ids[len(ids) - shared :]
+            return End(str(self.tokenizer.decode(list(end))), end)
         added = self.tokenizer.added_tokens_decoder
         last = next((i for i in reversed(range(len(ids))) if ids[i] in added), None)
         if last is None or not all(is_blank(self.tokenizer, i) for i in ids[last + 1 :]):
@@ -281,7 +303,12 @@ class ChatTemplate:
             written = self.write([*messages, {"role": "assistant", "content": MARK}], row)
         except DataError:
             return ""
-        header = written[len(asked) : written.rfind(MARK)] if written.startswith(asked) else ""
+        if not written.startswith(asked):
+            return ""
+        with contextlib.suppress(DataError):
+            if self.begins_another(messages, row):
+                return ""
+        header = written[len(asked) : written.rfind(MARK)]
         # white space alone begins the text of the answer: Mistral and Llama 2 write "[/INST] text"
         return header.rstrip(" ") if header.strip() else ""
 
@@ -510,7 +537,7 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> "PreTr
         text = own[template] if isinstance(own, dict) else own
     elif path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of the encoding
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--template {template}: cannot be read as UTF-8 text ({error})") from None
         text = template_in(path) if path.suffix.lower() == ".json" else text

@@ -109,12 +109,11 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        # Any failure of the class that the directory names; the bare file is often good enough.
+        # Any failure of the class that the directory names; file and settings without it are often good enough, the
+        # file without its settings never: it does not say which tokens begin and end a text, nor the chat template.
         if (folder / "tokenizer.json").exists():
             with contextlib.suppress(Exception):
                 return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-            with contextlib.suppress(Exception):
-                return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         reason = str(error).partition("\n")[0]
         if not sentencepiece and any(name in str(error).lower() for name in ("sentencepiece", "tiktoken")):
             raise _without_sentencepiece(path) from error  # a hub name; transformers asks for the wrong package
@@ -122,7 +121,8 @@ def _read_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise DataError(
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
             + (f"not there: {', '.join(missing)}; " if missing and local else "")
-            + "give a directory with tokenizer.json and tokenizer_config.json"
+            + ("give a directory with" if missing or not local else "look at")
+            + " tokenizer.json and tokenizer_config.json"
         ) from error
 
 
@@ -262,7 +262,7 @@ class PairTokenizer:
             blank: list[str] = []
         else:
             details |= text.found
-            prompt, chosen, rejected = _cut(*ids, details)
+            prompt, chosen, rejected = _cut(*ids, details, self.tokenizer)
             empty, blank = text.empty, [*text.blank]
         bos = _single(self.tokenizer.bos_token_id)
         if bos is not None and prompt[:2] == (bos, bos):
@@ -308,30 +308,40 @@ class PairTokenizer:
         A response that nothing ends gets EOS, but for ``eos`` as given.
         """
         eos, bos = self._eos_id, _single(self.tokenizer.bos_token_id)
-        turns = 1
         if text is None or not text.templated:
             content, run = self._split_given(name, ids, details, of_text=text is not None)
         elif not text.ends[name].ids:
             content, run = _without_run(ids, frozenset({eos} - {None}))
-            turns = text.turns[name]
         else:
             content, run = self._split_written(name, ids, text, prompt_tokens, details)
-            turns = text.turns[name]
         terminator = run[0] if run else None if self.eos == "given" else eos
         if terminator is None and self.eos == "include":
             raise DataError(f"{_name(row)}: {_NO_EOS}")
+        said = text.said.get(name) if text is not None and text.templated else None
         extra = len(run) - len(set(run))
-        inside = max(sum(content.count(i) for i in {eos, terminator} - {None}) - (turns - 1), 0)
-        if text is not None and text.templated and inside:
+        inside = sum(self._marks(i, content, said) for i in {eos, terminator} if i is not None)
+        if said is not None and inside:
             before = len(content) - len(_without_run(content, frozenset({terminator}))[0])
             extra, inside = min(before, inside), inside - min(before, inside)
         if extra:
             _note(details, "double_eos", f"{name} ends with {extra + 1}")
         if inside:
             _note(details, "double_eos", f"{inside} inside {name}")
-        if bos is not None and bos != eos and bos in content:
-            _note(details, "double_bos", f"{content.count(bos)} inside {name}")
+        if bos is not None and bos != eos and (count := self._marks(bos, content, said)):
+            _note(details, "double_bos", f"{count} inside {name}")
         return Response(content, terminator)
+
+    def _marks(self, mark: int, content: Ids, said: str | None) -> int:
+        """How often a mark of BOS or of an end stands in a response, of ids or of text (``said`` is None).
+
+        Of a response that a template wrote, as often as its messages say it: the template's own marks, of the turns
+        inside it, are no finding, nor is white space that ends an answer.
+        """
+        count = content.count(mark)
+        if said is None or not count:
+            return count
+        word = str(self._added_tokens[mark].content if mark in self._added_tokens else self.tokenizer.decode([mark]))
+        return min(count, said.count(word)) if word.strip() else 0
 
     def _split_written(
         self, name: str, ids: Ids, text: Rendered, prompt_tokens: int, details: dict[str, str]
@@ -344,7 +354,12 @@ class PairTokenizer:
         stop = len(ids) - len(end.ids)
         if ids[stop:] == end.ids:
             return ids[:stop], end.ids[:1]
-        body = getattr(text, name).removesuffix(end.text)
+        written = getattr(text, name)
+        if not ids or not written.endswith(end.text):
+            what = f"the template does not write {end.text!r} behind {name}, as it does elsewhere"
+            _note(details, "end_unclear", what)
+            return ids, end.ids[:1]
+        body = written.removesuffix(end.text)
         stop = min(common_prefix(self._ids([body], True)[0][prompt_tokens:], ids), len(ids) - 1)
         merged = str(self.tokenizer.decode([ids[stop]]))
         _note(details, "end_unclear", f"the last letters of {name} and what ends it are one token, {merged!r}")
@@ -499,11 +514,14 @@ def _why_no_pair(row: Record) -> str:
     return f"{count} response{'s' * (count != 1)}{' of equal scores' * (count > 1)}"
 
 
-def _cut(prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str]) -> Triple:
+def _cut(
+    prompt: Ids, chosen: Ids, rejected: Ids, details: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
+) -> Triple:
     """Cuts both joints after the prompt, at the same place."""
-    cut = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    cut, joint = min(((common_prefix(prompt, ids), ids) for ids in (chosen, rejected)), key=lambda found: found[0])
     if cut < len(prompt) and "prompt_differs" not in details:
-        details["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut}"
+        merged = str(tokenizer.decode(list(joint[cut : cut + 1])))
+        details["prefix_mismatch"] = f"prompt of {len(prompt)} tokens recut to {cut} before {merged!r}"
     return prompt[:cut], chosen[cut:], rejected[cut:]
 
 

@@ -29,6 +29,7 @@ from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.face import make_callable
 from ches_jax.runs.arrow import python_rows
+from ches_jax.runs.directory import require_no_other
 from ches_jax.runs.files import read_json, read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
@@ -59,8 +60,8 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = True) -> Diagnosis:
     require_config("diagnose", config, DiagnoseConfig)
     if (config.responses_before is None) != (config.responses_after is None):
         raise ChesError("--responses-before and --responses-after go together")
-    if config.out is not None and (Path(config.out) / "run.json").is_file():
-        raise RunError(f"--out {config.out} holds a run, whose page this diagnosis would replace; give a new directory")
+    if config.out is not None:
+        require_no_other(output_place(config.out), RESULT, "this diagnosis")
     if not 0 <= config.tolerance < np.inf:
         raise ChesError(f"--tolerance {config.tolerance}: expected nats, 0 or more")
     if config.beta is not None and not 0 < config.beta < np.inf:

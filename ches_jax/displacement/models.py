@@ -30,17 +30,17 @@ class Models(NamedTuple):
 
     @classmethod
     def here(cls, mesh: str | None, quiet: bool) -> "Models":
-        """In this process alone."""
+        """In this process alone. Runs that a diagnosis left in its --out, finished or not, are taken up again."""
 
         def score(config: "ScoreConfig") -> Path:
             from ches_jax.scores.run import score
 
-            return score(dataclasses.replace(config, mesh=mesh), quiet=quiet)
+            return score(dataclasses.replace(config, mesh=mesh), quiet=quiet, resume=True)
 
         def generate(config: "GenerateConfig") -> Path:
             from ches_jax.generate.run import generate
 
-            return generate(dataclasses.replace(config, mesh=mesh), quiet=quiet)
+            return generate(dataclasses.replace(config, mesh=mesh), quiet=quiet, resume=True)
 
         return cls(score, generate, share=lambda path: None)
 
@@ -130,7 +130,9 @@ def generated_and_judged(config: DiagnoseConfig, work: Path, models: Models) -> 
                 out=str(work / f"responses-{name}"),
             )
         )
-        judged = judge(JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=True)
+        judged = judge(
+            JudgeConfig(responses=str(responses), out=str(work / f"judgments-{name}")), quiet=True, resume=True
+        )
         out.append((str(responses), str(judged)))
     (first, one), (second, other) = out
     return (first, second), (one, other)

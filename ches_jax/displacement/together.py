@@ -85,8 +85,8 @@ def led(verb: str, config: OnAMesh, quiet: bool, decide: Callable[[Models], tupl
                 temporary.write_text(file["text"], encoding="utf-8")
 
         functions: dict[str, Callable[[Any], Any]] = {
-            "score": lambda options: score(ScoreConfig(**options, **where), quiet=quiet),
-            "generate": lambda options: generate(GenerateConfig(**options, **where), quiet=quiet),
+            "score": lambda options: score(ScoreConfig(**options, **where), quiet=quiet, resume=True),
+            "generate": lambda options: generate(GenerateConfig(**options, **where), quiet=quiet, resume=True),
             "share": share,
         }
 

@@ -127,7 +127,19 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: a PEFT adapter{_of_base(directory)} and no model; give that as --model and this directory "
             "as --adapter"
         )
-    return read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG)
+    if isinstance(verb := config.get("verb"), str) and "model_type" not in config:
+        raise CheckpointError(f"{directory}: a run of `ches {verb:.20}` and no model{_model_of_run(directory, verb)}")
+    return config
+
+
+def _model_of_run(directory: Path, verb: str) -> str:
+    """Where a run keeps the model that it trained; empty where it trains none."""
+    if verb != "train":
+        return f"; expected a Hugging Face model directory with {CONFIG} in it"
+    if (directory / "model" / CONFIG).is_file():
+        return f"; the one that it trained is {directory / 'model'}"
+    return f"; write what it trained with: ches convert --run {directory} --out MODEL"
 
 
 def _of_base(directory: Path) -> str:

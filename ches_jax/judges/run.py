@@ -223,7 +223,7 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
                     )
 
     def start(mesh: Mesh) -> Callable[[list[Record]], list[Verdict]]:
-        answers = _judge_model(config, encoder, mesh, adapter)
+        answers = _judge_model(config, encoder, mesh, adapter, templated=wrap == "chat")
 
         def verdict(chunk: list[Record]) -> list[Verdict]:
             replies = answers(encoder([prompt(row) for row in chunk], config.responses))
@@ -234,8 +234,10 @@ def _by_model(config: JudgeConfig, opener: Opener) -> Method:
     return Method(check, start)
 
 
-def _judge_model(config: JudgeConfig, encoder: Encoder, mesh: Mesh, adapter: Path | None) -> Generator:
-    """The judge model, which answers greedily."""
+def _judge_model(
+    config: JudgeConfig, encoder: Encoder, mesh: Mesh, adapter: Path | None, *, templated: bool
+) -> Generator:
+    """The judge model, which answers greedily, up to where its chat template ends an answer if that asks it."""
     how = GenerateConfig(
         temperature=0.0,
         max_new_tokens=config.max_new_tokens,
@@ -243,7 +245,8 @@ def _judge_model(config: JudgeConfig, encoder: Encoder, mesh: Mesh, adapter: Pat
         batch_size=config.batch_size,
         chunk_rows=config.chunk_rows,
     )
-    ends = stop_ids(encoder.model.directory, encoder.tokenizer, ())
+    answer_end = encoder.writer.chat.answer_end() if templated else None
+    ends = stop_ids(encoder.model.directory, encoder.tokenizer, (), answer_end)
     return Generator(how, encoder, ends, mesh, adapter)
 
 

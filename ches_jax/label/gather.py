@@ -1,10 +1,11 @@
 """``ches gather``: pairs and generated texts into the rows that an objective or the next command reads."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ches_jax.data.sources import Record, row_id
 from ches_jax.data.two_prompts import has_two_prompts
@@ -82,7 +83,16 @@ def texts_of(spec: str, opener: Opener) -> dict[str, list[str]]:
     for where, row in opener.labels(str(path / "responses.jsonl" if path.is_dir() else path), "responses"):
         if not isinstance(row.get("text"), str) or "row_id" not in row:
             raise DataError(f"--responses {spec}, {where}: expected row_id, sample and text, as `ches generate` writes")
-        found.setdefault(str(row["row_id"]), {})[int(row.get("sample") or 0)] = row["text"]
+        sample, of_prompt = row.get("sample") or 0, found.setdefault(str(row["row_id"]), {})
+        if isinstance(sample, str) and sample.isdecimal():
+            sample = int(sample)  # from a CSV table
+        if not isinstance(sample, int):
+            raise DataError(f"--responses {spec}, {where}: sample is {sample!r:.40}; expected a number from 0")
+        if of_prompt.setdefault(sample, row["text"]) != row["text"]:
+            raise DataError(
+                f"--responses {spec}, {where}: another text of the same prompt and sample {sample} stands before it; "
+                "of two runs of `ches generate` gather the texts one after the other, or number their samples on"
+            )
         count, cut = count + 1, cut + (row.get("finish_reason") == "length")
     if cut:
         notice(
@@ -151,7 +161,7 @@ def _filtered(config: GatherConfig, opener: Opener, rows: list[Record]) -> Itera
     rewards: dict[str, float] = {}
     for where, values in found:
         reward = values.get(config.reward_column)
-        if not isinstance(reward, int | float):
+        if not _is_reward(reward):
             raise DataError(
                 f"--rewards {config.rewards}, {where}: {config.reward_column!r} is {reward!r}; expected a number, or "
                 "true or false; name another column with --reward-column"
@@ -173,7 +183,7 @@ def _unbeaten(config: GatherConfig, found: list[tuple[str, Mapping[str, Any]]], 
     beaten = set()
     for where, values in found:
         sides = [values.get(name) for name in REWARDS]
-        if values[PAIR] not in known or not all(isinstance(v, int | float) for v in sides):
+        if values[PAIR] not in known or not all(map(_is_reward, sides)):
             raise DataError(
                 f"--rewards {config.rewards}, {where}: expected the id of one of the pairs in {PAIR!r} and numbers in "
                 f"{' and '.join(REWARDS)}: what `ches label` makes of `ches gather --make against` of the same --pairs"
@@ -199,6 +209,11 @@ def _goals(config: GatherConfig, opener: Opener, rows: list[Record]) -> Iterator
             yield {"prompt": goal + prompt, "chosen": good, "rejected": bad}
 
 
+def _is_reward(value: Any) -> TypeGuard[float]:
+    """Whether rewards can be compared with it: a comparison with NaN is false, whatever is asked."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _prompt(config: GatherConfig, row: Record) -> Any:
     """The prompt of a pair, text or messages.
 
@@ -217,7 +232,7 @@ def _prompt(config: GatherConfig, row: Record) -> Any:
 def _rewards(config: GatherConfig, row: Record) -> tuple[float, float]:
     values: Mapping[str, Any] = row.extra
     found = [values.get(name) for name in REWARDS]
-    if not all(isinstance(v, int | float) for v in found):
+    if not all(map(_is_reward, found)):
         raise DataError(
             f"{config.pairs}, {row.where}: --make {config.make} needs numbers in {' and '.join(REWARDS)}; "
             "`ches label` writes them"

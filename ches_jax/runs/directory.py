@@ -20,7 +20,7 @@ from ches_jax.runs.chunks import work_of_all
 from ches_jax.runs.files import read_object, replacing
 from ches_jax.runs.lock import RunLock
 from ches_jax.runs.shapes import require_shape
-from ches_jax.runs.store import make_folder, remove
+from ches_jax.runs.store import is_there, make_folder, remove
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -28,6 +28,16 @@ _TEXT = ("model", "pairs", "prompts", "responses", "eval_pairs", "split", "schem
 _OPTIONS = {**{f"{name}?": str for name in _TEXT}, "limit?": int, "columns?": {str: str}}
 RECORD = {**_OPTIONS, "config?": _OPTIONS, "opened?": {str: {str: str}}, "versions?": {str: str}, "status?": str}
 """The shape of what is read of ``config.json`` and ``run.json`` (version 0.1 wrote the options outside ``config``)."""
+RESULTS = {
+    RUN: "a run",
+    CONFIG: "a run",
+    "selection.json": "a selection",
+    "label.json": "labelled pairs",
+    "gather.json": "gathered rows",
+    "diagnosis.json": "a diagnosis",
+    "claims.json": "checked claims",
+}
+"""Files by which a directory is known as what a verb wrote."""
 SPECS = ("model", "pairs", "prompts", "probes", "responses")
 """Options that may name what ships with the package."""
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
@@ -117,6 +127,26 @@ def open_run(
     make_folder(out)
     write_json(out / CONFIG, identity)
     return identity
+
+
+def require_no_other(out: Path, own: str, this: str) -> None:
+    """For the verbs that write over what they wrote before: nothing of another verb lies in ``out``.
+
+    Files of both would lie side by side, and one page would replace the other.
+
+    Args:
+      out: the directory, which may be there.
+      own: the file of ``RESULTS`` that the verb writes itself.
+      this: what the verb writes, in words.
+
+    Raises:
+      RunError: says what is there.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: is a file; --out names a directory")
+    there = next((name for name in RESULTS if name != own and is_there(out / name)), None)
+    if there is not None:
+        raise RunError(f"--out {out} holds {RESULTS[there]}, whose page {this} would replace; give a new directory")
 
 
 def _of_content(identity: Mapping[str, Any]) -> dict[str, Any]:

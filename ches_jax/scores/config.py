@@ -29,7 +29,7 @@ class ScoreConfig(PairOptions, ModelOptions):
     """head_score: the exact alpha-weighted score beside CHES (walks the vocabulary: a few times the work)."""
     token_scores: bool = False
     """What each token adds to its pair's scores, in token_scores.parquet; with --by head_score the token scores of NTHR
-    (negative token hidden reward) too."""
+    (negative token hidden reward) too. Tokens that both responses begin with are there once, as the chosen one's."""
     logps: bool = False
     """Log-probabilities of both responses too."""
     gradients: str | None = None

@@ -114,7 +114,10 @@ def _require_scored(changed: str, rows: Iterable[tuple[Key, str, str, int]], not
     """
     for key, row_id, scored_id, position in rows:
         if position < 0 and key not in not_scored:
-            raise RunError(f"{changed}: row {key[0]} (row_id {row_id}) was not in it")
+            raise RunError(
+                f"{changed}: row {key[0]} (row_id {row_id}) was not in it; if rows were taken out of the table, select "
+                "from the whole one"
+            )
         if position >= 0 and scored_id != row_id:
             raise RunError(f"{changed}: row {key[0]} is {row_id}, the table has {scored_id}")
 

@@ -30,6 +30,8 @@ def step_of(out: Path, words: str) -> int:
       RunError: there is no such checkpoint; lists those there are.
     """
     steps = saved_steps(out)
+    if not steps and (out / CONFIG).exists():
+        _require_training(out)
     there = f"checkpoints are there of steps {', '.join(map(str, steps))}" if steps else "there are no checkpoints"
     if words == "best":
         best = _summary(out).get("best") if (out / RUN).exists() else None
@@ -48,9 +50,7 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     Raises:
       ChesError: not a training run; the model it started from is gone or another one now.
     """
-    options = read_json(out / CONFIG)
-    if options.get("verb") != "train":
-        raise RunError(f"{out}: a run of `ches {options.get('verb')}`; only those of `ches train` have checkpoints")
+    options = _require_training(out)
     require_shape(out / CONFIG, options, BEGUN, RunError)
     opener = Opener()
     model = opener.model(options["model"])
@@ -62,6 +62,18 @@ def model_at(out: Path, step: int) -> tuple[Decoder, Path]:
     if lora is not None:
         params = merged({**named_parameters(load_model(model.directory)), **params}, lora.spec)
     return with_parameters(abstract_decoder(model.decoder), params), model.directory
+
+
+def _require_training(out: Path) -> dict[str, Any]:
+    """What the ``config.json`` of a run of training holds.
+
+    Raises:
+      RunError: no run, or one of another verb.
+    """
+    options = read_json(out / CONFIG)
+    if options.get("verb") != "train":
+        raise RunError(f"{out}: a run of `ches {options.get('verb')}`; only those of `ches train` have checkpoints")
+    return options
 
 
 def card_at(out: Path, step: int) -> str | None:

@@ -129,6 +129,42 @@ def test_settings_that_transformers_must_read(directory, changes):
     assert file_tokenizer.read(with_settings(directory, **changes)) is None
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"additional_special_tokens": ["<a new one>"]},
+        {"extra_special_tokens": ["<a new one>"]},
+        {"extra_special_tokens": {"image_token": "<bos>"}},
+    ],
+)
+def test_more_special_tokens_of_the_older_file_are_added_too(directory, more):
+    with_settings(directory, additional_special_tokens=...)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    known = {name: settings[name] for name in NAMED if name in settings}
+    (directory / "special_tokens_map.json").write_text(json.dumps(known | {"additional_special_tokens": ["<|user|>"]}))
+    assert_same(file_tokenizer.read(directory), in_transformers(directory))
+    (directory / "special_tokens_map.json").write_text(json.dumps(known | more))
+    assert file_tokenizer.read(directory) is None
+
+
+def test_line_ends_of_a_template_are_those_of_transformers(directory):
+    (directory / "chat_template.jinja").write_bytes(b"{{ bos_token }}\r\n{{ messages[0].content }}\r")
+    assert_same(file_tokenizer.read(directory), in_transformers(directory))
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "<a new one>"])
+def test_padding_names_the_token_that_the_settings_do_not(directory, pad_token):
+    """And adds it; where the settings have one, the file's own does nothing."""
+    file = directory / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None}
+    state["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": pad_token}
+    file.write_text(json.dumps(state))
+    assert_same(file_tokenizer.read(with_settings(directory, pad_token="<pad>")), in_transformers(directory))
+    assert file_tokenizer.read(with_settings(directory, pad_token=...)) is None
+    assert load_tokenizer(directory).pad_token == pad_token
+
+
 @pytest.mark.parametrize("name", ["added_tokens.json", "tekken.json", "special_tokens_map.json"])
 def test_files_that_transformers_must_read(directory, name):
     (directory / name).write_text('{"eos_token": "<bos>"}')

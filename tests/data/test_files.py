@@ -12,6 +12,7 @@ import pytest
 from ches_jax.data import files
 from ches_jax.data.sources import open_pairs, open_prompts
 from ches_jax.errors import DataError
+from tests.helpers import write_lines
 
 ROWS = [{"prompt": f"Which {i}?", "chosen": f" This – {i}", "rejected": " That\nor, so"} for i in range(5)]
 
@@ -131,6 +132,20 @@ def test_a_folder_as_the_hub_lays_it_out_is_read_by_split(tmp_path, want):
     (folder / "data/train_prefs-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="'train_prefs' lacks 1 of its 2 parts"):
         ids(folder, split="train_prefs")
+
+
+@pytest.mark.parametrize("made_by", ["selection", "label", "gather"])
+def test_the_folder_of_a_selection_stands_for_its_pairs(tmp_path, made_by):
+    """What lies beside them (other rows, ids, the summary) is about them, and no split of them."""
+    want = ids(write_lines(tmp_path / "pairs.jsonl", ROWS))
+    write_lines(tmp_path / "dropped.jsonl", [{"row_id": "a", "reason": "no"}])
+    with pytest.raises(DataError, match="several splits; choose one with --split: dropped, pairs"):
+        ids(tmp_path)
+    (tmp_path / f"{made_by}.json").write_text("{}")
+    assert ids(tmp_path) == ids(tmp_path, split="train") == ids(tmp_path, split="pairs") == want
+    (tmp_path / "pairs.jsonl").unlink()
+    with pytest.raises(DataError, match="several splits"):
+        ids(tmp_path)
 
 
 def test_columns_that_folders_tell_are_columns_of_the_rows(tmp_path):

@@ -235,6 +235,14 @@ def test_tools_that_are_listed_as_text_are_objects():
             canonical_content({**EXPLICIT, "tools": [tool, none]}, {})
 
 
+def test_nulls_of_tools_are_kept_where_somebody_wrote_them():
+    """A tool's schema says "default": null, in text; in a table an object has a null for each field that it lacks."""
+    tool = {"name": "f", "parameters": {"x": {"default": None}}}
+    kept = [canonical_content({**EXPLICIT, "tools": t}, {})["tools"] for t in (json.dumps([tool]), [json.dumps(tool)])]
+    assert kept == [[tool], [tool]]
+    assert canonical_content({**EXPLICIT, "tools": [tool]}, {})["tools"] == [{"name": "f", "parameters": {"x": {}}}]
+
+
 def test_calls_of_tools_that_are_none_are_refused():
     with pytest.raises(DataError, match="'chosen', message 0: its calls of tools are str 'w'"):
         canonical_content({**EXPLICIT, "chosen": [{"role": "assistant", "tool_calls": "w"}]}, {})

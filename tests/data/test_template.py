@@ -98,6 +98,66 @@ def test_an_end_of_turn_in_the_text_is_content_and_reported(plain):
     assert pair.detail == {"double_eos": "chosen ends with 2, 1 inside rejected"}
 
 
+A_MARK_EACH_TURN = {
+    "the beginning (Llama 2)": "{% for m in messages %}{% if m.role == 'user' %}<s>[{{ m.content }}]{% else %} "
+    "{{ m.content }} </s>{% endif %}{% endfor %}",
+    "two ends (Apriel)": CHATML.replace("<|im_end|>", "<|im_end|></s>"),
+    "two ends of a response with a call": "{% for m in messages %}{{ '[' + m.role + ']' + (m.content or '') }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}</s>[assistant]{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "white space": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", A_MARK_EACH_TURN.values(), ids=A_MARK_EACH_TURN)
+def test_marks_that_the_template_writes_in_a_response_are_no_findings(plain, template):
+    tokenizer = plain(template)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    lines = one(tokenizer, [Q], [assistant("a\nb\nc")], [assistant("b"), Q, assistant("c"), Q, assistant("d")])
+    called = one(tokenizer, [Q], [call if "tool_calls" in template else assistant("a")], [assistant("b")])
+    assert lines.flags == called.flags == ()
+    ends, marked = tokenizer.eos_token, one(tokenizer, [Q], [assistant("a</s>b")], [assistant("a<s>")])
+    assert marked.detail["double_eos"].startswith("1 inside chosen") and ends == "</s>"
+    assert marked.detail["double_bos"] == "1 inside rejected"
+
+
+def test_a_mark_in_a_thought_or_a_call_of_a_response_is_a_finding(plain):
+    template = CHATML.replace("m.content +", "(m.reasoning_content or '') + m.content +")
+    pair = one(plain(template), [Q], [assistant("a", reasoning_content="b</s>c")], [assistant("b")])
+    assert pair.detail == {"double_eos": "1 inside chosen"}
+
+
+def test_an_answer_that_the_template_does_not_end_is_flagged(plain):
+    """Some write nothing of a message without a text, not even its end."""
+    template = CHATML.replace("{{ '<|im_start|>' +", "{% if m.content %}{{ '<|im_start|>' +").replace(
+        "\n' }}{% endfor", "\n' }}{% endif %}{% endfor"
+    )
+    tokenizer = plain(template)
+    pair = one(tokenizer, [Q], [assistant("")], [assistant("b")])
+    assert pair.chosen.content == () and said(tokenizer, pair.rejected)[1] == "<|im_end|>"
+    assert {"empty_chosen", "end_unclear"} <= set(pair.flags)
+    assert pair.detail["end_unclear"].startswith(r"the template does not write '<|im_end|>\n' behind chosen")
+
+
+RESPONSES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'user' %}{{ m.content }}{% elif m.tool_calls %}"
+    "<tool>{{ m.tool_calls[0].function | tojson }}</tool>{% else %}<|hdr|>{{ m.content }}<|call|>{% endif %}<|im_end|>"
+    "{% endfor %}<|im_start|>assistant"
+)
+
+
+def test_another_header_behind_every_conversation_is_no_header_that_is_never_written(plain):
+    """As of Cohere: what opens a response is the model's to write, as where the header is asked for."""
+    tokenizer = plain(RESPONSES)
+    pair = one(tokenizer, [Q], [assistant("a")], [CALL])
+    assert tokenizer.decode(pair.prompt) == "<|im_start|>userName a fruit.<|im_end|><|im_start|>assistant"
+    assert said(tokenizer, pair.chosen) == ("<|hdr|>a", "<|call|>")
+    called = '<tool>{"name": "find_fig", "arguments": {"x": 1}}</tool>'
+    assert (said(tokenizer, pair.rejected), pair.flags) == ((called, "<|im_end|>"), ())
+    assert "begins another answer behind every conversation" in describe(ChatTemplate(tokenizer))
+
+
 ENDS = {
     "always another header": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|hdr|>' + m.content|trim + '<|im_end|>' }}{% endfor %}"
@@ -180,6 +240,24 @@ def test_a_thought_that_is_opened_when_asking_and_left_out_of_the_answer_is_repo
     }
     assert tokenizer.decode(pair.prompt) == "<|im_start|>userName a fruit.<|im_end|><|im_start|>assistant"
     assert said(tokenizer, pair.chosen) == ("a", "<|im_end|>")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_beside_the_text_is_missed_whatever_it_is_called(plain, key):
+    pair = one(plain(), [Q], [assistant("a", **{key: "Figs are fruits."})], [assistant("b")])
+    assert pair.detail == {"left_out": "the thought of chosen"}
+
+
+SWITCHED = CHATML.replace("m.content +", "m.content.replace('/no_think', '').replace('/think', '').rstrip() +")
+
+
+@pytest.mark.parametrize("text", ["Be kind. /no_think", "/think", "Be /think kind."])
+def test_a_switch_that_the_template_reads_and_takes_out_is_not_missed(plain, text):
+    prompt = [{"role": "system", "content": text}, Q]
+    assert one(plain(SWITCHED), prompt, [assistant("a")], [assistant("b")]).flags == ()
+    deaf = SWITCHED.replace("messages %}", "messages if m.role != 'system' %}")
+    flags = one(plain(deaf), prompt, [assistant("a")], [assistant("b")]).flags
+    assert flags == (("left_out",) if "kind" in text else ())
 
 
 def test_thoughts_of_earlier_answers_are_not_missed(plain):
@@ -360,6 +438,9 @@ def test_a_named_template_or_a_file_can_be_chosen(plain, tmp_path):
         one(plain(), *row, template=str(tmp_path / "mine.jinja")).chosen
         == one(tokenizer, *row, template="other").chosen
     )
+    (tmp_path / "marked.jinja").write_text(other, encoding="utf-8-sig")
+    marked = one(plain(), *row, template=str(tmp_path / "marked.jinja"))
+    assert marked.prompt == one(tokenizer, *row, template="other").prompt
     with pytest.raises(DataError, match=r"--template othr: no such file, and no template .* did you mean other"):
         one(tokenizer, *row, template="othr")
     with pytest.raises(DataError, match=r"several chat templates: choose one with --template \(a, b\)"):

@@ -195,7 +195,10 @@ def test_a_merge_across_the_boundary_recuts_both_responses_at_one_place(bytes_bp
         assert ids == bytes_bpe("Human: say " + text)["input_ids"]
     alone = bytes_bpe("Human: say ")["input_ids"]
     assert pair.prompt == tuple(alone[: len(pair.prompt)])
-    assert pair.detail == {"prefix_mismatch": f"prompt of {len(alone)} tokens recut to {len(pair.prompt)}"}
+    merged = bytes_bpe.decode(bytes_bpe("Human: say no")["input_ids"][len(pair.prompt)])
+    assert merged.startswith(" ")
+    recut = f"prompt of {len(alone)} tokens recut to {len(pair.prompt)} before {merged!r}"
+    assert pair.detail == {"prefix_mismatch": recut}
 
 
 def test_a_dummy_prefix_stays_out_of_the_responses(metaspace):
@@ -447,6 +450,18 @@ def test_a_class_nobody_knows_still_has_its_tokenizer_json(words, tmp_path):
     named = {**json.loads(config.read_text()), "tokenizer_class": "NobodysTokenizer"}
     config.write_text(json.dumps(named))
     assert load_tokenizer(tmp_path).eos_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ['{"eos_token": {"content": "</s>"}', '{"eos_token": {"content": "</s>"}}', '\ufeff{"eos_token": "</s>"}'],
+)
+def test_settings_that_cannot_be_read_are_an_error_and_not_left_out(words, tmp_path, settings):
+    """Without them the tokenizer has no EOS and no chat template, and says nothing of it."""
+    words.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*\); look at tokenizer.json and tokenizer_config.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):

@@ -9,6 +9,7 @@ import os
 import struct
 import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -384,6 +385,31 @@ def test_the_journal_of_weights_and_biases_is_read_with_its_config(tmp_path):
     path.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
     with pytest.raises(ChesError, match=r"damaged journal .* has another checksum.*\.history\("):
         read_log(path)
+
+
+def test_a_run_of_weights_and_biases_that_was_resumed_is_one(tmp_path):
+    """Each part is a journal of the run's name in a folder of its own time; of a step in both the later one counts."""
+    half = next(at for at, row in enumerate(WANDB) if row["train/global_step"] == 80)
+    again = next(at for at, row in enumerate(WANDB) if row["train/global_step"] == 50)
+    parts = {"run-20260102_100000-ab": WANDB[again:], "offline-run-20260101_235959-ab": WANDB[:half]}
+    wrong = [{n: v + 9 if "rewards" in n else v for n, v in row.items()} for row in WANDB[again:half]]
+    parts["offline-run-20260101_235959-ab"] = [*WANDB[:again], *wrong]
+    for name, entries in parts.items():
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "wandb" / name / "run-ab.wandb").write_bytes(journal(messages_of(entries, {"beta": 0.1})))
+    (tmp_path / "whole.wandb").write_bytes(journal(messages_of(WANDB, {"beta": 0.1})))
+    log, whole = read_log(tmp_path / "wandb"), read_log(tmp_path / "whole.wandb")
+    assert log.source.endswith("run-20260102_100000-ab/run-ab.wandb (Weights & Biases, 2 parts of one run)")
+    assert "resumed at step" in " ".join(log.notes) and log.settings == whole.settings
+    assert log.series.keys() == whole.series.keys()
+    for key, series in whole.series.items():
+        np.testing.assert_array_equal(log.series[key].steps, series.steps)
+        np.testing.assert_array_equal(log.series[key].values, series.values)
+    (tmp_path / "wandb/run-20260102_100000-ab/run-ab.wandb").rename(
+        tmp_path / "wandb/run-20260102_100000-ab/run-cd.wandb"
+    )
+    with pytest.raises(ChesError, match="holds 2 runs"):
+        read_log(tmp_path / "wandb")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ def test_a_model_does_not_differ_from_itself(tiny_model, pairs, tmp_path):
     assert np.allclose([row["chosen"] for row in found.worst], 0) and found.worst[0]["text"].startswith('" yes')
     assert (tmp_path / "d/before/scores.parquet").exists()
     assert not any("left out" in note for note in found.caveats)
+    before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*.*") if path.is_file()}
+    (tmp_path / "d/after/run.json").unlink()  # as of a diagnosis that was killed there
+    (tmp_path / "d/diagnosis.json").unlink()
+    assert diagnose(config).to_json() == found.to_json()
+    changed = [p.name for p, content in before.items() if p.name != "run.json" and p.read_bytes() != content]
+    assert not changed
+    with pytest.raises(ChesError, match=r"before holds another run; give a new directory with --out:.*limit"):
+        diagnose(replace(config, limit=9))
     with pytest.raises(ChesError, match="is no score table; give two models, or two score tables"):
         diagnose(DiagnoseConfig(before=str(tmp_path / "d/before"), after=str(tiny_model), pairs=pairs))
     with pytest.raises(ChesError, match="needs --pairs"):

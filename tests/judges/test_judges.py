@@ -147,6 +147,18 @@ def test_by_a_model(tmp_path, responses, knowing_judge, wrap):
     assert [r["reason"] for r in chunks.read_lines(tmp_path / "out" / FILE_NAME)] == ["0", "1", "0", "1"]
 
 
+@pytest.mark.parametrize(("wrap", "end"), [("chat", "<eos>"), ("inst", None)])
+def test_a_judge_ends_its_answer_where_its_template_ends_one(
+    tmp_path, responses, knowing_judge, wrap, end, monkeypatch
+):
+    """Models that keep the EOS of the base model write another token there, and then more digits."""
+    ends, stop_ids = [], judging.stop_ids
+    monkeypatch.setattr(judging, "stop_ids", lambda *given: (ends.append(given[3]), stop_ids(*given))[1])
+    options: dict[str, Any] = {"by": "model", "judge": str(knowing_judge), "max_new_tokens": 1, "wrap": wrap}
+    verdicts(tmp_path, responses=responses, **options, mesh="data=1")
+    assert ends == [end and load_tokenizer(knowing_judge).convert_tokens_to_ids(end)]
+
+
 def test_by_a_model_with_an_adapter(tmp_path, responses, knowing_judge):
     """The adapter takes away what the judge has seen: then nothing is a refusal."""
     from ches_jax.hf.directory import read_config

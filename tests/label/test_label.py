@@ -164,7 +164,7 @@ def test_follow_ups_reward_the_response_after_which_the_good_one_is_likelier(tmp
 
     seen = []
 
-    def scored(config, quiet):
+    def scored(config, **how):
         seen.extend(read(tmp_path.__class__(config.pairs)))
         return config.out
 
@@ -195,6 +195,38 @@ def generated(tmp_path):
             text = " same" if number == 0 else f" text {number} {sample}"
             rows.append({"row_id": prompt_id(group[0]), "sample": sample, "text": text, "reward": number + sample / 2})
     return pairs, write_lines(tmp_path / "responses.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"text": " another"}, r"line 7: another text of the same prompt and sample 1 stands before it"),
+        ({"sample": "one"}, r"sample is 'one'; expected a number from 0"),
+    ],
+)
+def test_two_texts_of_one_sample_are_not_one(tmp_path, generated, second, message):
+    """Of two runs of generate in one file each has samples from 0; the later text took the place of the earlier one."""
+    pairs, texts = generated
+    rows = read(tmp_path / "responses.jsonl")
+    both = write_lines(tmp_path / "both.jsonl", [*rows, rows[0] | {"sample": "1"}, *rows[:1]])
+    gather(GatherConfig(pairs=pairs, make="samples", responses=both, out=str(tmp_path / "same")))
+    gather(GatherConfig(pairs=pairs, make="samples", responses=texts, out=str(tmp_path / "once")))
+    assert read(tmp_path / "same/pairs.jsonl") == read(tmp_path / "once/pairs.jsonl")
+    other = write_lines(tmp_path / "other.jsonl", [*rows, rows[0] | second])
+    with pytest.raises(ChesError, match=message):
+        gather(GatherConfig(pairs=pairs, make="samples", responses=other, out=str(tmp_path / "a")))
+
+
+def test_a_reward_that_is_no_number_decides_nothing(tmp_path, generated):
+    """Every comparison with NaN is false: such a text beat no response, and such a response was beaten by none."""
+    pairs, _ = generated
+    rows = read(tmp_path / "responses.jsonl")
+    texts = write_lines(tmp_path / "nan.jsonl", [rows[0] | {"reward": float("nan")}, *rows[1:]])
+    with pytest.raises(ChesError, match=r"line 1: 'reward' is nan; expected a number"):
+        gather(GatherConfig(pairs=pairs, make="filtered", rewards=texts, out=str(tmp_path / "a")))
+    own = write_lines(tmp_path / "own.jsonl", [row | {"chosen_reward": float("nan")} for row in PAIRS])
+    with pytest.raises(ChesError, match=r"needs numbers in chosen_reward and rejected_reward"):
+        gather(GatherConfig(pairs=own, make="goals", out=str(tmp_path / "b")))
 
 
 def test_texts_that_were_cut_are_counted(tmp_path, generated, caplog):

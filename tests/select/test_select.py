@@ -294,7 +294,7 @@ def test_rows_dropped_when_scored_are_reported_again(tmp_path):
     short = {k: np.delete(np.asarray(v, dtype=object), 4) for k, v in columns().items()}
     run = tmp_path / "run"
     write_part(run / "scores.parquet", short, {})
-    with pytest.raises(RunError, match=r"changed since it was scored: row 4 \(row_id r4\)"):
+    with pytest.raises(RunError, match=r"changed since it was scored: row 4 \(row_id r4\) .*from the whole one"):
         select(SelectConfig(scores=run, by="ln_ches", out=tmp_path / "kept"), source())
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     note = {"row_id": "r4", "index": 4, "reasons": ["empty_chosen", "x"], "detail": {}}

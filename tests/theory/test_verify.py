@@ -72,3 +72,18 @@ def test_a_claim_is_not_called_wrong_where_nothing_was_checked(option):
 
 def test_importing_the_theory_leaves_precision_alone():
     assert not jax.config.jax_enable_x64  # type: ignore[attr-defined]
+
+
+def test_results_are_of_one_verification_and_take_no_other_directory(tmp_path, monkeypatch, capsys):
+    """claims.json is written last; where the others fail, that of an earlier one does not stand beside them."""
+    words = ["--claims", "L1", "--instances", "20", "--out", str(tmp_path)]
+    assert command.main(words) == command.main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.json", "claims.txt", "figures.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "table", lambda results: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command.write_results(tmp_path, [], {})
+    assert not (tmp_path / "claims.json").exists()
+    (tmp_path / "selection.json").write_text("{}")
+    assert command.main(words) == 2
+    assert "holds a selection, whose page this verification would replace" in capsys.readouterr().err

@@ -231,6 +231,10 @@ def test_only_numbers_name_checkpoints(tmp_path):
     assert saved_steps(tmp_path) == [3, 12]
     with pytest.raises(RunError, match="no step '\u00b2'"):
         step_of(tmp_path, "\u00b2")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/config.json").write_text('{"verb": "score"}')
+    with pytest.raises(RunError, match="a run of `ches score`; only those of `ches train` have checkpoints"):
+        step_of(tmp_path / "scores", "last")
 
 
 @pytest.mark.parametrize(

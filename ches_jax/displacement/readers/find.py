@@ -5,7 +5,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ches_jax.displacement.readers.log import MOST_BYTES, Log, NotALogError, joi
 from ches_jax.displacement.readers.log_order import SIDES
 from ches_jax.displacement.readers.metric_names import HELD_OUT
 from ches_jax.displacement.readers.tracker_log import DATABASE, read_run_folders, read_tracker_log
-from ches_jax.displacement.readers.wandb_journal import MAGIC, read_wandb_journal
+from ches_jax.displacement.readers.wandb_journal import MAGIC, parts_of_runs, read_wandb_journal
 from ches_jax.errors import ChesError
 
 STATE = "trainer_state.json"
@@ -43,6 +43,9 @@ SKIPPED = {
     "args.json",
     "training_args.json",
     "wandb-metadata.json",
+    "debug.log",
+    "debug-internal.log",
+    "debug-core.log",
 }
 """Files of a run's directory that are no logs."""
 CHECKPOINT = re.compile(
@@ -79,9 +82,9 @@ def read_log(path: Path, held_out: str | None = None) -> Log:
     if log := read_run_folders(path, held_out):
         return log
     logs, problems = [], []
-    for file in _candidates(path):
+    for before, file in _with_earlier_parts(_candidates(path)):
         try:
-            log = read_file(file, held_out)
+            log = read_file(file, held_out, before)
         except NotALogError as error:
             problems.append(error)
         except ChesError as error:  # a log that says what is wrong with it
@@ -150,8 +153,21 @@ def _is_copy(one: tuple[Path, Log], other: tuple[Path, Log]) -> bool:
     )
 
 
-def read_file(path: Path, held_out: str | None = None) -> Log:
-    """The log in a file; its content says which format it is."""
+def _with_earlier_parts(files: Sequence[Path]) -> Iterator[tuple[Sequence[Path], Path]]:
+    """The files that may be logs, each with those that hold what its run was before it was resumed."""
+    parts = {run[-1]: run[:-1] for run in parts_of_runs(file for file in files if file.suffix == JOURNAL)}
+    earlier = {file for before in parts.values() for file in before}
+    return ((parts.get(file, ()), file) for file in files if file not in earlier)
+
+
+def read_file(path: Path, held_out: str | None = None, before: Sequence[Path] = ()) -> Log:
+    """The log in a file; its content says which format it is.
+
+    Args:
+      path: the file.
+      held_out: the name of the evaluation set, where there are several.
+      before: of a journal, those of its run before it was resumed.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -162,7 +178,7 @@ def read_file(path: Path, held_out: str | None = None) -> Log:
         if head.startswith(DATABASE):
             return read_tracker_log(path, held_out)
         if head.startswith(MAGIC):
-            return read_wandb_journal(path, held_out)
+            return read_wandb_journal([*before, path], held_out)
         if what := next((words for start, words in BINARY.items() if head.startswith(start)), None):
             raise NotALogError(f"{path}: {what}")
         content = _unpacked(path) if head.startswith(GZIP) else read_whole(path)

@@ -19,9 +19,10 @@ The library of Weights & Biases is not needed for it, and nothing of the file is
 """
 
 import json
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,27 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
-def read_wandb_journal(path: Path, held_out: str | None = None) -> Log:
+def read_wandb_journal(parts: Sequence[Path], held_out: str | None = None) -> Log:
     """The metrics of a run, and its config as far as the journal has it.
+
+    Args:
+      parts: the journal; of a run that was resumed the journals of all its parts, in the order of their times.
+      held_out: the name of the evaluation set, where there are several.
 
     Raises:
       ChesError: damaged; entries of two runs.
     """
     entries: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
-    notes: list[str] = []
+    notes: dict[str, None] = {}
+    for path in parts:
+        _add(path, entries, config, notes)
+    what = "Weights & Biases" + (f", {len(parts)} parts of one run" if len(parts) > 1 else "")
+    return log_of(f"{parts[-1]} ({what})", entries, held_out=held_out, settings=config, notes=tuple(notes))
+
+
+def _add(path: Path, entries: list[dict[str, Any]], config: dict[str, Any], notes: dict[str, None]) -> None:
+    """Puts what a journal holds behind what others do."""
     try:
         for record in _records(read_whole(path), notes):
             for field, value in _messages(record):
@@ -61,10 +74,28 @@ def read_wandb_journal(path: Path, held_out: str | None = None) -> Log:
             "wandb sync uploads it, and wandb.Api().run('ENTITY/PROJECT/ID').history(pandas=False, samples=100000) "
             "written as JSON, or the export of a chart as CSV, is read here"
         ) from None
-    return log_of(f"{path} (Weights & Biases)", entries, held_out=held_out, settings=config, notes=tuple(notes))
 
 
-def _records(data: bytes, notes: list[str]) -> Iterator[bytes]:
+def parts_of_runs(journals: Iterable[Path]) -> list[list[Path]]:
+    """Journals of each run in the order of their times: a run that is resumed begins another one, of the same name.
+
+    >>> folders = ("offline-run-20260102_100000-ab", "run-20260101_100000-ab")
+    >>> [[path.parent.name for path in parts] for parts in parts_of_runs(Path(f, "run-ab.wandb") for f in folders)]
+    [['run-20260101_100000-ab', 'offline-run-20260102_100000-ab']]
+    """
+    runs: dict[str, list[Path]] = {}
+    for path in journals:
+        runs.setdefault(path.name, []).append(path)
+    return [sorted(parts, key=_begun) for parts in runs.values()]
+
+
+def _begun(journal: Path) -> str:
+    """When a part of a run began, as the name of its folder says it; empty where it does not."""
+    found = re.search(r"run-(\d{8}_\d{6})-", journal.parent.name)
+    return found[1] if found else ""
+
+
+def _records(data: bytes, notes: dict[str, None]) -> Iterator[bytes]:
     """Whole records; one that is cut off, as of a run that still goes on, is left out."""
     at = BEGINNING
     begun: list[bytes] = []
@@ -89,7 +120,7 @@ def _records(data: bytes, notes: list[str]) -> Iterator[bytes]:
     else:
         if not begun:
             return
-    notes.append("its last record is cut off and was left out")
+    notes["its last record is cut off and was left out"] = None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
