@@ -293,8 +293,14 @@ class ChatTemplate:
         asked = self.prompt(messages, row)
         if written.startswith(asked):
             return None
-        equal = common_prefix(asked, written)
+        equal = self._between_marks(common_prefix(asked, written), asked, written)
         return asked[equal:], written[equal : max(written.rfind(MARK), equal)]
+
+    def _between_marks(self, at: int, *texts: str) -> int:
+        """A place in texts, or where the added token begins that one of them has there: <think> and </think>."""
+        words = [str(token.content) for token in self.tokenizer.added_tokens_decoder.values()]
+        starts = (text.find(w, max(at - len(w) + 1, 0), at + len(w) - 1) for text in texts for w in words)
+        return min((start for start in starts if start >= 0), default=at)
 
     def _learn_header(self, messages: Sequence[Message], row: Row, asked: str) -> str:
         if asked != self.write(messages, row):

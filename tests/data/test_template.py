@@ -260,6 +260,14 @@ def test_a_switch_that_the_template_reads_and_takes_out_is_not_missed(plain, tex
     assert flags == (("left_out",) if "kind" in text else ())
 
 
+def test_how_answers_begin_otherwise_is_said_in_whole_marks(plain):
+    template = CHATML.replace("'\n' + m.content", "'\n' + ('</tool>' if m.role == 'assistant' else '') + m.content")
+    tokenizer = plain(template.replace("assistant\n' }}{% endif", "assistant\n<tool>' }}{% endif"))
+    pair = one(tokenizer, [Q], [assistant("a")], [assistant("b")])
+    words = "an answer begins with '<tool>' in the prompt and with '</tool>' in the conversation"
+    assert pair.detail == {"prompt_differs": words}
+
+
 def test_thoughts_of_earlier_answers_are_not_missed(plain):
     tokenizer = plain(THINKING.replace("<think>{%", "{%"))
     prompt = [Q, assistant("<think>Hm.</think>z"), Q]
