@@ -4,10 +4,11 @@ Plain data: importing this module loads no jax.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from numbers import Number
-from pathlib import Path
+from numbers import Integral, Real
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,7 +33,6 @@ def not_identity(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
-_PLAIN = (int, float, str, bool, NoneType)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -61,23 +61,39 @@ def require_positive(numbers: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every config is: one of its fields that takes a word of a few is checked where the config is made.
+    """What every config is: its fields are checked where the config is made, whoever makes it.
+
+    A path may be a ``Path`` where the command line takes a text, a number one of numpy.
 
     >>> from ches_jax import TrainConfig
     >>> TrainConfig(schedule="cosin")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ches_jax.errors.ChesError: TrainConfig: schedule is one of constant, linear, cosine, not 'cosin'; did you mean ...
+    >>> TrainConfig(pairs=Path("pairs.jsonl")).pairs
+    'pairs.jsonl'
     """
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            value = getattr(self, name)
+            given = getattr(self, name)
+            value = plain(given, hint)
+            if value is not given:
+                object.__setattr__(self, name, value)
+            if _fits(value, hint):
+                continue
             words = [str(w) for w in _words(hint)]
-            if words and not _fits(value, hint):
-                raise ChesError(
-                    f"{type(self).__name__}: {name} is one of {', '.join(words)}, not {value!r}"
-                    f"{did_you_mean(str(value), words)}"
-                )
+            expected, shown = f"one of {', '.join(words)}" if words else _in_words(hint), f"{given!r}"
+            if not isinstance(given, str | int | float | None) or len(shown) > 60:
+                shown = f"a {type(given).__name__}"
+            advice = did_you_mean(str(value), words) if words else _ROWS.get(name, "") if given is not None else ""
+            raise ChesError(f"{type(self).__name__}: {name} is {expected}, not {shown}{advice}")
+
+
+_ROWS: dict[str, str] = dict.fromkeys(  # pyright: ignore[reportAssignmentType]
+    ("pairs", "prompts", "probes", "eval_pairs", "groups"),
+    "; rows in memory go into a file first (ches_jax.score_pairs scores them as they are)",
+)
+"""Fields that name data, and what to do with data that have no name."""
 
 
 @cache
@@ -91,13 +107,41 @@ def _words(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) is Literal else inside
 
 
+def plain(value: Any, hint: Any) -> Any:
+    """The value as the annotated type has it, where it is the same thing in other clothes; else as it is.
+
+    >>> import numpy as np
+    >>> plain(np.int64(8), int), plain(1e3, int | None), plain(Path("a/b"), str | None)
+    (8, 1000, 'a/b')
+    """
+    parts = _parts(hint)
+    if _is_scalar(value):
+        value = value.item()
+    if isinstance(value, PurePath) and str in parts:
+        return str(value)
+    if type(value) is float and value.is_integer() and int in parts and float not in parts:
+        return int(value)
+    if type(value) is dict and any(map(_is_scalar, value.values())):
+        return {k: v.item() if _is_scalar(v) else v for k, v in value.items()}
+    return value
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it is one number of numpy, jax or torch; none of them is imported for it."""
+    return getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has the annotated type, as far as the annotation decides it.
 
-    >>> [_fits(v, Literal["auto"] | int | None) for v in (3, "auto", None, "autos")]
-    [True, True, True, False]
-    >>> _fits(["a", "c"], tuple[Literal["a", "b"], ...])
-    False
+    >>> [_fits(v, Literal["auto"] | int | None) for v in (3, "auto", None, "autos", 2.5, True)]
+    [True, True, True, False, False, False]
+    >>> _fits(["a", "c"], tuple[Literal["a", "b"], ...]), _fits("ab", tuple[str, ...])
+    (False, False)
     """
     kind, inside = get_origin(hint), get_args(hint)
     if kind is Literal:
@@ -106,7 +150,27 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in inside)
     if kind is tuple:
         return isinstance(value, tuple | list) and all(_fits(v, inside[0]) for v in value)
-    return isinstance(value, Number if hint in (int, float) else hint) if hint in _PLAIN else True
+    if kind is dict:
+        return isinstance(value, Mapping) and all(_fits(v, inside[1]) for v in value.values())
+    if hint is Path:
+        return isinstance(value, str | PurePath) or is_store(value)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
+
+
+def _in_words(hint: Any) -> str:
+    """A type for people.
+
+    >>> _in_words(int | None), _in_words(dict[str, float]), _in_words(tuple[str, ...])
+    ('a whole number or None', 'a dict of names and numbers', 'a list of texts')
+    """
+    if get_origin(hint) is dict:
+        return {float: "a dict of names and numbers", str: "a dict of names and texts"}.get(get_args(hint)[1], "a dict")
+    if get_origin(hint) is tuple:
+        return "a list of texts"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", Path: "a path"}
+    return " or ".join(words.get(part, "None") for part in _parts(hint))
 
 
 def _renamed(words: list[str]) -> dict[str, str]:

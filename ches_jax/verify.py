@@ -12,7 +12,7 @@ make_callable(__name__)
 
 
 def verify(
-    claims: Sequence[str] | None = None,
+    claims: str | Sequence[str] | None = None,
     *,
     seed: int = 0,
     instances: int = 1000,
@@ -24,7 +24,7 @@ def verify(
     """Check claims of the theory; one result (``id``, ``passed``, ``value``, ``tolerance``, ...) for each.
 
     Args:
-      claims: their ids; default: all about toy models, or with ``model`` all about real ones.
+      claims: their ids, or one; default: all about toy models, or with ``model`` all about real ones.
       seed: of every random number.
       instances: random instances of an exact claim (bounds draw more).
       model: Hugging Face model directory.

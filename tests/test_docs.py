@@ -13,7 +13,8 @@ PLACE = re.compile(r"`((?:ches_jax|theory|experiments|tests|docs|tools)/[\w./-]+
 """Paths in words of code; one with a word in capitals stands for many."""
 MADE = {(ROOT / "docs" / name).resolve() for name in ("api.md", "commands.md", "statements.md")}
 """Pages of the site that are made from the code when it is built (`tools/site_pages.py`)."""
-LINK = re.compile(r"\]\(([^)#\s]+)\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+"""A page, and the heading in it."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name)
@@ -24,9 +25,24 @@ def test_every_file_that_a_page_names_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_link_leads_somewhere(page):
-    links = {m.group(1) for m in LINK.finditer(page.read_text(encoding="utf-8"))}
-    places = {n: (page.parent / n).resolve() for n in links if "://" not in n}
-    assert sorted(n for n, place in places.items() if not place.exists() and place not in MADE) == []
+    links = {m.groups() for m in LINK.finditer(page.read_text(encoding="utf-8")) if "://" not in m.group(1)}
+    places = {(n, heading): (page.parent / n).resolve() if n else page for n, heading in links}
+    assert sorted(n for (n, _), place in places.items() if not place.exists() and place not in MADE) == []
+    assert (
+        sorted(f"{n}#{h}" for (n, h), place in places.items() if h and place.exists() and h not in headings(place))
+        == []
+    )
+
+
+def headings(page: Path) -> set[str]:
+    """What links to a page may name behind #, as GitHub and the site make it of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def test_a_heading_is_known_by_its_words():
+    assert {"a-model-family", "a-score-a-loss-a-data-format-a-verb"} <= headings(ROOT / "CONTRIBUTING.md")
 
 
 def test_equations_become_mathml(monkeypatch):

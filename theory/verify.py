@@ -49,7 +49,7 @@ class Result:
 
 
 def verify(
-    claims: Sequence[str] | None = None,
+    claims: str | Sequence[str] | None = None,
     *,
     seed: int = 0,
     instances: int = 1000,
@@ -72,7 +72,11 @@ def verify(
             from theory.models.real import open_real_model
 
             real = open_real_model(model, pairs, limit=limit)
-        chosen = find(claims) if claims else all_claims("toy" if model is None else "model")
+        chosen = (
+            find([claims] if isinstance(claims, str) else claims)
+            if claims
+            else all_claims("toy" if model is None else "model")
+        )
         without_model = [c.id for c in chosen if c.scope == "model" and real is None]
         if without_model:
             raise ChesError(f"claims about a real model ({', '.join(without_model)}) need --model DIR")

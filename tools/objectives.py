@@ -270,7 +270,10 @@ the reference, for one pair of 4 and 6 tokens (-8 and -15 nats): what pushes fir
 
 TRL's `loss_type=["sigmoid", "bco_pair", "sft"]` with `loss_weights=[0.8, 0.2, 1]` is
 `0.8*sigmoid + 0.2*bco_pair_unshifted + sft`; `--loss '["sigmoid", "sft"]'` is read too, with all weights 1. TRL's `ipo`
-is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `use_weighting` is `wpo(...)`, `rpo_alpha` is `+ ALPHA*sft`.
+is `ipo_mean`, `nca_pair` is `nca`, `ld_alpha` is `ld_dpo`, `discopop_tau` is the tau of `discopop`, and
+`f_divergence_type` with `sigmoid` is `fdpo_forward_kl`, `fdpo_js` or `fdpo_alpha`. In Python `ches_jax.losses.from_trl`
+takes these under TRL's names. `use_weighting` is `wpo(...)` but for an alignment of the weights that TRL adds, and
+`rpo_alpha`, which TRL had before 1.0, is `+ ALPHA*sft`.
 
 <picture>
 <source media="(max-width: 45em)" srcset="images/incentives_narrow.svg">

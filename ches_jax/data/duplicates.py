@@ -5,6 +5,7 @@ MinHash with locality-sensitive hashing (datasketch; Broder 1997), and each is t
 reported wrongly; of those beyond ``NEAR`` one in some thousands is missed.
 """
 
+import random
 import re
 import unicodedata
 import zlib
@@ -84,8 +85,10 @@ class NearDuplicates:
         from datasketch import MinHashLSH
 
         self.threshold = threshold
+        drawn = random.getstate()  # the index draws a name from the generator that a user may have seeded
         # candidates from a much lower similarity on: each is compared in full, so that only a missed one costs
         self._index = MinHashLSH(threshold=threshold - 0.3, num_perm=PERMUTATIONS)
+        random.setstate(drawn)
         self._known: list[tuple[str, list[frozenset[int]]]] = []
 
     def like(self, *texts: str) -> str | None:

@@ -6,7 +6,6 @@ Where they lie is the work of ``files``, how they are read that of ``formats``, 
 import contextlib
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -63,14 +62,21 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
     """Rows that lie in memory: what they are, in words, and a reader of them.
 
     Args:
-      rows: a list (or other iterable) of dicts, a data frame, a ``datasets.Dataset`` or an Arrow table.
+      rows: a list (or other iterable) of dicts, a data frame, a ``datasets.Dataset`` (or a ``DatasetDict`` of one
+        split), an Arrow table or batch.
       name: of the rows, in messages.
 
     Raises:
       DataError: something else.
     """
+    if isinstance(rows, Mapping):
+        rows = _only_split(name, rows)
     if hasattr(rows, "columns") and hasattr(rows, "iloc"):  # of pandas
         rows = _records_of_frame(name, rows)
+    elif not (hasattr(rows, "to_batches") or hasattr(rows, "iloc")) and any(
+        hasattr(rows, f"__arrow_c_{kind}__") for kind in ("stream", "array")
+    ):
+        rows = _arrow_table(name, rows)  # a batch, or a frame of polars
     if hasattr(rows, "to_batches"):
         return "Arrow table", lambda start: table_rows(rows.to_batches(), 0, start)
     if hasattr(rows, "cache_files") and hasattr(rows, "features"):
@@ -84,6 +90,36 @@ def in_memory(rows: Any, name: str) -> tuple[str, Callable[[int], Iterator[Raw]]
     )
 
 
+def _arrow_table(name: str, rows: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.table(rows)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: a {type(rows).__name__} that is no table ({error}); expected rows with columns"
+        ) from None
+
+
+def _only_split(name: str, rows: Mapping[Any, Any]) -> Any:
+    """The rows of a mapping of splits that has one.
+
+    Raises:
+      DataError: it has several, or is none: a single row, or columns.
+    """
+    splits = {key: part for key, part in rows.items() if hasattr(part, "features") and hasattr(part, "column_names")}
+    if len(splits) == len(rows) == 1:
+        return next(iter(splits.values()))
+    if splits:
+        raise DataError(
+            f"{name}: a {type(rows).__name__} of several splits; give one of them: {', '.join(map(str, rows))}"
+        )
+    raise DataError(
+        f"{name}: a {type(rows).__name__}; expected a list of dicts, a row each: a single row is [row], a dict of "
+        "columns is pandas.DataFrame(columns) or datasets.Dataset.from_dict(columns)"
+    )
+
+
 def _records_of_frame(name: str, frame: Any) -> list[Any]:
     """The rows of a data frame; what is missing there is null.
 
@@ -93,22 +129,20 @@ def _records_of_frame(name: str, frame: Any) -> list[Any]:
     names = [str(column) for column in frame.columns]
     if len({*names}) < len(names):
         raise DataError(f"{name}: {twice(names)}")
-    cells = zip(*(frame.iloc[:, i].tolist() for i in range(len(names))), strict=True)
-    return [
-        {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in zip(names, row, strict=True)}
-        for row in cells
-    ]
+    columns = [(frame.iloc[:, i].tolist(), frame.iloc[:, i].isna().tolist()) for i in range(len(names))]
+    cells = [[None if missing else v for v, missing in zip(*column, strict=True)] for column in columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
 
 
 def _of_python(value: Any) -> Any:
-    """A value with arrays and tuples in it as lists, and numbers of numpy as Python's."""
+    """A value with arrays (of numpy, jax or torch) and tuples in it as lists, and numbers of numpy as Python's."""
     if isinstance(value, Mapping):
         return {key: _of_python(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_of_python(part) for part in value]
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, np.generic) or (hasattr(value, "tolist") and hasattr(value, "shape")):
         return _of_python(value.tolist())
-    return value
+    return value.to_pylist() if hasattr(value, "to_pylist") else value
 
 
 def _is_hub_name(spec: str) -> bool:
@@ -271,6 +305,9 @@ def _open_hub(name: str, split: str) -> Opened:
 
 
 def _read_dataset(dataset: Any, start: int) -> Iterator[Raw]:
+    form = dataset.format
+    if form["type"] not in (None, "custom"):  # arrays, or tensors, in place of lists and numbers
+        dataset = dataset.with_format(None, columns=form["columns"])
     for first in range(start, len(dataset), BATCH_ROWS):
         batch = dataset[first : first + BATCH_ROWS]  # a mapping of lists, decoded by its features
         for index, values in enumerate(zip(*batch.values(), strict=True), first):

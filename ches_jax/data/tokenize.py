@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ches_jax import bundled
@@ -64,6 +64,10 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     >>> len(load_tokenizer("bundled"))
     1280
     """
+    if not isinstance(path, str | PurePath):
+        raise DataError(
+            f"load_tokenizer: a {type(path).__name__}; expected a directory with tokenizer.json, or a hub name"
+        )
     path = bundled.located(str(path), bundled.model_dir)
     tokenizer = _read_tokenizer(path)
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:

@@ -85,7 +85,7 @@ def _sft_term(diagnosis: Diagnosis) -> Line | None:
         return None
     because = f"chosen {diagnosis.chosen}; {MEASURED}"
     return (
-        "add a likelihood term (RPO: TRL rpo_alpha=1, ches train --sft 1)",
+        'add a likelihood term (RPO: TRL loss_type=["sigmoid", "sft"], ches train --sft 1)',
         because,
         "one coefficient to choose",
     )

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ches_jax.displacement import TOLERANCE
+from ches_jax.errors import DataError
 
 REGIMES = ("wanted", "both_up", "both_down_margin_up", "inverted", "together", "flat")
 FILE_NAME = "displacement.parquet"
@@ -119,6 +120,15 @@ def regimes(chosen: np.ndarray, rejected: np.ndarray, tolerance: float = TOLERAN
     return np.where(single, "", np.select(cases, names, "both_down_margin_up"))
 
 
+def _changes(name: str, change: ArrayLike) -> np.ndarray:
+    try:
+        return np.ravel(np.asarray(change, np.float64))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"displacement_summary: {name} is no array of numbers ({str(error).partition(chr(10))[0]:.160})"
+        ) from None
+
+
 def displacement_summary(chosen: ArrayLike, rejected: ArrayLike, tolerance: float = TOLERANCE) -> dict[str, float]:
     r"""How far the log-probabilities of preference pairs moved, in numbers to log.
 
@@ -143,6 +153,9 @@ def displacement_summary(chosen: ArrayLike, rejected: ArrayLike, tolerance: floa
 
       What no pair tells (means of a side that is all NaN) is left out.
 
+    Raises:
+      DataError: what is no array of numbers, or two of other shapes.
+
     References:
       Razin et al., Unintentional Unalignment (https://arxiv.org/abs/2410.08847), Definition 1; lld_rate: Deng et al.,
       lazy likelihood displacement (https://arxiv.org/abs/2505.18830).
@@ -152,7 +165,12 @@ def displacement_summary(chosen: ArrayLike, rejected: ArrayLike, tolerance: floa
     >>> summary["displacement/dlogp_chosen"], summary["displacement/margin"], summary["displacement/lld_rate"]
     (-1.5, 3.0, 1.0)
     """
-    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
+    chosen, rejected = (_changes(name, change) for name, change in (("chosen", chosen), ("rejected", rejected)))
+    if chosen.shape != rejected.shape:
+        raise DataError(
+            f"displacement_summary: chosen {list(chosen.shape)} and rejected {list(rejected.shape)}; expected a change "
+            "of each response, [pairs], of the same pairs"
+        )
     both = ~np.isnan(chosen - rejected)
     out: dict[str, float] = {}
     for name, change in (("chosen", chosen[~np.isnan(chosen)]), ("rejected", rejected[~np.isnan(rejected)])):

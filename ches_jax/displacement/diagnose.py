@@ -29,12 +29,13 @@ from ches_jax.displacement.verdict import Diagnosis, diagnose_changes
 from ches_jax.errors import ChesError, RunError, require_config
 from ches_jax.face import make_callable
 from ches_jax.runs.arrow import python_rows
-from ches_jax.runs.directory import require_no_other
+from ches_jax.runs.directory import CONFIG, require_no_other
 from ches_jax.runs.files import read_json, read_parquet, remove_leftovers, staged
 from ches_jax.runs.store import here, is_address, is_there, output_place, place
 
 make_callable(__name__)
 RESULT = "diagnosis.json"
+TABLE = "scores.parquet"
 SOURCES = "PATH (a log or the directory of a run), --before with --after (models or score tables), --logps FILE"
 
 
@@ -88,14 +89,21 @@ def _with_copies(config: DiagnoseConfig) -> DiagnoseConfig:
     every = {name: getattr(config, name) for name in ("path", "logps", "responses_before", "responses_after")}
     sides = {name: _copied_table(getattr(config, name)) for name in ("before", "after")}
     several = {name: tuple(here(s, RunError) for s in getattr(config, name)) for name in ("scores", "judgments")}
+    sides = {name: spec and _run_of_table(spec) for name, spec in sides.items()}
     return replace(config, **{n: v and here(v, RunError) for n, v in every.items()}, **sides, **several)
+
+
+def _run_of_table(spec: str) -> str:
+    """The run of a score table that lies in one: it tells the pairs, by whose prompts intervals are made."""
+    path = Path(spec)
+    return str(path.parent) if path.name == TABLE and path.is_file() and (path.parent / CONFIG).is_file() else spec
 
 
 def _copied_table(spec: str | None) -> str | None:
     """A copy of a score table; a model or an adapter in a store is left where it is."""
     if spec is None or not is_address(spec):
         return spec
-    is_table = spec.endswith(".parquet") or is_there(place(spec, RunError) / "scores.parquet")
+    is_table = spec.endswith(".parquet") or is_there(place(spec, RunError) / TABLE)
     return here(spec, RunError) if is_table else spec
 
 
@@ -186,7 +194,7 @@ def _of_path(config: DiagnoseConfig, path: Path) -> Changes:
             f"{path}: is a diagnosis already; its page: ches report {path}, one of its pairs: ches show {path} ROW"
         )
     if _is_table(path):
-        if path.is_file() and path.name != "scores.parquet":
+        if path.is_file() and path.name != TABLE:
             return _of_parquet(config, path)
         raise ChesError(
             f"{path}: scores of one model; changes take two: ches diagnose --before {path} --after THE_SAME_PAIRS_AFTER"
@@ -218,7 +226,7 @@ def _is_table(path: Path) -> bool:
     if path.is_file():
         with path.open("rb") as file:
             return file.read(4) == b"PAR1"
-    return (path / "scores.parquet").is_file()
+    return (path / TABLE).is_file()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ libraries that want files; the weights stay there (``weights_place``) and are re
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ches_jax.bundled import located, model_dir
@@ -79,6 +79,11 @@ def resolve(model: str | Path) -> Path:
     Raises:
       CheckpointError: there is no such directory and the hub cannot give it.
     """
+    if not isinstance(model, str | PurePath) and not is_store(model):
+        raise CheckpointError(
+            f"a {type(model).__name__} instead of a model's name; give a local Hugging Face model directory or a hub "
+            "name (owner/name)"
+        )
     if is_address(str(model)):
         address = place(str(model), CheckpointError)
         if is_store(address):

@@ -19,14 +19,19 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates by their names."""
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -73,3 +78,6 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    for file in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
+        (directory / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, directory / MORE_TEMPLATES / file.name)

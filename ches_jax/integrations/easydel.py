@@ -47,6 +47,6 @@ def watch_displacement(
                 metrics.other_metrics.update(found)
         return state, metrics
 
-    measure(trainer.model_state, 0)
+    measure(trainer.model_state, int(getattr(trainer.model_state, "step", 0)))
     trainer.on_step_end = on_step_end
     return table

@@ -4,7 +4,8 @@
     trainer.with_training_hooks(displacement_hooks(pairs, logits_of, out="runs/d", every=50))
 
 Per-pair displacement of held-out pairs at the start, every so many updates and at the end: ``displacement.parquet`` for
-``ches diagnose``. A trainer has one object of hooks: ``then`` is called after this one.
+``ches diagnose``; a run that resumes continues that file. A trainer has one object of hooks: ``then`` is called after
+this one.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,9 @@ def displacement_hooks(
 
     table, measured = PairLog(out, tolerance=tolerance), set()
 
-    def measure(trainer: Any, step: int) -> None:
+    def measure(trainer: Any) -> None:
+        # the trainer's own count: the step that it gives to on_train_step_end is of an update before the last one
+        step = int(trainer.train_steps)
         if step in measured:
             return
         measured.add(step)
@@ -53,19 +56,19 @@ def displacement_hooks(
         """Measures, then calls the other hooks."""
 
         def on_train_start(self, train_ctx: Any) -> None:
-            measure(train_ctx, 0)
+            measure(train_ctx)
             _call(then, "on_train_start", train_ctx)
 
         def on_train_end(self, train_ctx: Any) -> None:
-            measure(train_ctx, int(train_ctx.train_steps))
+            measure(train_ctx)
             _call(then, "on_train_end", train_ctx)
 
         def on_train_step_start(self, train_ctx: Any) -> None:
+            if int(train_ctx.train_steps) % every == 0:
+                measure(train_ctx)
             _call(then, "on_train_step_start", train_ctx)
 
         def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float, *more: Any) -> None:
-            if train_step and train_step % every == 0:
-                measure(train_ctx, int(train_step))
             _call(then, "on_train_step_end", train_ctx, train_step, train_loss, *more)
 
         def on_eval_step_start(self, train_ctx: Any) -> None:

@@ -61,6 +61,8 @@ def parse_loss(text: str, hyper: Mapping[str, float] | None = None) -> Loss:
     Raises:
       ChesError: what is wrong with the expression, and where.
     """
+    if not isinstance(text, str):
+        raise ChesError(f"parse_loss: {text!r:.80} is no text; {EXPECTED}")
     if len(text) > LONGEST:
         raise ChesError(f"--loss: an expression of {len(text)} letters; at most {LONGEST}")
     try:
@@ -82,36 +84,64 @@ def parse_loss(text: str, hyper: Mapping[str, float] | None = None) -> Loss:
 EXPECTED = "expected losses with their numbers, wrappers and weights, such as wpo(dpo(beta=0.1)) + 0.2*sft"
 
 
+FDPO = {"forward_kl": "fdpo_forward_kl", "js_divergence": "fdpo_js", "alpha_divergence": "fdpo_alpha"}
+"""TRL's ``f_divergence_type`` of ``sigmoid``, and ours."""
+
+
 def from_trl(
-    loss_types: Sequence[str],
+    loss_types: str | Sequence[str],
     loss_weights: Sequence[float] | None = None,
     beta: float = TRL_BETA,
     label_smoothing: float = 0.0,
+    *,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    ld_alpha: float | None = None,
+    discopop_tau: float = 0.05,
 ) -> Loss:
     """The loss of TRL's ``loss_type=[...]``, with its ``loss_weights=[...]`` (all 1 if absent) and numbers.
 
-    Only ``exo_pair`` keeps a default of its own: TRL has none for it.
+    Only ``exo_pair`` keeps a default of its own: TRL has none for it. ``ld_alpha`` makes a loss of tokens;
+    ``f_divergence_type`` is for ``sigmoid``, alone or with ``sft``. TRL's ``use_weighting`` has no equal here: ``wpo``
+    is the paper's form, without TRL's alignment of the weights.
 
     >>> from_trl(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
     0.8*sigmoid(beta=0.1) + 0.2*bco_pair_unshifted(beta=0.1) + sft
-    >>> from_trl(["robust"], label_smoothing=0.2)
+    >>> from_trl("robust", label_smoothing=0.2)
     robust(beta=0.1, label_smoothing=0.2)
+    >>> from_trl(["sigmoid", "sft"], ld_alpha=0.5)
+    beyond_shared_length(sigmoid(beta=0.1), alpha=0.5) + sft
 
     Raises:
-      ChesError: a name that TRL 1.16 does not have, another number of weights.
+      ChesError: a name that TRL 1.16 does not have, another number of weights, a divergence that a loss does not have.
     """
+    loss_types = [loss_types] if isinstance(loss_types, str) else list(loss_types)
     weights = [1.0] * len(loss_types) if loss_weights is None else loss_weights
     if len(weights) != len(loss_types):
         raise ChesError(f"loss_weights: {len(weights)} weights of {len(loss_types)} losses")
+    if f_divergence_type not in ("reverse_kl", *FDPO):
+        raise ChesError(
+            f"f_divergence_type={f_divergence_type!r}: expected one of reverse_kl, {', '.join(FDPO)}"
+            f"{did_you_mean(str(f_divergence_type), tuple(FDPO))}"
+        )
     terms = []
     for weight, name in zip(weights, loss_types, strict=True):
         if name not in FROM_TRL:
-            raise ChesError(unknown_name(name, sorted(FROM_TRL), "loss_type of TRL"))
+            raise ChesError(unknown_name(str(name), sorted(FROM_TRL), "loss_type of TRL"))
         ours = FROM_TRL[name]
-        numbers = {"tau" if name == "ipo" else "beta": beta}
+        if f_divergence_type != "reverse_kl" and name != "sft":
+            if name != "sigmoid":
+                raise ChesError(f"f_divergence_type={f_divergence_type!r}: of loss_type sigmoid here, not of {name}")
+            ours = FDPO[f_divergence_type]
+        numbers = {"tau" if name == "ipo" else "beta": beta, "alpha": f_alpha_divergence_coef}
         if label_smoothing or name != "exo_pair":
             numbers["label_smoothing"] = label_smoothing
-        terms.append((weight, get_loss(ours, **{k: v for k, v in numbers.items() if k in hyper_names(ours)})))
+        if name == "discopop":
+            numbers["tau"] = discopop_tau
+        loss = get_loss(ours, **{k: v for k, v in numbers.items() if k in hyper_names(ours)})
+        if ld_alpha is not None and name != "sft":
+            loss = WRAPPERS["beyond_shared_length"].make(loss, alpha=ld_alpha)
+        terms.append((weight, loss))
     return weighted_sum(terms)
 
 

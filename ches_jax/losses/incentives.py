@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ches_jax.errors import ChesError
 from ches_jax.losses.inputs import LossInputs
-from ches_jax.losses.registry import Loss
+from ches_jax.losses.registry import Loss, check_inputs
 
 READ_BY_CHOSEN = ("logp_chosen", "logp_joint_chosen", "logp_candidates", "logp_responses", "token_logps_chosen")
 READ_BY_REJECTED = ("logp_rejected", "logp_joint_rejected", "token_logps_rejected")
@@ -50,9 +51,10 @@ def incentives(loss: Loss) -> Callable[[LossInputs], Incentives]:
     >>> incentives(get_loss("dpo", beta=0.5))(batch).chosen.tolist()
     [0.25]
     """
-    if "logp" in loss.needs:
-        return lambda batch: _of_rows(loss, batch)
-    return lambda batch: _of_pairs(loss, batch)
+    if not isinstance(loss, Loss):
+        raise ChesError(f"incentives: expected a loss, such as get_loss('dpo'), not {loss!r:.80}")
+    of = _of_rows if "logp" in loss.needs else _of_pairs
+    return lambda batch: of(loss, check_inputs(loss, batch))
 
 
 def _gradient(loss: Loss, batch: LossInputs, names: tuple[str, ...]) -> dict[str, Array]:

@@ -11,6 +11,7 @@ where it was scored).
 4.0
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -134,6 +135,63 @@ REFERENCE = LOGPS | {"ref_logp_chosen", "ref_logp_rejected"}
 JOINT = frozenset({"logp_joint_chosen", "logp_joint_rejected", "ref_logp_joint_chosen", "ref_logp_joint_rejected"})
 LENGTHS = frozenset({"chosen_tokens", "rejected_tokens"})
 REWARDS = frozenset({"rewards_chosen", "rewards_rejected"})
+
+
+SIDES = ("chosen", "rejected")
+PER_PAIR = (
+    LOGPS | REFERENCE | JOINT | LENGTHS | REWARDS | {"logp", "ref_logp", "desirable", "weights", "label_probability"}
+)
+"""Fields with one number for each pair, or row."""
+PER_TOKEN = {
+    side: frozenset(n for n in LossInputs._fields if n.endswith(f"_{side}") and ("token_" in n or "mask_" in n))
+    for side in SIDES
+}
+"""Fields with one number for each token of a response."""
+PER_CANDIDATE = frozenset({"logp_candidates", "ref_logp_candidates"})
+PER_RESPONSE = frozenset({"logp_responses", "ref_logp_responses", "scores", "response_mask", "response_tokens"})
+
+
+def shape_problems(batch: LossInputs, names: Collection[str]) -> list[str]:
+    """What is wrong with the shapes of these fields, which would broadcast otherwise: none if they fit together."""
+    groups: Sequence[tuple[frozenset[str], int]] = (
+        (PER_PAIR, 0),
+        *((tokens, 1) for tokens in PER_TOKEN.values()),
+        (PER_CANDIDATE, 1),
+        (PER_RESPONSE, 1),
+    )
+    shapes = [{n: jnp.shape(getattr(batch, n)) for n in sorted(group & {*names})} for group, _ in groups]
+    unlike = [group for group in shapes if len({*group.values()}) > 1]
+    if not unlike:  # one of each group stands for it
+        of_a_pair = {
+            n: shape[: len(shape) - own]
+            for group, (_, own) in zip(shapes, groups, strict=True)
+            for n, shape in [*group.items()][:1]
+        }
+        if len({*of_a_pair.values()}) > 1:
+            unlike = [{n: jnp.shape(getattr(batch, n)) for n in of_a_pair}]
+    return ["its inputs differ in shape: " + ", ".join(f"{n} {s}" for n, s in group.items()) for group in unlike]
+
+
+def in_single_precision(batch: LossInputs, names: Collection[str]) -> tuple[LossInputs, list[str]]:
+    """The batch with these fields as arrays, and what is wrong with those that are none.
+
+    What has half precision, and log-probabilities, rewards and scores that are whole numbers, become float32: lengths
+    and sums of thousands of nats have no place in half precision.
+    """
+    arrays, problems = {}, []
+    for name in sorted({*names} - {"reward_mean"}):
+        value = getattr(batch, name)
+        if value is None:
+            continue
+        try:
+            array = jnp.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.append(f"{name}: no array of numbers ({str(error).partition(chr(10))[0]:.120})")
+            continue
+        half = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+        whole = jnp.issubdtype(array.dtype, jnp.integer) and ("logp" in name or name in REWARDS | {"scores"})
+        arrays[name] = array.astype(jnp.float32) if half or whole else array
+    return batch._replace(**arrays), problems
 
 
 def swap(batch: LossInputs) -> LossInputs:

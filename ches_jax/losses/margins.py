@@ -286,7 +286,7 @@ def aot(batch: LossInputs, *, beta: float, label_smoothing: float) -> Array:
     """
     u = jnp.asarray(batch.logp_chosen) - jnp.asarray(batch.logp_rejected)
     u_ref = jnp.asarray(batch.ref_logp_chosen) - jnp.asarray(batch.ref_logp_rejected)
-    return _smoothed(beta * (jnp.sort(u) - jnp.sort(u_ref)), label_smoothing)
+    return _smoothed(beta * (_sorted(u) - _sorted(u_ref)), label_smoothing)
 
 
 @register(
@@ -311,7 +311,12 @@ def aot_unpaired(batch: LossInputs, *, beta: float, label_smoothing: float) -> A
       which its releases before 1.0 named ``aot_pair``.
     """
     chosen, rejected = log_ratios(batch)
-    return _smoothed(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
+    return _smoothed(beta * (_sorted(chosen) - _sorted(rejected)), label_smoothing)
+
+
+def _sorted(values: Array) -> Array:
+    """The numbers of the whole batch in order, in the shape of the batch."""
+    return jnp.sort(values, axis=None).reshape(values.shape)
 
 
 def _smoothed(z: Array, label_smoothing: float) -> Array:

@@ -11,15 +11,18 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ches_jax.errors import ChesError, many
-from ches_jax.losses.inputs import REFERENCE, Aux, LossInputs, RunningMean
+from ches_jax.losses.inputs import REFERENCE, Aux, LossInputs, RunningMean, in_single_precision, shape_problems
 from ches_jax.losses.metrics import Rewards, log_ratio_rewards, pair_metrics
 
 
@@ -66,7 +69,18 @@ def exactly(value: float) -> str:
     >>> exactly(1.0), exactly(0.1)
     ('1', '0.1')
     """
-    return str(int(value)) if value == int(value) else repr(value)
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def as_number(value: object) -> float | None:
+    """A number of Python, numpy or jax as Python's; None for what is none: a text, a truth value, a traced array.
+
+    >>> as_number(np.float32(0.5)), as_number(jnp.array(2)), as_number(True), as_number("0.1")
+    (0.5, 2.0, None, None)
+    """
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -114,11 +128,7 @@ class Loss:
         Raises:
           ChesError: inputs that are missing, or that are no ``LossInputs``.
         """
-        if more or not isinstance(batch, LossInputs):
-            fields = ", ".join(f"{name}=..." for name in sorted(self.needs))
-            raise ChesError(f"loss {self.name!r}: expected one ches_jax.LossInputs({fields})")
-        check_inputs(self, batch)
-        return self.compute(batch)
+        return self.compute(check_inputs(self, None if more else batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,21 +230,34 @@ def get_loss(name: str, **hyper: float) -> Loss:
     dpo(beta=0.05)
     """
     entry = _entry(name)
-    problems = []
+    problems: list[str] = []
+    numbers: dict[str, float] = {}
     for key, value in hyper.items():
         if key not in entry.hyper:
             known = ", ".join(f"{k} (default {h.default:g})" for k, h in entry.hyper.items()) or "none"
             problems.append(f"no hyper-parameter {key!r}; it has: {known}")
-        elif isinstance(value, bool) or not isinstance(value, int | float):
+        elif (number := as_number(value)) is None:
             problems.append(f"{key}={value!r} is not a number")
-        elif not entry.hyper[key].admits(value):
+        elif not entry.hyper[key].admits(number):
             problems.append(f"{key}={value!r} is outside {entry.hyper[key].interval()}")
+        else:
+            numbers[key] = number
     if problems:
         raise ChesError(many(f"loss {name!r}", problems))
-    return entry.resolve({k: float(hyper.get(k, h.default)) for k, h in entry.hyper.items()})
+    return entry.resolve({k: numbers.get(k, float(h.default)) for k, h in entry.hyper.items()})
 
 
 def _entry(name: str) -> Entry:
+    if not isinstance(name, str):
+        raise ChesError(
+            f"a loss is given by its name, such as 'dpo', not {name!r:.80}; several of TRL's loss_type with their "
+            "weights: ches_jax.losses.from_trl([...], [...])"
+        )
+    if name not in _ENTRIES and not name.isidentifier():
+        raise ChesError(
+            f"no loss is named {name!r:.80}; an expression is read by ches_jax.losses.parse_loss, a loss with its "
+            "numbers is get_loss('dpo', beta=0.1)"
+        )
     if name not in _ENTRIES:
         raise ChesError(unknown_name(name, loss_names()))
     return _ENTRIES[name]
@@ -252,23 +275,26 @@ def unknown_name(name: str, names: Sequence[str], what: str = "loss") -> str:
     return f"no {what} is named {name!r}{hint}; the names are: {', '.join(names)}"
 
 
-def check_inputs(loss: Loss, batch: LossInputs) -> None:
-    """One clear error for what is missing, for shapes that would broadcast, and for weights nobody would read."""
+def check_inputs(loss: Loss, batch: Any) -> LossInputs:
+    """The batch in single precision or better.
+
+    Raises:
+      ChesError: one clear error for what is no batch, for what is missing or no array, for shapes that would broadcast,
+        and for weights that nobody would read.
+    """
+    if not isinstance(batch, LossInputs):
+        fields = ", ".join(f"{name}=..." for name in sorted(loss.needs))
+        raise ChesError(f"loss {loss.name!r}: expected one ches_jax.LossInputs({fields})")
     missing = sorted(n for n in loss.needs if getattr(batch, n) is None)
     problems = [f"needs {n}, which the batch does not have" for n in missing]
     if batch.weights is not None and "weights" not in loss.needs:
         problems.append("the batch has weights, which this loss does not read; wrap it: weighted(...)")
-    shapes = {n: jnp.shape(getattr(batch, n)) for n in sorted(loss.needs & PER_PAIR) if n not in missing}
-    if len(set(shapes.values())) > 1:
-        problems.append("its inputs differ in shape: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
+    read = (loss.needs | loss.optional) - {*missing}
+    batch, unread = in_single_precision(batch, read)
+    problems += unread or shape_problems(batch, loss.needs - {*missing})
     if problems:
         raise ChesError(many(f"loss {loss.name!r}", problems))
-
-
-PER_PAIR = frozenset(
-    {"logp", "ref_logp", "desirable", "weights", "chosen_tokens", "rejected_tokens"}
-    | {"logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "rewards_chosen", "rewards_rejected"}
-)
+    return batch
 
 
 def mean_loss(loss: Loss, batch: LossInputs) -> tuple[Array, dict[str, Any]]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from ches_jax.errors import ChesError
 from ches_jax.losses.inputs import LENGTHS, LOGPS, REFERENCE, Aux, LossInputs
-from ches_jax.losses.registry import Loss
+from ches_jax.losses.registry import Loss, as_number
 from ches_jax.losses.wrappers import wrapped, wrapper
 
 TOKEN_LOGPS = frozenset({"token_logps_chosen", "token_logps_rejected"})
@@ -112,7 +112,8 @@ def beyond_shared_length(alpha: float) -> Rule:
     References:
       Liu et al., Length Desensitization in DPO (https://arxiv.org/abs/2409.06411).
     """
-    if not 0.0 <= alpha <= 1.0:
+    kept = as_number(alpha)
+    if kept is None or not 0.0 <= kept <= 1.0:
         raise ChesError(f"beyond_shared_length: alpha={alpha!r} is outside [0, 1]")
 
     def rule(batch: LossInputs) -> TokenWeights:
@@ -120,7 +121,7 @@ def beyond_shared_length(alpha: float) -> Rule:
         shared = jnp.minimum(jnp.sum(chosen, axis=-1, keepdims=True), jnp.sum(rejected, axis=-1, keepdims=True))
 
         def weigh(mask: Array) -> Array:
-            return jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, alpha).astype(mask.dtype)
+            return jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, kept).astype(mask.dtype)
 
         return TokenWeights(weigh(chosen), weigh(rejected))
 
@@ -162,6 +163,8 @@ def with_tokens(
       extra: token fields that the rule reads besides log-probabilities and masks.
       options: its numbers.
     """
+    if not isinstance(loss, Loss):
+        raise ChesError(f"{name}: expected a loss, such as get_loss('dpo'), not {loss!r:.80}")
     if not loss.needs >= LOGPS:
         raise ChesError(f"{name} needs a loss of summed log-probabilities of pairs; {loss!r} is none")
     reference = TOKEN_REFERENCE if loss.needs & REF_SUMS else frozenset()

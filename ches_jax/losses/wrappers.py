@@ -31,7 +31,7 @@ from ches_jax.losses.inputs import (
     mean_logps,
     swap,
 )
-from ches_jax.losses.registry import Loss, exactly, get_loss
+from ches_jax.losses.registry import Hyper, Loss, as_number, at_least_zero, exactly, fraction, get_loss, positive
 from ches_jax.types import SftUnit
 
 
@@ -122,15 +122,21 @@ def _states(whole: str, parts: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[
 
 
 def _require(wrapper: str, loss: Loss, *, pairs: bool = False, rows: bool = False) -> None:
+    if not isinstance(loss, Loss):
+        raise ChesError(f"{wrapper}: expected a loss, such as get_loss('dpo'), not {loss!r:.80}")
     if pairs and not loss.needs >= LOGPS:
         raise ChesError(f"{wrapper} needs a loss of summed log-probabilities of pairs; {loss!r} is none")
     if rows and loss.couples_rows:
         raise ChesError(f"{wrapper} needs a loss whose rows are pairs; {loss!r} sorts the batch")
 
 
-def _in_range(wrapper: str, name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ChesError(f"{wrapper}: {name}={value!r} is outside [{low:g}, {high:g}]")
+def _in_range(wrapper: str, name: str, value: float, allowed: Hyper) -> float:
+    """The number, if it is one and lies in the interval."""
+    number = as_number(value)
+    if number is None or not allowed.admits(number):
+        fault = "is not a number" if number is None else f"is outside {allowed.interval()}"
+        raise ChesError(f"{wrapper}: {name}={value!r} {fault}")
+    return number
 
 
 LISTS = "lists of responses with scores"
@@ -170,12 +176,15 @@ def weighted_sum(terms: Sequence[tuple[float, Loss]]) -> Loss:
     >>> weighted_sum([(1.0, get_loss("dpo")), (0.5, get_loss("sft"))])
     dpo(beta=0.1) + 0.5*sft
     """
+    for _, loss in terms:
+        _require("weighted_sum", loss)
     problems = [f"{w!r}*{loss!r}: a weight is a finite number, 0 or more" for w, loss in terms if not _is_weight(w)]
     if problems:
         raise ChesError(many("a sum of losses", problems))
     kept = [(float(w), loss) for w, loss in terms if w > 0]
     if not kept:
-        raise ChesError(f"{' + '.join(f'{exactly(w)}*{loss!r}' for w, loss in terms)}: its weights sum to nothing")
+        shown = " + ".join(f"{exactly(w)}*{loss!r}" for w, loss in terms) or "a sum of no losses"
+        raise ChesError(f"{shown}: its weights sum to nothing")
     if len(kept) == 1 and kept[0][0] == 1.0:
         return kept[0][1]
     whole = " + ".join(_term(w, loss) for w, loss in kept)
@@ -209,7 +218,8 @@ def weighted_sum(terms: Sequence[tuple[float, Loss]]) -> Loss:
 
 
 def _is_weight(weight: float) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
+    number = as_number(weight)
+    return number is not None and math.isfinite(number) and number >= 0
 
 
 def _term(weight: float, loss: Loss) -> str:
@@ -250,7 +260,7 @@ def with_sft(loss: Loss, coef: float, *, per: SftUnit) -> Loss:
         tokens, so that the mean over the update is a mean over its tokens (TRL); rows then depend on one another.
     """
     _require("with_sft", loss, pairs=True)
-    _in_range("with_sft", "coef", coef, 0.0, math.inf)
+    coef = _in_range("with_sft", "coef", coef, at_least_zero(0.0))
     if per not in SFT_TERMS:
         raise ChesError(f"with_sft: per={per!r} is none of sum, token, batch_token")
     return weighted_sum([(1.0, loss), (coef, get_loss(SFT_TERMS[per]))])
@@ -311,7 +321,7 @@ def with_label_smoothing(loss: Loss, label_smoothing: float = 0.1) -> Loss:
       label_smoothing: e, the share of wrong labels, 0 to 1.
     """
     _require_swappable("with_label_smoothing", loss)
-    _in_range("with_label_smoothing", "label_smoothing", label_smoothing, 0.0, 1.0)
+    label_smoothing = _in_range("with_label_smoothing", "label_smoothing", label_smoothing, fraction(0.0))
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         value, aux = loss(batch)
@@ -334,8 +344,8 @@ def with_unbiased_labels(loss: Loss, label_smoothing: float = 0.1) -> Loss:
       Chowdhury et al., Provably Robust DPO (https://arxiv.org/abs/2403.00409).
     """
     _require_swappable("with_unbiased_labels", loss)
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ChesError(f"with_unbiased_labels: label_smoothing={label_smoothing!r} is outside [0, 0.5)")
+    below_half = Hyper(0.0, low=0.0, high=0.5, open_high=True)
+    label_smoothing = _in_range("with_unbiased_labels", "label_smoothing", label_smoothing, below_half)
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         value, aux = loss(batch)
@@ -395,9 +405,8 @@ def with_label_posterior(loss: Loss, prior: float = 0.9, decay: float = 0.9) -> 
       note, which has Gibbs probabilities of losses, posteriors as soft labels, and a moving average over batches.
     """
     _require_swappable("with_label_posterior", loss)
-    if not 0.0 < prior < 1.0:
-        raise ChesError(f"with_label_posterior: prior={prior!r} is outside (0, 1)")
-    _in_range("with_label_posterior", "decay", decay, 0.0, 1.0)
+    prior = _in_range("with_label_posterior", "prior", prior, Hyper(0.5, 0.0, 1.0, open_low=True, open_high=True))
+    decay = _in_range("with_label_posterior", "decay", decay, fraction(0.0))
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         value, aux = loss(batch)
@@ -463,7 +472,7 @@ def with_reward_calibration(loss: Loss, decay: float = 0.98) -> Loss:
       https://arxiv.org/abs/2604.18239, with gradients of the head.
     """
     _require("with_reward_calibration", loss, pairs=True)
-    _in_range("with_reward_calibration", "decay", decay, 0.0, 1.0)
+    decay = _in_range("with_reward_calibration", "decay", decay, fraction(0.0))
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         chosen, rejected = logps(batch)
@@ -528,9 +537,8 @@ def with_gate(loss: Loss, *, alpha: float = 10.0, threshold: float = 0.1) -> Los
       https://arxiv.org/abs/2605.02626, with the geometric mean probability (its other form takes a quantile of tokens).
     """
     _require("with_gate", loss, pairs=True)
-    _in_range("with_gate", "threshold", threshold, 0.0, 1.0)
-    if not alpha > 0.0:
-        raise ChesError(f"with_gate: alpha={alpha!r} is not above 0")
+    threshold = _in_range("with_gate", "threshold", threshold, fraction(0.0))
+    alpha = _in_range("with_gate", "alpha", alpha, positive(1.0))
 
     def compute(batch: LossInputs) -> tuple[Array, Aux]:
         gate = stop_gradient(jax.nn.sigmoid(alpha * (jnp.exp(mean_logps(batch)[1]) - threshold)))

@@ -1,14 +1,14 @@
 """``ches report``: one self-contained page from a run directory, whatever command the run is of."""
 
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ches_jax.errors import RunError
 from ches_jax.report.document import Page
 from ches_jax.report.render import pieces
 from ches_jax.runs.directory import CONFIG
 from ches_jax.runs.files import found_below, remove_leftovers, replacing
-from ches_jax.runs.store import fetched_run, output_place, place
+from ches_jax.runs.store import fetched_run, is_store, output_place, place
 from ches_jax.scores.table import FORECAST, INFLUENCE
 from ches_jax.select.scored_rows import SourceRow
 
@@ -35,6 +35,8 @@ def report(run_dir: Path | str, out: Path | str | None = None, rows: Iterable[So
     ...     report(score(ScoreConfig(limit=4, out=f"{folder}/run"), quiet=True)).name
     'report.html'
     """
+    if not isinstance(run_dir, str | PurePath) and not is_store(run_dir):
+        raise RunError(f"report: a {type(run_dir).__name__}; expected the directory of a run, as the verbs return it")
     given = place(run_dir, RunError)
     folder = fetched_run(given, RunError)
     if folder.is_file():

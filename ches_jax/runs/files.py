@@ -82,6 +82,11 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None or (error.errno is None and type(error) is not OSError):
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except Exception as error:  # safetensors writes files in Rust, and raises a type of its own
+        number = int(found[1]) if (found := re.search(r"\(os error (\d+)\)", str(error))) else None
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
@@ -123,7 +128,8 @@ def new_directory(out: Path, error: type[ChesError], marker: str | None = None) 
         if out.exists():
             raise error(refused)
         with tempfile.TemporaryDirectory(prefix="ches-upload-") as folder:
-            yield Path(folder)
+            with naming(Path(folder)):
+                yield Path(folder)
             store.put_folder(Path(folder), out, marker)
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -132,7 +138,8 @@ def new_directory(out: Path, error: type[ChesError], marker: str | None = None) 
     temporary = _temporary(out)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with naming(out):
+            yield temporary
         try:
             os.replace(temporary, out)  # replaces an empty directory too
         except OSError as e:

@@ -11,11 +11,13 @@ P - 1, P, ... (the drawing in ``ches_jax.types``). Leading axes are batches. ``p
 (0.0, 0.5)
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ches_jax.errors import DataError
@@ -56,7 +58,7 @@ def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, 
       Numbers of shape [...], accumulated in float32, or float64 for float64 states.
 
     Raises:
-      DataError: shapes that do not fit together.
+      DataError: shapes that do not fit together, or a mask that is none.
 
     References:
       Definition 2 of Razin et al., https://arxiv.org/abs/2410.08847.
@@ -86,6 +88,11 @@ def pair_statistics(hidden_chosen: Any, mask_chosen: Any, hidden_rejected: Any, 
     )
 
 
+def _require_statistics(name: str, stats: Any) -> None:
+    if not isinstance(stats, PairStatistics):
+        raise DataError(f"{name}: a {type(stats).__name__}; expected the result of pair_statistics(...)")
+
+
 def ches(stats: PairStatistics) -> Any:
     r"""Centered hidden embedding similarity, squared hidden units.
 
@@ -99,6 +106,7 @@ def ches(stats: PairStatistics) -> Any:
     >>> ches(PairStatistics(2.0, 2.0, 4.0, 2, 1))
     0.0
     """
+    _require_statistics("ches", stats)
     return formulas.ches(stats.inner, stats.sqnorm_chosen)
 
 
@@ -113,6 +121,7 @@ def ln_ches(stats: PairStatistics) -> Any:
     >>> ln_ches(PairStatistics(2.0, 2.0, 4.0, 2, 1))
     0.5
     """
+    _require_statistics("ln_ches", stats)
     return formulas.ln_ches(stats.inner, stats.sqnorm_chosen, stats.n_chosen, stats.n_rejected)
 
 
@@ -152,7 +161,7 @@ def head_score(
       [...] scores, accumulated in float32, or float64 for float64 states (under ``jax.enable_x64``).
 
     Raises:
-      DataError: shapes that do not fit together.
+      DataError: shapes that do not fit together, a mask that is none, or tokens that the vocabulary does not have.
 
     References:
       Theorem 6 of Razin et al., https://arxiv.org/abs/2410.08847.
@@ -161,26 +170,22 @@ def head_score(
     >>> float(head_score(h, [0], [True], h, [1], [True], w))
     -2.0
     """
-    sides = [
-        (*_side(jnp, name, hidden, mask), jnp.asarray(targets, jnp.int32))
-        for name, hidden, mask, targets in (
-            ("chosen", hidden_chosen, mask_chosen, targets_chosen),
-            ("rejected", hidden_rejected, mask_rejected, targets_rejected),
-        )
-    ]
-    w = jnp.asarray(unembedding)
-    for name, (hidden, mask, targets) in zip(("chosen", "rejected"), sides, strict=True):
-        if targets.shape != mask.shape:
-            raise DataError(
-                f"targets_{name} {list(targets.shape)}: expected {list(mask.shape)}, a token for each state"
-            )
-        if hidden.shape[:-2] != sides[0][0].shape[:-2] or w.ndim != 2 or hidden.shape[-1] != w.shape[-1]:
+    w = _array(jnp, "unembedding", unembedding)
+    sides = []
+    for name, hidden, mask, targets in (
+        ("chosen", hidden_chosen, mask_chosen, targets_chosen),
+        ("rejected", hidden_rejected, mask_rejected, targets_rejected),
+    ):
+        hidden, mask = _side(jnp, name, hidden, mask)
+        first = sides[0][0] if sides else hidden
+        if hidden.shape[:-2] != first.shape[:-2] or w.ndim != 2 or hidden.shape[-1] != w.shape[-1]:
             raise DataError(
                 f"hidden_{name} {list(hidden.shape)}, unembedding {list(w.shape)}: expected [..., T, D] with the "
                 "leading axes of hidden_chosen, and [V, D]"
             )
+        sides.append((hidden, mask, _tokens(name, targets, mask, len(w))))
     batch = sides[0][0].shape[:-2]
-    flat = [[a.reshape(-1, *a.shape[len(batch) :]) for a in side] for side in sides]
+    flat = [[a.reshape(math.prod(batch), *a.shape[len(batch) :]) for a in side] for side in sides]
     hidden = jnp.concatenate([jnp.where(m[..., None], h, 0) for h, m, _ in flat], axis=1)
     target = jnp.concatenate([t for _, _, t in flat], axis=1)
     segment = jnp.concatenate([jnp.where(m, i, 3) for i, (_, m, _) in enumerate(flat, 1)], axis=1).astype(jnp.int32)
@@ -194,9 +199,57 @@ def head_score(
 
 def _side(xp: Any, name: str, hidden: Any, mask: Any) -> tuple[Any, Any]:
     """States in the accumulation dtype, and the mask as booleans, checked against each other."""
-    hidden, mask = xp.asarray(hidden), xp.asarray(mask).astype(bool)
+    hidden, mask = _array(xp, f"hidden_{name}", hidden), _array(xp, f"mask_{name}", mask)
     if hidden.ndim < 2 or mask.shape != hidden.shape[:-1]:
         raise DataError(
             f"hidden_{name} {list(hidden.shape)}, mask_{name} {list(mask.shape)}: expected [..., T, D] and [..., T]"
         )
+    if mask.dtype != bool:
+        known = _known(mask)
+        if known is not None and not np.isin(known, (0, 1)).all():
+            raise DataError(
+                f"mask_{name}: holds {_some_not(known, np.isin(known, (0, 1)))}; expected true or 1 where the state "
+                "predicts a token of the response, and false or 0 elsewhere"
+            )
+        mask = mask.astype(bool)
     return hidden.astype(accumulate(hidden.dtype)), mask
+
+
+def _tokens(name: str, targets: Any, mask: Any, vocabulary: int) -> Array:
+    """Targets as int32, checked where the mask is true."""
+    targets = _array(jnp, f"targets_{name}", targets)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise DataError(f"targets_{name}: {targets.dtype}; expected token ids, whole numbers")
+    if targets.shape != mask.shape:
+        raise DataError(f"targets_{name} {list(targets.shape)}: expected {list(mask.shape)}, a token for each state")
+    known, inside = _known(targets), _known(mask)
+    if known is not None and inside is not None:
+        good = ~inside | ((known >= 0) & (known < vocabulary))
+        if not good.all():
+            raise DataError(
+                f"targets_{name}: holds {_some_not(known, good)} where the mask is true; expected token ids from 0 to "
+                f"{vocabulary - 1}, the rows of the unembedding"
+            )
+    return targets.astype(jnp.int32)
+
+
+def _array(xp: Any, name: str, value: Any) -> Any:
+    try:
+        array = xp.asarray(value)
+        if array.dtype == object:
+            raise TypeError("its rows differ in length, or it holds something else than numbers")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name}: no array of numbers ({str(error).partition(chr(10))[0]:.160})") from None
+    return array
+
+
+def _known(array: Any) -> np.ndarray | None:
+    """The values, where they are here and known: not in a function that is traced, not of another process."""
+    if isinstance(array, Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return None
+    return np.asarray(array)
+
+
+def _some_not(values: np.ndarray, good: np.ndarray) -> str:
+    """The first values that are not good, in words."""
+    return ", ".join(f"{v:g}" for v in np.unique(values[~good])[:3])

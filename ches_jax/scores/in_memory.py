@@ -149,9 +149,7 @@ def score_pairs(
     >>> score_pairs(model, tokenizer, rows).num_rows
     1
     """
-    for name, value in (("model", model), ("tokenizer", tokenizer)):
-        if isinstance(value, str | Path | None):
-            raise ChesError(f"score_pairs: {name}={value!r}; load it first: load_{name}(...)")
+    _require_loaded(model, tokenizer)
     dtype = str(model.dtype)
     options = with_defaults(
         ScoreConfig(
@@ -161,7 +159,7 @@ def score_pairs(
             eos=eos,
             max_length=max_length,
             template=template,
-            template_args=dict(template_args or {}),
+            template_args=template_args or {},  # type: ignore[arg-type]
             on_bad_row=on_bad_row,
             batch_tokens=batch_tokens,
             attention=attention,
@@ -170,10 +168,17 @@ def score_pairs(
             out="in memory",
         )
     )
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ChesError(f"score_pairs: columns={columns!r:.80}; expected a dict, {{'prompt': 'instruction'}}")
     words = {name: theirs if isinstance(theirs, str) else ",".join(theirs) for name, theirs in (columns or {}).items()}
     source = rows_in_memory(rows, words, candidates, schema=schema).tolerant()
     tokenize = pair_tokenizer(
-        tokenizer, model.config, max_length=max_length, eos=eos, template=template, template_args=template_args
+        tokenizer,
+        model.config,
+        max_length=options.max_length,
+        eos=eos,
+        template=options.template,
+        template_args=options.template_args,
     )
     chunks = [
         tokenize(list(itertools.chain.from_iterable(group)))
@@ -187,7 +192,7 @@ def score_pairs(
     with jax.enable_x64(dtype == "float64"):
         scorer = pair_scorer(
             model,
-            mesh if isinstance(mesh, Mesh) else make_mesh(mesh),
+            _whole_mesh(mesh) if isinstance(mesh, Mesh) else make_mesh(mesh),
             Outputs(logps=logps, head_score=by == "head_score"),
             choose_attention(attention, model.config, dtype).attend,
             batch_tokens=options.batch_tokens,  # type: ignore[arg-type]
@@ -198,7 +203,7 @@ def score_pairs(
     metadata = {
         "verb": "score_pairs",
         "family": model.config.family,
-        "convention": convention(eos, max_length, template, template_args or {}),
+        "convention": convention(eos, options.max_length, options.template, options.template_args),
         "dtype": dtype,
         "versions": versions(),
         "schema": source.schema_record(),
@@ -209,6 +214,37 @@ def score_pairs(
     return pa.concat_tables(
         with_columns(table_of(s.columns, table_schema(s.columns, metadata)), whole) for s in scored
     ).combine_chunks()
+
+
+def _require_loaded(model: Any, tokenizer: Any) -> None:
+    """Refuses names of models, and models of others.
+
+    Raises:
+      ChesError: one of the two is something else than what ``load_model`` and ``load_tokenizer`` return.
+    """
+    for name, value in (("model", model), ("tokenizer", tokenizer)):
+        if isinstance(value, str | Path | None):
+            raise ChesError(f"score_pairs: {name}={value!r}; load it first: load_{name}(...)")
+    if not isinstance(model, Decoder):
+        raise ChesError(
+            f"score_pairs: model is a {type(model).__name__}; expected one of load_model(...). The states of any other "
+            "model are scored by pair_statistics and ches, or head_score"
+        )
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise ChesError(
+            f"score_pairs: tokenizer is a {type(tokenizer).__name__}; expected one of load_tokenizer(...), or another "
+            "tokenizer of transformers"
+        )
+
+
+def _whole_mesh(mesh: Mesh) -> Mesh:
+    if missing := {"data", "fsdp", "tensor"} - {*mesh.axis_names}:
+        raise ChesError(
+            f"score_pairs: a mesh with axes {', '.join(map(str, mesh.axis_names))}, without "
+            f"{', '.join(sorted(missing))}; expected data, fsdp and tensor, of size 1 where they have no part, or a "
+            "text such as 'data=4'"
+        )
+    return mesh
 
 
 def _batched(items: Iterable[Any], count: int) -> Iterable[list[Any]]:

@@ -334,6 +334,11 @@ def table_path(run: Path | str) -> Path:
     for name in (FILE_NAME, INFLUENCE):
         if is_there(path / name):
             return path / name
+    if is_there(path / FORECAST):
+        raise RunError(
+            f"{path}: a forecast, of what happens to each pair; what each one does to others is of `ches influence` "
+            "with the same options, and its directory is read here"
+        )
     there = found_below(path, FILE_NAME)
     raise RunError(f"{path}: no {FILE_NAME} in it; expected a directory of a finished `ches score`{there}")
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from huggingface_hub import HfApi, constants
 from hypothesis import HealthCheck, given, settings
@@ -402,6 +403,68 @@ def test_a_data_frame_is_its_rows():
     assert "no column 'rejected' (it is null here)" in last.fault
     with pytest.raises(DataError, match="two columns are named 'chosen'"):
         rows_in_memory(frame.rename(columns={"rejected": "chosen"}))
+
+
+def test_what_a_data_frame_lacks_is_null_whatever_its_columns_are_made_of():
+    pandas = pytest.importorskip("pandas")
+    rows = [*TEXT[:2], {**TEXT[0], "rejected": pandas.NA}]
+    for dtype in ("string", object):
+        frame = pandas.DataFrame(rows, dtype=dtype).assign(
+            votes=pandas.array([1, None, 3], dtype="Int64"), when=pandas.to_datetime(["2020-01-01", None, None])
+        )
+        first, second, last = rows_in_memory(frame).tolerant()
+        assert "no column 'rejected' (it is null here)" in last.fault
+        assert first.extra["votes"] == 1 and (second.extra["votes"], second.extra["when"]) == (None, None)
+
+
+def test_what_holds_rows_in_memory_is_read():
+    import datasets
+
+    table, whole = pa.Table.from_pylist(TEXT[:2]), datasets.Dataset.from_list(TEXT[:2])
+
+    class Frame:
+        """As polars: what it iterates over are columns, and Arrow reads it."""
+
+        columns = table.column_names
+
+        def __iter__(self):
+            return iter(table.columns)
+
+        def __arrow_c_stream__(self, schema=None):
+            return table.__arrow_c_stream__(schema)
+
+    expected = [r.content for r in rows_in_memory(TEXT[:2])]
+    for rows in (
+        pa.RecordBatch.from_pylist(TEXT[:2]),
+        table.to_reader(),
+        Frame(),
+        datasets.DatasetDict({"train": whole}),
+        whole.to_iterable_dataset(),
+        whole.with_format("numpy"),
+    ):
+        assert [r.content for r in rows_in_memory(rows)] == expected, rows
+    with pytest.raises(DataError, match="a DatasetDict of several splits; give one of them: train, test"):
+        rows_in_memory(datasets.DatasetDict({"train": whole, "test": whole}))
+    for one in (TEXT[0], {name: [row[name] for row in TEXT] for name in TEXT[0]}, {}):
+        with pytest.raises(DataError, match=r"a dict; .* a single row is \[row\], a dict of columns is pandas"):
+            rows_in_memory(one)
+    with pytest.raises(DataError, match="a Int64Array that is no table"):
+        rows_in_memory(pa.array([1, 2]))
+
+
+@pytest.mark.parametrize("make", ["numpy", "torch", "jax", "arrow"])
+def test_token_ids_in_arrays_are_lists(make):
+    import datasets
+    import jax.numpy as jnp
+
+    ids = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    array = {"numpy": np.array, "jax": jnp.array, "arrow": pa.array}.get(make) or pytest.importorskip("torch").tensor
+    (one,) = rows_in_memory([{name: array(value) for name, value in ids.items()}])
+    assert one.content == ids
+    if make != "arrow":  # of which rows are tables
+        more = datasets.Dataset.from_list([{**ids, "other": 1}]).with_format(make, columns=list(ids))
+        (one,) = rows_in_memory(more)
+        assert one.content == ids and not one.extra
 
 
 def test_columns_of_a_tsv_file_are_parted_by_tabs_whatever_their_names_hold(tmp_path):

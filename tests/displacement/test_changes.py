@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ches_jax.displacement.changes import REGIMES, SUMMARY, direction, displacement_summary, regimes
+from ches_jax.errors import DataError
 
 
 def test_every_pair_has_exactly_one_regime():
@@ -86,3 +87,13 @@ def test_the_summary_and_the_options_need_numpy_alone():
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_changes_of_other_pairs_or_of_no_numbers_are_refused():
+    """They would broadcast: three changes against three by one are nine."""
+    with pytest.raises(DataError, match=r"chosen \[3\] and rejected \[2\]; expected a change of each response"):
+        displacement_summary([1.0, 2.0, 3.0], [1.0, 2.0])
+    column = displacement_summary(np.array([[1.0], [2.0]]), [0.0, 1.0])
+    assert column == displacement_summary([1.0, 2.0], [0.0, 1.0])
+    with pytest.raises(DataError, match="rejected is no array of numbers"):
+        displacement_summary([1.0], ["a"])  # type: ignore[list-item]

@@ -30,6 +30,11 @@ def test_a_model_does_not_differ_from_itself(tiny_model, pairs, tmp_path):
     assert np.allclose([row["chosen"] for row in found.worst], 0) and found.worst[0]["text"].startswith('" yes')
     assert (tmp_path / "d/before/scores.parquet").exists()
     assert not any("left out" in note for note in found.caveats)
+    tables = [str(tmp_path / "d" / side) for side in ("before", "after")]
+    by_folder, by_file = (
+        diagnose(DiagnoseConfig(before=tables[0] + end, after=tables[1] + end)) for end in ("", "/scores.parquet")
+    )
+    assert by_file.to_json() == by_folder.to_json() and by_file.worst[0]["text"].startswith('" yes')
     before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*.*") if path.is_file()}
     (tmp_path / "d/after/run.json").unlink()  # as of a diagnosis that was killed there
     (tmp_path / "d/diagnosis.json").unlink()

@@ -146,6 +146,14 @@ def test_tables_of_two_tokenizers_are_refused_unless_their_tokens_were_compared(
     assert read_score_tables(before, after, same_tokens=True).chosen.tolist() == [0]
 
 
+def test_a_table_of_one_model_is_not_asked_to_be_scored_with_what_it_was_scored_with(tmp_path):
+    pq.write_table(logps().drop(["ref_chosen_logps", "ref_rejected_logps"]), tmp_path / "scores.parquet")
+    with pytest.raises(
+        ChesError, match=r"of one model; changes take two: ches diagnose --before \S+ --after THE_SAME_P"
+    ):
+        diagnose(DiagnoseConfig(logps=str(tmp_path)))
+
+
 def test_tables_without_log_probabilities_or_a_common_pair_are_refused(tmp_path):
     before = score_table(tmp_path / "a", ["x"], [-10.0], [-11.0])
     after = score_table(tmp_path / "b", ["y"], [-10.0], [-11.0])

@@ -1,6 +1,7 @@
 """Data health without a model: each check on rows made for it, thresholds on both sides, and the command."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,9 @@ def test_duplicates_are_a_finding_from_one_percent():
 def test_near_duplicates_are_those_of_a_full_comparison_away_from_the_threshold():
     texts = [text(40) for _ in range(20)]
     changed = [" ".join(w if RNG.random() > 0.03 else "changed" for w in t.split()) for t in texts]
+    drawn = random.getstate()
     seen = NearDuplicates()
+    assert random.getstate() == drawn, "the generator is its user's"
     for i, t in enumerate(texts):
         assert seen.first_like(str(i), t) is None
     for i, t in enumerate(changed):

@@ -259,3 +259,19 @@ def test_sft_of_an_update_in_parts_takes_the_share_of_the_whole(batch64):
     share = jnp.full(4, 4 / 20)
     whole = get_loss("sft")(batch64._replace(pairs_per_token=share))[0]
     np.testing.assert_allclose(whole, -batch64.logp_chosen * 0.2, rtol=1e-12)
+
+
+def test_other_options_of_trl_under_its_names():
+    said = from_trl(
+        ["sigmoid", "sft"], [1.0, 0.5], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3, beta=0.2
+    )
+    assert repr(said) == "fdpo_alpha(beta=0.2, alpha=0.3) + 0.5*sft"
+    assert repr(from_trl("sigmoid", f_divergence_type="js_divergence")) == "fdpo_js(beta=0.1)"
+    assert repr(from_trl("discopop", discopop_tau=0.2)) == "discopop(beta=0.1, tau=0.2)"
+    assert repr(from_trl(["ipo", "sft"], ld_alpha=0.25)) == "beyond_shared_length(ipo_mean(tau=0.1), alpha=0.25) + sft"
+    with pytest.raises(ChesError, match="f_divergence_type='js_divergence': of loss_type sigmoid here, not of hinge"):
+        from_trl(["sigmoid", "hinge"], f_divergence_type="js_divergence")
+    with pytest.raises(ChesError, match="expected one of reverse_kl, forward_kl, js_divergence, alpha_divergence"):
+        from_trl("sigmoid", f_divergence_type="kl")
+    with pytest.raises(ChesError, match="None is no text"):
+        parse_loss(None)  # type: ignore[arg-type]

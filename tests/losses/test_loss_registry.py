@@ -1,13 +1,27 @@
 """Names, hyper-parameters and missing inputs: nothing is silently replaced."""
 
 import inspect
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from loss_batches import make_batch, pair
 
 from ches_jax.errors import ChesError
-from ches_jax.losses import LossInputs, describe, get_loss, loss_names, mean_loss
+from ches_jax.losses import (
+    LossInputs,
+    describe,
+    get_loss,
+    incentives,
+    loss_names,
+    mean_loss,
+    parse_loss,
+    weighted_sum,
+    with_label_smoothing,
+    with_tokens,
+)
 from ches_jax.losses.registry import register
 
 
@@ -103,3 +117,102 @@ def test_means_keep_the_state_apart():
     value, logs = mean_loss(get_loss("bco_pair"), make_batch())
     assert value.shape == () and logs["rewards/margins"].shape == ()  # pyright: ignore[reportAttributeAccessIssue]
     assert float(logs["state/reward_mean"].seen) == 8.0
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    half: Any
+    for half in (np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5)):
+        assert repr(get_loss("dpo", beta=half)) == "dpo(beta=0.5)"
+        assert repr(with_label_smoothing(get_loss("dpo"), half)) == "smooth(dpo(beta=0.1), label_smoothing=0.5)"
+        assert repr(weighted_sum([(half, get_loss("dpo"))])) == "0.5*dpo(beta=0.1)"
+    with pytest.raises(ChesError, match=r"beta=.*Tracer.* is not a number"):
+        jax.jit(lambda beta: get_loss("dpo", beta=beta))(0.1)
+
+
+def test_what_is_no_name_is_answered_with_what_reads_it():
+    with pytest.raises(ChesError, match=r"given by its name, such as 'dpo', not \['sigmoid', 'sft'\]; .*from_trl"):
+        get_loss(["sigmoid", "sft"])  # type: ignore[arg-type]
+    with pytest.raises(ChesError, match=r"an expression is read by ches_jax\.losses\.parse_loss"):
+        get_loss("wpo(dpo)")
+    for make in (lambda: incentives("dpo"), lambda: with_label_smoothing("dpo"), lambda: with_tokens("dpo")):  # type: ignore[arg-type]
+        with pytest.raises(ChesError, match=r"expected a loss, such as get_loss\('dpo'\), not 'dpo'"):
+            make()
+
+
+def like(shape, names):
+    return {name: np.full(shape, -1.0) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("loss", "change", "message"),
+    [
+        ("dpo", like((3, 1), ["logp_rejected"]), r"logp_rejected \(3, 1\)"),
+        ("soft(dpo)", like((3, 1), ["label_probability"]), r"label_probability \(3, 1\)"),
+        ("dove", like((1,), ["ref_logp_joint_chosen"]), r"ref_logp_joint_chosen \(1,\)"),
+        ("ld_dpo", like((3, 1), ["token_mask_chosen"]), r"token_mask_chosen \(3, 1\)"),
+        ("ld_dpo", like((1, 5), ["token_logps_chosen", "ref_token_logps_chosen", "token_mask_chosen"]), "token_logps"),
+        ("weighted(ld_dpo)", like((1,), ["weights"]), r"weights \(1,\)"),
+        ("list_mle", like((3,), ["scores"]), r"scores \(3,\)"),
+        ("d2o", like((1, 4), ["logp_candidates", "ref_logp_candidates"]), r"logp_candidates \(1, 4\)"),
+    ],
+)
+def test_shapes_of_every_kind_of_field_are_compared(loss, change, message):
+    made = parse_loss(loss)
+    shapes = {name: (3, 5) if "token_" in name or "mask" in name else (3,) for name in made.needs}
+    shapes |= {name: (3, 4) for name in made.needs if "candidates" in name or "respons" in name or name == "scores"}
+    batch: dict[str, Any] = {name: np.full(shape, -1.0) for name, shape in shapes.items()}
+    made(LossInputs(**batch))
+    with pytest.raises(ChesError, match=f"its inputs differ in shape: .*{message}"):
+        made(LossInputs(**{**batch, **change}))
+    with pytest.raises(ChesError, match="its inputs differ in shape"):
+        jax.jit(lambda b: made(b)[0])(LossInputs(**{**batch, **change}))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_single(dtype):
+    """A length of 1,001 tokens, or a capped exponential, has no place in half precision."""
+    logps: Any = [jnp.asarray([v], dtype) for v in (-96.0, -80.0, -32.0, -64.0)]
+    for name in ("fdpo_forward_kl", "ln_dpo", "dpo"):
+        loss = get_loss(name)
+        more: dict[str, Any] = {"chosen_tokens": [1001], "rejected_tokens": [2049]} if name == "ln_dpo" else {}
+        value = loss(LossInputs(*logps, **more))[0]
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(value, loss(LossInputs(*(x.astype(jnp.float32) for x in logps), **more))[0])
+    gradient = jax.grad(lambda x: get_loss("dpo")(LossInputs(x, *logps[1:]))[0].sum())(logps[0])
+    assert gradient.dtype == dtype
+
+
+def test_whole_numbers_are_numbers():
+    ones = {
+        "logp_chosen": [-8, -9],
+        "logp_rejected": [-12, -9],
+        "ref_logp_chosen": [-10, -9],
+        "ref_logp_rejected": [-10, -9],
+    }
+    values: dict[str, Any] = {name: np.asarray(v, np.float32) for name, v in ones.items()}
+    for name in ("odpo", "rebel", "fdpo_js", "bco_pair_unshifted"):
+        loss = get_loss(name)
+        rewards: dict[str, Any] = {
+            n: v for n, v in {"rewards_chosen": [2, 1], "rewards_rejected": [1, 0]}.items() if n in loss.needs
+        }
+        np.testing.assert_allclose(loss(LossInputs(**ones, **rewards))[0], loss(LossInputs(**values, **rewards))[0])
+        np.testing.assert_allclose(
+            incentives(loss)(LossInputs(**ones, **rewards)).chosen,
+            incentives(loss)(LossInputs(**values, **rewards)).chosen,
+        )
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_quantiles_are_of_the_whole_batch_whatever_its_shape(name, batch):
+    flat = get_loss(name)(LossInputs(*batch[:4]))[0]
+    sides: Any = [np.asarray(a)[:, None] for a in batch[:4]]
+    np.testing.assert_array_equal(get_loss(name)(LossInputs(*sides))[0][:, 0], flat)
+
+
+def test_what_is_missing_is_named_by_incentives_too():
+    with pytest.raises(ChesError, match="needs ref_logp_chosen, which the batch does not have"):
+        incentives(get_loss("dpo"))(LossInputs(np.zeros(2), np.zeros(2)))
+    with pytest.raises(ChesError, match=r"logp_chosen: no array of numbers"):
+        get_loss("dpo")(LossInputs([[1.0], [1.0, 2.0]], *[np.zeros(2)] * 3))  # type: ignore[arg-type]
+    with pytest.raises(ChesError, match="expected one ches_jax"):
+        incentives(get_loss("dpo"))(None)  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ def test_wrappers_tell_what_they_are_made_of():
         (lambda: with_label_smoothing(get_loss("d2o"), 0.1), "stateless loss of pairs"),
         (lambda: with_label_smoothing(DPO, 1.5), "outside"),
         (lambda: with_label_posterior(DPO, 1.0), "outside"),
-        (lambda: with_gate(DPO, alpha=0.0, threshold=0.5), "not above 0"),
+        (lambda: with_gate(DPO, alpha=0.0, threshold=0.5), r"alpha=0.0 is outside \(0, inf\)"),
         (lambda: with_tokens(get_loss("kto")), "summed log-probabilities of pairs"),
         (lambda: beyond_shared_length(2.0), "outside"),
     ],

@@ -1,5 +1,6 @@
 """What is written is what was read, also where one file mixes dtypes, and in several shards."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ches_jax import bundled
 from ches_jax.errors import CheckpointError
 from ches_jax.hf.directory import fingerprint
 from ches_jax.hf.tensors import open_tensors
@@ -66,3 +68,23 @@ def test_nothing_is_written_over(mixed: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="not an empty directory"):
         save_pretrained(load_model(mixed), out, like=mixed)
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_chat_templates_go_with_the_tokenizer_wherever_they_lie(tmp_path):
+    """A trained model without them would write conversations with tools otherwise than it was trained on, or none."""
+    from ches_jax.data.tokenize import load_tokenizer
+    from ches_jax.hf.export import copy_tokenizer
+
+    source, copied = tmp_path / "source", tmp_path / "copied"
+    shutil.copytree(bundled.model_dir(), source)
+    copied.mkdir()
+    (source / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    copy_tokenizer(source, copied)
+    want = {"default": (source / "chat_template.jinja").read_text(), "tool_use": "with tools"}
+    assert load_tokenizer(copied).chat_template == load_tokenizer(source).chat_template == want
+    for folder in (source, copied):
+        (folder / "chat_template.jinja").unlink()
+        (folder / "additional_chat_templates" / "tool_use.jinja").unlink()
+    assert load_tokenizer(copied).chat_template == load_tokenizer(source).chat_template == "of the processor"

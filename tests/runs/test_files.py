@@ -9,7 +9,7 @@ import pytest
 
 from ches_jax.errors import ChesError, RunError, os_error_text
 from ches_jax.runs import files
-from ches_jax.runs.files import read_object, read_parquet, replacing
+from ches_jax.runs.files import new_directory, read_object, read_parquet, replacing
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,27 @@ def test_a_disk_that_is_full_is_told_with_the_file_that_has_no_room(tmp_path, er
     with pytest.raises(OSError) as raised, replacing(path):
         raise error
     assert os_error_text(raised.value).startswith(f"{path}: ") and "No space left" in os_error_text(raised.value)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_new_directory_on_a_full_disk_is_named(tmp_path, failure):
+    """What Python writes to a file names none; what Rust writes raises a type of its own."""
+    out = tmp_path / "kept"
+    with pytest.raises(OSError) as caught, new_directory(out, RunError):
+        raise failure
+    assert os_error_text(caught.value) == f"{out}: No space left on device" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("no such file (os error 2)"), FileNotFoundError(2, "no", "x"), KeyError("a")]
+)
+def test_what_is_no_full_disk_keeps_its_words_in_a_new_directory(tmp_path, failure):
+    with pytest.raises(type(failure)) as caught, new_directory(tmp_path / "kept", RunError):
+        raise failure
+    assert caught.value is failure

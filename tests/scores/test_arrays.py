@@ -91,3 +91,57 @@ def test_shapes_that_do_not_fit_are_named(case, change, message):
         arguments[i] = value
     with pytest.raises(DataError, match=message.replace("leading axes", "leading")):
         pair_statistics(*arguments)
+
+
+STATES, MASK, TARGETS = np.ones((2, 3, 4)), np.array([[0, 1, 1], [1, 1, 0]]), np.array([[0, 1, 2], [3, 4, 5]])
+HEAD = np.zeros((6, 4))
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_a_mask_is_of_zeros_and_ones(xp):
+    """An additive mask, or token ids in its place, would be read as something else."""
+    of_booleans = ches(pair_statistics(STATES, MASK.astype(bool), STATES, MASK))
+    for dtype in (np.int32, np.float32, np.uint8):
+        sums = pair_statistics(xp.asarray(STATES), xp.asarray(MASK.astype(dtype)), xp.asarray(STATES), MASK)
+        np.testing.assert_allclose(ches(sums), of_booleans)
+    for wrong in (np.where(MASK, 0.0, -np.inf), TARGETS):
+        with pytest.raises(DataError, match=r"mask_chosen: holds (-inf|2, 3, 4); expected true or 1 where the state"):
+            pair_statistics(xp.asarray(STATES), xp.asarray(wrong), xp.asarray(STATES), MASK)
+    traced = jax.jit(lambda mask: ches(pair_statistics(STATES, mask, STATES, MASK)))(MASK)
+    np.testing.assert_allclose(traced, of_booleans)
+
+
+@pytest.mark.parametrize(
+    ("targets", "mask", "message"),
+    [
+        (MASK, TARGETS, "mask_chosen: holds 2, 3, 4"),
+        (MASK.astype(bool), MASK, "targets_chosen: bool; expected token ids"),
+        (TARGETS + 0.5, MASK, "targets_chosen: float32; expected token ids"),
+        (TARGETS + 1, np.ones_like(MASK), "holds 6 where the mask is true; expected token ids from 0 to 5"),
+        (np.where(MASK, TARGETS, -100), np.ones_like(MASK), "holds -100 where the mask is true"),
+    ],
+)
+def test_targets_are_tokens_of_the_vocabulary(targets, mask, message):
+    with pytest.raises(DataError, match=message):
+        head_score(STATES, targets, mask, STATES, TARGETS, MASK, HEAD)
+
+
+def test_targets_outside_the_mask_do_not_matter():
+    ignored = np.where(MASK, TARGETS, -100)
+    expected = head_score(STATES, TARGETS, MASK, STATES, TARGETS, MASK, HEAD)
+    np.testing.assert_array_equal(head_score(STATES, ignored, MASK, STATES, ignored, MASK, HEAD), expected)
+
+
+def test_what_is_no_array_is_named():
+    for wrong in ([[[1.0, 2.0]], [[1.0]]], None, "states"):
+        with pytest.raises(DataError, match="hidden_chosen"):
+            pair_statistics(wrong, MASK, STATES, MASK)
+    for score in (ches, ln_ches):
+        with pytest.raises(DataError, match=r"a ndarray; expected the result of pair_statistics\(\.\.\.\)"):
+            score(STATES)  # type: ignore[arg-type]
+
+
+def test_no_position_and_no_pair_have_a_score():
+    nothing = head_score(STATES[:, :0], TARGETS[:, :0], MASK[:, :0], STATES, TARGETS, MASK, HEAD)
+    np.testing.assert_array_equal(nothing, [0, 0])
+    assert head_score(STATES[:0], TARGETS[:0], MASK[:0], STATES[:0], TARGETS[:0], MASK[:0], HEAD).shape == (0,)

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -109,6 +111,27 @@ def test_a_name_in_the_place_of_a_model_is_answered_with_how_to_load_it(model):
         score_pairs("bundled", None, [])  # type: ignore[arg-type]
     with pytest.raises(ChesError, match=r"score_pairs: tokenizer=None; load it first: load_tokenizer\(...\)"):
         score_pairs(model, None, [])  # type: ignore[arg-type]
+
+
+def test_models_and_tokenizers_of_others_are_named(model, tokenizer):
+    with pytest.raises(ChesError, match=r"model is a FileTokenizer; expected one of load_model\(\.\.\.\)"):
+        score_pairs(tokenizer, model, ROWS)
+    with pytest.raises(ChesError, match="tokenizer is a function; expected"):
+        score_pairs(model, lambda text: [1], ROWS)  # type: ignore[arg-type]
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ChesError, match="a Decoder"):
+            load(model)
+        with pytest.raises(ChesError, match="a NoneType"):
+            load(None)  # type: ignore[arg-type]
+
+
+def test_options_of_another_kind_are_named(model, tokenizer, table):
+    scored = score_pairs(model, tokenizer, ROWS, by="head_score", max_length=np.int64(512), mesh="data=1")  # type: ignore[arg-type]
+    assert scored["ches"].equals(table["ches"])
+    with pytest.raises(ChesError, match="columns=\\['prompt'\\]; expected a dict"):
+        score_pairs(model, tokenizer, ROWS, columns=["prompt"])  # type: ignore[arg-type]
+    with pytest.raises(ChesError, match="a mesh with axes shards, without data, fsdp, tensor"):
+        score_pairs(model, tokenizer, ROWS, mesh=jax.make_mesh((1,), ("shards",)))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,12 @@ def test_columns_are_checked(tmp_path):
         tables.write_part(tmp_path / "t", rows(0, 1, category=["\ud800"]), {})
 
 
+def test_a_forecast_is_no_table_of_scores_and_says_what_is(tmp_path):
+    (tmp_path / "forecast.parquet").touch()
+    with pytest.raises(RunError, match=r"a forecast, of what happens to each pair; .* is of `ches influence`"):
+        tables.read_table(tmp_path)
+
+
 def test_what_is_not_a_score_table_says_so(tmp_path):
     with pytest.raises(RunError, match="no such file or directory"):
         tables.read_table(tmp_path / "nowhere")

@@ -102,6 +102,11 @@ def read_logps(path: Path) -> Changes:
     file = path / "scores.parquet" if path.is_dir() else path
     table = _read(file)
     names = [n for side in SIDES for n in (f"ref_{side}_logps", f"logp_{side}")]
+    if {"logp_chosen", "logp_rejected"} <= {*table.column_names} and not {*names[::2]} & {*table.column_names}:
+        raise RunError(
+            f"{path}: log-probabilities of one model; changes take two: ches diagnose --before {path} --after "
+            "THE_SAME_PAIRS_AFTER, or columns ref_chosen_logps and ref_rejected_logps with those before"
+        )
     _require(file, table.column_names, names)
     null = np.any([np.array(table[name].is_null()) for name in names], axis=0)
     caveats = (f"{null.sum()} of {len(null)} pairs lack a log-probability and are left out", HELD_OUT)[not null.any() :]

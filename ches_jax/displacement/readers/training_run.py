@@ -44,7 +44,7 @@ def read_run(folder: Path) -> Changes:
     """The last evaluation of a training run, finished or not: held-out pairs where there are any, training ones beside.
 
     Raises:
-      RunError: no displacement log, only step 0 in it, or single responses of which no two make a pair.
+      RunError: no displacement log, only one step in it, or single responses of which no two make a pair.
     """
     return changes_of_table(read_log_of_run(folder), str(folder))
 
@@ -86,8 +86,8 @@ def changes_of_table(table: pa.Table, source: str) -> Changes:
     """
     step, sets = np.array(table["step"]), np.array(table["set"].to_pylist())
     last = int(step.max()) if len(step) else 0
-    if last == 0:
-        raise RunError(f"{source}: holds step 0 only; there is no change to judge yet")
+    if last == _first_step(table):
+        raise RunError(f"{source}: holds step {last} only; there is no change to judge yet")
     present = [name for name in SETS if ((step == last) & (sets == name)).any()]
     of_sets = [_of_set(table, source, name, step, sets, last) for name in present]
     of_sets = [changes for changes in of_sets if changes is not None]
@@ -96,10 +96,10 @@ def changes_of_table(table: pa.Table, source: str) -> Changes:
             f"{source}: trained on single responses, of which no two make a pair; displacement/* in metrics.jsonl has "
             "the changes of good and of bad ones"
         )
-    first, *others = of_sets
-    if not first.held_out:
-        first = replace(first, caveats=(TRAINING_ALONE, *first.caveats))
-    return replace(first, beside=others[0] if others else None)
+    judged, *others = of_sets
+    if not judged.held_out:
+        judged = replace(judged, caveats=(TRAINING_ALONE, *judged.caveats))
+    return replace(judged, beside=others[0] if others else None)
 
 
 def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.ndarray, last: int) -> Changes | None:
@@ -117,7 +117,7 @@ def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.
     return Changes(
         numbers["dlogp_chosen"][take],
         numbers["dlogp_rejected"][take],
-        f"{source}, {SETS[name]} pairs, update {last} against 0",
+        f"{source}, {SETS[name]} pairs, update {last} against {_first_step(table)}",
         caveats,
         np.array(table["index"])[take] if "index" in table.column_names else None,
         held_out=name == "held_out",
@@ -125,6 +125,17 @@ def _of_set(table: pa.Table, source: str, name: str, step: np.ndarray, sets: np.
         rows={n: np.array(table[n].to_pylist())[take] for n in ABOUT if n in table.column_names},
         start=_start(table, numbers, take),
     )
+
+
+def _first_step(table: pa.Table) -> int:
+    """The step that changes are counted from: the smallest, where nothing has changed; 0 for a table that lacks it."""
+    step = np.array(table["step"])
+    if not len(step):
+        return 0
+    changes = np.concatenate(
+        [np.array(table[n], float)[step == step.min()] for n in ("dlogp_chosen", "dlogp_rejected")]
+    )
+    return int(step.min()) if (np.isnan(changes) | (changes == 0)).all() else 0
 
 
 def _start(table: pa.Table, changes: dict[str, np.ndarray], take: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
