@@ -144,13 +144,11 @@ def _row_forward(
     static: Static, sinks: Array | None, q: Array, k: Array, v: Array, seen: SeenByBlock
 ) -> tuple[Array, Array]:
     """Outputs, [Q, K, G, H], and Z of each block's queries, [blocks, K, G block]."""
-    acc = accumulate(q.dtype)
+    acc, params = accumulate(q.dtype), _unscaled(q.dtype, static.params)
     keys, values = (_in_blocks(a, static.block) for a in (k, v))
 
-    def block(rows, args):
-        at, seen_i = args
-        queries, params = _scaled(lax.dynamic_slice_in_dim(rows, at, static.block).astype(q.dtype), static.params)
-        (qi,) = _query_blocks(queries, static.block)
+    def block(rows, seen_i):
+        qi = _scaled(_queries_at(rows, seen_i.at, static.block).astype(q.dtype), static.params)
 
         def with_block(step: Int[Array, ""], sums: Sums) -> Sums:
             index = block_index(seen_i.spans, step)
@@ -165,13 +163,12 @@ def _row_forward(
             return Sums(top, total, before * sums.out + einsum("kqs,ksh->kqh", *factors))
 
         sums = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, _nothing_seen(qi, sinks))
-        out = _query_rows((sums.out / sums.total).astype(rows.dtype)[None], static.block)
-        return lax.dynamic_update_slice_in_dim(rows, out, at, 0), (sums.top + jnp.log(sums.total))[..., 0]
+        rows = _with_queries(rows, seen_i.at, sums.out / sums.total)
+        return rows, (sums.top + jnp.log(sums.total))[..., 0]
 
     # outputs take the place of the queries they are of: arrays of their own would be filled with zeros first
-    at = jnp.arange(0, len(q), static.block)
     outputs = q.astype(acc) if static.differentiated else q
-    return lax.scan(block, outputs, (at, _each(seen, keys)))
+    return lax.scan(block, outputs, _each(seen, keys))
 
 
 def _row_backward(
@@ -186,12 +183,15 @@ def _row_backward(
     cotangent: Array,
 ) -> tuple[Array, ...]:
     """Gradients by queries, keys and values, and by the sinks (zero without any)."""
-    acc = accumulate(q.dtype)
-    q, params = _scaled(q, static.params)
+    acc, params = accumulate(q.dtype), _unscaled(q.dtype, static.params)
     keys, values = (_in_blocks(a, static.block) for a in (k, v))
+    mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
 
     def block(carry, args):
-        qi, gi, total_i, mean_i, seen_i = args
+        rows, *by_keys = carry
+        total_i, seen_i = args
+        taken, gi, mean_i = (_queries_at(a, seen_i.at, static.block) for a in (rows, cotangent, mean))
+        qi = _scaled(taken, static.params)
 
         def with_block(step: Int[Array, ""], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, *by_keys = sums
@@ -206,20 +206,18 @@ def _row_backward(
             return dq + einsum("kqs,ksh->kqh", dz, ki.astype(acc)), *by_keys
 
         zero = jnp.zeros(qi.shape, acc)
-        dq, *carry = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, (zero, *carry))
+        dq, *by_keys = lax.fori_loop(0, seen_i.spans.num_blocks, with_block, (zero, *by_keys))
         dq = dq * jnp.asarray(static.params.scale, acc)
         sink = _sink_scores(sinks, dq)
         dsink = [] if sink is None else [-jnp.exp(sink - total_i) * mean_i]
-        return tuple(carry), (dq.astype(q.dtype), *(d.reshape(*q.shape[1:3], -1).sum(-1) for d in dsink))
+        dsinks = tuple(d.reshape(*q.shape[1:3], -1).sum(-1) for d in dsink)
+        return (_with_queries(rows, seen_i.at, dq), *by_keys), dsinks
 
     start = jnp.zeros(keys.shape, acc)
-    mean = jnp.sum(out * cotangent.astype(acc), -1, keepdims=True)
-    queries = (_query_blocks(a, static.block) for a in (q, cotangent))
-    of_queries = (total[..., None], _query_blocks(mean, static.block))
-    of_blocks = (*queries, *of_queries, _each(seen, keys))
-    (dk, dv), (dq, *dsinks) = lax.scan(block, (start, start), of_blocks)
+    # gradients take the place of the queries, as outputs do
+    (dq, dk, dv), dsinks = lax.scan(block, (q, start, start), (total[..., None], _each(seen, keys)))
     by_arrays = (a.reshape(k.shape).astype(k.dtype) for a in (dk * jnp.asarray(params.scale, acc), dv))
-    return _query_rows(dq, static.block), *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
+    return dq, *by_arrays, dsinks[0].sum(0) if dsinks else jnp.zeros(q.shape[1:3], acc)
 
 
 class _Seen(NamedTuple):
@@ -227,8 +225,8 @@ class _Seen(NamedTuple):
 
     ranges: Int[Array, "4 block"]
     """``KeyRanges``."""
-    numbers: Int[Array, "5"]
-    """``BlockSpans``, and how many blocks of keys the rows before its own have."""
+    numbers: Int[Array, "6"]
+    """``BlockSpans``, and what follows: all in one array, since each would be cut out by a program of its own."""
 
     @property
     def spans(self) -> BlockSpans:
@@ -236,15 +234,21 @@ class _Seen(NamedTuple):
 
     @property
     def before(self) -> Int[Array, ""]:
+        """How many blocks of keys the rows before its own have."""
         return self.numbers[4]
+
+    @property
+    def at(self) -> Int[Array, ""]:
+        """Where its queries begin, among those of all rows."""
+        return self.numbers[5]
 
 
 def _each(seen: SeenByBlock, key_blocks: Float[Array, "blocks block K H"]) -> _Seen:
     """Of the blocks of all rows, one after the other."""
     rows, blocks_of_row = seen.spans.shape[:2]
-    before = len(key_blocks) // rows * jnp.arange(rows, dtype=jnp.int32)
-    before = jnp.broadcast_to(before[:, None, None], (rows, blocks_of_row, 1))
-    numbers = jnp.concatenate([seen.spans, before], axis=-1)
+    before = len(key_blocks) // rows * jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+    at = seen.ranges.shape[-1] * jnp.arange(rows * blocks_of_row, dtype=jnp.int32).reshape(rows, blocks_of_row, 1)
+    numbers = jnp.concatenate([seen.spans, jnp.broadcast_to(before, at.shape), at], axis=-1)
     return _Seen(*(a.reshape(-1, *a.shape[2:]) for a in (seen.ranges, numbers)))
 
 
@@ -277,15 +281,17 @@ def _mask(ranges: Int[Array, "4 block"], index: Int[Array, ""]) -> Bool[Array, "
     return lax.cond(index >= 0, of_ranges, lambda _: jnp.zeros((block, block), bool), ranges)
 
 
-def _scaled(q: Float[Array, "Q K G H"], params: AttentionParams) -> tuple[Array, AttentionParams]:
-    """Queries with the scale of their scores, which are many more, and 1 in its place.
+def _scaled(q: Float[Array, "K group_queries H"], params: AttentionParams) -> Float[Array, "K group_queries H"]:
+    """Queries with the scale of their scores, which are many more, where ``_unscaled`` leaves it out."""
+    return q if q.dtype != accumulate(q.dtype) else q * jnp.asarray(params.scale, q.dtype)
 
-    Not in a dtype narrower than that of the scores, which would round the product.
+
+def _unscaled(dtype: jnp.dtype, params: AttentionParams) -> AttentionParams:
+    """What scores of ``_scaled`` queries are made with: a scale of 1, but in a dtype narrower than that of the scores.
+
+    There the product would be rounded.
     """
-    acc = accumulate(q.dtype)
-    if q.dtype != acc:
-        return q, params
-    return q * jnp.asarray(params.scale, acc), params._replace(scale=1.0)
+    return params if dtype != accumulate(dtype) else params._replace(scale=1.0)
 
 
 def _scores(
@@ -325,13 +331,16 @@ def _in_blocks(a: Any, block: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), a)
 
 
-def _query_blocks(q: Float[Array, "Q K G H"], block: int) -> Float[Array, "blocks K group_queries H"]:
-    """Blocks with heads first; ``group_queries`` are a block's queries for each head of the group, head by head."""
-    n, _, kv, _, width = (cut := _in_blocks(q, block)).shape
-    return cut.transpose(0, 2, 3, 1, 4).reshape(n, kv, -1, width)
+def _queries_at(rows: Float[Array, "Q K G H"], at: Int[Array, ""], block: int) -> Float[Array, "K group_queries H"]:
+    """A block of queries with heads first; ``group_queries`` are those of each head of the group, head by head."""
+    cut = lax.dynamic_slice_in_dim(rows, at, block, allow_negative_indices=False)
+    return cut.transpose(1, 2, 0, 3).reshape(cut.shape[1], -1, cut.shape[-1])
 
 
-def _query_rows(q: Float[Array, "blocks K group_queries H"], block: int) -> Float[Array, "Q K G H"]:
-    """The inverse of ``_query_blocks``."""
-    n, kv, _, width = q.shape
-    return q.reshape(n, kv, -1, block, width).transpose(0, 3, 1, 2, 4).reshape(n * block, kv, -1, width)
+def _with_queries(
+    rows: Float[Array, "Q K G H"], at: Int[Array, ""], of_block: Float[Array, "K group_queries H"]
+) -> Float[Array, "Q K G H"]:
+    """The rows with those of a block, in the form of ``_queries_at``, in their place."""
+    heads, _, width = of_block.shape
+    own = of_block.reshape(heads, rows.shape[2], -1, width).transpose(2, 0, 1, 3).astype(rows.dtype)
+    return lax.dynamic_update_slice_in_dim(rows, own, at, 0, allow_negative_indices=False)
