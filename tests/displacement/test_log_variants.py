@@ -401,6 +401,11 @@ def test_a_run_of_weights_and_biases_that_was_resumed_is_one(tmp_path):
     log, whole = read_log(tmp_path / "wandb"), read_log(tmp_path / "whole.wandb")
     assert log.source.endswith("run-20260102_100000-ab/run-ab.wandb (Weights & Biases, 2 parts of one run)")
     assert "resumed at step" in " ".join(log.notes) and log.settings == whole.settings
+    alone = {name: " ".join(read_log(tmp_path / "wandb" / name / "run-ab.wandb").notes) for name in parts}
+    assert {name: "its run began in" in notes for name, notes in alone.items()} == {
+        "run-20260102_100000-ab": True,
+        "offline-run-20260101_235959-ab": False,
+    }
     assert log.series.keys() == whole.series.keys()
     for key, series in whole.series.items():
         np.testing.assert_array_equal(log.series[key].steps, series.steps)

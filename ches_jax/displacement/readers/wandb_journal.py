@@ -18,6 +18,7 @@ Pieces make records, messages of protocol buffers, of which few fields matter he
 The library of Weights & Biases is not needed for it, and nothing of the file is run.
 """
 
+import glob
 import json
 import re
 import struct
@@ -52,6 +53,8 @@ def read_wandb_journal(parts: Sequence[Path], held_out: str | None = None) -> Lo
     notes: dict[str, None] = {}
     for path in parts:
         _add(path, entries, config, notes)
+    if len(parts) == 1 and (before := _part_before(parts[0])) is not None:
+        notes[f"its run began in {before}: give the folder of both to read all of it"] = None
     what = "Weights & Biases" + (f", {len(parts)} parts of one run" if len(parts) > 1 else "")
     return log_of(f"{parts[-1]} ({what})", entries, held_out=held_out, settings=config, notes=tuple(notes))
 
@@ -87,6 +90,13 @@ def parts_of_runs(journals: Iterable[Path]) -> list[list[Path]]:
     for path in journals:
         runs.setdefault(path.name, []).append(path)
     return [sorted(parts, key=_begun) for parts in runs.values()]
+
+
+def _part_before(journal: Path) -> Path | None:
+    """What lies beside the folder of a journal that is given by itself: the last part of its run before it."""
+    own = journal.resolve()
+    beside = own.parent.parent.glob(f"*run-*/{glob.escape(own.name)}")
+    return max((other for other in beside if _begun(other) < _begun(own)), key=_begun, default=None)
 
 
 def _begun(journal: Path) -> str:
