@@ -9,8 +9,6 @@ import warnings
 from ches_jax.hugepages import with_large_pages
 from ches_jax.supervise import supervised
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
 MORE_OBJECTS = 10_000
 """New objects between two searches of Python for garbage in cycles; its 700 are soon there while a pass is traced."""
 
@@ -22,6 +20,8 @@ def run() -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     code = supervised(_main, sys.argv[1:])
+    from ches_jax.cli import INTERRUPTED  # late, as in ``_main``, which has loaded it
+
     if code == INTERRUPTED:
         _leave(code)
     gc.freeze()  # nothing is searched as the process ends: half a second after jax

@@ -26,6 +26,8 @@ from ches_jax.runs.arrow import leave_pandas_out
 HELP = ("--help", "-h", "help")
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 INTERNAL_ERROR = 70
 """Exit code of an error that is ours: a traceback is kept in a file (``EX_SOFTWARE`` of sysexits.h)."""
 
@@ -48,7 +50,7 @@ def _main(words: Sequence[str]) -> int:
     except ChesError as error:
         return _say(str(error), 2)
     except KeyboardInterrupt:
-        return _say("stopped", 130)
+        return _say("stopped", INTERRUPTED)
     except BrokenPipeError:  # whoever read the output has closed it
         _discard_output()
         return 141

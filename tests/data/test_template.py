@@ -148,7 +148,7 @@ RESPONSES = (
 
 
 def test_another_header_behind_every_conversation_is_no_header_that_is_never_written(plain):
-    """As of Cohere: what opens a response is the model's to write, as where the header is asked for."""
+    """As of Cohere: what opens a response is the model's to write, as where the prompt ends in the header."""
     tokenizer = plain(RESPONSES)
     pair = one(tokenizer, [Q], [assistant("a")], [CALL])
     assert tokenizer.decode(pair.prompt) == "<|im_start|>userName a fruit.<|im_end|><|im_start|>assistant"

@@ -113,12 +113,11 @@ def read_adapter(directory: Path, base: Path, *, whole: bool = False) -> Adapter
         *_misplaced(found.replaced, found.modules, sites, whole),
         *_not_saved(raw.get("modules_to_save") or [], (*found.replaced, *found.repeated, *found.left_out)),
     ]
-    owners = sites.owners()
     for module, two in found.modules.items():
         if two.keys() != {"A", "B"}:
             problems.append(f"{module}: has lora_{''.join(two)} alone")
         else:
-            problems += _misfits(module, two, *sites.sizes(owners[module], strength_of(module).rank))
+            problems += _misfits(module, two, *sites.sizes(sites.owners[module], strength_of(module).rank))
     if problems or not found.modules:
         raise CheckpointError(many(str(directory), problems or ["holds no adapter"]))
     if said := Parts({}, found.left_out).left_out():
@@ -150,7 +149,7 @@ class _Found:
 
 def _sorted_out(tensors: Mapping[str, Tensor], sites: Sites, wrapped: Mapping[str, str], put_on: Targets) -> _Found:
     """What each tensor is; ``wrapped`` are the modules around parameters that adapters were put on by name."""
-    found, owners = _Found(), sites.owners()
+    found, owners = _Found(), sites.owners
     for name, tensor in tensors.items():
         match = NAME.match(name)
         # an adapter of a multimodal model may reach its towers too, which text never passes

@@ -7,6 +7,7 @@ stand, for those of experts. Such modules, and routers, it adapts by the names o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ class Sites:
         names = rule.names(self.shapes[rule.param], layers_of(self.config, rule.param))
         return {at: name.removesuffix(".weight") for at, name in names.items()}
 
+    @cached_property
     def owners(self) -> dict[str, Rule]:
         """The modules of all layers -> the matrix that each holds."""
         return {module: rule for rule in self.rules for module in self.stored(rule).values()}

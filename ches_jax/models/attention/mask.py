@@ -134,7 +134,7 @@ def block_spans(r: KeyRanges, queries: int, keys: int) -> BlockSpans:
     left = (context_start < context_end) & (start < end)  # what the query's own blocks do not hold already
     # ends below zero, so that one minimum finds all: each reduction would be a program of its own
     bounds = [own, -own_end, jnp.where(left, start, own), jnp.where(left, -end, 0)]
-    own_first, minus_own_end, context_first, minus_context_end = chosen(bounds, 0).min(-1)
+    own_first, minus_own_end, context_first, minus_context_end = stacked(bounds, 0).min(-1)
     context_count = jnp.maximum(jnp.minimum(-minus_context_end, own_first) - context_first, 0)
     return BlockSpans(context_first, context_count, own_first, (-minus_own_end - 1) // keys + 1 - own_first)
 
@@ -143,21 +143,21 @@ def seen_by_block(r: KeyRanges, block: int) -> SeenByBlock:
     """What blocks of ``block`` queries see; the last one is filled up as ``padded`` does."""
     whole = padded(r, block)
     cut = [a.reshape(a.shape[0], -1, block) for a in whole]
-    return SeenByBlock(chosen(cut, 2), chosen(block_spans(whole, block, block), 2))
+    return SeenByBlock(stacked(cut, 2), stacked(block_spans(whole, block, block), 2))
 
 
-def chosen(parts: Sequence[Int[Array, "..."]], axis: int) -> Int[Array, "..."]:
+def stacked(parts: Sequence[Int[Array, "..."]], axis: int) -> Int[Array, "..."]:
     """``jnp.stack`` of a few small arrays: each element chooses, where XLA would compile a loop for every part.
 
-    >>> chosen([jnp.array([1, 2]), jnp.array([3, 4])], 1).tolist()
+    >>> stacked([jnp.array([1, 2]), jnp.array([3, 4])], 1).tolist()
     [[1, 3], [2, 4]]
     """
     shape = (*parts[0].shape[:axis], len(parts), *parts[0].shape[axis:])
     at = lax.broadcasted_iota(jnp.int32, shape, axis)
-    first, *others = (jnp.broadcast_to(jnp.expand_dims(part, axis), shape) for part in parts)
+    whole, *others = (jnp.broadcast_to(jnp.expand_dims(part, axis), shape) for part in parts)
     for i, part in enumerate(others, 1):
-        first = jnp.where(at == i, part, first)
-    return first
+        whole = jnp.where(at == i, part, whole)
+    return whole
 
 
 def block_index(s: BlockSpans, step: Int[Array, "..."]) -> Int[Array, "..."]:
